@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.certs.support import ensure
 from tests.server.conftest import certs, serve, shared
-from zcproto.certs import authority
+from zcproto.certs import authority, keys
 
-__all__ = ["certs", "ec_key", "made", "other_rsa_key", "quick_authority", "rsa_key", "serve", "shared"]
+__all__ = [
+    "certs",
+    "ec_key",
+    "made",
+    "other_rsa_key",
+    "quick_authority",
+    "quick_keys",
+    "rsa_key",
+    "serve",
+    "shared",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +62,10 @@ def made(_made_once: Path, tmp_path: Path) -> Path:
     directory = tmp_path / "made"
     shutil.copytree(_made_once, directory)
     return directory
+
+
+@pytest.fixture
+def quick_keys(monkeypatch: pytest.MonkeyPatch, rsa_key: Any) -> None:
+    """Replace generated RSA keys by an existing one."""
+    real = keys.generate
+    monkeypatch.setattr(keys, "generate", lambda kind: rsa_key if keys.family(kind) == "rsa" else real(kind))

@@ -62,7 +62,7 @@ def build(
     extensions: Sequence[x509.ExtensionType] = (),
     algorithm: Any = hashes.SHA256(),  # noqa: B008 - a constant
 ) -> x509.Certificate:
-    """A certificate for `key` as somebody else would make it; self-signed without `signer`."""
+    """A certificate for `key` as another issuer would issue it; self-signed without `signer`."""
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))

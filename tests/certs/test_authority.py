@@ -20,13 +20,13 @@ def read(path: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate(path.read_bytes())
 
 
-def test_the_authority_is_made_once(made: Path) -> None:
+def test_authority_is_created_once(made: Path) -> None:
     before = (made / "ca.crt").read_bytes(), (made / "ca.key").read_bytes()
     ensure(made, now=NOW + 80 * DAY)
     assert ((made / "ca.crt").read_bytes(), (made / "ca.key").read_bytes()) == before
 
 
-def test_a_lost_certificate_of_the_authority_is_made_again_from_its_key(made: Path) -> None:
+def test_lost_authority_certificate_is_reissued_from_its_key(made: Path) -> None:
     old = read(made / "ca.crt")
     leaf = (made / "server.crt").read_bytes()
     (made / "ca.crt").unlink()
@@ -40,7 +40,7 @@ def test_a_lost_certificate_of_the_authority_is_made_again_from_its_key(made: Pa
     assert sentences == [f"Renewed {made}/ca.crt with its key, until 2036-05-31."]
 
 
-def test_a_damaged_certificate_of_the_authority_is_set_aside_and_made_again(made: Path) -> None:
+def test_damaged_authority_certificate_is_set_aside_and_reissued(made: Path) -> None:
     (made / "ca.crt").write_bytes(b"junk")
     sentences: list[str] = []
     ensure(made, progress=sentences.append)
@@ -52,7 +52,7 @@ def test_a_damaged_certificate_of_the_authority_is_set_aside_and_made_again(made
 @pytest.mark.parametrize(
     "when", [3652 * DAY - 90 * DAY + DAY, 4000 * DAY, -2 * DAY], ids=["due", "expired", "early"]
 )
-def test_the_authority_is_renewed_with_its_key_when_a_leaf_could_outlive_it(made: Path, when: Any) -> None:
+def test_authority_is_renewed_with_its_key_before_a_leaf_could_outlive_it(made: Path, when: Any) -> None:
     old = read(made / "ca.crt")
     (one, _) = ensure(made, now=NOW + when)
     new = read(made / "ca.crt")
@@ -62,7 +62,7 @@ def test_the_authority_is_renewed_with_its_key_when_a_leaf_could_outlive_it(made
     assert new.not_valid_before_utc <= one.not_before
 
 
-def test_the_authority_is_not_renewed_before_that(made: Path) -> None:
+def test_authority_is_not_renewed_early(made: Path) -> None:
     old = (made / "ca.crt").read_bytes()
     ensure(made, now=NOW + 3652 * DAY - 91 * DAY)
     assert (made / "ca.crt").read_bytes() == old
@@ -80,7 +80,7 @@ def fail_to_write(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(os, "open", full)
 
 
-def test_an_authority_that_cannot_be_renewed_is_kept_while_it_is_valid(
+def test_failed_authority_renewal_keeps_the_valid_certificate(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = read(made / "ca.crt")
@@ -95,7 +95,7 @@ def test_an_authority_that_cannot_be_renewed_is_kept_while_it_is_valid(
         ensure(made, now=NOW + 3700 * DAY)
 
 
-def test_without_the_key_of_the_authority_the_leaves_are_served_until_they_expire(made: Path) -> None:
+def test_lost_authority_key_keeps_leaves_served_until_they_expire(made: Path) -> None:
     (made / "ca.key").unlink()
     before = [(made / name).read_bytes() for name in ("server.crt", "server-ecdsa.crt")]
     sentences: list[str] = []
@@ -130,7 +130,7 @@ def test_without_the_key_of_the_authority_the_leaves_are_served_until_they_expir
         ),
     ],
 )
-def test_a_wrong_key_of_the_authority_is_as_good_as_none(
+def test_wrong_authority_key_counts_as_missing(
     made: Path, other_rsa_key: Any, ec_key: Any, key: Any, says: str
 ) -> None:
     keys = {"other": pem_of_key(other_rsa_key), "ec": pem_of_key(ec_key)}
@@ -142,7 +142,7 @@ def test_a_wrong_key_of_the_authority_is_as_good_as_none(
     assert (made / "ca.key").read_bytes() == data
 
 
-def test_an_authority_of_which_nothing_can_be_read_is_reported(made: Path) -> None:
+def test_unreadable_authority_is_reported(made: Path) -> None:
     (made / "ca.crt").unlink()
     (made / "ca.key").write_bytes(b"junk")
     with pytest.raises(CertificateError, match=r"ca\.key: contains no PEM key"):
@@ -153,13 +153,13 @@ def test_an_authority_of_which_nothing_can_be_read_is_reported(made: Path) -> No
     assert (made / "ca.crt").read_bytes() == b"junk"
 
 
-def test_a_key_of_the_authority_that_others_can_read_stops_the_start(made: Path) -> None:
+def test_authority_key_readable_by_others_prevents_start(made: Path) -> None:
     (made / "ca.key").chmod(0o640)
     with pytest.raises(CertificateError, match=r"ca\.key: others can read .*; run: chmod 600 .*ca\.key"):
         ensure(made)
 
 
-def test_an_authority_made_by_others_is_never_replaced(made: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_authority_of_another_issuer_is_never_replaced(made: Path, rsa_key: Any, ec_key: Any) -> None:
     for key in (rsa_key, ec_key):
         foreign = pem(build(key, subject="A company's CA"))
         (made / "ca.crt").write_bytes(foreign)
@@ -171,7 +171,7 @@ def test_an_authority_made_by_others_is_never_replaced(made: Path, rsa_key: Any,
         assert (made / "ca.crt").read_bytes() == foreign
 
 
-def test_an_authority_with_a_key_of_an_unknown_kind_is_never_replaced(made: Path, ec_key: Any) -> None:
+def test_authority_with_unknown_key_type_is_never_replaced(made: Path, ec_key: Any) -> None:
     ec_public_key = bytes.fromhex("06072a8648ce3d0201")  # RFC 5480 section 2.1.1
     data = der(build(ec_key))
     assert data.count(ec_public_key) == 1
@@ -195,7 +195,7 @@ def test_leaves_without_an_authority_are_not_overwritten(made: Path) -> None:
     assert len(ensure(made)) == 2
 
 
-def test_a_copied_folder_goes_on_working(made: Path, tmp_path: Path) -> None:
+def test_copied_folder_keeps_working(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "copy")
     assert [one.pin for one in ensure(made)] == [one.pin for one in ensure(tmp_path / "copy")]
 
@@ -203,12 +203,12 @@ def test_a_copied_folder_goes_on_working(made: Path, tmp_path: Path) -> None:
 # --- what it may issue for
 
 
-def test_an_authority_is_made_for_the_names_that_are_known(made: Path) -> None:
+def test_authority_is_constrained_to_the_known_names(made: Path) -> None:
     assert profile.permitted_names(read(made / "ca.crt")) == ("localhost", "zcp.example.com")
 
 
 @pytest.mark.parametrize("name", ["new.example", "*.example.com"])
-def test_a_configured_name_beyond_them_needs_a_new_authority_and_is_reported_loudly(
+def test_configured_name_outside_constraints_reissues_the_authority_and_is_reported(
     made: Path, name: str
 ) -> None:
     old = read(made / "ca.crt")
@@ -238,7 +238,7 @@ def openssl_accepts(folder: Path, now: datetime) -> None:
         openssl(*strict, "-CAfile", folder / "ca.crt", folder / name)
 
 
-def test_a_name_of_the_host_beyond_them_is_left_out_with_a_word(made: Path) -> None:
+def test_host_name_outside_constraints_is_left_out_and_reported(made: Path) -> None:
     before, sentences = (made / "ca.crt").read_bytes(), list[str]()
     arguments: dict[str, Any] = {"host_names": ["localhost", "box", "box.lan", "10.0.0.7"]}
     pairs = ensure(made, **arguments, progress=sentences.append)
@@ -257,7 +257,7 @@ def test_a_name_of_the_host_beyond_them_is_left_out_with_a_word(made: Path) -> N
     openssl_accepts(made, NOW)
 
 
-def test_an_authority_that_is_good_for_no_name_at_all_is_reissued(tmp_path: Path) -> None:
+def test_authority_that_permits_none_of_the_names_is_reissued(tmp_path: Path) -> None:
     folder, sentences = tmp_path / "certs", list[str]()
     arguments: dict[str, Any] = {"names": [], "key_types": ["ecdsa-p256"]}
     ensure(folder, **arguments, host_names=["a.lan"])
@@ -275,7 +275,7 @@ def without_constraints(folder: Path) -> x509.Certificate:
     return certificate
 
 
-def test_an_authority_without_constraints_stays_as_it_is_for_any_name(made: Path) -> None:
+def test_authority_without_constraints_is_kept_for_any_name(made: Path) -> None:
     old = without_constraints(made)
     sentences: list[str] = []
     changes: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost", "box"]}
@@ -288,14 +288,14 @@ def test_an_authority_without_constraints_stays_as_it_is_for_any_name(made: Path
     assert profile.permitted_names(renewed) is None
 
 
-def test_a_renewed_authority_permits_what_the_old_one_did_and_what_is_wanted_now(made: Path) -> None:
+def test_renewed_authority_permits_old_and_configured_names(made: Path) -> None:
     later = NOW + 3600 * DAY
     ensure(made, names=[], host_names=["localhost", "box"], now=later)
     assert profile.permitted_names(read(made / "ca.crt")) == ("localhost", "box", "zcp.example.com")
     openssl_accepts(made, later)
 
 
-def test_a_certificate_with_a_name_beyond_a_new_authority_is_reissued(made: Path) -> None:
+def test_leaf_with_a_name_outside_a_new_authority_is_reissued(made: Path) -> None:
     """A lost ca.crt takes with it which names it permitted."""
     ensure(made, host_names=["localhost", "old.zcp.example.com"])
     (made / "ca.crt").unlink()
@@ -308,7 +308,7 @@ def test_a_certificate_with_a_name_beyond_a_new_authority_is_reissued(made: Path
     openssl_accepts(made, NOW)
 
 
-def test_only_a_name_that_is_not_permitted_is_a_reason(made: Path) -> None:
+def test_permitted_name_does_not_reissue_the_authority(made: Path) -> None:
     (made / "ca.crt").unlink()
     sentences: list[str] = []
     ensure(made, names=[], progress=sentences.append)
@@ -317,7 +317,7 @@ def test_only_a_name_that_is_not_permitted_is_a_reason(made: Path) -> None:
     openssl_accepts(made, NOW)
 
 
-def test_without_its_key_an_authority_cannot_be_made_for_more_names(made: Path) -> None:
+def test_authority_without_key_cannot_be_extended_for_more_names(made: Path) -> None:
     (made / "ca.key").unlink()
     before = (made / "ca.crt").read_bytes()
     with pytest.raises(
@@ -327,7 +327,7 @@ def test_without_its_key_an_authority_cannot_be_made_for_more_names(made: Path) 
     assert (made / "ca.crt").read_bytes() == before
 
 
-def test_an_authority_that_cannot_be_made_for_more_names_is_no_server(
+def test_failed_extension_of_the_authority_prevents_start(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in made.iterdir()}
@@ -339,9 +339,7 @@ def test_an_authority_that_cannot_be_made_for_more_names_is_no_server(
     assert "new.example" in ensure(made, names=["new.example"])[0].names
 
 
-def test_an_authority_with_constraints_that_cannot_be_read_was_not_created_here(
-    made: Path, rsa_key: Any
-) -> None:
+def test_authority_with_unparsable_constraints_is_never_replaced(made: Path, rsa_key: Any) -> None:
     bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")
     name = (
         profile.authority_name(rsa_key.public_key(), authority.SERVER.title)
@@ -354,7 +352,7 @@ def test_an_authority_with_constraints_that_cannot_be_read_was_not_created_here(
         ensure(made)
 
 
-def test_a_certificate_that_two_clocks_made_is_valid_for_both(made: Path) -> None:
+def test_certificates_issued_by_two_clocks_are_valid_for_both(made: Path) -> None:
     """The clock runs ahead by 20 years, and is set right: keys stay, and what is served is valid."""
     before = ensure(made)
     ensure(made, now=NOW + 7300 * DAY)
@@ -364,7 +362,7 @@ def test_a_certificate_that_two_clocks_made_is_valid_for_both(made: Path) -> Non
     openssl_accepts(made, NOW + DAY)
 
 
-def test_a_clock_that_begins_in_1970_makes_no_lasting_harm(made: Path) -> None:
+def test_clock_starting_in_1970_causes_no_lasting_damage(made: Path) -> None:
     before = ensure(made)
     epoch = datetime(1970, 1, 1, tzinfo=UTC)
     early = ensure(made, now=epoch)

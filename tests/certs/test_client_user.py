@@ -63,7 +63,7 @@ TAGS = {"email": 0x81, "dns": 0x82, "uri": 0x86}
         ("uri", "urn:dev:ops:32473-a/b", "urn:dev:ops:32473-a/b"),
     ],
 )
-def test_one_entry_names_the_user(kind: str, entry: str, user: str) -> None:
+def test_single_entry_names_the_user(kind: str, entry: str, user: str) -> None:
     assert user_of(raw(TAGS[kind], entry.encode()), kind) == user
 
 
@@ -167,7 +167,7 @@ def test_one_entry_names_the_user(kind: str, entry: str, user: str) -> None:
         ),
     ],
 )
-def test_what_is_in_no_normal_form_names_no_user(kind: str, value: bytes) -> None:
+def test_name_not_in_normal_form_is_refused(kind: str, value: bytes) -> None:
     with pytest.raises(CertificateError) as caught:
         user_of(raw(TAGS[kind], value), kind)
     shown = str(caught.value)
@@ -178,7 +178,7 @@ def test_what_is_in_no_normal_form_names_no_user(kind: str, value: bytes) -> Non
 
 
 @pytest.mark.parametrize("kind", USER_KINDS)
-def test_only_the_one_kind_counts(kind: str) -> None:
+def test_entries_of_other_kinds_are_ignored(kind: str) -> None:
     entries: dict[str, x509.GeneralName] = {
         "dns": x509.DNSName("ada"),
         "email": x509.RFC822Name("ada@example.com"),
@@ -204,7 +204,7 @@ def test_two_entries_name_no_user(entries: list[x509.GeneralName]) -> None:
         user_of(named(*entries), "dns")
 
 
-def test_the_subject_names_no_user() -> None:
+def test_subject_names_no_user() -> None:
     with pytest.raises(CertificateError, match="has 0 SubjectAltName entries"):
         user_of(der(build(KEY, subject="ada")), "dns")
 
@@ -217,18 +217,18 @@ def test_the_subject_names_no_user() -> None:
         b"\x30\x05\x82\x03a",
         b"\x04\x00",
         tlv(0x30, tlv(0x9F, b"x")),  # a kind that does not exist
-        tlv(0x30, tlv(0xA3, b"")),  # x400Address, which nobody can read
+        tlv(0x30, tlv(0xA3, b"")),  # x400Address, which is not supported
         tlv(0x30, tlv(0x82, b"ada")) + b"more",
     ],
     ids=["nothing", "cut", "short", "no_sequence", "unknown", "x400", "trailing"],
 )
-def test_an_extension_that_cannot_be_read_names_no_user(extension: bytes) -> None:
+def test_unparsable_extension_names_no_user(extension: bytes) -> None:
     certificate = der(build(KEY, extensions=[x509.UnrecognizedExtension(SAN_OID, extension)]))
     with pytest.raises(CertificateError):
         user_of(certificate, "dns")
 
 
-def test_its_end_is_checked_for_a_time() -> None:
+def test_expiry_is_checked_if_a_time_is_given() -> None:
     certificate = named(x509.DNSName("ada"))
     end = NOW.replace(microsecond=0) + DAY
     assert user_of(certificate, "dns", end) == "ada"
@@ -236,7 +236,7 @@ def test_its_end_is_checked_for_a_time() -> None:
         user_of(certificate, "dns", end + timedelta(seconds=1))
 
 
-def test_bytes_that_are_no_certificate_name_no_user() -> None:
+def test_malformed_certificate_names_no_user() -> None:
     good = named(x509.DNSName("ada"))
     for data in (b"", b"\x30", good[:-1], good[1:], good + b"x", bytes(100), b"\xff" * 65_536):
         with pytest.raises(CertificateError, match="cannot be parsed"):
@@ -245,7 +245,7 @@ def test_bytes_that_are_no_certificate_name_no_user() -> None:
         user_of(bytes(65_537), "dns")
 
 
-def test_the_kinds_are_these_three() -> None:
+def test_supported_kinds_are_dns_email_and_uri() -> None:
     assert USER_KINDS == ("dns", "email", "uri")
     with pytest.raises(KeyError):
         user_of(named(x509.DNSName("ada")), "cn")
@@ -259,7 +259,7 @@ def test_the_kinds_are_these_three() -> None:
         ("uri", "x+y.z-1://a.b/!$&'()*+,;=:@-._~"),
     ],
 )
-def test_every_name_could_be_in_the_file_of_users(tmp_path: Any, kind: str, entry: str) -> None:
+def test_every_accepted_name_is_valid_in_the_users_file(tmp_path: Any, kind: str, entry: str) -> None:
     assert client_user.MAX_USER == MAX_USER
     user = user_of(raw(TAGS[kind], entry.encode()), kind)
     users = UserFile(tmp_path / "home" / "users.toml")

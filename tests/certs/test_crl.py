@@ -28,17 +28,17 @@ def der(folder: Path, name: str) -> bytes:
     return ssl.PEM_cert_to_DER_cert((folder / "clients" / f"{name}.crt").read_text())
 
 
-def test_a_revoked_certificate_is_named_and_no_other(folder: Path) -> None:
+def test_crl_contains_the_revoked_certificate_only(folder: Path) -> None:
     revoked = revoked_in(folder / "client-ca.crl")
     assert [name for name in ("ada", "bob") if certificate_id(der(folder, name)) in revoked] == ["ada"]
 
 
-def test_the_same_number_of_another_issuer_is_another_certificate(folder: Path, tmp_path: Path) -> None:
+def test_same_serial_number_of_another_issuer_is_another_certificate(folder: Path, tmp_path: Path) -> None:
     issuer, serial = certificate_id(der(folder, "ada"))
     assert (issuer + b"x", serial) not in revoked_in(folder / "client-ca.crl")
 
 
-def test_several_lists_in_one_file_count_together(folder: Path, tmp_path: Path) -> None:
+def test_several_crls_in_one_file_are_combined(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     client_ca.issue_client(other, "cleo", lifetime=MONTH, now=NOW)
     client_ca.revoke_client(other, name="cleo", now=NOW)
@@ -49,7 +49,7 @@ def test_several_lists_in_one_file_count_together(folder: Path, tmp_path: Path) 
     assert certificate_id(der(other, "cleo")) in revoked_in(both)
 
 
-def test_a_damaged_list_is_an_error_that_names_the_file(folder: Path) -> None:
+def test_damaged_crl_is_an_error_that_names_the_file(folder: Path) -> None:
     path = folder / "client-ca.crl"
     path.write_bytes(b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n")
     with pytest.raises(CertificateError, match=r"client-ca\.crl"):

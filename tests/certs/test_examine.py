@@ -54,16 +54,16 @@ def folder(tmp_path: Path) -> Path:
 # --- nothing to say --------------------------------------------------------------------------------------
 
 
-def test_a_good_certificate_with_its_key_gets_no_word(
-    folder: Path, ec_key: ec.EllipticCurvePrivateKey, root_key: Any
-) -> None:
+def test_valid_pair_has_no_findings(folder: Path, ec_key: ec.EllipticCurvePrivateKey, root_key: Any) -> None:
     found = look(folder, [leaf(ec_key, root_key)], ec_key)
     assert (found.refused, found.warnings) == ([], [])
     assert len(found.chain) == 1
     assert found.key is not None
 
 
-def test_one_file_may_hold_both(folder: Path, ec_key: ec.EllipticCurvePrivateKey, root_key: Any) -> None:
+def test_one_file_can_hold_certificate_and_key(
+    folder: Path, ec_key: ec.EllipticCurvePrivateKey, root_key: Any
+) -> None:
     path = folder / "both.pem"
     path.touch(0o600)
     path.write_bytes(pem(leaf(ec_key, root_key)) + pem_of_key(ec_key))
@@ -73,20 +73,20 @@ def test_one_file_may_hold_both(folder: Path, ec_key: ec.EllipticCurvePrivateKey
         assert found.key is not None
 
 
-def test_a_certificate_is_examined_without_a_key(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_certificate_is_examined_without_a_key(folder: Path, ec_key: Any, root_key: Any) -> None:
     certificate_path, _ = write_pair(folder, [leaf(ec_key, root_key)], ec_key)
     found = examine(certificate_path, None, NOW)
     assert (found.refused, found.warnings, found.key) == ([], [], None)
 
 
-def test_a_key_is_examined_alone(folder: Path, ec_key: ec.EllipticCurvePrivateKey) -> None:
+def test_key_is_examined_alone(folder: Path, ec_key: ec.EllipticCurvePrivateKey) -> None:
     _, key_path = write_pair(folder, b"", ec_key)
     found = examine(key_path, None, NOW)
     assert (found.refused, found.warnings, found.chain) == ([], [], [])
     assert isinstance(found.key, ec.EllipticCurvePrivateKey)
 
 
-def test_an_encrypted_key_needs_its_passphrase(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_encrypted_key_needs_its_passphrase(folder: Path, ec_key: Any, root_key: Any) -> None:
     encrypted = pem_of_key(ec_key, encryption=serialization.BestAvailableEncryption(b"secret words"))
     certificate_path, key_path = write_pair(folder, [leaf(ec_key, root_key)], encrypted)
     assert examine(certificate_path, key_path, NOW, passphrase=b"secret words").refused == []
@@ -96,14 +96,14 @@ def test_an_encrypted_key_needs_its_passphrase(folder: Path, ec_key: Any, root_k
         assert "passphrase" in reason
 
 
-def test_the_key_is_in_no_repr(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_key_is_not_in_the_repr(folder: Path, ec_key: Any, root_key: Any) -> None:
     assert "key=" not in repr(look(folder, [leaf(ec_key, root_key)], ec_key))
 
 
 # --- refused ---------------------------------------------------------------------------------------------
 
 
-def test_all_that_is_wrong_is_reported_at_once(
+def test_all_problems_are_reported_at_once(
     folder: Path, ec_key: Any, root_key: Any, root: x509.Certificate
 ) -> None:
     weak = rsa.generate_private_key(65537, 1024)
@@ -133,7 +133,7 @@ def test_all_that_is_wrong_is_reported_at_once(
 
 
 @pytest.mark.parametrize("secret", ["certificate", "key"])
-def test_what_others_can_touch_is_said_as_a_server_says_it(
+def test_wrong_permissions_are_reported_in_the_words_of_a_server(
     folder: Path, ec_key: Any, root_key: Any, secret: str
 ) -> None:
     certificate_path, key_path = write_pair(folder, [leaf(ec_key, root_key)], ec_key)
@@ -143,9 +143,7 @@ def test_what_others_can_touch_is_said_as_a_server_says_it(
     assert examine(certificate_path, key_path, NOW).refused == [str(refusal.value)]
 
 
-def test_a_folder_that_others_can_list_is_no_place_for_one_file_with_both(
-    folder: Path, ec_key: Any, root_key: Any
-) -> None:
+def test_listable_folder_is_refused_for_one_file_with_both(folder: Path, ec_key: Any, root_key: Any) -> None:
     path = folder / "both.pem"
     path.touch(0o600)
     path.write_bytes(pem(leaf(ec_key, root_key)) + pem_of_key(ec_key))
@@ -154,20 +152,20 @@ def test_a_folder_that_others_can_list_is_no_place_for_one_file_with_both(
     assert reason.endswith(f"run: chmod 700 {folder}")
 
 
-def test_a_weak_key_alone_is_refused(folder: Path) -> None:
+def test_weak_key_alone_is_refused(folder: Path) -> None:
     _, key_path = write_pair(folder, b"", rsa.generate_private_key(65537, 1024))
     (reason,) = examine(key_path, None, NOW).refused
     assert "too weak" in reason
 
 
-def test_a_key_that_is_elsewhere_and_missing_is_an_error(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_missing_key_file_is_an_error(folder: Path, ec_key: Any, root_key: Any) -> None:
     certificate_path, _ = write_pair(folder, [leaf(ec_key, root_key)], ec_key)
     with pytest.raises(CertificateError, match=r"absent\.key: cannot be read"):
         examine(certificate_path, folder / "absent.key", NOW)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", pem_of(b"\x30\x03\x02\x01\x01"), pem_of(b"x")[:-20]])
-def test_what_holds_nothing_is_refused(folder: Path, data: bytes) -> None:
+def test_file_without_certificate_and_key_is_refused(folder: Path, data: bytes) -> None:
     path = folder / "site.pem"
     path.write_bytes(data)
     path.chmod(0o600)
@@ -176,7 +174,7 @@ def test_what_holds_nothing_is_refused(folder: Path, data: bytes) -> None:
     assert found.chain == []
 
 
-def test_an_extension_that_cannot_be_read_is_reported_once(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_unparsable_extension_is_reported_once(folder: Path, ec_key: Any, root_key: Any) -> None:
     damaged = x509.UnrecognizedExtension(x509.SubjectAlternativeName.oid, b"\x30\x03\x02")
     found = look(folder, [leaf(ec_key, root_key, damaged)], ec_key, host="a.example")
     assert found.refused == [
@@ -184,9 +182,7 @@ def test_an_extension_that_cannot_be_read_is_reported_once(folder: Path, ec_key:
     ]
 
 
-def test_a_name_that_cannot_be_read_is_refused_as_a_server_refuses_it(
-    folder: Path, ec_key: Any, root_key: Any
-) -> None:
+def test_unparsable_name_is_refused_as_by_a_server(folder: Path, ec_key: Any, root_key: Any) -> None:
     good = der(leaf(ec_key, root_key, subject="owner of it"))
     path, key_path = write_pair(folder, pem_of(good.replace(b"owner", b"own\xffr")), ec_key)
     refusal = f"{path}: contains a certificate that cannot be parsed; replace the file"
@@ -196,14 +192,14 @@ def test_a_name_that_cannot_be_read_is_refused_as_a_server_refuses_it(
     assert str(caught.value) == refusal
 
 
-def test_what_is_no_file_is_an_error(folder: Path) -> None:
+def test_path_that_cannot_be_read_is_an_error(folder: Path) -> None:
     os.mkfifo(folder / "pipe", 0o600)
     for path in (folder / "absent", folder, folder / "pipe", Path("a\0b")):
         with pytest.raises(CertificateError):
             examine(path, None, NOW)
 
 
-def test_a_huge_file_is_an_error(folder: Path) -> None:
+def test_huge_file_is_an_error(folder: Path) -> None:
     path = folder / "huge"
     path.touch(0o600)
     os.truncate(path, 1 << 30)
@@ -224,7 +220,7 @@ def test_a_huge_file_is_an_error(folder: Path) -> None:
         ("example", False),
     ],
 )
-def test_the_name_that_clients_use_must_be_in_it(
+def test_host_name_must_be_in_the_certificate(
     folder: Path, ec_key: Any, root_key: Any, host: str, good: bool
 ) -> None:
     found = look(folder, [leaf(ec_key, root_key)], ec_key, host=host)
@@ -235,9 +231,7 @@ def test_the_name_that_clients_use_must_be_in_it(
         )
 
 
-def test_names_of_other_programs_are_shown_on_one_line_and_not_without_end(
-    folder: Path, ec_key: Any, root_key: Any
-) -> None:
+def test_names_in_messages_are_escaped_and_truncated(folder: Path, ec_key: Any, root_key: Any) -> None:
     names = [x509.DNSName(f"\x1b[2J\n{'a' * 60}{number}") for number in range(10)]
     found = look(
         folder, [leaf(ec_key, root_key, x509.SubjectAlternativeName(names))], ec_key, host="b.example"
@@ -248,12 +242,12 @@ def test_names_of_other_programs_are_shown_on_one_line_and_not_without_end(
     assert len(refusal) < 500 + len(str(folder))
 
 
-def test_a_name_that_cannot_be_is_an_error(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_invalid_host_name_is_an_error(folder: Path, ec_key: Any, root_key: Any) -> None:
     with pytest.raises(CertificateError, match="is not a valid name"):
         look(folder, [leaf(ec_key, root_key)], ec_key, host="no name")
 
 
-def test_now_has_a_zone(folder: Path) -> None:
+def test_naive_time_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="aware"):
         examine(folder / "x", None, datetime(2026, 6, 1))
 
@@ -265,7 +259,7 @@ def test_now_has_a_zone(folder: Path) -> None:
     ("life", "left", "near"),
     [(90, 30, True), (90, 31, False), (9, 3, True), (9, 4, False), (1000, 30, True), (1000, 31, False)],
 )
-def test_a_near_end_is_a_warning(
+def test_near_expiry_is_a_warning(
     folder: Path, ec_key: Any, root_key: Any, life: int, left: int, near: bool
 ) -> None:
     end = NOW.replace(microsecond=0) + left * DAY
@@ -275,7 +269,7 @@ def test_a_near_end_is_a_warning(
     assert [("expires on" in each) for each in found.warnings] == ([True] if near else [])
 
 
-def test_a_chain_that_ends_before_its_leaf_is_a_warning(folder: Path, ec_key: Any, root_key: Any) -> None:
+def test_chain_that_expires_before_its_leaf_is_a_warning(folder: Path, ec_key: Any, root_key: Any) -> None:
     middle_key = ec.generate_private_key(ec.SECP256R1())
     middle = build(
         middle_key,
@@ -290,7 +284,7 @@ def test_a_chain_that_ends_before_its_leaf_is_a_warning(folder: Path, ec_key: An
     assert "certificate 2 of the chain expires before the server's" in warning
 
 
-def test_the_root_in_the_file_is_a_warning_with_its_price(
+def test_root_in_the_file_is_a_warning_with_its_size(
     folder: Path, ec_key: Any, root_key: Any, root: x509.Certificate
 ) -> None:
     found = look(folder, [leaf(ec_key, root_key), root], ec_key)
@@ -302,7 +296,7 @@ def test_the_root_in_the_file_is_a_warning_with_its_price(
     ]
 
 
-def test_a_self_signed_certificate_is_a_warning(folder: Path, ec_key: Any) -> None:
+def test_self_signed_certificate_is_a_warning(folder: Path, ec_key: Any) -> None:
     (warning,) = look(folder, [build(ec_key, extensions=[SAN], **LONG)], ec_key).warnings
     assert "is self-signed" in warning
 
@@ -312,7 +306,7 @@ def access(method: x509.ObjectIdentifier) -> x509.AuthorityInformationAccess:
     return x509.AuthorityInformationAccess([x509.AccessDescription(method, where)])
 
 
-def test_a_leaf_without_the_chain_that_it_speaks_of_is_a_warning(
+def test_leaf_without_its_chain_is_a_warning(
     folder: Path, ec_key: Any, root_key: Any, root: x509.Certificate
 ) -> None:
     made = leaf(ec_key, root_key, SAN, access(AuthorityInformationAccessOID.CA_ISSUERS))
@@ -333,7 +327,7 @@ def test_must_staple_is_a_warning(folder: Path, ec_key: Any, root_key: Any) -> N
 
 
 @pytest.mark.parametrize("case", range(8))
-def test_a_server_refuses_what_is_refused_here_and_nothing_else(
+def test_server_refuses_exactly_what_is_refused_here(
     folder: Path, ec_key: Any, root_key: Any, root: x509.Certificate, other_rsa_key: Any, case: int
 ) -> None:
     chain, key = [leaf(ec_key, root_key), root], ec_key

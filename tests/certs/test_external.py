@@ -86,7 +86,7 @@ def other_ec_key() -> ec.EllipticCurvePrivateKey:
 # --- loading
 
 
-def test_a_site_is_loaded_with_a_pair_of_each_kind(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_site_is_loaded_with_a_pair_of_each_key_family(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     first = Files(tmp_path, "rsa").write(rsa_key)
     second = Files(tmp_path, "ecdsa").write(ec_key)
     spec = ExternalSite(("A.example",), (first.certificate, second.certificate), (first.key, second.key))
@@ -96,18 +96,18 @@ def test_a_site_is_loaded_with_a_pair_of_each_kind(tmp_path: Path, rsa_key: Any,
     assert spec.paths == (first.certificate, second.certificate, first.key, second.key)
 
 
-def test_a_default_site_needs_no_names(tmp_path: Path, ec_key: Any) -> None:
+def test_default_site_needs_no_names(tmp_path: Path, ec_key: Any) -> None:
     assert load(Files(tmp_path).write(ec_key).site()).names == ()
 
 
-def test_certificate_and_key_may_be_in_one_file(tmp_path: Path, ec_key: Any) -> None:
+def test_certificate_and_key_can_be_in_one_file(tmp_path: Path, ec_key: Any) -> None:
     both = put(tmp_path / "both.pem", pem_of_key(ec_key) + pem(build(ec_key, extensions=[san("a.example")])))
     for spec in (ExternalSite(("a.example",), (both,)), ExternalSite(("a.example",), (both,), (both,))):
         assert load(spec).pairs[0].key == both
         assert spec.paths == (both,)
 
 
-def test_links_are_followed_to_where_certbot_keeps_its_files(tmp_path: Path, ec_key: Any) -> None:
+def test_links_of_certbot_are_followed(tmp_path: Path, ec_key: Any) -> None:
     archive, live = tmp_path / "archive", tmp_path / "live"
     archive.mkdir(0o700)
     live.mkdir(0o755)
@@ -118,7 +118,7 @@ def test_links_are_followed_to_where_certbot_keeps_its_files(tmp_path: Path, ec_
     assert load(ExternalSite(("a.example",), links[:1], links[1:])).pairs[0].certificate == links[0]
 
 
-def test_the_number_of_files_is_checked(tmp_path: Path, ec_key: Any) -> None:
+def test_wrong_number_of_files_is_refused(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     for certificates, keys in ((0, 0), (3, 3), (2, 1), (1, 2)):
         spec = ExternalSite(("a.example",), (files.certificate,) * certificates, (files.key,) * keys)
@@ -129,7 +129,7 @@ def test_the_number_of_files_is_checked(tmp_path: Path, ec_key: Any) -> None:
     assert refusal(spec).startswith(f"the site of {files.certificate} has 2 certificates and 1 keys")
 
 
-def test_two_certificates_of_one_kind_are_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_two_certificates_of_one_key_family_are_refused(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     spec = ExternalSite((), (files.certificate,) * 2, (files.key,) * 2)
     assert "are both ecdsa; configure one of each key family" in refusal(spec)
@@ -157,7 +157,7 @@ def test_two_certificates_of_one_kind_are_refused(tmp_path: Path, ec_key: Any) -
         ("192.0.2.7", "192.0.2.7", True),
     ],
 )
-def test_what_an_entry_of_a_certificate_covers(entry: str, name: str, covered: bool) -> None:
+def test_names_covered_by_an_entry(entry: str, name: str, covered: bool) -> None:
     assert covers(entry, name) is covered
 
 
@@ -177,7 +177,7 @@ def test_each_name_must_be_in_each_certificate(tmp_path: Path, rsa_key: Any, ec_
     )
 
 
-def test_an_address_is_no_name_of_a_site(tmp_path: Path, ec_key: Any) -> None:
+def test_address_as_site_name_is_refused(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path)
     put(
         files.certificate,
@@ -193,7 +193,7 @@ def test_an_address_is_no_name_of_a_site(tmp_path: Path, ec_key: Any) -> None:
     assert "is not a valid name for a certificate" in refusal(files.site("under_score.example"))
 
 
-def test_sites_are_checked_against_one_another(tmp_path: Path) -> None:
+def test_contradictory_sites_are_refused(tmp_path: Path) -> None:
     def site(*names: str) -> ExternalSite:
         return ExternalSite(names, (tmp_path / "a.crt",))
 
@@ -212,7 +212,7 @@ def test_sites_are_checked_against_one_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"secret", b"secret\n", b"secret\r\n", b"secret\nmore\n"])
-def test_a_passphrase_is_the_first_line_of_its_file(tmp_path: Path, ec_key: Any, line: bytes) -> None:
+def test_passphrase_is_the_first_line_of_its_file(tmp_path: Path, ec_key: Any, line: bytes) -> None:
     files = Files(tmp_path)
     files.write_certificate(ec_key)
     files.write_key(ec_key, b"secret")
@@ -222,7 +222,7 @@ def test_a_passphrase_is_the_first_line_of_its_file(tmp_path: Path, ec_key: Any,
     assert spec.paths == (files.certificate, files.key, path)
 
 
-def test_a_passphrase_is_in_a_variable(tmp_path: Path, ec_key: Any) -> None:
+def test_passphrase_is_read_from_a_variable(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path)
     files.write_certificate(ec_key)
     files.write_key(ec_key, "sécret\udcff".encode("utf-8", "surrogateescape"))
@@ -236,21 +236,21 @@ def test_a_passphrase_is_in_a_variable(tmp_path: Path, ec_key: Any) -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"\r\nsecret", b"x" * 1025])
-def test_no_passphrase_and_one_without_bounds_are_refused(tmp_path: Path, line: bytes) -> None:
+def test_missing_or_oversized_passphrase_is_refused(tmp_path: Path, line: bytes) -> None:
     path = put(tmp_path / "passphrase", line)
     with pytest.raises(CertificateError) as caught:
         PassphraseSource(file=path).read({})
     assert str(caught.value) == f"{path}: its first line must be a passphrase of 1 to 1024 bytes"
 
 
-def test_a_passphrase_that_others_can_read_is_refused(tmp_path: Path) -> None:
+def test_passphrase_file_readable_by_others_is_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "passphrase", b"secret")
     path.chmod(0o640)
     with pytest.raises(CertificateError, match="others can read"):
         PassphraseSource(file=path).read({})
 
 
-def test_two_sources_of_a_passphrase_are_refused(tmp_path: Path) -> None:
+def test_two_passphrase_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="configure one"):
         PassphraseSource(tmp_path / "passphrase", "VARIABLE").read({"VARIABLE": "secret"})
 
@@ -284,14 +284,14 @@ class Watched:
 
 
 @pytest.mark.requirement("fallback")
-def test_a_site_that_cannot_be_served_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+def test_invalid_site_does_not_start(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     files.write_key(other_ec_key)
     with pytest.raises(CertificateError, match="does not belong to"):
         Watched(files.site())
 
 
-def test_nothing_is_loaded_while_nothing_changes(
+def test_unchanged_files_are_not_loaded_again(
     tmp_path: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = Watched(Files(tmp_path).write(ec_key).site())
@@ -300,9 +300,7 @@ def test_nothing_is_loaded_while_nothing_changes(
 
 
 @pytest.mark.requirement("renewal")
-def test_a_new_pair_is_taken_at_once_and_reported_as_a_change(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any
-) -> None:
+def test_new_pair_is_loaded_at_once(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site("a.example"))
     before = watched.pin
@@ -314,14 +312,14 @@ def test_a_new_pair_is_taken_at_once_and_reported_as_a_change(
     assert watched.check() == Found(changed=True)
 
 
-def test_the_same_certificate_written_again_is_no_change(tmp_path: Path, ec_key: Any) -> None:
+def test_rewritten_identical_certificate_is_not_a_change(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     put(files.certificate, files.certificate.read_bytes() + b"\n")
     assert watched.check() == NOTHING
 
 
-def test_a_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) -> None:
+def test_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path)
     files.write_certificate(ec_key)
     files.write_key(ec_key, b"one")
@@ -334,7 +332,7 @@ def test_a_key_with_another_passphrase_is_a_change(tmp_path: Path, ec_key: Any) 
 
 
 @pytest.mark.parametrize("order", ["certificate first", "key first"])
-def test_a_pair_that_is_half_written_is_given_time_and_never_served(
+def test_half_written_pair_is_given_time_and_never_served(
     tmp_path: Path, ec_key: Any, other_ec_key: Any, order: str
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -353,7 +351,7 @@ def test_a_pair_that_is_half_written_is_given_time_and_never_served(
 
 
 @pytest.mark.requirement("renewal")
-def test_files_that_stay_bad_are_reported_once_and_the_good_ones_again(
+def test_bad_files_are_reported_once_and_their_recovery_too(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -369,7 +367,7 @@ def test_files_that_stay_bad_are_reported_once_and_the_good_ones_again(
     assert watched.checks(100) == [NOTHING] * 100
 
 
-def test_each_change_to_files_that_stay_bad_is_reported_when_it_has_settled(
+def test_each_change_of_bad_files_is_reported_once_it_has_settled(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -383,20 +381,20 @@ def test_each_change_to_files_that_stay_bad_is_reported_when_it_has_settled(
     assert watched.check() == Found(changed=True, recovered=True)
 
 
-def test_files_that_are_never_quiet_are_reported_of_in_the_end(tmp_path: Path, ec_key: Any) -> None:
+def test_bad_files_that_keep_changing_are_reported_eventually(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
-    told = []
+    reported = []
     for turn in range(1000):
         put(files.key, b"junk %d" % turn)
         if watched.check() != NOTHING:
-            told.append(turn)
-    assert told == [300, 601, 902]
+            reported.append(turn)
+    assert reported == [300, 601, 902]
     files.write_key(ec_key)
     assert watched.check() == Found(recovered=True)
 
 
-def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
+def test_deleted_file_changes_nothing(tmp_path: Path, ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     good = files.certificate.read_bytes()
@@ -410,7 +408,7 @@ def test_a_file_that_is_gone_changes_nothing(tmp_path: Path, ec_key: Any) -> Non
     assert watched.check() == Found(recovered=True)
 
 
-def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
+def test_certificate_not_yet_valid_is_served_when_its_time_has_come(
     tmp_path: Path, ec_key: Any, other_ec_key: Any
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -427,7 +425,7 @@ def test_a_certificate_of_the_future_is_taken_when_its_time_has_come(
     assert watched.pin != before
 
 
-def test_what_is_bad_is_tried_each_minute(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+def test_bad_files_are_retried_every_minute(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     files.write(other_ec_key)
@@ -439,9 +437,7 @@ def test_what_is_bad_is_tried_each_minute(tmp_path: Path, ec_key: Any, other_ec_
     assert checks == [NOTHING] * 59 + [Found(changed=True, recovered=True)]
 
 
-def test_what_is_wrong_is_reported_again_if_it_is_something_else(
-    tmp_path: Path, ec_key: Any, other_ec_key: Any
-) -> None:
+def test_different_problem_is_reported_again(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     files.write(other_ec_key, not_before=NOW + DAY, not_after=NOW + 2 * DAY)
@@ -452,7 +448,7 @@ def test_what_is_wrong_is_reported_again_if_it_is_something_else(
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ENFILE, errno.ESTALE])
-def test_a_disk_that_fails_changes_nothing(
+def test_disk_failure_changes_nothing(
     tmp_path: Path, ec_key: Any, other_ec_key: Any, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -473,7 +469,7 @@ def test_a_disk_that_fails_changes_nothing(
     assert watched.check() == Found(changed=True, recovered=True)
 
 
-def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
+def test_file_that_changes_while_it_is_loaded_is_detected_by_the_next_check(
     tmp_path: Path, ec_key: Any, other_ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = Files(tmp_path).write(ec_key)
@@ -494,7 +490,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_seen_at_the_next_look(
     assert watched.pin != before
 
 
-def test_two_pairs_are_taken_together_or_not_at_all(
+def test_two_pairs_are_loaded_together_or_not_at_all(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: Any, other_ec_key: Any
 ) -> None:
     first = Files(tmp_path, "rsa").write(rsa_key)
@@ -510,7 +506,7 @@ def test_two_pairs_are_taken_together_or_not_at_all(
     assert watched.check() == Found(changed=True)
 
 
-def test_files_of_other_programs_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
+def test_external_files_are_never_written(tmp_path: Path, ec_key: Any, other_ec_key: Any) -> None:
     files = Files(tmp_path).write(ec_key)
     watched = Watched(files.site())
     files.write_key(other_ec_key)

@@ -37,13 +37,13 @@ def folder(tmp_path: Path) -> Path:
 # --- reading
 
 
-def test_a_tight_key_file_is_read(folder: Path) -> None:
+def test_private_key_file_is_read(folder: Path) -> None:
     assert files.read_key_file(put(folder / "a.key")) == b"data"
     assert files.read_key_file(put(folder / "b.key", mode=0o400)) == b"data"
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o620, 0o610, 0o604, 0o602, 0o601, 0o666, 0o644, 0o660])
-def test_a_key_that_others_can_reach_is_refused_with_the_chmod(folder: Path, mode: int) -> None:
+def test_key_accessible_by_others_is_refused_with_the_chmod(folder: Path, mode: int) -> None:
     path = put(folder / "a.key", PEM_KEY, mode)
     with pytest.raises(CertificateError) as caught:
         files.read_key_file(path)
@@ -54,7 +54,7 @@ def test_a_key_that_others_can_reach_is_refused_with_the_chmod(folder: Path, mod
 
 
 @pytest.mark.parametrize("mode", [0o740, 0o720, 0o704, 0o702, 0o755, 0o777, 0o1777])
-def test_a_key_in_a_folder_that_others_can_list_or_change_is_refused(folder: Path, mode: int) -> None:
+def test_key_in_a_folder_accessible_by_others_is_refused(folder: Path, mode: int) -> None:
     path = put(folder / "a.key")
     folder.chmod(mode)
     with pytest.raises(CertificateError) as caught:
@@ -63,13 +63,13 @@ def test_a_key_in_a_folder_that_others_can_list_or_change_is_refused(folder: Pat
     assert f"run: chmod 700 '{folder}'" in str(caught.value)
 
 
-def test_a_folder_that_others_may_pass_through_is_no_danger_to_a_key(folder: Path) -> None:
+def test_key_in_a_folder_that_others_can_only_traverse_is_read(folder: Path) -> None:
     path = put(folder / "a.key")
     folder.chmod(0o711)
     assert files.read_key_file(path) == b"data"
 
 
-def test_a_certificate_may_be_read_by_all_but_changed_by_none(folder: Path) -> None:
+def test_certificate_can_be_readable_but_not_writable_by_others(folder: Path) -> None:
     path = put(folder / "a.crt", mode=0o644)
     folder.chmod(0o755)
     assert files.read_certificate_file(path) == b"data"
@@ -84,7 +84,7 @@ def test_a_certificate_may_be_read_by_all_but_changed_by_none(folder: Path) -> N
         files.read_certificate_file(path)
 
 
-def test_a_certificate_file_with_a_key_in_it_is_guarded_like_a_key(folder: Path) -> None:
+def test_certificate_file_with_a_key_is_protected_like_a_key(folder: Path) -> None:
     path = put(folder / "both.pem", b"certificate\n" + PEM_KEY, 0o644)
     with pytest.raises(CertificateError, match="others can read or change this file"):
         files.read_certificate_file(path)
@@ -109,7 +109,7 @@ def test_files_and_folders_of_another_user_are_refused(folder: Path, monkeypatch
         )
 
 
-def test_a_link_is_followed_and_both_folders_are_checked(folder: Path, tmp_path: Path) -> None:
+def test_link_is_followed_and_both_folders_are_checked(folder: Path, tmp_path: Path) -> None:
     key = put(folder / "real.key")
     links = tmp_path / "links"
     links.mkdir(0o755)
@@ -125,7 +125,7 @@ def test_a_link_is_followed_and_both_folders_are_checked(folder: Path, tmp_path:
         files.read_key_file(link)
 
 
-def test_a_file_of_a_mebibyte_is_read_and_a_larger_one_is_not(folder: Path) -> None:
+def test_file_of_a_mebibyte_is_read_and_a_larger_one_refused(folder: Path) -> None:
     path = put(folder / "a.crt", bytes(files.MAX_FILE_BYTES))
     assert len(files.read_certificate_file(path)) == files.MAX_FILE_BYTES
     put(path, bytes(files.MAX_FILE_BYTES + 1))
@@ -134,7 +134,7 @@ def test_a_file_of_a_mebibyte_is_read_and_a_larger_one_is_not(folder: Path) -> N
             read(path)
 
 
-def test_what_is_no_regular_file_is_refused_without_waiting(folder: Path) -> None:
+def test_irregular_file_is_refused_without_waiting(folder: Path) -> None:
     fifo = folder / "fifo"
     os.mkfifo(fifo, 0o600)
     for path in (fifo, Path("/dev/null"), folder):
@@ -144,7 +144,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["missing.key", "missing/a.key", "loop", "x" * 300])
-def test_a_file_that_is_not_there_is_named_with_advice(folder: Path, name: str) -> None:
+def test_missing_file_is_named_with_advice(folder: Path, name: str) -> None:
     (folder / "loop").symlink_to(folder / "loop")
     with pytest.raises(CertificateError) as caught:
         files.read_key_file(folder / name)
@@ -152,7 +152,7 @@ def test_a_file_that_is_not_there_is_named_with_advice(folder: Path, name: str) 
     assert "check the path" in str(caught.value)
 
 
-def test_a_path_with_a_nul_is_refused(folder: Path) -> None:
+def test_path_with_a_nul_is_refused(folder: Path) -> None:
     path = folder / "a\0b"
     for use in (files.read_certificate_file, files.read_key_file, files.make_folder):
         with pytest.raises(CertificateError, match="is not a valid path"):
@@ -162,7 +162,7 @@ def test_a_path_with_a_nul_is_refused(folder: Path) -> None:
 # --- folders
 
 
-def test_a_missing_folder_is_made_with_those_above_it_for_the_owner_alone(tmp_path: Path) -> None:
+def test_missing_folders_are_created_for_the_owner_only(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "home" / "certs"
     old = os.umask(0)
     try:
@@ -172,7 +172,7 @@ def test_a_missing_folder_is_made_with_those_above_it_for_the_owner_alone(tmp_pa
     assert [mode_of(path) for path in (directory, directory.parent, directory.parent.parent)] == [0o700] * 3
 
 
-def test_a_umask_that_takes_the_owners_bits_does_no_harm(tmp_path: Path) -> None:
+def test_umask_without_owner_bits_does_no_harm(tmp_path: Path) -> None:
     directory = tmp_path / "home" / "certs"
     certificate, key = directory / "a.crt", directory / "a.key"
     old = os.umask(0o777)
@@ -185,7 +185,7 @@ def test_a_umask_that_takes_the_owners_bits_does_no_harm(tmp_path: Path) -> None
     assert mode_of(certificate) == mode_of(key) == 0o600
 
 
-def test_a_folder_that_is_there_is_checked_and_not_changed(folder: Path) -> None:
+def test_existing_folder_is_checked_and_not_changed(folder: Path) -> None:
     files.make_folder(folder)
     folder.chmod(0o750)
     with pytest.raises(CertificateError, match="run: chmod 700 "):
@@ -193,7 +193,7 @@ def test_a_folder_that_is_there_is_checked_and_not_changed(folder: Path) -> None
     assert mode_of(folder) == 0o750
 
 
-def test_a_folder_that_another_process_makes_first_is_taken(
+def test_folder_created_concurrently_by_another_process_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "certs"
@@ -208,7 +208,7 @@ def test_a_folder_that_another_process_makes_first_is_taken(
     assert mode_of(directory) == 0o700
 
 
-def test_a_file_where_the_folder_should_be_is_refused(folder: Path) -> None:
+def test_file_in_place_of_the_folder_is_refused(folder: Path) -> None:
     path = put(folder / "certs")
     with pytest.raises(CertificateError, match="is not a folder; move it away"):
         files.make_folder(path)
@@ -218,7 +218,7 @@ def test_a_file_where_the_folder_should_be_is_refused(folder: Path) -> None:
         files.make_folder(dangling)
 
 
-def test_a_folder_that_cannot_be_made_is_named(folder: Path) -> None:
+def test_folder_that_cannot_be_created_is_named(folder: Path) -> None:
     with pytest.raises(CertificateError, match="xxx: cannot be created: File name too long"):
         files.make_folder(folder / ("x" * 300))
 
@@ -265,7 +265,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_pair_is_put_in_place_for_the_owner_alone(folder: Path) -> None:
+def test_pair_is_installed_for_the_owner_only(folder: Path) -> None:
     certificate, key = folder / "a.crt", folder / "a.key"
     files.install(certificate, b"c1", key, b"k1")
     assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
@@ -274,9 +274,7 @@ def test_a_pair_is_put_in_place_for_the_owner_alone(folder: Path) -> None:
     assert contents(folder) == {"a.crt": b"c1 again", "a.key": b"k1"}
 
 
-def test_files_are_created_exclusively_beside_their_place(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_staging_files_are_created_exclusively(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[Path, int, int]] = []
     real = os.open
 
@@ -321,7 +319,7 @@ def count_steps(
 
 
 @pytest.mark.parametrize("new_key", [b"k2", None])
-def test_a_crash_at_any_step_leaves_the_old_pair_or_the_new_one(
+def test_crash_at_any_step_leaves_the_old_or_the_new_pair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_key: bytes | None
 ) -> None:
     """Every step is tried, and for each also every step of the recovery after it."""
@@ -380,7 +378,7 @@ def test_a_crash_at_any_step_leaves_the_old_pair_or_the_new_one(
         ({".a.crt.new": b"c2", ".a.key.new": b"k2"}, {"a.crt": b"c2", "a.key": b"k2"}),
     ],
 )
-def test_what_a_crash_left_is_finished_if_it_is_whole_and_deleted_if_not(
+def test_complete_staged_pair_is_installed_and_an_incomplete_one_deleted(
     folder: Path, left: dict[str, bytes], expected: dict[str, bytes]
 ) -> None:
     put(folder / "a.crt", b"c1")
@@ -391,13 +389,13 @@ def test_what_a_crash_left_is_finished_if_it_is_whole_and_deleted_if_not(
     assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1", **expected}
 
 
-def test_a_first_pair_of_which_only_the_key_was_staged_is_forgotten(folder: Path) -> None:
+def test_first_pair_with_only_a_staged_key_is_discarded(folder: Path) -> None:
     put(folder / ".a.crt.new", b"c1")
     files.recover(folder / "a.crt", folder / "a.key", match)
     assert contents(folder) == {}
 
 
-def test_a_full_disk_changes_nothing_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_changes_nothing_and_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate, key = folder / "a.crt", folder / "a.key"
     files.install(certificate, b"c1", key, b"k1")
     for stop_at in (1, 2, 3, 4, 5):  # mode and content of either file, then the folder
@@ -420,7 +418,7 @@ def test_a_full_disk_changes_nothing_and_is_reported(folder: Path, monkeypatch: 
         assert contents(folder) == {"a.crt": b"c1", "a.key": b"k1"}
 
 
-def test_a_disk_that_fails_in_cleaning_up_too_reports_of_its_first_failure(
+def test_first_disk_error_is_reported_if_the_cleanup_fails_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -433,7 +431,7 @@ def test_a_disk_that_fails_in_cleaning_up_too_reports_of_its_first_failure(
     assert contents(folder) == {}
 
 
-def test_a_file_that_cannot_be_used_is_set_aside_whole(folder: Path) -> None:
+def test_unusable_file_is_set_aside_unchanged(folder: Path) -> None:
     path = put(folder / "a.key", b"junk")
     files.set_aside(path)
     assert contents(folder) == {"a.key.aside": b"junk"}

@@ -25,18 +25,18 @@ def _no_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, name, ask)
 
 
-def test_localhost_the_loopback_addresses_and_the_host_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_localhost_loopback_and_host_name_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "Box.Example.NET")
     names = host.found_names()
     assert names[:5] == ("localhost", "box.example.net", "box", "127.0.0.1", "::1")
     assert len(names) == len(set(names))
 
 
-def test_every_found_name_can_stand_in_a_certificate() -> None:
+def test_every_found_name_is_valid_in_a_certificate() -> None:
     assert all(check_name(name) == name for name in host.found_names())
 
 
-def test_a_host_name_that_no_certificate_can_hold_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_name_invalid_in_a_certificate_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "my_host")
     monkeypatch.setattr(host, "interface_addresses", list)
     assert host.found_names() == ("localhost", "127.0.0.1", "::1")
@@ -49,7 +49,7 @@ def test_link_local_addresses_are_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert host.found_names() == ("localhost", "box", "127.0.0.1", "::1", "192.0.2.7", "2001:db8::7")
 
 
-def test_the_addresses_of_the_interfaces_are_ones_that_this_machine_can_bind() -> None:
+def test_interface_addresses_can_be_bound() -> None:
     addresses = host.interface_addresses()
     assert IPv4Address("127.0.0.1") in addresses
     for address in addresses:
@@ -60,7 +60,7 @@ def test_the_addresses_of_the_interfaces_are_ones_that_this_machine_can_bind() -
             probe.bind((str(address), 0))
 
 
-def test_entries_of_all_kinds_are_reported_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interface_entries_of_all_families_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(family: int, rest: bytes) -> Any:
         raw = ctypes.create_string_buffer(family.to_bytes(2, sys.byteorder) + rest)
         kept.append(raw)
@@ -82,7 +82,7 @@ def test_entries_of_all_kinds_are_reported_apart(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_the_family_is_read_on_systems_with_a_length_byte() -> None:
+def test_address_family_is_parsed_on_systems_with_a_length_byte() -> None:
     assert host._family(bytes((16, 2)), "darwin") == 2
     assert host._family((2).to_bytes(2, sys.byteorder), "linux") == 2
 
@@ -100,7 +100,7 @@ def _no_library(name: object, **options: Any) -> Any:
     ],
     ids=["no library", "no function", "an error"],
 )
-def test_where_the_system_cannot_tell_only_the_loopback_is_found(
+def test_only_loopback_is_found_without_the_system_function(
     library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", library)

@@ -41,7 +41,7 @@ entries = st.builds(
 )
 
 
-def test_a_list_is_text_for_people_too() -> None:
+def test_list_is_readable_text() -> None:
     assert render_list([ADA, BOB, STRAY]).decode() == (
         "zcproto client certificates: serial, name, end, and if revoked: when and why\n"
         "4D2A9F ada 20260830T123015Z\n"
@@ -51,11 +51,11 @@ def test_a_list_is_text_for_people_too() -> None:
 
 
 @given(st.lists(entries, unique_by=lambda entry: entry.serial_number))
-def test_what_is_written_is_read_again(issued: list[Issued]) -> None:
+def test_rendered_list_is_parsed_again(issued: list[Issued]) -> None:
     assert parse_list(render_list(issued), "list") == tuple(issued)
 
 
-def test_an_empty_file_is_an_empty_list() -> None:
+def test_empty_file_is_an_empty_list() -> None:
     assert parse_list(b"", "list") == parse_list(HEADER.encode(), "list") == ()
 
 
@@ -70,7 +70,7 @@ def test_an_empty_file_is_an_empty_list() -> None:
         b"\xff" + HEADER.encode(),
     ],
 )
-def test_a_file_that_is_not_whole_is_refused(data: bytes) -> None:
+def test_truncated_list_is_refused(data: bytes) -> None:
     with pytest.raises(CertificateError, match=r"^client-ca\.issued: is not a complete list"):
         parse_list(data, "client-ca.issued")
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_not_whole_is_refused(data: bytes) -> None:
         "1 ada 20260830T123015Z",  # twice
     ],
 )
-def test_a_line_of_another_form_spoils_the_file(line: str) -> None:
+def test_malformed_line_invalidates_the_list(line: str) -> None:
     good = "1 bob 20260830T123015Z\n"
     with pytest.raises(CertificateError, match=r"^list: line 3 is damaged"):
         parse_list((HEADER + good + line + "\n").encode(), "list")
@@ -127,13 +127,13 @@ def test_any_bytes_are_a_list_or_refused(noise: bytes) -> None:
     assert render_list(issued) == data
 
 
-def test_a_line_is_kept_for_a_week_after_the_end() -> None:
+def test_entry_is_kept_for_a_week_after_expiry() -> None:
     end = BOB.not_after + KEEP_EXPIRED
     assert current([ADA, BOB], end) == (ADA, BOB)
     assert current([ADA, BOB], end + timedelta(seconds=1)) == (ADA,)
 
 
-def test_there_is_room_to_revoke_all_that_is_listed() -> None:
+def test_list_has_room_to_revoke_every_entry() -> None:
     longest = max(REASONS, key=len)
     issued = [Issued(MAX_SERIAL_NUMBER - number, f"device-{number}", WHEN) for number in range(200)]
     revoked = [Issued(entry.serial_number, entry.name, WHEN, WHEN, longest) for entry in issued]
@@ -144,7 +144,7 @@ def test_there_is_room_to_revoke_all_that_is_listed() -> None:
 
 
 @pytest.mark.parametrize("text", ["4D2A9F", "4d2a9f", "4D:2A:9F", "4d:2a:9f", "0000004D2A9F"])
-def test_a_serial_number_may_be_written_as_openssl_does(text: str) -> None:
+def test_serial_number_is_accepted_in_openssl_format(text: str) -> None:
     assert parse_serial(text) == 0x4D2A9F
 
 
@@ -152,6 +152,6 @@ def test_a_serial_number_may_be_written_as_openssl_does(text: str) -> None:
     "text",
     ["", ":", "0", "00:00", "-1", "+1", "0x1", "1_0", " 1", "1 ", "xyz", "\u0661", "1" * 41, "8" + "0" * 39],
 )
-def test_other_text_is_no_serial_number(text: str) -> None:
+def test_malformed_serial_number_is_refused(text: str) -> None:
     with pytest.raises(CertificateError, match="hexadecimal"):
         parse_serial(text)

@@ -11,7 +11,7 @@ from zcproto.errors import CertificateError
 @pytest.mark.parametrize(
     "key_types", [["rsa-4096", "ecdsa-p256"], ["ecdsa-p384"], ["ecdsa-p256", "rsa-2048"], ["rsa-3072"]]
 )
-def test_one_key_type_of_each_family_can_be_made(key_types: list[str]) -> None:
+def test_one_key_type_of_each_family_is_accepted(key_types: list[str]) -> None:
     keys.check_managed_key_types(key_types)
 
 
@@ -31,14 +31,14 @@ def test_one_key_type_of_each_family_can_be_made(key_types: list[str]) -> None:
         (["ecdsa-p256", "ecdsa-p256"], "of the same family"),
     ],
 )
-def test_other_choices_of_key_types_are_refused(key_types: list[str], says: str) -> None:
+def test_other_combinations_of_key_types_are_refused(key_types: list[str], says: str) -> None:
     with pytest.raises(CertificateError, match=says):
         keys.check_managed_key_types(key_types)
 
 
 @pytest.mark.requirement("key_size")
 @pytest.mark.parametrize("key_type", ["rsa-2048", "ecdsa-p256", "ecdsa-p384"])
-def test_a_key_is_of_the_type_it_was_made_for_and_reads_back(key_type: str) -> None:
+def test_generated_key_has_its_type_and_is_parsed_again(key_type: str) -> None:
     key = keys.generate(key_type)
     assert keys.key_type_of(key) == keys.key_type_of(key.public_key()) == key_type
     assert keys.weakness(key) is None
@@ -74,13 +74,13 @@ def test_weak_and_unusual_keys_are_named(key: keys.PrivateKey, key_type: str, sa
         assert says in str(keys.weakness(one))
 
 
-def test_p521_may_be_loaded() -> None:
+def test_p521_can_be_loaded() -> None:
     key = ec.generate_private_key(ec.SECP521R1())
     assert keys.key_type_of(key) == "ecdsa-p521"
     assert keys.weakness(key) is None
 
 
-def test_a_key_belongs_to_its_managed_public_key_only(
+def test_key_belongs_only_to_its_public_key(
     rsa_key: rsa.RSAPrivateKey, other_rsa_key: rsa.RSAPrivateKey, ec_key: ec.EllipticCurvePrivateKey
 ) -> None:
     other_ec_key = ec.generate_private_key(ec.SECP256R1())
@@ -91,7 +91,7 @@ def test_a_key_belongs_to_its_managed_public_key_only(
             assert keys.belongs(one, other.public_key()) is (one is other)
 
 
-def test_a_key_with_a_damaged_private_half_does_not_belong(rsa_key: rsa.RSAPrivateKey) -> None:
+def test_key_with_a_damaged_private_half_does_not_belong(rsa_key: rsa.RSAPrivateKey) -> None:
     numbers = rsa_key.private_numbers()
     damaged = rsa.RSAPrivateNumbers(
         p=numbers.p,

@@ -33,7 +33,7 @@ from zcproto.certs.managed import ManagedCertificates, ManagedSettings, cancel, 
 BOTH = settings()
 ONE = settings(key_types=["ecdsa-p256"])
 LATE = NOW + 61 * DAY
-"""When certificates that were made at NOW are to be renewed."""
+"""When certificates that were made at NOW are due for renewal."""
 
 
 # --- a machine that stops -----------------------------------------------------------------------------------------
@@ -132,10 +132,10 @@ def repaired(folder: Path, wanted: ManagedSettings, now: datetime) -> ManagedCer
     return found
 
 
-def check_promises(before: ManagedCertificates, told: set[str], after: ManagedCertificates) -> None:
+def check_promises(before: ManagedCertificates, announced: set[str], after: ManagedCertificates) -> None:
     """What was announced before the stop, or could be read after it, is announced or in use: one of both."""
     in_use, waiting = pins(after.pairs), set() if after.next_pins is None else set(after.next_pins.pins)
-    promised = told | (set() if before.next_pins is None else set(before.next_pins.pins))
+    promised = announced | (set() if before.next_pins is None else set(before.next_pins.pins))
     for pin in promised:
         assert (pin in waiting) is not (pin in in_use)
     assert waiting <= promised
@@ -189,7 +189,7 @@ CASES = {
 
 @pytest.mark.usefixtures("pooled_keys")
 @pytest.mark.parametrize("name", CASES)
-def test_a_stop_at_any_step_leaves_old_or_new_and_what_was_announced(
+def test_crash_at_any_step_leaves_old_or_new_pair_and_announced_keys(
     made: Path, tmp_path: Path, name: str
 ) -> None:
     case = CASES[name]
@@ -200,13 +200,13 @@ def test_a_stop_at_any_step_leaves_old_or_new_and_what_was_announced(
         folder = tmp_path / str(machine.last)
         shutil.copytree(made, folder)
         stopped = machine.run(lambda folder=folder: case.act(folder, case.now))
-        told = announced_pins(folder)
+        announced = announced_pins(folder)
         found = repaired(folder, case.wanted, max(case.now, NOW))
-        check_promises(before, told, found)
+        check_promises(before, announced, found)
         seen.update(new.leaf_sha256 in old for new in found.pairs)
 
         done = managed.ensure(folder, case.wanted, case.now)
-        check_promises(before, told, done)
+        check_promises(before, announced, done)
         again = managed.ensure(folder, case.wanted, case.now)
         assert (again.pairs, again.next_pins, again.new_pins) == (done.pairs, done.next_pins, ())
         if not stopped:
@@ -217,7 +217,7 @@ def test_a_stop_at_any_step_leaves_old_or_new_and_what_was_announced(
 
 
 @pytest.mark.usefixtures("pooled_keys")
-def test_a_stop_at_any_step_of_the_first_run_is_repaired_by_the_next(tmp_path: Path) -> None:
+def test_crash_at_any_step_of_the_first_run_is_repaired_by_the_next(tmp_path: Path) -> None:
     for machine in stops():
         folder = tmp_path / str(machine.last) / "certs"
         stopped = machine.run(lambda folder=folder: ensure(folder))
@@ -234,9 +234,7 @@ def test_a_stop_at_any_step_of_the_first_run_is_repaired_by_the_next(tmp_path: P
 
 
 @pytest.mark.usefixtures("pooled_keys")
-def test_a_stop_while_a_new_authority_is_made_leaves_what_clients_can_verify(
-    made: Path, tmp_path: Path
-) -> None:
+def test_crash_while_the_authority_is_reissued_leaves_verifiable_leaves(made: Path, tmp_path: Path) -> None:
     wider = settings(key_types=["ecdsa-p256"], names=[*ONE.names, "new.example"])
     widened = set()
     for machine in stops():
@@ -254,7 +252,7 @@ def test_a_stop_while_a_new_authority_is_made_leaves_what_clients_can_verify(
 
 
 @pytest.mark.usefixtures("pooled_keys")
-def test_a_stop_at_any_step_of_taking_back_leaves_it_announced_or_aside(made: Path, tmp_path: Path) -> None:
+def test_crash_while_cancelling_leaves_keys_announced_or_set_aside(made: Path, tmp_path: Path) -> None:
     rotate(made, BOTH, NOW)
     everything = {path.read_bytes() for path in made.glob("*.next.key")}
     for machine in stops():
@@ -274,7 +272,7 @@ KILLS = 60
 SECONDS = 8.0
 
 
-def test_a_writer_that_is_killed_at_random_moments_leaves_old_or_new(made: Path) -> None:
+def test_writer_killed_at_random_moments_leaves_old_or_new_pair(made: Path) -> None:
     command = [sys.executable, "-m", "tests.certs.test_kill", str(made), "20260601", str(SECONDS)]
     done = subprocess.run(
         command, capture_output=True, check=False, text=True, timeout=50, cwd=Path(__file__).parents[2]
@@ -332,13 +330,13 @@ def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:
     while report["kills"] < KILLS and time.monotonic() < deadline:
         times = kill_a_writer(folder, now, chance.choice([0.01, 0.03, 0.1]) * chance.random())
         now = times[-1]
-        told = announced_pins(folder)
+        announced = announced_pins(folder)
         after = repaired(folder, BOTH, now)
         for pair in after.pairs:
             assert pair.not_before <= now <= pair.not_after
-        assert told <= pins(after.pairs) | announced_pins(folder)
+        assert announced <= pins(after.pairs) | announced_pins(folder)
         if len(times) == 1:  # then what was there before is known
-            check_promises(before, told, after)
+            check_promises(before, announced, after)
         report["kills"] += 1
         report["finished"] += len(times) - 1
         for old, new in zip(before.pairs, after.pairs, strict=True):

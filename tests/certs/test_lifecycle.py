@@ -35,18 +35,18 @@ def made(lifetime: timedelta) -> tuple[datetime, datetime]:
         (3 * SECOND, 30 * DAY, SECOND),
     ],
 )
-def test_a_certificate_is_renewed_in_time_and_at_most_a_third_of_its_managed_lifetime_before_its_end(
+def test_renewal_is_due_in_time_and_within_the_last_third_of_the_lifetime(
     lifetime: timedelta, renew_before: timedelta, left: timedelta
 ) -> None:
     assert lifecycle.renewal_due(*made(lifetime), renew_before) == NOW + lifetime - left
 
 
 @pytest.mark.parametrize("total", [HOUR, 30 * MINUTE, SECOND])
-def test_a_certificate_that_lives_no_hour_was_not_dated_back(total: timedelta) -> None:
+def test_certificate_shorter_than_an_hour_was_not_backdated(total: timedelta) -> None:
     assert lifecycle.renewal_due(NOW, NOW + total, DAY) == NOW + total - total / 3
 
 
-def test_a_renewal_is_never_due_when_it_is_made() -> None:
+def test_renewal_is_never_due_at_issue() -> None:
     for seconds in (1, 2, 59, 60, 3600, 3601, 86_400, 397 * 86_400):
         assert lifecycle.renewal_due(*made(seconds * SECOND), 396 * DAY) > NOW
 
@@ -60,13 +60,13 @@ def test_a_renewal_is_never_due_when_it_is_made() -> None:
         (90 * DAY, 80 * DAY, 60 * DAY),
     ],
 )
-def test_an_announcement_is_as_long_as_wanted_or_as_the_certificate_allows(
+def test_announcement_has_the_configured_length_or_fits_the_lifetime(
     lifetime: timedelta, announce_key: timedelta, length: timedelta
 ) -> None:
     assert lifecycle.announcement(*made(lifetime), 30 * DAY, announce_key) == length
 
 
-def test_a_renewal_waits_for_a_key_for_a_quarter_of_the_time_that_is_left() -> None:
+def test_renewal_waits_for_a_key_for_a_quarter_of_the_time_left() -> None:
     assert lifecycle.renewal_waits_until(*made(90 * DAY), 30 * DAY) == NOW + 67.5 * DAY
 
 
@@ -82,12 +82,12 @@ def fails(retry: Retry, left: timedelta, times: int) -> list[float]:
     return delays
 
 
-def test_delays_double_from_a_minute_to_six_hours() -> None:
+def test_retry_delay_doubles_from_a_minute_to_six_hours() -> None:
     delays = fails(Retry(lambda: 1.0), 90 * DAY, 12)
     assert delays == [60.0 * 2**step for step in range(9)] + [6 * 3600.0] * 3
 
 
-def test_a_delay_is_random_between_a_half_and_the_whole() -> None:
+def test_retry_delay_is_jittered_between_half_and_full() -> None:
     assert fails(Retry(lambda: 0.0), 90 * DAY, 2) == [30.0, 60.0]
     chance = random.Random(7)
     first = [Retry(chance.random).failed(0.0, NOW, 90 * DAY) for _ in range(200)]
@@ -97,7 +97,7 @@ def test_a_delay_is_random_between_a_half_and_the_whole() -> None:
 
 
 @pytest.mark.parametrize("lifetime", [20 * SECOND, 3 * MINUTE, HOUR, 30 * DAY])
-def test_a_certificate_is_tried_often_before_its_end(lifetime: timedelta) -> None:
+def test_renewal_is_retried_often_before_expiry(lifetime: timedelta) -> None:
     """However short the time that is left: a renewal that can succeed again has many chances."""
     retry, elapsed, tries = Retry(lambda: 1.0), 0.0, 0
     while (left := lifetime - elapsed * SECOND) > timedelta(0):
@@ -108,11 +108,11 @@ def test_a_certificate_is_tried_often_before_its_end(lifetime: timedelta) -> Non
     assert elapsed - lifetime.total_seconds() <= 1.0
 
 
-def test_after_the_end_it_is_tried_every_minute() -> None:
+def test_renewal_is_retried_every_minute_after_expiry() -> None:
     assert fails(Retry(lambda: 1.0), -DAY, 6) == [60.0] * 6
 
 
-def test_it_is_due_when_nothing_failed_and_when_the_delay_is_over() -> None:
+def test_retry_is_due_without_a_failure_or_after_the_delay() -> None:
     retry = Retry(lambda: 1.0)
     assert retry.due(0.0, NOW)
     assert not retry.is_waiting
@@ -129,7 +129,7 @@ def test_it_is_due_when_nothing_failed_and_when_the_delay_is_over() -> None:
 
 
 @pytest.mark.parametrize("jump", [-3650 * DAY, -MINUTE, MINUTE, 3650 * DAY])
-def test_a_clock_that_is_set_is_caught_up_at_once(jump: timedelta) -> None:
+def test_clock_change_makes_a_retry_due_at_once(jump: timedelta) -> None:
     retry = Retry(lambda: 1.0)
     fails(retry, 90 * DAY, 8)
     retry.failed(1e6, NOW, 90 * DAY)
@@ -140,7 +140,7 @@ def test_a_clock_that_is_set_is_caught_up_at_once(jump: timedelta) -> None:
     assert not retry.due(1e6 + 11, NOW + jump + SECOND)
 
 
-def test_a_clock_that_stands_wrong_freezes_nothing() -> None:
+def test_wrong_clock_does_not_stop_retries() -> None:
     retry = Retry(lambda: 1.0)
     retry.failed(0.0, NOW, 90 * DAY)
     assert retry.due(60.0, NOW)
@@ -149,145 +149,145 @@ def test_a_clock_that_stands_wrong_freezes_nothing() -> None:
 # --- alerts
 
 
-class Served:
-    """What a server serves, and what is told of it."""
+class ServedCertificates:
+    """The certificates that a server serves, and the alerts about them."""
 
     def __init__(self, alert_days: Sequence[int] = ALERT_DAYS) -> None:
         self.alerts = ExpiryAlerts(alert_days)
         self.items = {"server.crt": (b"a", NOW + 90 * DAY)}
 
-    def told(self, now: datetime) -> list[ExpiryAlert]:
+    def due(self, now: datetime) -> list[ExpiryAlert]:
         return self.alerts.due([Expiring(key, path, end) for path, (key, end) in self.items.items()], now)
 
     def days(self, left: timedelta) -> list[int]:
-        """The thresholds told with so much time left to the end of the first certificate."""
-        alerts = self.told(NOW + 90 * DAY - left)
+        """Return the thresholds reported with this much time left for the first certificate."""
+        alerts = self.due(NOW + 90 * DAY - left)
         assert not any(alert.ended for alert in alerts)
         return [alert.days for alert in alerts]
 
 
 def test_each_threshold_is_reported_once_at_its_time() -> None:
-    served, told = Served(), list[tuple[timedelta, int]]()
+    served, reported = ServedCertificates(), list[tuple[timedelta, int]]()
     left = 40 * DAY
     while left > -5 * DAY:
-        told += [(left, days) for days in served.days(left)]
+        reported += [(left, days) for days in served.days(left)]
         left -= HOUR
-    assert told == [*((days * DAY, days) for days in ALERT_DAYS), (-HOUR, EXPIRED)]
+    assert reported == [*((days * DAY, days) for days in ALERT_DAYS), (-HOUR, EXPIRED)]
 
 
-def test_an_alert_says_what_ends_when() -> None:
-    served = Served()
+def test_alert_has_path_threshold_and_expiry() -> None:
+    served = ServedCertificates()
     now = NOW + 84 * DAY
-    assert served.told(now) == [ExpiryAlert("server.crt", NOW + 90 * DAY, 7, 6 * DAY)]
-    (expired,) = served.told(NOW + 91 * DAY)
+    assert served.due(now) == [ExpiryAlert("server.crt", NOW + 90 * DAY, 7, 6 * DAY)]
+    (expired,) = served.due(NOW + 91 * DAY)
     assert expired == ExpiryAlert("server.crt", NOW + 90 * DAY, EXPIRED, -DAY)
 
 
-def test_the_last_moment_of_a_certificate_is_not_after_its_end() -> None:
-    assert Served().days(timedelta(0)) == [1]
-    assert Served().days(-SECOND) == [EXPIRED]
+def test_last_second_of_a_certificate_is_before_its_expiry() -> None:
+    assert ServedCertificates().days(timedelta(0)) == [1]
+    assert ServedCertificates().days(-SECOND) == [EXPIRED]
 
 
 @pytest.mark.parametrize(("left", "days"), [(5 * DAY, 7), (30 * DAY, 30), (HOUR, 1), (-DAY, EXPIRED)])
-def test_a_server_that_starts_late_reports_the_tightest_threshold_only(left: timedelta, days: int) -> None:
-    served = Served()
+def test_late_start_reports_only_the_tightest_threshold(left: timedelta, days: int) -> None:
+    served = ServedCertificates()
     assert served.days(left) == [days]
     assert served.days(left) == []
-    assert Served().days(left) == [days]  # after a restart it is still true
+    assert ServedCertificates().days(left) == [days]  # after a restart it is still true
 
 
-def test_without_thresholds_only_the_end_is_reported() -> None:
-    served = Served(())
+def test_only_expiry_is_reported_without_thresholds() -> None:
+    served = ServedCertificates(())
     assert served.days(HOUR) == []
     assert served.days(-HOUR) == [EXPIRED]
 
 
-def test_every_certificate_has_its_managed_alerts() -> None:
-    served = Served()
+def test_every_certificate_has_separate_alerts() -> None:
+    served = ServedCertificates()
     served.items["b.crt"] = (b"b", NOW + 70 * DAY)
     served.items["copy of a.crt"] = (b"a", NOW + 90 * DAY)
-    assert [alert.path for alert in served.told(NOW + 41 * DAY)] == ["b.crt"]
-    assert [(alert.path, alert.days) for alert in served.told(NOW + 60 * DAY)] == [
+    assert [alert.path for alert in served.due(NOW + 41 * DAY)] == ["b.crt"]
+    assert [(alert.path, alert.days) for alert in served.due(NOW + 60 * DAY)] == [
         ("server.crt", 30),
         ("b.crt", 14),
     ]
 
 
-def test_a_clock_that_swings_repeats_nothing() -> None:
-    served, chance = Served(), random.Random(3)
-    told: list[int] = []
+def test_swinging_clock_repeats_no_alert() -> None:
+    served, chance = ServedCertificates(), random.Random(3)
+    reported: list[int] = []
     for _ in range(3000):
-        alerts = served.told(NOW + 90 * DAY - chance.uniform(-10, 60) * DAY)
-        told += [alert.days for alert in alerts if not alert.ended]
-    assert sorted(told) == sorted({EXPIRED, *ALERT_DAYS})
+        alerts = served.due(NOW + 90 * DAY - chance.uniform(-10, 60) * DAY)
+        reported += [alert.days for alert in alerts if not alert.ended]
+    assert sorted(reported) == sorted({EXPIRED, *ALERT_DAYS})
 
 
-def test_a_clock_that_is_set_back_a_little_reports_no_wider_threshold() -> None:
-    served = Served()
+def test_clock_set_back_slightly_reports_no_wider_threshold() -> None:
+    served = ServedCertificates()
     assert served.days(6.99 * DAY) == [7]
     assert served.days(7.01 * DAY) == []
     assert served.days(6.99 * DAY) == []
     assert served.days(3 * DAY) == [3]
 
 
-def test_a_clock_that_was_far_ahead_hides_no_threshold_that_is_still_to_come() -> None:
-    served = Served()
+def test_clock_far_ahead_suppresses_no_later_threshold() -> None:
+    served = ServedCertificates()
     assert served.days(5 * DAY) == [7]
-    (over,) = served.told(NOW)
+    (over,) = served.due(NOW)
     assert over.ended
     assert served.days(30 * DAY) == [30]
     assert served.days(14 * DAY) == [14]
-    assert served.days(7 * DAY) == []  # told before
+    assert served.days(7 * DAY) == []  # reported before
     assert served.days(3 * DAY) == [3]
 
 
-def test_the_end_of_an_alert_is_reported_when_the_certificate_was_replaced() -> None:
-    served = Served()
+def test_alert_ends_when_the_certificate_is_replaced() -> None:
+    served = ServedCertificates()
     now = NOW + 86 * DAY
-    assert [alert.days for alert in served.told(now)] == [7]
+    assert [alert.days for alert in served.due(now)] == [7]
     served.items["server.crt"] = (b"new", now + 90 * DAY)
-    assert served.told(now) == [ExpiryAlert("server.crt", now + 90 * DAY, 7, 90 * DAY, ended=True)]
-    assert served.told(now) == []
+    assert served.due(now) == [ExpiryAlert("server.crt", now + 90 * DAY, 7, 90 * DAY, ended=True)]
+    assert served.due(now) == []
 
 
-def test_a_replacement_that_comes_to_its_end_too_is_no_end_of_the_alert() -> None:
-    served = Served()
+def test_alert_does_not_end_if_the_replacement_expires_soon_too() -> None:
+    served = ServedCertificates()
     now = NOW + 84 * DAY
-    served.told(now)
+    served.due(now)
     served.items["server.crt"] = (b"b", now + 10 * DAY)
-    assert [(alert.days, alert.ended) for alert in served.told(now)] == [(14, False)]
+    assert [(alert.days, alert.ended) for alert in served.due(now)] == [(14, False)]
     served.items["server.crt"] = (b"c", now + 90 * DAY)
-    assert [alert.ended for alert in served.told(now)] == [True]
+    assert [alert.ended for alert in served.due(now)] == [True]
 
 
-def test_what_was_never_alerted_ends_without_a_word() -> None:
-    served = Served()
-    assert served.told(NOW) == []
+def test_certificate_without_an_alert_ends_silently() -> None:
+    served = ServedCertificates()
+    assert served.due(NOW) == []
     served.items["server.crt"] = (b"b", NOW + 80 * DAY)
-    assert served.told(NOW) == []
+    assert served.due(NOW) == []
 
 
-def test_what_is_no_longer_served_is_forgotten() -> None:
-    served = Served()
+def test_certificate_no_longer_served_is_forgotten() -> None:
+    served = ServedCertificates()
     served.items |= {f"{number}.crt": (b"%d" % number, NOW + DAY) for number in range(1000)}
-    assert len(served.told(NOW)) == 1000
+    assert len(served.due(NOW)) == 1000
     only = {"server.crt": served.items["server.crt"]}
     gone, served.items = served.items, only
-    over = served.told(NOW)
+    over = served.due(NOW)
     assert len(over) == 1000
     assert all(alert.ended and alert.days == 1 and alert.left == DAY for alert in over)
     assert len(served.alerts._reported) == 1
     assert len(served.alerts._open) == 0
     served.items = gone
-    assert len(served.told(NOW)) == 1000
+    assert len(served.due(NOW)) == 1000
 
 
-def test_thresholds_may_come_in_any_order() -> None:
-    served = Served((1, 30, 7))
+def test_thresholds_can_be_in_any_order() -> None:
+    served = ServedCertificates((1, 30, 7))
     assert [served.days(left * DAY) for left in (31, 29, 6, 0.5)] == [[], [30], [7], [1]]
 
 
 def test_alerts_of_one_certificate_get_tighter() -> None:
-    served = Served((5, 4, 3, 2, 1))
-    told = [days for left in range(10, -3, -1) for days in served.days(left * DAY)]
-    assert all(wide > tight for wide, tight in pairwise(told))
+    served = ServedCertificates((5, 4, 3, 2, 1))
+    reported = [days for left in range(10, -3, -1) for days in served.days(left * DAY)]
+    assert all(wide > tight for wide, tight in pairwise(reported))

@@ -4,32 +4,27 @@ import errno
 import fcntl
 import json
 import os
-import random
 import stat
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta, timezone
-from functools import partial
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
 
-from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key, settings
+from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key
 from tests.certs.test_authority import fail_to_write, read
 from zcproto.certs import (
     CertificatePair,
-    NextPins,
     host,
-    keys,
     load_pair,
     managed,
-    rollover,
 )
-from zcproto.certs.managed import ManagedCertificates, ManagedSettings, cancel, renew, rotate
+from zcproto.certs.managed import ManagedSettings
 from zcproto.errors import CertificateError
 
 LEAVES = ("server.crt", "server-ecdsa.crt")
@@ -47,7 +42,7 @@ def pins(pairs: Iterable[CertificatePair]) -> list[str]:
 
 
 @pytest.mark.requirement("first_run")
-def test_a_first_run_makes_an_authority_and_one_certificate_of_each_type(tmp_path: Path) -> None:
+def test_first_run_creates_an_authority_and_one_certificate_of_each_type(tmp_path: Path) -> None:
     folder = tmp_path / "home" / "certs"
     rsa, ecdsa = ensure(folder)
     assert {path.name for path in folder.iterdir()} == {
@@ -69,7 +64,7 @@ def test_a_first_run_makes_an_authority_and_one_certificate_of_each_type(tmp_pat
 
 
 @pytest.mark.requirement("first_run")
-def test_everything_made_is_its_owners_alone(tmp_path: Path) -> None:
+def test_created_files_are_readable_only_by_their_owner(tmp_path: Path) -> None:
     folder = tmp_path / "home" / "certs"
     old = os.umask(0)
     try:
@@ -80,7 +75,7 @@ def test_everything_made_is_its_owners_alone(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
 
 
-def test_what_is_done_is_reported_without_secrets(tmp_path: Path) -> None:
+def test_progress_is_reported_without_secrets(tmp_path: Path) -> None:
     sentences: list[str] = []
     folder = tmp_path / "certs"
     rsa, _ = ensure(folder, progress=sentences.append)
@@ -97,16 +92,14 @@ def test_what_is_done_is_reported_without_secrets(tmp_path: Path) -> None:
     assert not any("PRIVATE" in sentence for sentence in sentences)
 
 
-def test_the_names_of_the_host_are_found_unless_they_are_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_names_are_detected_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zcproto.certs.managed.found_names", lambda: ("localhost", "box"))
     (one,) = ensure(tmp_path / "certs", key_types=["ecdsa-p256"], host_names=None, names=["A.example", "box"])
     assert one.names == ("a.example", "box", "localhost")
     assert host.found_names() != ("localhost", "box")
 
 
-def test_too_many_names_of_the_host_are_cut_and_too_many_configured_ones_refused(tmp_path: Path) -> None:
+def test_excess_host_names_are_dropped_and_excess_configured_names_refused(tmp_path: Path) -> None:
     many = [f"n{number}.example" for number in range(100)]
     arguments: dict[str, Any] = {"key_types": ["ecdsa-p256"], "host_names": ["localhost", "a.example"]}
     (one,) = ensure(tmp_path / "certs", names=many[:99], **arguments)
@@ -132,7 +125,7 @@ def test_too_many_names_of_the_host_are_cut_and_too_many_configured_ones_refused
         ({"renew_before": -DAY}, "must be renewed before they expire, not 1 day, 0:00:00 after"),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_refused_before_anything_is_made(
+def test_invalid_settings_are_refused_before_anything_is_created(
     tmp_path: Path, changes: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CertificateError, match=says):
@@ -140,7 +133,7 @@ def test_a_wish_that_cannot_be_met_is_refused_before_anything_is_made(
     assert not (tmp_path / "home").exists()
 
 
-def test_a_time_without_a_zone_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+def test_naive_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="aware"):
         ensure(tmp_path / "certs", now=NOW.replace(tzinfo=None))
 
@@ -148,7 +141,7 @@ def test_a_time_without_a_zone_is_a_mistake_of_the_caller(tmp_path: Path) -> Non
 # --- later runs
 
 
-def test_a_later_run_changes_nothing_and_reports_nothing(made: Path) -> None:
+def test_second_run_changes_and_reports_nothing(made: Path) -> None:
     before, sentences = bytes_of(made), list[str]()
     ensure(made, now=NOW + 59 * DAY, progress=sentences.append)
     assert bytes_of(made) == before
@@ -156,7 +149,7 @@ def test_a_later_run_changes_nothing_and_reports_nothing(made: Path) -> None:
 
 
 @pytest.mark.requirement("renewal")
-def test_certificates_are_renewed_thirty_days_before_they_expire_and_keep_their_keys(made: Path) -> None:
+def test_certificates_are_renewed_thirty_days_before_expiry_with_their_keys(made: Path) -> None:
     before = ensure(made)
     moment = NOW.replace(microsecond=0) + 60 * DAY
     assert ensure(made, now=moment - timedelta(seconds=1)) == before
@@ -167,7 +160,7 @@ def test_certificates_are_renewed_thirty_days_before_they_expire_and_keep_their_
         assert new.not_after == old.not_after + 60 * DAY
 
 
-def test_a_new_key_is_made_where_that_is_wanted(made: Path) -> None:
+def test_new_key_is_generated_with_renew_key(made: Path) -> None:
     arguments: dict[str, Any] = {"renew_key": True, "announce_key": timedelta(0)}
     before = ensure(made, **arguments)
     assert ensure(made, **arguments, now=NOW + 59 * DAY) == before
@@ -177,9 +170,7 @@ def test_a_new_key_is_made_where_that_is_wanted(made: Path) -> None:
 
 
 @pytest.mark.parametrize("renew_before", [30 * DAY, 89 * DAY, 200 * DAY])
-def test_the_time_before_expiry_is_at_most_a_third_of_the_lifetime(
-    tmp_path: Path, renew_before: timedelta
-) -> None:
+def test_renew_before_is_limited_to_a_third_of_the_lifetime(tmp_path: Path, renew_before: timedelta) -> None:
     arguments: dict[str, Any] = {
         "lifetime": 30 * DAY,
         "renew_before": renew_before,
@@ -201,7 +192,9 @@ def test_the_time_before_expiry_is_at_most_a_third_of_the_lifetime(
         (NOW - DAY, "it is not valid before 2026-06-01 11:30 UTC"),
     ],
 )
-def test_a_certificate_out_of_its_time_is_reissued_with_its_key(made: Path, now: datetime, why: str) -> None:
+def test_expired_or_not_yet_valid_certificate_is_reissued_with_its_key(
+    made: Path, now: datetime, why: str
+) -> None:
     before, sentences = pins(ensure(made)), list[str]()
     after = ensure(made, now=now, progress=sentences.append)
     assert pins(after) == before
@@ -209,7 +202,7 @@ def test_a_certificate_out_of_its_time_is_reissued_with_its_key(made: Path, now:
     assert sum(f"({why})" in sentence for sentence in sentences) == 2
 
 
-def test_a_name_that_is_missing_is_added(made: Path) -> None:
+def test_missing_name_is_added(made: Path) -> None:
     before, sentences = ensure(made), list[str]()
     after = ensure(made, names=["new.zcp.example.com", "zcp.example.com"], progress=sentences.append)
     assert pins(after) == pins(before)
@@ -222,13 +215,13 @@ def test_a_name_that_is_missing_is_added(made: Path) -> None:
     assert "(it lacks the name 10.1.2.3)" in sentences[-1]
 
 
-def test_a_name_that_is_no_longer_wanted_is_no_reason_for_a_new_certificate(made: Path) -> None:
+def test_surplus_name_does_not_reissue_the_certificate(made: Path) -> None:
     before = bytes_of(made)
     ensure(made, names=["zcp.example.com"], host_names=["localhost"])
     assert bytes_of(made) == before
 
 
-def test_another_key_type_gets_a_new_key_and_the_old_one_is_gone(made: Path) -> None:
+def test_changed_key_type_gets_a_new_key_and_replaces_the_old_one(made: Path) -> None:
     old_rsa, old_ecdsa = ensure(made)
     rsa, ecdsa = ensure(made, key_types=["rsa-3072", "ecdsa-p384"])
     assert (rsa.key_type, ecdsa.key_type) == ("rsa-3072", "ecdsa-p384")
@@ -237,7 +230,7 @@ def test_another_key_type_gets_a_new_key_and_the_old_one_is_gone(made: Path) -> 
     assert not list(made.glob("*.aside"))
 
 
-def test_only_the_key_types_asked_for_are_returned_in_their_order(made: Path) -> None:
+def test_only_configured_key_types_are_returned_in_order(made: Path) -> None:
     before = bytes_of(made)
     assert [pair.key_type for pair in ensure(made, key_types=["ecdsa-p256"])] == ["ecdsa-p256"]
     assert [pair.key_type for pair in ensure(made, key_types=["ecdsa-p256", "rsa-2048"])] == [
@@ -247,422 +240,10 @@ def test_only_the_key_types_asked_for_are_returned_in_their_order(made: Path) ->
     assert bytes_of(made) == before
 
 
-# --- new keys, announced before they are used
-
-
-KEEPS = settings(renew_key=True)
-DUE = NOW.replace(microsecond=0) + 60 * DAY
-"""When a certificate that was made at NOW is renewed."""
-
-SECOND = timedelta(seconds=1)
-
-
-def test_a_new_key_is_announced_a_week_before_the_renewal_and_used_at_it(made: Path) -> None:
-    first = managed.ensure(made, KEEPS, NOW)
-    assert (first.next_pins, first.new_pins, first.problems) == (None, (), ())
-    assert first.next_change == DUE - 7 * DAY
-    assert managed.ensure(made, KEEPS, DUE - 7 * DAY - SECOND) == first
-    announced = managed.ensure(made, KEEPS, DUE - 7 * DAY)
-    assert announced.pairs == first.pairs
-    assert announced.new_pins == ()
-    assert announced.next_pins is not None
-    assert announced.next_pins == rollover.announced(made)
-    assert announced.next_pins.use_from == announced.next_change == DUE
-    assert managed.ensure(made, KEEPS, DUE - SECOND) == announced
-    used = managed.ensure(made, KEEPS, DUE)
-    assert tuple(pins(used.pairs)) == used.new_pins == announced.next_pins.pins
-    assert used.next_pins is None
-    assert not list(made.glob("*next*"))
-    assert used.next_change == DUE + 53 * DAY
-    assert managed.ensure(made, KEEPS, DUE) == ManagedCertificates(
-        used.pairs, None, (), used.problems, used.next_change
-    )
-
-
-def test_a_life_of_renewals_is_announced_key_by_key(made: Path) -> None:
-    """As a server asks that is sentences when something changes: every key was announced for a week."""
-    seen: dict[str, datetime] = {}
-    now, keys_used = NOW, 0
-    for _ in range(20):
-        one = managed.ensure(made, KEEPS, now)
-        assert one.problems == ()
-        for pin in one.next_pins.pins if one.next_pins is not None else ():
-            seen.setdefault(pin, now)
-        for pin in one.new_pins:
-            assert now - seen[pin] >= 7 * DAY - SECOND
-            keys_used += 1
-        assert one.next_change > now
-        now = one.next_change
-    assert keys_used == 9 * 2
-    assert now - NOW > 590 * DAY
-
-
-@pytest.mark.parametrize("lifetime", [timedelta(minutes=1), timedelta(hours=2), 9 * DAY])
-def test_a_short_lived_certificate_announces_its_next_key_as_soon_as_it_is_made(
-    tmp_path: Path, lifetime: timedelta
-) -> None:
-    short = settings(renew_key=True, lifetime=lifetime, key_types=["ecdsa-p256"])
-    now, folder = NOW.replace(microsecond=0), tmp_path / "certs"
-    first = managed.ensure(folder, short, now)
-    for _ in range(3):
-        assert first.next_change == now
-        announced = managed.ensure(folder, short, now)
-        assert announced.next_pins is not None
-        assert announced.next_change == announced.next_pins.use_from == now + lifetime * 2 / 3
-        now = announced.next_change
-        first = managed.ensure(folder, short, now)
-        assert first.new_pins == announced.next_pins.pins
-
-
-def test_a_renewal_that_is_late_keeps_the_key_and_the_new_one_follows(made: Path) -> None:
-    """The server was off: nobody is locked out by a key that was not announced."""
-    old = managed.ensure(made, KEEPS, NOW)
-    late = DUE + 20 * DAY
-    renewed = managed.ensure(made, KEEPS, late)
-    assert pins(renewed.pairs) == pins(old.pairs)
-    assert all(pair.not_before > NOW for pair in renewed.pairs)
-    assert renewed.next_pins is not None
-    assert renewed.next_pins.use_from == renewed.next_change == late + 7 * DAY
-    used = managed.ensure(made, KEEPS, late + 7 * DAY)
-    assert used.new_pins == renewed.next_pins.pins
-
-
-def test_an_expired_certificate_is_renewed_at_once_and_its_key_follows(made: Path) -> None:
-    old = managed.ensure(made, KEEPS, NOW)
-    renewed = managed.ensure(made, KEEPS, NOW + 200 * DAY)
-    assert pins(renewed.pairs) == pins(old.pairs)
-    assert renewed.next_pins is not None
-    assert renewed.next_pins.use_from == NOW.replace(microsecond=0) + 207 * DAY
-
-
-def test_a_renewal_waits_a_little_for_a_key_that_was_announced_late(made: Path) -> None:
-    managed.ensure(made, KEEPS, NOW)
-    announced = managed.ensure(made, KEEPS, DUE - 2 * DAY)
-    assert announced.next_pins is not None
-    assert announced.next_pins.use_from == announced.next_change == DUE + 5 * DAY
-    assert managed.ensure(made, KEEPS, DUE + 4 * DAY) == announced
-    assert managed.ensure(made, KEEPS, DUE + 5 * DAY).new_pins == announced.next_pins.pins
-
-
-def test_a_certificate_never_comes_to_its_end_because_it_waits_for_a_key(made: Path) -> None:
-    rotate(made, settings(), NOW, use_from=DUE + 29 * DAY)
-    before = managed.ensure(made, KEEPS, DUE - SECOND)
-    assert before.next_change == DUE
-    renewed = managed.ensure(made, KEEPS, DUE)
-    assert pins(renewed.pairs) == pins(before.pairs)
-    assert renewed.pairs != before.pairs
-    assert renewed.next_pins == before.next_pins
-    assert renewed.next_change == DUE + 29 * DAY
-    assert before.next_pins is not None
-    assert managed.ensure(made, KEEPS, DUE + 29 * DAY).new_pins == before.next_pins.pins
-
-
-def test_an_announced_key_is_used_at_its_time_whatever_the_settings_say(made: Path) -> None:
-    announced = rotate(made, settings(), NOW).next_pins
-    assert announced is not None
-    sentences: list[str] = []
-    used = managed.ensure(made, settings(), NOW + 7 * DAY, sentences.append)
-    assert used.new_pins == announced.pins
-    assert "(the time of its next key has come)" in sentences[0]
-    assert not list(made.glob("*next*"))
-
-
-@pytest.mark.parametrize("name", ["server.key", "server.crt"])
-def test_a_lost_key_is_replaced_by_the_one_that_is_announced(made: Path, name: str) -> None:
-    """Clients may know it; a lost certificate is made again for the key that all of them know."""
-    before = rotate(made, settings(), NOW)
-    (made / name).unlink()
-    after = managed.ensure(made, settings(), NOW + DAY)
-    assert before.next_pins is not None
-    assert after.next_pins is not None
-    if name == "server.key":
-        assert after.pairs[0].pin == before.next_pins.pins[0]
-        assert after.new_pins == before.next_pins.pins[:1]
-        assert after.next_pins.pins == before.next_pins.pins[1:]
-    else:
-        assert pins(after.pairs) == pins(before.pairs)
-        assert after.next_pins == before.next_pins
-
-
-def test_an_announced_key_of_the_type_that_is_wanted_next_is_used_when_the_type_changes(made: Path) -> None:
-    managed.ensure(made, settings(), NOW)
-    other = keys.generate("ecdsa-p384")
-    next_key = rollover.announce(made, other, NOW + 7 * DAY, NOW, print)
-    after = managed.ensure(made, settings(key_types=["rsa-2048", "ecdsa-p384"]), NOW + DAY)
-    assert after.new_pins == (next_key.pin,)
-    assert after.pairs[1].key_type == "ecdsa-p384"
-    assert not list(made.glob("*next*"))
-
-
-def test_a_damaged_next_key_stops_nothing(made: Path) -> None:
-    announced = rotate(made, settings(), NOW)
-    (made / "server.next.key").write_bytes(b"junk")
-    sentences: list[str] = []
-    after = managed.ensure(made, settings(), NOW + DAY, sentences.append)
-    assert after.pairs == announced.pairs
-    assert announced.next_pins is not None
-    assert after.next_pins == NextPins(announced.next_pins.pins[1:], announced.next_pins.use_from)
-    assert len(sentences) == 1
-    assert (made / "server.next.key.aside").read_bytes() == b"junk"
-
-
-def test_a_key_that_cannot_be_announced_is_a_problem_and_the_renewal_goes_on(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = managed.ensure(made, KEEPS, NOW)
-    sentences: list[str] = []
-    with monkeypatch.context() as patch:
-        fail_to_write(patch, "server.next.key")
-        (problem,) = managed.ensure(made, KEEPS, DUE - 7 * DAY, sentences.append).problems
-        assert problem in sentences
-        assert problem == (
-            f"The next key of {made}/server.crt could not be announced: {made}/server.next.key: cannot be"
-            " written: No space left on device."
-        )
-        renewed = managed.ensure(made, KEEPS, DUE)
-    assert renewed.pairs[0].pin == old.pairs[0].pin
-    assert renewed.pairs[0] != old.pairs[0]
-    assert renewed.new_pins == (renewed.pairs[1].pin,)
-    later = managed.ensure(made, KEEPS, renewed.next_change)
-    assert later.problems == ()
-    assert later.next_pins is not None
-
-
-def test_a_next_key_that_was_used_and_cannot_be_deleted_is_used_once(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    announced = rotate(made, settings(), NOW).next_pins
-    assert announced is not None
-
-    def refuse(next_key: rollover.NextKey) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rollover, "delete", refuse)
-        used = managed.ensure(made, settings(), NOW + 7 * DAY)
-        assert used.new_pins == announced.pins
-        assert used.next_pins is None
-        assert used.problems[0] == (
-            f"{made}/server.next.key is in use and could not be deleted: Read-only file system."
-        )
-        again = managed.ensure(made, settings(), NOW + 8 * DAY)
-        assert again.pairs == used.pairs
-        assert (again.new_pins, again.next_pins) == ((), None)
-        assert len(again.problems) == 2
-    assert managed.ensure(made, settings(), NOW + 8 * DAY).problems == ()
-    assert not list(made.glob("*next*"))
-
-
-def test_without_the_key_of_the_authority_nothing_is_announced_and_nothing_lost(made: Path) -> None:
-    announced = rotate(made, settings(), NOW)
-    (made / "ca.key").rename(made / "ca.key.away")
-    one = managed.ensure(made, KEEPS, NOW + 8 * DAY)
-    assert one.pairs == announced.pairs
-    assert one.next_pins == announced.next_pins
-    assert len(one.problems) == 2
-    for path in made.glob("*next*"):
-        path.unlink()
-    assert managed.ensure(made, KEEPS, DUE - DAY).next_change == DUE
-    assert rollover.announced(made) is None
-
-
-def test_a_clock_that_was_ahead_is_caught_up(made: Path) -> None:
-    """Announced, used and announced again by a clock that is ten years ahead; then the clock is set right."""
-    ahead = NOW + 3650 * DAY
-    managed.ensure(made, KEEPS, ahead)
-    managed.ensure(made, KEEPS, ahead + 7 * DAY)
-    wrong = managed.ensure(made, KEEPS, ahead + 60 * DAY)
-    assert wrong.next_pins is not None
-    assert wrong.next_pins.use_from > ahead
-    right = managed.ensure(made, KEEPS, NOW + DAY)
-    assert all(pair.not_before <= NOW + DAY <= pair.not_after for pair in right.pairs)
-    assert right.next_pins is not None
-    assert right.next_pins.pins == wrong.next_pins.pins
-    assert NOW < right.next_pins.use_from <= NOW + 10 * DAY
-    assert managed.ensure(made, KEEPS, right.next_pins.use_from).new_pins == wrong.next_pins.pins
-
-
-def test_a_clock_that_swings_leaves_valid_certificates_always(made: Path) -> None:
-    rng = random.Random(5)
-    for _ in range(25):
-        now = NOW + rng.choice([1, 1, 1, 10, 500]) * rng.uniform(-50, 50) * DAY
-        for pair in managed.ensure(made, KEEPS, now).pairs:
-            assert pair.not_before <= now <= pair.not_after
-            assert pair == load_pair(pair.certificate, pair.key, now)
-
-
-def test_a_year_that_no_certificate_can_name_is_refused(tmp_path: Path) -> None:
-    for year in (1, 1950, 9901, 9999):
-        with pytest.raises(CertificateError, match=f"in the year {year}; correct the clock"):
-            managed.ensure(tmp_path / "certs", settings(), NOW.replace(year=year))
-    assert not (tmp_path / "certs").exists()
-
-
-@pytest.mark.parametrize("announce_key", [-SECOND, 398 * DAY])
-def test_an_announcement_that_is_too_long_or_negative_is_refused(
-    tmp_path: Path, announce_key: timedelta
-) -> None:
-    with pytest.raises(CertificateError, match=r"a key cannot be announced for .*; give 0 to 397 days"):
-        managed.ensure(tmp_path / "certs", settings(announce_key=announce_key), NOW)
-
-
-# --- what is asked for
-
-
-def test_a_renewal_that_is_asked_for_keeps_the_keys(made: Path) -> None:
-    before = managed.ensure(made, settings(), NOW)
-    sentences: list[str] = []
-    after = renew(made, settings(), NOW + DAY, sentences.append)
-    assert pins(after.pairs) == pins(before.pairs)
-    assert all(pair.not_before > NOW for pair in after.pairs)
-    assert (after.new_pins, after.next_pins) == ((), None)
-    assert after.next_change == DUE + DAY
-    assert all("(a renewal was requested)" in sentence for sentence in sentences)
-    assert len(sentences) == 2
-
-
-def test_a_renewal_can_be_asked_for_of_one_family(made: Path) -> None:
-    announced = rotate(made, settings(), NOW)
-    after = renew(made, settings(), NOW + DAY, families=["ecdsa"])
-    assert after.pairs[0] == announced.pairs[0]
-    assert after.pairs[1] != announced.pairs[1]
-    assert after.next_pins == announced.next_pins
-
-
-def test_a_renewal_that_is_asked_for_uses_an_announced_key_at_its_time_only(made: Path) -> None:
-    announced = rotate(made, settings(), NOW).next_pins
-    assert announced is not None
-    assert renew(made, settings(), NOW + DAY).next_pins == announced
-    renewed = renew(made, settings(), NOW + 7 * DAY)
-    assert renewed.new_pins == announced.pins
-    assert renewed.next_pins is None
-
-
-def test_what_is_asked_for_in_an_empty_folder_is_a_first_run(tmp_path: Path) -> None:
-    for number, act in enumerate((renew, rotate)):
-        folder = tmp_path / str(number)
-        one = act(folder, settings(), NOW)
-        assert len(one.pairs) == 2
-        assert set(one.new_pins) == set(pins(one.pairs))
-        assert (one.next_pins is None) is (act is renew)
-        if one.next_pins is not None:
-            assert not set(one.next_pins.pins) & set(one.new_pins)
-    at_once = rotate(tmp_path / "third", settings(), NOW, at_once=True)
-    assert (len(at_once.pairs), at_once.next_pins) == (2, None)
-
-
-def test_a_rotation_is_announced_for_a_week_or_for_the_time_that_is_given(made: Path) -> None:
-    before = managed.ensure(made, settings(), NOW)
-    one = rotate(made, settings(), NOW)
-    assert one.pairs == before.pairs
-    assert one.next_pins is not None
-    assert one.next_pins.use_from == one.next_change == NOW.replace(microsecond=0) + 7 * DAY
-    assert rotate(made, settings(announce_key=DAY), NOW + DAY).next_pins == one.next_pins
-    zone = timezone(timedelta(hours=5))
-    moved = rotate(made, settings(), NOW + DAY, use_from=(NOW + 30 * DAY).astimezone(zone)).next_pins
-    assert moved == NextPins(one.next_pins.pins, NOW.replace(microsecond=0) + 30 * DAY)
-    assert rollover.announced(made) == moved
-
-
-def test_a_rotation_without_an_announcement_is_at_once(made: Path) -> None:
-    before = managed.ensure(made, settings(), NOW)
-    for one in (
-        rotate(made, settings(announce_key=timedelta(0)), NOW),
-        rotate(made, settings(), NOW, at_once=True),
-    ):
-        assert one.next_pins is None
-        assert list(one.new_pins) == pins(one.pairs)
-        assert not set(one.new_pins) & set(pins(before.pairs))
-        before = one
-
-
-def test_a_rotation_at_once_uses_the_keys_that_clients_may_know(made: Path) -> None:
-    announced = rotate(made, settings(), NOW).next_pins
-    (made / "server-ecdsa.next.key").unlink()
-    sentences: list[str] = []
-    one = rotate(made, settings(), NOW + DAY, sentences.append, at_once=True)
-    assert announced is not None
-    assert one.new_pins[0] == announced.pins[0]
-    assert one.new_pins[1] != announced.pins[1]
-    assert list(one.new_pins) == pins(one.pairs)
-    assert one.next_pins is None
-    assert sentences[0] == "Generating keys: ecdsa-p256."
-    assert "(a new key was requested)" in sentences[1]
-
-
-@pytest.mark.parametrize("use_from", [NOW - DAY, NOW, NOW + 398 * DAY])
-def test_a_key_cannot_be_announced_for_the_past_or_a_distant_future(made: Path, use_from: datetime) -> None:
-    with pytest.raises(CertificateError, match="give a time in the future, at most 397 days away"):
-        rotate(made, settings(), NOW, use_from=use_from)
-    assert rollover.announced(made) is None
-
-
-def test_mistakes_of_the_caller_are_no_errors_of_certificates(made: Path) -> None:
-    with pytest.raises(ValueError, match="at once or from a later time on"):
-        rotate(made, settings(), NOW, use_from=NOW + DAY, at_once=True)
-    with pytest.raises(ValueError, match="aware"):
-        rotate(made, settings(), NOW, use_from=NOW.replace(tzinfo=None) + DAY)
-
-
-def test_what_is_asked_for_and_fails_is_an_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = bytes_of(made)
-    with monkeypatch.context() as patch:
-        fail_to_write(patch, "server.crt")
-        for act in (renew, partial(rotate, at_once=True)):
-            with pytest.raises(
-                CertificateError, match=r"server\.crt must be issued \(a .* requested\): .*No space"
-            ):
-                act(made, settings(), NOW)
-    with monkeypatch.context() as patch:
-        fail_to_write(patch, "server.next.key")
-        with pytest.raises(CertificateError, match=r"server\.next\.key: cannot be written: No space"):
-            rotate(made, settings(), NOW)
-    (made / "ca.key").unlink()
-    before.pop("ca.key")
-    for act in (renew, rotate, partial(rotate, at_once=True)):
-        with pytest.raises(
-            CertificateError, match=r"ca\.key: does not exist, so no certificate can be issued"
-        ):
-            act(made, settings(), NOW)
-    assert bytes_of(made) == before
-
-
-def test_what_is_announced_can_be_taken_back(made: Path) -> None:
-    rotate(made, settings(), NOW)
-    sentences: list[str] = []
-    assert cancel(made, sentences.append) == (made / "server.next.key", made / "server-ecdsa.next.key")
-    assert len(sentences) == 2
-    assert rollover.announced(made) is None
-    assert cancel(made) == ()
-    before = managed.ensure(made, settings(), NOW)
-    assert managed.ensure(made, settings(), NOW + 8 * DAY).pairs == before.pairs
-    made.chmod(0o755)
-    with pytest.raises(CertificateError, match="chmod 700"):
-        cancel(made)
-
-
-def test_an_authority_that_could_not_be_renewed_is_a_problem(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        fail_to_write(patch, "ca.crt")
-        (problem,) = managed.ensure(made, settings(), NOW + 3600 * DAY).problems
-    assert problem.startswith(f"{made}/ca.crt could not be renewed: ")
-    assert managed.ensure(made, settings(), NOW + 3600 * DAY).problems == ()
-
-
-def test_a_change_of_the_key_types_leaves_no_old_certificate_in_service(made: Path) -> None:
-    old = managed.ensure(made, settings(), NOW)
-    for key_types in (["ecdsa-p384"], ["rsa-3072"], ["ecdsa-p256"], ["rsa-2048", "ecdsa-p384"]):
-        pairs = managed.ensure(made, settings(key_types=key_types), NOW).pairs
-        assert [pair.key_type for pair in pairs] == key_types
-        assert not {pair.leaf_sha256 for pair in pairs} & {pair.leaf_sha256 for pair in old.pairs}
-
-
 # --- repairs
 
 
-def test_a_missing_half_is_made_again(made: Path) -> None:
+def test_missing_half_of_a_pair_is_replaced(made: Path) -> None:
     before = pins(ensure(made))
     (made / "server.crt").unlink()
     (made / "server-ecdsa.key").unlink()
@@ -674,9 +255,7 @@ def test_a_missing_half_is_made_again(made: Path) -> None:
     assert f"{made}/server-ecdsa.crt (its key is missing)" in sentences[2]
 
 
-def test_a_pair_that_does_not_match_gets_a_certificate_for_the_key_that_is_there(
-    made: Path, rsa_key: Any
-) -> None:
+def test_mismatched_pair_gets_a_certificate_for_the_existing_key(made: Path, rsa_key: Any) -> None:
     (made / "server.key").write_bytes(pem_of_key(rsa_key))
     sentences: list[str] = []
     rsa, _ = ensure(made, progress=sentences.append)
@@ -689,7 +268,7 @@ def test_a_pair_that_does_not_match_gets_a_certificate_for_the_key_that_is_there
 @pytest.mark.parametrize(
     "junk", [b"", b"junk", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
 )
-def test_a_damaged_half_is_set_aside_and_made_again(made: Path, name: str, junk: bytes) -> None:
+def test_damaged_half_of_a_pair_is_set_aside_and_replaced(made: Path, name: str, junk: bytes) -> None:
     (made / name).write_bytes(junk)
     sentences: list[str] = []
     assert len(ensure(made, progress=sentences.append)) == 2
@@ -697,7 +276,7 @@ def test_a_damaged_half_is_set_aside_and_made_again(made: Path, name: str, junk:
     assert sentences[0].endswith(f"It was set aside as {made}/{name}.aside.")
 
 
-def test_a_stray_key_of_another_type_is_set_aside_and_not_overwritten(made: Path, ec_key: Any) -> None:
+def test_stray_key_of_another_type_is_set_aside(made: Path, ec_key: Any) -> None:
     stray = pem_of_key(ec_key)
     (made / "server.crt").unlink()
     (made / "server.key").write_bytes(stray)
@@ -711,7 +290,7 @@ def test_a_stray_key_of_another_type_is_set_aside_and_not_overwritten(made: Path
     )
 
 
-def test_an_encrypted_key_is_somebodys_and_stops_the_start(made: Path, rsa_key: Any) -> None:
+def test_encrypted_key_prevents_a_start(made: Path, rsa_key: Any) -> None:
     from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, PrivateFormat
 
     data = pem_of_key(rsa_key, PrivateFormat.PKCS8, BestAvailableEncryption(b"pass"))
@@ -721,7 +300,7 @@ def test_an_encrypted_key_is_somebodys_and_stops_the_start(made: Path, rsa_key: 
     assert (made / "server.key").read_bytes() == data
 
 
-def test_a_certificate_of_another_authority_is_never_overwritten(made: Path, rsa_key: Any) -> None:
+def test_certificate_of_another_issuer_is_never_overwritten(made: Path, rsa_key: Any) -> None:
     for foreign in (
         pem(build(rsa_key)),
         pem(build(rsa_key, issuer=read(made / "ca.crt").subject.rfc4514_string()[3:])),
@@ -738,7 +317,7 @@ def test_a_certificate_of_another_authority_is_never_overwritten(made: Path, rsa
         assert bytes_of(made) == before
 
 
-def test_keys_and_folders_that_others_can_reach_stop_the_start(made: Path) -> None:
+def test_keys_and_folders_accessible_by_others_prevent_a_start(made: Path) -> None:
     (made / "server.key").chmod(0o644)
     with pytest.raises(CertificateError, match=r"run: chmod 600 .*server\.key"):
         ensure(made)
@@ -752,7 +331,7 @@ def test_keys_and_folders_that_others_can_reach_stop_the_start(made: Path) -> No
 
 
 @pytest.mark.requirement("renewal")
-def test_a_renewal_that_fails_leaves_the_old_certificate_in_service(
+def test_failed_renewal_keeps_the_old_certificate_in_service(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = ensure(made)
@@ -769,7 +348,7 @@ def test_a_renewal_that_fails_leaves_the_old_certificate_in_service(
     assert ensure(made, now=NOW + 61 * DAY)[0] != before[0]
 
 
-def test_a_renewal_with_a_new_key_that_fails_leaves_the_old_pair_in_service(
+def test_failed_renewal_with_a_new_key_keeps_the_old_pair_in_service(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = ensure(made)
@@ -781,7 +360,7 @@ def test_a_renewal_with_a_new_key_that_fails_leaves_the_old_pair_in_service(
 
 
 @pytest.mark.parametrize("name", ["ca.key", "ca.crt", "server.key", "server-ecdsa.crt"])
-def test_a_first_run_that_fails_is_reported_and_the_next_one_succeeds(
+def test_failed_first_run_is_reported_and_the_next_one_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = tmp_path / "certs"
@@ -792,7 +371,7 @@ def test_a_first_run_that_fails_is_reported_and_the_next_one_succeeds(
     assert len(ensure(folder)) == 2
 
 
-def test_an_error_of_the_disk_is_never_a_traceback(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_error_is_always_a_certificate_error(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (made / "server.key").write_bytes(b"")
 
     def replace(self: Path, target: Path) -> Path:
@@ -807,7 +386,7 @@ def test_an_error_of_the_disk_is_never_a_traceback(made: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("authority_there", [True, False])
-def test_what_was_staged_under_another_authority_is_not_put_in_place(
+def test_pair_staged_under_another_authority_is_not_installed(
     made: Path, rsa_key: Any, authority_there: bool
 ) -> None:
     for path in made.glob("server.*"):
@@ -843,7 +422,7 @@ DEFAULTS = """
 
 
 @pytest.mark.requirement("key_size")
-def test_two_processes_that_start_at_once_share_one_rsa_4096_and_one_ecdsa_certificate(
+def test_two_concurrent_processes_share_one_rsa_4096_and_one_ecdsa_certificate(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "home" / "certs"
@@ -862,7 +441,7 @@ def test_two_processes_that_start_at_once_share_one_rsa_4096_and_one_ecdsa_certi
         openssl(*strict, "-CAfile", folder / "ca.crt", folder / name)
 
 
-def test_who_has_to_wait_says_so(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_for_another_process_is_reported(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, sentences = fcntl.flock, list[str]()
     tries = iter([BlockingIOError(), None])
 

@@ -76,7 +76,7 @@ def events(err: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.requirement("renewal")
-def test_a_renewal_on_the_disk_is_served_within_a_look_and_ends_no_connection(serve: Serve) -> None:
+def test_renewal_on_disk_is_served_by_the_next_check_and_closes_no_connection(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as standing:
         before, pins = served(server), standing.call("server.info")["pins"]
@@ -89,7 +89,7 @@ def test_a_renewal_on_the_disk_is_served_within_a_look_and_ends_no_connection(se
     assert server.server.certificates[0].leaf_sha256 == after
 
 
-def test_it_looks_by_itself(serve: Serve) -> None:
+def test_certificates_are_checked_periodically(serve: Serve) -> None:
     server = serve(certificates__watch_interval="100ms")
     before = served(server)
     managed.renew(server.home / "certs", settings(server), wall(server))
@@ -98,7 +98,7 @@ def test_it_looks_by_itself(serve: Serve) -> None:
 
 
 @pytest.mark.requirement("renewal")
-def test_a_certificate_that_is_due_is_renewed_with_its_key(serve: Serve) -> None:
+def test_due_certificate_is_renewed_with_its_key(serve: Serve) -> None:
     server = serve()
     before, pins = served(server), server.server.pins
     server.clock.ahead_ms = 61 * 86_400_000
@@ -114,30 +114,30 @@ def test_a_certificate_that_is_due_is_renewed_with_its_key(serve: Serve) -> None
     assert authority["source"] == "authority"
 
 
-def test_a_next_key_is_announced_and_used_when_its_time_has_come(serve: Serve) -> None:
+def test_next_key_is_announced_and_used_at_its_time(serve: Serve) -> None:
     server = serve()
-    with server.client("ada") as standing, server.client() as nobody:
+    with server.client("ada") as standing, server.client() as anonymous:
         use_from = wall(server).replace(microsecond=0) + 3 * DAY
         done = managed.rotate(server.home / "certs", settings(server), wall(server), use_from=use_from)
         assert done.next_pins is not None
         check(server)
-        told = {"pins": list(done.next_pins.pins), "from": round(use_from.timestamp() * 1000)}
-        for client in (standing, nobody):
+        reported = {"pins": list(done.next_pins.pins), "from": round(use_from.timestamp() * 1000)}
+        for client in (standing, anonymous):
             event = client.receive()
-            assert (event.kind, event.value, event.token) == (EVENT, ["pins.next", told], bytes(32))
+            assert (event.kind, event.value, event.token) == (EVENT, ["pins.next", reported], bytes(32))
         with server.client() as late:
-            assert late.receive().value == ["pins.next", told]
-            assert late.call("server.info")["pins_next"] == told
+            assert late.receive().value == ["pins.next", reported]
+            assert late.call("server.info")["pins_next"] == reported
         server.clock.ahead_ms = 3 * 86_400_000 + 60_000
         check(server)
-        assert server.server.pins == told["pins"]
+        assert server.server.pins == reported["pins"]
         info = standing.call("server.info", timestamp=server.clock.wall(), token=bytes(32))
-        assert (info["pins"], info["pins_next"]) == (told["pins"], None)
+        assert (info["pins"], info["pins_next"]) == (reported["pins"], None)
     assert server.server.state.announcement is None
     assert notices(server)["key_rotated"] == 1
 
 
-def test_what_was_announced_before_the_start_is_announced_again(tmp_path: Path, certs: Path) -> None:
+def test_key_announced_before_the_start_is_announced_again(tmp_path: Path, certs: Path) -> None:
     first = ServerThread(tmp_path / "home", certs)
     with first:
         managed.rotate(tmp_path / "home" / "certs", settings(first), wall(first))
@@ -145,7 +145,7 @@ def test_what_was_announced_before_the_start_is_announced_again(tmp_path: Path, 
         assert client.receive().value[0] == "pins.next"
 
 
-def test_a_disk_that_fails_changes_nothing_and_is_reported_once(
+def test_disk_failure_changes_nothing_and_is_reported_once(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve()
@@ -170,7 +170,7 @@ def test_a_disk_that_fails_changes_nothing_and_is_reported_once(
 # --- contexts that do not prove themselves ----------------------------------------------------------------------
 
 
-def test_what_does_not_prove_itself_is_not_served(
+def test_context_that_fails_its_handshake_is_not_served(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve()
@@ -191,7 +191,7 @@ def test_what_does_not_prove_itself_is_not_served(
     assert notices(server) == {"loaded": 2}
 
 
-async def test_a_refused_context_is_reported_once_and_a_fault_each_time(
+async def test_failed_context_is_logged_once_and_an_internal_error_each_time(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
@@ -208,12 +208,14 @@ async def test_a_refused_context_is_reported_once_and_a_fault_each_time(
             await manager.check()
             await manager.check()
         await manager.check()
-    told = [event for event in events(capsys.readouterr().err) if event["event"].startswith("certificate.")]
-    assert [event["event"] for event in told] == [
+    reported = [
+        event for event in events(capsys.readouterr().err) if event["event"].startswith("certificate.")
+    ]
+    assert [event["event"] for event in reported] == [
         *("certificate.not_used", "certificate.not_used"),
         *("certificate.look_failed", "certificate.look_failed"),
     ]
-    assert [event["message"] for event in told[:2]] == ["it is bad", "it is worse"]
+    assert [event["message"] for event in reported[:2]] == ["it is bad", "it is worse"]
 
 
 def _raise(error: BaseException) -> Any:
@@ -221,7 +223,7 @@ def _raise(error: BaseException) -> Any:
 
 
 @pytest.mark.requirement("fallback")
-async def test_without_a_context_that_proves_itself_there_is_no_server(
+async def test_server_does_not_start_without_a_working_context(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
@@ -235,7 +237,7 @@ async def test_without_a_context_that_proves_itself_there_is_no_server(
 # --- the thread that looks ----------------------------------------------------------------------------------------
 
 
-async def test_the_loop_hears_only_of_what_is_new(
+async def test_loop_is_called_only_for_news(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
@@ -267,7 +269,7 @@ async def test_the_loop_hears_only_of_what_is_new(
         assert problems == ["it is bad", ""]
 
 
-def test_the_thread_takes_what_is_new_by_itself_and_ends_with_the_server(tmp_path: Path, certs: Path) -> None:
+def test_thread_applies_news_and_ends_with_the_server(tmp_path: Path, certs: Path) -> None:
     others = set(threading.enumerate())
     with ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms") as server:
         before = served(server)
@@ -278,7 +280,7 @@ def test_the_thread_takes_what_is_new_by_itself_and_ends_with_the_server(tmp_pat
     assert not thread.is_alive()
 
 
-async def test_a_keeper_that_gets_no_thread_tries_again(
+async def test_thread_that_cannot_be_started_is_retried(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
@@ -299,13 +301,13 @@ async def test_a_keeper_that_gets_no_thread_tries_again(
         await asyncio.wait_for(started.wait(), TIMEOUT)
         again.cancel()
         await asyncio.wait({again})
-    told = [each for each in events(capsys.readouterr().err) if each["event"] == "certificate.look_failed"]
-    assert len(told) == 1
+    reported = [
+        each for each in events(capsys.readouterr().err) if each["event"] == "certificate.look_failed"
+    ]
+    assert len(reported) == 1
 
 
-def test_what_is_found_when_the_loop_is_gone_or_the_watch_at_its_end_goes_nowhere(
-    tmp_path: Path, certs: Path
-) -> None:
+def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     manager = CertificateManager(
         configuration(home, certificates__directory=certs, **ECDSA),
@@ -350,7 +352,7 @@ print("started")
 """
 
 
-def test_a_program_that_leaves_its_server_alone_ends(tmp_path: Path, certs: Path) -> None:
+def test_program_that_does_not_stop_its_server_exits(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     shutil.copytree(certs, home / "certs")
@@ -360,7 +362,7 @@ def test_a_program_that_leaves_its_server_alone_ends(tmp_path: Path, certs: Path
     assert (ended.returncode, ended.stdout) == (0, b"started\n"), ended.stderr
 
 
-def test_a_long_wait_is_as_long_as_it_should_be(tmp_path: Path, certs: Path) -> None:
+def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:
     class Impatient(threading.Event):
         """Takes down how long it is asked to wait, and does not."""
 
@@ -400,9 +402,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.requirement("renewal")
-def test_certificates_of_other_programs_are_served_and_watched(
-    serve: Serve, ca: trustme.CA, folder: Path
-) -> None:
+def test_external_certificates_are_served_and_watched(serve: Serve, ca: trustme.CA, folder: Path) -> None:
     certificate, key = folder / "server.pem", folder / "server.key"
     first = write_pair(ca.issue_cert("localhost"), certificate, key)
     server = serve(
@@ -437,7 +437,7 @@ def test_each_name_gets_the_certificate_of_its_site(serve: Serve, ca: trustme.CA
         assert served(server, name) == default
 
 
-def test_a_site_with_damaged_files_does_not_hold_up_the_others(
+def test_site_with_damaged_files_does_not_delay_the_others(
     serve: Serve, ca: trustme.CA, folder: Path
 ) -> None:
     files = folder / "a.pem", folder / "a.key"
@@ -453,7 +453,7 @@ def test_a_site_with_damaged_files_does_not_hold_up_the_others(
 
 
 @pytest.mark.requirement("expiry_alerts")
-async def test_a_certificate_of_other_programs_near_its_end_is_reported(
+async def test_near_expiry_of_an_external_certificate_is_reported(
     tmp_path: Path, ca: trustme.CA, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     issued = ca.issue_cert("localhost", not_after=datetime.now(UTC) + 5 * DAY)
@@ -467,9 +467,11 @@ async def test_a_certificate_of_other_programs_near_its_end_is_reported(
     )
     async with Server(config=config, home=home) as server:
         await server.parts.certificates.check()
-    (told,) = [event for event in events(capsys.readouterr().err) if event["event"] == "certificate.expiry"]
-    assert (told["threshold_days"], told["days_left"]) == (7, 4)
-    assert told["level"] == "warning"
+    (reported,) = [
+        event for event in events(capsys.readouterr().err) if event["event"] == "certificate.expiry"
+    ]
+    assert (reported["threshold_days"], reported["days_left"]) == (7, 4)
+    assert reported["level"] == "warning"
 
 
 # --- certificates of clients ------------------------------------------------------------------------------------
@@ -490,7 +492,7 @@ def shown(server: ServerThread, issued: client_ca.ClientCertificate) -> Any:
     )
 
 
-def test_a_client_whose_certificate_is_revoked_is_closed_and_the_others_are_not(serve: Serve) -> None:
+def test_connection_with_a_revoked_client_certificate_is_closed_and_others_are_kept(serve: Serve) -> None:
     server = serve(tls__client_auth="optional")
     folder, now = server.home / "certs", datetime.now(UTC)
     good, bad = (client_ca.issue_client(folder, name, lifetime=30 * DAY, now=now) for name in ("good", "bad"))
@@ -505,7 +507,7 @@ def test_a_client_whose_certificate_is_revoked_is_closed_and_the_others_are_not(
     assert notices(server)["client_trust_loaded"] >= 1
 
 
-def test_many_connections_are_looked_at_over_several_turns(
+def test_revocation_checks_many_connections_over_several_turns(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zcproto.runtime.certificate_rollout.CLOSED_PER_TURN", 1)
@@ -517,7 +519,7 @@ def test_many_connections_are_looked_at_over_several_turns(
         assert one.call("echo") == other.call("echo") == {}
 
 
-def test_without_a_certificate_nobody_gets_in_where_one_is_required(serve: Serve) -> None:
+def test_client_without_a_certificate_is_refused_where_one_is_required(serve: Serve) -> None:
     server = serve(tls__client_auth="required")
     with pytest.raises((ClosedError, ssl.SSLError)):
         server.client()

@@ -35,7 +35,7 @@ LONGEST_NAME = ".".join([LONG_LABEL] * 3 + ["a" * 61])  # 253 characters
         ("fe80::1", "fe80::1"),
     ],
 )
-def test_a_good_name_is_kept_in_its_one_form(given: str, kept: str) -> None:
+def test_valid_name_is_normalized(given: str, kept: str) -> None:
     assert check_name(given) == kept
 
 
@@ -84,7 +84,7 @@ def test_a_good_name_is_kept_in_its_one_form(given: str, kept: str) -> None:
         "user@example.com",
     ],
 )
-def test_a_bad_name_is_refused_and_quoted(name: str) -> None:
+def test_invalid_name_is_refused_and_quoted(name: str) -> None:
     with pytest.raises(CertificateError) as caught:
         check_name(name)
     message = str(caught.value)
@@ -94,7 +94,7 @@ def test_a_bad_name_is_refused_and_quoted(name: str) -> None:
     assert "\n" not in message
 
 
-def test_names_keep_their_order_and_stand_once() -> None:
+def test_names_keep_their_order_without_duplicates() -> None:
     assert check_names(["b.example", "a.example", "B.example.", "::1", "0::1"]) == (
         "b.example",
         "a.example",
@@ -102,7 +102,7 @@ def test_names_keep_their_order_and_stand_once() -> None:
     )
 
 
-def test_a_hundred_names_are_taken_and_one_more_is_not() -> None:
+def test_a_hundred_names_are_accepted_and_one_more_is_refused() -> None:
     names = [f"n{number}.example" for number in range(MAX_NAMES)]
     assert len(check_names(names)) == MAX_NAMES
     assert len(check_names(names * 2)) == MAX_NAMES
@@ -110,7 +110,7 @@ def test_a_hundred_names_are_taken_and_one_more_is_not() -> None:
         check_names([*names, "one.more.example"])
 
 
-def test_addresses_become_address_entries_and_the_rest_dns_entries() -> None:
+def test_addresses_become_address_entries_and_other_names_dns_entries() -> None:
     assert general_names(["a.example", "192.0.2.7", "*.b.example", "2001:db8::1"]) == [
         x509.DNSName("a.example"),
         x509.IPAddress(IPv4Address("192.0.2.7")),

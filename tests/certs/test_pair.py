@@ -51,9 +51,7 @@ def refusal(folder: Path, chain: Any, key: Any, now: Any = NOW) -> str:
 # --- what is taken
 
 
-def test_a_pair_is_loaded_with_all_that_is_to_be_known_of_it(
-    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
-) -> None:
+def test_pair_is_loaded_with_its_attributes(tmp_path: Path, rsa_key: rsa.RSAPrivateKey) -> None:
     certificate = build(rsa_key, extensions=[SAN])
     paths = write_pair(tmp_path, [certificate], rsa_key)
     loaded = load_pair(*paths, NOW)
@@ -69,7 +67,7 @@ def test_a_pair_is_loaded_with_all_that_is_to_be_known_of_it(
     assert int(loaded.serial, 16) == certificate.serial_number
 
 
-def test_the_name_of_an_issuer_is_shown_on_one_line_of_bounded_length(tmp_path: Path, ec_key: Any) -> None:
+def test_issuer_name_is_escaped_and_truncated(tmp_path: Path, ec_key: Any) -> None:
     leaf = build(ec_key, issuer="a\nb\x1b[31m" + "c" * 50)
     issuer = load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW).issuer
     assert "\n" not in issuer
@@ -85,7 +83,7 @@ def test_ecdsa_pairs_are_loaded(tmp_path: Path, curve: ec.EllipticCurve, key_typ
     assert load_pair(*write_pair(tmp_path, [build(key)], key), NOW).key_type == key_type
 
 
-def test_keys_in_older_pem_forms_are_loaded(
+def test_keys_in_older_pem_formats_are_loaded(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: ec.EllipticCurvePrivateKey
 ) -> None:
     for key in (rsa_key, ec_key):
@@ -97,7 +95,7 @@ def test_keys_in_older_pem_forms_are_loaded(
     assert load_pair(*write_pair(tmp_path, [build(key)], parameters), NOW).key_type == "ecdsa-p256"
 
 
-def test_certificate_and_key_may_be_in_one_file(tmp_path: Path, ec_key: ec.EllipticCurvePrivateKey) -> None:
+def test_certificate_and_key_can_be_in_one_file(tmp_path: Path, ec_key: ec.EllipticCurvePrivateKey) -> None:
     both = tmp_path / "both.pem"
     both.touch(0o600)
     certificate = pem(build(ec_key))
@@ -129,7 +127,7 @@ def test_each_file_is_read_once(
     assert opened == [*paths, both]
 
 
-def test_a_chain_is_taken_with_a_root_that_nobody_checks_the_signature_of(
+def test_root_with_a_weak_signature_is_accepted_in_a_chain(
     tmp_path: Path, rsa_key: rsa.RSAPrivateKey, other_rsa_key: rsa.RSAPrivateKey, ec_key: Any
 ) -> None:
     leaf = build(ec_key, signer=other_rsa_key, issuer="middle")
@@ -138,13 +136,13 @@ def test_a_chain_is_taken_with_a_root_that_nobody_checks_the_signature_of(
     assert load_pair(*write_pair(tmp_path, [leaf, middle, root], ec_key), NOW).pin == spki_pin(der(leaf))
 
 
-def test_a_signature_of_an_ed25519_authority_is_strong(tmp_path: Path, ec_key: Any) -> None:
+def test_signature_of_an_ed25519_authority_is_strong(tmp_path: Path, ec_key: Any) -> None:
     authority = ed25519.Ed25519PrivateKey.generate()
     leaf = build(ec_key, signer=authority, issuer="authority", algorithm=None)
     assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW).key_type == "ecdsa-p256"
 
 
-def test_strong_hashes_and_pss_are_taken(tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: Any) -> None:
+def test_strong_hashes_and_pss_are_accepted(tmp_path: Path, rsa_key: rsa.RSAPrivateKey, ec_key: Any) -> None:
     for algorithm in (hashes.SHA384(), hashes.SHA512()):
         leaf = build(ec_key, signer=rsa_key, issuer="authority", algorithm=algorithm)
         assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW)
@@ -170,12 +168,12 @@ def test_strong_hashes_and_pss_are_taken(tmp_path: Path, rsa_key: rsa.RSAPrivate
         [usage(digital_signature=True)],
     ],
 )
-def test_a_certificate_that_may_be_a_servers_is_taken(tmp_path: Path, ec_key: Any, extensions: Any) -> None:
+def test_certificate_without_purpose_limits_is_accepted(tmp_path: Path, ec_key: Any, extensions: Any) -> None:
     leaf = build(ec_key, extensions=extensions)
     assert load_pair(*write_pair(tmp_path, [leaf], ec_key), NOW).names == ()
 
 
-def test_the_first_and_last_second_of_its_time_are_good_in_any_zone(tmp_path: Path, ec_key: Any) -> None:
+def test_first_and_last_second_of_validity_are_valid_in_any_zone(tmp_path: Path, ec_key: Any) -> None:
     start, end = NOW.replace(microsecond=0), NOW.replace(microsecond=0) + DAY
     paths = write_pair(tmp_path, [build(ec_key, not_before=start, not_after=end)], ec_key)
     for now in (start, end, end.astimezone(timezone(timedelta(hours=-9)))):
@@ -190,25 +188,25 @@ def test_the_first_and_last_second_of_its_time_are_good_in_any_zone(tmp_path: Pa
 
 
 @pytest.mark.requirement("fallback")
-def test_an_expired_certificate_is_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_expired_certificate_is_refused(tmp_path: Path, ec_key: Any) -> None:
     says = refusal(tmp_path, [build(ec_key)], ec_key, NOW + 2 * DAY)
     assert says == f"{tmp_path}/site.crt: expired on 2026-06-02 12:30 UTC; replace the certificate"
 
 
-def test_a_certificate_of_the_future_is_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_certificate_not_yet_valid_is_refused(tmp_path: Path, ec_key: Any) -> None:
     says = refusal(tmp_path, [build(ec_key)], ec_key, NOW - 2 * DAY)
     assert says.startswith(
         f"{tmp_path}/site.crt: is not valid before 2026-05-31 12:30 UTC; wait until then, or correct"
     )
 
 
-def test_a_time_without_a_zone_is_a_mistake_of_the_caller(tmp_path: Path, ec_key: Any) -> None:
+def test_naive_time_is_refused(tmp_path: Path, ec_key: Any) -> None:
     with pytest.raises(ValueError, match="aware"):
         load_pair(*write_pair(tmp_path, [build(ec_key)], ec_key), NOW.replace(tzinfo=None))
 
 
 @pytest.mark.requirement("fallback")
-def test_a_key_of_another_certificate_is_refused(
+def test_key_of_another_certificate_is_refused(
     tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
 ) -> None:
     for key in (other_rsa_key, ec_key):
@@ -218,16 +216,12 @@ def test_a_key_of_another_certificate_is_refused(
         )
 
 
-def test_a_chain_with_the_leaf_in_the_wrong_place_is_reported(
-    tmp_path: Path, rsa_key: Any, ec_key: Any
-) -> None:
+def test_chain_with_the_leaf_in_the_wrong_place_is_refused(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     chain = [build(rsa_key, subject="authority"), build(ec_key, signer=rsa_key, issuer="authority")]
     assert "the server's certificate is not the first one in the file" in refusal(tmp_path, chain, ec_key)
 
 
-def test_a_chain_out_of_order_is_refused(
-    tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
-) -> None:
+def test_chain_out_of_order_is_refused(tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any) -> None:
     leaf = build(ec_key, signer=other_rsa_key, issuer="middle")
     middle = build(other_rsa_key, signer=rsa_key, subject="middle", issuer="root")
     root = build(rsa_key, subject="root")
@@ -242,7 +236,7 @@ def test_a_chain_out_of_order_is_refused(
         assert f"certificate {position + 1} is not the issuer of certificate {position}; put" in says
 
 
-def test_an_issuer_of_the_right_name_that_did_not_sign_is_refused(
+def test_issuer_of_the_right_name_that_did_not_sign_is_refused(
     tmp_path: Path, rsa_key: Any, other_rsa_key: Any, ec_key: Any
 ) -> None:
     leaf = build(ec_key, signer=other_rsa_key, issuer="authority")
@@ -250,7 +244,7 @@ def test_an_issuer_of_the_right_name_that_did_not_sign_is_refused(
     assert "certificate 2 has the name of the issuer of certificate 1 but did not sign it; replace" in says
 
 
-def test_names_that_differ_in_case_spaces_and_encoding_are_one(
+def test_names_differing_in_case_spaces_and_encoding_are_equal(
     tmp_path: Path, rsa_key: Any, ec_key: Any
 ) -> None:
     leaf = build(ec_key, signer=rsa_key, issuer="The  Authority ")
@@ -265,7 +259,7 @@ def test_names_that_differ_in_case_spaces_and_encoding_are_one(
     assert pair._comparable(other) != pair._comparable(authority.subject)
 
 
-def test_too_long_a_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_chain_that_is_too_long_is_refused(tmp_path: Path, ec_key: Any) -> None:
     certificate = build(ec_key)  # issued by itself
     assert load_pair(*write_pair(tmp_path, [certificate] * 10, ec_key), NOW).chain_length == 10
     says = refusal(tmp_path, [certificate] * 11, ec_key)
@@ -273,7 +267,7 @@ def test_too_long_a_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
 
 
 @pytest.mark.requirement("key_size")
-def test_a_short_rsa_key_is_refused(tmp_path: Path) -> None:
+def test_short_rsa_key_is_refused(tmp_path: Path) -> None:
     key = rsa.generate_private_key(65537, 1024)
     says = refusal(tmp_path, [build(key)], key)
     assert (
@@ -291,7 +285,7 @@ def test_other_curves_are_refused(tmp_path: Path, curve: ec.EllipticCurve) -> No
     assert f"the key is ecdsa-{curve.name}; use RSA" in refusal(tmp_path, [build(key)], key)
 
 
-def test_other_kinds_of_keys_are_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_other_key_algorithms_are_refused(tmp_path: Path, ec_key: Any) -> None:
     edwards = ed25519.Ed25519PrivateKey.generate()
     assert "site.key: the key is ed25519; use RSA" in refusal(tmp_path, [build(ec_key)], edwards)
     certificate = build(edwards, algorithm=None)
@@ -303,7 +297,7 @@ def test_other_kinds_of_keys_are_refused(tmp_path: Path, ec_key: Any) -> None:
 
 
 @pytest.mark.requirement("key_size")
-def test_a_weak_key_in_the_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_weak_key_in_the_chain_is_refused(tmp_path: Path, ec_key: Any) -> None:
     weak = rsa.generate_private_key(65537, 1024)
     chain = [build(ec_key, signer=weak, issuer="middle"), build(weak, subject="middle", issuer="root")]
     assert "certificate 2 of the chain is too weak: the RSA key has 1024 bits" in refusal(
@@ -319,13 +313,13 @@ def sha1_signed(key: Any, subject: str) -> x509.Certificate:
     return x509.load_pem_x509_certificate(made.encode())
 
 
-def test_a_signature_with_sha1_is_refused(tmp_path: Path, rsa_key: Any) -> None:
+def test_sha1_signature_is_refused(tmp_path: Path, rsa_key: Any) -> None:
     says = refusal(tmp_path, [sha1_signed(rsa_key, "server")], rsa_key)
     assert "the certificate is signed with sha1, which is insecure; use one signed with SHA-256" in says
 
 
 def with_signature_algorithm(certificate: x509.Certificate, last_arc: int) -> bytes:
-    """The certificate with another PKCS #1 algorithm written in both places; nobody checks its signature."""
+    """The certificate with another PKCS #1 algorithm in both places, with an invalid signature."""
     arc = bytes.fromhex("06092a864886f70d0101")  # 1.2.840.113549.1.1, RFC 8017 appendix C
     data = der(certificate)
     assert data.count(arc + b"\x0b") == 2
@@ -357,14 +351,14 @@ def test_weak_and_unknown_signatures_are_refused(
         ),
     ],
 )
-def test_a_certificate_for_another_purpose_is_refused(
+def test_certificate_for_another_purpose_is_refused(
     tmp_path: Path, ec_key: Any, extension: x509.ExtensionType, says: str
 ) -> None:
     assert says in refusal(tmp_path, [build(ec_key, extensions=[extension])], ec_key)
 
 
 @pytest.mark.parametrize("form", [serialization.PrivateFormat.PKCS8, TRADITIONAL])
-def test_an_encrypted_key_without_a_passphrase_is_refused_with_the_cure(
+def test_encrypted_key_without_a_passphrase_is_refused_with_the_remedy(
     tmp_path: Path, rsa_key: Any, form: serialization.PrivateFormat
 ) -> None:
     data = pem_of_key(rsa_key, form, serialization.BestAvailableEncryption(b"pass phrase"))
@@ -377,7 +371,7 @@ def test_an_encrypted_key_without_a_passphrase_is_refused_with_the_cure(
 
 
 @pytest.mark.parametrize("form", [serialization.PrivateFormat.PKCS8, TRADITIONAL])
-def test_an_encrypted_key_is_taken_with_its_passphrase_which_is_shown_nowhere(
+def test_encrypted_key_is_decrypted_and_its_passphrase_shown_nowhere(
     tmp_path: Path, rsa_key: Any, ec_key: Any, form: serialization.PrivateFormat
 ) -> None:
     secret = b"correct horse \xff"
@@ -392,13 +386,15 @@ def test_an_encrypted_key_is_taken_with_its_passphrase_which_is_shown_nowhere(
 
 
 @pytest.mark.parametrize("options", ["-aes128", "-des3"])
-def test_traditional_keys_that_openssl_encrypts_are_taken(tmp_path: Path, ec_key: Any, options: str) -> None:
+def test_traditional_keys_encrypted_by_openssl_are_accepted(
+    tmp_path: Path, ec_key: Any, options: str
+) -> None:
     data = openssl("ec", options, "-passout", "pass:secret", data=pem_of_key(ec_key)).encode()
     assert b"DEK-Info" in data
     assert load_pair(*write_pair(tmp_path, [build(ec_key)], data), NOW, b"secret").passphrase == b"secret"
 
 
-def test_a_wrong_passphrase_is_reported_and_not_shown(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_wrong_passphrase_is_refused_and_not_shown(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     wrong = b"battery" + b" staple"
     for key in (rsa_key, ec_key):
         for form in (serialization.PrivateFormat.PKCS8, TRADITIONAL):
@@ -413,12 +409,12 @@ def test_a_wrong_passphrase_is_reported_and_not_shown(tmp_path: Path, rsa_key: A
             assert wrong.decode() not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_passphrase_for_a_key_that_is_not_encrypted_is_not_kept(tmp_path: Path, ec_key: Any) -> None:
+def test_passphrase_of_an_unencrypted_key_is_not_kept(tmp_path: Path, ec_key: Any) -> None:
     assert load_pair(*write_pair(tmp_path, [build(ec_key)], ec_key), NOW, b"secret").passphrase is None
 
 
 @pytest.mark.parametrize("length", [0, 1025])
-def test_the_length_of_a_passphrase_is_bounded(tmp_path: Path, ec_key: Any, length: int) -> None:
+def test_passphrase_out_of_range_is_refused(tmp_path: Path, ec_key: Any, length: int) -> None:
     data = pem_of_key(ec_key, encryption=serialization.BestAvailableEncryption(b"x" * 1023))
     paths = write_pair(tmp_path, [build(ec_key)], data)
     with pytest.raises(CertificateError, match=r"site\.key: the passphrase must have 1 to 1024 bytes"):
@@ -440,7 +436,7 @@ def test_the_length_of_a_passphrase_is_bounded(tmp_path: Path, ec_key: Any, leng
         "der",
     ],
 )
-def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, data: Any) -> None:
+def test_malformed_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, data: Any) -> None:
     certificate = build(ec_key)
     whole = pem_of_key(ec_key)
     kinds = {"the certificate": pem(certificate), "half": whole[: len(whole) // 2], "der": der(certificate)}
@@ -451,7 +447,7 @@ def test_what_is_no_key_is_refused_and_not_shown(tmp_path: Path, ec_key: Any, da
 
 @pytest.mark.requirement("fallback")
 @pytest.mark.parametrize("data", [b"", b"junk", b"\xff" * 50, "the key", "half", "der"])
-def test_what_is_no_certificate_is_refused(tmp_path: Path, ec_key: Any, data: Any) -> None:
+def test_malformed_certificate_is_refused(tmp_path: Path, ec_key: Any, data: Any) -> None:
     whole = pem(build(ec_key))
     kinds = {"the key": pem_of_key(ec_key), "half": whole[: len(whole) // 2], "der": der(build(ec_key))}
     half = data == "half"
@@ -468,9 +464,7 @@ def test_what_is_no_certificate_is_refused(tmp_path: Path, ec_key: Any, data: An
     assert str(caught.value) == f"{certificate_path}: {what}; replace the file"
 
 
-def test_a_chain_that_is_being_written_is_not_taken_for_a_shorter_one(
-    tmp_path: Path, rsa_key: Any, ec_key: Any
-) -> None:
+def test_truncated_chain_is_not_accepted_as_a_shorter_one(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     leaf, middle = build(ec_key, signer=rsa_key, issuer="middle"), build(rsa_key, subject="middle")
     whole = pem(leaf) + pem(middle)
     taken = 0
@@ -492,20 +486,20 @@ def test_text_around_the_certificates_does_no_harm(tmp_path: Path, ec_key: Any) 
     assert load_pair(*write_pair(tmp_path, text, ec_key), NOW).chain_length == 1
 
 
-def test_a_certificate_with_an_extension_that_cannot_be_read_is_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_unparsable_extension_is_refused(tmp_path: Path, ec_key: Any) -> None:
     bad = x509.UnrecognizedExtension(x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x30\x03\x82\x05a")
     says = refusal(tmp_path, [build(ec_key, extensions=[bad])], ec_key)
     assert says == f"{tmp_path}/site.crt: contains a certificate that cannot be parsed; replace the file"
 
 
-def test_a_key_that_others_can_read_is_refused(tmp_path: Path, ec_key: Any) -> None:
+def test_key_readable_by_others_is_refused(tmp_path: Path, ec_key: Any) -> None:
     certificate_path, key_path = write_pair(tmp_path, [build(ec_key)], ec_key)
     key_path.chmod(0o640)
     with pytest.raises(CertificateError, match=r"site\.key: others can read .* run: chmod 600 "):
         load_pair(certificate_path, key_path, NOW)
 
 
-def test_damaged_files_give_the_documented_error_only(tmp_path: Path, ec_key: Any) -> None:
+def test_damaged_files_raise_only_the_documented_error(tmp_path: Path, ec_key: Any) -> None:
     rng = random.Random(20260601)
     certificate = build(ec_key, extensions=[SAN, usage(digital_signature=True)])
     wholes = {
@@ -541,7 +535,7 @@ def test_damaged_files_give_the_documented_error_only(tmp_path: Path, ec_key: An
 
 
 @pytest.mark.parametrize("kind", ["rsa", "p256", "p384", "ed25519"])
-def test_a_pin_is_what_openssl_makes_of_the_public_key(kind: str, rsa_key: Any, ec_key: Any) -> None:
+def test_pin_equals_that_of_openssl(kind: str, rsa_key: Any, ec_key: Any) -> None:
     key = {
         "rsa": rsa_key,
         "p256": ec_key,
@@ -555,12 +549,12 @@ def test_a_pin_is_what_openssl_makes_of_the_public_key(kind: str, rsa_key: Any, 
     assert spki_pin(der(certificate)) == expected
 
 
-def test_a_pin_stays_when_the_key_stays(rsa_key: Any, other_rsa_key: Any) -> None:
+def test_pin_stays_with_the_key(rsa_key: Any, other_rsa_key: Any) -> None:
     assert spki_pin(der(build(rsa_key))) == spki_pin(der(build(rsa_key, subject="other")))
     assert spki_pin(der(build(rsa_key))) != spki_pin(der(build(other_rsa_key)))
 
 
-def test_the_pin_of_an_old_version_1_certificate_is_right(rsa_key: Any) -> None:
+def test_pin_of_a_version_1_certificate_is_right(rsa_key: Any) -> None:
     """Version 1 has no version field (RFC 5280 section 4.1), so all others are one place earlier."""
     data = der(build(rsa_key))
     version = bytes.fromhex("a003020102")
@@ -575,12 +569,12 @@ def test_the_pin_of_an_old_version_1_certificate_is_right(rsa_key: Any) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"junk", b"\x30\x84\xff\xff\xff\xff", b"\x30\x00"])
-def test_what_is_no_certificate_has_no_pin(data: bytes) -> None:
+def test_malformed_certificate_has_no_pin(data: bytes) -> None:
     with pytest.raises(CertificateError, match="not a certificate in DER form"):
         spki_pin(data)
 
 
-def test_pair_of_bytes_that_match_are_reported(rsa_key: Any, other_rsa_key: Any) -> None:
+def test_matching_bytes_are_recognized(rsa_key: Any, other_rsa_key: Any) -> None:
     assert pair.match(pem(build(rsa_key)), pem_of_key(rsa_key))
     assert not pair.match(pem(build(rsa_key)), pem_of_key(other_rsa_key))
     assert not pair.match(pem(build(rsa_key)), pem_of_key(ed25519.Ed25519PrivateKey.generate()))

@@ -52,7 +52,7 @@ def usages(certificate: x509.Certificate) -> tuple[set[str], bool]:
     return {name for name in (*names, "key_cert_sign", "crl_sign") if getattr(value, name)}, critical
 
 
-def test_the_authority_may_sign_leaves_and_revocation_lists_and_nothing_else(
+def test_authority_signs_only_leaves_and_crls(
     authority: x509.Certificate,
 ) -> None:
     assert authority.version is x509.Version.v3
@@ -66,7 +66,7 @@ def test_the_authority_may_sign_leaves_and_revocation_lists_and_nothing_else(
     assert len(authority.extensions) == 4
 
 
-def test_the_authority_may_issue_for_the_names_it_was_made_for_and_for_all_addresses(
+def test_authority_issues_for_its_names_and_all_addresses(
     authority: x509.Certificate,
 ) -> None:
     constraints, critical = extension(authority, x509.NameConstraints)
@@ -80,7 +80,7 @@ def test_the_authority_may_issue_for_the_names_it_was_made_for_and_for_all_addre
     assert critical
 
 
-def test_what_an_authority_permits_is_what_it_was_made_for(authority: x509.Certificate) -> None:
+def test_authority_permits_exactly_its_names(authority: x509.Certificate) -> None:
     assert profile.permitted_names(authority) == ("localhost", "b.example")
     for name in ("localhost", "b.example", "*.b.example", "x.y.b.example", "192.0.2.7", "2001:db8::8"):
         assert profile.permits(authority, name)
@@ -88,7 +88,7 @@ def test_what_an_authority_permits_is_what_it_was_made_for(authority: x509.Certi
         assert not profile.permits(authority, name)
 
 
-def test_an_authority_without_constraints_permits_everything(rsa_key: Any) -> None:
+def test_authority_without_constraints_permits_everything(rsa_key: Any) -> None:
     for certificate in (
         profile.authority_certificate(rsa_key, SERVER.title, NOW),
         only_addresses_constrained(rsa_key),
@@ -102,13 +102,13 @@ def only_addresses_constrained(key: Any) -> x509.Certificate:
     return build(key, extensions=[constraints])
 
 
-def test_what_is_permitted_is_each_name_once_localhost_and_no_more_than_200() -> None:
+def test_permitted_names_are_unique_include_localhost_and_are_at_most_200() -> None:
     many = [f"n{number}.example" for number in range(300)]
     assert profile.permitted_for(["b.example", "*.b.example", "10.0.0.1"]) == ("localhost", "b.example")
     assert profile.permitted_for(many) == ("localhost", *many[:199])
 
 
-def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, rsa_key: Any) -> None:
+def test_authority_is_self_signed_for_ten_years(authority: x509.Certificate, rsa_key: Any) -> None:
     assert authority.issuer == authority.subject
     assert authority.not_valid_before_utc == START - timedelta(hours=1)
     assert authority.not_valid_after_utc == START + 3652 * DAY
@@ -118,9 +118,7 @@ def test_the_authority_signs_itself_for_ten_years(authority: x509.Certificate, r
     )
 
 
-def test_authorities_are_reported_apart_by_names_that_come_from_their_keys(
-    rsa_key: Any, other_rsa_key: Any
-) -> None:
+def test_authority_names_are_derived_from_their_keys(rsa_key: Any, other_rsa_key: Any) -> None:
     one = profile.authority_certificate(rsa_key, SERVER.title, NOW)
     again = profile.authority_certificate(rsa_key, SERVER.title, NOW + DAY)
     other = profile.authority_certificate(other_rsa_key, SERVER.title, NOW)
@@ -134,7 +132,7 @@ def test_authorities_are_reported_apart_by_names_that_come_from_their_keys(
 
 
 @pytest.mark.requirement("profile")
-def test_a_leaf_is_for_a_tls_server_and_nothing_else(leaf: x509.Certificate) -> None:
+def test_leaf_is_valid_only_for_a_tls_server(leaf: x509.Certificate) -> None:
     assert leaf.version is x509.Version.v3
     assert extension(leaf, x509.BasicConstraints) == (x509.BasicConstraints(ca=False, path_length=None), True)
     assert usages(leaf) == ({"digital_signature"}, True)
@@ -146,7 +144,7 @@ def test_a_leaf_is_for_a_tls_server_and_nothing_else(leaf: x509.Certificate) -> 
 
 
 @pytest.mark.requirement("profile")
-def test_a_leaf_names_its_hosts_and_addresses_each_in_its_managed_kind(leaf: x509.Certificate) -> None:
+def test_leaf_has_hosts_and_addresses_as_their_kinds_of_entries(leaf: x509.Certificate) -> None:
     names, critical = extension(leaf, x509.SubjectAlternativeName)
     assert list(names) == [
         x509.DNSName("localhost"),
@@ -158,7 +156,7 @@ def test_a_leaf_names_its_hosts_and_addresses_each_in_its_managed_kind(leaf: x50
 
 
 @pytest.mark.requirement("profile")
-def test_a_leaf_points_to_its_authority(leaf: x509.Certificate, authority: x509.Certificate) -> None:
+def test_leaf_refers_to_its_authority(leaf: x509.Certificate, authority: x509.Certificate) -> None:
     assert leaf.issuer == authority.subject
     leaf.verify_directly_issued_by(authority)
     own, _ = extension(leaf, x509.SubjectKeyIdentifier)
@@ -182,19 +180,19 @@ def test_serial_numbers_are_long_random_and_positive(
     assert max(serials).bit_length() > 150
 
 
-def test_a_leaf_is_valid_from_an_hour_ago_for_its_lifetime(leaf: x509.Certificate) -> None:
+def test_leaf_is_valid_from_an_hour_ago_for_its_lifetime(leaf: x509.Certificate) -> None:
     assert leaf.not_valid_before_utc == START - timedelta(hours=1)
     assert leaf.not_valid_after_utc == START + 90 * DAY
 
 
-def test_a_leaf_is_never_valid_for_more_than_397_days(
+def test_leaf_is_never_valid_for_more_than_397_days(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
     leaf = profile.server_certificate(ec_key, NAMES, authority, rsa_key, 397 * DAY, NOW)
     assert leaf.not_valid_after_utc - leaf.not_valid_before_utc == 397 * DAY
 
 
-def test_a_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_key: Any, ec_key: Any) -> None:
+def test_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_key: Any, ec_key: Any) -> None:
     late = authority.not_valid_after_utc - 10 * DAY
     leaf = profile.server_certificate(ec_key, NAMES, authority, rsa_key, 90 * DAY, late)
     assert leaf.not_valid_after_utc == authority.not_valid_after_utc
@@ -210,14 +208,14 @@ def test_a_leaf_never_outlives_its_authority(authority: x509.Certificate, rsa_ke
         (("x" * 56 + ".example",), "x" * 56 + ".example"),
     ],
 )
-def test_the_common_name_is_the_first_name_that_fits(
+def test_common_name_is_the_first_name_that_fits(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any, names: tuple[str, ...], common_name: str
 ) -> None:
     leaf = profile.server_certificate(ec_key, names, authority, rsa_key, DAY, NOW)
     assert [(one.oid, one.value) for one in leaf.subject] == [(NameOID.COMMON_NAME, common_name)]
 
 
-def test_a_leaf_for_addresses_has_no_common_name_that_could_be_taken_for_a_dns_name(
+def test_leaf_for_addresses_has_no_common_name(
     authority: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
     leaf = profile.server_certificate(ec_key, ["192.0.2.7", "2001:db8::7"], authority, rsa_key, DAY, NOW)
@@ -258,7 +256,7 @@ def test_openssl_verifies_the_leaf_strictly_for_every_name(
         (["localhost", "192.0.2.7", "c.example"], False),
     ],
 )
-def test_openssl_and_gnutls_agree_with_us_on_what_the_authority_may_issue(
+def test_openssl_and_gnutls_agree_on_what_the_authority_permits(
     tmp_path: Path, authority: x509.Certificate, rsa_key: Any, ec_key: Any, names: list[str], good: bool
 ) -> None:
     """One name beyond the constraints breaks the whole certificate."""
@@ -283,7 +281,7 @@ def test_openssl_and_gnutls_agree_with_us_on_what_the_authority_may_issue(
     assert ("violates the signer's constraints" in done.stdout) is not good
 
 
-def test_a_renewed_authority_verifies_what_the_old_one_issued_and_the_other_way_round(
+def test_old_and_renewed_authority_verify_each_others_leaves(
     tmp_path: Path, authority: x509.Certificate, leaf: x509.Certificate, rsa_key: Any, ec_key: Any
 ) -> None:
     renewed = profile.authority_certificate(rsa_key, SERVER.title, NOW + 30 * DAY)

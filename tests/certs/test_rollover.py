@@ -42,7 +42,7 @@ def put(path: Path, data: bytes, mode: int = 0o600) -> None:
     path.write_bytes(data)
 
 
-def test_a_next_key_is_its_owners_alone_and_comes_back_as_it_was(folder: Path, rsa_key: Any) -> None:
+def test_next_key_is_private_and_read_unchanged(folder: Path, rsa_key: Any) -> None:
     sentences: list[str] = []
     old = os.umask(0)
     try:
@@ -63,7 +63,7 @@ def test_a_next_key_is_its_owners_alone_and_comes_back_as_it_was(folder: Path, r
     ]
 
 
-def test_the_file_says_what_it_is_and_openssl_reads_the_key_after_that(folder: Path, ec_key: Any) -> None:
+def test_next_key_file_has_a_header_and_is_parsed_by_openssl(folder: Path, ec_key: Any) -> None:
     announce(folder, ec_key)
     path = folder / "server-ecdsa.next.key"
     assert path.read_bytes() == LINE.encode() + pem_of_key(ec_key)
@@ -71,14 +71,12 @@ def test_the_file_says_what_it_is_and_openssl_reads_the_key_after_that(folder: P
 
 
 @pytest.mark.parametrize("kind", ["rsa_key", "ec_key"])
-def test_the_pin_is_that_of_a_certificate_for_the_key(request: Any, folder: Path, kind: str) -> None:
+def test_pin_is_that_of_a_certificate_for_the_key(request: Any, folder: Path, kind: str) -> None:
     key = request.getfixturevalue(kind)
     assert announce(folder, key).pin == spki_pin(der(build(key)))
 
 
-def test_what_is_announced_is_read_without_the_lock_and_without_a_change(
-    folder: Path, rsa_key: Any, ec_key: Any
-) -> None:
+def test_announced_keys_are_read_without_lock_and_changes(folder: Path, rsa_key: Any, ec_key: Any) -> None:
     assert rollover.announced(folder) is None
     assert rollover.announced(folder / "missing") is None
     first = announce(folder, rsa_key)
@@ -90,7 +88,7 @@ def test_what_is_announced_is_read_without_the_lock_and_without_a_change(
     assert set(rollover.paths(folder)) == set(folder.iterdir())
 
 
-def test_next_keys_are_found_by_their_type(folder: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_next_keys_are_found_by_type(folder: Path, rsa_key: Any, ec_key: Any) -> None:
     announce(folder, rsa_key)
     announce(folder, ec_key)
     sentences: list[str] = []
@@ -124,7 +122,7 @@ KINDS = ("empty", "junk", "half", "no line", "half a line", "a certificate", "no
 
 
 @pytest.mark.parametrize("name", [*KINDS, "another kind", "weak", "too large"])
-def test_a_damaged_next_key_is_set_aside_with_a_word(folder: Path, ec_key: Any, name: str) -> None:
+def test_damaged_next_key_is_set_aside_and_reported(folder: Path, ec_key: Any, name: str) -> None:
     path = folder / "server-ecdsa.next.key"
     data = damaged(name, ec_key)
     put(path, data)
@@ -144,7 +142,7 @@ def test_a_damaged_next_key_is_set_aside_with_a_word(folder: Path, ec_key: Any, 
     assert len(sentences) == 1
 
 
-def test_a_key_with_a_damaged_private_half_is_not_announced(folder: Path, rsa_key: Any) -> None:
+def test_next_key_with_a_damaged_private_half_is_not_announced(folder: Path, rsa_key: Any) -> None:
     numbers = rsa_key.private_numbers()
     damaged_key = rsa.RSAPrivateNumbers(
         p=numbers.p,
@@ -162,7 +160,7 @@ def test_a_key_with_a_damaged_private_half_is_not_announced(folder: Path, rsa_ke
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
-def test_a_next_key_that_others_could_read_is_not_used(folder: Path, ec_key: Any, mode: int) -> None:
+def test_next_key_readable_by_others_is_not_used(folder: Path, ec_key: Any, mode: int) -> None:
     announce(folder, ec_key)
     path = folder / "server-ecdsa.next.key"
     path.chmod(mode)
@@ -174,7 +172,7 @@ def test_a_next_key_that_others_could_read_is_not_used(folder: Path, ec_key: Any
     assert not path.exists()
 
 
-def test_what_is_no_file_is_set_aside(folder: Path) -> None:
+def test_next_key_that_is_not_a_file_is_set_aside(folder: Path) -> None:
     path = folder / "server.next.key"
     path.mkdir()
     os.mkfifo(folder / "server-ecdsa.next.key")
@@ -187,7 +185,7 @@ def test_what_is_no_file_is_set_aside(folder: Path) -> None:
     }
 
 
-def test_a_disk_that_refuses_everything_stops_nothing(
+def test_disk_that_refuses_everything_stops_nothing(
     folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     announce(folder, ec_key)
@@ -210,7 +208,7 @@ def test_a_disk_that_refuses_everything_stops_nothing(
 @pytest.mark.parametrize(
     ("name", "key"), [("server.next.key", "ec_key"), ("server-ecdsa.next.key", "rsa_key")]
 )
-def test_a_key_of_the_other_family_is_set_aside(request: Any, folder: Path, name: str, key: str) -> None:
+def test_key_of_the_other_family_is_set_aside(request: Any, folder: Path, name: str, key: str) -> None:
     put(folder / name, LINE.encode() + pem_of_key(request.getfixturevalue(key)))
     sentences: list[str] = []
     assert find(folder, sentences=sentences) == {}
@@ -220,19 +218,19 @@ def test_a_key_of_the_other_family_is_set_aside(request: Any, folder: Path, name
     ]
 
 
-def test_a_next_key_of_a_type_that_is_no_longer_wanted_is_set_aside(folder: Path, rsa_key: Any) -> None:
+def test_next_key_of_an_unconfigured_type_is_set_aside(folder: Path, rsa_key: Any) -> None:
     announce(folder, rsa_key)
     assert rollover.find(folder, ("rsa-3072", "ecdsa-p256"), NOW, lambda sentence: None) == {}
     assert (folder / "server.next.key.aside").exists()
 
 
-def test_what_a_crash_left_of_an_announcement_is_deleted(folder: Path, ec_key: Any) -> None:
+def test_staged_announcement_left_by_a_crash_is_deleted(folder: Path, ec_key: Any) -> None:
     put(folder / ".server-ecdsa.next.key.new", LINE.encode() + pem_of_key(ec_key))
     assert find(folder) == {}
     assert list(folder.iterdir()) == []
 
 
-def test_an_announcement_that_cannot_be_written_leaves_the_one_before(
+def test_failed_announcement_keeps_the_one_before(
     folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = announce(folder, ec_key)
@@ -248,7 +246,7 @@ def test_an_announcement_that_cannot_be_written_leaves_the_one_before(
     assert [path.name for path in folder.iterdir()] == ["server-ecdsa.next.key"]
 
 
-def test_a_next_key_gets_another_time_and_stays_the_same(folder: Path, ec_key: Any) -> None:
+def test_next_key_can_be_announced_for_another_time(folder: Path, ec_key: Any) -> None:
     first = announce(folder, ec_key)
     moved = rollover.announce(folder, first.key, NOW + 20 * DAY, NOW + DAY, lambda sentence: None)
     assert moved.pin == first.pin
@@ -256,14 +254,14 @@ def test_a_next_key_gets_another_time_and_stays_the_same(folder: Path, ec_key: A
     assert find(folder, NOW + DAY)["ecdsa-p256"].announced_at == WHOLE_NOW + DAY
 
 
-def test_a_key_that_was_put_to_use_is_no_longer_announced(folder: Path, ec_key: Any) -> None:
+def test_used_next_key_is_no_longer_announced(folder: Path, ec_key: Any) -> None:
     next_key = announce(folder, ec_key)
     rollover.delete(next_key)
     rollover.delete(next_key)
     assert list(folder.iterdir()) == []
 
 
-def test_what_is_taken_back_is_set_aside(folder: Path, rsa_key: Any, ec_key: Any) -> None:
+def test_cancelled_keys_are_set_aside(folder: Path, rsa_key: Any, ec_key: Any) -> None:
     sentences: list[str] = []
     assert rollover.cancel(folder, sentences.append) == ()
     announce(folder, rsa_key)
@@ -276,9 +274,7 @@ def test_what_is_taken_back_is_set_aside(folder: Path, rsa_key: Any, ec_key: Any
     assert len(list(folder.glob("*.aside"))) == len(sentences) == 2
 
 
-def test_an_announcement_of_a_clock_that_was_ahead_lasts_as_long_as_it_was_meant_to(
-    folder: Path, ec_key: Any
-) -> None:
+def test_announcement_by_a_clock_that_was_ahead_keeps_its_length(folder: Path, ec_key: Any) -> None:
     announce(folder, ec_key, now=NOW + 3650 * DAY)
     sentences: list[str] = []
     found = find(folder, sentences=sentences)["ecdsa-p256"]
@@ -289,12 +285,12 @@ def test_an_announcement_of_a_clock_that_was_ahead_lasts_as_long_as_it_was_meant
     assert len(sentences) == 1
 
 
-def test_a_clock_that_was_a_little_ahead_changes_nothing(folder: Path, ec_key: Any) -> None:
+def test_clock_slightly_ahead_changes_nothing(folder: Path, ec_key: Any) -> None:
     first = announce(folder, ec_key, now=NOW + timedelta(hours=1))
     assert find(folder)["ecdsa-p256"].use_from == first.use_from
 
 
-def test_a_time_that_cannot_be_set_right_is_reported_and_tried_again(
+def test_failed_correction_of_the_times_is_reported_and_retried(
     folder: Path, ec_key: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = announce(folder, ec_key, now=NOW + 100 * DAY)
@@ -310,7 +306,7 @@ def test_a_time_that_cannot_be_set_right_is_reported_and_tried_again(
     assert find(folder)["ecdsa-p256"].use_from == WHOLE_NOW + 7 * DAY
 
 
-def test_the_times_are_in_utc(folder: Path, ec_key: Any) -> None:
+def test_times_are_in_utc(folder: Path, ec_key: Any) -> None:
     announce(folder, ec_key)
     read = rollover.read(folder / "server-ecdsa.next.key")
     assert read is not None

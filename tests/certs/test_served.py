@@ -60,7 +60,7 @@ def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> ssl.
 
 @pytest.mark.parametrize("name", ["zcp.example.com", "www.b.example", "192.0.2.7", "127.0.0.1", "localhost"])
 @pytest.mark.parametrize("types", [["rsa-2048"], ["ecdsa-p256"], ["rsa-2048", "ecdsa-p256"]])
-def test_a_client_that_trusts_the_authority_connects_by_every_name(
+def test_client_that_trusts_the_authority_connects_by_every_name(
     folder: Path, pairs: list[CertificatePair], types: list[str], name: str
 ) -> None:
     served = [pair for pair in pairs if pair.key_type in types]
@@ -72,7 +72,7 @@ def test_a_client_that_trusts_the_authority_connects_by_every_name(
     assert leaf in [ssl.PEM_cert_to_DER_cert(pair.certificate.read_text()) for pair in served]
 
 
-def test_a_client_refuses_another_name_and_another_authority(
+def test_client_refuses_another_name_and_another_authority(
     folder: Path, pairs: list[CertificatePair], tmp_path: Path
 ) -> None:
     client = ssl.create_default_context(cafile=folder / "ca.crt")
@@ -92,7 +92,7 @@ def test_a_client_refuses_another_name_and_another_authority(
         ("ecdsa_secp256r1_sha256:rsa_pkcs1_sha256", "ecdsa-p256"),
     ],
 )
-def test_clients_that_know_one_family_only_are_both_served_on_one_port(
+def test_clients_of_either_key_family_are_served_on_one_port(
     folder: Path, pairs: list[CertificatePair], algorithms: str, key_type: str
 ) -> None:
     """The client of RSA only cannot verify a chain with any other signature in it (RFC 8446 section 4.4.2.2)."""

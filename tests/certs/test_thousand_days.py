@@ -92,8 +92,8 @@ class Disk:
             raise OSError(error, os.strerror(error))
 
 
-class Others:
-    """Somebody who renews the certificate of a site, the certificate first and the key at another time."""
+class ExternalProgram:
+    """A program that renews the certificate of a site: the certificate first, the key later."""
 
     def __init__(self, folder: Path) -> None:
         self.certificate, self.key = folder / "site.crt", folder / "site.key"
@@ -135,7 +135,7 @@ class Life:
     wall: datetime = NOW
     monotonic: float = 1.0
     checker: CertificateChecker | None = None
-    told: set[tuple[str, datetime, int]] = field(default_factory=set)
+    reported: set[tuple[str, datetime, int]] = field(default_factory=set)
     """Alerts of this process: what, its end, the threshold."""
     pins: dict[str, str] = field(default_factory=dict)
     """What is served, by key type, over restarts."""
@@ -147,7 +147,7 @@ class Life:
 
     def __post_init__(self) -> None:
         self.disk = Disk(random.Random(self.chance.random()))
-        self.others = Others(self.folder)
+        self.external = ExternalProgram(self.folder)
         self.directory = self.folder / "certs"
         if self.has_own_clients:
             own_trust = (self.directory / name for name in ("client-ca.crt", "client-ca.crl"))
@@ -220,13 +220,13 @@ class Life:
         for path in self.directory.glob("server*.key"):
             path.unlink()
 
-    def do_others_begin(self, amount: int) -> None:
+    def do_external_begins(self, amount: int) -> None:
         self.pass_time(timedelta(seconds=1))
-        self.others.renew()
+        self.external.renew()
 
-    def do_others_finish(self, amount: int) -> None:
+    def do_external_finishes(self, amount: int) -> None:
         self.pass_time(timedelta(seconds=1))
-        self.others.finish()
+        self.external.finish()
 
     def by_hand(self, command: Callable[[Path, ManagedSettings, datetime], object]) -> None:
         """What the command line does, in a process of its own. It may fail."""
@@ -248,7 +248,7 @@ class Life:
     def end(self) -> None:
         self.checker = None
         self.given = set()
-        self.told.clear()
+        self.reported.clear()
 
     def count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
@@ -267,7 +267,7 @@ class Life:
         except CertificateError:
             # Only a start may fail, or a context for files that changed after they were loaded.
             assert is_start or not checker._is_proven
-            assert self.disk.failed or self.others.is_half_done
+            assert self.disk.failed or self.external.is_half_done
             self.count("refused")
             return None
         self.checker = checker
@@ -281,7 +281,7 @@ class Life:
         return None
 
     def new_checker(self) -> CertificateChecker:
-        site = ExternalSite(("site.example",), (self.others.certificate,), (self.others.key,))
+        site = ExternalSite(("site.example",), (self.external.certificate,), (self.external.key,))
         return CertificateChecker(
             CertificateSettings(ManagedSite(self.directory, self.settings), (site,), (30, 7, 1), self.trust),
             ContextSettings(("zcp/1",), SUITES, "off"),
@@ -310,25 +310,25 @@ class Life:
             self.given = set(outcome.serving.certificates.pairs)
         assert self.given == set(checker.certificates.pairs)
         for one in self.given - before:
-            if one.certificate == self.others.certificate and self.others.is_half_done:
+            if one.certificate == self.external.certificate and self.external.is_half_done:
                 assert one.leaf_sha256 != fingerprint(one.certificate)
             elif not self.disk.failed:
                 assert is_in_its_files(one)
 
     def check_alerts(self, checker: CertificateChecker, outcome: CheckResult) -> None:
-        """Each threshold of each certificate is told once in the life of a process, and not left out."""
+        """Each threshold of each certificate is reported once in the life of a process."""
         for notice in outcome.notices:
             if notice.kind is NoticeKind.EXPIRY:
                 assert notice.not_after is not None
                 assert notice.days is not None
                 alert = (notice.path, notice.not_after, notice.days)
-                assert alert not in self.told
-                self.told.add(alert)
-        told = {(what, not_after) for what, not_after, _ in self.told}
+                assert alert not in self.reported
+                self.reported.add(alert)
+        reported = {(what, not_after) for what, not_after, _ in self.reported}
         overdue = min(29 * DAY, self.settings.lifetime / 4)
         for one in checker.certificates.default.pairs:
             if one.not_after - self.wall <= overdue:
-                assert (str(one.certificate), one.not_after) in told
+                assert (str(one.certificate), one.not_after) in reported
 
     def check_pins(self, checker: CertificateChecker) -> None:
         """A renewal keeps the key, unless another one was announced or asked for, or the key was lost."""
@@ -415,8 +415,8 @@ STEPS = {
     "cancel": 1,
     "damage": 2,
     "lose_keys": 1,
-    "others_begin": 2,
-    "others_finish": 10,
+    "external_begins": 2,
+    "external_finishes": 10,
 }
 """What happens, and how often."""
 

@@ -100,7 +100,7 @@ def use_files(home: Path, pairs: ServerPairs) -> tuple[Path, Path]:
 # --- show ------------------------------------------------------------------------------------------------
 
 
-def test_show_before_the_first_start_makes_nothing(home: Path, capsys: Capture) -> None:
+def test_show_before_the_first_start_creates_nothing(home: Path, capsys: Capture) -> None:
     assert run("show") == 0
     out = capsys.readouterr().out
     assert out.count("not made yet") == 3  # two rows and a sentence
@@ -124,7 +124,7 @@ def test_show_is_a_table_with_aligned_columns(made: Path, capsys: Capture) -> No
     assert leaf(made / "ca.crt").subject.rfc4514_string() in tables[3][1]
 
 
-def test_show_has_the_hours_of_short_lives(made: Path, home: Path, capsys: Capture) -> None:
+def test_show_has_the_hours_of_short_lifetimes(made: Path, home: Path, capsys: Capture) -> None:
     configure(home, CONFIG + 'lifetime = "6h"\nrenew_before = "1h"\n')
     run("renew")
     capsys.readouterr()
@@ -171,7 +171,7 @@ def test_show_as_json_is_complete(made: Path, capsys: Capture) -> None:
     ("days", "status", "code"),
     [(59, "ok", 0), (61, "renewal due", 0), (91, "expired", 2), (-2, "problem", 2)],
 )
-def test_show_says_what_time_has_done(
+def test_show_reports_status_over_time(
     made: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, days: int, status: str, code: int
 ) -> None:
     at(monkeypatch, datetime.now(UTC) + days * DAY)
@@ -181,7 +181,7 @@ def test_show_says_what_time_has_done(
 
 
 @pytest.mark.parametrize("what", ["others", "garbage", "other key", "other CA", "no CA key", "other CA key"])
-def test_show_reports_what_would_be_refused(
+def test_show_reports_what_a_server_would_refuse(
     made: Path, capsys: Capture, server_pairs: ServerPairs, what: str
 ) -> None:
     words = {
@@ -212,13 +212,13 @@ def test_show_reports_what_would_be_refused(
     assert f"PROBLEM: {row['problem']}" in capsys.readouterr().out
 
 
-def test_a_ca_that_cannot_be_read_is_a_problem_of_its_own(made: Path, capsys: Capture) -> None:
+def test_show_reports_an_unreadable_ca_separately(made: Path, capsys: Capture) -> None:
     (made / "ca.crt").write_bytes(b"x")
     rows = data_of(capsys, "show", "--json", code=2)["certificates"]
     assert [row["status"] for row in rows] == ["ok", "problem"]
 
 
-def test_show_has_the_sites_that_others_made(
+def test_show_lists_external_sites(
     made: Path, home: Path, capsys: Capture, server_pairs: ServerPairs
 ) -> None:
     text = (
@@ -245,7 +245,7 @@ def test_show_has_the_sites_that_others_made(
     assert "is not valid for x.example" in data["certificates"][1]["problem"]
 
 
-def test_show_of_files_that_others_made(home: Path, capsys: Capture, server_pairs: ServerPairs) -> None:
+def test_show_lists_external_default_files(home: Path, capsys: Capture, server_pairs: ServerPairs) -> None:
     certificate, _ = use_files(home, server_pairs)
     data = data_of(capsys, "show", "--json")
     (row,) = data["certificates"]
@@ -254,7 +254,7 @@ def test_show_of_files_that_others_made(home: Path, capsys: Capture, server_pair
     assert capsys.readouterr().out.startswith("Issued by other programs;")
 
 
-def test_show_has_announced_pins_and_clients(made: Path, capsys: Capture) -> None:
+def test_show_lists_announced_pins_and_clients(made: Path, capsys: Capture) -> None:
     assert run("rotate") == 0
     assert run("issue-client", "alice") == 0
     assert run("issue-client", "bob") == 0
@@ -273,7 +273,7 @@ def test_show_has_announced_pins_and_clients(made: Path, capsys: Capture) -> Non
     assert "Client certificates: 1 valid, 1 revoked; --json lists them." in out
 
 
-def test_a_list_of_clients_that_is_over_or_damaged_is_reported(
+def test_show_reports_an_expired_or_damaged_crl(
     made: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("issue-client", "alice")
@@ -288,9 +288,7 @@ def test_a_list_of_clients_that_is_over_or_damaged_is_reported(
         assert name in problem
 
 
-def test_show_has_the_ca_of_clients_that_is_configured(
-    made: Path, home: Path, capsys: Capture, ca_file: Path
-) -> None:
+def test_show_lists_the_configured_client_ca(made: Path, home: Path, capsys: Capture, ca_file: Path) -> None:
     theirs = home / "theirs.crt"
     shutil.copy(ca_file, theirs)
     theirs.chmod(0o600)
@@ -299,9 +297,7 @@ def test_show_has_the_ca_of_clients_that_is_configured(
     assert [(row["use"], row["certificate"]) for row in rows[2:]] == [("client-ca", str(theirs))]
 
 
-def test_show_has_the_lists_of_revoked_clients_that_are_configured(
-    made: Path, home: Path, capsys: Capture, ca_file: Path
-) -> None:
+def test_show_lists_the_configured_crls(made: Path, home: Path, capsys: Capture, ca_file: Path) -> None:
     run("issue-client", "alice")
     theirs = home / "theirs.crl"
     theirs.write_bytes((made / "client-ca.crl").read_bytes() * 2)
@@ -314,7 +310,7 @@ def test_show_has_the_lists_of_revoked_clients_that_are_configured(
 # --- pins ------------------------------------------------------------------------------------------------
 
 
-def test_pins_are_ready_to_be_pasted(made: Path, capsys: Capture) -> None:
+def test_pins_can_be_pasted(made: Path, capsys: Capture) -> None:
     run("rotate")
     capsys.readouterr()
     assert run("pins") == 0
@@ -330,7 +326,7 @@ def test_pins_are_ready_to_be_pasted(made: Path, capsys: Capture) -> None:
     assert datetime.fromisoformat(data["use_from"]) - datetime.now(UTC) > 6 * DAY
 
 
-def test_pins_of_whole_certificates_are_those_of_now(made: Path, capsys: Capture) -> None:
+def test_pins_of_whole_certificates_are_current(made: Path, capsys: Capture) -> None:
     run("rotate")
     der = leaf(made / "server-ecdsa.crt").public_bytes(serialization.Encoding.DER)
     data = data_of(capsys, "pins", "--certificate", "--json")
@@ -354,12 +350,12 @@ def test_pins_of_a_site(made: Path, home: Path, capsys: Capture, server_pairs: S
     assert len(data["next"]) == 1
 
 
-def test_there_are_no_pins_before_there_are_keys(home: Path, capsys: Capture) -> None:
+def test_pins_before_the_first_key_are_an_error(home: Path, capsys: Capture) -> None:
     assert run("pins") == 2
     assert "not made yet; start the server once" in capsys.readouterr().err
 
 
-def test_there_are_no_pins_of_what_would_be_refused(made: Path, capsys: Capture) -> None:
+def test_pins_of_refused_certificates_are_an_error(made: Path, capsys: Capture) -> None:
     (made / "server-ecdsa.key").chmod(0o644)
     assert run("pins") == 2
     assert "chmod 600" in capsys.readouterr().err
@@ -368,7 +364,7 @@ def test_there_are_no_pins_of_what_would_be_refused(made: Path, capsys: Capture)
 # --- export-ca -------------------------------------------------------------------------------------------
 
 
-def test_the_ca_is_exported_without_its_key(made: Path, tmp_path: Path, capfdbinary: Any) -> None:
+def test_export_ca_writes_no_key(made: Path, tmp_path: Path, capfdbinary: Any) -> None:
     with (made / "ca.crt").open("ab") as file:
         file.write((made / "ca.key").read_bytes())
     assert run("export-ca") == 0
@@ -379,7 +375,7 @@ def test_the_ca_is_exported_without_its_key(made: Path, tmp_path: Path, capfdbin
     assert x509.load_der_x509_certificate(capfdbinary.readouterr().out) == leaf(made / "ca.crt")
 
 
-def test_the_ca_is_exported_to_a_file_of_its_owner(made: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_export_ca_to_a_file_is_private(made: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "exported.crt"
     before = os.umask(0)
     try:
@@ -394,9 +390,7 @@ def test_the_ca_is_exported_to_a_file_of_its_owner(made: Path, tmp_path: Path, c
     assert x509.load_der_x509_certificate(path.read_bytes()) == leaf(made / "ca.crt")
 
 
-def test_the_ca_of_clients_is_exported(
-    made: Path, home: Path, tmp_path: Path, ca_file: Path, capsys: Capture
-) -> None:
+def test_export_ca_of_clients(made: Path, home: Path, tmp_path: Path, ca_file: Path, capsys: Capture) -> None:
     assert run("export-ca", "--client") == 2
     assert "`zcproto cert issue-client` creates it" in capsys.readouterr().err
     run("issue-client", "alice")
@@ -410,7 +404,7 @@ def test_the_ca_of_clients_is_exported(
     assert leaf(tmp_path / "theirs.crt") == leaf(theirs)
 
 
-def test_there_is_no_managed_ca_of_certificates_that_others_made(
+def test_export_ca_of_external_certificates_is_an_error(
     home: Path, capsys: Capture, server_pairs: ServerPairs
 ) -> None:
     use_files(home, server_pairs)
@@ -418,7 +412,7 @@ def test_there_is_no_managed_ca_of_certificates_that_others_made(
     assert "get the CA from the issuer" in capsys.readouterr().err
 
 
-def test_there_is_no_ca_before_the_first_start(home: Path, capsys: Capture) -> None:
+def test_export_ca_before_the_first_start_is_an_error(home: Path, capsys: Capture) -> None:
     assert run("export-ca") == 2
     assert "the first start of a server creates it" in capsys.readouterr().err
 
@@ -426,7 +420,7 @@ def test_there_is_no_ca_before_the_first_start(home: Path, capsys: Capture) -> N
 # --- check -----------------------------------------------------------------------------------------------
 
 
-def test_check_describes_a_good_certificate(made: Path, capsys: Capture) -> None:
+def test_check_describes_a_valid_certificate(made: Path, capsys: Capture) -> None:
     words = (made / "server-ecdsa.crt", "--key", made / "server-ecdsa.key", "--name", "zcp.example.com")
     assert run("check", *words) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -439,7 +433,7 @@ def test_check_describes_a_good_certificate(made: Path, capsys: Capture) -> None
     assert data["key"] == {"key_type": "ecdsa-p256", "pin": lines["pin"]}
 
 
-def test_check_reports_all_that_is_wrong(made: Path, capsys: Capture) -> None:
+def test_check_reports_all_problems(made: Path, capsys: Capture) -> None:
     (made / "server-ecdsa.key").chmod(0o644)
     words = (made / "server-ecdsa.crt", "--key", made / "server-ecdsa.key", "--name", "other.example")
     assert run("check", *words) == 2
@@ -449,7 +443,7 @@ def test_check_reports_all_that_is_wrong(made: Path, capsys: Capture) -> None:
     assert len(data_of(capsys, "check", *words, "--json", code=2)["refused"]) == 2
 
 
-def test_check_of_a_key_shows_its_pin_and_nothing_more_of_it(made: Path, capsys: Capture) -> None:
+def test_check_of_a_key_shows_only_its_type_and_pin(made: Path, capsys: Capture) -> None:
     assert run("check", made / "server-ecdsa.key") == 0
     out = capsys.readouterr().out
     assert pin_by_hand(leaf(made / "server-ecdsa.crt")) in out
@@ -472,9 +466,7 @@ def test_check_of_a_chain_counts_it_and_warns(home: Path, tmp_path: Path, ca: An
     assert "KiB to each handshake" in out
 
 
-def test_check_of_what_cannot_be_read_is_no_fault_of_the_program(
-    home: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_check_of_unparsable_files_reports_a_problem(home: Path, tmp_path: Path, capsys: Capture) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "damaged")])
     now = datetime.now(UTC)
@@ -484,7 +476,7 @@ def test_check_of_what_cannot_be_read_is_no_fault_of_the_program(
     made = builder.add_extension(damaged, critical=False).sign(key, hashes.SHA256())
     der = made.public_bytes(serialization.Encoding.DER)
     curve = bytes.fromhex("06082a8648ce3d030107")
-    for form in (der, der.replace(curve, curve[:-1] + b"\x63")):  # the second with a curve that nobody knows
+    for form in (der, der.replace(curve, curve[:-1] + b"\x63")):  # the second with an unknown curve
         path = tmp_path / "damaged.pem"
         path.write_text(
             f"-----BEGIN CERTIFICATE-----\n{base64.encodebytes(form).decode()}-----END CERTIFICATE-----\n"
@@ -518,14 +510,16 @@ def test_check_decrypts_a_key(home: Path, tmp_path: Path, capsys: Capture) -> No
 
 
 @pytest.mark.parametrize("words", [["absent"], [], ["x", "--name", "no name"], ["."]])
-def test_check_of_nothing_is_an_error(home: Path, words: list[str], capsys: Capture) -> None:
+def test_check_of_a_missing_file_is_an_error(home: Path, words: list[str], capsys: Capture) -> None:
     assert run("check", *words) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err
 
 
-def test_what_a_certificate_says_cannot_move_the_cursor(home: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_text_from_a_certificate_is_escaped_for_the_terminal(
+    home: Path, tmp_path: Path, capsys: Capture
+) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "\x1b[31mred\nREFUSED")])
     now = datetime.now(UTC)
@@ -571,12 +565,14 @@ def test_renew_as_json(made: Path, capsys: Capture) -> None:
     assert one["pin"] == pin_by_hand(leaf(made / "server-ecdsa.crt"))
 
 
-def test_renew_of_a_kind_of_key_that_there_is_not(made: Path, capsys: Capture) -> None:
+def test_renew_of_an_unconfigured_key_type_is_an_error(made: Path, capsys: Capture) -> None:
     assert run("renew", "--type", "rsa") == 2
     assert "certificates.key_types has only ecdsa" in capsys.readouterr().err
 
 
-def test_renew_one_kind_leaves_the_other_and_its_next_key(made: Path, home: Path, capsys: Capture) -> None:
+def test_renew_of_one_key_type_keeps_the_other_and_its_next_key(
+    made: Path, home: Path, capsys: Capture
+) -> None:
     rsa_pair = made / "server.crt", made / "server.key"
     configure(home, CONFIG.replace('["ecdsa-p256"]', '["ecdsa-p256", "rsa-4096"]'))
     assert run("rotate", "--json") == 0  # makes the RSA one, too
@@ -587,7 +583,7 @@ def test_renew_one_kind_leaves_the_other_and_its_next_key(made: Path, home: Path
     assert load_pair(*rsa_pair, datetime.now(UTC)).key_type == "rsa-4096"
 
 
-def test_rotate_announces_the_next_key_and_keeps_this_one(made: Path, capsys: Capture) -> None:
+def test_rotate_announces_the_next_key_and_keeps_the_current_one(made: Path, capsys: Capture) -> None:
     before = (made / "server-ecdsa.crt").read_bytes()
     assert run("rotate") == 0
     out, err = capsys.readouterr()
@@ -630,7 +626,7 @@ def test_rotate_is_cancelled(made: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("words", [["renew"], ["rotate"], ["rotate", "--now"], ["rotate", "--cancel"]])
-def test_certificates_of_other_programs_are_left_to_them(
+def test_external_certificates_are_neither_renewed_nor_rotated(
     home: Path, capsys: Capture, server_pairs: ServerPairs, ca: Any, words: list[str]
 ) -> None:
     certificate, key = use_files(home, server_pairs)
@@ -647,7 +643,7 @@ def test_certificates_of_other_programs_are_left_to_them(
     assert "none can be read" in capsys.readouterr().err
 
 
-def test_a_folder_that_others_may_change_gets_no_key(made: Path, capsys: Capture) -> None:
+def test_folder_writable_by_others_gets_no_key(made: Path, capsys: Capture) -> None:
     made.chmod(0o777)
     assert run("rotate") == 2
     assert "chmod 700" in capsys.readouterr().err
@@ -672,7 +668,7 @@ def test_no_command_prints_a_private_key(made: Path, tmp_path: Path, capsys: Cap
 # --- clients ---------------------------------------------------------------------------------------------
 
 
-def test_a_client_gets_a_certificate_and_its_key(made: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_issue_client_writes_certificate_and_key(made: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     assert run("issue-client", "alice", "--days", "7", "--out", out) == 0
     printed, err = capsys.readouterr()
@@ -688,13 +684,17 @@ def test_a_client_gets_a_certificate_and_its_key(made: Path, tmp_path: Path, cap
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o600}
 
 
-def test_a_client_with_client_certificates_on_gets_no_advice(made: Path, home: Path, capsys: Capture) -> None:
+def test_issue_client_with_client_certificates_enabled_gives_no_advice(
+    made: Path, home: Path, capsys: Capture
+) -> None:
     configure(home, f'{CONFIG}[tls]\nclient_auth = "optional"\n')
     run("issue-client", "alice")
     assert "client_auth" not in capsys.readouterr().err
 
 
-def test_a_device_keeps_its_key(made: Path, tmp_path: Path, capsys: Capture, monkeypatch: Any) -> None:
+def test_issue_client_for_a_csr_leaves_the_key_on_the_device(
+    made: Path, tmp_path: Path, capsys: Capture, monkeypatch: Any
+) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ignored")])
     csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
@@ -710,9 +710,7 @@ def test_a_device_keeps_its_key(made: Path, tmp_path: Path, capsys: Capture, mon
     assert leaf(made / "clients" / "tablet.crt").public_key() == key.public_key()
 
 
-def test_what_is_there_is_replaced_when_that_is_asked_for(
-    made: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_force_replaces_existing_files(made: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     first = data_of(capsys, "issue-client", "alice", "--out", out, "--json")
     assert run("issue-client", "alice", "--out", out, "--renew") == 2
@@ -726,7 +724,7 @@ def test_what_is_there_is_replaced_when_that_is_asked_for(
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a b", "x" * 300, "192.0.2.1", "*.example.com", "a\nb"])
-def test_a_name_that_no_client_can_have(made: Path, tmp_path: Path, name: str, capsys: Capture) -> None:
+def test_invalid_client_name_is_an_error(made: Path, tmp_path: Path, name: str, capsys: Capture) -> None:
     assert run("issue-client", name, "--out", tmp_path / "out") == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -735,7 +733,7 @@ def test_a_name_that_no_client_can_have(made: Path, tmp_path: Path, name: str, c
     assert list(made.glob("client*")) == []
 
 
-def test_nothing_is_issued_that_cannot_be_handed_out(made: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_nothing_is_issued_that_cannot_be_written(made: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o755)
     assert run("issue-client", "alice", "--out", tmp_path / "open") == 2
@@ -743,7 +741,7 @@ def test_nothing_is_issued_that_cannot_be_handed_out(made: Path, tmp_path: Path,
     assert list(made.glob("client*")) == []
 
 
-def test_a_client_is_revoked(made: Path, capsys: Capture) -> None:
+def test_revoke_client_by_name(made: Path, capsys: Capture) -> None:
     serial = data_of(capsys, "issue-client", "alice", "--json")["serial"]
     assert run("revoke-client", "alice", "--reason", "keyCompromise") == 0
     out, err = capsys.readouterr()
@@ -756,7 +754,7 @@ def test_a_client_is_revoked(made: Path, capsys: Capture) -> None:
     assert data_of(capsys, "revoke-client", "alice", "--json") == {"revoked": []}
 
 
-def test_one_certificate_is_revoked_by_its_serial(made: Path, capsys: Capture) -> None:
+def test_revoke_client_by_serial_number(made: Path, capsys: Capture) -> None:
     first = data_of(capsys, "issue-client", "alice", "--json")["serial"]
     run("issue-client", "alice", "--renew")
     data = data_of(capsys, "revoke-client", "--serial", first, "--json")
@@ -765,8 +763,8 @@ def test_one_certificate_is_revoked_by_its_serial(made: Path, capsys: Capture) -
     assert states == [False, True]
 
 
-@pytest.mark.parametrize("words", [[], ["alice", "--serial", "AB"], ["nobody"], ["alice", "--reason", "x"]])
-def test_what_cannot_be_revoked_is_an_error(made: Path, words: list[str], capsys: Capture) -> None:
+@pytest.mark.parametrize("words", [[], ["alice", "--serial", "AB"], ["unknown"], ["alice", "--reason", "x"]])
+def test_invalid_revocation_is_an_error(made: Path, words: list[str], capsys: Capture) -> None:
     run("issue-client", "alice")
     capsys.readouterr()
     assert run("revoke-client", *words) == 2
@@ -776,7 +774,7 @@ def test_what_cannot_be_revoked_is_an_error(made: Path, words: list[str], capsys
 # --- as a process ----------------------------------------------------------------------------------------
 
 
-def test_a_process_pipes_its_ca_and_keeps_its_files_to_itself(made: Path, tmp_path: Path) -> None:
+def test_separate_process_pipes_its_ca_and_keeps_files_private(made: Path, tmp_path: Path) -> None:
     environ = {**os.environ, "PYTHONPATH": str(Path(zcproto.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-m", "zcproto", "cert", "export-ca", "--der"],

@@ -58,8 +58,8 @@ def run(command: Sequence[str | Path], log: Path | None = None) -> Outcome:
     return Outcome(code, start, said)
 
 
-def told(command: Sequence[str | Path]) -> tuple[int, str]:
-    """The exit code of a command that only looks at files, and all that it printed."""
+def run_command(command: Sequence[str | Path]) -> tuple[int, str]:
+    """Run a command on files; return its exit code and its output."""
     done = subprocess.run(
         [*map(str, command)],
         stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.certs.support import build, pem
 from tests.interop.conftest import CERTIFICATES, NAMES
-from tests.interop.support import is_address, needs, told
+from tests.interop.support import is_address, needs, run_command
 
 OTHER_NAMES = ["other.example", "com", "sub.zcp.example.com", "192.0.2.8", "2001:db8::8"]
 SERVER_AUTH = "1.3.6.1.5.5.7.3.1"
@@ -35,7 +35,7 @@ def names_in(path: Path) -> list[str]:
 def openssl_verifies(ca_file: Path, certificate: Path, name: str) -> tuple[bool, str]:
     option = "-verify_ip" if is_address(name) else "-verify_hostname"
     strict = ["-x509_strict", "-check_ss_sig", "-auth_level", "3", "-purpose", "sslserver"]
-    code, said = told(
+    code, said = run_command(
         ["openssl", "verify", *strict, "-no-CApath", "-CAfile", ca_file, option, name, certificate]
     )
     return code == 0, said
@@ -65,11 +65,11 @@ def test_openssl_refuses_other_names_and_another_authority(own: Path, stranger: 
 
 
 @needs("openssl")
-def test_openssl_takes_the_authority_for_one_that_issues_servers_only_leaves(own: Path) -> None:
+def test_openssl_accepts_the_authority_only_for_issuing_server_leaves(own: Path) -> None:
     strict = ["-x509_strict", "-check_ss_sig", "-auth_level", "3", "-no-CApath"]
-    code, said = told(["openssl", "verify", *strict, "-CAfile", own / "ca.crt", own / "ca.crt"])
+    code, said = run_command(["openssl", "verify", *strict, "-CAfile", own / "ca.crt", own / "ca.crt"])
     assert code == 0, said
-    _, purposes = told(["openssl", "x509", "-in", own / "ca.crt", "-noout", "-purpose"])
+    _, purposes = run_command(["openssl", "x509", "-in", own / "ca.crt", "-noout", "-purpose"])
     assert "SSL server CA : Yes" in purposes
     assert "SSL server : No" in purposes
 
@@ -80,7 +80,7 @@ def test_openssl_takes_the_authority_for_one_that_issues_servers_only_leaves(own
 def gnutls_verifies(ca_file: Path, certificate: Path, name: str) -> tuple[bool, str]:
     """With a profile of 128 bits, which GnuTLS calls high."""
     wanted = ["--verify-hostname", name, "--verify-purpose", SERVER_AUTH, "--verify-profile", "high"]
-    code, said = told(
+    code, said = run_command(
         ["certtool", "--verify", "--load-ca-certificate", ca_file, *wanted, "--infile", certificate]
     )
     return code == 0 and "Chain verification output: Verified. The certificate is trusted." in said, said
@@ -126,7 +126,7 @@ Nothing else of what it finds is excepted."""
 def lint(profile: str, *certificates: Path) -> list[Finding]:
     """What pkilint finds by one of its profiles, from its notices upwards."""
     command = [sys.executable, "-m", f"pkilint.bin.{profile}", "lint", "-f", "JSON", "-s", "NOTICE"]
-    code, said = told([*command, *certificates])
+    code, said = run_command([*command, *certificates])
     found = [
         Finding(each["code"], each["severity"], each["message"])
         for result in json.loads(said)["results"]
@@ -151,23 +151,23 @@ def excepted(certificate: Path) -> list[Finding]:
 
 @pytest.mark.requirement("profile")
 @files
-def test_the_linter_finds_nothing_in_a_leaf_but_bare_host_names(own: Path, file: str) -> None:
+def test_linter_finds_only_bare_host_names_in_a_leaf(own: Path, file: str) -> None:
     assert "localhost" in names_in(own / file)
     assert lint("lint_pkix_cert", own / file) == excepted(own / file)
 
 
-def test_the_linter_finds_nothing_in_the_authority_but_bare_host_names(own: Path) -> None:
+def test_linter_finds_only_bare_host_names_in_the_authority(own: Path) -> None:
     """They are in its constraints, if it has any."""
     assert lint("lint_pkix_cert", own / "ca.crt") == excepted(own / "ca.crt")
 
 
 @pytest.mark.requirement("profile")
 @files
-def test_the_linter_finds_nothing_between_authority_and_leaf(own: Path, file: str) -> None:
+def test_linter_finds_nothing_between_authority_and_leaf(own: Path, file: str) -> None:
     assert lint("lint_pkix_signer_signee_cert_chain", own / "ca.crt", own / file) == []
 
 
-def test_the_linter_would_find_something(own: Path, tmp_path: Path) -> None:
+def test_linter_would_find_something(own: Path, tmp_path: Path) -> None:
     """A root whose basicConstraints are not critical, and a leaf that is not of this authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     careless = tmp_path / "careless.crt"

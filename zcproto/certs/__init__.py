@@ -10,7 +10,8 @@
 
 Reading order: names, host, keys, files, pair; lifecycle, issued, profile, authority, rollover, managed;
 client_user, client_ca, crl; notices, external, settings, sources, checker, manager; examine. This package deals
-with files and X.509, and not with connections."""
+with files and X.509, and not with connections.
+"""
 
 from __future__ import annotations
 

@@ -108,7 +108,8 @@ class CertificateChecker:
         """`random` jitters the delays of retries; `environ` may contain passphrases.
 
         `progress` receives sentences before slow steps. `rest` is called between steps of some milliseconds, to
-        yield the processor. Raises CertificateError if the sites contradict each other."""
+        yield the processor. Raises CertificateError if the sites contradict each other.
+        """
         check_sites(settings.sites)
         default = settings.default
         self._default: SiteSource = (

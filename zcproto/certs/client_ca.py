@@ -114,7 +114,8 @@ def issue_client(
     `name` is a user name in the form of a DNS name, which the certificate contains. `lifetime` is at most five
     years. `renew` replaces a valid certificate and keeps its key; the old certificate stays valid until it expires
     or is revoked. `csr` is a certificate request (PKCS #10, PEM or DER) of a device that keeps its key; only its
-    public key is used. `now` is an aware time."""
+    public key is used. `now` is an aware time.
+    """
     _check_name(name)
     if not timedelta(seconds=1) <= lifetime <= MAX_CLIENT_LIFETIME:
         raise CertificateError(
@@ -141,7 +142,8 @@ def revoke_client(
     """Revoke every certificate of the user `name`, or the one with this `serial`, for one of REASONS.
 
     Return those that were not revoked before; it is not an error if all of them were. A server that watches the
-    folder closes the connections that use a revoked certificate and refuses it in handshakes."""
+    folder closes the connections that use a revoked certificate and refuses it in handshakes.
+    """
     if (name is None) is (serial is None):
         raise CertificateError("give either the name of a user or a serial number")
     if reason not in REASONS:

@@ -70,7 +70,8 @@ def examine(
 
     The file may contain a certificate with its chain, a key, or both; `key_path` is a key in another file. `host`
     is a name or address that clients connect to; a certificate without it is refused. Raises CertificateError if
-    the file cannot be read at all, or if `host` is invalid."""
+    the file cannot be read at all, or if `host` is invalid.
+    """
     moment = pair.utc(now)
     wanted = None if host is None else check_name(host)
     found = Examination()

@@ -136,7 +136,8 @@ def install(certificate: Path, certificate_pem: bytes, key: Path, new_key_pem: b
     """Install a certificate, together with its key if that is new. Raises CertificateError.
 
     The caller holds the lock and has called `recover`. If staging fails, nothing has changed. If a rename fails,
-    the next `recover` finishes the rest."""
+    the next `recover` finishes the rest.
+    """
     with file_errors(certificate, "written", CertificateError):
         try:
             if new_key_pem is not None:

@@ -104,7 +104,8 @@ def belongs(key: PrivateKey, public_key: object) -> bool:
     A comparison of the public numbers would accept a key whose private half is damaged. For ECDSA a signature is
     created and verified. For RSA the private numbers are checked against the public ones (RFC 8017 section 3.2) in
     0.1 ms: a signature would block all other threads for 5 ms at 4096 bits, and OpenSSL's check of a loaded key,
-    which includes primality tests, takes 250 ms."""
+    which includes primality tests, takes 250 ms.
+    """
     if isinstance(key, rsa.RSAPrivateKey) and isinstance(public_key, rsa.RSAPublicKey):
         numbers = key.private_numbers()
         return numbers.public_numbers == public_key.public_numbers() and _are_consistent(numbers)

@@ -140,7 +140,8 @@ def ensure(
     """Issue and renew the managed certificates in `directory` as far as due.
 
     `now` is an aware time. Takes seconds if RSA keys are generated, up to 30 more if another process holds the
-    lock, otherwise milliseconds. Raises CertificateError, which names the file, the problem and the remedy."""
+    lock, otherwise milliseconds. Raises CertificateError, which names the file, the problem and the remedy.
+    """
     return _RenewalRun(directory, settings, now, progress, _Task.ENSURE).result()
 
 

@@ -71,7 +71,8 @@ class CertificateManager:
 
     In the loop, `on_serving` is called with what to serve from now on, `on_next_pins` with what is announced
     whenever that changes, `on_notice` with everything that happens, and `on_problem` with the reason why new
-    certificates do not work, or "" when they work again. `notices` counts what happened, by kind."""
+    certificates do not work, or "" when they work again. `notices` counts what happened, by kind.
+    """
 
     def __init__(
         self,
@@ -150,7 +151,8 @@ class CertificateManager:
 
         Return True if the settings of certificates have changed. `apply` is called in the same turn of the loop in
         which the new certificates are served. Raises CertificateError; then `apply` is not called and nothing
-        changes."""
+        changes.
+        """
         settings = certificate_settings(config)
         if settings == self._settings:
             self._interval = config.certificates.watch_interval

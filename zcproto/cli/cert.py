@@ -3,7 +3,8 @@
 Rules: if a server runs with this home folder, its control socket is used to renew and rotate, and the new
 certificates are served when the command ends. Everything else works on the files, under their folder's lock; a
 running server watches them and picks up a change within a second. A private key is never printed, and written files
-are readable only by their owner."""
+are readable only by their owner.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What `zcproto cert show` finds in the files of a configuration, as text and as JSON.
 
 Rules: nothing is changed, created or repaired. What cannot be served is reported in the words in which a server
-refuses it. Every text from a certificate is escaped for a terminal."""
+refuses it. Every text from a certificate is escaped for a terminal.
+"""
 
 from __future__ import annotations
 
