@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import ServerThread
+from tests.server.helpers import Client, ServerThread
 from zcproto.app.app import App
 from zcproto.certs import ManagedSettings, managed
 
@@ -50,3 +50,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[Se
     """Start one server for all tests of a module that do not change it."""
     with ServerThread(tmp_path_factory.mktemp("shared") / "home", certs) as server:
         yield server
+
+
+@pytest.fixture
+def connect(shared: ServerThread) -> Iterator[Callable[..., Client]]:
+    """Connects to a server that all tests share; each test has its own users."""
+    with ExitStack() as stack:
+        yield lambda user=None, **options: stack.enter_context(shared.client(user, **options))
+
+
+@pytest.fixture
+def user(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name)

@@ -1,9 +1,8 @@
-"""Tests of `session.*` and `server.*` over real TLS."""
+"""Tests of `session.*` over real TLS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,12 @@ from tests.server.helpers import (
     ServerThread,
     wall,
 )
-from zcproto.app.app import App
 from zcproto.auth import CallableAuthenticator, Identity, UserFile
 from zcproto.errors import Code
 
 Serve = Callable[..., ServerThread]
 
 HOUR_MS = 3_600_000
-
-
-@pytest.fixture
-def connect(shared: ServerThread) -> Iterator[Callable[..., Client]]:
-    """Connects to a server that all tests share; each test has its own users."""
-    with ExitStack() as stack:
-        yield lambda user=None, **options: stack.enter_context(shared.client(user, **options))
-
-
-@pytest.fixture
-def user(request: pytest.FixtureRequest) -> str:
-    return str(request.node.name)
 
 
 # --- session.open ------------------------------------------------------------------------------------------
@@ -508,112 +494,3 @@ def test_session_expiring_event_is_sent_once(serve: Serve) -> None:
         assert event.value == ["session.expiring", {"expires_at": first.opened["expires_at"]}]
         assert event.token == first.token
         assert 0 < first.opened["expires_at"] - event.timestamp <= 6 * 60_000
-
-
-# --- server.info and server.stats ----------------------------------------------------------------------------
-
-
-def names(client: Client) -> list[str]:
-    return [method["name"] for method in client.call("server.info")["methods"]]
-
-
-def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
-    app = App()
-
-    @app.method("news", public=True)
-    def news(limit: int = 10) -> list[str]:
-        """The latest news."""
-        return []
-
-    app.method("shout")(lambda: None)
-    app.method("restart", operator=True)(lambda: None)
-    server = serve(app)
-    public = ["news", "server.info", "session.open", "session.refresh"]
-    sessions = ["session.attach", "session.close", "session.info", "session.list", "session.revoke"]
-    ours = sorted([*public, *sessions, "shout"])
-    for_operators = ["server.revoke", "server.sessions", "server.stats"]
-    with server.client() as stranger, server.client("ada") as user, server.client("operator") as operator:
-        assert names(stranger) == public
-        assert names(user) == ours
-        assert names(operator) == sorted([*ours, "restart", *for_operators])
-        info = stranger.call("server.info")
-        assert info["methods"][0] == {
-            "name": "news",
-            "doc": "The latest news.",
-            "params": [{"name": "limit", "type": "int", "required": False}],
-        }
-        assert info["versions"] == [1]
-        assert (info["pins"], info["pins_next"]) == (server.server.pins, None)
-        assert abs(info["time"] - wall()) < 5_000
-
-
-def test_methods_of_server_info_can_be_called(serve: Serve) -> None:
-    server = serve()
-    for user in (None, "ada", "operator"):
-        with server.client(user) as client:
-            listed = set(names(client))
-            for method in server.server.state.methods:
-                if method not in ("session.close", "session.revoke"):
-                    codes = {Code.UNAUTHENTICATED, Code.PERMISSION_DENIED}
-                    client.send(client.request(method))
-                    answer = client.answer(client.stream)
-                    may = answer.kind == RESPONSE or answer.code not in codes
-                    assert may == (method in listed), method
-
-
-def test_server_stats_refuses_other_users(connect: Callable[..., Client], user: str) -> None:
-    assert connect(user).refused("server.stats").code == Code.PERMISSION_DENIED
-    assert connect().refused("server.stats").code == Code.UNAUTHENTICATED
-
-
-def test_server_stats_counts_events(serve: Serve) -> None:
-    server = serve()
-    with server.client("ada") as ada, server.client("operator") as operator:
-        ada.echo()
-        ada.refused("no.such.method")
-        stats = operator.call("server.stats")
-        assert stats["connections"] == stats["tcp_connections"] == stats["handshakes_completed"] == 2
-        assert stats["sessions"] == 2
-        assert stats["requests"] >= 4
-        assert stats["errors"] == {"12": 1}
-        assert stats["running"] == stats["handshakes_in_progress"] == 0
-        assert stats["rss_bytes"] > 10_000_000
-        assert stats["cpu_s"] > 0
-        assert stats["longest_pause_s"] >= stats["longest_own_pause_s"] >= 0
-        assert len(stats["pauses"]) == 11
-        ada.close()
-        server.until(lambda: len(server.server.state.connections) == 1)
-        stats = operator.call("server.stats")
-        assert (stats["connections"], stats["connections_opened"]) == (1, 2)
-        assert stats["connections_ended"] == {"closed_by_peer": 1}
-        assert stats["sessions"] == 2
-
-
-# --- the built-in application ------------------------------------------------------------------------------
-
-
-def test_echo_returns_its_params(connect: Callable[..., Client], user: str) -> None:
-    client = connect(user)
-    params = {"a": [1, 2.5, None, True, b"\x00", {"ä": "ö"}]}
-    assert client.call("echo", params) == params
-    assert client.call("echo") == {}
-
-
-def test_time_returns_the_server_clock(connect: Callable[..., Client], user: str) -> None:
-    assert abs(connect(user).call("time") - wall()) < 5_000
-
-
-def test_sleep_waits_and_is_bounded(connect: Callable[..., Client], user: str) -> None:
-    client = connect(user)
-    assert client.call("sleep", {"ms": 0}) == {}
-    assert client.call("sleep", {"ms": 1}) == {}
-    for ms in (-1, 3_600_001):
-        assert client.refused("sleep", {"ms": ms}).code == Code.INVALID_ARGUMENT
-    client.send(client.request("sleep", {"ms": 3_600_000}))
-    client.cancel(client.stream)
-    assert client.answer(client.stream).code == Code.CANCELLED
-
-
-def test_default_methods_need_a_session(connect: Callable[..., Client]) -> None:
-    client = connect()
-    assert {client.refused(method).code for method in ("echo", "sleep", "time")} == {Code.UNAUTHENTICATED}
