@@ -1,4 +1,4 @@
-"""The clock that does not jump."""
+"""Test the monotonic clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tests.helpers import NOW, WALL, FakeClock
 from zcproto.common.clock import MonotonicClock
 
 
-def test_wall_time_goes_on_with_monotonic_time_when_somebody_sets_the_clock() -> None:
+def test_wall_time_follows_monotonic_time_when_the_clock_is_set() -> None:
     clock = FakeClock()
     steady = MonotonicClock(clock)
     assert (steady.wall(), steady.now()) == (WALL, NOW)
