@@ -20,7 +20,7 @@ from zcproto import errors
 from zcproto.alerts.kinds import CATALOGUE, Ending
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT
-from zcproto.config.model import sections
+from zcproto.config.model import descriptions, sections
 from zcproto.config.types import settings_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS, FIELDS, Limit
@@ -91,7 +91,7 @@ def _keys(section: str, model: type[BaseModel]) -> str:
             default = "required" if required else code(_default(section, name, accepts.write(value)))
         key = f"{section}.{name}"
         effect = (TAKES_EFFECT.get(key) or TAKES_EFFECT[section]).value
-        rows.append([code(key), accepts.words, default, effect, field.description or ""])
+        rows.append([code(key), accepts.words, default, effect, descriptions(model)[name]])
     return table("key | accepts | default | applies to | meaning", rows)
 
 

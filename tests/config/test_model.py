@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from zcproto.config import CertificatesConfig, Config, LimitsConfig, SiteConfig
 from zcproto.config.checks import CHECKS, SITE_CHECKS, split_key, value_of
-from zcproto.config.model import AlertsConfig, StoreConfig, keys, sections, settings
+from zcproto.config.model import AlertsConfig, StoreConfig, descriptions, keys, sections, settings
 from zcproto.config.types import settings_of
 
 DEFAULTS = {
@@ -120,8 +120,7 @@ def test_each_default_is_valid(key: str) -> None:
 @pytest.mark.parametrize("key", DEFAULTS)
 def test_each_key_is_described(key: str) -> None:
     section, name = split_key(key)
-    description = sections()[section].model_fields[name].description
-    assert description is not None
+    description = descriptions(sections()[section])[name]
     assert description.endswith(".")
 
 
@@ -165,8 +164,7 @@ def test_keys_of_all_checks_exist() -> None:
 
 @pytest.mark.parametrize("name", settings_of(SiteConfig))
 def test_each_key_of_a_site_is_described(name: str) -> None:
-    description = SiteConfig.model_fields[name].description
-    assert description is not None
+    description = descriptions(SiteConfig)[name]
     assert description.endswith(".")
 
 

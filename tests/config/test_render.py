@@ -13,7 +13,7 @@ from zcproto.config import (
     load_config,
 )
 from zcproto.config.checks import split_key
-from zcproto.config.model import keys, settings
+from zcproto.config.model import descriptions, keys, settings
 from zcproto.config.types import settings_of
 
 
@@ -139,7 +139,7 @@ def test_default_file_documents_each_key(tmp_path: Path) -> None:
         line = "#[[certificates.site]]" if key == "certificates.site" else f"#{split_key(key)[1]} = "
         assert f"Must be {accepts.words}. {line}" in words
     for name, accepts in settings_of(SiteConfig).items():
-        description = SiteConfig.model_fields[name].description
+        description = descriptions(SiteConfig)[name]
         assert f"{description} Must be {accepts.words}. #{name} = " in words
 
 

@@ -48,10 +48,7 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
 """Files with log calls whose name or fields are not literals: the reason and the possible names. An unneeded entry
 fails too."""
 
-HOW_TO_ADD = (
-    "add it to zcproto/observe/events.py, by _event or _peer_event(name, level, meaning, fields, limit), and new"
-    " fields to FIELDS; then: python -m docs.generate"
-)
+HOW_TO_ADD = "add it to zcproto/observe/events.py, and new fields to FIELDS; then: python -m docs.generate"
 
 
 class Place(NamedTuple):

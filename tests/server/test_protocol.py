@@ -20,7 +20,7 @@ from tests.server.protocol_harness import (
 )
 from zcproto.errors import Code, TlsError
 from zcproto.observe import log as log_module
-from zcproto.observe.events import PER_ADDRESS
+from zcproto.observe.events import LIMITS
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import ANNOUNCED_PER_TURN
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
@@ -349,7 +349,9 @@ def test_log_lines_per_peer_are_limited_and_counted(
         return capsys.readouterr().err.splitlines()
 
     capsys.readouterr()
-    assert len(fault(PER_ADDRESS.lines + 7)) == PER_ADDRESS.lines
+    limit = LIMITS["per address"]
+    assert limit is not None
+    assert len(fault(limit.lines + 7)) == limit.lines
     assert fault(5) == []
     harness.advance(61)
     (line,) = fault(1)

@@ -8,9 +8,12 @@ Must not know: files, the environment, the command line.
 
 from __future__ import annotations
 
+import ast
+import inspect
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -46,109 +49,75 @@ OPTIONAL_PATH = optional(FILE_PATH)
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
 DEFAULT_HOME = "~/.zeroclaw"
 
-_SETTINGS = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+class Settings(BaseModel):
+    """A frozen table of settings. The docstring below each attribute describes it, see `descriptions`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
-def _key(default: Any, about: str, *, shown: bool = True) -> Any:
-    """Define a setting. One that is not `shown` may hold a secret, such as an address, and is in no repr."""
-    return Field(default, description=about, repr=shown)
-
-
-class ServerConfig(BaseModel):
+class ServerConfig(Settings):
     """Where the server listens, and how it stops."""
 
-    model_config = _SETTINGS
-
-    host: Annotated[tuple[str, ...], list_of(HOST_NAME, 1, 16, bare=True)] = _key(
-        ("127.0.0.1",),
-        "The addresses to listen on. The default is this machine only: opening a server to a network is a"
-        ' decision. "::" and "0.0.0.0" are all addresses of the machine.',
-    )
-    port: Annotated[int, whole(1, 65_535, "any free port")] = _key(
-        7443, "The TCP port. The default needs no privilege and is not 443, where people expect a web site."
-    )
-    drain_timeout: Annotated[float, duration("0s", "1h")] = _key(
-        30.0,
-        "How long requests may run after SIGTERM before they are cancelled. The default is what service managers"
-        " commonly wait.",
-    )
-    proxy_protocol_from: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = _key(
-        (),
-        "The load balancers that send the client's address in a PROXY protocol header, version 2, before TLS"
-        " begins. From these the header is required; from all others, who could forge any address with it, it is"
-        " refused as invalid TLS.",
-    )
+    host: Annotated[tuple[str, ...], list_of(HOST_NAME, 1, 16, bare=True)] = ("127.0.0.1",)
+    """The addresses to listen on. The default is this machine only: opening a server to a network is a
+    decision. "::" and "0.0.0.0" are all addresses of the machine."""
+    port: Annotated[int, whole(1, 65_535, "any free port")] = 7443
+    """The TCP port. The default needs no privilege and is not 443, where people expect a web site."""
+    drain_timeout: Annotated[float, duration("0s", "1h")] = 30.0
+    """How long requests may run after SIGTERM before they are cancelled. The default is what service managers
+    commonly wait."""
+    proxy_protocol_from: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ()
+    """The load balancers that send the client's address in a PROXY protocol header, version 2, before TLS
+    begins. From these the header is required; from all others, who could forge any address with it, it is
+    refused as invalid TLS."""
 
 
-class TlsConfig(BaseModel):
+class TlsConfig(Settings):
     """The TLS endpoint. It speaks TLS 1.3 only; no key changes that."""
 
-    model_config = _SETTINGS
-
-    suites: Annotated[tuple[str, ...], list_of(one_of(*SUITES), 1, 2)] = _key(
-        SUITES,
-        "The cipher suites in order of preference. Both have 256-bit keys; the second suits clients without AES in"
-        " hardware.",
-    )
-    handshake_timeout: Annotated[float, duration("100ms", "30s")] = _key(
-        5.0,
-        "Time from accept to the end of the handshake: two round trips, room for several lost packets, and little"
-        " for a slow attacker.",
-    )
-    max_handshakes: Annotated[int, whole(1, 65_536)] = _key(
-        256,
-        "Concurrent handshakes; further connections wait in the backlog. Each costs tens of KiB and up to 2 ms of"
-        " CPU; the default is about half a second of work.",
-    )
-    client_auth: Annotated[str, one_of("off", "optional", "required")] = _key(
-        "off",
-        'Whether clients present certificates. "optional": a client with a certificate may open sessions with it;'
-        ' "required": connections without one are refused. By default users open sessions with keys, which need no'
-        " certificates.",
-    )
-    client_ca_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        "The CA certificates that sign client certificates. Empty: the managed client CA, client-ca.crt in the"
-        " folder of certificates, since an external CA would admit every client that it signs for.",
-    )
-    client_crl_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        "The revoked client certificates, as a CRL. Empty: those that the managed client CA has revoked.",
-    )
-    client_pins: Annotated[tuple[str, ...], each_of(PIN, 0, 64)] = _key(
-        (),
-        "The pins of client certificates to accept, among those that the CA has signed. Empty: all of them.",
-    )
-    client_name: Annotated[str, one_of("dns", "email", "uri")] = _key(
-        "dns",
-        "Which kind of name (SubjectAltName) in a client certificate is the user's name. The default is the kind"
-        " that every tool can write.",
-    )
+    suites: Annotated[tuple[str, ...], list_of(one_of(*SUITES), 1, 2)] = SUITES
+    """The cipher suites in order of preference. Both have 256-bit keys; the second suits clients without AES
+    in hardware."""
+    handshake_timeout: Annotated[float, duration("100ms", "30s")] = 5.0
+    """Time from accept to the end of the handshake: two round trips, room for several lost packets, and
+    little for a slow attacker."""
+    max_handshakes: Annotated[int, whole(1, 65_536)] = 256
+    """Concurrent handshakes; further connections wait in the backlog. Each costs tens of KiB and up to 2 ms
+    of CPU; the default is about half a second of work."""
+    client_auth: Annotated[str, one_of("off", "optional", "required")] = "off"
+    """Whether clients present certificates. "optional": a client with a certificate may open sessions with
+    it; "required": connections without one are refused. By default users open sessions with keys, which need
+    no certificates."""
+    client_ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The CA certificates that sign client certificates. Empty: the managed client CA, client-ca.crt in the
+    folder of certificates, since an external CA would admit every client that it signs for."""
+    client_crl_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The revoked client certificates, as a CRL. Empty: those that the managed client CA has revoked."""
+    client_pins: Annotated[tuple[str, ...], each_of(PIN, 0, 64)] = ()
+    """The pins of client certificates to accept, among those that the CA has signed. Empty: all of them."""
+    client_name: Annotated[str, one_of("dns", "email", "uri")] = "dns"
+    """Which kind of name (SubjectAltName) in a client certificate is the user's name. The default is the kind
+    that every tool can write."""
 
 
-class SiteConfig(BaseModel):
+class SiteConfig(Settings):
     """An external certificate for some names."""
 
-    model_config = _SETTINGS
-
     names: Annotated[tuple[str, ...], each_of(SITE_NAME, 1, 100)] = Field(
-        description="The names for which clients get this certificate. Exact names precede wildcards.",
-        examples=[("a.example.com", "*.a.example.com")],
+        examples=[("a.example.com", "*.a.example.com")]
     )
+    """The names for which clients get this certificate. Exact names precede wildcards."""
     certificate: Annotated[tuple[Path, ...], list_of(FILE_PATH, 1, 2)] = Field(
-        description="Files of certificate chains, one for each type of key.",
-        examples=[(Path("/etc/zcproto/a.example.com.pem"),)],
+        examples=[(Path("/etc/zcproto/a.example.com.pem"),)]
     )
-    key: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = _key(
-        (),
-        "Files of private keys, in the order of the certificates. Empty: the same files hold the keys too.",
-    )
-    key_passphrase_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None, "A file with the passphrase of the keys. Empty: the keys are not encrypted."
-    )
-    key_passphrase_variable: Annotated[str | None, VARIABLE_NAME] = _key(
-        None, "The environment variable with the passphrase, to keep it off the disk."
-    )
+    """Files of certificate chains, one for each type of key."""
+    key: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = ()
+    """Files of private keys, in the order of the certificates. Empty: the same files hold the keys too."""
+    key_passphrase_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """A file with the passphrase of the keys. Empty: the keys are not encrypted."""
+    key_passphrase_variable: Annotated[str | None, VARIABLE_NAME] = None
+    """The environment variable with the passphrase, to keep it off the disk."""
 
     @model_validator(mode="after")
     def _check_keys(self) -> SiteConfig:
@@ -166,394 +135,244 @@ class SiteConfig(BaseModel):
 SITES = tables_of(SiteConfig, "certificates.site", 100, duplicate_names)
 
 
-class CertificatesConfig(BaseModel):
+class CertificatesConfig(Settings):
     """The server's certificates."""
 
-    model_config = _SETTINGS
-
     directory: Annotated[Path, FILE_PATH] = Field(
-        default_factory=lambda: Path(DEFAULT_HOME, "certs").expanduser(),
-        description="The folder of certificates and keys, of mode 0700. The default is certs in the home folder.",
+        default_factory=lambda: Path(DEFAULT_HOME, "certs").expanduser()
     )
-    mode: Annotated[str, one_of("own", "files")] = _key(
-        "own",
-        'Who issues the certificates. "own": a private CA in the folder above, created on first start. "files": an'
-        " external tool, and the server watches the files named below.",
-    )
-    key_types: Annotated[tuple[str, ...], list_of(one_of(*KEY_TYPES), 1, 2)] = _key(
-        KEY_TYPES,
-        "The types of keys to serve, all on one port. RSA is for clients that accept nothing else; ECDSA signs"
-        " about 15 times faster and is used for every client that accepts it.",
-    )
-    names: Annotated[tuple[str, ...], list_of(CERTIFICATE_NAME, 0, 100)] = _key(
-        (), "Names and addresses in a managed certificate, in addition to localhost and those of the host."
-    )
-    lifetime: Annotated[float, duration("1m", "397d")] = _key(
-        90 * 86_400.0,
-        "How long a new certificate is valid. Short lifetimes limit the damage of a lost key; 397 days is the most"
-        " that web clients accept.",
-    )
-    renew_before: Annotated[float, duration("1s", "396d")] = _key(
-        30 * 86_400.0,
-        "How long before its expiry a certificate is renewed: time to notice a failure. At most a third of the"
-        " lifetime counts.",
-    )
-    renew_key: Annotated[bool, FLAG] = _key(
-        False, "Whether a new certificate gets a new key. The default keeps the pins of clients valid."
-    )
-    announce_key: Annotated[float, duration("0s", "396d")] = _key(
-        7 * 86_400.0,
-        "How long the pin of a new key is announced to clients before the key is used: a client that connects once"
-        " a week still learns it in time. At most the time until the certificate's renewal counts.",
-    )
-    certificate: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = _key(
-        (), 'With mode = "files": files of certificate chains, one for each type of key.'
-    )
-    key: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = _key(
-        (),
-        'With mode = "files": files of private keys, in the order of the certificates. Empty: the same files hold'
-        " the keys too.",
-    )
-    key_passphrase_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        'With mode = "files": a file with the passphrase of the keys. Empty: the keys are not encrypted; managed'
-        " ones never are.",
-    )
-    key_passphrase_variable: Annotated[str | None, VARIABLE_NAME] = _key(
-        None,
-        'With mode = "files": the environment variable with the passphrase, to keep it off the disk.',
-    )
-    watch_interval: Annotated[float, duration("100ms", "1h")] = _key(
-        0.25,
-        "How often the certificate files are checked for changes. A check costs a few system calls; with the"
-        " default a new certificate is active before a person can look.",
-    )
-    alert_days: Annotated[tuple[int, ...], list_of(whole(1, 396), 0, 16)] = _key(
-        (30, 14, 7, 3, 1), "Days before the expiry of a certificate at which an alert is sent."
-    )
-    site: Annotated[
-        tuple[SiteConfig, ...], tables_of(SiteConfig, "certificates.site", 100, duplicate_names)
-    ] = _key(
-        (),
-        "External certificates for some names, in either mode. Clients that ask for none of these names get the"
-        " certificate above.",
-    )
+    """The folder of certificates and keys, of mode 0700. The default is certs in the home folder."""
+    mode: Annotated[str, one_of("own", "files")] = "own"
+    """Who issues the certificates. "own": a private CA in the folder above, created on first start. "files":
+    an external tool, and the server watches the files named below."""
+    key_types: Annotated[tuple[str, ...], list_of(one_of(*KEY_TYPES), 1, 2)] = KEY_TYPES
+    """The types of keys to serve, all on one port. RSA is for clients that accept nothing else; ECDSA signs
+    about 15 times faster and is used for every client that accepts it."""
+    names: Annotated[tuple[str, ...], list_of(CERTIFICATE_NAME, 0, 100)] = ()
+    """Names and addresses in a managed certificate, in addition to localhost and those of the host."""
+    lifetime: Annotated[float, duration("1m", "397d")] = 90 * 86_400.0
+    """How long a new certificate is valid. Short lifetimes limit the damage of a lost key; 397 days is the
+    most that web clients accept."""
+    renew_before: Annotated[float, duration("1s", "396d")] = 30 * 86_400.0
+    """How long before its expiry a certificate is renewed: time to notice a failure. At most a third of the
+    lifetime counts."""
+    renew_key: Annotated[bool, FLAG] = False
+    """Whether a new certificate gets a new key. The default keeps the pins of clients valid."""
+    announce_key: Annotated[float, duration("0s", "396d")] = 7 * 86_400.0
+    """How long the pin of a new key is announced to clients before the key is used: a client that connects
+    once a week still learns it in time. At most the time until the certificate's renewal counts."""
+    certificate: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = ()
+    """With mode = "files": files of certificate chains, one for each type of key."""
+    key: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = ()
+    """With mode = "files": files of private keys, in the order of the certificates. Empty: the same files
+    hold the keys too."""
+    key_passphrase_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """With mode = "files": a file with the passphrase of the keys. Empty: the keys are not encrypted; managed
+    ones never are."""
+    key_passphrase_variable: Annotated[str | None, VARIABLE_NAME] = None
+    """With mode = "files": the environment variable with the passphrase, to keep it off the disk."""
+    watch_interval: Annotated[float, duration("100ms", "1h")] = 0.25
+    """How often the certificate files are checked for changes. A check costs a few system calls; with the
+    default a new certificate is active before a person can look."""
+    alert_days: Annotated[tuple[int, ...], list_of(whole(1, 396), 0, 16)] = (30, 14, 7, 3, 1)
+    """Days before the expiry of a certificate at which an alert is sent."""
+    site: Annotated[tuple[SiteConfig, ...], SITES] = ()
+    """External certificates for some names, in either mode. Clients that ask for none of these names get the
+    certificate above."""
 
 
-class SessionsConfig(BaseModel):
+class SessionsConfig(Settings):
     """Sessions and their tokens."""
 
-    model_config = _SETTINGS
-
-    lifetime: Annotated[float, duration("1s", "365d")] = _key(
-        86_400.0,
-        "A session ends this long after it was opened, used or not. A day limits the value of a stolen token.",
-    )
-    idle_timeout: Annotated[float | None, duration("1s", "365d", off=True)] = _key(
-        3600.0,
-        "A session that is not used for this long ends. An hour outlasts a pause, but not a forgotten client.",
-    )
-    per_user: Annotated[int, whole(1, 100_000)] = _key(
-        5,
-        "Concurrent sessions of one user: enough for one person's machines, few enough that a thief is noticed.",
-    )
-    when_full: Annotated[str, one_of("refuse", "evict_oldest")] = _key(
-        "refuse",
-        "What happens at the limit: the new session is refused, or the oldest session ends. Refusing is the"
-        " default, since a thief with the key could otherwise end the owner's sessions.",
-    )
-    refresh: Annotated[bool, FLAG] = _key(
-        True, "Whether a session has a refresh token, so that a client can continue without its key."
-    )
-    refresh_lifetime: Annotated[float, duration("1s", "365d")] = _key(
-        30 * 86_400.0,
-        "How long a session can be refreshed, counted from its opening. After that the key is needed again.",
-    )
-    refresh_grace: Annotated[float, duration("0s", "1m")] = _key(
-        10.0,
-        "How long a used refresh token returns the same new pair to the same client: a lost answer is retried"
-        " within seconds, a thief comes later.",
-    )
-    open_timeout: Annotated[float, duration("100ms", "5m")] = _key(
-        10.0, "A connection that opens no session within this time is closed."
-    )
-    bind_address: Annotated[str, BINDING] = _key(
-        "off",
-        "Whether a token is valid only from the address of its opening: that exact address, or its network. Up to"
-        " 32 bits apply to IPv4 addresses; IPv6 ones then match by 64. Clients that move between networks open a"
-        " session in each.",
-    )
-    bind_client: Annotated[bool, FLAG] = _key(
-        False,
-        "Whether a refresh token is valid only with the client string of its opening. A new version of a client"
-        " then has to open a new session.",
-    )
+    lifetime: Annotated[float, duration("1s", "365d")] = 86_400.0
+    """A session ends this long after it was opened, used or not. A day limits the value of a stolen token."""
+    idle_timeout: Annotated[float | None, duration("1s", "365d", off=True)] = 3600.0
+    """A session that is not used for this long ends. An hour outlasts a pause, but not a forgotten client."""
+    per_user: Annotated[int, whole(1, 100_000)] = 5
+    """Concurrent sessions of one user: enough for one person's machines, few enough that a thief is
+    noticed."""
+    when_full: Annotated[str, one_of("refuse", "evict_oldest")] = "refuse"
+    """What happens at the limit: the new session is refused, or the oldest session ends. Refusing is the
+    default, since a thief with the key could otherwise end the owner's sessions."""
+    refresh: Annotated[bool, FLAG] = True
+    """Whether a session has a refresh token, so that a client can continue without its key."""
+    refresh_lifetime: Annotated[float, duration("1s", "365d")] = 30 * 86_400.0
+    """How long a session can be refreshed, counted from its opening. After that the key is needed again."""
+    refresh_grace: Annotated[float, duration("0s", "1m")] = 10.0
+    """How long a used refresh token returns the same new pair to the same client: a lost answer is retried
+    within seconds, a thief comes later."""
+    open_timeout: Annotated[float, duration("100ms", "5m")] = 10.0
+    """A connection that opens no session within this time is closed."""
+    bind_address: Annotated[str, BINDING] = "off"
+    """Whether a token is valid only from the address of its opening: that exact address, or its network. Up
+    to 32 bits apply to IPv4 addresses; IPv6 ones then match by 64. Clients that move between networks open a
+    session in each."""
+    bind_client: Annotated[bool, FLAG] = False
+    """Whether a refresh token is valid only with the client string of its opening. A new version of a client
+    then has to open a new session."""
 
 
-class StoreConfig(BaseModel):
+class StoreConfig(Settings):
     """Where sessions are stored."""
 
-    model_config = _SETTINGS
-
-    url: Annotated[str, STORE_URL] = _key(
-        "sqlite",
-        'The session store. "sqlite" is the file sessions.db in the home folder, for one server: sessions survive'
-        ' a restart. "memory": sessions end with the server, and nothing is on the disk. An address of Valkey or'
-        " Redis is for several servers that share sessions.",
-        shown=False,
-    )
-    password_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        "A file with the password for Valkey or Redis, to keep it out of this file. Empty: the password in the"
-        " address, if any.",
-    )
-    ca_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        "The CA certificates for the Valkey or Redis server. Empty: those of the system. TLS needs an address that"
-        " begins with rediss:// or valkeys://.",
-    )
-    certificate_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None, "The client certificate for that server, if it requires one. Empty: none."
-    )
-    key_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None, "The private key of that certificate. Empty: the same file holds it."
-    )
-    timeout: Annotated[float, duration("10ms", "10s")] = _key(
-        0.25,
-        "How long one operation of the store may take. A store nearby answers in a few ms; longer is an outage.",
-    )
-    grace: Annotated[float, duration("0s", "24h")] = _key(
-        300.0,
-        "How long known sessions stay valid during an outage of the store. After that they are refused.",
-    )
-    cleanup_interval: Annotated[float, duration("100ms", "1h")] = _key(
-        30.0, "How often ended sessions are deleted. They are refused from their end on, deleted or not."
-    )
+    url: Annotated[str, STORE_URL] = Field(default="sqlite", repr=False)
+    """The session store. "sqlite" is the file sessions.db in the home folder, for one server: sessions
+    survive a restart. "memory": sessions end with the server, and nothing is on the disk. An address of
+    Valkey or Redis is for several servers that share sessions."""
+    password_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """A file with the password for Valkey or Redis, to keep it out of this file. Empty: the password in the
+    address, if any."""
+    ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The CA certificates for the Valkey or Redis server. Empty: those of the system. TLS needs an address
+    that begins with rediss:// or valkeys://."""
+    certificate_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The client certificate for that server, if it requires one. Empty: none."""
+    key_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The private key of that certificate. Empty: the same file holds it."""
+    timeout: Annotated[float, duration("10ms", "10s")] = 0.25
+    """How long one operation of the store may take. A store nearby answers in a few ms; longer is an
+    outage."""
+    grace: Annotated[float, duration("0s", "24h")] = 300.0
+    """How long known sessions stay valid during an outage of the store. After that they are refused."""
+    cleanup_interval: Annotated[float, duration("100ms", "1h")] = 30.0
+    """How often ended sessions are deleted. They are refused from their end on, deleted or not."""
 
 
-class IdempotencyConfig(BaseModel):
+class IdempotencyConfig(Settings):
     """Requests with an idempotency key, which run once."""
 
-    model_config = _SETTINGS
-
-    keep: Annotated[float, duration("1s", "24h")] = _key(
-        600.0,
-        "How long an answer is kept for retries, and how long a request is not run again after the process that"
-        " ran it is gone. Longer than clients retry, and than methods take.",
-    )
-    max_bytes: Annotated[int, whole(65_536, 17_179_869_184)] = _key(
-        67_108_864,
-        "Bytes of all kept answers; one user gets at most a quarter. Beyond the limit the oldest answers are"
-        " dropped early. Most answers are under 1 KiB.",
-    )
-    per_user: Annotated[int, whole(1, 1_000_000)] = _key(
-        10_000,
-        "Keys of one user, beyond which the oldest are dropped: 16 requests a second, each with its own key, for"
-        " the ten minutes that they are kept.",
-    )
+    keep: Annotated[float, duration("1s", "24h")] = 600.0
+    """How long an answer is kept for retries, and how long a request is not run again after the process that
+    ran it is gone. Longer than clients retry, and than methods take."""
+    max_bytes: Annotated[int, whole(65_536, 17_179_869_184)] = 67_108_864
+    """Bytes of all kept answers; one user gets at most a quarter. Beyond the limit the oldest answers are
+    dropped early. Most answers are under 1 KiB."""
+    per_user: Annotated[int, whole(1, 1_000_000)] = 10_000
+    """Keys of one user, beyond which the oldest are dropped: 16 requests a second, each with its own key, for
+    the ten minutes that they are kept."""
 
 
-class FreshnessConfig(BaseModel):
+class FreshnessConfig(Settings):
     """Protection against replayed frames."""
 
-    model_config = _SETTINGS
-
-    tolerance: Annotated[float, duration("1s", "10m")] = _key(
-        30.0,
-        "How far the timestamp of a frame may be off, inclusive. Clients learn the server's clock when they"
-        " connect, so only delay and drift remain.",
-    )
+    tolerance: Annotated[float, duration("1s", "10m")] = 30.0
+    """How far the timestamp of a frame may be off, inclusive. Clients learn the server's clock when they
+    connect, so only delay and drift remain."""
 
 
-class LimitsConfig(BaseModel):
+class LimitsConfig(Settings):
     """What one client, and all clients together, can use."""
 
-    model_config = _SETTINGS
-
-    max_connections: Annotated[int, whole(1, 1_000_000)] = _key(
-        20_000,
-        "Concurrent connections. Each takes about 40 KiB and a file descriptor: 800 MB at the default.",
-    )
-    connections_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = _key(
-        1000,
-        "Concurrent connections of one address: room for many clients behind one gateway, but not for all.",
-    )
-    max_frame_bytes: Annotated[int, whole(1024, 67_108_864)] = _key(
-        1_048_576,
-        "The largest frame of a connection with a session, in bytes. It is held in memory as a whole.",
-    )
-    max_frame_bytes_before_session: Annotated[int, whole(512, 67_108_864)] = _key(
-        16_384,
-        "The largest frame of a connection without a session, in bytes: opening a session takes under 1 KiB.",
-    )
-    max_streams: Annotated[int, whole(1, 65_535)] = _key(
-        128, "Requests in flight on one connection. HTTP/2 servers commonly allow 100 to 128."
-    )
-    max_depth: Annotated[int, whole(4, 32)] = _key(
-        32,
-        "How deep the body of a frame may nest. 32 is the protocol's limit; opening a session takes 2.",
-    )
-    idle_timeout: Annotated[float, duration("100ms", "24h")] = _key(
-        300.0,
-        "A connection that is silent for this long is closed. Clients learn the timeout and ping in time.",
-    )
-    write_buffer_bytes: Annotated[int, whole(16_384, 1_073_741_824)] = _key(
-        1_048_576,
-        "Bytes waiting for a client that reads slowly, beyond which the server stops reading from it.",
-    )
-    write_timeout: Annotated[float, duration("100ms", "10m")] = _key(
-        20.0, "How long a client may read nothing of the waiting bytes before it is disconnected."
-    )
-    login_failures: Annotated[int, whole(1, 100)] = _key(
-        5,
-        "Failed logins before delays begin: a person mistypes a few times, a program keeps guessing.",
-    )
+    max_connections: Annotated[int, whole(1, 1_000_000)] = 20_000
+    """Concurrent connections. Each takes about 40 KiB and a file descriptor: 800 MB at the default."""
+    connections_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 1000
+    """Concurrent connections of one address: room for many clients behind one gateway, but not for all."""
+    max_frame_bytes: Annotated[int, whole(1024, 67_108_864)] = 1_048_576
+    """The largest frame of a connection with a session, in bytes. It is held in memory as a whole."""
+    max_frame_bytes_before_session: Annotated[int, whole(512, 67_108_864)] = 16_384
+    """The largest frame of a connection without a session, in bytes: opening a session takes under 1 KiB."""
+    max_streams: Annotated[int, whole(1, 65_535)] = 128
+    """Requests in flight on one connection. HTTP/2 servers commonly allow 100 to 128."""
+    max_depth: Annotated[int, whole(4, 32)] = 32
+    """How deep the body of a frame may nest. 32 is the protocol's limit; opening a session takes 2."""
+    idle_timeout: Annotated[float, duration("100ms", "24h")] = 300.0
+    """A connection that is silent for this long is closed. Clients learn the timeout and ping in time."""
+    write_buffer_bytes: Annotated[int, whole(16_384, 1_073_741_824)] = 1_048_576
+    """Bytes waiting for a client that reads slowly, beyond which the server stops reading from it."""
+    write_timeout: Annotated[float, duration("100ms", "10m")] = 20.0
+    """How long a client may read nothing of the waiting bytes before it is disconnected."""
+    login_failures: Annotated[int, whole(1, 100)] = 5
+    """Failed logins before delays begin: a person mistypes a few times, a program keeps guessing."""
 
 
-class AlertsConfig(BaseModel):
+class AlertsConfig(Settings):
     """Where alerts are sent, beside the log, and at which thresholds."""
 
-    model_config = _SETTINGS
-
-    webhook: Annotated[str, WEBHOOK_URL] = _key(
-        "",
-        "The address that receives alerts as JSON over HTTPS. The certificate is verified, and redirects are not"
-        " followed. Empty: none.",
-        shown=False,
-    )
-    webhook_secret_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        "A file of mode 0600 with the secret that signs messages. Empty: messages are not signed, for receivers"
-        " that authenticate by a secret address.",
-    )
-    webhook_ca_file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None, "The CA certificates for the webhook. Empty: those of the system."
-    )
-    webhook_timeout: Annotated[float, duration("100ms", "1m")] = _key(
-        10.0, "How long one attempt may take, from the name lookup to the end of the answer."
-    )
-    command: Annotated[tuple[str, ...], COMMAND] = _key(
-        (),
-        "A program that gets each message as JSON on its standard input, without a shell, one message at a time."
-        " Empty: none.",
-    )
-    command_timeout: Annotated[float, duration("100ms", "5m")] = _key(
-        10.0, "How long the program may run before it is killed with all its children."
-    )
-    repeat: Annotated[float | None, duration("1m", "365d", off=True)] = _key(
-        86_400.0, "After this time an alert that is still open is sent again: once a day is hard to forget."
-    )
-    rate_window: Annotated[float, duration("10s", "1h")] = _key(
-        300.0, "The window in which events are counted that raise an alert only in large numbers."
-    )
-    quiet: Annotated[float, duration("1s", "24h")] = _key(
-        900.0,
-        "How long it must be quiet before such an alert is closed, and how long the same event is not reported"
-        " again.",
-    )
-    tls_failures: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = _key(
-        100,
-        "Failed TLS connections of one cause within the window. The threshold is tenfold for causes that any port"
-        " scanner triggers.",
-    )
-    throttled_logins: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = _key(
-        100,
-        "Throttled logins within the window. A program that retries a wrong key forever causes only a few.",
-    )
-    replays: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = _key(
-        1, "Frames refused as replays within the window. Replays have no innocent cause."
-    )
-    stale_frames: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = _key(
-        100, "Requests refused within the window because of a timestamp that is too far off."
-    )
-    revocation_rate: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = _key(
-        100, "Sessions revoked within the window, by anyone."
-    )
-    refused_connections: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = _key(
-        10, "Connections refused within the window because a limit was reached."
-    )
-    revocations: Annotated[str, one_of("operators", "any", "rate")] = _key(
-        "operators",
-        'Which revocations are reported one by one. "operators": those by operators, and those caused by the'
-        ' removal of a user or a device. "any": also those by users themselves. "rate": none, only very many.',
-    )
+    webhook: Annotated[str, WEBHOOK_URL] = Field(default="", repr=False)
+    """The address that receives alerts as JSON over HTTPS. The certificate is verified, and redirects are not
+    followed. Empty: none."""
+    webhook_secret_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """A file of mode 0600 with the secret that signs messages. Empty: messages are not signed, for receivers
+    that authenticate by a secret address."""
+    webhook_ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The CA certificates for the webhook. Empty: those of the system."""
+    webhook_timeout: Annotated[float, duration("100ms", "1m")] = 10.0
+    """How long one attempt may take, from the name lookup to the end of the answer."""
+    command: Annotated[tuple[str, ...], COMMAND] = ()
+    """A program that gets each message as JSON on its standard input, without a shell, one message at a time.
+    Empty: none."""
+    command_timeout: Annotated[float, duration("100ms", "5m")] = 10.0
+    """How long the program may run before it is killed with all its children."""
+    repeat: Annotated[float | None, duration("1m", "365d", off=True)] = 86_400.0
+    """After this time an alert that is still open is sent again: once a day is hard to forget."""
+    rate_window: Annotated[float, duration("10s", "1h")] = 300.0
+    """The window in which events are counted that raise an alert only in large numbers."""
+    quiet: Annotated[float, duration("1s", "24h")] = 900.0
+    """How long it must be quiet before such an alert is closed, and how long the same event is not reported
+    again."""
+    tls_failures: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
+    """Failed TLS connections of one cause within the window. The threshold is tenfold for causes that any
+    port scanner triggers."""
+    throttled_logins: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
+    """Throttled logins within the window. A program that retries a wrong key forever causes only a few."""
+    replays: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 1
+    """Frames refused as replays within the window. Replays have no innocent cause."""
+    stale_frames: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
+    """Requests refused within the window because of a timestamp that is too far off."""
+    revocation_rate: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 100
+    """Sessions revoked within the window, by anyone."""
+    refused_connections: Annotated[int, whole(1, 1_000_000_000, "no such alert")] = 10
+    """Connections refused within the window because a limit was reached."""
+    revocations: Annotated[str, one_of("operators", "any", "rate")] = "operators"
+    """Which revocations are reported one by one. "operators": those by operators, and those caused by the
+    removal of a user or a device. "any": also those by users themselves. "rate": none, only very many."""
 
 
-class HttpConfig(BaseModel):
+class HttpConfig(Settings):
     """HTTPS on the same port: health, metrics and a status page."""
 
-    model_config = _SETTINGS
-
-    enabled: Annotated[bool, FLAG] = _key(
-        True,
-        "Whether clients that offer http/1.1, or no protocol at all, are served. If not, they get the TLS alert"
-        " no_application_protocol.",
-    )
-    hsts: Annotated[bool, FLAG] = _key(
-        True,
-        "Whether every response has Strict-Transport-Security, which makes browsers use TLS only from then on (RFC"
-        " 6797).",
-    )
-    hsts_max_age_seconds: Annotated[int, whole(0, 315_360_000)] = _key(
-        31_536_000,
-        "How long browsers remember that, in seconds. A year is what their preload lists require; 0 makes them"
-        " forget.",
-    )
-    hsts_include_subdomains: Annotated[bool, FLAG] = _key(
-        True, "Whether it also applies to every name below the server's name."
-    )
-    hsts_preload: Annotated[bool, FLAG] = _key(
-        False,
-        "Whether browsers may ship the server's name in their preload lists. That is hard to undo.",
-    )
-    metrics: Annotated[str, one_of("session", "address", "open", "off")] = _key(
-        "session",
-        'Who can read /metrics. "session": holders of a session token; "address": the networks of allow; "open":'
-        ' anyone; "off": no one.',
-    )
-    allow: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = _key(
-        ("127.0.0.1/32", "::1/128"), 'The networks that can read /metrics with metrics = "address".'
-    )
-    request_timeout: Annotated[float, duration("100ms", "5m")] = _key(
-        10.0,
-        "How long the head of a request may take to arrive, and again its body. Both fit into a few packets.",
-    )
-    idle_timeout: Annotated[float, duration("100ms", "1h")] = _key(
-        60.0,
-        "How long a connection is kept open for the next request: longer than a monitor's usual interval of 15 or"
-        " 30 seconds, since a new one costs a handshake.",
-    )
-    redirect_port: Annotated[int, whole(1, 65_535, "none")] = _key(
-        0,
-        "A port without TLS that redirects browsers to https. None by default: programs must not get used to"
-        " plaintext.",
-    )
+    enabled: Annotated[bool, FLAG] = True
+    """Whether clients that offer http/1.1, or no protocol at all, are served. If not, they get the TLS alert
+    no_application_protocol."""
+    hsts: Annotated[bool, FLAG] = True
+    """Whether every response has Strict-Transport-Security, which makes browsers use TLS only from then on
+    (RFC 6797)."""
+    hsts_max_age_seconds: Annotated[int, whole(0, 315_360_000)] = 31_536_000
+    """How long browsers remember that, in seconds. A year is what their preload lists require; 0 makes them
+    forget."""
+    hsts_include_subdomains: Annotated[bool, FLAG] = True
+    """Whether it also applies to every name below the server's name."""
+    hsts_preload: Annotated[bool, FLAG] = False
+    """Whether browsers may ship the server's name in their preload lists. That is hard to undo."""
+    metrics: Annotated[str, one_of("session", "address", "open", "off")] = "session"
+    """Who can read /metrics. "session": holders of a session token; "address": the networks of allow; "open":
+    anyone; "off": no one."""
+    allow: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ("127.0.0.1/32", "::1/128")
+    """The networks that can read /metrics with metrics = "address"."""
+    request_timeout: Annotated[float, duration("100ms", "5m")] = 10.0
+    """How long the head of a request may take to arrive, and again its body. Both fit into a few packets."""
+    idle_timeout: Annotated[float, duration("100ms", "1h")] = 60.0
+    """How long a connection is kept open for the next request: longer than a monitor's usual interval of 15
+    or 30 seconds, since a new one costs a handshake."""
+    redirect_port: Annotated[int, whole(1, 65_535, "none")] = 0
+    """A port without TLS that redirects browsers to https. None by default: programs must not get used to
+    plaintext."""
 
 
-class LogConfig(BaseModel):
+class LogConfig(Settings):
     """The log."""
 
-    model_config = _SETTINGS
-
-    level: Annotated[str, one_of("debug", "info", "warning", "error")] = _key(
-        "info",
-        "The least severe events that are written. info has one line for each session and none for a request.",
-    )
-    format: Annotated[str, one_of("auto", "json", "console")] = _key(
-        "auto",
-        "json: one object a line. console: text for people. auto: console on a terminal, json otherwise.",
-    )
-    file: Annotated[Path | None, OPTIONAL_PATH] = _key(
-        None,
-        "The file to append to, created with mode 0600; SIGHUP reopens it. Empty: standard error, for the service"
-        " manager.",
-    )
+    level: Annotated[str, one_of("debug", "info", "warning", "error")] = "info"
+    """The least severe events that are written. info has one line for each session and none for a request."""
+    format: Annotated[str, one_of("auto", "json", "console")] = "auto"
+    """json: one object a line. console: text for people. auto: console on a terminal, json otherwise."""
+    file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The file to append to, created with mode 0600; SIGHUP reopens it. Empty: standard error, for the
+    service manager."""
 
 
-class Config(BaseModel):
+class Config(Settings):
     """The whole configuration. Without any settings it is a safe server."""
-
-    model_config = _SETTINGS
 
     server: ServerConfig = ServerConfig()
     tls: TlsConfig = TlsConfig()
@@ -575,9 +394,9 @@ class Config(BaseModel):
 
 
 @cache
-def sections() -> dict[str, type[BaseModel]]:
+def sections() -> dict[str, type[Settings]]:
     """Return the sections by name, in their order."""
-    return {name: cast(type[BaseModel], field.annotation) for name, field in Config.model_fields.items()}
+    return {name: cast(type[Settings], field.annotation) for name, field in Config.model_fields.items()}
 
 
 @cache
@@ -588,6 +407,22 @@ def settings() -> dict[str, Accepts]:
         for section, model in sections().items()
         for name, accepts in settings_of(model).items()
     }
+
+
+@cache
+def descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """Return the description of each key of a section or table.
+
+    Read from the source on demand: pydantic's `use_attribute_docstrings` would parse it at every import.
+    """
+    (definition,) = ast.parse(inspect.getsource(model)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for key, text in pairwise(definition.body):
+        match key, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(about))):
+                found[name] = " ".join(about.split())
+    return found
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from zcproto.config.model import CertificatesConfig, Config, sections
+from zcproto.config.model import CertificatesConfig, Config, descriptions, sections
 from zcproto.config.types import settings_of, table_lines
 
 _WIDTH = 100
@@ -53,7 +53,7 @@ def _keys(section: str, model: type[BaseModel], defaults: BaseModel | None) -> l
     lines: list[str] = []
     for name, accepts in settings_of(model).items():
         field = model.model_fields[name]
-        lines += ["", *_comment(field.description or ""), *_comment(f"Must be {accepts.words}.")]
+        lines += ["", *_comment(descriptions(model)[name]), *_comment(f"Must be {accepts.words}.")]
         if accepts.tables is not None:
             lines += [f"#[[{section}.{name}]]", *_keys(f"{section}.{name}", accepts.tables, None)]
         elif defaults is not None:
