@@ -94,13 +94,10 @@ NOT_YET_CLEAN: Final = (
     "tests/fuzz",
     "tests/interop",
     "tests/load",
-    "tests/server",
     "zcproto/alerts",
     "zcproto/cli",
     "zcproto/client",
     "zcproto/load",
-    "zcproto/runtime",
-    "zcproto/server",
 )
 """Files and folders that are still being rewritten: entries are removed, never added."""
 

@@ -11,7 +11,7 @@ Rules:
   Every other answer is, errors included: a request that failed half-way must not be repeated automatically.
 - Without the store no request with a key is run: running it without that promise is what the key prevents.
 - A claim lasts as long as an answer is stored. If the process that ran the request is gone, the outcome is unknown;
-  callers are told so and the request is not run again.
+  callers get that as an error and the request is not run again.
 
 It must not know: connections, frames, how a method is run.
 """
@@ -237,7 +237,7 @@ class IdempotencyCache:
             return stored
         try:
             answer = Answer(0, await execute())
-        except (Exception, asyncio.CancelledError) as error:  # one that stops the process is no answer
+        except (Exception, asyncio.CancelledError) as error:  # not one that stops the process
             answer = answer_error(error)
         if answer.code in NOT_RUN:
             await self._release(name, run.until)
