@@ -48,7 +48,7 @@ class Finding:
 
 
 class Scale(NamedTuple):
-    """How times on this machine are held against bars that were set on the reference machine."""
+    """How times and rates on this machine compare with bars and loads that were set on the reference machine."""
 
     slowdown: float = 1.0
     """How many times slower than the reference machine this one is; at least 1."""
@@ -60,6 +60,10 @@ class Scale(NamedTuple):
     def rate(self, measured: float) -> float:
         """Return what a measured rate counts as."""
         return measured * self.slowdown
+
+    def offered(self, rate: float) -> float:
+        """Return the rate to offer in place of one that the reference machine can serve."""
+        return rate / self.slowdown
 
     def note(self, counted: str) -> str:
         """Return what to add to a figure on a slower machine."""

@@ -101,9 +101,13 @@ def at_rest_row(found: Mapping[str, Handshakes], sizes: Sizes, scale: Scale) -> 
 # --- many connections -------------------------------------------------------------------------------------
 
 
-def many_connections(stages: Stages, sizes: Sizes) -> Watched:
-    """Raises ConfigError if the system does not allow so many."""
-    rates = (sizes.rate, sizes.load_s, sizes.arrival_rate)
+def many_connections(stages: Stages, sizes: Sizes, scale: Scale) -> Watched:
+    """Raises ConfigError if the system does not allow so many.
+
+    Connections arrive as much slower as the machine is: at a rate that it cannot serve, their waits would be
+    the length of a queue.
+    """
+    rates = (sizes.rate, sizes.load_s, scale.offered(sizes.arrival_rate))
     return load_new_server(stages.folder / "many", sizes.connections, *rates, stages.certificates)
 
 
@@ -114,7 +118,7 @@ def arriving_row(watched: Watched, sizes: Sizes, scale: Scale) -> Finding | None
     arrived, p99 = watched.result.connected, scale.time(found["p99"])
     late = "; the generator was late itself: a busy machine" if generator_saturated(watched.result) else ""
     return Finding(
-        f"p99 {found['p99']:.1f} ms of {arrived:,} at {sizes.arrival_rate:,.0f} a second{late}"
+        f"p99 {found['p99']:.1f} ms of {arrived:,} at {scale.offered(sizes.arrival_rate):,.0f} a second{late}"
         + scale.note(f"{p99:.1f} ms"),
         p99 < MAX_HANDSHAKE_MS,
         small=arrived < FULL.connections,

@@ -166,7 +166,7 @@ def steps_of(stages: Stages, run: Run) -> list[Step]:
         drawn.payloads = measures.cost_by_payload(stages, sizes)
 
     def connections(fill: Fill) -> None:
-        drawn.many = many = measures.many_connections(stages, sizes)
+        drawn.many = many = measures.many_connections(stages, sizes, scale)
         fill("handshake_arriving", lambda: measures.arriving_row(many, sizes, scale))
         fill("connections", lambda: measures.connections_row(many, sizes))
 

@@ -188,6 +188,11 @@ def test_far_too_long_slice_fails_on_slower_machine() -> None:
     assert measures.cleanup_row(slow, FULL, Scale(2.0)).verdict is Verdict.FAIL
 
 
+def test_slower_machine_is_offered_connections_more_slowly() -> None:
+    assert Scale().offered(450.0) == 450.0
+    assert Scale(1.5).offered(450.0) == 300.0
+
+
 def test_times_of_rows_can_miss_their_targets() -> None:
     latencies = Latencies()
     latencies.add(0.101)
