@@ -1,6 +1,6 @@
-"""Captures without a network card: a proxy that writes down what passes, as packets that tshark reads; and tshark.
+"""Record captures with a proxy instead of a network interface, and dissect them with tshark.
 
-TCP segments, their headers and the link layer are made up. What they carry is what was sent.
+TCP headers and the link layer are synthetic; payloads are the bytes that were sent.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 
 SEGMENT: Final = 1_400
-"""Bytes of a TCP segment at most, so that TLS records come in several."""
+"""Maximum size of a TCP segment, so that TLS records span several."""
 
 SCRIPT: Final = Path(__file__).parents[2] / "spec" / "wireshark" / "zcp.lua"
-PATIENCE: Final = 60.0
-NOBODY: Final = 65_534
+TIMEOUT_S: Final = 60.0
+UNPRIVILEGED_ID: Final = 65_534
 
 _FILE: Final = struct.Struct("<IHHiIII")
 _RECORD: Final = struct.Struct("<IIII")
@@ -37,7 +37,7 @@ Side = str
 
 
 class Capture:
-    """Packets in the order in which they were sent."""
+    """Packets in sending order."""
 
     def __init__(self) -> None:
         self.packets: list[tuple[int, bytes]] = []
@@ -45,12 +45,12 @@ class Capture:
         self._next_port = 20_000
 
     def connection(self, server_port: int, at: int, client_port: int | None = None) -> Connection:
-        """A TCP connection that begins at this time, in microseconds; each is from another port of the client."""
+        """Add a TCP connection that begins at this time (in microseconds), by default from a new client port."""
         self._next_port += 1
         return Connection(self, {"client": client_port or self._next_port, "server": server_port}, at)
 
     def write(self, path: Path) -> Path:
-        """As a file in the format of libpcap."""
+        """Write a file in libpcap format and return its path."""
         with path.open("wb") as file:
             file.write(_FILE.pack(0xA1B2C3D4, 2, 4, 0, 0, 262_144, 1))
             for at, packet in self.packets:
@@ -66,17 +66,17 @@ class Connection:
         self._ports = ports
         first = 10_000_000 * (
             len(capture.packets) % 400 + 1
-        )  # one that goes on after another would be taken for it
+        )  # distinct, or it would be dissected as a continuation
         self._sequence = {"client": first, "server": first + 5_000_000}
-        self._put("client", b"", at, _SYN)
-        self._put("server", b"", at, _SYN | _ACK)
+        self._add_packet("client", b"", at, _SYN)
+        self._add_packet("server", b"", at, _SYN | _ACK)
 
-    def says(self, side: Side, data: bytes, at: int) -> None:
-        """Bytes from one side, in segments."""
+    def send(self, side: Side, data: bytes, at: int) -> None:
+        """Add segments with bytes from one side."""
         for start in range(0, len(data), SEGMENT):
-            self._put(side, data[start : start + SEGMENT], at, _ACK)
+            self._add_packet(side, data[start : start + SEGMENT], at, _ACK)
 
-    def _put(self, side: Side, data: bytes, at: int, flags: int) -> None:
+    def _add_packet(self, side: Side, data: bytes, at: int, flags: int) -> None:
         other = "server" if side == "client" else "client"
         addresses = {"client": bytes([192, 0, 2, 1]), "server": bytes([192, 0, 2, 2])}
         tcp = _TCP.pack(
@@ -97,14 +97,14 @@ class Connection:
 
 
 class RecordingProxy:
-    """Passes TCP connections on to a port of this machine, and writes down what both sides say.
+    """Forward TCP connections to a local port and capture both directions.
 
-    `shown` is the server's port in the capture.
+    `recorded_port` is the server's port in the capture.
     """
 
-    def __init__(self, port: int, shown: int = 7443) -> None:
+    def __init__(self, port: int, recorded_port: int = 7443) -> None:
         self.capture = Capture()
-        self._shown = shown
+        self._shown = recorded_port
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -118,8 +118,8 @@ class RecordingProxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive(), "a connection through the proxy has not ended"
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive(), "a connection through the proxy is still open"
 
     def _start(self, function: Any, *arguments: Any) -> None:
         thread = threading.Thread(target=function, args=arguments, daemon=True)
@@ -151,8 +151,10 @@ class RecordingProxy:
     ) -> None:
         try:
             while data := source.recv(65_536):
-                with self.capture.lock:  # before it is passed on: an answer must not come before its question
-                    connection.says(side, data, time.time_ns() // 1_000)
+                with (
+                    self.capture.lock
+                ):  # record before forwarding, so that an answer never precedes its request
+                    connection.send(side, data, time.time_ns() // 1_000)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
         except OSError:
@@ -168,7 +170,10 @@ class RecordingProxy:
 
 @contextmanager
 def readable_folder() -> Iterator[Path]:
-    """A folder that tshark can read: as root it would load no script, so it is run as somebody else."""
+    """Create a folder with the dissector that tshark can read as an unprivileged user.
+
+    As root, tshark does not load scripts.
+    """
     folder = Path(tempfile.mkdtemp(prefix="zcproto-capture-"))
     try:
         shutil.copy(SCRIPT, folder / SCRIPT.name)
@@ -178,10 +183,10 @@ def readable_folder() -> Iterator[Path]:
 
 
 def tshark(folder: Path, capture: Path, *options: str) -> str:
-    """What tshark prints of a capture, looked at twice as Wireshark does. It must not complain of anything."""
+    """Return what tshark prints of a capture in two passes, like Wireshark. Warnings are errors."""
     if os.geteuid() == 0:
         for each in (folder, *folder.rglob("*")):
-            os.chown(each, NOBODY, NOBODY)
+            os.chown(each, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
     command = ["tshark", "-2", "-n", "-r", str(capture), "-X", f"lua_script:{folder / SCRIPT.name}", *options]
     done = subprocess.run(
         command,
@@ -190,9 +195,9 @@ def tshark(folder: Path, capture: Path, *options: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
-        user=NOBODY if os.geteuid() == 0 else None,
-        group=NOBODY if os.geteuid() == 0 else None,
+        timeout=TIMEOUT_S,
+        user=UNPRIVILEGED_ID if os.geteuid() == 0 else None,
+        group=UNPRIVILEGED_ID if os.geteuid() == 0 else None,
         extra_groups=[] if os.geteuid() == 0 else None,
     )
     assert done.returncode == 0, done.stderr
@@ -201,11 +206,11 @@ def tshark(folder: Path, capture: Path, *options: str) -> str:
 
 
 Pairs = list[tuple[str, Any]]
-"""An object of JSON with the names that come several times."""
+"""A JSON object with repeated names."""
 
 
 class Item:
-    """What the dissector made of one frame, or of a part of one: its fields in their order."""
+    """The dissected fields of a frame, or of a segment of one, in order."""
 
     def __init__(self, packet: int, fields: list[tuple[str, str]]) -> None:
         self.packet = packet
@@ -215,7 +220,7 @@ class Item:
         return f"{self.packet}: {self.fields}"
 
     def get(self, name: str) -> str | None:
-        """The first field of this name."""
+        """Return the first field of this name."""
         return next((value for each, value in self.fields if each == name), None)
 
     def all(self, name: str) -> list[str]:
@@ -223,12 +228,12 @@ class Item:
 
     @property
     def experts(self) -> set[str]:
-        """What is told of it, without `zcp.expert.`."""
+        """Return names of expert infos without `zcp.expert.`."""
         return {name.removeprefix("zcp.expert.") for name, _ in self.fields if name.startswith("zcp.expert.")}
 
     @property
     def values(self) -> list[tuple[str, str, str]]:
-        """Path, field and value of each leaf of the body."""
+        """Return path, field and value of each leaf of the body."""
         found, last = [], ("", "")
         for name, value in self.fields:
             if name == "zcp.path":
@@ -238,18 +243,18 @@ class Item:
         return found
 
 
-def items_of(output: str) -> list[Item]:
-    """The items of ZCP/1 in what `tshark -T json` printed."""
+def items_in(output: str) -> list[Item]:
+    """Return the ZCP/1 items in the output of `tshark -T json`."""
     return [
         Item(packet, list(_flat(value)))
-        for packet, layers in layers_of(output)
+        for packet, layers in layers_in(output)
         for name, value in layers
         if name == "zcp"
     ]
 
 
-def layers_of(output: str) -> Iterator[tuple[int, Pairs]]:
-    """The number of each packet, and its layers."""
+def layers_in(output: str) -> Iterator[tuple[int, Pairs]]:
+    """Yield the number and the layers of each packet."""
     for packet in json.loads(output, object_pairs_hook=list):
         layers = dict(dict(packet)["_source"])["layers"]
         frame = dict(dict(layers)["frame"])
@@ -257,7 +262,7 @@ def layers_of(output: str) -> Iterator[tuple[int, Pairs]]:
 
 
 def _flat(value: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, list):  # a protocol without fields is a text
+    if not isinstance(value, list):  # a protocol without fields is a string
         return
     for name, each in value:
         if isinstance(each, list):

@@ -1,4 +1,4 @@
-"""Programs of others as witnesses: how they are built and run, and what came of it."""
+"""Build and run clients and checkers of other TLS stacks."""
 
 from __future__ import annotations
 
@@ -16,72 +16,72 @@ import pytest
 
 SOURCES = Path(__file__).parent / "programs"
 
-PATIENCE = 30.0
-"""Seconds after which a program that hangs is ended."""
+TIMEOUT_S = 30.0
+"""A program that runs longer is killed."""
 
 HEADER_START = 8
-"""Bytes of a frame's length, version, kind and flags."""
+"""Size of a frame's length, version, kind and flags."""
 
 
 class Outcome(NamedTuple):
-    """What a client did. `start` is what it received first; `said` is all that it told of itself."""
+    """Exit code of a client, the first bytes that it received, and its log output."""
 
     code: int
     start: bytes
-    said: str
+    output: str
 
 
-def run(command: Sequence[str | Path], log: Path | None = None) -> Outcome:
-    """Run a client until it has written the first bytes that it received, or has ended.
+def run_client(command: Sequence[str | Path], log: Path | None = None) -> Outcome:
+    """Run a client until it has written the first bytes that it received, or has exited.
 
-    Its standard input stays open till then: some leave at its end. `log` is a file in which it tells more.
+    Its standard input stays open until then because some clients exit at its end. `log` is a file with more output.
     """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
-        guard = threading.Timer(PATIENCE, process.kill)
+        guard = threading.Timer(TIMEOUT_S, process.kill)
         guard.start()
         try:
             assert process.stdin is not None
             assert process.stdout is not None
             start = process.stdout.read(HEADER_START)
             process.stdin.close()
-            process.stdout.close()  # the rest of the frame is nobody's: a client that writes it must not wait
+            process.stdout.close()  # so that a client that writes the rest of the frame does not block
             code = process.wait()
         finally:
             guard.cancel()
         errors.seek(0)
-        said = errors.read().decode(errors="replace")
+        output = errors.read().decode(errors="replace")
     if log is not None:
-        said += log.read_text(errors="replace")
-    return Outcome(code, start, said)
+        output += log.read_text(errors="replace")
+    return Outcome(code, start, output)
 
 
 def run_command(command: Sequence[str | Path]) -> tuple[int, str]:
-    """Run a command on files; return its exit code and its output."""
+    """Run a command and return its exit code and output."""
     done = subprocess.run(
         [*map(str, command)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
-        timeout=PATIENCE,
+        timeout=TIMEOUT_S,
     )
     return done.returncode, done.stdout.decode(errors="replace")
 
 
 class Programs:
-    """The small clients in the folder `programs`, built into another folder."""
+    """The clients of the folder `programs`, built into another folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def go(self) -> list[str | Path]:
-        """The Go program. Building it makes Go's own TLS, too: some 15 seconds on the first time, then none."""
+        """Build the Go program. The first build compiles Go's TLS library, which takes about 15 seconds."""
         program = self._folder / "welcome-go"
         if not program.exists():
-            # Nothing is fetched, no C compiler is wanted, and nobody's settings count.
+            # Build without downloads, a C compiler, or the user's settings.
             build = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off"}
             if "HOME" not in os.environ:
                 build["GOCACHE"] = str(self._folder / "go-cache")
@@ -103,7 +103,7 @@ class Programs:
             capture_output=True,
             text=True,
             check=False,
-            timeout=4 * PATIENCE,
+            timeout=4 * TIMEOUT_S,
         )
         if done.returncode:
             pytest.fail(f"{command[0]}: {done.stdout}{done.stderr}")
@@ -118,8 +118,8 @@ def is_address(name: str) -> bool:
 
 
 def needs(*commands: str) -> pytest.MarkDecorator:
-    """Skips a test whose witness is not installed, before anything is made for it."""
+    """Skip a test before its fixtures are set up if a command is not installed."""
     missing = [command for command in commands if shutil.which(command) is None]
     return pytest.mark.skipif(
-        bool(missing), reason=f"not installed here, and `.ci/run` installs it: {', '.join(missing)}"
+        bool(missing), reason=f"not installed (.ci/run installs it): {', '.join(missing)}"
     )

@@ -1,4 +1,4 @@
-"""What others' checkers say of the certificates made here: OpenSSL, GnuTLS, and a linter for X.509."""
+"""Test managed certificates with other checkers: OpenSSL, GnuTLS, and an X.509 linter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ files = pytest.mark.parametrize("file", CERTIFICATES.values(), ids=CERTIFICATES)
 
 
 def names_in(path: Path) -> list[str]:
-    """All names of a certificate, those of this machine among them."""
+    """Return all names of a certificate, including those of the machine."""
     leaf = x509.load_pem_x509_certificate(path.read_bytes())
     entries = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return [str(entry.value) for entry in entries]
@@ -35,41 +35,44 @@ def names_in(path: Path) -> list[str]:
 def openssl_verifies(ca_file: Path, certificate: Path, name: str) -> tuple[bool, str]:
     option = "-verify_ip" if is_address(name) else "-verify_hostname"
     strict = ["-x509_strict", "-check_ss_sig", "-auth_level", "3", "-purpose", "sslserver"]
-    code, said = run_command(
+    code, output = run_command(
         ["openssl", "verify", *strict, "-no-CApath", "-CAfile", ca_file, option, name, certificate]
     )
-    return code == 0, said
+    return code == 0, output
 
 
 @pytest.mark.requirement("profile")
 @needs("openssl")
 @files
-def test_openssl_verifies_every_name_strictly(own: Path, file: str) -> None:
-    names = names_in(own / file)
+def test_openssl_strict_verification_accepts_every_name(managed_certs: Path, file: str) -> None:
+    names = names_in(managed_certs / file)
     assert {*NAMES, "localhost", "127.0.0.1", "::1"} <= {*names}
     for name in names:
-        verified, said = openssl_verifies(own / "ca.crt", own / file, name)
-        assert verified, said
+        verified, output = openssl_verifies(managed_certs / "ca.crt", managed_certs / file, name)
+        assert verified, output
 
 
 @needs("openssl")
 @files
-def test_openssl_refuses_other_names_and_another_authority(own: Path, stranger: Path, file: str) -> None:
+def test_openssl_refuses_wrong_name_and_untrusted_authority(
+    managed_certs: Path, other_ca: Path, file: str
+) -> None:
     for name in OTHER_NAMES:
-        verified, said = openssl_verifies(own / "ca.crt", own / file, name)
+        verified, output = openssl_verifies(managed_certs / "ca.crt", managed_certs / file, name)
         assert not verified
-        assert "mismatch" in said
-    verified, said = openssl_verifies(stranger, own / file, "localhost")
+        assert "mismatch" in output
+    verified, output = openssl_verifies(other_ca, managed_certs / file, "localhost")
     assert not verified
-    assert "unable to get local issuer certificate" in said
+    assert "unable to get local issuer certificate" in output
 
 
 @needs("openssl")
-def test_openssl_accepts_the_authority_only_for_issuing_server_leaves(own: Path) -> None:
+def test_openssl_accepts_authority_as_server_ca_only(managed_certs: Path) -> None:
     strict = ["-x509_strict", "-check_ss_sig", "-auth_level", "3", "-no-CApath"]
-    code, said = run_command(["openssl", "verify", *strict, "-CAfile", own / "ca.crt", own / "ca.crt"])
-    assert code == 0, said
-    _, purposes = run_command(["openssl", "x509", "-in", own / "ca.crt", "-noout", "-purpose"])
+    ca_file = managed_certs / "ca.crt"
+    code, output = run_command(["openssl", "verify", *strict, "-CAfile", ca_file, ca_file])
+    assert code == 0, output
+    _, purposes = run_command(["openssl", "x509", "-in", ca_file, "-noout", "-purpose"])
     assert "SSL server CA : Yes" in purposes
     assert "SSL server : No" in purposes
 
@@ -78,66 +81,68 @@ def test_openssl_accepts_the_authority_only_for_issuing_server_leaves(own: Path)
 
 
 def gnutls_verifies(ca_file: Path, certificate: Path, name: str) -> tuple[bool, str]:
-    """With a profile of 128 bits, which GnuTLS calls high."""
-    wanted = ["--verify-hostname", name, "--verify-purpose", SERVER_AUTH, "--verify-profile", "high"]
-    code, said = run_command(
-        ["certtool", "--verify", "--load-ca-certificate", ca_file, *wanted, "--infile", certificate]
+    """Verify with GnuTLS's profile `high`, which requires 128 bits of security."""
+    options = ["--verify-hostname", name, "--verify-purpose", SERVER_AUTH, "--verify-profile", "high"]
+    code, output = run_command(
+        ["certtool", "--verify", "--load-ca-certificate", ca_file, *options, "--infile", certificate]
     )
-    return code == 0 and "Chain verification output: Verified. The certificate is trusted." in said, said
+    return code == 0 and "Chain verification output: Verified. The certificate is trusted." in output, output
 
 
 @needs("certtool")
 @files
-def test_gnutls_verifies_every_name(own: Path, file: str) -> None:
-    for name in names_in(own / file):
-        verified, said = gnutls_verifies(own / "ca.crt", own / file, name)
-        assert verified, said
+def test_gnutls_accepts_every_name(managed_certs: Path, file: str) -> None:
+    for name in names_in(managed_certs / file):
+        verified, output = gnutls_verifies(managed_certs / "ca.crt", managed_certs / file, name)
+        assert verified, output
 
 
 @needs("certtool")
 @files
-def test_gnutls_refuses_other_names_and_another_authority(own: Path, stranger: Path, file: str) -> None:
+def test_gnutls_refuses_wrong_name_and_untrusted_authority(
+    managed_certs: Path, other_ca: Path, file: str
+) -> None:
     for name in OTHER_NAMES:
-        verified, said = gnutls_verifies(own / "ca.crt", own / file, name)
+        verified, output = gnutls_verifies(managed_certs / "ca.crt", managed_certs / file, name)
         assert not verified
-        assert "The name in the certificate does not match the expected" in said
-    verified, said = gnutls_verifies(stranger, own / file, "localhost")
+        assert "The name in the certificate does not match the expected" in output
+    verified, output = gnutls_verifies(other_ca, managed_certs / file, "localhost")
     assert not verified
-    assert "The certificate issuer is unknown" in said
+    assert "The certificate issuer is unknown" in output
 
 
 # --- pkilint ---------------------------------------------------------------------------------------------
 
 
 class Finding(NamedTuple):
-    """What the linter has against a certificate. The name is the linter's own."""
+    """A finding of the linter, with the linter's name for it."""
 
     name: str
     severity: str
     message: str
 
 
-EXCEPTED = "pkix.invalid_domain_name_syntax"
-"""pkilint asks for a dot in every DNS name. RFC 5280 section 4.2.1.6 asks for the preferred name syntax of RFC
-1034 section 3.5, of which one label is a name, too; clients connect by `localhost` and by a host's bare name.
-Nothing else of what it finds is excepted."""
+ALLOWED_FINDING = "pkix.invalid_domain_name_syntax"
+"""pkilint requires a dot in every DNS name. RFC 5280, section 4.2.1.6, requires the preferred name syntax of RFC
+1034, section 3.5, which allows a single label; clients connect to `localhost` and to bare host names. No other
+finding is allowed."""
 
 
 def lint(profile: str, *certificates: Path) -> list[Finding]:
-    """What pkilint finds by one of its profiles, from its notices upwards."""
+    """Return pkilint's findings for one of its profiles, with severity NOTICE or higher."""
     command = [sys.executable, "-m", f"pkilint.bin.{profile}", "lint", "-f", "JSON", "-s", "NOTICE"]
-    code, said = run_command([*command, *certificates])
+    code, output = run_command([*command, *certificates])
     found = [
         Finding(each["code"], each["severity"], each["message"])
-        for result in json.loads(said)["results"]
+        for result in json.loads(output)["results"]
         for each in result["finding_descriptions"]
     ]
-    assert code == len(found), said
+    assert code == len(found), output
     return found
 
 
-def excepted(certificate: Path) -> list[Finding]:
-    """What it has against the bare host names that a certificate is for, or may issue for."""
+def allowed_findings(certificate: Path) -> list[Finding]:
+    """Return the allowed findings for bare host names in a certificate or in its name constraints."""
     parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
     names: list[x509.GeneralName] = []
     for extension in parsed.extensions:
@@ -146,39 +151,39 @@ def excepted(certificate: Path) -> list[Finding]:
         elif isinstance(extension.value, x509.NameConstraints):
             names += extension.value.permitted_subtrees or ()
     bare = [name.value for name in names if isinstance(name, x509.DNSName) and "." not in name.value]
-    return [Finding(EXCEPTED, "ERROR", f'Invalid domain name syntax: "{name}"') for name in bare]
+    return [Finding(ALLOWED_FINDING, "ERROR", f'Invalid domain name syntax: "{name}"') for name in bare]
 
 
 @pytest.mark.requirement("profile")
 @files
-def test_linter_finds_only_bare_host_names_in_a_leaf(own: Path, file: str) -> None:
-    assert "localhost" in names_in(own / file)
-    assert lint("lint_pkix_cert", own / file) == excepted(own / file)
+def test_linter_finds_only_bare_host_names_in_leaf(managed_certs: Path, file: str) -> None:
+    assert "localhost" in names_in(managed_certs / file)
+    assert lint("lint_pkix_cert", managed_certs / file) == allowed_findings(managed_certs / file)
 
 
-def test_linter_finds_only_bare_host_names_in_the_authority(own: Path) -> None:
-    """They are in its constraints, if it has any."""
-    assert lint("lint_pkix_cert", own / "ca.crt") == excepted(own / "ca.crt")
+def test_linter_finds_only_bare_host_names_in_authority(managed_certs: Path) -> None:
+    assert lint("lint_pkix_cert", managed_certs / "ca.crt") == allowed_findings(managed_certs / "ca.crt")
 
 
 @pytest.mark.requirement("profile")
 @files
-def test_linter_finds_nothing_between_authority_and_leaf(own: Path, file: str) -> None:
-    assert lint("lint_pkix_signer_signee_cert_chain", own / "ca.crt", own / file) == []
+def test_linter_finds_nothing_in_chain(managed_certs: Path, file: str) -> None:
+    assert lint("lint_pkix_signer_signee_cert_chain", managed_certs / "ca.crt", managed_certs / file) == []
 
 
-def test_linter_would_find_something(own: Path, tmp_path: Path) -> None:
-    """A root whose basicConstraints are not critical, and a leaf that is not of this authority."""
+def test_linter_detects_invalid_certificates(managed_certs: Path, tmp_path: Path) -> None:
+    """The root has non-critical basicConstraints, and the leaf is from another authority."""
     key = ec.generate_private_key(ec.SECP256R1())
-    careless = tmp_path / "careless.crt"
-    careless.write_bytes(
+    invalid = tmp_path / "invalid.crt"
+    invalid.write_bytes(
         pem(build(key, extensions=[x509.BasicConstraints(True, None)], algorithm=hashes.SHA256()))
     )
     assert "pkix.basic_constraints_extension_not_critical" in {
-        finding.name for finding in lint("lint_pkix_cert", careless)
+        finding.name for finding in lint("lint_pkix_cert", invalid)
     }
     assert {
-        finding.severity for finding in lint("lint_pkix_signer_signee_cert_chain", own / "ca.crt", careless)
+        finding.severity
+        for finding in lint("lint_pkix_signer_signee_cert_chain", managed_certs / "ca.crt", invalid)
     } & {
         "ERROR",
         "FATAL",

@@ -1,7 +1,7 @@
-"""Clients of other TLS stacks against a running server: they get its first frame, or refuse its certificate.
+"""Test clients of other TLS stacks against a server: they receive its first frame, or refuse its certificate.
 
-Each is given an address and the name that the certificate must be for, and trusts one authority. Each checks
-chain and name by its own rules; where it does that only when asked, it is asked.
+Each gets an address, the expected name and one trusted authority, and verifies chain and name by its own rules.
+Where verification is optional, it is switched on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.interop.conftest import CERTIFICATES, Serve
-from tests.interop.support import Outcome, Programs, is_address, needs, run
+from tests.interop.support import Outcome, Programs, is_address, needs, run_client
 from zcproto.wire.frame import MIN_LENGTH, WELCOME
 
 GOOD_NAMES = ["localhost", "zcp.example.com", "127.0.0.1", "2001:db8::7"]
@@ -31,28 +31,28 @@ Command = list[str | Path]
 
 
 class Client(NamedTuple):
-    """One stack's client, and how it says why it refuses."""
+    """A client of one stack, and its exit code and messages when it refuses a certificate."""
 
     stack: str
     commands: tuple[str, ...]
     command: Callable[[Programs, int, str, Path | None, Path], Command]
-    """Of port, name, CA file (None is the system's authorities) and log file."""
+    """Build the command from port, name, CA file (None: the system's authorities) and log file."""
     refused: int
-    """Its exit code when it refuses."""
+    """Exit code when it refuses a certificate."""
     untrusted: str
-    misnamed: str
-    """Patterns of what it says of another authority's certificate, and of one for another name."""
+    wrong_name: str
+    """Patterns of its messages for an untrusted authority and for a wrong name."""
 
     def connect(
         self, programs: Programs, port: int, name: str, ca_file: Path | None, folder: Path
     ) -> Outcome:
         log = folder / "log"
         log.touch()
-        return run(self.command(programs, port, name, ca_file, log), log)
+        return run_client(self.command(programs, port, name, ca_file, log), log)
 
 
 def arguments(port: int, name: str, ca_file: Path | None) -> Command:
-    """Those of the programs in the folder `programs`."""
+    """Return the arguments of the programs in the folder `programs`."""
     return [str(port), name, *([] if ca_file is None else [ca_file])]
 
 
@@ -77,7 +77,7 @@ CLIENTS = [
         openssl,
         refused=1,
         untrusted=r"unable to get local issuer certificate",
-        misnamed=r"hostname mismatch|IP address mismatch",
+        wrong_name=r"hostname mismatch|IP address mismatch",
     ),
     Client(
         "gnutls",
@@ -85,7 +85,7 @@ CLIENTS = [
         gnutls,
         refused=1,
         untrusted=r"The certificate issuer is unknown",
-        misnamed=r"The name in the certificate does not match the expected",
+        wrong_name=r"The name in the certificate does not match the expected",
     ),
     Client(
         "go",
@@ -93,7 +93,7 @@ CLIENTS = [
         lambda programs, port, name, ca_file, log: [*programs.go(), *arguments(port, name, ca_file)],
         refused=3,
         untrusted=r"x509: certificate signed by unknown authority",
-        misnamed=r"x509: certificate is valid for .*, not (other\.example|192\.0\.2\.8)",
+        wrong_name=r"x509: certificate is valid for .*, not (other\.example|192\.0\.2\.8)",
     ),
     Client(
         "node",
@@ -101,7 +101,7 @@ CLIENTS = [
         lambda programs, port, name, ca_file, log: [*programs.node(), *arguments(port, name, ca_file)],
         refused=3,
         untrusted=r"UNABLE_TO_(VERIFY_LEAF_SIGNATURE|GET_ISSUER_CERT_LOCALLY)",
-        misnamed=r"ERR_TLS_CERT_ALTNAME_INVALID",
+        wrong_name=r"ERR_TLS_CERT_ALTNAME_INVALID",
     ),
     Client(
         "java",
@@ -109,7 +109,7 @@ CLIENTS = [
         lambda programs, port, name, ca_file, log: [*programs.java(), *arguments(port, name, ca_file)],
         refused=3,
         untrusted=r"unable to find valid certification path|Path does not chain with any of the trust anchors",
-        misnamed=r"No subject alternative (DNS name|names) matching .*(other\.example|192\.0\.2\.8) found",
+        wrong_name=r"No subject alternative (DNS name|names) matching .*(other\.example|192\.0\.2\.8) found",
     ),
 ]
 
@@ -118,15 +118,15 @@ clients = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.timeout(180)  # the first of Go makes Go's standard library
+@pytest.mark.timeout(180)  # the first build with Go compiles its standard library
 @key_types
 @clients
-def test_a_client_of_another_stack_gets_the_first_frame(
-    client: Client, key_type: str, programs: Programs, own: Path, serve: Serve, tmp_path: Path
+def test_client_of_other_stack_receives_first_frame(
+    client: Client, key_type: str, programs: Programs, managed_certs: Path, serve: Serve, tmp_path: Path
 ) -> None:
     for name in GOOD_NAMES:
-        outcome = client.connect(programs, serve(key_type), name, own / "ca.crt", tmp_path)
-        assert outcome.code == 0, outcome.said
+        outcome = client.connect(programs, serve(key_type), name, managed_certs / "ca.crt", tmp_path)
+        assert outcome.code == 0, outcome.output
         length, head = struct.unpack("!II", outcome.start)
         assert head == WELCOME  # version 1, kind 1, no flags
         assert MIN_LENGTH < length < 1024
@@ -135,27 +135,27 @@ def test_a_client_of_another_stack_gets_the_first_frame(
 @pytest.mark.timeout(180)
 @key_types
 @clients
-def test_a_client_of_another_stack_refuses_an_authority_that_it_does_not_trust(
-    client: Client, key_type: str, programs: Programs, stranger: Path, serve: Serve, tmp_path: Path
+def test_client_of_other_stack_refuses_untrusted_authority(
+    client: Client, key_type: str, programs: Programs, other_ca: Path, serve: Serve, tmp_path: Path
 ) -> None:
-    for ca_file in (stranger, None):
+    for ca_file in (other_ca, None):
         outcome = client.connect(programs, serve(key_type), "localhost", ca_file, tmp_path)
         assert outcome.start == b""
-        assert outcome.code == client.refused, outcome.said
-        assert re.search(client.untrusted, outcome.said), outcome.said
+        assert outcome.code == client.refused, outcome.output
+        assert re.search(client.untrusted, outcome.output), outcome.output
 
 
 @pytest.mark.timeout(180)
 @key_types
 @clients
-def test_a_client_of_another_stack_refuses_a_certificate_for_another_name(
-    client: Client, key_type: str, programs: Programs, own: Path, serve: Serve, tmp_path: Path
+def test_client_of_other_stack_refuses_wrong_name(
+    client: Client, key_type: str, programs: Programs, managed_certs: Path, serve: Serve, tmp_path: Path
 ) -> None:
     for name in OTHER_NAMES:
-        outcome = client.connect(programs, serve(key_type), name, own / "ca.crt", tmp_path)
+        outcome = client.connect(programs, serve(key_type), name, managed_certs / "ca.crt", tmp_path)
         assert outcome.start == b""
-        assert outcome.code == client.refused, outcome.said
-        assert re.search(client.misnamed, outcome.said), outcome.said
+        assert outcome.code == client.refused, outcome.output
+        assert re.search(client.wrong_name, outcome.output), outcome.output
 
 
 # --- curl ------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class StockServer(ThreadingHTTPServer):
-    """Python's own HTTP server over Python's own TLS. A client that refuses its certificate is no news."""
+class StandardServer(ThreadingHTTPServer):
+    """The standard library's HTTP server over TLS. Errors of clients that refuse its certificate are ignored."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -192,10 +192,10 @@ class StockServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def stock_server(certificate: Path) -> Iterator[int]:
+def standard_server(certificate: Path) -> Iterator[int]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-    with StockServer(context) as server:
+    with StandardServer(context) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -209,25 +209,25 @@ def curl(port: int, name: str, ca_file: Path | None) -> Outcome:
     host = f"[{name}]" if ":" in name else name
     command: Command = ["curl", "--silent", "--show-error", "--noproxy", "*", "--tlsv1.3", "--max-time", "20"]
     command += ["--connect-to", f"{host}:{port}:127.0.0.1:{port}", f"https://{host}:{port}/"]
-    return run([*command, *([] if ca_file is None else ["--cacert", ca_file])])
+    return run_client([*command, *([] if ca_file is None else ["--cacert", ca_file])])
 
 
 @needs("curl")
 @key_types
-def test_curl_takes_the_certificate_from_any_server_and_refuses_as_it_should(
-    key_type: str, own: Path, stranger: Path
+def test_curl_accepts_certificate_and_refuses_wrong_name_and_untrusted_authority(
+    key_type: str, managed_certs: Path, other_ca: Path
 ) -> None:
-    """There is no HTTPS beside the protocol yet, and curl offers no other, so it meets a stock server."""
-    with stock_server(own / CERTIFICATES[key_type]) as port:
+    """A standard HTTPS server serves the certificate because curl does not offer ZCP/1."""
+    with standard_server(managed_certs / CERTIFICATES[key_type]) as port:
         for name in GOOD_NAMES:
-            outcome = curl(port, name, own / "ca.crt")
-            assert BODY.startswith(outcome.start), outcome.said
-            assert outcome.code == 0, outcome.said
-        for ca_file in (stranger, None):
+            outcome = curl(port, name, managed_certs / "ca.crt")
+            assert BODY.startswith(outcome.start), outcome.output
+            assert outcome.code == 0, outcome.output
+        for ca_file in (other_ca, None):
             outcome = curl(port, "localhost", ca_file)
             assert outcome.code == PEER_FAILED_VERIFICATION
-            assert "unable to get local issuer certificate" in outcome.said
+            assert "unable to get local issuer certificate" in outcome.output
         for name in OTHER_NAMES:
-            outcome = curl(port, name, own / "ca.crt")
+            outcome = curl(port, name, managed_certs / "ca.crt")
             assert outcome.code == PEER_FAILED_VERIFICATION
-            assert "no alternative certificate subject name matches" in outcome.said
+            assert "no alternative certificate subject name matches" in outcome.output

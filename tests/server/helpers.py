@@ -328,9 +328,15 @@ class Client:
     """One connection. `token` is the token of its frames."""
 
     def __init__(
-        self, port: int, ca_file: Path, *, host: str = "127.0.0.1", receive_buffer: int | None = None
+        self,
+        port: int,
+        ca_file: Path,
+        *,
+        host: str = "127.0.0.1",
+        receive_buffer: int | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
-        context = _contexts.get(ca_file)
+        context = context or _contexts.get(ca_file)
         if context is None:
             context = _contexts[ca_file] = client_context(ca_file)
         raw = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

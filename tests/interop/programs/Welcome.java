@@ -11,15 +11,15 @@ import javax.net.ssl.SSLSocket;
 import javax.net.ssl.TrustManagerFactory;
 
 /**
- * Connects by Java's JSSE and tells the first bytes of the server's first frame.
+ * Connects with Java's JSSE and prints the first bytes of the server's first frame.
  *
  * <pre>java Welcome.java PORT NAME [CA_FILE]</pre>
  *
- * Without a CA file the authorities of the Java installation count. Exit code 3: the handshake failed.
+ * Without a CA file it trusts the authorities of the Java installation. Exit code 3: the handshake failed.
  */
 public final class Welcome {
     private static final int HEADER_BYTES = 8;
-    private static final int PATIENCE_MS = 10_000;
+    private static final int TIMEOUT_MS = 10_000;
     private static final int REFUSED = 3;
 
     private Welcome() {}
@@ -29,14 +29,14 @@ public final class Welcome {
         String name = arguments[1];
         SSLContext context = context(arguments.length > 2 ? arguments[2] : null);
         try (Socket raw = new Socket()) {
-            raw.connect(new InetSocketAddress("127.0.0.1", port), PATIENCE_MS);
-            raw.setSoTimeout(PATIENCE_MS);
+            raw.connect(new InetSocketAddress("127.0.0.1", port), TIMEOUT_MS);
+            raw.setSoTimeout(TIMEOUT_MS);
             try (SSLSocket connection =
                     (SSLSocket) context.getSocketFactory().createSocket(raw, name, port, true)) {
                 SSLParameters parameters = connection.getSSLParameters();
                 parameters.setProtocols(new String[] {"TLSv1.3"});
                 parameters.setApplicationProtocols(new String[] {"zcp/1"});
-                parameters.setEndpointIdentificationAlgorithm("HTTPS"); // else no name is checked at all
+                parameters.setEndpointIdentificationAlgorithm("HTTPS"); // otherwise the name is not checked
                 connection.setSSLParameters(parameters);
                 handshake(connection);
                 if (!"zcp/1".equals(connection.getApplicationProtocol())) {
@@ -59,7 +59,7 @@ public final class Welcome {
     }
 
     private static SSLContext context(String caFile) throws Exception {
-        KeyStore store = null; // that of the installation
+        KeyStore store = null; // the default of the installation
         if (caFile != null) {
             store = KeyStore.getInstance(KeyStore.getDefaultType());
             store.load(null, null);

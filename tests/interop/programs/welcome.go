@@ -1,8 +1,8 @@
-// Connects by Go's crypto/tls and tells the first bytes of the server's first frame.
+// Connects with Go's crypto/tls and prints the first bytes of the server's first frame.
 //
 //	welcome PORT NAME [CA_FILE]
 //
-// Without a CA file the system's authorities count. Exit code 3: the handshake failed.
+// Without a CA file it trusts the system's authorities. Exit code 3: the handshake failed.
 package main
 
 import (
@@ -18,7 +18,7 @@ import (
 
 const (
 	headerBytes = 8
-	patience    = 10 * time.Second
+	timeout     = 10 * time.Second
 	refused     = 3
 )
 
@@ -34,7 +34,7 @@ func main() {
 	os.Exit(1)
 }
 
-// run tells whether an error is one of the handshake.
+// run returns whether the handshake failed, and the error.
 func run(arguments []string) (bool, error) {
 	if len(arguments) < 2 {
 		return false, errors.New("usage: welcome PORT NAME [CA_FILE]")
@@ -54,12 +54,12 @@ func run(arguments []string) (bool, error) {
 			return false, errors.New("no certificate in " + arguments[2])
 		}
 	}
-	raw, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", arguments[0]), patience)
+	raw, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", arguments[0]), timeout)
 	if err != nil {
 		return false, err
 	}
 	defer raw.Close()
-	if err := raw.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := raw.SetDeadline(time.Now().Add(timeout)); err != nil {
 		return false, err
 	}
 	connection := tls.Client(raw, config)

@@ -1,15 +1,15 @@
-// Connects by Node's tls and tells the first bytes of the server's first frame.
+// Connects with Node's tls and prints the first bytes of the server's first frame.
 //
 //     node welcome.mjs PORT NAME [CA_FILE]
 //
-// Without a CA file Node's own authorities count. Exit code 3: the handshake failed.
+// Without a CA file it trusts Node's bundled authorities. Exit code 3: the handshake failed.
 
 import { readFileSync } from "node:fs";
 import { isIP } from "node:net";
 import { checkServerIdentity, connect } from "node:tls";
 
 const HEADER_BYTES = 8;
-const PATIENCE_MS = 10_000;
+const TIMEOUT_MS = 10_000;
 const REFUSED = 3;
 
 const [port, name, caFile] = process.argv.slice(2);
@@ -30,8 +30,8 @@ const connection = connect({
   minVersion: "TLSv1.3",
   ALPNProtocols: ["zcp/1"],
 });
-connection.setTimeout(PATIENCE_MS, () => {
-  handshaking = false; // waiting in vain is no refusal
+connection.setTimeout(TIMEOUT_MS, () => {
+  handshaking = false; // a timeout is not a refusal
   fail(new Error("no answer in time"));
 });
 connection.on("error", fail);
@@ -42,7 +42,7 @@ connection.on("secureConnect", () => {
   handshaking = false;
   if (connection.alpnProtocol !== "zcp/1") fail(new Error(`agreed on ${connection.alpnProtocol}`));
 });
-connection.on("end", () => fail(new Error("closed before the header was there")));
+connection.on("end", () => fail(new Error("closed before the header was received")));
 connection.on("data", (data) => {
   received = Buffer.concat([received, data]);
   if (received.length < HEADER_BYTES) return;
