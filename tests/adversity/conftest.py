@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.adversity.helpers import Bystander, left_alone
+from tests.adversity.helpers import Bystander, undisturbed_bystander
 from tests.server.conftest import certs, serve, shared
 from tests.server.helpers import Client, ServerThread
 from zcproto.app.app import App, default_app
@@ -36,18 +36,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[Se
 
 @pytest.fixture(autouse=True)
 def bystander(request: pytest.FixtureRequest) -> Iterator[Bystander | None]:
-    """Check that each test leaves another connection undisturbed and nothing behind."""
+    """Check that each test disturbs no other connection and leaks nothing."""
     if "server" not in request.fixturenames:
         yield None
         return
     server: ServerThread = request.getfixturevalue("server")
-    with left_alone(server) as bystander:
+    with undisturbed_bystander(server) as bystander:
         yield bystander
 
 
 @pytest.fixture
 def connect(server: ServerThread) -> Iterator[Callable[..., Client]]:
-    """Collect connections and close them at the end of the test."""
+    """Return a function that opens connections; they are closed at the end of the test."""
     clients: list[Client] = []
 
     def connect(user: str | None = None, **options: Any) -> Client:

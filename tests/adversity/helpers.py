@@ -1,4 +1,4 @@
-"""Helpers of the tests of bad input: a bystander that must not be disturbed, and plain sockets."""
+"""Check that attacks do not disturb a bystander's connection, and shorten timeouts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from tests.server.helpers import Client, ServerThread, read_to_end
 
-__all__ = ["Bystander", "fatal_alert", "left_alone", "read_to_end", "while_impatient"]
+__all__ = ["Bystander", "fatal_alert", "read_to_end", "short_timeouts", "undisturbed_bystander"]
 
 
 HANDSHAKE_TIMEOUT = 0.3
 WRITE_TIMEOUT = 0.5
-"""Seconds that an impatient server waits."""
+"""Seconds that the server waits within `short_timeouts`."""
 
 
 class Bystander(threading.Thread):
@@ -34,7 +34,7 @@ class Bystander(threading.Thread):
         self.client.tls.settimeout(self.LIMIT_S)
         self.client.echo()
         self.calls = 0
-        self.most_cpu = 0.0
+        self.max_cpu = 0.0
         self.waiting = False
         self.failure: BaseException | None = None
         self._ended = threading.Event()
@@ -46,7 +46,7 @@ class Bystander(threading.Thread):
                 self.waiting = True
                 self.client.echo(size=100)
                 self.waiting = False
-                self.most_cpu = max(self.most_cpu, self._server.cpu_time() - started)
+                self.max_cpu = max(self.max_cpu, self._server.cpu_time() - started)
                 self.calls += 1
         except BaseException as error:
             self.failure = error
@@ -60,11 +60,11 @@ class Bystander(threading.Thread):
                 raise AssertionError("the bystander was disturbed") from self.failure
             self.client.echo(size=5_000)
             assert self.client.events == []
-            assert self.most_cpu < self.LIMIT_CPU_S, f"the bystander waited for {self.most_cpu:.3f} s of work"
+            assert self.max_cpu < self.LIMIT_CPU_S, f"the bystander waited for {self.max_cpu:.3f} s of work"
 
 
 @contextlib.contextmanager
-def left_alone(server: ServerThread) -> Iterator[Bystander]:
+def undisturbed_bystander(server: ServerThread) -> Iterator[Bystander]:
     """Check that another connection works before, during and after the body, and that nothing is left."""
     bystander = Bystander(server)
     bystander.start()
@@ -76,22 +76,23 @@ def left_alone(server: ServerThread) -> Iterator[Bystander]:
 
 
 @contextlib.contextmanager
-def while_impatient(server: ServerThread) -> Iterator[None]:
-    """The server's times for a handshake and for what is written are short, but only while the body attacks:
-    on a busy machine others may need longer than that.
+def short_timeouts(server: ServerThread) -> Iterator[None]:
+    """Shorten the handshake and write timeouts of the server during the body only.
+
+    Other connections of a test may need longer on a busy machine.
     """
     acceptor, state = server.server.parts.acceptor, server.server.state
     assert acceptor is not None
-    usual = acceptor.handshake_timeout, state.write_timeout
+    before = acceptor.handshake_timeout, state.write_timeout
 
-    def wait(handshake: float, write: float) -> None:
+    def set_timeouts(handshake: float, write: float) -> None:
         acceptor.handshake_timeout, state.write_timeout = handshake, write
 
-    server.in_loop(lambda: wait(HANDSHAKE_TIMEOUT, WRITE_TIMEOUT))
+    server.in_loop(lambda: set_timeouts(HANDSHAKE_TIMEOUT, WRITE_TIMEOUT))
     try:
         yield
     finally:
-        server.in_loop(lambda: wait(*usual))
+        server.in_loop(lambda: set_timeouts(*before))
 
 
 def fatal_alert(connection: socket.socket) -> int:

@@ -47,7 +47,7 @@ ALERT_RECORD = 21
 
 @pytest.fixture(autouse=True)
 def undisturbed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A well-behaved connection to the shared server."""
+    """Keep another connection working during tests of the shared server."""
     if "shared" not in request.fixturenames:
         yield
         return
@@ -338,11 +338,11 @@ def test_session_of_another_user_cannot_be_revoked(shared: ServerThread) -> None
 
 def test_requests_over_max_streams_are_refused(serve: Serve) -> None:
     app = default_app()
-    opened = asyncio.Event()
+    released = asyncio.Event()
 
     @app.method("wait")
     async def wait() -> None:
-        await opened.wait()
+        await released.wait()
 
     server = serve(app, limits__max_streams=8)
     with bystander(server), server.client("ada") as client:
@@ -350,10 +350,10 @@ def test_requests_over_max_streams_are_refused(serve: Serve) -> None:
         refused = client.answers(42)
         assert {frame.code for frame in refused.values()} == {RESOURCE_EXHAUSTED}
         assert all(frame.details["retry_after_ms"] > 0 for frame in refused.values())
-        server.in_loop(opened.set)
-        run = client.answers(8)
-        assert {frame.kind for frame in run.values()} == {RESPONSE}
-        assert not run.keys() & refused.keys()
+        server.in_loop(released.set)
+        answered = client.answers(8)
+        assert {frame.kind for frame in answered.values()} == {RESPONSE}
+        assert not answered.keys() & refused.keys()
 
 
 def test_ping_flood_is_answered_and_does_not_affect_others(shared: ServerThread) -> None:
@@ -401,24 +401,24 @@ def test_key_guessing_is_throttled(serve: Serve) -> None:
         assert codes.count(RESOURCE_EXHAUSTED) >= 7
 
 
-# --- a disconnect at every point -------------------------------------------------------------------------
+# --- disconnects at every point --------------------------------------------------------------------------
 
 
 def with_session(client: Client) -> None:
     client.open_session("ada")
 
 
-def while_a_method_waits(client: Client) -> None:
+def while_method_runs(client: Client) -> None:
     client.open_session("ada")
     client.send(client.request("sleep", {"ms": 60_000}))
 
 
-def before_the_answer_is_read(client: Client) -> None:
+def before_reading_answer(client: Client) -> None:
     client.open_session("ada")
     client.send(client.request("echo", {}))
 
 
-def after_the_answer(client: Client) -> None:
+def after_answer(client: Client) -> None:
     client.open_session("ada")
     client.echo()
 
@@ -428,13 +428,13 @@ POINTS: dict[str, Callable[[Client], None]] = {
     "in the middle of a header": lambda client: client.send(client.request("echo", {})[:30]),
     "in the middle of a body": lambda client: client.send(client.request("echo", {"a": "b" * 50})[:-10]),
     "with a session": with_session,
-    "while a method waits": while_a_method_waits,
-    "before the answer is read": before_the_answer_is_read,
-    "after the answer": after_the_answer,
+    "while a method waits": while_method_runs,
+    "before the answer is read": before_reading_answer,
+    "after the answer": after_answer,
 }
 
 
-def until_alone(server: ServerThread) -> None:
+def until_only_bystander_left(server: ServerThread) -> None:
     """Wait until only the bystander's connection is left."""
     server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)
 
@@ -447,7 +447,7 @@ def test_disconnect_leaves_nothing(
     client = shared.client()
     point(client)
     how(client)
-    until_alone(shared)
+    until_only_bystander_left(shared)
 
 
 @pytest.mark.parametrize("sent", [0, 3, 100], ids=["nothing", "a record's beginning", "half a hello"])
@@ -458,11 +458,11 @@ def test_disconnect_during_handshake_leaves_nothing(
     raw = shared.tcp()
     raw.sendall(first_hello()[:sent])
     how(raw)
-    until_alone(shared)
+    until_only_bystander_left(shared)
 
 
 def test_truncated_connection_is_counted_apart_from_clean_close(shared: ServerThread) -> None:
-    until_alone(shared)  # includes those of earlier tests
+    until_only_bystander_left(shared)  # includes those of earlier tests
     before = failures(shared, "truncated")
     shared.client().close()
     shared.client().fin()

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.adversity.helpers import Bystander, left_alone
+from tests.adversity.helpers import Bystander, undisturbed_bystander
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually
 from zcproto.server.protocol import ServerProtocol
 
 
-def hold(server: ServerThread, bystander: Bystander) -> None:
+def block_loop(server: ServerThread, bystander: Bystander) -> None:
     """Keep the loop busy while the bystander waits."""
 
     def work() -> None:
@@ -26,25 +26,25 @@ def hold(server: ServerThread, bystander: Bystander) -> None:
     server.in_loop(work)
 
 
-def the_bystanders_own(server: ServerThread) -> ServerProtocol:
+def bystander_protocol(server: ServerThread) -> ServerProtocol:
     (protocol,) = server.server.state.connections
     return protocol
 
 
-def stall(server: ServerThread, bystander: Bystander) -> None:
+def pause_connection(server: ServerThread, bystander: Bystander) -> None:
     """Stop reading the bystander's connection until it gives up."""
-    protocol = the_bystanders_own(server)
+    protocol = bystander_protocol(server)
     server.in_loop(protocol.pause_writing)
     eventually(lambda: bystander.failure)
     server.in_loop(protocol.resume_writing)
 
 
-def cut(server: ServerThread, bystander: Bystander) -> None:
-    server.in_loop(lambda: the_bystanders_own(server).abort("write_timeout"))
+def abort_connection(server: ServerThread, bystander: Bystander) -> None:
+    server.in_loop(lambda: bystander_protocol(server).abort("write_timeout"))
     eventually(lambda: bystander.failure)
 
 
-def tell(server: ServerThread, bystander: Bystander) -> None:
+def revoke_session(server: ServerThread, bystander: Bystander) -> None:
     """Revoke the bystander's session, which sends it an event."""
     with server.client("bystander") as other:
         other.call("session.revoke", {"all": True})
@@ -52,24 +52,29 @@ def tell(server: ServerThread, bystander: Bystander) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attack", "found"),
-    [(hold, "waited for"), (stall, "disturbed"), (cut, "disturbed"), (tell, "disturbed")],
+    ("attack", "message"),
+    [
+        (block_loop, "waited for"),
+        (pause_connection, "disturbed"),
+        (abort_connection, "disturbed"),
+        (revoke_session, "disturbed"),
+    ],
 )
 def test_bystander_detects_every_disturbance(
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
     attack: Callable[[ServerThread, Bystander], None],
-    found: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr(Bystander, "LIMIT_CPU_S", 0.1)
-    monkeypatch.setattr(Bystander, "LIMIT_S", 20.0 if attack is hold else 1.0)
+    monkeypatch.setattr(Bystander, "LIMIT_S", 20.0 if attack is block_loop else 1.0)
     server = serve()
-    with pytest.raises(AssertionError, match=found), left_alone(server) as bystander:
+    with pytest.raises(AssertionError, match=message), undisturbed_bystander(server) as bystander:
         attack(server, bystander)
     server.until_left()
 
 
 def test_bystander_passes_on_a_quiet_server(serve: Serve) -> None:
     server = serve()
-    with left_alone(server) as bystander:
+    with undisturbed_bystander(server) as bystander:
         eventually(lambda: bystander.calls >= 10)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.adversity.conftest import SETTINGS, application
-from tests.adversity.helpers import Bystander, left_alone, while_impatient
+from tests.adversity.helpers import Bystander, short_timeouts, undisturbed_bystander
 from tests.adversity.test_bad_input import BODIES, POINTS
 from tests.adversity.tls13 import RawTls
 from tests.server.helpers import (
@@ -45,10 +45,10 @@ def ended(server: ServerThread, reason: str) -> int:
     return int(server.stats["connections_ended"].get(reason, 0))
 
 
-# --- who does not read ---------------------------------------------------------------------------------------
+# --- peers that do not read ----------------------------------------------------------------------------------
 
 
-def requests_of_big_answers(client: Client) -> bytes:
+def large_answers(client: Client) -> bytes:
     return b"".join(client.request("big", {"size": 100_000}) for _ in range(40))
 
 
@@ -64,11 +64,11 @@ def unknown_tokens(client: Client) -> bytes:
     return b"".join(client.request("echo", token=b"?" * 32) for _ in range(1_000))
 
 
-def too_many_at_once(client: Client) -> bytes:
+def too_many_requests(client: Client) -> bytes:
     return b"".join(client.request("sleep", {"ms": 3_600_000}) for _ in range(1_000))
 
 
-def cancelled_at_once(client: Client) -> bytes:
+def cancelled_requests(client: Client) -> bytes:
     frames = []
     for _ in range(500):
         frames.append(client.request("sleep", {"ms": 3_600_000}))
@@ -77,12 +77,12 @@ def cancelled_at_once(client: Client) -> bytes:
 
 
 FLOODS = [
-    requests_of_big_answers,
+    large_answers,
     pings,
     unknown_methods,
     unknown_tokens,
-    too_many_at_once,
-    cancelled_at_once,
+    too_many_requests,
+    cancelled_requests,
 ]
 
 
@@ -98,8 +98,7 @@ def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
                 client.tls.sendall(data)
                 sent += len(data)
 
-    # OpenSSL keeps errors per thread: with Python 3.13 the next connection of this
-    # thread would report a reset.
+    # OpenSSL keeps errors per thread: with Python 3.13 the next connection of this thread would report a reset.
     thread = threading.Thread(target=send)
     thread.start()
     thread.join()
@@ -110,7 +109,7 @@ def flood(client: Client, make: Callable[[Client], bytes], limit: int) -> int:
 def test_flood_without_reading_is_reset(server: ServerThread, make: Callable[[Client], bytes]) -> None:
     before, rss = ended(server, "write_timeout"), server.stats["rss_bytes"]
     client = server.client("flooder", receive_buffer=4_096)
-    with while_impatient(server):
+    with short_timeouts(server):
         assert flood(client, make, 64 * MIB) < 32 * MIB
         eventually(lambda: ended(server, "write_timeout") == before + 1)
     assert server.stats["rss_bytes"] - rss < 32 * MIB
@@ -118,16 +117,16 @@ def test_flood_without_reading_is_reset(server: ServerThread, make: Callable[[Cl
 
 
 @pytest.mark.parametrize(
-    "make", [pings, unknown_methods, unknown_tokens, too_many_at_once, cancelled_at_once]
+    "make", [pings, unknown_methods, unknown_tokens, too_many_requests, cancelled_requests]
 )
 def test_flood_with_reading_gets_every_answer(
     server: ServerThread, connect: Connect, make: Callable[[Client], bytes]
 ) -> None:
     client = connect("flooder")
     data = make(client)
-    count = 500 if make is cancelled_at_once else 1_000
+    count = 500 if make is cancelled_requests else 1_000
     client.send(data)
-    waiting = 16 if make is too_many_at_once else 0
+    waiting = 16 if make is too_many_requests else 0
     kinds = [client.receive().kind for _ in range(count - waiting)]
     assert set(kinds) == ({PONG} if make is pings else {ERROR})
     for stream in range(1, client.stream + 1 if waiting else 0):
@@ -147,7 +146,7 @@ def test_small_receive_window_gets_every_answer(connect: Connect) -> None:
     client.echo()
 
 
-# --- frames that never end -----------------------------------------------------------------------------------
+# --- incomplete frames and msgpack bombs ---------------------------------------------------------------------
 
 
 def test_declared_length_allocates_no_memory(server: ServerThread) -> None:
@@ -155,13 +154,13 @@ def test_declared_length_allocates_no_memory(server: ServerThread) -> None:
     before = server.stats["rss_bytes"]
     for client in clients:
         client.send(client.frame(length=MIB)[:68], b"\x92\xa4echo")
-    server.until(lambda: all_wait(server, len(clients) + 1))
+    server.until(lambda: has_connections(server, len(clients) + 1))
     assert server.stats["rss_bytes"] - before < 2 * MIB
     for client in clients:
         client.fin()
 
 
-def all_wait(server: ServerThread, count: int) -> bool:
+def has_connections(server: ServerThread, count: int) -> bool:
     return len(server.server.state.connections) == count
 
 
@@ -180,22 +179,22 @@ def test_dripping_frame_counts_as_idle(serve: Callable[..., ServerThread]) -> No
             if select.select([client.tls], [], [], 0.01)[0]:
                 break
         else:
-            raise AssertionError("it was waited for to the end")
+            raise AssertionError("the whole frame was accepted")
         assert [frame.value["reason"] for frame in client.rest_until_closed()[0]] == ["idle"]
 
 
 def test_repeated_msgpack_bombs_leave_no_memory(server: ServerThread, connect: Connect) -> None:
     client = connect("bomber")
 
-    def throw() -> None:
+    def send_all_bodies() -> None:
         for body in BODIES.values():
             client.send(client.frame(REQUEST, body))
             assert client.answer(client.stream).code == Code.INVALID_ARGUMENT
 
-    throw()
+    send_all_bodies()
     before = server.stats["rss_bytes"]
     for _ in range(5):
-        throw()
+        send_all_bodies()
     assert server.stats["rss_bytes"] - before < 4 * MIB
     client.echo()
 
@@ -215,15 +214,15 @@ def test_concurrent_key_guessing_is_throttled_per_user(
     serve: Callable[..., ServerThread],
 ) -> None:
     server = serve(limits__login_failures=3)
-    with left_alone(server):
+    with undisturbed_bystander(server):
         clients = [server.client() for _ in range(10)]
         login = {"scheme": "api_key", "user": "ada", "key": "guess"}
         began = time.monotonic()
         codes = [client.refused("session.open", login).code for client in clients for _ in range(5)]
-        heard = codes.count(Code.UNAUTHENTICATED)
-        assert heard + codes.count(Code.RESOURCE_EXHAUSTED) == 50
+        rejected = codes.count(Code.UNAUTHENTICATED)
+        assert rejected + codes.count(Code.RESOURCE_EXHAUSTED) == 50
         # Three are free, then one each after 1, 2 and 4 seconds.
-        assert 3 <= heard <= 3 + math.log2(time.monotonic() - began + 1)
+        assert 3 <= rejected <= 3 + math.log2(time.monotonic() - began + 1)
         for client in clients:
             client.close()
 
@@ -243,35 +242,35 @@ def test_token_guessing_fails_and_leaves_nothing(server: ServerThread, connect: 
     client.echo()
 
 
-# --- sudden ends ---------------------------------------------------------------------------------------------
+# --- sudden disconnects --------------------------------------------------------------------------------------
 
 
-def handshake_alone(server: ServerThread) -> None:
+def before_finished(server: ServerThread) -> None:
     """Disconnect after the server's flight, without a Finished."""
     with server.tcp() as raw:
         RawTls(raw, finish=False)
 
 
-def alert_in_the_handshake(server: ServerThread) -> None:
+def after_alert_in_handshake(server: ServerThread) -> None:
     with server.tcp() as raw:
         RawTls(raw, finish=False)
         raw.sendall(b"\x15\x03\x03\x00\x02\x02\x00")
 
 
-def finished_and_reset(server: ServerThread) -> None:
+def after_finished(server: ServerThread) -> None:
     raw = server.tcp()
     RawTls(raw)
     reset(raw)
 
 
-def while_the_server_cannot_write(server: ServerThread) -> None:
+def while_writing_is_paused(server: ServerThread) -> None:
     client = server.client("ada", receive_buffer=4_096)
-    client.send(requests_of_big_answers(client))
-    server.until(lambda: any(each._paused_since is not None for each in server.server.state.connections))
+    client.send(large_answers(client))
+    server.until(lambda: any(each.is_slow_reader for each in server.server.state.connections))
     client.reset()
 
 
-def while_others_use_the_same_session(server: ServerThread) -> None:
+def while_session_is_shared(server: ServerThread) -> None:
     first, second = server.client("ada"), server.client()
     second.token = first.token
     second.echo()
@@ -280,42 +279,42 @@ def while_others_use_the_same_session(server: ServerThread) -> None:
     second.fin()
 
 
-def with_its_session_revoked(server: ServerThread) -> None:
+def after_session_close(server: ServerThread) -> None:
     client = server.client("ada")
     client.call("session.close")
     client.fin()
 
 
-def after_a_fatal_error(server: ServerThread) -> None:
+def after_fatal_error(server: ServerThread) -> None:
     client = server.client("ada")
     client.send(client.frame(99))
     client.reset()
 
 
-def in_the_middle_of_a_flood(server: ServerThread) -> None:
+def during_flood(server: ServerThread) -> None:
     client = server.client("ada")
-    client.send(pings(client), too_many_at_once(client))
+    client.send(pings(client), too_many_requests(client))
     client.reset()
 
 
-MORE_POINTS = [
-    handshake_alone,
-    alert_in_the_handshake,
-    finished_and_reset,
-    while_the_server_cannot_write,
-    while_others_use_the_same_session,
-    with_its_session_revoked,
-    after_a_fatal_error,
-    in_the_middle_of_a_flood,
+SERVER_POINTS = [
+    before_finished,
+    after_alert_in_handshake,
+    after_finished,
+    while_writing_is_paused,
+    while_session_is_shared,
+    after_session_close,
+    after_fatal_error,
+    during_flood,
 ]
 
 
-@pytest.mark.parametrize("point", MORE_POINTS)
+@pytest.mark.parametrize("point", SERVER_POINTS)
 def test_sudden_disconnects_leave_nothing(
     server: ServerThread, point: Callable[[ServerThread], None]
 ) -> None:
     point(server)
-    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)  # of the bystander
+    server.until_left(connections=1, tcp=1, sites=1, by_session=1, wheel=1)  # the bystander
 
 
 @pytest.fixture(scope="module")
@@ -326,10 +325,10 @@ def asyncio_server(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Ite
         yield server
 
 
-HOWS = [Client.close, Client.fin, Client.reset]
+CLOSE_METHODS = [Client.close, Client.fin, Client.reset]
 
 
-@pytest.mark.parametrize("how", HOWS, ids=["close_notify", "FIN", "RST"])
+@pytest.mark.parametrize("how", CLOSE_METHODS, ids=["close_notify", "FIN", "RST"])
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
 def test_disconnect_leaves_nothing_on_asyncio_loop(
     asyncio_server: ServerThread, point: Callable[[Client], None], how: Callable[[Client], None]
@@ -340,28 +339,28 @@ def test_disconnect_leaves_nothing_on_asyncio_loop(
     asyncio_server.until_left()
 
 
-@pytest.mark.parametrize("point", MORE_POINTS)
+@pytest.mark.parametrize("point", SERVER_POINTS)
 def test_sudden_disconnects_leave_nothing_on_asyncio_loop(
     asyncio_server: ServerThread, point: Callable[[ServerThread], None]
 ) -> None:
-    with left_alone(asyncio_server):
+    with undisturbed_bystander(asyncio_server):
         point(asyncio_server)
 
 
-@pytest.mark.parametrize("make", [requests_of_big_answers, pings])
+@pytest.mark.parametrize("make", [large_answers, pings])
 def test_flood_without_reading_is_reset_on_asyncio_loop(
     asyncio_server: ServerThread, make: Callable[[Client], bytes]
 ) -> None:
-    with left_alone(asyncio_server):
+    with undisturbed_bystander(asyncio_server):
         before = ended(asyncio_server, "write_timeout")
         client = asyncio_server.client("flooder", receive_buffer=4_096)
-        with while_impatient(asyncio_server):
+        with short_timeouts(asyncio_server):
             assert flood(client, make, 64 * MIB) < 32 * MIB
             eventually(lambda: ended(asyncio_server, "write_timeout") == before + 1)
         reset(client.tls)
 
 
-def in_memory() -> dict[str, int]:
+def live_objects() -> dict[str, int]:
     """Return the server connections in memory, including unreachable cycles."""
     kinds = (ServerProtocol, ServerConnection, TlsServerTransport, ssl.SSLObject)
     objects = gc.get_objects()
@@ -376,20 +375,20 @@ def test_closed_connection_is_freed_without_gc(
     gc.collect()
     gc.disable()
     try:
-        before = in_memory()
+        before = live_objects()
         for _ in range(3):
             for point in POINTS.values():
-                for how in HOWS:
+                for how in CLOSE_METHODS:
                     client = target.client()
                     point(client)
                     how(client)
-            for more in MORE_POINTS:
-                more(target)
+            for server_point in SERVER_POINTS:
+                server_point(target)
         left = {"connections": 1, "tcp": 1, "sites": 1, "by_session": 1, "wheel": 1}
         target.until_left(**(left if loop == "uvloop" else {}))
         try:
-            eventually(lambda: in_memory() == before)
+            eventually(lambda: live_objects() == before)
         except AssertionError:
-            raise AssertionError(f"before: {before}, after: {in_memory()}") from None
+            raise AssertionError(f"before: {before}, after: {live_objects()}") from None
     finally:
         gc.enable()

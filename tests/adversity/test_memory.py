@@ -7,19 +7,19 @@ from pathlib import Path
 from tests.server.helpers import Client, ServerProcess
 
 WARM_UP = 1_000
-GONE = 3_000
+MEASURED = 3_000
 MAX_KIB_EACH = 0.75
-AT_ONCE = 100
+BATCH = 100
 
 
 def resident_kib(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4
 
 
-def come_and_go(server: ServerProcess, count: int) -> None:
+def connect_and_disconnect(server: ServerProcess, count: int) -> None:
     """Open many connections at once; close every other one without close_notify."""
-    for _ in range(0, count, AT_ONCE):
-        clients: list[Client] = [server.client() for _ in range(AT_ONCE)]
+    for _ in range(0, count, BATCH):
+        clients: list[Client] = [server.client() for _ in range(BATCH)]
         for number, client in enumerate(clients):
             if number % 2:
                 client.close()
@@ -35,11 +35,11 @@ def test_closed_connection_leaves_under_768_bytes(tmp_path: Path, certs: Path) -
     )
     server = ServerProcess(home, certs)
     try:
-        come_and_go(server, WARM_UP)
+        connect_and_disconnect(server, WARM_UP)
         before = resident_kib(server.process.pid)
-        come_and_go(server, GONE)
-        left_each = (resident_kib(server.process.pid) - before) / GONE
+        connect_and_disconnect(server, MEASURED)
+        left_kib = (resident_kib(server.process.pid) - before) / MEASURED
     finally:
         server.process.terminate()
         assert server.wait() == 0
-    assert left_each <= MAX_KIB_EACH
+    assert left_kib <= MAX_KIB_EACH

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.adversity.helpers import fatal_alert, while_impatient
+from tests.adversity.helpers import fatal_alert, short_timeouts
 from tests.adversity.tls13 import (
     AES_128,
     AES_256,
@@ -30,19 +30,19 @@ PROTOCOL_VERSION, HANDSHAKE_FAILURE, NO_APPLICATION_PROTOCOL = 70, 40, 120
 UNEXPECTED_MESSAGE, DECODE_ERROR, ILLEGAL_PARAMETER = 10, 50, 47
 
 
-class Counted:
-    """Counts the causes of TLS failures since its creation."""
+class FailureCounts:
+    """TLS failures by cause, counted since its creation."""
 
     def __init__(self, server: ServerThread) -> None:
         self._server = server
         self._before = dict(server.stats["tls_failures"])
 
-    def is_one_of(self, *causes: str) -> None:
-        """Check for one failure whose cause depends on the version of OpenSSL."""
+    def expect_one_of(self, *causes: str) -> None:
+        """Assert that one failure was counted; its cause depends on the version of OpenSSL."""
         now = self._server.stats["tls_failures"]
         assert sum(now.get(cause, 0) - self._before.get(cause, 0) for cause in causes) == 1, now
 
-    def are(self, **expected: int) -> None:
+    def expect(self, **expected: int) -> None:
         def added() -> dict[str, int]:
             now = self._server.server.statistics()["tls_failures"]
             counts = {name: count - self._before.get(name, 0) for name, count in now.items()}
@@ -55,8 +55,8 @@ class Counted:
 
 
 @pytest.fixture
-def counted(server: ServerThread) -> Counted:
-    return Counted(server)
+def failures(server: ServerThread) -> FailureCounts:
+    return FailureCounts(server)
 
 
 def send(server: ServerThread, data: bytes) -> socket.socket:
@@ -65,7 +65,7 @@ def send(server: ServerThread, data: bytes) -> socket.socket:
     return connection
 
 
-# --- what is no TLS ------------------------------------------------------------------------------------------
+# --- plaintext -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.requirement("tls_errors")
@@ -73,16 +73,16 @@ def send(server: ServerThread, data: bytes) -> socket.socket:
     "garbage", [b"\x00" * 100, b"\xff" * 5_000, b"SSH-2.0-x\r\n", b"\x80\x2e\x01\x00\x02"]
 )
 def test_garbage_before_hello_is_closed_without_a_byte(
-    server: ServerThread, counted: Counted, garbage: bytes
+    server: ServerThread, failures: FailureCounts, garbage: bytes
 ) -> None:
     with send(server, garbage) as connection:
         assert read_to_end(connection)[0] == b""
-    counted.are(not_tls=1)
+    failures.expect(not_tls=1)
 
 
 @pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize("verb", ["GET", "HEAD", "POST", "PRI", "OPTIONS", "CONNECT"])
-def test_plaintext_http_gets_one_400(server: ServerThread, counted: Counted, verb: str) -> None:
+def test_plaintext_http_gets_one_400(server: ServerThread, failures: FailureCounts, verb: str) -> None:
     with send(server, f"{verb} / HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()) as connection:
         answer, how = read_to_end(connection)
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -91,18 +91,18 @@ def test_plaintext_http_gets_one_400(server: ServerThread, counted: Counted, ver
     assert b"TLS" in body
     assert b"Strict-Transport-Security" not in head
     assert how == "FIN"
-    counted.are(plaintext_http=1)
+    failures.expect(plaintext_http=1)
 
 
-def test_plaintext_http_byte_by_byte_gets_one_400(server: ServerThread, counted: Counted) -> None:
+def test_plaintext_http_byte_by_byte_gets_one_400(server: ServerThread, failures: FailureCounts) -> None:
     with server.tcp() as connection:
         for letter in b"OPTIONS ":
             connection.sendall(bytes([letter]))
         assert read_to_end(connection)[0].startswith(b"HTTP/1.1 400 ")
-    counted.are(plaintext_http=1)
+    failures.expect(plaintext_http=1)
 
 
-# --- what the ClientHello must offer -------------------------------------------------------------------------
+# --- offers of the ClientHello -------------------------------------------------------------------------------
 
 
 @pytest.mark.requirement("tls_version", "cipher_suites", "tls_errors")
@@ -118,7 +118,7 @@ def test_plaintext_http_byte_by_byte_gets_one_400(server: ServerThread, counted:
         ({"alpn": ["h2"]}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
         ({"alpn": ["zcp/2", "ZCP/1", "zcp/"]}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
         ({"alpn": ["HTTP/1.1", "http/1.0"]}, NO_APPLICATION_PROTOCOL, "no_application_protocol"),
-        # where several fit: 70, 40, 120
+        # several faults: alerts have the order 70, 40, 120
         (
             {"versions": [0x0303], "suites": [AES_128], "alpn": ["h2"]},
             PROTOCOL_VERSION,
@@ -129,13 +129,13 @@ def test_plaintext_http_byte_by_byte_gets_one_400(server: ServerThread, counted:
     ],
 )
 def test_missing_offer_is_refused_with_its_alert(
-    server: ServerThread, counted: Counted, hello: dict[str, Any], alert: int, cause: str
+    server: ServerThread, failures: FailureCounts, hello: dict[str, Any], alert: int, cause: str
 ) -> None:
     message = client_hello(**hello)
     pieces = [message[at : at + 16_000] for at in range(0, len(message), 16_000)]
     with send(server, b"".join(record(HANDSHAKE, piece, 0x0301) for piece in pieces)) as connection:
         assert fatal_alert(connection) == alert
-    counted.are(**{cause: 1})
+    failures.expect(**{cause: 1})
 
 
 @pytest.mark.requirement("forward_secrecy")
@@ -163,23 +163,25 @@ def test_aes_128_is_never_chosen(server: ServerThread, suites: Sequence[int]) ->
 
 
 @pytest.mark.requirement("tls_version")
-def test_tls_1_2_client_gets_an_alert(server: ServerThread, counted: Counted) -> None:
+def test_tls_1_2_client_gets_an_alert(server: ServerThread, failures: FailureCounts) -> None:
     context = client_context(server.home / "certs" / "ca.crt")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with server.tcp() as raw, pytest.raises(ssl.SSLError) as raised:
         context.wrap_socket(raw, server_hostname="localhost")
     assert raised.value.reason == "TLSV1_ALERT_PROTOCOL_VERSION"
-    counted.are(unsupported_version=1)
+    failures.expect(unsupported_version=1)
 
 
 @pytest.mark.requirement("tls_errors")
 @pytest.mark.parametrize("alpn", [["h2"], ["h2", "zcp/2"]])
-def test_unknown_alpn_client_gets_an_alert(server: ServerThread, counted: Counted, alpn: list[str]) -> None:
+def test_unknown_alpn_client_gets_an_alert(
+    server: ServerThread, failures: FailureCounts, alpn: list[str]
+) -> None:
     context = client_context(server.home / "certs" / "ca.crt", alpn)
     with server.tcp() as raw, pytest.raises(ssl.SSLError) as raised:
         context.wrap_socket(raw, server_hostname="localhost")
     assert "no application protocol" in str(raised.value).lower().replace("_", " ")
-    counted.are(no_application_protocol=1)
+    failures.expect(no_application_protocol=1)
 
 
 def test_zcp_is_preferred_over_http(server: ServerThread) -> None:
@@ -189,12 +191,12 @@ def test_zcp_is_preferred_over_http(server: ServerThread) -> None:
         assert tls.version() == "TLSv1.3"
 
 
-def test_client_distrusting_the_server_is_counted(server: ServerThread, counted: Counted) -> None:
+def test_client_distrusting_the_server_is_counted(server: ServerThread, failures: FailureCounts) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["zcp/1"])
     with server.tcp() as raw, pytest.raises(ssl.SSLCertVerificationError):
         context.wrap_socket(raw, server_hostname="localhost")
-    counted.are(peer_rejected_certificate=1)
+    failures.expect(peer_rejected_certificate=1)
 
 
 # --- malformed and unexpected --------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def test_malformed_client_hello_gets_an_alert(server: ServerThread, data: bytes,
         assert answer == record(ALERT, bytes([2, alert]))
 
 
-def test_tampered_record_ends_the_connection(server: ServerThread, counted: Counted) -> None:
+def test_tampered_record_ends_the_connection(server: ServerThread, failures: FailureCounts) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         assert HEADER.unpack_from(tls.receive()[1])[2] == WELCOME
@@ -234,16 +236,16 @@ def test_tampered_record_ends_the_connection(server: ServerThread, counted: Coun
         assert (kind, alert) == (ALERT, bytes([2, 20]))  # bad_record_mac
         with pytest.raises((EOFError, ConnectionResetError)):
             tls.receive()
-    counted.are(bad_record=1)
+    failures.expect(bad_record=1)
 
 
-def test_oversized_record_ends_the_connection(server: ServerThread, counted: Counted) -> None:
+def test_oversized_record_ends_the_connection(server: ServerThread, failures: FailureCounts) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         tls.receive()
         raw.sendall(record(APPLICATION_DATA, bytes(17_000)))
         assert tls.receive() == (ALERT, bytes([2, 22]))  # record_overflow
-    counted.is_one_of("record_too_large", "bad_record")
+    failures.expect_one_of("record_too_large", "bad_record")
 
 
 def test_plaintext_after_handshake_ends_the_connection(server: ServerThread) -> None:
@@ -256,21 +258,25 @@ def test_plaintext_after_handshake_ends_the_connection(server: ServerThread) -> 
 
 # --- slow and silent -----------------------------------------------------------------------------------------
 
-USUAL_TIMEOUT = TlsConfig().handshake_timeout
+DEFAULT_TIMEOUT = TlsConfig().handshake_timeout
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 50, -1])
-def test_truncated_hello_is_closed_at_the_timeout(server: ServerThread, counted: Counted, size: int) -> None:
+def test_truncated_hello_is_closed_at_the_timeout(
+    server: ServerThread, failures: FailureCounts, size: int
+) -> None:
     started = time.monotonic()
-    with while_impatient(server), send(server, record(HANDSHAKE, HELLO, 0x0301)[:size]) as connection:
+    with short_timeouts(server), send(server, record(HANDSHAKE, HELLO, 0x0301)[:size]) as connection:
         assert read_to_end(connection)[0] == b""
-        assert 0.25 < time.monotonic() - started < USUAL_TIMEOUT
-    counted.are(handshake_timeout=1)
+        assert 0.25 < time.monotonic() - started < DEFAULT_TIMEOUT
+    failures.expect(handshake_timeout=1)
 
 
-def test_dripping_handshake_bytes_do_not_extend_the_timeout(server: ServerThread, counted: Counted) -> None:
+def test_dripping_handshake_bytes_do_not_extend_the_timeout(
+    server: ServerThread, failures: FailureCounts
+) -> None:
     started = time.monotonic()
-    with while_impatient(server), server.tcp() as connection:
+    with short_timeouts(server), server.tcp() as connection:
         connection.settimeout(0.02)
         closed = False
         for byte in record(HANDSHAKE, client_hello(padding=400), 0x0301):
@@ -284,15 +290,15 @@ def test_dripping_handshake_bytes_do_not_extend_the_timeout(server: ServerThread
             if closed:
                 break
         assert closed
-        assert time.monotonic() - started < USUAL_TIMEOUT
-    counted.are(handshake_timeout=1)
+        assert time.monotonic() - started < DEFAULT_TIMEOUT
+    failures.expect(handshake_timeout=1)
 
 
-def test_unfinished_handshake_is_closed_at_the_timeout(server: ServerThread, counted: Counted) -> None:
-    with while_impatient(server), server.tcp() as raw:
+def test_unfinished_handshake_is_closed_at_the_timeout(server: ServerThread, failures: FailureCounts) -> None:
+    with short_timeouts(server), server.tcp() as raw:
         RawTls(raw, finish=False)
         read_to_end(raw)
-    counted.are(handshake_timeout=1)
+    failures.expect(handshake_timeout=1)
 
 
 def test_client_hello_byte_by_byte_is_accepted(server: ServerThread) -> None:
@@ -310,9 +316,9 @@ def test_client_hello_byte_by_byte_is_accepted(server: ServerThread) -> None:
         assert HEADER.unpack_from(tls.receive()[1])[2] == WELCOME
 
 
-def has_ended(server: ServerThread, connection: socket.socket) -> bool:
+def server_closed(server: ServerThread, connection: socket.socket) -> bool:
     """Return whether the server has closed its side; discard what it sent before."""
-    for _ in range(2):  # turns of the loop, in which it reads what was sent before
+    for _ in range(2):  # turns of the loop, to let the server read what was sent
         server.in_loop(lambda: None)
     while select.select([connection], [], [], 0)[0]:
         try:
@@ -323,26 +329,26 @@ def has_ended(server: ServerThread, connection: socket.socket) -> bool:
     return False
 
 
-# --- floods of records ---------------------------------------------------------------------------------------
+# --- record floods -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("request_answers", [False, True])
 def test_key_update_flood_ends_the_connection(
-    server: ServerThread, counted: Counted, request_answers: bool
+    server: ServerThread, failures: FailureCounts, request_answers: bool
 ) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         tls.receive()
         sent = 0
-        while not has_ended(server, raw):
+        while not server_closed(server, raw):
             raw.sendall(b"".join(tls.key_update(request=request_answers) for _ in range(20)))
             sent += 20
             assert sent < 5_000
     assert sent * 27 > 60_000  # a few are allowed
-    counted.are(barren_records=1)
+    failures.expect(barren_records=1)
 
 
-def test_occasional_key_updates_are_answered(server: ServerThread, counted: Counted) -> None:
+def test_occasional_key_updates_are_answered(server: ServerThread, failures: FailureCounts) -> None:
     with server.tcp() as raw:
         tls = RawTls(raw)
         salt = HEADER.unpack_from(tls.receive()[1])[6]
@@ -357,7 +363,7 @@ def test_occasional_key_updates_are_answered(server: ServerThread, counted: Coun
             assert HEADER.unpack_from(data)[2] == 7
         raw.sendall(tls.seal(b"\x01\x00", ALERT))
         read_to_end(raw)
-    counted.are()
+    failures.expect()
 
 
 def test_empty_record_flood_ends_the_connection(server: ServerThread) -> None:
@@ -365,7 +371,7 @@ def test_empty_record_flood_ends_the_connection(server: ServerThread) -> None:
         tls = RawTls(raw)
         tls.receive()
         sent = 0
-        while not has_ended(server, raw):
+        while not server_closed(server, raw):
             raw.sendall(b"".join(tls.seal(b"") for _ in range(20)))
             sent += 20
             assert sent < 5_000

@@ -1,7 +1,7 @@
-"""A TLS 1.3 client in plain Python (RFC 8446), which can send what no TLS library sends.
+"""A TLS 1.3 client in plain Python (RFC 8446) that can send records that TLS libraries do not allow.
 
-One suite (TLS_AES_256_GCM_SHA384), one group (X25519), no verification: it is for attacking a test
-server. Reading order: `ClientHello`, the key schedule (section 7.1), `RawTls`.
+One suite (TLS_AES_256_GCM_SHA384), one group (X25519), no verification: it is only for tests. Reading order:
+`client_hello`, the key schedule (section 7.1), `RawTls`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def client_hello(
     psk_modes: bytes = b"",
     padding: int = 0,
 ) -> bytes:
-    """A ClientHello message (section 4.1.2), without its record."""
+    """Return a ClientHello message (section 4.1.2) without its record header."""
     listed = b"".join(struct.pack("!H", version) for version in versions)
     names = b"".join(bytes([len(name)]) + name.encode() for name in alpn)
     extensions = extension(10, b"\x00\x02\x00\x1d")
@@ -118,7 +118,7 @@ class RawTls:
         transcript = hello + answer
         early = extract(bytes(HASH_SIZE), bytes(HASH_SIZE))
         secret = extract(derive(early, "derived", b""), shared)
-        ours = Direction(derive(secret, "c hs traffic", transcript))
+        client_keys = Direction(derive(secret, "c hs traffic", transcript))
         self.incoming = Direction(derive(secret, "s hs traffic", transcript))
         flight = b""
         while not self._is_complete(flight):
@@ -126,11 +126,13 @@ class RawTls:
         transcript += flight
         master = extract(derive(secret, "derived", b""), bytes(HASH_SIZE))
         verify = hmac.digest(
-            expand_label(ours.secret, "finished", b"", HASH_SIZE),
+            expand_label(client_keys.secret, "finished", b"", HASH_SIZE),
             hashlib.sha384(transcript).digest(),
             "sha384",
         )
-        self.finished = ours.seal(HANDSHAKE, bytes([FINISHED]) + len(verify).to_bytes(3, "big") + verify)
+        self.finished = client_keys.seal(
+            HANDSHAKE, bytes([FINISHED]) + len(verify).to_bytes(3, "big") + verify
+        )
         self.incoming = Direction(derive(master, "s ap traffic", transcript))
         self.outgoing = Direction(derive(master, "c ap traffic", transcript))
         if finish:
@@ -180,7 +182,7 @@ class RawTls:
         return self.outgoing.seal(kind, data)
 
     def key_update(self, *, request: bool) -> bytes:
-        """Send a KeyUpdate (section 4.6.3); later records use the next keys."""
+        """Return a KeyUpdate (section 4.6.3) and switch to the next keys."""
         message = self.seal(bytes([KEY_UPDATE, 0, 0, 1, request]), HANDSHAKE)
         self.outgoing = self.outgoing.updated()
         return message

@@ -115,7 +115,7 @@ def is_same_value(found: str, expected: str, field: str) -> bool:
 
 
 def check_item(item: Item, frame: Frame, *, masked: Mapping[str, str] | None = None) -> None:
-    """Assert that all fields of a frame are shown. `masked` has how the shown text of masked values ends, by path."""
+    """Assert that all fields of a frame are shown. `masked` gives the end of the text of masked values, by path."""
     assert item.get("zcp.length") == str(64 + len(frame.body))
     assert item.get("zcp.version") == "1"
     assert item.get("zcp.kind") == str(frame.kind)
