@@ -1,8 +1,8 @@
 """Test a client and a server joined in memory against a simple model of requests and sessions.
 
-Bytes are delayed and split, both clocks move, the link is cut, and foreign bytes are injected. In any
-order of events each end is in a state of the table, each request gets exactly one answer or its connection ends,
-and nothing grows without bound.
+Bytes are delayed and split, both clocks move, the link is cut, and foreign bytes are injected. In any order of
+events each end is in a valid state, each request gets exactly one answer or its connection closes, and buffers are
+bounded.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ REFRESH_MS = 1_200_000
 USERS = ("ada", "ben")
 DEAD_TOKEN = {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED}
 ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
-"""Errors that may end a connection. The tenth stale frame in a row does."""
+"""Codes that close a connection; ten consecutive stale frames do so, too."""
 
 METHODS = st.sampled_from(["echo", "echo", "wait", "wait", "server.info", "NOT ONE"])
-WAITS = st.sampled_from([False, False, True])
-"""Return True if sent bytes stay in transit for now."""
+DELAYED = st.sampled_from([False, False, True])
+"""Whether sent bytes stay in transit for now."""
 
 PARAMS = {"text": "x" * 20}
 
 
 @dataclass
 class ModelSession:
-    """A session in the model. `tokens` are all it ever had; the last one is live."""
+    """A session in the model. `tokens` are all its tokens; only the last one is valid."""
 
     id: str
     tokens: list[bytes]
@@ -83,7 +83,7 @@ class Link:
     waiting: bytes = b""
     frames: list[bytes] = field(default_factory=list)
     is_fatal: bool = False
-    """Return True if bytes in transit will end the receiver."""
+    """Whether bytes in transit will close the receiver."""
 
     def put(self, data: bytes) -> int:
         """Add sent bytes. Return their number of frames."""
@@ -109,7 +109,7 @@ class Link:
         return data
 
 
-def may_follow(before: State, after: State) -> bool:
+def is_reachable(before: State, after: State) -> bool:
     """Return True if the table leads from one state to the other in any number of steps."""
     reached = {before}
     for _ in TRANSITIONS:
@@ -118,7 +118,7 @@ def may_follow(before: State, after: State) -> bool:
 
 
 class BothEnds(RuleBasedStateMachine):
-    """`asked` are unanswered requests by stream; `held` those that the server is still running."""
+    """`unanswered` has the requests in flight by stream, `held` those that the server is still running."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class BothEnds(RuleBasedStateMachine):
         self.to_server = Link(FrameDecoder(Side.SERVER, 2**32 - 1), 0)
         self.to_client = Link(FrameDecoder(Side.CLIENT, 2**32 - 1), -1)
         self.sessions: list[ModelSession] = []
-        self.asked: dict[int, str] = {}
+        self.unanswered: dict[int, str] = {}
         self.held: list[Request] = []
         self.ended: dict[str, int] = {"server": 0, "client": 0}
         self.states = {"server": self.server.state, "client": self.client.state}
@@ -143,13 +143,13 @@ class BothEnds(RuleBasedStateMachine):
         self.is_whole = True  # no bytes were lost in transit
         self.collect()
 
-    @initialize(greeted=st.sampled_from([True] * 7 + [False]), sessions=st.sampled_from([0, 1, 2, 2]))
-    def begin(self, greeted: bool, sessions: int) -> None:
-        if greeted:
+    @initialize(welcomed=st.sampled_from([True] * 7 + [False]), sessions=st.sampled_from([0, 1, 2, 2]))
+    def begin(self, welcomed: bool, sessions: int) -> None:
+        if welcomed:
             self.deliver_to_client(10_000)
             assert self.client.state is State.OPEN
         for number in range(sessions):
-            self.learn(self.open_session(USERS[number]))
+            self.add_session(self.open_session(USERS[number]))
 
     # --- the client -----------------------------------------------------------------------------------
 
@@ -159,45 +159,45 @@ class BothEnds(RuleBasedStateMachine):
         session=st.sampled_from([0, 0, 1, 1, 2, 3]),
         old=st.sampled_from([False, False, False, True]),
         deadline_ms=st.sampled_from([None, None, None, 0, 1, 5_000]),
-        waits=WAITS,
+        delayed=DELAYED,
     )
-    def call(self, calls: list[str], session: int, old: bool, deadline_ms: int | None, waits: bool) -> None:
+    def call(self, calls: list[str], session: int, old: bool, deadline_ms: int | None, delayed: bool) -> None:
         """Call with a current or an old token of a session."""
         tokens = self.sessions[session % len(self.sessions)].tokens
         for method in calls:
             meta = None if deadline_ms is None else {"deadline_ms": deadline_ms}
-            self.ask(method, PARAMS, token=tokens[0 if old else -1], meta=meta)
-        self.all_arrives(not waits)
+            self.send_request(method, PARAMS, token=tokens[0 if old else -1], meta=meta)
+        self.deliver_all(not delayed)
 
-    @rule(method=METHODS, waits=WAITS)
-    def call_without_session(self, method: str, waits: bool) -> None:
-        self.ask(method, PARAMS)
-        self.all_arrives(not waits)
+    @rule(method=METHODS, delayed=DELAYED)
+    def call_without_session(self, method: str, delayed: bool) -> None:
+        self.send_request(method, PARAMS)
+        self.deliver_all(not delayed)
 
-    @rule(user=st.sampled_from(USERS), waits=WAITS)
-    def call_open(self, user: str, waits: bool) -> None:
+    @rule(user=st.sampled_from(USERS), delayed=DELAYED)
+    def call_open(self, user: str, delayed: bool) -> None:
         if len(self.sessions) < 6:
-            self.ask("session.open", {"user": user})
-            self.all_arrives(not waits)
+            self.send_request("session.open", {"user": user})
+            self.deliver_all(not delayed)
 
     @precondition(lambda self: self.sessions)
-    @rule(data=st.data(), waits=WAITS)
-    def call_refresh(self, data: st.DataObject, waits: bool) -> None:
-        self.ask(
+    @rule(data=st.data(), delayed=DELAYED)
+    def call_refresh(self, data: st.DataObject, delayed: bool) -> None:
+        self.send_request(
             "session.refresh", {"refresh_token": data.draw(st.sampled_from(self.sessions)).refresh_token}
         )
-        self.all_arrives(not waits)
+        self.deliver_all(not delayed)
 
-    @rule(stream=st.integers(0, 12), waits=WAITS)
-    def cancel(self, stream: int, waits: bool) -> None:
+    @rule(stream=st.integers(0, 12), delayed=DELAYED)
+    def cancel(self, stream: int, delayed: bool) -> None:
         """Cancel a request in flight or an unknown one, else send a PING."""
         if stream < 3:
             self.client.ping(self.client_wall)
         else:
-            self.client.cancel([*self.asked, 99][stream % (len(self.asked) + 1)], self.client_wall)
-        self.all_arrives(not waits)
+            self.client.cancel([*self.unanswered, 99][stream % (len(self.unanswered) + 1)], self.client_wall)
+        self.deliver_all(not delayed)
 
-    def ask(self, method: str, params: dict[str, Any], **more: Any) -> None:
+    def send_request(self, method: str, params: dict[str, Any], **more: Any) -> None:
         client = self.client
         try:
             stream = client.request(method, params, wall=self.client_wall, **more)
@@ -206,13 +206,13 @@ class BothEnds(RuleBasedStateMachine):
         except Unavailable:
             assert client.state in (State.AWAITING_WELCOME, State.DRAINING)
         except ResourceExhausted:
-            assert len(self.asked) == MAX_STREAMS
+            assert len(self.unanswered) == MAX_STREAMS
         except InvalidArgument:
             assert len(encode_request(method, params)) > 3_000
         else:
-            assert stream not in self.asked
+            assert stream not in self.unanswered
             assert client.state is State.OPEN
-            self.asked[stream] = method
+            self.unanswered[stream] = method
 
     # --- the link --------------------------------------------------------------------------------------
 
@@ -221,7 +221,9 @@ class BothEnds(RuleBasedStateMachine):
         self.collect()
         data = self.to_server.take(size)
         if data:
-            self.server_takes(with_requests(self.server.receive_data(data, self.server_wall, self.now)))
+            self.handle_server_events(
+                with_requests(self.server.receive_data(data, self.server_wall, self.now))
+            )
             assert not self.to_server.is_over or self.server.state is State.CLOSED
 
     @rule(size=st.sampled_from([1, 30, 68, 100, 300, 10_000, 10_000]))
@@ -229,12 +231,12 @@ class BothEnds(RuleBasedStateMachine):
         self.collect()
         data = self.to_client.take(size)
         if data:
-            self.client_takes(self.client.receive_data(data, self.client_wall, self.now))
+            self.handle_client_events(self.client.receive_data(data, self.client_wall, self.now))
             assert not self.to_client.is_over or self.client.state is State.CLOSED
 
     @rule()
-    def all_arrives(self, at_once: bool = True) -> None:
-        if at_once:
+    def deliver_all(self, immediately: bool = True) -> None:
+        if immediately:
             self.deliver_to_server(100_000)
             self.deliver_to_client(100_000)
 
@@ -243,7 +245,7 @@ class BothEnds(RuleBasedStateMachine):
         data=st.data(),
         rare=st.integers(0, 2),
     )
-    def something_rare(self, what: str, data: st.DataObject, rare: int) -> None:
+    def rare_event(self, what: str, data: st.DataObject, rare: int) -> None:
         if rare:
             return
         match what:
@@ -251,23 +253,23 @@ class BothEnds(RuleBasedStateMachine):
                 kinds = st.sampled_from(
                     ["again", "again", "zeros", "noise", "other salt", "high counter", "huge"]
                 )
-                self.foreign_bytes_are_injected(data.draw(st.booleans()), data.draw(kinds))
+                self.inject_foreign_bytes(data.draw(st.booleans()), data.draw(kinds))
             case "revoke":
                 if self.sessions:
                     self.revoke(data.draw(st.sampled_from(self.sessions)))
             case "cut":
-                self.link_is_cut(data.draw(st.integers(0, 200)))
+                self.cut_link(data.draw(st.integers(0, 200)))
             case "go away":
                 self.server.go_away("draining", 100, self.server_wall)
             case _:
-                self.ask("echo", {"text": "x" * data.draw(st.sampled_from([3_900, 20_000]))})
+                self.send_request("echo", {"text": "x" * data.draw(st.sampled_from([3_900, 20_000]))})
 
-    def foreign_bytes_are_injected(self, to_server: bool, what: str) -> None:
-        way = self.to_server if to_server else self.to_client
+    def inject_foreign_bytes(self, to_server: bool, what: str) -> None:
+        link = self.to_server if to_server else self.to_client
         head = REQUEST if to_server else RESPONSE
         match what:
             case "again":
-                data = way.frames[-1] if way.frames else b""
+                data = link.frames[-1] if link.frames else b""
             case "zeros":
                 data = b"\0" * 100
             case "noise":
@@ -281,10 +283,10 @@ class BothEnds(RuleBasedStateMachine):
         self.collect()
         if data:
             self.is_clean = False
-            way.waiting += data
-            way.is_fatal = way.is_fatal or what != "high counter"
+            link.waiting += data
+            link.is_fatal = link.is_fatal or what != "high counter"
 
-    def link_is_cut(self, keep: int) -> None:
+    def cut_link(self, keep: int) -> None:
         """Notify both ends; bytes in transit are lost except for a part."""
         self.is_whole = False
         self.deliver_to_server(keep)
@@ -292,7 +294,7 @@ class BothEnds(RuleBasedStateMachine):
         self.to_server.waiting = self.to_client.waiting = b""
         self.server.end()
         self.client.end()
-        self.held_are_gone()
+        self.discard_held()
 
     # --- the server's edge ----------------------------------------------------------------------------
 
@@ -316,7 +318,7 @@ class BothEnds(RuleBasedStateMachine):
             user, operator=False, client="test/1", address="192.0.2.7", wall=self.server_wall
         )
 
-    def learn(self, opened: Any) -> None:
+    def add_session(self, opened: Any) -> None:
         session = opened.session
         self.sessions.append(
             ModelSession(
@@ -328,7 +330,7 @@ class BothEnds(RuleBasedStateMachine):
             )
         )
 
-    def server_takes(self, events: Any) -> None:
+    def handle_server_events(self, events: Any) -> None:
         for event in events:
             assert not self.ended["server"]
             match event:
@@ -355,7 +357,7 @@ class BothEnds(RuleBasedStateMachine):
                 assert server.in_flight <= MAX_STREAMS
             case "session.open":
                 opened = self.open_session(request.params["user"])
-                self.learn(opened)
+                self.add_session(opened)
                 server.join(opened.session, opened.token, self.server_wall, self.now)
                 server.respond(request, encode_body({"token": opened.token}), self.server_wall)
             case "session.refresh":
@@ -400,12 +402,12 @@ class BothEnds(RuleBasedStateMachine):
 
     # --- the client's edge ----------------------------------------------------------------------------
 
-    def client_takes(self, events: Any) -> None:
+    def handle_client_events(self, events: Any) -> None:
         for event in events:
             assert not self.ended["client"]
             match event:
                 case ResponseReceived() | ErrorReceived():
-                    assert self.asked.pop(event.stream, None) is not None
+                    assert self.unanswered.pop(event.stream, None) is not None
                     assert not isinstance(event, ErrorReceived) or event.code not in FATAL_CODES
                 case ConnectionEnded():
                     self.ended["client"] += 1
@@ -420,16 +422,16 @@ class BothEnds(RuleBasedStateMachine):
         self.now += seconds
         self.server_wall += round(seconds * 1_000)
         self.client_wall += round(seconds * 1_000)
-        self.server_takes(self.server.handle_timeout(self.server_wall, self.now))
+        self.handle_server_events(self.server.handle_timeout(self.server_wall, self.now))
         assert self.server.next_deadline() > self.now
-        self.client_takes(self.client.handle_timeout(self.client_wall, self.now))
+        self.handle_client_events(self.client.handle_timeout(self.client_wall, self.now))
         assert self.client.next_deadline() > self.now
 
     @rule(
         whose=st.sampled_from(["server", "client", "both"]),
         jump_ms=st.sampled_from([-90_000, -1_000, -1_000, 1_000, 1_000, 90_000]),
     )
-    def a_clock_is_set(self, whose: str, jump_ms: int) -> None:
+    def set_clock(self, whose: str, jump_ms: int) -> None:
         if whose != "client":
             self.server_wall += jump_ms
         if whose != "server":
@@ -447,16 +449,16 @@ class BothEnds(RuleBasedStateMachine):
         for closed, frames in zip(was_closed, sent, strict=True):
             assert not (closed and frames)
 
-    def held_are_gone(self) -> None:
+    def discard_held(self) -> None:
         for request in self.held:
             assert not self.server.respond(request, b"\x80", self.server_wall)
         self.held.clear()
 
     @invariant()
-    def states_follow_one_another(self) -> None:
+    def states_are_valid(self) -> None:
         self.collect()
         for name, end in (("server", self.server), ("client", self.client)):
-            assert may_follow(self.states[name], end.state)
+            assert is_reachable(self.states[name], end.state)
             self.states[name] = end.state
             assert not self.ended[name] or end.state is State.CLOSED
             if end.state is State.CLOSED:
@@ -466,10 +468,10 @@ class BothEnds(RuleBasedStateMachine):
                 assert not end.data_to_send()
 
     @invariant()
-    def nothing_grows(self) -> None:
+    def everything_is_bounded(self) -> None:
         self.collect()
         server, client = self.server, self.client
-        assert client.in_flight == len(self.asked) <= MAX_STREAMS
+        assert client.in_flight == len(self.unanswered) <= MAX_STREAMS
         assert not client.queued_bytes
         if server.state is not State.CLOSED:
             assert server.in_flight + server._lingering == len(self.held) <= MAX_STREAMS
@@ -482,7 +484,7 @@ class BothEnds(RuleBasedStateMachine):
             assert client.next_deadline() <= self.now + max(IDLE_S / 3, PONG_TIMEOUT)
 
     def teardown(self) -> None:
-        """Deliver everything and return all handlers: each request then has its answer or its end."""
+        """Deliver everything and return all handlers: each request is then answered or its connection closed."""
         while self.held:
             self.server.respond(self.held.pop(), b"\x80", self.server_wall)
         for _ in range(2):
@@ -490,14 +492,14 @@ class BothEnds(RuleBasedStateMachine):
             while self.held:
                 self.server.respond(self.held.pop(), b"\x80", self.server_wall)
             self.deliver_to_client(100_000)
-        self.states_follow_one_another()
+        self.states_are_valid()
         if self.client.state is State.OPEN and self.server.state is State.OPEN and self.is_clean:
             assert self.is_whole
-            # A wrong clock makes answers stale; they are dropped, and their callers wait for the deadline.
-            assert len(self.asked) <= self.client.dropped_stale
+            # A wrong clock makes answers stale; they are dropped, and their callers time out.
+            assert len(self.unanswered) <= self.client.dropped_stale
             assert not self.client.dropped_unknown
         if self.is_clean and self.is_whole and self.ended["client"] and not self.ended["server"]:
-            # Only silence and stale frames end a client whose server continues.
+            # Only silence and stale frames close a client whose server stays open.
             assert self.client.dropped_stale or self.client.state is State.CLOSED
 
 

@@ -31,7 +31,7 @@ def new_pair() -> ConnectionPair:
     )
 
 
-class Conversation(RuleBasedStateMachine):
+class ServerMachine(RuleBasedStateMachine):
     """A server whose edge answers at any time, and a client that sends anything.
 
     `owed` counts unanswered requests by stream. An answer that is not owed is a duplicate; a request that is
@@ -43,7 +43,7 @@ class Conversation(RuleBasedStateMachine):
         self.pair = new_pair()
         self.owed: Counter[int] = Counter()
         self.held: dict[int, Request] = {}
-        self.known: list[Request] = []  # every request that the edge did not answer at once
+        self.deferred: list[Request] = []  # requests that the edge did not answer immediately
         self.counter = 0
         self.state = State.OPEN
         self.tokens: dict[str, bytes] = {}
@@ -92,10 +92,10 @@ class Conversation(RuleBasedStateMachine):
 
     # the edge
 
-    @precondition(lambda self: self.known)
+    @precondition(lambda self: self.deferred)
     @rule(data=st.data())
     def handler_returns(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(self.known))
+        request = data.draw(st.sampled_from(self.deferred))
         owed = self.held.get(request.stream) is request and self.pair.server.state is not State.CLOSED
         assert self.pair.respond(request, encode_body("done")) is owed
         if self.held.get(request.stream) is request:
@@ -104,7 +104,7 @@ class Conversation(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.001, 0.5, 4.0, 15.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
         self.pair.clock.advance(seconds)
-        self._take(self.pair.timeout())
+        self._handle_events(self.pair.timeout())
 
     @rule(user=st.sampled_from(["ada", "ben"]))
     def revoke(self, user: str) -> None:
@@ -125,16 +125,16 @@ class Conversation(RuleBasedStateMachine):
     # checks
 
     def _feed(self, data: bytes, hold: bool = False) -> None:
-        self._take(self.pair.receive_data(data), hold)
+        self._handle_events(self.pair.receive_data(data), hold)
 
-    def _take(self, events: Any, hold: bool = False) -> None:
+    def _handle_events(self, events: Any, hold: bool = False) -> None:
         for event in events:
             match event:
                 case Request() if hold:
                     assert event.stream not in self.held
                     self.pair.server.hold(event, self.pair.clock.now())
                     self.held[event.stream] = event
-                    self.known.append(event)
+                    self.deferred.append(event)
                 case Request():
                     assert self.pair.respond(event)
                 case RequestEnded():
@@ -143,7 +143,7 @@ class Conversation(RuleBasedStateMachine):
                     assert self.pair.server.state is State.CLOSED
 
     @invariant()
-    def each_answer_is_owed_and_counters_grow_by_one(self) -> None:
+    def answers_are_owed_and_counters_consecutive(self) -> None:
         for answer in self.pair.answers():
             self.counter += 1
             assert answer.counter == self.counter
@@ -163,23 +163,23 @@ class Conversation(RuleBasedStateMachine):
             return
         assert dict.fromkeys(self.held, 1) == +self.owed
         assert server.in_flight == len(self.held)
-        assert server._lingering == sum(request.lingers for request in self.known) >= 0
+        assert server._lingering == sum(request.lingers for request in self.deferred) >= 0
         assert server.in_flight + server._lingering <= MAX_STREAMS
         assert server.next_deadline() <= self.pair.clock.now() + 60
 
     def teardown(self) -> None:
         """Return all handlers: nothing may be owed then."""
-        for request in list(self.known):
+        for request in list(self.deferred):
             self.pair.respond(request)
         self.held.clear()
-        self.each_answer_is_owed_and_counters_grow_by_one()
+        self.answers_are_owed_and_counters_consecutive()
         if self.pair.server.state is not State.CLOSED:
             assert not +self.owed
             assert self.pair.server._lingering == 0
 
 
-TestConversation = Conversation.TestCase
-TestConversation.settings = settings(
+TestServer = ServerMachine.TestCase
+TestServer.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
@@ -187,11 +187,11 @@ TestConversation.settings = settings(
 # --- splits of the bytes --------------------------------------------------------------------------
 
 
-def conversation(steps: list[tuple[str, int]], pair: ConnectionPair) -> bytes:
+def frames_of(steps: list[tuple[str, int]], pair: ConnectionPair) -> bytes:
     """Generate frames of all kinds, invalid ones included."""
     frames: list[bytes] = []
-    for what, stream in steps:
-        match what:
+    for kind, stream in steps:
+        match kind:
             case "echo":
                 frames.append(pair.request(stream, params={"n": stream}))
             case "hold":
@@ -246,16 +246,16 @@ def output_of(pieces: list[bytes]) -> tuple[list[str], bytes, State, int]:
     return events, sent, pair.server.state, left
 
 
-def scripted(steps: list[tuple[str, int]]) -> bytes:
+def stream_of(steps: list[tuple[str, int]]) -> bytes:
     pair = new_pair()
     pair.login()
-    return conversation(steps, pair)
+    return frames_of(steps, pair)
 
 
 @settings(max_examples=40, deadline=None)
 @given(STEPS, st.data())
 def test_server_output_is_the_same_for_every_split(steps: list[tuple[str, int]], data: st.DataObject) -> None:
-    stream = scripted(steps)
+    stream = stream_of(steps)
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12))
     edges = [0, *sorted(cuts), len(stream)]
     pieces = [stream[start:end] for start, end in itertools.pairwise(edges)]
@@ -263,7 +263,7 @@ def test_server_output_is_the_same_for_every_split(steps: list[tuple[str, int]],
 
 
 def test_server_output_is_the_same_in_two_pieces_and_byte_by_byte() -> None:
-    stream = scripted([("hold", 1), ("echo", 2), ("cancel", 1), ("stale", 3), ("bad body", 4), ("ping", 1)])
+    stream = stream_of([("hold", 1), ("echo", 2), ("cancel", 1), ("stale", 3), ("bad body", 4), ("ping", 1)])
     whole = output_of([stream])
     assert len(whole[0]) == 3
     assert output_of([stream[at : at + 1] for at in range(len(stream))]) == whole
@@ -284,7 +284,7 @@ def test_any_bytes_give_frames_or_the_end(pieces: list[bytes]) -> None:
 def test_damaged_conversation_is_answered_and_never_raises(
     steps: list[tuple[str, int]], data: st.DataObject
 ) -> None:
-    stream = bytearray(scripted(steps))
+    stream = bytearray(stream_of(steps))
     for _ in range(data.draw(st.integers(1, 4))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
     events, sent, state, _ = output_of([bytes(stream)])

@@ -20,7 +20,7 @@ CLIENTS = (("zc/1", "192.0.2.1"), ("zc/2", "192.0.2.1"), ("zc/1", "192.0.2.2"))
 
 
 @dataclass
-class Kept:
+class ModelSession:
     """A live or lapsed session in the model."""
 
     id: str
@@ -38,7 +38,7 @@ class Kept:
 
 
 @dataclass
-class Dead:
+class ModelTombstone:
     """A tombstone in the model: a token and a family of refresh tokens."""
 
     token: bytes
@@ -72,8 +72,8 @@ class RegistryMachine(RuleBasedStateMachine):
             dead_keep_ms=DEAD_KEEP,
         )
         self.wall = WALL
-        self.kept: list[Kept] = []
-        self.dead: list[Dead] = []
+        self.kept: list[ModelSession] = []
+        self.dead: list[ModelTombstone] = []
         self.forgotten: list[bytes] = []
         self.endings: list[tuple[str, Code]] = []
         self.seen_wall = 0
@@ -84,23 +84,23 @@ class RegistryMachine(RuleBasedStateMachine):
 
     # The model
 
-    def add_tombstone(self, dead: Dead) -> None:
+    def add_tombstone(self, dead: ModelTombstone) -> None:
         self.dead.append(dead)
         if len(self.dead) > DEAD_LIMIT:
             self.forget(self.dead[0])
 
-    def forget(self, dead: Dead) -> None:
+    def forget(self, dead: ModelTombstone) -> None:
         self.dead.remove(dead)
         self.forgotten.append(dead.token)
 
-    def end(self, session: Kept, code: Code) -> None:
+    def end(self, session: ModelSession, code: Code) -> None:
         if session.live:
             self.endings.append((session.id, code))
         self.kept.remove(session)
         family = [*session.spent, *([session.refresh] if session.refresh else [])]
-        self.add_tombstone(Dead(session.token, family, code, self.seen_wall))
+        self.add_tombstone(ModelTombstone(session.token, family, code, self.seen_wall))
 
-    def expire_if_due(self, session: Kept) -> bool:
+    def expire_if_due(self, session: ModelSession) -> bool:
         """Expire the session if it is due. Return True if it is still kept."""
         wall = self.wall
         idle = self.idle is not None and wall >= session.last_used_at + self.idle
@@ -113,7 +113,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return False
         return True
 
-    def dead_code(self, dead: Dead) -> Code:
+    def dead_code(self, dead: ModelTombstone) -> Code:
         return Code.UNAUTHENTICATED if self.wall - dead.died_at >= DEAD_KEEP else dead.code
 
     # Calls
@@ -148,7 +148,7 @@ class RegistryMachine(RuleBasedStateMachine):
         refresh_expires_at = self.wall + REFRESH_LIFETIME if self.refresh_on else None
         assert opened.refresh_expires_at == refresh_expires_at
         self.kept.append(
-            Kept(
+            ModelSession(
                 opened.session.id,
                 user,
                 client,
@@ -170,7 +170,7 @@ class RegistryMachine(RuleBasedStateMachine):
         tokens = [each.token for each in self.kept] + [each.token for each in self.dead] + self.forgotten[-3:]
         token = data.draw(st.sampled_from([*tokens, b"unknown"]))
         self.seen_wall = self.wall
-        expected: Code | Kept = Code.UNAUTHENTICATED
+        expected: Code | ModelSession = Code.UNAUTHENTICATED
         for session in self.kept:
             if session.token == token:
                 was_live = session.live
@@ -186,7 +186,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 if dead.token == token:
                     expected = self.dead_code(dead)
         result = self.harness.registry.check(token, self.wall)
-        if isinstance(expected, Kept):
+        if isinstance(expected, ModelSession):
             assert isinstance(result, Session)
             self.compare(result, expected)
             self.remembered.append((token, result, self.harness.registry.generation))
@@ -194,7 +194,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert result is expected
             self.counts["checks_refused"] += 1
 
-    def compare(self, session: Session, model: Kept) -> None:
+    def compare(self, session: Session, model: ModelSession) -> None:
         assert (session.id, session.user, session.expires_at) == (model.id, model.user, model.expires_at)
         valid_until = model.expires_at
         if self.idle is not None:
@@ -240,7 +240,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         assert opened.refresh_token is not None
         assert session.refresh_expires_at is not None
-        self.add_tombstone(Dead(session.token, [], Code.TOKEN_REVOKED, self.wall))
+        self.add_tombstone(ModelTombstone(session.token, [], Code.TOKEN_REVOKED, self.wall))
         session.spent.append(token)
         session.grace = (token, self.wall + GRACE, opened.token, opened.refresh_token)
         session.token, session.refresh, session.live = opened.token, opened.refresh_token, True
@@ -298,7 +298,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.expire_if_due(session)
         assert self.harness.registry.clean(self.wall, 10**6) == self.counts["expired"] - before
 
-    def slot_of(self, session: Kept) -> int:
+    def slot_of(self, session: ModelSession) -> int:
         return self.harness.registry._find(session.id)
 
     # Invariants
