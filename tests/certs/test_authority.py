@@ -186,7 +186,7 @@ def test_leaves_without_an_authority_are_not_overwritten(made: Path) -> None:
     for name in ("ca.crt", "ca.key"):
         (made / name).unlink()
     leaf = (made / "server.crt").read_bytes()
-    with pytest.raises(CertificateError, match=r"server\.crt: was not issued by the authority"):
+    with pytest.raises(CertificateError, match=r"server\.crt: was not issued by"):
         ensure(made)
     assert (made / "server.crt").read_bytes() == leaf
     assert not (made / "ca.crt").exists()

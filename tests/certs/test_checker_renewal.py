@@ -480,10 +480,10 @@ def test_certificate_of_another_issuer_prevents_a_start_but_not_a_check(tmp_path
     )
     outcomes = harness.checks(60)
     assert kinds(*outcomes) == ["renewal_failed"]
-    assert "was not issued by the authority" in messages(*outcomes)
+    assert "was not issued by" in messages(*outcomes)
     assert harness.served is before
     harness.restart()
-    with pytest.raises(CertificateError, match="was not issued by the authority"):
+    with pytest.raises(CertificateError, match="was not issued by"):
         harness.check()
 
 

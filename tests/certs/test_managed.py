@@ -312,7 +312,7 @@ def test_certificate_of_another_issuer_is_never_overwritten(made: Path, rsa_key:
             with pytest.raises(CertificateError) as caught:
                 ensure(made, now=now)
             assert str(caught.value).startswith(
-                f"{made}/server.crt: was not issued by the authority {made}/ca.crt and is never overwritten;"
+                f"{made}/server.crt: was not issued by {made}/ca.crt and is never replaced;"
             )
         assert bytes_of(made) == before
 

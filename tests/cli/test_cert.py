@@ -188,7 +188,7 @@ def test_show_reports_what_a_server_would_refuse(
         "others": "chmod 600",
         "garbage": "contains no PEM certificate",
         "other key": "does not belong to",
-        "other CA": "was not issued by the authority",
+        "other CA": "was not issued by",
         "no CA key": "ca.key: cannot be read",
         "other CA key": "does not belong to",
     }[what]

@@ -178,6 +178,36 @@ class AuthorityFolder:
         self._progress(f"Created the certificate authority {self._certificate_path}. {self._kind.created}")
         return Authority(certificate, key)
 
+    def find_leaf(
+        self, certificate_path: Path, key_path: Path, issuer: Authority | None, remedy: str
+    ) -> tuple[x509.Certificate | None, keys.PrivateKey | None]:
+        """Return a leaf and its key, after repairing what an interruption left. Set damaged files aside.
+
+        Raises CertificateError with the `remedy` if `issuer` did not issue the leaf.
+        """
+
+        def can_be_installed(certificate_pem: bytes, key_pem: bytes) -> bool:
+            return (
+                issuer is not None
+                and pair.match(certificate_pem, key_pem)
+                and issuer.has_issued(x509.load_pem_x509_certificate(certificate_pem))
+            )
+
+        certificate = read_or_set_aside(certificate_path, self._progress)
+        if certificate is not None and (issuer is None or not issuer.has_issued(certificate)):
+            raise CertificateError(
+                f"{certificate_path}: was not issued by {self._certificate_path} and is never replaced; {remedy}"
+            )
+        files.recover(certificate_path, key_path, can_be_installed)
+        certificate = read_or_set_aside(certificate_path, self._progress)
+        if not key_path.exists():
+            return certificate, None
+        try:
+            return certificate, pair.read_private_key(key_path)
+        except files.DamagedFileError as error:
+            self._progress(f"{error}. It was set aside as {files.set_aside(key_path)}.")
+            return certificate, None
+
     def _read_certificate(self) -> x509.Certificate | None:
         if self._key_path.exists():
             return read_or_set_aside(self._certificate_path, self._progress)  # it can be reissued

@@ -239,11 +239,5 @@ def _status_of_pair(source: Origin, site: Site, one: CertificatePair, now: datet
 
 
 def _status_of_authority(source: Origin, one: Expiring, now: datetime) -> CertificateStatus:
-    return CertificateStatus(
-        source=source,
-        path=Path(one.path),
-        names=(one.subject,),
-        sha256=one.sha256,
-        not_after=one.not_after,
-        seconds_left=(one.not_after - now).total_seconds(),
-    )
+    left = (one.not_after - now).total_seconds()
+    return CertificateStatus(source, Path(one.path), (one.subject,), one.sha256, one.not_after, left)

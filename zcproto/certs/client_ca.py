@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from zcproto.certs import authority, files, keys, pair
-from zcproto.certs.authority import Authority, AuthorityFolder, Progress, read_or_set_aside
+from zcproto.certs.authority import Authority, AuthorityFolder, Progress
 from zcproto.certs.client_user import MAX_USER, is_dns_user
 from zcproto.certs.issued import (
     REASONS,
@@ -385,27 +385,9 @@ class _ClientAuthority:
     def _find(self, name: str) -> _ClientFiles:
         """Return a client's files, after repairing what an interruption left."""
         folder = self._directory / "clients"
-        certificate_path, key_path = folder / f"{name}.crt", folder / f"{name}.key"
-
-        def can_be_installed(certificate_pem: bytes, key_pem: bytes) -> bool:
-            return pair.match(certificate_pem, key_pem) and self._authority.has_issued(
-                x509.load_pem_x509_certificate(certificate_pem)
-            )
-
-        files.recover(certificate_path, key_path, can_be_installed)
-        certificate = read_or_set_aside(certificate_path, self._progress)
-        if certificate is not None and not self._authority.has_issued(certificate):
-            ca_path, _ = paths(self._directory)
-            raise CertificateError(
-                f"{certificate_path}: was not issued by {ca_path} and is never replaced; move it away with its key"
-            )
-        key = None
-        if key_path.exists():
-            try:
-                key = pair.read_private_key(key_path)
-            except files.DamagedFileError as error:
-                self._progress(f"{error}. It was set aside as {files.set_aside(key_path)}.")
-        return _ClientFiles(certificate_path, key_path, certificate, key)
+        paths = folder / f"{name}.crt", folder / f"{name}.key"
+        found = self._folder.find_leaf(*paths, self._authority, "move it away with its key")
+        return _ClientFiles(*paths, *found)
 
     def _read_issued(self) -> tuple[tuple[Issued, ...], frozenset[int]]:
         """Return the list, completed with revocations from the CRL, and the serial numbers in the CRL.

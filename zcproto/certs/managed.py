@@ -142,7 +142,7 @@ def ensure(
     `now` is an aware time. Takes seconds if RSA keys are generated, up to 30 more if another process holds the
     lock, otherwise milliseconds. Raises CertificateError, which names the file, the problem and the remedy.
     """
-    return _RenewalRun(directory, settings, now, progress, _Task.ENSURE).result()
+    return RenewalRun(directory, settings, now, progress, _Task.ENSURE).result()
 
 
 def renew(
@@ -157,7 +157,7 @@ def renew(
 
     A next key is used instead only if its time has come. Raises CertificateError if a renewal fails.
     """
-    return _RenewalRun(directory, settings, now, progress, _Task.RENEW, families=families).result()
+    return RenewalRun(directory, settings, now, progress, _Task.RENEW, families=families).result()
 
 
 def rotate(
@@ -180,7 +180,7 @@ def rotate(
     if at_once and use_from is not None:
         raise ValueError("new keys are used either at once or from a later time on")
     task = _Task.ROTATE if at_once else _Task.ANNOUNCE
-    return _RenewalRun(directory, settings, now, progress, task, use_from).result()
+    return RenewalRun(directory, settings, now, progress, task, use_from).result()
 
 
 def cancel(directory: Path, progress: Progress = lambda sentence: None) -> tuple[Path, ...]:
@@ -307,7 +307,7 @@ class _Plan:
     new_key: keys.PrivateKey | None = None
 
 
-class _RenewalRun:
+class RenewalRun:
     """Does what is due in a folder in this order: generate keys, announce next keys, issue certificates, delete a
     next key that is in use. So an interruption between two steps loses nothing."""
 
@@ -325,6 +325,8 @@ class _RenewalRun:
         self._families = families
         self._now = _checked_now(now)
         self._settings = settings.checked()
+        names = authority.Names(tuple(self._settings.names), tuple(self._settings.host_names or ()))
+        self._folder = AuthorityFolder(authority.SERVER, directory, self._now, progress, names)
         self._progress = progress
         self._task = task
         self._use_from = _checked_use(use_from, self._now)
@@ -335,13 +337,11 @@ class _RenewalRun:
         settings = self._settings
         files.make_folder(self._directory)
         with files.locked(self._directory, self._progress):
-            names = authority.Names(tuple(settings.names), tuple(settings.host_names or ()))
-            folder = AuthorityFolder(authority.SERVER, self._directory, self._now, self._progress, names)
-            found = folder.load(settings.lifetime)
+            found = self._folder.load(settings.lifetime)
             leaves = [self._find(key_type, found) for key_type in settings.key_types]
             next_keys = rollover.find(self._directory, settings.key_types, self._now, self._progress)
             plans = [self._plan(leaf, next_keys.get(leaf.key_type), found) for leaf in leaves]
-            issuer = self._generate_keys(plans, found, folder)
+            issuer = self._generate_keys(plans, found)
             for plan in plans:
                 self._announce(plan)
             for plan in plans:
@@ -364,41 +364,15 @@ class _RenewalRun:
     def _find(self, key_type: str, issuer: Authority | None) -> Leaf:
         """Return the certificate of this type, after repairing what an interruption left."""
         certificate_path, key_path = rollover.pair_paths(self._directory, key_type)
-        certificate = authority.read_or_set_aside(certificate_path, self._progress)
-        if certificate is not None and (issuer is None or not issuer.has_issued(certificate)):
-            raise CertificateError(
-                f"{certificate_path}: was not issued by the authority {self._directory / 'ca.crt'} and is never"
-                ' overwritten; move it away, or set certificates.mode = "files" to use it'
-            )
-
-        def can_be_installed(certificate_pem: bytes, key_pem: bytes) -> bool:
-            return (
-                issuer is not None
-                and pair.match(certificate_pem, key_pem)
-                and issuer.has_issued(x509.load_pem_x509_certificate(certificate_pem))
-            )
-
-        files.recover(certificate_path, key_path, can_be_installed)
-        certificate = authority.read_or_set_aside(certificate_path, self._progress)
-        key = self._find_key(key_path, key_type, certificate)
-        return Leaf(key_type, certificate_path, key_path, certificate, key)
-
-    def _find_key(
-        self, path: Path, key_type: str, certificate: x509.Certificate | None
-    ) -> keys.PrivateKey | None:
-        if not path.exists():
-            return None
-        try:
-            key = pair.read_private_key(path)
-        except files.DamagedFileError as error:
-            self._progress(f"{error}. It was set aside as {files.set_aside(path)}.")
-            return None
-        matches = certificate is not None and keys.belongs(key, certificate.public_key())
-        if not matches and keys.key_type_of(key) != key_type:
+        remedy = 'move it away, or set certificates.mode = "files" to use it'
+        certificate, key = self._folder.find_leaf(certificate_path, key_path, issuer, remedy)
+        matches = key and certificate and keys.belongs(key, certificate.public_key())
+        if key is not None and not matches and keys.key_type_of(key) != key_type:
             # It would be overwritten, and may be needed elsewhere.
-            self._progress(f"{path} is a key of another type. It was set aside as {files.set_aside(path)}.")
-            return None
-        return key
+            aside = files.set_aside(key_path)
+            self._progress(f"{key_path} is a key of another type. It was set aside as {aside}.")
+            key = None
+        return Leaf(key_type, certificate_path, key_path, certificate, key)
 
     # --- what to do
 
@@ -470,9 +444,7 @@ class _RenewalRun:
 
     # --- doing it
 
-    def _generate_keys(
-        self, plans: list[_Plan], issuer: Authority | None, folder: AuthorityFolder
-    ) -> Authority:
+    def _generate_keys(self, plans: list[_Plan], issuer: Authority | None) -> Authority:
         """Generate all keys that are needed in parallel, and create the authority if it does not exist."""
         new = [plan for plan in plans if plan.needs_new_key]
         announced = [plan for plan in plans if plan.announce_from is not None and plan.next_key is None]
@@ -480,7 +452,7 @@ class _RenewalRun:
         key_types += [plan.leaf.key_type for plan in (*new, *announced)]
         generated = iter(_generate(key_types, self._progress))
         if issuer is None:
-            issuer = folder.create(next(generated))
+            issuer = self._folder.create(next(generated))
         for plan in new:
             plan.new_key = next(generated)
         for plan in announced:

@@ -123,7 +123,7 @@ class ManagedSource:
         self._settings = site.settings
         self._progress = progress
         self._rest = rest
-        self._failures = _Failures(site.directory, random)
+        self._failures = _Failures(site.directory, site.directory, random)
         self._pairs: dict[str, CertificatePair] = {}  # by key type
         self._watcher = FileWatcher(
             [
@@ -237,7 +237,7 @@ class ManagedSource:
         # A certificate that is not valid yet, after the clock was set back, is as bad as an expired one.
         ends = [one.not_after if one.not_before <= now else now for one in self._pairs.values()]
         left = min(ends, default=now) - now
-        return self._failures.failed(error, self._directory, left, now, monotonic)
+        return self._failures.failed(error, left, now, monotonic)
 
     def _announced(self, next_pins: NextPins | None) -> list[Notice]:
         if next_pins == self.next_pins:
@@ -291,17 +291,16 @@ class ManagedSource:
 class _Failures:
     """A renewal that fails and is retried: when, and what is reported about it."""
 
-    def __init__(self, path: Path, random: Random) -> None:
+    def __init__(self, path: Path, directory: Path, random: Random) -> None:
         self.retry = Retry(random)
         self._path = str(path)
+        self._directory = directory
         self._reported = ""
         self._reported_at = 0.0
 
-    def failed(
-        self, error: Exception, directory: Path, left: timedelta, now: datetime, monotonic: float
-    ) -> list[Notice]:
+    def failed(self, error: Exception, left: timedelta, now: datetime, monotonic: float) -> list[Notice]:
         """Record a failure. The same problem is reported once a day. `left` is the time until it is too late."""
-        problem = str(_as_certificate_error(error, directory))
+        problem = str(_as_certificate_error(error, self._directory))
         self.retry.failed(monotonic, now, left)
         if problem == self._reported and monotonic < self._reported_at + REMIND_S:
             return []
@@ -359,7 +358,7 @@ class ClientTrustSource:
     def __init__(self, trust: ClientTrust, random: Random, progress: Progress) -> None:
         self._trust = trust
         self._progress = progress
-        self._failures = _Failures(trust.crl or trust.ca, random)
+        self._failures = _Failures(trust.crl or trust.ca, trust.directory or trust.ca.parent, random)
         paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)
         self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
         self._loaded_message = f"Loaded {' and '.join(map(str, paths))} for clients' certificates."
@@ -385,7 +384,7 @@ class ClientTrustSource:
                 if not _is_disk_failure(error):
                     raise _as_certificate_error(error, directory) from error
                 # The existing files may suffice.
-                happened = self._failures.failed(error, directory, timedelta(0), now, monotonic)
+                happened = self._failures.failed(error, timedelta(0), now, monotonic)
         self._files.start(now, monotonic)
         return happened
 
@@ -412,7 +411,7 @@ class ClientTrustSource:
             next_change = client_ca.refresh_crl(directory, now, progress=self._progress)
         except _FAILURES as error:
             left = min((one.not_after for one in self.expiring), default=now) - now
-            return self._failures.failed(error, directory, left, now, monotonic)
+            return self._failures.failed(error, left, now, monotonic)
         self._next_change = next_change or _NEVER
         self._routine_at = monotonic + ROUTINE_S
         return self._failures.succeeded()

@@ -144,7 +144,7 @@ def _managed_row(
             return row
     except CertificateError:
         return row  # the authority's own row reports it
-    problem = f"{certificate}: was not issued by the authority {ca}; move it away to issue another"
+    problem = f"{certificate}: was not issued by {ca}; move it away to issue another"
     return replace(row, status=PROBLEM, problem=problem)
 
 
