@@ -57,7 +57,7 @@ def test_restored_entry_is_counted_without_on_change() -> None:
     answers = Answers(AnswerLimits(), lambda key, entry: pytest.fail("nothing was changed"))
     entry = Entry(BODY, WALL + KEEP)
     entry.running, entry.size = False, 9
-    answers.restore("alice", "p", entry)
+    answers.restore(("alice", "p"), entry)
     assert answers.entry("alice", "p") is entry
     assert answers.entry("alice", "q") is None
     assert (len(answers), answers.bytes) == (1, 9)
@@ -89,7 +89,7 @@ def test_lowered_limit_evicts_answers() -> None:
     for number in range(9):  # stored under larger limits
         entry = Entry(BODY, WALL + KEEP)
         entry.running, entry.size = False, 20
-        answers.restore(f"user-{number % 3}", f"{number}", entry)
+        answers.restore((f"user-{number % 3}", f"{number}"), entry)
     answered(answers, "user-0", "new", 30 * b"x")
     assert answers.bytes <= 100
     assert answers._users["user-0"].bytes == 30

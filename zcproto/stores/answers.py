@@ -69,15 +69,20 @@ class _Share:
 
 
 class Answers:
-    """The table. `on_change` is called at every change with the key and the entry, or None if it was removed."""
+    """The table. `on_change` is called at every change with the key and the entry, or None if it was removed.
 
-    __slots__ = ("_done", "_entries", "_limits", "_on_change", "_running", "_users", "bytes")
+    `read_answer` returns an answer that is stored elsewhere.
+    """
 
     def __init__(
-        self, limits: AnswerLimits, on_change: Callable[[Key, Entry | None], object] = lambda key, entry: None
+        self,
+        limits: AnswerLimits,
+        on_change: Callable[[Key, Entry | None], object] = lambda key, entry: None,
+        read_answer: Callable[[Key], bytes] = lambda key: b"",
     ) -> None:
         self._limits = limits
         self._on_change = on_change
+        self._read_answer = read_answer
         self._entries: dict[Key, Entry] = {}
         self._running: OrderedDict[Key, None] = OrderedDict()
         self._done: OrderedDict[Key, None] = OrderedDict()
@@ -91,17 +96,15 @@ class Answers:
         return self._entries.get((user, key))
 
     def claim(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> Claim:
-        """Claim a request as in `SessionStore.claim`; the answer is empty if it is stored elsewhere.
-
-        Raises ResourceExhausted if too many requests are running.
-        """
+        """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted if too many requests are running."""
         entry = self._entries.get((user, key))
         if entry is not None and wall < entry.until:
             if not compare_digest(entry.digest, digest):
                 return Claim(ClaimState.CONFLICT)
             if entry.running:
                 return Claim(ClaimState.RUNNING, until=entry.until)
-            return Claim(ClaimState.DONE, entry.answer or b"")
+            answer = self._read_answer((user, key)) if entry.answer is None else entry.answer
+            return Claim(ClaimState.DONE, answer)
         if entry is not None:
             self._remove((user, key))
         self._make_room(user, wall)
@@ -144,9 +147,19 @@ class Answers:
             self._remove(key)
         return len(past)
 
-    def restore(self, user: str, key: str, entry: Entry) -> None:
+    def restore(self, key: Key, entry: Entry) -> None:
         """Add an entry stored elsewhere, oldest first, without calling `on_change`."""
-        self._put((user, key), entry)
+        share = self._users.get(key[0])
+        if share is None:
+            share = self._users[key[0]] = _Share()
+        share.count += 1
+        share.bytes += entry.size
+        self.bytes += entry.size
+        if entry.running:
+            self._running[key] = None
+        else:
+            self._done[key] = share.done[key] = None
+        self._entries[key] = entry
 
     def _make_room(self, user: str, wall: int) -> None:
         limits, share = self._limits, self._users.get(user)
@@ -170,21 +183,8 @@ class Answers:
             self._remove(next(iter(self._done)))
 
     def _add(self, key: Key, entry: Entry) -> None:
-        self._put(key, entry)
+        self.restore(key, entry)
         self._on_change(key, entry)
-
-    def _put(self, key: Key, entry: Entry) -> None:
-        share = self._users.get(key[0])
-        if share is None:
-            share = self._users[key[0]] = _Share()
-        share.count += 1
-        share.bytes += entry.size
-        self.bytes += entry.size
-        if entry.running:
-            self._running[key] = None
-        else:
-            self._done[key] = share.done[key] = None
-        self._entries[key] = entry
 
     def _remove(self, key: Key) -> None:
         entry, share = self._entries.pop(key), self._users[key[0]]

@@ -30,7 +30,7 @@ from zcproto.stores.base import Claim, ClaimState, Created, StoreUnavailable
 from zcproto.stores.sqlite import database
 from zcproto.stores.sqlite import store as sqlite
 from zcproto.stores.sqlite.database import SessionDatabase
-from zcproto.stores.sqlite.rows import Create
+from zcproto.stores.sqlite.rows import Operation
 
 
 async def test_concurrent_operations_share_one_transaction(harness: SqliteHarness, disk: Disk) -> None:
@@ -243,7 +243,8 @@ def test_file_removed_before_end_all_was_rewritten(tmp_path: Path) -> None:
         on_notice=lambda name, **values: notices.append(name),
     )
     file.open()
-    file.perform([Create(session(1), FIVE)])
+    record = session(1)
+    file.perform([Operation(lambda rows: rows.create(record, FIVE), ids=[record.id])])
     assert file.end_all(Code.TOKEN_REVOKED, WALL) == 1
     (tmp_path / "sessions.db").unlink()
     assert file.sweeping

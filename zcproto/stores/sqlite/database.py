@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -21,15 +22,14 @@ from typing import Any, Final, NamedTuple, TypeVar
 from zcproto.errors import CallError, Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
-from zcproto.stores.base import MAX_LISTED, Claim, ClaimState
+from zcproto.stores.base import MAX_LISTED
 from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice
 from zcproto.stores.sqlite.rows import (
     COLUMNS,
     LIVE,
-    ClaimRequest,
+    SESSION_COLUMNS,
     Operation,
     Row,
-    RowKeys,
     WorkingSet,
     session_of,
     text,
@@ -102,12 +102,8 @@ class SessionDatabase(DatabaseFile):
     def perform(self, operations: Sequence[Operation[object]]) -> list[Outcome]:
         """Do operations, one after the other, in one transaction."""
         db = self.ready()
-        keys = RowKeys()
-        for operation in operations:
-            operation.need(keys)
-        answers = self._read_answers(db) if self._answers is None else self._answers
-        rows = WorkingSet(self._read(db, keys), answers)
-        outcomes = [self._outcome(operation, rows, db) for operation in operations]
+        rows = WorkingSet(self._read(db, operations), self._table(db))
+        outcomes = [_outcome(operation, rows) for operation in operations]
         self._write(db, [*_upserts(list(rows.changed.values())), *_answer_statements(self._changed)])
         self._written()
         return outcomes
@@ -121,22 +117,9 @@ class SessionDatabase(DatabaseFile):
                 db.execute(*statement)
             db.execute("COMMIT")
 
-    def _outcome(self, operation: Operation[object], rows: WorkingSet, db: sqlite3.Connection) -> Outcome:
-        try:
-            result = operation.apply(rows)
-        except CallError as error:
-            return Outcome(error=error)
-        if isinstance(operation, ClaimRequest) and result == Claim(ClaimState.DONE):
-            (answer,) = db.execute(
-                "SELECT answer FROM answers WHERE user = ? AND key = ?",
-                (utf8(operation.user), utf8(operation.key)),
-            ).fetchone()
-            return Outcome(Claim(ClaimState.DONE, answer))
-        return Outcome(result)
-
-    def _read(self, db: sqlite3.Connection, keys: RowKeys) -> list[Row]:
+    def _read(self, db: sqlite3.Connection, operations: Sequence[Operation[object]]) -> list[Row]:
         found: dict[int, Row] = {}
-        for query, values in _queries(keys):
+        for query, values in _queries(operations):
             (lines,) = db.execute(query, values).fetchone()
             for line in lines.split("\n") if lines else ():
                 row = _row(line)
@@ -144,12 +127,15 @@ class SessionDatabase(DatabaseFile):
                 found[row.n] = self._marked(row)
         return [found[n] for n in sorted(found)]
 
-    def _read_answers(self, db: sqlite3.Connection) -> Answers:
+    def _table(self, db: sqlite3.Connection) -> Answers:
+        """Return the table of answers, read from the file if it is not cached."""
+        if self._answers is not None:
+            return self._answers
         self._changed.clear()
-        answers = self._answers = Answers(self._limits, self._changed.__setitem__)
+        self._answers = answers = Answers(self._limits, self._changed.__setitem__, partial(_read_answer, db))
         query = "SELECT user, key, digest, until, answer IS NULL, length(answer) FROM answers ORDER BY until"
         for user, key, digest, until, running, size in db.execute(query):
-            answers.restore(text(user), text(key), Entry(digest, until, bool(running), size=size or 0))
+            answers.restore((text(user), text(key)), Entry(digest, until, bool(running), size=size or 0))
         return answers
 
     def _written(self) -> None:
@@ -186,7 +172,7 @@ class SessionDatabase(DatabaseFile):
         if start.ended or self._marks:
             records = [self._marked(Row(*row)).record() for row in rows]
         else:
-            records = [session_of(*row[1:-2]) for row in rows]
+            records = [session_of(row[SESSION_COLUMNS]) for row in rows]
         if len(rows) == _SLICE:
             return records, Position(start.ended, rows[-1][-1], rows[-1][0])
         return records, None if start.ended else Position(ended=True)
@@ -194,7 +180,7 @@ class SessionDatabase(DatabaseFile):
     def list_all(self) -> list[SessionRecord]:
         """Return the oldest sessions of all users."""
         rows = self._select("code = 0 AND n > ?", (self._last_mark(),), "n", MAX_LISTED)
-        return [session_of(*row[1:-2]) for row in rows]
+        return [session_of(row[SESSION_COLUMNS]) for row in rows]
 
     def count(self) -> int:
         db = self.ready()
@@ -253,7 +239,7 @@ class SessionDatabase(DatabaseFile):
     def expire(self, wall: int, keep_ended_ms: int, limit: int, enough: Callable[[], bool]) -> int:
         """Remove expired sessions, then tombstones, then answers: at most `limit`, fewer if `enough()` is true."""
         db = self.ready()
-        answers = self._read_answers(db) if self._answers is None else self._answers
+        answers = self._table(db)
         removed = 0
         db.execute("BEGIN")
         for code, before in (("= 0", wall), ("!= 0", wall - keep_ended_ms)):
@@ -285,6 +271,19 @@ class SessionDatabase(DatabaseFile):
         self._marks = db.execute("SELECT n, code, wall FROM ended_all ORDER BY n").fetchall()
 
 
+def _outcome(operation: Operation[object], rows: WorkingSet) -> Outcome:
+    try:
+        return Outcome(operation.apply(rows))
+    except CallError as error:
+        return Outcome(error=error)
+
+
+def _read_answer(db: sqlite3.Connection, key: Key) -> bytes:
+    query = "SELECT answer FROM answers WHERE user = ? AND key = ?"
+    answer: bytes = db.execute(query, [utf8(part) for part in key]).fetchone()[0]
+    return answer
+
+
 def _holes(count: int) -> str:
     return ", ".join("?" * count)
 
@@ -293,9 +292,14 @@ def _chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _queries(keys: RowKeys) -> Iterator[tuple[str, list[bytes]]]:
+def _queries(operations: Sequence[Operation[object]]) -> Iterator[tuple[str, list[bytes]]]:
     """Return statements that read all needed rows, each as one text."""
-    kinds = [_chunks(list(values), _KEYS) for values in (keys.ids, keys.tokens, keys.users)]
+    needed = (
+        {id_ for operation in operations for id_ in operation.ids},
+        {token for operation in operations for token in operation.tokens},
+        {user for operation in operations for user in operation.users},
+    )
+    kinds = [_chunks(list(keys), _KEYS) for keys in needed]
     conditions = (
         "id != x'' AND substr(id, 1, 8) IN ({0}) AND id IN ({0})",
         "substr(token, 1, 8) IN ({0}) AND token IN ({0})",
@@ -314,8 +318,7 @@ def _queries(keys: RowKeys) -> Iterator[tuple[str, list[bytes]]]:
 
 def _row(line: str) -> Row:
     fields = line.split(" ")
-    values: list[Any] = [int(fields[0]), *map(bytes.fromhex, fields[1:8]), *map(int, fields[8:])]
-    return Row(*values)
+    return Row(int(fields[0]), *map(bytes.fromhex, fields[1:8]), *map(int, fields[8:]))
 
 
 def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:

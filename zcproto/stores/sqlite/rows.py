@@ -11,21 +11,21 @@ It must not know: where rows come from and go to, threads, clocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hmac import compare_digest
 from operator import attrgetter
-from typing import ClassVar, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import Answers
-from zcproto.stores.base import Claim, Created, LimitReached, NotRotated, Rotated
+from zcproto.stores.base import Created, LimitReached, NotRotated, Rotated
 
 LIVE: Final = 0
 """The code of a row that is a stored session, live or lapsed."""
 
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 
 
 def utf8(text: str) -> bytes:
@@ -40,35 +40,10 @@ def text(value: bytes) -> str:
         return value.decode("utf-8", "replace")
 
 
-def session_of(
-    id: bytes,
-    token: bytes,
-    refresh: bytes,
-    user: bytes,
-    client: bytes,
-    address: bytes,
-    key: bytes,
-    flags: int,
-    created_at: int,
-    last_used_at: int,
-    expires_at: int,
-    refresh_expires_at: int,
-) -> SessionRecord:
-    """Return the record of a stored session from its columns, `id` first."""
-    return SessionRecord(
-        id,
-        token,
-        refresh,
-        text(user),
-        text(client),
-        text(address),
-        flags,
-        created_at,
-        last_used_at,
-        expires_at,
-        refresh_expires_at,
-        text(key),
-    )
+def session_of(columns: Sequence[Any]) -> SessionRecord:
+    """Return the record of a stored session from the columns of SESSION_COLUMNS."""
+    id, token, refresh, user, client, address, key, *numbers = columns
+    return SessionRecord(id, token, refresh, text(user), text(client), text(address), *numbers, key=text(key))
 
 
 @dataclass(slots=True, eq=False)
@@ -95,23 +70,11 @@ class Row:
 
     @classmethod
     def of(cls, record: SessionRecord) -> Row:
-        return cls(
-            None,
-            record.id,
-            record.token_digest,
-            record.refresh_digest,
-            utf8(record.user),
-            utf8(record.client),
-            utf8(record.address),
-            utf8(record.key),
-            record.flags,
-            record.created_at,
-            record.last_used_at,
-            record.expires_at,
-            record.refresh_expires_at,
-            LIVE,
-            max(record.expires_at, record.refresh_expires_at),
-        )
+        texts = map(utf8, (record.user, record.client, record.address, record.key))
+        times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
+        due = max(record.expires_at, record.refresh_expires_at)
+        blobs = record.id, record.token_digest, record.refresh_digest, *texts
+        return cls(None, *blobs, record.flags, *times, LIVE, due)
 
     @classmethod
     def token_tombstone(cls, token: bytes, code: Code, wall: int) -> Row:
@@ -123,7 +86,7 @@ class Row:
         return self.session()
 
     def session(self) -> SessionRecord:
-        return session_of(*_session_columns(self))
+        return session_of(_session_columns(self))
 
     def end(self, code: Code, wall: int) -> EndedRecord:
         """Make the row a tombstone."""
@@ -134,24 +97,12 @@ class Row:
 
 
 COLUMNS: Final[tuple[str, ...]] = tuple(Row.__dataclass_fields__)
-_session_columns: Final = attrgetter(*COLUMNS[1:-2])
-
-
-class RowKeys:
-    """The rows that operations need: those with these ids or tokens, and the stored sessions of these users."""
-
-    __slots__ = ("ids", "tokens", "users")
-
-    def __init__(self) -> None:
-        self.ids: set[bytes] = set()
-        self.tokens: set[bytes] = set()
-        self.users: set[bytes] = set()
+SESSION_COLUMNS: Final = slice(1, -2)
+_session_columns: Final = attrgetter(*COLUMNS[SESSION_COLUMNS])
 
 
 class WorkingSet:
     """The rows that operations work on, and which of them were changed. `rows` come in the order of opening."""
-
-    __slots__ = ("_by_id", "_by_token", "_by_user", "answers", "changed")
 
     def __init__(self, rows: Iterable[Row], answers: Answers) -> None:
         self._by_id: dict[bytes, Row] = {}
@@ -162,101 +113,33 @@ class WorkingSet:
         for row in rows:
             self._index(row)
 
-    def by_id(self, id: bytes) -> Row | None:
-        return self._by_id.get(id)
+    def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        wall = record.created_at
 
-    def by_token(self, token: bytes) -> Row | None:
-        return self._by_token.get(token)
+        def is_live(row: Row) -> bool:
+            return wall < row.expires_at and (
+                limit.idle_ms is None or wall < row.last_used_at + limit.idle_ms
+            )
 
-    def of_user(self, user: bytes) -> list[Row]:
-        """Return the stored sessions of a user in `RowKeys.users`, oldest first."""
-        return [row for row in self._by_user.get(user, ()) if row.code == LIVE]
-
-    def add(self, row: Row) -> None:
-        self._index(row)
-        self.changed[id(row)] = row
-
-    def end(self, row: Row, code: Code, wall: int) -> EndedRecord:
-        self.changed[id(row)] = row
-        return row.end(code, wall)
-
-    def rotate(self, row: Row, rotation: Rotation) -> bytes:
-        """Replace the token pair of a session. Return the digest of the access token revoked by it."""
-        old = row.token
-        row.token, row.refresh = rotation.token_digest, rotation.refresh_digest
-        row.client, row.address = utf8(rotation.client), utf8(rotation.address)
-        row.last_used_at = rotation.wall
-        row.expires_at = min(rotation.expires_at, row.refresh_expires_at)
-        row.due = max(row.expires_at, row.refresh_expires_at)
-        self._by_token[row.token] = row
-        self.changed[id(row)] = row
-        self.add(Row.token_tombstone(old, Code.TOKEN_REVOKED, rotation.wall))
-        return old
-
-    def _index(self, row: Row) -> None:
-        self._by_token[row.token] = row
-        if row.id:
-            self._by_id[row.id] = row
-            self._by_user.setdefault(row.user, []).append(row)
-
-
-class Operation(Generic[T_co]):
-    """An operation on rows."""
-
-    __slots__ = ()
-    lasting: ClassVar[bool] = False
-    """Whether it is done even if its caller has given up."""
-
-    def need(self, keys: RowKeys) -> None:
-        """Add the rows that `apply` needs; none by default."""
-
-    def apply(self, rows: WorkingSet) -> T_co:
-        raise NotImplementedError
-
-
-@dataclass(slots=True, eq=False)
-class Create(Operation[Created | LimitReached]):
-    record: SessionRecord
-    limit: UserLimit
-
-    def need(self, keys: RowKeys) -> None:
-        keys.ids.add(self.record.id)
-        keys.users.add(utf8(self.record.user))
-
-    def apply(self, rows: WorkingSet) -> Created | LimitReached:
-        record, limit, wall = self.record, self.limit, self.record.created_at
-        if rows.by_id(record.id) is not None:
+        if record.id in self._by_id:
             return Created()
         ended: tuple[EndedRecord, ...] = ()
-        others = rows.of_user(utf8(record.user))
+        others = self._of_user(utf8(record.user))
         if len(others) >= limit.per_user:
-            live = [row for row in others if self._is_live(row)]
+            live = [row for row in others if is_live(row)]
             lapsed = [row for row in others if row not in live and wall < row.refresh_expires_at]
             if len(live) + len(lapsed) >= limit.per_user:
                 if lapsed:
-                    ended = (rows.end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
+                    ended = (self._end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
                 elif limit.when_full == "evict_oldest":
-                    ended = (rows.end(live[0], Code.SESSION_REPLACED, wall),)
+                    ended = (self._end(live[0], Code.SESSION_REPLACED, wall),)
                 else:
                     return LimitReached()
-        rows.add(Row.of(record))
+        self._add(Row.of(record))
         return Created(ended)
 
-    def _is_live(self, row: Row) -> bool:
-        wall, idle = self.record.created_at, self.limit.idle_ms
-        return wall < row.expires_at and (idle is None or wall < row.last_used_at + idle)
-
-
-@dataclass(slots=True, eq=False)
-class Rotate(Operation[Rotated | NotRotated]):
-    rotation: Rotation
-
-    def need(self, keys: RowKeys) -> None:
-        keys.ids.add(self.rotation.id)
-
-    def apply(self, rows: WorkingSet) -> Rotated | NotRotated:
-        rotation, wall = self.rotation, self.rotation.wall
-        row = rows.by_id(rotation.id)
+    def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+        row, wall = self._by_id.get(rotation.id), rotation.wall
         if row is None:
             return NotRotated(Code.UNAUTHENTICATED)
         if row.code != LIVE:
@@ -266,113 +149,70 @@ class Rotate(Operation[Rotated | NotRotated]):
         if wall >= row.due:
             return NotRotated(Code.TOKEN_EXPIRED)
         if not compare_digest(row.refresh, rotation.spent_digest):
-            rows.end(row, Code.TOKEN_REVOKED, wall)
+            self._end(row, Code.TOKEN_REVOKED, wall)
             return NotRotated(Code.TOKEN_REVOKED, reused=True)
         if wall >= row.refresh_expires_at:
             return NotRotated(Code.TOKEN_EXPIRED)
-        old = rows.rotate(row, rotation)
+        old = row.token
+        row.token, row.refresh = rotation.token_digest, rotation.refresh_digest
+        row.client, row.address = utf8(rotation.client), utf8(rotation.address)
+        row.last_used_at = wall
+        row.expires_at = min(rotation.expires_at, row.refresh_expires_at)
+        row.due = max(row.expires_at, row.refresh_expires_at)
+        self._by_token[row.token] = row
+        self.changed[id(row)] = row
+        self._add(Row.token_tombstone(old, Code.TOKEN_REVOKED, wall))
         return Rotated(row.session(), old)
 
-
-@dataclass(slots=True, eq=False)
-class Find(Operation[SessionRecord | EndedRecord | None]):
-    token: bytes
-
-    def need(self, keys: RowKeys) -> None:
-        keys.tokens.add(self.token)
-
-    def apply(self, rows: WorkingSet) -> SessionRecord | EndedRecord | None:
-        row = rows.by_token(self.token)
+    def find(self, token: bytes) -> SessionRecord | EndedRecord | None:
+        row = self._by_token.get(token)
         return None if row is None else row.record()
 
-
-@dataclass(slots=True, eq=False)
-class Get(Operation[SessionRecord | EndedRecord | None]):
-    id: bytes
-
-    def need(self, keys: RowKeys) -> None:
-        keys.ids.add(self.id)
-
-    def apply(self, rows: WorkingSet) -> SessionRecord | EndedRecord | None:
-        row = rows.by_id(self.id)
+    def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
+        row = self._by_id.get(id)
         return None if row is None else row.record()
 
-
-@dataclass(slots=True, eq=False)
-class End(Operation[list[EndedRecord]]):
-    lasting = True
-    ids: Sequence[bytes]
-    code: Code
-    wall: int
-    user: bytes | None
-
-    def need(self, keys: RowKeys) -> None:
-        keys.ids.update(self.ids)
-
-    def apply(self, rows: WorkingSet) -> list[EndedRecord]:
+    def end(self, ids: Sequence[bytes], code: Code, wall: int, user: bytes | None) -> list[EndedRecord]:
         ended = []
-        for id_ in self.ids:
-            row = rows.by_id(id_)
-            if row is not None and row.code == LIVE and self.user in (None, row.user):
-                ended.append(rows.end(row, self.code, self.wall))
+        for id_ in ids:
+            row = self._by_id.get(id_)
+            if row is not None and row.code == LIVE and user in (None, row.user):
+                ended.append(self._end(row, code, wall))
         return ended
 
+    def end_user(self, user: bytes, code: Code, wall: int) -> list[EndedRecord]:
+        return [self._end(row, code, wall) for row in self._of_user(user)]
 
-@dataclass(slots=True, eq=False)
-class EndUser(Operation[list[EndedRecord]]):
-    lasting = True
-    user: bytes
-    code: Code
-    wall: int
+    def list_user(self, user: bytes) -> list[SessionRecord]:
+        return [row.session() for row in self._of_user(user)]
 
-    def need(self, keys: RowKeys) -> None:
-        keys.users.add(self.user)
+    def _of_user(self, user: bytes) -> list[Row]:
+        """Return the stored sessions of a user, oldest first."""
+        return [row for row in self._by_user.get(user, ()) if row.code == LIVE]
 
-    def apply(self, rows: WorkingSet) -> list[EndedRecord]:
-        return [rows.end(row, self.code, self.wall) for row in rows.of_user(self.user)]
+    def _end(self, row: Row, code: Code, wall: int) -> EndedRecord:
+        self.changed[id(row)] = row
+        return row.end(code, wall)
 
+    def _add(self, row: Row) -> None:
+        self._index(row)
+        self.changed[id(row)] = row
 
-@dataclass(slots=True, eq=False)
-class ListUser(Operation[list[SessionRecord]]):
-    user: bytes
-
-    def need(self, keys: RowKeys) -> None:
-        keys.users.add(self.user)
-
-    def apply(self, rows: WorkingSet) -> list[SessionRecord]:
-        return [row.session() for row in rows.of_user(self.user)]
-
-
-@dataclass(slots=True, eq=False)
-class ClaimRequest(Operation[Claim]):
-    user: str
-    key: str
-    digest: bytes
-    wall: int
-    lease_ms: int
-
-    def apply(self, rows: WorkingSet) -> Claim:
-        return rows.answers.claim(self.user, self.key, self.digest, self.wall, self.lease_ms)
+    def _index(self, row: Row) -> None:
+        self._by_token[row.token] = row
+        if row.id:
+            self._by_id[row.id] = row
+            self._by_user.setdefault(row.user, []).append(row)
 
 
 @dataclass(slots=True, eq=False)
-class KeepAnswer(Operation[None]):
-    lasting = True
-    user: str
-    key: str
-    answer: bytes
-    wall: int
-    keep_ms: int
+class Operation(Generic[T]):
+    """A method of WorkingSet with its arguments, and the rows that it needs.
 
-    def apply(self, rows: WorkingSet) -> None:
-        rows.answers.keep(self.user, self.key, self.answer, self.wall, self.keep_ms)
+    These are the rows with `ids` and `tokens`, and the stored sessions of `users`.
+    """
 
-
-@dataclass(slots=True, eq=False)
-class ReleaseClaim(Operation[None]):
-    lasting = True
-    user: str
-    key: str
-
-    def apply(self, rows: WorkingSet) -> None:
-        rows.answers.release(self.user, self.key)
+    apply: Callable[[WorkingSet], T]
+    ids: Sequence[bytes] = ()
+    tokens: Sequence[bytes] = ()
+    users: Sequence[bytes] = ()

@@ -27,10 +27,9 @@ from zcproto.stores.base import (
     Rotated,
     StoreUnavailable,
 )
-from zcproto.stores.sqlite import rows
 from zcproto.stores.sqlite.database import Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect, Notice, StorageError
-from zcproto.stores.sqlite.rows import Operation, utf8
+from zcproto.stores.sqlite.rows import Operation, WorkingSet, utf8
 from zcproto.stores.worker import Job, Worker
 
 TIMEOUT_S: Final = 0.25
@@ -116,16 +115,18 @@ class SqliteStore:
                 yield records
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        return await self._run(rows.Create(record, limit))
+        return await self._run(
+            lambda rows: rows.create(record, limit), ids=[record.id], users=[utf8(record.user)]
+        )
 
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
-        return await self._run(rows.Rotate(rotation))
+        return await self._run(lambda rows: rows.rotate(rotation), ids=[rotation.id])
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._run(rows.Find(token_digest))
+        return await self._run(lambda rows: rows.find(token_digest), tokens=[token_digest])
 
     async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._run(rows.Get(id))
+        return await self._run(lambda rows: rows.get(id), ids=[id])
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
         """Record the last use of sessions, in batches, so that other operations get their turn."""
@@ -135,10 +136,12 @@ class SqliteStore:
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        return await self._run(rows.End(ids, code, wall, None if user is None else utf8(user)))
+        owner = None if user is None else utf8(user)
+        return await self._run(lambda rows: rows.end(ids, code, wall, owner), ids=ids, lasting=True)
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        return await self._run(rows.EndUser(utf8(user), code, wall))
+        name = utf8(user)
+        return await self._run(lambda rows: rows.end_user(name, code, wall), users=[name], lasting=True)
 
     async def end_all(self, code: Code, wall: int) -> int:
         return await self._do(partial(self._database.end_all, code, wall), lasting=True)
@@ -146,7 +149,8 @@ class SqliteStore:
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         if user is None:
             return await self._do(self._database.list_all)
-        return await self._run(rows.ListUser(utf8(user)))
+        name = utf8(user)
+        return await self._run(lambda rows: rows.list_user(name), users=[name])
 
     async def count(self) -> int:
         return await self._do(self._database.count)
@@ -166,17 +170,25 @@ class SqliteStore:
         return self._database.expire(wall, keep_ended_ms, limit, is_enough)
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        return await self._run(rows.ClaimRequest(user, key, request_digest, wall, lease_ms))
+        return await self._run(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms))
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         check_size(answer, self._answers)
-        await self._run(rows.KeepAnswer(user, key, answer, wall, keep_ms))
+        await self._run(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms), lasting=True)
 
     async def release_claim(self, user: str, key: str) -> None:
-        await self._run(rows.ReleaseClaim(user, key))
+        await self._run(lambda rows: rows.answers.release(user, key), lasting=True)
 
-    async def _run(self, operation: Operation[T]) -> T:
-        result: T = await self._submit(operation, lasting=operation.lasting)
+    async def _run(
+        self,
+        apply: Callable[[WorkingSet], T],
+        *,
+        ids: Sequence[bytes] = (),
+        tokens: Sequence[bytes] = (),
+        users: Sequence[bytes] = (),
+        lasting: bool = False,
+    ) -> T:
+        result: T = await self._submit(Operation(apply, ids, tokens, users), lasting=lasting)
         return result
 
     async def _do(self, action: Callable[[], T], *, within: float | None = None, lasting: bool = False) -> T:
