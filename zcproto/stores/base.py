@@ -103,26 +103,21 @@ class SessionStore(Protocol):
     @property
     def shared(self) -> bool:
         """Whether other processes write to it too, so that unknown tokens have to be looked up in it."""
-        ...
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store. `on_change` is called for changes by other processes, never for those of this one.
 
         Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix.
         """
-        ...
 
     async def close(self) -> None:
         """Write what was delayed and release all resources. Never raises."""
-        ...
 
     async def ping(self) -> None:
         """Check that the store can be written to."""
-        ...
 
     def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         """Yield all records in batches; nothing if the store is shared."""
-        ...
 
     # --- sessions --------------------------------------------------------------------------------
 
@@ -131,7 +126,6 @@ class SessionStore(Protocol):
 
         Creating the same record again neither adds a session nor revives one that has ended.
         """
-        ...
 
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
         """Replace a session's token pair if the refresh token shown is the current one.
@@ -139,47 +133,38 @@ class SessionStore(Protocol):
         A spent refresh token ends the session. The old access token is remembered as revoked. Repeating a
         rotation changes nothing.
         """
-        ...
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
         """Return the session of an access token, expired or not, or the tombstone of an ended one."""
-        ...
 
     async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
         """Return the session with an id, or its tombstone."""
-        ...
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
         """Record the last use of sessions by id. Times never go backwards and unknown ids are skipped.
 
         Need not be durable when it returns.
         """
-        ...
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
         """End sessions by id, only those of `user` if given, and return those that were live or lapsed."""
-        ...
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
         """End all sessions of a user."""
-        ...
 
     async def end_all(self, code: Code, wall: int) -> int:
         """End every session and return how many there were."""
-        ...
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         """Return the sessions of a user, oldest first, lapsed ones included.
 
         None: those of all users, at most MAX_LISTED.
         """
-        ...
 
     async def count(self) -> int:
         """Return the number of sessions stored, lapsed ones included."""
-        ...
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
         """Remove expired entries, at most `limit`, and return how many were removed.
@@ -187,7 +172,6 @@ class SessionStore(Protocol):
         These are sessions whose access and refresh tokens have both expired, tombstones at least `keep_ended_ms`
         old, and expired answers.
         """
-        ...
 
     # --- answers to requests with an idempotency key ----------------------------------------------
 
@@ -197,12 +181,9 @@ class SessionStore(Protocol):
         Keys are per user. Expired entries count as absent. A full store evicts its oldest answers but never a
         running request; if that does not make room it raises ResourceExhausted.
         """
-        ...
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         """Store the answer of a claimed request for `keep_ms`. Does nothing without a claim."""
-        ...
 
     async def release_claim(self, user: str, key: str) -> None:
         """Give up the claim of a request that was not run. An answer already stored stays."""
-        ...

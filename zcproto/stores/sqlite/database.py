@@ -318,7 +318,8 @@ def _queries(operations: Sequence[Operation[object]]) -> Iterator[tuple[str, lis
 
 def _row(line: str) -> Row:
     fields = line.split(" ")
-    return Row(int(fields[0]), *map(bytes.fromhex, fields[1:8]), *map(int, fields[8:]))
+    values: list[Any] = [int(fields[0]), *map(bytes.fromhex, fields[1:8]), *map(int, fields[8:])]
+    return Row(*values)
 
 
 def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:

@@ -43,7 +43,8 @@ def text(value: bytes) -> str:
 def session_of(columns: Sequence[Any]) -> SessionRecord:
     """Return the record of a stored session from the columns of SESSION_COLUMNS."""
     id, token, refresh, user, client, address, key, *numbers = columns
-    return SessionRecord(id, token, refresh, text(user), text(client), text(address), *numbers, key=text(key))
+    values: list[Any] = [text(user), text(client), text(address), *numbers, text(key)]
+    return SessionRecord(id, token, refresh, *values)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,7 +75,8 @@ class Row:
         times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
         due = max(record.expires_at, record.refresh_expires_at)
         blobs = record.id, record.token_digest, record.refresh_digest, *texts
-        return cls(None, *blobs, record.flags, *times, LIVE, due)
+        columns: list[Any] = [*blobs, record.flags, *times, LIVE, due]
+        return cls(None, *columns)
 
     @classmethod
     def token_tombstone(cls, token: bytes, code: Code, wall: int) -> Row:

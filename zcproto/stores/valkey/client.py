@@ -34,12 +34,14 @@ from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.records import NODE_SIZE, TAG_SIZE
 from zcproto.stores.valkey.scripts import SCRIPTS
-from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Hooks, Sentinels, Servers, SingleServer
+from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Hooks, SingleServer, find_primary
 from zcproto.stores.valkey.url import Address, Kind, ServerUrl, parse_url
 
 TIMEOUT_S: Final = 0.25
 PREFIX: Final = "zcp:"
 SCHEMA: Final = 1
+
+Servers = SingleServer | Cluster
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,7 +55,20 @@ def operation(
 
     @wraps(method)
     async def limited(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._within(method(self, *args, **kwargs))
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await method(self, *args, **kwargs)
+        except TimeoutError:
+            reason = f"no answer within {self._timeout * 1000:.0f} ms"
+        except ReadOnlyError:
+            if self._servers is not None:
+                self._servers.lose("the server became a replica")
+            reason = "the server is a replica, which cannot be written to"
+        except OutOfMemoryError:
+            reason = "the server's memory is full (maxmemory)"
+        except (RedisError, ConfigError) as error:
+            reason = str(error)
+        raise StoreUnavailable(self._hide_password(reason))
 
     return limited
 
@@ -166,23 +181,6 @@ class ValkeyClient:
     def _is_clustered(self) -> bool:
         return self._connected.clustered
 
-    async def _within(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run an operation within the timeout. Raises StoreUnavailable."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await work
-        except TimeoutError:
-            reason = f"no answer within {self._timeout * 1000:.0f} ms"
-        except ReadOnlyError:
-            if self._servers is not None:
-                self._servers.lose("the server became a replica")
-            reason = "the server is a replica, which cannot be written to"
-        except OutOfMemoryError:
-            reason = "the server's memory is full (maxmemory)"
-        except (RedisError, ConfigError) as error:
-            reason = str(error)
-        raise StoreUnavailable(self._hide_password(reason))
-
     async def _call(self, *command: Any) -> Any:
         """Send a command whose first argument is a key."""
         return await self._connected.call(command[1], *command)
@@ -224,27 +222,19 @@ class ValkeyClient:
     def _make_servers(self) -> Servers:
         url = self._url
         hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._reconnected)
-        if url.kind is Kind.CLUSTER:
-            return Cluster(url.addresses, self._target, hooks)
 
-        async def configured() -> Target:
+        async def find() -> Target:
+            if url.kind is Kind.SENTINEL:
+                return await find_primary(url.addresses, url.service, self._target, self._timeout)
             return self._target(url.addresses[0] if url.addresses else ("", 0))
 
-        find = configured
-        if url.kind is Kind.SENTINEL:
-            find = Sentinels(url.addresses, url.service, self._target, self._timeout).find
+        if url.kind is Kind.CLUSTER:
+            return Cluster(url.addresses, self._target, hooks)
         return SingleServer(find, hooks)
 
     def _target(self, address: Address) -> Target:
         url = self._url
-        return Target(
-            *address,
-            path=url.path,
-            tls=self._tls,
-            username=url.username,
-            password=self._password,
-            database=url.database,
-        )
+        return Target(*address, url.path, self._tls, url.username, self._password, url.database)
 
     async def _prepare(self, link: Link, was_flushed: bool) -> None:
         """Turn on client tracking, check the marks and load the scripts of a new connection."""

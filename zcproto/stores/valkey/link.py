@@ -32,6 +32,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.valkey.url import address_text
 
 MAX_WAITING: Final = 8_192
 """Commands in flight; more are refused."""
@@ -55,10 +56,7 @@ class Target:
     database: int = 0
 
     def __repr__(self) -> str:
-        where = self.path or (
-            f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        )
-        return escape_text(where, 200)
+        return escape_text(self.path or address_text((self.host, self.port)), 200)
 
     def connection(self) -> AbstractConnection:
         options: dict[str, Any] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Final
+from typing import Any, Final
 
 import msgpack
 
@@ -61,23 +61,10 @@ def ttl_for(ms: int) -> int:
 
 def pack_session(record: SessionRecord) -> bytes:
     """Encode a session. The scripts append its place in the order of opening."""
-    packed: bytes = msgpack.packb(
-        [
-            0,
-            record.token_digest,
-            record.refresh_digest,
-            utf8(record.user),
-            utf8(record.client),
-            utf8(record.address),
-            utf8(record.key),
-            record.flags,
-            time_text(record.created_at),
-            time_text(record.last_used_at),
-            time_text(record.expires_at),
-            time_text(record.refresh_expires_at),
-        ],
-        use_bin_type=False,
-    )
+    texts = map(utf8, (record.user, record.client, record.address, record.key))
+    times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
+    fields = [0, record.token_digest, record.refresh_digest, *texts, record.flags, *map(time_text, times)]
+    packed: bytes = msgpack.packb(fields, use_bin_type=False)
     return packed
 
 
@@ -86,23 +73,10 @@ def unpack_session(id: bytes, raw: bytes) -> SessionRecord | EndedRecord:
     code, token, *rest = msgpack.unpackb(raw, raw=True)
     if code:
         return EndedRecord(_raw_id(id), token, Code(code), int(rest[0]))
-    refresh, user, client, address, key, flags, created_at, last_used_at, expires_at, refresh_expires_at = (
-        rest[:10]
-    )
-    return SessionRecord(
-        _raw_id(id),
-        token,
-        refresh,
-        _text(user),
-        _text(client),
-        _text(address),
-        flags,
-        int(created_at),
-        int(last_used_at),
-        int(expires_at),
-        int(refresh_expires_at),
-        _text(key),
-    )
+    refresh, user, client, address, key, flags, *times = rest[:10]
+    texts = map(_text, (user, client, address))
+    values: list[Any] = [token, refresh, *texts, flags, *map(int, times), _text(key)]
+    return SessionRecord(_raw_id(id), *values)
 
 
 def order_of(raw: bytes) -> int:

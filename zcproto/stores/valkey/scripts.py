@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
-from typing import Final
+from typing import Final, NamedTuple
 
 _HEADING: Final = re.compile(r"^--@ (\w+)(?: ([\w,-]+))?\n", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
+class Script(NamedTuple):
     """One script, which servers cache under its SHA-1."""
 
-    name: str
     source: bytes
     sha: str
 
 
 def _load() -> dict[str, Script]:
-    folder = files("zcproto.stores.valkey")
-    common, *parts = _HEADING.split(folder.joinpath("sessions.lua").read_text("utf-8"))
-    scripts = _scripts(common, parts)
-    more, *parts = _HEADING.split(folder.joinpath("answers.lua").read_text("utf-8"))
-    return scripts | _scripts(common + more, parts)
-
-
-def _scripts(common: str, parts: list[str]) -> dict[str, Script]:
-    scripts = {}
-    for name, flags, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-        # With this line a server that is full refuses the whole script, not its first write.
-        source = f"#!lua flags={flags or ''}\n{common}{body}".encode()
-        scripts[name] = Script(name, source, sha1(source, usedforsecurity=False).hexdigest())
+    scripts, common = {}, ""
+    for file in ("sessions.lua", "answers.lua"):  # the second uses functions of the first
+        text = files("zcproto.stores.valkey").joinpath(file).read_text("utf-8")
+        shared, *parts = _HEADING.split(text)
+        common += shared
+        for name, flags, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            # With this line a server that is full refuses the whole script, not its first write.
+            source = f"#!lua flags={flags or ''}\n{common}{body}".encode()
+            scripts[name] = Script(source, sha1(source, usedforsecurity=False).hexdigest())
     return scripts
 
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import (
@@ -45,6 +45,8 @@ _MAX_PAUSE_S: Final = 1.0
 _REDIRECTS: Final = 16
 _REDIRECT_PAUSE_S: Final = 0.01
 CLUSTER_SHARDS: Final = 16
+"""The number of keys that a large index of a cluster is divided into."""
+
 _MOVING: Final = "non local key"
 """The error of a script that found some of its keys moved to another server."""
 
@@ -66,39 +68,14 @@ class Hooks:
     """Called before anything is sent on the new connection."""
 
 
-class Servers(Protocol):
-    """Where commands are sent. A command is bytes, text and numbers; its `key` selects the server."""
-
-    @property
-    def shards(self) -> int:
-        """The number of keys that a large index is divided into."""
-        ...
-
-    @property
-    def clustered(self) -> bool: ...
-
-    async def open(self) -> None:
-        """Connect. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
-        ...
-
-    async def close(self) -> None: ...
-
-    async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
-        ...
-
-    def lose(self, reason: str) -> None:
-        """Drop all connections and make new ones."""
-        ...
-
-
 class ServerConnection:
     """A connection to the server at `find()` that is made again whenever it is lost."""
 
-    def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks, *, clustered: bool) -> None:
+    clustered: bool = True
+
+    def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks) -> None:
         self._find = find
         self._hooks = hooks
-        self._clustered = clustered
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -178,7 +155,7 @@ class ServerConnection:
                 where = repr(target)
                 link = await Link.connect(target, self._hooks.timeout, self._keys_changed, self._lost.set)
                 try:
-                    await check_server(link, clustered=self._clustered)
+                    await check_server(link, clustered=self.clustered)
                     await self._hooks.prepare(link, self._was_flushed)
                 except BaseException:
                     await link.close()
@@ -248,64 +225,48 @@ async def check_server(link: Link, *, clustered: bool) -> None:
 class SingleServer(ServerConnection):
     """One server, or the primary that sentinels report."""
 
-    def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks) -> None:
-        super().__init__(find, hooks, clustered=False)
-
-    @property
-    def shards(self) -> int:
-        return 1
-
-    @property
-    def clustered(self) -> bool:
-        return False
+    clustered = False
+    shards: Final = 1
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
+        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
         return await (await self.link()).call(*command)
 
 
-class Sentinels:
-    """The sentinels that monitor a service."""
+async def find_primary(
+    addresses: tuple[Address, ...], service: str, target_of: Callable[[Address], Target], within: float
+) -> Target:
+    """Ask all sentinels for the primary and use the first answer. Raises StoreUnavailable or ConfigError."""
 
-    def __init__(
-        self,
-        addresses: tuple[Address, ...],
-        service: str,
-        target: Callable[[Address], Target],
-        timeout: float,
-    ) -> None:
-        self._addresses = addresses
-        self._service = service
-        self._target = target
-        self._timeout = timeout
-
-    async def find(self) -> Target:
-        """Ask all sentinels for the primary and use the first answer. Raises StoreUnavailable or ConfigError."""
-        target: Target = await _first_of([self._ask(address) for address in self._addresses])
-        return target
-
-    async def _ask(self, address: Address) -> Target:
-        target = self._target(address)
-        target.database = 0
+    async def query(target: Target) -> list[bytes] | None:
+        link = await Link.connect(target, within)
         try:
-            found = await self._master(Target(target.host, target.port, tls=target.tls))
-        except (ConfigError, ResponseError):  # it requires a login
-            found = await self._master(target)
-        if not found:
-            raise StoreUnavailable(f"the sentinel {target} does not monitor a service of this name")
-        host, port = found
-        return self._target((_text(host), int(port)))
-
-    async def _master(self, target: Target) -> list[bytes] | None:
-        link = await Link.connect(target, self._timeout)
-        try:
-            found: list[bytes] | None = await link.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+            found: list[bytes] | None = await link.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
             return found
         finally:
             await link.close()
 
+    async def ask(address: Address) -> Target:
+        target = target_of(address)
+        target.database = 0
+        try:
+            found = await query(Target(target.host, target.port, tls=target.tls))
+        except (ConfigError, ResponseError):  # it requires a login
+            found = await query(target)
+        if not found:
+            raise StoreUnavailable(f"the sentinel {target} does not monitor a service of this name")
+        host, port = found
+        return target_of((_text(host), int(port)))
+
+    target: Target = await _first_of([ask(address) for address in addresses])
+    return target
+
 
 class Cluster:
-    """All servers of a cluster that have slots."""
+    """All servers of a cluster that have slots. The `key` of a command selects the server."""
+
+    clustered: Final = True
+    shards: Final = CLUSTER_SHARDS
 
     def __init__(
         self, addresses: tuple[Address, ...], target: Callable[[Address], Target], hooks: Hooks
@@ -319,15 +280,8 @@ class Cluster:
         self._closed = False
         self._refresher: asyncio.Task[None] | None = None
 
-    @property
-    def shards(self) -> int:
-        return CLUSTER_SHARDS
-
-    @property
-    def clustered(self) -> bool:
-        return True
-
     async def open(self) -> None:
+        """Connect. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 self._use(await self._query())
@@ -353,6 +307,7 @@ class Cluster:
         await asyncio.gather(*(connection.close() for connection in connections))
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
+        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
         slot = key_slot(key)
         for _ in range(_REDIRECTS):
             address = self._slots[slot]
@@ -390,6 +345,7 @@ class Cluster:
         raise StoreUnavailable("the cluster is moving its keys; try again")
 
     def lose(self, reason: str) -> None:
+        """Drop all connections and make new ones."""
         for connection in self._connections.values():
             connection.lose(reason)
         self._refresh()
@@ -409,7 +365,7 @@ class Cluster:
         async def find() -> Target:
             return self._target(address)
 
-        return ServerConnection(find, self._hooks, clustered=True)
+        return ServerConnection(find, self._hooks)
 
     def _use(self, division: Division) -> list[ServerConnection]:
         """Adopt a division of slots. Return the connections that are no longer needed."""
@@ -430,10 +386,9 @@ class Cluster:
 
     def _refresh(self) -> asyncio.Task[None]:
         """Read the division of slots again; one refresh runs at a time."""
-        task = self._refreshing
-        if task is None:
-            task = self._refreshing = asyncio.get_running_loop().create_task(self._update())
-        return task
+        if self._refreshing is None:
+            self._refreshing = asyncio.get_running_loop().create_task(self._update())
+        return self._refreshing
 
     async def _update(self) -> None:
         try:

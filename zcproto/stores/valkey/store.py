@@ -81,25 +81,14 @@ class ValkeyStore(ValkeyClient):
         order = 0
         if self._is_clustered:
             order = await self._announce_session(record, tag, id, due, ms)
-        state, ended = await self._run(
-            "create",
-            tag,
-            id,
-            pack_session(record),
-            ms,
-            time_text(wall),
-            limit.per_user,
-            limit.when_full == "evict_oldest",
-            idle_from,
-            order,
-        )
+        limits = limit.per_user, limit.when_full == "evict_oldest", idle_from
+        packed = pack_session(record)
+        state, ended = await self._run("create", tag, id, packed, ms, time_text(wall), *limits, order)
         if self._is_clustered and state in (b"full", b"ended"):
             await self._retract_session(record, tag, id, with_pointers=state == b"full")
-        return (
-            LimitReached()
-            if state == b"full"
-            else Created(tuple(ended_record(p, Code(c), wall) for c, p in ended))
-        )
+        if state == b"full":
+            return LimitReached()
+        return Created(tuple(ended_record(pair, Code(code), wall) for code, pair in ended))
 
     async def _announce_session(self, record: SessionRecord, tag: bytes, id: bytes, due: int, ms: int) -> int:
         """In a cluster: write the keys that lead to a new session. Return its place in the order of opening."""
@@ -134,18 +123,10 @@ class ValkeyStore(ValkeyClient):
                 return NotRotated(Code.UNAUTHENTICATED)
             ms = await self._call("PTTL", self._session_key(tag, id))
             await self._call("SET", token_key, tag + id, "PX", max(ms, DAY_MS))
-        code, *rest = await self._run(
-            "rotate",
-            tag,
-            id,
-            rotation.spent_digest,
-            rotation.token_digest,
-            rotation.refresh_digest,
-            time_text(rotation.expires_at),
-            utf8(rotation.client),
-            utf8(rotation.address),
-            time_text(rotation.wall),
-        )
+        digests = rotation.spent_digest, rotation.token_digest, rotation.refresh_digest
+        texts = utf8(rotation.client), utf8(rotation.address)
+        expires_at, wall = time_text(rotation.expires_at), time_text(rotation.wall)
+        code, *rest = await self._run("rotate", tag, id, *digests, expires_at, *texts, wall)
         if code:
             if self._is_clustered:
                 await self._call("DEL", token_key)
@@ -237,7 +218,7 @@ class ValkeyStore(ValkeyClient):
     async def _end_some(self, shard: int, code: Code, wall: int) -> tuple[int, bool]:
         """End the first sessions of an index. Return how many, and whether there may be more."""
         index = self._shard_key(b"x", shard)
-        members = await self._members(index, BATCH)
+        members = await self._members(shard, BATCH)
         if not members:
             return 0, False
         ended = await self._finish(members, code, wall, None)
@@ -248,11 +229,6 @@ class ValkeyStore(ValkeyClient):
     async def _list_user(self, user: str) -> list[SessionRecord]:
         found = [unpack_session(id, raw) for id, raw in await self._run("user", tag_of(user))]
         return [record for record in found if isinstance(record, SessionRecord)]
-
-    @operation
-    async def _first_members(self, shard: int) -> list[bytes]:
-        """Return the TAG and ID of sessions of all users, those first that expire first."""
-        return await self._members(self._shard_key(b"x", shard), MAX_LISTED)
 
     @operation
     async def _read_batch(self, members: list[bytes]) -> list[tuple[int, SessionRecord]]:
@@ -321,15 +297,9 @@ class ValkeyStore(ValkeyClient):
     @operation
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
         tag, digest, until = tag_of(user), key_digest(key), min(wall + lease_ms, LAST_MS)
+        times = time_text(wall), time_text(until), ttl_for(until - wall)
         state, answer, count, size = await self._run(
-            "claim",
-            tag,
-            digest,
-            request_digest,
-            time_text(wall),
-            time_text(until),
-            ttl_for(until - wall),
-            self._answers.user_count,
+            "claim", tag, digest, request_digest, *times, self._answers.user_count
         )
         if state == b"full":
             raise _too_many("of this user ")
@@ -344,15 +314,9 @@ class ValkeyStore(ValkeyClient):
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         check_size(answer, self._answers)
         tag, until = tag_of(user), min(wall + keep_ms, LAST_MS)
+        times = time_text(wall), time_text(until), ttl_for(until - wall)
         _, _, count, size = await self._run(
-            "keep",
-            tag,
-            key_digest(key),
-            answer,
-            time_text(wall),
-            time_text(until),
-            ttl_for(until - wall),
-            self._answers.user_bytes,
+            "keep", tag, key_digest(key), answer, *times, self._answers.user_bytes
         )
         await self._trim(tag, wall, count, size)
 
@@ -370,7 +334,7 @@ class ValkeyStore(ValkeyClient):
                 return True
             most = min(max(count - limits.count // shards, 1), _TRIMMED)
             if self._is_clustered:
-                members = await self._oldest(shard, most)
+                members = await self._call("ZRANGE", self._shard_key(b"o", shard), 0, most - 1)
                 found = len(members)
                 await self._forget_answers(members, wall, True)
             else:
@@ -389,10 +353,6 @@ class ValkeyStore(ValkeyClient):
         )
         return running + done, int(size or 0)
 
-    async def _oldest(self, shard: int, most: int) -> list[bytes]:
-        found: list[bytes] = await self._call("ZRANGE", self._shard_key(b"o", shard), 0, most - 1)
-        return found
-
     async def _forget_answers(self, members: list[bytes], wall: int, also_valid: bool) -> int:
         results = await self._gather(
             self._run("forget_answers", tag, time_text(wall), len(group), group, also_valid, DAY_MS)
@@ -400,9 +360,10 @@ class ValkeyStore(ValkeyClient):
         )
         return sum(gone for _, gone in results)
 
-    async def _members(self, key: bytes, most: int) -> list[bytes]:
-        """Return the first members, TAG and ID, of an index of sessions."""
-        text, _ = await self._run_for(key, "members", b"", 0, most - 1)
+    @operation
+    async def _members(self, shard: int, most: int) -> list[bytes]:
+        """Return the TAG and ID of sessions of all users, those first that expire first."""
+        text, _ = await self._run_for(self._shard_key(b"x", shard), "members", b"", 0, most - 1)
         return [text[start : start + MEMBER_SIZE] for start in range(0, len(text), MEMBER_SIZE)]
 
     async def _range(self, kind: bytes, shard: int, until: int, most: int) -> list[bytes]:
@@ -443,7 +404,7 @@ class ValkeyStore(ValkeyClient):
             return await self._list_user(user)
         found: list[tuple[int, SessionRecord]] = []
         for shard in range(self._shards):
-            members = await self._first_members(shard)
+            members = await self._members(shard, MAX_LISTED)
             for start in range(0, len(members), _READ_BATCH):
                 found += await self._read_batch(members[start : start + _READ_BATCH])
         found.sort(key=lambda pair: pair[0])
