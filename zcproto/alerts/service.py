@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from zcproto.alerts import AlertCenter, AlertKind, Message, Phase, Severity
@@ -22,7 +23,7 @@ from zcproto.alerts.command import Command
 from zcproto.alerts.rates import RateRule, RateState, RateWatch
 from zcproto.alerts.sinks import Sink, SinkQueue
 from zcproto.alerts.webhook import Webhook
-from zcproto.common.clock import Clock, Entropy
+from zcproto.common.clock import Clock, Entropy, random_fraction
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
 from zcproto.config import AlertsConfig
@@ -40,7 +41,6 @@ LEAST_SECRET: Final = 16
 
 _NOTHING: Final[Mapping[str, object]] = {}
 _ORIGIN_SIZE: Final = 8
-_RANDOM_SIZE: Final = 4
 
 log = get_logger("zcproto.alerts")
 
@@ -76,9 +76,7 @@ class ServerAlerts:
         self.queues = [self._queue_for(sink) for sink in sinks]
 
     def _queue_for(self, sink: Sink) -> SinkQueue:
-        def random() -> float:
-            return int.from_bytes(self._entropy(_RANDOM_SIZE), "big") / 2.0 ** (8 * _RANDOM_SIZE)
-
+        random = partial(random_fraction, self._entropy)
         return SinkQueue(sink, clock=self._clock, random=random, on_down=self._sink_down, on_up=self._sink_up)
 
     def reconfigure(

@@ -66,5 +66,10 @@ class MonotonicClock:
         return self._clock.now()
 
 
+def random_fraction(entropy: Entropy) -> float:
+    """Return a random number from 0 to below 1."""
+    return int.from_bytes(entropy(4), "big") / 2.0**32
+
+
 system_clock = SystemClock()
 system_entropy: Entropy = os.urandom

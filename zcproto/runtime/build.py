@@ -26,7 +26,7 @@ from zcproto.auth import Authenticator, CertificateAuthenticator, Login, Registe
 from zcproto.auth.directory import Devices, Users
 from zcproto.certs import CertificateManager
 from zcproto.certs.client_user import user_of
-from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, system_clock, system_entropy
+from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.common.network import AddressSet
@@ -42,7 +42,7 @@ from zcproto.runtime.alert_sources import (
     on_store_event,
     watch_rates,
 )
-from zcproto.runtime.store_setup import NEAR_CACHE, build_store, build_sync
+from zcproto.runtime.store_setup import NEAR_CACHE, build_store
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.listener import Listener
@@ -52,6 +52,7 @@ from zcproto.server.state import ServerState, SessionConnections, log
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.session import DEVICE_KEY
+from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
 from zcproto.tls.context import can_choose_suites
@@ -173,16 +174,18 @@ async def build_sessions(
         sessions: SessionService = SessionService(registry, clock)
         sync = None
     else:
-        sync = build_sync(
+        sync = StoreSync(
             store,
-            config,
-            home,
             registry,
-            keep_ended_ms=settings.dead_keep_ms,
+            PendingRevocations(home.revocations),
             is_used=connections.has_connection,
             wheel=wheel,
             clock=clock,
-            entropy=entropy,
+            random=partial(random_fraction, entropy),
+            timeout=config.store.timeout,
+            grace=config.store.grace,
+            cleanup_interval=config.store.cleanup_interval,
+            keep_ended_ms=settings.dead_keep_ms,
             on_event=on_event,
         )
         sessions = StoredSessionService(sync, settings, clock)

@@ -1,4 +1,4 @@
-"""Builds the session store and its sync from the configuration.
+"""Builds the session store from the configuration.
 
 What this file decides: which store a URL selects, which settings it gets, and how its notices are reported.
 """
@@ -8,21 +8,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from zcproto.common.clock import Clock, Entropy
-from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 from zcproto.server.idempotency import answer_limits
-from zcproto.sessions import SessionRegistry
 from zcproto.stores.base import SessionStore
-from zcproto.stores.changes import IsUsed
-from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import OnEvent
 from zcproto.stores.sqlite.store import SqliteStore
-from zcproto.stores.sync import StoreSync
 
 MEMORY: Final = "memory"
 SQLITE: Final = "sqlite"
@@ -30,7 +24,6 @@ SQLITE: Final = "sqlite"
 NEAR_CACHE: Final = 200_000
 """Sessions of a shared store cached in this process, about 170 bytes each; others are looked up."""
 
-_RANDOM_SIZE: Final = 4
 _PACKAGE: Final = "redis"
 
 log = get_logger("zcproto.store")
@@ -70,41 +63,6 @@ def build_store(
         key_file=settings.key_file,
         timeout=settings.timeout,
         answers=limits,
-    )
-
-
-def build_sync(
-    store: SessionStore,
-    config: Config,
-    home: Home,
-    registry: SessionRegistry,
-    *,
-    keep_ended_ms: int,
-    is_used: IsUsed,
-    wheel: DeadlineWheel,
-    clock: Clock,
-    entropy: Entropy,
-    on_event: OnEvent = lambda event, values: None,
-) -> StoreSync:
-    """Return the object that keeps a registry and this store consistent, not started."""
-
-    def random() -> float:
-        return int.from_bytes(entropy(_RANDOM_SIZE), "big") / 2.0 ** (8 * _RANDOM_SIZE)
-
-    settings = config.store
-    return StoreSync(
-        store,
-        registry,
-        PendingRevocations(home.revocations),
-        is_used=is_used,
-        wheel=wheel,
-        clock=clock,
-        random=random,
-        timeout=settings.timeout,
-        grace=settings.grace,
-        cleanup_interval=settings.cleanup_interval,
-        keep_ended_ms=keep_ended_ms,
-        on_event=on_event,
     )
 
 

@@ -480,21 +480,7 @@ class SessionRegistry(Exchange):
         return OpenedSession(token, refresh_token, refresh_expires_at, session)
 
     def _info(self, slot: int) -> SessionInfo:
-        table = self._table
-        flags = table.flags[slot]
-        return SessionInfo(
-            id=id_text(table.ids[slot]),
-            user=table.users[table.user[slot]],
-            created_at=table.created_at[slot],
-            last_used_at=table.last_used_at[slot],
-            expires_at=table.expires_at[slot],
-            client=table.clients[table.client[slot]],
-            address=table.addresses[table.address[slot]],
-            bound=flags & BOUND != 0,
-            operator=flags & OPERATOR != 0,
-            live=table.state[slot] == LIVE,
-            refresh_expires_at=table.refresh_expires_at[slot] or None,
-        )
+        return session_info(self._record(slot), live=self._table.state[slot] == LIVE)
 
 
 class _NoTokens:
@@ -516,6 +502,23 @@ def _check_text(name: str, text: str) -> None:
 
 def _is_token(refresh_token: bytes) -> bool:
     return len(refresh_token) == TOKEN_SIZE
+
+
+def session_info(record: SessionRecord, *, live: bool) -> SessionInfo:
+    """Describe a session to its user."""
+    return SessionInfo(
+        id=id_text(record.id),
+        user=record.user,
+        created_at=record.created_at,
+        last_used_at=record.last_used_at,
+        expires_at=record.expires_at,
+        client=record.client,
+        address=record.address,
+        bound=record.flags & BOUND != 0,
+        operator=record.flags & OPERATOR != 0,
+        live=live,
+        refresh_expires_at=record.refresh_expires_at or None,
+    )
 
 
 def refresh_refused(code: Code) -> CallError:

@@ -18,16 +18,14 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final
 
-from zcproto.common.clock import Clock
 from zcproto.errors import Code
 from zcproto.observe.log import get_logger
-from zcproto.sessions import EndReason, SessionRegistry
+from zcproto.sessions import EndReason
 from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
-from zcproto.stores.circuit_breaker import Call, CircuitBreaker
-from zcproto.stores.revoker import RETRY_PAUSE_S, OnEvent, Revoker, end_here
-from zcproto.stores.tasks import BackgroundTasks
+from zcproto.stores.circuit_breaker import Call
+from zcproto.stores.revoker import RETRY_PAUSE_S, Revoker, end_here
 
 SLOTS: Final = 2_000
 """Sessions looked at in one turn of the event loop, about a millisecond."""
@@ -51,25 +49,12 @@ log = get_logger("zcproto.store")
 class ChangeTracker:
     """Changes by other processes. `count` numbers them."""
 
-    def __init__(
-        self,
-        breaker: CircuitBreaker,
-        registry: SessionRegistry,
-        revoker: Revoker,
-        tasks: BackgroundTasks,
-        *,
-        is_used: IsUsed,
-        clock: Clock,
-        on_event: OnEvent,
-    ) -> None:
-        self._breaker = breaker
-        self._store = breaker.store
-        self._registry = registry
+    def __init__(self, revoker: Revoker, is_used: IsUsed) -> None:
         self._revoker = revoker
-        self._tasks = tasks
+        self._breaker = revoker.breaker
+        self._store = revoker.breaker.store
+        self._registry = revoker.registry
         self._is_used = is_used
-        self._clock = clock
-        self._on_event = on_event
         self._all_changed = False
         self._is_emptied = False
         self._to_check: dict[bytes, int] = {}  # with the number of the change that made it necessary
@@ -120,7 +105,7 @@ class ChangeTracker:
             if change.kind is ChangeKind.EMPTIED:
                 self._is_emptied = True
                 log.error("store.emptied", sessions=len(self._registry))
-                self._on_event("store.emptied", {"sessions": len(self._registry)})
+                self._revoker.on_event("store.emptied", {"sessions": len(self._registry)})
             self.start_checking()
             return
         self._changed_at.pop(change.id, None)
@@ -137,7 +122,7 @@ class ChangeTracker:
         # After an outage everything is checked, so nothing is started during one.
         if not self._is_checking and self._breaker.health.is_healthy and not self._is_stopped:
             self._is_checking = True
-            self._tasks.run_in_background(self._check_changed())
+            self._revoker.tasks.run_in_background(self._check_changed())
 
     async def _check_changed(self) -> None:
         call = self._breaker.call
@@ -190,14 +175,12 @@ class ChangeTracker:
         await _process(self._to_check, ids, partial(self._check_one, call))
 
     async def _check_one(self, call: Call, session_id: bytes) -> None:
-        if not await self._update(call, session_id):
-            self._registry.end(session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, self._clock.wall())
-
-    async def _update(self, call: Call, session_id: bytes) -> bool:
-        """Read a session from the store and apply it. Return whether the store has it."""
         found = await self.fetch(partial(self._store.get, session_id), call)
         self.apply(found)
-        return found is not None
+        if found is None:
+            self._registry.end(
+                session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, self._revoker.clock.wall()
+            )
 
     async def _restore(self, call: Call, ids: Iterable[bytes]) -> None:
         """Write sessions back that the store has lost."""
@@ -208,7 +191,7 @@ class ChangeTracker:
         if record is not None:
             await call(self._store.create(record, _NO_LIMIT))
             # Another process may have restored it first, and it may have been changed or ended since.
-            await self._update(call, session_id)
+            self.apply(await self.fetch(partial(self._store.get, session_id), call))
 
 
 async def _process(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from zcproto.common.clock import Clock
@@ -71,30 +72,21 @@ class _Repeat(NamedTuple):
     revocations: list[Revocation]
 
 
+@dataclass(eq=False)
 class Revoker:
     """Ends sessions in the store of one process. `replayed` counts pending revocations written since an outage."""
 
-    def __init__(
-        self,
-        breaker: CircuitBreaker,
-        registry: SessionRegistry,
-        pending: PendingRevocations,
-        tasks: BackgroundTasks,
-        *,
-        wheel: DeadlineWheel,
-        clock: Clock,
-        keep_ended_ms: int,
-        on_event: OnEvent,
-    ) -> None:
-        self._breaker = breaker
-        self._store = breaker.store
-        self._registry = registry
-        self._pending = pending
-        self._tasks = tasks
-        self._wheel = wheel
-        self._clock = clock
-        self._keep_ended_ms = keep_ended_ms
-        self._on_event = on_event
+    breaker: CircuitBreaker
+    registry: SessionRegistry
+    pending: PendingRevocations
+    tasks: BackgroundTasks
+    wheel: DeadlineWheel
+    clock: Clock
+    keep_ended_ms: int
+    on_event: OnEvent
+
+    def __post_init__(self) -> None:
+        self._store = self.breaker.store
         self._orphans: OrderedDict[bytes, None] = OrderedDict()
         self._replayed: list[Revocation] = []  # those of a user or of all users
         self._repeats: list[_Repeat] = []
@@ -106,7 +98,7 @@ class Revoker:
     def stop(self) -> None:
         """Stop the timer."""
         self._is_stopped = True
-        self._wheel.discard(self)
+        self.wheel.discard(self)
 
     # --- revoking ------------------------------------------------------------------------------------
 
@@ -115,45 +107,45 @@ class Revoker:
 
         During an outage the revocation is written to the file. Raises Unavailable if that fails too.
         """
-        breaker, timeout = self._breaker, self._breaker.timeout
+        breaker, timeout = self.breaker, self.breaker.timeout
         within = max(timeout, MIN_DISK_S)
         writing: asyncio.Task[None] | None = None
         if breaker.health.is_healthy:
-            ending = self._tasks.spawn(self._end(revocation))
+            ending = self.tasks.spawn(self._end(revocation))
             # The file is written before the store is given up, so that the caller does not wait for both in turn.
             within = max(timeout * _DISK_PART, MIN_DISK_S)
             ended_in_time, _ = await asyncio.wait([ending], timeout=timeout * _STORE_ALONE)
             if not ended_in_time:
-                writing = self._tasks.spawn(self._pending.add(revocation, within))
+                writing = self.tasks.spawn(self.pending.add(revocation, within))
                 await asyncio.wait([ending])
             try:
                 ended = ending.result()
             except StoreUnavailable:
                 # Only a probe replays the file, so there has to be one.
-                breaker.health.begin_outage(self._clock.now())
+                breaker.health.begin_outage(self.clock.now())
             else:
                 for each in ended:
-                    end_here(self._registry, each)
+                    end_here(self.registry, each)
                 if writing is not None:
-                    self._tasks.run_in_background(self._remove_pending([revocation]))
+                    self.tasks.run_in_background(self._remove_pending([revocation]))
                 return ended
         try:
-            await (writing or self._pending.add(revocation, within))
+            await (writing or self.pending.add(revocation, within))
         except StoreUnavailable as error:
             if revocation.id:
                 self.add_orphan(revocation.id)  # remembered at least until this process ends
             log.error("revocations.not_kept", reason=error.reason)
-            self._on_event("revocations.not_kept", {"reason": error.reason, "pending": len(self._pending)})
+            self.on_event("revocations.not_kept", {"reason": error.reason, "pending": len(self.pending)})
             raise breaker.unavailable() from error
         return None
 
     async def _end(self, revocation: Revocation) -> list[EndedRecord]:
         store, code, wall = self._store, revocation.code, revocation.wall
         if revocation.id:
-            return await self._breaker.call(store.end([revocation.id], code, wall))
+            return await self.breaker.call(store.end([revocation.id], code, wall))
         if revocation.user is not None:
-            return await self._breaker.call(store.end_user(revocation.user, code, wall))
-        await self._breaker.call(store.end_all(code, wall))
+            return await self.breaker.call(store.end_user(revocation.user, code, wall))
+        await self.breaker.call(store.end_all(code, wall))
         return []
 
     # --- after an outage -----------------------------------------------------------------------------
@@ -165,7 +157,7 @@ class Revoker:
 
     async def replay(self, call: Call) -> None:
         """Write the pending revocations to the store."""
-        entries = self._pending.entries
+        entries = self.pending.entries
         if not entries:
             return
         unknown = await self._end_again(call, entries)
@@ -179,7 +171,7 @@ class Revoker:
 
     async def _remove_pending(self, revocations: Sequence[Revocation]) -> None:
         try:
-            await self._pending.remove(revocations, max(self._breaker.timeout, MIN_DISK_S))
+            await self.pending.remove(revocations, max(self.breaker.timeout, MIN_DISK_S))
         except StoreUnavailable as error:
             log.warning("revocations.not_removed", reason=error.reason)
 
@@ -201,7 +193,7 @@ class Revoker:
         found = []
         for first in range(0, len(ids), MAX_ENDED):
             for ended in await call(self._store.end(ids[first : first + MAX_ENDED], code, wall)):
-                end_here(self._registry, ended)
+                end_here(self.registry, ended)
                 found.append(ended.id)
         return found
 
@@ -219,36 +211,36 @@ class Revoker:
 
     def repeat_after_loss(self) -> None:
         """Repeat all recent revocations for a while: other processes may restore the sessions."""
-        since = self._clock.wall() - self._keep_ended_ms
-        ended = self._registry.ended_since(Code.TOKEN_REVOKED, since)
+        since = self.clock.wall() - self.keep_ended_ms
+        ended = self.registry.ended_since(Code.TOKEN_REVOKED, since)
         self._schedule([*self._replayed, *(Revocation(each.ended_at, each.id) for each in ended)])
 
     def _schedule(self, revocations: list[Revocation]) -> None:
         if revocations:
-            now = self._clock.now()
+            now = self.clock.now()
             self._repeats.append(_Repeat([now + after_s for after_s in reversed(REPEATS_S)], revocations))
             self.set_deadline()
 
     def set_deadline(self) -> None:
         """Set the timer for the next repetition. None is due during an outage or while one is in progress."""
         due = NEVER
-        if not self._is_repeating and self._breaker.health.is_healthy:
+        if not self._is_repeating and self.breaker.health.is_healthy:
             due = min((repeat.times[-1] for repeat in self._repeats), default=NEVER)
         if not self._is_stopped:
-            self._wheel.set(self, due)
+            self.wheel.set(self, due)
 
     def handle_deadline(self, now: float) -> None:
-        if self._breaker.health.is_healthy:
+        if self.breaker.health.is_healthy:
             self._is_repeating = True
-            self._tasks.run_in_background(self._repeat_due())
+            self.tasks.run_in_background(self._repeat_due())
 
     async def _repeat_due(self) -> None:
         try:
             for repeat in list(self._repeats):
-                now = self._clock.now()
+                now = self.clock.now()
                 if repeat.times[-1] > now:
                     continue
-                await self._end_again(self._breaker.call, repeat.revocations)
+                await self._end_again(self.breaker.call, repeat.revocations)
                 while repeat.times and repeat.times[-1] <= now:
                     repeat.times.pop()
                 if not repeat.times:
@@ -271,7 +263,7 @@ class Revoker:
     async def end_orphans(self, call: Call) -> None:
         while self._orphans:
             ids = [*self._orphans][:MAX_ENDED]
-            await call(self._store.end(ids, Code.TOKEN_REVOKED, self._clock.wall()))
+            await call(self._store.end(ids, Code.TOKEN_REVOKED, self.clock.wall()))
             for session_id in ids:
                 self._orphans.pop(session_id, None)
 

@@ -30,8 +30,7 @@ from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Una
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo, SessionRegistry, SessionSettings
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.sessions.registry import refresh_refused
-from zcproto.sessions.session import BOUND, OPERATOR
+from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
 from zcproto.stores.base import LimitReached, NotRotated, StoreUnavailable
 from zcproto.stores.pending import Revocation
@@ -474,19 +473,7 @@ class StoredSessionService(SessionService):
         live = self._is_live(record, last_used_at, wall)
         if not live and wall >= record.refresh_expires_at:
             return None
-        return SessionInfo(
-            id=id_text(record.id),
-            user=record.user,
-            created_at=record.created_at,
-            last_used_at=last_used_at,
-            expires_at=record.expires_at,
-            client=record.client,
-            address=record.address,
-            bound=record.flags & BOUND != 0,
-            operator=record.flags & OPERATOR != 0,
-            live=live,
-            refresh_expires_at=record.refresh_expires_at or None,
-        )
+        return session_info(replace(record, last_used_at=last_used_at), live=live)
 
     def _is_live(self, record: SessionRecord, last_used_at: int, wall: int) -> bool:
         idle_ms = self._settings.idle_timeout_ms

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final
 
 from zcproto.common.clock import Clock
@@ -46,49 +47,44 @@ CLOSE_LIMIT_S: Final = 2.0
 log = get_logger("zcproto.store")
 
 
+@dataclass(eq=False)
 class StoreSync:
-    """The registry and the store of one process. `on_event` is called at outages and losses of data."""
+    """The registry and the store of one process.
 
-    def __init__(
-        self,
-        store: SessionStore,
-        registry: SessionRegistry,
-        pending: PendingRevocations,
-        *,
-        is_used: IsUsed,
-        wheel: DeadlineWheel,
-        clock: Clock,
-        random: Callable[[], float],
-        timeout: float,
-        grace: float,
-        cleanup_interval: float,
-        keep_ended_ms: int,
-        on_event: OnEvent = lambda event, values: None,
-    ) -> None:
-        self.store = store
-        self.registry = registry
-        self.pending = pending
-        self.health = StoreHealth(grace_s=grace, timeout_s=timeout, random=random, on_alert=self._alerted)
-        self.breaker = breaker = CircuitBreaker(store, self.health, timeout=timeout, now=clock.now)
-        self.tasks = tasks = BackgroundTasks()
+    Times are in seconds. `random` returns numbers from 0 to 1. `on_event` is called at outages and losses of data.
+    """
+
+    store: SessionStore
+    registry: SessionRegistry
+    pending: PendingRevocations
+    _: KW_ONLY
+    is_used: IsUsed
+    wheel: DeadlineWheel
+    clock: Clock
+    random: Callable[[], float]
+    timeout: float
+    grace: float
+    cleanup_interval: float
+    keep_ended_ms: int
+    on_event: OnEvent = lambda event, values: None
+
+    def __post_init__(self) -> None:
+        self.health = StoreHealth(
+            grace_s=self.grace, timeout_s=self.timeout, random=self.random, on_alert=self._alerted
+        )
+        self.breaker = CircuitBreaker(self.store, self.health, timeout=self.timeout, now=self.clock.now)
+        self.tasks = BackgroundTasks()
         self.revoker = Revoker(
-            breaker,
-            registry,
-            pending,
-            tasks,
-            wheel=wheel,
-            clock=clock,
-            keep_ended_ms=keep_ended_ms,
-            on_event=on_event,
+            self.breaker,
+            self.registry,
+            self.pending,
+            self.tasks,
+            self.wheel,
+            self.clock,
+            self.keep_ended_ms,
+            self.on_event,
         )
-        self.changes = ChangeTracker(
-            breaker, registry, self.revoker, tasks, is_used=is_used, clock=clock, on_event=on_event
-        )
-        self._wheel = wheel
-        self._clock = clock
-        self._cleanup_interval = cleanup_interval
-        self._keep_ended_ms = keep_ended_ms
-        self._on_event = on_event
+        self.changes = ChangeTracker(self.revoker, self.is_used)
         self._is_open = False
         self._is_loaded = False
         self._is_stopping = False
@@ -109,23 +105,23 @@ class StoreSync:
             raise ConfigError([f"pending revocations cannot be read: {error.reason}"]) from error
         for copy in self.pending.damaged:
             log.error("revocations.damaged", copy=str(copy))
-            self._on_event("revocations.damaged", {"copy": str(copy)})
+            self.on_event("revocations.damaged", {"copy": str(copy)})
         try:
             await self._recover()
         except StoreUnavailable as error:
             self.breaker.reason = error.reason
-            self.health.begin_outage(self._clock.now(), grace=False)
+            self.health.begin_outage(self.clock.now(), grace=False)
         except BaseException:
             await self.pending.close()
             await self.store.close()
             raise
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
-        self.tasks.repeat(self._cleanup_interval, self.clean)
+        self.tasks.repeat(self.cleanup_interval, self.clean)
 
     async def stop(self) -> None:
         """Finish what is in progress, write the last uses and close the store."""
         self._is_stopping = True
-        self._wheel.discard(self)
+        self.wheel.discard(self)
         self.revoker.stop()
         self.changes.stop()
         await self.tasks.stop(2 * self.breaker.timeout)
@@ -146,23 +142,23 @@ class StoreSync:
 
     def _set_deadlines(self) -> None:
         if not self._is_stopping:
-            self._wheel.set(self, self.health.next_deadline())
+            self.wheel.set(self, self.health.next_deadline())
             self.revoker.set_deadline()
 
     def _alerted(self, alert: Alert) -> None:
         health, registry, reason = self.health, self.registry, self.breaker.reason
         if alert is Alert.BEGAN:
             log.error("store.degraded", reason=reason, sessions=len(registry), pending=len(self.pending))
-            self._on_event("store.degraded", {"reason": reason, "sessions": len(registry)})
+            self.on_event("store.degraded", {"reason": reason, "sessions": len(registry)})
         elif alert is Alert.GRACE_OVER:
             registry.refuse_all()
             log.error("store.grace_over", reason=reason)
-            self._on_event("store.grace_over", {"reason": reason})
+            self.on_event("store.grace_over", {"reason": reason})
         else:
             registry.stop_refusing()
-            seconds, replayed = round(self._clock.now() - health.since, 3), self.revoker.replayed
+            seconds, replayed = round(self.clock.now() - health.since, 3), self.revoker.replayed
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
-            self._on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
+            self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
         self._set_deadlines()
 
     async def _probe(self) -> None:
@@ -171,16 +167,16 @@ class StoreSync:
             await self._recover()
         except StoreUnavailable as error:
             self.breaker.reason = error.reason
-            self.health.probe_failed(self._clock.now())
+            self.health.probe_failed(self.clock.now())
         except Exception as error:  # such as a ConfigError, which may be fixed while the server runs
             self.breaker.reason = str(error)
             log.error("store.probe_failed", exc_info=error)
-            self.health.probe_failed(self._clock.now())
+            self.health.probe_failed(self.clock.now())
         except BaseException:
-            self.health.probe_failed(self._clock.now())
+            self.health.probe_failed(self.clock.now())
             raise
         else:
-            self.health.probe_succeeded(self._clock.now())
+            self.health.probe_succeeded(self.clock.now())
             self.changes.start_checking()
         self._set_deadlines()
 
@@ -234,7 +230,7 @@ class StoreSync:
 
     async def write_uses(self) -> None:
         """Write to the store when sessions were last used."""
-        wall = self._clock.wall()
+        wall = self.clock.wall()
         since = min(self._touched_until, wall)  # the clock may have been set back
         start = -1
         while start:
@@ -247,14 +243,14 @@ class StoreSync:
 
     async def clean(self) -> None:
         """Remove expired entries, here and in the store, and end orphans."""
-        registry, wall = self.registry, self._clock.wall()
+        registry, wall = self.registry, self.clock.wall()
         sweeps = registry.sweeps
         while registry.sweeps == sweeps:
             registry.clean(wall, SLOTS)
             await asyncio.sleep(0)
         removed = 1
         while removed:
-            removed = await self.breaker.call(self.store.expire(wall, self._keep_ended_ms, EXPIRED_AT_ONCE))
+            removed = await self.breaker.call(self.store.expire(wall, self.keep_ended_ms, EXPIRED_AT_ONCE))
             await asyncio.sleep(EXPIRE_PAUSE_S if 0 < removed < EXPIRED_AT_ONCE else 0)
         await self.revoker.end_orphans(self.breaker.call)
 

@@ -130,7 +130,7 @@ async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
     await asyncio.sleep(0)
     await process.sessions.stop()
     assert not process.sync.tasks.running
-    assert len(process.sync._wheel) == 0
+    assert len(process.sync.wheel) == 0
 
 
 async def test_probe_that_raises_is_logged_and_repeated(
