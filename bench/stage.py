@@ -22,12 +22,11 @@ from zcproto.auth import UserFile
 from zcproto.certs import ManagedSettings, managed
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
-from zcproto.load.caller import Place
+from zcproto.load.caller import Operator, Target
 from zcproto.load.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS
 from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
 from zcproto.load.processes import module_environment, on_processor
-from zcproto.load.stats import Operator
 from zcproto.tls.client import ALPN
 from zcproto.tls.context import client_context
 
@@ -137,9 +136,9 @@ class Server(DemoServer):
         super().__init__(stage.home.path, store)
         self.stage = stage
 
-    def place(self) -> Place:
+    def place(self) -> Target:
         """Return where callers connect. Made in an event loop; close it at the end."""
-        return Place(HOST, HOST, self.port, self.stage.ca_file)
+        return Target(HOST, HOST, self.port, self.stage.ca_file)
 
     def context(self, *protocols: str) -> ssl.SSLContext:
         """Return a TLS context that trusts this server."""
@@ -159,7 +158,7 @@ class Server(DemoServer):
             caller.token = (await caller.call("session.open", params))["token"]
             stats: dict[str, Any] = await caller.call("server.stats", {})
             await caller.call("session.close", {})
-            await caller.leave()
+            await caller.disconnect()
         finally:
             place.close()
         return stats

@@ -11,11 +11,11 @@ from bench.samples import Sample, Span
 from bench.stage import Stage, check_open_files, room_for
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ZcprotoError
+from zcproto.load.caller import Operator
 from zcproto.load.plan import Plan
 from zcproto.load.progress import new_console, view_for
 from zcproto.load.result import Result
 from zcproto.load.run import Stop, View, run
-from zcproto.load.stats import Operator
 
 PERIOD_S: Final = 0.5
 PHASES: Final = ("connect", "load")
@@ -75,7 +75,7 @@ def watched_run(plan: Plan) -> Watched:
     async def carry_out(view: View) -> Watched:
         watching = _WatchingView(view)
         try:
-            return Watched(await run(plan, watching, Stop(), lend=watching.lend), watching.samples)
+            return Watched(await run(plan, watching, Stop(), on_operator=watching.lend), watching.samples)
         finally:
             watching.stop()
 

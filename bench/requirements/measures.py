@@ -21,10 +21,10 @@ from bench.scenarios.rotation import RotationOutcome, RotationPlan, rotate_under
 from bench.stage import CLIENT_CPU, HOST, NAME, Stages, bench_environment, cpu_seconds
 from zcproto.config.model import KEY_TYPES
 from zcproto.errors import ZcprotoError
-from zcproto.load.figures import generator_saturated
 from zcproto.load.hdr import percentiles_ms
-from zcproto.load.latency import Latencies
 from zcproto.load.processes import module_command, on_processor
+from zcproto.load.record import Latencies
+from zcproto.load.report import generator_saturated
 from zcproto.load.result import Verdict
 
 PAYLOADS: Final = (16, 256, 4_096, 65_536, 1_048_576)

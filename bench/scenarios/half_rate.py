@@ -20,8 +20,8 @@ from bench.command import COUNT, SECONDS, measurement, progress
 from bench.curves.watch import load_new_server
 from bench.report import Report, Row
 from zcproto.load.demo.run import ARRIVAL_RATE, temporary_home
-from zcproto.load.figures import generator_saturated
 from zcproto.load.hdr import percentiles_ms
+from zcproto.load.report import generator_saturated
 from zcproto.load.result import Result, Verdict
 
 MAX_P99_9_MS: Final = 25.0

@@ -19,17 +19,14 @@ from typing import Any, Final, TypeVar
 from bench.report import Row
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import CallError, TlsError, ZcprotoError
-from zcproto.load.caller import Caller
-from zcproto.load.latency import Latencies
-from zcproto.load.pacer import Pacer
+from zcproto.load.caller import Caller, Operator
+from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds
 from zcproto.load.plan import Plan
 from zcproto.load.processes import on_processor
 from zcproto.load.progress import new_console, view_for
+from zcproto.load.record import Latencies, RequestKind
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
-from zcproto.load.schedule import arrivals, rounds
-from zcproto.load.stats import Operator
-from zcproto.load.tally import Kind
 
 POLL_S: Final = 0.02
 FOREVER_S: Final = 3_600.0
@@ -95,7 +92,7 @@ async def load_beside(plan: Plan, view: View, beside: Callable[[Operator], Await
     task.add_done_callback(ended)
     try:
         with on_interrupt(stop.request):
-            result = await run(plan, watching, stop, lend=lent.append)
+            result = await run(plan, watching, stop, on_operator=lent.append)
     finally:
         task.cancel()
         await asyncio.wait({task})
@@ -116,11 +113,11 @@ def run_load_beside(plan: Plan, beside: Callable[[Operator], Awaitable[None]]) -
 
 def load_rows(result: Result) -> list[Row]:
     """Return the bars that hold for every load: no request is lost, and no connection."""
-    tallies = [result.record.tallies[kind] for kind in (Kind.LOAD, Kind.LAST)]
+    tallies = [result.record.tallies[kind] for kind in (RequestKind.LOAD, RequestKind.LAST)]
     return [
         Row("requests_equal", "requests answered with what was sent", sum(each.equal for each in tallies)),
         Row("requests_lost", "requests lost", sum(each.failed for each in tallies), equals=0),
-        Row("connections_lost", "connections lost", sum(result.record.lost_links.values()), equals=0),
+        Row("connections_lost", "connections lost", sum(result.record.lost_connections.values()), equals=0),
         Row("connections_kept", "connections that answered to the end", result.verified_connections,
             equals=result.plan.connections),
     ]  # fmt: skip
@@ -139,7 +136,7 @@ class OpenLoop:
 
     def __init__(self, callers: Sequence[Caller], rate: float, data: bytes = b"") -> None:
         self._random = random.Random(1)  # noqa: S311 - an order, no secret
-        self._callers = rounds(callers, self._random)
+        self._callers = shuffled_rounds(callers, self._random)
         self._rate = rate
         self._data = data
         self._pacer = Pacer(asyncio.get_running_loop())
@@ -156,7 +153,7 @@ class OpenLoop:
     async def run(self, seconds: float = FOREVER_S) -> None:
         """Send requests for so long, or until `stop`, then wait a little for the last answers."""
         try:
-            await self._pacer.run(arrivals(self._rate, seconds, self._random), self._send)
+            await self._pacer.run(poisson_times(self._rate, seconds, self._random), self._send)
         finally:
             self._pacer.close()
         end = time.monotonic() + LAST_ANSWERS_S
@@ -171,7 +168,7 @@ class OpenLoop:
         params = {"n": self.sent, "data": self._data}
         self.lag[self.phase].add(time.monotonic() - due)
         try:
-            next(self._callers).ask("echo", params, partial(self._done, due, params))
+            next(self._callers).submit("echo", params, partial(self._done, due, params))
         except ZcprotoError as error:
             self.failed[cause_of(error)] += 1
         else:

@@ -226,7 +226,7 @@ class Kills:
                     await self._churn(callers, server)
             finally:
                 for caller in callers:
-                    await caller.leave()
+                    await caller.disconnect()
                 place.close()
 
     async def _check(self, callers: Sequence[Caller]) -> None:

@@ -34,10 +34,9 @@ from bench.scenarios.sessions import Broken, ClientSession, check, open_session
 from bench.stage import ECDSA_ONLY, Server, Stage, room_for
 from bench.valkey import Link, Valkey
 from zcproto.common.event_loop import new_event_loop
-from zcproto.load.caller import Caller, Place
+from zcproto.load.caller import Caller, Operator, Target
 from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, require_open_files
-from zcproto.load.stats import Operator
 
 MAX_WAIT_MS: Final = 300.0
 RECOVER_S: Final = 20.0
@@ -258,7 +257,7 @@ class Node:
     def __init__(self, stage: Stage, store: str) -> None:
         self._server = Server(stage, store)
         self._stack: ExitStack | None = None
-        self._place: Place | None = None
+        self._place: Target | None = None
         self._operator: Operator | None = None
         self._longest_pause = 0.0
 
@@ -274,7 +273,7 @@ class Node:
             return
         self._server.kill()
         if self._operator is not None:
-            await self._operator.leave()
+            await self._operator.disconnect()
         if self._place is not None:
             self._place.close()
         await asyncio.to_thread(stack.close)
@@ -457,7 +456,7 @@ class Run:
         try:
             self._outcome.checks[where] = await check(caller, self._sessions)
         finally:
-            await caller.leave()
+            await caller.disconnect()
 
 
 def run_outages(plan: OutagePlan, folder: Path, only: Sequence[str] = ()) -> dict[str, OutageOutcome]:

@@ -27,9 +27,9 @@ from bench.stage import ECDSA_ONLY, Stage, check_open_files, room_for
 from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of
 from zcproto.load import report as load_report
+from zcproto.load.caller import Operator
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.result import Result
-from zcproto.load.stats import Operator
 
 TAIL_S: Final = 1.0
 ANSWER_S: Final = 30.0

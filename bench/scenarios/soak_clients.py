@@ -19,7 +19,7 @@ from bench.scenarios.harness import cause_of
 from bench.scenarios.sessions import ENDED_CODES, RETRY_LATER, ClientSession, open_session, refresh
 from bench.scenarios.storm_clients import Intruder
 from zcproto.errors import CallError, Code, ConnectionClosed, ZcprotoError
-from zcproto.load.caller import Caller, Place
+from zcproto.load.caller import Caller, Target
 from zcproto.load.plan import Credential
 
 MAX_SESSIONS: Final = 5
@@ -71,12 +71,12 @@ class Client:
         self._pause_s = pause_s
         self._is_steady = steady
         self._caller: Caller | None = None
-        self._place: Place | None = None
+        self._place: Target | None = None
         self._live: list[ClientSession] = []
         self._dead: list[bytes] = []
         self._stopping = False
 
-    async def run(self, place: Place) -> None:
+    async def run(self, place: Target) -> None:
         """Act until `stop`, then leave, unless it is a steady client."""
         self._place, self._stopping = place, False
         while not self._stopping:
@@ -88,7 +88,7 @@ class Client:
     def stop(self) -> None:
         self._stopping = True
 
-    async def settle(self, place: Place) -> None:
+    async def settle(self, place: Target) -> None:
         """Judge once more everything that is remembered, and end all sessions."""
         self._place = place
         for session in list(self._live):
@@ -153,7 +153,7 @@ class Client:
             else:
                 await self._check_echo(caller, session, 1, 16)
         except ZcprotoError:
-            await caller.leave()
+            await caller.disconnect()
             raise
         self._caller = caller
         return caller
@@ -244,7 +244,7 @@ class Client:
 
     async def _send_garbage(self) -> None:
         assert self._place is not None
-        intruder = await self._place.join(Intruder(self._place.wheel))
+        intruder = await self._place.connect(Intruder(self._place.wheel))
         intruder.send(self._chance.randbytes(self._chance.choice((64, 500, 5_000))))
         try:
             async with asyncio.timeout(DISCONNECT_S):
@@ -253,7 +253,7 @@ class Client:
             self._seen.wrong["garbage was tolerated"] += 1
         else:
             self._seen.right["disconnected"] += 1
-        await intruder.leave()
+        await intruder.disconnect()
 
     async def _leave(self) -> None:
         """Close the connection in order, or abort it."""
@@ -262,7 +262,7 @@ class Client:
             return
         if self._chance.random() < 0.3 and caller.transport is not None:
             caller.transport.abort()
-        await caller.leave()
+        await caller.disconnect()
 
     def _is_expiry(self, error: BaseException, expires_at: int) -> bool:
         """Whether an error is right because the session has expired; counted if so."""

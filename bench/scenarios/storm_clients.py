@@ -21,9 +21,9 @@ from bench.stage import HOST
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ZcprotoError
-from zcproto.load.caller import Caller, Place
-from zcproto.load.latency import Latencies
+from zcproto.load.caller import Caller, Target
 from zcproto.load.plan import Credential
+from zcproto.load.record import Latencies
 
 DATA_BYTES: Final = 64
 AT_ONCE: Final = 32
@@ -49,7 +49,7 @@ class Honest:
     """Clients that stay connected and send requests in an open loop."""
 
     def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float) -> None:
-        self._place = Place(HOST, HOST, port, ca_file)
+        self._place = Target(HOST, HOST, port, ca_file)
         self._users = users
         self._rate = rate
         self._callers: list[Caller] = []
@@ -69,8 +69,8 @@ class Honest:
         if self._loop is not None:
             self._loop.stop()
 
-    async def leave(self) -> None:
-        await asyncio.gather(*(caller.leave() for caller in self._callers))
+    async def disconnect(self) -> None:
+        await asyncio.gather(*(caller.disconnect() for caller in self._callers))
         self._place.close()
 
 
@@ -102,12 +102,12 @@ class Crowd:
         self._random = random.Random(1)  # noqa: S311 - no secret
         self._tokens: list[bytes] = []
         self._callers: list[Caller] = []
-        self._place: Place | None = None
+        self._place: Target | None = None
 
-    def _new_place(self, port: int) -> Place:
+    def _new_place(self, port: int) -> Target:
         if self._place is not None:
             self._place.close()
-        self._place = Place(HOST, HOST, port, self._ca_file)
+        self._place = Target(HOST, HOST, port, self._ca_file)
         return self._place
 
     async def open(self, port: int) -> None:
@@ -116,7 +116,7 @@ class Crowd:
         self._tokens = [caller.token for caller in self._callers]
 
     async def come_back(self, port: int, within_s: float) -> CameBack:
-        await asyncio.gather(*(caller.leave() for caller in self._callers))
+        await asyncio.gather(*(caller.disconnect() for caller in self._callers))
         self._callers = []
         place, back = self._new_place(port), CameBack()
         begin, used = time.monotonic(), time.process_time()
@@ -164,8 +164,8 @@ class Crowd:
         await for_each(list(enumerate(self._callers)), check, AT_ONCE)
         return answered
 
-    async def leave(self) -> None:
-        await asyncio.gather(*(caller.leave() for caller in self._callers))
+    async def disconnect(self) -> None:
+        await asyncio.gather(*(caller.disconnect() for caller in self._callers))
         if self._place is not None:
             self._place.close()
 
@@ -226,7 +226,7 @@ class Hostile:
     def __init__(
         self, port: int, ca_file: Path, users: Sequence[Credential], kinds: Sequence[str], comes_back_s: float
     ) -> None:
-        self._place = Place(HOST, HOST, port, ca_file)
+        self._place = Target(HOST, HOST, port, ca_file)
         self._users = users
         self._kinds = kinds
         self._comes_back_s = comes_back_s
@@ -264,7 +264,7 @@ class Hostile:
         while True:
             intruder = Intruder(self._place.wheel)
             try:
-                await self._place.join(intruder)
+                await self._place.connect(intruder)
                 self.counts["connected"] += 1
                 intruder.token = token = token or (await open_session(intruder, user)).token
                 await act(intruder)
@@ -272,7 +272,7 @@ class Hostile:
                 self._causes[cause_of(error)] += 1
             finally:
                 self.counts["disconnected"] += intruder.out.is_set()
-                await intruder.leave()
+                await intruder.disconnect()
             await asyncio.sleep(self._comes_back_s * (0.5 + self._random.random()))
 
     async def _drip(self, intruder: Intruder) -> None:

@@ -35,10 +35,10 @@ from zcproto.common.event_loop import new_event_loop
 from zcproto.config import Config
 from zcproto.errors import Code, ConfigError
 from zcproto.load.demo.run import SERVER_SPARE, temporary_home
-from zcproto.load.figures import SATURATED_LAG_MS
 from zcproto.load.hdr import percentiles_ms
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
+from zcproto.load.report import SATURATED_LAG_MS
 
 ALL_SERVED_S: Final = 15.0
 """By when all of a crowd have to be served."""

@@ -11,9 +11,8 @@ from bench.curves.watch import Watched
 from bench.report import Report
 from bench.scenarios.half_rate import HalfPlan, half_of_maximum
 from tests.load import helpers
-from zcproto.load.record import Record
+from zcproto.load.record import Record, RequestKind
 from zcproto.load.result import Result
-from zcproto.load.tally import Kind
 
 QUICK = HalfPlan(connections=10, flood_rate=3_000.0, flood_s=0.3, seconds=0.5, arrival_rate=100.0)
 
@@ -21,7 +20,7 @@ QUICK = HalfPlan(connections=10, flood_rate=3_000.0, flood_s=0.3, seconds=0.5, a
 def result(answered: int, seconds: float, wait_ms: float = 1.0) -> Result:
     """A run in which so many requests were answered, all after the same wait."""
     made = Result(helpers.plan(), Record())
-    made.record.tallies[Kind.LOAD].equal = answered
+    made.record.tallies[RequestKind.LOAD].equal = answered
     made.record.latencies["request"].add(wait_ms / 1000)
     made.load_s = seconds
     return made

@@ -39,8 +39,8 @@ from zcproto.certs import load_pair
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import ZcprotoError
+from zcproto.load.record import RequestKind
 from zcproto.load.result import Result
-from zcproto.load.tally import Kind
 from zcproto.tls.context import client_context
 
 from .conftest import Serve
@@ -305,13 +305,13 @@ def test_fault_fails_and_is_named(changes: dict[str, Any], reason: str) -> None:
 
 
 def lose_a_request(load: Result) -> None:
-    load.record.tallies[Kind.LOAD].equal -= 1
-    load.record.tallies[Kind.LOAD].lost += 1
+    load.record.tallies[RequestKind.LOAD].equal -= 1
+    load.record.tallies[RequestKind.LOAD].lost += 1
 
 
 def lose_a_connection(load: Result) -> None:
-    load.record.tallies[Kind.LAST].equal -= 1
-    load.record.lost_links["closed by the server"] = 1
+    load.record.tallies[RequestKind.LAST].equal -= 1
+    load.record.lost_connections["closed by the server"] = 1
 
 
 @pytest.mark.parametrize(

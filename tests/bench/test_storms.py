@@ -19,8 +19,8 @@ from bench.stage import memory_bytes
 from tests.server.helpers import KEY
 from zcproto.app.app import App
 from zcproto.errors import Code, ZcprotoError
-from zcproto.load.latency import Latencies
 from zcproto.load.plan import Credential
+from zcproto.load.record import Latencies
 
 from .conftest import Serve
 
@@ -189,21 +189,21 @@ async def test_different_answer_is_not_counted_as_equal(serve: Serve) -> None:
     found = await honest.load(0.2)
     assert (found.sent, found.equal) == (20, 19)
     assert found.failed == {"a different answer": 1}
-    await honest.leave()
+    await honest.disconnect()
     crowd = Crowd(ca_file, users(10))
     await crowd.open(server.port)
     back = await crowd.come_back(server.port, within_s=20.0)
     assert len(back.served_s) == 10
     assert back.wrong == 1
     assert await crowd.check() == 9
-    await crowd.leave()
+    await crowd.disconnect()
 
 
 async def test_crowd_without_server_gives_up(serve: Serve) -> None:
     server = serve()
     crowd = Crowd(server.home / "certs" / "ca.crt", users(2))
     await crowd.open(server.port)
-    await crowd.leave()
+    await crowd.disconnect()
     back = await crowd.come_back(1, within_s=0.3)
     assert back.served_s == []
     assert back.tries >= 2

@@ -1,3 +1,5 @@
+"""`zcproto bench`: options, errors, and a run against a real server."""
+
 from __future__ import annotations
 
 import os
@@ -27,8 +29,8 @@ def keys(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Outputs]]:
-    """Record the plan and the outputs instead of running."""
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Outputs]]:
+    """Record plans instead of running them."""
     seen: list[tuple[Plan, Outputs]] = []
 
     def run_and_report(plan: Plan, outputs: Outputs, console: Any) -> Result:
@@ -39,9 +41,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Outputs]]:
     return seen
 
 
-def test_defaults_are_a_small_run(recorded: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:
+def test_default_run_is_small(plans: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:
     assert main(["bench", "localhost:7443", "--keys", str(keys)]) == 0
-    ((plan, outputs),) = recorded
+    ((plan, outputs),) = plans
     assert (plan.host, plan.port) == ("localhost", 7443)
     assert plan.connections == plan.sessions == 100
     assert plan.credentials == (Credential("load-1", "AAA"), Credential("load-2", "BBB"))
@@ -51,7 +53,7 @@ def test_defaults_are_a_small_run(recorded: list[tuple[Plan, Outputs]], keys: Pa
 
 
 def test_each_option_is_passed_on(
-    recorded: list[tuple[Plan, Outputs]], keys: Path, home: Path, tmp_path: Path
+    plans: list[tuple[Plan, Outputs]], keys: Path, home: Path, tmp_path: Path
 ) -> None:
     ops = tmp_path / "ops.keys"
     ops.write_text("ops-1\tCCC\n")
@@ -62,7 +64,7 @@ def test_each_option_is_passed_on(
     }  # fmt: skip
     arguments = [str(part) for option in options.items() for part in option]
     assert main(["bench", "[::1]:9000", *arguments]) == 0
-    ((plan, outputs),) = recorded
+    ((plan, outputs),) = plans
     assert (plan.host, plan.port, plan.connections, plan.sessions) == ("::1", 9000, 50, 20)
     assert (plan.rate, plan.duration_s, plan.payload_bytes, plan.pipeline) == (7.0, 3.0, 1000, 4)
     assert (plan.arrival_rate, plan.processes, plan.seed) == (90.0, 2, 9)
@@ -71,14 +73,14 @@ def test_each_option_is_passed_on(
     assert outputs == Outputs(Path("a.json"), Path("a.hgrm"), Path("a.png"))
 
 
-def test_ca_of_the_home_is_trusted(recorded: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:
+def test_ca_of_the_home_folder_is_trusted(plans: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:
     (home / "certs").mkdir(parents=True)
     (home / "certs" / "ca.crt").touch()
     assert main(["bench", "localhost", "--keys", str(keys)]) == 0
-    assert recorded[0][0].ca_file == home / "certs" / "ca.crt"
+    assert plans[0][0].ca_file == home / "certs" / "ca.crt"
 
 
-def test_missing_keys_file_is_reported_with_the_command_that_creates_it(home: Path, capsys: Capture) -> None:
+def test_missing_keys_file_prints_the_command_to_create_it(home: Path, capsys: Capture) -> None:
     assert main(["bench", "localhost", "--keys", "none.keys"]) == 2
     assert "zcproto user add load --count N --keys-out FILE" in capsys.readouterr().err
 
@@ -88,29 +90,29 @@ def test_missing_keys_option_is_a_usage_error(home: Path, capsys: Capture) -> No
     assert "--keys" in capsys.readouterr().err
 
 
-def test_too_few_keys_are_reported(keys: Path, home: Path, capsys: Capture) -> None:
+def test_too_few_keys_are_refused(keys: Path, home: Path, capsys: Capture) -> None:
     assert main(["bench", "localhost", "--keys", str(keys), "--connections", "50"]) == 2
-    assert "the 2 users in the keys file may have 9 sessions" in capsys.readouterr().err
+    assert "the 2 users of the keys file may open 9 sessions" in capsys.readouterr().err
 
 
-def test_more_sessions_than_connections_are_refused(keys: Path, home: Path, capsys: Capture) -> None:
+def test_more_sessions_than_connections_is_an_error(keys: Path, home: Path, capsys: Capture) -> None:
     options = ["--keys", str(keys), "--connections", "3", "--sessions", "4"]
     assert main(["bench", "localhost", *options]) == 2
     assert "at most --sessions 3" in capsys.readouterr().err
 
 
-def test_malformed_address_is_refused(keys: Path, home: Path, capsys: Capture) -> None:
+def test_invalid_address_is_an_error(keys: Path, home: Path, capsys: Capture) -> None:
     assert main(["bench", "localhost:http", "--keys", str(keys)]) == 2
     assert "the port must be a number" in capsys.readouterr().err
 
 
-def test_refused_connection_is_one_line(keys: Path, home: Path, capsys: Capture) -> None:
+def test_refused_connection_prints_one_line(keys: Path, home: Path, capsys: Capture) -> None:
     options = ["--keys", str(keys), "--connections", "9"]
     assert main(["bench", "127.0.0.1:1", *options]) == 1
     assert capsys.readouterr().err == "zcproto: 127.0.0.1:1: Connection refused\n"
 
 
-# --- in processes ---------------------------------------------------------------------------------------
+# --- a whole run ------------------------------------------------------------------------------------------
 
 
 def zcproto(*arguments: str) -> list[str]:
@@ -119,7 +121,7 @@ def zcproto(*arguments: str) -> list[str]:
 
 @pytest.fixture
 def server(home: Path) -> Iterator[str]:
-    """Run `zcproto serve` in a process; yield its address."""
+    """Start `zcproto serve` in a process and yield its address."""
     home.mkdir(mode=0o700)
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
     process = subprocess.Popen(
@@ -132,7 +134,7 @@ def server(home: Path) -> Iterator[str]:
     assert process.returncode == 0
 
 
-def test_bench_verifies_50_connections_of_new_users(server: str, home: Path, tmp_path: Path) -> None:
+def test_fifty_connections_of_new_users_are_verified(server: str, home: Path, tmp_path: Path) -> None:
     load, ops = str(tmp_path / "load.keys"), str(tmp_path / "ops.keys")
     subprocess.run(zcproto("user", "add", "load", "--count", "10", "--keys-out", load), check=True)
     subprocess.run(zcproto("user", "add", "ops", "--operator", "--count", "1", "--keys-out", ops), check=True)
@@ -144,13 +146,11 @@ def test_bench_verifies_50_connections_of_new_users(server: str, home: Path, tmp
         capture_output=True, text=True, check=False, timeout=50, env={**os.environ, "COLUMNS": "110"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith(
-        "verified: 50 of 50 connections, 300 answers equal to what was sent, 0 errors"
-    )
-    # Without an operator the server's count cannot be read, so nothing is measured.
+    assert done.stdout.rstrip().endswith("verified: 50 of 50 connections, 300 correct answers, 0 errors")
+    # Without an operator the counts cannot be compared, so nothing is measured.
     refused = subprocess.run(
         zcproto("bench", server, "--connections", "5", "--keys", load),
         capture_output=True, text=True, check=False, timeout=50,
     )  # fmt: skip
     assert refused.returncode == 2
-    assert "the server's count is for operators, and 'load-1' is not one" in refused.stderr
+    assert "'load-1' is not an operator, so the server's counters cannot be read" in refused.stderr

@@ -1,3 +1,5 @@
+"""`zcproto demo`: options and exit codes."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,7 +16,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Demo]:
+def demos(monkeypatch: pytest.MonkeyPatch) -> list[Demo]:
     """Record the parameters instead of running."""
     seen: list[Demo] = []
 
@@ -26,12 +28,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Demo]:
     return seen
 
 
-def test_default_is_10000_connections(asked: list[Demo]) -> None:
+def test_default_is_10000_connections(demos: list[Demo]) -> None:
     assert main(["demo"]) == 0
-    assert asked == [Demo(10_000, 5_000.0, 6.0)]
+    assert demos == [Demo(10_000, 5_000.0, 6.0)]
 
 
-def test_each_option_is_passed_on(asked: list[Demo]) -> None:
+def test_each_option_is_passed_on(demos: list[Demo]) -> None:
     options = [
         "--connections",
         "50",
@@ -45,12 +47,12 @@ def test_each_option_is_passed_on(asked: list[Demo]) -> None:
         "a.png",
     ]
     assert main(["demo", *options]) == 0
-    (demo,) = asked
+    (demo,) = demos
     assert (demo.connections, demo.rate, demo.seconds) == (50, 100.0, 2.0)
     assert (str(demo.json), str(demo.plot)) == ("a.json", "a.png")
 
 
-def test_exit_code_is_1_if_not_everything_is_verified(asked: list[Demo]) -> None:
+def test_exit_code_is_1_if_not_everything_is_verified(demos: list[Demo]) -> None:
     assert main(["demo", "--connections", "5"]) == 1
 
 

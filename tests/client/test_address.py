@@ -27,7 +27,7 @@ from zcproto.errors import ConfigError
         ("bücher.example:1", "xn--bcher-kva.example", 1),
     ],
 )
-def test_hosts_and_ports_in_all_their_forms(text: str, host: str, port: int) -> None:
+def test_host_and_port_are_parsed_in_all_forms(text: str, host: str, port: int) -> None:
     assert parse_address(text) == Address(host, port)
 
 
@@ -67,7 +67,7 @@ def test_hosts_and_ports_in_all_their_forms(text: str, host: str, port: int) -> 
         "a\x00b",
     ],
 )
-def test_what_is_no_address_is_refused_with_a_sentence(text: str) -> None:
+def test_invalid_address_is_refused_with_the_correct_form(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_address(text)
     (fault,) = caught.value.faults
@@ -75,7 +75,7 @@ def test_what_is_no_address_is_refused_with_a_sentence(text: str) -> None:
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_an_address_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_raises_config_error(text: str) -> None:
     try:
         address = parse_address(text)
     except ConfigError:
@@ -84,10 +84,10 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "is_ip"), [("a.example", False), ("192.0.2.1", True), ("[::1]:5", True)])
-def test_addresses_are_told_from_names(text: str, is_ip: bool) -> None:
+def test_ip_addresses_are_distinguished_from_names(text: str, is_ip: bool) -> None:
     assert parse_address(text).is_ip is is_ip
 
 
-def test_an_ipv6_address_is_shown_in_brackets() -> None:
+def test_ipv6_address_is_formatted_in_brackets() -> None:
     assert str(Address("::1", 5)) == "[::1]:5"
     assert str(Address("a.example", 5)) == "a.example:5"

@@ -90,7 +90,7 @@ def test_a_call_returns_its_result(shared: ServerThread, blocking: Blocking) -> 
     assert client.session is None
 
 
-def test_errors_are_the_same_as_without_blocking(shared: ServerThread, blocking: Blocking) -> None:
+def test_blocking_call_raises_the_same_errors_as_async(shared: ServerThread, blocking: Blocking) -> None:
     with blocking(shared) as client:
         with pytest.raises(InvalidArgument):
             client.call("sleep", ms=-1)
@@ -99,7 +99,7 @@ def test_errors_are_the_same_as_without_blocking(shared: ServerThread, blocking:
         assert client.call("echo", x=1) == {"x": 1}
 
 
-def test_many_threads_share_one_client(shared: ServerThread, blocking: Blocking) -> None:
+def test_concurrent_threads_share_one_connection(shared: ServerThread, blocking: Blocking) -> None:
     before = shared.stats["connections_opened"]
     with blocking(shared) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: client.call("echo", i=i), range(200)))
@@ -107,9 +107,7 @@ def test_many_threads_share_one_client(shared: ServerThread, blocking: Blocking)
     assert shared.stats["connections_opened"] == before + 1
 
 
-def test_a_client_that_cannot_connect_raises_and_leaves_no_thread(
-    shared: ServerThread, blocking: Blocking
-) -> None:
+def test_failed_connect_raises_and_leaves_no_thread(shared: ServerThread, blocking: Blocking) -> None:
     with pytest.raises(Unauthenticated):
         blocking(shared, key="wrong").open()
     with pytest.raises(TlsError), blocking(shared, server_hostname="other.example"):
@@ -117,9 +115,7 @@ def test_a_client_that_cannot_connect_raises_and_leaves_no_thread(
     assert threads() == []
 
 
-def test_a_client_is_opened_once_and_used_between_opening_and_closing(
-    shared: ServerThread, blocking: Blocking
-) -> None:
+def test_client_opens_once_and_works_only_while_open(shared: ServerThread, blocking: Blocking) -> None:
     client = blocking(shared)
     with pytest.raises(ConnectionClosed, match="not open yet"):
         client.call("echo")
@@ -140,7 +136,7 @@ def test_a_client_that_was_never_opened_is_closed_without_ado(
     assert threads() == []
 
 
-def test_a_process_without_files_left_is_told_and_may_go_on(
+def test_exhausted_file_limit_raises_and_leaves_no_thread(
     shared: ServerThread, blocking: Blocking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted() -> None:
@@ -155,7 +151,7 @@ def test_a_process_without_files_left_is_told_and_may_go_on(
         client.call("echo")
 
 
-def test_ctrl_c_while_closing_leaves_no_thread(
+def test_ctrl_c_during_close_leaves_no_thread(
     shared: ServerThread,
     blocking: Blocking,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +170,7 @@ def test_ctrl_c_while_closing_leaves_no_thread(
     assert capfd.readouterr().err == ""
 
 
-def test_closing_tells_calls_that_wait_in_other_threads(shared: ServerThread, blocking: Blocking) -> None:
+def test_close_fails_pending_calls_of_other_threads(shared: ServerThread, blocking: Blocking) -> None:
     client = blocking(shared)
     client.open()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -186,14 +182,14 @@ def test_closing_tells_calls_that_wait_in_other_threads(shared: ServerThread, bl
             call.result()
 
 
-def test_a_session_may_be_opened_later(shared: ServerThread, blocking: Blocking) -> None:
+def test_session_can_be_opened_later(shared: ServerThread, blocking: Blocking) -> None:
     with blocking(shared, session=False) as client:
         assert client.session is None
         assert client.open_session().user == "ada"
         assert client.call("echo", x=1) == {"x": 1}
 
 
-def test_events_are_an_iterator_that_ends_with_the_client(serve: Serve, blocking: Blocking) -> None:
+def test_event_iterator_ends_when_client_closes(serve: Serve, blocking: Blocking) -> None:
     app = App()
 
     @app.method("poke")
@@ -214,7 +210,7 @@ def test_events_are_an_iterator_that_ends_with_the_client(serve: Serve, blocking
     assert list(client.events) == []
 
 
-def test_on_event_is_called_in_the_clients_thread(serve: Serve, blocking: Blocking) -> None:
+def test_on_event_runs_in_the_client_thread(serve: Serve, blocking: Blocking) -> None:
     app = App()
     seen: list[tuple[str, str]] = []
     arrived = threading.Event()
@@ -233,9 +229,7 @@ def test_on_event_is_called_in_the_clients_thread(serve: Serve, blocking: Blocki
     assert seen == [("poked", "zcproto-client")]
 
 
-def test_ctrl_c_cancels_the_call_on_the_server_and_leaves_the_client_usable(
-    serve: Serve, blocking: Blocking
-) -> None:
+def test_ctrl_c_cancels_only_the_call(serve: Serve, blocking: Blocking) -> None:
     server = serve()
 
     with blocking(server) as client:
@@ -254,9 +248,7 @@ print(client.call("echo", x=1), flush=True)
 """
 
 
-def test_a_program_that_forgets_to_close_ends_all_the_same_and_ends_its_session(
-    serve: Serve, tmp_path: Path
-) -> None:
+def test_program_without_close_exits_and_ends_its_session(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     arguments = [f"127.0.0.1:{server.port}", KEY, str(server.home / "certs" / "ca.crt")]
     environment = {**os.environ, "ZCPROTO_HOME": str(tmp_path / "client-home")}
@@ -275,7 +267,7 @@ def test_a_program_that_forgets_to_close_ends_all_the_same_and_ends_its_session(
 FIELDS = {field.name: field for field in dataclasses.fields(ConnectOptions)}
 
 
-def test_the_two_clients_have_the_same_names_and_options() -> None:
+def test_both_clients_have_the_same_methods_and_options() -> None:
     def options(function: Callable[..., Any]) -> dict[str, Any]:
         return {
             name: (parameter.kind, parameter.default)
@@ -293,7 +285,7 @@ def test_the_two_clients_have_the_same_names_and_options() -> None:
         assert twins[0] == twins[1]
 
 
-def test_a_blocking_call_is_quick(shared: ServerThread, blocking: Blocking) -> None:
+def test_blocking_call_adds_no_polling_delay(shared: ServerThread, blocking: Blocking) -> None:
     with blocking(shared) as client:
         client.call("echo")
         seconds = []

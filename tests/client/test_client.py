@@ -47,7 +47,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
     return on_loop
 
 
-def test_a_call_on_each_kind_of_loop(
+def test_call_works_on_uvloop_and_asyncio(
     run: Callable[[Any], Any], shared: ServerThread, connect_to: ConnectTo
 ) -> None:
     async def main() -> None:
@@ -68,7 +68,7 @@ def test_a_call_on_each_kind_of_loop(
     run(main())
 
 
-def test_a_thousand_calls_at_once_on_one_connection(
+def test_thousand_concurrent_calls_share_one_connection(
     run: Callable[[Any], Any], shared: ServerThread, connect_to: ConnectTo
 ) -> None:
     async def main() -> None:
@@ -81,7 +81,7 @@ def test_a_thousand_calls_at_once_on_one_connection(
     run(main())
 
 
-def test_large_requests_and_answers_by_back_pressure(
+def test_large_requests_and_answers_use_back_pressure(
     run: Callable[[Any], Any], shared: ServerThread, connect_to: ConnectTo
 ) -> None:
     async def main() -> None:
@@ -96,7 +96,7 @@ def test_large_requests_and_answers_by_back_pressure(
     run(main())
 
 
-async def test_a_client_may_be_awaited_and_closed_by_hand(
+async def test_client_can_be_awaited_and_closed_explicitly(
     shared: ServerThread, connect_to: ConnectTo
 ) -> None:
     client = await connect_to(shared)
@@ -118,7 +118,7 @@ async def test_a_client_that_was_never_opened_is_closed_without_ado(
     await client.close()
 
 
-async def test_errors_of_methods_are_the_classes_of_their_codes(
+async def test_method_errors_have_the_class_of_their_code(
     shared: ServerThread, connect_to: ConnectTo
 ) -> None:
     async with connect_to(shared) as client:
@@ -139,15 +139,13 @@ async def test_public_methods_need_no_session(shared: ServerThread, connect_to: 
             await client.call("echo")
 
 
-async def test_a_wrong_key_is_told(shared: ServerThread, connect_to: ConnectTo) -> None:
+async def test_wrong_key_raises_unauthenticated(shared: ServerThread, connect_to: ConnectTo) -> None:
     with pytest.raises(Unauthenticated):
         await connect_to(shared, key="wrong")
     assert _resources == {}
 
 
-async def test_a_timed_out_call_is_cancelled_on_the_server_and_disturbs_no_other(
-    serve: Serve, connect_to: ConnectTo
-) -> None:
+async def test_timed_out_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server) as client:
         slow = asyncio.create_task(client.call("sleep", ms=400))
@@ -157,7 +155,7 @@ async def test_a_timed_out_call_is_cancelled_on_the_server_and_disturbs_no_other
         server.until(lambda: server.server.state.tasks.running == 0)
 
 
-async def test_a_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server) as client:
         call = asyncio.create_task(client.call("sleep", ms=60_000))
@@ -171,9 +169,7 @@ async def test_a_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect
         assert await client.call("echo", x=1) == {"x": 1}
 
 
-async def test_the_sixth_session_is_refused_unless_the_oldest_gives_way(
-    serve: Serve, connect_to: ConnectTo
-) -> None:
+async def test_sixth_session_is_refused_or_replaces_the_oldest(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve(sessions__per_user=2)
     async with connect_to(server), connect_to(server):
         with pytest.raises(ResourceExhausted) as caught:
@@ -183,7 +179,7 @@ async def test_the_sixth_session_is_refused_unless_the_oldest_gives_way(
         pass
 
 
-async def test_a_client_whose_session_was_replaced_stays_away(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_replaced_session_stops_reconnect(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve(sessions__per_user=1, sessions__when_full="evict_oldest")
     async with connect_to(server) as first:
         async with connect_to(server) as second:
@@ -198,7 +194,7 @@ async def test_a_client_whose_session_was_replaced_stays_away(serve: Serve, conn
         assert await first.call("echo", x=1) == {"x": 1}
 
 
-async def test_a_client_whose_session_was_revoked_is_told_of_it(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_revoked_session_raises_token_revoked(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     seen: list[Event] = []
     async with connect_to(server, on_event=seen.append) as first, connect_to(server) as second:
@@ -211,7 +207,7 @@ async def test_a_client_whose_session_was_revoked_is_told_of_it(serve: Serve, co
             await first.call("echo")
 
 
-async def test_a_server_that_drains_finishes_what_is_in_flight(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_draining_server_answers_calls_in_flight(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server) as client:
         call = asyncio.create_task(client.call("sleep", ms=200))
@@ -221,9 +217,7 @@ async def test_a_server_that_drains_finishes_what_is_in_flight(serve: Serve, con
         assert await call == {}
 
 
-async def test_a_restarted_server_is_found_again_and_has_forgotten_sessions_in_memory(
-    serve: Serve, connect_to: ConnectTo
-) -> None:
+async def test_client_reconnects_to_restarted_server(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server) as client:
         await client.call("echo")
@@ -236,9 +230,7 @@ async def test_a_restarted_server_is_found_again_and_has_forgotten_sessions_in_m
         assert await client.call("echo", x=1) == {"x": 1}
 
 
-async def test_a_server_whose_clock_jumps_past_the_sessions_end_is_followed(
-    serve: Serve, connect_to: ConnectTo
-) -> None:
+async def test_server_clock_jump_past_expiry_renews_the_session(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server) as client:
         first = client.session
@@ -251,7 +243,7 @@ async def test_a_server_whose_clock_jumps_past_the_sessions_end_is_followed(
         assert second.token != first.token
 
 
-async def test_events_of_the_application_reach_the_client(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_application_events_reach_the_client(serve: Serve, connect_to: ConnectTo) -> None:
     app = App()
 
     @app.method("poke")
@@ -265,7 +257,7 @@ async def test_events_of_the_application_reach_the_client(serve: Serve, connect_
     assert [event async for event in client.events] == []
 
 
-async def test_a_call_waits_for_the_server_to_come_back(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_call_waits_for_reconnect(serve: Serve, connect_to: ConnectTo) -> None:
     server = serve()
     async with connect_to(server, user=None) as client:
         port = server.port
@@ -275,9 +267,7 @@ async def test_a_call_waits_for_the_server_to_come_back(serve: Serve, connect_to
         assert "methods" in await call
 
 
-async def test_calls_in_flight_when_a_client_is_closed_are_told(
-    shared: ServerThread, connect_to: ConnectTo
-) -> None:
+async def test_close_fails_calls_in_flight(shared: ServerThread, connect_to: ConnectTo) -> None:
     client = await connect_to(shared)
     call = asyncio.create_task(client.call("sleep", ms=60_000))
     await asyncio.sleep(0)
@@ -286,7 +276,7 @@ async def test_calls_in_flight_when_a_client_is_closed_are_told(
         await call
 
 
-async def test_a_closed_client_leaves_nothing_behind(shared: ServerThread, connect_to: ConnectTo) -> None:
+async def test_closed_client_leaves_no_resources(shared: ServerThread, connect_to: ConnectTo) -> None:
     client = await connect_to(shared)
     await client.call("echo")
     link = weakref.ref(client._connections)
@@ -297,7 +287,7 @@ async def test_a_closed_client_leaves_nothing_behind(shared: ServerThread, conne
     assert _resources == {}
 
 
-async def test_a_home_that_cannot_be_told_is_no_reason_not_to_connect(
+async def test_client_connects_without_a_home_folder(
     shared: ServerThread, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name/x")
@@ -305,7 +295,7 @@ async def test_a_home_that_cannot_be_told_is_no_reason_not_to_connect(
         assert await client.call("echo", x=1) == {"x": 1}
 
 
-def test_default_apps_are_named_by_product_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_client_is_product_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
     default_client.cache_clear()
     assert default_client().startswith("zcproto-python/")
 
@@ -318,10 +308,10 @@ def test_default_apps_are_named_by_product_and_version(monkeypatch: pytest.Monke
     default_client.cache_clear()
 
 
-def test_no_key_is_in_the_repr_of_a_client() -> None:
+def test_repr_of_client_contains_no_key() -> None:
     assert "secret" not in repr(connect("localhost", user="ada", key="secret"))
     assert "secret" not in repr(vars(connect("localhost", user="ada", key="secret")))
 
 
-def test_the_built_in_application_is_what_these_tests_call() -> None:
+def test_built_in_application_has_the_called_methods() -> None:
     assert {method.name for method in default_app()} >= {"echo", "sleep", "time"}

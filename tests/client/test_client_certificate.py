@@ -80,7 +80,7 @@ def failures(server: ServerThread) -> dict[str, int]:
 # --- shown --------------------------------------------------------------------------------------------
 
 
-async def test_a_client_with_a_certificate_is_let_in(
+async def test_client_certificate_is_accepted(
     asking: Asking, connect_to: ConnectTo, identity: Identity
 ) -> None:
     server = asking()
@@ -95,7 +95,7 @@ async def test_a_client_with_a_certificate_is_let_in(
     assert failures(server) == {}
 
 
-def test_the_blocking_client_has_the_same_options(asking: Asking, identity: Identity) -> None:
+def test_blocking_client_accepts_a_certificate(asking: Asking, identity: Identity) -> None:
     server = asking()
     with connect_blocking(
         f"127.0.0.1:{server.port}",
@@ -109,14 +109,14 @@ def test_the_blocking_client_has_the_same_options(asking: Asking, identity: Iden
         assert client.call("echo", x=1) == {"x": 1}
 
 
-async def test_a_server_that_does_not_ask_is_none_the_wiser(
+async def test_certificate_is_not_sent_unless_requested(
     serve: Serve, connect_to: ConnectTo, identity: Identity
 ) -> None:
     async with connect_to(serve(), certificate=identity.certificate, key_file=identity.key) as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
 
-async def test_a_pinned_server_is_shown_the_certificate_too(
+async def test_certificate_is_sent_to_a_pinned_server(
     asking: Asking, connect_to: ConnectTo, identity: Identity
 ) -> None:
     server = asking()
@@ -125,7 +125,7 @@ async def test_a_pinned_server_is_shown_the_certificate_too(
         assert await client.call("echo", x=1) == {"x": 1}
 
 
-async def test_a_server_with_a_wrong_pin_is_shown_no_certificate(
+async def test_certificate_is_not_sent_to_a_server_with_wrong_pin(
     asking: Asking, connect_to: ConnectTo, identity: Identity
 ) -> None:
     server = asking()
@@ -138,7 +138,7 @@ async def test_a_server_with_a_wrong_pin_is_shown_no_certificate(
 
 
 @pytest.mark.parametrize("user", [None, "ada"])
-async def test_without_a_key_the_certificate_opens_the_session(
+async def test_certificate_opens_the_session_without_a_key(
     serve: Serve, connect_to: ConnectTo, client_ca: trustme.CA, identity: Identity, user: str | None
 ) -> None:
     request: list[dict[str, Any]] = []
@@ -191,7 +191,7 @@ def shown_in(case: str, client_ca: trustme.CA, ada: trustme.LeafCert, folder: Pa
         ("revoked", "peer_rejected_certificate", "is revoked; get a new one", "certificate_revoked"),
     ],
 )
-async def test_a_client_that_is_refused_is_told_why_and_what_to_do_at_once(
+async def test_refused_certificate_raises_cause_and_cure(
     case: str,
     failure: str,
     words: str,
@@ -213,14 +213,14 @@ async def test_a_client_that_is_refused_is_told_why_and_what_to_do_at_once(
     assert server.stats["connections_opened"] == 0
 
 
-def test_a_blocking_client_that_is_refused_is_told_the_same(asking: Asking) -> None:
+def test_refused_certificate_raises_in_blocking_client(asking: Asking) -> None:
     server = asking()
     client = connect_blocking(f"127.0.0.1:{server.port}", ca_file=server.home / "certs" / "ca.crt")
     with pytest.raises(TlsError, match="certificate_required"):
         client.open()
 
 
-async def test_a_client_whose_certificate_is_revoked_while_it_runs_is_told_at_its_next_connection(
+async def test_revoked_certificate_raises_on_the_next_connection(
     asking: Asking, connect_to: ConnectTo, client_ca: trustme.CA, ada: trustme.LeafCert, identity: Identity
 ) -> None:
     server = asking()
@@ -240,7 +240,7 @@ async def test_a_client_whose_certificate_is_revoked_while_it_runs_is_told_at_it
             await client.call("echo", x=2)
 
 
-async def test_a_pin_that_the_server_does_not_have_closes_without_an_alert_and_the_client_gets_a_hint(
+async def test_close_before_welcome_hints_at_the_certificate(
     asking: Asking, connect_to: ConnectTo, identity: Identity
 ) -> None:
     """After a handshake OpenSSL gives no way to send one."""
@@ -254,7 +254,7 @@ async def test_a_pin_that_the_server_does_not_have_closes_without_an_alert_and_t
 # --- its files ----------------------------------------------------------------------------------------
 
 
-async def test_files_that_cannot_be_used_are_named_and_nothing_is_sent(
+async def test_unusable_certificate_files_are_named_before_connecting(
     asking: Asking, connect_to: ConnectTo, identity: Identity, tmp_path: Path
 ) -> None:
     server = asking()
@@ -271,7 +271,7 @@ async def test_files_that_cannot_be_used_are_named_and_nothing_is_sent(
 
 
 @pytest.mark.parametrize("options", [{"key_file": "client.key"}, {"key_passphrase": "hunter2"}])
-def test_a_key_without_its_certificate_is_refused(options: dict[str, Any]) -> None:
+def test_key_without_certificate_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="certificate is missing; give its file"):
         connect("localhost", **options)
 
@@ -293,23 +293,23 @@ def resources() -> LoopResources:
         loop.close()
 
 
-def test_clients_that_show_the_same_share_a_context(resources: LoopResources, identity: Identity) -> None:
+def test_clients_with_the_same_certificate_share_a_context(
+    resources: LoopResources, identity: Identity
+) -> None:
     first = trust_in(identity).context(resources.contexts)
     assert trust_in(identity).context(resources.contexts) is first
     others: list[dict[str, Any]] = [{"certificate": None, "key_file": None}, {"key_passphrase": "x"}]
     assert all(trust_in(identity, **other).context(resources.contexts) is not first for other in others)
 
 
-def test_a_wrong_passphrase_is_not_helped_by_somebody_elses_context(
-    resources: LoopResources, identity: Identity
-) -> None:
+def test_wrong_passphrase_does_not_use_a_cached_context(resources: LoopResources, identity: Identity) -> None:
     shut = identity._replace(key=locked(identity.key, b"hunter2"))
     trust_in(shut, key_passphrase=b"hunter2").context(resources.contexts)
     with pytest.raises(CertificateError, match="passphrase is wrong"):
         trust_in(shut, key_passphrase=b"hunter3").context(resources.contexts)
 
 
-def test_a_renewed_certificate_is_read_again_and_replaces_the_old_one(
+def test_renewed_certificate_replaces_the_cached_context(
     resources: LoopResources, identity: Identity, client_ca: trustme.CA, tmp_path: Path
 ) -> None:
     trust = trust_in(identity)
@@ -325,7 +325,7 @@ def test_a_renewed_certificate_is_read_again_and_replaces_the_old_one(
     assert len(resources.contexts) == 1
 
 
-def test_between_the_two_files_of_a_renewal_the_certificate_from_before_is_shown(
+def test_mismatched_files_during_renewal_keep_the_previous_certificate(
     resources: LoopResources,
     identity: Identity,
     client_ca: trustme.CA,
@@ -343,7 +343,7 @@ def test_between_the_two_files_of_a_renewal_the_certificate_from_before_is_shown
     assert trust.context(resources.contexts) is not old
 
 
-def test_with_another_ca_file_nothing_from_before_is_used(
+def test_changed_ca_file_never_uses_the_previous_context(
     resources: LoopResources, identity: Identity, ca_file: Path, tmp_path: Path
 ) -> None:
     authority = tmp_path / "ca.crt"
@@ -355,7 +355,7 @@ def test_with_another_ca_file_nothing_from_before_is_used(
         trust.context(resources.contexts)
 
 
-async def test_a_client_that_runs_shows_its_renewed_certificate_on_its_next_connection(
+async def test_renewed_certificate_is_used_on_reconnect(
     asking: Asking, connect_to: ConnectTo, identity: Identity, client_ca: trustme.CA, tmp_path: Path
 ) -> None:
     server = asking()

@@ -53,7 +53,7 @@ PERMANENT = [
     [CannotConnect("refused"), ConnectionClosed("cut"), TlsError("disconnected"), TlsError("pin_mismatch")],
 )
 @scripted
-async def test_the_first_attempt_is_told_as_it_fails(error: Exception) -> None:
+async def test_first_failed_attempt_raises_its_error(error: Exception) -> None:
     server = ScriptedServer()
     server.refuse = [error]
     with pytest.raises(type(error)) as caught:
@@ -63,7 +63,7 @@ async def test_the_first_attempt_is_told_as_it_fails(error: Exception) -> None:
 
 
 @scripted
-async def test_a_server_that_is_going_away_is_told_at_the_first_attempt() -> None:
+async def test_goaway_during_first_attempt_raises() -> None:
     server = ScriptedServer()
     server.on_welcome = [lambda link: link.go_away("draining", 1_000)]
     with pytest.raises(CannotConnect, match="going away"):
@@ -72,7 +72,7 @@ async def test_a_server_that_is_going_away_is_told_at_the_first_attempt() -> Non
 
 
 @scripted
-async def test_a_server_that_ends_right_after_its_welcome_is_told() -> None:
+async def test_close_right_after_welcome_raises() -> None:
     server = ScriptedServer()
     server.on_welcome = [lambda link: link.fatal(Code.PROTOCOL_ERROR)]
     with pytest.raises(ConnectionClosed) as caught:
@@ -84,7 +84,7 @@ async def test_a_server_that_ends_right_after_its_welcome_is_told() -> None:
 
 
 @scripted
-async def test_it_comes_back_by_itself_and_shows_its_token_for_no_new_session() -> None:
+async def test_reconnect_presents_the_token_of_the_same_session() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         await server.lose()
@@ -98,7 +98,7 @@ async def test_it_comes_back_by_itself_and_shows_its_token_for_no_new_session() 
 
 
 @scripted
-async def test_delays_have_full_jitter_doubling_from_100_ms_to_30_s() -> None:
+async def test_reconnect_delays_double_from_100_ms_to_30_s() -> None:
     server = ScriptedServer()
     async with client_of(server, random=numbers(0.999_999)) as client:
         server.refuse = [CannotConnect("refused")] * 12
@@ -111,7 +111,7 @@ async def test_delays_have_full_jitter_doubling_from_100_ms_to_30_s() -> None:
 
 
 @scripted
-async def test_jitter_is_full_so_a_delay_may_be_nothing() -> None:
+async def test_reconnect_jitter_may_be_zero() -> None:
     server = ScriptedServer()
     async with client_of(server, random=numbers(0.0)) as client:
         server.refuse = [CannotConnect("refused")] * 12
@@ -122,7 +122,7 @@ async def test_jitter_is_full_so_a_delay_may_be_nothing() -> None:
 
 
 @scripted
-async def test_after_a_success_delays_begin_at_100_ms_again() -> None:
+async def test_success_resets_the_backoff() -> None:
     server = ScriptedServer()
     async with client_of(server, random=numbers(0.999_999)) as client:
         server.refuse = [CannotConnect("refused")] * 5
@@ -136,7 +136,7 @@ async def test_after_a_success_delays_begin_at_100_ms_again() -> None:
 
 
 @scripted
-async def test_a_connection_that_answered_nothing_was_no_success() -> None:
+async def test_connection_without_an_answer_does_not_reset_the_backoff() -> None:
     server = ScriptedServer()
     server.script("session.info", cut, cut, cut)
     async with client_of(server, random=numbers(0.999_999)) as client:
@@ -150,7 +150,7 @@ async def test_a_connection_that_answered_nothing_was_no_success() -> None:
 
 @pytest.mark.parametrize("failure", ["disconnected", "handshake_timeout", "connection_reset", "truncated"])
 @scripted
-async def test_a_tls_failure_that_may_pass_is_tried_again(failure: str) -> None:
+async def test_transient_tls_failure_is_retried(failure: str) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.refuse = [TlsError(failure)]
@@ -160,7 +160,7 @@ async def test_a_tls_failure_that_may_pass_is_tried_again(failure: str) -> None:
 
 @pytest.mark.parametrize("failure", PERMANENT)
 @scripted
-async def test_a_tls_failure_that_does_not_pass_is_told_to_all_who_wait(failure: str) -> None:
+async def test_permanent_tls_failure_raises_in_all_waiting_calls(failure: str) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.refuse = [TlsError(failure)]
@@ -173,7 +173,7 @@ async def test_a_tls_failure_that_does_not_pass_is_told_to_all_who_wait(failure:
 
 
 @scripted
-async def test_all_who_wait_wait_for_one_attempt() -> None:
+async def test_concurrent_calls_share_one_connection_attempt() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         await server.lose()
@@ -183,7 +183,7 @@ async def test_all_who_wait_wait_for_one_attempt() -> None:
 
 
 @scripted
-async def test_one_who_stops_waiting_does_not_stop_the_attempt_of_the_others() -> None:
+async def test_cancelled_call_does_not_cancel_the_shared_attempt() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.refuse = [CannotConnect("refused")] * 3
@@ -197,7 +197,7 @@ async def test_one_who_stops_waiting_does_not_stop_the_attempt_of_the_others() -
 
 
 @scripted
-async def test_a_call_without_a_connection_ends_at_its_timeout_and_says_why() -> None:
+async def test_timeout_without_connection_names_the_cause() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.refuse = [CannotConnect("server.example:7443: Connection refused")] * 1_000
@@ -212,7 +212,7 @@ async def test_a_call_without_a_connection_ends_at_its_timeout_and_says_why() ->
 
 
 @scripted
-async def test_after_goaway_it_comes_back_by_itself_when_the_server_said() -> None:
+async def test_reconnect_after_goaway_waits_for_retry_after() -> None:
     server = ScriptedServer()
     async with client_of(server):
         start = now()
@@ -223,7 +223,7 @@ async def test_after_goaway_it_comes_back_by_itself_when_the_server_said() -> No
 
 
 @scripted
-async def test_an_absurd_delay_of_goaway_is_an_hour() -> None:
+async def test_goaway_retry_after_is_limited_to_an_hour() -> None:
     server = ScriptedServer()
     async with client_of(server):
         start = now()
@@ -234,7 +234,7 @@ async def test_an_absurd_delay_of_goaway_is_an_hour() -> None:
 
 @pytest.mark.parametrize("reason", sorted(IDLE_REASONS))
 @scripted
-async def test_after_a_close_for_idleness_it_comes_back_with_the_next_call_and_at_once(reason: str) -> None:
+async def test_idle_close_reconnects_with_the_next_call(reason: str) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.link.go_away(reason, 0)
@@ -248,7 +248,7 @@ async def test_after_a_close_for_idleness_it_comes_back_with_the_next_call_and_a
 
 
 @scripted
-async def test_a_second_goaway_of_one_connection_changes_nothing() -> None:
+async def test_second_goaway_is_ignored() -> None:
     server = ScriptedServer()
     server.script("echo", silence)
     async with client_of(server) as client:
@@ -264,7 +264,7 @@ async def test_a_second_goaway_of_one_connection_changes_nothing() -> None:
 
 
 @scripted
-async def test_a_server_that_says_goaway_with_its_welcome_is_left_for_later() -> None:
+async def test_goaway_with_welcome_is_retried_later() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         await server.lose()
@@ -276,7 +276,7 @@ async def test_a_server_that_says_goaway_with_its_welcome_is_left_for_later() ->
 
 
 @scripted
-async def test_an_old_connection_that_is_lost_takes_only_its_own_calls_with_it() -> None:
+async def test_lost_old_connection_fails_only_its_own_calls() -> None:
     server = ScriptedServer()
     server.script("echo", silence)
     async with client_of(server) as client:
@@ -299,9 +299,7 @@ async def test_an_old_connection_that_is_lost_takes_only_its_own_calls_with_it()
     ("code", "error"), [(Code.TOKEN_REVOKED, TokenRevoked), (Code.SESSION_REPLACED, SessionReplaced)]
 )
 @scripted
-async def test_it_does_not_come_back_once_its_token_was_taken_away(
-    code: Code, error: type[Exception]
-) -> None:
+async def test_no_reconnect_after_the_session_was_revoked(code: Code, error: type[Exception]) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(code))
@@ -320,7 +318,7 @@ async def test_it_does_not_come_back_once_its_token_was_taken_away(
 
 
 @scripted
-async def test_a_quiet_connection_is_kept_alive() -> None:
+async def test_idle_connection_sends_ping() -> None:
     server = ScriptedServer(idle_timeout_ms=300_000)
     async with client_of(server):
         start = now()
@@ -332,7 +330,7 @@ async def test_a_quiet_connection_is_kept_alive() -> None:
 
 
 @scripted
-async def test_a_dead_peer_is_noticed_within_ten_seconds_of_the_ping_and_left() -> None:
+async def test_missing_pong_closes_the_connection_after_10_s() -> None:
     server = ScriptedServer(idle_timeout_ms=30_000)
     server.script("echo", silence)
     async with client_of(server) as client:
@@ -354,7 +352,7 @@ async def test_a_dead_peer_is_noticed_within_ten_seconds_of_the_ping_and_left() 
 
 
 @scripted
-async def test_closing_ends_the_session_and_tells_calls_that_wait() -> None:
+async def test_close_ends_the_session_and_fails_waiting_calls() -> None:
     server = ScriptedServer()
     server.script("echo", silence)
     client = await client_of(server)
@@ -373,7 +371,7 @@ async def test_closing_ends_the_session_and_tells_calls_that_wait() -> None:
 
 
 @scripted
-async def test_closing_while_it_connects_tells_those_who_wait() -> None:
+async def test_close_while_connecting_fails_waiting_calls() -> None:
     server = ScriptedServer()
     client = await client_of(server)
     server.refuse = [CannotConnect("refused")] * 100
@@ -386,7 +384,7 @@ async def test_closing_while_it_connects_tells_those_who_wait() -> None:
 
 
 @scripted
-async def test_closing_ends_old_connections_too() -> None:
+async def test_close_ends_old_connections() -> None:
     server = ScriptedServer()
     server.script("echo", silence)
     client = await client_of(server)
@@ -401,7 +399,7 @@ async def test_closing_ends_old_connections_too() -> None:
 
 
 @scripted
-async def test_closing_waits_for_connections_that_the_server_has_closed() -> None:
+async def test_close_waits_for_connections_closed_by_the_server() -> None:
     server = ScriptedServer()
     server.lingers = 1.5
     client = await client_of(server)
@@ -416,7 +414,7 @@ async def test_closing_waits_for_connections_that_the_server_has_closed() -> Non
 
 
 @scripted
-async def test_whoever_does_not_wait_for_the_close_leaves_nothing_open() -> None:
+async def test_cancelled_close_aborts_connections() -> None:
     server = ScriptedServer()
     server.lingers = 1.5
     client = await client_of(server)
@@ -431,7 +429,7 @@ async def test_whoever_does_not_wait_for_the_close_leaves_nothing_open() -> None
 
 
 @scripted
-async def test_a_server_that_does_not_answer_at_the_end_is_left_after_two_seconds() -> None:
+async def test_close_waits_two_seconds_for_session_close() -> None:
     server = ScriptedServer()
     server.script("session.close", silence)
     client = await client_of(server)
@@ -442,7 +440,7 @@ async def test_a_server_that_does_not_answer_at_the_end_is_left_after_two_second
 
 
 @scripted
-async def test_closing_without_a_connection_is_quick() -> None:
+async def test_close_without_connection_returns_at_once() -> None:
     server = ScriptedServer()
     client = await client_of(server)
     server.link.go_away("idle", 0)
@@ -452,7 +450,7 @@ async def test_closing_without_a_connection_is_quick() -> None:
 
 
 @scripted
-async def test_who_waits_for_a_full_connection_that_drains_goes_elsewhere() -> None:
+async def test_call_waiting_on_a_draining_connection_moves_to_the_next() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.link.pause()
@@ -464,7 +462,7 @@ async def test_who_waits_for_a_full_connection_that_drains_goes_elsewhere() -> N
 
 
 @scripted
-async def test_a_closed_client_makes_no_connection_any_more() -> None:
+async def test_closed_client_does_not_connect() -> None:
     server = ScriptedServer()
     client = await client_of(server)
     await client.close()

@@ -24,43 +24,43 @@ DEVICE = Device(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 @pytest.mark.parametrize("has_certificate", [False, True])
 @pytest.mark.parametrize("key", ["secret", SecretText("secret")])
-def test_a_key_comes_first(has_certificate: bool, key: str) -> None:
+def test_key_takes_precedence(has_certificate: bool, key: str) -> None:
     credentials = choose_credentials("ada", key, has_certificate=has_certificate)
     assert isinstance(credentials, ApiKey)
     assert credentials.params(CHANNEL) == {"scheme": "api_key", "user": "ada", "key": "secret"}
 
 
-def test_without_a_key_the_certificate_says_who_it_is() -> None:
+def test_certificate_identifies_the_user_without_a_key() -> None:
     credentials = choose_credentials(None, None, has_certificate=True)
     assert credentials is not None
     assert credentials.params(CHANNEL) == {"scheme": "tls"}
 
 
-def test_with_a_user_the_certificate_must_name_that_one() -> None:
+def test_certificate_with_user_must_name_that_user() -> None:
     credentials = choose_credentials("ada", None, has_certificate=True)
     assert credentials is not None
     assert credentials.params(CHANNEL) == {"scheme": "tls", "user": "ada"}
     assert repr(credentials) == "CertificateLogin(user='ada')" == repr(CertificateLogin("ada"))
 
 
-def test_with_nothing_there_are_no_sessions() -> None:
+def test_no_options_give_no_credentials() -> None:
     assert choose_credentials(None, None, has_certificate=False) is None
 
 
 @pytest.mark.parametrize("has_certificate", [False, True])
-def test_a_key_needs_its_user(has_certificate: bool) -> None:
+def test_key_without_user_is_refused(has_certificate: bool) -> None:
     with pytest.raises(ConfigError, match="user is missing") as caught:
         choose_credentials(None, "secret", has_certificate=has_certificate)
     assert "secret" not in str(caught.value)
 
 
-def test_a_user_needs_something_to_show() -> None:
+def test_user_without_key_or_certificate_is_refused() -> None:
     with pytest.raises(ConfigError, match="a key or a certificate is missing"):
         choose_credentials("ada", None, has_certificate=False)
 
 
 @pytest.mark.parametrize("has_certificate", [False, True])
-def test_a_device_signs_for_each_connection(has_certificate: bool) -> None:
+def test_device_signs_for_each_connection(has_certificate: bool) -> None:
     credentials = choose_credentials(
         None, None, has_certificate=has_certificate, device=DEVICE, device_name="laptop"
     )
@@ -84,7 +84,7 @@ def test_a_device_signs_for_each_connection(has_certificate: bool) -> None:
         ("ada", "secret", None, "laptop", "give the device"),
     ],
 )
-def test_a_device_comes_with_its_name_and_alone(
+def test_device_without_name_or_with_user_is_refused(
     user: str | None, key: str | None, device: Device | None, name: str | None, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -63,7 +63,7 @@ DEVICE = Device(KEY)
 # --- the file of the key -----------------------------------------------------------------------------
 
 
-def test_a_key_is_made_once_and_loaded_from_then_on(tmp_path: Path) -> None:
+def test_device_key_is_created_once_and_loaded(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         made = Device.create(tmp_path / "laptop.key")
@@ -78,7 +78,7 @@ def test_a_key_is_made_once_and_loaded_from_then_on(tmp_path: Path) -> None:
     assert Device.create(tmp_path / "other.key").public_key != made.public_key
 
 
-def test_no_repr_has_the_key_and_nothing_copies_it(tmp_path: Path) -> None:
+def test_device_key_is_not_in_repr_and_not_pickled(tmp_path: Path) -> None:
     assert repr(DEVICE) == f"Device(public_key={DEVICE.public_key.hex()!r})"
     assert KEY.private_bytes_raw().hex() not in repr(DEVICE)
     with pytest.raises(TypeError):
@@ -87,7 +87,7 @@ def test_no_repr_has_the_key_and_nothing_copies_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "link", "folder"])
-def test_nothing_is_overwritten(tmp_path: Path, what: str) -> None:
+def test_existing_path_is_not_overwritten_by_create(tmp_path: Path, what: str) -> None:
     path = tmp_path / "laptop.key"
     if what == "file":
         path.write_text("old")
@@ -101,7 +101,7 @@ def test_nothing_is_overwritten(tmp_path: Path, what: str) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_path_raises_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         CertificateError, match="cannot be written: No such file or directory; check the path"
     ):
@@ -119,7 +119,7 @@ def test_a_place_that_cannot_be_written_to_is_told(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644, 0o660, 0o777])
-def test_a_key_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
+def test_device_key_readable_by_others_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "laptop.key"
     Device.create(path)
     path.chmod(mode)
@@ -129,7 +129,7 @@ def test_a_key_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None
     assert f"chmod 600 {path}" in str(caught.value)
 
 
-def test_a_key_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_key_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Device.create(tmp_path / "laptop.key")
     status = os.stat(tmp_path / "laptop.key")
     other = os.stat_result((*status[:4], status.st_uid + 12345, *status[5:]))
@@ -157,7 +157,7 @@ def pem(key: Any, encryption: Any = None) -> bytes:
         (b"x" * 200_000, "is larger than 65536 bytes"),
     ],
 )
-def test_what_is_no_key_of_a_device_is_told_and_not_shown(tmp_path: Path, data: bytes, said: str) -> None:
+def test_invalid_device_key_raises_without_its_content(tmp_path: Path, data: bytes, said: str) -> None:
     path = tmp_path / "laptop.key"
     path.touch(0o600)
     path.write_bytes(data)
@@ -167,7 +167,7 @@ def test_what_is_no_key_of_a_device_is_told_and_not_shown(tmp_path: Path, data: 
     assert str(caught.value).isprintable()
 
 
-def test_no_file_a_folder_and_a_fifo_are_told(tmp_path: Path) -> None:
+def test_missing_file_folder_and_fifo_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="cannot be read: No such file or directory"):
         Device.load(tmp_path / "laptop.key")
     with pytest.raises(CertificateError, match="is not a regular file"):
@@ -179,7 +179,7 @@ def test_no_file_a_folder_and_a_fifo_are_told(tmp_path: Path) -> None:
         Device.load("a\0b")
 
 
-def test_a_client_takes_the_device_or_its_file(tmp_path: Path) -> None:
+def test_device_option_accepts_device_or_file(tmp_path: Path) -> None:
     device = Device.create(tmp_path / "laptop.key")
     for given in (device, tmp_path / "laptop.key", str(tmp_path / "laptop.key")):
         connect("localhost", device=given, device_name="laptop")
@@ -241,7 +241,7 @@ def device_client(server: ScriptedServer, **options: Any) -> Client:
 
 
 @scripted
-async def test_a_device_opens_its_session_and_needs_no_attach_there() -> None:
+async def test_device_session_needs_no_attach_on_its_first_connection() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         opened = server.calls("session.open")[0]
@@ -258,7 +258,7 @@ async def test_a_device_opens_its_session_and_needs_no_attach_there() -> None:
 
 
 @scripted
-async def test_each_new_connection_is_attached_before_any_call() -> None:
+async def test_reconnect_attaches_before_any_call() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         for number in range(3):
@@ -270,7 +270,7 @@ async def test_each_new_connection_is_attached_before_any_call() -> None:
 
 
 @scripted
-async def test_a_call_that_is_refused_for_want_of_a_proof_attaches_and_is_sent_again() -> None:
+async def test_call_refused_without_proof_attaches_and_is_retried() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()  # the server has forgotten: it knows another device by this name now
@@ -279,7 +279,7 @@ async def test_a_call_that_is_refused_for_want_of_a_proof_attaches_and_is_sent_a
 
 
 @scripted
-async def test_many_calls_that_are_refused_attach_once() -> None:
+async def test_concurrent_refused_calls_attach_once() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
@@ -289,7 +289,7 @@ async def test_many_calls_that_are_refused_attach_once() -> None:
 
 
 @scripted
-async def test_a_proof_that_is_refused_is_told_and_not_tried_by_itself() -> None:
+async def test_refused_attach_raises_and_is_not_retried() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
@@ -304,7 +304,7 @@ async def test_a_proof_that_is_refused_is_told_and_not_tried_by_itself() -> None
 
 
 @scripted
-async def test_a_server_that_is_never_content_is_told_after_one_try() -> None:
+async def test_second_attach_demand_raises() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.script("echo", *[fail(Code.UNAUTHENTICATED, attach=True)] * 2)
@@ -319,7 +319,7 @@ async def test_a_server_that_is_never_content_is_told_after_one_try() -> None:
 
 
 @scripted
-async def test_an_attach_that_is_put_off_is_tried_again_as_long_as_the_call_may() -> None:
+async def test_attach_is_retried_within_the_timeout() -> None:
     server = BoundServer()
     async with device_client(server, random=numbers(0.0)) as client:
         server.proved.clear()
@@ -333,7 +333,7 @@ async def test_an_attach_that_is_put_off_is_tried_again_as_long_as_the_call_may(
 
 
 @scripted
-async def test_an_attach_follows_the_servers_clock() -> None:
+async def test_attach_with_stale_timestamp_is_retried() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         await server.lose()
@@ -342,7 +342,7 @@ async def test_an_attach_follows_the_servers_clock() -> None:
 
 
 @scripted
-async def test_a_token_that_has_expired_meanwhile_is_renewed() -> None:
+async def test_token_expired_during_attach_is_renewed() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
@@ -359,7 +359,7 @@ async def test_a_token_that_has_expired_meanwhile_is_renewed() -> None:
 
 
 @scripted
-async def test_an_answer_that_does_not_come_ends_the_call_at_its_timeout() -> None:
+async def test_attach_without_answer_ends_at_the_timeout() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
@@ -371,7 +371,7 @@ async def test_an_answer_that_does_not_come_ends_the_call_at_its_timeout() -> No
 
 
 @scripted
-async def test_a_connection_lost_while_attaching_costs_the_call_nothing() -> None:
+async def test_connection_lost_during_attach_is_retried() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
@@ -381,7 +381,7 @@ async def test_a_connection_lost_while_attaching_costs_the_call_nothing() -> Non
 
 
 @scripted
-async def test_one_who_stops_waiting_does_not_stop_the_attach_of_the_others() -> None:
+async def test_cancelled_call_does_not_cancel_the_shared_attach() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         server.proved.clear()
@@ -396,7 +396,7 @@ async def test_one_who_stops_waiting_does_not_stop_the_attach_of_the_others() ->
 
 
 @scripted
-async def test_a_token_of_a_session_before_this_one_is_not_attached() -> None:
+async def test_token_of_previous_session_is_not_attached() -> None:
     server = BoundServer()
     async with device_client(server) as client:
         held: list[ReceivedRequest] = []
@@ -414,7 +414,7 @@ async def test_a_token_of_a_session_before_this_one_is_not_attached() -> None:
 
 
 @scripted
-async def test_a_refreshed_token_needs_no_proof_where_one_was_given() -> None:
+async def test_refreshed_token_needs_no_second_proof() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     async with device_client(server) as client:
@@ -424,7 +424,7 @@ async def test_a_refreshed_token_needs_no_proof_where_one_was_given() -> None:
 
 
 @scripted
-async def test_a_token_refreshed_on_a_new_connection_is_attached_there_at_once() -> None:
+async def test_token_refreshed_on_new_connection_is_attached() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     async with device_client(server) as client:
@@ -437,7 +437,7 @@ async def test_a_token_refreshed_on_a_new_connection_is_attached_there_at_once()
 
 
 @scripted
-async def test_a_refresh_that_wants_the_key_proved_is_sent_again_once_it_is() -> None:
+async def test_refresh_refused_without_proof_attaches_and_is_retried() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
@@ -449,7 +449,7 @@ async def test_a_refresh_that_wants_the_key_proved_is_sent_again_once_it_is() ->
 
 
 @scripted
-async def test_a_token_that_cannot_be_attached_any_more_is_refreshed_all_the_same() -> None:
+async def test_expired_token_is_refreshed_without_attach() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
@@ -460,7 +460,7 @@ async def test_a_token_that_cannot_be_attached_any_more_is_refreshed_all_the_sam
 
 
 @scripted
-async def test_a_refresh_that_wants_what_cannot_be_proved_is_told() -> None:
+async def test_refresh_that_cannot_be_proved_raises() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     server.script("session.refresh", *[fail(Code.UNAUTHENTICATED, attach=True)] * 10)
@@ -477,7 +477,7 @@ async def test_a_refresh_that_wants_what_cannot_be_proved_is_told() -> None:
 
 
 @scripted
-async def test_a_client_without_a_device_tells_what_it_cannot_prove() -> None:
+async def test_attach_demand_without_device_raises() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("echo", fail(Code.UNAUTHENTICATED, attach=True))
@@ -488,7 +488,7 @@ async def test_a_client_without_a_device_tells_what_it_cannot_prove() -> None:
 
 
 @scripted
-async def test_a_session_that_is_not_bound_is_shown_as_ever() -> None:
+async def test_unbound_session_is_presented_without_attach() -> None:
     server = ScriptedServer()
     async with device_client(server) as client:
         await server.lose()
@@ -504,7 +504,7 @@ def certificate_client(server: ScriptedServer) -> Client:
 
 
 @scripted
-async def test_a_certificate_with_another_key_opens_another_session() -> None:
+async def test_certificate_with_new_key_opens_another_session() -> None:
     server = ScriptedServer()
     server.session = refreshable(bound=True)
     async with certificate_client(server) as client:
@@ -526,7 +526,7 @@ async def test_a_certificate_with_another_key_opens_another_session() -> None:
 
 
 @scripted
-async def test_another_clients_session_is_not_opened_for_what_a_certificate_would_prove() -> None:
+async def test_certificate_demand_without_certificate_raises() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(Code.UNAUTHENTICATED, certificate=True))
@@ -573,7 +573,7 @@ def office(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield office
 
 
-async def test_a_device_is_enrolled_and_opens_sessions_that_survive_their_connections(office: Office) -> None:
+async def test_enrolled_device_opens_sessions_that_survive_reconnect(office: Office) -> None:
     assert await enroll(office.address, office.code(), DEVICE, "laptop", **office.trust) == "ada"
     async with connect(office.address, device=DEVICE, device_name="laptop", **office.trust) as client:
         assert client.session is not None
@@ -587,7 +587,7 @@ async def test_a_device_is_enrolled_and_opens_sessions_that_survive_their_connec
         assert (info["id"], info["bound"]) == (session, True)
 
 
-def test_without_an_event_loop_it_is_the_same(office: Office, tmp_path: Path) -> None:
+def test_blocking_client_enrolls_a_device(office: Office, tmp_path: Path) -> None:
     device = Device.create(tmp_path / "laptop.key")
     assert enroll_blocking(office.address, office.code(), device, "laptop", **office.trust) == "ada"
     with connect_blocking(
@@ -599,7 +599,7 @@ def test_without_an_event_loop_it_is_the_same(office: Office, tmp_path: Path) ->
         assert client.call("echo", idempotency_key="k", x=1) == {"x": 1}
 
 
-async def test_what_enrolling_is_refused_for_is_told(office: Office) -> None:
+async def test_refused_enrolment_raises_the_reason(office: Office) -> None:
     code = office.code()
     await enroll(office.address, office.code(), DEVICE, "laptop", **office.trust)
     with pytest.raises(AlreadyExists, match="choose another name"):
@@ -611,6 +611,6 @@ async def test_what_enrolling_is_refused_for_is_told(office: Office) -> None:
         await enroll(office.address, code, DEVICE, "", **office.trust)
 
 
-async def test_a_device_that_is_not_enrolled_opens_nothing(office: Office) -> None:
+async def test_unknown_device_opens_no_session(office: Office) -> None:
     with pytest.raises(Unauthenticated):
         await connect(office.address, device=DEVICE, device_name="laptop", **office.trust)

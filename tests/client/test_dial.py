@@ -63,7 +63,7 @@ async def plain_server(
 # --- whom to trust -----------------------------------------------------------------------------------
 
 
-async def test_a_ca_file_a_pin_or_both_are_trust_enough(shared: ServerThread, connect_to: ConnectTo) -> None:
+async def test_ca_file_pin_or_both_are_accepted(shared: ServerThread, connect_to: ConnectTo) -> None:
     for trust in (
         {"ca_file": shared.home / "certs" / "ca.crt"},
         {"ca_file": str(shared.home / "certs" / "ca.crt"), "pins": shared.server.pins},
@@ -85,7 +85,7 @@ async def test_a_ca_file_a_pin_or_both_are_trust_enough(shared: ServerThread, co
         ({"ca_file": "other"}, "127.0.0.1", "certificate_untrusted"),
     ],
 )
-async def test_a_server_that_is_not_trusted_gets_no_byte_of_the_application(
+async def test_untrusted_server_gets_no_application_data(
     serve: Serve, ca_file: Path, trust: dict[str, Any], host: str, failure: str
 ) -> None:
     server = serve()
@@ -103,7 +103,7 @@ async def test_a_server_that_is_not_trusted_gets_no_byte_of_the_application(
     assert stats["requests"] == 0
 
 
-async def test_another_name_may_be_expected_than_the_one_that_is_connected_to(
+async def test_server_hostname_replaces_the_verified_name(
     shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
 ) -> None:
     async with connect_to(shared, server_hostname="localhost") as client:
@@ -111,7 +111,7 @@ async def test_another_name_may_be_expected_than_the_one_that_is_connected_to(
     assert list(known()) == ["localhost"]
 
 
-async def test_a_ca_file_that_is_not_there_or_none_is_named(
+async def test_missing_or_invalid_ca_file_is_named(
     shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
 ) -> None:
     nothing = tmp_path / "nothing.pem"
@@ -122,7 +122,7 @@ async def test_a_ca_file_that_is_not_there_or_none_is_named(
         await connect_to(shared, ca_file=nothing)
 
 
-async def test_a_ca_file_that_was_replaced_is_read_again(
+async def test_replaced_ca_file_is_read_again(
     serve: Serve, connect_to: ConnectTo, ca_file: Path, tmp_path: Path
 ) -> None:
     server = serve()
@@ -147,19 +147,19 @@ async def test_a_ca_file_that_was_replaced_is_read_again(
         {"key_passphrase": "hunter2"},
     ],
 )
-def test_trust_that_contradicts_itself_is_refused(options: dict[str, Any]) -> None:
+def test_contradicting_trust_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Trust(ConnectOptions(**options))
 
 
 @pytest.mark.parametrize("pin", ["", "sha256/", "sha256/short", "md5/" + "A" * 43 + "=", WRONG_PIN + "x"])
-def test_a_malformed_pin_is_never_ignored(pin: str) -> None:
+def test_malformed_pin_is_refused(pin: str) -> None:
     with pytest.raises(TlsError) as caught:
         connect("localhost", pins=[pin])
     assert caught.value.failure == "pin_malformed"
 
 
-async def test_clients_that_trust_the_same_share_a_context(ca_file: Path) -> None:
+async def test_clients_with_the_same_trust_share_a_context(ca_file: Path) -> None:
     resources = LoopResources(asyncio.get_running_loop())
 
     def trust(**options: Any) -> ssl.SSLContext:
@@ -171,9 +171,7 @@ async def test_clients_that_trust_the_same_share_a_context(ca_file: Path) -> Non
     assert len({id(trust(ca_file=ca_file)), id(trust()), id(trust(verify=False))}) == 3
 
 
-async def test_a_ca_file_that_is_gone_is_never_replaced_by_another_trust(
-    ca_file: Path, tmp_path: Path
-) -> None:
+async def test_missing_ca_file_never_falls_back_to_other_trust(ca_file: Path, tmp_path: Path) -> None:
     resources = LoopResources(asyncio.get_running_loop())
     authority = tmp_path / "ca.crt"
     shutil.copy(ca_file, authority)
@@ -184,7 +182,7 @@ async def test_a_ca_file_that_is_gone_is_never_replaced_by_another_trust(
         Trust(ConnectOptions(ca_file=authority)).context(resources.contexts)
 
 
-async def test_the_contexts_that_are_kept_are_bounded(ca_file: Path, tmp_path: Path) -> None:
+async def test_context_cache_is_bounded(ca_file: Path, tmp_path: Path) -> None:
     resources = LoopResources(asyncio.get_running_loop())
     for number in range(MAX_CONTEXTS + 3):
         link = tmp_path / f"{number}.pem"
@@ -198,7 +196,7 @@ async def test_the_contexts_that_are_kept_are_bounded(ca_file: Path, tmp_path: P
 # --- the sts policy ----------------------------------------------------------------------------------
 
 
-async def test_a_host_seen_with_a_policy_is_not_connected_to_with_verification_off(
+async def test_known_sts_host_refuses_verify_false(
     serve: Serve, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
 ) -> None:
     server = serve()
@@ -218,7 +216,7 @@ async def test_a_host_seen_with_a_policy_is_not_connected_to_with_verification_o
         pass  # an address has no policy (RFC 6797 section 8.1.1)
 
 
-async def test_a_pin_is_verification_too(
+async def test_sts_policy_is_learned_over_a_pinned_connection(
     shared: ServerThread, connect_to: ConnectTo, known: Callable[[], dict[str, Any]]
 ) -> None:
     async with connect_to(shared, host="localhost", pins=shared.server.pins):
@@ -231,7 +229,7 @@ def damage(home: Path) -> None:
     (home / "known_hosts.json").write_text("damaged")
 
 
-async def test_a_policy_that_cannot_be_written_down_is_told_in_the_log_and_no_more(
+async def test_sts_policy_that_cannot_be_stored_is_logged(
     shared: ServerThread, connect_to: ConnectTo, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await asyncio.to_thread(damage, home)
@@ -243,7 +241,7 @@ async def test_a_policy_that_cannot_be_written_down_is_told_in_the_log_and_no_mo
         await connect_to(shared, host="localhost", verify=False)
 
 
-async def test_the_home_of_the_policies_may_be_given(
+async def test_home_option_sets_the_known_hosts_folder(
     shared: ServerThread,
     connect_to: ConnectTo,
     tmp_path: Path,
@@ -259,7 +257,7 @@ async def test_the_home_of_the_policies_may_be_given(
         connect("localhost", home="~nobody-of-this-name/x")
 
 
-async def test_without_any_home_verification_may_be_off(
+async def test_verify_false_works_without_a_home(
     shared: ServerThread, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name/x")
@@ -270,7 +268,7 @@ async def test_without_any_home_verification_may_be_off(
 # --- no connection -----------------------------------------------------------------------------------
 
 
-async def test_nobody_there_is_told_with_the_address_and_the_systems_words() -> None:
+async def test_connection_refused_names_address_and_cause() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -280,7 +278,7 @@ async def test_nobody_there_is_told_with_the_address_and_the_systems_words() -> 
     assert _resources == {}
 
 
-async def test_a_host_that_does_not_exist_is_told() -> None:
+async def test_unknown_host_raises() -> None:
     with pytest.raises(CannotConnect, match=r"^no-such-host\.invalid:7443: "):
         await connect("no-such-host.invalid")
 
@@ -297,11 +295,11 @@ async def test_a_host_that_does_not_exist_is_told() -> None:
         (OSError("nothing more"), "OSError"),
     ],
 )
-def test_the_cause_is_one_phrase(error: OSError, cause: str) -> None:
+def test_cause_is_one_system_message(error: OSError, cause: str) -> None:
     assert _cause(error) == cause
 
 
-async def test_silence_ends_at_the_connect_timeout() -> None:
+async def test_silent_server_fails_at_the_connect_timeout() -> None:
     async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         await reader.read()
@@ -319,7 +317,7 @@ async def test_silence_ends_at_the_connect_timeout() -> None:
         (b"", "disconnected"),
     ],
 )
-async def test_what_is_no_tls_server_is_told_apart(says: bytes, failure: str) -> None:
+async def test_server_without_tls_is_reported_as_such(says: bytes, failure: str) -> None:
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(10_000)
         writer.write(says)
@@ -338,7 +336,7 @@ def tls_13(pairs: ServerPairs) -> ssl.SSLContext:
     return context
 
 
-async def test_a_server_that_greets_with_nonsense_is_told(server_pairs: ServerPairs, ca_file: Path) -> None:
+async def test_invalid_welcome_raises(server_pairs: ServerPairs, ca_file: Path) -> None:
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"\xff" * 200)
         await reader.read()
@@ -349,9 +347,7 @@ async def test_a_server_that_greets_with_nonsense_is_told(server_pairs: ServerPa
         assert caught.value.code is Code.FRAME_TOO_LARGE
 
 
-async def test_a_server_that_agrees_on_tls_and_leaves_is_told(
-    server_pairs: ServerPairs, ca_file: Path
-) -> None:
+async def test_close_after_handshake_raises(server_pairs: ServerPairs, ca_file: Path) -> None:
     async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         pass
 
@@ -360,7 +356,7 @@ async def test_a_server_that_agrees_on_tls_and_leaves_is_told(
             await connect(address, ca_file=ca_file)
 
 
-async def test_a_refusal_is_told_when_the_connection_is_gone() -> None:
+async def test_late_tls_alert_raises_after_the_close() -> None:
     closed, may_close = asyncio.Event(), asyncio.Event()
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -380,7 +376,7 @@ async def test_a_refusal_is_told_when_the_connection_is_gone() -> None:
             await connecting
 
 
-async def test_a_refusal_is_told_within_the_connect_timeout_if_the_server_does_not_close() -> None:
+async def test_late_tls_alert_without_close_raises_at_the_connect_timeout() -> None:
     refused, reset = asyncio.Event(), asyncio.Event()
 
     async def stay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -401,9 +397,7 @@ async def test_a_refusal_is_told_within_the_connect_timeout_if_the_server_does_n
         await reset.wait()
 
 
-async def test_a_server_that_agrees_on_tls_and_says_nothing_is_told(
-    server_pairs: ServerPairs, ca_file: Path
-) -> None:
+async def test_missing_welcome_fails_at_the_connect_timeout(server_pairs: ServerPairs, ca_file: Path) -> None:
     async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
@@ -412,7 +406,7 @@ async def test_a_server_that_agrees_on_tls_and_says_nothing_is_told(
             await connect(address, ca_file=ca_file, connect_timeout=0.1)
 
 
-async def test_connecting_may_be_cancelled() -> None:
+async def test_connect_can_be_cancelled() -> None:
     connected = asyncio.Event()
 
     async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -428,7 +422,7 @@ async def test_connecting_may_be_cancelled() -> None:
     assert _resources == {}
 
 
-async def test_connecting_may_be_cancelled_while_the_policy_is_written_down(
+async def test_connect_can_be_cancelled_while_storing_the_policy(
     serve: Serve, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(sessions__open_timeout="5m")  # it is the client that ends the connection

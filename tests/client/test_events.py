@@ -11,7 +11,7 @@ from zcproto.client.events import MAX_EVENTS, Event, EventStream
 
 
 @scripted
-async def test_events_come_in_their_order_and_are_awaited() -> None:
+async def test_events_arrive_in_order() -> None:
     stream = EventStream()
     stream.put(Event("a", 1))
     stream.put(Event("b", 2))
@@ -24,7 +24,7 @@ async def test_events_come_in_their_order_and_are_awaited() -> None:
 
 
 @scripted
-async def test_the_stream_ends_when_it_is_closed_after_what_was_left_in_it() -> None:
+async def test_closed_stream_ends_after_queued_events() -> None:
     stream = EventStream()
     stream.put(Event("a", 1))
     stream.close()
@@ -33,7 +33,7 @@ async def test_the_stream_ends_when_it_is_closed_after_what_was_left_in_it() -> 
 
 
 @scripted
-async def test_all_who_wait_are_told_of_the_end() -> None:
+async def test_closed_stream_ends_all_readers() -> None:
     stream = EventStream()
 
     async def read() -> list[Event]:
@@ -46,7 +46,7 @@ async def test_all_who_wait_are_told_of_the_end() -> None:
 
 
 @scripted
-async def test_the_oldest_make_room_and_are_counted() -> None:
+async def test_full_stream_drops_and_counts_the_oldest() -> None:
     stream = EventStream()
     for number in range(MAX_EVENTS + 5):
         stream.put(Event("a", number))
@@ -65,7 +65,7 @@ async def test_each_event_goes_to_one_reader() -> None:
 
 
 @scripted
-async def test_a_reader_that_is_cancelled_takes_no_event_with_it() -> None:
+async def test_cancelled_reader_loses_no_event() -> None:
     stream = EventStream()
     first, second, third = (asyncio.create_task(stream.__anext__()) for _ in range(3))
     await turns()
@@ -80,7 +80,7 @@ async def test_a_reader_that_is_cancelled_takes_no_event_with_it() -> None:
 
 
 @scripted
-async def test_one_who_was_woken_for_an_event_that_another_took_waits_again() -> None:
+async def test_reader_waits_again_if_another_took_the_event() -> None:
     stream = EventStream()
     waiting = asyncio.create_task(stream.__anext__())
     await turns()

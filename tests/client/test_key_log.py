@@ -25,7 +25,7 @@ def lines(path: Path) -> int:
     return path.read_text().count("CLIENT_TRAFFIC_SECRET_0 ")
 
 
-async def test_the_secrets_of_a_connection_are_appended(
+async def test_key_log_gets_the_secrets_of_a_connection(
     shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
 ) -> None:
     path = tmp_path / "keys"
@@ -36,7 +36,7 @@ async def test_the_secrets_of_a_connection_are_appended(
     assert (await asyncio.to_thread(path.stat)).st_mode & 0o777 == 0o600
 
 
-def test_the_blocking_client_does_it_too(shared: ServerThread, tmp_path: Path) -> None:
+def test_blocking_client_writes_the_key_log(shared: ServerThread, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     trust = {"ca_file": shared.home / "certs" / "ca.crt", "key_log_file": path}
     with connect_blocking(f"127.0.0.1:{shared.port}", user="ada", key=KEY, **trust) as client:
@@ -44,7 +44,7 @@ def test_the_blocking_client_does_it_too(shared: ServerThread, tmp_path: Path) -
     assert lines(path) == 1
 
 
-async def test_it_is_told_once_for_each_file(
+async def test_key_log_is_warned_of_once_per_file(
     shared: ServerThread, connect_to: ConnectTo, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys"
@@ -57,9 +57,7 @@ async def test_it_is_told_once_for_each_file(
     ]
 
 
-async def test_a_client_without_one_never_shares_the_context_of_one_with(
-    ca_file: Path, tmp_path: Path
-) -> None:
+async def test_context_with_key_log_is_not_shared(ca_file: Path, tmp_path: Path) -> None:
     resources = LoopResources(asyncio.get_running_loop())
 
     def context(key_log: Path | None) -> ssl.SSLContext:
@@ -73,7 +71,7 @@ async def test_a_client_without_one_never_shares_the_context_of_one_with(
     assert len({id(context(first)), id(context(None)), id(context(second))}) == 3
 
 
-async def test_beside_a_client_with_one_another_client_writes_nothing(
+async def test_other_client_does_not_write_the_key_log(
     shared: ServerThread, connect_to: ConnectTo, tmp_path: Path
 ) -> None:
     path = tmp_path / "keys"
@@ -82,7 +80,7 @@ async def test_beside_a_client_with_one_another_client_writes_nothing(
     assert await asyncio.to_thread(lines, path) == 1
 
 
-async def test_the_variable_alone_makes_neither_client_nor_server_write(
+async def test_sslkeylogfile_is_ignored(
     serve: Serve, connect_to: ConnectTo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variable, path = tmp_path / "variable", tmp_path / "keys"
@@ -98,7 +96,7 @@ async def test_the_variable_alone_makes_neither_client_nor_server_write(
     )
 
 
-async def test_a_file_that_cannot_be_used_is_told_before_anything_is_sent(
+async def test_unusable_key_log_raises_before_connecting(
     serve: Serve, connect_to: ConnectTo, tmp_path: Path
 ) -> None:
     server = serve()
@@ -110,6 +108,6 @@ async def test_a_file_that_cannot_be_used_is_told_before_anything_is_sent(
     assert server.stats["connections_opened"] == 0
 
 
-def test_a_server_has_no_such_option() -> None:
+def test_server_has_no_key_log_option() -> None:
     with pytest.raises(TypeError):
         zcproto.Server(zcproto.App(), key_log_file="keys")  # type: ignore[call-arg]

@@ -34,11 +34,11 @@ def is_refused(hosts: KnownHosts, host: str, wall: int = WALL) -> bool:
     return False
 
 
-def test_a_host_without_a_policy_is_free(hosts: KnownHosts) -> None:
+def test_host_without_policy_is_allowed(hosts: KnownHosts) -> None:
     assert not is_refused(hosts, "a.example")
 
 
-def test_a_host_with_a_policy_is_refused_until_it_ends(hosts: KnownHosts) -> None:
+def test_host_with_policy_is_refused_until_expiry(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(), WALL)
     assert is_refused(hosts, "a.example")
     assert is_refused(hosts, "a.example", WALL + 30 * DAY_MS - 1_000)
@@ -48,7 +48,7 @@ def test_a_host_with_a_policy_is_refused_until_it_ends(hosts: KnownHosts) -> Non
     assert not is_refused(hosts, "example")
 
 
-def test_the_refusal_says_how_long_and_where(hosts: KnownHosts) -> None:
+def test_refusal_names_remaining_days_and_file(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(), WALL)
     with pytest.raises(TlsError) as caught:
         hosts.require("a.example", WALL + DAY_MS * 10)
@@ -56,14 +56,14 @@ def test_the_refusal_says_how_long_and_where(hosts: KnownHosts) -> None:
     assert str(hosts.path) in str(caught.value)
 
 
-def test_subdomains_are_included_if_the_policy_says_so(hosts: KnownHosts) -> None:
+def test_subdomains_are_covered_with_include_subdomains(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(include_subdomains=True), WALL)
     assert is_refused(hosts, "a.example")
     assert is_refused(hosts, "x.y.a.example")
     assert not is_refused(hosts, "xa.example")
 
 
-def test_a_subdomain_of_its_own_policy_does_not_hide_that_of_its_parent(hosts: KnownHosts) -> None:
+def test_policy_of_subdomain_does_not_hide_its_parent(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(include_subdomains=True), WALL)
     hosts.learn("x.a.example", sts(max_age=10), WALL)
     assert is_refused(hosts, "x.a.example", WALL + 20_000)
@@ -83,13 +83,13 @@ def test_max_age_0_of_an_unknown_host_writes_nothing(hosts: KnownHosts) -> None:
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1", "::1", "fe80::1%eth0"])
-def test_an_address_has_no_policy(hosts: KnownHosts, address: str) -> None:
+def test_ip_address_has_no_policy(hosts: KnownHosts, address: str) -> None:
     hosts.learn(address, sts(), WALL)
     assert not hosts.path.exists()
     hosts.require(address, WALL)
 
 
-def test_each_visit_moves_the_end_but_the_file_is_written_once_a_day(hosts: KnownHosts) -> None:
+def test_expiry_is_extended_on_disk_once_a_day(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(), WALL)
     first = hosts.path.stat().st_ino
     hosts.learn("a.example", sts(), WALL + DAY_MS // 2)
@@ -98,7 +98,7 @@ def test_each_visit_moves_the_end_but_the_file_is_written_once_a_day(hosts: Know
     assert is_refused(hosts, "a.example", WALL + 31 * DAY_MS - 1_000)
 
 
-def test_a_changed_policy_is_written_at_once(hosts: KnownHosts) -> None:
+def test_changed_policy_is_written_at_once(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(), WALL)
     hosts.learn("a.example", sts(include_subdomains=True), WALL)
     assert is_refused(hosts, "x.a.example")
@@ -106,7 +106,7 @@ def test_a_changed_policy_is_written_at_once(hosts: KnownHosts) -> None:
     assert not is_refused(hosts, "a.example", WALL + 61_000)
 
 
-def test_a_short_policy_is_moved_before_it_ends(hosts: KnownHosts) -> None:
+def test_short_policy_is_extended_before_expiry(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(60), WALL)
     hosts.learn("a.example", sts(60), WALL + 40_000)
     assert is_refused(hosts, "a.example", WALL + 90_000)
@@ -114,13 +114,13 @@ def test_a_short_policy_is_moved_before_it_ends(hosts: KnownHosts) -> None:
     assert is_refused(hosts, "a.example", WALL + 250_000)
 
 
-def test_a_policy_without_end_ends_in_ten_years(hosts: KnownHosts) -> None:
+def test_policy_is_limited_to_ten_years(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(2**63), WALL)
     assert is_refused(hosts, "a.example", WALL + (MAX_AGE - 1) * 1_000)
     assert not is_refused(hosts, "a.example", WALL + MAX_AGE * 1_000)
 
 
-def test_the_file_and_its_folder_are_the_owners_alone(hosts: KnownHosts) -> None:
+def test_file_and_folder_are_private(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(), WALL)
     assert stat.S_IMODE(hosts.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(hosts.path.parent.stat().st_mode) == 0o700
@@ -130,7 +130,7 @@ def test_the_file_and_its_folder_are_the_owners_alone(hosts: KnownHosts) -> None
     }
 
 
-def test_policies_that_have_ended_go_and_those_that_end_first_make_room(hosts: KnownHosts) -> None:
+def test_expired_and_earliest_policies_are_dropped(hosts: KnownHosts) -> None:
     hosts.path.parent.mkdir()
     known = {
         f"h{number}.example": {"until": WALL // 1_000 + 1_000 + number, "include_subdomains": False}
@@ -162,7 +162,7 @@ def test_policies_that_have_ended_go_and_those_that_end_first_make_room(hosts: K
         "[" * 100_000,
     ],
 )
-def test_a_damaged_file_is_never_taken_for_empty(hosts: KnownHosts, content: str) -> None:
+def test_damaged_file_is_not_treated_as_empty(hosts: KnownHosts, content: str) -> None:
     hosts.path.parent.mkdir()
     hosts.path.write_text(content)
     assert is_refused(hosts, "b.example")
@@ -171,20 +171,18 @@ def test_a_damaged_file_is_never_taken_for_empty(hosts: KnownHosts, content: str
     assert hosts.path.read_text() == content
 
 
-def test_a_huge_file_is_not_read_whole(hosts: KnownHosts) -> None:
+def test_oversized_file_is_refused(hosts: KnownHosts) -> None:
     hosts.path.parent.mkdir()
     hosts.path.write_bytes(b" " * (MAX_FILE_SIZE + 2))
     assert is_refused(hosts, "a.example")
 
 
-def test_a_file_that_cannot_be_read_is_never_taken_for_empty(hosts: KnownHosts) -> None:
+def test_unreadable_file_is_not_treated_as_empty(hosts: KnownHosts) -> None:
     hosts.path.mkdir(parents=True)
     assert is_refused(hosts, "a.example")
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    hosts: KnownHosts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_file(hosts: KnownHosts, monkeypatch: pytest.MonkeyPatch) -> None:
     hosts.learn("a.example", sts(), WALL)
     before = hosts.path.read_text()
 
@@ -202,7 +200,7 @@ def _learn(path: Path, number: int) -> None:
     KnownHosts(path).learn(f"h{number}.example", sts(), WALL)
 
 
-def test_processes_that_learn_at_once_lose_nothing(hosts: KnownHosts) -> None:
+def test_concurrent_processes_lose_no_policy(hosts: KnownHosts) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_learn, args=(hosts.path, number)) for number in range(8)]
     for process in processes:

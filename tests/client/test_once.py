@@ -50,7 +50,7 @@ def shop_of(serve: Serve, cuts: int = 1) -> tuple[Shop, ServerThread]:
 
 
 @pytest.mark.parametrize("method", ["pay", "ship"])
-async def test_a_call_whose_answer_was_lost_gets_it_from_another_connection(
+async def test_lost_answer_is_repeated_on_another_connection(
     serve: Serve, connect_to: ConnectTo, method: str
 ) -> None:
     shop, server = shop_of(serve)
@@ -62,7 +62,7 @@ async def test_a_call_whose_answer_was_lost_gets_it_from_another_connection(
     assert server.stats["idempotency"]["repeated"] == 1
 
 
-async def test_without_a_key_the_application_is_told_and_decides(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_lost_answer_without_idempotency_key_raises(serve: Serve, connect_to: ConnectTo) -> None:
     shop, server = shop_of(serve)
     async with connect_to(server) as client:
         with pytest.raises(ConnectionClosed):
@@ -71,7 +71,7 @@ async def test_without_a_key_the_application_is_told_and_decides(serve: Serve, c
         assert (await client.call("pay", amount=5))["number"] == 2
 
 
-async def test_another_client_of_the_user_gets_the_answer_too(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_another_client_of_the_user_gets_the_stored_answer(serve: Serve, connect_to: ConnectTo) -> None:
     shop, server = shop_of(serve, cuts=0)
     async with connect_to(server) as client, connect_to(server) as another:
         first, second = await asyncio.gather(
@@ -86,7 +86,7 @@ async def test_another_client_of_the_user_gets_the_answer_too(serve: Serve, conn
     assert shop.paid == [5, 6]
 
 
-async def test_who_gives_up_can_ask_again_what_became_of_it(serve: Serve, connect_to: ConnectTo) -> None:
+async def test_answer_of_timed_out_call_can_be_fetched_later(serve: Serve, connect_to: ConnectTo) -> None:
     shop, server = shop_of(serve, cuts=0)
     async with connect_to(server) as client:
         call = asyncio.ensure_future(client.call("ship", amount=5, idempotency_key="k"))

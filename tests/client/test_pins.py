@@ -39,7 +39,7 @@ def whole_pin(server: ServerThread) -> str:
 
 
 @pytest.mark.requirement("pinning")
-async def test_several_pins_may_be_one_text(shared: ServerThread, connect_to: ConnectTo) -> None:
+async def test_several_pins_in_one_text_are_accepted(shared: ServerThread, connect_to: ConnectTo) -> None:
     (pin,) = shared.server.pins
     for pins in (f"{WRONG},{pin}", f"{WRONG} {pin}\n", [WRONG, pin], iter([pin, pin, BACKUP])):
         async with connect_to(shared, pins=pins) as client:
@@ -47,7 +47,7 @@ async def test_several_pins_may_be_one_text(shared: ServerThread, connect_to: Co
 
 
 @pytest.mark.requirement("pinning")
-async def test_a_whole_certificate_may_be_pinned(shared: ServerThread, connect_to: ConnectTo) -> None:
+async def test_certificate_pin_is_accepted(shared: ServerThread, connect_to: ConnectTo) -> None:
     async with connect_to(shared, pins=f"{whole_pin(shared)}, {BACKUP}") as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
@@ -55,16 +55,14 @@ async def test_a_whole_certificate_may_be_pinned(shared: ServerThread, connect_t
 @pytest.mark.requirement("pinning")
 @pytest.mark.parametrize("make", [connect, connect_blocking])
 @pytest.mark.parametrize("pins", ["", " ", ",", "x", [""], [WRONG, "x"]])
-def test_a_pin_is_never_ignored(make: Any, pins: Any) -> None:
+def test_wrong_pin_is_refused_with_any_trust(make: Any, pins: Any) -> None:
     with pytest.raises(TlsError) as caught:
         make("localhost", pins=pins)
     assert caught.value.failure == "pin_malformed"
 
 
 @pytest.mark.requirement("pinning")
-async def test_a_mismatch_shows_what_was_seen_and_what_was_expected(
-    shared: ServerThread, connect_to: ConnectTo
-) -> None:
+async def test_pin_mismatch_shows_both_pins(shared: ServerThread, connect_to: ConnectTo) -> None:
     with pytest.raises(TlsError) as caught:
         await connect_to(shared, pins=[BACKUP, WRONG])
     assert caught.value.failure == "pin_mismatch"
@@ -76,9 +74,7 @@ async def test_a_mismatch_shows_what_was_seen_and_what_was_expected(
 
 @pytest.mark.requirement("pinning")
 @pytest.mark.parametrize(("pin", "of"), [(WRONG, "key"), ("cert-" + WRONG, "certificate")])
-def test_a_single_pin_is_warned_of_once_with_the_risk(
-    pin: str, of: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_single_pin_is_warned_of_once(pin: str, of: str, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         Trust(ConnectOptions(pins=[pin, pin]))
     (record,) = caplog.records
@@ -92,14 +88,12 @@ def test_a_single_pin_is_warned_of_once_with_the_risk(
 
 @pytest.mark.requirement("pinning")
 @pytest.mark.parametrize("pins", [(), [WRONG, BACKUP], f"{WRONG} {BACKUP}"])
-def test_backup_pins_and_none_at_all_are_not_warned_of(pins: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_backup_pins_are_not_warned_of(pins: Any, caplog: pytest.LogCaptureFixture) -> None:
     Trust(ConnectOptions(pins=pins))
     assert caplog.records == []
 
 
 @pytest.mark.requirement("pinning")
-def test_a_single_pin_beside_an_authority_locks_out_all_the_same(
-    caplog: pytest.LogCaptureFixture, ca_file: Path
-) -> None:
+def test_single_pin_with_ca_file_is_warned_of(caplog: pytest.LogCaptureFixture, ca_file: Path) -> None:
     Trust(ConnectOptions(pins=[WRONG], ca_file=ca_file))
     assert len(caplog.records) == 1

@@ -66,7 +66,7 @@ class Ends:
 
 
 @scripted
-async def test_it_is_ready_with_the_welcome_and_not_before() -> None:
+async def test_connection_is_ready_after_welcome() -> None:
     ends = Ends(welcome=False)
     assert not ends.protocol.ready
     ends.link.send(WELCOME, 0, encode_body(GREETING))
@@ -76,7 +76,7 @@ async def test_it_is_ready_with_the_welcome_and_not_before() -> None:
 
 @pytest.mark.parametrize("how", ["cut", "close_cleanly", "nonsense"])
 @scripted
-async def test_an_end_before_the_welcome_is_told_to_whoever_waits_for_it(how: str) -> None:
+async def test_end_before_welcome_fails_the_waiter(how: str) -> None:
     ends = Ends(welcome=False)
     if how == "nonsense":
         ends.link.send(PING)
@@ -88,7 +88,7 @@ async def test_an_end_before_the_welcome_is_told_to_whoever_waits_for_it(how: st
 
 
 @scripted
-async def test_an_end_before_the_welcome_that_nobody_waits_for_is_no_fault() -> None:
+async def test_end_before_welcome_without_waiter_is_silent() -> None:
     ends = Ends(welcome=False)
     ends.link.cut()
     await turns()
@@ -96,7 +96,7 @@ async def test_an_end_before_the_welcome_that_nobody_waits_for_is_no_fault() -> 
 
 
 @scripted
-async def test_a_welcome_that_nobody_waits_for_any_more_is_no_fault() -> None:
+async def test_welcome_after_cancelled_waiter_is_ignored() -> None:
     ends = Ends(welcome=False)
     ends.protocol.welcomed.cancel()
     ends.link.send(WELCOME, 0, encode_body(GREETING))
@@ -104,7 +104,7 @@ async def test_a_welcome_that_nobody_waits_for_any_more_is_no_fault() -> None:
 
 
 @scripted
-async def test_the_first_cause_of_an_end_counts_and_is_told_once() -> None:
+async def test_first_cause_of_end_is_reported_once() -> None:
     ends = Ends()
     call = ends.call()
     ends.link.fatal(Code.REPLAYED)
@@ -118,7 +118,7 @@ async def test_the_first_cause_of_an_end_counts_and_is_told_once() -> None:
 
 
 @scripted
-async def test_the_servers_words_are_made_fit_to_be_printed() -> None:
+async def test_server_message_is_escaped_and_truncated() -> None:
     ends = Ends()
     ends.link.send(0x01040000, 0, encode_body([Code.REPLAYED, "a\x1b[31m\n" + "b" * 10_000]))
     assert ends.protocol.error is not None
@@ -127,7 +127,7 @@ async def test_the_servers_words_are_made_fit_to_be_printed() -> None:
 
 
 @scripted
-async def test_each_call_gets_an_error_of_its_own() -> None:
+async def test_each_call_gets_its_own_error() -> None:
     ends = Ends()
     first, second = ends.call(), ends.call()
     ends.link.cut()
@@ -137,9 +137,7 @@ async def test_each_call_gets_an_error_of_its_own() -> None:
 
 
 @scripted
-async def test_a_call_that_was_cancelled_in_the_same_turn_is_left_alone_by_the_end_and_by_its_deadline() -> (
-    None
-):
+async def test_call_cancelled_in_the_same_turn_is_not_failed_again() -> None:
     ends = Ends()
     cancelled = ends.call()
     cancelled.cancel()
@@ -153,7 +151,7 @@ async def test_a_call_that_was_cancelled_in_the_same_turn_is_left_alone_by_the_e
 
 
 @scripted
-async def test_a_deadline_fails_the_call_and_frees_its_place_only_with_the_answer() -> None:
+async def test_expired_call_keeps_its_stream_until_the_answer() -> None:
     ends = Ends(max_streams=1)
     call = ends.call(now() + 1)
     assert not ends.protocol.ready
@@ -167,7 +165,7 @@ async def test_a_deadline_fails_the_call_and_frees_its_place_only_with_the_answe
 
 
 @scripted
-async def test_an_answered_call_cannot_be_abandoned() -> None:
+async def test_answered_call_cannot_be_abandoned() -> None:
     ends = Ends()
     call = ends.call()
     await turns()
@@ -179,7 +177,7 @@ async def test_an_answered_call_cannot_be_abandoned() -> None:
 
 
 @scripted
-async def test_who_was_woken_and_found_no_place_keeps_the_first_place_in_the_queue() -> None:
+async def test_woken_waiter_without_stream_stays_first_in_queue() -> None:
     ends = Ends(max_streams=1)
     order: list[str] = []
     ends.call()
@@ -207,7 +205,7 @@ async def test_who_was_woken_and_found_no_place_keeps_the_first_place_in_the_que
 
 @pytest.mark.parametrize("how", ["go_away", "cut"])
 @scripted
-async def test_who_waits_for_a_place_is_woken_by_the_end(how: str) -> None:
+async def test_waiter_is_woken_by_the_end(how: str) -> None:
     ends = Ends(max_streams=1)
     ends.call().add_done_callback(lambda call: call.exception())
     waiting = [asyncio.create_task(ends.protocol.wait_ready()) for _ in range(3)]
@@ -220,7 +218,7 @@ async def test_who_waits_for_a_place_is_woken_by_the_end(how: str) -> None:
 
 
 @scripted
-async def test_a_full_transport_is_waited_for() -> None:
+async def test_full_transport_blocks_requests() -> None:
     ends = Ends()
     ends.protocol.pause_writing()
     assert not ends.protocol.ready
@@ -233,7 +231,7 @@ async def test_a_full_transport_is_waited_for() -> None:
 
 
 @scripted
-async def test_closing_sends_what_is_queued_first() -> None:
+async def test_close_sends_queued_data_first() -> None:
     ends = Ends()
     call = ends.call()
     ends.protocol.close("enough")
@@ -246,7 +244,7 @@ async def test_closing_sends_what_is_queued_first() -> None:
 
 
 @scripted
-async def test_nothing_is_left_on_the_wheel_of_what_is_gone() -> None:
+async def test_ended_connection_leaves_no_deadline() -> None:
     ends = Ends(idle_timeout_ms=1_000)
     answered, abandoned, lost = [ends.call(now() + 100) for _ in range(3)]
     lost.add_done_callback(lambda call: call.exception())
@@ -257,7 +255,7 @@ async def test_nothing_is_left_on_the_wheel_of_what_is_gone() -> None:
     assert len(ends.protocol._wheel) == 0
 
 
-def test_what_there_is_many_of_has_no_dict() -> None:
+def test_frequent_objects_have_no_dict() -> None:
     assert "__slots__" in vars(ClientProtocol)
     assert "__slots__" in vars(PendingCall)
     assert not hasattr(PendingCall, "__dict__") or "__dict__" not in PendingCall.__slots__

@@ -1,12 +1,21 @@
-"""The table of section 7, row by row, and what passes by waiting."""
+"""The table of zcp1.md, section 11.1, transient TLS failures, and backoff."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
-from zcproto.client.retry import Then, is_transient, retry_after_ms, what_next
+from zcproto.client.retry import (
+    FIRST_DELAY,
+    MAX_DELAY,
+    Backoff,
+    Then,
+    is_transient,
+    retry_after_ms,
+    what_next,
+)
 from zcproto.errors import CallError, Code
 from zcproto.tls.failure import TlsFailure
 
@@ -19,16 +28,16 @@ ROWS = {
 
 
 @pytest.mark.parametrize("code", list(Code))
-def test_each_code_has_its_row(code: Code) -> None:
+def test_each_code_has_its_next_step(code: Code) -> None:
     assert what_next(CallError.from_wire(code, "x", {})) is ROWS.get(code, Then.RAISE)
 
 
 @pytest.mark.parametrize("code", [0, 17, 63, 71, 2**40, -1])
-def test_an_unknown_code_is_told(code: int) -> None:
+def test_unknown_code_is_raised(code: int) -> None:
     assert what_next(CallError.from_wire(code, "x", {"retry_after_ms": 5})) is Then.RAISE
 
 
-def test_resource_exhausted_with_a_limit_is_told() -> None:
+def test_resource_exhausted_with_limit_is_raised() -> None:
     assert what_next(CallError.from_wire(Code.RESOURCE_EXHAUSTED, "x", {"limit": 5})) is Then.RAISE
     assert what_next(CallError.from_wire(Code.UNAVAILABLE, "x", {"limit": 5})) is Then.LATER
 
@@ -47,13 +56,13 @@ def test_resource_exhausted_with_a_limit_is_told() -> None:
         (None, 0),
     ],
 )
-def test_a_delay_is_bounded_and_an_int(value: Any, delay: int) -> None:
+def test_retry_after_is_bounded_and_an_int(value: Any, delay: int) -> None:
     assert retry_after_ms({"retry_after_ms": value}) == delay
     assert retry_after_ms({}) == 0
 
 
 @pytest.mark.parametrize("failure", list(TlsFailure))
-def test_whom_a_server_is_and_what_it_speaks_does_not_pass(failure: TlsFailure) -> None:
+def test_identity_and_protocol_failures_are_permanent(failure: TlsFailure) -> None:
     passing = {
         TlsFailure.HANDSHAKE_TIMEOUT,
         TlsFailure.DISCONNECTED,
@@ -66,5 +75,39 @@ def test_whom_a_server_is_and_what_it_speaks_does_not_pass(failure: TlsFailure) 
     assert is_transient(failure.value) is (failure in passing)
 
 
-def test_a_policy_does_not_pass() -> None:
+def test_sts_policy_failure_is_permanent() -> None:
     assert not is_transient("sts_policy")
+
+
+# --- backoff ----------------------------------------------------------------------------------------
+
+
+def test_backoff_limit_doubles_from_100_ms_to_30_s() -> None:
+    backoff = Backoff(lambda: 1.0)
+    expected = [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+    assert [backoff.next() for _ in expected] == pytest.approx(expected)
+
+
+def test_backoff_jitter_is_full_and_uniform() -> None:
+    chance = random.Random(7)
+    delays = []
+    for _ in range(10_000):
+        backoff = Backoff(chance.random)
+        delays.append(backoff.next())
+    assert min(delays) < FIRST_DELAY * 0.01
+    assert max(delays) > FIRST_DELAY * 0.99
+    assert sum(delays) / len(delays) == pytest.approx(FIRST_DELAY / 2, rel=0.05)
+
+
+def test_backoff_reset_starts_at_100_ms() -> None:
+    backoff = Backoff(lambda: 1.0)
+    for _ in range(20):
+        backoff.next()
+    assert backoff.next() == MAX_DELAY
+    backoff.reset()
+    assert backoff.next() == FIRST_DELAY
+
+
+def test_retry_after_is_added_in_full_to_the_jitter() -> None:
+    assert Backoff(lambda: 0.0).next(1_500) == 1.5
+    assert Backoff(lambda: 0.5).next(1_500) == pytest.approx(1.55)

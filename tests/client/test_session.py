@@ -28,24 +28,24 @@ def session(jitter: float = 0.0, **more: Any) -> ClientSession:
     return ClientSession(result | more, server_wall=WALL, now=NOW, jitter=jitter)
 
 
-def test_no_secret_is_in_a_repr() -> None:
+def test_repr_contains_no_secret() -> None:
     assert repr(session()) == f"ClientSession(id='s-1', user='ada', expires_at={WALL + 100_000})"
     assert repr(ApiKey("ada", "secret")) == "ApiKey(user='ada')"
 
 
-def test_the_token_as_text_is_43_characters_of_base64url() -> None:
+def test_token_text_is_43_characters_of_base64url() -> None:
     assert session().token == "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA"
     assert session().token_bytes == TOKEN
 
 
-def test_times_are_counted_by_the_servers_clock_and_kept_in_monotonic_seconds() -> None:
+def test_expiry_uses_server_clock_and_monotonic_time() -> None:
     assert session().valid_until == NOW + 100
     assert session(expires_at=WALL - 1).valid_until == NOW
     assert session().refresh_at == pytest.approx(NOW + 80)
     assert session(jitter=1.0).refresh_at == pytest.approx(NOW + 85)
 
 
-def test_use_puts_off_the_idle_limit_but_not_the_end() -> None:
+def test_use_extends_the_idle_limit_but_not_the_expiry() -> None:
     opened = session(idle_timeout_ms=30_000)
     assert opened.valid_until == NOW + 30
     opened.used(NOW + 20)
@@ -54,14 +54,14 @@ def test_use_puts_off_the_idle_limit_but_not_the_end() -> None:
     assert opened.valid_until == NOW + 100
 
 
-def test_what_the_server_calls_expired_stays_so() -> None:
+def test_session_reported_as_expired_stays_expired() -> None:
     opened = session()
     opened.expire()
     opened.used(NOW)
     assert opened.valid_until == -math.inf
 
 
-def test_a_refresh_token_is_good_until_its_end_or_until_it_is_dropped() -> None:
+def test_refresh_token_is_usable_until_expiry_or_drop() -> None:
     opened = session()
     assert opened.can_refresh(NOW + 499)
     assert not opened.can_refresh(NOW + 500)

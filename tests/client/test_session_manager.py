@@ -61,7 +61,7 @@ def short(life_ms: int = HOUR_MS, **more: Any) -> dict[str, Any]:
 
 
 @scripted
-async def test_connecting_opens_a_session_with_user_key_and_the_clients_name() -> None:
+async def test_connect_opens_a_session_with_user_key_and_client() -> None:
     server = ScriptedServer()
     async with client_of(server, client="shop/2.1") as client:
         opened = server.calls("session.open")[0]
@@ -75,7 +75,7 @@ async def test_connecting_opens_a_session_with_user_key_and_the_clients_name() -
 
 
 @scripted
-async def test_without_a_key_there_is_no_session_and_calls_carry_no_token() -> None:
+async def test_calls_without_credentials_carry_no_token() -> None:
     server = ScriptedServer()
     async with client_of(server, user=None) as client:
         await client.call("server.info")
@@ -87,7 +87,7 @@ async def test_without_a_key_there_is_no_session_and_calls_carry_no_token() -> N
 
 
 @scripted
-async def test_session_false_opens_none_until_it_is_asked_for() -> None:
+async def test_session_false_opens_no_session_until_requested() -> None:
     server = ScriptedServer()
     async with client_of(server, session=False) as client:
         await client.call("server.info")
@@ -100,7 +100,7 @@ async def test_session_false_opens_none_until_it_is_asked_for() -> None:
 
 
 @scripted
-async def test_opening_is_tried_again_while_the_server_is_busy() -> None:
+async def test_session_open_is_retried_while_the_server_is_busy() -> None:
     server = ScriptedServer()
     server.script("session.open", *[fail(Code.UNAVAILABLE, retry_after_ms=100)] * 3)
     start = now()
@@ -109,7 +109,7 @@ async def test_opening_is_tried_again_while_the_server_is_busy() -> None:
 
 
 @scripted
-async def test_opening_follows_the_servers_clock_once() -> None:
+async def test_session_open_with_stale_timestamp_is_retried_once() -> None:
     server = ScriptedServer()
     server.script("session.open", fail(Code.STALE_TIMESTAMP, server_time=WALL), ok({}))
     with pytest.raises(ProtocolError, match="is invalid"):
@@ -122,7 +122,7 @@ async def test_opening_follows_the_servers_clock_once() -> None:
 
 
 @scripted
-async def test_an_opening_whose_answer_is_lost_is_repeated_a_few_times_only() -> None:
+async def test_lost_session_open_is_retried_a_limited_number_of_times() -> None:
     server = ScriptedServer()
     server.script("session.open", *[cut] * 100)
     with pytest.raises(ConnectionClosed):
@@ -131,7 +131,7 @@ async def test_an_opening_whose_answer_is_lost_is_repeated_a_few_times_only() ->
 
 
 @scripted
-async def test_an_opening_that_takes_long_and_is_lost_is_repeated_too() -> None:
+async def test_slow_lost_session_open_is_retried() -> None:
     server = ScriptedServer()
     server.script("session.open", lambda request: asyncio.get_running_loop().call_later(6, request.link.cut))
     async with client_of(server) as client:
@@ -140,7 +140,7 @@ async def test_an_opening_that_takes_long_and_is_lost_is_repeated_too() -> None:
 
 
 @scripted
-async def test_all_calls_wait_for_one_opening() -> None:
+async def test_concurrent_calls_share_one_session_open() -> None:
     server = ScriptedServer()
     server.script("session.open", silence)
     async with client_of(server, session=False) as client:
@@ -155,7 +155,7 @@ async def test_all_calls_wait_for_one_opening() -> None:
 
 
 @scripted
-async def test_one_who_stops_waiting_does_not_stop_the_opening_of_the_others() -> None:
+async def test_cancelled_call_does_not_cancel_the_shared_session_open() -> None:
     server = ScriptedServer()
     async with client_of(server, session=False) as client:
         server.script("session.open", silence)
@@ -186,14 +186,14 @@ async def test_one_who_stops_waiting_does_not_stop_the_opening_of_the_others() -
     ],
 )
 @scripted
-async def test_an_answer_that_is_no_session_is_told(wrong: dict[str, Any]) -> None:
+async def test_invalid_session_open_answer_raises(wrong: dict[str, Any]) -> None:
     server = ScriptedServer()
     server.session = wrong
     with pytest.raises(ProtocolError):
         await client_of(server)
 
 
-def test_user_and_key_go_together() -> None:
+def test_user_or_key_alone_is_refused() -> None:
     with pytest.raises(ConfigError):
         connect("localhost", user="ada")
     with pytest.raises(ConfigError):
@@ -204,7 +204,7 @@ def test_user_and_key_go_together() -> None:
 
 
 @scripted
-async def test_it_refreshes_at_80_percent_of_the_sessions_life() -> None:
+async def test_refresh_happens_at_80_percent_of_the_lifetime() -> None:
     server = ScriptedServer()
     server.session = short()
     async with client_of(server, random=numbers(0.0)) as client:
@@ -220,7 +220,7 @@ async def test_it_refreshes_at_80_percent_of_the_sessions_life() -> None:
 
 
 @scripted
-async def test_it_refreshes_again_and_again() -> None:
+async def test_refresh_repeats() -> None:
     server = ScriptedServer()
     server.session = short()
     async with client_of(server):
@@ -229,7 +229,7 @@ async def test_it_refreshes_again_and_again() -> None:
 
 
 @scripted
-async def test_jitter_spreads_the_refreshes_of_many_clients() -> None:
+async def test_refresh_times_have_jitter() -> None:
     times = []
     for chance in (0.0, 0.5, 0.999):
         server = ScriptedServer()
@@ -242,7 +242,7 @@ async def test_jitter_spreads_the_refreshes_of_many_clients() -> None:
 
 
 @scripted
-async def test_no_call_is_sent_while_a_refresh_is_on_its_way_and_none_fails() -> None:
+async def test_calls_wait_during_a_refresh() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("session.refresh", silence)
@@ -258,7 +258,7 @@ async def test_no_call_is_sent_while_a_refresh_is_on_its_way_and_none_fails() ->
 
 
 @scripted
-async def test_a_refresh_early_that_is_refused_for_now_harms_no_call_and_is_tried_again() -> None:
+async def test_refused_early_refresh_is_retried_later() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("session.refresh", fail(Code.UNAVAILABLE, retry_after_ms=100))
@@ -272,7 +272,7 @@ async def test_a_refresh_early_that_is_refused_for_now_harms_no_call_and_is_trie
 
 
 @scripted
-async def test_session_expiring_makes_it_refresh_at_once() -> None:
+async def test_session_expiring_event_triggers_refresh() -> None:
     server = ScriptedServer()
     server.session = short()
     async with client_of(server) as client:
@@ -283,7 +283,7 @@ async def test_session_expiring_makes_it_refresh_at_once() -> None:
 
 
 @scripted
-async def test_session_expiring_changes_nothing_without_a_refresh_token() -> None:
+async def test_session_expiring_without_refresh_token_is_ignored() -> None:
     server = ScriptedServer()
     async with client_of(server):
         server.link.event("session.expiring", {"expires_at": WALL}, token(1))
@@ -295,7 +295,7 @@ async def test_session_expiring_changes_nothing_without_a_refresh_token() -> Non
 
 
 @scripted
-async def test_a_session_that_has_ended_by_its_own_dates_is_renewed_before_the_next_call() -> None:
+async def test_expired_session_is_renewed_before_the_next_call() -> None:
     server = ScriptedServer()
     server.session = {"expires_at": lambda number: WALL + round((now() - 1_000) * 1000) + 60_000}
     async with client_of(server) as client:
@@ -305,7 +305,7 @@ async def test_a_session_that_has_ended_by_its_own_dates_is_renewed_before_the_n
 
 
 @scripted
-async def test_a_session_that_was_idle_for_too_long_is_refreshed_before_the_next_call() -> None:
+async def test_idle_session_is_refreshed_before_the_next_call() -> None:
     server = ScriptedServer()
     server.session = refreshable(idle_timeout_ms=60_000)
     async with client_of(server) as client:
@@ -318,7 +318,7 @@ async def test_a_session_that_was_idle_for_too_long_is_refreshed_before_the_next
 
 
 @scripted
-async def test_a_refresh_whose_answer_was_lost_is_repeated_at_once_with_the_same_token() -> None:
+async def test_lost_refresh_is_retried_with_the_same_token() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("session.refresh", cut)
@@ -332,7 +332,7 @@ async def test_a_refresh_whose_answer_was_lost_is_repeated_at_once_with_the_same
 
 
 @scripted
-async def test_a_refresh_token_that_may_be_spent_for_long_is_never_used_again() -> None:
+async def test_refresh_token_is_not_reused_after_the_grace() -> None:
     server = ScriptedServer()
     server.session = short()
 
@@ -355,7 +355,7 @@ async def test_a_refresh_token_that_may_be_spent_for_long_is_never_used_again() 
     "code", [Code.TOKEN_EXPIRED, Code.INTERNAL, Code.UNKNOWN, Code.CANCELLED, Code.DEADLINE_EXCEEDED]
 )
 @scripted
-async def test_a_refresh_token_that_is_past_its_life_or_may_be_spent_gives_way_to_the_key(
+async def test_expired_or_spent_refresh_token_falls_back_to_the_key(
     code: Code,
 ) -> None:
     server = ScriptedServer()
@@ -375,7 +375,7 @@ async def test_a_refresh_token_that_is_past_its_life_or_may_be_spent_gives_way_t
 
 
 @scripted
-async def test_a_refresh_that_is_never_answered_gives_way_to_the_key_too() -> None:
+async def test_unanswered_refresh_falls_back_to_the_key() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -396,9 +396,7 @@ async def test_a_refresh_that_is_never_answered_gives_way_to_the_key_too() -> No
     ],
 )
 @scripted
-async def test_a_refused_refresh_is_told_and_nothing_is_tried_by_itself(
-    code: Code, error: type[CallError]
-) -> None:
+async def test_refused_refresh_raises_and_is_not_retried(code: Code, error: type[CallError]) -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -415,7 +413,7 @@ async def test_a_refused_refresh_is_told_and_nothing_is_tried_by_itself(
 
 
 @scripted
-async def test_a_reused_refresh_token_is_told_even_ahead_of_time() -> None:
+async def test_refresh_reuse_raises_during_early_refresh() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("session.refresh", fail(Code.TOKEN_REVOKED))
@@ -427,7 +425,7 @@ async def test_a_reused_refresh_token_is_told_even_ahead_of_time() -> None:
 
 
 @scripted
-async def test_another_error_of_a_refresh_is_told_and_the_next_call_tries_again() -> None:
+async def test_failed_refresh_raises_and_the_next_call_retries() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -440,7 +438,7 @@ async def test_another_error_of_a_refresh_is_told_and_the_next_call_tries_again(
 
 
 @scripted
-async def test_a_busy_server_is_asked_again_when_the_refresh_must_be() -> None:
+async def test_required_refresh_is_retried_while_the_server_is_busy() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -452,7 +450,7 @@ async def test_a_busy_server_is_asked_again_when_the_refresh_must_be() -> None:
 
 
 @scripted
-async def test_a_refresh_goes_on_over_goaway() -> None:
+async def test_refresh_continues_after_goaway() -> None:
     server = ScriptedServer()
     server.session = refreshable()
 
@@ -469,7 +467,7 @@ async def test_a_refresh_goes_on_over_goaway() -> None:
 
 
 @scripted
-async def test_a_renewal_waits_for_a_connection_that_is_full() -> None:
+async def test_renewal_waits_for_a_full_connection() -> None:
     server = ScriptedServer(max_streams=1)
     server.session = short()
     server.script("echo", silence)
@@ -485,7 +483,7 @@ async def test_a_renewal_waits_for_a_connection_that_is_full() -> None:
 
 
 @scripted
-async def test_an_expired_token_of_before_expires_nothing_now() -> None:
+async def test_token_expired_for_an_old_token_is_ignored() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("echo", silence)
@@ -498,7 +496,7 @@ async def test_an_expired_token_of_before_expires_nothing_now() -> None:
 
 
 @scripted
-async def test_a_session_taken_away_twice_is_over_once() -> None:
+async def test_session_revoked_twice_ends_once() -> None:
     server = ScriptedServer()
     server.script("echo", silence, silence)
     async with client_of(server) as client:
@@ -513,7 +511,7 @@ async def test_a_session_taken_away_twice_is_over_once() -> None:
 
 
 @scripted
-async def test_an_answer_for_a_token_of_before_is_no_end_of_the_session() -> None:
+async def test_revocation_of_an_old_token_does_not_end_the_session() -> None:
     server = ScriptedServer()
     server.session = short()
     server.script("echo", silence)
@@ -532,9 +530,7 @@ async def test_an_answer_for_a_token_of_before_is_no_end_of_the_session() -> Non
     ("code", "error"), [(Code.TOKEN_REVOKED, TokenRevoked), (Code.SESSION_REPLACED, SessionReplaced)]
 )
 @scripted
-async def test_session_revoked_is_looked_into_and_told_by_its_right_name(
-    code: Code, error: type[CallError]
-) -> None:
+async def test_session_revoked_event_raises_revoked_or_replaced(code: Code, error: type[CallError]) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(code))
@@ -548,7 +544,7 @@ async def test_session_revoked_is_looked_into_and_told_by_its_right_name(
 
 
 @scripted
-async def test_session_revoked_of_another_session_is_not_ours() -> None:
+async def test_session_revoked_event_of_another_session_is_ignored() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.link.event("session.revoked", {"reason": "because"}, token(9))
@@ -558,7 +554,7 @@ async def test_session_revoked_of_another_session_is_not_ours() -> None:
 
 
 @scripted
-async def test_session_revoked_as_the_last_word_of_a_connection_is_found_out_on_the_next() -> None:
+async def test_session_revoked_before_close_is_checked_on_reconnect() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(Code.TOKEN_REVOKED))
@@ -569,7 +565,7 @@ async def test_session_revoked_as_the_last_word_of_a_connection_is_found_out_on_
 
 
 @scripted
-async def test_a_token_that_is_shown_and_expired_is_renewed_with_the_next_call() -> None:
+async def test_presented_token_that_expired_is_renewed_with_the_next_call() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(Code.TOKEN_EXPIRED))
@@ -581,7 +577,7 @@ async def test_a_token_that_is_shown_and_expired_is_renewed_with_the_next_call()
 
 @pytest.mark.parametrize("code", [Code.UNAUTHENTICATED, Code.UNAVAILABLE, Code.INTERNAL])
 @scripted
-async def test_other_answers_to_a_shown_token_leave_it_to_the_calls(code: Code) -> None:
+async def test_other_errors_to_a_presented_token_are_left_to_calls(code: Code) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.script("session.info", fail(code))
@@ -592,7 +588,7 @@ async def test_other_answers_to_a_shown_token_leave_it_to_the_calls(code: Code) 
 
 
 @scripted
-async def test_a_shown_token_whose_answer_is_lost_is_shown_again() -> None:
+async def test_token_is_presented_again_after_a_lost_answer() -> None:
     server = ScriptedServer()
     async with client_of(server):
         server.script("session.info", cut)
@@ -602,7 +598,7 @@ async def test_a_shown_token_whose_answer_is_lost_is_shown_again() -> None:
 
 
 @scripted
-async def test_a_renewal_under_way_needs_no_token_to_be_shown() -> None:
+async def test_token_is_not_presented_during_renewal() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -616,7 +612,7 @@ async def test_a_renewal_under_way_needs_no_token_to_be_shown() -> None:
 
 
 @scripted
-async def test_after_coming_back_a_large_request_waits_until_the_token_was_shown() -> None:
+async def test_large_request_after_reconnect_waits_for_the_token() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         await client.call("echo", x=bytes(100_000))
@@ -627,7 +623,7 @@ async def test_after_coming_back_a_large_request_waits_until_the_token_was_shown
 
 
 @scripted
-async def test_a_large_request_without_a_session_is_refused_here() -> None:
+async def test_large_request_without_session_is_refused_locally() -> None:
     server = ScriptedServer()
     async with client_of(server, user=None) as client:
         with pytest.raises(InvalidArgument, match="at most 16384"):
@@ -637,7 +633,7 @@ async def test_a_large_request_without_a_session_is_refused_here() -> None:
 
 
 @scripted
-async def test_a_request_too_large_for_any_session_is_refused_after_the_token_was_shown() -> None:
+async def test_oversized_request_is_refused_after_presenting_the_token() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         await server.lose()
@@ -650,7 +646,7 @@ async def test_a_request_too_large_for_any_session_is_refused_after_the_token_wa
 
 
 @scripted
-async def test_closing_during_a_renewal_tells_those_who_wait() -> None:
+async def test_close_during_renewal_fails_waiting_calls() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -664,7 +660,7 @@ async def test_closing_during_a_renewal_tells_those_who_wait() -> None:
 
 
 @scripted
-async def test_a_failed_opening_leaves_nothing_behind() -> None:
+async def test_failed_open_leaves_no_resources() -> None:
     server = ScriptedServer()
     server.script("session.open", fail(Code.INTERNAL))
     client = client_of(server)
@@ -676,7 +672,7 @@ async def test_a_failed_opening_leaves_nothing_behind() -> None:
 
 
 @scripted
-async def test_a_busy_server_bounds_connecting_by_the_calls_timeout() -> None:
+async def test_open_on_busy_server_ends_at_the_call_timeout() -> None:
     server = ScriptedServer()
     server.script("session.open", *[fail(Code.UNAVAILABLE, retry_after_ms=1_000)] * 100)
     start = now()
@@ -686,7 +682,7 @@ async def test_a_busy_server_bounds_connecting_by_the_calls_timeout() -> None:
 
 
 @scripted
-async def test_a_closed_session_that_cannot_be_ended_on_the_server_is_no_error() -> None:
+async def test_failed_session_close_is_ignored() -> None:
     server = ScriptedServer()
     server.script("session.close", fail(Code.UNAVAILABLE))
     async with client_of(server):
@@ -694,13 +690,13 @@ async def test_a_closed_session_that_cannot_be_ended_on_the_server_is_no_error()
     assert server.link.ended == "closed"
 
 
-def test_errors_of_sessions_are_call_errors() -> None:
+def test_session_errors_are_call_errors() -> None:
     for kind in (TokenExpired, TokenRevoked, SessionReplaced, Unauthenticated, Unavailable):
         assert issubclass(kind, CallError)
 
 
 @scripted
-async def test_a_session_that_the_server_does_not_know_is_opened_anew_when_the_application_asks() -> None:
+async def test_unauthenticated_session_is_reopened_on_request() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.UNAUTHENTICATED))
     async with client_of(server) as client:

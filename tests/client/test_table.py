@@ -45,7 +45,7 @@ from zcproto.errors import (
 
 @pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED])
 @scripted
-async def test_a_refused_call_goes_again_after_the_servers_delay_and_jitter(code: Code) -> None:
+async def test_refused_call_is_retried_after_retry_after_and_jitter(code: Code) -> None:
     server = ScriptedServer()
     server.script("echo", fail(code, retry_after_ms=200), fail(code, retry_after_ms=200))
     async with client_of(server, random=numbers(0.5)) as client:
@@ -58,7 +58,7 @@ async def test_a_refused_call_goes_again_after_the_servers_delay_and_jitter(code
 
 
 @scripted
-async def test_without_a_delay_of_the_server_jitter_alone_grows_from_100_ms_to_30_s() -> None:
+async def test_retry_delay_without_retry_after_doubles_to_30_s() -> None:
     server = ScriptedServer()
     server.script("echo", *[fail(Code.UNAVAILABLE)] * 12)
     async with client_of(server, random=numbers(0.999_999)) as client:
@@ -69,7 +69,7 @@ async def test_without_a_delay_of_the_server_jitter_alone_grows_from_100_ms_to_3
 
 
 @scripted
-async def test_a_call_gives_up_with_the_servers_error_when_the_delay_would_outlast_its_timeout() -> None:
+async def test_retry_delay_beyond_the_timeout_raises_the_error() -> None:
     server = ScriptedServer()
     server.script("echo", *[fail(Code.UNAVAILABLE, retry_after_ms=900)] * 5)
     async with client_of(server) as client:
@@ -82,7 +82,7 @@ async def test_a_call_gives_up_with_the_servers_error_when_the_delay_would_outla
 
 @pytest.mark.parametrize("delay", [-5, "soon", None, True, 1.5])
 @scripted
-async def test_a_delay_that_makes_no_sense_is_none(delay: Any) -> None:
+async def test_invalid_retry_after_is_ignored(delay: Any) -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=delay))
     async with client_of(server, random=numbers(0.0)) as client:
@@ -92,7 +92,7 @@ async def test_a_delay_that_makes_no_sense_is_none(delay: Any) -> None:
 
 
 @scripted
-async def test_the_cap_on_sessions_is_told_at_once() -> None:
+async def test_session_limit_raises_at_once() -> None:
     server = ScriptedServer()
     server.script("session.open", fail(Code.RESOURCE_EXHAUSTED, limit=5))
     with pytest.raises(ResourceExhausted) as caught:
@@ -102,7 +102,7 @@ async def test_the_cap_on_sessions_is_told_at_once() -> None:
 
 
 @scripted
-async def test_resource_exhausted_with_a_limit_is_told_for_any_call() -> None:
+async def test_resource_exhausted_with_limit_raises_for_any_call() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.RESOURCE_EXHAUSTED, limit=5))
     async with client_of(server) as client:
@@ -115,7 +115,7 @@ async def test_resource_exhausted_with_a_limit_is_told_for_any_call() -> None:
 
 
 @scripted
-async def test_a_call_without_an_answer_after_goaway_and_a_clean_close_goes_again_elsewhere() -> None:
+async def test_call_without_answer_after_goaway_and_clean_close_is_retried() -> None:
     server = ScriptedServer()
     server.script("echo", goodbye)
     async with client_of(server) as client:
@@ -128,7 +128,7 @@ async def test_a_call_without_an_answer_after_goaway_and_a_clean_close_goes_agai
 
 
 @scripted
-async def test_after_goaway_and_a_reset_nobody_knows_so_it_is_told() -> None:
+async def test_call_without_answer_after_goaway_and_reset_raises() -> None:
     server = ScriptedServer()
 
     def reset(request: Any) -> None:
@@ -144,7 +144,7 @@ async def test_after_goaway_and_a_reset_nobody_knows_so_it_is_told() -> None:
 
 
 @scripted
-async def test_what_is_in_flight_at_goaway_is_finished_there_and_new_calls_go_elsewhere() -> None:
+async def test_goaway_finishes_calls_in_flight_and_moves_new_ones() -> None:
     server = ScriptedServer()
     server.script("echo", silence)
     async with client_of(server) as client:
@@ -162,7 +162,7 @@ async def test_what_is_in_flight_at_goaway_is_finished_there_and_new_calls_go_el
 
 
 @scripted
-async def test_unavailable_on_a_draining_connection_goes_again_on_the_next() -> None:
+async def test_unavailable_on_a_draining_connection_is_retried_on_the_next() -> None:
     server = ScriptedServer()
 
     def refuse(request: Any) -> None:
@@ -182,9 +182,7 @@ async def test_unavailable_on_a_draining_connection_goes_again_on_the_next() -> 
     ("code", "error"), [(Code.TOKEN_REVOKED, TokenRevoked), (Code.SESSION_REPLACED, SessionReplaced)]
 )
 @scripted
-async def test_a_session_that_was_taken_away_is_told_to_every_later_call(
-    code: Code, error: type[CallError]
-) -> None:
+async def test_revoked_session_raises_in_every_later_call(code: Code, error: type[CallError]) -> None:
     server = ScriptedServer()
     server.script("echo", fail(code))
     async with client_of(server) as client:
@@ -201,7 +199,7 @@ async def test_a_session_that_was_taken_away_is_told_to_every_later_call(
 
 
 @scripted
-async def test_the_application_opens_a_new_session_when_it_wants_to() -> None:
+async def test_application_opens_a_new_session_after_revocation() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.SESSION_REPLACED))
     async with client_of(server) as client:
@@ -215,7 +213,7 @@ async def test_the_application_opens_a_new_session_when_it_wants_to() -> None:
 
 
 @scripted
-async def test_unauthenticated_is_told_and_not_sent_again() -> None:
+async def test_unauthenticated_raises_without_retry() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.UNAUTHENTICATED), fail(Code.UNAUTHENTICATED, attach=True))
     async with client_of(server) as client:
@@ -227,7 +225,7 @@ async def test_unauthenticated_is_told_and_not_sent_again() -> None:
 
 
 @scripted
-async def test_a_wrong_key_is_told_and_not_tried_again() -> None:
+async def test_wrong_key_raises_without_retry() -> None:
     server = ScriptedServer()
     server.script("session.open", fail(Code.UNAUTHENTICATED))
     client = client_of(server)
@@ -238,7 +236,7 @@ async def test_a_wrong_key_is_told_and_not_tried_again() -> None:
 
 
 @scripted
-async def test_a_key_that_became_wrong_is_told_to_every_later_call_after_one_attempt() -> None:
+async def test_key_that_became_wrong_raises_in_every_later_call() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
     async with client_of(server) as client:
@@ -253,7 +251,7 @@ async def test_a_key_that_became_wrong_is_told_to_every_later_call_after_one_att
 
 
 @scripted
-async def test_a_clock_that_jumped_is_corrected_and_the_call_goes_again_at_once() -> None:
+async def test_stale_timestamp_corrects_the_clock_and_is_retried() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.ahead_ms = 3_600_000
@@ -266,7 +264,7 @@ async def test_a_clock_that_jumped_is_corrected_and_the_call_goes_again_at_once(
 
 
 @scripted
-async def test_a_second_stale_timestamp_is_told() -> None:
+async def test_second_stale_timestamp_raises() -> None:
     server = ScriptedServer()
     server.script("echo", *[fail(Code.STALE_TIMESTAMP)] * 3)
     async with client_of(server) as client:
@@ -279,7 +277,7 @@ async def test_a_second_stale_timestamp_is_told() -> None:
 
 
 @scripted
-async def test_an_expired_token_is_refreshed_in_band_and_the_call_goes_again() -> None:
+async def test_expired_token_is_refreshed_and_the_call_retried() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
@@ -294,7 +292,7 @@ async def test_an_expired_token_is_refreshed_in_band_and_the_call_goes_again() -
 
 
 @scripted
-async def test_an_expired_token_without_a_refresh_token_opens_a_session() -> None:
+async def test_expired_token_without_refresh_token_opens_a_session() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.TOKEN_EXPIRED))
     async with client_of(server) as client:
@@ -303,7 +301,7 @@ async def test_an_expired_token_without_a_refresh_token_opens_a_session() -> Non
 
 
 @scripted
-async def test_a_second_expired_token_is_told() -> None:
+async def test_second_expired_token_raises() -> None:
     server = ScriptedServer()
     server.script("echo", *[fail(Code.TOKEN_EXPIRED)] * 3)
     async with client_of(server) as client:
@@ -313,7 +311,7 @@ async def test_a_second_expired_token_is_told() -> None:
 
 
 @scripted
-async def test_token_expired_of_a_call_without_a_token_is_told() -> None:
+async def test_token_expired_without_token_raises() -> None:
     server = ScriptedServer()
     server.script("server.info", fail(Code.TOKEN_EXPIRED))
     async with client_of(server, user=None) as client:
@@ -322,7 +320,7 @@ async def test_token_expired_of_a_call_without_a_token_is_told() -> None:
 
 
 @scripted
-async def test_many_calls_with_an_expired_token_wait_for_one_refresh() -> None:
+async def test_concurrent_calls_with_expired_token_share_one_refresh() -> None:
     server = ScriptedServer()
     server.session = refreshable()
     server.script("echo", *[fail(Code.TOKEN_EXPIRED)] * 20)
@@ -337,7 +335,7 @@ async def test_many_calls_with_an_expired_token_wait_for_one_refresh() -> None:
 
 
 @scripted
-async def test_a_lost_connection_is_told_because_the_call_may_have_run() -> None:
+async def test_lost_connection_raises_because_the_call_may_have_run() -> None:
     server = ScriptedServer()
     server.script("echo", cut)
     async with client_of(server) as client:
@@ -350,7 +348,7 @@ async def test_a_lost_connection_is_told_because_the_call_may_have_run() -> None
 
 
 @scripted
-async def test_a_lost_call_with_an_idempotency_key_goes_again_on_a_new_connection() -> None:
+async def test_lost_call_with_idempotency_key_is_retried() -> None:
     server = ScriptedServer()
     server.script("echo", cut, cut)
     async with client_of(server) as client:
@@ -360,7 +358,7 @@ async def test_a_lost_call_with_an_idempotency_key_goes_again_on_a_new_connectio
 
 
 @scripted
-async def test_a_clean_close_without_goaway_is_a_loss_too() -> None:
+async def test_clean_close_without_goaway_is_a_loss() -> None:
     server = ScriptedServer()
     server.script("echo", lambda request: request.link.close_cleanly())
     async with client_of(server) as client:
@@ -371,7 +369,7 @@ async def test_a_clean_close_without_goaway_is_a_loss_too() -> None:
 
 @pytest.mark.parametrize("code", [Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED])
 @scripted
-async def test_a_fatal_error_is_a_loss_with_its_code(code: Code) -> None:
+async def test_fatal_error_is_a_loss_with_its_code(code: Code) -> None:
     server = ScriptedServer()
     server.script("echo", lambda request: request.link.fatal(code))
     async with client_of(server) as client:
@@ -381,7 +379,7 @@ async def test_a_fatal_error_is_a_loss_with_its_code(code: Code) -> None:
 
 
 @scripted
-async def test_a_lost_call_with_a_key_is_bounded_by_its_timeout() -> None:
+async def test_retries_with_idempotency_key_end_at_the_timeout() -> None:
     server = ScriptedServer()
     server.script("echo", *[cut] * 1_000)
     async with client_of(server) as client:
@@ -413,7 +411,7 @@ async def test_a_lost_call_with_a_key_is_bounded_by_its_timeout() -> None:
     ],
 )
 @scripted
-async def test_any_other_error_is_told_at_once_with_all_it_says(code: Code) -> None:
+async def test_other_error_raises_at_once_with_its_details(code: Code) -> None:
     server = ScriptedServer()
     server.script("echo", fail(code, field="name"))
     async with client_of(server) as client:
@@ -427,7 +425,7 @@ async def test_any_other_error_is_told_at_once_with_all_it_says(code: Code) -> N
 
 
 @scripted
-async def test_an_answer_that_cannot_be_read_is_told_as_internal_and_harms_no_other_call() -> None:
+async def test_malformed_answer_raises_internal_for_its_call_only() -> None:
     server = ScriptedServer()
 
     def garbage(request: Any) -> None:
@@ -446,7 +444,7 @@ async def test_an_answer_that_cannot_be_read_is_told_as_internal_and_harms_no_ot
 
 
 @scripted
-async def test_a_timeout_sends_cancel_and_disturbs_no_other_call() -> None:
+async def test_timeout_sends_cancel_for_its_call_only() -> None:
     server = ScriptedServer()
     server.script("echo", silence, silence)
     async with client_of(server) as client:
@@ -464,7 +462,7 @@ async def test_a_timeout_sends_cancel_and_disturbs_no_other_call() -> None:
 
 
 @scripted
-async def test_cancelling_a_task_sends_cancel_and_disturbs_no_other_call() -> None:
+async def test_cancelled_task_sends_cancel_for_its_call_only() -> None:
     server = ScriptedServer()
     server.script("echo", silence, silence)
     async with client_of(server) as client:
@@ -482,7 +480,7 @@ async def test_cancelling_a_task_sends_cancel_and_disturbs_no_other_call() -> No
 
 
 @scripted
-async def test_a_call_cancelled_in_the_turn_of_its_answer_is_cancelled_and_nothing_more() -> None:
+async def test_call_cancelled_in_the_turn_of_its_answer_sends_no_cancel() -> None:
     server = ScriptedServer()
     server.script("echo", silence, silence, silence)
     async with client_of(server) as client:
@@ -504,7 +502,7 @@ async def test_a_call_cancelled_in_the_turn_of_its_answer_is_cancelled_and_nothi
 
 
 @scripted
-async def test_the_servers_own_words_on_a_deadline_or_a_cancel_are_told() -> None:
+async def test_server_deadline_and_cancel_errors_are_raised() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.DEADLINE_EXCEEDED), fail(Code.CANCELLED))
     async with client_of(server) as client:
@@ -515,7 +513,7 @@ async def test_the_servers_own_words_on_a_deadline_or_a_cancel_are_told() -> Non
 
 
 @scripted
-async def test_the_deadline_travels_and_shrinks_with_each_attempt() -> None:
+async def test_sent_deadline_shrinks_with_each_attempt() -> None:
     server = ScriptedServer()
     server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=2_000))
     async with client_of(server, random=numbers(0.0)) as client:
@@ -529,7 +527,7 @@ async def test_the_deadline_travels_and_shrinks_with_each_attempt() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.0])
 @scripted
-async def test_a_timeout_that_is_over_before_it_begins_sends_nothing(seconds: float) -> None:
+async def test_zero_timeout_sends_nothing(seconds: float) -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         with pytest.raises(DeadlineExceeded):
@@ -538,7 +536,7 @@ async def test_a_timeout_that_is_over_before_it_begins_sends_nothing(seconds: fl
 
 
 @scripted
-async def test_a_slow_answer_is_awaited_for_ever_without_a_timeout() -> None:
+async def test_call_without_timeout_waits_indefinitely() -> None:
     server = ScriptedServer()
     server.script("echo", silence)
     async with client_of(server, timeout=None) as client:
@@ -553,7 +551,7 @@ async def test_a_slow_answer_is_awaited_for_ever_without_a_timeout() -> None:
 
 
 @scripted
-async def test_params_are_given_by_name_or_in_a_mapping_or_both() -> None:
+async def test_params_by_name_and_by_mapping_are_merged() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         assert await client.call("echo", {"timeout": 1, "method": "x"}) == {"timeout": 1, "method": "x"}
@@ -563,7 +561,7 @@ async def test_params_are_given_by_name_or_in_a_mapping_or_both() -> None:
 
 
 @scripted
-async def test_traceparent_travels() -> None:
+async def test_traceparent_is_sent() -> None:
     server = ScriptedServer()
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with client_of(server) as client:
@@ -572,7 +570,7 @@ async def test_traceparent_travels() -> None:
 
 
 @scripted
-async def test_what_cannot_be_sent_is_refused_here_and_harms_nothing() -> None:
+async def test_unencodable_params_are_refused_locally() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         with pytest.raises(CallError, match="cannot be sent"):
@@ -592,7 +590,7 @@ async def test_calls_of_one_turn_share_a_write() -> None:
 
 
 @scripted
-async def test_more_calls_than_the_server_takes_at_once_wait_for_their_turn() -> None:
+async def test_calls_beyond_max_streams_wait_in_order() -> None:
     server = ScriptedServer(max_streams=3)
     server.script("echo", *[silence] * 7)
     async with client_of(server) as client:
@@ -621,7 +619,7 @@ async def _started(client: Client, count: int) -> list[asyncio.Task[Any]]:
 
 
 @scripted
-async def test_nothing_is_sent_while_the_transport_is_full() -> None:
+async def test_full_transport_delays_calls() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         server.link.pause()
@@ -632,7 +630,7 @@ async def test_nothing_is_sent_while_the_transport_is_full() -> None:
 
 
 @scripted
-async def test_large_requests_of_one_turn_are_written_before_the_next_are_made() -> None:
+async def test_large_requests_are_written_before_the_end_of_the_turn() -> None:
     server = ScriptedServer()
     async with client_of(server) as client:
         before = server.writes
@@ -641,7 +639,7 @@ async def test_large_requests_of_one_turn_are_written_before_the_next_are_made()
 
 
 @scripted
-async def test_one_that_waits_and_is_cancelled_when_its_turn_comes_lets_the_next_have_it() -> None:
+async def test_cancelled_waiter_passes_its_turn_on() -> None:
     server = ScriptedServer(max_streams=1)
     server.script("echo", silence, ok(), ok())
     async with client_of(server) as client:

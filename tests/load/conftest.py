@@ -18,7 +18,7 @@ Serve = Callable[..., ServerThread]
 
 @pytest.fixture(scope="session")
 def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of own certificates, to be copied. The authority has 2048 bits, as 4096 take a second to make."""
+    """Return a folder of managed certificates to copy. Its CA has 2048 bits, because 4096 take a second."""
     folder = tmp_path_factory.mktemp("bench") / "certs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(authority, "KEY_TYPE", "rsa-2048")
@@ -38,7 +38,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
-    """Start a server for an application; it is stopped at the end of the test."""
+    """Start a server for an application and stop it after the test."""
     with ExitStack() as stack:
 
         def start(app: App | None = None, **options: Any) -> ServerThread:
@@ -49,6 +49,6 @@ def serve(tmp_path: Path, certs: Path) -> Iterator[Serve]:
 
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What never comes is not waited for as long as usual."""
+    """Shorten the timeouts of the generator."""
     monkeypatch.setattr(generator, "ANSWER_TIMEOUT", 0.3)
     monkeypatch.setattr(generator, "CLOSE_TIMEOUT", 3.0)

@@ -1,4 +1,4 @@
-"""Plans, shares and results for tests, and a view that writes down what it is shown."""
+"""Plans, shares and results for tests, and a view that records its calls."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
+from zcproto.load.caller import ServerStats
 from zcproto.load.generator import Generator
-from zcproto.load.latency import Latencies
 from zcproto.load.plan import Credential, Plan, Share
-from zcproto.load.record import Record
-from zcproto.load.result import Moment, Reading, Result
-from zcproto.load.stats import Stats
-from zcproto.load.tally import Kind, Tally
+from zcproto.load.record import Latencies, Record, RequestKind, Tally
+from zcproto.load.result import Moment, Result, StatsReading
 
 OPERATOR = Credential("operator", KEY)
 
@@ -66,8 +64,8 @@ def share(server: ServerThread | None = None, **changes: Any) -> Share:
     return Share(**{**usual, **changes})
 
 
-class Watcher:
-    """A view that remembers."""
+class RecordingView:
+    """A view that records its calls."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, str, int]] = []
@@ -80,7 +78,7 @@ class Watcher:
         self.updates.append(counts)
 
 
-def stats(**changes: Any) -> Stats:
+def stats(**changes: Any) -> ServerStats:
     usual: dict[str, Any] = {
         "connections": 1,
         "sessions": 1,
@@ -90,7 +88,7 @@ def stats(**changes: Any) -> Stats:
         "longest_pause_s": 0.001,
         "handshakes": 1,
     }
-    return Stats(**{**usual, **changes})
+    return ServerStats(**{**usual, **changes})
 
 
 def latencies(*micros: int) -> Latencies:
@@ -101,12 +99,12 @@ def latencies(*micros: int) -> Latencies:
 
 
 def verified_result(**changes: Any) -> Result:
-    """Ten connections, fifty requests of the load, ten last ones: all as it should be."""
+    """Return a verified result of ten connections, fifty requests of the load and ten last requests."""
     record = Record()
-    record.tallies[Kind.OPEN] = Tally(10, 10, 10)
-    record.tallies[Kind.LOAD] = Tally(50, 50, 50)
-    record.tallies[Kind.LAST] = Tally(10, 10, 10)
-    record.tallies[Kind.CLOSE] = Tally(10, 10, 10)
+    record.tallies[RequestKind.OPEN] = Tally(10, 10, 10)
+    record.tallies[RequestKind.LOAD] = Tally(50, 50, 50)
+    record.tallies[RequestKind.LAST] = Tally(10, 10, 10)
+    record.tallies[RequestKind.CLOSE] = Tally(10, 10, 10)
     record.ready = record.sessions = 10
     record.load_started, record.load_ended = 100.0, 100.25
     for name in record.latencies:
@@ -115,14 +113,14 @@ def verified_result(**changes: Any) -> Result:
     record.connected_over_time = {0: 4, 1: 6}
     record.answered_over_time = {2: 50, 3: 10}
     readings = {
-        Moment.IDLE: Reading(stats(), 3, 0.0),
-        Moment.CONNECTED: Reading(
+        Moment.IDLE: StatsReading(stats(), 3, 0.0),
+        Moment.CONNECTED: StatsReading(
             stats(connections=11, sessions=11, requests=14, cpu_s=1.02, rss_bytes=40_000_000 + 10 * 36_864,
                   longest_pause_s=0.02, handshakes=11), 4, 0.5,
         ),
-        Moment.LOADED: Reading(stats(connections=11, sessions=11, requests=65, cpu_s=1.021), 5, 0.8),
-        Moment.VERIFIED: Reading(stats(connections=11, sessions=11, requests=76), 6, 0.9),
-        Moment.CLOSED: Reading(stats(requests=87), 7, 1.0),
+        Moment.LOADED: StatsReading(stats(connections=11, sessions=11, requests=65, cpu_s=1.021), 5, 0.8),
+        Moment.VERIFIED: StatsReading(stats(connections=11, sessions=11, requests=76), 6, 0.9),
+        Moment.CLOSED: StatsReading(stats(requests=87), 7, 1.0),
     }  # fmt: skip
     result = Result(plan(), record, readings, connected=10, connect_s=0.02, load_s=0.25, total_s=1.0)
     for name, value in changes.items():
@@ -144,10 +142,10 @@ async def all_phases(generator: Generator) -> None:
 
 
 async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    """Wait until something has happened on this loop, or in the server's thread."""
+    """Wait for a condition that this loop or the server's thread fulfils."""
 
-    async def look() -> None:
-        while not condition():  # noqa: ASYNC110  it happens in another thread
+    async def poll() -> None:
+        while not condition():  # noqa: ASYNC110 - it happens in another thread
             await asyncio.sleep(0.002)
 
-    await asyncio.wait_for(look(), seconds)
+    await asyncio.wait_for(poll(), seconds)

@@ -1,26 +1,31 @@
-"""The connection of tools that measure, where it differs from the load generator's."""
+"""Connections for single calls, and the operator's, which reads the server's counters."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
+from collections.abc import Iterator
 
 import pytest
 
-from tests.server.helpers import TIMEOUT
+from tests.load.conftest import Serve
+from tests.load.helpers import OPERATOR
+from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.load.caller import Caller, Place
+from zcproto.errors import ConfigError, ConnectionClosed, TlsError, ZcprotoError
+from zcproto.load import caller as module
+from zcproto.load.caller import Caller, Operator, ServerStats, Target
+from zcproto.load.plan import Credential
 
-from .conftest import Serve
 
-
-async def test_cancelled_leave_closes_connection(serve: Serve) -> None:
+async def test_cancelled_disconnect_closes_connection(serve: Serve) -> None:
     server = serve()
-    place = Place("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
-    caller = await place.caller()
+    target = Target("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
+    caller = await target.caller()
     resume = threading.Event()
     server.loop.call_soon_threadsafe(resume.wait, TIMEOUT)  # the server does not close its end
-    leaving = asyncio.create_task(caller.leave())
+    leaving = asyncio.create_task(caller.disconnect())
     await asyncio.sleep(0)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -28,13 +33,126 @@ async def test_cancelled_leave_closes_connection(serve: Serve) -> None:
     await asyncio.sleep(0)
     assert caller._gone.is_set()
     resume.set()
-    place.close()
+    target.close()
 
 
-async def test_a_greeting_that_nobody_waits_for_any_more_is_no_fault() -> None:
+async def test_welcome_after_cancelled_dial_is_ignored() -> None:
     wheel = DeadlineWheel(asyncio.get_running_loop())
     caller = Caller(wheel)
     caller._ready.cancel()  # as when its task is cancelled while it dials
     caller.welcomed()
     assert caller._ready.cancelled()
     wheel.close()
+
+
+# --- the operator -----------------------------------------------------------------------------------
+
+
+async def connect(server: ServerThread, credential: Credential = OPERATOR) -> Operator:
+    ca_file = server.home / "certs" / "ca.crt"
+    return await Operator.connect("127.0.0.1", "127.0.0.1", server.port, ca_file, credential)
+
+
+async def test_operator_reads_the_server_counters(serve: Serve) -> None:
+    server = serve()
+    operator = await connect(server)
+    figures = await operator.stats()
+    assert (figures.connections, figures.sessions, figures.handshakes) == (1, 1, 1)
+    before = operator.requests
+    again = await operator.stats()
+    assert again.requests - figures.requests == operator.requests - before == 1
+    assert figures.cpu_s > 0
+    assert figures.rss_bytes > 1_000_000
+    await operator.disconnect()
+    server.until_left()
+    assert server.stats["sessions"] == 0
+
+
+async def test_user_who_is_not_operator_gets_the_command_to_create_one(serve: Serve) -> None:
+    server = serve()
+    with pytest.raises(ConfigError, match="zcproto user add ops --operator"):
+        await connect(server, Credential("another", KEY))
+    server.until_left()
+    assert server.stats["sessions"] == 0
+
+
+async def test_wrong_operator_key_raises_without_the_key(serve: Serve) -> None:
+    server = serve()
+    with pytest.raises(ConfigError, match="'operator' got no session: UNAUTHENTICATED") as caught:
+        await connect(server, Credential("operator", "not-the-key"))
+    assert "not-the-key" not in str(caught.value)
+    server.until_left()
+
+
+async def test_refused_connection_raises_connection_closed(serve: Serve) -> None:
+    server = serve()
+    port = server.port
+    await asyncio.to_thread(server.drain)
+    with pytest.raises(ConnectionClosed, match=f"127.0.0.1:{port}: Connection refused"):
+        await Operator.connect("127.0.0.1", "127.0.0.1", port, None, OPERATOR)
+
+
+async def test_untrusted_server_raises_tls_error(serve: Serve) -> None:
+    server = serve()
+    with pytest.raises(TlsError) as caught:
+        await Operator.connect("127.0.0.1", "127.0.0.1", server.port, None, OPERATOR)
+    assert caught.value.failure == "certificate_untrusted"
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+async def test_a_server_that_says_nothing_is_not_waited_for_too_long(
+    silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TIMEOUT", 0.1)
+    with pytest.raises((ConnectionClosed, TlsError), match=r"does not answer|in time"):
+        await Operator.connect("127.0.0.1", "127.0.0.1", silent, None, OPERATOR)
+
+
+async def test_lost_connection_fails_pending_calls(serve: Serve) -> None:
+    server = serve()
+    operator = await connect(server)
+    asked = asyncio.create_task(operator.call("sleep", {"ms": 60_000}))
+    await asyncio.sleep(0)
+    await asyncio.to_thread(server.until, lambda: server.server.state.tasks.running == 1)
+    await asyncio.to_thread(server.in_loop, lambda: next(iter(server.server.state.connections)).abort("test"))
+    with pytest.raises(ConnectionClosed, match="the operator's connection was lost"):
+        await asked
+    with pytest.raises(ZcprotoError):
+        await operator.stats()
+    await operator.disconnect()  # the server is gone
+
+
+async def test_missing_answer_raises_after_the_timeout(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = await connect(serve())
+    monkeypatch.setattr(module, "TIMEOUT", 0.05)
+    with pytest.raises(ConnectionClosed, match="no answer to sleep"):
+        await operator.call("sleep", {"ms": 200})
+    monkeypatch.setattr(module, "TIMEOUT", 5.0)
+    await operator.call("sleep", {"ms": 200})  # the answer that came too late is not taken for this one
+    await operator.disconnect()
+
+
+async def test_disconnect_from_a_silent_server_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    operator = await connect(server)
+    monkeypatch.setattr(module, "TIMEOUT", 0.0)
+    await operator.disconnect()
+    server.until_left()
+
+
+async def test_answers_without_a_pending_call_are_dropped(serve: Serve) -> None:
+    operator = await connect(serve())
+    operator.answered(4711, {})
+    operator.refused(4711, 13, "internal", {})
+    await operator.disconnect()
+
+
+@pytest.mark.parametrize("value", [None, {}, {"connections": 1}, {"connections": "many"}])
+def test_stats_with_missing_counters_are_refused(value: object) -> None:
+    with pytest.raises(ZcprotoError, match="lacks a counter"):
+        ServerStats.parse(value)

@@ -1,3 +1,5 @@
+"""Runs from options to exit code: report, files, Ctrl-C."""
+
 from __future__ import annotations
 
 import asyncio
@@ -29,7 +31,7 @@ def console() -> tuple[Console, io.StringIO]:
     return Console(file=out, width=110, highlight=False), out
 
 
-def test_a_run_is_shown_and_written_down(serve: Serve, tmp_path: Path) -> None:
+def test_run_prints_its_report_and_writes_its_files(serve: Serve, tmp_path: Path) -> None:
     view, out = console()
     outputs = Outputs(
         tmp_path / "run.json", tmp_path / "run.hlog", tmp_path / "run.png", {"connect_cpu_s": 1e-9}
@@ -44,7 +46,7 @@ def test_a_run_is_shown_and_written_down(serve: Serve, tmp_path: Path) -> None:
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_is_not_verified_has_exit_code_1(serve: Serve) -> None:
+def test_failed_run_has_exit_code_1(serve: Serve) -> None:
     app = App()
     app.method("echo")(lambda **params: {})
     view, out = console()
@@ -53,7 +55,7 @@ def test_a_run_that_is_not_verified_has_exit_code_1(serve: Serve) -> None:
     assert "10 of 10 connections are unverified" in out.getvalue()
 
 
-def test_nothing_is_connected_for_a_plan_that_cannot_be_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_plan_is_refused_before_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "run", None)
     with pytest.raises(ConfigError, match="at most --sessions 10"):
         run_and_report(plan(sessions=11), Outputs(), console()[0])
@@ -62,9 +64,7 @@ def test_nothing_is_connected_for_a_plan_that_cannot_be_carried_out(monkeypatch:
         run_and_report(plan(connections=200, processes=2), Outputs(), console()[0])
 
 
-def test_files_that_cannot_be_written_are_told_before_anything_is_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unwritable_files_are_refused_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "run", None)
     outputs = Outputs(tmp_path / "no" / "run.json", tmp_path / "run.hlog", tmp_path / "run.gif")
     with pytest.raises(ConfigError) as caught:
@@ -75,7 +75,7 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_measured(
     ]
 
 
-def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(
+def test_missing_matplotlib_is_reported_before_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(command, "run", None)
@@ -94,17 +94,17 @@ def test_ctrl_c_ends_a_run_early_with_a_report(serve: Serve) -> None:
     result = run_and_report(plan_for(server, duration_s=60.0), Outputs(), view)
     begun.join()
     assert EXIT_CODES[result.verdict] == 130
-    assert "interrupted: the figures are those of a part of the run" in out.getvalue()
+    assert "interrupted: the figures cover part of the run" in out.getvalue()
     assert signal.getsignal(signal.SIGINT) is before
     server.until_left()
 
 
-def test_a_second_ctrl_c_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_ctrl_c_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     requested: list[bool] = []
 
     async def run(plan: Any, view: Any, stop: Stop) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        while not stop.requested:  # noqa: ASYNC110  a signal sets it
+        while not stop.requested:  # noqa: ASYNC110 - a signal sets it
             await asyncio.sleep(0.001)
         requested.append(True)
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The demonstration as a whole, and what is left of it however it ends."""
+"""The demonstration, and that it leaves nothing however it ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUICK = Demo(connections=20, rate=400.0, seconds=0.2)
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders are made, so that a test sees what is left."""
+    """Return the folder in which temporary folders are created."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -44,7 +44,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def children() -> Callable[[], list[int]]:
-    """Processes that this one has started and that are still there."""
+    """Return a function that lists running child processes."""
 
     def alive() -> list[int]:
         return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
@@ -58,7 +58,7 @@ def console() -> tuple[Console, io.StringIO]:
     return Console(file=out, width=110, highlight=False), out
 
 
-def test_the_whole_is_shown_and_nothing_is_left(
+def test_demo_prints_its_report_and_leaves_nothing(
     temporary: Path, tmp_path: Path, children: Callable[[], list[int]]
 ) -> None:
     view, out = console()
@@ -66,10 +66,10 @@ def test_the_whole_is_shown_and_nothing_is_left(
     result = run_demo(Demo(20, 400.0, 0.2, json=path), view)
     assert result.verdict is Verdict.VERIFIED
     first, *_, last = out.getvalue().splitlines()
-    assert first.startswith("zcproto demo: makes users and certificates in a temporary folder")
+    assert first.startswith("zcproto demo: creates users and certificates in a temporary folder")
     assert "20 TLS 1.3 connections" in first
     assert last.startswith("Proven: 20 TLS 1.3 connections were open at once on one server process")
-    assert "all 100 answers were equal to what had been sent" in last
+    assert "all 100 answers were correct" in last
     written = json.loads(path.read_text())
     assert written["verified_connections"] == 20
     assert written["figures"]["memory_per_connection_kib"]["bar"] == 38.0
@@ -78,7 +78,7 @@ def test_the_whole_is_shown_and_nothing_is_left(
     assert children() == []
 
 
-def test_too_low_a_limit_of_files_is_told_with_what_fits(
+def test_low_file_limit_names_the_possible_connections(
     monkeypatch: pytest.MonkeyPatch, temporary: Path
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1_024, 4_096))
@@ -87,7 +87,7 @@ def test_too_low_a_limit_of_files_is_told_with_what_fits(
     assert [*temporary.iterdir()] == []
 
 
-def test_a_file_that_cannot_be_written_is_told_first(temporary: Path, tmp_path: Path) -> None:
+def test_unwritable_file_is_refused_first(temporary: Path, tmp_path: Path) -> None:
     view, out = console()
     with pytest.raises(ConfigError, match="cannot be written"):
         run_demo(Demo(20, 400.0, 0.2, json=tmp_path / "no" / "demo.json"), view)
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_written_is_told_first(temporary: Path, tmp_path: 
     assert [*temporary.iterdir()] == []
 
 
-def test_a_failure_midway_leaves_nothing(
+def test_failed_demo_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, temporary: Path, children: Callable[[], list[int]]
 ) -> None:
     def fail(*args: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_failure_midway_leaves_nothing(
     assert children() == []
 
 
-def test_ctrl_c_while_keys_are_made_leaves_nothing(
+def test_ctrl_c_during_key_generation_leaves_nothing(
     temporary: Path, children: Callable[[], list[int]]
 ) -> None:
     def interrupt() -> None:
@@ -128,12 +128,12 @@ def demo_process(*options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, env=module_environment())
 
 
-def test_a_demo_that_is_killed_leaves_no_process_and_no_folder(temporary: Path) -> None:
+def test_killed_demo_leaves_no_process_and_no_folder(temporary: Path) -> None:
     process = demo_process("--seconds", "60", "--rate", "100")
     assert process.stdout is not None
-    said = b""
-    while b"loading" not in said:
-        said += process.stdout.readline()
+    output = b""
+    while b"loading" not in output:
+        output += process.stdout.readline()
     pids = descendants(process.pid)
     assert len(pids) == 2  # the server and a generator
     process.kill()
@@ -143,17 +143,17 @@ def test_a_demo_that_is_killed_leaves_no_process_and_no_folder(temporary: Path) 
     eventually(lambda: not [*temporary.iterdir()])
 
 
-def test_ctrl_c_under_load_gives_a_report_and_leaves_nothing(temporary: Path) -> None:
+def test_ctrl_c_under_load_prints_a_report_and_leaves_nothing(temporary: Path) -> None:
     process = demo_process("--seconds", "60", "--rate", "100")
     assert process.stdout is not None
-    said = b""
-    while b"loading" not in said:
-        said += process.stdout.readline()
+    output = b""
+    while b"loading" not in output:
+        output += process.stdout.readline()
     pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert rest.splitlines()[-1].startswith(b"Broken off, so nothing is proven. Server and folder are gone")
+    assert rest.splitlines()[-1].startswith(b"Interrupted, so nothing is proven. The server is stopped")
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
     assert [*temporary.iterdir()] == []
 
@@ -165,22 +165,22 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-# --- words ------------------------------------------------------------------------------------------------
+# --- conclusion -------------------------------------------------------------------------------------------
 
 
-def test_the_last_sentence_says_what_was_proven() -> None:
+def test_conclusion_states_what_was_proven() -> None:
     assert module._conclusion(verified_result(), 33.4).endswith(
-        "both sides counted the same. Server and folder are gone; all took 33 s."
+        "counts of both sides agree. The server is stopped and its folder deleted; total time 33 s."
     )
     unproven = module._conclusion(Result(plan()), 5.0)
     assert unproven.startswith("Not proven: 10 of 10 connections are unverified; ")
-    assert module._conclusion(Result(plan(), interrupted=True), 5.0).startswith("Broken off")
+    assert module._conclusion(Result(plan(), interrupted=True), 5.0).startswith("Interrupted")
 
 
 # --- the server's process -----------------------------------------------------------------------------------
 
 
-def test_a_server_that_does_not_start_is_told_with_its_last_words() -> None:
+def test_failed_server_start_quotes_its_last_lines() -> None:
     with temporary_home() as home:
         home.config.write_text("[server]\nprot = 1\n")
         with pytest.raises(ZcprotoError, match=r"did not start: .*server\.prot"), DemoServer(home.path):
@@ -188,19 +188,19 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words() -> None:
 
 
 def program(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """Another program in the server's place."""
+    """Run another program instead of the server."""
     monkeypatch.setattr(server, "module_command", lambda module, *arguments: [sys.executable, "-c", source])
 
 
 @pytest.mark.parametrize(
     ("source", "phrase"),
     [
-        ("", "did not start: it did not say why"),
-        ("print('hello')", "said 'hello' instead of where it listens"),
+        ("", "did not start: it printed no error"),
+        ("print('hello')", "printed 'hello' instead of its address"),
         ("import time; time.sleep(60)", "was not ready within 0 s"),
     ],
 )
-def test_a_program_that_is_no_server_is_told(
+def test_other_program_is_not_accepted_as_server(
     source: str, phrase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     program(monkeypatch, source)
@@ -210,19 +210,19 @@ def test_a_program_that_is_no_server_is_told(
         pass
 
 
-def test_a_server_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_server_program_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(server, "module_command", lambda *_: ["/no/such/program"])
     with pytest.raises(FileNotFoundError), DemoServer(tmp_path):
         pass
 
 
-def test_a_temporary_folder_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_temporary_folder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     with pytest.raises(FileNotFoundError), temporary_home():
         pass
 
 
-def test_ctrl_c_waits_for_what_must_be_done() -> None:
+def test_uninterrupted_delays_ctrl_c() -> None:
     done: list[str] = []
     before = signal.getsignal(signal.SIGINT)
 
@@ -239,7 +239,7 @@ def test_ctrl_c_waits_for_what_must_be_done() -> None:
         pass
 
 
-def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_server_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(
         monkeypatch,
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -256,15 +256,15 @@ def test_a_server_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, t
 # --- the child, from inside -----------------------------------------------------------------------------------
 
 
-class Parent:
-    """What holds the other end of the child's standard input."""
+class FakeParent:
+    """The writing end of the child's standard input."""
 
     def __init__(self) -> None:
         reading, writing = os.pipe()
         self.stdin = os.fdopen(reading, "rb", buffering=0)
         self._pipe = os.fdopen(writing, "wb", buffering=0)
 
-    def say(self, words: bytes) -> None:
+    def send(self, words: bytes) -> None:
         self._pipe.write(words)
 
     def die(self) -> None:
@@ -272,8 +272,8 @@ class Parent:
 
 
 @pytest.fixture
-def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parent]:
-    made = Parent()
+def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeParent]:
+    made = FakeParent()
     monkeypatch.setattr(sys, "stdin", made.stdin)
     before = signal.getsignal(signal.SIGTERM)
     yield made
@@ -289,24 +289,24 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_child_serves_its_folder_and_leaves_it_to_its_parent(
-    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+def test_child_serves_its_folder_and_keeps_it(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
-    asked: list[list[str]] = []
+    started: list[list[str]] = []
     watched: list[int] = []
-    monkeypatch.setattr(child, "zcproto", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(child, "zcproto", lambda arguments: started.append(arguments) or 0)
     monkeypatch.setattr(child, "_end_with_parent", lambda parent, *_: watched.append(parent))
     assert child.main(str(home)) == 0
-    assert asked == [["--home", str(home), "serve", "--port", "0"]]
+    assert started == [["--home", str(home), "serve", "--port", "0"]]
     assert watched == [parent.stdin.fileno()]
     assert home.exists()
 
 
-def test_a_child_whose_parent_is_gone_ends_and_clears_up(
-    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+def test_orphaned_child_ends_and_deletes_its_folder(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     def serve(arguments: list[str]) -> int:
-        parent.say(b"words change nothing")
+        parent.send(b"input is ignored")
         parent.die()
         signal.pause()
         raise AssertionError("SIGTERM did not end it")
@@ -318,7 +318,7 @@ def test_a_child_whose_parent_is_gone_ends_and_clears_up(
     assert not home.exists()
 
 
-def test_the_module_is_the_program(parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.delitem(sys.modules, "zcproto.load.demo.child")
     monkeypatch.setattr("zcproto.cli.main", len)
     monkeypatch.setattr(sys, "argv", ["child", str(home)])
@@ -331,8 +331,8 @@ def test_the_module_is_the_program(parent: Parent, monkeypatch: pytest.MonkeyPat
         thread.join(10)
 
 
-def test_an_orphan_that_does_not_end_is_ended(
-    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+def test_orphaned_child_that_does_not_drain_exits(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     monkeypatch.setattr(child, "DRAIN_TIMEOUT", 0.0)
     sent: list[tuple[int, int]] = []
@@ -348,8 +348,8 @@ def test_an_orphan_that_does_not_end_is_ended(
     assert not home.exists()
 
 
-def test_a_parent_that_goes_after_its_child_has_ended_changes_nothing(
-    parent: Parent, monkeypatch: pytest.MonkeyPatch, home: Path
+def test_parent_that_ends_after_its_child_changes_nothing(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, home: Path
 ) -> None:
     monkeypatch.setattr(os, "kill", None)
     parent.die()
@@ -360,9 +360,9 @@ def test_a_parent_that_goes_after_its_child_has_ended_changes_nothing(
     assert home.exists()
 
 
-def test_a_module_is_found_wherever_the_user_is(tmp_path: Path) -> None:
+def test_module_is_found_from_any_working_directory(tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('the wrong module')")
     done = subprocess.run(
         module_command("zcproto.load.processes", "x"),
         cwd=tmp_path,
@@ -373,7 +373,7 @@ def test_a_module_is_found_wherever_the_user_is(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (b"", b"")
 
 
-def test_a_path_of_modules_that_was_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_pythonpath_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     assert module_environment()["PYTHONPATH"].endswith(os.pathsep + "/somewhere")
     monkeypatch.delenv("PYTHONPATH")

@@ -1,4 +1,4 @@
-"""The generator against a real server: a whole run, and each answer that is not what was sent."""
+"""The generator against a real server: a whole run, wrong answers, and requests that cannot be sent."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.load.helpers import all_phases, app_with, share, until
 from tests.server.helpers import KEY, ServerThread
 from zcproto.errors import Aborted
 from zcproto.load.generator import Generator
-from zcproto.load.tally import Kind
+from zcproto.load.record import RequestKind
 
 pytestmark = pytest.mark.usefixtures("short_limits")
 
 
-async def test_a_whole_run_is_verified_and_leaves_nothing(serve: Serve) -> None:
+async def test_generator_run_is_verified_and_leaves_nothing(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
@@ -29,7 +29,12 @@ async def test_a_whole_run_is_verified_and_leaves_nothing(serve: Serve) -> None:
     assert server.stats["requests"] == generator.record.requests_sent == 4 + 40 + 4
     await generator.close()
     record = generator.record
-    for kind, count in ((Kind.OPEN, 4), (Kind.LOAD, 40), (Kind.LAST, 4), (Kind.CLOSE, 4)):
+    for kind, count in (
+        (RequestKind.OPEN, 4),
+        (RequestKind.LOAD, 40),
+        (RequestKind.LAST, 4),
+        (RequestKind.CLOSE, 4),
+    ):
         tally = record.tallies[kind]
         assert (tally.planned, tally.sent, tally.equal, tally.failed) == (count, count, count, 0)
     assert {name: each.total for name, each in record.latencies.items()} == {
@@ -45,24 +50,24 @@ async def test_a_whole_run_is_verified_and_leaves_nothing(serve: Serve) -> None:
     assert server.stats["sessions"] == 0
 
 
-async def test_with_fewer_sessions_than_connections_the_others_share_them(serve: Serve) -> None:
+async def test_fewer_sessions_than_connections_are_shared(serve: Serve) -> None:
     server = serve()
     few = share(server, connections=7, credentials=[["user-1", KEY], ["user-1", KEY]])
     generator = Generator(few, asyncio.get_running_loop())
     await generator.connect()
     assert (generator.record.ready, generator.record.sessions) == (7, 2)
     assert (server.stats["connections"], server.stats["sessions"]) == (7, 2)
-    assert generator.record.tallies[Kind.JOIN].equal == 5
+    assert generator.record.tallies[RequestKind.JOIN].equal == 5
     await generator.load()
     await generator.verify()
-    assert generator.record.tallies[Kind.LAST].equal == 7
+    assert generator.record.tallies[RequestKind.LAST].equal == 7
     await generator.close()
-    assert generator.record.tallies[Kind.CLOSE].equal == 2
-    assert generator.record.lost_links == {}
+    assert generator.record.tallies[RequestKind.CLOSE].equal == 2
+    assert generator.record.lost_connections == {}
     server.until_left()
 
 
-async def test_a_sharing_connection_waits_until_the_session_is_there(serve: Serve) -> None:
+async def test_sharing_connection_waits_for_the_session(serve: Serve) -> None:
     server = serve()
     # All arrive at once, so the session is not open yet when the others have shaken hands.
     crowd = share(server, connections=20, credentials=[["user-1", KEY]], arrival_rate=1e6)
@@ -72,7 +77,7 @@ async def test_a_sharing_connection_waits_until_the_session_is_there(serve: Serv
     await generator.close()
 
 
-async def test_each_write_carries_as_many_requests_as_asked(serve: Serve) -> None:
+async def test_pipeline_sets_the_requests_per_write(serve: Serve) -> None:
     seen: list[int] = []
 
     def echo(**params: Any) -> dict[str, Any]:
@@ -82,12 +87,12 @@ async def test_each_write_carries_as_many_requests_as_asked(serve: Serve) -> Non
     server = serve(app_with(echo))
     generator = Generator(share(server, pipeline=8, rate=800.0), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.tallies[Kind.LOAD].equal == 80
+    assert generator.record.tallies[RequestKind.LOAD].equal == 80
     assert generator.record.latencies["lag"].total == 10
     assert len(set(seen)) == len(seen) == 84
 
 
-async def test_processes_never_use_the_same_number(serve: Serve) -> None:
+async def test_request_numbers_are_unique_across_processes(serve: Serve) -> None:
     seen: list[int] = []
 
     def echo(**params: Any) -> dict[str, Any]:
@@ -102,22 +107,22 @@ async def test_processes_never_use_the_same_number(serve: Serve) -> None:
     assert {number % 2 for number in seen} == {0, 1}
 
 
-async def test_a_load_ends_whatever_the_payload(serve: Serve) -> None:
+async def test_load_with_large_payload_ends(serve: Serve) -> None:
     generator = Generator(share(serve(), payload_bytes=100_000), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.tallies[Kind.LOAD].equal == 40
+    assert generator.record.tallies[RequestKind.LOAD].equal == 40
 
 
-# --- answers that are not what was sent -------------------------------------------------------------------
+# --- wrong answers ----------------------------------------------------------------------------------------
 
 
-async def test_a_wrong_answer_is_unequal(serve: Serve) -> None:
+async def test_wrong_answer_is_unequal(serve: Serve) -> None:
     def echo(n: int, data: bytes) -> dict[str, Any]:
         return {"n": n, "data": data[:-1] + b"\0" if n == 3 else data}
 
     generator = Generator(share(serve(app_with(echo)), seed=5), asyncio.get_running_loop())
     await all_phases(generator)
-    tally = generator.record.tallies[Kind.LOAD]
+    tally = generator.record.tallies[RequestKind.LOAD]
     assert (tally.sent, tally.equal, tally.unequal, tally.failed) == (40, 39, 1, 1)
 
 
@@ -130,11 +135,11 @@ async def test_answers_of_another_request_are_unequal(serve: Serve) -> None:
 
     generator = Generator(share(serve(app_with(echo))), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.tallies[Kind.LOAD].unequal == 39
-    assert generator.record.tallies[Kind.LAST].equal == 0
+    assert generator.record.tallies[RequestKind.LOAD].unequal == 39
+    assert generator.record.tallies[RequestKind.LAST].equal == 0
 
 
-async def test_an_error_is_counted_by_its_code(serve: Serve) -> None:
+async def test_error_is_counted_by_its_code(serve: Serve) -> None:
     def echo(n: int, data: bytes) -> dict[str, Any]:
         if n % 2:
             raise Aborted("not this one")
@@ -142,11 +147,11 @@ async def test_an_error_is_counted_by_its_code(serve: Serve) -> None:
 
     generator = Generator(share(serve(app_with(echo))), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.tallies[Kind.LOAD].errors == {"ABORTED": 20}
-    assert generator.record.tallies[Kind.LOAD].equal == 20
+    assert generator.record.tallies[RequestKind.LOAD].errors == {"ABORTED": 20}
+    assert generator.record.tallies[RequestKind.LOAD].equal == 20
 
 
-async def test_a_missing_answer_is_lost_even_if_it_comes_later(serve: Serve) -> None:
+async def test_late_answer_stays_lost(serve: Serve) -> None:
     release = asyncio.Event()
 
     async def echo(n: int, data: bytes) -> dict[str, Any]:
@@ -158,15 +163,15 @@ async def test_a_missing_answer_is_lost_even_if_it_comes_later(serve: Serve) -> 
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
     await generator.load()
-    assert generator.record.tallies[Kind.LOAD].lost == 1
+    assert generator.record.tallies[RequestKind.LOAD].lost == 1
     server.in_loop(release.set)
     await generator.verify()
-    assert generator.record.tallies[Kind.LAST].equal == 4
-    assert generator.record.tallies[Kind.LOAD].equal == 39
+    assert generator.record.tallies[RequestKind.LAST].equal == 4
+    assert generator.record.tallies[RequestKind.LOAD].equal == 39
     await generator.close()
 
 
-async def test_a_late_error_changes_nothing_either(serve: Serve) -> None:
+async def test_late_error_stays_lost(serve: Serve) -> None:
     release = asyncio.Event()
 
     async def echo(n: int, data: bytes) -> dict[str, Any]:
@@ -181,15 +186,15 @@ async def test_a_late_error_changes_nothing_either(serve: Serve) -> None:
     await generator.load()
     server.in_loop(release.set)
     await generator.verify()
-    assert generator.record.tallies[Kind.LOAD].lost == 1
-    assert generator.record.tallies[Kind.LOAD].errors == {}
+    assert generator.record.tallies[RequestKind.LOAD].lost == 1
+    assert generator.record.tallies[RequestKind.LOAD].errors == {}
     await generator.close()
 
 
 # --- requests that cannot be sent -----------------------------------------------------------------------
 
 
-async def test_more_in_flight_than_the_server_takes_is_not_sent(serve: Serve) -> None:
+async def test_requests_beyond_max_streams_are_not_sent(serve: Serve) -> None:
     async def echo(n: int, data: bytes) -> dict[str, Any]:
         await asyncio.sleep(0.05)
         return {"n": n, "data": data}
@@ -197,26 +202,26 @@ async def test_more_in_flight_than_the_server_takes_is_not_sent(serve: Serve) ->
     server = serve(app_with(echo), limits__max_streams=2)
     generator = Generator(share(server, pipeline=5, rate=100.0, duration_s=0.05), asyncio.get_running_loop())
     await all_phases(generator)
-    tally = generator.record.tallies[Kind.LOAD]
+    tally = generator.record.tallies[RequestKind.LOAD]
     assert (tally.planned, tally.sent, tally.equal) == (5, 2, 2)
-    assert tally.not_sent == {"too many in flight on the connection": 3}
+    assert tally.not_sent == {"too many requests in flight on the connection": 3}
 
 
-async def test_a_payload_larger_than_the_server_takes_is_not_sent(serve: Serve) -> None:
+async def test_oversized_payload_is_not_sent(serve: Serve) -> None:
     server = serve(limits__max_frame_bytes=20_000)
     generator = Generator(share(server, payload_bytes=30_000, rate=50.0), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.tallies[Kind.LOAD].not_sent == {"larger than the server takes": 5}
-    assert generator.record.tallies[Kind.LAST].not_sent == {"larger than the server takes": 4}
+    assert generator.record.tallies[RequestKind.LOAD].not_sent == {"larger than the server accepts": 5}
+    assert generator.record.tallies[RequestKind.LAST].not_sent == {"larger than the server accepts": 4}
 
 
-async def test_a_request_on_a_connection_that_is_just_ending_is_not_sent(serve: Serve) -> None:
+async def test_request_on_ending_connection_is_not_sent(serve: Serve) -> None:
     generator = Generator(share(serve()), asyncio.get_running_loop())
     await generator.connect()
-    generator.links[0].close()
+    generator.connections[0].close()
     await generator.verify()
-    assert generator.record.tallies[Kind.LAST].not_sent == {"the connection is ending": 1}
-    assert generator.record.tallies[Kind.LAST].equal == 3
+    assert generator.record.tallies[RequestKind.LAST].not_sent == {"the connection is ending": 1}
+    assert generator.record.tallies[RequestKind.LAST].equal == 3
     await generator.close()
 
 
@@ -228,15 +233,15 @@ async def test_requests_of_lost_connections_are_not_sent(serve: Serve) -> None:
     await until(lambda: generator.record.ready == 1)
     await generator.load()
     await generator.verify()
-    assert generator.record.lost_links in ({"truncated": 3}, {"connection_reset": 3})
-    assert generator.record.tallies[Kind.LOAD].equal == 40  # the load is for those that are there
-    assert generator.record.tallies[Kind.LAST].not_sent == {"the connection is lost": 3}
+    assert generator.record.lost_connections in ({"truncated": 3}, {"connection_reset": 3})
+    assert generator.record.tallies[RequestKind.LOAD].equal == 40  # the load is for those that are there
+    assert generator.record.tallies[RequestKind.LAST].not_sent == {"the connection was lost": 3}
     assert generator.progress()["failed"] == 6
     await generator.close()
-    assert generator.record.tallies[Kind.CLOSE].planned == 1
+    assert generator.record.tallies[RequestKind.CLOSE].planned == 1
 
 
-async def test_connections_lost_under_load_take_their_requests_with_them(serve: Serve) -> None:
+async def test_connections_lost_under_load_lose_their_requests(serve: Serve) -> None:
     seen: list[int] = []
     server: list[ServerThread] = []
 
@@ -250,28 +255,28 @@ async def test_connections_lost_under_load_take_their_requests_with_them(serve: 
     server.append(serve(app_with(echo)))
     generator = Generator(share(server[0]), asyncio.get_running_loop())
     await all_phases(generator)
-    tally = generator.record.tallies[Kind.LOAD]
+    tally = generator.record.tallies[RequestKind.LOAD]
     assert tally.planned == 40
     assert tally.equal < 11
     assert tally.lost >= 1
-    assert tally.equal + tally.lost + tally.not_sent["the connection is lost"] == 40
-    assert sum(generator.record.lost_links.values()) == 4
+    assert tally.equal + tally.lost + tally.not_sent["the connection was lost"] == 40
+    assert sum(generator.record.lost_connections.values()) == 4
     assert generator.record.ready == 0
     assert sum(generator.record.connected_over_time.values()) == 0
 
 
-async def test_nothing_is_loaded_without_connections(serve: Serve) -> None:
+async def test_load_without_connections_sends_nothing(serve: Serve) -> None:
     generator = Generator(share(serve(), credentials=[["user-1", "wrong"]] * 4), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.tallies[Kind.LOAD].planned == 0
-    assert generator.record.tallies[Kind.LAST].not_sent == {"the connection is lost": 4}
+    assert generator.record.tallies[RequestKind.LOAD].planned == 0
+    assert generator.record.tallies[RequestKind.LAST].not_sent == {"the connection was lost": 4}
 
 
-async def test_a_server_that_goes_away_is_told_by_what_it_says(serve: Serve) -> None:
+async def test_drained_connections_are_lost_with_their_cause(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
     await asyncio.to_thread(server.drain)
     await generator.verify()
-    assert generator.record.lost_links == {"closed by the server": 4}
+    assert generator.record.lost_connections == {"closed by the server": 4}
     await generator.close()

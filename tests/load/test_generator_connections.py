@@ -14,9 +14,8 @@ from tests.load.helpers import all_phases, app_with, share, until
 from tests.server.helpers import KEY
 from zcproto.app.app import Method
 from zcproto.load import generator as module
-from zcproto.load.generator import Generator, code_name
-from zcproto.load.load_link import Asked, Stage
-from zcproto.load.tally import Kind
+from zcproto.load.generator import Generator, PendingRequest, Stage, code_name
+from zcproto.load.record import RequestKind
 
 pytestmark = pytest.mark.usefixtures("short_limits")
 
@@ -24,52 +23,52 @@ pytestmark = pytest.mark.usefixtures("short_limits")
 # --- connections that cannot be made ----------------------------------------------------------------------
 
 
-async def test_a_wrong_key_is_no_session(serve: Serve) -> None:
+async def test_wrong_key_gets_no_session(serve: Serve) -> None:
     credentials = [["user-1", KEY], ["user-2", "wrong"], ["user-3", KEY], ["user-4", KEY]]
     generator = Generator(share(serve(), credentials=credentials), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.lost_links == {"no session: UNAUTHENTICATED": 1}
-    assert generator.record.tallies[Kind.OPEN].errors == {"UNAUTHENTICATED": 1}
-    assert generator.record.tallies[Kind.LAST].equal == 3
+    assert generator.record.lost_connections == {"no session: UNAUTHENTICATED": 1}
+    assert generator.record.tallies[RequestKind.OPEN].errors == {"UNAUTHENTICATED": 1}
+    assert generator.record.tallies[RequestKind.LAST].equal == 3
     assert "wrong" not in str(generator.record.as_json())
 
 
 @pytest.mark.parametrize("arrival_rate", [1e6, 20.0])
-async def test_who_would_share_a_session_that_is_refused_has_none(arrival_rate: float, serve: Serve) -> None:
+async def test_connections_that_share_a_refused_session_fail(arrival_rate: float, serve: Serve) -> None:
     credentials = [["user-1", "wrong"]]
     crowd = share(serve(), connections=3, credentials=credentials, arrival_rate=arrival_rate)
     generator = Generator(crowd, asyncio.get_running_loop())
     await generator.connect()
-    assert generator.record.lost_links == {
+    assert generator.record.lost_connections == {
         "no session: UNAUTHENTICATED": 1,
         "its session could not be opened": 2,
     }
     await generator.close()
 
 
-async def test_a_shared_session_that_echoes_wrongly_is_not_joined(serve: Serve) -> None:
+async def test_shared_session_with_wrong_answer_is_not_joined(serve: Serve) -> None:
     def echo(**params: Any) -> dict[str, Any]:
         return {}
 
     crowd = share(serve(app_with(echo)), connections=2, credentials=[["user-1", KEY]])
     generator = Generator(crowd, asyncio.get_running_loop())
     await generator.connect()
-    assert generator.record.lost_links == {"the first answer was not what was sent": 1}
+    assert generator.record.lost_connections == {"its first answer differs from the request": 1}
     await generator.close()
 
 
-async def test_a_session_without_a_token_is_none(serve: Serve) -> None:
+async def test_session_open_without_token_fails(serve: Serve) -> None:
     server = serve()
     opening = Method("session.open", lambda **params: {"token": b"short"}, public=True)
     server.in_loop(lambda: server.server.state.methods.update({"session.open": opening}))
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
-    assert generator.record.tallies[Kind.OPEN].unequal == 4
-    assert generator.record.lost_links == {"session.open was answered with no token": 4}
+    assert generator.record.tallies[RequestKind.OPEN].unequal == 4
+    assert generator.record.lost_connections == {"the answer to session.open has no token": 4}
     await generator.close()
 
 
-async def test_a_connection_lost_before_its_session_is_told(serve: Serve) -> None:
+async def test_connection_lost_before_its_session_is_counted(serve: Serve) -> None:
     server = serve()
 
     def hang_up(**params: Any) -> None:
@@ -80,39 +79,39 @@ async def test_a_connection_lost_before_its_session_is_told(serve: Serve) -> Non
     server.in_loop(lambda: server.server.state.methods.update({"session.open": opening}))
     generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
-    assert sum(generator.record.lost_links.values()) == 4
+    assert sum(generator.record.lost_connections.values()) == 4
     assert generator.record.ready == 0
     assert generator.record.connected_over_time == {}
     await generator.close()
 
 
-async def test_who_was_lost_while_waiting_for_a_session_does_not_use_it(serve: Serve) -> None:
+async def test_connection_lost_while_waiting_does_not_join(serve: Serve) -> None:
     crowd = share(serve(), connections=2, credentials=[["user-1", KEY]])
     generator = Generator(crowd, asyncio.get_running_loop())
-    owner, other = generator.links
+    owner, other = generator.connections
     generator._joining[0] = [other]
-    generator._not_made(other, "truncated")
-    generator._opened(owner, Asked(Kind.OPEN, 0, 0.0, 0.0), {"token": b"t" * 32})
+    generator._fail(other, "truncated")
+    generator._handle_opened(owner, PendingRequest(RequestKind.OPEN, 0, 0.0, 0.0), {"token": b"t" * 32})
     assert generator.record.ready == 1
-    assert generator.record.tallies[Kind.JOIN].planned == 0
+    assert generator.record.tallies[RequestKind.JOIN].planned == 0
     await generator.close()
 
 
-async def test_nobody_listening_is_told(serve: Serve) -> None:
+async def test_refused_connections_are_counted(serve: Serve) -> None:
     server = serve()
     port = server.port
     await asyncio.to_thread(server.drain)
     nowhere = share(server=None, port=port, connections=2, credentials=[["user-1", KEY]] * 2)
     generator = Generator(nowhere, asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.lost_links == {"TCP: Connection refused": 2}
+    assert generator.record.lost_connections == {"TCP: Connection refused": 2}
 
 
-async def test_a_server_that_is_not_trusted_is_not_talked_to(serve: Serve) -> None:
+async def test_untrusted_server_gets_no_requests(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server=None, port=server.port), asyncio.get_running_loop())
     await all_phases(generator)
-    assert generator.record.lost_links == {"TLS: certificate_untrusted": 4}
+    assert generator.record.lost_connections == {"TLS: certificate_untrusted": 4}
     assert server.stats["connections_opened"] == 0
 
 
@@ -129,13 +128,11 @@ async def test_a_server_that_says_nothing_is_not_waited_for_too_long(
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
     generator = Generator(share(server=None, port=silent), asyncio.get_running_loop())
     await all_phases(generator)
-    assert sum(generator.record.lost_links.values()) == 4
-    assert generator.record.lost_links.keys() <= {"TLS: handshake_timeout", "no session in time"}
+    assert sum(generator.record.lost_connections.values()) == 4
+    assert generator.record.lost_connections.keys() <= {"TLS: handshake_timeout", "no session in time"}
 
 
-async def test_a_tcp_connection_that_is_never_made_is_given_up(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_tcp_connect_timeout_is_counted(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.1)
     generator = Generator(share(serve()), asyncio.get_running_loop())
     loop = asyncio.get_running_loop()
@@ -145,28 +142,26 @@ async def test_a_tcp_connection_that_is_never_made_is_given_up(
 
     monkeypatch.setattr(loop, "create_connection", never)
     await generator.connect()
-    assert sum(generator.record.lost_links.values()) == 4
+    assert sum(generator.record.lost_connections.values()) == 4
     await generator.close()
 
 
-async def test_no_more_connections_are_made_at_once_than_allowed(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_concurrent_connects_are_limited(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CONNECTING", 2)
     generator = Generator(share(serve(), connections=9, arrival_rate=1e6,
                                 credentials=[["user-1", KEY]] * 9), asyncio.get_running_loop())  # fmt: skip
     most = 0
     connect = generator._open
 
-    async def watched(link: Any) -> None:
+    async def watched(connection: Any) -> None:
         nonlocal most
         most = max(most, len(generator._connecting))
-        await connect(link)
+        await connect(connection)
 
     monkeypatch.setattr(generator, "_open", watched)
     await generator.connect()
     assert (generator.record.ready, most) == (9, 2)
-    # Who had to wait was late, and that is not hidden.
+    # The delay of those that had to wait is measured.
     assert generator.record.latencies["arrival_lag"].max_us > 500
     await generator.close()
 
@@ -174,22 +169,22 @@ async def test_no_more_connections_are_made_at_once_than_allowed(
 # --- ending early ---------------------------------------------------------------------------------------
 
 
-async def test_a_load_can_be_stopped_and_what_was_opened_is_closed(serve: Serve) -> None:
+async def test_stopped_load_closes_its_sessions(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server, duration_s=60.0), asyncio.get_running_loop())
     await generator.connect()
     load = asyncio.create_task(generator.load())
-    await until(lambda: generator.record.tallies[Kind.LOAD].equal > 10)
+    await until(lambda: generator.record.tallies[RequestKind.LOAD].equal > 10)
     generator.stop()
     await load
-    assert generator.record.tallies[Kind.LOAD].sent < 1000
+    assert generator.record.tallies[RequestKind.LOAD].sent < 1000
     await generator.close()
-    assert generator.record.tallies[Kind.CLOSE].equal == 4
+    assert generator.record.tallies[RequestKind.CLOSE].equal == 4
     server.until_left()
     assert server.stats["sessions"] == 0
 
 
-async def test_what_is_stopped_before_it_begins_does_nothing(serve: Serve) -> None:
+async def test_stop_before_the_start_skips_all_phases(serve: Serve) -> None:
     server = serve()
     generator = Generator(share(server), asyncio.get_running_loop())
     generator.stop()
@@ -202,10 +197,10 @@ async def test_what_is_stopped_before_it_begins_does_nothing(serve: Serve) -> No
     await generator.verify()
     assert generator.record.requests_sent == 4
     await generator.close()
-    assert generator.record.tallies[Kind.CLOSE].equal == 4
+    assert generator.record.tallies[RequestKind.CLOSE].equal == 4
 
 
-async def test_connecting_can_be_stopped(serve: Serve) -> None:
+async def test_connect_phase_can_be_stopped(serve: Serve) -> None:
     server = serve()
     slow = share(server, connections=100, arrival_rate=50.0, credentials=[["user-1", KEY]] * 100)
     generator = Generator(slow, asyncio.get_running_loop())
@@ -218,22 +213,22 @@ async def test_connecting_can_be_stopped(serve: Serve) -> None:
     server.until_left()
 
 
-async def test_a_connection_that_is_made_after_the_end_is_closed(serve: Serve) -> None:
+async def test_connection_made_after_close_is_closed(serve: Serve) -> None:
     server = serve()
     generator = Generator(
         share(server, connections=1, credentials=[["user-1", KEY]]), asyncio.get_running_loop()
     )
-    (link,) = generator.links
-    generator._arrive(link, 0.0)
-    link.close()
-    generator._not_made(link, "no session in time")
+    (connection,) = generator.connections
+    generator._arrive(connection, 0.0)
+    connection.close()
+    generator._fail(connection, "no session in time")
     await until(lambda: server.stats["handshakes_completed"] == 1)
     await generator.close()
     server.until_left()
-    assert link.stage is Stage.OVER
+    assert connection.stage is Stage.OVER
     assert generator.record.latencies["handshake"].total == 0
 
 
-def test_an_unknown_code_keeps_its_number() -> None:
+def test_unknown_code_is_shown_by_number() -> None:
     assert code_name(16) == "UNAUTHENTICATED"
     assert code_name(99) == "CODE_99"

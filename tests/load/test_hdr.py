@@ -9,11 +9,10 @@ from hdrh.log import HistogramLogReader
 
 from tests.load.helpers import latencies, verified_result
 from zcproto.load.hdr import LONGEST_NS, histogram, percentiles_ms, write_file
-from zcproto.load.latency import Latencies
-from zcproto.load.record import Record
+from zcproto.load.record import Latencies, Record
 
 
-def test_percentiles_are_those_of_what_was_counted() -> None:
+def test_percentiles_match_the_counts() -> None:
     counted = latencies(*range(1, 1_001))
     assert percentiles_ms(counted) == pytest.approx(
         {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}, rel=0.002
@@ -25,17 +24,17 @@ def test_no_percentile_is_above_the_exact_maximum() -> None:
     assert figures["p99.9"] <= figures["max"] == pytest.approx(1234.567, abs=0.001)
 
 
-def test_nothing_timed_has_no_percentiles() -> None:
+def test_empty_latencies_have_no_percentiles() -> None:
     assert percentiles_ms(Latencies()) == {}
 
 
-def test_a_duration_beyond_an_hour_counts_as_an_hour() -> None:
+def test_duration_beyond_an_hour_counts_as_an_hour() -> None:
     made = histogram(Latencies({2 * 3_600_000_000: 1}, 2 * 3_600_000_000))
     assert made.get_total_count() == 1
     assert made.get_max_value() == pytest.approx(LONGEST_NS, rel=0.001)
 
 
-def test_a_log_is_read_by_the_usual_library(tmp_path: Path) -> None:
+def test_log_is_readable_by_hdrhistogram(tmp_path: Path) -> None:
     path = tmp_path / "run.hlog"
     record = verified_result().record
     write_file(path, record, 1_800_000_000.0)
@@ -57,13 +56,13 @@ def test_a_log_is_read_by_the_usual_library(tmp_path: Path) -> None:
     assert reader.get_start_time_sec() == 1_800_000_000.0
 
 
-def test_a_log_of_nothing_has_its_head_only(tmp_path: Path) -> None:
+def test_empty_log_has_only_its_header(tmp_path: Path) -> None:
     path = tmp_path / "run.hlog"
     write_file(path, Record(), 1_800_000_000.0)
     assert len(path.read_text().splitlines()) == 4
 
 
-def test_a_percentile_distribution_is_in_milliseconds_throughout(tmp_path: Path) -> None:
+def test_percentile_distribution_is_in_milliseconds(tmp_path: Path) -> None:
     path = tmp_path / "run.hgrm"
     record = Record()
     record.latencies["request"] = latencies(*[1_000] * 50, *[3_000] * 50)

@@ -1,13 +1,26 @@
+"""Schedules, and the pacer that acts on them."""
+
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice, pairwise
 
 import pytest
 
-from zcproto.load.pacer import ACTS_PER_TURN, LoopAlarm, Pacer, TimerfdAlarm, new_alarm
+from zcproto.load.pacer import (
+    ACTS_PER_TURN,
+    LoopAlarm,
+    Pacer,
+    TimerfdAlarm,
+    new_alarm,
+    poisson_times,
+    shuffled_rounds,
+    uniform_times,
+)
 
 
 class HandAlarm:
@@ -52,7 +65,7 @@ class Pacing:
         await asyncio.sleep(0)
 
 
-async def test_nothing_is_done_before_its_time() -> None:
+async def test_pacer_never_acts_early() -> None:
     pacing = Pacing()
     run = pacing.start(1.0, 2.0)
     await asyncio.sleep(0)
@@ -66,7 +79,7 @@ async def test_nothing_is_done_before_its_time() -> None:
     assert pacing.acted == [101.0, 102.0]
 
 
-async def test_what_is_late_is_done_with_the_time_that_was_meant() -> None:
+async def test_late_action_gets_its_due_time() -> None:
     pacing = Pacing()
     run = pacing.start(1.0, 1.5, 2.0, 9.0)
     await asyncio.sleep(0)
@@ -76,7 +89,7 @@ async def test_what_is_late_is_done_with_the_time_that_was_meant() -> None:
     await run
 
 
-async def test_the_loop_has_its_turn_when_many_are_due() -> None:
+async def test_loop_runs_between_many_due_actions() -> None:
     pacing = Pacing()
     run = pacing.start(*[0.0] * (2 * ACTS_PER_TURN))
     await asyncio.sleep(0)
@@ -85,13 +98,13 @@ async def test_the_loop_has_its_turn_when_many_are_due() -> None:
     assert len(pacing.acted) == 2 * ACTS_PER_TURN
 
 
-async def test_a_schedule_of_nothing_is_over_at_once() -> None:
+async def test_empty_schedule_ends_at_once() -> None:
     pacing = Pacing()
     await pacing.start()
     assert pacing.acted == []
 
 
-async def test_stopping_leaves_out_the_rest() -> None:
+async def test_stop_skips_remaining_actions() -> None:
     pacing = Pacing()
     run = pacing.start(0.0, 5.0)
     await asyncio.sleep(0)
@@ -101,7 +114,7 @@ async def test_stopping_leaves_out_the_rest() -> None:
     assert pacing.acted == [100.0]
 
 
-async def test_a_pacer_may_run_again_and_is_closed_with_its_alarm() -> None:
+async def test_pacer_can_run_again_and_closes_its_alarm() -> None:
     pacing = Pacing()
     await pacing.start(0.0)
     await pacing.start(0.0, 0.0)
@@ -119,7 +132,7 @@ async def test_a_pacer_may_run_again_and_is_closed_with_its_alarm() -> None:
         LoopAlarm,
     ],
 )
-async def test_an_alarm_rings_once_at_its_time(make: Callable[..., TimerfdAlarm | LoopAlarm]) -> None:
+async def test_alarm_fires_once_at_its_time(make: Callable[..., TimerfdAlarm | LoopAlarm]) -> None:
     loop = asyncio.get_running_loop()
     rang = asyncio.Event()
     times: list[float] = []
@@ -142,18 +155,18 @@ async def test_an_alarm_rings_once_at_its_time(make: Callable[..., TimerfdAlarm 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="timerfd is Linux's")
-async def test_an_alarm_set_anew_before_it_was_heard_does_not_ring_early() -> None:
+async def test_alarm_set_again_before_its_callback_does_not_fire_early() -> None:
     rings: list[float] = []
     alarm = TimerfdAlarm(asyncio.get_running_loop(), lambda: rings.append(time.monotonic()))
     alarm.set(0.0)
     alarm.set(time.monotonic() + 1000)
-    alarm._rang()
+    alarm._expired()
     assert rings == []
     alarm.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="timerfd is Linux's")
-async def test_a_system_without_timers_left_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_exhausted_timerfds_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     class Libc:
         def timerfd_create(self, clock: int, flags: int) -> int:
             return -1
@@ -163,7 +176,7 @@ async def test_a_system_without_timers_left_says_so(monkeypatch: pytest.MonkeyPa
         TimerfdAlarm(asyncio.get_running_loop(), lambda: None)
 
 
-async def test_the_alarm_is_the_most_exact_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_most_precise_alarm_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     monkeypatch.setattr("sys.platform", "linux")
     exact = new_alarm(loop, lambda: None)
@@ -171,3 +184,46 @@ async def test_the_alarm_is_the_most_exact_of_the_system(monkeypatch: pytest.Mon
     exact.close()
     monkeypatch.setattr("sys.platform", "darwin")
     assert isinstance(new_alarm(loop, lambda: None), LoopAlarm)
+
+
+# --- schedules --------------------------------------------------------------------------------------
+
+
+def test_uniform_times_are_evenly_spaced() -> None:
+    assert [*uniform_times(4.0, 5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "total"), [(1000, 3, 3000), (0.4, 10, 4), (7.3, 2.5, 18), (10, 0.25, 2), (0.1, 1, 0)]
+)
+def test_poisson_times_have_the_exact_total(rate: float, seconds: float, total: int) -> None:
+    times = [*poisson_times(rate, seconds, random.Random(7))]
+    assert len(times) == total == round(rate * seconds)
+    assert all(earlier <= later for earlier, later in pairwise(times))
+    assert all(0 <= time < seconds for time in times)
+
+
+def test_each_second_has_its_share_of_the_times() -> None:
+    times = [*poisson_times(500, 4, random.Random(7))]
+    assert [sum(int(time) == second for time in times) for second in range(4)] == [500] * 4
+
+
+def test_poisson_times_are_random_and_repeatable() -> None:
+    times = [*poisson_times(1000, 1, random.Random(7))]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    # Of exponential gaps, 37 % are above their mean and 5 % above three times it.
+    assert 0.30 < sum(gap > 0.001 for gap in gaps) / len(gaps) < 0.44
+    assert 0.02 < sum(gap > 0.003 for gap in gaps) / len(gaps) < 0.08
+    assert times == [*poisson_times(1000, 1, random.Random(7))]
+    assert times != [*poisson_times(1000, 1, random.Random(8))]
+
+
+def test_each_round_has_every_item_once() -> None:
+    turns = shuffled_rounds(range(20), random.Random(7))
+    first, second = [*islice(turns, 20)], [*islice(turns, 20)]
+    assert sorted(first) == sorted(second) == [*range(20)]
+    assert first != second
+
+
+def test_rounds_of_nothing_end() -> None:
+    assert [*shuffled_rounds([], random.Random(7))] == []

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 
 from tests.load.helpers import latencies, plan, verified_result
-from zcproto.load.latency import Latencies
 from zcproto.load.plot import curve, write_plot
+from zcproto.load.record import Latencies
 from zcproto.load.result import Result, Verdict
 
 
-def test_a_curve_tells_what_part_took_at_most_so_long() -> None:
+def test_curve_has_the_points_of_the_distribution() -> None:
     xs, ys = curve(latencies(100, 200, 200, 400))
     assert xs == pytest.approx([1.0, 4 / 3, 4.0, 4.0])  # from 0 %, 25 %, 75 % on; the last is the maximum
     assert ys == pytest.approx([0.1, 0.2, 0.4, 0.4])
 
 
-def test_a_curve_of_nothing_is_empty() -> None:
+def test_empty_curve_has_no_points() -> None:
     assert curve(Latencies()) == ([], [])
 
 
@@ -28,14 +28,14 @@ def test_a_curve_of_nothing_is_empty() -> None:
         pytest.param(Result(plan()), id="nothing"),
     ],
 )
-def test_every_result_can_be_drawn(result: Result, tmp_path: Path) -> None:
+def test_every_result_can_be_plotted(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "run.png"
     write_plot(path, result)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
 
 
-def test_the_ending_of_the_name_says_how_to_draw(tmp_path: Path) -> None:
+def test_suffix_sets_the_format(tmp_path: Path) -> None:
     path = tmp_path / "run.svg"
     write_plot(path, verified_result())
     assert "<svg" in path.read_text()

@@ -13,22 +13,22 @@ def counts(**changes: int) -> dict[str, int]:
     return {"connect": 0, "load": 0, "verify": 0, "failed": 0, **changes}
 
 
-def test_a_terminal_gets_bars_and_anything_else_lines() -> None:
+def test_terminal_gets_bars_and_others_get_lines() -> None:
     assert isinstance(view_for(Console(file=io.StringIO(), force_terminal=True)), Bars)
     assert isinstance(view_for(Console(file=io.StringIO())), Lines)
 
 
-def test_what_is_no_terminal_is_wide_enough_for_the_tables() -> None:
+def test_pipe_is_wide_enough_for_tables() -> None:
     assert new_console().width == progress.PLAIN_WIDTH
 
 
-def test_a_terminal_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "77")
     assert new_console().width == 77
 
 
-def test_lines_come_at_a_phases_start_and_end_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_appear_at_start_end_and_every_period(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 50.0
     monkeypatch.setattr(progress, "monotonic", lambda: now)
     out = io.StringIO()
@@ -47,7 +47,7 @@ def test_lines_come_at_a_phases_start_and_end_and_now_and_then(monkeypatch: pyte
     ]
 
 
-def test_bars_show_how_far_each_phase_is_and_what_failed() -> None:
+def test_bars_show_progress_and_failures() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=110, highlight=False, color_system=None)
     with Bars(console) as bars:

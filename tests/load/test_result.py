@@ -1,21 +1,23 @@
+"""Results: the comparison of counts, the verdict, and figures."""
+
 from __future__ import annotations
 
 import pytest
 
 from tests.load.helpers import latencies, plan, stats, verified_result
-from zcproto.load.figures import Figure, figures, generator_saturated
-from zcproto.load.result import Moment, Reading, Result, Verdict
-from zcproto.load.tally import Kind
+from zcproto.load.record import RequestKind
+from zcproto.load.report import Figure, figures, generator_saturated
+from zcproto.load.result import Moment, Result, StatsReading, Verdict
 
 
-def test_a_run_in_which_all_agrees_is_verified() -> None:
+def test_run_with_equal_counts_is_verified() -> None:
     result = verified_result()
     assert result.reasons() == []
     assert result.verdict is Verdict.VERIFIED
     assert all(each.agree for each in result.counted())
 
 
-def test_the_operators_own_requests_are_taken_off_the_servers_count() -> None:
+def test_operator_requests_are_subtracted() -> None:
     requests = {each.what: each for each in verified_result().counted()}["requests"]
     assert (requests.asked, requests.client, requests.server) == (70, 70, 70)
 
@@ -23,56 +25,56 @@ def test_the_operators_own_requests_are_taken_off_the_servers_count() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("unequal", 1, "1 requests of the load were answered with something else than was sent"),
+        ("unequal", 1, "1 requests of the load got a wrong answer"),
         ("lost", 2, "2 requests of the load got no answer"),
-        ("errors", {"INTERNAL": 2, "ABORTED": 1}, "3 requests of the load were answered with an error"),
+        ("errors", {"INTERNAL": 2, "ABORTED": 1}, "3 requests of the load got an error"),
         ("not_sent", {"gone": 1_500}, "1,500 requests of the load could not be sent"),
     ],
 )
 def test_each_kind_of_failure_is_a_reason(field: str, value: object, reason: str) -> None:
     result = verified_result()
-    setattr(result.record.tallies[Kind.LOAD], field, value)
+    setattr(result.record.tallies[RequestKind.LOAD], field, value)
     assert result.reasons() == [reason]
     assert result.verdict is Verdict.FAILED
 
 
-def test_sessions_that_could_not_be_closed_are_a_reason() -> None:
+def test_unclosed_sessions_are_a_reason() -> None:
     result = verified_result()
-    result.record.tallies[Kind.CLOSE].lost = 1
-    assert result.reasons() == ["1 requests to close a session got no answer"]
+    result.record.tallies[RequestKind.CLOSE].lost = 1
+    assert result.reasons() == ["1 session.close requests got no answer"]
 
 
-def test_connections_that_did_not_last_are_a_reason() -> None:
+def test_lost_connections_are_a_reason() -> None:
     result = verified_result()
-    result.record.lost_links = {"truncated": 2, "TLS: other": 1}
-    assert result.reasons() == ["3 connections were not made or did not last"]
+    result.record.lost_connections = {"truncated": 2, "TLS: other": 1}
+    assert result.reasons() == ["3 connections failed or were lost"]
 
 
-def test_connections_without_a_last_answer_are_a_reason() -> None:
+def test_unverified_connections_are_a_reason() -> None:
     result = verified_result()
-    result.record.tallies[Kind.LAST].equal = 7
+    result.record.tallies[RequestKind.LAST].equal = 7
     assert result.reasons() == ["3 of 10 connections are unverified"]
 
 
 @pytest.mark.parametrize("what", ["connections", "sessions", "requests"])
-def test_a_server_that_counts_otherwise_is_a_reason(what: str) -> None:
+def test_different_server_count_is_a_reason(what: str) -> None:
     result = verified_result()
     last = result.readings[Moment.VERIFIED]
     more = last.stats._replace(**{what: getattr(last.stats, what) + 1})
     result.readings[Moment.VERIFIED] = last._replace(stats=more)
     (reason,) = result.reasons()
-    assert f" {what}, this side " in reason
+    assert f" {what}, the client " in reason
 
 
-def test_figures_that_could_not_be_read_are_a_reason() -> None:
-    result = verified_result(unread="the server's figures could not be read: gone")
+def test_unread_counters_are_a_reason() -> None:
+    result = verified_result(unread="the server's counters could not be read: gone")
     del result.readings[Moment.VERIFIED]
     assert len(result.reasons()) == 4
     assert not any(each.agree for each in result.counted())
     assert result.verdict is Verdict.FAILED
 
 
-def test_an_interrupted_run_is_neither_verified_nor_failed() -> None:
+def test_interrupted_run_is_neither_verified_nor_failed() -> None:
     assert verified_result(interrupted=True).verdict is Verdict.INTERRUPTED
 
 
@@ -83,7 +85,7 @@ def values(result: Result) -> dict[str, float | None]:
     return {each.key: each.value for each in figures(result, {})}
 
 
-def test_figures_are_differences_between_the_readings() -> None:
+def test_figures_are_differences_between_readings() -> None:
     result = verified_result()
     found = values(result)
     assert found["memory_per_connection_kib"] == pytest.approx(36.0)
@@ -96,17 +98,17 @@ def test_figures_are_differences_between_the_readings() -> None:
     assert result.request_rate == pytest.approx(200)
 
 
-def test_what_was_not_measured_has_no_figure() -> None:
+def test_unmeasured_figure_is_none() -> None:
     found = values(Result(plan()))
     assert found.pop("generator_cpu_percent") == 0
     assert set(found.values()) == {None}
     assert Result(plan()).connect_rate == Result(plan()).request_rate == 0
 
 
-def test_memory_is_told_of_a_fresh_server_only() -> None:
+def test_memory_is_measured_on_a_fresh_server_only() -> None:
     result = verified_result()
     used = result.readings[Moment.IDLE]
-    result.readings[Moment.IDLE] = Reading(stats(handshakes=500), used.operator_requests, used.at)
+    result.readings[Moment.IDLE] = StatsReading(stats(handshakes=500), used.operator_requests, used.at)
     assert result.server_was_used
     assert values(result)["memory_per_connection_kib"] is None
 
@@ -115,24 +117,24 @@ def test_memory_is_told_of_a_fresh_server_only() -> None:
     ("value", "bar", "holds"),
     [(5.0, None, True), (None, None, True), (5.0, 6.0, True), (6.0, 6.0, False), (None, 6.0, False)],
 )
-def test_a_figure_holds_below_its_bar(value: float | None, bar: float | None, holds: bool) -> None:
+def test_figure_holds_below_its_bar(value: float | None, bar: float | None, holds: bool) -> None:
     assert Figure("key", "label", "ms", value, bar).holds is holds
 
 
-def test_a_generator_that_is_late_is_saturated() -> None:
+def test_late_generator_is_saturated() -> None:
     result = verified_result()
     assert not generator_saturated(result)
     result.record.latencies["lag"] = latencies(*[20_000] * 5, *range(95))
     assert generator_saturated(result)
 
 
-def test_a_generator_that_connects_late_is_saturated() -> None:
+def test_generator_that_connects_late_is_saturated() -> None:
     result = verified_result()
     result.record.latencies["arrival_lag"] = latencies(20_000)
     assert generator_saturated(result)
 
 
-def test_a_generator_that_uses_all_of_its_core_is_saturated() -> None:
+def test_generator_that_uses_a_whole_core_is_saturated() -> None:
     result = verified_result()
     result.record.cpu_share = 0.97
     assert generator_saturated(result)

@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 
 from tests.load.conftest import Serve
-from tests.load.helpers import Watcher, plan_for, share, users
+from tests.load.helpers import RecordingView, plan_for, share, users
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App
 from zcproto.errors import ConfigError, ConnectionClosed, ZcprotoError
 from zcproto.load import run as module
+from zcproto.load.record import RequestKind
 from zcproto.load.result import Moment, Result, Verdict
 from zcproto.load.run import Stop, resolve, run
-from zcproto.load.tally import Kind
-from zcproto.load.workers import Workers
+from zcproto.load.worker_pool import WorkerPool
 
 
 async def go(server: ServerThread, stop: Stop | None = None, view: Any = None, **changes: Any) -> Result:
-    return await run(plan_for(server, **changes), view or Watcher(), stop or Stop())
+    return await run(plan_for(server, **changes), view or RecordingView(), stop or Stop())
 
 
 async def test_fifty_connections_from_two_processes_are_verified(serve: Serve) -> None:
     server = serve()
-    view = Watcher()
+    view = RecordingView()
     result = await go(
         server, view=view, connections=50, sessions=30, credentials=users(6), processes=2, rate=1000.0
     )
@@ -47,9 +47,7 @@ async def test_fifty_connections_from_two_processes_are_verified(serve: Serve) -
     assert result.connect_cpu_s is not None
     assert result.connect_cpu_s > 0
     assert result.connect_rate > 0
-    assert result.request_rate == pytest.approx(
-        250 / result.load_s
-    )  # a busy machine reaches less than asked for
+    assert result.request_rate == pytest.approx(250 / result.load_s)  # a busy machine misses the planned rate
     assert view.phases == [
         ("connect", "connecting", 50),
         ("load", "loading", 250),
@@ -61,13 +59,13 @@ async def test_fifty_connections_from_two_processes_are_verified(serve: Serve) -
     assert server.stats["sessions"] == 0
 
 
-async def test_the_same_users_can_be_used_again(serve: Serve) -> None:
+async def test_users_can_be_reused_in_the_next_run(serve: Serve) -> None:
     server = serve(sessions__per_user=5)
     for _ in range(2):
         assert (await go(server)).verdict is Verdict.VERIFIED
 
 
-async def test_a_server_that_answers_wrongly_is_not_verified(serve: Serve) -> None:
+async def test_wrong_answers_fail_the_run(serve: Serve) -> None:
     app = App()
 
     @app.method("echo")
@@ -76,39 +74,41 @@ async def test_a_server_that_answers_wrongly_is_not_verified(serve: Serve) -> No
 
     result = await go(serve(app))
     assert result.verdict is Verdict.FAILED
-    assert "50 requests of the load were answered with something else than was sent" in result.reasons()
+    assert "50 requests of the load got a wrong answer" in result.reasons()
     assert "10 of 10 connections are unverified" in result.reasons()
 
 
-async def test_a_server_that_counts_otherwise_is_not_verified(serve: Serve) -> None:
+async def test_different_server_count_fails_the_run(serve: Serve) -> None:
     app = App()
     server: list[ServerThread] = []
 
     @app.method("echo")
     def echo(**params: Any) -> dict[str, Any]:
         if params["n"] == 7:
-            server[0].server.state.counters.requests += 1  # somebody else's request
+            server[0].server.state.counters.requests += 1  # another client's request
         return params
 
     server.append(serve(app))
     result = await go(server[0])
     assert result.verdict is Verdict.FAILED
     assert result.reasons() == [
-        "the server counts 71 requests, this side 70: does anybody else use this server?"
+        "the server counts 71 requests, the client 70; run the benchmark without other clients of the server"
     ]
 
 
-async def test_somebody_elses_connection_is_noticed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connection_of_another_client_fails_the_run(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CLOSED_TIMEOUT", 0.0)
     server = serve()
     stop = Stop()
 
-    class Intruder(Watcher):
+    class OtherClient(RecordingView):
         def phase(self, name: str, label: str, total: int) -> None:
             if name == "load":
-                self.client = server.client("somebody")
+                self.client = server.client("another")
 
-    view = Intruder()
+    view = OtherClient()
     result = await run(plan_for(server), view, stop)
     view.client.close()
     assert [each.what for each in result.counted() if not each.agree] == [
@@ -119,118 +119,118 @@ async def test_somebody_elses_connection_is_noticed(serve: Serve, monkeypatch: p
     assert result.verdict is Verdict.FAILED
 
 
-async def test_a_user_without_room_for_sessions_is_told(serve: Serve) -> None:
+async def test_session_limit_fails_the_run(serve: Serve) -> None:
     result = await go(serve(sessions__per_user=3))
-    assert result.record.lost_links == {"no session: RESOURCE_EXHAUSTED": 4}
+    assert result.record.lost_connections == {"no session: RESOURCE_EXHAUSTED": 4}
     assert result.verdict is Verdict.FAILED
 
 
-async def test_a_server_that_dies_ends_in_a_report(serve: Serve) -> None:
+async def test_server_drained_during_the_run_fails_it(serve: Serve) -> None:
     server = serve()
 
-    class Killer(Watcher):
+    class DrainingView(RecordingView):
         def phase(self, name: str, label: str, total: int) -> None:
             if name == "load":
                 server.begin_drain(0.0)
 
-    result = await run(plan_for(server), Killer(), Stop())
+    result = await run(plan_for(server), DrainingView(), Stop())
     assert result.verdict is Verdict.FAILED
-    assert any(reason.startswith("the server's figures could not be read") for reason in result.reasons())
+    assert any(reason.startswith("the server's counters could not be read") for reason in result.reasons())
     assert [each.server for each in result.counted()] == [None, None, None]
     assert Moment.CONNECTED in result.readings
     assert Moment.LOADED not in result.readings
 
 
-async def test_a_run_can_be_stopped_and_closes_what_it_opened(serve: Serve) -> None:
+async def test_stopped_run_closes_its_sessions(serve: Serve) -> None:
     server = serve()
     stop = Stop()
 
-    class Impatient(Watcher):
+    class StoppingView(RecordingView):
         def update(self, counts: dict[str, int]) -> None:
             if counts["load"] > 5:
                 stop.request()
 
-    result = await run(plan_for(server, duration_s=60.0), Impatient(), stop)
+    result = await run(plan_for(server, duration_s=60.0), StoppingView(), stop)
     assert result.interrupted
     assert result.verdict is Verdict.INTERRUPTED
-    assert 5 < result.record.tallies[Kind.LOAD].equal < 6_000
-    assert result.record.tallies[Kind.LAST].planned == 0
-    assert result.record.tallies[Kind.CLOSE].equal == 10
+    assert 5 < result.record.tallies[RequestKind.LOAD].equal < 6_000
+    assert result.record.tallies[RequestKind.LAST].planned == 0
+    assert result.record.tallies[RequestKind.CLOSE].equal == 10
     server.until_left()
 
 
-async def test_a_run_stopped_before_it_began_still_ends(serve: Serve) -> None:
+async def test_run_stopped_before_its_start_ends(serve: Serve) -> None:
     server = serve()
     stop = Stop()
     stop.request()
-    result = await run(plan_for(server), Watcher(), stop)
+    result = await run(plan_for(server), RecordingView(), stop)
     assert result.verdict is Verdict.INTERRUPTED
     assert result.connected == 0
     server.until_left()
 
 
-async def test_connections_that_stay_at_the_server_are_waited_for_and_told(
+async def test_connections_that_stay_open_are_waited_for(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CLOSED_TIMEOUT", 0.05)
     monkeypatch.setattr(module, "CLOSED_POLL", 0.01)
     server = serve()
 
-    class Intruder(Watcher):
+    class OtherClient(RecordingView):
         def phase(self, name: str, label: str, total: int) -> None:
             if name == "close":
-                self.client = server.client("somebody")
+                self.client = server.client("another")
 
-    view = Intruder()
+    view = OtherClient()
     result = await run(plan_for(server), view, Stop())
     view.client.close()
     assert result.readings[Moment.CLOSED].stats.connections == 2
 
 
-async def test_no_such_host_is_told() -> None:
-    with pytest.raises(ConfigError, match="no such host"):
+async def test_unknown_host_raises_config_error() -> None:
+    with pytest.raises(ConfigError, match="cannot be resolved"):
         await resolve("no-such-host.invalid", 7443)
     assert await resolve("127.0.0.1", 7443) == "127.0.0.1"
 
 
-async def test_no_such_server_is_told(serve: Serve) -> None:
+async def test_refused_connection_raises(serve: Serve) -> None:
     server = serve()
     lost = plan_for(server)
     await asyncio.to_thread(server.drain)
     with pytest.raises(ConnectionClosed, match="Connection refused"):
-        await run(lost, Watcher(), Stop())
+        await run(lost, RecordingView(), Stop())
 
 
 # --- generator processes --------------------------------------------------------------------------------
 
 
-async def test_a_generator_that_dies_is_told_and_the_others_are_ended(serve: Serve) -> None:
+async def test_killed_worker_raises_and_ends_the_others(serve: Serve) -> None:
     server = serve()
     both = [share(server, number=number, processes=2) for number in (0, 1)]
-    async with Workers(both, lambda counts: None) as workers:
+    async with WorkerPool(both, lambda counts: None) as workers:
         await workers.run("connect")
         pids = [process.pid for process in workers._processes]
         os.kill(pids[0], signal.SIGKILL)
         await workers._processes[0].wait()
         workers.stop()  # finds one of them gone
-        with pytest.raises(ZcprotoError, match="a generator process ended by itself, with exit code -9"):
+        with pytest.raises(ZcprotoError, match="a generator process exited with code -9"):
             await workers.run("load")
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-async def test_generators_that_cannot_start_leave_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_worker_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = share(connections=1, ca_file="/no/such/file", credentials=[["user-1", "key"]])
-    workers = Workers([bad], lambda counts: None)
-    with pytest.raises(ZcprotoError, match="exit code 1"):
+    workers = WorkerPool([bad], lambda counts: None)
+    with pytest.raises(ZcprotoError, match="exited with code 1"):
         await workers.__aenter__()
     assert [process.returncode for process in workers._processes] == [1]
 
 
-async def test_a_generator_that_does_not_end_is_killed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.load.workers.END_TIMEOUT", 0.05)
-    async with Workers([share(serve())], lambda counts: None) as workers:
+async def test_stopped_worker_is_killed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zcproto.load.worker_pool.END_TIMEOUT", 0.05)
+    async with WorkerPool([share(serve())], lambda counts: None) as workers:
         (process,) = workers._processes
         os.kill(process.pid, signal.SIGSTOP)
     assert process.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The worker's process, from inside: its commands come by a pipe, its answers go to standard output."""
+"""The worker's main function: commands from a pipe, reports on standard output."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from tests.load.conftest import Serve
 from tests.load.helpers import share
 from zcproto.load import worker
 from zcproto.load.plan import Share
-from zcproto.load.record import Record
-from zcproto.load.tally import Kind
+from zcproto.load.record import Record, RequestKind
 
 
 class Commands:
@@ -31,7 +30,7 @@ class Commands:
         self.stdin = os.fdopen(reading, "rb", buffering=0)
         self._writing = os.fdopen(writing, "wb", buffering=0)
 
-    def say(self, *lines: str) -> None:
+    def send(self, *lines: str) -> None:
         self._writing.write("".join(line + "\n" for line in lines).encode())
 
     def close(self) -> None:
@@ -51,63 +50,63 @@ def messages(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def done(said: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {each["done"]: each for each in said if "done" in each}
+def done(reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {each["done"]: each for each in reports if "done" in each}
 
 
-async def test_a_worker_carries_out_its_commands_and_tells(
+async def test_worker_executes_commands_and_reports(
     commands: Commands, serve: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "PROGRESS_PERIOD", 0.02)
-    asked = share(serve())
-    commands.say(json.dumps(asked.as_json()))
+    part = share(serve())
+    commands.send(json.dumps(part.as_json()))
     serving = asyncio.create_task(worker.serve())
-    said: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     for command in ("connect", "load", "verify", "close"):
-        commands.say(command)
-        while command not in done(said):
+        commands.send(command)
+        while command not in done(reports):
             await asyncio.sleep(0.01)
-            said += messages(capsys)
+            reports += messages(capsys)
     commands.close()
     await serving
-    ends = done(said)
+    ends = done(reports)
     assert [*ends] == ["start", "connect", "load", "verify", "close"]
     assert (ends["connect"]["ready"], ends["connect"]["sessions"], ends["connect"]["requests"]) == (4, 4, 4)
     assert ends["verify"]["requests"] == 48
     assert "record" not in ends["verify"]
     record = Record.from_json(ends["close"]["record"])
-    assert record.tallies[Kind.LOAD].equal == 40
-    progress = [each["progress"] for each in said if "progress" in each]
+    assert record.tallies[RequestKind.LOAD].equal == 40
+    progress = [each["progress"] for each in reports if "progress" in each]
     assert progress[-1] == {"connect": 4, "load": 40, "verify": 4, "failed": 0}
     assert len(progress) > 4
 
 
-async def test_a_worker_stops_when_told_and_still_closes(
+async def test_worker_stops_on_command_and_closes(
     commands: Commands, serve: Serve, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = serve()
-    commands.say(json.dumps(share(server, duration_s=60.0).as_json()), "connect")
+    commands.send(json.dumps(share(server, duration_s=60.0).as_json()), "connect")
     serving = asyncio.create_task(worker.serve())
-    said: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     for last, then in (("connect", ("load",)), ("load", ("close",)), ("close", ())):
-        while last not in done(said):
+        while last not in done(reports):
             await asyncio.sleep(0.01)
-            said += messages(capsys)
+            reports += messages(capsys)
             if last == "load":
-                commands.say("stop")
-        commands.say(*then)
+                commands.send("stop")
+        commands.send(*then)
     commands.close()
     await serving
-    assert Record.from_json(done(said)["close"]["record"]).tallies[Kind.LOAD].planned < 1000
+    assert Record.from_json(done(reports)["close"]["record"]).tallies[RequestKind.LOAD].planned < 1000
     server.until_left()
 
 
-async def test_a_worker_ends_with_its_parent(commands: Commands, serve: Serve) -> None:
+async def test_worker_exits_with_its_parent(commands: Commands, serve: Serve) -> None:
     server = serve()
-    commands.say(json.dumps(share(server, duration_s=3600.0).as_json()), "connect")
+    commands.send(json.dumps(share(server, duration_s=3600.0).as_json()), "connect")
     serving = asyncio.create_task(worker.serve())
     await asyncio.to_thread(server.until, lambda: server.server.state.counters.requests == 4)
-    commands.say("load")
+    commands.send("load")
     await asyncio.to_thread(server.until, lambda: server.server.state.counters.requests > 10)
     commands.close()
     await serving
@@ -117,31 +116,29 @@ async def test_a_worker_ends_with_its_parent(commands: Commands, serve: Serve) -
     await asyncio.sleep(0.05)
 
 
-async def test_a_parent_that_is_gone_at_once_is_no_fault(commands: Commands) -> None:
+async def test_closed_input_ends_the_worker(commands: Commands) -> None:
     commands.close()
     await worker.serve()
 
 
-async def test_a_parent_that_is_gone_before_its_first_command_is_no_fault(
+async def test_closed_input_after_the_share_ends_the_worker(
     commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands.say(json.dumps(share(connections=1, credentials=[["user-1", "key"]]).as_json()))
+    commands.send(json.dumps(share(connections=1, credentials=[["user-1", "key"]]).as_json()))
     commands.close()
     await worker.serve()
     assert messages(capsys) == [{"done": "start"}]
 
 
-async def test_an_unknown_command_ends_the_worker_visibly(commands: Commands) -> None:
+async def test_unknown_command_fails_the_worker(commands: Commands) -> None:
     nowhere: Share = share(connections=1, credentials=[["user-1", "key"]])
-    commands.say(json.dumps(nowhere.as_json()), "dance")
+    commands.send(json.dumps(nowhere.as_json()), "dance")
     with pytest.raises(ExceptionGroup) as caught:
         await worker.serve()
     assert caught.group_contains(KeyError)
 
 
-def test_the_process_ignores_ctrl_c_and_collects_no_garbage(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_ignores_ctrl_c_and_disables_gc(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     async def serve() -> None:

@@ -1,4 +1,4 @@
-"""One run from its options to its exit code: checked, carried out, shown, written down."""
+"""A run from its options to its exit code: check, carry out, print, write files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXIT_CODES: Final = {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Files to write, and the bars that figures are held against, by their keys."""
+    """The files to write, and the bars of figures by their keys."""
 
     json: Path | None = None
     hdr: Path | None = None
@@ -39,13 +39,13 @@ class Outputs:
 
 
 def check_outputs(outputs: Outputs) -> None:
-    """Raises ConfigError for files that could not be written: it would be a pity to find out after the run."""
+    """Raise ConfigError before the run for a file that cannot be written after it."""
     faults = []
     for path in (outputs.json, outputs.hdr, outputs.plot):
         if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
-            faults.append(f"{escape_text(str(path))}: cannot be written; name a file in a folder of yours")
+            faults.append(f"{escape_text(str(path))}: cannot be written; give a file in a writable folder")
     if outputs.plot is not None:
-        importlib.import_module("matplotlib")  # if it is not installed, better to know now
+        importlib.import_module("matplotlib")  # fail before the run if it is missing
         if outputs.plot.suffix not in PLOT_SUFFIXES:
             faults.append(
                 f"{escape_text(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}"
@@ -55,7 +55,7 @@ def check_outputs(outputs: Outputs) -> None:
 
 
 def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
-    """Carry out a plan, print its report and write its files. Raises ConfigError before anything is connected."""
+    """Carry out a plan, print its report and write its files. Raises ConfigError before it connects."""
     check_plan(plan)
     check_outputs(outputs)
     require_open_files(
@@ -73,14 +73,14 @@ def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
     if outputs.hdr is not None:
         hdr.write_file(outputs.hdr, result.record, started)
     if outputs.plot is not None:
-        from zcproto.load.plot import write_plot  # noqa: PLC0415  matplotlib takes half a second to import
+        from zcproto.load.plot import write_plot  # noqa: PLC0415 - importing matplotlib takes half a second
 
         write_plot(outputs.plot, result)
     return result
 
 
 async def _run_interruptible(plan: Plan, view: View) -> Result:
-    """The first Ctrl-C ends the run early, with what there is; the second ends the program."""
+    """End the run early, with partial results, at the first Ctrl-C; the second one ends the program."""
     loop = asyncio.get_running_loop()
     stop = Stop()
 

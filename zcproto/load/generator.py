@@ -1,8 +1,11 @@
-"""One generator: its connections and its load.
+"""The generator of one process: its connections and its load.
 
-Four phases, in order: `connect`, `load`, `verify`, `close`. Each ends by itself within a bound, or early after
-`stop`; then `close` still frees what was opened on the server. Every latency counts from the time at which the
-thing was due, not from when this process got round to it; how late it was is measured apart.
+Four phases, in order: `connect`, `load`, `verify`, `close`. Each ends within a time limit, or early after `stop`;
+`close` still frees what was opened on the server.
+
+Rules:
+- Every latency starts when its action was due, not when this process got to it; that delay is measured separately.
+- The load is an open loop: requests are sent on schedule, whether answers arrive or not.
 """
 
 from __future__ import annotations
@@ -13,47 +16,119 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
-from zcproto.errors import Code, TlsError
-from zcproto.load.latency import Latencies
-from zcproto.load.load_link import Asked, LoadLink, Stage
-from zcproto.load.pacer import Pacer
-from zcproto.load.plan import Share
-from zcproto.load.record import TICKS_PER_SECOND, Record
-from zcproto.load.schedule import arrivals, rounds, steady
-from zcproto.load.tally import Kind, count
+from zcproto.errors import Code, InvalidArgument, ResourceExhausted, TlsError, ZcprotoError
+from zcproto.load.connection import Connection
+from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
+from zcproto.load.plan import CLIENT_NAME, Share
+from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
 from zcproto.tls.client import TlsConnector
 from zcproto.tls.context import client_context
-from zcproto.wire.frame import TOKEN_SIZE
+from zcproto.tls.transport import TlsTransport
+from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
 
 MAX_CONNECTING: Final = 1_000
-"""Connections being made at once; the server's backlog holds 4,096. The rest wait, and their wait counts."""
+"""Maximum of concurrent attempts to connect; the server's backlog holds 4,096. The delay of the others counts."""
 
 CONNECT_TIMEOUT: Final = 30.0
-"""Seconds for a TCP connection, for its handshake, and for what is under way when all have arrived."""
+"""Seconds for a TCP connection, for its handshake, and after the last arrival for all that are still connecting."""
 
 ANSWER_TIMEOUT: Final = 10.0
-"""Seconds after the last request of a phase in which answers still count."""
+"""Seconds after the last request of a phase during which answers count."""
 
 CLOSE_TIMEOUT: Final = 10.0
-PORTS_OF_AN_ADDRESS: Final = 20_000
-"""Connections to one port that are made from one address; systems commonly have 28,232 ports for them."""
+PORTS_PER_ADDRESS: Final = 20_000
+"""Maximum of connections to one port from one source address; Linux has 28,232 ephemeral ports by default."""
 
 CLOSES_PER_TURN: Final = 64
 POOL_BYTES: Final = 65_536
 POOL_STEP: Final = 31
-"""Consecutive requests take their bytes so far apart; any odd number visits all of the pool."""
+"""Distance in the pool between the payloads of consecutive requests; an odd number visits the whole pool."""
 
-CLIENT_NAME: Final = "zcproto-bench/1"
+
+class Stage(IntEnum):
+    """The state of a connection."""
+
+    NEW = 0
+    CONNECTED = 1  # after the handshake
+    READY = 2  # with its session
+    OVER = 3
+
+
+class PendingRequest(NamedTuple):
+    """A request in flight. Times are in monotonic seconds."""
+
+    kind: RequestKind
+    number: int
+    due: float
+    sent: float
+
+
+class LoadConnection(Connection):
+    """One of many connections of a Generator."""
+
+    __slots__ = ("_generator", "due", "index", "pending", "stage", "tls", "token")
+
+    def __init__(self, generator: Generator, index: int) -> None:
+        super().__init__(generator.wheel)
+        self._generator = generator
+        self.index = index
+        self.stage = Stage.NEW
+        self.due = 0.0
+        """When it should connect."""
+        self.token = NO_TOKEN
+        self.tls: TlsTransport | None = None
+        """Unlike `transport`, set before the connection is made, so that it can be aborted at any time."""
+        self.pending: dict[int, PendingRequest] = {}
+        """Requests by stream: answers arrive in any order."""
+
+    def queue(self, kind: RequestKind, method: str, params: dict[str, Any], number: int, due: float) -> None:
+        """Queue a request, which `flush` sends."""
+        tally = self._generator.record.tallies[kind]
+        tally.planned += 1
+        try:
+            stream = self.conversation.request(method, params, token=self.token, wall=system_clock.wall())
+        except ResourceExhausted:
+            count(tally.not_sent, "too many requests in flight on the connection")
+            return
+        except InvalidArgument:
+            count(tally.not_sent, "larger than the server accepts")
+            return
+        except ZcprotoError:
+            count(tally.not_sent, "the connection is ending")
+            return
+        tally.sent += 1
+        self._generator.in_flight += 1
+        self.pending[stream] = PendingRequest(kind, number, due, time.monotonic())
+
+    def welcomed(self) -> None:
+        self._generator.welcomed(self)
+
+    def answered(self, stream: int, value: Any) -> None:
+        request = self.pending.pop(stream, None)
+        if request is not None:  # None: it has timed out
+            self._generator.answered(self, request, value)
+
+    def refused(self, stream: int, code: int, message: str, details: dict[str, Any]) -> None:
+        request = self.pending.pop(stream, None)
+        if request is not None:
+            self._generator.refused(self, request, code)
+
+    def lost(self, cause: str) -> None:
+        self._generator.connection_lost(self, cause)
+
+    def gone(self) -> None:
+        self._generator.connection_gone()
 
 
 class Generator:
-    """The connections of one process. All its methods run on one loop."""
+    """The connections of one process, all on one event loop."""
 
     def __init__(self, share: Share, loop: asyncio.AbstractEventLoop) -> None:
         self.share = share
@@ -62,16 +137,16 @@ class Generator:
         self.in_flight = 0
         self._loop = loop
         self._pacer = Pacer(loop)
-        self._random = random.Random(share.seed)  # noqa: S311  no secret, and the same again with the same seed
+        self._random = random.Random(share.seed)  # noqa: S311 - no secret; repeatable with the same seed
         self._pool = self._random.randbytes(POOL_BYTES + share.payload_bytes)
         self._number = share.number
         self._stopped = False
-        self._waiting: deque[LoadLink] = deque()  # due, but as many as allowed are being made already
-        self._connecting: dict[LoadLink, asyncio.Task[None]] = {}
+        self._waiting: deque[LoadConnection] = deque()  # due, but MAX_CONNECTING are connecting
+        self._connecting: dict[LoadConnection, asyncio.Task[None]] = {}
         self._unsettled = share.connections
-        self._joining: dict[int, list[LoadLink]] = {}  # by the index of the link that has the session
-        self._open_links = 0
-        self._event: asyncio.Future[None] | None = None  # what the current phase waits for
+        self._joining: dict[int, list[LoadConnection]] = {}  # by the connection that opens their session
+        self._open_connections = 0
+        self._event: asyncio.Future[None] | None = None  # wakes the current phase
         self._connector = TlsConnector(
             client_context(ca_file=None if share.ca_file is None else Path(share.ca_file)),
             share.host,
@@ -79,91 +154,95 @@ class Generator:
             wall=system_clock.wall,
             handshake_timeout=CONNECT_TIMEOUT,
         )
-        self.links = [LoadLink(self, index) for index in range(share.connections)]
+        self.connections = [LoadConnection(self, index) for index in range(share.connections)]
 
     # --- phases ----------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Open all connections, each with its session."""
+        """Open all connections and their sessions."""
         if self._stopped:
             return
         share = self.share
-        links = iter(self.links)
-        times = steady(share.arrival_rate, share.connections)
-        await self._pacer.run(times, lambda intended: self._arrive(next(links), intended))
+        remaining = iter(self.connections)
+        times = uniform_times(share.arrival_rate, share.connections)
+        await self._pacer.run(times, lambda due: self._arrive(next(remaining), due))
         await self._wait(lambda: self._unsettled == 0, CONNECT_TIMEOUT)
         self._waiting.clear()
-        for link in self.links:
-            if link.stage < Stage.READY:
-                task = self._connecting.get(link)
+        for connection in self.connections:
+            if connection.stage < Stage.READY:
+                task = self._connecting.get(connection)
                 if task is not None:
                     task.cancel()
-                link.close()
-                self._not_made(link, "no session in time")
+                connection.close()
+                self._fail(connection, "no session in time")
 
     async def load(self) -> None:
-        """The load, in an open loop."""
+        """Send the load."""
         share = self.share
-        ready = [link for link in self.links if link.stage is Stage.READY]
+        ready = [connection for connection in self.connections if connection.stage is Stage.READY]
         if not ready or self._stopped:
             return
-        turns = rounds(ready, self._random)
-        times = arrivals(share.rate / share.pipeline, share.duration_s, self._random)
+        turns = shuffled_rounds(ready, self._random)
+        times = poisson_times(share.rate / share.pipeline, share.duration_s, self._random)
         used = time.process_time()
         started = self.record.load_started = time.monotonic()
         await self._pacer.run(
-            times, lambda intended: self._send(next(turns), Kind.LOAD, intended, share.pipeline)
+            times, lambda due: self._send(next(turns), RequestKind.LOAD, due, share.pipeline)
         )
         self.record.cpu_share = (time.process_time() - used) / (time.monotonic() - started)
         await self._wait_for_answers()
 
     async def verify(self) -> None:
-        """One last request on each connection that was asked for."""
+        """Send one last request on each planned connection."""
         if self._stopped:
             return
-        links = iter(self.links)
-        times = steady(self.share.verify_rate, len(self.links))
-        await self._pacer.run(times, lambda intended: self._send(next(links), Kind.LAST, intended, 1))
+        remaining = iter(self.connections)
+        times = uniform_times(self.share.verify_rate, len(self.connections))
+        await self._pacer.run(times, lambda due: self._send(next(remaining), RequestKind.LAST, due, 1))
         await self._wait_for_answers()
 
     async def close(self) -> None:
-        """Close the sessions, so that their users have room for others, then the connections."""
+        """Close the sessions, which count towards their users' limits, and then the connections."""
         self._stopped = False
-        owners = [link for link in self.links[: len(self.share.credentials)] if link.stage is Stage.READY]
-        for number, link in enumerate(owners):
-            link.ask(Kind.CLOSE, "session.close", {}, 0, time.monotonic())
-            link.flush()
+        owners = [
+            connection
+            for connection in self.connections[: len(self.share.credentials)]
+            if connection.stage is Stage.READY
+        ]
+        for number, connection in enumerate(owners):
+            connection.queue(RequestKind.CLOSE, "session.close", {}, 0, time.monotonic())
+            connection.flush()
             if number % CLOSES_PER_TURN == 0:
                 await asyncio.sleep(0)
         await self._wait_for_answers()
-        for number, link in enumerate(self.links):
-            link.stage = Stage.OVER
-            link.close()
+        for number, connection in enumerate(self.connections):
+            connection.stage = Stage.OVER
+            connection.close()
             if number % CLOSES_PER_TURN == 0:
                 await asyncio.sleep(0)
-        await self._wait(lambda: self._open_links == 0, CLOSE_TIMEOUT)
-        for link in self.links:
-            if link.tls is not None:
-                link.tls.abort()
+        await self._wait(lambda: self._open_connections == 0, CLOSE_TIMEOUT)
+        for connection in self.connections:
+            if connection.tls is not None:
+                connection.tls.abort()
         await asyncio.sleep(0)
         self._pacer.close()
         self.wheel.close()
 
     def stop(self) -> None:
-        """End the current phase now, or the next as soon as it begins. `close` is not affected."""
+        """End the current phase, or the next one at its start. Does not affect `close`."""
         self._stopped = True
         self._pacer.stop()
         self._wake()
 
     def progress(self) -> dict[str, int]:
-        """How far each phase is, and what has failed in all."""
+        """Return the progress of each phase, and the number of all failures."""
         record = self.record
-        load, last = record.tallies[Kind.LOAD], record.tallies[Kind.LAST]
+        load, last = record.tallies[RequestKind.LOAD], record.tallies[RequestKind.LAST]
         return {
             "connect": record.ready,
             "load": load.equal,
             "verify": last.equal,
-            "failed": sum(record.lost_links.values()) + load.failed + last.failed,
+            "failed": sum(record.lost_connections.values()) + load.failed + last.failed,
         }
 
     # --- waiting ---------------------------------------------------------------------------------
@@ -180,8 +259,8 @@ class Generator:
 
     async def _wait_for_answers(self) -> None:
         await self._wait(lambda: self.in_flight == 0, ANSWER_TIMEOUT)
-        for link in self.links:
-            self._give_up(link)
+        for connection in self.connections:
+            self._drop_pending(connection)
 
     def _wake(self) -> None:
         if self._event is not None and not self._event.done():
@@ -189,99 +268,101 @@ class Generator:
 
     # --- connecting ------------------------------------------------------------------------------
 
-    def _arrive(self, link: LoadLink, intended: float) -> None:
-        link.intended = intended
-        self._waiting.append(link)
+    def _arrive(self, connection: LoadConnection, due: float) -> None:
+        connection.due = due
+        self._waiting.append(connection)
         self._connect_waiting()
 
     def _connect_waiting(self) -> None:
         while self._waiting and len(self._connecting) < MAX_CONNECTING and not self._stopped:
-            link = self._waiting.popleft()
-            self.record.latencies["arrival_lag"].add(time.monotonic() - link.intended)
-            self._connecting[link] = self._loop.create_task(self._open(link))
+            connection = self._waiting.popleft()
+            self.record.latencies["arrival_lag"].add(time.monotonic() - connection.due)
+            self._connecting[connection] = self._loop.create_task(self._open(connection))
 
-    async def _open(self, link: LoadLink) -> None:
-        transport = link.tls = self._connector.transport(link, lambda error: self._handshaken(link, error))
+    async def _open(self, connection: LoadConnection) -> None:
+        transport = connection.tls = self._connector.transport(
+            connection, lambda error: self._handshaken(connection, error)
+        )
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await self._loop.create_connection(
                     lambda: transport,
                     self.share.address,
                     self.share.port,
-                    local_addr=source(self.share.address, link.index),
+                    local_addr=source_address(self.share.address, connection.index),
                 )
         except TimeoutError:
-            self._not_made(link, "no TCP connection in time")
+            self._fail(connection, "no TCP connection in time")
         except OSError as error:
             reason = type(error).__name__ if error.errno is None else os.strerror(error.errno)
-            self._not_made(link, f"TCP: {reason}")
+            self._fail(connection, f"TCP: {reason}")
 
-    def _handshaken(self, link: LoadLink, error: TlsError | None) -> None:
+    def _handshaken(self, connection: LoadConnection, error: TlsError | None) -> None:
         if error is not None:
-            self._not_made(link, f"TLS: {error.failure}")
+            self._fail(connection, f"TLS: {error.failure}")
             return
-        self._open_links += 1
-        if link.stage is Stage.NEW:
-            link.stage = Stage.CONNECTED
-            self.record.latencies["handshake"].add(time.monotonic() - link.intended)
+        self._open_connections += 1
+        if connection.stage is Stage.NEW:
+            connection.stage = Stage.CONNECTED
+            self.record.latencies["handshake"].add(time.monotonic() - connection.due)
 
-    def welcomed(self, link: LoadLink) -> None:
-        """A connection's conversation has begun: it needs a session now."""
+    def welcomed(self, connection: LoadConnection) -> None:
+        """Get a session for a connection that has received WELCOME."""
         sessions = len(self.share.credentials)
-        if link.index < sessions:
-            user, key = self.share.credentials[link.index]
+        if connection.index < sessions:
+            user, key = self.share.credentials[connection.index]
             params = {"scheme": "api_key", "user": user, "key": key, "client": CLIENT_NAME}
-            link.ask(Kind.OPEN, "session.open", params, 0, time.monotonic())
+            connection.queue(RequestKind.OPEN, "session.open", params, 0, time.monotonic())
             return
-        owner = self.links[link.index % sessions]
+        owner = self.connections[connection.index % sessions]
         if owner.stage is Stage.READY:
-            self._join(link, owner)
+            self._join(connection, owner)
         elif owner.stage is Stage.OVER:
-            self._not_made(link, "its session could not be opened")
+            self._fail(connection, "its session could not be opened")
         else:
-            self._joining.setdefault(owner.index, []).append(link)
+            self._joining.setdefault(owner.index, []).append(connection)
 
-    def _join(self, link: LoadLink, owner: LoadLink) -> None:
-        """Use another connection's session: the first request with its token makes this connection one of it."""
-        link.token = owner.token
+    def _join(self, connection: LoadConnection, owner: LoadConnection) -> None:
+        """Use the session of another connection, with a first request that carries its token."""
+        connection.token = owner.token
         number = self._take_number()
-        link.ask(Kind.JOIN, "echo", self._params(number), number, time.monotonic())
-        link.flush()
+        connection.queue(RequestKind.JOIN, "echo", self._params(number), number, time.monotonic())
+        connection.flush()
 
-    def _opened(self, link: LoadLink, asked: Asked, value: Any) -> None:
-        tally = self.record.tallies[Kind.OPEN]
+    def _handle_opened(self, connection: LoadConnection, request: PendingRequest, value: Any) -> None:
+        tally = self.record.tallies[RequestKind.OPEN]
         token = value.get("token") if isinstance(value, dict) else None
         if not isinstance(token, bytes) or len(token) != TOKEN_SIZE:
             tally.unequal += 1
-            self._not_made(link, "session.open was answered with no token")
+            self._fail(connection, "the answer to session.open has no token")
             return
         tally.equal += 1
-        self.record.latencies["session_open"].add(time.monotonic() - asked.intended)
+        self.record.latencies["session_open"].add(time.monotonic() - request.due)
         self.record.sessions += 1
-        link.token = token
-        self._made(link)
-        for waiting in self._joining.pop(link.index, ()):
+        connection.token = token
+        self._made(connection)
+        for waiting in self._joining.pop(connection.index, ()):
             if waiting.stage is Stage.CONNECTED:
-                self._join(waiting, link)
+                self._join(waiting, connection)
 
-    def _made(self, link: LoadLink) -> None:
-        link.stage = Stage.READY
+    def _made(self, connection: LoadConnection) -> None:
+        connection.stage = Stage.READY
         self.record.ready += 1
         self._count(self.record.connected_over_time, 1)
-        self._settled(link)
+        self._settled(connection)
 
-    def _not_made(self, link: LoadLink, cause: str) -> None:
-        """A connection will not get its session. Those that wait for this session will not either."""
-        if link.stage >= Stage.READY:
+    def _fail(self, connection: LoadConnection, cause: str) -> None:
+        """Record that a connection got no session, and the same for connections that wait for its session."""
+        if connection.stage >= Stage.READY:
             return
-        link.stage = Stage.OVER
-        count(self.record.lost_links, escape_text(cause, 120))
-        self._settled(link)
-        for waiting in self._joining.pop(link.index, ()):
-            self._not_made(waiting, "its session could not be opened")
+        connection.stage = Stage.OVER
+        count(self.record.lost_connections, escape_text(cause, 120))
+        self._settled(connection)
+        for waiting in self._joining.pop(connection.index, ()):
+            self._fail(waiting, "its session could not be opened")
 
-    def _settled(self, link: LoadLink) -> None:
-        self._connecting.pop(link, None)
+    def _settled(self, connection: LoadConnection) -> None:
+        self._connecting.pop(connection, None)
         self._unsettled -= 1
         if not self._unsettled:
             self._wake()
@@ -289,18 +370,20 @@ class Generator:
 
     # --- requests --------------------------------------------------------------------------------
 
-    def _send(self, link: LoadLink, kind: Kind, intended: float, number_of_requests: int) -> None:
-        if kind is Kind.LOAD:
-            self.record.latencies["lag"].add(time.monotonic() - intended)
-        if link.stage is not Stage.READY:
+    def _send(
+        self, connection: LoadConnection, kind: RequestKind, due: float, number_of_requests: int
+    ) -> None:
+        if kind is RequestKind.LOAD:
+            self.record.latencies["lag"].add(time.monotonic() - due)
+        if connection.stage is not Stage.READY:
             tally = self.record.tallies[kind]
             tally.planned += number_of_requests
-            count(tally.not_sent, "the connection is lost", number_of_requests)
+            count(tally.not_sent, "the connection was lost", number_of_requests)
             return
         for _ in range(number_of_requests):
             number = self._take_number()
-            link.ask(kind, "echo", self._params(number), number, intended)
-        link.flush()
+            connection.queue(kind, "echo", self._params(number), number, due)
+        connection.flush()
 
     def _take_number(self) -> int:
         number = self._number
@@ -308,51 +391,51 @@ class Generator:
         return number
 
     def _params(self, number: int) -> dict[str, Any]:
-        """What a request sends: a number that no other has, and bytes that go with it."""
+        """Return the params of a request: its unique number and a payload that depends on it."""
         start = number * POOL_STEP % POOL_BYTES
         return {"n": number, "data": self._pool[start : start + self.share.payload_bytes]}
 
-    def answered(self, link: LoadLink, asked: Asked, value: Any) -> None:
-        """A request got its RESPONSE."""
+    def answered(self, connection: LoadConnection, request: PendingRequest, value: Any) -> None:
+        """Compare the answer to a request."""
         self._answer_arrived()
-        kind = asked.kind
-        if kind is Kind.OPEN:
-            self._opened(link, asked, value)
+        kind = request.kind
+        if kind is RequestKind.OPEN:
+            self._handle_opened(connection, request, value)
             return
         tally = self.record.tallies[kind]
-        if value != ({} if kind is Kind.CLOSE else self._params(asked.number)):
+        if value != ({} if kind is RequestKind.CLOSE else self._params(request.number)):
             tally.unequal += 1
-            if kind is Kind.JOIN:
-                self._not_made(link, "the first answer was not what was sent")
+            if kind is RequestKind.JOIN:
+                self._fail(connection, "its first answer differs from the request")
             return
         tally.equal += 1
-        if kind is Kind.LOAD:
-            self._time_load(asked)
-        elif kind is Kind.LAST:
-            self.record.latencies["last_request"].add(time.monotonic() - asked.intended)
+        if kind is RequestKind.LOAD:
+            self._time_load(request)
+        elif kind is RequestKind.LAST:
+            self.record.latencies["last_request"].add(time.monotonic() - request.due)
             self._count(self.record.answered_over_time, 1)
-        elif kind is Kind.JOIN:
-            self._made(link)
+        elif kind is RequestKind.JOIN:
+            self._made(connection)
 
-    def _time_load(self, asked: Asked) -> None:
+    def _time_load(self, request: PendingRequest) -> None:
         record = self.record
         now = record.load_ended = time.monotonic()
-        record.latencies["request"].add(now - asked.intended)
-        record.latencies["from_send"].add(now - asked.sent)
+        record.latencies["request"].add(now - request.due)
+        record.latencies["from_send"].add(now - request.sent)
         second = int(now - self.share.origin)
         latencies = record.request_by_second.get(second)
         if latencies is None:
             latencies = record.request_by_second[second] = Latencies()
-        latencies.add(now - asked.intended)
+        latencies.add(now - request.due)
         self._count(record.answered_over_time, 1)
 
-    def refused(self, link: LoadLink, asked: Asked, code: int) -> None:
-        """A request got an ERROR."""
+    def refused(self, connection: LoadConnection, request: PendingRequest, code: int) -> None:
+        """Count the error of a request."""
         self._answer_arrived()
         name = code_name(code)
-        count(self.record.tallies[asked.kind].errors, name)
-        if asked.kind in (Kind.OPEN, Kind.JOIN):
-            self._not_made(link, f"no session: {name}")
+        count(self.record.tallies[request.kind].errors, name)
+        if request.kind in (RequestKind.OPEN, RequestKind.JOIN):
+            self._fail(connection, f"no session: {name}")
 
     def _answer_arrived(self) -> None:
         self.in_flight -= 1
@@ -361,29 +444,29 @@ class Generator:
 
     # --- losses ----------------------------------------------------------------------------------
 
-    def link_lost(self, link: LoadLink, cause: str) -> None:
-        """A connection ended that we did not close."""
-        self._give_up(link)
-        if link.stage is Stage.READY:
-            link.stage = Stage.OVER
+    def connection_lost(self, connection: LoadConnection, cause: str) -> None:
+        """Record that a connection ended before `close`."""
+        self._drop_pending(connection)
+        if connection.stage is Stage.READY:
+            connection.stage = Stage.OVER
             self.record.ready -= 1
-            count(self.record.lost_links, escape_text(cause, 120))
+            count(self.record.lost_connections, escape_text(cause, 120))
             self._count(self.record.connected_over_time, -1)
         else:
-            self._not_made(link, cause)
+            self._fail(connection, cause)
 
-    def link_gone(self) -> None:
-        """A connection is closed on both sides."""
-        self._open_links -= 1
-        if not self._open_links:
+    def connection_gone(self) -> None:
+        """Note that a transport is closed."""
+        self._open_connections -= 1
+        if not self._open_connections:
             self._wake()
 
-    def _give_up(self, link: LoadLink) -> None:
-        """Whatever it was asked gets no answer any more that counts."""
-        for asked in link.pending.values():
-            self.record.tallies[asked.kind].lost += 1
+    def _drop_pending(self, connection: LoadConnection) -> None:
+        """Count the requests in flight of a connection as lost."""
+        for request in connection.pending.values():
+            self.record.tallies[request.kind].lost += 1
             self.in_flight -= 1
-        link.pending.clear()
+        connection.pending.clear()
         if not self.in_flight:
             self._wake()
 
@@ -393,19 +476,18 @@ class Generator:
 
 
 def code_name(code: int) -> str:
-    """The name of an error's code; its number if it has none here."""
+    """Return the name of an error code, or its number if it is unknown."""
     try:
         return Code(code).name
     except ValueError:
         return f"CODE_{code}"
 
 
-def source(address: str, index: int) -> tuple[str, int] | None:
-    """From where a connection is made; None is as the system likes.
+def source_address(address: str, index: int) -> tuple[str, int] | None:
+    """Return the local address of a connection, or None to let the system choose.
 
-    A machine has many addresses for itself, each with ports of its own, so there may be more connections to itself
-    than an address has ports.
+    Connections to loopback use further addresses of 127.0.0.0/8 when the ports of one are exhausted.
     """
-    if index < PORTS_OF_AN_ADDRESS or not address.startswith("127."):
+    if index < PORTS_PER_ADDRESS or not address.startswith("127."):
         return None
-    return f"127.0.0.{1 + index // PORTS_OF_AN_ADDRESS}", 0
+    return f"127.0.0.{1 + index // PORTS_PER_ADDRESS}", 0

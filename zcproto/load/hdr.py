@@ -1,4 +1,4 @@
-"""HdrHistograms of what was timed, and files of them that the usual tools read."""
+"""HdrHistograms of measured latencies: percentiles, and files for the HdrHistogram tools."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, Final, TextIO
 
 from hdrh.histogram import HdrHistogram
 
-from zcproto.load.latency import Latencies
-from zcproto.load.record import TICKS_PER_SECOND, Record
+from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record
 
 NS_PER_US: Final = 1_000
 LONGEST_NS: Final = 3_600 * 1_000_000_000
@@ -21,7 +20,7 @@ TICKS_PER_HALF_DISTANCE: Final = 5
 
 
 def histogram(latencies: Latencies) -> Any:
-    """An HdrHistogram in nanoseconds, the unit that its tools expect, of what was counted in microseconds."""
+    """Return an HdrHistogram in nanoseconds, the unit of its tools."""
     made = HdrHistogram(NS_PER_US, LONGEST_NS, SIGNIFICANT_DIGITS)
     for micros, count in latencies.counts.items():
         made.record_value(min(micros * NS_PER_US, LONGEST_NS), count)
@@ -29,7 +28,7 @@ def histogram(latencies: Latencies) -> Any:
 
 
 def percentiles_ms(latencies: Latencies) -> dict[str, float]:
-    """Milliseconds at the percentiles of a report, and `max`. Empty if nothing was timed."""
+    """Return the PERCENTILES and `max` in milliseconds, or an empty dict without latencies."""
     if not latencies.counts:
         return {}
     made = histogram(latencies)
@@ -41,10 +40,10 @@ def percentiles_ms(latencies: Latencies) -> dict[str, float]:
 
 
 def write_file(path: Path, record: Record, started: float) -> None:
-    """Write the latencies for HdrHistogram's tools. `started` is the run's start, Unix seconds.
+    """Write latencies for the HdrHistogram tools. `started` is the start of the run in Unix seconds.
 
-    `NAME.hgrm`: the percentile distribution of the load's requests in milliseconds, as its plotter takes it.
-    Any other name: a histogram log (version 1.2) of all, with an interval for each second of the load.
+    `NAME.hgrm` is the percentile distribution of the load's requests in milliseconds, for the plotter. Any other
+    name is a histogram log (version 1.2) of all latencies, with an interval for each second of the load.
     """
     if path.suffix == ".hgrm":
         path.write_bytes(_distribution(record.latencies["request"]))
@@ -57,13 +56,13 @@ def _distribution(latencies: Latencies) -> bytes:
     made = histogram(latencies)
     text = io.BytesIO()
     made.output_percentile_distribution(text, NS_PER_MS, TICKS_PER_HALF_DISTANCE)
-    # The library scales everything but the deviation.
+    # The library scales every number except the deviation.
     deviation = b"StdDeviation   = %12.3f" % (made.get_stddev() / NS_PER_MS)
     return re.sub(rb"StdDeviation   = *[0-9.]+", deviation, text.getvalue())
 
 
 def _write_log(file: TextIO, record: Record, started: float) -> None:
-    file.write("#[Latencies in nanoseconds, from when each thing was due]\n")
+    file.write("#[Latencies in nanoseconds, from when each was due]\n")
     file.write("#[Histogram log format version 1.2]\n")
     file.write(f"#[StartTime: {started:.3f} (seconds since epoch)]\n")
     file.write('"StartTimestamp","Interval_Length","Interval_Max","Interval_Compressed_Histogram"\n')

@@ -1,8 +1,7 @@
-"""Doing things at their time, to some 50 microseconds.
+"""Schedules: the times at which requests are due, and a pacer that acts at those times to about 50 microseconds.
 
-Timers of event loops have a grain of a millisecond, which would be most of what is measured here. On Linux a
-timerfd (timerfd_create(2)) wakes the loop exactly; elsewhere the loop's own timer has to do, and the lateness
-shows in the report.
+Timers of event loops have a resolution of a millisecond, more than what is measured here. On Linux, a timerfd
+(timerfd_create(2)) wakes the loop precisely. Elsewhere the loop's own timer is used, and the report shows the lag.
 """
 
 from __future__ import annotations
@@ -10,21 +9,57 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol, TypeVar
 
 ACTS_PER_TURN: Final = 64
-"""When many are due at once, the loop gets to read answers after this many."""
+"""Actions before the loop may read answers, when many are due at once."""
 
 _CLOCK_MONOTONIC: Final = 1
 _TFD_TIMER_ABSTIME: Final = 1
 _EXPIRATIONS_SIZE: Final = 8
 
 
+Item = TypeVar("Item")
+
+
+def uniform_times(rate: float, count: int) -> Iterator[float]:
+    """Yield evenly spaced times in seconds from the start."""
+    for number in range(count):
+        yield number / rate
+
+
+def poisson_times(rate: float, duration_s: float, source: random.Random) -> Iterator[float]:
+    """Yield `round(rate * duration_s)` random times in seconds from the start, in order.
+
+    The requests of each second are uniform over that second, which makes them a Poisson process within it, like the
+    requests of many independent clients. The number per second is exact.
+    """
+    total = round(rate * duration_s)
+    done = 0
+    start = 0.0
+    while start < duration_s:
+        length = min(1.0, duration_s - start)
+        # Derived from the running total, so that fractions of a request are not lost.
+        until = total if start + length >= duration_s else round(rate * (start + length))
+        yield from sorted(start + length * source.random() for _ in range(until - done))
+        done = until
+        start += length
+
+
+def shuffled_rounds(items: Sequence[Item], source: random.Random) -> Iterator[Item]:
+    """Yield all items in random order, then all in another order, and so on."""
+    order = list(items)
+    while order:
+        source.shuffle(order)
+        yield from order
+
+
 class Alarm(Protocol):
-    """Calls back once at a time in monotonic seconds, or a little later."""
+    """Calls back once, at or shortly after a time in monotonic seconds."""
 
     def set(self, when: float) -> None: ...
 
@@ -40,7 +75,7 @@ class _Itimerspec(ctypes.Structure):
 
 
 class TimerfdAlarm:
-    """An alarm by timerfd. By ctypes, because `os.timerfd_create` came with Python 3.13."""
+    """An alarm by timerfd, through ctypes because `os.timerfd_create` requires Python 3.13."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
@@ -50,19 +85,19 @@ class TimerfdAlarm:
         if self._file < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._spec = _Itimerspec()
-        loop.add_reader(self._file, self._rang)
+        loop.add_reader(self._file, self._expired)
 
     def set(self, when: float) -> None:
-        # Zero would disarm it.
+        # zero would disarm the timer
         seconds, fraction = divmod(max(when, 1e-9), 1)
         self._spec.it_value.tv_sec = int(seconds)
         self._spec.it_value.tv_nsec = int(fraction * 1e9)
         self._libc.timerfd_settime(self._file, _TFD_TIMER_ABSTIME, ctypes.byref(self._spec), None)
 
-    def _rang(self) -> None:
+    def _expired(self) -> None:
         try:
             os.read(self._file, _EXPIRATIONS_SIZE)
-        except BlockingIOError:  # it was set anew in the same turn
+        except BlockingIOError:  # it was set again in the same turn
             return
         self._callback()
 
@@ -74,7 +109,7 @@ class TimerfdAlarm:
 
 
 class LoopAlarm:
-    """An alarm by the loop's own timer."""
+    """An alarm by the event loop's timer."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
         self._loop = loop
@@ -92,12 +127,12 @@ class LoopAlarm:
 
 
 def new_alarm(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> Alarm:
-    """The most exact alarm of this system."""
+    """Return the most precise alarm of this system."""
     return TimerfdAlarm(loop, callback) if sys.platform == "linux" else LoopAlarm(loop, callback)
 
 
 class Pacer:
-    """Acts on a schedule: never early, and late only if the process is; what is late is never left out."""
+    """Acts on a schedule: never early, and late only if the process is busy. Late actions are not skipped."""
 
     def __init__(
         self,
@@ -107,28 +142,28 @@ class Pacer:
     ) -> None:
         self._loop = loop
         self._now = now
-        self._alarm = alarm(loop, self._due)
+        self._alarm = alarm(loop, self._run_due)
         self._times: Iterator[float] = iter(())
-        self._act: Callable[[float], None] = lambda intended: None
+        self._act: Callable[[float], None] = lambda due: None
         self._start = 0.0
         self._next: float | None = None
         self._finished: asyncio.Future[None] | None = None
 
     async def run(self, times: Iterator[float], act: Callable[[float], None]) -> None:
-        """Call `act` with each time, in monotonic seconds. `times` are seconds from now, in order."""
+        """Call `act` at each of `times` (seconds from now, in order) with that time in monotonic seconds."""
         self._times = times
         self._act = act
         self._start = self._now()
         self._finished = self._loop.create_future()
         self._advance()
-        self._due()
+        self._run_due()
         try:
             await self._finished
         finally:
             self._next = None
 
     def stop(self) -> None:
-        """Let `run` return now; what is still to come is left out."""
+        """Make `run` return now, without the remaining actions."""
         self._next = None
         self._finish()
 
@@ -140,22 +175,22 @@ class Pacer:
         offset = next(self._times, None)
         self._next = None if offset is None else self._start + offset
 
-    def _due(self) -> None:
+    def _run_due(self) -> None:
         left = ACTS_PER_TURN
         now = self._now()
         while self._next is not None:
-            intended = self._next
-            if intended > now:
+            due = self._next
+            if due > now:
                 now = self._now()
-                if intended > now:
-                    self._alarm.set(intended)
+                if due > now:
+                    self._alarm.set(due)
                     return
             if not left:
-                self._loop.call_soon(self._due)
+                self._loop.call_soon(self._run_due)
                 return
             left -= 1
             self._advance()
-            self._act(intended)
+            self._act(due)
         self._finish()
 
     def _finish(self) -> None:

@@ -1,4 +1,4 @@
-"""A run as one picture: latency by percentile above, connections and rate over time below it."""
+"""A plot of a run: latency by percentile, connections and rate over time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from zcproto.load.latency import Latencies
-from zcproto.load.record import TICKS_PER_SECOND
+from zcproto.load.record import TICKS_PER_SECOND, Latencies
 from zcproto.load.result import Moment, Result, Verdict
 
 INK: Final = "#1f2933"
@@ -22,7 +21,7 @@ FAINT: Final = "#d9dee4"
 BLUE: Final = "#2563eb"
 GREEN: Final = "#059669"
 FEW_DECADES: Final = 1_000
-"""A scale of fewer has room for more than one number in each decade."""
+"""Below this range, an axis has room for several labels per decade."""
 
 LINES: Final = {
     "request": ("request, from when it was due", BLUE, "-"),
@@ -44,14 +43,14 @@ PHASES: Final = ((Moment.IDLE, Moment.CONNECTED, "connecting"), (Moment.CONNECTE
 
 
 def write_plot(path: Path, result: Result) -> None:
-    """Draw into a file; its ending says how (png, svg, pdf)."""
+    """Write a plot in the format of the suffix: png, svg or pdf."""
     figure = Figure(figsize=(10, 9.4), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     latencies, connections, rate = figure.subplots(3, 1, height_ratios=(2.4, 1, 1))
     figure.suptitle(_title(result), x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     figure.get_layout_engine().set(hspace=0.03, h_pad=0.06)  # type: ignore[union-attr, call-arg]
     lines = [(result.record.latencies[name], *style) for name, style in LINES.items()]
-    draw_latencies(latencies, lines, "Latency by percentile, in milliseconds; a dot is the slowest of all")
+    draw_latencies(latencies, lines, "Latency by percentile in milliseconds; the dot is the peak")
     _draw_connections(connections, result)
     _draw_rate(rate, result)
     rate.sharex(connections)
@@ -68,7 +67,7 @@ def _title(result: Result) -> str:
 
 
 def plain(axes: Axes) -> None:
-    """The frame, the ticks and the grid of all our plots."""
+    """Apply the common style of frame, ticks and grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -79,7 +78,7 @@ def plain(axes: Axes) -> None:
 
 
 def curve(latencies: Latencies) -> tuple[list[float], list[float]]:
-    """Points of 'this part of all took at most so long': 1/(1 - part), and milliseconds."""
+    """Return the points of the distribution: 1 / (1 - quantile), and milliseconds."""
     total = latencies.total
     xs, ys = [], []
     below = 0
@@ -94,11 +93,11 @@ def curve(latencies: Latencies) -> tuple[list[float], list[float]]:
 
 
 Line = tuple[Latencies, str, str, str]
-"""Durations, then the label, the colour and the style of their line."""
+"""Latencies, and the label, colour and style of their line."""
 
 
 def draw_latencies(axes: Axes, lines: Iterable[Line], text: str, columns: int = 4) -> None:
-    """Latency by percentile, both on scales on which the longest ones can be seen."""
+    """Plot latency by percentile on logarithmic scales, which show the tail."""
     plain(axes)
     longest = 1.0
     for latencies, label, color, style in lines:
@@ -164,12 +163,12 @@ def _over_time(axes: Axes, highest: float, seconds: float) -> None:
 
 
 def head(axes: Axes, text: str, pad: float = 6) -> None:
-    """What a plot shows."""
+    """Set the title of a plot."""
     axes.set_title(text, loc="left", fontsize=10.5, color=INK, pad=pad)
 
 
 def _name_phases(axes: Axes, result: Result) -> None:
-    """Say what went on when, where there is room for the words."""
+    """Label the phases that are wide enough for their name."""
     style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8.5, "color": "#52606d"}
     room = axes.get_xlim()[1] / 9
     for first, second, name in PHASES:
@@ -182,7 +181,7 @@ def _name_phases(axes: Axes, result: Result) -> None:
 
 
 def _top(highest: float) -> float:
-    """A round number with some room above the highest value."""
+    """Return a round number above the highest value."""
     if highest <= 0:
         return 1.0
     grain: float = 10 ** math.floor(math.log10(highest))

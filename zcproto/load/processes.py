@@ -1,5 +1,4 @@
-"""Starting a module of this package in a process of its own, where it is to run, and clearing up whatever comes
-between."""
+"""Processes that run a module of this package: command, environment, signals and CPU affinity."""
 
 from __future__ import annotations
 
@@ -13,16 +12,16 @@ from pathlib import Path
 from typing import Final
 
 PROCESSORS: Final = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
-"""Those that this process may use."""
+"""The processors that this process may use."""
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """The command line. -P: `zcproto` must be this one, not a folder of that name where the user happens to be."""
+    """Return the command line. `-P` prevents importing a folder named `zcproto` in the working directory."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def module_environment() -> dict[str, str]:
-    """The environment to start it with: the package is found again wherever this process found it."""
+    """Return the environment in which the process imports the same package as this one."""
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path}
@@ -30,28 +29,28 @@ def module_environment() -> dict[str, str]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait until the body is done: what it starts must be known, what it clears up must be gone.
+    """Delay Ctrl-C until the body is done, so that what it starts is known and what it deletes is gone.
 
-    Ctrl-C is for the main thread: in any other there is nothing to do.
+    Without effect outside the main thread, which is the only one to get Ctrl-C.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def on_processor(number: int) -> Iterator[None]:
-    """Keep this process and what is started meanwhile, with all its threads to come, to one of the processors.
+    """Bind this process and the processes and threads that it starts in the body to one processor.
 
-    By custom the first is the server's, and the second that of who asks it. With one processor nothing is changed.
+    By convention the server runs on the first and its load on the second. Without effect with one processor.
     """
     if len(PROCESSORS) < 2:
         yield

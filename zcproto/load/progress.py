@@ -1,4 +1,4 @@
-"""How a run goes on, while it does: bars on a terminal, plain lines anywhere else."""
+"""The progress of a run: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 LINE_PERIOD: Final = 2.0
-"""Seconds between two plain lines of one phase."""
-
+"""Seconds between two plain lines of a phase."""
 
 PLAIN_WIDTH: Final = 110
 
@@ -70,7 +69,7 @@ class Bars:
 
 
 class Lines:
-    """A line now and then, for logs and pipes."""
+    """A line every LINE_PERIOD, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -78,8 +77,8 @@ class Lines:
         self._label = ""
         self._total = 0
         self._started = 0.0
-        self._told = 0
-        self._told_at = 0.0
+        self._reported = 0
+        self._reported_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -91,27 +90,31 @@ class Lines:
 
     def phase(self, name: str, label: str, total: int) -> None:
         self._name, self._label, self._total = name, label, total
-        self._started = self._told_at = monotonic()
-        self._told = 0
+        self._started = self._reported_at = monotonic()
+        self._reported = 0
         self._console.print(f"{label}: {total:,}")
 
     def update(self, counts: dict[str, int]) -> None:
         done = counts.get(self._name)
         now = monotonic()
-        if not done or done == self._told or (done < self._total and now - self._told_at < LINE_PERIOD):
+        if (
+            not done
+            or done == self._reported
+            or (done < self._total and now - self._reported_at < LINE_PERIOD)
+        ):
             return
-        self._told, self._told_at = done, now
+        self._reported, self._reported_at = done, now
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
         rate = done / max(now - self._started, 1e-3)
         self._console.print(f"{self._label}: {done:,} of {self._total:,} ({rate:,.0f}/s){failed}")
 
 
 def new_console() -> Console:
-    """Standard output. What is no terminal has no width, and tables must not be cut there."""
+    """Return a console on standard output. Without a terminal it is wide enough for all tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 def view_for(console: Console) -> Bars | Lines:
-    """Bars if somebody sees them move."""
+    """Return bars for a terminal, and lines otherwise."""
     return Bars(console) if console.is_terminal else Lines(console)

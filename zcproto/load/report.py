@@ -1,4 +1,4 @@
-"""A run's result for people: tables with units. And for programs: one JSON object."""
+"""The report of a run: figures with units and limits, as tables on a console and as one JSON object."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import os
 import platform
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zcproto.load.figures import Figure, figures, generator_saturated
 from zcproto.load.hdr import PERCENTILES, percentiles_ms
-from zcproto.load.record import TICKS_PER_SECOND
-from zcproto.load.result import Counted, Result, Verdict
-from zcproto.load.tally import Kind
+from zcproto.load.record import TICKS_PER_SECOND, RequestKind
+from zcproto.load.result import Counted, Moment, Result, Verdict
 
 SCHEMA: Final = "zcproto-bench/1"
+SATURATED_LAG_MS: Final = 5.0
+SATURATED_CPU_SHARE: Final = 0.95
+"""Beyond these, latencies are dominated by the generator."""
 
 LATENCY_LABELS: Final = {
     "handshake": "TCP and TLS handshake",
@@ -38,6 +39,92 @@ _STYLES: Final = {
 }
 
 
+class Figure(NamedTuple):
+    """A measured number. `value` is None if it could not be measured; `bar` is the value it must stay below."""
+
+    key: str
+    label: str
+    unit: str
+    value: float | None
+    bar: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value was measured and is below its bar. True without a bar."""
+        return self.bar is None or (self.value is not None and self.value < self.bar)
+
+    def as_json(self) -> dict[str, Any]:
+        value = None if self.value is None else round(self.value, 6)
+        return {"value": value, "unit": self.unit, "bar": self.bar, "holds": self.holds}
+
+
+def _percentile(name: str, percentile: str) -> Callable[[Result], float | None]:
+    return lambda result: percentiles_ms(result.record.latencies[name]).get(percentile)
+
+
+_FIGURES: Final[tuple[tuple[str, str, str, Callable[[Result], float | None]], ...]] = (
+    ("handshake_p99_ms", "TLS handshake while connecting, p99", "ms", _percentile("handshake", "p99")),
+    ("request_p99_ms", "request under load, p99", "ms", _percentile("request", "p99")),
+    (
+        "pause_connecting_ms",
+        "peak lag of the server's event loop, connecting",
+        "ms",
+        lambda result: result.longest_pause_ms(Moment.CONNECTED),
+    ),
+    (
+        "pause_loading_ms",
+        "peak lag of the server's event loop, under load",
+        "ms",
+        lambda result: result.longest_pause_ms(Moment.LOADED),
+    ),
+    (
+        "memory_per_connection_kib",
+        "server memory per connection and session",
+        "KiB",
+        lambda result: result.kib_per_connection,
+    ),
+    (
+        "connect_cpu_s",
+        "server CPU to connect and open all sessions",
+        "s",
+        lambda result: result.connect_cpu_s,
+    ),
+    (
+        "request_cpu_us",
+        "server CPU per request, at this rate",
+        "us",
+        lambda result: result.cpu_per_request_us,
+    ),
+    (
+        "generator_arrival_lag_p99_ms",
+        "generator lag, connecting, p99",
+        "ms",
+        _percentile("arrival_lag", "p99"),
+    ),
+    ("generator_lag_p99_ms", "generator lag, under load, p99", "ms", _percentile("lag", "p99")),
+    (
+        "generator_cpu_percent",
+        "CPU of the busiest generator process, of one core",
+        "%",
+        lambda result: result.record.cpu_share * 100,
+    ),
+)
+
+
+def figures(result: Result, bars: Mapping[str, float]) -> list[Figure]:
+    """Return all figures of a run. `bars` are by key."""
+    return [
+        Figure(key, label, unit, measure(result), bars.get(key)) for key, label, unit, measure in _FIGURES
+    ]
+
+
+def generator_saturated(result: Result) -> bool:
+    """Return whether the generator was the bottleneck, so that latencies do not describe the server."""
+    latencies = result.record.latencies
+    late_ms = [percentiles_ms(latencies[name]).get("p99", 0.0) for name in ("arrival_lag", "lag")]
+    return max(late_ms) > SATURATED_LAG_MS or result.record.cpu_share > SATURATED_CPU_SHARE
+
+
 def show(result: Result, console: Console, bars: Mapping[str, float]) -> None:
     """Print the tables and the verdict."""
     console.print()
@@ -49,27 +136,29 @@ def show(result: Result, console: Console, bars: Mapping[str, float]) -> None:
     if generator_saturated(result):
         console.print(
             Text(
-                "generator saturated: it could not keep its own schedule, so the latencies say more about it "
-                "than about the server; use more --processes, a lower --rate, or a machine of its own",
+                "generator saturated: it could not keep its schedule, so the latencies do not describe the server;"
+                " use more --processes, a lower --rate, or another machine",
                 "yellow",
             )
         )
     if result.server_was_used:
         console.print(
-            "memory per connection is not told: this server has held connections before, whose memory it uses again"
+            "memory per connection is omitted: this server has had connections before, whose memory is reused"
         )
     console.print(Text(_sentence(result), _STYLES[result.verdict]), soft_wrap=True)
 
 
 def _sentence(result: Result) -> str:
     if result.verdict is Verdict.VERIFIED:
-        requests = result.record.tallies[Kind.LOAD].equal + result.record.tallies[Kind.LAST].equal
+        requests = (
+            result.record.tallies[RequestKind.LOAD].equal + result.record.tallies[RequestKind.LAST].equal
+        )
         return (
             f"verified: {result.verified_connections:,} of {result.plan.connections:,} connections, "
-            f"{requests:,} answers equal to what was sent, 0 errors"
+            f"{requests:,} correct answers, 0 errors"
         )
     if result.verdict is Verdict.INTERRUPTED:
-        return "interrupted: the figures are those of a part of the run, and nothing is verified"
+        return "interrupted: the figures cover part of the run, and nothing is verified"
     return "failed: " + "; ".join(result.reasons())
 
 
@@ -91,7 +180,7 @@ def _latency_table(result: Result) -> Table:
 
 
 def _rate_table(result: Result) -> Table:
-    table = _table("Rate per second", "", "asked", "reached", "seconds")
+    table = _table("Rate per second", "", "planned", "reached", "seconds")
     plan = result.plan
     table.add_row(
         "connections", f"{plan.arrival_rate:,.0f}", f"{result.connect_rate:,.0f}", f"{result.connect_s:.1f}"
@@ -114,12 +203,14 @@ def _figure_table(rows: list[Figure]) -> Table:
 
 
 def _count_table(result: Result) -> Table:
-    table = _table("Counted by both sides", "", "asked", "client", "server", "")
+    table = _table("Counts of both sides", "", "planned", "client", "server", "")
     for row in result.counted():
         table.add_row(*_count_cells(row))
     verified = result.verified_connections
-    asked = result.plan.connections
-    table.add_row("verified by a last request", f"{asked:,}", f"{verified:,}", "", _mark(verified == asked))
+    planned = result.plan.connections
+    table.add_row(
+        "verified by a last request", f"{planned:,}", f"{verified:,}", "", _mark(verified == planned)
+    )
     return table
 
 
@@ -133,24 +224,24 @@ def _mark(holds: bool) -> Text:
 
 
 def _show_errors(result: Result, console: Console) -> None:
-    table = _table("What went wrong", "", "count")
+    table = _table("Failures", "", "count")
     for kind, tally in result.record.tallies.items():
         for name, number in sorted(tally.errors.items()):
-            table.add_row(f"{kind.value}: answered with {name}", f"{number:,}")
+            table.add_row(f"{kind.value}: error {name}", f"{number:,}")
         for cause, number in sorted(tally.not_sent.items()):
             table.add_row(f"{kind.value}: not sent, {cause}", f"{number:,}")
         if tally.unequal:
-            table.add_row(f"{kind.value}: unequal", f"{tally.unequal:,}")
+            table.add_row(f"{kind.value}: wrong answer", f"{tally.unequal:,}")
         if tally.lost:
-            table.add_row(f"{kind.value}: lost", f"{tally.lost:,}")
-    for cause, number in sorted(result.record.lost_links.items()):
+            table.add_row(f"{kind.value}: no answer", f"{tally.lost:,}")
+    for cause, number in sorted(result.record.lost_connections.items()):
         table.add_row(f"connection: {cause}", f"{number:,}")
     if table.row_count:
         console.print(table)
 
 
 def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[str, Any]:
-    """The whole result. `started` is the run's start, Unix seconds. No keys are in it."""
+    """Return the whole result without any API key. `started` is the start of the run in Unix seconds."""
     plan = result.plan
     record = result.record
     return {
@@ -181,7 +272,7 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
         "figures": {each.key: each.as_json() for each in figures(result, bars)},
         "generator_saturated": generator_saturated(result),
         "requests": {kind.value: tally.as_json() for kind, tally in record.tallies.items()},
-        "lost_connections": record.lost_links,
+        "lost_connections": record.lost_connections,
         "server": {
             moment.value: {"at_s": round(reading.at, 3), **reading.stats._asdict()}
             for moment, reading in result.readings.items()
@@ -195,7 +286,7 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on beside the code."""
+    """Return the properties of the machine that affect figures."""
     return {
         "cpus": len(os.sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

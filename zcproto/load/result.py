@@ -1,4 +1,4 @@
-"""What a run has shown: both sides' counts beside each other, and whether everything was verified."""
+"""The result of a run: the counts of both sides, and whether everything was verified."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from zcproto.load.caller import ServerStats
 from zcproto.load.plan import Plan
-from zcproto.load.record import Record
-from zcproto.load.stats import Stats
-from zcproto.load.tally import Kind
+from zcproto.load.record import Record, RequestKind
 
 KIB: Final = 1024
-FEW: Final = 10
-"""Connections that a fresh server may have held already: the operator's, somebody's look at it."""
+FRESH_HANDSHAKES: Final = 10
+"""Handshakes that a fresh server may have completed already, such as the operator's."""
 
 
 class Verdict(StrEnum):
@@ -23,27 +22,27 @@ class Verdict(StrEnum):
 
 
 class Moment(StrEnum):
-    """When the server's figures were read."""
+    """When the server's counters were read."""
 
-    IDLE = "idle"  # before the first connection of the load; the operator's own is there
+    IDLE = "idle"  # before the load's first connection, after the operator's
     CONNECTED = "connected"
     LOADED = "loaded"
     VERIFIED = "verified"  # before anything is closed
     CLOSED = "closed"
 
 
-class Reading(NamedTuple):
-    """The server's figures at a moment."""
+class StatsReading(NamedTuple):
+    """The server's counters at a moment."""
 
-    stats: Stats
+    stats: ServerStats
     operator_requests: int
-    """Sent by the operator so far, the one that read these figures included."""
+    """Requests of the operator so far, including the one that read these counters."""
     at: float
     """Seconds since the run's origin."""
 
 
 class Counted(NamedTuple):
-    """One number that must be the same thrice. None is 'could not be read'."""
+    """A number that must be the same in the plan, the client and the server. None if it could not be read."""
 
     what: str
     asked: int
@@ -57,33 +56,34 @@ class Counted(NamedTuple):
 
 @dataclass(slots=True)
 class Result:
-    """A run, whole or broken off."""
+    """The result of a run, which may be incomplete."""
 
     plan: Plan
     record: Record = field(default_factory=Record)
-    readings: dict[Moment, Reading] = field(default_factory=dict)
+    readings: dict[Moment, StatsReading] = field(default_factory=dict)
     unread: str = ""
-    """Why the server's figures could not be read at some moment, if so."""
+    """Why the server's counters could not be read, or empty."""
     interrupted: bool = False
     connected: int = 0
-    """Connections that had their session when all had arrived."""
+    """Connections with a session at the end of the connect phase."""
     connect_s: float = 0.0
     load_s: float = 0.0
-    """From the first request's time to the last answer."""
+    """From the first request to the last answer."""
     total_s: float = 0.0
 
-    # --- what must agree -----------------------------------------------------------------------------
+    # --- verification --------------------------------------------------------------------------------
 
     def counted(self) -> list[Counted]:
-        """The server's count of connections, sessions and requests beside ours, read while all are open.
+        """Compare the server's counts of connections, sessions and requests, read while all are open, with ours.
 
-        The operator's connection and session were there at the first reading and at the last, so they do not
-        show in the difference; its requests are known and taken off.
+        The operator's connection and session are in both readings and cancel out; its requests are subtracted.
         """
         plan = self.plan
         idle, last = self.readings.get(Moment.IDLE), self.readings.get(Moment.VERIFIED)
-        requests = sum(self.record.tallies[kind].planned for kind in Kind if kind is not Kind.CLOSE)
-        sent = sum(self.record.tallies[kind].sent for kind in Kind if kind is not Kind.CLOSE)
+        requests = sum(
+            self.record.tallies[kind].planned for kind in RequestKind if kind is not RequestKind.CLOSE
+        )
+        sent = sum(self.record.tallies[kind].sent for kind in RequestKind if kind is not RequestKind.CLOSE)
         if idle is None or last is None:
             server: tuple[int | None, ...] = (None, None, None)
         else:
@@ -101,8 +101,8 @@ class Result:
 
     @property
     def verified_connections(self) -> int:
-        """Connections whose last request was answered with what it had sent."""
-        return self.record.tallies[Kind.LAST].equal
+        """Connections whose last request got the expected answer."""
+        return self.record.tallies[RequestKind.LAST].equal
 
     @property
     def verdict(self) -> Verdict:
@@ -111,23 +111,23 @@ class Result:
         return Verdict.FAILED if self.reasons() else Verdict.VERIFIED
 
     def reasons(self) -> list[str]:
-        """Why not everything is verified; empty if it is."""
+        """Return why the run failed, or nothing if everything is verified."""
         reasons = []
         record = self.record
-        lost_links = sum(record.lost_links.values())
-        if lost_links:
-            reasons.append(f"{lost_links:,} connections were not made or did not last")
+        lost_connections = sum(record.lost_connections.values())
+        if lost_connections:
+            reasons.append(f"{lost_connections:,} connections failed or were lost")
         unverified = self.plan.connections - self.verified_connections
         if unverified:
             reasons.append(f"{unverified:,} of {self.plan.connections:,} connections are unverified")
         for kind, name in _NAMES.items():
             tally = record.tallies[kind]
             if tally.unequal:
-                reasons.append(f"{tally.unequal:,} {name} were answered with something else than was sent")
+                reasons.append(f"{tally.unequal:,} {name} got a wrong answer")
             if tally.lost:
                 reasons.append(f"{tally.lost:,} {name} got no answer")
             if tally.errors:
-                reasons.append(f"{sum(tally.errors.values()):,} {name} were answered with an error")
+                reasons.append(f"{sum(tally.errors.values()):,} {name} got an error")
             if tally.not_sent:
                 reasons.append(f"{sum(tally.not_sent.values()):,} {name} could not be sent")
         for each in self.counted():
@@ -135,8 +135,8 @@ class Result:
                 reasons.append(f"the server's count of {each.what} could not be read")
             elif each.server != each.client:
                 reasons.append(
-                    f"the server counts {each.server:,} {each.what}, this side {each.client:,}: does anybody "
-                    "else use this server?"
+                    f"the server counts {each.server:,} {each.what}, the client {each.client:,}; run the"
+                    " benchmark without other clients of the server"
                 )
         if self.unread:
             reasons.append(self.unread)
@@ -144,27 +144,27 @@ class Result:
 
     # --- figures -------------------------------------------------------------------------------------
 
-    def between(self, first: Moment, last: Moment) -> tuple[Stats, Stats] | None:
-        """The server's figures at two moments, if both were read."""
+    def between(self, first: Moment, last: Moment) -> tuple[ServerStats, ServerStats] | None:
+        """Return the server's counters at two moments, or None unless both were read."""
         if first in self.readings and last in self.readings:
             return self.readings[first].stats, self.readings[last].stats
         return None
 
     @property
     def connect_cpu_s(self) -> float | None:
-        """Server CPU for all connections, with their sessions."""
+        """Server CPU to open all connections and sessions."""
         stats = self.between(Moment.IDLE, Moment.CONNECTED)
         return None if stats is None else stats[1].cpu_s - stats[0].cpu_s
 
     @property
     def cpu_per_request_us(self) -> float | None:
         stats = self.between(Moment.CONNECTED, Moment.LOADED)
-        sent = self.record.tallies[Kind.LOAD].sent
+        sent = self.record.tallies[RequestKind.LOAD].sent
         return None if stats is None or not sent else (stats[1].cpu_s - stats[0].cpu_s) / sent * 1e6
 
     @property
     def kib_per_connection(self) -> float | None:
-        """Server memory of a connection with its session, above the idle server. Of a fresh server only."""
+        """Server memory per connection with a session, above the idle server. None unless the server is fresh."""
         stats = self.between(Moment.IDLE, Moment.CONNECTED)
         if stats is None or not self.connected or self.server_was_used:
             return None
@@ -172,33 +172,32 @@ class Result:
 
     @property
     def server_was_used(self) -> bool:
-        """Whether the server had held connections before.
-
-        If so, its allocator still has their memory for ours, and the difference says nothing.
-        """
+        """Whether the server has had connections before, whose freed memory new ones reuse."""
         idle = self.readings.get(Moment.IDLE)
-        return idle is not None and idle.stats.handshakes > max(FEW, self.plan.connections // 100)
+        return idle is not None and idle.stats.handshakes > max(
+            FRESH_HANDSHAKES, self.plan.connections // 100
+        )
 
     def longest_pause_ms(self, moment: Moment) -> float | None:
-        """Of the server's loop, from the reading before `moment` to it."""
+        """Return the peak lag of the server's event loop between the previous reading and this one."""
         reading = self.readings.get(moment)
         return None if reading is None else reading.stats.longest_pause_s * 1000
 
     @property
     def connect_rate(self) -> float:
-        """Connections a second that got their session."""
+        """Connections with a session per second."""
         return self.connected / self.connect_s if self.connect_s else 0.0
 
     @property
     def request_rate(self) -> float:
-        """Requests of the load a second that were answered with what had been sent."""
-        return self.record.tallies[Kind.LOAD].equal / self.load_s if self.load_s else 0.0
+        """Requests of the load with the expected answer per second."""
+        return self.record.tallies[RequestKind.LOAD].equal / self.load_s if self.load_s else 0.0
 
 
 _NAMES: Final = {
-    Kind.OPEN: "requests for a session",
-    Kind.JOIN: "first uses of a shared session",
-    Kind.LOAD: "requests of the load",
-    Kind.LAST: "last requests",
-    Kind.CLOSE: "requests to close a session",
+    RequestKind.OPEN: "session.open requests",
+    RequestKind.JOIN: "first uses of a shared session",
+    RequestKind.LOAD: "requests of the load",
+    RequestKind.LAST: "last requests",
+    RequestKind.CLOSE: "session.close requests",
 }

@@ -1,4 +1,4 @@
-"""Conducting a run: the phases in order, the server's figures read between them, all closed at the end."""
+"""A run: the phases in order, with the server's counters read in between, and everything closed at the end."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Final, Protocol
 
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed
+from zcproto.load.caller import Operator
 from zcproto.load.plan import Plan, shares
-from zcproto.load.result import Moment, Reading, Result
-from zcproto.load.stats import Operator
-from zcproto.load.workers import Workers
+from zcproto.load.result import Moment, Result, StatsReading
+from zcproto.load.worker_pool import WorkerPool
 
 VERIFY_RATE: Final = 5_000.0
-"""Last requests a second: gentle, as they prove and do not measure."""
+"""Last requests per second: a low rate, because they verify and do not measure."""
 
 CLOSED_TIMEOUT: Final = 5.0
-"""Seconds in which the server should see that the connections are gone."""
+"""Seconds for the server to notice that the connections are closed."""
 
 CLOSED_POLL: Final = 0.1
 
 
 class View(Protocol):
-    """Who watches a run."""
+    """A display of the progress of a run."""
 
     def phase(self, name: str, label: str, total: int) -> None:
-        """A phase begins, of which `total` are to be done."""
+        """Start a phase with `total` steps."""
 
     def update(self, counts: dict[str, int]) -> None:
-        """How many are done, by the names of the phases, and `failed`."""
+        """Show the steps done by the names of the phases, and `failed`."""
 
 
 class Stop:
-    """Somebody's wish to end early, which a run looks for and is told of."""
+    """A request to end a run early. The run polls `requested` and sets `on_request`."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -47,31 +47,35 @@ class Stop:
 
 
 async def resolve(host: str, port: int) -> str:
-    """A numeric address of a host. Raises ConfigError."""
+    """Return a numeric address of a host. Raises ConfigError."""
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError([f"{escape_text(host)}: no such host: {error.strerror}"]) from error
+        raise ConfigError(
+            [f"{escape_text(host)}: cannot be resolved: {error.strerror}; check the name"]
+        ) from error
     return str(found[0][4][0])
 
 
 async def run(
-    plan: Plan, view: View, stop: Stop, *, lend: Callable[[Operator], None] = lambda operator: None
+    plan: Plan, view: View, stop: Stop, *, on_operator: Callable[[Operator], None] = lambda operator: None
 ) -> Result:
-    """Carry out a checked plan. `lend` gets the operator's connection before the first phase: who has something to
-    ask the server meanwhile asks it there, where requests are known and not taken for somebody else's.
+    """Carry out a checked plan.
 
-    Raises ConfigError for what is found before the first connection of the load, ConnectionClosed if there is
-    no such server. What goes wrong later is in the result.
+    `on_operator` gets the operator's connection before the first phase: requests that the caller sends on it are
+    excluded from the comparison with the server's counters.
+
+    Raises ConfigError for errors before the load's first connection, ConnectionClosed if the server cannot be
+    reached. Later errors are in the result.
     """
     address = await resolve(plan.host, plan.port)
     operator = await Operator.connect(plan.host, address, plan.port, plan.ca_file, plan.operator)
     try:
-        lend(operator)
+        on_operator(operator)
         return await _Run(plan, view, stop, operator).conduct(address)
     finally:
-        await operator.leave()
+        await operator.disconnect()
 
 
 class _Run:
@@ -86,13 +90,14 @@ class _Run:
     async def conduct(self, address: str) -> Result:
         plan, result = self._plan, self._result
         await self._read(Moment.IDLE)
-        async with Workers(shares(plan, address, self._origin, VERIFY_RATE), self._view.update) as workers:
+        pool = WorkerPool(shares(plan, address, self._origin, VERIFY_RATE), self._view.update)
+        async with pool as workers:
             self._stop.on_request = workers.stop
             await self._connect(workers)
             await self._load(workers)
             await self._phase(workers, "verify", "verifying", plan.connections, Moment.VERIFIED)
             result.interrupted = self._stop.requested
-            self._stop.on_request = lambda: None  # closing is what is wanted then
+            self._stop.on_request = lambda: None  # closing is not interrupted
             self._view.phase("close", "closing", plan.connections)
             result.record = await workers.close()
         self._time_load()
@@ -100,24 +105,24 @@ class _Run:
         result.total_s = time.monotonic() - self._origin
         return result
 
-    async def _connect(self, workers: Workers) -> None:
+    async def _connect(self, workers: WorkerPool) -> None:
         started = time.monotonic()
         done = await self._phase(workers, "connect", "connecting", self._plan.connections, Moment.CONNECTED)
         self._result.connect_s = done - started
 
-    async def _load(self, workers: Workers) -> None:
+    async def _load(self, workers: WorkerPool) -> None:
         total = round(self._plan.rate * self._plan.duration_s)
         await self._phase(workers, "load", "loading", total, Moment.LOADED)
 
-    async def _phase(self, workers: Workers, name: str, label: str, total: int, after: Moment) -> float:
-        """Have the workers carry out one phase, then read the server's figures. Returns when they were done."""
+    async def _phase(self, workers: WorkerPool, name: str, label: str, total: int, after: Moment) -> float:
+        """Run a phase in all workers, then read the server's counters. Return the time when the workers ended."""
         if self._stop.requested:
             return time.monotonic()
         self._view.phase(name, label, total)
-        said = await workers.run(name)
+        reports = await workers.run(name)
         ended = time.monotonic()
         if name == "connect":
-            self._result.connected = sum(each["ready"] for each in said)
+            self._result.connected = sum(each["ready"] for each in reports)
         await self._read(after)
         return ended
 
@@ -130,12 +135,14 @@ class _Run:
         try:
             stats = await self._operator.stats()
         except ConnectionClosed as error:
-            self._result.unread = f"the server's figures could not be read: {error}"
+            self._result.unread = f"the server's counters could not be read: {error}"
             return
-        self._result.readings[moment] = Reading(stats, self._operator.asked, time.monotonic() - self._origin)
+        self._result.readings[moment] = StatsReading(
+            stats, self._operator.requests, time.monotonic() - self._origin
+        )
 
     async def _read_closed(self) -> None:
-        """Read once the server has seen that all are gone, or after a while."""
+        """Read the counters when the server has closed all connections, or after CLOSED_TIMEOUT."""
         before = self._result.readings.get(Moment.IDLE)
         deadline = time.monotonic() + CLOSED_TIMEOUT
         while before is not None and not self._result.unread:

@@ -1,4 +1,4 @@
-"""The whole in one command: a server of its own, many verified connections, and nothing left of it.
+"""`zcproto demo`: a temporary server, many verified connections, and nothing left afterwards.
 
-`run` is the demonstration, `server` the server's process as its parent sees it, `child` that process itself.
+`run` is the demonstration, `server` controls the server's process, `child` is that process.
 """

@@ -1,7 +1,7 @@
-"""The server's process of a demonstration: `python -m zcproto.load.demo.child HOME`.
+"""The server process of a demonstration: `python -m zcproto.load.demo.child HOME`.
 
-It is `zcproto serve` in a home folder, and ends with its parent, however that one ends: the parent holds the
-other end of standard input. Then the folder goes, too.
+It runs `zcproto serve` in a home folder. When its parent ends in whatever way, which closes the pipe on standard
+input, it exits and deletes the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 from zcproto.cli import main as zcproto
 
 DRAIN_TIMEOUT: Final = 5.0
-"""Seconds for a server without its parent to end in an orderly way."""
+"""Seconds for an orphaned server to drain."""
 
 
 def main(home: str) -> int:
@@ -38,7 +38,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def _end_with_parent(parent: int, home: str, orphaned: threading.Event, ended: threading.Event) -> None:
-    # Not by sys.stdin, which has a lock that the interpreter could not take at its end.
+    # Not sys.stdin: its lock would block the interpreter at exit.
     with open(parent, "rb", buffering=0, closefd=False) as pipe:
         pipe.readall()
     if ended.is_set():

@@ -1,4 +1,4 @@
-"""A server in a process of its own, that never outlives its parent."""
+"""A server in a separate process that never outlives its parent."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from zcproto.load.processes import module_command, module_environment, uninterru
 
 READY: Final = "zcproto: listening on "
 START_TIMEOUT: Final = 90.0
-"""Seconds until it listens. Finding two primes of 2,048 bits is a matter of luck, and machines differ."""
+"""Seconds until it listens. The time to generate an RSA-4096 key is random and depends on the machine."""
 
 IN_MEMORY: Final = {"ZCPROTO_STORE__URL": "memory"}
-"""A demonstration measures the server and not a disk. The environment of who asks for it wins."""
+"""Measure the server and not a disk, unless the caller's environment sets a store."""
 
 END_TIMEOUT: Final = 15.0
 LINES_SHOWN: Final = 5
 
 
 class DemoServer:
-    """`zcproto serve` for a home folder, as a context manager. `port` is where it listens, on 127.0.0.1.
+    """`zcproto serve` in a home folder, as a context manager. It listens on `port` of 127.0.0.1.
 
-    `store` is the address of its store of sessions; None is that of the environment, else memory. It may be started
-    again when it has ended.
+    `store` is the URL of its session store, by default that of the environment, or else memory. It can be started
+    again after it has ended.
     """
 
     def __init__(self, home: Path, store: str | None = None) -> None:
@@ -44,11 +44,11 @@ class DemoServer:
             with uninterrupted(), self._errors.open("wb") as errors:
                 self._process = subprocess.Popen(
                     module_command("zcproto.load.demo.child", str(self._home)),
-                    stdin=subprocess.PIPE,  # its end tells the child that we are gone
+                    stdin=subprocess.PIPE,  # closed when this process ends, which ends the child
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     env={**IN_MEMORY, **module_environment(), **self._store},
-                    start_new_session=True,  # Ctrl-C is for us: the server is wanted until the report is done
+                    start_new_session=True,  # Ctrl-C must not stop the server before the report
                 )
             self.port = self._wait_ready(self._process)
         except BaseException:
@@ -63,12 +63,12 @@ class DemoServer:
 
     @property
     def pid(self) -> int:
-        """Of its process, as long as it runs."""
+        """The process id while it runs."""
         assert self._process is not None
         return self._process.pid
 
     def kill(self) -> None:
-        """End it at once, with no moment to do anything."""
+        """Kill the process without a drain."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -76,26 +76,28 @@ class DemoServer:
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> int:
         assert process.stdout is not None
         deadline = time.monotonic() + START_TIMEOUT
-        said = b""
-        while not said.endswith(b"\n"):
+        output = b""
+        while not output.endswith(b"\n"):
             readable, _, _ = select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))
             if not readable:
-                raise ZcprotoError(f"the server was not ready within {START_TIMEOUT:.0f} s")
+                raise ZcprotoError(
+                    f"the server was not ready within {START_TIMEOUT:.0f} s; try again on a less busy machine"
+                )
             data = os.read(process.stdout.fileno(), 4096)
             if not data:
-                raise ZcprotoError(f"the server did not start: {self._last_words()}")
-            said += data
-        first = said.decode(errors="replace").splitlines()[0]
+                raise ZcprotoError(f"the server did not start: {self._last_lines()}")
+            output += data
+        first = output.decode(errors="replace").splitlines()[0]
         if not first.startswith(READY):
-            raise ZcprotoError(f"the server said {escape_text(first, 200)!r} instead of where it listens")
+            raise ZcprotoError(f"the server printed {escape_text(first, 200)!r} instead of its address")
         return int(first.rpartition(":")[2])
 
-    def _last_words(self) -> str:
+    def _last_lines(self) -> str:
         lines = self._errors.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
-        return " / ".join(escape_text(line, 500) for line in lines) or "it did not say why"
+        return " / ".join(escape_text(line, 500) for line in lines) or "it printed no error"
 
     def _end(self) -> None:
-        """Drain it, and if that does not help, kill it."""
+        """Drain the server, or kill it after END_TIMEOUT."""
         process = self._process
         if process is None:  # it could not be started
             return

@@ -1,7 +1,7 @@
-"""One connection of the generator: a TLS transport and a conversation, and no more, so that 10,000 fit in.
+"""One connection of the load generator: a TLS transport and a conversation, small enough for 10,000 of them.
 
-It is not the client library: nothing is retried, no reconnecting hides a loss, and every answer is seen as it
-came.
+Unlike the client library it retries nothing and does not reconnect, so that no loss is hidden and each answer is
+seen as it arrives.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from zcproto.errors import TlsError
 from zcproto.tls.transport import TlsTransport
 
 
-class Link(asyncio.Protocol):
-    """Pumps one connection. What its answers mean is the business of the classes below it."""
+class Connection(asyncio.Protocol):
+    """The base of connections: subclasses handle their events."""
 
     __slots__ = ("_wheel", "conversation", "deadline_tick", "ended", "transport")
 
@@ -32,7 +32,7 @@ class Link(asyncio.Protocol):
     # --- for subclasses ------------------------------------------------------------------------------
 
     def welcomed(self) -> None:
-        """Requests may be made from here on."""
+        """Requests may be sent from now on."""
 
     def answered(self, stream: int, value: Any) -> None:
         """A request got its RESPONSE."""
@@ -41,15 +41,15 @@ class Link(asyncio.Protocol):
         """A request got an ERROR."""
 
     def lost(self, cause: str) -> None:
-        """The connection is over, and not by `close`. Called once at most."""
+        """The connection ended, but not by `close`. Called at most once."""
 
     def gone(self) -> None:
-        """Not a byte will come any more."""
+        """The transport is closed."""
 
-    # --- the transport's calls -----------------------------------------------------------------------
+    # --- called by the transport ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if self.ended:  # closed while it was being made
+        if self.ended:  # closed while connecting
             transport.close()
             return
         self.transport = cast("TlsTransport", transport)
@@ -67,7 +67,7 @@ class Link(asyncio.Protocol):
             elif isinstance(event, ConnectionEnded):
                 self._end(f"ended by {event.code.name}" if event.code is not None else event.reason)
                 return
-            # Events and GOAWAY need no answer: if the server closes after them, that is seen as a loss.
+            # Events and GOAWAY need no reaction: if the server closes after them, that counts as a loss.
         self.flush()
 
     def eof_received(self) -> None:
@@ -80,7 +80,7 @@ class Link(asyncio.Protocol):
     # --- for the owner -------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Send what is queued, in one write."""
+        """Send all queued frames in one write."""
         data = self.conversation.data_to_send()
         if data and self.transport is not None:
             self.transport.write(data)
@@ -96,15 +96,7 @@ class Link(asyncio.Protocol):
         self._wheel.set(self, self.conversation.next_deadline())
 
     def close(self) -> None:
-        """End it properly: close_notify, and no loss."""
-        self._let_go()
-
-    def _end(self, cause: str) -> None:
-        if not self.ended:
-            self._let_go()
-            self.lost(cause)
-
-    def _let_go(self) -> None:
+        """Close the connection in order, with close_notify. Idempotent."""
         if self.ended:
             return
         self.ended = True
@@ -113,3 +105,8 @@ class Link(asyncio.Protocol):
         transport, self.transport = self.transport, None
         if transport is not None:
             transport.close()
+
+    def _end(self, cause: str) -> None:
+        if not self.ended:
+            self.close()
+            self.lost(cause)

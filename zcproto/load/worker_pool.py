@@ -1,4 +1,4 @@
-"""The generator processes, as their parent sees them."""
+"""The parent's side of the generator processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Final, Self
 from zcproto.errors import ZcprotoError
 from zcproto.load.plan import Share
 from zcproto.load.processes import module_command, module_environment
-from zcproto.load.record import Record, merged
+from zcproto.load.record import Record, merge_records
 from zcproto.load.worker import LINE_LIMIT
 
 END_TIMEOUT: Final = 5.0
-"""Seconds that a process has to end after its last command."""
+"""Seconds for a process to exit after its last command."""
 
 Progress = Callable[[dict[str, int]], None]
 
 
-class Workers:
-    """All generator processes of a run, as an async context manager that leaves none behind."""
+class WorkerPool:
+    """All generator processes of a run, as an async context manager that ends them."""
 
     def __init__(self, shares: Sequence[Share], on_progress: Progress) -> None:
         self._shares = shares
@@ -34,7 +34,7 @@ class Workers:
             for share in self._shares:
                 process = await _start()
                 self._processes.append(process)
-                self._say(process, json.dumps(share.as_json()))
+                self._send(process, json.dumps(share.as_json()))
             await self._all_done("start")
         except BaseException:
             await self._end()
@@ -45,20 +45,20 @@ class Workers:
         await self._end()
 
     async def run(self, command: str) -> list[dict[str, Any]]:
-        """Have all carry out one command; returns what each says at its end. Raises ZcprotoError if one dies."""
+        """Execute a command in all processes and return their reports. Raises ZcprotoError if one exits."""
         for process in self._processes:
-            self._say(process, command)
+            self._send(process, command)
         return await self._all_done(command)
 
     def stop(self) -> None:
-        """Have all end their command early. `run` then returns soon."""
+        """End the current command early, so that `run` returns."""
         for process in self._processes:
-            with contextlib.suppress(OSError):  # it has just died, which `run` tells
-                self._say(process, "stop")
+            with contextlib.suppress(OSError):  # it has exited, which `run` reports
+                self._send(process, "stop")
 
     async def close(self) -> Record:
-        """Have all close what they opened; returns what they saw."""
-        return merged(Record.from_json(each["record"]) for each in await self.run("close"))
+        """Close all sessions and connections and return the sum of the records."""
+        return merge_records(Record.from_json(each["record"]) for each in await self.run("close"))
 
     async def _all_done(self, command: str) -> list[dict[str, Any]]:
         return await asyncio.gather(*(self._done(number, command) for number in range(len(self._processes))))
@@ -74,9 +74,9 @@ class Workers:
             keys = self._progress[number].keys()
             self._on_progress({key: sum(each.get(key, 0) for each in self._progress) for key in keys})
         code = await process.wait()
-        raise ZcprotoError(f"a generator process ended by itself, with exit code {code}")
+        raise ZcprotoError(f"a generator process exited with code {code}; its error is above")
 
-    def _say(self, process: asyncio.subprocess.Process, line: str) -> None:
+    def _send(self, process: asyncio.subprocess.Process, line: str) -> None:
         assert process.stdin is not None
         process.stdin.write(line.encode() + b"\n")
 
