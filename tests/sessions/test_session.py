@@ -82,7 +82,7 @@ def test_settings_are_immutable() -> None:
 def test_records_use_slots() -> None:
     harness = RegistryHarness()
     opened = harness.open()
-    for record in (opened, opened.session, harness.registry.info(opened.session.id, WALL), harness.registry):
+    for record in (opened, opened.session, harness.registry.info(opened.session.id, WALL)):
         assert not hasattr(record, "__dict__")
 
 

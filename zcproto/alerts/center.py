@@ -86,8 +86,6 @@ class _Row:
 class _KindState:
     """The alerts of one kind."""
 
-    __slots__ = ("filled_at", "history", "many", "rows", "summarised", "tokens")
-
     def __init__(self) -> None:
         self.rows: dict[str, _Row] = {}
         self.many: _Row | None = None

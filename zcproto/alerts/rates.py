@@ -49,8 +49,6 @@ class RateChange:
 class RateWatch:
     """Watch one counter, which starts at `total`."""
 
-    __slots__ = ("_is_on", "_low_since", "_rule", "_slots", "_sum", "_total")
-
     def __init__(self, rule: RateRule, total: int = 0) -> None:
         assert rule.threshold >= 1, "a threshold below 1 would always alert"
         self._rule = rule

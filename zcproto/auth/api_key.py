@@ -39,8 +39,6 @@ class ApiKeyAuthenticator:
 
     scheme: Final = "api_key"
 
-    __slots__ = ("_decoy", "_looked_until", "_now", "_users")
-
     def __init__(
         self,
         users: CurrentUsers,

@@ -55,8 +55,6 @@ class CertificateAuthenticator:
 
     scheme: Final = "tls"
 
-    __slots__ = ("_key_of", "_on_refused", "_user_of", "_users")
-
     def __init__(
         self,
         users: CurrentUsers,

@@ -27,8 +27,6 @@ class CurrentFile(Generic[Entry]):
     valid again.
     """
 
-    __slots__ = ("_faulty", "_on_fault", "_on_recovered", "_reading", "file")
-
     def __init__(
         self,
         file: TableFile[Entry],

@@ -39,8 +39,6 @@ class DeviceAuthenticator:
 
     scheme: Final = "ed25519"
 
-    __slots__ = ("_devices", "_on_refused", "_users")
-
     def __init__(
         self,
         devices: CurrentDevices,

@@ -58,8 +58,6 @@ class DeviceFile(TableFile[RegisteredDevice]):
     max_bytes = 64 << 20
     """Enough for about 400,000 devices."""
 
-    __slots__ = ()
-
     def read_names(self) -> list[str]:
         """Return the names that are in the file now. `entries` stays as it is."""
         return list(self._read()[2])

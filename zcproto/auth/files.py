@@ -75,8 +75,6 @@ def toml_key(name: str) -> str:
 class PrivateFile:
     """A private TOML file. Creating this object touches nothing. `what` describes the file: "file of users"."""
 
-    __slots__ = ("_lock_wait_s", "_max_bytes", "_path", "_what", "path")
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -148,8 +146,6 @@ class TableFile(ABC, Generic[Entry]):
 
     keys: ClassVar[tuple[str, ...]]
     max_bytes: ClassVar[int]
-
-    __slots__ = ("_file", "_gone", "_identity", "entries")
 
     def __init__(self, path: str | os.PathLike[str], *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self._file = PrivateFile(

@@ -100,8 +100,6 @@ class CallableAuthenticator:
     the event loop and must not block; use an `async` one to hash a password or query a database.
     """
 
-    __slots__ = ("_function", "scheme")
-
     def __init__(self, scheme: str, function: Function) -> None:
         self.scheme = scheme
         self._function = function

@@ -47,17 +47,6 @@ class Login:
     Counts logins: `accepted` and `refused` by scheme, and `throttled`.
     """
 
-    __slots__ = (
-        "_attachers",
-        "_authenticators",
-        "_namers",
-        "_pending",
-        "_throttle",
-        "accepted",
-        "refused",
-        "throttled",
-    )
-
     def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
         self._authenticators: dict[str, Authenticator] = {}
         # Checked once: isinstance() of a protocol takes longer than the rest of a login.

@@ -84,8 +84,6 @@ class Pairing(NamedTuple):
 class PairingFile:
     """Open codes in a file. Creating this object touches nothing. Faults raise ConfigError. `wall` is in ms."""
 
-    __slots__ = ("_entropy", "_file")
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -163,8 +161,6 @@ class PairingFile:
 
 class Enrollment:
     """Registers devices of clients that send a valid code."""
-
-    __slots__ = ("_codes", "_devices", "_throttle", "_turn", "_users", "_waiting")
 
     def __init__(
         self, codes: PairingFile, devices: DeviceFile, users: CurrentUsers, throttle: Throttle

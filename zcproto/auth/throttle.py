@@ -52,8 +52,6 @@ class _Count(NamedTuple):
 class _FailureTable(Generic[Key]):
     """Failures by key, ordered by the last failure."""
 
-    __slots__ = ("_limit", "free", "rows")
-
     def __init__(self, free: int, limit: int) -> None:
         self.free = free
         self._limit = limit
@@ -89,8 +87,6 @@ class _FailureTable(Generic[Key]):
 
 class Throttle:
     """Delays of logins. `login_failures` are free; each table has at most `max_entries` rows."""
-
-    __slots__ = ("_addresses", "_free", "_known", "_max_entries", "_pairs", "_users")
 
     def __init__(self, login_failures: int = 5, *, max_entries: int = 16_384) -> None:
         self._free = login_failures

@@ -68,8 +68,6 @@ class UserFile(TableFile[User]):
     max_bytes = 256 << 20
     """Enough for about two million users."""
 
-    __slots__ = ("_entropy",)
-
     def __init__(
         self,
         path: str | os.PathLike[str],

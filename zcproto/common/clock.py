@@ -37,8 +37,6 @@ class Entropy(Protocol):
 class SystemClock:
     """The system's clock."""
 
-    __slots__ = ()
-
     def wall(self) -> int:
         return _time_ns() // NS_PER_MS
 
@@ -51,8 +49,6 @@ class MonotonicClock:
     Setting the machine's clock does not change the timestamps of a running client, which corrects its offset from
     the server's clock with every WELCOME.
     """
-
-    __slots__ = ("_clock", "_start_now", "_start_wall")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -40,8 +40,6 @@ class Timers(Protocol):
 class DeadlineWheel:
     """Deadlines in the time of `timers.time()`, in seconds."""
 
-    __slots__ = ("_armed_tick", "_buckets", "_heap", "_timer", "_timers")
-
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
         self._buckets: dict[int, set[Timed]] = {}

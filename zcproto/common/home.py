@@ -24,8 +24,6 @@ MAX_PATH = 4096
 class Home:
     """The home folder. Creating this object touches nothing; `ensure` does."""
 
-    __slots__ = ("path",)
-
     def __init__(self, path: Path) -> None:
         self.path = path
 

@@ -38,8 +38,6 @@ class AddressSet:
     Raises ValueError for an invalid network, also for one with bits set behind its prefix.
     """
 
-    __slots__ = ("_networks", "contains")
-
     def __init__(self, networks: Iterable[str] = ()) -> None:
         self._networks: tuple[Network, ...] = tuple(map(ipaddress.ip_network, networks))
         self.contains = lru_cache(maxsize=1024)(self._contains)

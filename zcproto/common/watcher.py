@@ -76,8 +76,6 @@ class Fingerprint(NamedTuple):
 class FileWatcher:
     """Some files, and how they were found. Up to `max_bytes` of their content are compared."""
 
-    __slots__ = ("_found", "_looks", "_max_bytes", "_read_until", "paths")
-
     def __init__(self, paths: Iterable[Path], max_bytes: int) -> None:
         self.paths = tuple(dict.fromkeys(paths))
         self._max_bytes = max_bytes

@@ -25,8 +25,6 @@ class Histogram:
     A value equal to a bound counts below it, as in Prometheus. `total` is the sum of all values.
     """
 
-    __slots__ = ("bounds", "counts", "total")
-
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
         self.counts = [0] * (len(self.bounds) + 1)

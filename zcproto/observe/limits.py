@@ -96,8 +96,6 @@ class RateLimiter:
     `total` limits an event per minute for all keys together; None for no such limit.
     """
 
-    __slots__ = ("_max_keys", "_per_minute", "_shared", "_total", "_totals", "_windows")
-
     def __init__(self, per_minute: int, max_keys: int = 1024, total: int | None = None) -> None:
         self._per_minute = per_minute
         self._max_keys = max_keys

@@ -220,8 +220,6 @@ def lost_lines() -> int:
 class _State:
     """The settings of `configure_logging`, one per process."""
 
-    __slots__ = ("clock", "format", "gathering", "level", "limits", "lost", "lost_unreported", "output")
-
     def __init__(self) -> None:
         self.level = logging.WARNING
         self.output: Output = StandardError()

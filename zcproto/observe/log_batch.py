@@ -23,8 +23,6 @@ MAX_LINES: Final = 128
 class LogBatch:
     """Waiting lines of one loop."""
 
-    __slots__ = ("_clock", "_lines", "_log", "_wheel", "deadline_tick")
-
     def __init__(self, log: Logger, wheel: DeadlineWheel, clock: Clock) -> None:
         self._log = log
         self._wheel = wheel

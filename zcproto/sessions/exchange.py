@@ -30,8 +30,6 @@ _ENDED_CODES: Final = frozenset({Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SE
 class Exchange(Lifecycle):
     """The session table as a store uses it. Ids are the 16 raw bytes."""
 
-    __slots__ = ()
-
     def restore(self, record: SessionRecord, *, make_room: bool = False) -> bool:
         """Insert or replace a session from its stored record.
 

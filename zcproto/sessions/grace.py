@@ -27,8 +27,6 @@ class Spent(NamedTuple):
 class GraceTable:
     """Keep one pair per session id for the last `limit` refreshes, each for `grace_ms`."""
 
-    __slots__ = ("_limit", "_spent", "grace_ms")
-
     def __init__(self, grace_ms: int, limit: int) -> None:
         self.grace_ms = grace_ms
         self._limit = limit

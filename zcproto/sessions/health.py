@@ -92,22 +92,6 @@ class StoreHealth:
     last outage.
     """
 
-    __slots__ = (
-        "_ceiling",
-        "_grace_s",
-        "_healthy_since",
-        "_on_alert",
-        "_probe_at",
-        "_random",
-        "_recent",
-        "_timeout_s",
-        "failures",
-        "grace_over",
-        "outages",
-        "since",
-        "state",
-    )
-
     def __init__(
         self,
         *,

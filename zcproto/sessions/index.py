@@ -37,8 +37,6 @@ class LinearHash:
     number of buckets, four bytes each: a power of two, at most the slab's capacity.
     """
 
-    __slots__ = ("_hashes", "_heads", "_least", "_mask", "_memory", "_next", "buckets", "count")
-
     def __init__(self, slab: Slab, *, hash_: int, next_: int, least: int = MIN_BUCKETS) -> None:
         assert least.bit_count() == 1
         assert least <= slab.capacity
@@ -132,8 +130,6 @@ class LinearHash:
 
 class DigestIndex(LinearHash):
     """Index slots of a slab by a digest field at `offset`, whose first four bytes are the hash."""
-
-    __slots__ = ("_bytes", "_offset", "_record_size", "_width")
 
     def __init__(self, slab: Slab, *, offset: int, width: int, next_: int, least: int = MIN_BUCKETS) -> None:
         super().__init__(slab, hash_=offset, next_=next_, least=least)

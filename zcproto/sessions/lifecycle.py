@@ -34,32 +34,6 @@ _ENDING_COST: Final = 4  # ending a session takes about as long as scanning this
 class Lifecycle:
     """The session table and how sessions leave it. Base of `SessionRegistry`."""
 
-    __slots__ = (
-        "_cursor",
-        "_ended",
-        "_eviction_cursor",
-        "_expires_at",
-        "_grace",
-        "_idle",
-        "_last_used_at",
-        "_live",
-        "_settings",
-        "_state",
-        "_table",
-        "_wall",
-        "checks_refused",
-        "closed",
-        "expired",
-        "generation",
-        "observers",
-        "opened",
-        "refresh_reused",
-        "refreshed",
-        "replaced",
-        "revoked",
-        "sweeps",
-    )
-
     def __init__(self, settings: SessionSettings) -> None:
         self._settings = settings
         # One more slot: a refresh adds a tombstone before the oldest one is dropped.

@@ -62,8 +62,6 @@ class SessionRegistry(Exchange):
     (`refresh_reused`); tokens refused by `check` (`checks_refused`); completed passes of `clean` (`sweeps`).
     """
 
-    __slots__ = ("_bytes", "_entropy", "_read", "_tenth", "_tokens", "_users")
-
     def __init__(self, settings: SessionSettings, entropy: Callable[[int], bytes]) -> None:
         super().__init__(settings)
         self._entropy = entropy
@@ -485,8 +483,6 @@ class SessionRegistry(Exchange):
 
 class _NoTokens:
     """An empty index that replaces the real one while every token is refused, so `check` needs no extra test."""
-
-    __slots__ = ()
 
     def find(self, digest: bytes) -> int:
         return NONE

@@ -34,8 +34,6 @@ Format = Literal["B", "i", "I", "Q"]
 class Memory:
     """Reserved memory. Unwritten bytes are 0."""
 
-    __slots__ = ("_map", "view")
-
     def __init__(self, size: int) -> None:
         # Private, so that a forked process gets its own copy.
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -58,19 +56,6 @@ class Slab:
 
     `link` is the offset of an "i" field that the slab writes while the slot is free.
     """
-
-    __slots__ = (
-        "_free",
-        "_free_heads",
-        "_link",
-        "_lowest",
-        "_memory",
-        "bytes",
-        "capacity",
-        "free",
-        "record_size",
-        "size",
-    )
 
     def __init__(self, capacity: int, record_size: int, link: int) -> None:
         self.capacity = -(capacity // -CHUNK) * CHUNK

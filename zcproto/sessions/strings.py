@@ -32,20 +32,6 @@ class StringTable:
     of buckets of the index.
     """
 
-    __slots__ = (
-        "_bytes",
-        "_index",
-        "_inline",
-        "_last",
-        "_last_text",
-        "_long",
-        "_record_size",
-        "_text",
-        "marks",
-        "slab",
-        "uses",
-    )
-
     def __init__(self, capacity: int, inline: int, least: int = MIN_BUCKETS) -> None:
         assert inline % 4 == 3  # with the length byte, records align to 4 bytes
         self._inline = inline

@@ -55,31 +55,6 @@ _KEY_BYTES: Final = 71  # `tls:` with a digest in hex
 class SessionTable:
     """Records of sessions with their indexes and lists. `capacity` includes tombstones."""
 
-    __slots__ = (
-        "_after",
-        "_before",
-        "address",
-        "addresses",
-        "bytes",
-        "client",
-        "clients",
-        "created_at",
-        "expires_at",
-        "first_tombstone",
-        "flags",
-        "ids",
-        "key",
-        "keys",
-        "last_used_at",
-        "refresh_expires_at",
-        "slab",
-        "state",
-        "tokens",
-        "tombstones",
-        "user",
-        "users",
-    )
-
     def __init__(self, capacity: int) -> None:
         slab = self.slab = Slab(capacity, RECORD_SIZE, link=_AFTER)
         self.bytes = slab.bytes

@@ -110,8 +110,6 @@ class ClientHelloJudge:
     therefore cached without them: a hit costs a tenth of parsing all extensions.
     """
 
-    __slots__ = ("_by_size", "_protocols", "_suites")
-
     def __init__(self, suites: Container[int], protocols: Container[str | None]) -> None:
         self._suites = suites
         self._protocols = protocols

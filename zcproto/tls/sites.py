@@ -26,8 +26,6 @@ class SiteContexts:
     label, and for a duplicate name.
     """
 
-    __slots__ = ("_exact", "_wild", "default")
-
     def __init__(self, default: ssl.SSLContext, by_name: Mapping[str, ssl.SSLContext] = _NONE) -> None:
         self.default = default
         self._exact: dict[str, ssl.SSLContext] = {}

@@ -69,8 +69,6 @@ class ReceiveBuffer:
     use it concurrently.
     """
 
-    __slots__ = ("array", "view")
-
     def __init__(self, size: int = RECEIVE_BUFFER_SIZE) -> None:
         self.array = bytearray(size)
         self.view = memoryview(self.array)
