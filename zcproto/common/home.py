@@ -26,52 +26,28 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.toml"
+        """The default configuration file; optional."""
+        self.certs = path / "certs"
+        """The default of `certificates.directory`."""
+        self.users = path / "users.toml"
+        """Users, with digests of their keys."""
+        self.devices = path / "devices.toml"
+        """Devices, with their public keys."""
+        self.pairing = path / "pairing.toml"
+        """One-time pairing codes, as digests."""
+        self.sessions = path / "sessions.db"
+        """Sessions, with digests of their tokens."""
+        self.revocations = path / "revocations.pending"
+        """Revocations to replay when the session store is writable again."""
+        self.control = path / "control.sock"
+        """The control socket of a running server."""
 
     def __repr__(self) -> str:
         return f"Home({str(self.path)!r})"
 
     def __fspath__(self) -> str:
         return str(self.path)
-
-    @property
-    def config(self) -> Path:
-        """The default configuration file; optional."""
-        return self.path / "config.toml"
-
-    @property
-    def certs(self) -> Path:
-        """The default of `certificates.directory`."""
-        return self.path / "certs"
-
-    @property
-    def users(self) -> Path:
-        """Users, with digests of their keys."""
-        return self.path / "users.toml"
-
-    @property
-    def devices(self) -> Path:
-        """Devices, with their public keys."""
-        return self.path / "devices.toml"
-
-    @property
-    def pairing(self) -> Path:
-        """One-time pairing codes, as digests."""
-        return self.path / "pairing.toml"
-
-    @property
-    def sessions(self) -> Path:
-        """Sessions, with digests of their tokens."""
-        return self.path / "sessions.db"
-
-    @property
-    def revocations(self) -> Path:
-        """Revocations to replay when the session store is writable again."""
-        return self.path / "revocations.pending"
-
-    @property
-    def control(self) -> Path:
-        """The control socket of a running server."""
-        return self.path / "control.sock"
 
     def ensure(self) -> None:
         """Create the folder if it is missing. Raises ConfigError if it cannot be used."""

@@ -15,7 +15,21 @@ _T = TypeVar("_T", bytes, str)
 _MASK: Final = "Secret(hidden)"
 
 
-class Secret(Generic[_T]):
+class _Masked:
+    """Mask `repr`, `str` and formatting."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return _MASK
+
+    __str__ = __repr__
+
+    def __format__(self, format_spec: str) -> str:
+        return _MASK
+
+
+class Secret(_Masked, Generic[_T]):
     """A value that `repr`, `str` and formatting mask, and that cannot be pickled.
 
     Only `reveal` returns the value, so that each use can be found by that name. Comparison takes the same time for
@@ -32,14 +46,6 @@ class Secret(Generic[_T]):
         """Return the value."""
         return self._value
 
-    def __repr__(self) -> str:
-        return _MASK
-
-    __str__ = __repr__
-
-    def __format__(self, format_spec: str) -> str:
-        return _MASK
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
@@ -55,7 +61,7 @@ class Secret(Generic[_T]):
         raise TypeError("a secret cannot be pickled or copied into another process")
 
 
-class SecretBytes(bytes):
+class SecretBytes(_Masked, bytes):
     """Bytes with a masked representation."""
 
     __slots__ = ()
@@ -64,16 +70,8 @@ class SecretBytes(bytes):
         """Return the value as plain bytes."""
         return self[:]
 
-    def __repr__(self) -> str:
-        return _MASK
 
-    __str__ = __repr__
-
-    def __format__(self, format_spec: str) -> str:
-        return _MASK
-
-
-class SecretText(str):
+class SecretText(_Masked, str):
     """Text with a masked representation."""
 
     __slots__ = ()
@@ -84,14 +82,6 @@ class SecretText(str):
     def reveal(self) -> str:
         """Return the value as plain text, to show it to its owner."""
         return self[:]
-
-    def __repr__(self) -> str:
-        return _MASK
-
-    __str__ = __repr__
-
-    def __format__(self, format_spec: str) -> str:
-        return _MASK
 
 
 def _as_bytes(value: bytes | str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +21,7 @@ answered in the turn in which they arrive; one that outlives it or is refused be
 """
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Request:
     """A request that outlives its turn: `Request(*raw)`.
 
@@ -27,26 +29,15 @@ class Request:
     later turn. `lingers`: it was answered early, and its handler is still running.
     """
 
-    __slots__ = ("deadline", "held", "lingers", "meta", "method", "params", "session", "stream", "token")
-
-    def __init__(
-        self,
-        stream: int,
-        token: bytes,
-        session: Session | None,
-        method: str,
-        params: dict[str, Any],
-        meta: RequestMeta,
-    ) -> None:
-        self.stream = stream
-        self.token = token
-        self.session = session
-        self.method = method
-        self.params = params
-        self.meta = meta
-        self.deadline = NEVER
-        self.held = False
-        self.lingers = False
+    stream: int
+    token: bytes
+    session: Session | None
+    method: str
+    params: dict[str, Any]
+    meta: RequestMeta
+    deadline: float = NEVER
+    held: bool = False
+    lingers: bool = False
 
     def __repr__(self) -> str:
         return f"Request(stream={self.stream}, method={self.method!r})"
@@ -76,18 +67,16 @@ class SessionJoined(NamedTuple):
     session_id: str
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class TokenUnknown:
     """A frame's token is unknown here or seems expired (`code`), but may be valid in the store.
 
     The edge looks it up before it takes the next event. If it cannot, it sets `refusal` to the body of the ERROR.
     """
 
-    __slots__ = ("code", "refusal", "token")
-
-    def __init__(self, token: bytes, code: Code) -> None:
-        self.token = token
-        self.code = code
-        self.refusal: bytes | None = None
+    token: bytes
+    code: Code
+    refusal: bytes | None = None
 
     def __repr__(self) -> str:
         return f"TokenUnknown(code={self.code!r})"

@@ -585,12 +585,6 @@ class ServerConnection:
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""
-        out = self._out
-        if len(out) == 1:
-            data = out[0]
-        elif out:
-            data = b"".join(out)
-        else:
-            return b""
-        out.clear()
+        data = b"".join(self._out)
+        self._out.clear()
         return data

@@ -52,20 +52,7 @@ class Exchange(Lifecycle):
             if not make_room:
                 return False
             self._evict()
-        table.add(
-            record.user,
-            record.client,
-            record.address,
-            record.key,
-            record.flags,
-            record.created_at,
-            record.last_used_at,
-            record.expires_at,
-            record.refresh_expires_at,
-            record.id,
-            record.token_digest,
-            record.refresh_digest,
-        )
+        table.add(record)
         self._live += 1
         return True
 
@@ -99,14 +86,6 @@ class Exchange(Lifecycle):
             return False
         self._forget(slot)
         return True
-
-    def forget_all(self) -> None:
-        """Forget all live and lapsed sessions."""
-        slot = 0
-        while slot < self._table.slab.size:  # the slab shrinks while it empties
-            if self._is_kept(slot):
-                self._forget(slot)
-            slot += 1
 
     def forget_unless(self, is_kept: Callable[[bytes], bool], start: int, max_slots: int) -> int:
         """Forget live and lapsed sessions for which `is_kept(id)` is False, in one slice of the table.

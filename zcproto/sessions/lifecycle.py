@@ -35,14 +35,13 @@ class Lifecycle:
     """The session table and how sessions leave it. Base of `SessionRegistry`."""
 
     def __init__(self, settings: SessionSettings) -> None:
-        self._settings = settings
         # One more slot: a refresh adds a tombstone before the oldest one is dropped.
         self._table = table = SessionTable(settings.max_sessions + settings.dead_limit + 1)
         self._grace = GraceTable(settings.refresh_grace_ms, settings.grace_limit)
         self._state = table.state
         self._expires_at = table.expires_at
         self._last_used_at = table.last_used_at
-        self._idle = NEVER if settings.idle_timeout_ms is None else settings.idle_timeout_ms
+        self._apply(settings)
         self._ended: list[tuple[bytes, Code, EndReason]] = []  # not yet announced to observers
         self._wall = 0  # of the last call that passed it; the time of death of sessions ended without one
         self._cursor = 0
@@ -87,10 +86,14 @@ class Lifecycle:
             self._settings.dead_limit,
             self._settings.grace_limit,
         )
+        self._apply(settings)
+        self.generation += 1  # tokens may now expire at another time
+
+    def _apply(self, settings: SessionSettings) -> None:
         self._settings = settings
         self._idle = NEVER if settings.idle_timeout_ms is None else settings.idle_timeout_ms
+        self._tenth = settings.lifetime_ms // 10
         self._grace.grace_ms = settings.refresh_grace_ms
-        self.generation += 1  # tokens may now expire at another time
 
     def clean(self, wall: int, max_slots: int) -> int:
         """Clean one slice of the table. Return the number of live tokens found expired.

@@ -65,15 +65,10 @@ class SessionRegistry(Exchange):
     def __init__(self, settings: SessionSettings, entropy: Callable[[int], bytes]) -> None:
         super().__init__(settings)
         self._entropy = entropy
-        self._tenth = settings.lifetime_ms // 10
         self._bytes = self._table.bytes
         self._read = HOT.unpack_from
         self._tokens: DigestIndex | _NoTokens = self._table.tokens  # the index used by `check`
         self._users = self._table.users
-
-    def reconfigure(self, settings: SessionSettings) -> None:
-        super().reconfigure(settings)
-        self._tenth = settings.lifetime_ms // 10
 
     # Checks
 
@@ -269,15 +264,22 @@ class SessionRegistry(Exchange):
 
         Raises as `refresh` does.
         """
-        slot, wall = self._table.ids.find(rotation.id), rotation.wall
-        self._check_refresh(slot, wall)
-        if not compare_digest(rotation.spent_digest, self._table.refresh_digest(slot)):
-            self._refuse_reuse(slot)
-        self._check_refresh_life(slot, wall)
-        old = self._replace(
-            slot, rotation.token_digest, rotation.refresh_digest, rotation.client, rotation.address, wall
-        )
+        table = self._table
+        slot, wall = table.ids.find(rotation.id), rotation.wall
+        self._wall = wall
+        if slot == NONE or not self._is_kept(slot):
+            raise refresh_refused(self._refusal(slot, wall))
+        is_kept = self._expire_if_due(slot, wall)
+        is_reused = is_kept and not compare_digest(rotation.spent_digest, table.refresh_digest(slot))
+        if is_reused:
+            self.refresh_reused += 1
+            self._revoke(slot, EndReason.REFRESH_REUSED)
         self._announce()
+        if is_reused:
+            raise refresh_refused(Code.TOKEN_REVOKED)
+        if not is_kept or wall >= table.refresh_expires_at[slot]:
+            raise refresh_refused(Code.TOKEN_EXPIRED)
+        old = self._replace(slot, rotation, wall)
         return self._record(slot), old
 
     def apply_rotation(
@@ -291,9 +293,7 @@ class SessionRegistry(Exchange):
         slot = table.ids.find(record.id)
         if slot != NONE and self._is_kept(slot):
             if table.tokens[slot] != record.token_digest:
-                self._replace(
-                    slot, record.token_digest, record.refresh_digest, record.client, record.address, wall
-                )
+                self._replace(slot, record, wall)
         elif not self.restore(record):
             raise refresh_refused(Code.TOKEN_REVOKED)
         slot = table.ids.find(record.id)
@@ -318,39 +318,16 @@ class SessionRegistry(Exchange):
         self._announce()
         return self._opened(slot, spent.token, spent.refresh_token)
 
-    def _check_refresh(self, slot: int, wall: int) -> None:
-        """Raise unless the slot holds a live or lapsed session."""
-        self._wall = wall
-        if slot == NONE or not self._is_kept(slot):
-            raise refresh_refused(self._refusal(slot, wall))
-        if not self._expire_if_due(slot, wall):
-            self._announce()
-            raise refresh_refused(Code.TOKEN_EXPIRED)
-
-    def _check_refresh_life(self, slot: int, wall: int) -> None:
-        self._announce()
-        if wall >= self._table.refresh_expires_at[slot]:
-            raise refresh_refused(Code.TOKEN_EXPIRED)
-
-    def _refuse_reuse(self, slot: int) -> None:
-        """End a session whose spent refresh token was reused (RFC 9700 section 4.14.2)."""
-        self.refresh_reused += 1
-        self._revoke(slot, EndReason.REFRESH_REUSED)
-        self._announce()
-        raise refresh_refused(Code.TOKEN_REVOKED)
-
-    def _replace(
-        self, slot: int, token_digest: bytes, refresh_digest: bytes, client: str, address: str, wall: int
-    ) -> bytes:
+    def _replace(self, slot: int, new: Rotation | SessionRecord, wall: int) -> bytes:
         """Replace the pair of a session. Return the digest of the invalidated token."""
         settings, table = self._settings, self._table
         old = table.tokens[slot]
         table.tokens.remove(slot)
-        table.tokens.put(slot, token_digest)
-        table.set_refresh_digest(slot, refresh_digest)
+        table.tokens.put(slot, new.token_digest)
+        table.set_refresh_digest(slot, new.refresh_digest)
         table.add_token_tombstone(old, Code.TOKEN_REVOKED, wall)
         self._drop_surplus_tombstone()
-        table.move(slot, client, address)
+        table.move(slot, new.client, new.address)
         if table.state[slot] == LAPSED:
             table.state[slot] = LIVE
             self._live += 1

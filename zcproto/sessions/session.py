@@ -101,63 +101,47 @@ class SessionSettings:
             raise ConfigError(faults)
 
 
+@dataclass(slots=True, eq=False, repr=False)  # a frozen dataclass costs a call per field
 class Session:
     """A live session at the time of a check of its token.
 
-    `slot` is its slot in the registry while the registry's `generation` is unchanged since the check.
-    `expires_at` is the absolute expiry of the token; from `valid_until` on it must be checked again for
-    idleness; at `expiring_at` a tenth of its lifetime is left.
+    `raw_id` are the 16 bytes of its id. `slot` is its slot in the registry while the registry's `generation` is
+    unchanged since the check. `expires_at` is the absolute expiry of the token; from `valid_until` on it must be
+    checked again for idleness; at `expiring_at` a tenth of its lifetime is left.
     """
 
-    __slots__ = ("_flags", "_id", "_id_text", "expires_at", "expiring_at", "slot", "user", "valid_until")
-
-    def __init__(
-        self,
-        session_id: bytes,
-        user: str,
-        flags: int,
-        slot: int,
-        expires_at: int,
-        valid_until: int,
-        expiring_at: int,
-    ) -> None:
-        self._id = session_id
-        self._id_text: str | None = None
-        self._flags = flags
-        self.user = user
-        self.slot = slot
-        self.expires_at = expires_at
-        self.valid_until = valid_until
-        self.expiring_at = expiring_at
+    raw_id: bytes
+    user: str
+    flags: int
+    slot: int
+    expires_at: int
+    valid_until: int
+    expiring_at: int
+    _id_text: str | None = None
 
     @property
     def operator(self) -> bool:
         """Return True if the user may operate the server."""
-        return self._flags & OPERATOR != 0
+        return self.flags & OPERATOR != 0
 
     @property
     def bound(self) -> bool:
         """Return True if the token is valid only on connections that proved its key (zcp1.md, section 9.5)."""
-        return self._flags & BOUND != 0
-
-    @property
-    def raw_id(self) -> bytes:
-        """Return the 16 bytes of the id."""
-        return self._id
+        return self.flags & BOUND != 0
 
     @property
     def id(self) -> str:
         """Return the public id: 22 characters of base64url. Computed on first use; most checks do not need it."""
         text = self._id_text
         if text is None:
-            text = self._id_text = id_text(self._id)
+            text = self._id_text = id_text(self.raw_id)
         return text
 
     def __repr__(self) -> str:
         return f"Session(id={self.id!r}, user={self.user!r}, slot={self.slot}, expires_at={self.expires_at})"
 
 
-@dataclass(slots=True, repr=False)  # a frozen dataclass costs a call per field
+@dataclass(slots=True, repr=False)
 class OpenedSession:
     """A session just opened or refreshed, with its tokens, which are not available again."""
 

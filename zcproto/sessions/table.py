@@ -19,6 +19,7 @@ from typing import Final
 
 from zcproto.errors import Code
 from zcproto.sessions.index import DigestIndex
+from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.slab import Slab
 from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import DIGEST_SIZE, ID_SIZE
@@ -82,51 +83,37 @@ class SessionTable:
 
     # Sessions
 
-    def add(
-        self,
-        user: str,
-        client: str,
-        address: str,
-        key: str,
-        flags: int,
-        created_at: int,
-        last_used_at: int,
-        expires_at: int,
-        refresh_expires_at: int,
-        session_id: bytes,
-        token_digest: bytes,
-        refresh_digest: bytes,
-    ) -> int:
+    def add(self, record: SessionRecord) -> int:
         """Add a live session to the end of its user's list and to the indexes. Return its slot."""
         slot = self.slab.allocate()
         users = self.users
-        number = users.acquire(user)
+        number = users.acquire(record.user)
         first = users.marks[number] if users.uses[number] > 1 else NONE
         # In one call: a login is cold in the cache, and writing each column separately costs more cache misses.
         _WHOLE.pack_into(
             self.bytes,
             slot * RECORD_SIZE,
-            token_digest,
-            expires_at,
-            last_used_at,
+            record.token_digest,
+            record.expires_at,
+            record.last_used_at,
             NONE,  # the links of both indexes are set below
             number,
             LIVE,
-            flags,
-            self.clients.acquire(client),
-            session_id,
+            record.flags,
+            self.clients.acquire(record.client),
+            record.id,
             NONE,
-            self.addresses.acquire(address),
-            created_at,
-            refresh_expires_at,
+            self.addresses.acquire(record.address),
+            record.created_at,
+            record.refresh_expires_at,
             slot,
             slot,
-            refresh_digest,
-            self.keys.acquire(key) if key else NONE,
+            record.refresh_digest,
+            self.keys.acquire(record.key) if record.key else NONE,
         )
         users.marks[number] = slot if first == NONE else self._append(first, slot)
-        self.tokens.enter(slot, token_digest)
-        self.ids.enter(slot, session_id)
+        self.tokens.enter(slot, record.token_digest)
+        self.ids.enter(slot, record.id)
         return slot
 
     def drop(self, slot: int) -> None:
