@@ -35,6 +35,14 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         "the name is made of the kind of a notice",
         [f"certificate.{kind.value}" for kind in NoticeKind],
     ),
+    "zcproto/auth/directory.py": (
+        "the name begins with the kind of the file",
+        [
+            f"{file}.{what}"
+            for file in ("users", "devices")
+            for what in ("unreadable", "readable", "look_failed", "not_gone")
+        ],
+    ),
     "zcproto/alerts/service.py": ("the fields are those of an alert, in one place", []),
     "zcproto/runtime/run.py": (
         "the name is that of a risk which was found",

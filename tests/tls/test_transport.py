@@ -448,5 +448,7 @@ def test_base_transport_has_no_handshake(timers: FakeTimers) -> None:
     transport = TlsTransport(ReceiveBuffer(), DeadlineWheel(timers), "peer")
     with pytest.raises(NotImplementedError):
         transport.buffer_updated(1)
+    with pytest.raises(NotImplementedError):
+        transport._handshake_completed()
     assert isinstance(transport, asyncio.Transport)
     assert isinstance(transport, asyncio.BufferedProtocol)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from zcproto.alerts.alert import MAX_ABOUT, MAX_TITLE, Alert, Message, Phase, clean_details, clean_text
@@ -42,38 +43,24 @@ MANY_REPEAT_S: Final = 3600.0
 _NOTHING: Final[Mapping[str, object]] = {}
 
 
+@dataclass(slots=True)
 class _Row:
     """An open alert. `sent_at` is the time of its last message, None without any; `sent_count` is `count` at
     that time."""
 
-    __slots__ = (
-        "about",
-        "began_at",
-        "began_now",
-        "count",
-        "details",
-        "is_many",
-        "last_at",
-        "last_now",
-        "sent_at",
-        "sent_count",
-        "severity",
-        "title",
-    )
-
-    def __init__(
-        self, about: str, severity: Severity, wall: int, now: float, *, is_many: bool = False
-    ) -> None:
-        self.about = about
-        self.is_many = is_many
-        self.severity = severity
-        self.title = ""
-        self.details: dict[str, Loggable] = {}
-        self.began_at = self.last_at = wall
-        self.began_now = self.last_now = now
-        self.count = 0
-        self.sent_at: float | None = None
-        self.sent_count = 0
+    kind: AlertKind
+    about: str
+    severity: Severity
+    began_at: int
+    began_now: float
+    is_many: bool = False
+    title: str = ""
+    details: Mapping[str, Loggable] = field(default_factory=dict)
+    last_at: int = 0
+    last_now: float = 0.0
+    count: int = 0
+    sent_at: float | None = None
+    sent_count: int = 0
 
     def update(self, title: str, details: Mapping[str, object], count: int, wall: int, now: float) -> None:
         self.title = clean_text(title, MAX_TITLE)
@@ -83,16 +70,16 @@ class _Row:
         self.last_now = now
 
 
+@dataclass(slots=True)
 class _KindState:
     """The alerts of one kind."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, _Row] = {}
-        self.many: _Row | None = None
-        self.summarised = 0  # open alerts that were not sent separately
-        self.tokens = float(BURST)
-        self.filled_at = 0.0
-        self.history: deque[tuple[float, Alert]] = deque(maxlen=MAX_HISTORY)
+    rows: dict[str, _Row] = field(default_factory=dict)
+    many: _Row | None = None
+    summarised: int = 0  # open alerts that were not sent separately
+    tokens: float = float(BURST)
+    filled_at: float = 0.0
+    history: deque[tuple[float, Alert]] = field(default_factory=lambda: deque(maxlen=MAX_HISTORY))
 
     def admits(self, now: float) -> bool:
         """Take a token for one more message of this kind. Return False without one."""
@@ -153,29 +140,22 @@ class AlertCenter:
         about = clean_text(about, MAX_ABOUT)
         severity = CATALOGUE[kind].severity if severity is None else severity
         row = state.rows.get(about)
-        if row is not None:
-            is_more_severe = severity > row.severity
-            row.severity = severity
-            row.update(title, details, count, wall, now)
-            if row.sent_at is None:
-                self._summarise(state, row, severity, count, wall, now)
-            elif is_more_severe or changed:
-                if state.admits(now):
-                    self._send(kind, row, Phase.CHANGED, wall, now)
-                else:
-                    self._summarise(state, row, severity, count, wall, now)
-            return
-        row = _Row(about, severity, wall, now)
-        row.update(title, details, count, wall, now)
-        if len(state.rows) >= MAX_OPEN:
-            self._summarise(state, row, severity, count, wall, now)
-            return
-        state.rows[about] = row
-        if state.admits(now):
-            self._send(kind, row, Phase.BEGAN, wall, now)
+        if row is None:
+            row, is_new, is_reported = _Row(kind, about, severity, wall, now), True, True
         else:
-            state.summarised += 1
-            self._summarise(state, row, severity, count, wall, now)
+            is_new, is_reported = False, row.sent_at is None or changed or severity > row.severity
+        row.severity = severity
+        row.update(title, details, count, wall, now)
+        if not is_reported:
+            return
+        has_room = not is_new or len(state.rows) < MAX_OPEN
+        if is_new and has_room:
+            state.rows[about] = row
+        if has_room and (is_new or row.sent_at is not None) and state.admits(now):
+            self._send(row, Phase.BEGAN if is_new else Phase.CHANGED, wall, now)
+        else:
+            state.summarised += is_new and has_room
+            self._summarise(state, row, count, wall, now)
 
     def resolve(
         self,
@@ -194,7 +174,7 @@ class AlertCenter:
             return
         if title:
             row.update(title, details, 0, row.last_at, row.last_now)
-        self._end(kind, state, row, wall, now, is_sent=True)
+        self._end(state, row, wall, now, is_sent=True)
 
     def handle_time(self, wall: int, now: float) -> None:
         """End quiet alerts, send reminders and summaries, and expire the history. Call it about once a second."""
@@ -202,7 +182,7 @@ class AlertCenter:
             if state.rows:
                 self._handle_rows(kind, state, wall, now)
             if state.many is not None:
-                self._handle_many(kind, state, state.many, wall, now)
+                self._handle_many(state, state.many, wall, now)
             while state.history and now - state.history[0][0] > HISTORY_S:
                 state.history.popleft()
 
@@ -211,32 +191,30 @@ class AlertCenter:
         for row in list(state.rows.values()):
             if entry.ending is Ending.QUIET:
                 if now - row.last_now >= self._quiet_s:
-                    self._end(kind, state, row, wall, now, is_sent=row.count > row.sent_count)
+                    self._end(state, row, wall, now, is_sent=row.count > row.sent_count)
             elif row.severity >= entry.reminds_from and self._is_due(row.sent_at, now):
-                self._send(kind, row, Phase.REMINDER, wall, now)
+                self._send(row, Phase.REMINDER, wall, now)
 
-    def _handle_many(self, kind: AlertKind, state: _KindState, many: _Row, wall: int, now: float) -> None:
+    def _handle_many(self, state: _KindState, many: _Row, wall: int, now: float) -> None:
         if many.sent_at is None:
             if now - many.began_now >= MANY_DELAY_S:
-                self._send(kind, many, Phase.BEGAN, wall, now)
+                self._send(many, Phase.BEGAN, wall, now)
         elif many.count > many.sent_count and now - many.sent_at >= MANY_REPEAT_S:
-            self._send(kind, many, Phase.CHANGED, wall, now)
+            self._send(many, Phase.CHANGED, wall, now)
         elif state.summarised and self._is_due(many.sent_at, now):
-            self._send(kind, many, Phase.REMINDER, wall, now)
+            self._send(many, Phase.REMINDER, wall, now)
         if many.sent_at is not None and not state.summarised and now - many.last_now >= self._quiet_s:
             state.many = None
-            self._close(kind, state, many, wall, now, is_sent=True)
+            self._close(state, many, wall, now, is_sent=True)
 
     def _is_due(self, sent_at: float | None, now: float) -> bool:
         return sent_at is not None and self._repeat_s is not None and now - sent_at >= self._repeat_s
 
-    def _summarise(
-        self, state: _KindState, row: _Row, severity: Severity, count: int, wall: int, now: float
-    ) -> None:
+    def _summarise(self, state: _KindState, row: _Row, count: int, wall: int, now: float) -> None:
         many = state.many
         if many is None:
-            many = state.many = _Row("", severity, wall, now, is_many=True)
-        many.severity = max(many.severity, severity)
+            many = state.many = _Row(row.kind, "", row.severity, wall, now, is_many=True)
+        many.severity = max(many.severity, row.severity)
         many.update(
             f"{many.count + count} more alerts of this kind, summarised; the last: {row.title}",
             {**row.details, "last_about": row.about},
@@ -245,28 +223,24 @@ class AlertCenter:
             now,
         )
 
-    def _end(
-        self, kind: AlertKind, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool
-    ) -> None:
+    def _end(self, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool) -> None:
         del state.rows[row.about]
         if row.sent_at is None:
             state.summarised -= 1
         else:
-            self._close(kind, state, row, wall, now, is_sent=is_sent)
+            self._close(state, row, wall, now, is_sent=is_sent)
 
-    def _close(
-        self, kind: AlertKind, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool
-    ) -> None:
+    def _close(self, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool) -> None:
         if is_sent:
-            self._send(kind, row, Phase.ENDED, wall, now)
-        state.history.append((now, _alert(kind, row, wall)))
+            self._send(row, Phase.ENDED, wall, now)
+        state.history.append((now, _alert(row, wall)))
 
-    def _send(self, kind: AlertKind, row: _Row, phase: Phase, wall: int, now: float) -> None:
+    def _send(self, row: _Row, phase: Phase, wall: int, now: float) -> None:
         self._number += 1
-        self.sent[kind] += 1
+        self.sent[row.kind] += 1
         row.sent_at, row.sent_count = now, row.count
         ended_at = wall if phase is Phase.ENDED else None
-        self._messages.append(Message(self._number, phase, _alert(kind, row, ended_at)))
+        self._messages.append(Message(self._number, phase, _alert(row, ended_at)))
 
     # --- output --------------------------------------------------------------------------------------
 
@@ -278,8 +252,8 @@ class AlertCenter:
     def open_alerts(self) -> list[Alert]:
         """Return the open alerts that were sent, most severe and then newest first."""
         rows = [
-            _alert(kind, row, None)
-            for kind, state in self._kinds.items()
+            _alert(row, None)
+            for state in self._kinds.values()
             for row in [*state.rows.values(), *([] if state.many is None else [state.many])]
             if row.sent_at is not None
         ]
@@ -297,9 +271,9 @@ class AlertCenter:
         )
 
 
-def _alert(kind: AlertKind, row: _Row, ended_at: int | None) -> Alert:
+def _alert(row: _Row, ended_at: int | None) -> Alert:
     return Alert(
-        kind,
+        row.kind,
         row.about,
         row.severity,
         row.title,

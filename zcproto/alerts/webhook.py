@@ -18,6 +18,7 @@ import os
 import socket
 import ssl
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -151,29 +152,19 @@ async def _look_up(host: str, port: int) -> list[str]:
     Uses a daemon thread, because shutdown would wait for the loop's own threads, and a resolver may take half a
     minute.
     """
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[list[str]] = loop.create_future()
-
-    def settle(addresses: list[str], error: OSError | None) -> None:
-        if not found.done():
-            if error is None:
-                found.set_result(addresses)
-            else:
-                found.set_exception(error)
+    found: Future[list[str]] = Future()
+    found.set_running_or_notify_cancel()  # so that a result after a cancellation is only dropped
 
     def look_up() -> None:
-        addresses: list[str] = []
-        failure: OSError | None = None
         try:
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
         except OSError as error:
-            failure = error
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, addresses, failure)
+            found.set_exception(error)
+        else:
+            found.set_result(list(dict.fromkeys(str(info[4][0]) for info in infos)))
 
     threading.Thread(target=look_up, name="zcproto-alerts-name", daemon=True).start()
-    return await found
+    return await asyncio.wrap_future(found)
 
 
 async def _status(connection: h11.Connection, reader: asyncio.StreamReader) -> int:

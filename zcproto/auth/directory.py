@@ -23,7 +23,6 @@ from zcproto.auth.pairing import Enrollment, PairingFile
 from zcproto.auth.throttle import Throttle
 from zcproto.auth.users import CurrentUsers, User, UserFile
 from zcproto.common.home import Home
-from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 
 LOOK_INTERVAL: Final = 0.5
@@ -47,20 +46,18 @@ class Directory(Generic[Entry]):
         *,
         on_gone: Callable[[str, Entry], Awaitable[int | None]],
         sleep: Callable[[float], Awaitable[None]],
-        log_fault: Callable[[ConfigError], None],
-        log_recovery: Callable[[], None],
-        log_failed_look: Callable[[Exception], None],
-        log_not_gone: Callable[[str, Exception], None],
     ) -> None:
         file.load()
         self._file = file
         self._on_gone = on_gone
         self._sleep = sleep
-        self._log_failed_look = log_failed_look
-        self._log_not_gone = log_not_gone
         self._gone: dict[tuple[str, Entry], None] = {}
         self._checking = asyncio.Lock()
-        self.current = CurrentFile(file, on_fault=log_fault, on_recovered=log_recovery)
+        self.current = CurrentFile(
+            file,
+            on_fault=lambda fault: log.error(f"{file.kind}s.unreadable", faults=fault.faults),
+            on_recovered=lambda: log.info(f"{file.kind}s.readable"),
+        )
 
     async def watch(self) -> None:
         """Check the file until cancelled."""
@@ -80,17 +77,18 @@ class Directory(Generic[Entry]):
 
     async def _check(self) -> Counter[str]:
         """Apply changes of the file. Return how many sessions have ended, by name."""
+        kind = self._file.kind
         try:
             await self.current.refresh()
         except Exception as error:  # an internal error must not end the watch
-            self._log_failed_look(error)
+            log.error(f"{kind}s.look_failed", exc_info=error)
         self._gone |= dict.fromkeys(self._file.take_gone())
         ended: Counter[str] = Counter()
         for gone in list(self._gone):
             try:
                 ended[gone[0]] += await self._on_gone(*gone) or 0
             except Exception as error:
-                self._log_not_gone(gone[0], error)
+                log.error(f"{kind}s.not_gone", exc_info=error, **{kind: gone[0]})
             else:
                 del self._gone[gone]
         return ended
@@ -107,15 +105,7 @@ class Users(Directory[User]):
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.file = UserFile(home.users)
-        super().__init__(
-            self.file,
-            on_gone=lambda name, user: on_gone(name),
-            sleep=sleep,
-            log_fault=lambda fault: log.error("users.unreadable", faults=fault.faults),
-            log_recovery=lambda: log.info("users.readable"),
-            log_failed_look=lambda error: log.error("users.look_failed", exc_info=error),
-            log_not_gone=lambda name, error: log.error("users.not_gone", user=name, exc_info=error),
-        )
+        super().__init__(self.file, on_gone=lambda name, user: on_gone(name), sleep=sleep)
         self.authenticator = ApiKeyAuthenticator(self.current)
 
     def is_user(self, name: str) -> bool:
@@ -145,15 +135,7 @@ class Devices(Directory[RegisteredDevice]):
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.file = DeviceFile(home.devices)
-        super().__init__(
-            self.file,
-            on_gone=on_gone,
-            sleep=sleep,
-            log_fault=lambda fault: log.error("devices.unreadable", faults=fault.faults),
-            log_recovery=lambda: log.info("devices.readable"),
-            log_failed_look=lambda error: log.error("devices.look_failed", exc_info=error),
-            log_not_gone=lambda name, error: log.error("devices.not_gone", device=name, exc_info=error),
-        )
+        super().__init__(self.file, on_gone=on_gone, sleep=sleep)
         self.authenticator = DeviceAuthenticator(self.current, users, on_refused=on_refused)
         self.enrollment = Enrollment(PairingFile(home.pairing), self.file, users, throttle)
 

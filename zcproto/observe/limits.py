@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from zcproto.common.network import network_of
@@ -81,13 +82,11 @@ def _key(name: str, value: Any) -> str:
     return network_of(value[:_KEY_MAX]) if name == "peer" else value[:_KEY_MAX]
 
 
+@dataclass(slots=True)
 class _Window:
-    __slots__ = ("admitted", "since", "suppressed")
-
-    def __init__(self, since: float) -> None:
-        self.since = since
-        self.admitted = 0
-        self.suppressed = 0
+    since: float
+    admitted: int = 0
+    suppressed: int = 0
 
 
 class RateLimiter:

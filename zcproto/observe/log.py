@@ -174,18 +174,14 @@ def reopen_log() -> bool:
 
 def flush_log() -> None:
     """Write waiting lines as far as possible without blocking."""
-    try:
+    with _state.counted_losses():
         _state.output.flush()
-    except LinesLostError as lost:
-        _state.lose(lost.lines)
 
 
 def finish_log() -> None:
     """Write waiting lines at the end of a process, within a second."""
-    try:
+    with _state.counted_losses():
         _state.output.finish()
-    except LinesLostError as lost:
-        _state.lose(lost.lines)
 
 
 def report_suppressed() -> None:
@@ -239,11 +235,16 @@ class _State:
 
     def replace_output(self, output: Output) -> None:
         old, self.output = self.output, output
-        try:
+        with self.counted_losses():
             old.flush()
+        self.lose(old.close())
+
+    @contextmanager
+    def counted_losses(self) -> Iterator[None]:
+        try:
+            yield
         except LinesLostError as lost:
             self.lose(lost.lines)
-        self.lose(old.close())
 
     def lose(self, lines: int) -> None:
         self.lost += lines

@@ -213,7 +213,7 @@ def _descriptor_of(stream: TextIO) -> Descriptor | None:
         return None
 
 
-class LogFile:
+class LogFile(Descriptor):
     """A file opened for appending, created with mode 0600. Raises ConfigError if it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
@@ -221,25 +221,9 @@ class LogFile:
         # O_NONBLOCK for named pipes: opening one without a reader fails, and a full one makes lines wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            self._descriptor = Descriptor(os.open(path, flags, 0o600))
+            super().__init__(os.open(path, flags, 0o600))
         except OSError as error:
             raise ConfigError([f'log.file = "{path}": cannot be opened: {error.strerror}']) from error
 
-    def write(self, lines: str) -> None:
-        self._descriptor.write(lines)
-
-    def flush(self) -> None:
-        self._descriptor.flush()
-
-    @property
-    def waiting(self) -> int:
-        return self._descriptor.waiting
-
-    def finish(self) -> None:
-        self._descriptor.finish()
-
     def is_terminal(self) -> bool:
         return False
-
-    def close(self) -> int:
-        return self._descriptor.close()

@@ -21,6 +21,7 @@ import asyncio
 import ipaddress
 import ssl
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
@@ -80,6 +81,7 @@ _ALERT_SENTENCES: Final = {
 SHOWN_PINS: Final = 8
 
 
+@dataclass(slots=True, eq=False)
 class TlsConnector:
     """The state shared by the connections of one loop to one server.
 
@@ -91,26 +93,17 @@ class TlsConnector:
         handshake_timeout: seconds from the TCP connection to the end of the handshake.
     """
 
-    __slots__ = ("buffer", "context", "handshake_timeout", "host", "pins", "wall", "wheel")
+    context: ssl.SSLContext
+    host: str
+    wheel: DeadlineWheel
+    _: KW_ONLY
+    pins: frozenset[str] = frozenset()
+    wall: Callable[[], int]
+    buffer: ReceiveBuffer = field(default_factory=ReceiveBuffer)
+    handshake_timeout: float = 5.0
 
-    def __init__(
-        self,
-        context: ssl.SSLContext,
-        host: str,
-        wheel: DeadlineWheel,
-        *,
-        pins: frozenset[str] = frozenset(),
-        wall: Callable[[], int],
-        buffer: ReceiveBuffer | None = None,
-        handshake_timeout: float = 5.0,
-    ) -> None:
-        self.context = context
-        self.host = host.partition("%")[0]  # a zone has a local meaning only (RFC 6874)
-        self.wheel = wheel
-        self.pins = pins
-        self.wall = wall
-        self.buffer = ReceiveBuffer() if buffer is None else buffer
-        self.handshake_timeout = handshake_timeout
+    def __post_init__(self) -> None:
+        self.host = self.host.partition("%")[0]  # a zone has a local meaning only (RFC 6874)
 
     def transport(
         self, protocol: asyncio.Protocol, on_handshake: Callable[[TlsError | None], None]
@@ -172,20 +165,6 @@ class TlsClientTransport(TlsTransport):
 
     # --- the handshake --------------------------------------------------------------------------
 
-    def _handshake(self) -> None:
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self._flush()
-            return
-        except ssl.SSLCertVerificationError as error:
-            self._refuse(failure_of(error), error.verify_message)
-            return
-        except ssl.SSLError as error:
-            self._fail_for(error)
-            return
-        self._handshake_completed()
-
     def _handshake_completed(self) -> None:
         assert self._outgoing is not None
         refusal = self._judge()
@@ -229,7 +208,11 @@ class TlsClientTransport(TlsTransport):
         self._fail(failure)
 
     def _fail_for(self, error: ssl.SSLError) -> None:
-        self._refuse(failure_of(error), _ALERT_SENTENCES.get(reason_of(error), ""))
+        if isinstance(error, ssl.SSLCertVerificationError):
+            detail = error.verify_message
+        else:
+            detail = _ALERT_SENTENCES.get(reason_of(error), "")
+        self._refuse(failure_of(error), detail)
 
     def _note(self, failure: TlsFailure) -> None:
         if self._error is None:

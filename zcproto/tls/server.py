@@ -223,17 +223,6 @@ class TlsServerTransport(TlsTransport):
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._handshake()
 
-    def _handshake(self) -> None:
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self._flush()
-            return
-        except ssl.SSLError as error:
-            self._fail_for(error)
-            return
-        self._handshake_completed()
-
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
         # Defence in depth: an error in the checks above must not go unnoticed.

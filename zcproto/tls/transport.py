@@ -192,6 +192,19 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def _received_in_handshake(self, data: memoryview) -> None:
         raise NotImplementedError
 
+    def _handshake(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+        except ssl.SSLError as error:
+            self._fail_for(error)
+        else:
+            self._handshake_completed()
+
+    def _handshake_completed(self) -> None:
+        raise NotImplementedError
+
     def _read_records(self, arrived: int) -> None:
         """Decrypt received records and pass the data on until nothing is left or reading is paused."""
         tls = self._tls
