@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.helpers import FakeClock
+from zcproto.alerts import Phase
 from zcproto.certs.notices import NoticeKind
 from zcproto.config import LogConfig
 from zcproto.observe.events import EVENTS, FIELDS, Event
@@ -43,7 +44,10 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
             for what in ("unreadable", "readable", "look_failed", "not_gone")
         ],
     ),
-    "zcproto/alerts/service.py": ("the fields are those of an alert, in one place", []),
+    "zcproto/alerts/service.py": (
+        "the name is that of a phase of an alert",
+        [f"alert.{phase.value}" for phase in Phase],
+    ),
     "zcproto/runtime/run.py": (
         "the name is that of a risk which was found",
         ["server.traceable", "server.key_log_ignored", "server.runs_as_root"],

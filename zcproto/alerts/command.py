@@ -51,13 +51,9 @@ class Command:
     def __init__(self, arguments: Sequence[str], *, timeout: float, environ: Mapping[str, str]) -> None:
         _check(Path(arguments[0]))
         self._arguments = list(arguments)
+        self.where = escape_text(arguments[0])
         self._timeout = timeout
         self._environ = {"PATH": _PATH, **{name: environ[name] for name in PASSED_ON if name in environ}}
-
-    @property
-    def where(self) -> str:
-        """Return the path of the program."""
-        return escape_text(self._arguments[0])
 
     async def deliver(self, body: bytes) -> str:
         loop = asyncio.get_running_loop()

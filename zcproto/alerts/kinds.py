@@ -5,6 +5,7 @@ docs/reference/alerts.md is generated from this table.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Final
@@ -75,157 +76,98 @@ class KindEntry:
     reminds_from: Severity = Severity.INFO
 
 
+# KIND: SEVERITY, ends ENDING[, reminds from SEVERITY][; ABOUT]. Before an error, the next threshold of
+# certificate.expiry serves as a reminder.
+_TABLE: Final = """
+certificate.expiry: warning, ends resolved, reminds from error; file
+    A certificate, a CA or a CRL expires soon. Sent once for each of `certificates.alert_days`; an error from
+    7 days before, critical from 1 day before and after expiry.
+    Cure: Renew it. The server renews managed certificates itself: see `certificate.renewal_failed` or
+    `zcproto cert show` for the reason why it did not.
+certificate.renewal_failed: error, ends resolved; folder
+    Managed certificates could not be renewed. The old ones are still served, and renewal is retried.
+    Cure: Check that the disk has space and that the server can write to the folder of certificates.
+certificate.files_bad: error, ends resolved; file
+    The files of an external certificate cannot be used. The previous certificate is still served.
+    Cure: `zcproto cert check FILE` lists the faults.
+certificate.not_used: error, ends resolved
+    New certificates failed the test handshake. The old ones are still served.
+    Cure: `zcproto cert check FILE`; the message names the file.
+tls.failures: warning, ends rate; cause
+    Many TLS connections failed for one cause within `alerts.rate_window`: more than `alerts.tls_failures`, or
+    ten times as many for causes that any scanner produces.
+    Cure: `peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,
+    `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.
+session.revoked: warning, ends quiet; by whom
+    Sessions were revoked by an operator, or because a user or a device was removed or changed. With
+    `alerts.revocations = "any"` also by users themselves.
+    Cure: Nothing, if it was intended. Otherwise an operator's key has been stolen.
+session.revocation_rate: error, ends rate
+    Many sessions were revoked within `alerts.rate_window`, by anyone: more than `alerts.revocation_rate`.
+    Cure: Ask the operators. If none of them did it, disable them with `zcproto user disable NAME`.
+session.refresh_reused: error, ends quiet; session
+    A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly. The
+    session was ended for both holders.
+    Cure: Ask the user; check the address in the log. `zcproto session list --user NAME` shows the user's
+    other sessions.
+connection.replayed: error, ends rate
+    Frames were refused as replays (error 66): they were received before, or belong to another connection.
+    Within TLS only the client itself can send them.
+    Cure: The client is broken or controlled by an attacker; the log event `connection.refused` has its
+    address.
+connection.stale_frames: warning, ends rate
+    Many requests were refused because their timestamps are off by more than `freshness.tolerance`.
+    Cure: Check NTP on the server and on its clients.
+login.throttled: warning, ends rate
+    Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys are being
+    guessed, or a program keeps using a wrong one.
+    Cure: The log event `login.failed` has the addresses. Block attackers in the firewall.
+store.degraded: error, ends resolved
+    The session store does not answer. Known sessions remain valid for `store.grace`, new ones are refused,
+    and revocations are queued on disk.
+    Cure: The message has the reason. Restore the store or the disk; the server recovers without further
+    action.
+store.grace_over: critical, ends resolved
+    The store has been unavailable for longer than `store.grace`: all tokens are refused until it is back.
+    Cure: As for `store.degraded`, immediately.
+store.damaged: critical, ends quiet; file
+    The file of sessions or of pending revocations was damaged or has disappeared. A damaged file was moved
+    aside and not deleted; the unreadable part is lost, and its users have to log in again.
+    Cure: Check the disk. Keep the copy that the message names until you know the reason.
+store.emptied: error, ends quiet
+    A shared store lost its data. The servers write back the sessions that they know.
+    Cure: Find the reason: a restart without persistence, `FLUSHALL`, or a memory limit with eviction.
+store.revocations_not_kept: critical, ends quiet
+    A revocation could be written neither to the store nor to the disk, because writing failed or too many are
+    queued. It applies to this process only, which its caller was informed of.
+    Cure: Restore the store before you restart the server, then revoke again.
+server.full: error, ends rate; limit
+    Connections were refused: `max_connections` is reached, or the system has no more file descriptors or
+    memory (`descriptors`).
+    Cure: Raise the limit if the clients are legitimate; the log has their addresses.
+alerts.undelivered: error, ends resolved; sink
+    Alerts cannot be delivered to the webhook, or the command fails. They are queued, up to a limit, and
+    retried. The other sinks report it, and this one when it works again.
+    Cure: `zcproto alert test` shows the problem.
+alerts.test: info, ends quiet
+    Sent by `zcproto alert test` to verify delivery.
+    Cure: Nothing.
+"""
+_ENTRY: Final = re.compile(
+    r"(?P<kind>\S+): (?P<severity>\w+), ends (?P<ending>\w+)(?:, reminds from (?P<reminds>\w+))?"
+    r"(?:; (?P<about>.+))?\n"
+    r"(?P<meaning>(?:    .*\n)+?)    Cure: (?P<cure>.*\n(?:    .*\n)*)"
+)
+
+
+def _entry(found: re.Match[str]) -> KindEntry:
+    severity, reminds = found["severity"].upper(), (found["reminds"] or "info").upper()
+    meaning, cure = (" ".join(found[name].split()) for name in ("meaning", "cure"))
+    ending, about = Ending(found["ending"]), found["about"] or ""
+    return KindEntry(Severity[severity], ending, about, meaning, cure, Severity[reminds])
+
+
 CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
-    AlertKind.CERTIFICATE_EXPIRY: KindEntry(
-        Severity.WARNING,
-        Ending.RESOLVED,
-        "file",
-        "A certificate, a CA or a CRL expires soon. Sent once for each of `certificates.alert_days`; an"
-        " error from 7 days before, critical from 1 day before and after expiry.",
-        "Renew it. The server renews managed certificates itself: see `certificate.renewal_failed` or"
-        " `zcproto cert show` for the reason why it did not.",
-        reminds_from=Severity.ERROR,  # before that, the next threshold serves as a reminder
-    ),
-    AlertKind.CERTIFICATE_RENEWAL: KindEntry(
-        Severity.ERROR,
-        Ending.RESOLVED,
-        "folder",
-        "Managed certificates could not be renewed. The old ones are still served, and renewal is retried.",
-        "Check that the disk has space and that the server can write to the folder of certificates.",
-    ),
-    AlertKind.CERTIFICATE_FILES: KindEntry(
-        Severity.ERROR,
-        Ending.RESOLVED,
-        "file",
-        "The files of an external certificate cannot be used. The previous certificate is still served.",
-        "`zcproto cert check FILE` lists the faults.",
-    ),
-    AlertKind.CERTIFICATE_NOT_USED: KindEntry(
-        Severity.ERROR,
-        Ending.RESOLVED,
-        "",
-        "New certificates failed the test handshake. The old ones are still served.",
-        "`zcproto cert check FILE`; the message names the file.",
-    ),
-    AlertKind.TLS_FAILURES: KindEntry(
-        Severity.WARNING,
-        Ending.RATE,
-        "cause",
-        "Many TLS connections failed for one cause within `alerts.rate_window`: more than"
-        " `alerts.tls_failures`, or ten times as many for causes that any scanner produces.",
-        "`peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,"
-        " `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.",
-    ),
-    AlertKind.SESSIONS_REVOKED: KindEntry(
-        Severity.WARNING,
-        Ending.QUIET,
-        "by whom",
-        "Sessions were revoked by an operator, or because a user or a device was removed or changed. With"
-        ' `alerts.revocations = "any"` also by users themselves.',
-        "Nothing, if it was intended. Otherwise an operator's key has been stolen.",
-    ),
-    AlertKind.REVOCATION_RATE: KindEntry(
-        Severity.ERROR,
-        Ending.RATE,
-        "",
-        "Many sessions were revoked within `alerts.rate_window`, by anyone: more than"
-        " `alerts.revocation_rate`.",
-        "Ask the operators. If none of them did it, disable them with `zcproto user disable NAME`.",
-    ),
-    AlertKind.REFRESH_REUSED: KindEntry(
-        Severity.ERROR,
-        Ending.QUIET,
-        "session",
-        "A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly."
-        " The session was ended for both holders.",
-        "Ask the user; check the address in the log. `zcproto session list --user NAME` shows the user's"
-        " other sessions.",
-    ),
-    AlertKind.REPLAYED: KindEntry(
-        Severity.ERROR,
-        Ending.RATE,
-        "",
-        "Frames were refused as replays (error 66): they were received before, or belong to another"
-        " connection. Within TLS only the client itself can send them.",
-        "The client is broken or controlled by an attacker; the log event `connection.refused` has its"
-        " address.",
-    ),
-    AlertKind.STALE_FRAMES: KindEntry(
-        Severity.WARNING,
-        Ending.RATE,
-        "",
-        "Many requests were refused because their timestamps are off by more than `freshness.tolerance`.",
-        "Check NTP on the server and on its clients.",
-    ),
-    AlertKind.LOGINS_THROTTLED: KindEntry(
-        Severity.WARNING,
-        Ending.RATE,
-        "",
-        "Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys"
-        " are being guessed, or a program keeps using a wrong one.",
-        "The log event `login.failed` has the addresses. Block attackers in the firewall.",
-    ),
-    AlertKind.STORE_DEGRADED: KindEntry(
-        Severity.ERROR,
-        Ending.RESOLVED,
-        "",
-        "The session store does not answer. Known sessions remain valid for `store.grace`, new ones are"
-        " refused, and revocations are queued on disk.",
-        "The message has the reason. Restore the store or the disk; the server recovers without further"
-        " action.",
-    ),
-    AlertKind.STORE_GRACE_OVER: KindEntry(
-        Severity.CRITICAL,
-        Ending.RESOLVED,
-        "",
-        "The store has been unavailable for longer than `store.grace`: all tokens are refused until it is"
-        " back.",
-        "As for `store.degraded`, immediately.",
-    ),
-    AlertKind.STORE_DAMAGED: KindEntry(
-        Severity.CRITICAL,
-        Ending.QUIET,
-        "file",
-        "The file of sessions or of pending revocations was damaged or has disappeared. A damaged file was"
-        " moved aside and not deleted; the unreadable part is lost, and its users have to log in again.",
-        "Check the disk. Keep the copy that the message names until you know the reason.",
-    ),
-    AlertKind.STORE_EMPTIED: KindEntry(
-        Severity.ERROR,
-        Ending.QUIET,
-        "",
-        "A shared store lost its data. The servers write back the sessions that they know.",
-        "Find the reason: a restart without persistence, `FLUSHALL`, or a memory limit with eviction.",
-    ),
-    AlertKind.REVOCATIONS_NOT_KEPT: KindEntry(
-        Severity.CRITICAL,
-        Ending.QUIET,
-        "",
-        "A revocation could be written neither to the store nor to the disk, because writing failed or too"
-        " many are queued. It applies to this process only, which its caller was informed of.",
-        "Restore the store before you restart the server, then revoke again.",
-    ),
-    AlertKind.SERVER_FULL: KindEntry(
-        Severity.ERROR,
-        Ending.RATE,
-        "limit",
-        "Connections were refused: `max_connections` is reached, or the system has no more file descriptors"
-        " or memory (`descriptors`).",
-        "Raise the limit if the clients are legitimate; the log has their addresses.",
-    ),
-    AlertKind.UNDELIVERED: KindEntry(
-        Severity.ERROR,
-        Ending.RESOLVED,
-        "sink",
-        "Alerts cannot be delivered to the webhook, or the command fails. They are queued, up to a limit,"
-        " and retried. The other sinks report it, and this one when it works again.",
-        "`zcproto alert test` shows the problem.",
-    ),
-    AlertKind.TEST: KindEntry(
-        Severity.INFO,
-        Ending.QUIET,
-        "",
-        "Sent by `zcproto alert test` to verify delivery.",
-        "Nothing.",
-    ),
+    AlertKind(found["kind"]): _entry(found) for found in _ENTRY.finditer(_TABLE)
 }
+assert list(CATALOGUE) == list(AlertKind), "every kind has one entry, in the order of the enumeration"

@@ -47,7 +47,7 @@ class RateChange:
 
 
 class RateWatch:
-    """Watch one counter, which starts at `total`."""
+    """Watch one counter, which starts at `total`. `is_on` is True between BEGAN and ENDED."""
 
     def __init__(self, rule: RateRule, total: int = 0) -> None:
         assert rule.threshold >= 1, "a threshold below 1 would always alert"
@@ -55,13 +55,8 @@ class RateWatch:
         self._slots: dict[int, int] = {}  # events by part of time, oldest first
         self._sum = 0
         self._total = total
-        self._is_on = False
+        self.is_on = False
         self._low_since: float | None = None
-
-    @property
-    def is_on(self) -> bool:
-        """Return True between BEGAN and ENDED."""
-        return self._is_on
 
     def read(self, total: int, now: float) -> RateChange | None:
         """Process the current value of the counter."""
@@ -77,17 +72,17 @@ class RateWatch:
 
     def _next_state(self, events: int, now: float) -> RateState | None:
         rule = self._rule
-        if not self._is_on:
+        if not self.is_on:
             if self._sum < rule.threshold:
                 return None
-            self._is_on, self._low_since = True, None
+            self.is_on, self._low_since = True, None
             return RateState.BEGAN
         if self._sum > rule.threshold // 2:
             self._low_since = None
         elif self._low_since is None:
             self._low_since = now
         elif now - self._low_since >= rule.quiet_s:
-            self._is_on = False
+            self.is_on = False
             return RateState.ENDED
         return RateState.CONTINUED if events else None
 

@@ -284,12 +284,5 @@ def _log(message: Message) -> None:
         "details": alert.details,
         "count": alert.count,
     }
-    match message.phase:
-        case Phase.BEGAN:
-            log.warning("alert.began", **fields)
-        case Phase.CHANGED:
-            log.warning("alert.changed", **fields)
-        case Phase.REMINDER:
-            log.warning("alert.reminder", **fields)
-        case Phase.ENDED:
-            log.info("alert.ended", **fields)
+    level = "info" if message.phase is Phase.ENDED else "warning"
+    getattr(log, level)(f"alert.{message.phase.value}", **fields)

@@ -62,16 +62,11 @@ class Webhook:
         self._host = parts.hostname
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._host_header = parts.netloc
+        self.where = parts.netloc
         self._secret = secret
         self._timeout = timeout
         self._clock = clock
         self._context = _context(ca_file) if parts.scheme == "https" else None
-
-    @property
-    def where(self) -> str:
-        """Return the host."""
-        return self._host_header
 
     async def deliver(self, body: bytes) -> str:
         try:
@@ -134,7 +129,7 @@ class Webhook:
 
     def _request(self, body: bytes) -> h11.Request:
         headers = [
-            (b"Host", self._host_header.encode("ascii")),
+            (b"Host", self.where.encode("ascii")),
             (b"User-Agent", USER_AGENT),
             (b"Content-Type", b"application/json"),
             (b"Content-Length", str(len(body)).encode("ascii")),

@@ -104,8 +104,9 @@ class ClientConnection:
 
     Requests are allowed after the `Welcomed` event. Output accumulates until `data_to_send`. `welcome` is the
     map of WELCOME, unknown keys included; it is shared between connections, so do not modify it.
-    `clock_offset_ms` is the server's clock minus ours. `dropped_stale` and `dropped_unknown` count dropped stale
-    frames and answers to unknown streams.
+    `salt` is covered by signatures of devices; it is empty before WELCOME. `clock_offset_ms` is the server's
+    clock minus ours. `dropped_stale` and `dropped_unknown` count dropped stale frames and answers to unknown
+    streams.
     """
 
     __slots__ = (
@@ -121,7 +122,6 @@ class ClientConnection:
         "_next_stream",
         "_out",
         "_pong_deadline",
-        "_salt",
         "_sent_since_check",
         "_stale_in_a_row",
         "_tokens",
@@ -130,6 +130,7 @@ class ClientConnection:
         "dropped_stale",
         "dropped_unknown",
         "queued_bytes",
+        "salt",
         "state",
         "welcome",
     )
@@ -145,7 +146,7 @@ class ClientConnection:
         self._tolerance = tolerance_ms
         self._max_depth = max_depth
         self._decoder = FrameDecoder(Side.CLIENT, min(max_frame, MAX_FRAME_BEFORE_SESSION))
-        self._salt = b""
+        self.salt = b""
         self._counter = 0  # of the last frame sent; the first has 1
         self._last_counter = 0  # WELCOME is frame 0
         self._stale_in_a_row = 0
@@ -164,11 +165,6 @@ class ClientConnection:
         self.queued_bytes = 0
         self.welcome: dict[str, Any] = {}
         self.state = State.AWAITING_WELCOME
-
-    @property
-    def salt(self) -> bytes:
-        """Return the salt of the connection, which signatures of devices cover. Empty before WELCOME."""
-        return self._salt
 
     # --- input ----------------------------------------------------------------------------------
 
@@ -192,7 +188,7 @@ class ClientConnection:
             if frame is None:
                 return
             _, head, stream, timestamp, salt, counter, token, body = frame
-            if salt != self._salt or counter <= self._last_counter:
+            if salt != self.salt or counter <= self._last_counter:
                 # Includes WELCOME: before it no salt matches.
                 first = self._out_of_order(frame, wall, now)
                 yield first
@@ -297,7 +293,7 @@ class ClientConnection:
         """Process WELCOME if it is the first frame; end the connection otherwise."""
         if self.state is State.AWAITING_WELCOME:
             return self._received_first(frame, wall, now)
-        if frame[4] != self._salt:
+        if frame[4] != self.salt:
             return self._end_with(Code.REPLAYED, "nonce belongs to another connection")
         return self._end_with(Code.REPLAYED, "nonce counter did not grow")
 
@@ -313,7 +309,7 @@ class ClientConnection:
             self.welcome = read_welcome(body, self._max_depth)
         except ProtocolError as error:
             return self._end_with(error.code, error.reason)
-        self._salt = salt
+        self.salt = salt
         self.clock_offset_ms = timestamp - wall
         self._decoder.limit = self._max_frame
         self._last_heard = now
@@ -491,7 +487,7 @@ class ClientConnection:
         timestamp = max(wall + self.clock_offset_ms, 0)
         length = MIN_LENGTH + len(body)
         self.queued_bytes += length
-        self._out.append(_pack_header(length, head, stream, timestamp, self._salt, counter, token) + body)
+        self._out.append(_pack_header(length, head, stream, timestamp, self.salt, counter, token) + body)
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""

@@ -87,7 +87,7 @@ class ServerConnection:
     """The connection of one client.
 
     Args:
-        salt: 8 random bytes, unique to this connection.
+        salt: 8 random bytes, unique to this connection and covered by signatures of devices.
         admits: called when a token is first used here; False refuses it like an unknown one.
         refused: counts frames refused before they became requests, by cause and code; connections may share it.
 
@@ -108,7 +108,6 @@ class ServerConnection:
         "_recheck_at",
         "_refused",
         "_registry",
-        "_salt",
         "_seen_generation",
         "_session",
         "_sessions",
@@ -117,6 +116,7 @@ class ServerConnection:
         "_token",
         "deadline_moved",
         "dropped_stale",
+        "salt",
         "state",
     )
 
@@ -136,7 +136,7 @@ class ServerConnection:
         self._refused = {} if refused is None else refused
         self._registry = registry
         self._decoder = FrameDecoder(Side.SERVER, settings.max_frame_before_session)
-        self._salt = salt
+        self.salt = salt
         self._counter = 0  # of the next frame sent; WELCOME is frame 0
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
@@ -167,7 +167,7 @@ class ServerConnection:
             settings = self._settings
             tolerance = settings.tolerance_ms
             if (
-                salt == self._salt
+                salt == self.salt
                 and counter > self._last_counter
                 and -tolerance <= wall - timestamp <= tolerance
                 and token == self._token
@@ -195,7 +195,7 @@ class ServerConnection:
         tolerance = self._settings.tolerance_ms
         max_depth = self._settings.max_depth
         looks_up = self._settings.looks_up
-        own_salt = self._salt
+        own_salt = self.salt
         decoder = self._decoder
         frames: Iterable[RawFrame]
         if header is None:
@@ -408,7 +408,7 @@ class ServerConnection:
         counter = self._counter
         self._counter = counter + 1
         self._out.append(
-            _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self._salt, counter, token) + body
+            _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token) + body
         )
 
     def respond(self, request: Request, body: bytes, wall: int) -> bool:
@@ -457,11 +457,6 @@ class ServerConnection:
         return len(self._held)
 
     # --- sessions -------------------------------------------------------------------------------
-
-    @property
-    def salt(self) -> bytes:
-        """Return the salt of the connection, which signatures of devices cover."""
-        return self._salt
 
     @property
     def session_ids(self) -> Iterator[str]:
@@ -575,7 +570,7 @@ class ServerConnection:
         counter = self._counter
         self._counter = counter + 1
         self._out.append(
-            _pack_header(MIN_LENGTH + len(body), head, stream, wall, self._salt, counter, token) + body
+            _pack_header(MIN_LENGTH + len(body), head, stream, wall, self.salt, counter, token) + body
         )
 
     @property

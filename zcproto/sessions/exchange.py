@@ -106,28 +106,26 @@ class Exchange(Lifecycle):
 
     def record_of(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
         """Return the session of a token, its tombstone, or None."""
-        table = self._table
-        slot = table.tokens.find(token_digest)
+        slot = self._table.tokens.find(token_digest)
         if slot == NONE:
             return None
-        if self._is_kept(slot):
-            return self._record(slot)
-        session_id = b"" if table.flags[slot] & TOKEN_ONLY else table.ids[slot]
-        return EndedRecord(session_id, token_digest, Code(self._state[slot]), self._last_used_at[slot])
+        return self._record(slot) if self._is_kept(slot) else self._tombstone(slot)
 
     def ended(self, session_id: bytes) -> EndedRecord | None:
         """Return the tombstone of an ended session, or None."""
+        slot = self._table.ids.find(session_id)
+        return None if slot == NONE or self._is_kept(slot) else self._tombstone(slot)
+
+    def _tombstone(self, slot: int) -> EndedRecord:
         table = self._table
-        slot = table.ids.find(session_id)
-        if slot == NONE or self._is_kept(slot):
-            return None
+        session_id = b"" if table.flags[slot] & TOKEN_ONLY else table.ids[slot]
         return EndedRecord(session_id, table.tokens[slot], Code(self._state[slot]), self._last_used_at[slot])
 
     def ended_since(self, code: Code, wall: int) -> list[EndedRecord]:
         """Return the tombstones of sessions that ended with `code` since `wall`. Scans the whole table."""
         table = self._table
         return [
-            EndedRecord(table.ids[slot], table.tokens[slot], code, self._last_used_at[slot])
+            self._tombstone(slot)
             for slot in range(table.slab.size)
             if self._state[slot] == code
             and not table.flags[slot] & TOKEN_ONLY

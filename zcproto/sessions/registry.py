@@ -17,7 +17,7 @@ from one thread. An observer must neither raise nor call the registry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from hmac import compare_digest
 from typing import Final
@@ -373,16 +373,15 @@ class SessionRegistry(Exchange):
 
     def revoke_user(self, user: str, reason: EndReason) -> int:
         """End all live and lapsed sessions of a user. Return their number."""
-        slots = self._table.of_user(user)
-        for slot in slots:
-            self._revoke(slot, reason)
-        self._announce()
-        return len(slots)
+        return self._revoke_slots(self._table.of_user(user), reason)
 
     def revoke_key(self, user: str, key: str, reason: EndReason) -> int:
         """End all live and lapsed sessions of a user that are bound to a key. Return their number."""
         number = self._table.keys.find(key)
         slots = [slot for slot in self._table.of_user(user) if NONE != number == self._table.key[slot]]
+        return self._revoke_slots(slots, reason)
+
+    def _revoke_slots(self, slots: Sequence[int], reason: EndReason) -> int:
         for slot in slots:
             self._revoke(slot, reason)
         self._announce()

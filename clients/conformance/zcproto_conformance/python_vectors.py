@@ -158,7 +158,7 @@ def _run_connection(pieces: list[bytes], context: Mapping[str, Any]) -> list[Out
     decoder = connection._decoder = _RecordingDecoder(context["limit"], connection)
     token = bytes.fromhex(context["tokens"][0]) if context["tokens"] else bytes(TOKEN_SIZE)
     if context["salt"] is not None:
-        connection._salt = bytes.fromhex(context["salt"])
+        connection.salt = bytes.fromhex(context["salt"])
         connection._last_counter = int(context["last_counter"])
         connection.state = State.OPEN
     connection._in_flight = dict.fromkeys(context["in_flight"], token)

@@ -25,7 +25,7 @@ _CHECK_LENGTH: Final = "zcproto.wire.frame:check_length"
 _CHECK_HEAD: Final = "zcproto.wire.frame:check_head"
 _HEAD_KIND: Final = "if bare_head not in ACCEPTED[receiver]:"
 _HEAD_STREAM: Final = "if (bare_head in ON_A_STREAM) != (stream != 0):"
-_NONCE: Final = "if salt != self._salt or counter <= self._last_counter:"
+_NONCE: Final = "if salt != self.salt or counter <= self._last_counter:"
 _STALE: Final = "if not (is_fresh or self._corrects_clock(head, body)):"
 _LOST: Final = "self._ended(ConnectionClosed(exc.failure))"
 
@@ -359,23 +359,23 @@ FRAMING: Final[dict[str, Fault]] = {
 }
 
 _SALT_UNSEEN: Final = (
-    "if salt != self._salt and self.state is State.AWAITING_WELCOME or counter <= self._last_counter:"
+    "if salt != self.salt and self.state is State.AWAITING_WELCOME or counter <= self._last_counter:"
 )
 
 FRESHNESS: Final[dict[str, Fault]] = {
     "wrong-salt": fault("does not check the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
     "counter-decreases": fault(
         "accepts lower counters",
-        (_RECEIVE, _NONCE, "if salt != self._salt or counter == self._last_counter:"),
+        (_RECEIVE, _NONCE, "if salt != self.salt or counter == self._last_counter:"),
     ),
     "replayed-response": fault(
         "accepts a counter twice",
-        (_RECEIVE, _NONCE, "if salt != self._salt or counter < self._last_counter:"),
+        (_RECEIVE, _NONCE, "if salt != self.salt or counter < self._last_counter:"),
     ),
     "replayed-from-another-connection": fault("does not check the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
     "counter-jumps": fault(
         "stores counters in doubles",
-        (_RECEIVE, _NONCE, "if salt != self._salt or float(counter) <= self._last_counter:"),
+        (_RECEIVE, _NONCE, "if salt != self.salt or float(counter) <= self._last_counter:"),
     ),
     "counters-of-concurrent-calls": fault(
         "stops increasing its counter at ten",
