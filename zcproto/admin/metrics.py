@@ -65,7 +65,7 @@ def readings(snapshot: Snapshot) -> Iterator[Reading]:
 
 def _server(snapshot: Snapshot) -> Iterator[Reading]:
     yield table.BUILD_INFO.at(1, *_versions())
-    yield table.DRAINING.at(snapshot.draining)
+    yield table.DRAINING.at(snapshot.parts.state.draining)
     yield table.LOST_LOG_LINES.at(lost_lines())
     yield table.INCIDENTS.at(snapshot.counters.incidents)
     yield table.CONFIG_RELOADS.at(snapshot.counters.reloads, "applied")
@@ -74,28 +74,34 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _limits(snapshot: Snapshot) -> Iterator[Reading]:
-    limits, config, connections = snapshot.config.limits, snapshot.config, snapshot.connections
+    parts, connections = snapshot.parts, snapshot.connections
+    config, limits, listener, registry = (
+        parts.config,
+        parts.config.limits,
+        parts.listener,
+        parts.state.registry,
+    )
     rows: list[tuple[str, int, int | None]] = [
-        ("limits.max_connections", limits.max_connections, connections.tcp),
-        ("limits.connections_per_address", limits.connections_per_address, connections.most_per_address),
+        ("limits.max_connections", limits.max_connections, listener.connections),
+        ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
         ("limits.max_streams", limits.max_streams, connections.most_in_flight),
         ("limits.max_frame_bytes", limits.max_frame_bytes, None),
         ("limits.max_frame_bytes_before_session", limits.max_frame_bytes_before_session, None),
         ("limits.max_depth", limits.max_depth, None),
         ("limits.write_buffer_bytes", limits.write_buffer_bytes, None),
         ("limits.login_failures", limits.login_failures, None),
-        ("tls.max_handshakes", config.tls.max_handshakes, snapshot.handshakes.in_progress),
+        ("tls.max_handshakes", config.tls.max_handshakes, parts.acceptor.handshakes_in_progress),
         ("sessions.per_user", config.sessions.per_user, None),
         ("idempotency.per_user", config.idempotency.per_user, None),
         (
             "idempotency.max_bytes",
             config.idempotency.max_bytes,
-            snapshot.idempotency_bytes if snapshot.store is None else None,
+            parts.state.idempotency.bytes_kept if parts.store is None else None,
         ),
-        ("sessions", snapshot.max_sessions, snapshot.sessions.stored),
-        ("remembered_tokens", snapshot.max_tombstones, snapshot.sessions.tombstones),
+        ("sessions", registry.settings.max_sessions, registry.kept),
+        ("remembered_tokens", registry.settings.dead_limit, registry.tombstones),
     ]
-    if snapshot.store is not None:
+    if parts.store is not None:
         rows.append(("pending_revocations", PENDING_LIMIT, snapshot.store_report["pending_revocations"]))
     for name, limit, use in rows:
         yield table.LIMIT.at(limit or float("inf"), name)  # 0 means unlimited
@@ -104,9 +110,9 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _connections(snapshot: Snapshot) -> Iterator[Reading]:
-    connections, counters = snapshot.connections, snapshot.counters
-    yield table.TCP_CONNECTIONS.at(connections.tcp)
-    yield table.CONNECTIONS.at(connections.zcp)
+    parts, counters = snapshot.parts, snapshot.counters
+    yield table.TCP_CONNECTIONS.at(parts.listener.connections)
+    yield table.CONNECTIONS.at(len(parts.state.connections))
     yield table.CONNECTIONS_OPENED.at(counters.connections_opened)
     for reason, count in counters.connections_ended.items():
         yield table.CONNECTIONS_ENDED.at(count, reason)
@@ -114,69 +120,73 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     yield table.CONNECTIONS_REFUSED.at(counters.refused_per_address, "per_address")
     yield table.CONNECTIONS_REFUSED.at(counters.accept_failed, "exhausted")
     yield table.WRITE_PAUSES.at(counters.write_pauses)
-    yield table.SLOW_READERS.at(connections.slow_readers)
+    yield table.SLOW_READERS.at(snapshot.connections.slow_readers)
     yield table.EVENTS_SENT.at(counters.events)
 
 
 def _tls(snapshot: Snapshot) -> Iterator[Reading]:
-    yield table.HANDSHAKES_COMPLETED.at(snapshot.handshakes.completed)
-    yield table.HANDSHAKES_IN_PROGRESS.at(snapshot.handshakes.in_progress)
-    for failure, count in snapshot.handshakes.failed.items():
+    acceptor = snapshot.parts.acceptor
+    yield table.HANDSHAKES_COMPLETED.at(acceptor.handshakes_completed)
+    yield table.HANDSHAKES_IN_PROGRESS.at(acceptor.handshakes_in_progress)
+    for failure, count in acceptor.failures.items():
         yield table.TLS_FAILURES.at(count, failure.value)
 
 
 def _certificates(snapshot: Snapshot) -> Iterator[Reading]:
+    certificates = snapshot.parts.certificates
     for one in snapshot.certificates:
         labels = str(one.path), one.source.value, one.site[0] if one.site else "", one.key_type
         yield table.CERTIFICATE_EXPIRES.at(one.not_after.timestamp(), *labels)
         yield table.CERTIFICATE_LEFT.at(one.seconds_left, *labels)
     for kind in NoticeKind:
-        yield table.CERTIFICATE_EVENTS.at(snapshot.certificate_notices[kind], kind.value)
-    if snapshot.last_renewal is not None:
-        yield table.RENEWED.at(snapshot.last_renewal.at.timestamp())
-        yield table.RENEWED_OK.at(snapshot.last_renewal.ok)
+        yield table.CERTIFICATE_EVENTS.at(certificates.notices[kind], kind.value)
+    if certificates.last_renewal is not None:
+        yield table.RENEWED.at(certificates.last_renewal.at.timestamp())
+        yield table.RENEWED_OK.at(certificates.last_renewal.ok)
 
 
 def _sessions(snapshot: Snapshot) -> Iterator[Reading]:
-    sessions = snapshot.sessions
-    yield table.SESSIONS.at(sessions.live, "live")
-    yield table.SESSIONS.at(sessions.lapsed, "lapsed")
-    yield table.SESSIONS_OPENED.at(sessions.opened)
-    yield table.SESSIONS_REFRESHED.at(sessions.refreshed)
-    yield table.SESSIONS_REVOKED.at(sessions.revoked)
-    yield table.REFRESH_REUSED.at(sessions.refresh_reused)
-    yield table.TOKENS_REFUSED.at(sessions.tokens_refused)
+    registry, binding = snapshot.parts.state.registry, snapshot.parts.state.binding
+    yield table.SESSIONS.at(len(registry), "live")
+    yield table.SESSIONS.at(registry.lapsed, "lapsed")
+    yield table.SESSIONS_OPENED.at(registry.opened)
+    yield table.SESSIONS_REFRESHED.at(registry.refreshed)
+    yield table.SESSIONS_REVOKED.at(registry.revoked)
+    yield table.REFRESH_REUSED.at(registry.refresh_reused)
+    yield table.TOKENS_REFUSED.at(registry.checks_refused)
     ended = dict.fromkeys(END_LABELS.values(), 0)
     for reason, count in snapshot.counters.sessions_ended.items():
         ended[END_LABELS[reason]] += count
     for label, count in ended.items():
         yield table.SESSIONS_ENDED.at(count, label)
-    yield table.NOT_ADMITTED.at(sessions.refused_users, "user")
-    yield table.NOT_ADMITTED.at(sessions.refused_addresses, "address")
-    yield table.NOT_ADMITTED.at(sessions.refused_clients, "client")
+    yield table.NOT_ADMITTED.at(binding.refused_users, "user")
+    yield table.NOT_ADMITTED.at(binding.refused_addresses, "address")
+    yield table.NOT_ADMITTED.at(binding.refused_clients, "client")
 
 
 def _logins(snapshot: Snapshot) -> Iterator[Reading]:
-    for scheme, count in snapshot.logins_accepted.items():
+    login = snapshot.parts.login
+    for scheme, count in login.accepted.items():
         yield table.LOGINS.at(count, scheme, "accepted")
-    for scheme, count in snapshot.logins_refused.items():
+    for scheme, count in login.refused.items():
         yield table.LOGINS.at(count, scheme, "refused")
-    yield table.LOGINS_THROTTLED.at(snapshot.logins_throttled)
+    yield table.LOGINS_THROTTLED.at(login.throttled)
 
 
 def _requests(snapshot: Snapshot) -> Iterator[Reading]:
-    yield table.REQUESTS.at(snapshot.counters.requests)
-    yield table.IN_FLIGHT.at(snapshot.process.running_tasks)
-    for name, method in snapshot.methods.items():
+    state = snapshot.parts.state
+    yield table.REQUESTS.at(state.counters.requests)
+    yield table.IN_FLIGHT.at(state.tasks.running)
+    for name, method in state.methods.items():
         yield table.CALLS.at(method.calls, name)
         if any(method.durations.counts):
             yield table.DURATIONS.at(method.durations, name)
         if any(method.waits.counts):
             yield table.WAITS.at(method.waits, name)
-    yield table.ONCE_RUNNING.at(snapshot.idempotency["running"])
-    yield table.ONCE.at(snapshot.idempotency["repeated"], "repeated")
-    yield table.ONCE.at(snapshot.idempotency["conflicts"], "conflict")
-    yield table.ONCE.at(snapshot.idempotency["lost"], "lost")
+    yield table.ONCE_RUNNING.at(state.idempotency.running)
+    yield table.ONCE.at(state.idempotency.repeated, "repeated")
+    yield table.ONCE.at(state.idempotency.conflicts, "conflict")
+    yield table.ONCE.at(state.idempotency.lost, "lost")
 
 
 def _errors(snapshot: Snapshot) -> Iterator[Reading]:
@@ -194,17 +204,19 @@ def _errors(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _store(snapshot: Snapshot) -> Iterator[Reading]:
-    store, report = snapshot.store, snapshot.store_report
+    store, report = snapshot.parts.store, snapshot.store_report
     if store is None:
         return
+    health, breaker = store.health, store.breaker
+    outage_s = 0.0 if health.is_healthy else max(0.0, snapshot.parts.clock.now() - health.since)
     for state in State:
         yield table.STORE_STATE.at(report["state"] == state.value, state.value)
     yield table.STORE_REFUSING.at(report["refusing"])
-    yield table.STORE_OUTAGE.at(store.outage_s)
+    yield table.STORE_OUTAGE.at(outage_s)
     yield table.STORE_OUTAGES.at(report["outages"])
     yield table.STORE_FAILURES.at(report["failures"])
-    yield table.STORE_ASKING.at(store.operations)
-    yield table.STORE_DURATION.at(store.durations)
+    yield table.STORE_ASKING.at(breaker.in_flight)
+    yield table.STORE_DURATION.at(breaker.durations)
     yield table.STORE_PENDING.at(report["pending_revocations"])
     yield table.STORE_CHANGES.at(report["changes"])
     yield table.STORE_LOOKUPS.at(report["lookups"] - report["misses"], "found")
@@ -212,10 +224,11 @@ def _store(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _https(snapshot: Snapshot) -> Iterator[Reading]:
-    if snapshot.http is None:
+    http = snapshot.parts.http
+    if http is None:
         return
-    counters = snapshot.http.counters
-    yield table.HTTP_CONNECTIONS.at(snapshot.http.connections)
+    counters = http.endpoint.counters
+    yield table.HTTP_CONNECTIONS.at(len(http.connections))
     yield table.HTTP_OPENED.at(counters.connections_opened)
     yield table.HTTP_WRITE_TIMEOUTS.at(counters.write_timeouts)
     for status, count in counters.responses.items():
@@ -226,7 +239,7 @@ def _alerts(snapshot: Snapshot) -> Iterator[Reading]:
     open_alerts = Counter(alert["severity"] for alert in snapshot.alerts["open"])
     for severity in Severity:
         yield table.ALERTS_OPEN.at(open_alerts[severity.word], severity.word)
-    for kind, count in snapshot.alerts_raised.items():
+    for kind, count in snapshot.parts.alerts.center.raised.items():
         yield table.ALERTS_RAISED.at(count, kind.value)
     sinks = {sink["name"]: sink for sink in snapshot.alerts["sinks"]}
     for name in SINKS:

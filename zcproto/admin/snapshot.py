@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Final
@@ -24,21 +24,15 @@ from zcproto.admin.http_protocol import HttpCounters
 from zcproto.admin.https import HttpSide
 from zcproto.admin.parts import Parts
 from zcproto.admin.traffic import Rates
-from zcproto.alerts import AlertKind
 from zcproto.app.app import Method
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
-from zcproto.certs.notices import NoticeKind
-from zcproto.certs.sources import Renewal
 from zcproto.common.clock import MS_PER_SECOND
-from zcproto.config import Config
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import level
 from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.observe.process import resident_bytes, used_cpu_s
-from zcproto.server.listener import Listener
 from zcproto.server.state import Counters, ServerState
-from zcproto.stores.sync import StoreSync
 from zcproto.tls.failure import TlsFailure
 
 API: Final = 1
@@ -46,216 +40,86 @@ API: Final = 1
 
 DAY_S: Final = 86_400
 
+_STATS_CERTIFICATE_KEYS: Final = ("file", "source", "site", "key_type", "pin", "seconds_left")
+
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """Open connections. `tcp` includes those in their handshake."""
+    """Sums over the connections of zcp/1."""
 
-    tcp: int
-    zcp: int
-    most_per_address: int
     in_flight: int
     most_in_flight: int
     slow_readers: int
 
 
 @dataclass(frozen=True, slots=True)
-class Handshakes:
-    completed: int
-    in_progress: int
-    failed: Mapping[TlsFailure, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Sessions:
-    """Sessions in the registry. Those in `stored` include lapsed ones, `tombstones` are of ended ones."""
-
-    live: int
-    lapsed: int
-    stored: int
-    tombstones: int
-    opened: int
-    refreshed: int
-    revoked: int
-    refresh_reused: int
-    tokens_refused: int
-    refused_users: int
-    refused_addresses: int
-    refused_clients: int
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """The session store, beside its own report. `operations` are in flight."""
-
-    outage_s: float
-    operations: int
-    durations: Histogram
-
-
-@dataclass(frozen=True, slots=True)
-class Http:
-    """The HTTPS side. The redirecting port has `redirect` counters, or None without one."""
-
-    connections: int
-    counters: HttpCounters
-    redirect: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    cpu_s: float
-    rss_bytes: int
-    running_tasks: int
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One reading of a server. `store_report` is the store's own report, `alerts` that of the alerts."""
+    """One reading of a server: what had to be computed, beside the counters that its `parts` keep.
 
-    config: Config
+    `store_report` and `alerts` are the reports of the session store and of the alerts.
+    """
+
+    parts: Parts
     time: int
-    started_at: int
-    addresses: Sequence[tuple[str, int]]
-    draining: bool
-    counters: Counters
     connections: Connections
-    handshakes: Handshakes
-    sessions: Sessions
-    max_sessions: int
-    max_tombstones: int
-    methods: Mapping[str, Method]
-    idempotency: Mapping[str, int]
-    idempotency_bytes: int
-    logins_accepted: Mapping[str, int]
-    logins_refused: Mapping[str, int]
-    logins_throttled: int
     rates: Rates
     loop_lag: Histogram
     store_report: Mapping[str, Any]
-    store: Store | None
-    http: Http | None
     certificates: tuple[CertificateStatus, ...]
-    certificate_notices: Mapping[NoticeKind, int]
-    last_renewal: Renewal | None
     alerts: Mapping[str, Any]
-    alerts_raised: Mapping[AlertKind, int]
-    process: Process
+    cpu_s: float
+    rss_bytes: int
+
+    @property
+    def counters(self) -> Counters:
+        return self.parts.state.counters
 
 
 def take_snapshot(parts: Parts) -> Snapshot:
     """Read a server. Call it in its loop."""
-    state, acceptor, certificates = parts.state, parts.acceptor, parts.certificates
-    registry, binding, settings = state.registry, state.binding, state.registry.settings
     loop_lag = Histogram([bound / MS_PER_SECOND for bound in BOUNDS_MS])
     loop_lag.counts, loop_lag.total = parts.loop_lag.counts, parts.loop_lag.total
     return Snapshot(
-        config=parts.config,
+        parts=parts,
         time=parts.clock.wall(),
-        started_at=parts.started_at,
-        addresses=parts.listener.addresses,
-        draining=state.draining,
-        counters=state.counters,
-        connections=_connections(state, parts.listener),
-        handshakes=Handshakes(
-            acceptor.handshakes_completed, acceptor.handshakes_in_progress, acceptor.failures
-        ),
-        sessions=Sessions(
-            live=len(registry),
-            lapsed=registry.lapsed,
-            stored=registry.kept,
-            tombstones=registry.tombstones,
-            opened=registry.opened,
-            refreshed=registry.refreshed,
-            revoked=registry.revoked,
-            refresh_reused=registry.refresh_reused,
-            tokens_refused=registry.checks_refused,
-            refused_users=binding.refused_users,
-            refused_addresses=binding.refused_addresses,
-            refused_clients=binding.refused_clients,
-        ),
-        max_sessions=settings.max_sessions,
-        max_tombstones=settings.dead_limit,
-        methods=state.methods,
-        idempotency=state.idempotency.counts,
-        idempotency_bytes=state.idempotency.bytes_kept,
-        logins_accepted=parts.login.accepted,
-        logins_refused=parts.login.refused,
-        logins_throttled=parts.login.throttled,
+        connections=_connections(parts.state),
         rates=parts.traffic.rates(),
         loop_lag=loop_lag,
-        store_report=state.sessions.statistics(),
-        store=None if parts.store is None else _store(parts.store, parts.clock.now()),
-        http=None if parts.http is None else _http(parts.http),
-        certificates=certificates.status(),
-        certificate_notices=certificates.notices,
-        last_renewal=certificates.last_renewal,
+        store_report=parts.state.sessions.statistics(),
+        certificates=parts.certificates.status(),
         alerts=parts.alerts.report(),
-        alerts_raised=parts.alerts.center.raised,
-        process=Process(used_cpu_s(), resident_bytes(), state.tasks.running),
+        cpu_s=used_cpu_s(),
+        rss_bytes=resident_bytes(),
     )
 
 
-def _connections(state: ServerState, listener: Listener) -> Connections:
-    in_flight = most_in_flight = slow_readers = 0
-    for protocol in state.connections:
-        in_flight += protocol.in_flight
-        most_in_flight = max(most_in_flight, protocol.in_flight)
-        slow_readers += protocol.is_slow_reader
-    return Connections(
-        tcp=listener.connections,
-        zcp=len(state.connections),
-        most_per_address=listener.most_per_address,
-        in_flight=in_flight,
-        most_in_flight=most_in_flight,
-        slow_readers=slow_readers,
-    )
-
-
-def _store(sync: StoreSync, now: float) -> Store:
-    outage_s = 0.0 if sync.health.is_healthy else max(0.0, now - sync.health.since)
-    return Store(outage_s, sync.breaker.in_flight, sync.breaker.durations)
-
-
-def _http(side: HttpSide) -> Http:
-    redirect = side.redirect
-    return Http(
-        connections=len(side.endpoint.connections),
-        counters=side.endpoint.counters,
-        redirect=None
-        if redirect is None
-        else {
-            "connections": len(redirect.open),
-            "refused": redirect.refused,
-            "responses": _by_status(redirect.endpoint.counters),
-        },
-    )
-
-
-def _by_status(counters: HttpCounters) -> dict[str, int]:
-    return {str(status): count for status, count in sorted(counters.responses.items())}
+def _connections(state: ServerState) -> Connections:
+    in_flight = [protocol.in_flight for protocol in state.connections]
+    slow_readers = sum(protocol.is_slow_reader for protocol in state.connections)
+    return Connections(sum(in_flight), max(in_flight, default=0), slow_readers)
 
 
 def status_report(snapshot: Snapshot) -> dict[str, Any]:
     """Return the status of the control API, which `zcproto status` and the status page show."""
-    counters, connections, sessions = snapshot.counters, snapshot.connections, snapshot.sessions
+    parts, counters, connections = snapshot.parts, snapshot.counters, snapshot.connections
+    state, acceptor = parts.state, parts.acceptor
     return {
         "api": API,
         "version": version("zcproto"),
         "pid": os.getpid(),
         "time": snapshot.time,
-        "started_at": snapshot.started_at,
-        "uptime_s": max(0, snapshot.time - snapshot.started_at) // MS_PER_SECOND,
+        "started_at": parts.started_at,
+        "uptime_s": max(0, snapshot.time - parts.started_at) // MS_PER_SECOND,
         "addresses": [
-            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in snapshot.addresses
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in parts.listener.addresses
         ],
-        "draining": snapshot.draining,
+        "draining": state.draining,
         "log_level": level(),
         "connections": {
-            "tcp": connections.tcp,
-            "zcp": connections.zcp,
-            "http": 0 if snapshot.http is None else snapshot.http.connections,
-            "limit": snapshot.config.limits.max_connections,
+            "tcp": parts.listener.connections,
+            "zcp": len(state.connections),
+            "http": 0 if parts.http is None else len(parts.http.connections),
+            "limit": parts.config.limits.max_connections,
             "refused": {
                 "full": counters.refused_full,
                 "per_address": counters.refused_per_address,
@@ -263,10 +127,10 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             },
         },
         "sessions": {
-            "live": sessions.live,
-            "lapsed": sessions.lapsed,
-            "opened": sessions.opened,
-            "revoked": sessions.revoked,
+            "live": len(state.registry),
+            "lapsed": state.registry.lapsed,
+            "opened": state.registry.opened,
+            "revoked": state.registry.revoked,
         },
         "requests": {
             "total": counters.requests,
@@ -275,14 +139,14 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
         },
         "traffic": asdict(snapshot.rates),
         "handshakes": {
-            "completed": snapshot.handshakes.completed,
-            "in_progress": snapshot.handshakes.in_progress,
-            "failed": _by_cause(snapshot.handshakes),
+            "completed": acceptor.handshakes_completed,
+            "in_progress": acceptor.handshakes_in_progress,
+            "failed": _by_cause(acceptor.failures),
         },
         "certificates": certificate_report(snapshot.certificates),
-        "store": {"url": snapshot.config.store.url.partition(":")[0], **snapshot.store_report},
+        "store": {"url": parts.config.store.url.partition(":")[0], **snapshot.store_report},
         "alerts": snapshot.alerts,
-        "process": {"cpu_s": snapshot.process.cpu_s, "rss_bytes": snapshot.process.rss_bytes},
+        "process": {"cpu_s": snapshot.cpu_s, "rss_bytes": snapshot.rss_bytes},
     }
 
 
@@ -304,64 +168,6 @@ def certificate_report(certificates: Iterable[CertificateStatus]) -> list[dict[s
     ]
 
 
-def stats_report(snapshot: Snapshot, longest_pause_s: float, longest_own_pause_s: float) -> dict[str, Any]:
-    """Return the result of `server.stats`. The two pauses are the longest since the previous call."""
-    counters, sessions, process = snapshot.counters, snapshot.sessions, snapshot.process
-    http, last = snapshot.http, snapshot.last_renewal
-    return {
-        "connections": snapshot.connections.zcp,
-        "tcp_connections": snapshot.connections.tcp,
-        "http": None
-        if http is None
-        else {
-            "connections": http.connections,
-            "connections_opened": http.counters.connections_opened,
-            "responses": _by_status(http.counters),
-            "write_timeouts": http.counters.write_timeouts,
-            "redirect": http.redirect,
-        },
-        "sessions": sessions.live,
-        "requests": counters.requests,
-        "running": process.running_tasks,
-        "tasks": len(asyncio.all_tasks()),
-        "errors": {str(code): count for code, count in counters.errors.items()},
-        "connections_opened": counters.connections_opened,
-        "connections_ended": counters.connections_ended,
-        "refused_per_address": counters.refused_per_address,
-        "refused_full": counters.refused_full,
-        "accept_failed": counters.accept_failed,
-        "dropped_stale": counters.dropped_stale,
-        "refused_users": sessions.refused_users,
-        "refused_addresses": sessions.refused_addresses,
-        "refused_clients": sessions.refused_clients,
-        "idempotency": snapshot.idempotency,
-        "store": snapshot.store_report,
-        "handshakes_completed": snapshot.handshakes.completed,
-        "handshakes_in_progress": snapshot.handshakes.in_progress,
-        "tls_failures": _by_cause(snapshot.handshakes),
-        "cpu_s": process.cpu_s,
-        "rss_bytes": process.rss_bytes,
-        "longest_pause_s": longest_pause_s,
-        "longest_own_pause_s": longest_own_pause_s,
-        "pauses": snapshot.loop_lag.counts,
-        "certificates": [
-            {
-                "file": one.path.name,
-                "source": one.source.value,
-                "site": list(one.site),
-                "key_type": one.key_type,
-                "pin": one.pin,
-                "seconds_left": round(one.seconds_left),
-            }
-            for one in snapshot.certificates
-        ],
-        "certificate_notices": {
-            kind.value: count for kind, count in snapshot.certificate_notices.items() if count
-        },
-        "last_renewal": None if last is None else {"at": round(last.at.timestamp()), "ok": last.ok},
-    }
-
-
 def stats_method(parts: Parts) -> Method:
     """Return the protocol method `server.stats`."""
 
@@ -374,9 +180,71 @@ def stats_method(parts: Parts) -> Method:
 
 def read_stats(parts: Parts) -> dict[str, Any]:
     """Return the result of `server.stats`, and start the interval of the longest pauses again."""
-    lag = parts.loop_lag
-    return stats_report(take_snapshot(parts), lag.take_longest(), lag.take_longest_own())
+    snapshot, counters, state, acceptor = (
+        take_snapshot(parts),
+        parts.state.counters,
+        parts.state,
+        parts.acceptor,
+    )
+    last = parts.certificates.last_renewal
+    return {
+        "connections": len(state.connections),
+        "tcp_connections": parts.listener.connections,
+        "http": None if parts.http is None else _http_stats(parts.http),
+        "sessions": len(state.registry),
+        "requests": counters.requests,
+        "running": state.tasks.running,
+        "tasks": len(asyncio.all_tasks()),
+        "errors": {str(code): count for code, count in counters.errors.items()},
+        "connections_opened": counters.connections_opened,
+        "connections_ended": counters.connections_ended,
+        "refused_per_address": counters.refused_per_address,
+        "refused_full": counters.refused_full,
+        "accept_failed": counters.accept_failed,
+        "dropped_stale": counters.dropped_stale,
+        "refused_users": state.binding.refused_users,
+        "refused_addresses": state.binding.refused_addresses,
+        "refused_clients": state.binding.refused_clients,
+        "idempotency": state.idempotency.counts,
+        "store": snapshot.store_report,
+        "handshakes_completed": acceptor.handshakes_completed,
+        "handshakes_in_progress": acceptor.handshakes_in_progress,
+        "tls_failures": _by_cause(acceptor.failures),
+        "cpu_s": snapshot.cpu_s,
+        "rss_bytes": snapshot.rss_bytes,
+        "longest_pause_s": parts.loop_lag.take_longest(),
+        "longest_own_pause_s": parts.loop_lag.take_longest_own(),
+        "pauses": parts.loop_lag.counts,
+        "certificates": [
+            {key: one[key] for key in _STATS_CERTIFICATE_KEYS}
+            for one in certificate_report(snapshot.certificates)
+        ],
+        "certificate_notices": {
+            kind.value: count for kind, count in parts.certificates.notices.items() if count
+        },
+        "last_renewal": None if last is None else {"at": round(last.at.timestamp()), "ok": last.ok},
+    }
 
 
-def _by_cause(handshakes: Handshakes) -> dict[str, int]:
-    return {cause.value: count for cause, count in handshakes.failed.items() if count}
+def _http_stats(side: HttpSide) -> dict[str, Any]:
+    counters, redirect = side.endpoint.counters, side.redirect
+    return {
+        "connections": len(side.connections),
+        "connections_opened": counters.connections_opened,
+        "responses": _by_status(counters),
+        "write_timeouts": counters.write_timeouts,
+        "redirect": redirect
+        and {
+            "connections": len(redirect.open),
+            "refused": redirect.refused,
+            "responses": _by_status(redirect.endpoint.counters),
+        },
+    }
+
+
+def _by_status(counters: HttpCounters) -> dict[str, int]:
+    return {str(status): count for status, count in sorted(counters.responses.items())}
+
+
+def _by_cause(failures: Mapping[TlsFailure, int]) -> dict[str, int]:
+    return {cause.value: count for cause, count in failures.items() if count}
