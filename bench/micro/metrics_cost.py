@@ -126,7 +126,6 @@ def state_on(loop: asyncio.AbstractEventLoop) -> ServerState:
         entropy=lambda size: SALT,
         write_buffer_bytes=1 << 20,
         write_timeout=20.0,
-        session_idle_timeout_ms=None,
     )
 
 

@@ -105,7 +105,6 @@ class Harness:
             entropy=lambda size: next(self._salts).to_bytes(size, "big"),
             write_buffer_bytes=WRITE_BUFFER,
             write_timeout=WRITE_TIMEOUT,
-            session_idle_timeout_ms=None,
         )
         self._salts = itertools.count(1)
 

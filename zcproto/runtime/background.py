@@ -1,15 +1,25 @@
-"""The background work of a server, which ends with it."""
+"""The background work of a server, which ends with it, and what new certificates cause while it runs.
+
+Rules for certificates:
+- New ones apply to future connections; existing ones are kept, unless the client's certificate was revoked.
+- Keys to come are announced to every connection by the event `pins.next`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 
 from zcproto.admin.parts import Parts
+from zcproto.certs import NextPins
+from zcproto.certs.checker import ServingCertificates
+from zcproto.certs.crl import CertificateId, certificate_id
+from zcproto.certs.manager import unix_ms
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.server.state import log
+from zcproto.wire.message import encode_body
 
 CLEANUP_SLOTS: Final = 2_000
 """Sessions checked in one slice of the cleanup, about a millisecond of the loop."""
@@ -18,6 +28,7 @@ FLUSH_INTERVAL: Final = 1.0
 """Seconds until log lines that could not be written are tried again, if no other line comes."""
 
 FLUSHES_PER_SUMMARY: Final = 60
+CLOSED_PER_TURN: Final = 100
 
 
 class Background:
@@ -96,3 +107,45 @@ async def flush_log_regularly() -> None:
             await asyncio.sleep(FLUSH_INTERVAL)
             flush_log()
         report_suppressed()
+
+
+# --- certificates ----------------------------------------------------------------------------------------
+
+
+def roll_out_certificates(parts: Parts, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+    """Put new certificates and announced keys into service from now on. `spawn` starts background work."""
+    revoked = parts.certificates.serving.revoked
+
+    def serve(serving: ServingCertificates) -> None:
+        nonlocal revoked
+        parts.acceptor.contexts = serving.contexts
+        announce(parts.certificates.next_pins)
+        added, revoked = serving.revoked - revoked, serving.revoked
+        if added:
+            spawn(close_revoked(parts, added))
+
+    def announce(next_pins: NextPins | None) -> None:
+        state = parts.state
+        state.pins = tuple(pair.pin for pair in parts.certificate_pairs)
+        state.pins_next, body = None, None
+        if next_pins is not None:
+            state.pins_next = {"pins": list(next_pins.pins), "from": unix_ms(next_pins.use_from)}
+            body = encode_body(["pins.next", state.pins_next])
+        spawn(state.announce(body))
+
+    parts.certificates.on_serving = serve
+    parts.certificates.on_next_pins = announce
+    announce(parts.certificates.next_pins)
+
+
+async def close_revoked(parts: Parts, revoked: frozenset[CertificateId]) -> None:
+    """Close the connections of clients whose certificates were revoked."""
+    for number, connection in enumerate(list(parts.state.connections), 1):
+        certificate = connection.peer_certificate()
+        if certificate is not None and certificate_id(certificate) in revoked:
+            log.warning("connection.certificate_revoked", peer=connection.peer, connection=connection.id)
+            connection.close("certificate_revoked")
+        if number % CLOSED_PER_TURN == 0:
+            await asyncio.sleep(0)
+    if parts.http is not None:
+        parts.http.close_those(lambda certificate: certificate_id(certificate) in revoked)

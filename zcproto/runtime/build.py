@@ -29,7 +29,6 @@ from zcproto.certs.client_user import user_of
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
-from zcproto.common.network import AddressSet
 from zcproto.config import Config
 from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
 from zcproto.errors import ConfigError
@@ -84,8 +83,8 @@ async def build(
     state = build_state(config, sessions, wheel, clock, entropy)
     state.on_revoked = partial(on_revoked, alerts)
     login = build_login(active, home, state, certificates, authenticators)
-    endpoints = build_endpoints(config, state, certificates, wheel)
-    watch_rates(alerts, state=state, acceptor=endpoints.acceptor, login=login.login)
+    acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
+    watch_rates(alerts, state=state, acceptor=acceptor, login=login.login)
     enrollment = None if login.devices is None else login.devices.enrollment
     state.add_methods([*protocol_methods(state, login.login, enrollment), *app])
     parts = Parts(
@@ -101,11 +100,11 @@ async def build(
         login=login.login,
         users=login.users,
         devices=login.devices,
-        acceptor=endpoints.acceptor,
-        listener=endpoints.listener,
-        http=endpoints.http,
-        loop_lag=LoopLag(loop, partial(_work_done, state, endpoints.acceptor)),
-        traffic=Traffic(clock, state.counters, endpoints.acceptor, state.methods),
+        acceptor=acceptor,
+        listener=listener,
+        http=http,
+        loop_lag=LoopLag(loop, partial(_work_done, state, acceptor)),
+        traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )
     add_views(parts)
     return parts
@@ -209,7 +208,6 @@ def build_state(
         entropy=entropy,
         write_buffer_bytes=config.limits.write_buffer_bytes,
         write_timeout=config.limits.write_timeout,
-        session_idle_timeout_ms=session_settings(config).idle_timeout_ms,
         sessions=sessions.sessions,
         session_connections=sessions.connections,
         idempotency=IdempotencyCache(
@@ -291,17 +289,9 @@ async def end_device_sessions(state: ServerState, name: str, device: RegisteredD
     return ended
 
 
-class Endpoints(NamedTuple):
-    """`http` is None if it is switched off."""
-
-    acceptor: TlsAcceptor
-    listener: Listener
-    http: HttpSide | None
-
-
 def build_endpoints(
     config: Config, state: ServerState, certificates: CertificateManager, wheel: DeadlineWheel
-) -> Endpoints:
+) -> tuple[TlsAcceptor, Listener, HttpSide | None]:
     """Build the TLS endpoint and the protocols that are spoken on it."""
     loop = asyncio.get_running_loop()
     protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(ServerProtocol, state)}
@@ -318,16 +308,7 @@ def build_endpoints(
         on_failure=_log_tls_failure,
         client_pins=parse_pins(config.tls.client_pins),
     )
-    listener = Listener(
-        acceptor,
-        state,
-        loop,
-        max_handshakes=config.tls.max_handshakes,
-        max_connections=config.limits.max_connections,
-        connections_per_address=config.limits.connections_per_address,
-        balancers=AddressSet(config.server.proxy_protocol_from),
-    )
-    return Endpoints(acceptor, listener, http)
+    return acceptor, Listener(acceptor, state, loop, config), http
 
 
 def _log_tls_failure(failure: TlsFailure, peer: str) -> None:

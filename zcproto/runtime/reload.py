@@ -21,7 +21,6 @@ from typing import Any, Final
 from zcproto.admin.parts import Parts
 from zcproto.alerts import Alert, AlertKind
 from zcproto.alerts.service import ServerAlerts, sinks_of
-from zcproto.common.network import AddressSet
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT, ConfigChange, Effect, changes_between, effective
 from zcproto.errors import CertificateError, ConfigError
@@ -148,7 +147,6 @@ class Reloader:
         state.write_buffer_bytes = limits.write_buffer_bytes
         state.write_timeout = limits.write_timeout
         settings = replace(session_settings(new), max_sessions=state.registry.settings.max_sessions)
-        state.session_idle_timeout_ms = settings.idle_timeout_ms
         if settings != state.registry.settings:
             state.registry.reconfigure(settings)
             state.sessions.reconfigure(settings)
@@ -156,12 +154,7 @@ class Reloader:
         parts.throttle.reconfigure(limits.login_failures)
         parts.acceptor.handshake_timeout = new.tls.handshake_timeout
         parts.acceptor.client_pins = parse_pins(new.tls.client_pins)
-        parts.listener.reconfigure(
-            max_handshakes=new.tls.max_handshakes,
-            max_connections=limits.max_connections,
-            connections_per_address=limits.connections_per_address,
-            balancers=AddressSet(new.server.proxy_protocol_from),
-        )
+        parts.listener.reconfigure(new)
         if parts.http is not None:
             parts.http.reconfigure(new)
 

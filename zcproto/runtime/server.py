@@ -34,9 +34,8 @@ from zcproto.config import Config, load_config
 from zcproto.errors import ConfigError
 from zcproto.http.router import Router
 from zcproto.observe.log import flush_log, report_suppressed
-from zcproto.runtime.background import Background, background_work
+from zcproto.runtime.background import Background, background_work, roll_out_certificates
 from zcproto.runtime.build import alert_source, build
-from zcproto.runtime.certificate_rollout import CertificateRollout
 from zcproto.runtime.drain import close_state, drain_connections
 from zcproto.runtime.reload import ReadConfig, Reloaded, Reloader
 from zcproto.server.listener import bind, take_over
@@ -143,7 +142,7 @@ class Server:
             stack.callback(parts.loop_lag.stop)
             parts.loop_lag.start()
             background = await stack.enter_async_context(Background())
-            CertificateRollout(parts, background.start)
+            roll_out_certificates(parts, background.start)
             for work in background_work(parts):
                 background.start(work)
             if self._control is not None:

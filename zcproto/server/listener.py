@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Final
 
 from zcproto.common.network import AddressSet, network_of, plain_address
+from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server.state import ServerState, log
 from zcproto.tls.forwarded import ForwardedTransport
@@ -30,8 +31,6 @@ from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 BACKLOG: Final = 4_096
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
-
-NO_ADDRESSES: Final = AddressSet()
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -223,26 +222,18 @@ class AcceptLoop:
 class Listener(AcceptLoop):
     """Accept TLS connections within the limits.
 
-    A PROXY protocol header is required and trusted from `balancers`.
+    A PROXY protocol header is required and trusted from `server.proxy_protocol_from`.
     """
 
     def __init__(
-        self,
-        acceptor: TlsAcceptor,
-        state: ServerState,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        max_handshakes: int,
-        max_connections: int,
-        connections_per_address: int,
-        balancers: AddressSet = NO_ADDRESSES,
+        self, acceptor: TlsAcceptor, state: ServerState, loop: asyncio.AbstractEventLoop, config: Config
     ) -> None:
         super().__init__(loop)
         self.addresses: list[tuple[str, int]] = []
         """Host and port of each listening socket; kept after the end."""
         self._acceptor = acceptor
         self._state = state
-        self._set_limits(max_handshakes, max_connections, connections_per_address, balancers)
+        self._set_limits(config)
         self._counts = AddressCounts()
         self._open = 0
         self._empty = asyncio.Event()
@@ -250,26 +241,17 @@ class Listener(AcceptLoop):
         acceptor.on_closed = self._connection_closed
         acceptor.on_forwarded = self._connection_forwarded
 
-    def reconfigure(
-        self,
-        *,
-        max_handshakes: int,
-        max_connections: int,
-        connections_per_address: int,
-        balancers: AddressSet,
-    ) -> None:
+    def reconfigure(self, config: Config) -> None:
         """Apply new limits to future connections; existing ones are kept."""
-        self._set_limits(max_handshakes, max_connections, connections_per_address, balancers)
+        self._set_limits(config)
         self._resume()
 
-    def _set_limits(
-        self, max_handshakes: int, max_connections: int, per_address: int, balancers: AddressSet
-    ) -> None:
-        self._max_handshakes = max_handshakes
-        self._max_connections = max_connections
-        self._per_address = per_address
-        self.balancers = balancers
-        self._has_balancers = bool(balancers)  # read at each accept
+    def _set_limits(self, config: Config) -> None:
+        self._max_handshakes = config.tls.max_handshakes
+        self._max_connections = config.limits.max_connections
+        self._per_address = config.limits.connections_per_address
+        self.balancers = AddressSet(config.server.proxy_protocol_from)
+        self._has_balancers = bool(self.balancers)  # read at each accept
 
     @property
     def port(self) -> int:

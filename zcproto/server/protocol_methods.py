@@ -153,7 +153,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             raise Unauthenticated(
                 "bound to another client certificate; open a session", {"certificate": True}
             )
-        wall, idle_ms = context.wall(), state.session_idle_timeout_ms
+        wall, idle_ms = context.wall(), registry.settings.idle_timeout_ms
         if wall < session.expires_at and (idle_ms is None or wall < session.last_used_at + idle_ms):
             raise Unauthenticated(
                 "bound refresh token; prove its key here by session.attach first", {"attach": True}
@@ -167,7 +167,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             "id": session.id,
             "user": session.user,
             "expires_at": session.expires_at,
-            "idle_timeout_ms": state.session_idle_timeout_ms or 0,
+            "idle_timeout_ms": registry.settings.idle_timeout_ms or 0,
             "refresh_token": opened.refresh_token,
             "refresh_expires_at": opened.refresh_expires_at,
             "bound": session.bound,

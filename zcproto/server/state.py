@@ -161,7 +161,6 @@ class ServerState:
         entropy: Entropy,
         write_buffer_bytes: int,
         write_timeout: float,
-        session_idle_timeout_ms: int | None,
         sessions: SessionService | None = None,
         session_connections: SessionConnections | None = None,
         idempotency: IdempotencyCache | None = None,
@@ -177,7 +176,6 @@ class ServerState:
         self.entropy = entropy
         self.write_buffer_bytes = write_buffer_bytes
         self.write_timeout = write_timeout
-        self.session_idle_timeout_ms = session_idle_timeout_ms
         self.idempotency = IdempotencyCache(tasks, clock) if idempotency is None else idempotency
         self.binding = SessionBinding() if binding is None else binding
         self.sessions = SessionService(registry, clock) if sessions is None else sessions
