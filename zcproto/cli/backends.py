@@ -23,7 +23,7 @@ from urllib.parse import urlencode
 import click
 
 from zcproto.auth import DeviceFile, UserFile
-from zcproto.cli.connect import key_option, make_client, read_key, run, trust_options
+from zcproto.cli.connect import Trust, key_option, read_key, run, trust_options
 from zcproto.cli.control import Control, find_control
 from zcproto.cli.session_store import CONFIGURED, end_sessions, has_no_sessions, opened_store, with_store
 from zcproto.common.clock import system_clock
@@ -84,8 +84,7 @@ class RemoteServer:
     address: str
     operator: str
     key_file: Path | None
-    ca: Path | None
-    pins: tuple[str, ...]
+    trust: Trust
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         """Call the method of an operation. Raises ConfigError, and the errors of `zcproto.connect`."""
@@ -94,10 +93,10 @@ class RemoteServer:
         async def call() -> Any:
             options = {"user": self.operator, "key": key, "timeout": TIMEOUT_S}
             given = {name: value for name, value in params.items() if value is not None}
-            async with make_client(self.address, self.home, self.ca, self.pins, **options) as client:
+            async with self.trust.make_client(self.home, self.address, **options) as client:
                 return await client.call(REMOTE_METHODS[operation], given)
 
-        result = run(call)
+        result = run(call())
         if operation == "sessions":
             return {"sessions": result, "more": len(result) >= LISTED}
         return dict(result)
@@ -208,18 +207,17 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         address: str | None,
         operator: str | None,
         key_file: Path | None,
-        ca: Path | None,
-        pins: tuple[str, ...],
+        trust: Trust,
         **kwargs: Any,
     ) -> Any:
         remote = None
         if address is None:
-            if operator is not None or key_file is not None or ca is not None or pins:
+            if operator is not None or key_file is not None or trust.ca is not None or trust.pins:
                 raise click.UsageError("--operator, --key-file, --ca and --pin go with --server.")
         elif operator is None:
             raise click.UsageError("--server goes with --operator NAME: only operators may ask.")
         else:
-            remote = RemoteServer(home, address, operator, key_file, ca, pins)
+            remote = RemoteServer(home, address, operator, key_file, trust)
         return function(*args, home=home, remote=remote, **kwargs)
 
     with_options = key_option("operator")(trust_options(with_server))

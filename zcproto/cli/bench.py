@@ -1,133 +1,87 @@
-"""`zcproto bench`: measure a server under load."""
+"""`zcproto bench` and `zcproto demo`: put a server under load and verify every answer."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from zcproto.cli import home_options
-from zcproto.cli.connect import ca_file
+from zcproto.cli.connect import Trust
+from zcproto.cli.options import file_option, number_option
 from zcproto.common.home import Home
 
-OUTPUT = click.Path(path_type=Path, dir_okay=False)
+COUNT = click.IntRange(1, 1_000_000)
+RATE = click.FloatRange(0.1, 10_000_000)
+json_option = file_option("--json", "json_file", text="Write all results.", dir_okay=False)
+plot_option = file_option(
+    "--plot", metavar="FILE.png", text="Draw latencies, connections and rates.", dir_okay=False
+)
 
 
 @click.command()
 @click.argument("address", metavar="HOST:PORT")
-@click.option(
-    "--connections",
-    type=click.IntRange(1, 1_000_000),
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="TLS connections, all open at once.",
-)
+@number_option("--connections", COUNT, 100, "N", "TLS connections, all open at once.")
 @click.option(
     "--sessions",
-    type=click.IntRange(1, 1_000_000),
+    type=COUNT,
     metavar="M",
     help="Sessions; fewer than connections are shared. [default: one per connection]",
 )
-@click.option(
+@number_option(
     "--rate",
-    type=click.FloatRange(0.1, 10_000_000),
-    default=1_000.0,
-    show_default=True,
-    metavar="R",
-    help="Requests per second over all connections, sent whether or not answers arrive.",
+    RATE,
+    1_000.0,
+    "R",
+    "Requests per second over all connections, sent whether or not answers arrive.",
 )
-@click.option(
-    "--duration",
-    type=click.FloatRange(0.1, 86_400),
-    default=10.0,
-    show_default=True,
-    metavar="S",
-    help="The duration of the load in seconds.",
-)
-@click.option(
-    "--payload",
-    type=click.IntRange(0),
-    default=64,
-    show_default=True,
-    metavar="BYTES",
-    help="Random bytes in each request and its answer.",
-)
-@click.option(
-    "--pipeline",
-    type=click.IntRange(1, 1_024),
-    default=1,
-    show_default=True,
-    metavar="D",
-    help="Requests in each write.",
-)
-@click.option(
-    "--arrival-rate",
-    type=click.FloatRange(0.1, 100_000),
-    default=500.0,
-    show_default=True,
-    metavar="A",
-    help="New connections per second.",
-)
-@click.option(
-    "--processes",
-    type=click.IntRange(1, 256),
-    default=1,
-    show_default=True,
-    metavar="P",
-    help="Processes that generate the load.",
-)
-@click.option(
+@number_option("--duration", click.FloatRange(0.1, 86_400), 10.0, "S", "The duration of the load in seconds.")
+@number_option("--payload", click.IntRange(0), 64, "BYTES", "Random bytes in each request and its answer.")
+@number_option("--pipeline", click.IntRange(1, 1_024), 1, "D", "Requests in each write.")
+@number_option("--arrival-rate", click.FloatRange(0.1, 100_000), 500.0, "A", "New connections per second.")
+@number_option("--processes", click.IntRange(1, 256), 1, "P", "Processes that generate the load.")
+@file_option(
     "--keys",
-    type=OUTPUT,
     required=True,
-    metavar="FILE",
-    help="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
+    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
+    dir_okay=False,
 )
-@click.option(
+@file_option(
     "--operator-key-file",
-    type=OUTPUT,
-    metavar="FILE",
-    help="The key of an operator who reads the server's count; a file like --keys. [default: the first of --keys]",
+    text="The key of an operator who reads the server's count; a file like --keys. [default: the first of --keys]",
+    dir_okay=False,
 )
-@click.option(
+@file_option(
     "--ca",
-    type=OUTPUT,
-    metavar="FILE",
-    help="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
+    text="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
+    dir_okay=False,
 )
-@click.option(
-    "--seed", type=int, default=1, show_default=True, metavar="N", help="The seed of arrivals and payloads."
-)
-@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write all results.")
-@click.option(
+@number_option("--seed", click.INT, 1, "N", "The seed of arrivals and payloads.")
+@json_option
+@file_option(
     "--hdr",
     "hdr_file",
-    type=OUTPUT,
-    metavar="FILE",
-    help="Write latencies as an HdrHistogram log, or as percentiles if FILE ends with .hgrm.",
+    text="Write latencies as an HdrHistogram log, or as percentiles if FILE ends with .hgrm.",
+    dir_okay=False,
 )
-@click.option("--plot", type=OUTPUT, metavar="FILE.png", help="Draw latencies, connections and rates.")
+@plot_option
 @home_options
 def bench(
     address: str,
     connections: int,
     sessions: int | None,
-    rate: float,
     duration: float,
     payload: int,
-    pipeline: int,
-    arrival_rate: float,
-    processes: int,
     keys: Path,
     operator_key_file: Path | None,
     ca: Path | None,
-    seed: int,
     json_file: Path | None,
     hdr_file: Path | None,
     plot: Path | None,
     home: Home,
     config_file: Path | None,
+    **load: Any,
 ) -> int:
     """Measure the server at HOST:PORT: connections, an open-loop load, and one last request on each.
 
@@ -148,16 +102,33 @@ def bench(
         port=port,
         connections=connections,
         sessions=connections if sessions is None else sessions,
-        rate=rate,
         duration_s=duration,
         payload_bytes=payload,
         credentials=credentials,
         operator=operators[0],
-        pipeline=pipeline,
-        arrival_rate=arrival_rate,
-        processes=processes,
-        ca_file=ca_file(home, ca),
-        seed=seed,
+        ca_file=Trust(ca).ca_file(home),
+        **load,
     )
     result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())
+    return EXIT_CODES[result.verdict]
+
+
+@click.command()
+@number_option("--connections", COUNT, 10_000, "N", "TLS connections, all open at once.")
+@number_option("--rate", RATE, 5_000.0, "R", "Requests per second over all connections.")
+@number_option("--seconds", click.FloatRange(0.1, 3_600), 6.0, "S", "The duration of the load.")
+@json_option
+@plot_option
+def demo(connections: int, rate: float, seconds: float, json_file: Path | None, plot: Path | None) -> int:
+    """Open 10,000 verified connections to a server of its own.
+
+    Creates users and certificates in a temporary folder, starts a server in one process, and opens the connections
+    from another, each with its own session and each verified by its answers. It ends within a minute and leaves no
+    process and no file. Exit code 0 if everything is verified.
+    """
+    from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
+    from zcproto.load.demo.run import Demo, run_demo  # noqa: PLC0415
+    from zcproto.load.progress import new_console  # noqa: PLC0415
+
+    result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot), new_console())
     return EXIT_CODES[result.verdict]

@@ -15,13 +15,14 @@ from zcproto.cli import home_options
 from zcproto.cli.connect import (
     EXIT_CANNOT_CONNECT,
     MAX_CONNECT_TIMEOUT,
+    Trust,
     key_option,
-    make_client,
     opened,
     read_key,
     run,
     trust_options,
 )
+from zcproto.cli.options import file_option, number_option
 from zcproto.cli.output import json_text
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
@@ -38,19 +39,16 @@ from zcproto.common.text import escape_text
 )
 @key_option("user")
 @trust_options
-@click.option(
+@number_option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True, max=86_400),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="The deadline of the call.",
+    click.FloatRange(min=0, min_open=True, max=86_400),
+    30.0,
+    "SECONDS",
+    "The deadline of the call.",
 )
-@click.option(
+@file_option(
     "--key-log",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Append the TLS secrets of the connection, with which Wireshark can decrypt it (spec/wireshark).",
+    text="Append the TLS secrets of the connection, with which Wireshark can decrypt it (spec/wireshark).",
 )
 @home_options
 def call(
@@ -61,8 +59,7 @@ def call(
     params: str | None,
     user: str | None,
     key_file: Path | None,
-    ca: Path | None,
-    pins: tuple[str, ...],
+    trust: Trust,
     timeout: float,
     key_log: Path | None,
 ) -> int:
@@ -85,7 +82,7 @@ def call(
 
     async def work() -> int:
         connect_timeout = min(timeout, MAX_CONNECT_TIMEOUT)
-        client = make_client(address, home, ca, pins, connect_timeout=connect_timeout, **options)
+        client = trust.make_client(home, address, connect_timeout=connect_timeout, **options)
         if not await opened(client):
             return EXIT_CANNOT_CONNECT
         try:
@@ -95,7 +92,7 @@ def call(
         click.echo(to_json(result))
         return 0
 
-    return run(work)
+    return run(work())
 
 
 def parse_params(text: str | None) -> dict[str, Any]:

@@ -6,15 +6,18 @@ Rules: a key is never taken from the command line, which every user of a machine
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import stat
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from zcproto.cli.options import Function, file_option
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
@@ -30,41 +33,59 @@ MAX_KEY = 4_096
 MAX_CONNECT_TIMEOUT = 10.0
 MAX_MESSAGE = 2_000
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
 def key_option(owner: str) -> Callable[[Function], Function]:
     """Add --key-file; its value is `key_file`."""
-    return click.option(
+    return file_option(
         "--key-file",
-        type=click.Path(path_type=Path, allow_dash=True),
-        metavar="FILE",
-        help=f"The file with the {owner}'s key; - reads standard input. [default: the variable {KEY_VARIABLE}]",
+        text=f"The file with the {owner}'s key; - reads standard input. [default: the variable {KEY_VARIABLE}]",
+        allow_dash=True,
     )
 
 
-def trust_options(function: Function) -> Function:
-    """Add --ca and --pin; their values are `ca` and `pins`."""
-    function = click.option(
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The options on which servers to trust."""
+
+    ca: Path | None = None
+    pins: tuple[str, ...] = ()
+
+    def ca_file(self, home: Home) -> Path | None:
+        """Return the CA to trust; None is the system's store, or no CA beside pins."""
+        own = home.certs / "ca.crt"
+        return own if self.ca is None and not self.pins and own.exists() else self.ca
+
+    def make_client(self, home: Home, address: str, **options: Any) -> Client:
+        """Return a client that has not connected yet. Raises ConfigError for a malformed pin."""
+        from zcproto.client import connect  # noqa: PLC0415
+
+        options.setdefault("connect_timeout", MAX_CONNECT_TIMEOUT)
+        try:
+            return connect(address, home=home.path, ca_file=self.ca_file(home), pins=self.pins, **options)
+        except TlsError as error:
+            raise ConfigError([escape_text(str(error), MAX_MESSAGE)]) from error
+
+
+def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --ca and --pin: `function` gets `trust: Trust`."""
+
+    @functools.wraps(function)
+    def with_trust(*args: Any, ca: Path | None, pins: tuple[str, ...], **kwargs: Any) -> Any:
+        return function(*args, trust=Trust(ca, pins), **kwargs)
+
+    with_pin = click.option(
         "--pin",
         "pins",
         multiple=True,
         metavar="PIN",
         help="sha256/BASE64 of the server's public key: beside --ca or instead of a CA. May be repeated.",
-    )(function)
-    return click.option(
+    )(with_trust)
+    return file_option(
         "--ca",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
-    )(function)
-
-
-def ca_file(home: Home, ca: Path | None, pins: tuple[str, ...] = ()) -> Path | None:
-    """Return the CA to trust by the options; None is the system's store, or no CA beside pins."""
-    own = home.certs / "ca.crt"
-    return own if ca is None and not pins and own.exists() else ca
+        text="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
+    )(with_pin)
 
 
 def read_key(path: Path | None) -> str:
@@ -99,26 +120,12 @@ def _read_key_file(path: Path, where: str) -> str:
         raise ConfigError([f"{where}: {error.strerror}"]) from error
 
 
-def run(work: Callable[[], Awaitable[T]]) -> T:
+def run(work: Coroutine[Any, Any, T]) -> T:
     """Run asynchronous work of a command."""
     from zcproto.common.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
-    async def start() -> T:
-        return await work()
-
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(start())
-
-
-def make_client(address: str, home: Home, ca: Path | None, pins: tuple[str, ...], **options: Any) -> Client:
-    """Return a client that has not connected yet. Raises ConfigError for a malformed pin."""
-    from zcproto.client import connect  # noqa: PLC0415
-
-    options.setdefault("connect_timeout", MAX_CONNECT_TIMEOUT)
-    try:
-        return connect(address, home=home.path, ca_file=ca_file(home, ca, pins), pins=pins, **options)
-    except TlsError as error:
-        raise ConfigError([escape_text(str(error), MAX_MESSAGE)]) from error
+        return runner.run(work)
 
 
 async def opened(client: Client) -> bool:

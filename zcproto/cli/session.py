@@ -13,8 +13,8 @@ from zcproto.cli import home_options, read_config
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import (
     EXIT_CANNOT_CONNECT,
+    Trust,
     key_option,
-    make_client,
     opened,
     read_key,
     run,
@@ -96,13 +96,7 @@ def _moment(ms: int) -> str:
 @trust_options
 @home_options
 def open_session(
-    home: Home,
-    config_file: Path | None,
-    address: str,
-    user: str,
-    key_file: Path | None,
-    ca: Path | None,
-    pins: tuple[str, ...],
+    home: Home, config_file: Path | None, address: str, user: str, key_file: Path | None, trust: Trust
 ) -> int:
     """Open a session at HOST:PORT and print its token: for the status page, or for Prometheus.
 
@@ -114,7 +108,7 @@ def open_session(
     async def work() -> int:
         from zcproto.client.client import default_client  # noqa: PLC0415
 
-        client = make_client(address, home, ca, pins, timeout=TIMEOUT_S)
+        client = trust.make_client(home, address, timeout=TIMEOUT_S)
         if not await opened(client):
             return EXIT_CANNOT_CONNECT
         params = {"scheme": "api_key", "user": user, "key": key, "client": default_client()}
@@ -127,7 +121,7 @@ def open_session(
         click.echo(f"session {escape_text(found['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
         return 0
 
-    return run(work)
+    return run(work())
 
 
 @session.command(context_settings={"ignore_unknown_options": True})  # one ID in 64 begins with a dash

@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from zcproto.cli import EXIT_FAILED, home_options
-from zcproto.cli.connect import key_option, trust_options
+from zcproto.cli.connect import Trust, key_option, trust_options
 from zcproto.cli.doctor.finding import FAULT, SKIPPED, Finding, as_text
+from zcproto.cli.options import number_option
 from zcproto.cli.output import as_json_option, print_json
 from zcproto.common.home import Home
 
@@ -20,13 +21,12 @@ MAX_TIMEOUT = 60
 @click.option("--user", metavar="NAME", help="Also open a session of this user, use it and close it.")
 @key_option("user")
 @trust_options
-@click.option(
+@number_option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT),
-    default=10.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="The timeout of each step over the network.",
+    click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT),
+    10.0,
+    "SECONDS",
+    "The timeout of each step over the network.",
 )
 @as_json_option
 @home_options
@@ -36,8 +36,7 @@ def doctor(
     address: str | None,
     user: str | None,
     key_file: Path | None,
-    ca: Path | None,
-    pins: tuple[str, ...],
+    trust: Trust,
     timeout: float,
     as_json: bool,
 ) -> int:
@@ -55,8 +54,7 @@ def doctor(
 
     if user is None and key_file is not None:
         raise click.UsageError("--key-file goes with --user.")
-    trust = remote.Trust(ca, pins, home)
-    login = None if user is None else remote.LoginAs(user, key_file)
+    login = None if user is None else (user, key_file)
     findings = local.folder(home) + local.configuration(home, config_file)
     if address is None:
         config = local.read(home, config_file)
@@ -65,9 +63,11 @@ def doctor(
         else:
             findings += local.server(config, home)
             address = local.own_address(config)
-            findings += remote.check(address, trust, login, timeout) if local.is_served(findings) else []
+            findings += (
+                remote.check(address, trust, home, login, timeout) if local.is_served(findings) else []
+            )
     else:
-        findings += remote.check(address, trust, login, timeout)
+        findings += remote.check(address, trust, home, login, timeout)
     if as_json:
         print_json([each.data for each in findings], indent=2)
     else:

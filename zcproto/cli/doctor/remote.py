@@ -12,7 +12,6 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -21,7 +20,7 @@ from cryptography import x509
 
 from zcproto.certs import pair
 from zcproto.cli import cert_report
-from zcproto.cli.connect import ca_file, make_client, read_key, run
+from zcproto.cli.connect import Trust, read_key, run
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
@@ -65,27 +64,6 @@ CURES: Final = {
 _ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
 
 
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """The trust options of the command line."""
-
-    ca: Path | None
-    pins: tuple[str, ...]
-    home: Home
-
-    @property
-    def ca_file(self) -> Path | None:
-        return ca_file(self.home, self.ca, self.pins)
-
-
-@dataclass(frozen=True, slots=True)
-class LoginAs:
-    """The user of the session to open."""
-
-    user: str
-    key_file: Path | None
-
-
 class StepFailed(Exception):
     """Ends the steps with a fault."""
 
@@ -93,25 +71,30 @@ class StepFailed(Exception):
         self.finding = Finding(check, FAULT, found, cure)
 
 
-def check(text: str, trust: Trust, login: LoginAs | None, timeout: float) -> list[Finding]:
-    """Run the steps until one fails. Raises ConfigError for a malformed address or pin."""
+def check(
+    text: str, trust: Trust, home: Home, login: tuple[str, Path | None] | None, timeout: float
+) -> list[Finding]:
+    """Run the steps until one fails. Raises ConfigError for a malformed address or pin.
+
+    `login` is the user of the session to open, and the file with the key.
+    """
     address = parse_address(text)
     try:
         pins = parse_pins(trust.pins)
     except TlsError as error:
         raise ConfigError([escape_text(str(error))]) from error
-    key = None if login is None else read_key(login.key_file)
+    key = None if login is None else read_key(login[1])
     findings: list[Finding] = []
     try:
         certificate = _connect(address, timeout, findings)
-        _judge(address, trust, pins, timeout, certificate, findings)
+        _judge(address, trust.ca_file(home), pins, timeout, certificate, findings)
     except StepFailed as failed:
         findings.append(failed.finding)
         if login is not None:
             findings.append(Finding("session", SKIPPED, "no key is sent to a server that is not trusted"))
     else:
         if login is not None and key is not None:
-            findings.append(_session(str(address), trust, login.user, key, timeout))
+            findings.append(_session(str(address), trust, home, login[0], key, timeout))
     return findings
 
 
@@ -200,7 +183,7 @@ def _handshake_failed(error: Exception, check: str) -> StepFailed:
 
 def _judge(
     address: Address,
-    trust: Trust,
+    ca_file: Path | None,
     pins: frozenset[str],
     timeout: float,
     certificate: bytes,
@@ -208,13 +191,13 @@ def _judge(
 ) -> None:
     """Check whether a client with this trust accepts the server. Raises StepFailed."""
     host = address.host.partition("%")[0]
-    by_ca = trust.ca is not None or not pins
-    source = "the system's store" if trust.ca_file is None else str(trust.ca_file)
+    by_ca = ca_file is not None or not pins
+    source = "the system's store" if ca_file is None else str(ca_file)
     failure: TlsFailure | None = None
     detail = ""
     if by_ca:
         try:
-            context = client_context(ca_file=trust.ca_file, protocols=[ALPN])
+            context = client_context(ca_file=ca_file, protocols=[ALPN])
         except ZcprotoError as error:
             found, _, cure = escape_text(str(error)).partition("; ")
             raise StepFailed("trust", found, cure) from error
@@ -269,15 +252,14 @@ def _near_end(der: bytes) -> Iterator[Finding]:
 # --- the session -----------------------------------------------------------------------------------------
 
 
-def _session(address: str, trust: Trust, user: str, key: str, timeout: float) -> Finding:
+def _session(address: str, trust: Trust, home: Home, user: str, key: str, timeout: float) -> Finding:
     async def use_session() -> None:
         options = {"user": user, "key": key, "timeout": timeout, "connect_timeout": timeout}
-        client = make_client(address, trust.home, trust.ca, trust.pins, client="zcproto-doctor", **options)
-        async with client:
+        async with trust.make_client(home, address, client="zcproto-doctor", **options) as client:
             await client.call("session.info")
 
     try:
-        run(use_session)
+        run(use_session())
     except CallError as error:
         return Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))
     except (ZcprotoError, OSError) as error:
