@@ -46,7 +46,7 @@ from zcproto.http.router import Route
 from zcproto.observe.log import level, set_level
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log
-from zcproto.sessions.token import token_from_text, token_text
+from zcproto.sessions.token import token_from_text
 
 LISTED_NAMES: Final = 10_000
 """Users or devices in one list."""
@@ -167,10 +167,7 @@ class Operations:
         file = self._users.file
         users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
         return {
-            "users": [
-                {"name": name, "operator": user.operator, "key": user.has_key, "disabled": user.disabled}
-                for name, user in users[:LISTED_NAMES]
-            ],
+            "users": [user.as_dict(name) for name, user in users[:LISTED_NAMES]],
             "more": len(users) > LISTED_NAMES,
         }
 
@@ -214,15 +211,7 @@ class Operations:
     async def list_devices(self) -> dict[str, Any]:
         devices = list(self._devices.known.items())
         return {
-            "devices": [
-                {
-                    "name": name,
-                    "user": device.user,
-                    "public_key": token_text(device.public_key),
-                    "added": f"{device.added:%Y-%m-%dT%H:%M:%SZ}",
-                }
-                for name, device in devices[:LISTED_NAMES]
-            ],
+            "devices": [device.as_dict(name) for name, device in devices[:LISTED_NAMES]],
             "more": len(devices) > LISTED_NAMES,
         }
 

@@ -49,6 +49,15 @@ class RegisteredDevice(NamedTuple):
     added: datetime
     """Aware, in UTC."""
 
+    def as_dict(self, name: str) -> dict[str, Any]:
+        """Return this device as lists show it."""
+        return {
+            "name": name,
+            "user": self.user,
+            "public_key": token_text(self.public_key),
+            "added": f"{self.added:%Y-%m-%dT%H:%M:%SZ}",
+        }
+
 
 class DeviceFile(TableFile[RegisteredDevice]):
     """Devices in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""

@@ -56,6 +56,10 @@ class User(NamedTuple):
     def has_key(self) -> bool:
         return self.digest != NO_KEY
 
+    def as_dict(self, name: str) -> dict[str, Any]:
+        """Return this user as lists show it."""
+        return {"name": name, "operator": self.operator, "key": self.has_key, "disabled": self.disabled}
+
     def __repr__(self) -> str:
         return f"User(operator={self.operator}, disabled={self.disabled}, has_key={self.has_key})"
 

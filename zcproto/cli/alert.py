@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +14,8 @@ from zcproto.alerts.signature import check_signature
 from zcproto.alerts.trial import try_sinks
 from zcproto.cli import EXIT_FAILED, home_options, read_config
 from zcproto.cli.control import find_control, require_control
-from zcproto.cli.output import as_json_option, print_json, table
+from zcproto.cli.options import file_option
+from zcproto.cli.output import as_json_option, print_json, table, utc
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
@@ -24,7 +24,6 @@ from zcproto.errors import ConfigError
 
 MAX_BODY = 1_048_576
 _ORIGIN_SIZE = 8
-_MS = 1000
 
 
 @click.group()
@@ -53,15 +52,8 @@ def list_alerts(home: Home, config_file: Path | None, as_json: bool) -> None:
 
 
 def _row(found: dict[str, Any], state: str) -> tuple[str, ...]:
-    began = datetime.fromtimestamp(found["began_at"] / _MS, UTC)
-    return (
-        f"{began:%Y-%m-%d %H:%M:%SZ}",
-        state,
-        found["severity"],
-        found["kind"],
-        str(found["count"]),
-        found["title"],
-    )
+    columns = (state, found["severity"], found["kind"], str(found["count"]), found["title"])
+    return (f"{utc(found['began_at']):%Y-%m-%d %H:%M:%SZ}", *columns)
 
 
 @alert.command()
@@ -104,12 +96,7 @@ def test(home: Home, config_file: Path | None, as_json: bool) -> int:
 @click.option(
     "--signature", required=True, metavar="TEXT", help="The Zcproto-Signature header of the message."
 )
-@click.option(
-    "--secret-file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The file with the secret. [default: alerts.webhook_secret_file]",
-)
+@file_option("--secret-file", text="The file with the secret. [default: alerts.webhook_secret_file]")
 @click.argument("body", type=click.File("rb"), default="-")
 @home_options
 def verify(

@@ -17,6 +17,7 @@ import click
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.cli import home_options, read_config
 from zcproto.cli.backends import local_backend
+from zcproto.cli.options import number_option
 from zcproto.cli.output import as_json_option, print_json, table
 from zcproto.cli.user import ended_text
 from zcproto.common.clock import MS_PER_SECOND, system_clock
@@ -31,14 +32,7 @@ _SECONDS_PER_MINUTE = 60
 
 @click.command()
 @click.option("--user", metavar="NAME", help="The user of the device. Required if there are several users.")
-@click.option(
-    "--minutes",
-    type=click.IntRange(1, MAX_MINUTES),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="How long the code is valid.",
-)
+@number_option("--minutes", click.IntRange(1, MAX_MINUTES), 10, "N", "How long the code is valid.")
 @home_options
 def pair(home: Home, config_file: Path | None, user: str | None, minutes: int) -> None:
     """Print a one-time code with which a device of a user is enrolled (`device.enroll`).
@@ -101,28 +95,15 @@ def list_devices(home: Home, config_file: Path | None, user: str | None, as_json
     """List the devices in the order of their enrollment."""
     file = DeviceFile(home.devices)
     file.load()
-    devices = {name: each for name, each in file.entries.items() if user in (None, each.user)}
+    devices = [(name, each) for name, each in file.entries.items() if user in (None, each.user)]
     if as_json:
-        rows = [
-            {
-                "name": name,
-                "user": each.user,
-                "public_key": token_text(each.public_key),
-                "added": f"{each.added:%Y-%m-%dT%H:%M:%SZ}",
-            }
-            for name, each in devices.items()
-        ]
-        print_json(rows, indent=2)
+        print_json([each.as_dict(name) for name, each in devices], indent=2)
         return
-    click.echo(
-        table(
-            ("DEVICE", "USER", "ADDED", "PUBLIC KEY"),
-            [
-                (name, each.user, f"{each.added:%Y-%m-%d %H:%M} UTC", token_text(each.public_key))
-                for name, each in devices.items()
-            ],
-        )
-    )
+    rows = [
+        (name, each.user, f"{each.added:%Y-%m-%d %H:%M} UTC", token_text(each.public_key))
+        for name, each in devices
+    ]
+    click.echo(table(("DEVICE", "USER", "ADDED", "PUBLIC KEY"), rows))
 
 
 @device.command()

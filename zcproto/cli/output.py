@@ -1,4 +1,4 @@
-"""Output of commands: JSON, tables, and private files."""
+"""Output of commands: JSON, tables, times, and private files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
+from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.files import new_file, replaced_file
 from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
@@ -40,6 +42,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def utc(ms: int | None = None) -> datetime:
+    """Return a time in milliseconds since the Unix epoch, or the current time, in UTC."""
+    return datetime.fromtimestamp((system_clock.wall() if ms is None else ms) / MS_PER_SECOND, UTC)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from zcproto.cli.connect import (
     run,
     trust_options,
 )
-from zcproto.cli.output import as_json_option, print_json, table
-from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.cli.output import as_json_option, print_json, table, utc
+from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
@@ -78,15 +77,11 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
     return (
         found["id"],
         found["user"],
-        *(_moment(found[key]) for key in ("created_at", "last_used_at", "expires_at")),
+        *(f"{utc(found[key]):%Y-%m-%d %H:%M:%SZ}" for key in ("created_at", "last_used_at", "expires_at")),
         found["client"],
         found["address"],
         ", ".join([state, *kinds]),
     )
-
-
-def _moment(ms: int) -> str:
-    return datetime.fromtimestamp(ms / MS_PER_SECOND, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 @session.command("open")
@@ -117,7 +112,7 @@ def open_session(
         finally:
             await client.close()
         click.echo(token_text(found["token"]))
-        until = datetime.fromtimestamp(found["expires_at"] / MS_PER_SECOND, UTC)
+        until = utc(found["expires_at"])
         click.echo(f"session {escape_text(found['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
         return 0
 

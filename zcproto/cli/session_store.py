@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +111,18 @@ def end_sessions(config: Config, home: Home, end: Callable[[SessionStore], Await
                 f"the change is made, but the sessions could not be ended: {error}; end them when the store answers"
             ]
         ) from error
+
+
+def examine_store(config: Config, home: Home) -> tuple[int, Sequence[str]]:
+    """Return the number of sessions in the store, and warnings. Raises as `opened_store`."""
+
+    async def examine() -> tuple[int, Sequence[str]]:
+        async with opened_store(config, home) as store:
+            await store.ping()
+            warnings = getattr(store, "examine", None)
+            return await store.count(), () if warnings is None else await warnings()
+
+    return asyncio.run(examine())
 
 
 def is_in_use(path: Path) -> bool:

@@ -16,6 +16,7 @@ from zcproto.cli import home_options, read_config
 from zcproto.cli.session_store import (
     CONFIGURED,
     StoreInUseError,
+    examine_store,
     has_no_sessions,
     is_in_use,
     opened_store,
@@ -66,7 +67,7 @@ def check(home: Home, config_file: Path | None, url: str | None) -> int:
         return 0
     if url == SQLITE:
         return _check_file(config, home)
-    count, warnings = asyncio.run(_examine(config, home))
+    count, warnings = examine_store(config, home)
     for warning in warnings:
         click.echo(f"note: {escape_text(warning, 500)}", err=True)
     click.echo(f"the store answers; sessions: {count}")
@@ -90,7 +91,7 @@ def _check_file(config: Config, home: Home) -> int:
             err=True,
         )
         return 1
-    count, _ = asyncio.run(_examine(config, home))
+    count, _ = examine_store(config, home)
     click.echo(f"{shown}: is intact; sessions: {count}")
     return 0
 
@@ -103,13 +104,6 @@ def damage_of(path: Path) -> list[str]:
     except sqlite3.DatabaseError as error:
         return [str(error)]
     return [str(problem) for (problem,) in rows if problem != "ok"]
-
-
-async def _examine(config: Config, home: Home) -> tuple[int, Sequence[str]]:
-    async with opened_store(config, home) as found:
-        await found.ping()
-        examine = getattr(found, "examine", None)
-        return await found.count(), () if examine is None else await examine()
 
 
 @store.command()

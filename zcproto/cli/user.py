@@ -16,6 +16,7 @@ from zcproto.auth import UserFile
 from zcproto.auth.users import User
 from zcproto.cli import home_options, read_config
 from zcproto.cli.backends import Backend, local_backend
+from zcproto.cli.options import file_option
 from zcproto.cli.output import as_json_option, print_json, private_file, table
 from zcproto.cli.session_store import SessionsNotEndedError
 from zcproto.common.clock import system_entropy
@@ -37,11 +38,9 @@ def user(home: Home, config_file: Path | None) -> None:
 @click.option("--operator", is_flag=True, help="Allow the user to administer the server.")
 @click.option("--no-key", is_flag=True, help="No API key: only devices and client certificates.")
 @click.option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N", help="Add NAME-1 to NAME-N.")
-@click.option(
+@file_option(
     "--keys-out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the keys of --count to this private file: a name, a tab and a key on each line.",
+    text="Write the keys of --count to this private file: a name, a tab and a key on each line.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @as_json_option
@@ -106,13 +105,7 @@ def list_users(home: Home, config_file: Path | None, as_json: bool) -> None:
     file.load()
     users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
     if as_json:
-        print_json(
-            [
-                {"name": name, "operator": user.operator, "key": user.has_key, "disabled": user.disabled}
-                for name, user in users
-            ],
-            indent=2,
-        )
+        print_json([user.as_dict(name) for name, user in users], indent=2)
     else:
         click.echo(table(("USER", "ROLE", "KEY", "STATE"), [_row(name, user) for name, user in users]))
 
@@ -126,37 +119,25 @@ def _row(name: str, user: User) -> tuple[str, ...]:
     )
 
 
-@user.command()
-@click.argument("name")
-@as_json_option
-@home_options
-def disable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Refuse new sessions of a user, and end the open ones."""
-    ended = _backend(home, config_file).run("users/disable", name=name)["sessions"]
-    _print_ended(name, "is disabled now", ended, as_json)
+def _add_command(operation: str, change: str, text: str) -> None:
+    """Add the command of an operation that changes a user and ends the open sessions, if any."""
+
+    @user.command(operation, help=text)
+    @click.argument("name")
+    @as_json_option
+    @home_options
+    def command(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
+        result = _backend(home, config_file).run(f"users/{operation}", name=name)
+        if as_json:
+            print_json({"name": name, **result})
+        else:
+            ended = f"; {ended_text(result['sessions'])}" if "sessions" in result else ""
+            click.echo(f"{escape_text(name)} {change}{ended}.", err=True)
 
 
-@user.command()
-@click.argument("name")
-@as_json_option
-@home_options
-def enable(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Allow a disabled user to open sessions again."""
-    _backend(home, config_file).run("users/enable", name=name)
-    if as_json:
-        print_json({"name": name})
-    else:
-        click.echo(f"{escape_text(name)} is enabled now.", err=True)
-
-
-@user.command()
-@click.argument("name")
-@as_json_option
-@home_options
-def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-    """Remove a user, and end the open sessions."""
-    ended = _backend(home, config_file).run("users/remove", name=name)["sessions"]
-    _print_ended(name, "is removed", ended, as_json)
+_add_command("disable", "is disabled now", "Refuse new sessions of a user, and end the open ones.")
+_add_command("enable", "is enabled now", "Allow a disabled user to open sessions again.")
+_add_command("remove", "is removed", "Remove a user, and end the open sessions.")
 
 
 @user.command("new-key")
@@ -181,14 +162,7 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
         raise
     print_key(ended)
     if not as_json:
-        _print_ended(name, "has a new key", ended, as_json)
-
-
-def _print_ended(name: str, change: str, ended: int | None, as_json: bool) -> None:
-    if as_json:
-        print_json({"name": name, "sessions": ended})
-    else:
-        click.echo(f"{escape_text(name)} {change}; {ended_text(ended)}.", err=True)
+        click.echo(f"{escape_text(name)} has a new key; {ended_text(ended)}.", err=True)
 
 
 def ended_text(ended: int | None) -> str:

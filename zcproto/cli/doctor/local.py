@@ -6,21 +6,20 @@ trouble later is a warning.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
 import shlex
 import stat
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from zcproto.cli import cert_report, read_config
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
-from zcproto.cli.session_store import CONFIGURED, is_in_use, opened_store, with_store
+from zcproto.cli.output import utc
+from zcproto.cli.session_store import CONFIGURED, examine_store, is_in_use, with_store
 from zcproto.cli.store import damage_of
-from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
@@ -210,7 +209,7 @@ def _file_limit(config: Config) -> Iterator[Finding]:
 
 
 def _certificates(config: Config) -> Iterator[Finding]:
-    now = datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC)
+    now = utc()
     try:
         found = cert_report.report(config, now, os.environ)
     except ZcprotoError as error:
@@ -272,19 +271,12 @@ def _store(config: Config, home: Home) -> Iterator[Finding]:
             yield Finding("store", FAULT, f"{path}: damaged: {escape_text('; '.join(faults), 300)}", cure)
             return
     try:
-        count, notes = asyncio.run(_query_store(config, home))
+        count, notes = examine_store(with_store(config, CONFIGURED), home)
     except ZcprotoError as error:
         yield from_message("store", escape_text(str(error), 500))
         return
     yield Finding("store", OK, f"it answers; sessions: {count}")
     yield from (Finding("store", WARNING, escape_text(note, 500)) for note in notes)
-
-
-async def _query_store(config: Config, home: Home) -> tuple[int, tuple[str, ...]]:
-    async with opened_store(with_store(config, CONFIGURED), home) as store:
-        await store.ping()
-        examine = getattr(store, "examine", None)
-        return await store.count(), () if examine is None else tuple(await examine())
 
 
 def _port(config: Config) -> Iterator[Finding]:

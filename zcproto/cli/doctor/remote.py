@@ -12,7 +12,6 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +21,7 @@ from zcproto.certs import pair
 from zcproto.cli import cert_report
 from zcproto.cli.connect import Trust, read_key, run
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
+from zcproto.cli.output import utc
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
@@ -240,10 +240,9 @@ def _about(der: bytes) -> Iterator[str]:
 
 
 def _near_end(der: bytes) -> Iterator[Finding]:
-    now = datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC)
     certificate = x509.load_der_x509_certificate(der)
     life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-    left = certificate.not_valid_after_utc - now
+    left = certificate.not_valid_after_utc - utc()
     if left < life / 6:  # renewal is due at a third of the life at the latest
         cure = "its renewal is overdue: run zcproto cert show on the server"
         yield Finding("trust", WARNING, f"its certificate has {left.days} days left", cure)
