@@ -17,6 +17,9 @@ FAULT: Final = "fault"
 
 _MAX_SHOWN: Final = 1_000
 
+Result = tuple[str, ...]
+"""The fields of a Finding except its check."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -32,10 +35,15 @@ class Finding:
         return {"check": self.check, "state": self.state, "found": self.found, "cure": self.cure or None}
 
 
-def from_message(check: str, message: str, state: str = FAULT) -> Finding:
-    """Return a finding for an error message, whose fix follows the first semicolon."""
+def named(check: str, results: Iterable[Result]) -> list[Finding]:
+    """Return the results of one check as findings."""
+    return [Finding(check, *result) for result in results]
+
+
+def from_message(message: str, state: str = FAULT) -> Result:
+    """Return the result for an error message, whose fix follows the first semicolon."""
     found, _, cure = message.partition("; ")
-    return Finding(check, state, found, cure)
+    return state, found, cure
 
 
 def as_text(findings: Iterable[Finding]) -> str:

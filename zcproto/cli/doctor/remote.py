@@ -262,7 +262,7 @@ def _session(address: str, trust: Trust, home: Home, user: str, key: str, timeou
     except CallError as error:
         return Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))
     except (ZcprotoError, OSError) as error:
-        return from_message("session", escape_text(str(error), 500))
+        return Finding("session", *from_message(escape_text(str(error), 500)))
     return Finding("session", OK, f"{user} opened, used and closed one")
 
 
