@@ -36,9 +36,11 @@ from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
 from zcproto.server import protocol as module
 from zcproto.server.eager import EagerTasks
+from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import ServerState
 from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.stores.service import SessionService
 from zcproto.wire.frame import REQUEST, encode_frame
 from zcproto.wire.message import encode_request
 
@@ -115,18 +117,22 @@ def state_on(loop: asyncio.AbstractEventLoop) -> ServerState:
     def echo(**params: Any) -> dict[str, Any]:
         return params
 
-    return ServerState(
+    registry, tasks = SessionRegistry(SessionSettings(), system_entropy), EagerTasks(loop)
+    state = ServerState(
         settings=ConnectionSettings(),
-        registry=SessionRegistry(SessionSettings(), system_entropy),
-        methods=app,
+        registry=registry,
+        sessions=SessionService(registry, system_clock),
+        idempotency=IdempotencyCache(tasks, system_clock),
         wheel=DeadlineWheel(loop),
-        tasks=EagerTasks(loop),
+        tasks=tasks,
         call_soon=loop.call_soon,
         clock=system_clock,
         entropy=lambda size: SALT,
         write_buffer_bytes=1 << 20,
         write_timeout=20.0,
     )
+    state.add_methods(app)
+    return state
 
 
 async def time_requests(requests: int) -> tuple[array[int], array[int]]:

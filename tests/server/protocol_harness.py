@@ -15,9 +15,11 @@ from zcproto.app.context import Context
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.server.eager import EagerTasks
+from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import ServerState
 from zcproto.sessions import OpenedSession
+from zcproto.stores.service import SessionService
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import NO_TOKEN, REQUEST, Side, encode_frame
 from zcproto.wire.message import encode_request
@@ -94,18 +96,21 @@ class Harness:
         self.futures: list[asyncio.Future[Any]] = []
         self.ran: list[int] = []
         self.contexts: list[Context] = []
+        tasks = EagerTasks(loop)
         self.state = ServerState(
             settings=ConnectionSettings(idle_timeout_s=IDLE, max_streams=16),
             registry=self.registry,
-            methods=self._methods(),
+            sessions=SessionService(self.registry, self.clock),
+            idempotency=IdempotencyCache(tasks, self.clock),
             wheel=DeadlineWheel(self.timers),
-            tasks=EagerTasks(loop),
+            tasks=tasks,
             call_soon=self.timers.call_soon,
             clock=self.clock,
             entropy=lambda size: next(self._salts).to_bytes(size, "big"),
             write_buffer_bytes=WRITE_BUFFER,
             write_timeout=WRITE_TIMEOUT,
         )
+        self.state.add_methods(self._methods())
         self._salts = itertools.count(1)
 
     def _methods(self) -> App:

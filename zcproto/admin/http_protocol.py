@@ -32,18 +32,6 @@ WRITE_BUFFER: Final = 65_536
 """Bytes that may be buffered for a slow client before its next request waits."""
 
 
-class HttpTransport(Protocol):
-    """The methods used of a transport."""
-
-    def write(self, data: bytes) -> None: ...
-    def close(self) -> None: ...
-    def abort(self) -> None: ...
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
-    def get_write_buffer_size(self) -> int: ...
-
-
 class Routes(Protocol):
     """A lookup of handlers, such as a Router."""
 
@@ -60,39 +48,29 @@ class HttpCounters:
     """By status."""
 
 
+@dataclass(slots=True, eq=False)
 class HttpEndpoint:
     """The shared state of all HTTP connections of one kind. `peer_of` returns the peer of a transport."""
 
-    def __init__(
-        self,
-        state: ServerState,
-        routes: Routes,
-        security: SecurityHeaders,
-        limits: HttpLimits,
-        peer_of: Callable[[Any], Peer],
-    ) -> None:
-        self.state = state
-        self.routes = routes
-        self.security = security
-        self.limits = limits
-        self.peer_of = peer_of
-        self.counters = HttpCounters()
-        self.connections: set[HttpProtocol] = set()
-        self.answering = 0  # running handlers
-        self._draining = False
-        self._at_rest = asyncio.Event()
+    state: ServerState
+    routes: Routes
+    security: SecurityHeaders
+    limits: HttpLimits
+    peer_of: Callable[[Any], Peer]
+    counters: HttpCounters = field(default_factory=HttpCounters)
+    connections: set[HttpProtocol] = field(default_factory=set)
+    answering: int = 0
+    """Running handlers."""
+    draining: bool = False
+    _at_rest: asyncio.Event = field(default_factory=asyncio.Event)
 
     def protocol(self) -> HttpProtocol:
         """Return the protocol of a new connection."""
         return HttpProtocol(self)
 
-    @property
-    def draining(self) -> bool:
-        return self._draining
-
     def drain(self) -> None:
         """Let each connection have one more response; idle ones are closed by `close`."""
-        self._draining = True
+        self.draining = True
         for protocol in self.connections:
             protocol.go_away()
         self.answered()
@@ -102,7 +80,7 @@ class HttpEndpoint:
         await self._at_rest.wait()
 
     def answered(self) -> None:
-        if self._draining and not self.answering:
+        if self.draining and not self.answering:
             self._at_rest.set()
 
     def close(self) -> None:
@@ -111,35 +89,21 @@ class HttpEndpoint:
             protocol.close()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class HttpProtocol(asyncio.Protocol):
     """One connection of an HttpEndpoint."""
 
-    __slots__ = (
-        "_connection",
-        "_endpoint",
-        "_next",
-        "_number",
-        "_paused_since",
-        "_reading",
-        "_transport",
-        "_unread",
-        "_worker",
-        "deadline_tick",
-        "peer",
-    )
-
-    def __init__(self, endpoint: HttpEndpoint) -> None:
-        self._endpoint = endpoint
-        self._transport: HttpTransport | None = None
-        self._connection: HttpConnection | None = None
-        self._number = 0
-        self._next: HttpRequest | None = None  # pipelined; answered in a later turn of the loop
-        self._worker: Worker | None = None
-        self._paused_since: float | None = None  # or since the peer last read MIN_READ
-        self._unread = 0  # bytes buffered at that time
-        self._reading = True
-        self.peer = ""
-        self.deadline_tick = 0
+    _endpoint: HttpEndpoint
+    _transport: asyncio.Transport | None = None
+    _connection: HttpConnection | None = None
+    _number: int = 0
+    _next: HttpRequest | None = None  # pipelined; answered in a later turn of the loop
+    _worker: Worker | None = None
+    _paused_since: float | None = None  # or since the peer last read MIN_READ
+    _unread: int = 0  # bytes buffered at that time
+    _reading: bool = True
+    peer: str = ""
+    deadline_tick: int = 0
 
     @property
     def id(self) -> str:
@@ -162,7 +126,7 @@ class HttpProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         endpoint = self._endpoint
-        self._transport = cast("HttpTransport", transport)
+        self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER)
         peer = endpoint.peer_of(transport)
         self.peer = peer.address

@@ -79,20 +79,11 @@ class HttpSide:
                 log.warning("connection.certificate_revoked", peer=protocol.peer, connection=protocol.id)
                 protocol.close()
 
-    def start_redirecting(self) -> None:
-        """Accept on the port without TLS, if it is configured."""
-        if self.redirect is not None:
-            self.redirect.start()
-
     def drain(self) -> None:
         """Keep answering, so that monitors see that the server drains. Each response ends its connection."""
         if self.redirect is not None:
             self.redirect.close()
         self.endpoint.drain()
-
-    async def wait_at_rest(self) -> None:
-        """Wait, after `drain`, until no handler runs."""
-        await self.endpoint.wait_at_rest()
 
     def close(self) -> None:
         """Close every connection, and the port without TLS."""

@@ -180,7 +180,7 @@ class LingeringProtocol(HttpProtocol):
 
     def close(self) -> None:
         """Close the write side and wait for the client's end."""
-        transport = cast("asyncio.Transport | None", self._transport)
+        transport = self._transport
         self._release()
         if transport is not None and not transport.is_closing():
             wheel = self._listener.state.wheel

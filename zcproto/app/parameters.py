@@ -52,17 +52,6 @@ class Signature:
     passed to the function unchanged.
     """
 
-    __slots__ = (
-        "_check_rest",
-        "_checkers",
-        "_passes_rest",
-        "_required",
-        "accepts_any",
-        "injected",
-        "is_unchecked",
-        "params",
-    )
-
     def __init__(self, function: Callable[..., Any], injected: Collection[type] = ()) -> None:
         """Raises TypeError for parameters that cannot be checked or passed by name."""
         self.injected: dict[type, str] = {}

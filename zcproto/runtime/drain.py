@@ -70,7 +70,7 @@ async def close_state(parts: Parts) -> None:
 async def _wait_idle(parts: Parts) -> None:
     await parts.state.wait_drained()
     if parts.http is not None:
-        await parts.http.wait_at_rest()
+        await parts.http.endpoint.wait_at_rest()
 
 
 async def _within(seconds: float, condition: Coroutine[Any, Any, None]) -> None:

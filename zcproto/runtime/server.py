@@ -148,8 +148,8 @@ class Server:
             if self._control is not None:
                 self._control.start()
             parts.listener.start()
-            if parts.http is not None:
-                parts.http.start_redirecting()
+            if parts.http is not None and parts.http.redirect is not None:
+                parts.http.redirect.start()
             read = None if self._read_config is None else self._read_again
             self._reloader = Reloader(parts, read, on_config=self.on_config, owns_log=self.owns_log)
             self._parts = parts

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 from zcproto.app.app import Method
@@ -145,62 +146,45 @@ def _ignore_revoked(by: str, sessions: int, by_user: bool) -> None:
     """No-op callback."""
 
 
+@dataclass(kw_only=True, eq=False)
 class ServerState:
     """The shared state of all connections of one event loop."""
 
-    def __init__(
-        self,
-        *,
-        settings: ConnectionSettings,
-        registry: SessionRegistry,
-        methods: Iterable[Method] = (),
-        wheel: DeadlineWheel,
-        tasks: EagerTasks,
-        call_soon: Callable[[Callable[[], None]], object],
-        clock: Clock,
-        entropy: Entropy,
-        write_buffer_bytes: int,
-        write_timeout: float,
-        sessions: SessionService | None = None,
-        session_connections: SessionConnections | None = None,
-        idempotency: IdempotencyCache | None = None,
-        binding: SessionBinding | None = None,
-    ) -> None:
-        self.settings = settings
-        self.registry = registry
-        self.methods = {method.name: method for method in methods}
-        self.wheel = wheel
-        self.tasks = tasks
-        self.call_soon = call_soon
-        self.clock = clock
-        self.entropy = entropy
-        self.write_buffer_bytes = write_buffer_bytes
-        self.write_timeout = write_timeout
-        self.idempotency = IdempotencyCache(tasks, clock) if idempotency is None else idempotency
-        self.binding = SessionBinding() if binding is None else binding
-        self.sessions = SessionService(registry, clock) if sessions is None else sessions
-        self.session_connections = (
-            SessionConnections() if session_connections is None else session_connections
-        )
-        self.counters = Counters()
-        self.reads = ReadTiming()
-        self.connections: set[Connection] = set()
-        self.draining = False
-        self.pins: tuple[str, ...] = ()
-        """Pins of the served public keys, in the form that clients accept."""
-        self.pins_next: dict[str, Any] | None = None
-        """The data of the event `pins.next`, if a key is to change."""
-        self.announcement: bytes | None = None
-        """The body of an event for every connection; future ones get it after WELCOME."""
-        self.revoked = 0
-        """Sessions revoked by someone other than their owner."""
-        self.on_revoked: OnRevoked = _ignore_revoked
+    settings: ConnectionSettings
+    registry: SessionRegistry
+    sessions: SessionService
+    session_connections: SessionConnections = field(default_factory=SessionConnections)
+    binding: SessionBinding = field(default_factory=SessionBinding)
+    idempotency: IdempotencyCache
+    wheel: DeadlineWheel
+    tasks: EagerTasks
+    call_soon: Callable[[Callable[[], None]], object]
+    clock: Clock
+    entropy: Entropy
+    write_buffer_bytes: int
+    write_timeout: float
+    methods: dict[str, Method] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    reads: ReadTiming = field(default_factory=ReadTiming)
+    connections: set[Connection] = field(default_factory=set)
+    draining: bool = False
+    pins: tuple[str, ...] = ()
+    """Pins of the served public keys, in the form that clients accept."""
+    pins_next: dict[str, Any] | None = None
+    """The data of the event `pins.next`, if a key is to change."""
+    announcement: bytes | None = None
+    """The body of an event for every connection; future ones get it after WELCOME."""
+    revoked: int = 0
+    """Sessions revoked by someone other than their owner."""
+    on_revoked: OnRevoked = _ignore_revoked
+    run: str = field(default_factory=partial(secrets.token_hex, RUN_SIZE))
+    """Prefix of connection ids, different in each process."""
+
+    def __post_init__(self) -> None:
+        self.log_soon = LogBatch(log, self.wheel, self.clock)
         self._drained = asyncio.Event()
-        self.run = secrets.token_hex(RUN_SIZE)
-        """Prefix of connection ids, different in each process."""
         self._numbers = 0
-        self.log_soon = LogBatch(log, wheel, clock)
-        registry.observers.append(self._session_ended)
+        self.registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:
         """Wait until no connection is left and no request with an idempotency key runs."""
