@@ -65,14 +65,7 @@ class ControlPeer(Peer):
 class ControlSocket(AcceptLoop):
     """The control socket of one server. `refused` counts connections of other users and those over the limit."""
 
-    def __init__(
-        self,
-        home: Home,
-        state: ServerState,
-        router: Router,
-        *,
-        own_uid: int | None = None,
-    ) -> None:
+    def __init__(self, home: Home, state: ServerState, router: Router, *, own_uid: int | None = None) -> None:
         super().__init__(asyncio.get_running_loop())
         self._path = home.control
         self._own_uid = os.geteuid() if own_uid is None else own_uid

@@ -33,14 +33,7 @@ from zcproto.certs import managed
 from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
-from zcproto.errors import (
-    CallError,
-    CertificateError,
-    Code,
-    ConfigError,
-    FailedPrecondition,
-    InvalidArgument,
-)
+from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, json_response
 from zcproto.http.router import Route
 from zcproto.observe.log import level, set_level
@@ -150,10 +143,7 @@ class Operations:
 
     async def list_sessions(self, user: str | None = None) -> dict[str, Any]:
         records = await self._parts.state.sessions.records(user, LISTED + 1)
-        return {
-            "sessions": [describe(record) for record in records[:LISTED]],
-            "more": len(records) > LISTED,
-        }
+        return {"sessions": [describe(record) for record in records[:LISTED]], "more": len(records) > LISTED}
 
     async def revoke_sessions(
         self, ids: list[str] | None = None, user: str | None = None, all: bool = False

@@ -70,8 +70,7 @@ def drain(home: Home, config_file: Path | None, timeout: float | None, wait: boo
         click.echo("the server has ended", err=True)
     else:
         click.echo(
-            f"the server drains {done['connections']} connections within {done['timeout']:g} s",
-            err=True,
+            f"the server drains {done['connections']} connections within {done['timeout']:g} s", err=True
         )
 
 

@@ -10,15 +10,7 @@ import click
 
 from zcproto.cli import home_options, read_config
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
-from zcproto.cli.connect import (
-    EXIT_CANNOT_CONNECT,
-    Trust,
-    key_option,
-    opened,
-    read_key,
-    run,
-    trust_options,
-)
+from zcproto.cli.connect import EXIT_CANNOT_CONNECT, Trust, key_option, opened, read_key, run, trust_options
 from zcproto.cli.output import as_json_option, print_json, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import click
 
 from zcproto.cli import home_options
 from zcproto.cli.control import CONNECT_S, Control, require_control
+from zcproto.cli.options import number_option
 from zcproto.cli.output import json_text, print_json
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
@@ -37,13 +38,8 @@ Line = tuple[str, str]
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Show it continuously until Ctrl-C.")
-@click.option(
-    "--interval",
-    type=click.FloatRange(0.2, 3600),
-    default=1.0,
-    show_default=True,
-    metavar="S",
-    help="Seconds between two readings of --watch.",
+@number_option(
+    "--interval", click.FloatRange(0.2, 3600), 1.0, "S", "Seconds between two readings of --watch."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object per line.")
 @home_options
@@ -105,105 +101,86 @@ def frame(report: dict[str, Any], width: int, height: int) -> str:
 
 def lines_of(report: Mapping[str, Any]) -> list[Line]:
     """Return the status as styled lines, escaped for a terminal."""
-    lines = [
-        *_server(report),
-        *_traffic(report),
-        *_handshakes(report["handshakes"], report["traffic"]),
-        *_store(report["store"]),
-        *_certificates(report["certificates"]),
-        *_alerts(report["alerts"], report["time"]),
-    ]
-    return [(escape_text(text, MAX_TEXT), style) for text, style in lines]
+    parts = (_server, _traffic, _handshakes, _store, _certificates, _alerts)
+    return [(escape_text(text, MAX_TEXT), style) for part in parts for text, style in part(report)]
 
 
-def _server(report: Mapping[str, Any]) -> list[Line]:
+def _server(report: Mapping[str, Any]) -> Iterator[Line]:
     process, connections, sessions = report["process"], report["connections"], report["sessions"]
     state = "DRAINING" if report["draining"] else "serving"
-    refused = sum(connections["refused"].values())
-    return [
-        (f"zcproto {report['version']}  {', '.join(report['addresses'])}  {state}", "head"),
-        _row(
-            "process",
-            f"pid {report['pid']}, up {span(report['uptime_s'])}, {size(process['rss_bytes'])},"
-            f" {process['cpu_s']:.0f} s of CPU, log level {report['log_level']}",
-        ),
-        _row(
-            "connections",
-            f"{connections['zcp']:,} ZCP, {connections['http']:,} HTTPS, of at most {connections['limit']:,}"
-            f"; refused {refused:,}",
-            bad=connections["tcp"] >= connections["limit"],
-        ),
-        _row(
-            "sessions",
-            f"{sessions['live']:,} live, {sessions['lapsed']:,} to be refreshed;"
-            f" opened {sessions['opened']:,}, revoked {sessions['revoked']:,}",
-        ),
-    ]
+    yield f"zcproto {report['version']}  {', '.join(report['addresses'])}  {state}", "head"
+    yield _row(
+        "process",
+        f"pid {report['pid']}, up {span(report['uptime_s'])}, {size(process['rss_bytes'])},"
+        f" {process['cpu_s']:.0f} s of CPU, log level {report['log_level']}",
+    )
+    yield _row(
+        "connections",
+        f"{connections['zcp']:,} ZCP, {connections['http']:,} HTTPS, of at most {connections['limit']:,}"
+        f"; refused {sum(connections['refused'].values()):,}",
+        bad=connections["tcp"] >= connections["limit"],
+    )
+    yield _row(
+        "sessions",
+        f"{sessions['live']:,} live, {sessions['lapsed']:,} to be refreshed;"
+        f" opened {sessions['opened']:,}, revoked {sessions['revoked']:,}",
+    )
 
 
-def _traffic(report: Mapping[str, Any]) -> list[Line]:
+def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
     requests, traffic = report["requests"], report["traffic"]
-    return [
-        _row(
-            "requests",
-            f"{traffic['requests_per_s']:,.1f}/s, errors {traffic['errors_per_s']:,.1f}/s;"
-            f" {requests['total']:,} in all, {requests['in_flight']:,} in flight",
-        ),
-        _row("latency", f"{_percentiles(traffic['work'])}  (CPU, last minute)"),
-        *(
-            [_row("", f"{_percentiles(traffic['waits'])}  (of those that awaited)")]
-            if traffic["waits"]["count"]
-            else []
-        ),
-        *(
-            [_row("incidents", f"{requests['incidents']:,}; see the log", bad=True)]
-            if requests["incidents"]
-            else []
-        ),
-    ]
+    yield _row(
+        "requests",
+        f"{traffic['requests_per_s']:,.1f}/s, errors {traffic['errors_per_s']:,.1f}/s;"
+        f" {requests['total']:,} in all, {requests['in_flight']:,} in flight",
+    )
+    yield _row("latency", f"{_percentiles(traffic['work'])}  (CPU, last minute)")
+    if traffic["waits"]["count"]:
+        yield _row("", f"{_percentiles(traffic['waits'])}  (of those that awaited)")
+    if requests["incidents"]:
+        yield _row("incidents", f"{requests['incidents']:,}; see the log", bad=True)
 
 
-def _handshakes(handshakes: Mapping[str, Any], traffic: Mapping[str, Any]) -> list[Line]:
+def _handshakes(report: Mapping[str, Any]) -> Iterator[Line]:
+    handshakes = report["handshakes"]
     failed = sorted(handshakes["failed"].items(), key=lambda each: (-each[1], each[0]))
     causes = ", ".join(f"{cause} {count:,}" for cause, count in failed)
-    return [
-        _row(
-            "handshakes",
-            f"{handshakes['completed']:,} completed ({traffic['handshakes_per_s']:,.1f}/s),"
-            f" {handshakes['in_progress']:,} in progress,"
-            f" {sum(handshakes['failed'].values()):,} failed{': ' if causes else ''}{causes}",
-        )
-    ]
+    yield _row(
+        "handshakes",
+        f"{handshakes['completed']:,} completed ({report['traffic']['handshakes_per_s']:,.1f}/s),"
+        f" {handshakes['in_progress']:,} in progress,"
+        f" {sum(handshakes['failed'].values()):,} failed{': ' if causes else ''}{causes}",
+    )
 
 
-def _store(store: Mapping[str, Any]) -> list[Line]:
+def _store(report: Mapping[str, Any]) -> Iterator[Line]:
+    store = report["store"]
     bad = store["state"] != "healthy" or bool(store.get("refusing"))
     more = f", {store['pending_revocations']} revocations pending" if store.get("pending_revocations") else ""
     refusing = ", all tokens are refused" if store.get("refusing") else ""
-    return [_row("store", f"{store['url']}: {store['state']}{refusing}{more}", bad=bad)]
+    yield _row("store", f"{store['url']}: {store['state']}{refusing}{more}", bad=bad)
 
 
-def _certificates(certificates: Sequence[Mapping[str, Any]]) -> list[Line]:
-    lines: list[Line] = [("", ""), ("certificates", "head")]
-    for one in certificates:
+def _certificates(report: Mapping[str, Any]) -> Iterator[Line]:
+    yield from (("", ""), ("certificates", "head"))
+    for one in report["certificates"]:
         names = ", ".join(one["site"] or one["names"])
         left = f"{one['days_left']} days left" if one["seconds_left"] > 0 else "EXPIRED"
         text = f"  {one['file']:20} {one['key_type'] or one['source']:12} {left:14} {names}"
-        lines.append((text, "bad" if one["days_left"] < SOON_DAYS else ""))
-    return lines
+        yield text, "bad" if one["days_left"] < SOON_DAYS else ""
 
 
-def _alerts(alerts: Mapping[str, Any], now: int) -> list[Line]:
-    lines: list[Line] = [("", ""), (f"alerts: {len(alerts['open'])} open", "head")]
+def _alerts(report: Mapping[str, Any]) -> Iterator[Line]:
+    alerts = report["alerts"]
+    yield from (("", ""), (f"alerts: {len(alerts['open'])} open", "head"))
     for alert in alerts["open"][:MAX_ALERTS]:
-        ago = span(max(0, now - alert["began_at"]) / 1000)
-        lines.append((f"  {alert['severity']:9} {alert['title']}  (for {ago})", "bad"))
+        ago = span(max(0, report["time"] - alert["began_at"]) / 1000)
+        yield f"  {alert['severity']:9} {alert['title']}  (for {ago})", "bad"
     if len(alerts["open"]) > MAX_ALERTS:
-        lines.append((f"  and {len(alerts['open']) - MAX_ALERTS} more: zcproto alert list", "bad"))
+        yield f"  and {len(alerts['open']) - MAX_ALERTS} more: zcproto alert list", "bad"
     for sink in alerts["sinks"]:
         if sink["down"]:
-            lines.append((f"  the {sink['name']} is not reachable: {sink['waiting']} messages wait", "bad"))
-    return lines
+            yield f"  the {sink['name']} is not reachable: {sink['waiting']} messages wait", "bad"
 
 
 def _row(name: str, text: str, *, bad: bool = False) -> Line:

@@ -39,8 +39,7 @@ def user(home: Home, config_file: Path | None) -> None:
 @click.option("--no-key", is_flag=True, help="No API key: only devices and client certificates.")
 @click.option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N", help="Add NAME-1 to NAME-N.")
 @file_option(
-    "--keys-out",
-    text="Write the keys of --count to this private file: a name, a tab and a key on each line.",
+    "--keys-out", text="Write the keys of --count to this private file: a name, a tab and a key on each line."
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @as_json_option

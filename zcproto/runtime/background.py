@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from types import TracebackType
 from typing import Any, Final, Self
 
 from zcproto.admin.parts import Parts
@@ -47,12 +46,7 @@ class Background:
         await self._entered.wait()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         """Cancel what runs and wait until it has ended."""
         assert self._runner is not None
         self._runner.cancel()

@@ -224,9 +224,7 @@ class Supervision:
         """Report a drain of at most `drain_timeout` seconds. The watchdog is still fed."""
         self._is_stopping = True
         self._manager.notify(
-            STOPPING=1,
-            STATUS="draining",
-            EXTEND_TIMEOUT_USEC=int((drain_timeout + STOP_MARGIN) * USEC),
+            STOPPING=1, STATUS="draining", EXTEND_TIMEOUT_USEC=int((drain_timeout + STOP_MARGIN) * USEC)
         )
         self._status = lambda: "draining"
         self._reported = "draining"

@@ -87,11 +87,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 log_refused(context, scheme)
                 raise
         opened = await state.sessions.open(
-            identity.user,
-            operator=identity.operator,
-            client=client,
-            address=context.peer,
-            key=identity.key,
+            identity.user, operator=identity.operator, client=client, address=context.peer, key=identity.key
         )
         if identity.key:
             if login.is_gone(identity.key):  # removed while the session was opened
