@@ -113,13 +113,9 @@ def configuration(home: Home, config_file: Path | None) -> list[Finding]:
 def read(home: Home, config_file: Path | None) -> Config | None:
     """Return the configuration, or None if it has faults, which `configuration` reports."""
     try:
-        config = read_config(home, config_file)
+        return read_config(home, config_file)
     except ConfigError:
         return None
-    if "directory" in config.certificates.model_fields_set:
-        return config
-    certificates = config.certificates.model_copy(update={"directory": home.certs})
-    return config.model_copy(update={"certificates": certificates})
 
 
 def server(config: Config, home: Home) -> list[Finding]:
