@@ -1,4 +1,4 @@
-"""A whole server over loopback TLS, as the tests of the server have it."""
+"""Fixtures: a real server over loopback TLS, and clients of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["certs", "serve", "shared"]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test remembers hosts in the folder of whoever runs it."""
+    """Keep known hosts out of the home folder of the user who runs the tests."""
     folder = tmp_path / "client-home"
     monkeypatch.setenv("ZCPROTO_HOME", str(folder))
     return folder
@@ -29,7 +29,7 @@ ConnectTo = Callable[..., Client]
 
 @pytest.fixture
 def connect_to() -> ConnectTo:
-    """A client of a server, with a user's session and the server's own authority unless others are given."""
+    """Return a factory of clients, by default with a session of ada and the server's CA."""
 
     def make(
         server: ServerThread, user: str | None = "ada", host: str = "127.0.0.1", **options: Any

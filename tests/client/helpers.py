@@ -1,4 +1,4 @@
-"""A loop whose time jumps, and a server in memory that answers by a script."""
+"""An event loop whose time jumps, and a scripted server in memory."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ DAY_MS = 86_400_000
 
 
 class JumpingSelector(selectors.DefaultSelector):
-    """Where a loop would wait for its next timer, its time jumps there. Nothing in these tests is outside it."""
+    """Advances the loop's time to the next timer instead of waiting. These tests use no real sockets."""
 
     loop: JumpingLoop
 
     def select(self, timeout: float | None = None) -> Any:
         if timeout is None:
-            raise AssertionError("everything waits, and nothing will ever happen")
+            raise AssertionError("deadlock: no timer is set")
         ready = super().select(0)
         if not ready and timeout > 0:
             self.loop.now += timeout
@@ -67,7 +67,7 @@ class JumpingSelector(selectors.DefaultSelector):
 
 
 class JumpingLoop(asyncio.SelectorEventLoop):
-    """An event loop without waiting."""
+    """An event loop that never waits."""
 
     def __init__(self) -> None:
         self.now = NOW
@@ -80,13 +80,13 @@ class JumpingLoop(asyncio.SelectorEventLoop):
 
     @property
     def timers(self) -> list[float]:
-        """When the timers are due that were not cancelled."""
+        """Return the due times of active timers."""
         scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
         return [handle.when() for handle in heapq.nsmallest(100, scheduled) if not handle.cancelled()]
 
 
 def scripted(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """A test on a JumpingLoop."""
+    """Run a test on a JumpingLoop."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -101,13 +101,13 @@ def now() -> float:
 
 
 async def turns(count: int = 20) -> None:
-    """Let everything happen that needs no time."""
+    """Run everything that needs no time."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 class LoopClock:
-    """The loop's time, with a wall time that goes with it until it is set."""
+    """A clock with the loop's time and a wall time that tests set."""
 
     def __init__(self) -> None:
         self.wall_ms = WALL
@@ -123,7 +123,7 @@ class LoopClock:
 
 
 class ReceivedRequest(NamedTuple):
-    """A request as it arrived."""
+    """A request as it arrived, and the actions of scripts."""
 
     link: ServerLink
     stream: int
@@ -132,8 +132,6 @@ class ReceivedRequest(NamedTuple):
     params: dict[str, Any]
     meta: Any
     at: float
-
-    # what a script does with it
 
     def respond(self, value: Any = None) -> None:
         self.link.send(RESPONSE, self.stream, encode_body(value), token=self.token)
@@ -154,18 +152,18 @@ def fail(code: Code, **details: Any) -> Action:
 
 
 def cut(request: ReceivedRequest) -> None:
-    """The connection is reset."""
+    """Reset the connection."""
     request.link.cut()
 
 
 def goodbye(request: ReceivedRequest) -> None:
-    """GOAWAY, and a clean close without an answer."""
+    """Send GOAWAY and close cleanly, without an answer."""
     request.link.go_away("draining", 500)
     request.link.close_cleanly()
 
 
 def silence(request: ReceivedRequest) -> None:
-    """No answer."""
+    """Send no answer."""
 
 
 class ServerLink(asyncio.Transport):
@@ -187,7 +185,7 @@ class ServerLink(asyncio.Transport):
         self.paused = False
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
 
-    # the client's calls
+    # called by the client
 
     def write(self, data: Any) -> None:
         self.server.writes += 1
@@ -217,7 +215,7 @@ class ServerLink(asyncio.Transport):
             self.gone = True
             self.protocol.connection_lost(error)
 
-    # what the server does
+    # called by tests
 
     def send(
         self, head: int, stream: int = 0, body: bytes = b"", *, token: bytes = NO_TOKEN, **fields: Any
@@ -240,7 +238,7 @@ class ServerLink(asyncio.Transport):
         self.close_cleanly()
 
     def close_cleanly(self) -> None:
-        """close_notify."""
+        """Send close_notify."""
         if not self.ended:
             self.protocol.eof_received()
             self._end("closed by the server", None)
@@ -281,11 +279,11 @@ class ServerLink(asyncio.Transport):
 
 
 class ScriptedServer:
-    """Answers each method by its script, one action for each request; then as usual.
+    """Answers each request of a method with the next action of its script, and then by default.
 
-    `refuse` holds what the next attempts to connect fail with, `on_welcome` what is done right after the next
-    WELCOMEs. `lingers` is how long a connection takes from its end until it is gone. Without a script:
-    `session.open` and `session.refresh` give tokens, `echo` returns its params, anything else nil.
+    `refuse` holds errors of the next attempts to connect, `on_welcome` actions after the next WELCOMEs. `lingers`
+    is the time between the end of a connection and its close. By default `session.open` and `session.refresh`
+    return tokens, `echo` returns its params, and other methods return nil.
     """
 
     def __init__(self, **greeting: Any) -> None:
@@ -338,7 +336,7 @@ class ScriptedServer:
         return self.links[-1]
 
     def calls(self, method: str = "echo") -> list[ReceivedRequest]:
-        """The requests of one method, on all connections."""
+        """Return the requests of one method on all connections."""
         return [request for request in self.requests if request.method == method]
 
     @property
@@ -346,12 +344,12 @@ class ScriptedServer:
         return [request.method for request in self.requests]
 
     async def lose(self) -> None:
-        """Reset the connection; the client has noticed when this returns."""
+        """Reset the connection and let the client notice it."""
         self.link.cut()
         await turns(3)
 
     async def dial(self, owner: ConnectionManager, resources: LoopResources, clock: Any) -> ClientProtocol:
-        """In the place of `Dialer`: a connection that was welcomed."""
+        """Return a welcomed connection, like `Dialer`."""
         self.dialled.append(now())
         await asyncio.sleep(0)
         if self.refuse:
@@ -371,7 +369,7 @@ class ScriptedServer:
 
 
 def refreshable(**more: Any) -> dict[str, Any]:
-    """A session that comes with a refresh token."""
+    """Return the fields of a session with a refresh token."""
     return {
         "refresh_token": lambda number: bytes([100 + number]) * 32,
         "refresh_expires_at": WALL + 30 * DAY_MS,
@@ -380,7 +378,7 @@ def refreshable(**more: Any) -> dict[str, Any]:
 
 
 def client_of(server: ScriptedServer, **options: Any) -> Client:
-    """A client of a scripted server. Its random numbers are all 0.5 unless others are given."""
+    """Return a client of a scripted server, whose random numbers are 0.5 by default."""
     internals = {
         name: options.pop(name, default)
         for name, default in (("random", lambda: 0.5), ("clock", LoopClock()))
@@ -398,6 +396,6 @@ def client_of(server: ScriptedServer, **options: Any) -> Client:
 
 
 def numbers(*values: float) -> Callable[[], float]:
-    """Random numbers that are known; the last one for ever."""
+    """Return these numbers one by one, and then the last one repeatedly."""
     iterator: Iterator[float] = itertools.chain(values, itertools.repeat(values[-1]))
     return lambda: next(iterator)

@@ -42,7 +42,7 @@ Blocking = Callable[..., BlockingClient]
 
 @pytest.fixture
 def blocking() -> Blocking:
-    """A blocking client of a server."""
+    """Return a factory of blocking clients."""
 
     def make(server: ServerThread, user: str | None = "ada", **options: Any) -> BlockingClient:
         if user is not None:
@@ -55,7 +55,7 @@ def blocking() -> Blocking:
 
 @contextlib.contextmanager
 def ctrl_c(seconds: float) -> Iterator[None]:
-    """Presses Ctrl-C after some time, by a signal that pytest has no use for."""
+    """Send SIGINT after a delay, from a signal that pytest does not use."""
 
     def press(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -288,9 +288,17 @@ def test_both_clients_have_the_same_methods_and_options() -> None:
 def test_blocking_call_adds_no_polling_delay(shared: ServerThread, blocking: Blocking) -> None:
     with blocking(shared) as client:
         client.call("echo")
-        seconds = []
-        for _ in range(100):
-            start = time.perf_counter()
-            client.call("echo")
-            seconds.append(time.perf_counter() - start)
-        assert statistics.median(seconds) < 0.05  # and not when somebody looks the next time
+        assert client._loop is not None
+        loop = client._loop
+
+        def median_s(act: Callable[[], object]) -> float:
+            seconds = []
+            for _ in range(100):
+                start = time.perf_counter()
+                act()
+                seconds.append(time.perf_counter() - start)
+            return statistics.median(seconds)
+
+        # Relative to the change of threads alone, which a busy machine slows down as well.
+        switch_s = median_s(lambda: asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result())
+        assert median_s(lambda: client.call("echo")) < 0.05 + 20 * switch_s

@@ -1,4 +1,4 @@
-"""A whole client against a whole server, over loopback TLS."""
+"""A real client and a real server over loopback TLS."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DAY_MS = 86_400_000
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
-    """Runs a coroutine on a loop of each kind."""
+    """Run a coroutine on each kind of event loop."""
 
     def on_loop(work: Any) -> Any:
         with asyncio.Runner(loop_factory=request.param) as runner:
@@ -159,7 +159,7 @@ async def test_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_t
     server = serve()
     async with connect_to(server) as client:
         call = asyncio.create_task(client.call("sleep", ms=60_000))
-        while server.stats["running"] == 0:  # noqa: ASYNC110  it is in another thread
+        while server.stats["running"] == 0:  # noqa: ASYNC110 - it is in another thread
             await asyncio.sleep(0.005)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -175,7 +175,7 @@ async def test_sixth_session_is_refused_or_replaces_the_oldest(serve: Serve, con
         with pytest.raises(ResourceExhausted) as caught:
             await connect_to(server)
         assert caught.value.details == {"limit": 2}
-    async with connect_to(server):  # both were ended by their clients
+    async with connect_to(server):  # both clients ended their sessions
         pass
 
 
@@ -200,7 +200,7 @@ async def test_revoked_session_raises_token_revoked(serve: Serve, connect_to: Co
     async with connect_to(server, on_event=seen.append) as first, connect_to(server) as second:
         assert first.session is not None
         await second.call("session.revoke", id=first.session.id)
-        while first.session is not None:  # noqa: ASYNC110  the event, and then what the client asks
+        while first.session is not None:  # noqa: ASYNC110 - the event, then the client's request
             await asyncio.sleep(0.005)
         assert [event.name for event in seen] == ["session.revoked"]
         with pytest.raises(TokenRevoked):
@@ -239,7 +239,7 @@ async def test_server_clock_jump_past_expiry_renews_the_session(serve: Serve, co
         assert await client.call("echo", x=1) == {"x": 1}
         second = client.session
         assert second is not None
-        assert second.id == first.id  # refreshed, not opened anew
+        assert second.id == first.id  # refreshed, not reopened
         assert second.token != first.token
 
 
@@ -290,7 +290,7 @@ async def test_closed_client_leaves_no_resources(shared: ServerThread, connect_t
 async def test_client_connects_without_a_home_folder(
     shared: ServerThread, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name/x")
+    monkeypatch.setenv("ZCPROTO_HOME", "~unknown-user/x")
     async with connect_to(shared) as client:
         assert await client.call("echo", x=1) == {"x": 1}
 

@@ -1,4 +1,4 @@
-"""When a client connects, and when again."""
+"""ConnectionManager: when a client connects and reconnects."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_close_right_after_welcome_raises() -> None:
     assert caught.value.code is Code.PROTOCOL_ERROR
 
 
-# --- coming back -------------------------------------------------------------------------------------
+# --- reconnect ---------------------------------------------------------------------------------------
 
 
 @scripted
@@ -169,7 +169,7 @@ async def test_permanent_tls_failure_raises_in_all_waiting_calls(failure: str) -
         results = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(result) for result in results] == [TlsError] * 3
         assert len(server.dialled) == 2
-        assert await client.call("echo", x=1) == {"x": 1}  # the next call tries again
+        assert await client.call("echo", x=1) == {"x": 1}  # the next call retries
 
 
 @scripted
@@ -292,7 +292,7 @@ async def test_lost_old_connection_fails_only_its_own_calls() -> None:
         assert len(server.links) == 2
 
 
-# --- never again by itself ---------------------------------------------------------------------------
+# --- no automatic reconnect --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ async def test_no_reconnect_after_the_session_was_revoked(code: Code, error: typ
         server.script("session.info", fail(code))
         await server.lose()
         await asyncio.sleep(10)
-        assert len(server.links) == 2  # it came back and learned it
+        assert len(server.links) == 2  # it reconnected and got TOKEN_REVOKED
         await server.lose()
         await asyncio.sleep(1_000)
         assert len(server.links) == 2

@@ -1,4 +1,4 @@
-"""What a client opens its sessions with, by what it was given."""
+"""The credentials that the options name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from zcproto.errors import ConfigError
 from zcproto.wire.signing import attach_message, open_message
 
 
-class Channel:
-    """A connection, as far as anything is signed for it."""
+class FakeChannel:
+    """The values of a connection that a device signs."""
 
     salt = b"saltsalt"
     leaf = b"l" * 32
 
 
-CHANNEL = Channel()
+CHANNEL = FakeChannel()
 DEVICE = Device(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 

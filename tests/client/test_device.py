@@ -1,4 +1,4 @@
-"""A client with a device: its key's file, sessions that it opens, and the key proved again on each connection."""
+"""Devices: the key file, sessions, and the proof of the key on each connection."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def test_device_option_accepts_device_or_file(tmp_path: Path) -> None:
 # --- a server that binds sessions --------------------------------------------------------------------
 
 
-class Tls:
-    """What is known of a connection's TLS: the certificate that the server has shown."""
+class FakeTls:
+    """The TLS object of a connection, with the server's certificate."""
 
     def getpeercert(self, binary_form: bool) -> bytes:
         assert binary_form
@@ -204,7 +204,7 @@ LEAF = hashlib.sha256(b"certificate").digest()
 
 
 class BoundServer(ScriptedServer):
-    """Binds the sessions of one device, and looks at its signatures."""
+    """Binds the sessions of one device and verifies its signatures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class BoundServer(ScriptedServer):
         self.refused: list[ReceivedRequest] = []
 
     def greet(self, link: ServerLink) -> None:
-        link._extra["ssl_object"] = Tls()
+        link._extra["ssl_object"] = FakeTls()
 
     def act(self, request: ReceivedRequest) -> None:
         if self.scripts.get(request.method):
@@ -273,7 +273,7 @@ async def test_reconnect_attaches_before_any_call() -> None:
 async def test_call_refused_without_proof_attaches_and_is_retried() -> None:
     server = BoundServer()
     async with device_client(server) as client:
-        server.proved.clear()  # the server has forgotten: it knows another device by this name now
+        server.proved.clear()  # the server has forgotten the proof: the name now belongs to another device
         assert await client.call("echo", x=1) == {"x": 1}
     assert server.methods == ["session.open", "echo", "session.attach", "echo", "session.close"]
 
@@ -299,7 +299,7 @@ async def test_refused_attach_raises_and_is_not_retried() -> None:
                 await client.call("echo")
             assert caught.value.details == {}
         assert len(server.calls("session.attach")) == 2
-        await client.open_session()  # the way on
+        await client.open_session()  # retries explicitly
         assert await client.call("echo", x=1) == {"x": 1}
 
 
@@ -367,7 +367,7 @@ async def test_attach_without_answer_ends_at_the_timeout() -> None:
         with pytest.raises(DeadlineExceeded, match="no answer within the call's timeout"):
             await client.call("echo", timeout=2)
         with pytest.raises(DeadlineExceeded):
-            await client.call("echo", timeout=None)  # attaching has a limit of its own
+            await client.call("echo", timeout=None)  # attach has its own timeout
 
 
 @scripted
@@ -473,7 +473,7 @@ async def test_refresh_that_cannot_be_proved_raises() -> None:
         await client.call("echo")
 
 
-# --- others ------------------------------------------------------------------------------------------
+# --- without device-----------------------------------------------------------------------------------
 
 
 @scripted
@@ -497,7 +497,7 @@ async def test_unbound_session_is_presented_without_attach() -> None:
 
 
 def certificate_client(server: ScriptedServer) -> Client:
-    """A client that would show a certificate, over a connection without TLS."""
+    """Return a client with a certificate, over a connection without TLS."""
     client = client_of(server)
     client._credentials = CertificateLogin()
     return client
@@ -542,7 +542,7 @@ async def test_certificate_demand_without_certificate_raises() -> None:
 
 
 class Office:
-    """A server with the user ada, and codes for her devices."""
+    """A server with the user ada and pairing codes."""
 
     def __init__(self, home: Path, certs: Path) -> None:
         home.mkdir(mode=0o700)
@@ -559,7 +559,7 @@ class Office:
         return self.codes.make("ada", 60_000, system_clock.wall())
 
     def lose_connections(self) -> None:
-        """Reset whatever is connected."""
+        """Reset all connections."""
         self.server.in_loop(
             lambda: [each.abort("write_timeout") for each in list(self.server.server.state.connections)]
         )
@@ -581,7 +581,7 @@ async def test_enrolled_device_opens_sessions_that_survive_reconnect(office: Off
         for number in range(3):
             assert await client.call("echo", x=number) == {"x": number}
             office.lose_connections()
-            size = 100_000  # more than a connection without a session takes
+            size = 100_000  # more than a connection without a session accepts
             assert await client.call("echo", idempotency_key=str(number), x=bytes(size)) == {"x": bytes(size)}
         info = await client.call("session.info")
         assert (info["id"], info["bound"]) == (session, True)

@@ -1,4 +1,4 @@
-"""Making a connection, over loopback: whom to trust, what can go wrong, what is remembered."""
+"""Dialer over loopback: trust, failures, and `sts` policies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WRONG_PIN = "sha256/" + "A" * 43 + "="
 
 @pytest.fixture
 def known(home: Path) -> Callable[[], dict[str, Any]]:
-    """What is remembered of hosts."""
+    """Return the stored policies."""
 
     def read() -> dict[str, Any]:
         path = home / "known_hosts.json"
@@ -46,7 +46,7 @@ def known(home: Path) -> Callable[[], dict[str, Any]]:
 async def plain_server(
     talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any], context: ssl.SSLContext | None = None
 ) -> AsyncIterator[str]:
-    """A server that is none of ours; its address."""
+    """Start a server with the given handler and return its address."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, ssl.SSLError):
@@ -60,7 +60,7 @@ async def plain_server(
         server.close()
 
 
-# --- whom to trust -----------------------------------------------------------------------------------
+# --- trust -------------------------------------------------------------------------------------------
 
 
 async def test_ca_file_pin_or_both_are_accepted(shared: ServerThread, connect_to: ConnectTo) -> None:
@@ -254,13 +254,13 @@ async def test_home_option_sets_the_known_hosts_folder(
     with pytest.raises(TlsError, match="elsewhere"):
         await connect_to(shared, host="localhost", home=elsewhere, verify=False)
     with pytest.raises(ConfigError):
-        connect("localhost", home="~nobody-of-this-name/x")
+        connect("localhost", home="~unknown-user/x")
 
 
 async def test_verify_false_works_without_a_home(
     shared: ServerThread, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ZCPROTO_HOME", "~nobody-of-this-name/x")
+    monkeypatch.setenv("ZCPROTO_HOME", "~unknown-user/x")
     async with connect_to(shared, host="localhost", verify=False) as client:
         assert await client.call("echo", x=1) == {"x": 1}
 
@@ -370,7 +370,7 @@ async def test_late_tls_alert_raises_after_the_close() -> None:
     async with plain_server(speak) as address:
         connecting = asyncio.create_task(connect(address).open())
         await closed.wait()
-        assert not connecting.done()  # who is told may end the loop at once, with the connection still open
+        assert not connecting.done()  # the caller may stop the loop at once, while the connection is open
         may_close.set()
         with pytest.raises(TlsError, match="does not speak TLS"):
             await connecting
@@ -425,7 +425,7 @@ async def test_connect_can_be_cancelled() -> None:
 async def test_connect_can_be_cancelled_while_storing_the_policy(
     serve: Serve, connect_to: ConnectTo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = serve(sessions__open_timeout="5m")  # it is the client that ends the connection
+    server = serve(sessions__open_timeout="5m")  # the client ends the connection
     loop = asyncio.get_running_loop()
     learning, may_go_on = asyncio.Event(), threading.Event()
 

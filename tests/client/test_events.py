@@ -1,4 +1,4 @@
-"""The stream of events that an application reads."""
+"""The event stream of a client."""
 
 from __future__ import annotations
 

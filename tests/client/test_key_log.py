@@ -1,4 +1,4 @@
-"""`key_log_file`: the secrets of a client's connections, for those that ask for them, and for nobody else."""
+"""`key_log_file`: TLS secrets of connections, written only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hosts that are not connected to with verification off."""
+"""Stored `sts` policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call with an idempotency key, from the client to the method: run once, however often it is sent."""
+"""Calls with an idempotency key run once, however often they are sent."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from zcproto.app.context import Context
 from zcproto.errors import ConnectionClosed, FailedPrecondition
 
 
-class Shop:
-    """An application whose connections are cut at the worst moment, so many times."""
+class CuttingApp:
+    """An application that aborts its connections during calls, `cuts` times."""
 
     def __init__(self, cuts: int) -> None:
         self.cuts = cuts
@@ -26,13 +26,13 @@ class Shop:
         self.app.method("ship")(self.ship)
 
     def pay(self, context: Context, amount: int) -> dict[str, int]:
-        """Ends the connection when it has done its work: the answer is never sent."""
+        """Abort the connection after the work, so that the answer is not sent."""
         self.paid.append(amount)
         self._cut(context)
         return {"number": len(self.paid), "amount": amount}
 
     async def ship(self, context: Context, amount: int) -> dict[str, int]:
-        """Ends the connection in the middle of its work, and goes on."""
+        """Abort the connection during the work, and finish it."""
         self._cut(context)
         await asyncio.sleep(0.05)
         self.paid.append(amount)
@@ -44,35 +44,35 @@ class Shop:
             context._connection.abort("cut")
 
 
-def shop_of(serve: Serve, cuts: int = 1) -> tuple[Shop, ServerThread]:
-    shop = Shop(cuts)
-    return shop, serve(shop.app)
+def cutting_app(serve: Serve, cuts: int = 1) -> tuple[CuttingApp, ServerThread]:
+    cutting = CuttingApp(cuts)
+    return cutting, serve(cutting.app)
 
 
 @pytest.mark.parametrize("method", ["pay", "ship"])
 async def test_lost_answer_is_repeated_on_another_connection(
     serve: Serve, connect_to: ConnectTo, method: str
 ) -> None:
-    shop, server = shop_of(serve)
+    cutting, server = cutting_app(serve)
     async with connect_to(server) as client:
         result = await client.call(method, amount=5, idempotency_key="order-7")
     assert result == {"number": 1, "amount": 5}
-    assert shop.paid == [5]
+    assert cutting.paid == [5]
     assert server.stats["connections_opened"] == 2
     assert server.stats["idempotency"]["repeated"] == 1
 
 
 async def test_lost_answer_without_idempotency_key_raises(serve: Serve, connect_to: ConnectTo) -> None:
-    shop, server = shop_of(serve)
+    cutting, server = cutting_app(serve)
     async with connect_to(server) as client:
         with pytest.raises(ConnectionClosed):
             await client.call("pay", amount=5)
-        assert shop.paid == [5]
+        assert cutting.paid == [5]
         assert (await client.call("pay", amount=5))["number"] == 2
 
 
 async def test_another_client_of_the_user_gets_the_stored_answer(serve: Serve, connect_to: ConnectTo) -> None:
-    shop, server = shop_of(serve, cuts=0)
+    cutting, server = cutting_app(serve, cuts=0)
     async with connect_to(server) as client, connect_to(server) as another:
         first, second = await asyncio.gather(
             client.call("ship", amount=5, idempotency_key="k"),
@@ -83,11 +83,11 @@ async def test_another_client_of_the_user_gets_the_stored_answer(serve: Serve, c
             await another.call("ship", amount=6, idempotency_key="k")
     async with connect_to(server, user="bob") as bob:
         assert (await bob.call("ship", amount=6, idempotency_key="k"))["number"] == 2
-    assert shop.paid == [5, 6]
+    assert cutting.paid == [5, 6]
 
 
 async def test_answer_of_timed_out_call_can_be_fetched_later(serve: Serve, connect_to: ConnectTo) -> None:
-    shop, server = shop_of(serve, cuts=0)
+    cutting, server = cutting_app(serve, cuts=0)
     async with connect_to(server) as client:
         call = asyncio.ensure_future(client.call("ship", amount=5, idempotency_key="k"))
         await asyncio.to_thread(server.until, lambda: server.server.state.idempotency.running)
@@ -95,4 +95,4 @@ async def test_answer_of_timed_out_call_can_be_fetched_later(serve: Serve, conne
         with pytest.raises(asyncio.CancelledError):
             await call
         assert await client.call("ship", amount=5, idempotency_key="k") == {"number": 1, "amount": 5}
-    assert shop.paid == [5]
+    assert cutting.paid == [5]

@@ -1,4 +1,4 @@
-"""Pinning as a user of the client meets it: forms, errors that can be acted on, and the risk of a single pin."""
+"""Pins: their forms, errors with a cure, and the warning of a single pin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRONG, BACKUP = ("sha256/" + letter * 43 + "=" for letter in "AE")
 
 @pytest.fixture(autouse=True)
 def nothing_was_said(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What is said once is said anew in each test."""
+    """Reset the warnings that are logged once."""
     _warn_of_single_pin.cache_clear()
     with caplog.at_level(logging.WARNING, "zcproto.client"):
         yield
@@ -83,7 +83,7 @@ def test_single_pin_is_warned_of_once(pin: str, of: str, caplog: pytest.LogCaptu
     assert record.getMessage().startswith(f"{pin} is the only pin: when the server's {of} is replaced")
     assert "backup" in record.getMessage()
     Trust(ConnectOptions(pins=[BACKUP]))
-    assert len(caplog.records) == 2  # it is another risk
+    assert len(caplog.records) == 2  # another pin
 
 
 @pytest.mark.requirement("pinning")

@@ -1,4 +1,4 @@
-"""The pump of one connection, where a whole client does not get to."""
+"""ClientProtocol: one connection, in states that a whole client rarely reaches."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from zcproto.wire.message import encode_body
 FOREVER = float("inf")
 
 
-class Owner:
-    """Writes down what it is told."""
+class RecordingOwner:
+    """Records notifications."""
 
     def __init__(self) -> None:
-        self.told: list[Any] = []
+        self.notifications: list[Any] = []
 
-    def event_received(self, link: ClientProtocol, event: EventReceived) -> None:
-        self.told.append(event)
+    def event_received(self, connection: ClientProtocol, event: EventReceived) -> None:
+        self.notifications.append(event)
 
-    def connection_draining(self, link: ClientProtocol, event: GoAwayReceived) -> None:
-        self.told.append(event)
+    def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None:
+        self.notifications.append(event)
 
-    def connection_ended(self, link: ClientProtocol, error: ConnectionClosed) -> None:
-        self.told.append(error)
+    def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
+        self.notifications.append(error)
 
 
 class Ends:
-    """A protocol and the server's end of it."""
+    """A ClientProtocol and the server's end of its connection."""
 
     def __init__(self, *, welcome: bool = True, **greeting: Any) -> None:
         loop = asyncio.get_running_loop()
         self.server = ScriptedServer()
         self.server.script("echo", *[silence] * 100)
-        self.owner = Owner()
+        self.owner = RecordingOwner()
         self.link = ServerLink(self.server, 1)
         clock = LoopClock()
         wheel = DeadlineWheel(loop)
@@ -84,7 +84,7 @@ async def test_end_before_welcome_fails_the_waiter(how: str) -> None:
         getattr(ends.link, how)()
     with pytest.raises(ConnectionClosed):
         await ends.protocol.welcomed
-    assert len(ends.owner.told) == 1
+    assert len(ends.owner.notifications) == 1
 
 
 @scripted
@@ -92,7 +92,7 @@ async def test_end_before_welcome_without_waiter_is_silent() -> None:
     ends = Ends(welcome=False)
     ends.link.cut()
     await turns()
-    del ends  # a future with an error that nobody saw would complain now
+    del ends  # a future with an unretrieved error would log now
 
 
 @scripted
@@ -113,7 +113,7 @@ async def test_first_cause_of_end_is_reported_once() -> None:
     with pytest.raises(ConnectionClosed) as caught:
         await call
     assert caught.value.code is Code.REPLAYED
-    assert [type(told) for told in ends.owner.told] == [ConnectionClosed]
+    assert [type(each) for each in ends.owner.notifications] == [ConnectionClosed]
     await ends.protocol.gone
 
 
@@ -191,7 +191,7 @@ async def test_woken_waiter_without_stream_stays_first_in_queue() -> None:
     second = asyncio.create_task(wait("second"))
     await turns()
     ends.link.send(RESPONSE, 1, b"\xc0")  # wakes the first
-    ends.call()  # somebody is quicker
+    ends.call()  # another caller is faster
     await turns()
     assert order == []
     ends.link.send(RESPONSE, 2, b"\xc0")

@@ -1,4 +1,4 @@
-"""A session as its client knows it."""
+"""ClientSession: token and expiry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a session is opened, refreshed, and given up."""
+"""SessionManager: when a session is opened, refreshed and given up."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refresh_token(number: int) -> bytes:
 
 
 def short(life_ms: int = HOUR_MS, **more: Any) -> dict[str, Any]:
-    """A session that lives for so long from the time it is opened."""
+    """Set the lifetime of sessions."""
     return refreshable(expires_at=lambda number: WALL + round((now() - 1_000) * 1000) + life_ms, **more)
 
 
@@ -200,7 +200,7 @@ def test_user_or_key_alone_is_refused() -> None:
         connect("localhost", key="secret")
 
 
-# --- refreshing ahead --------------------------------------------------------------------------------
+# --- early refresh -----------------------------------------------------------------------------------
 
 
 @scripted
@@ -291,7 +291,7 @@ async def test_session_expiring_without_refresh_token_is_ignored() -> None:
         assert server.methods == ["session.open"]
 
 
-# --- refreshing because it must be -------------------------------------------------------------------
+# --- required refresh --------------------------------------------------------------------------------
 
 
 @scripted
@@ -475,7 +475,7 @@ async def test_renewal_waits_for_a_full_connection() -> None:
         call = asyncio.create_task(client.call("echo", timeout=None))
         await asyncio.sleep(0.84 * 3_600)
         assert server.calls("session.refresh") == []
-        server.link.go_away("draining", 0)  # what waited goes elsewhere
+        server.link.go_away("draining", 0)  # the waiting request moves to the next connection
         await asyncio.sleep(1)
         assert server.calls("session.refresh")[0].link is server.links[1]
         server.calls()[0].respond()
@@ -608,7 +608,7 @@ async def test_token_is_not_presented_during_renewal() -> None:
     assert "session.info" not in server.methods
 
 
-# --- 16 KiB ------------------------------------------------------------------------------------------
+# --- large requests ----------------------------------------------------------------------------------
 
 
 @scripted

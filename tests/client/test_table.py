@@ -1,4 +1,4 @@
-"""What a client does next: every row of the contract's table (section 7), against a server with a script."""
+"""Every row of the table of zcp1.md, section 11.1, against a scripted server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from zcproto.errors import (
     UnknownError,
 )
 
-# --- UNAVAILABLE, RESOURCE_EXHAUSTED: not run, again after retry_after_ms with jitter ----------------
+# --- UNAVAILABLE, RESOURCE_EXHAUSTED: not run; retry after retry_after_ms and jitter ------------------
 
 
 @pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED])
@@ -52,7 +52,7 @@ async def test_refused_call_is_retried_after_retry_after_and_jitter(code: Code) 
         start = now()
         assert await client.call("echo", x=1) == {"x": 1}
     times = [request.at - start for request in server.calls()]
-    # full jitter with a ceiling of 100 ms, then 200 ms, on top of what the server asked for
+    # full jitter up to 100 ms, then 200 ms, in addition to retry_after_ms
     assert times == pytest.approx([0, 0.25, 0.25 + 0.3])
     assert len(server.links) == 1
 
@@ -111,7 +111,7 @@ async def test_resource_exhausted_with_limit_raises_for_any_call() -> None:
     assert len(server.calls()) == 1
 
 
-# --- GOAWAY before an answer: not run, again on another connection -----------------------------------
+# --- GOAWAY before an answer: not run; retry on another connection -----------------------------------
 
 
 @scripted
@@ -123,7 +123,7 @@ async def test_call_without_answer_after_goaway_and_clean_close_is_retried() -> 
         assert await client.call("echo", x=1) == {"x": 1}
         assert len(server.links) == 2
         assert server.calls()[1].link is server.links[1]
-        # after the 500 ms that GOAWAY asked for, and jitter
+        # after the 500 ms of GOAWAY, and jitter
         assert server.dialled[1] - start == pytest.approx(0.5 + 0.05)
 
 
@@ -158,7 +158,7 @@ async def test_goaway_finishes_calls_in_flight_and_moves_new_ones() -> None:
         server.calls()[0].respond("old answer")
         assert await slow == "old answer"
         await turns()
-        assert first.ended == "closed"  # by us, as nothing is in flight on it any more
+        assert first.ended == "closed"  # by the client, because nothing is in flight on it
 
 
 @scripted
@@ -175,7 +175,7 @@ async def test_unavailable_on_a_draining_connection_is_retried_on_the_next() -> 
     assert server.calls()[1].link is server.links[1]
 
 
-# --- UNAUTHENTICATED, TOKEN_REVOKED, SESSION_REPLACED: told, never again by itself -------------------
+# --- UNAUTHENTICATED, TOKEN_REVOKED, SESSION_REPLACED: raised, no automatic retry --------------------
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ async def test_revoked_session_raises_in_every_later_call(code: Code, error: typ
         await asyncio.sleep(100)
         with pytest.raises(error):
             await client.call("echo")
-    assert len(server.links) == 1  # it never came back by itself
+    assert len(server.links) == 1  # no automatic reconnect
 
 
 @scripted
@@ -221,7 +221,7 @@ async def test_unauthenticated_raises_without_retry() -> None:
             with pytest.raises(Unauthenticated):
                 await client.call("echo")
         assert server.methods == ["session.open", "echo", "echo"]
-        assert await client.call("echo", x=1) == {"x": 1}  # it may have been the method's own refusal
+        assert await client.call("echo", x=1) == {"x": 1}  # the method itself may have refused the first call
 
 
 @scripted
@@ -247,7 +247,7 @@ async def test_key_that_became_wrong_raises_in_every_later_call() -> None:
     assert server.methods == ["session.open", "echo", "session.open"]
 
 
-# --- STALE_TIMESTAMP: correct the offset, again at once, once ----------------------------------------
+# --- STALE_TIMESTAMP: correct the offset, retry at once, once ----------------------------------------
 
 
 @scripted
@@ -273,7 +273,7 @@ async def test_second_stale_timestamp_raises() -> None:
     assert len(server.calls()) == 2
 
 
-# --- TOKEN_EXPIRED: refresh or open, again once ------------------------------------------------------
+# --- TOKEN_EXPIRED: refresh or open, retry once ------------------------------------------------------
 
 
 @scripted
@@ -331,7 +331,7 @@ async def test_concurrent_calls_with_expired_token_share_one_refresh() -> None:
     assert len(server.calls()) == 40
 
 
-# --- the connection was lost: maybe run, again only with an idempotency key --------------------------
+# --- connection lost: may have run; retry only with an idempotency key -------------------------------
 
 
 @scripted
@@ -387,11 +387,11 @@ async def test_retries_with_idempotency_key_end_at_the_timeout() -> None:
         with pytest.raises(ConnectionClosed):
             await client.call("echo", idempotency_key="k", timeout=10)
         assert now() - start < 10
-        assert 5 < len(server.calls()) < 12  # ever slower, for it may be what brings the server down
+        assert 5 < len(server.calls()) < 12  # increasingly delayed: the call may be what crashes the server
         server.scripts.clear()
 
 
-# --- everything else: told ---------------------------------------------------------------------------
+# --- other errors: raised ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ async def test_malformed_answer_raises_internal_for_its_call_only() -> None:
     assert results[1] == {"x": 1}
 
 
-# --- timeouts and cancelling -------------------------------------------------------------------------
+# --- timeout and cancellation------------------------------------------------------------------------
 
 
 @scripted
@@ -456,7 +456,7 @@ async def test_timeout_sends_cancel_for_its_call_only() -> None:
         assert 2.0 <= now() - start <= 2.2
         await turns()
         assert server.link.cancelled == [server.calls()[1].stream]
-        server.calls()[1].fail(Code.CANCELLED)  # comes too late for anyone
+        server.calls()[1].fail(Code.CANCELLED)  # too late
         server.calls()[0].respond("fine")
         assert await other == "fine"
 
@@ -547,7 +547,7 @@ async def test_call_without_timeout_waits_indefinitely() -> None:
         assert await call == "at last"
 
 
-# --- what is sent ------------------------------------------------------------------------------------
+# --- sent frames -------------------------------------------------------------------------------------
 
 
 @scripted

@@ -39,7 +39,7 @@ async def test_cancelled_disconnect_closes_connection(serve: Serve) -> None:
 async def test_welcome_after_cancelled_dial_is_ignored() -> None:
     wheel = DeadlineWheel(asyncio.get_running_loop())
     caller = Caller(wheel)
-    caller._ready.cancel()  # as when its task is cancelled while it dials
+    caller._ready.cancel()  # like a task that is cancelled in `dial`
     caller.welcomed()
     assert caller._ready.cancelled()
     wheel.close()
@@ -133,7 +133,7 @@ async def test_missing_answer_raises_after_the_timeout(serve: Serve, monkeypatch
     with pytest.raises(ConnectionClosed, match="no answer to sleep"):
         await operator.call("sleep", {"ms": 200})
     monkeypatch.setattr(module, "TIMEOUT", 5.0)
-    await operator.call("sleep", {"ms": 200})  # the answer that came too late is not taken for this one
+    await operator.call("sleep", {"ms": 200})  # not confused with the late answer
     await operator.disconnect()
 
 

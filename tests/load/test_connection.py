@@ -67,7 +67,7 @@ def ends() -> Ends:
 
 def test_idle_load_connection_sends_ping(ends: Ends) -> None:
     assert ends.transport.sent == []
-    ends.timers.advance(11.0)  # a third of the idle timeout, and the wheel's grain
+    ends.timers.advance(11.0)  # a third of the idle timeout, and a tick of the wheel
     (ping,) = ends.transport.sent
     assert [*ends.server.receive_data(ping, system_clock.wall(), NOW)] == []
     ends.connection.data_received(ends.server.data_to_send())

@@ -69,7 +69,7 @@ async def test_fewer_sessions_than_connections_are_shared(serve: Serve) -> None:
 
 async def test_sharing_connection_waits_for_the_session(serve: Serve) -> None:
     server = serve()
-    # All arrive at once, so the session is not open yet when the others have shaken hands.
+    # All connect at once, so the session is not open when the other handshakes are complete.
     crowd = share(server, connections=20, credentials=[["user-1", KEY]], arrival_rate=1e6)
     generator = Generator(crowd, asyncio.get_running_loop())
     await generator.connect()
@@ -234,7 +234,7 @@ async def test_requests_of_lost_connections_are_not_sent(serve: Serve) -> None:
     await generator.load()
     await generator.verify()
     assert generator.record.lost_connections in ({"truncated": 3}, {"connection_reset": 3})
-    assert generator.record.tallies[RequestKind.LOAD].equal == 40  # the load is for those that are there
+    assert generator.record.tallies[RequestKind.LOAD].equal == 40  # the load uses the remaining connections
     assert generator.record.tallies[RequestKind.LAST].not_sent == {"the connection was lost": 3}
     assert generator.progress()["failed"] == 6
     await generator.close()

@@ -1,4 +1,4 @@
-"""The generator's connections: those that cannot be made, and those that end early."""
+"""Connections of the generator that fail or end early."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_untrusted_server_gets_no_requests(serve: Serve) -> None:
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """A port whose backlog takes connections that nobody ever answers."""
+    """Return a port whose connections are never answered."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening.getsockname()[1]
 

@@ -24,7 +24,7 @@ from zcproto.load.pacer import (
 
 
 class HandAlarm:
-    """An alarm that rings when the test says so."""
+    """An alarm that tests fire."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self.callback = callback
@@ -39,7 +39,7 @@ class HandAlarm:
 
 
 class Pacing:
-    """A pacer on a clock that is turned by hand, and what it did."""
+    """A pacer with a fake clock, and its actions."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -70,7 +70,7 @@ async def test_pacer_never_acts_early() -> None:
     run = pacing.start(1.0, 2.0)
     await asyncio.sleep(0)
     assert (pacing.acted, pacing.alarm.at) == ([], 101.0)
-    await pacing.ring(100.9)  # early, as timers may be
+    await pacing.ring(100.9)  # early, like some timers
     assert (pacing.acted, pacing.alarm.at) == ([], 101.0)
     await pacing.ring(101.0)
     assert (pacing.acted, pacing.alarm.at) == ([101.0], 102.0)
@@ -147,7 +147,7 @@ async def test_alarm_fires_once_at_its_time(make: Callable[..., TimerfdAlarm | L
     await rang.wait()
     assert times[0] >= due - 0.001
     rang.clear()
-    alarm.set(0.0)  # long past: at once
+    alarm.set(0.0)  # past: fires at once
     await rang.wait()
     assert len(times) == 2
     alarm.close()
@@ -172,7 +172,7 @@ async def test_exhausted_timerfds_raise(monkeypatch: pytest.MonkeyPatch) -> None
             return -1
 
     monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: Libc())
-    with pytest.raises(OSError):  # noqa: PT011  its number is whatever failed last
+    with pytest.raises(OSError):  # noqa: PT011 - the number varies
         TimerfdAlarm(asyncio.get_running_loop(), lambda: None)
 
 

@@ -140,7 +140,7 @@ def test_oversized_keys_file_is_refused(tmp_path: Path) -> None:
 
 
 class Limits:
-    """The system's limit of open files, without changing that of the tests."""
+    """Fake the limit of open files."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> None:
         self.now = (soft, hard)

@@ -98,7 +98,7 @@ def test_figures_are_differences_between_readings() -> None:
     assert result.request_rate == pytest.approx(200)
 
 
-def test_unmeasured_figure_is_none() -> None:
+def test_unmeasured_figure_has_no_value() -> None:
     found = values(Result(plan()))
     assert found.pop("generator_cpu_percent") == 0
     assert set(found.values()) == {None}

@@ -212,7 +212,7 @@ async def test_killed_worker_raises_and_ends_the_others(serve: Serve) -> None:
         pids = [process.pid for process in workers._processes]
         os.kill(pids[0], signal.SIGKILL)
         await workers._processes[0].wait()
-        workers.stop()  # finds one of them gone
+        workers.stop()  # one of them has exited
         with pytest.raises(ZcprotoError, match="a generator process exited with code -9"):
             await workers.run("load")
     for pid in pids:

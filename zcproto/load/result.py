@@ -74,7 +74,7 @@ class Result:
     # --- verification --------------------------------------------------------------------------------
 
     def counted(self) -> list[Counted]:
-        """Compare the server's counts of connections, sessions and requests, read while all are open, with ours.
+        """Compare the counts of connections, sessions and requests of both sides, read while all are open.
 
         The operator's connection and session are in both readings and cancel out; its requests are subtracted.
         """
