@@ -9,7 +9,8 @@ import pytest
 
 from tests.certs.support import DAY, NOW
 from zcproto.certs import lifecycle
-from zcproto.certs.lifecycle import CLOCK_SKEW, EXPIRED, Expiring, ExpiryAlert, ExpiryAlerts, Retry
+from zcproto.certs.lifecycle import CLOCK_SKEW, EXPIRED, Expiring, ExpiryAlerts, Retry
+from zcproto.certs.notices import Notice, NoticeKind
 
 HOUR, MINUTE, SECOND = timedelta(hours=1), timedelta(minutes=1), timedelta(seconds=1)
 ALERT_DAYS = (30, 14, 7, 3, 1)
@@ -149,6 +150,10 @@ def test_wrong_clock_does_not_stop_retries() -> None:
 # --- alerts
 
 
+def has_ended(alert: Notice) -> bool:
+    return alert.kind is NoticeKind.EXPIRY_ENDED
+
+
 class ServedCertificates:
     """The certificates that a server serves, and the alerts about them."""
 
@@ -156,13 +161,13 @@ class ServedCertificates:
         self.alerts = ExpiryAlerts(alert_days)
         self.items = {"server.crt": (b"a", NOW + 90 * DAY)}
 
-    def due(self, now: datetime) -> list[ExpiryAlert]:
+    def due(self, now: datetime) -> list[Notice]:
         return self.alerts.due([Expiring(key, path, end) for path, (key, end) in self.items.items()], now)
 
     def days(self, left: timedelta) -> list[int]:
         """Return the thresholds reported with this much time left for the first certificate."""
         alerts = self.due(NOW + 90 * DAY - left)
-        assert not any(alert.ended for alert in alerts)
+        assert not any(has_ended(alert) for alert in alerts)
         return [alert.days for alert in alerts]
 
 
@@ -178,9 +183,10 @@ def test_each_threshold_is_reported_once_at_its_time() -> None:
 def test_alert_has_path_threshold_and_expiry() -> None:
     served = ServedCertificates()
     now = NOW + 84 * DAY
-    assert served.due(now) == [ExpiryAlert("server.crt", NOW + 90 * DAY, 7, 6 * DAY)]
+    (soon,) = served.due(now)
+    assert (soon.path, soon.not_after, soon.days, soon.left) == ("server.crt", NOW + 90 * DAY, 7, 6 * DAY)
     (expired,) = served.due(NOW + 91 * DAY)
-    assert expired == ExpiryAlert("server.crt", NOW + 90 * DAY, EXPIRED, -DAY)
+    assert (expired.days, expired.left) == (EXPIRED, -DAY)
 
 
 def test_last_second_of_a_certificate_is_before_its_expiry() -> None:
@@ -218,7 +224,7 @@ def test_swinging_clock_repeats_no_alert() -> None:
     reported: list[int] = []
     for _ in range(3000):
         alerts = served.due(NOW + 90 * DAY - chance.uniform(-10, 60) * DAY)
-        reported += [alert.days for alert in alerts if not alert.ended]
+        reported += [alert.days for alert in alerts if not has_ended(alert)]
     assert sorted(reported) == sorted({EXPIRED, *ALERT_DAYS})
 
 
@@ -234,7 +240,7 @@ def test_clock_far_ahead_suppresses_no_later_threshold() -> None:
     served = ServedCertificates()
     assert served.days(5 * DAY) == [7]
     (over,) = served.due(NOW)
-    assert over.ended
+    assert has_ended(over)
     assert served.days(30 * DAY) == [30]
     assert served.days(14 * DAY) == [14]
     assert served.days(7 * DAY) == []  # reported before
@@ -246,7 +252,9 @@ def test_alert_ends_when_the_certificate_is_replaced() -> None:
     now = NOW + 86 * DAY
     assert [alert.days for alert in served.due(now)] == [7]
     served.items["server.crt"] = (b"new", now + 90 * DAY)
-    assert served.due(now) == [ExpiryAlert("server.crt", now + 90 * DAY, 7, 90 * DAY, ended=True)]
+    (over,) = served.due(now)
+    assert has_ended(over)
+    assert (over.path, over.not_after, over.days, over.left) == ("server.crt", now + 90 * DAY, 7, 90 * DAY)
     assert served.due(now) == []
 
 
@@ -255,9 +263,9 @@ def test_alert_does_not_end_if_the_replacement_expires_soon_too() -> None:
     now = NOW + 84 * DAY
     served.due(now)
     served.items["server.crt"] = (b"b", now + 10 * DAY)
-    assert [(alert.days, alert.ended) for alert in served.due(now)] == [(14, False)]
+    assert [(alert.days, has_ended(alert)) for alert in served.due(now)] == [(14, False)]
     served.items["server.crt"] = (b"c", now + 90 * DAY)
-    assert [alert.ended for alert in served.due(now)] == [True]
+    assert [has_ended(alert) for alert in served.due(now)] == [True]
 
 
 def test_certificate_without_an_alert_ends_silently() -> None:
@@ -275,7 +283,7 @@ def test_certificate_no_longer_served_is_forgotten() -> None:
     gone, served.items = served.items, only
     over = served.due(NOW)
     assert len(over) == 1000
-    assert all(alert.ended and alert.days == 1 and alert.left == DAY for alert in over)
+    assert all(has_ended(alert) and alert.days == 1 and alert.left == DAY for alert in over)
     assert len(served.alerts._reported) == 1
     assert len(served.alerts._open) == 0
     served.items = gone

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from zcproto.certs import lifecycle, notices, pair
+from zcproto.certs import lifecycle, pair
 from zcproto.certs.authority import Progress
 from zcproto.certs.crl import CertificateId, revoked_in
 from zcproto.certs.external import check_sites
@@ -190,7 +190,7 @@ class CertificateChecker:
         if current != self._set:
             self._set = current
             self._is_proven = False
-        return [*happened, *map(notices.expiry, self._alerts.due(self._expiring(now), now))]
+        return [*happened, *self._alerts.due(self._expiring(now), now)]
 
     def _clock_was_changed(self, now: datetime, monotonic: float) -> bool:
         """Return True if the clock was changed, or the machine suspended, since this last returned True."""
@@ -206,7 +206,7 @@ class CertificateChecker:
             for source in self._sites
             for one in source.overdue(now)
         ]
-        return items + [one for source in self._sources for one in source.expiring]
+        return items + [one for source in self._sources for one in (*source.authorities, *source.lists)]
 
     def _prove(self) -> ServingCertificates:
         certificates, trust, contexts = self.certificates, self._trust, self._contexts

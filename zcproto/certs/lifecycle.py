@@ -17,9 +17,11 @@ Pure: time and randomness are arguments. Must not know: files, keys, how an aler
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
+
+from zcproto.certs.notices import Notice, expiry
 
 CLOCK_SKEW: Final = timedelta(hours=1)
 """How far certificates are backdated."""
@@ -130,21 +132,6 @@ class Expiring(NamedTuple):
     """Of an authority."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpiryAlert:
-    """An alert about the expiry of a certificate."""
-
-    path: str
-    not_after: datetime
-    days: int
-    """The threshold that was reached; `EXPIRED` if the certificate has expired."""
-    left: timedelta
-    """Negative if it has expired."""
-    ended: bool = False
-    """True when the alert about `path` is over: the certificate there is not about to expire, or `path` is no
-    longer in use. `days` is that of the alert; the other values are those of the current or last certificate."""
-
-
 @dataclass(slots=True)
 class _Reported:
     """What was reported about one certificate."""
@@ -166,10 +153,13 @@ class ExpiryAlerts:
     def __init__(self, alert_days: Iterable[int]) -> None:
         self._thresholds = sorted({EXPIRED, *alert_days})
         self._reported: dict[bytes, _Reported] = {}
-        self._open: dict[str, ExpiryAlert] = {}
+        self._open: dict[str, tuple[datetime, int]] = {}  # path: expiry and threshold
 
-    def due(self, items: Iterable[Expiring], now: datetime) -> list[ExpiryAlert]:
-        """Return the alerts to raise or to end now. `items` are all certificates and lists in use."""
+    def due(self, items: Iterable[Expiring], now: datetime) -> list[Notice]:
+        """Return the alerts to raise or to end now. `items` are all certificates and lists in use.
+
+        An alert about a path ends if the certificate there is not about to expire, or if the path is not in use.
+        """
         current: dict[bytes, Expiring] = {}
         for item in items:
             current.setdefault(item.sha256, item)
@@ -181,15 +171,15 @@ class ExpiryAlerts:
             days = self._reached(left)
             if self._is_new(key, days, left):
                 assert days is not None
-                self._open[one.path] = ExpiryAlert(one.path, one.not_after, days, left)
-                alerts.append(self._open[one.path])
+                self._open[one.path] = one.not_after, days
+                alerts.append(expiry(one.path, one.not_after, left, days))
             if days is not None:
                 ended.pop(one.path, None)
             elif one.path in ended:
-                ended[one.path] = ExpiryAlert(one.path, one.not_after, ended[one.path].days, left)
-        for path, alert in ended.items():
+                ended[one.path] = one.not_after, ended[one.path][1]
+        for path, (not_after, threshold) in ended.items():
             del self._open[path]
-            alerts.append(replace(alert, left=alert.not_after - now, ended=True))
+            alerts.append(expiry(path, not_after, not_after - now, threshold, ended=True))
         return alerts
 
     def _reached(self, left: timedelta) -> int | None:

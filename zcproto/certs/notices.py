@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from zcproto.certs.lifecycle import ExpiryAlert
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.text import escape_text
 
@@ -75,14 +74,17 @@ def rotated(one: CertificatePair) -> Notice:
     return Notice(NoticeKind.KEY_ROTATED, str(one.certificate), message, pins=(one.pin,))
 
 
-def expiry(alert: ExpiryAlert) -> Notice:
-    days = alert.left // timedelta(days=1)
-    kind, message = NoticeKind.EXPIRY, f"{alert.path} expires on {day(alert.not_after)}, in {days} days."
-    if alert.ended:
-        kind, message = NoticeKind.EXPIRY_ENDED, f"{alert.path} is no longer about to expire."
-    elif alert.left < timedelta(0):
-        message = f"{alert.path} expired on {day(alert.not_after)}."
-    return Notice(kind, alert.path, message, not_after=alert.not_after, days=alert.days, left=alert.left)
+def expiry(path: str, not_after: datetime, left: timedelta, days: int, *, ended: bool = False) -> Notice:
+    """Return the notice of an alert about an approaching expiry, or of its end."""
+    kind, message = (
+        NoticeKind.EXPIRY,
+        f"{path} expires on {day(not_after)}, in {left // timedelta(days=1)} days.",
+    )
+    if ended:
+        kind, message = NoticeKind.EXPIRY_ENDED, f"{path} is no longer about to expire."
+    elif left < timedelta(0):
+        message = f"{path} expired on {day(not_after)}."
+    return Notice(kind, path, message, not_after=not_after, days=days, left=left)
 
 
 def _about(kind: NoticeKind, verb: str, one: CertificatePair) -> Notice:

@@ -48,8 +48,8 @@ def certificate_settings(config: Config) -> CertificateSettings:
     """Return the certificate settings of a configuration."""
     certificates = config.certificates
     return CertificateSettings(
-        default=managed_site(config) or _default_files(certificates),
-        sites=tuple(map(_site, certificates.site)),
+        default=managed_site(config) or _external_site((), certificates),
+        sites=tuple(_external_site(site.names, site) for site in certificates.site),
         alert_days=certificates.alert_days,
         clients=_client_trust(config),
     )
@@ -71,16 +71,9 @@ def managed_site(config: Config) -> ManagedSite | None:
     return ManagedSite(certificates.directory, settings)
 
 
-def _default_files(certificates: CertificatesConfig) -> ExternalSite:
-    return ExternalSite((), certificates.certificate, certificates.key, _passphrase(certificates))
-
-
-def _site(site: SiteConfig) -> ExternalSite:
-    return ExternalSite(site.names, site.certificate, site.key, _passphrase(site))
-
-
-def _passphrase(config: CertificatesConfig | SiteConfig) -> PassphraseSource:
-    return PassphraseSource(config.key_passphrase_file, config.key_passphrase_variable or "")
+def _external_site(names: tuple[str, ...], config: CertificatesConfig | SiteConfig) -> ExternalSite:
+    passphrase = PassphraseSource(config.key_passphrase_file, config.key_passphrase_variable or "")
+    return ExternalSite(names, config.certificate, config.key, passphrase)
 
 
 def _client_trust(config: Config) -> ClientTrust | None:

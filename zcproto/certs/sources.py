@@ -79,10 +79,9 @@ class Renewal:
 class Source(Protocol):
     """Provides a site, or the files with which clients are verified."""
 
-    @property
-    def expiring(self) -> Sequence[Expiring]:
-        """Everything whose approaching expiry is worth an alert."""
-        ...
+    authorities: tuple[Expiring, ...] = ()
+    lists: tuple[Expiring, ...] = ()
+    """Revocation lists."""
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]: ...
 
@@ -90,12 +89,9 @@ class Source(Protocol):
 
 
 class SiteSource(Source, Protocol):
-    """Provides a site."""
-
     origin: Origin
-    next_pins: NextPins | None
-    last_renewal: Renewal | None
-    authorities: tuple[Expiring, ...]
+    next_pins: NextPins | None = None
+    last_renewal: Renewal | None = None
 
     @property
     def site(self) -> Site: ...
@@ -108,7 +104,7 @@ class SiteSource(Source, Protocol):
 # --- managed certificates ----------------------------------------------------------------------------------
 
 
-class ManagedSource:
+class ManagedSource(SiteSource):
     """The default site, with managed certificates."""
 
     origin = Origin.OWN
@@ -116,14 +112,11 @@ class ManagedSource:
     def __init__(
         self, site: ManagedSite, random: Random, progress: Progress, rest: Callable[[], None]
     ) -> None:
-        self.next_pins: NextPins | None = None
-        self.last_renewal: Renewal | None = None
-        self.authorities: tuple[Expiring, ...] = ()
         self._directory = site.directory
         self._settings = site.settings
         self._progress = progress
         self._rest = rest
-        self._failures = _Failures(site.directory, site.directory, random)
+        self._schedule = _Schedule(site.directory, site.directory, random)
         self._pairs: dict[str, CertificatePair] = {}  # by key type
         self._watcher = FileWatcher(
             [
@@ -137,18 +130,12 @@ class ManagedSource:
             ],
             files.MAX_FILE_BYTES,
         )
-        self._next_change = _NEVER
-        self._routine_at = 0.0
         self._touched_since: float | None = None
         self._settled_at = 0.0
 
     @property
     def site(self) -> Site:
         return Site((), tuple(self._pairs.values()))
-
-    @property
-    def expiring(self) -> Sequence[Expiring]:
-        return self.authorities
 
     def overdue(self, now: datetime) -> list[CertificatePair]:
         """Return the pairs that should have been renewed: before that, the operator has nothing to do."""
@@ -201,9 +188,7 @@ class ManagedSource:
         if self._touched_since is not None:
             is_valid = all(one.not_before <= now <= one.not_after for one in self._pairs.values())
             return monotonic >= self._settled_at or not is_valid
-        if self._failures.retry.is_waiting:
-            return self._failures.retry.due(monotonic, now)
-        return force or now >= self._next_change or monotonic >= self._routine_at
+        return self._schedule.is_due(now, monotonic, force)
 
     def _ensured(
         self,
@@ -214,9 +199,8 @@ class ManagedSource:
     ) -> list[Notice]:
         """Take the result of a renewal run; `known` is what existed before it."""
         self._touched_since = None
-        self._routine_at = monotonic + ROUTINE_S
         # If a run finds nothing to do although its time has come, do not repeat it each second.
-        self._next_change = found.next_change if found.next_change > now else now + _IDLE
+        self._schedule.plan(found.next_change if found.next_change > now else now + _IDLE, monotonic)
         existing = {one.leaf_sha256 for one in known.values()}
         issued = [one for one in found.pairs if one.leaf_sha256 not in existing]
         happened = [notices.renewed(one) for one in issued]
@@ -226,7 +210,7 @@ class ManagedSource:
         happened += self._announced(found.next_pins)
         if found.problems:
             return happened + self._failed(CertificateError(" ".join(found.problems)), now, monotonic)
-        recovered = self._failures.succeeded()
+        recovered = self._schedule.succeeded()
         if issued or recovered:
             self.last_renewal = Renewal(now, ok=True)
         return happened + recovered
@@ -237,7 +221,7 @@ class ManagedSource:
         # A certificate that is not valid yet, after the clock was set back, is as bad as an expired one.
         ends = [one.not_after if one.not_before <= now else now for one in self._pairs.values()]
         left = min(ends, default=now) - now
-        return self._failures.failed(error, left, now, monotonic)
+        return self._schedule.failed(error, left, now, monotonic)
 
     def _announced(self, next_pins: NextPins | None) -> list[Notice]:
         if next_pins == self.next_pins:
@@ -288,29 +272,41 @@ class ManagedSource:
         return certificate
 
 
-class _Failures:
-    """A renewal that fails and is retried: when, and what is reported about it."""
+class _Schedule:
+    """When a renewal runs and is retried, and what is reported about its failures."""
 
     def __init__(self, path: Path, directory: Path, random: Random) -> None:
-        self.retry = Retry(random)
+        self._retry = Retry(random)
+        self._next_change = _NEVER
+        self._routine_at = 0.0
         self._path = str(path)
         self._directory = directory
         self._reported = ""
         self._reported_at = 0.0
 
+    def is_due(self, now: datetime, monotonic: float, force: bool) -> bool:
+        if self._retry.is_waiting:
+            return self._retry.due(monotonic, now)
+        return force or now >= self._next_change or monotonic >= self._routine_at
+
+    def plan(self, next_change: datetime, monotonic: float) -> None:
+        """Plan the run after this one."""
+        self._next_change = next_change
+        self._routine_at = monotonic + ROUTINE_S
+
     def failed(self, error: Exception, left: timedelta, now: datetime, monotonic: float) -> list[Notice]:
         """Record a failure. The same problem is reported once a day. `left` is the time until it is too late."""
         problem = str(_as_certificate_error(error, self._directory))
-        self.retry.failed(monotonic, now, left)
+        self._retry.failed(monotonic, now, left)
         if problem == self._reported and monotonic < self._reported_at + REMIND_S:
             return []
         self._reported, self._reported_at = problem, monotonic
         return [Notice(NoticeKind.RENEWAL_FAILED, self._path, problem)]
 
     def succeeded(self) -> list[Notice]:
-        if not self.retry.is_waiting:
+        if not self._retry.is_waiting:
             return []
-        self.retry.succeeded()
+        self._retry.succeeded()
         self._reported = ""
         message = f"{self._path}: the renewal that failed before has succeeded."
         return [Notice(NoticeKind.RENEWAL_RECOVERED, self._path, message)]
@@ -319,14 +315,10 @@ class _Failures:
 # --- certificates of other programs ------------------------------------------------------------------------
 
 
-class ExternalSource:
+class ExternalSource(SiteSource):
     """A site with certificates that other programs provide."""
 
     origin = Origin.FILES
-    next_pins: NextPins | None = None
-    last_renewal: Renewal | None = None
-    authorities: tuple[Expiring, ...] = ()
-    expiring: Sequence[Expiring] = ()
 
     def __init__(self, spec: ExternalSite, environ: Mapping[str, str]) -> None:
         self._files = WatchedFiles(spec.paths, lambda now: load_site(spec, now, environ))
@@ -352,27 +344,16 @@ class ExternalSource:
 # --- certificates of clients -------------------------------------------------------------------------------
 
 
-class ClientTrustSource:
+class ClientTrustSource(Source):
     """The authorities for clients and their revocation lists. The managed ones are kept up to date."""
 
     def __init__(self, trust: ClientTrust, random: Random, progress: Progress) -> None:
         self._trust = trust
         self._progress = progress
-        self._failures = _Failures(trust.crl or trust.ca, trust.directory or trust.ca.parent, random)
+        self._schedule = _Schedule(trust.crl or trust.ca, trust.directory or trust.ca.parent, random)
         paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)
         self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
         self._loaded_message = f"Loaded {' and '.join(map(str, paths))} for clients' certificates."
-        self._next_change = _NEVER
-        self._routine_at = 0.0
-
-    @property
-    def authorities(self) -> tuple[Expiring, ...]:
-        return self._files.value[0]
-
-    @property
-    def expiring(self) -> Sequence[Expiring]:
-        authorities, lists = self._files.value
-        return (*authorities, *lists)
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]:
         happened: list[Notice] = []
@@ -384,8 +365,9 @@ class ClientTrustSource:
                 if not _is_disk_failure(error):
                     raise _as_certificate_error(error, directory) from error
                 # The existing files may suffice.
-                happened = self._failures.failed(error, timedelta(0), now, monotonic)
+                happened = self._schedule.failed(error, timedelta(0), now, monotonic)
         self._files.start(now, monotonic)
+        self.authorities, self.lists = self._files.value
         return happened
 
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
@@ -393,28 +375,22 @@ class ClientTrustSource:
         before = self._files.value
         of_files = self._files.check(now, monotonic, force=force)
         if self._files.value != before:
+            self.authorities, self.lists = self._files.value
             happened.append(Notice(NoticeKind.CLIENT_TRUST_LOADED, str(self._trust.ca), self._loaded_message))
         return [*happened, *of_files]
 
     def _refresh(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
         """Sign the managed list again if due."""
         directory = self._trust.directory
-        if directory is None:
-            return []
-        if self._failures.retry.is_waiting:
-            is_due = self._failures.retry.due(monotonic, now)
-        else:
-            is_due = force or now >= self._next_change or monotonic >= self._routine_at
-        if not is_due:
+        if directory is None or not self._schedule.is_due(now, monotonic, force):
             return []
         try:
             next_change = client_ca.refresh_crl(directory, now, progress=self._progress)
         except _FAILURES as error:
-            left = min((one.not_after for one in self.expiring), default=now) - now
-            return self._failures.failed(error, left, now, monotonic)
-        self._next_change = next_change or _NEVER
-        self._routine_at = monotonic + ROUTINE_S
-        return self._failures.succeeded()
+            left = min(one.not_after for one in (*self.authorities, *self.lists)) - now
+            return self._schedule.failed(error, left, now, monotonic)
+        self._schedule.plan(next_change or _NEVER, monotonic)
+        return self._schedule.succeeded()
 
 
 def _load_trust(trust: ClientTrust) -> tuple[tuple[Expiring, ...], tuple[Expiring, ...]]:
