@@ -17,12 +17,13 @@ import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlencode
 
 import click
 
 from zcproto.auth import DeviceFile, UserFile
+from zcproto.cli import read_config
 from zcproto.cli.connect import Trust, key_option, read_key, run, trust_options
 from zcproto.cli.control import Control, find_control
 from zcproto.cli.session_store import CONFIGURED, end_sessions, has_no_sessions, opened_store, with_store
@@ -33,9 +34,6 @@ from zcproto.server.protocol_methods import LISTED, describe
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED, SessionStore
-
-if TYPE_CHECKING:
-    from zcproto.config import Config
 
 TIMEOUT_S = 30.0
 
@@ -55,13 +53,10 @@ class Backend(Protocol):
         """
 
 
-def local_backend(home: Home, read_config: Callable[[], Config]) -> Backend:
-    """Return the running server of a home folder, or its files. Raises ControlError.
-
-    `read_config` is called only for the files, before anything is changed.
-    """
+def local_backend(home: Home, config_file: Path | None) -> Backend:
+    """Return the running server of a home folder, or its files. Raises ControlError."""
     control = find_control(home)
-    return HomeFiles(home, read_config) if control is None else RunningServer(control)
+    return HomeFiles(home, config_file) if control is None else RunningServer(control)
 
 
 @dataclass(frozen=True)
@@ -104,10 +99,13 @@ class RemoteServer:
 
 @dataclass(frozen=True)
 class HomeFiles:
-    """The files of a home folder, each under its lock, and the sessions in the store."""
+    """The files of a home folder, each under its lock, and the sessions in the store.
+
+    The configuration is read before anything is changed.
+    """
 
     home: Home
-    read_config: Callable[[], Config]
+    config_file: Path | None
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         operations: dict[str, Callable[..., dict[str, Any]]] = {
@@ -144,7 +142,7 @@ class HomeFiles:
         return {"revoked": self._in_store(end, 0)}
 
     def _in_store(self, work: Callable[[SessionStore], Awaitable[T]], without: T) -> T:
-        config = with_store(self.read_config(), CONFIGURED)
+        config = with_store(read_config(self.home, self.config_file), CONFIGURED)
         if has_no_sessions(config, self.home):
             return without
 
@@ -171,7 +169,7 @@ class HomeFiles:
         return self._change_user(lambda users, name: users.replace_digest(name, digest), name)
 
     def _change_user(self, change: Callable[[UserFile, str], None], name: str) -> dict[str, Any]:
-        config = self.read_config()
+        config = read_config(self.home, self.config_file)
         change(UserFile(self.home.users), name)
 
         async def end(store: SessionStore) -> int:
@@ -180,7 +178,7 @@ class HomeFiles:
         return {"sessions": end_sessions(config, self.home, end)}
 
     def _remove_device(self, name: str) -> dict[str, Any]:
-        config = self.read_config()
+        config = read_config(self.home, self.config_file)
         user = DeviceFile(self.home.devices).remove(name).user
         key = DEVICE_KEY + name
 

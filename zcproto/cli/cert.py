@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.cli import cert_report as reports
 from zcproto.cli import home_options, read_config
 from zcproto.cli.control import ControlError, find_control
-from zcproto.cli.output import as_json_option, print_json, private_file
-from zcproto.common.clock import MS_PER_SECOND, system_clock
+from zcproto.cli.options import file_option, number_option
+from zcproto.cli.output import aligned, as_json_option, print_json, private_file, utc
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError
@@ -65,7 +65,7 @@ def show(home: Home, config_file: Path | None, as_json: bool) -> int:
 
     Exit code 2 if one has expired or cannot be served.
     """
-    now = _now()
+    now = utc()
     found = reports.report(read_config(home, config_file), now, os.environ)
     served = _served(home)
     if as_json:
@@ -85,15 +85,10 @@ def show(home: Home, config_file: Path | None, as_json: bool) -> int:
 @as_json_option
 @home_options
 def pins(
-    home: Home,
-    config_file: Path | None,
-    certificate: bool,
-    site: str | None,
-    plain: bool,
-    as_json: bool,
+    home: Home, config_file: Path | None, certificate: bool, site: str | None, plain: bool, as_json: bool
 ) -> None:
     """Print the current and the announced pins of the server, to paste into connect(pins=[...])."""
-    now = _now()
+    now = utc()
     found = reports.report(read_config(home, config_file), now, os.environ)
     rows = reports.rows_of_site(found, site)
     for row in rows:
@@ -143,9 +138,9 @@ def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, clien
 
 @cert.command()
 @click.argument("file", type=IN_FILE)
-@click.option("--key", type=IN_FILE, metavar="FILE", help="The private key. [default: the key in FILE]")
+@file_option("--key", text="The private key. [default: the key in FILE]", dir_okay=False)
 @click.option("--name", metavar="HOST", help="A name or address that clients connect to.")
-@click.option("--passphrase-file", type=IN_FILE, metavar="FILE", help="Its first line decrypts the key.")
+@file_option("--passphrase-file", text="Its first line decrypts the key.", dir_okay=False)
 @as_json_option
 @home_options
 def check(
@@ -161,7 +156,7 @@ def check(
 
     Exit code 2 if a server would refuse it.
     """
-    now = _now()
+    now = utc()
     passphrase = PassphraseSource(passphrase_file).read({})
     found = examine(file, key, now, passphrase=passphrase, host=name)
     if as_json:
@@ -209,7 +204,7 @@ def _check_text(found: Examination, now: datetime) -> str:
     lines += [("warning", escape_text(reason)) for reason in found.warnings]
     what = "certificate" if found.chain else "key"
     verdict = "a server refuses this" if found.refused else f"a server accepts this {what}"
-    return reports.table([*lines, ("verdict", verdict)])
+    return aligned([*lines, ("verdict", verdict)])
 
 
 def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
@@ -247,7 +242,7 @@ def renew(home: Home, config_file: Path | None, family: str | None, as_json: boo
     else:
         site = _managed_site(config)
         chosen = families if family is None else [family]
-        result = managed.renew(site.directory, site.settings, _now(), _note, families=chosen).report()
+        result = managed.renew(site.directory, site.settings, utc(), _note, families=chosen).report()
     _print_result(result, as_json)
     _note(WATCHED if control is None else SERVED)
 
@@ -285,7 +280,7 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
     if control is not None:
         result = _with_notes(control.post("/v1/certificates/rotate", at_once=at_once))
     else:
-        result = managed.rotate(site.directory, site.settings, _now(), _note, at_once=at_once).report()
+        result = managed.rotate(site.directory, site.settings, utc(), _note, at_once=at_once).report()
     _print_result(result, as_json)
     if at_once:
         _note("Clients that have none of these pins are refused from now on: give them the new ones.")
@@ -305,7 +300,7 @@ def _managed_config(home: Home, config_file: Path | None) -> Config:
     """Return the configuration. Raises ConfigError if other programs provide the certificates."""
     config = read_config(home, config_file)
     if config.certificates.mode == "files":
-        rows = reports.report(config, _now(), os.environ).rows
+        rows = reports.report(config, utc(), os.environ).rows
         issuers = {reports.issuer_of(row.leaf) for row in rows if row.leaf and row.use == "server"}
         raise ConfigError(
             [
@@ -337,7 +332,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         )
         for one in result["certificates"]
     ]
-    click.echo(reports.table([("certificate", "key", "until", "key is", "pin"), *rows]))
+    click.echo(aligned([("certificate", "key", "until", "key is", "pin"), *rows]))
     announced = result["next_pins"]
     if announced is not None:
         use_from = reports.moment(datetime.fromisoformat(announced["use_from"]))
@@ -349,17 +344,20 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 
 @cert.command("issue-client")
 @click.argument("name")
-@click.option(
+@file_option(
     "--csr",
-    type=OUT_FILE,
-    metavar="FILE",
-    help="The certificate request of a device that keeps its key; - reads standard input.",
+    text="The certificate request of a device that keeps its key; - reads standard input.",
+    dir_okay=False,
+    allow_dash=True,
 )
-@click.option("--days", type=click.IntRange(1, MAX_CLIENT_LIFETIME.days), default=365, show_default=True,
-              metavar="N", help="Days for which it is valid.")  # fmt: skip
+@number_option("--days", click.IntRange(1, MAX_CLIENT_LIFETIME.days), 365, "N", "Days for which it is valid.")
 @click.option("--renew", is_flag=True, help="Replace a valid certificate and keep its key.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Also write NAME.crt and NAME.key here, to transfer them to the client.")  # fmt: skip
+@file_option(
+    "--out",
+    metavar="DIR",
+    text="Also write NAME.crt and NAME.key here, to transfer them to the client.",
+    file_okay=False,
+)
 @force_option
 @as_json_option
 @home_options
@@ -389,7 +387,7 @@ def issue_client(
         config.certificates.directory,
         name,
         lifetime=timedelta(days=days),
-        now=_now(),
+        now=utc(),
         renew=renew,
         csr=request,
         progress=_note,
@@ -411,7 +409,7 @@ def issue_client(
     lines = [("certificate", escape_text(str(written[0])))]
     lines += [("key", escape_text(str(path))) for path in written[1:]]
     lines += [("serial", issued.serial), ("until", reports.moment(issued.not_after)), ("pin", issued.pin)]
-    click.echo(reports.table(lines))
+    click.echo(aligned(lines))
     if config.tls.client_auth == "off":
         _note('The server requests no client certificates; set tls.client_auth = "optional" or "required".')
 
@@ -434,7 +432,7 @@ def revoke_client(
         raise click.UsageError("Give NAME, or --serial.")
     directory = read_config(home, config_file).certificates.directory
     revoked = client_ca.revoke_client(
-        directory, name=name, serial=serial, now=_now(), reason=reason, progress=_note
+        directory, name=name, serial=serial, now=utc(), reason=reason, progress=_note
     )
     if as_json:
         print_json({"revoked": [{"name": one.name, "serial": one.serial} for one in revoked]}, indent=2)
@@ -484,10 +482,6 @@ def _authority_file(config: Config, client: bool) -> Path:
     if not path.exists():
         raise CertificateError(f"{path}: does not exist yet; {creator} creates it")
     return path
-
-
-def _now() -> datetime:
-    return datetime.fromtimestamp(system_clock.wall() / MS_PER_SECOND, UTC)
 
 
 def _write(path: Path, data: bytes, *, replace: bool) -> None:

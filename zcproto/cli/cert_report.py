@@ -21,6 +21,7 @@ from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
 from zcproto.certs.settings import certificate_settings
 from zcproto.certs.sources import MAX_AUTHORITIES
+from zcproto.cli.output import aligned
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 from zcproto.tls.pins import certificate_pin
@@ -260,12 +261,12 @@ def as_text(found: Report, now: datetime) -> str:
     issuer = "its own CA" if found.mode == "own" else "other programs"
     parts = [f"Issued by {issuer}; the folder is {escape_text(str(found.directory))}."]
     head = ("site", "key", "from", "until", "days left", "renewal due", "status", "file")
-    parts.append(table([head, *(_summary(row, found, now) for row in found.rows)], right=(4,)))
+    parts.append(aligned([head, *(_summary(row, found, now) for row in found.rows)], right=(4,)))
     served = [(_file(row, found), row.leaf) for row in found.rows if row.use == "server" and row.leaf]
     if served:
-        parts.append(table([("file", "pin"), *((file, key_pin(leaf)) for file, leaf in served)]))
+        parts.append(aligned([("file", "pin"), *((file, key_pin(leaf)) for file, leaf in served)]))
         details = [(file, _issuer(leaf), shown_names(names_of(leaf)) or "-") for file, leaf in served]
-        parts.append(table([("file", "issuer", "names"), *details]))
+        parts.append(aligned([("file", "issuer", "names"), *details]))
     if found.next_pins is not None:
         title = f"Next pins, announced to clients and used from {moment(found.next_pins.use_from)}:"
         parts.append("\n".join((title, *found.next_pins.pins)))
@@ -276,18 +277,6 @@ def as_text(found: Report, now: datetime) -> str:
     problems = [row.problem for row in found.rows if row.problem] + list(found.problems)
     parts += [f"PROBLEM: {escape_text(problem)}" for problem in problems]
     return "\n\n".join(parts)
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return aligned columns, those in `right` aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def moment(time: datetime) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import io
 import sys
-from functools import partial
 from pathlib import Path
 
 import click
 
 from zcproto.auth import DeviceFile, PairingFile, UserFile
-from zcproto.cli import home_options, read_config
+from zcproto.cli import home_options
 from zcproto.cli.backends import local_backend
 from zcproto.cli.options import number_option
 from zcproto.cli.output import as_json_option, print_json, table
@@ -112,7 +111,7 @@ def list_devices(home: Home, config_file: Path | None, user: str | None, as_json
 @home_options
 def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
     """Remove a device, and end its open sessions."""
-    backend = local_backend(home, partial(read_config, home, config_file))
+    backend = local_backend(home, config_file)
     removed = backend.run("devices/remove", name=name)
     user, ended = removed["user"], removed["sessions"]
     if as_json:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from zcproto.cli import home_options, read_config
+from zcproto.cli import home_options
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import EXIT_CANNOT_CONNECT, Trust, key_option, opened, read_key, run, trust_options
 from zcproto.cli.output import as_json_option, print_json, table, utc
@@ -43,7 +42,7 @@ def list_sessions(
     home: Home, config_file: Path | None, user: str | None, as_json: bool, remote: RemoteServer | None
 ) -> None:
     """List sessions, oldest first."""
-    backend: Backend = remote or local_backend(home, partial(read_config, home, config_file))
+    backend: Backend = remote or local_backend(home, config_file)
     result = backend.run("sessions", user=user)
     found = result["sessions"]
     if as_json:
@@ -136,7 +135,7 @@ def revoke(
     ids = tuple(dict.fromkeys(ids))
     if len(ids) > REVOKED_AT_ONCE:
         raise click.UsageError(f"At most {REVOKED_AT_ONCE} IDs.")
-    backend: Backend = remote or local_backend(home, partial(read_config, home, config_file))
+    backend: Backend = remote or local_backend(home, config_file)
     ended = backend.run("sessions/revoke", ids=list(ids) or None, user=user, all=all_users or None)["revoked"]
     if ids and ended < len(ids):
         missing = (

@@ -7,15 +7,14 @@ twice a second. A key is shown once: the file and the server have only its diges
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
 
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
-from zcproto.cli import home_options, read_config
-from zcproto.cli.backends import Backend, local_backend
+from zcproto.cli import home_options
+from zcproto.cli.backends import local_backend
 from zcproto.cli.options import file_option
 from zcproto.cli.output import as_json_option, print_json, private_file, table
 from zcproto.cli.session_store import SessionsNotEndedError
@@ -73,7 +72,7 @@ def add(
             click.echo(f"{count} users were added; their keys are in {escape_text(str(keys_out))}", err=True)
         return
     key, digest = (None, None) if no_key else _new_key()
-    _backend(home, config_file).run("users/add", name=name, operator=operator, key_digest=digest)
+    local_backend(home, config_file).run("users/add", name=name, operator=operator, key_digest=digest)
     if as_json:
         print_json({"name": name, "key": key})
         return
@@ -83,10 +82,6 @@ def add(
     else:
         click.echo(f"{escape_text(name)} is {role} now. Keep this key; it is shown once:", err=True)
         click.echo(key)
-
-
-def _backend(home: Home, config_file: Path | None) -> Backend:
-    return local_backend(home, partial(read_config, home, config_file))
 
 
 def _new_key() -> tuple[str, str]:
@@ -126,7 +121,7 @@ def _add_command(operation: str, change: str, text: str) -> None:
     @as_json_option
     @home_options
     def command(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-        result = _backend(home, config_file).run(f"users/{operation}", name=name)
+        result = local_backend(home, config_file).run(f"users/{operation}", name=name)
         if as_json:
             print_json({"name": name, **result})
         else:
@@ -155,7 +150,9 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
             click.echo(key)
 
     try:
-        ended = _backend(home, config_file).run("users/new-key", name=name, key_digest=digest)["sessions"]
+        ended = local_backend(home, config_file).run("users/new-key", name=name, key_digest=digest)[
+            "sessions"
+        ]
     except SessionsNotEndedError:  # the key is replaced: it must not be lost
         print_key(None)
         raise

@@ -141,12 +141,9 @@ class IdempotencyCache:
         self._sleep = sleep
         self._running: dict[Name, _Run] = {}
         self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
-        self._unsaved: OrderedDict[Name, None] = (
-            OrderedDict()
-        )  # answers in memory, to be written to the store
-        self._idle_claims: OrderedDict[_Claimed, None] = (
-            OrderedDict()
-        )  # the store may hold them; nothing runs
+        # Answers in memory, to be written to the store; and claims that it may hold though nothing runs.
+        self._unsaved: OrderedDict[Name, None] = OrderedDict()
+        self._idle_claims: OrderedDict[_Claimed, None] = OrderedDict()
         self._is_saving = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()
