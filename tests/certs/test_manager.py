@@ -510,7 +510,7 @@ def test_connection_with_a_revoked_client_certificate_is_closed_and_others_are_k
 def test_revocation_checks_many_connections_over_several_turns(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zcproto.runtime.background.CLOSED_PER_TURN", 1)
+    monkeypatch.setattr("zcproto.server.state.CONNECTIONS_PER_TURN", 1)
     server = serve()
     with server.client("ada") as one, server.client("bob") as other:
         asyncio.run_coroutine_threadsafe(

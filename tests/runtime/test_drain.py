@@ -91,7 +91,7 @@ def test_drain_closes_idle_clients_with_goaway_and_close_notify(server: ServerTh
 
 
 def test_drain_sends_goaway_in_several_turns(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drain_module, "GOAWAYS_PER_TURN", 2)
+    monkeypatch.setattr("zcproto.server.state.CONNECTIONS_PER_TURN", 2)
     clients = [server.client() for _ in range(5)]
     server.begin_drain(30.0)
     for client in clients:

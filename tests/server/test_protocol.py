@@ -22,7 +22,7 @@ from zcproto.errors import Code, TlsError
 from zcproto.observe import log as log_module
 from zcproto.observe.events import LIMITS
 from zcproto.server.protocol import ServerProtocol
-from zcproto.server.state import ANNOUNCED_PER_TURN
+from zcproto.server.state import CONNECTIONS_PER_TURN
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
 from zcproto.wire.message import encode_body
 
@@ -64,7 +64,7 @@ def test_withdrawn_announcement_is_not_sent(harness: Harness, peer: Peer) -> Non
 
 
 def test_announcement_to_thousands_takes_several_turns_and_sends_the_newest(harness: Harness) -> None:
-    peers = [harness.connect() for _ in range(ANNOUNCED_PER_TURN + 1)]
+    peers = [harness.connect() for _ in range(CONNECTIONS_PER_TURN + 1)]
     newer = encode_body(["pins.next", {"pins": ["sha256/y"], "from": 2}])
 
     async def both() -> None:
@@ -73,7 +73,7 @@ def test_announcement_to_thousands_takes_several_turns_and_sends_the_newest(harn
     harness.loop.run_until_complete(both())
     harness.turn()
     received = [[answer.body for answer in peer.answers()] for peer in peers]
-    assert received.count([BODY, newer]) == ANNOUNCED_PER_TURN
+    assert received.count([BODY, newer]) == CONNECTIONS_PER_TURN
     assert received.count([newer]) == 1
 
 

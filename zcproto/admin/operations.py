@@ -176,20 +176,20 @@ class Operations:
         return {}
 
     async def disable_user(self, name: str) -> dict[str, Any]:
-        _, sessions = await self._users.change(lambda file: file.disable(name), name)
-        return {"sessions": sessions}
+        return await self._change_user(UserFile.disable, name)
 
     async def enable_user(self, name: str) -> dict[str, Any]:
-        await self._users.change(lambda file: file.enable(name), name)
+        await self._change_user(UserFile.enable, name)
         return {}
 
     async def remove_user(self, name: str) -> dict[str, Any]:
-        _, sessions = await self._users.change(lambda file: file.remove(name), name)
-        return {"sessions": sessions}
+        return await self._change_user(UserFile.remove, name)
 
     async def replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
-        digest = _digest(key_digest)
-        _, sessions = await self._users.change(lambda file: file.replace_digest(name, digest), name)
+        return await self._change_user(UserFile.replace_digest, name, _digest(key_digest))
+
+    async def _change_user(self, change: Callable[..., Any], name: str, *args: Any) -> dict[str, Any]:
+        _, sessions = await self._users.change(lambda file: change(file, name, *args), name)
         return {"sessions": sessions}
 
     @property

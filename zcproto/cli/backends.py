@@ -165,12 +165,11 @@ class HomeFiles:
         return {}
 
     def _replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
-        digest = _digest(key_digest)
-        return self._change_user(lambda users, name: users.replace_digest(name, digest), name)
+        return self._change_user(UserFile.replace_digest, name, _digest(key_digest))
 
-    def _change_user(self, change: Callable[[UserFile, str], None], name: str) -> dict[str, Any]:
+    def _change_user(self, change: Callable[..., None], name: str, *args: Any) -> dict[str, Any]:
         config = read_config(self.home, self.config_file)
-        change(UserFile(self.home.users), name)
+        change(UserFile(self.home.users), name, *args)
 
         async def end(store: SessionStore) -> int:
             return len(await store.end_user(name, Code.TOKEN_REVOKED, system_clock.wall()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from zcproto.errors import ConfigError
 
 if TYPE_CHECKING:
     from zcproto.app.app import App
-    from zcproto.config import Config
     from zcproto.runtime.server import Server
 
 
@@ -45,16 +45,13 @@ def serve(
 
     from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are reported
 
-    def read_again() -> Config:
-        return read_config(home, config_file, overrides)
-
     run(
         application,
         config,
         home=home.path,
         ready=_print_addresses,
         progress=_print_progress,
-        read_config=read_again,
+        read_config=partial(read_config, home, config_file, overrides),
     )
 
 

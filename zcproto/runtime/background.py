@@ -27,7 +27,6 @@ FLUSH_INTERVAL: Final = 1.0
 """Seconds until log lines that could not be written are tried again, if no other line comes."""
 
 FLUSHES_PER_SUMMARY: Final = 60
-CLOSED_PER_TURN: Final = 100
 
 
 class Background:
@@ -134,12 +133,10 @@ def roll_out_certificates(parts: Parts, spawn: Callable[[Coroutine[Any, Any, Non
 
 async def close_revoked(parts: Parts, revoked: frozenset[CertificateId]) -> None:
     """Close the connections of clients whose certificates were revoked."""
-    for number, connection in enumerate(list(parts.state.connections), 1):
+    async for connection in parts.state.each_connection():
         certificate = connection.peer_certificate()
         if certificate is not None and certificate_id(certificate) in revoked:
             log.warning("connection.certificate_revoked", peer=connection.peer, connection=connection.id)
             connection.close("certificate_revoked")
-        if number % CLOSED_PER_TURN == 0:
-            await asyncio.sleep(0)
     if parts.http is not None:
         parts.http.close_those(lambda certificate: certificate_id(certificate) in revoked)

@@ -22,8 +22,6 @@ from zcproto.server.state import log
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
 
-GOAWAYS_PER_TURN: Final = 100
-
 CANCELLED_TIME: Final = 2.0
 """Seconds that cancelled methods have to clean up."""
 
@@ -37,10 +35,8 @@ async def drain_connections(parts: Parts, limit: float) -> int:
     parts.listener.close()
     state.log_soon.write()
     log.info("server.draining", connections=len(state.connections))
-    for number, connection in enumerate(list(state.connections), 1):
+    async for connection in state.each_connection():
         connection.go_away(GoAwayReason.DRAINING)
-        if number % GOAWAYS_PER_TURN == 0:
-            await asyncio.sleep(0)
     await _within(limit, _wait_idle(parts))
     if http is not None:
         http.close()

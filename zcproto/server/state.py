@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
@@ -23,7 +23,7 @@ from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
 
-ANNOUNCED_PER_TURN: Final = 100
+CONNECTIONS_PER_TURN: Final = 100
 RUN_SIZE: Final = 2
 
 PART_BITS: Final = 4
@@ -199,11 +199,16 @@ class ServerState:
         self.announcement = body
         if body is None:
             return
-        for number, connection in enumerate(list(self.connections), 1):
+        async for connection in self.each_connection():
             if self.announcement is not body:  # replaced meanwhile
                 return
             connection.announce(body)
-            if number % ANNOUNCED_PER_TURN == 0:
+
+    async def each_connection(self) -> AsyncIterator[Connection]:
+        """Yield the connections that are open now, some in each turn of the loop."""
+        for number, connection in enumerate(list(self.connections), 1):
+            yield connection
+            if number % CONNECTIONS_PER_TURN == 0:
                 await asyncio.sleep(0)
 
     def connection_ended(self, connection: Connection) -> None:
