@@ -22,7 +22,8 @@ from cryptography.x509.oid import NameOID
 import zcproto
 from tests.conftest import ServerPairs
 from zcproto.certs import authority, load_pair
-from zcproto.cli import cert, main
+from zcproto.cli import main
+from zcproto.common.clock import system_clock
 from zcproto.tls.pins import certificate_pin, parse_pins
 
 Capture = pytest.CaptureFixture[str]
@@ -65,7 +66,7 @@ def data_of(capsys: Capture, *words: str | Path, code: int = 0) -> Any:
 
 
 def at(monkeypatch: pytest.MonkeyPatch, moment: datetime) -> None:
-    monkeypatch.setattr(cert.system_clock.__class__, "wall", lambda clock: int(moment.timestamp() * 1000))
+    monkeypatch.setattr(system_clock.__class__, "wall", lambda clock: int(moment.timestamp() * 1000))
 
 
 def leaf(path: Path) -> x509.Certificate:
