@@ -120,17 +120,14 @@ def find_control(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
     connected.settimeout(CONNECT_S)
     try:
         _connect(connected, home)
-    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        connected.close()
-        return None
-    except PermissionError as error:
-        connected.close()
-        raise ControlError(f"{home.control}: you are not allowed; {_permission_hint(home)}") from error
     except OSError as error:
         connected.close()
-        raise ControlError(
-            f"{home.control}: the server cannot be asked: {error.strerror or error}"
-        ) from error
+        if isinstance(error, FileNotFoundError | NotADirectoryError | ConnectionRefusedError):
+            return None
+        if isinstance(error, PermissionError):
+            raise ControlError(f"{home.control}: you are not allowed; {_permission_hint(home)}") from error
+        reason = error.strerror or error
+        raise ControlError(f"{home.control}: the server cannot be asked: {reason}") from error
     found = Control(home, connected, timeout)
     context = click.get_current_context(silent=True)
     if context is not None:
