@@ -24,8 +24,8 @@ from tests.helpers import WALL, FakeTimers, MockTransport
 from tests.tls.support import all_gone
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
-from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.client import SHOWN_PINS, TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
+from zcproto.tls.client_hello import Alert, alert_record
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, key_pin, parse_pins

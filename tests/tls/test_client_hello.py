@@ -34,16 +34,17 @@ from tests.tls.hellos import (
     with_suites,
 )
 from tests.tls.support import captured_hello
-from zcproto.tls.alert import Alert, alert_record
 from zcproto.tls.client_hello import (
     ACCEPTED,
     MAX_NAME,
     MAX_SIZE,
     SUITE_IDS,
     Accepted,
+    Alert,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,
+    alert_record,
 )
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure

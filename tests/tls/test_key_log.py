@@ -12,8 +12,7 @@ from tests.conftest import ServerPairs
 from tests.helpers import FakeTimers
 from tests.tls.support import TlsPair
 from zcproto.errors import ConfigError
-from zcproto.tls.context import client_context, server_context
-from zcproto.tls.key_log import log_keys
+from zcproto.tls.context import client_context, log_keys, server_context
 
 SECRETS = {
     "SERVER_HANDSHAKE_TRAFFIC_SECRET",

@@ -23,7 +23,7 @@ from tests.tls.support import (
     records,
 )
 from zcproto.errors import TlsError
-from zcproto.tls.alert import Alert, alert_record
+from zcproto.tls.client_hello import Alert, alert_record
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER

@@ -51,7 +51,7 @@ class RateWatch:
 
     def __init__(self, rule: RateRule, total: int = 0) -> None:
         assert rule.threshold >= 1, "a threshold below 1 would always alert"
-        self._rule = rule
+        self.rule = rule
         self._slots: dict[int, int] = {}  # events by part of time, oldest first
         self._sum = 0
         self._total = total
@@ -71,7 +71,7 @@ class RateWatch:
         return None if state is None else RateChange(state, events, self._sum)
 
     def _next_state(self, events: int, now: float) -> RateState | None:
-        rule = self._rule
+        rule = self.rule
         if not self.is_on:
             if self._sum < rule.threshold:
                 return None
@@ -87,7 +87,7 @@ class RateWatch:
         return RateState.CONTINUED if events else None
 
     def _part(self, now: float) -> int:
-        return int(now * SLOTS // self._rule.window_s)
+        return int(now * SLOTS // self.rule.window_s)
 
     def _expire(self, now: float) -> None:
         oldest = self._part(now) - SLOTS

@@ -53,7 +53,6 @@ class _WatchedCounter(NamedTuple):
     read: Callable[[], int]
     watch: RateWatch
     title: Callable[[int], str]
-    rule: RateRule
 
 
 class ServerAlerts:
@@ -165,11 +164,11 @@ class ServerAlerts:
             old = self._before.get((kind, about))
             if old is None:
                 rate = RateWatch(rule)
-            elif old.rule == rule:
+            elif old.watch.rule == rule:
                 rate = old.watch
             else:  # the previous count is of another window
                 rate = RateWatch(rule, read())
-            self._watched[kind, about] = _WatchedCounter(kind, about, read, rate, title, rule)
+            self._watched[kind, about] = _WatchedCounter(kind, about, read, rate, title)
 
     # --- lifecycle -----------------------------------------------------------------------------------
 
@@ -198,8 +197,8 @@ class ServerAlerts:
             title = each.title(change.in_window)
             details = {
                 "in_window": change.in_window,
-                "window_s": each.rule.window_s,
-                "threshold": each.rule.threshold,
+                "window_s": each.watch.rule.window_s,
+                "threshold": each.watch.rule.threshold,
             }
             if change.state is RateState.ENDED:
                 self.resolve(each.kind, about=each.about)
@@ -275,14 +274,7 @@ def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
 
 
 def _log(message: Message) -> None:
-    alert = message.alert
-    fields: dict[str, Any] = {
-        "kind": alert.kind.value,
-        "about": alert.about,
-        "severity": alert.severity.word,
-        "title": alert.title,
-        "details": alert.details,
-        "count": alert.count,
-    }
+    described = message.alert.as_dict()
+    fields = {name: described[name] for name in ("kind", "about", "severity", "title", "details", "count")}
     level = "info" if message.phase is Phase.ENDED else "warning"
     getattr(log, level)(f"alert.{message.phase.value}", **fields)

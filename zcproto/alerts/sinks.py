@@ -52,19 +52,16 @@ class Sink(Protocol):
     @property
     def name(self) -> str:
         """Return one word for logs and metrics."""
-        ...
 
     @property
     def where(self) -> str:
         """Return the destination for people, without secrets."""
-        ...
 
     async def deliver(self, body: bytes) -> str:
         """Deliver one message. Return the receiver's answer for `zcproto alert test`. Raises Undelivered.
 
         It has its own timeout and can be cancelled.
         """
-        ...
 
 
 class _Waiting(NamedTuple):

@@ -2,7 +2,7 @@
 
 Reading order: identity.py (the interface of authenticators), login.py (the steps of a login), throttle.py; the
 schemes api_key.py, certificate.py and device.py; files.py, users.py, devices.py and pairing.py (what is stored);
-current.py and directory.py (files that change while a server runs).
+directory.py (files that change while a server runs).
 """
 
 from zcproto.auth.api_key import ApiKeyAuthenticator

@@ -15,10 +15,9 @@ from functools import partial
 from typing import Final, Generic, TypeVar
 
 from zcproto.auth.api_key import ApiKeyAuthenticator
-from zcproto.auth.current import CurrentFile
 from zcproto.auth.device import DeviceAuthenticator
 from zcproto.auth.devices import DeviceFile, RegisteredDevice
-from zcproto.auth.files import Entry, TableFile
+from zcproto.auth.files import CurrentFile, Entry, TableFile
 from zcproto.auth.pairing import Enrollment, PairingFile
 from zcproto.auth.throttle import Throttle
 from zcproto.auth.users import CurrentUsers, User, UserFile

@@ -1,10 +1,13 @@
 """Store users, devices and pairing codes as TOML in private files of the home folder.
 
-Decides: what a name may be, and when a file is read again.
+Decides: what a name may be, when a file is read again, and when its faults are reported.
 
 Rules:
 - zcproto/common/files.py; writers hold a lock. Every fault is a ConfigError that names the file.
 - Entries are replaced only by a file without faults; all faults are reported at once, each with its entry.
+- Each `refresh` of a running server looks at the file (one stat) and reads it in a thread if it has changed;
+  otherwise it does not suspend. Concurrent refreshes share one reading.
+- A faulty file leaves the known entries as they were, and is reported once.
 - An entry is gone if it was removed, or changed so that its sessions may belong to someone else.
 
 Must not know: what entries are for.
@@ -12,12 +15,13 @@ Must not know: what entries are for.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, TypeVar
@@ -245,3 +249,54 @@ class TableFile(ABC, Generic[Entry]):
             return [f"must be a table; it takes {accepted}"]
         unknown = [f"unknown key {quoted(key)}; it takes {accepted}" for key in table if key not in self.keys]
         return [*name_faults(name), *self._value_faults(table), *unknown]
+
+
+class CurrentFile(Generic[Entry]):
+    """Entries of a file as of now.
+
+    `on_fault` is called with the fault once for each faulty version of the file, `on_recovered` when the file is
+    valid again.
+    """
+
+    def __init__(
+        self,
+        file: TableFile[Entry],
+        *,
+        on_fault: Callable[[ConfigError], None],
+        on_recovered: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.file = file
+        self._on_fault = on_fault
+        self._on_recovered = on_recovered
+        self._reading = asyncio.Lock()
+        self._faulty = False
+
+    def changed(self) -> bool:
+        """Return whether `refresh` would read the file. Takes one stat."""
+        return self.file.changed()
+
+    async def refresh(self) -> None:
+        """Read the file if it has changed."""
+        if not self.changed():
+            return
+        async with self._reading:
+            if not self.changed():  # read by a concurrent refresh
+                return
+            try:
+                await asyncio.to_thread(self.file.reload)
+            except ConfigError as fault:
+                self._faulty = True
+                self._on_fault(fault)
+                return
+        if self._faulty:
+            self._faulty = False
+            self._on_recovered()
+
+    async def find(self, name: str) -> Entry | None:
+        """Return an entry as of now."""
+        await self.refresh()
+        return self.file.find(name)
+
+    def known(self, name: str) -> Entry | None:
+        """Return an entry as of the last reading."""
+        return self.file.find(name)

@@ -50,7 +50,6 @@ class Authenticator(Protocol):
     @property
     def scheme(self) -> str:
         """The name that clients send."""
-        ...
 
     def authenticate(
         self, params: Mapping[str, Any], address: str, channel: Channel
@@ -61,7 +60,6 @@ class Authenticator(Protocol):
         Raises InvalidArgument for missing or mistyped fields, before it uses a secret. An unknown user and a wrong
         secret must take the same steps.
         """
-        ...
 
 
 @runtime_checkable
@@ -70,7 +68,6 @@ class NamesUser(Protocol):
 
     def user_named(self, channel: Channel) -> str:
         """Return the user for whom a failure is counted, or an empty text."""
-        ...
 
 
 @runtime_checkable
@@ -82,11 +79,9 @@ class Attaches(Protocol):
 
         An unknown key and a wrong signature must take the same steps.
         """
-        ...
 
     def is_gone(self, key: str) -> bool:
         """Return whether a key of this authenticator has been removed, as of the last reading."""
-        ...
 
 
 Answer = Identity | str | None

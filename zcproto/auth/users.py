@@ -29,8 +29,7 @@ from typing import Any, Final, NamedTuple
 
 import tomli
 
-from zcproto.auth.current import CurrentFile
-from zcproto.auth.files import LOCK_WAIT_S, TableFile, name_faults, quoted, toml_key
+from zcproto.auth.files import LOCK_WAIT_S, CurrentFile, TableFile, name_faults, quoted, toml_key
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError, NotFound

@@ -21,11 +21,9 @@ class Clock(Protocol):
 
     def wall(self) -> int:
         """Return the milliseconds since the Unix epoch. They may jump in either direction."""
-        ...
 
     def now(self) -> float:
         """Return monotonic seconds from an arbitrary start."""
-        ...
 
 
 class Entropy(Protocol):

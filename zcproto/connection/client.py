@@ -18,6 +18,7 @@ It must not know: sockets, TLS, clocks, retries, sessions beyond their tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from zcproto.connection.events import (
@@ -94,6 +95,7 @@ _OPENING: Final = b""  # in place of a token: the request has none and its resul
 _pack_header = HEADER.pack
 
 
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class ClientConnection:
     """One connection to a server.
 
@@ -109,62 +111,32 @@ class ClientConnection:
     streams.
     """
 
-    __slots__ = (
-        "_counter",
-        "_decoder",
-        "_in_flight",
-        "_keepalive_at",
-        "_keepalive_interval",
-        "_last_counter",
-        "_last_heard",
-        "_max_depth",
-        "_max_frame",
-        "_next_stream",
-        "_out",
-        "_pong_deadline",
-        "_sent_since_check",
-        "_stale_in_a_row",
-        "_tokens",
-        "_tolerance",
-        "clock_offset_ms",
-        "dropped_stale",
-        "dropped_unknown",
-        "queued_bytes",
-        "salt",
-        "state",
-        "welcome",
-    )
+    max_frame: int = 1_048_576
+    tolerance_ms: int = 30_000
+    max_depth: int = DEFAULT_MAX_DEPTH
+    salt: bytes = field(default=b"", init=False)
+    clock_offset_ms: int = field(default=0, init=False)
+    dropped_stale: int = field(default=0, init=False)
+    dropped_unknown: int = field(default=0, init=False)
+    queued_bytes: int = field(default=0, init=False)
+    welcome: dict[str, Any] = field(default_factory=dict, init=False)
+    state: State = field(default=State.AWAITING_WELCOME, init=False)
+    _decoder: FrameDecoder = field(init=False)
+    _counter: int = field(default=0, init=False)  # of the last frame sent; the first has 1
+    _last_counter: int = field(default=0, init=False)  # WELCOME is frame 0
+    _stale_in_a_row: int = field(default=0, init=False)
+    _next_stream: int = field(default=1, init=False)
+    _in_flight: dict[int, bytes] = field(default_factory=dict, init=False)  # stream -> token of its request
+    _tokens: set[bytes] = field(default_factory=set, init=False)  # accepted by the server on this connection
+    _out: list[bytes] = field(default_factory=list, init=False)
+    _last_heard: float = field(default=0.0, init=False)
+    _sent_since_check: bool = field(default=False, init=False)
+    _keepalive_interval: float = field(default=NEVER, init=False)
+    _keepalive_at: float = field(default=NEVER, init=False)
+    _pong_deadline: float = field(default=NEVER, init=False)
 
-    def __init__(
-        self,
-        *,
-        max_frame: int = 1_048_576,
-        tolerance_ms: int = 30_000,
-        max_depth: int = DEFAULT_MAX_DEPTH,
-    ) -> None:
-        self._max_frame = max_frame
-        self._tolerance = tolerance_ms
-        self._max_depth = max_depth
-        self._decoder = FrameDecoder(Side.CLIENT, min(max_frame, MAX_FRAME_BEFORE_SESSION))
-        self.salt = b""
-        self._counter = 0  # of the last frame sent; the first has 1
-        self._last_counter = 0  # WELCOME is frame 0
-        self._stale_in_a_row = 0
-        self._next_stream = 1
-        self._in_flight: dict[int, bytes] = {}  # stream -> token of its request
-        self._tokens: set[bytes] = set()  # tokens accepted by the server on this connection
-        self._out: list[bytes] = []
-        self._last_heard = 0.0
-        self._sent_since_check = False
-        self._keepalive_interval = NEVER
-        self._keepalive_at = NEVER
-        self._pong_deadline = NEVER
-        self.clock_offset_ms = 0
-        self.dropped_stale = 0
-        self.dropped_unknown = 0
-        self.queued_bytes = 0
-        self.welcome: dict[str, Any] = {}
-        self.state = State.AWAITING_WELCOME
+    def __post_init__(self) -> None:
+        self._decoder = FrameDecoder(Side.CLIENT, min(self.max_frame, MAX_FRAME_BEFORE_SESSION))
 
     # --- input ----------------------------------------------------------------------------------
 
@@ -196,7 +168,7 @@ class ClientConnection:
                     return
                 continue
             self._last_counter = counter
-            tolerance = self._tolerance
+            tolerance = self.tolerance_ms
             is_fresh = -tolerance <= wall + self.clock_offset_ms - timestamp <= tolerance
             if not (is_fresh or self._corrects_clock(head, body)):
                 self.dropped_stale += 1
@@ -213,7 +185,7 @@ class ClientConnection:
                     self.dropped_unknown += 1
                     continue
                 try:
-                    value = decode_body(body, self._max_depth)
+                    value = decode_body(body, self.max_depth)
                 except MessageError as error:
                     yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
                     continue
@@ -239,7 +211,7 @@ class ClientConnection:
             return self._received_error(stream, body, wall)
         if head == EVENT:
             try:
-                name, data = decode_event(body, self._max_depth)
+                name, data = decode_event(body, self.max_depth)
             except MessageError as error:
                 raise ProtocolError(Code.PROTOCOL_ERROR, f"EVENT cannot be read: {error}") from error
             if name == "session.revoked":
@@ -259,7 +231,7 @@ class ClientConnection:
 
     def _received_error(self, stream: int, body: bytes, wall: int) -> ClientEvent | None:
         try:
-            code, message, details = decode_error(body, self._max_depth)
+            code, message, details = decode_error(body, self.max_depth)
         except MessageError as error:
             if not stream:
                 raise ProtocolError(Code.PROTOCOL_ERROR, f"ERROR cannot be read: {error}") from error
@@ -279,7 +251,7 @@ class ClientConnection:
 
     def _received_go_away(self, body: bytes) -> GoAwayReceived:
         try:
-            goaway = decode_map(body, self._max_depth)
+            goaway = decode_map(body, self.max_depth)
         except MessageError as error:
             raise ProtocolError(Code.PROTOCOL_ERROR, f"GOAWAY cannot be read: {error}") from error
         reason = goaway.get("reason")
@@ -306,12 +278,12 @@ class ClientConnection:
         if timestamp > MAX_SERVER_TIME:
             return self._end_with(Code.PROTOCOL_ERROR, "the server's clock is out of range")
         try:
-            self.welcome = read_welcome(body, self._max_depth)
+            self.welcome = read_welcome(body, self.max_depth)
         except ProtocolError as error:
             return self._end_with(error.code, error.reason)
         self.salt = salt
         self.clock_offset_ms = timestamp - wall
-        self._decoder.limit = self._max_frame
+        self._decoder.limit = self.max_frame
         self._last_heard = now
         idle_timeout_ms = self.welcome["idle_timeout_ms"]
         if idle_timeout_ms:
@@ -327,7 +299,7 @@ class ClientConnection:
         if head != ERROR:
             return False
         try:
-            return decode_error(body, self._max_depth).code == Code.STALE_TIMESTAMP
+            return decode_error(body, self.max_depth).code == Code.STALE_TIMESTAMP
         except MessageError:
             return False  # dropped like any other stale frame
 

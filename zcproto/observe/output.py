@@ -57,13 +57,11 @@ class Output(Protocol):
 
     def finish(self) -> None:
         """Flush, waiting briefly for a reader. For the end of a process."""
-        ...
 
     def is_terminal(self) -> bool: ...
 
     def close(self) -> int:
         """Close the output. Return the number of lines lost."""
-        ...
 
 
 class Descriptor:

@@ -77,19 +77,13 @@ class SessionSettings:
 
     def __post_init__(self) -> None:
         faults = [
-            f"sessions: {name} was {value}, must be at least {least}"
-            for name, value, least in (
-                ("lifetime_ms", self.lifetime_ms, 1),
-                ("idle_timeout_ms", self.idle_timeout_ms, 1),
-                ("per_user", self.per_user, 1),
-                ("refresh_lifetime_ms", self.refresh_lifetime_ms, 1),
-                ("refresh_grace_ms", self.refresh_grace_ms, 0),
-                ("max_sessions", self.max_sessions, 1),
-                ("dead_limit", self.dead_limit, 0),
-                ("dead_keep_ms", self.dead_keep_ms, 0),
-                ("grace_limit", self.grace_limit, 0),
+            f"sessions: {name} was {getattr(self, name)}, must be at least {least}"
+            for least, names in (
+                (1, "lifetime_ms idle_timeout_ms per_user refresh_lifetime_ms max_sessions"),
+                (0, "refresh_grace_ms dead_limit dead_keep_ms grace_limit"),
             )
-            if value is not None and value < least
+            for name in names.split()
+            if getattr(self, name) is not None and getattr(self, name) < least
         ]
         if self.refresh_grace_ms > _MAX_GRACE_MS:
             faults.append(

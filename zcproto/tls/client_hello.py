@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Container
+from enum import IntEnum
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from zcproto.tls.alert import Alert
 from zcproto.tls.failure import TlsFailure
 
 MAX_SIZE: Final = 16_384
@@ -30,6 +30,8 @@ SUITE_IDS: Final = {
     "TLS_AES_256_GCM_SHA384": 0x1302,
     "TLS_CHACHA20_POLY1305_SHA256": 0x1303,
 }
+_ALERT_RECORD: Final = 21
+_FATAL: Final = 2
 _HANDSHAKE_RECORD: Final = 22
 _RECORD_TYPES: Final = frozenset({20, 21, 22, 23})
 _RECORD_HEADER: Final = 5
@@ -55,6 +57,23 @@ _both_headers: Final = struct.Struct("!BBxHBBH").unpack_from
 _uint16: Final = struct.Struct("!H").unpack_from
 _extension_header: Final = struct.Struct("!HH").unpack_from
 _server_name_header: Final = struct.Struct("!HBH").unpack_from
+
+
+class Alert(IntEnum):
+    """The alert descriptions of RFC 8446 section 6 that a server needs before the handshake begins."""
+
+    UNEXPECTED_MESSAGE = 10
+    HANDSHAKE_FAILURE = 40
+    ILLEGAL_PARAMETER = 47
+    DECODE_ERROR = 50
+    PROTOCOL_VERSION = 70
+    UNRECOGNIZED_NAME = 112
+    NO_APPLICATION_PROTOCOL = 120
+
+
+def alert_record(alert: Alert) -> bytes:
+    """Return a fatal alert as one plaintext record with legacy version 0x0303 (RFC 8446 section 5.1)."""
+    return bytes((_ALERT_RECORD, 3, 3, 0, 2, _FATAL, alert))
 
 
 class Refusal(NamedTuple):

@@ -19,12 +19,11 @@ import contextlib
 import hashlib
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar, Unpack
 
 from zcproto.errors import CertificateError
 from zcproto.tls.context import (
-    ClientAuth,
+    ClientTrust,
     PairOfFiles,
     ServerContext,
     client_context,
@@ -111,10 +110,8 @@ def proven_context(
     protocols: Sequence[str],
     suites: Sequence[str] = SUITES,
     *,
-    client_auth: ClientAuth = "off",
-    client_ca: Path | bytes | None = None,
-    client_crl: Path | bytes | None = None,
     rest: Callable[[], None] = lambda: None,
+    **trust: Unpack[ClientTrust],
 ) -> ServerContext:
     """Return a tested `server_context` for these pairs, with their `leaves`.
 
@@ -123,9 +120,7 @@ def proven_context(
     """
     if not pairs:
         raise CertificateError("a site has no certificate; configure one")
-    context = server_context(
-        pairs, protocols, suites, client_auth=client_auth, client_ca=client_ca, client_crl=client_crl
-    )
+    context = server_context(pairs, protocols, suites, **trust)
     for pair in pairs:
         rest()
         alone = context if len(pairs) == 1 else server_context([pair], protocols, suites)
@@ -153,11 +148,9 @@ def proven_sites(
     protocols: Sequence[str],
     suites: Sequence[str] = SUITES,
     *,
-    client_auth: ClientAuth = "off",
-    client_ca: Path | bytes | None = None,
-    client_crl: Path | bytes | None = None,
     proven: dict[Site, ServerContext] | None = None,
     rest: Callable[[], None] = lambda: None,
+    **trust: Unpack[ClientTrust],
 ) -> SiteContexts:
     """Return the tested contexts of all sites; the first site is the default.
 
@@ -172,15 +165,7 @@ def proven_sites(
     for site in sites:
         context = known.get(site)
         if context is None:
-            context = proven_context(
-                site.pairs,
-                protocols,
-                suites,
-                client_auth=client_auth,
-                client_ca=client_ca,
-                client_crl=client_crl,
-                rest=rest,
-            )
+            context = proven_context(site.pairs, protocols, suites, rest=rest, **trust)
         contexts[site] = context
         for name in site.names:
             if name in by_name:

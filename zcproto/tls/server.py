@@ -15,8 +15,15 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from zcproto.common.deadlines import DeadlineWheel, Timers
-from zcproto.tls.alert import Alert, alert_record
-from zcproto.tls.client_hello import SUITE_IDS, Accepted, ClientHelloJudge, ClientHelloReader, Refusal
+from zcproto.tls.client_hello import (
+    SUITE_IDS,
+    Accepted,
+    Alert,
+    ClientHelloJudge,
+    ClientHelloReader,
+    Refusal,
+    alert_record,
+)
 from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import pins_match

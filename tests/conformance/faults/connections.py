@@ -264,7 +264,7 @@ FRAMING: Final[dict[str, Fault]] = {
         ),
     ),
     "response-of-a-megabyte": fault(
-        "keeps the limit from before WELCOME", (_FIRST, "self._decoder.limit = self._max_frame", "pass")
+        "keeps the limit from before WELCOME", (_FIRST, "self._decoder.limit = self.max_frame", "pass")
     ),
     "length-below-64": fault(
         "does not check the minimum length", (_CHECK_LENGTH, "if length < MIN_LENGTH:", "if False:")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tests.fuzz.target import Target, divisions
-from zcproto.tls.alert import Alert
 from zcproto.tls.client_hello import (
     MAX_NAME,
     MAX_SIZE,
     SUITE_IDS,
     Accepted,
+    Alert,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,

@@ -6,7 +6,7 @@ import ssl
 
 import pytest
 
-from zcproto.tls.alert import Alert, alert_record
+from zcproto.tls.client_hello import Alert, alert_record
 
 
 def test_alert_numbers_match_rfc_8446() -> None:
