@@ -15,7 +15,7 @@ from typing import Final
 from zcproto.common.text import escape_text
 from zcproto.config.checks import split_key
 from zcproto.config.model import keys, sections, settings
-from zcproto.config.types import nearest, quoted, suggest
+from zcproto.config.types import nearest, quoted
 
 MAX_SHOWN: Final = 60
 """Characters of a key or a value that are shown."""
@@ -86,25 +86,29 @@ def unknown_key(key: str) -> str:
         candidates = [f"{section}.{near}" for near in nearest(name, known)]
     if not candidates:
         candidates = _nearest_anywhere(name)
-    return suggest("unknown key", candidates, f"[{section}] has {', '.join(known)}")
+    if candidates:
+        return f"unknown key; did you mean {' or '.join(candidates)}?"
+    return f"unknown key; [{section}] has {', '.join(known)}"
 
 
 def unknown_section(section: str, name: str = "") -> str:
     """Return the sentence for an unknown section. `name` is the key in it, if the fault is about one key."""
     near = difflib.get_close_matches(section[: 2 * MAX_SHOWN], sections(), 1)
     if near and not name:
-        candidates = [f"[{near[0]}]"]
-    elif near and f"{near[0]}.{name}" in settings():
-        candidates = [f"{near[0]}.{name}"]
-    else:
-        candidates = _nearest_anywhere(name)
-    return suggest("unknown section", candidates, f"there are {', '.join(sections())}")
+        return f"unknown section; did you mean [{near[0]}]?"
+    is_key = near and f"{near[0]}.{name}" in settings()
+    candidates = [f"{near[0]}.{name}"] if is_key else _nearest_anywhere(name)
+    if candidates:
+        return f"unknown section; did you mean {' or '.join(candidates)}?"
+    return f"unknown section; there are {', '.join(sections())}"
 
 
 def outside_section(name: str) -> str:
     """Return the sentence for a key above all sections."""
     candidates = _nearest_anywhere(name[: 2 * MAX_SHOWN])
-    return suggest("must be in a section", candidates, f"the sections are {', '.join(sections())}")
+    if candidates:
+        return f"must be in a section; did you mean {' or '.join(candidates)}?"
+    return f"must be in a section; the sections are {', '.join(sections())}"
 
 
 def _keys_named(name: str) -> list[str]:

@@ -96,12 +96,10 @@ def faults_of(error: ValidationError, model: type[BaseModel], table: str) -> Ite
 
 
 def unknown_key(name: str, known: Iterable[str], table: str) -> str:
-    return suggest("unknown key", nearest(name, known), f"{table} has {', '.join(known)}")
-
-
-def suggest(fault: str, candidates: list[str], otherwise: str) -> str:
-    """Return the sentence for a fault, with what may have been meant."""
-    return f"{fault}; did you mean {' or '.join(candidates)}?" if candidates else f"{fault}; {otherwise}"
+    near = nearest(name, known)
+    if near:
+        return f"unknown key; did you mean {' or '.join(near)}?"
+    return f"unknown key; {table} has {', '.join(known)}"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:

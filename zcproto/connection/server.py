@@ -16,6 +16,7 @@ It must not know: sockets, TLS, clocks, handlers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, Final
 
 from zcproto.connection import refusals
@@ -80,9 +81,9 @@ _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
-_NO_KEYS: Final[frozenset[str]] = frozenset()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class ServerConnection:
     """The connection of one client.
 
@@ -94,67 +95,39 @@ class ServerConnection:
     Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier than at its last call.
     """
 
-    __slots__ = (
-        "_admits",
-        "_counter",
-        "_decoder",
-        "_held",
-        "_last_counter",
-        "_last_frame",
-        "_lingering",
-        "_open_deadline",
-        "_out",
-        "_proved",
-        "_recheck_at",
-        "_refused",
-        "_registry",
-        "_seen_generation",
-        "_session",
-        "_sessions",
-        "_settings",
-        "_stale_in_a_row",
-        "_token",
-        "deadline_moved",
-        "dropped_stale",
-        "salt",
-        "state",
-    )
+    settings: ConnectionSettings
+    registry: SessionRegistry
+    _: KW_ONLY
+    salt: bytes
+    wall: InitVar[int]
+    now: InitVar[float]
+    admits: Callable[[Session], bool] | None = None
+    refused: dict[tuple[str, int], int] = field(default_factory=dict)
+    state: State = field(default=State.OPEN, init=False)
+    deadline_moved: bool = field(default=True, init=False)
+    dropped_stale: int = field(default=0, init=False)
+    _decoder: FrameDecoder = field(init=False)
+    _counter: int = field(default=0, init=False)  # of the next frame sent; WELCOME is frame 0
+    _last_counter: int = field(default=0, init=False)  # the first client frame has 1 or more
+    _last_frame: float = field(init=False)
+    _stale_in_a_row: int = field(default=0, init=False)
+    _token: bytes = field(default=NO_TOKEN, init=False)  # last accepted: most checks are one comparison
+    _session: Session | None = field(default=None, init=False)
+    _seen_generation: int = field(init=False)
+    _recheck_at: int = field(default=ALWAYS, init=False)
+    _sessions: JoinedSessions = field(default_factory=JoinedSessions, init=False)
+    _proved: frozenset[str] = field(default=frozenset(), init=False)  # keys of bound sessions usable here
+    _open_deadline: float = field(init=False)
+    _held: dict[int, Request] = field(default_factory=dict, init=False)
+    _lingering: int = field(default=0, init=False)  # answered early, with their handlers still running
+    _out: list[bytes] = field(default_factory=list, init=False)
 
-    def __init__(
-        self,
-        settings: ConnectionSettings,
-        registry: SessionRegistry,
-        *,
-        salt: bytes,
-        wall: int,
-        now: float,
-        admits: Callable[[Session], bool] | None = None,
-        refused: dict[tuple[str, int], int] | None = None,
-    ) -> None:
-        self._settings = settings
-        self._admits = admits
-        self._refused = {} if refused is None else refused
-        self._registry = registry
-        self._decoder = FrameDecoder(Side.SERVER, settings.max_frame_before_session)
-        self.salt = salt
-        self._counter = 0  # of the next frame sent; WELCOME is frame 0
-        self._last_counter = 0  # the first client frame has 1 or more
+    def __post_init__(self, wall: int, now: float) -> None:
+        self._decoder = FrameDecoder(Side.SERVER, self.settings.max_frame_before_session)
         self._last_frame = now
-        self._stale_in_a_row = 0
-        self._token = NO_TOKEN  # last accepted token, so that most checks are one comparison
-        self._session: Session | None = None
-        self._seen_generation = registry.generation
-        self._recheck_at = ALWAYS
-        self._sessions = JoinedSessions()
-        self._proved = _NO_KEYS  # keys whose bound sessions may be used here
-        self._open_deadline = now + settings.open_timeout_s
-        self._held: dict[int, Request] = {}
-        self._lingering = 0  # answered early, with their handlers still running
-        self._out: list[bytes] = []
-        self.dropped_stale = 0
-        self.deadline_moved = True
-        self.state = State.OPEN
-        self._send(WELCOME, 0, NO_TOKEN, settings.welcome_body, wall)
+        self._seen_generation = self.registry.generation
+        self._open_deadline = now + self.settings.open_timeout_s
+        self._send(WELCOME, 0, NO_TOKEN, self.settings.welcome_body, wall)
 
     # --- input ----------------------------------------------------------------------------------
 
@@ -164,7 +137,7 @@ class ServerConnection:
         if header is not None:
             # Fast path: one usual request without special conditions. Same result as `_events`, at less cost.
             length, _, stream, timestamp, salt, counter, token = header
-            settings = self._settings
+            settings = self.settings
             tolerance = settings.tolerance_ms
             if (
                 salt == self.salt
@@ -172,7 +145,7 @@ class ServerConnection:
                 and -tolerance <= wall - timestamp <= tolerance
                 and token == self._token
                 and wall < self._recheck_at
-                and self._registry.generation == self._seen_generation
+                and self.registry.generation == self._seen_generation
                 and (self._session is not None or length <= settings.max_frame_before_session)
                 and not (self._held or self._lingering or self._stale_in_a_row)
                 and self.state is _OPEN
@@ -191,10 +164,10 @@ class ServerConnection:
         """Yield the events of bytes outside the fast path. `header` is set if they are exactly one frame."""
         if self.state not in _READING:
             return
-        registry = self._registry
-        tolerance = self._settings.tolerance_ms
-        max_depth = self._settings.max_depth
-        looks_up = self._settings.looks_up
+        registry = self.registry
+        tolerance = self.settings.tolerance_ms
+        max_depth = self.settings.max_depth
+        looks_up = self.settings.looks_up
         own_salt = self.salt
         decoder = self._decoder
         frames: Iterable[RawFrame]
@@ -290,7 +263,7 @@ class ServerConnection:
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
         """Refuse a stale frame. Return True if the limit of consecutive ones is reached."""
         self._stale_in_a_row += 1
-        if self._stale_in_a_row >= self._settings.max_stale_in_a_row:
+        if self._stale_in_a_row >= self.settings.max_stale_in_a_row:
             return True
         if head == REQUEST:
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
@@ -304,7 +277,7 @@ class ServerConnection:
         Return the body of an ERROR, KeyWanted if its key must be proved first, SessionJoined on its first use here,
         or None.
         """
-        registry = self._registry
+        registry = self.registry
         self._seen_generation = registry.generation
         if token == NO_TOKEN:
             self._token, self._session, self._recheck_at = token, None, ALWAYS
@@ -315,7 +288,7 @@ class ServerConnection:
             return refusals.TOKEN_ERRORS[session]
         known = self._sessions.get(session.id)
         is_known = known is not None and known.token == token
-        if not is_known and self._admits is not None and not self._admits(session):
+        if not is_known and self.admits is not None and not self.admits(session):
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
@@ -341,9 +314,9 @@ class ServerConnection:
         A body too large for a connection without a session is not decoded.
         """
         refusal = refusals.NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else refusals.NEEDS_CERTIFICATE
-        if refusal is refusals.NEEDS_ATTACH and length <= self._settings.max_frame_before_session:
+        if refusal is refusals.NEEDS_ATTACH and length <= self.settings.max_frame_before_session:
             try:
-                method, params, meta = decode_request(body, self._settings.max_depth)
+                method, params, meta = decode_request(body, self.settings.max_depth)
             except MessageError:
                 method = ""
             if method == ATTACH:
@@ -371,7 +344,7 @@ class ServerConnection:
 
     def _is_refused(self, length: int, stream: int, token: bytes, session: Session | None, wall: int) -> bool:
         """Refuse a request because of the connection's state or limits, before decoding its body."""
-        settings = self._settings
+        settings = self.settings
         if session is None and length > settings.max_frame_before_session:
             self._refuse("too_large_without_session", stream, token, refusals.NEEDS_SESSION, wall)
             return True
@@ -387,7 +360,7 @@ class ServerConnection:
     def _refuse(self, reason: str, stream: int, token: bytes, body: bytes, wall: int) -> None:
         """Answer a frame with an ERROR before it becomes a request, and count it."""
         cause = (reason, code_in(body))
-        self._refused[cause] = self._refused.get(cause, 0) + 1
+        self.refused[cause] = self.refused.get(cause, 0) + 1
         self._send(ERROR, stream, token, body, wall)
 
     # --- answers --------------------------------------------------------------------------------
@@ -445,7 +418,7 @@ class ServerConnection:
     @property
     def max_body(self) -> int:
         """Return the maximum body of an answer, in bytes, as announced in WELCOME."""
-        return self._settings.max_body
+        return self.settings.max_body
 
     def is_held(self, request: Request) -> bool:
         """Return True if a held request has not been answered."""
@@ -467,14 +440,14 @@ class ServerConnection:
         if self._sessions.join(session, token, wall, now):
             self.deadline_moved = True
         self._open_deadline = NEVER
-        self._decoder.limit = self._settings.max_frame
+        self._decoder.limit = self.settings.max_frame
 
     def leave(self, session_id: str, now: float) -> None:
         """Remove an ended session. Without any session, the limits of a new connection apply again."""
         self._sessions.pop(session_id, None)
         if not self._sessions and self._open_deadline == NEVER:
-            self._decoder.limit = self._settings.max_frame_before_session
-            self._open_deadline = now + self._settings.open_timeout_s
+            self._decoder.limit = self.settings.max_frame_before_session
+            self._open_deadline = now + self.settings.open_timeout_s
             self.deadline_moved = True
 
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
@@ -493,7 +466,7 @@ class ServerConnection:
         if known is None or self.state is _CLOSED:
             return False
         body = encode_body([name, data])
-        if len(body) > self._settings.max_body:
+        if len(body) > self.settings.max_body:
             raise MessageError(f"the event has {len(body)} bytes")
         self._send(EVENT, 0, known.token, body, wall)
         return True
@@ -531,7 +504,7 @@ class ServerConnection:
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        idle_at = self._last_frame + self._settings.idle_timeout_s
+        idle_at = self._last_frame + self.settings.idle_timeout_s
         earliest = min(self._open_deadline, self._sessions.expiring_at, idle_at)
         if not self._held:
             return earliest
@@ -552,7 +525,7 @@ class ServerConnection:
         reason = None
         if self._open_deadline <= now:
             reason = GoAwayReason.NO_SESSION
-        elif self._last_frame + self._settings.idle_timeout_s <= now:
+        elif self._last_frame + self.settings.idle_timeout_s <= now:
             if self._held:
                 self._last_frame = now  # requests in flight count as activity
             else:
