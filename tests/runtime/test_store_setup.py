@@ -27,8 +27,8 @@ def test_default_is_sqlite_in_the_home_folder(tmp_path: Path) -> None:
     made = store(tmp_path)
     assert isinstance(made, SqliteStore)
     assert not made.shared
-    assert made._path == tmp_path / "sessions.db"
-    assert made._timeout == 0.25
+    assert made.path == tmp_path / "sessions.db"
+    assert made.timeout == 0.25
     assert list(tmp_path.iterdir()) == [], "building a store does no I/O"
 
 

@@ -33,7 +33,7 @@ from zcproto.server.idempotency import (
     answer_limits,
     request_digest,
 )
-from zcproto.stores.answers import AnswerLimits, Answers
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
 from zcproto.stores.base import Claim, StoreUnavailable
 from zcproto.wire.message import decode_error, encode_body, encode_error
 
@@ -104,7 +104,7 @@ class CacheHarness:
         self,
         loop: asyncio.AbstractEventLoop,
         store: FakeStore | None = None,
-        limits: AnswerLimits | None = None,
+        limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         self.loop = loop
         self.clock = FakeClock()

@@ -24,7 +24,7 @@ from tests.stores.contract import (
 from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions import SessionRegistry, SessionSettings
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Created, SessionStore
 
 
@@ -37,7 +37,7 @@ class MemoryHarness:
     durable = False
     bounded = True
 
-    async def make_store(self, answers: AnswerLimits | None = None) -> SessionStore:
+    async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
         store = MemoryStore(registry(), answers)
         await store.open(lambda change: None)
         return store

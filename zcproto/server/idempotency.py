@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -28,7 +29,7 @@ from typing import Any, Final, NamedTuple
 from zcproto.common.clock import Clock
 from zcproto.errors import CallError, Code, FailedPrecondition, Unavailable, UnknownError
 from zcproto.server.eager import EagerTasks
-from zcproto.stores.answers import AnswerLimits, Answers
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
 from zcproto.stores.base import Claim, ClaimState, StoreUnavailable
 from zcproto.stores.circuit_breaker import CircuitBreaker
 from zcproto.wire.message import encode_body
@@ -87,15 +88,13 @@ AnswerError = Callable[[BaseException], Answer]
 """Returns the answer for an exception."""
 
 
+@dataclass(slots=True, eq=False)
 class _Run:
     """A request in progress. `until` is when its claim in the store ends."""
 
-    __slots__ = ("digest", "until", "waiting")
-
-    def __init__(self, digest: bytes) -> None:
-        self.digest = digest
-        self.until = 0
-        self.waiting: dict[Waiting, None] = {}
+    digest: bytes
+    until: int = 0
+    waiting: dict[Waiting, None] = field(default_factory=dict)
 
 
 class Waiting:
@@ -130,14 +129,14 @@ class IdempotencyCache:
         *,
         breaker: CircuitBreaker | None = None,
         keep_ms: int = DEFAULT_KEEP_MS,
-        limits: AnswerLimits | None = None,
+        limits: AnswerLimits = DEFAULT_LIMITS,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._tasks = tasks
         self._clock = clock
         self._breaker = breaker
         self._keep_ms = keep_ms
-        self._limits = AnswerLimits() if limits is None else limits
+        self._limits = limits
         self._sleep = sleep
         self._running: dict[Name, _Run] = {}
         self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
@@ -372,7 +371,7 @@ def _ordered(value: Any) -> Any:
 def answer_limits(max_bytes: int, per_user: int) -> AnswerLimits:
     """Return the limits of stored answers from the configuration."""
     return AnswerLimits(
-        count=max(AnswerLimits().count, per_user),
+        count=max(DEFAULT_LIMITS.count, per_user),
         bytes=max_bytes,
         user_count=per_user,
         user_bytes=max_bytes // _USER_SHARE,

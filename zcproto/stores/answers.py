@@ -42,10 +42,21 @@ class AnswerLimits:
     user_bytes: int = 4 << 20
 
 
+DEFAULT_LIMITS: Final = AnswerLimits()
+
+
 def check_size(answer: bytes, limits: AnswerLimits) -> None:
     """Raise ValueError for an answer that is never stored because of its size."""
     if len(answer) > min(limits.user_bytes, limits.bytes):
         raise ValueError(f"an answer of {len(answer)} bytes is too large to be stored")
+
+
+def too_many_requests(whose: str = "") -> ResourceExhausted:
+    """Return the error for a request that has no room in the table."""
+    return ResourceExhausted(
+        f"too many requests {whose}with an idempotency key are running; wait for one to end",
+        {"retry_after_ms": _RETRY_MS},
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -168,18 +179,12 @@ class Answers:
             share = self._users.get(user)
         while share is not None and share.count >= limits.user_count:
             if not share.done:
-                raise ResourceExhausted(
-                    "too many requests of this user with an idempotency key are running; wait for one to end",
-                    {"retry_after_ms": _RETRY_MS},
-                )
+                raise too_many_requests("of this user ")
             self._remove(next(iter(share.done)))
             share = self._users.get(user)
         while len(self._entries) >= limits.count:
             if not self._done:
-                raise ResourceExhausted(
-                    "too many requests with an idempotency key are running; wait for one to end",
-                    {"retry_after_ms": _RETRY_MS},
-                )
+                raise too_many_requests()
             self._remove(next(iter(self._done)))
 
     def _add(self, key: Key, entry: Entry) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from zcproto.errors import Unavailable
@@ -26,6 +28,7 @@ class Call(Protocol):
     def __call__(self, operation: Coroutine[Any, Any, T], /) -> Coroutine[Any, Any, T]: ...
 
 
+@dataclass(eq=False)
 class CircuitBreaker:
     """Runs operations of `store` while its health allows them: `await breaker.call(breaker.store.find(digest))`.
 
@@ -33,16 +36,13 @@ class CircuitBreaker:
     counts the operations that run now, `durations` how long the finished ones took.
     """
 
-    def __init__(
-        self, store: SessionStore, health: StoreHealth, *, timeout: float, now: Callable[[], float]
-    ) -> None:
-        self.store = store
-        self.health = health
-        self.timeout = timeout
-        self.reason = ""
-        self.in_flight = 0
-        self.durations = Histogram(WAITED_S)
-        self._now = now
+    store: SessionStore
+    health: StoreHealth
+    timeout: float
+    now: Callable[[], float]
+    reason: str = field(default="", init=False)
+    in_flight: int = field(default=0, init=False)
+    durations: Histogram = field(default_factory=partial(Histogram, WAITED_S), init=False)
 
     def check(self) -> None:
         """Raise Unavailable if the store is not called now."""
@@ -53,7 +53,7 @@ class CircuitBreaker:
         """Return the error for callers who need the store."""
         return Unavailable(
             "the session store does not answer: try again",
-            {"retry_after_ms": self.health.retry_after_ms(self._now())},
+            {"retry_after_ms": self.health.retry_after_ms(self.now())},
         )
 
     async def call(self, operation: Coroutine[Any, Any, T]) -> T:
@@ -61,18 +61,18 @@ class CircuitBreaker:
         if not self.health.is_healthy:
             operation.close()
             raise StoreUnavailable("it is out; calls are suspended until a probe succeeds")
-        began = self._now()
+        began = self.now()
         self.in_flight += 1
         try:
             return await self.attempt(operation)
         except StoreUnavailable as error:
             self.reason = error.reason
-            now = self._now()
+            now = self.now()
             self.health.failed(now, now - began)
             raise
         finally:
             self.in_flight -= 1
-            self.durations.add(self._now() - began)
+            self.durations.add(self.now() - began)
 
     async def attempt(self, operation: Coroutine[Any, Any, T], within: float | None = None) -> T:
         """Run an operation whatever the health, for probes. The outcome is not counted."""

@@ -40,7 +40,7 @@ class BackgroundTasks:
         await asyncio.wait([task])
         return task.result()
 
-    def run_in_background(self, work: Coroutine[Any, Any, object], name: str = _TASK) -> None:
+    def run_in_background(self, work: Coroutine[Any, Any, object]) -> None:
         """Start a task whose outcome is logged, not awaited."""
 
         async def logged() -> None:
@@ -51,7 +51,7 @@ class BackgroundTasks:
             except Exception as error:
                 log.error("store.task_failed", exc_info=error)
 
-        self.spawn(logged(), name)
+        self.spawn(logged())
 
     def repeat(self, interval: float, work: Callable[[], Awaitable[object]]) -> None:
         """Do something every `interval` seconds until `stop`."""

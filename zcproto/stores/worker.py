@@ -80,8 +80,15 @@ class Worker:
 
     async def submit(self, work: Any, within: float, *, lasting: bool = False) -> Any:
         """Run a job and return its result. Raises StoreUnavailable after `within` seconds or at a full queue."""
+        if self._stopping:
+            raise StoreUnavailable("it is closed")
+        if self._waiting >= self._limit:
+            raise StoreUnavailable(f"{self._waiting} operations are waiting for the disk")
         job = Job(work, lasting, self._loop.create_future())
-        self._enqueue(job)
+        self._waiting += 1
+        self._next.append(job)
+        if len(self._next) == 1:
+            self._loop.call_soon(self._flush)
         timer = self._loop.call_later(within, self._give_up, job, within)
         try:
             return await job.future
@@ -99,16 +106,6 @@ class Worker:
         return bool(ended)
 
     # --- in the event loop ---
-
-    def _enqueue(self, job: Job) -> None:
-        if self._stopping:
-            raise StoreUnavailable("it is closed")
-        if self._waiting >= self._limit:
-            raise StoreUnavailable(f"{self._waiting} operations are waiting for the disk")
-        self._waiting += 1
-        self._next.append(job)
-        if len(self._next) == 1:
-            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         if self._next:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Created, SessionStore
 
 WALL = 1_700_000_000_000
@@ -59,7 +59,7 @@ class Harness(Protocol):
     bounded: bool
     """Whether the store enforces the limits of `answers`."""
 
-    async def make_store(self, answers: AnswerLimits | None = None) -> SessionStore:
+    async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
         """Return an open and empty store, with the idle limit IDLE and tombstones kept for KEEP_ENDED."""
         ...
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore
 
@@ -37,7 +37,7 @@ class SqliteHarness:
         await store.open(lambda change: pytest.fail("no other process changes this store"))
         return store
 
-    async def make_store(self, answers: AnswerLimits | None = None) -> SessionStore:
+    async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
         return await self.opened(answers=answers)
 
     async def reopen(self, store: SessionStore) -> SessionStore:

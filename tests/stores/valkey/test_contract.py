@@ -9,7 +9,7 @@ import pytest
 
 from tests.stores.contract import StoreContract
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, SessionStore
 from zcproto.stores.valkey.store import ValkeyStore
 
@@ -24,7 +24,7 @@ class ValkeyHarness:
         self.bounded = bounded
         self.stores: list[ValkeyStore] = []
 
-    async def make_store(self, answers: AnswerLimits | None = None) -> SessionStore:
+    async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
         store = ValkeyStore(self.url, answers=answers, timeout=10.0)
         self.stores.append(store)
         await store.open(self._hear)

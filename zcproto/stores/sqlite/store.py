@@ -9,6 +9,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Final, TypeVar
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.stores.answers import AnswerLimits, check_size
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, check_size
 from zcproto.stores.base import (
     Change,
     Claim,
@@ -46,6 +47,7 @@ _MAX_TOUCHED: Final = 500
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class SqliteStore:
     """A store in the file `path`, which no other process may use at the same time.
 
@@ -54,27 +56,15 @@ class SqliteStore:
     (reason).
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        timeout: float = TIMEOUT_S,
-        answers: AnswerLimits | None = None,
-        on_notice: Notice = lambda name, **values: None,
-        connect: Connect = sqlite3.connect,
-        queue: int = QUEUE,
-    ) -> None:
-        self._path = path
-        self._timeout = timeout
-        self._answers = answers or AnswerLimits()
-        self._on_notice = on_notice
-        self._connect = connect
-        self._queue = queue
-        self._worker: Worker | None = None
-
-    @property
-    def shared(self) -> bool:
-        return False
+    path: Path
+    _: KW_ONLY
+    timeout: float = TIMEOUT_S
+    answers: AnswerLimits = DEFAULT_LIMITS
+    on_notice: Notice = lambda name, **values: None
+    connect: Connect = sqlite3.connect
+    queue: int = QUEUE
+    shared = False
+    _worker: Worker | None = field(default=None, init=False)
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store as in `SessionStore.open`. May be called again after it failed."""
@@ -83,13 +73,13 @@ class SqliteStore:
 
         def notify(name: str, **values: object) -> None:
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(partial(self._on_notice, name, **values))
+                loop.call_soon_threadsafe(partial(self.on_notice, name, **values))
 
         database = self._database = SessionDatabase(
-            self._path, answers=self._answers, on_notice=notify, connect=self._connect
+            self.path, answers=self.answers, on_notice=notify, connect=self.connect
         )
         self._worker = Worker(
-            partial(_perform, database), partial(_sweep, database), database.close, limit=self._queue
+            partial(_perform, database), partial(_sweep, database), database.close, limit=self.queue
         )
         try:
             await self._submit(database.open, within=OPEN_TIMEOUT_S)
@@ -102,7 +92,7 @@ class SqliteStore:
         if worker is None:
             return
         if not await worker.stop(CLOSE_TIMEOUT_S):
-            self._on_notice("store_close_failed", reason="the disk does not answer")
+            self.on_notice("store_close_failed", reason="the disk does not answer")
 
     async def ping(self) -> None:
         await self._do(self._database.ping)
@@ -173,7 +163,7 @@ class SqliteStore:
         return await self._run(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms))
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        check_size(answer, self._answers)
+        check_size(answer, self.answers)
         await self._run(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms), lasting=True)
 
     async def release_claim(self, user: str, key: str) -> None:
@@ -200,7 +190,7 @@ class SqliteStore:
         """Run an Operation or a function in the thread, and return its result."""
         if self._worker is None:
             raise StoreUnavailable("it is not open")
-        return await self._worker.submit(work, within or self._timeout, lasting=lasting)
+        return await self._worker.submit(work, within or self.timeout, lasting=lasting)
 
 
 def _perform(database: SessionDatabase, jobs: Sequence[Job]) -> None:

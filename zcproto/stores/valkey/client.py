@@ -29,7 +29,7 @@ from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import id_from_text
-from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.records import NODE_SIZE, TAG_SIZE
@@ -83,6 +83,8 @@ class ValkeyClient:
     Raises ConfigError for a URL or a file that cannot be used.
     """
 
+    shared = True
+
     def __init__(
         self,
         url: str,
@@ -93,7 +95,7 @@ class ValkeyClient:
         key_file: Path | None = None,
         timeout: float = TIMEOUT_S,
         prefix: str = PREFIX,
-        answers: AnswerLimits | None = None,
+        answers: AnswerLimits = DEFAULT_LIMITS,
         entropy: Entropy = system_entropy,
     ) -> None:
         self._url = parse_url(url)
@@ -105,7 +107,7 @@ class ValkeyClient:
         self._prefix = prefix.encode()
         if b"{" in self._prefix or b"}" in self._prefix:
             raise ConfigError(["store.prefix: it must not contain { or }, which divide keys among servers"])
-        self._answers = answers or AnswerLimits()
+        self._answers = answers
         self._node = entropy(NODE_SIZE // 2).hex().encode()
         self._entropy = entropy
         self._marks: dict[int, bytes] = {}
@@ -115,10 +117,6 @@ class ValkeyClient:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url})"
-
-    @property
-    def shared(self) -> bool:
-        return True
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store as in `SessionStore.open`. May be called again after it failed.

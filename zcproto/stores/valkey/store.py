@@ -19,10 +19,10 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
-from zcproto.errors import Code, ResourceExhausted
+from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
-from zcproto.stores.answers import LAST_MS, check_size
+from zcproto.stores.answers import LAST_MS, check_size, too_many_requests
 from zcproto.stores.base import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated, Rotated
 from zcproto.stores.valkey.client import ValkeyClient, operation
 from zcproto.stores.valkey.records import (
@@ -52,7 +52,6 @@ _READ_BATCH: Final = 100
 _EXPIRED: Final = 200
 """Entries removed by one script, which blocks the server for about 2 ms."""
 
-_RETRY_MS: Final = 1_000
 _TRIMMED: Final = 16
 _TRIMS: Final = 64
 
@@ -302,10 +301,10 @@ class ValkeyStore(ValkeyClient):
             "claim", tag, digest, request_digest, *times, self._answers.user_count
         )
         if state == b"full":
-            raise _too_many("of this user ")
+            raise too_many_requests("of this user ")
         if state == b"new" and not await self._trim(tag, wall, count, size):
             await self._run("release", tag, digest, DAY_MS)
-            raise _too_many("")
+            raise too_many_requests()
         if state == b"running":
             return Claim(ClaimState.RUNNING, until=int(answer))
         return Claim(ClaimState(state.decode()), answer)
@@ -409,10 +408,3 @@ class ValkeyStore(ValkeyClient):
                 found += await self._read_batch(members[start : start + _READ_BATCH])
         found.sort(key=lambda pair: pair[0])
         return [record for _, record in found[:MAX_LISTED]]
-
-
-def _too_many(whose: str) -> ResourceExhausted:
-    return ResourceExhausted(
-        f"too many requests {whose}with an idempotency key are running; wait for one to end",
-        {"retry_after_ms": _RETRY_MS},
-    )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Final
 from urllib.parse import parse_qsl, unquote
 
@@ -92,28 +93,15 @@ def parse_url(url: str) -> ServerUrl:
     # The last @, because a password may contain one that is not encoded. The path of a socket may contain one too.
     credentials, _, rest = ("", "", rest) if rest.startswith("/") else rest.rpartition("@")
     username, _, password = credentials.partition(":")
-    username, password = unquote(username), unquote(password)
+    server_url = partial(ServerUrl, username=unquote(username), password=unquote(password))
     rest, _, query = rest.partition("?")
     if family is None:
-        return ServerUrl(
-            Kind.SINGLE,
-            path=_path(unquote(rest)),
-            username=username,
-            password=password,
-            database=_query(query),
-        )
+        return server_url(Kind.SINGLE, path=_path(unquote(rest)), database=_query(query))
     kind = Kind(kind_name or "single")
     where, _, path = rest.partition("/")
     service, database = _parts(kind, path, query)
-    return ServerUrl(
-        kind,
-        _addresses(where, kind),
-        tls=family in ("rediss", "valkeys"),
-        username=username,
-        password=password,
-        service=service,
-        database=database,
-    )
+    tls = family in ("rediss", "valkeys")
+    return server_url(kind, _addresses(where, kind), tls=tls, service=service, database=database)
 
 
 def _addresses(where: str, kind: Kind) -> tuple[Address, ...]:
