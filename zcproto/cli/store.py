@@ -26,8 +26,8 @@ from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.store_setup import MEMORY, SQLITE
-from zcproto.sessions.record import SessionRecord, UserLimit
-from zcproto.stores.base import MAX_LISTED, LimitReached, SessionStore
+from zcproto.sessions.record import SessionRecord
+from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 BATCH = 256
 """Sessions copied concurrently."""
 
-NO_LIMIT = UserLimit(2**31 - 1, "refuse", None)
 MAX_FAULTS = 20
 
 

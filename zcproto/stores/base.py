@@ -23,6 +23,9 @@ MAX_LISTED: Final = 10_000
 """Sessions listed in one call when no user is named."""
 
 
+NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
+
+
 class StoreUnavailable(ZcprotoError):
     """The store failed or did not answer in time. `reason` is for the operator's log and holds no secret."""
 

@@ -21,9 +21,9 @@ from typing import Any, Final
 from zcproto.errors import Code
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason
-from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
+from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
-from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
+from zcproto.stores.base import NO_LIMIT, Change, ChangeKind, StoreUnavailable
 from zcproto.stores.circuit_breaker import Call
 from zcproto.stores.revoker import RETRY_PAUSE_S, Revoker, end_here
 
@@ -35,8 +35,6 @@ MAX_CHECKS: Final = 64
 
 CHANGES: Final = 4_096
 """Changed sessions that are remembered, for `has_changed`."""
-
-_NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 
 IsUsed = Callable[[str], bool]
 """Whether a connection uses a session, by the text of its id."""
@@ -172,26 +170,27 @@ class ChangeTracker:
 
     async def _check(self, call: Call, ids: Iterable[bytes]) -> None:
         """Update sessions in the registry from the store."""
-        await _process(self._to_check, ids, partial(self._check_one, call))
 
-    async def _check_one(self, call: Call, session_id: bytes) -> None:
-        found = await self.fetch(partial(self._store.get, session_id), call)
-        self.apply(found)
-        if found is None:
-            self._registry.end(
-                session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, self._revoker.clock.wall()
-            )
+        async def check(session_id: bytes) -> None:
+            found = await self.fetch(partial(self._store.get, session_id), call)
+            self.apply(found)
+            if found is None:
+                wall = self._revoker.clock.wall()
+                self._registry.end(session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, wall)
+
+        await _process(self._to_check, ids, check)
 
     async def _restore(self, call: Call, ids: Iterable[bytes]) -> None:
         """Write sessions back that the store has lost."""
-        await _process(self._to_restore, ids, partial(self._restore_one, call))
 
-    async def _restore_one(self, call: Call, session_id: bytes) -> None:
-        record = self._registry.record(session_id)
-        if record is not None:
-            await call(self._store.create(record, _NO_LIMIT))
-            # Another process may have restored it first, and it may have been changed or ended since.
-            self.apply(await self.fetch(partial(self._store.get, session_id), call))
+        async def restore(session_id: bytes) -> None:
+            record = self._registry.record(session_id)
+            if record is not None:
+                await call(self._store.create(record, NO_LIMIT))
+                # Another process may have restored it first, and it may have been changed or ended since.
+                self.apply(await self.fetch(partial(self._store.get, session_id), call))
+
+        await _process(self._to_restore, ids, restore)
 
 
 async def _process(

@@ -9,7 +9,7 @@ It must not know: what an operation is for, what is done about an outage.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -74,7 +74,7 @@ class CircuitBreaker:
             self.in_flight -= 1
             self.durations.add(self.now() - began)
 
-    async def attempt(self, operation: Coroutine[Any, Any, T], within: float | None = None) -> T:
+    async def attempt(self, operation: Awaitable[T], within: float | None = None) -> T:
         """Run an operation whatever the health, for probes. The outcome is not counted."""
         limit = self.timeout if within is None else within
         try:

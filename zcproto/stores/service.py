@@ -208,8 +208,7 @@ class StoredSessionService(SessionService):
         self.sync = sync
         self._store = sync.store
         self._call = sync.breaker.call
-        self._settings = settings
-        self._limit = UserLimit(settings.per_user, settings.when_full, settings.idle_timeout_ms)
+        self.reconfigure(settings)
         self._opening = 0
         self._newest = 0
         self._refreshing: dict[bytes, asyncio.Task[OpenedSession]] = {}

@@ -11,7 +11,7 @@ It must not know: connections (except whether one uses a session), how a call is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.health import Alert, StoreHealth
-from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.record import EndedRecord
 from zcproto.stores.base import SessionStore, StoreUnavailable
 from zcproto.stores.changes import SLOTS, ChangeTracker, IsUsed
 from zcproto.stores.circuit_breaker import CircuitBreaker
@@ -208,7 +208,7 @@ class StoreSync:
         registry, loaded, left_out = self.registry, 0, 0
         batches = self.store.load()
         while True:
-            batch = await self.breaker.attempt(_next(batches), OPEN_LIMIT_S)
+            batch = await self.breaker.attempt(anext(batches, None), OPEN_LIMIT_S)
             if batch is None:
                 break
             for first in range(0, len(batch), LOADED_AT_ONCE):
@@ -264,11 +264,3 @@ class StoreSync:
             "pending_revocations": len(self.pending),
             "changes": self.changes.count,
         }
-
-
-_Batch = Sequence[SessionRecord | EndedRecord]
-
-
-async def _next(batches: AsyncIterator[_Batch]) -> _Batch | None:
-    """Return the next batch, None after the last."""
-    return await anext(batches, None)
