@@ -115,7 +115,6 @@ class Credentials(Protocol):
 
     def params(self, channel: Channel) -> dict[str, Any]:
         """Return the params of `session.open` for a connection, without `client`."""
-        ...
 
 
 class ApiKey:
