@@ -24,17 +24,7 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import MAX_LISTED
 from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice
-from zcproto.stores.sqlite.rows import (
-    COLUMNS,
-    LIVE,
-    SESSION_COLUMNS,
-    Operation,
-    Row,
-    WorkingSet,
-    session_of,
-    text,
-    utf8,
-)
+from zcproto.stores.sqlite.rows import COLUMNS, Operation, Row, WorkingSet, columns_of, record_of, text, utf8
 
 _BLOBS: Final = ("id", "token", "refresh", "user", "client", "address", "key")
 _NAMES: Final = ", ".join(COLUMNS)
@@ -122,9 +112,8 @@ class SessionDatabase(DatabaseFile):
         for query, values in _queries(operations):
             (lines,) = db.execute(query, values).fetchone()
             for line in lines.split("\n") if lines else ():
-                row = _row(line)
-                assert row.n is not None
-                found[row.n] = self._marked(row)
+                n, *columns = _parse(line)
+                found[n] = Row(n, self._marked(n, record_of(columns)))
         return [found[n] for n in sorted(found)]
 
     def _table(self, db: sqlite3.Connection) -> Answers:
@@ -144,15 +133,13 @@ class SessionDatabase(DatabaseFile):
                 entry.answer = None  # it is in the file
         self._changed.clear()
 
-    def _marked(self, row: Row) -> Row:
-        """Apply the marks of ended_all to a row."""
-        if row.code == LIVE:
-            for n, code, wall in self._marks:
-                assert row.n is not None
-                if row.n <= n:
-                    row.end(Code(code), wall)
-                    break
-        return row
+    def _marked(self, n: int, record: SessionRecord | EndedRecord) -> SessionRecord | EndedRecord:
+        """Apply the marks of ended_all to the record of a row."""
+        if isinstance(record, SessionRecord):
+            for last, code, wall in self._marks:
+                if n <= last:
+                    return EndedRecord(record.id, record.token_digest, Code(code), wall)
+        return record
 
     # --- the whole file ----------------------------------------------------------------------------
 
@@ -168,11 +155,7 @@ class SessionDatabase(DatabaseFile):
         else:
             where, order, arguments = "code = 0 AND n > ?", "n", (start.n,)
         rows = self._select(where, arguments, order, _SLICE)
-        records: list[SessionRecord | EndedRecord]
-        if start.ended or self._marks:
-            records = [self._marked(Row(*row)).record() for row in rows]
-        else:
-            records = [session_of(row[SESSION_COLUMNS]) for row in rows]
+        records = [self._marked(n, record_of(columns)) for n, *columns in rows]
         if len(rows) == _SLICE:
             return records, Position(start.ended, rows[-1][-1], rows[-1][0])
         return records, None if start.ended else Position(ended=True)
@@ -180,7 +163,8 @@ class SessionDatabase(DatabaseFile):
     def list_all(self) -> list[SessionRecord]:
         """Return the oldest sessions of all users."""
         rows = self._select("code = 0 AND n > ?", (self._last_mark(),), "n", MAX_LISTED)
-        return [session_of(row[SESSION_COLUMNS]) for row in rows]
+        records = [record_of(columns) for _, *columns in rows]
+        return [record for record in records if isinstance(record, SessionRecord)]
 
     def count(self) -> int:
         db = self.ready()
@@ -316,10 +300,9 @@ def _queries(operations: Sequence[Operation[object]]) -> Iterator[tuple[str, lis
         yield query, [*(id_[:8] for id_ in ids), *ids, *(token[:8] for token in tokens), *tokens, *users]
 
 
-def _row(line: str) -> Row:
+def _parse(line: str) -> list[Any]:
     fields = line.split(" ")
-    values: list[Any] = [int(fields[0]), *map(bytes.fromhex, fields[1:8]), *map(int, fields[8:])]
-    return Row(*values)
+    return [int(fields[0]), *map(bytes.fromhex, fields[1:8]), *map(int, fields[8:])]
 
 
 def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:
@@ -327,7 +310,7 @@ def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:
     for chunk in _chunks(rows, _ROWS):
         values = ", ".join([one] * len(chunk))
         statement = f"INSERT INTO sessions ({_NAMES}) VALUES {values}{_UPDATE}"  # noqa: S608 - holes only
-        yield statement, [getattr(row, name) for row in chunk for name in COLUMNS]
+        yield statement, [value for row in chunk for value in (row.n, *columns_of(row.record))]
 
 
 def _answer_statements(changed: Mapping[Key, Entry | None]) -> Iterator[Statement]:

@@ -12,9 +12,8 @@ It must not know: where rows come from and go to, threads, clocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hmac import compare_digest
-from operator import attrgetter
 from typing import Any, Final, Generic, TypeVar
 
 from zcproto.errors import Code
@@ -40,67 +39,44 @@ def text(value: bytes) -> str:
         return value.decode("utf-8", "replace")
 
 
-def session_of(columns: Sequence[Any]) -> SessionRecord:
-    """Return the record of a stored session from the columns of SESSION_COLUMNS."""
-    id, token, refresh, user, client, address, key, *numbers = columns
+COLUMNS: Final = (
+    *("n", "id", "token", "refresh", "user", "client", "address", "key", "flags"),
+    *("created_at", "last_used_at", "expires_at", "refresh_expires_at", "code", "due"),
+)
+"""`n` is the order of opening. `due` is when both tokens of a session have expired, or when it ended."""
+
+_BLANK: Final = (b"",) * 5 + (0,) * 5
+
+
+def columns_of(record: SessionRecord | EndedRecord) -> tuple[Any, ...]:
+    """Return the columns of a row, without `n`."""
+    if isinstance(record, EndedRecord):
+        return (record.id, record.token_digest, *_BLANK, record.code, record.ended_at)
+    texts = map(utf8, (record.user, record.client, record.address, record.key))
+    times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
+    blobs = record.id, record.token_digest, record.refresh_digest, *texts
+    return (*blobs, record.flags, *times, LIVE, due_of(record))
+
+
+def record_of(columns: Sequence[Any]) -> SessionRecord | EndedRecord:
+    """Reverse `columns_of`."""
+    id, token, refresh, user, client, address, key, *numbers, code, due = columns
+    if code != LIVE:
+        return EndedRecord(id, token, Code(code), due)
     values: list[Any] = [text(user), text(client), text(address), *numbers, text(key)]
     return SessionRecord(id, token, refresh, *values)
 
 
+def due_of(record: SessionRecord) -> int:
+    return max(record.expires_at, record.refresh_expires_at)
+
+
 @dataclass(slots=True, eq=False)
 class Row:
-    """One row, with its columns in the order of the table."""
+    """A record and its place in the order of opening; None until it is written."""
 
     n: int | None
-    """The order of opening; None until it is written."""
-    id: bytes
-    token: bytes
-    refresh: bytes
-    user: bytes
-    client: bytes
-    address: bytes
-    key: bytes
-    flags: int
-    created_at: int
-    last_used_at: int
-    expires_at: int
-    refresh_expires_at: int
-    code: int
-    due: int
-    """A stored session: when both its tokens have expired. A tombstone: when the session ended."""
-
-    @classmethod
-    def of(cls, record: SessionRecord) -> Row:
-        texts = map(utf8, (record.user, record.client, record.address, record.key))
-        times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
-        due = max(record.expires_at, record.refresh_expires_at)
-        blobs = record.id, record.token_digest, record.refresh_digest, *texts
-        columns: list[Any] = [*blobs, record.flags, *times, LIVE, due]
-        return cls(None, *columns)
-
-    @classmethod
-    def token_tombstone(cls, token: bytes, code: Code, wall: int) -> Row:
-        return cls(None, b"", token, b"", b"", b"", b"", b"", 0, 0, 0, 0, 0, code, wall)
-
-    def record(self) -> SessionRecord | EndedRecord:
-        if self.code != LIVE:
-            return EndedRecord(self.id, self.token, Code(self.code), self.due)
-        return self.session()
-
-    def session(self) -> SessionRecord:
-        return session_of(_session_columns(self))
-
-    def end(self, code: Code, wall: int) -> EndedRecord:
-        """Make the row a tombstone."""
-        self.refresh = self.user = self.client = self.address = self.key = b""
-        self.flags = self.created_at = self.last_used_at = self.expires_at = self.refresh_expires_at = 0
-        self.code, self.due = code, wall
-        return EndedRecord(self.id, self.token, code, wall)
-
-
-COLUMNS: Final[tuple[str, ...]] = tuple(Row.__dataclass_fields__)
-SESSION_COLUMNS: Final = slice(1, -2)
-_session_columns: Final = attrgetter(*COLUMNS[SESSION_COLUMNS])
+    record: SessionRecord | EndedRecord
 
 
 class WorkingSet:
@@ -109,7 +85,7 @@ class WorkingSet:
     def __init__(self, rows: Iterable[Row], answers: Answers) -> None:
         self._by_id: dict[bytes, Row] = {}
         self._by_token: dict[bytes, Row] = {}
-        self._by_user: dict[bytes, list[Row]] = {}
+        self._by_user: dict[str, list[Row]] = {}
         self.answers = answers
         self.changed: dict[int, Row] = {}  # by identity, in the order of the first change
         for row in rows:
@@ -118,18 +94,17 @@ class WorkingSet:
     def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         wall = record.created_at
 
-        def is_live(row: Row) -> bool:
-            return wall < row.expires_at and (
-                limit.idle_ms is None or wall < row.last_used_at + limit.idle_ms
-            )
+        def is_live(other: SessionRecord) -> bool:
+            idle_ms = limit.idle_ms
+            return wall < other.expires_at and (idle_ms is None or wall < other.last_used_at + idle_ms)
 
         if record.id in self._by_id:
             return Created()
         ended: tuple[EndedRecord, ...] = ()
-        others = self._of_user(utf8(record.user))
+        others = self.list_user(record.user)
         if len(others) >= limit.per_user:
-            live = [row for row in others if is_live(row)]
-            lapsed = [row for row in others if row not in live and wall < row.refresh_expires_at]
+            live = [other for other in others if is_live(other)]
+            lapsed = [other for other in others if not is_live(other) and wall < other.refresh_expires_at]
             if len(live) + len(lapsed) >= limit.per_user:
                 if lapsed:
                     ended = (self._end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
@@ -137,74 +112,85 @@ class WorkingSet:
                     ended = (self._end(live[0], Code.SESSION_REPLACED, wall),)
                 else:
                     return LimitReached()
-        self._add(Row.of(record))
+        self._add(record)
         return Created(ended)
 
     def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
-        row, wall = self._by_id.get(rotation.id), rotation.wall
-        if row is None:
+        record, wall = self.get(rotation.id), rotation.wall
+        if record is None:
             return NotRotated(Code.UNAUTHENTICATED)
-        if row.code != LIVE:
-            return NotRotated(Code(row.code))
-        if (row.token, row.refresh) == (rotation.token_digest, rotation.refresh_digest):
-            return Rotated(row.session(), b"")
-        if wall >= row.due:
+        if isinstance(record, EndedRecord):
+            return NotRotated(record.code)
+        if (record.token_digest, record.refresh_digest) == (rotation.token_digest, rotation.refresh_digest):
+            return Rotated(record, b"")
+        if wall >= due_of(record):
             return NotRotated(Code.TOKEN_EXPIRED)
-        if not compare_digest(row.refresh, rotation.spent_digest):
-            self._end(row, Code.TOKEN_REVOKED, wall)
+        if not compare_digest(record.refresh_digest, rotation.spent_digest):
+            self._end(record, Code.TOKEN_REVOKED, wall)
             return NotRotated(Code.TOKEN_REVOKED, reused=True)
-        if wall >= row.refresh_expires_at:
+        if wall >= record.refresh_expires_at:
             return NotRotated(Code.TOKEN_EXPIRED)
-        old = row.token
-        row.token, row.refresh = rotation.token_digest, rotation.refresh_digest
-        row.client, row.address = utf8(rotation.client), utf8(rotation.address)
-        row.last_used_at = wall
-        row.expires_at = min(rotation.expires_at, row.refresh_expires_at)
-        row.due = max(row.expires_at, row.refresh_expires_at)
-        self._by_token[row.token] = row
-        self.changed[id(row)] = row
-        self._add(Row.token_tombstone(old, Code.TOKEN_REVOKED, wall))
-        return Rotated(row.session(), old)
+        rotated = replace(
+            record,
+            token_digest=rotation.token_digest,
+            refresh_digest=rotation.refresh_digest,
+            client=rotation.client,
+            address=rotation.address,
+            last_used_at=wall,
+            expires_at=min(rotation.expires_at, record.refresh_expires_at),
+        )
+        self._by_token[rotated.token_digest] = self._change(rotated)
+        self._add(EndedRecord(b"", record.token_digest, Code.TOKEN_REVOKED, wall))
+        return Rotated(rotated, record.token_digest)
 
     def find(self, token: bytes) -> SessionRecord | EndedRecord | None:
         row = self._by_token.get(token)
-        return None if row is None else row.record()
+        return None if row is None else row.record
 
     def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
         row = self._by_id.get(id)
-        return None if row is None else row.record()
+        return None if row is None else row.record
 
-    def end(self, ids: Sequence[bytes], code: Code, wall: int, user: bytes | None) -> list[EndedRecord]:
+    def end(self, ids: Sequence[bytes], code: Code, wall: int, user: str | None) -> list[EndedRecord]:
         ended = []
         for id_ in ids:
-            row = self._by_id.get(id_)
-            if row is not None and row.code == LIVE and user in (None, row.user):
-                ended.append(self._end(row, code, wall))
+            record = self.get(id_)
+            if isinstance(record, SessionRecord) and user in (None, record.user):
+                ended.append(self._end(record, code, wall))
         return ended
 
-    def end_user(self, user: bytes, code: Code, wall: int) -> list[EndedRecord]:
-        return [self._end(row, code, wall) for row in self._of_user(user)]
+    def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
+        return [self._end(record, code, wall) for record in self.list_user(user)]
 
-    def list_user(self, user: bytes) -> list[SessionRecord]:
-        return [row.session() for row in self._of_user(user)]
-
-    def _of_user(self, user: bytes) -> list[Row]:
+    def list_user(self, user: str) -> list[SessionRecord]:
         """Return the stored sessions of a user, oldest first."""
-        return [row for row in self._by_user.get(user, ()) if row.code == LIVE]
+        records = [row.record for row in self._by_user.get(user, ())]
+        return [record for record in records if isinstance(record, SessionRecord)]
 
-    def _end(self, row: Row, code: Code, wall: int) -> EndedRecord:
+    def _end(self, record: SessionRecord, code: Code, wall: int) -> EndedRecord:
+        ended = EndedRecord(record.id, record.token_digest, code, wall)
+        self._change(ended)
+        return ended
+
+    def _change(self, record: SessionRecord | EndedRecord) -> Row:
+        """Replace the record of a session."""
+        row = self._by_id[record.id]
+        row.record = record
         self.changed[id(row)] = row
-        return row.end(code, wall)
+        return row
 
-    def _add(self, row: Row) -> None:
+    def _add(self, record: SessionRecord | EndedRecord) -> None:
+        row = Row(None, record)
         self._index(row)
         self.changed[id(row)] = row
 
     def _index(self, row: Row) -> None:
-        self._by_token[row.token] = row
-        if row.id:
-            self._by_id[row.id] = row
-            self._by_user.setdefault(row.user, []).append(row)
+        record = row.record
+        self._by_token[record.token_digest] = row
+        if record.id:
+            self._by_id[record.id] = row
+        if isinstance(record, SessionRecord):
+            self._by_user.setdefault(record.user, []).append(row)
 
 
 @dataclass(slots=True, eq=False)

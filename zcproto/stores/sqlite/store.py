@@ -126,12 +126,10 @@ class SqliteStore:
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        owner = None if user is None else utf8(user)
-        return await self._run(lambda rows: rows.end(ids, code, wall, owner), ids=ids, lasting=True)
+        return await self._run(lambda rows: rows.end(ids, code, wall, user), ids=ids, lasting=True)
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        name = utf8(user)
-        return await self._run(lambda rows: rows.end_user(name, code, wall), users=[name], lasting=True)
+        return await self._run(lambda rows: rows.end_user(user, code, wall), users=[utf8(user)], lasting=True)
 
     async def end_all(self, code: Code, wall: int) -> int:
         return await self._do(partial(self._database.end_all, code, wall), lasting=True)
@@ -139,8 +137,7 @@ class SqliteStore:
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         if user is None:
             return await self._do(self._database.list_all)
-        name = utf8(user)
-        return await self._run(lambda rows: rows.list_user(name), users=[name])
+        return await self._run(lambda rows: rows.list_user(user), users=[utf8(user)])
 
     async def count(self) -> int:
         return await self._do(self._database.count)
