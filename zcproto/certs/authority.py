@@ -23,13 +23,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from zcproto.certs import files, keys, pair, profile
 from zcproto.errors import CertificateError
+
+T = TypeVar("T")
 
 KEY_TYPE = "rsa-4096"
 """Key type of the server authority. It signs a few times a year and is trusted for ten: strength costs nothing."""
@@ -107,9 +109,9 @@ class Authority:
     certificate: x509.Certificate
     key: keys.PrivateKey | None
     problem: str = ""
-    """Why there is no key and how to recover; empty if there is one."""
+    """Why there is no key and how to recover."""
     not_renewed: str = ""
-    """Why its certificate could not be renewed although it was due; empty if it is up to date."""
+    """Why its certificate could not be renewed although it was due."""
 
     def signing_key(self) -> keys.PrivateKey:
         """Return the key. Raises CertificateError if it is missing."""
@@ -117,9 +119,24 @@ class Authority:
             raise CertificateError(self.problem)
         return self.key
 
-    def has_issued(self, certificate: x509.Certificate) -> bool:
-        """Return True if this authority signed `certificate`."""
-        return pair.is_issued_by(certificate, self.certificate)
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """Where a certificate and its key are or will be, and what was found there."""
+
+    certificate_path: Path
+    key_path: Path
+    certificate: x509.Certificate | None
+    key: keys.PrivateKey | None
+
+    @property
+    def is_matching(self) -> bool:
+        """Whether the key belongs to the certificate."""
+        return (
+            self.certificate is not None
+            and self.key is not None
+            and keys.belongs(self.key, self.certificate.public_key())
+        )
 
 
 class AuthorityFolder:
@@ -174,46 +191,49 @@ class AuthorityFolder:
 
     def create(self, key: keys.PrivateKey) -> Authority:
         """Create the authority with this key."""
-        certificate = self._issue(key, None, keys.key_pem(key))
+        certificate = self._issue(key, None, key)
         self._progress(f"Created the certificate authority {self._certificate_path}. {self._kind.created}")
         return Authority(certificate, key)
 
     def find_leaf(
         self, certificate_path: Path, key_path: Path, issuer: Authority | None, remedy: str
-    ) -> tuple[x509.Certificate | None, keys.PrivateKey | None]:
+    ) -> Leaf:
         """Return a leaf and its key, after repairing what an interruption left. Set damaged files aside.
 
         Raises CertificateError with the `remedy` if `issuer` did not issue the leaf.
         """
 
+        def is_issued_here(certificate: x509.Certificate) -> bool:
+            return issuer is not None and pair.is_issued_by(certificate, issuer.certificate)
+
         def can_be_installed(certificate_pem: bytes, key_pem: bytes) -> bool:
-            return (
-                issuer is not None
-                and pair.match(certificate_pem, key_pem)
-                and issuer.has_issued(x509.load_pem_x509_certificate(certificate_pem))
+            return pair.match(certificate_pem, key_pem) and is_issued_here(
+                x509.load_pem_x509_certificate(certificate_pem)
             )
 
-        certificate = read_or_set_aside(certificate_path, self._progress)
-        if certificate is not None and (issuer is None or not issuer.has_issued(certificate)):
+        certificate = self._read(certificate_path, pair.read_certificate)
+        if certificate is not None and not is_issued_here(certificate):
             raise CertificateError(
                 f"{certificate_path}: was not issued by {self._certificate_path} and is never replaced; {remedy}"
             )
         files.recover(certificate_path, key_path, can_be_installed)
-        certificate = read_or_set_aside(certificate_path, self._progress)
-        if not key_path.exists():
-            return certificate, None
+        certificate = self._read(certificate_path, pair.read_certificate)
+        return Leaf(certificate_path, key_path, certificate, self._read(key_path, pair.read_private_key))
+
+    def _read(self, path: Path, read: Callable[[Path], T]) -> T | None:
+        """Return the content of the file. Return None if the file is missing or damaged; set the latter aside."""
+        if not path.exists():
+            return None
         try:
-            return certificate, pair.read_private_key(key_path)
+            return read(path)
         except files.DamagedFileError as error:
-            self._progress(f"{error}. It was set aside as {files.set_aside(key_path)}.")
-            return certificate, None
+            self._progress(f"{error}. It was set aside as {files.set_aside(path)}.")
+            return None
 
     def _read_certificate(self) -> x509.Certificate | None:
         if self._key_path.exists():
-            return read_or_set_aside(self._certificate_path, self._progress)  # it can be reissued
-        if self._certificate_path.exists():
-            return pair.read_certificates(self._certificate_path)[0]
-        return None
+            return self._read(self._certificate_path, pair.read_certificate)  # it can be reissued
+        return pair.read_certificate(self._certificate_path) if self._certificate_path.exists() else None
 
     def _read_key(self, certificate: x509.Certificate | None) -> tuple[keys.PrivateKey | None, str]:
         """Return the authority's key, or None and the reason."""
@@ -261,10 +281,10 @@ class AuthorityFolder:
         return Authority(certificate, key)
 
     def _issue(
-        self, key: keys.PrivateKey, old: x509.Certificate | None, new_key_pem: bytes | None
+        self, key: keys.PrivateKey, old: x509.Certificate | None, new_key: keys.PrivateKey | None
     ) -> x509.Certificate:
         certificate = profile.authority_certificate(key, self._kind.title, self._now, self._permitted(old))
-        files.install(self._certificate_path, pem(certificate), self._key_path, new_key_pem)
+        install(certificate, self._certificate_path, new_key, self._key_path)
         return certificate
 
     def _permitted(self, old: x509.Certificate | None) -> tuple[str, ...] | None:
@@ -275,17 +295,9 @@ class AuthorityFolder:
         return None if permitted is None else profile.permitted_for((*self._names.all, *permitted))
 
 
-def pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def read_or_set_aside(path: Path, progress: Progress) -> x509.Certificate | None:
-    """Return the first certificate in the file. Return None if the file is missing or damaged; the latter is set
-    aside."""
-    if not path.exists():
-        return None
-    try:
-        return pair.read_certificates(path)[0]
-    except files.DamagedFileError as error:
-        progress(f"{error}. It was set aside as {files.set_aside(path)}.")
-        return None
+def install(
+    certificate: x509.Certificate, path: Path, new_key: keys.PrivateKey | None, key_path: Path
+) -> None:
+    """Install a certificate, together with its key if that is new."""
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    files.install(path, pem, key_path, None if new_key is None else keys.key_pem(new_key))

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from zcproto.certs import authority, files, keys, pair
-from zcproto.certs.authority import Authority, AuthorityFolder, Progress
+from zcproto.certs.authority import Authority, AuthorityFolder, Leaf, Progress
 from zcproto.certs.client_user import MAX_USER, is_dns_user
 from zcproto.certs.issued import (
     REASONS,
@@ -218,49 +218,14 @@ def _requested_key(csr: bytes) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
     return key
 
 
-@dataclass(frozen=True, slots=True)
-class _ClientFiles:
-    """Where a client's certificate is or will be, and what exists there."""
-
-    certificate_path: Path
-    key_path: Path
-    certificate: x509.Certificate | None
-    key: keys.PrivateKey | None
-
-    @property
-    def is_matching(self) -> bool:
-        """Whether the key belongs to the certificate."""
-        return (
-            self.certificate is not None
-            and self.key is not None
-            and keys.belongs(self.key, self.certificate.public_key())
+def _renewed_key(client: Leaf) -> keys.PrivateKey:
+    """Return the key of the certificate that is renewed."""
+    if client.key is None or not client.is_matching:
+        raise CertificateError(
+            f"{client.key_path}: the key of {client.certificate_path} is not here; renew it with a CSR from the"
+            " device that has the key, or revoke it and issue another"
         )
-
-    def is_valid(self, issued: Iterable[Issued], now: datetime) -> bool:
-        """Return True if a server would accept the certificate."""
-        certificate = self.certificate
-        if certificate is None or now > certificate.not_valid_after_utc:
-            return False
-        serial_number = certificate.serial_number
-        return not any(entry.serial_number == serial_number and entry.revoked_at for entry in issued)
-
-    def renewed_key(self) -> keys.PrivateKey:
-        """Return the key of the certificate that is renewed."""
-        if self.key is None or not self.is_matching:
-            raise CertificateError(
-                f"{self.key_path}: the key of {self.certificate_path} is not here; renew it with a CSR from the"
-                " device that has the key, or revoke it and issue another"
-            )
-        return self.key
-
-    def save_key(self, public_key: object, *, is_replaced: bool, progress: Progress) -> None:
-        """Set aside a key that would be lost and may be needed, or that does not belong to the new certificate."""
-        if self.key is None or keys.belongs(self.key, public_key) or (is_replaced and self.is_matching):
-            return
-        progress(
-            f"{self.key_path} does not belong to this certificate. It was set aside as"
-            f" {files.set_aside(self.key_path)}."
-        )
+    return client.key
 
 
 # --- under the folder's lock -------------------------------------------------------------------------------
@@ -304,25 +269,30 @@ class _ClientAuthority:
         signing_key = self._authority.signing_key()
         self.refresh_crl()
         issued, signed = self._read_issued()
-        files.make_folder(self._directory / "clients")
-        client = self._find(name)
-        is_valid = client.is_valid(issued, self._now)
-        if is_valid and not renew:
-            assert client.certificate is not None
+        folder = self._directory / "clients"
+        files.make_folder(folder)
+        paths = folder / f"{name}.crt", folder / f"{name}.key"
+        client = self._folder.find_leaf(*paths, self._authority, "move it away with its key")
+        valid_until = self._valid_until(client.certificate, issued)
+        if valid_until is not None and not renew:
             raise CertificateError(
                 f"{client.certificate_path}: is valid until"
-                f" {client.certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; renew it, or revoke it first"
+                f" {valid_until:%Y-%m-%d %H:%M} UTC; renew it, or revoke it first"
             )
-        new_key = keys.generate(KEY_TYPE) if requested is None and not is_valid else None
-        public_key = requested or (new_key or client.renewed_key()).public_key()
+        new_key = keys.generate(KEY_TYPE) if requested is None and valid_until is None else None
+        public_key = requested or (new_key or _renewed_key(client)).public_key()
         certificate = client_certificate(
             public_key, name, self._authority.certificate, signing_key, lifetime, self._now
         )
         entry = Issued(certificate.serial_number, name, certificate.not_valid_after_utc)
         self._write_list((*issued, entry), signed)
-        client.save_key(public_key, is_replaced=new_key is not None, progress=self._progress)
-        new_key_pem = None if new_key is None else keys.key_pem(new_key)
-        files.install(client.certificate_path, authority.pem(certificate), client.key_path, new_key_pem)
+        is_replaced = new_key is not None and client.is_matching
+        if client.key is not None and not keys.belongs(client.key, public_key) and not is_replaced:
+            aside = files.set_aside(client.key_path)
+            self._progress(
+                f"{client.key_path} does not belong to this certificate. It was set aside as {aside}."
+            )
+        authority.install(certificate, client.certificate_path, new_key, client.key_path)
         return ClientCertificate(
             name=name,
             certificate=client.certificate_path,
@@ -382,12 +352,12 @@ class _ClientAuthority:
         files.replace(path, crl.public_bytes(serialization.Encoding.PEM))
         return min(latest, crl.last_update_utc + CRL_REFRESH)
 
-    def _find(self, name: str) -> _ClientFiles:
-        """Return a client's files, after repairing what an interruption left."""
-        folder = self._directory / "clients"
-        paths = folder / f"{name}.crt", folder / f"{name}.key"
-        found = self._folder.find_leaf(*paths, self._authority, "move it away with its key")
-        return _ClientFiles(*paths, *found)
+    def _valid_until(self, certificate: x509.Certificate | None, issued: Iterable[Issued]) -> datetime | None:
+        """Return until when a server accepts the certificate; None if it does not."""
+        if certificate is None or self._now > certificate.not_valid_after_utc:
+            return None
+        revoked = (entry.serial_number for entry in issued if entry.revoked_at)
+        return None if certificate.serial_number in revoked else certificate.not_valid_after_utc
 
     def _read_issued(self) -> tuple[tuple[Issued, ...], frozenset[int]]:
         """Return the list, completed with revocations from the CRL, and the serial numbers in the CRL.

@@ -35,7 +35,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from zcproto.certs import authority, files, keys, lifecycle, pair, profile, rollover
-from zcproto.certs.authority import Authority, AuthorityFolder, Progress
+from zcproto.certs.authority import Authority, AuthorityFolder, Leaf, Progress
 from zcproto.certs.host import found_names
 from zcproto.certs.names import MAX_NAMES, check_names
 from zcproto.certs.pair import CertificatePair, load_pair
@@ -85,17 +85,17 @@ class ManagedSettings:
             )
         host_names = found_names() if self.host_names is None else check_names(self.host_names)
         checked = replace(self, names=check_names(self.names), host_names=host_names)
-        if not checked.names_for(None):
+        if not checked.names and not host_names:
             raise CertificateError("a certificate needs a name; configure certificates.names")
         return checked
 
-    def names_for(self, issuer: x509.Certificate | None) -> tuple[str, ...]:
+    def names_for(self, issuer: x509.Certificate) -> tuple[str, ...]:
         """Return the names of a certificate from this authority, the configured ones first.
 
         If there are too many, the last host names are left out.
         """
         names = dict.fromkeys((*self.names, *(self.host_names or ())))
-        return tuple(name for name in names if _may_issue(issuer, name))[:MAX_NAMES]
+        return tuple(name for name in names if profile.permits(issuer, name))[:MAX_NAMES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,56 +194,41 @@ def cancel(directory: Path, progress: Progress = lambda sentence: None) -> tuple
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
-    """One managed certificate as found in its folder."""
-
-    key_type: str
-    certificate_path: Path
-    key_path: Path
-    certificate: x509.Certificate | None
-    key: keys.PrivateKey | None
-
-    @property
-    def has_usable_key(self) -> bool:
-        """Whether the current key can remain in use."""
-        return self.key is not None and keys.key_type_of(self.key) == self.key_type
-
-
-@dataclass(frozen=True, slots=True)
 class Reason:
     """Why a certificate has to be issued."""
 
     why: str
-    is_required: bool
+    is_required: bool = True
     """False if the current certificate can still be served."""
     waits_until: datetime | None = None
     """How long to wait for an announced key; None if not at all."""
 
 
-def reason_to_issue(
-    leaf: Leaf, settings: ManagedSettings, issuer: x509.Certificate | None, now: datetime
+def _reason_to_issue(
+    plan: _Plan, settings: ManagedSettings, issuer: x509.Certificate, now: datetime
 ) -> Reason | None:
     """Return why a certificate has to be issued in place of this one, or None. The settings have been checked."""
+    leaf = plan.leaf
     if leaf.certificate is None:
-        return Reason("it is missing", is_required=True)
+        return Reason("it is missing")
     if leaf.key is None:
-        return Reason("its key is missing", is_required=True)
-    if not keys.belongs(leaf.key, leaf.certificate.public_key()):
-        return Reason("it does not match its key", is_required=True)
-    if not leaf.has_usable_key:
-        return Reason("another key type is configured", is_required=True)
+        return Reason("its key is missing")
+    if not leaf.is_matching:
+        return Reason("it does not match its key")
+    if not plan.has_usable_key:
+        return Reason("another key type is configured")
     not_before, not_after = leaf.certificate.not_valid_before_utc, leaf.certificate.not_valid_after_utc
     if now > not_after:
-        return Reason(f"it expired on {_day(not_after)}", is_required=True)
+        return Reason(f"it expired on {_day(not_after)}")
     if now < not_before:
-        return Reason(f"it is not valid before {_day(not_before)}", is_required=True)
+        return Reason(f"it is not valid before {_day(not_before)}")
     present = pair.names_of(leaf.certificate)
     for name in settings.names:
         if name not in present:
-            return Reason(f"it lacks the name {name}", is_required=True)
+            return Reason(f"it lacks the name {name}")
     for name in present:
-        if not _may_issue(issuer, name):
-            return Reason(f"the authority may not issue for its name {name}", is_required=True)
+        if not profile.permits(issuer, name):
+            return Reason(f"the authority may not issue for its name {name}")
     if now >= lifecycle.renewal_due(not_before, not_after, settings.renew_before):
         waits_until = lifecycle.renewal_waits_until(not_before, not_after, settings.renew_before)
         return Reason(f"it expires on {_day(not_after)}", is_required=False, waits_until=waits_until)
@@ -251,10 +236,6 @@ def reason_to_issue(
         if name not in present:
             return Reason(f"it lacks the name {name}", is_required=False)
     return None
-
-
-def _may_issue(issuer: x509.Certificate | None, name: str) -> bool:
-    return issuer is None or profile.permits(issuer, name)
 
 
 def _checked_now(now: datetime) -> datetime:
@@ -287,8 +268,8 @@ class _Task(enum.Enum):
 
 
 _REQUESTED = {
-    _Task.RENEW: Reason("a renewal was requested", is_required=True),
-    _Task.ROTATE: Reason("a new key was requested", is_required=True),
+    _Task.RENEW: Reason("a renewal was requested"),
+    _Task.ROTATE: Reason("a new key was requested"),
 }
 
 
@@ -296,8 +277,9 @@ _REQUESTED = {
 class _Plan:
     """What to do for one certificate."""
 
+    key_type: str
     leaf: Leaf
-    next_key: NextKey | None
+    next_key: NextKey | None = None
     """The key that is announced."""
     announce_from: datetime | None = None
     """From when the next key may be used, if it has to be announced now."""
@@ -305,6 +287,11 @@ class _Plan:
     """Whether the certificate is issued with a key that was not announced."""
     key_to_announce: keys.PrivateKey | None = None
     new_key: keys.PrivateKey | None = None
+
+    @property
+    def has_usable_key(self) -> bool:
+        """Whether the current key can remain in use."""
+        return self.leaf.key is not None and keys.key_type_of(self.leaf.key) == self.key_type
 
 
 class RenewalRun:
@@ -338,14 +325,16 @@ class RenewalRun:
         files.make_folder(self._directory)
         with files.locked(self._directory, self._progress):
             found = self._folder.load(settings.lifetime)
-            leaves = [self._find(key_type, found) for key_type in settings.key_types]
+            plans = [_Plan(key_type, self._find(key_type, found)) for key_type in settings.key_types]
             next_keys = rollover.find(self._directory, settings.key_types, self._now, self._progress)
-            plans = [self._plan(leaf, next_keys.get(leaf.key_type), found) for leaf in leaves]
+            for plan in plans:
+                self._decide(plan, next_keys.get(plan.key_type), found)
             issuer = self._generate_keys(plans, found)
             for plan in plans:
                 self._announce(plan)
             for plan in plans:
                 self._issue_if_due(plan, issuer)
+            leaves = [plan.leaf for plan in plans]
             pairs = tuple(load_pair(leaf.certificate_path, leaf.key_path, self._now) for leaf in leaves)
         if issuer.not_renewed:
             self._problems.append(issuer.not_renewed)
@@ -363,20 +352,20 @@ class RenewalRun:
 
     def _find(self, key_type: str, issuer: Authority | None) -> Leaf:
         """Return the certificate of this type, after repairing what an interruption left."""
-        certificate_path, key_path = rollover.pair_paths(self._directory, key_type)
+        paths = rollover.pair_paths(self._directory, key_type)
         remedy = 'move it away, or set certificates.mode = "files" to use it'
-        certificate, key = self._folder.find_leaf(certificate_path, key_path, issuer, remedy)
-        matches = key and certificate and keys.belongs(key, certificate.public_key())
-        if key is not None and not matches and keys.key_type_of(key) != key_type:
-            # It would be overwritten, and may be needed elsewhere.
-            aside = files.set_aside(key_path)
-            self._progress(f"{key_path} is a key of another type. It was set aside as {aside}.")
-            key = None
-        return Leaf(key_type, certificate_path, key_path, certificate, key)
+        leaf = self._folder.find_leaf(*paths, issuer, remedy)
+        if leaf.key is None or leaf.is_matching or keys.key_type_of(leaf.key) == key_type:
+            return leaf
+        # The key would be overwritten, and may be needed elsewhere.
+        aside = files.set_aside(leaf.key_path)
+        self._progress(f"{leaf.key_path} is a key of another type. It was set aside as {aside}.")
+        return replace(leaf, key=None)
 
     # --- what to do
 
-    def _plan(self, leaf: Leaf, next_key: NextKey | None, issuer: Authority | None) -> _Plan:
+    def _decide(self, plan: _Plan, next_key: NextKey | None, issuer: Authority | None) -> None:
+        leaf = plan.leaf
         can_issue = issuer is None or issuer.key is not None
         if not can_issue and self._task is not _Task.ENSURE:
             assert issuer is not None
@@ -384,27 +373,25 @@ class RenewalRun:
         if next_key is not None and leaf.key is not None and pair.key_pin(leaf.key) == next_key.pin:
             self._delete(next_key)  # it is in use: a run was interrupted before the deletion
             next_key = None
-        plan = _Plan(leaf, next_key)
+        plan.next_key = next_key
         if not can_issue:
-            return plan
+            return
         if self._task is _Task.ANNOUNCE:
             if next_key is None or self._use_from is not None:
                 plan.announce_from = self._use_from or self._now + self._settings.announce_key
         elif self._task is _Task.ENSURE and next_key is None:
-            plan.announce_from = self._announcement_due(leaf)
+            plan.announce_from = self._announcement_due(plan)
         if plan.announce_from is not None and plan.announce_from <= self._now:
             plan.announce_from, plan.needs_new_key = None, True  # use it without an announcement
         elif next_key is None:
-            plan.needs_new_key = not leaf.has_usable_key or self._task is _Task.ROTATE
-        return plan
+            plan.needs_new_key = not plan.has_usable_key or self._task is _Task.ROTATE
 
-    def _announcement_due(self, leaf: Leaf) -> datetime | None:
+    def _announcement_due(self, plan: _Plan) -> datetime | None:
         """Return from when the next key may be used, if it is time to announce one."""
-        if not self._settings.renew_key or leaf.certificate is None or not leaf.has_usable_key:
+        certificate = plan.leaf.certificate
+        if not self._settings.renew_key or certificate is None or not plan.has_usable_key:
             return None
-        due, length = self._renewal(
-            leaf.certificate.not_valid_before_utc, leaf.certificate.not_valid_after_utc
-        )
+        due, length = self._renewal(certificate.not_valid_before_utc, certificate.not_valid_after_utc)
         return max(due, self._now + length) if self._now >= due - length else None
 
     def _renewal(self, not_before: datetime, not_after: datetime) -> tuple[datetime, timedelta]:
@@ -417,10 +404,10 @@ class RenewalRun:
 
     def _reason(self, plan: _Plan, issuer: Authority) -> Reason | None:
         """Return why this certificate is issued now, or None."""
-        reason = reason_to_issue(plan.leaf, self._settings, issuer.certificate, self._now)
+        reason = _reason_to_issue(plan, self._settings, issuer.certificate, self._now)
         if reason is not None and reason.is_required:
             return reason
-        if self._task in _REQUESTED and keys.family(plan.leaf.key_type) in self._families:
+        if self._task in _REQUESTED and keys.family(plan.key_type) in self._families:
             return _REQUESTED[self._task]
         if plan.next_key is not None and self._is_time_of(plan.next_key):
             return Reason("the time of its next key has come", is_required=False)
@@ -449,7 +436,7 @@ class RenewalRun:
         new = [plan for plan in plans if plan.needs_new_key]
         announced = [plan for plan in plans if plan.announce_from is not None and plan.next_key is None]
         key_types = [] if issuer is not None else [authority.KEY_TYPE]
-        key_types += [plan.leaf.key_type for plan in (*new, *announced)]
+        key_types += [plan.key_type for plan in (*new, *announced)]
         generated = iter(_generate(key_types, self._progress))
         if issuer is None:
             issuer = self._folder.create(next(generated))
@@ -482,9 +469,9 @@ class RenewalRun:
             return
         new_key = plan.new_key
         if new_key is None and next_key is not None:
-            new_key = next_key.key if self._is_time_of(next_key) or not leaf.has_usable_key else None
+            new_key = next_key.key if self._is_time_of(next_key) or not plan.has_usable_key else None
         try:
-            self._issue(leaf, issuer, new_key, reason)
+            self._issue(plan, issuer, new_key, reason)
         except CertificateError as error:
             if reason.is_required:
                 raise CertificateError(
@@ -501,25 +488,24 @@ class RenewalRun:
             self._delete(next_key)
             plan.next_key = None
 
-    def _issue(self, leaf: Leaf, issuer: Authority, new_key: keys.PrivateKey | None, reason: Reason) -> None:
+    def _issue(self, plan: _Plan, issuer: Authority, new_key: keys.PrivateKey | None, reason: Reason) -> None:
         signing_key = issuer.signing_key()
+        leaf = plan.leaf
         key = leaf.key if new_key is None else new_key
         assert key is not None
         names = self._settings.names_for(issuer.certificate)
         certificate = profile.server_certificate(
             key, names, issuer.certificate, signing_key, self._settings.lifetime, self._now
         )
-        new_key_pem = None if new_key is None else keys.key_pem(new_key)
-        files.install(leaf.certificate_path, authority.pem(certificate), leaf.key_path, new_key_pem)
+        authority.install(certificate, leaf.certificate_path, new_key, leaf.key_path)
         self._progress(
-            f"Issued {leaf.certificate_path} ({reason.why}): {leaf.key_type} for {', '.join(names)};"
+            f"Issued {leaf.certificate_path} ({reason.why}): {plan.key_type} for {', '.join(names)};"
             f" valid until {_day(certificate.not_valid_after_utc)};"
             f" SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()};"
             f" pin {pair.spki_pin(certificate.public_bytes(serialization.Encoding.DER))}."
         )
-        left_out = [
-            name for name in self._settings.host_names or () if not _may_issue(issuer.certificate, name)
-        ]
+        host_names = self._settings.host_names or ()
+        left_out = [name for name in host_names if not profile.permits(issuer.certificate, name)]
         if left_out:
             self._progress(
                 f"{leaf.certificate_path} leaves out {', '.join(left_out)}: ca.crt may not issue for it."

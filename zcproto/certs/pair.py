@@ -247,6 +247,11 @@ def read_certificates(path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certifi
     return parse_certificates(files.read_certificate_file(path), path, at_most)
 
 
+def read_certificate(path: Path) -> x509.Certificate:
+    """Return the first certificate in a PEM file. Raises DamagedFileError if it has none."""
+    return read_certificates(path)[0]
+
+
 def read_private_key(path: Path) -> PrivateKey:
     """Return the key in a PEM file, of any strength. Raises DamagedFileError if it has none."""
     key, _ = decrypt_key(files.read_key_file(path), path, None)

@@ -254,7 +254,7 @@ class ManagedSource(SiteSource):
         certificate, key = rollover.pair_paths(self._directory, kind)
         try:
             one = load_pair(certificate, key, now)
-            leaf = pair.read_certificates(certificate)[0]
+            leaf = pair.read_certificate(certificate)
             configured = check_names(self._settings.names)
         except (CertificateError, OSError):
             return None  # `managed.ensure` reports the reason
@@ -265,7 +265,7 @@ class ManagedSource(SiteSource):
     def _read_authority(self) -> x509.Certificate | None:
         path, _ = authority.SERVER.paths(self._directory)
         try:
-            certificate = pair.read_certificates(path)[0]
+            certificate = pair.read_certificate(path)
             self.authorities = (_expiring(certificate, path),)
         except (CertificateError, OSError, *pair.UNREADABLE):
             return None  # keep what was read before

@@ -126,7 +126,7 @@ def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, clien
     """Write the certificate of the CA, with which clients verify the server. It contains no secret."""
     config = read_config(home, config_file)
     path = _authority_file(config, client)
-    certificate = pair.read_certificates(path)[0]
+    certificate = pair.read_certificate(path)
     form = serialization.Encoding.DER if der else serialization.Encoding.PEM
     data = certificate.public_bytes(form)
     if str(file) == "-":

@@ -180,7 +180,7 @@ def _server_row(
 ) -> Row:
     leaf = due = None
     try:
-        leaf = pair.read_certificates(certificate)[0]
+        leaf = pair.read_certificate(certificate)
         due = lifecycle.renewal_due(leaf.not_valid_before_utc, leaf.not_valid_after_utc, renew_before)
         pair.load_pair(certificate, key, now, passphrase)
     except CertificateError as error:
