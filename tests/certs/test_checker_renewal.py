@@ -26,7 +26,7 @@ from tests.certs.harness import (
     write,
 )
 from tests.certs.support import DAY, NOW
-from zcproto.certs import managed, sources
+from zcproto.certs import managed, rollover, sources
 from zcproto.certs.checker import CertificateChecker
 from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import CertificatePair
@@ -293,7 +293,7 @@ def test_cancelled_next_keys_are_no_longer_announced(tmp_path: Path) -> None:
     harness.check()
     managed.rotate(tmp_path / "certs", MANAGED, harness.now)
     harness.checks(3)
-    managed.cancel(tmp_path / "certs")
+    rollover.cancel(tmp_path / "certs")
     outcome = harness.check()
     assert (outcome.next_pins, outcome.notices) == (None, ())
 

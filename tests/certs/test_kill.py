@@ -28,7 +28,8 @@ from cryptography import x509
 
 from tests.certs.support import DAY, NOW, ensure, settings
 from zcproto.certs import CertificatePair, keys, managed, profile, rollover
-from zcproto.certs.managed import ManagedCertificates, ManagedSettings, cancel, renew, rotate
+from zcproto.certs.managed import ManagedCertificates, ManagedSettings, renew, rotate
+from zcproto.certs.rollover import cancel
 
 BOTH = settings()
 ONE = settings(key_types=["ecdsa-p256"])

@@ -21,7 +21,8 @@ from zcproto.certs import (
     managed,
     rollover,
 )
-from zcproto.certs.managed import ManagedCertificates, cancel, renew, rotate
+from zcproto.certs.managed import ManagedCertificates, renew, rotate
+from zcproto.certs.rollover import cancel
 from zcproto.errors import CertificateError
 
 LEAVES = ("server.crt", "server-ecdsa.crt")

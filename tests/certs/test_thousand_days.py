@@ -207,7 +207,7 @@ class Life:
         self.by_hand(lambda *arguments: managed.rotate(*arguments, at_once=True))
 
     def do_cancel(self, amount: int) -> None:
-        self.by_hand(lambda directory, settings, now: managed.cancel(directory))
+        self.by_hand(lambda directory, settings, now: rollover.cancel(directory))
 
     def do_damage(self, amount: int) -> None:
         self.pass_time(timedelta(seconds=1))

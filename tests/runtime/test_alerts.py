@@ -283,8 +283,9 @@ def test_failed_renewal_raises_alert_until_recovery(start: Start, monkeypatch: p
 
 
 def test_bad_certificate_files_raise_alert_until_fixed(
-    start: Start, tmp_path: Path, server_pairs: ServerPairs
+    start: Start, tmp_path: Path, server_pairs: ServerPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("zcproto.certs.external.SETTLE_S", 0.0)  # do not wait for the files to settle
     pair = server_pairs.ecdsa
     chain, key = tmp_path / "site.pem", tmp_path / "site.key"
     chain.write_bytes(pair.certificate.read_bytes())
@@ -293,8 +294,6 @@ def test_bad_certificate_files_raise_alert_until_fixed(
     alerting = start(
         certificates__mode="files", certificates__certificate=[str(chain)], certificates__key=[str(key)]
     )
-    origin: Any = alerting.server.server.parts.certificates._checker._default
-    origin._files._settle_s = 0.0  # do not wait half a minute for the files to settle
     good = chain.read_bytes()
     chain.write_bytes(b"no certificate")
     alert = alerting.until("certificate.files_bad")

@@ -29,7 +29,7 @@ from zcproto.alerts.trial import try_sinks
 from zcproto.app.parameters import Signature
 from zcproto.auth import UserFile
 from zcproto.auth.directory import Devices, Users
-from zcproto.certs import managed
+from zcproto.certs import managed, rollover
 from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
@@ -240,7 +240,7 @@ class Operations:
     async def cancel_rotation(self) -> dict[str, Any]:
         directory = self._managed_site.directory
         progress: list[str] = []
-        aside = await self._serve_new(lambda now: managed.cancel(directory, progress.append))
+        aside = await self._serve_new(lambda now: rollover.cancel(directory, progress.append))
         return {"cancelled": [str(path) for path in aside], "told": progress}
 
     async def _issue(

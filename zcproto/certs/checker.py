@@ -22,7 +22,7 @@ from zcproto.certs.crl import CertificateId, revoked_in
 from zcproto.certs.external import check_sites
 from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
 from zcproto.certs.notices import Notice, NoticeKind
-from zcproto.certs.pair import CertificatePair, CertificateSet, Site
+from zcproto.certs.pair import CertificateSet, Site
 from zcproto.certs.rollover import NextPins
 from zcproto.certs.settings import CertificateSettings, ManagedSite
 from zcproto.certs.sources import (
@@ -123,6 +123,7 @@ class CertificateChecker:
         ]
         trust = self._trust = settings.clients
         self._clients = None if trust is None else ClientTrustSource(trust, random, progress)
+        self._sources: list[Source] = [*self._sites, *([] if self._clients is None else [self._clients])]
         self._contexts = contexts
         self._rest = rest
         self._alerts = ExpiryAlerts(settings.alert_days)
@@ -152,26 +153,44 @@ class CertificateChecker:
         moment = pair.utc(now)
         if self._set is None:
             return ()
-        found = [
-            _status_of_pair(source.origin, site, one, moment)
+        served = [
+            CertificateStatus(
+                source=source.origin,
+                path=one.certificate,
+                names=one.names,
+                sha256=one.leaf_sha256,
+                not_after=one.not_after,
+                seconds_left=(one.not_after - moment).total_seconds(),
+                site=site.names,
+                key_type=one.key_type,
+                pin=one.pin,
+            )
             for source, site in zip(self._sites, self._set.sites, strict=True)
             for one in site.pairs
         ]
-        found += [_status_of_authority(Origin.AUTHORITY, one, moment) for one in self._default.authorities]
-        if self._clients is not None:
-            of_clients = self._clients.authorities
-            found += [_status_of_authority(Origin.CLIENT_AUTHORITY, one, moment) for one in of_clients]
-        return tuple(found)
+        of_clients = () if self._clients is None else self._clients.authorities
+        authorities = [
+            CertificateStatus(
+                source=origin,
+                path=Path(one.path),
+                names=(one.subject,),
+                sha256=one.sha256,
+                not_after=one.not_after,
+                seconds_left=(one.not_after - moment).total_seconds(),
+            )
+            for origin, found in (
+                (Origin.AUTHORITY, self._default.authorities),
+                (Origin.CLIENT_AUTHORITY, of_clients),
+            )
+            for one in found
+        ]
+        return (*served, *authorities)
 
     @property
     def certificates(self) -> CertificateSet:
         """The valid certificates; there are some after the first check of the sources."""
         assert self._set is not None
         return self._set
-
-    @property
-    def _sources(self) -> list[Source]:
-        return [*self._sites, *(() if self._clients is None else (self._clients,))]
 
     def _check_sources(self, now: datetime, monotonic: float) -> list[Notice]:
         happened: list[Notice] = []
@@ -222,22 +241,3 @@ class CertificateChecker:
         )
         revoked = frozenset() if trust is None or trust.crl is None else revoked_in(trust.crl)
         return ServingCertificates(certificates, proven, revoked)
-
-
-def _status_of_pair(source: Origin, site: Site, one: CertificatePair, now: datetime) -> CertificateStatus:
-    return CertificateStatus(
-        source=source,
-        path=one.certificate,
-        names=one.names,
-        sha256=one.leaf_sha256,
-        not_after=one.not_after,
-        seconds_left=(one.not_after - now).total_seconds(),
-        site=site.names,
-        key_type=one.key_type,
-        pin=one.pin,
-    )
-
-
-def _status_of_authority(source: Origin, one: Expiring, now: datetime) -> CertificateStatus:
-    left = (one.not_after - now).total_seconds()
-    return CertificateStatus(source, Path(one.path), (one.subject,), one.sha256, one.not_after, left)

@@ -78,7 +78,7 @@ def examine(
     data = _read(path, found, secret=False)
     holds_key, holds_certificate = b"PRIVATE KEY-----" in data, b"CERTIFICATE-----" in data
     if holds_certificate or not holds_key:
-        _load_chain(found, data, path)
+        found.passes(lambda: found.chain.extend(pair.parse_certificates(data, path)), path)
     if key_path is not None and not _is_same(key_path, path):
         _load_key(found, _read(key_path, found, secret=True), key_path, passphrase)
     elif holds_key or key_path is not None:
@@ -86,7 +86,8 @@ def examine(
         _check_folder(path, found)
         _load_key(found, data, path, passphrase)
     if found.chain:
-        _judge_chain(found, path, key_path, moment)
+        for check in pair.checks(found.chain, path, moment, found.key, key_path):
+            found.passes(check, path)
         found.passes(lambda: _warn(found, path, moment), path)
         if wanted is not None:
             _check_host(found, path, wanted)
@@ -136,10 +137,6 @@ def _is_same(key_path: Path, path: Path) -> bool:
         return False
 
 
-def _load_chain(found: Examination, data: bytes, path: Path) -> None:
-    found.passes(lambda: found.chain.extend(pair.parse_certificates(data, path)), path)
-
-
 def _load_key(found: Examination, data: bytes, path: Path, passphrase: bytes | None) -> None:
     def load() -> None:
         found.key, _ = pair.decrypt_key(data, path, passphrase)
@@ -153,20 +150,11 @@ def _load_key(found: Examination, data: bytes, path: Path, passphrase: bytes | N
 # --- judging ---------------------------------------------------------------------------------------------
 
 
-def _judge_chain(found: Examination, path: Path, key_path: Path | None, now: datetime) -> None:
-    for check in pair.checks(found.chain, path, now, found.key, key_path):
-        found.passes(check, path)
-
-
 def _warn(found: Examination, path: Path, now: datetime) -> None:
     leaf = found.chain[0]
     warn = found.warnings.append
-    left = leaf.not_valid_after_utc - now
-    if (
-        timedelta(0)
-        <= left
-        <= min(EXPIRY_WARNING, (leaf.not_valid_after_utc - leaf.not_valid_before_utc) / 3)
-    ):
+    lifetime = leaf.not_valid_after_utc - leaf.not_valid_before_utc
+    if timedelta(0) <= leaf.not_valid_after_utc - now <= min(EXPIRY_WARNING, lifetime / 3):
         warn(f"{path}: expires on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; replace it soon")
     for position, certificate in enumerate(found.chain[1:], 2):
         if certificate.not_valid_after_utc < leaf.not_valid_after_utc:

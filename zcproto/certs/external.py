@@ -25,7 +25,7 @@ from zcproto.certs import files
 from zcproto.certs.keys import family
 from zcproto.certs.names import check_names, covers, is_address
 from zcproto.certs.notices import Notice, NoticeKind
-from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, CertificatePair, Site, load_pair
+from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, Site, load_pair
 from zcproto.common.secret import SecretBytes
 from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
@@ -134,7 +134,12 @@ def load_site(spec: ExternalSite, now: datetime, environ: Mapping[str, str]) -> 
             " configure one of each key family"
         )
     for pair in pairs:
-        _check_covered(names, pair)
+        missing = [name for name in names if not any(covers(entry, name) for entry in pair.names)]
+        if missing:
+            raise CertificateError(
+                f"{pair.certificate}: is not valid for {', '.join(missing)}; use one with all names of the site,"
+                " or configure fewer names"
+            )
     return Site(names, pairs)
 
 
@@ -153,26 +158,10 @@ def check_sites(specs: Sequence[ExternalSite]) -> None:
             seen.add(name)
 
 
-def _check_covered(names: Sequence[str], pair: CertificatePair) -> None:
-    missing = [name for name in names if not any(covers(entry, name) for entry in pair.names)]
-    if missing:
-        raise CertificateError(
-            f"{pair.certificate}: is not valid for {', '.join(missing)}; use one with all names of the site,"
-            " or configure fewer names"
-        )
-
-
 class WatchedFiles(Generic[T]):
     """What is loaded from files of other programs, and reloaded when they change."""
 
-    def __init__(
-        self,
-        paths: Iterable[Path],
-        load: Callable[[datetime], T],
-        *,
-        settle_s: float = SETTLE_S,
-        longest_settle_s: float = LONGEST_SETTLE_S,
-    ) -> None:
+    def __init__(self, paths: Iterable[Path], load: Callable[[datetime], T]) -> None:
         """`load` returns what is valid at a time, or raises CertificateError. Equal values are no change.
 
         Notices name the first of the `paths`.
@@ -181,8 +170,6 @@ class WatchedFiles(Generic[T]):
         """The problem that was reported, until it is fixed."""
         self._value: T | None = None
         self._load = load
-        self._settle_s = settle_s
-        self._longest_settle_s = longest_settle_s
         self._watcher = FileWatcher(paths, files.MAX_FILE_BYTES)
         self._failing_since: float | None = None
         self._quiet_since = 0.0
@@ -225,8 +212,7 @@ class WatchedFiles(Generic[T]):
         if self._failing_since is None:
             self._failing_since = monotonic
         settled = (
-            monotonic - self._quiet_since >= self._settle_s
-            or monotonic - self._failing_since >= self._longest_settle_s
+            monotonic - self._quiet_since >= SETTLE_S or monotonic - self._failing_since >= LONGEST_SETTLE_S
         )
         if not settled:
             return []

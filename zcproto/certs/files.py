@@ -113,13 +113,12 @@ def locked(
     directory: Path,
     progress: Callable[[str], None],
     *,
-    wait_s: float = LOCK_WAIT_S,
     now: Callable[[], float] = system_clock.now,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[None]:
     """Hold the folder's lock, exclusive among threads and processes. Turn any OSError into a CertificateError.
 
-    Waits up to `wait_s` seconds, then raises CertificateError. A wait is reported to `progress`.
+    Raises CertificateError after LOCK_WAIT_S. A wait is reported to `progress`.
     """
 
     def on_wait() -> None:
@@ -127,7 +126,7 @@ def locked(
 
     with (
         file_errors(directory, "used", CertificateError),
-        common.locked(directory / _LOCK_NAME, wait_s, on_wait=on_wait, now=now, sleep=sleep),
+        common.locked(directory / _LOCK_NAME, LOCK_WAIT_S, on_wait=on_wait, now=now, sleep=sleep),
     ):
         yield
 

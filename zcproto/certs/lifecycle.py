@@ -80,8 +80,6 @@ def renewal_waits_until(not_before: datetime, not_after: datetime, renew_before:
 class Retry:
     """Schedules the retries of a failed renewal, with exponential backoff."""
 
-    __slots__ = ("_at", "_ceiling", "_failed_at", "_failed_wall", "_random")
-
     def __init__(self, random: Random) -> None:
         self._random = random
         self._ceiling = FIRST_DELAY_S
@@ -147,8 +145,6 @@ class ExpiryAlerts:
     State is kept in memory and only for certificates in use: after a restart, a threshold that still applies is
     reported again.
     """
-
-    __slots__ = ("_open", "_reported", "_thresholds")
 
     def __init__(self, alert_days: Iterable[int]) -> None:
         self._thresholds = sorted({EXPIRED, *alert_days})

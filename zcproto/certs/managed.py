@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 
 from zcproto.certs import authority, files, keys, lifecycle, pair, profile, rollover
 from zcproto.certs.authority import Authority, AuthorityFolder, Leaf, Progress
@@ -181,13 +181,6 @@ def rotate(
         raise ValueError("new keys are used either at once or from a later time on")
     task = _Task.ROTATE if at_once else _Task.ANNOUNCE
     return RenewalRun(directory, settings, now, progress, task, use_from).result()
-
-
-def cancel(directory: Path, progress: Progress = lambda sentence: None) -> tuple[Path, ...]:
-    """Cancel the announcement: set the next keys aside. Return the paths where they were."""
-    files.check_folder(directory)
-    with files.locked(directory, progress):
-        return rollover.cancel(directory, progress)
 
 
 # --- decisions ---------------------------------------------------------------------------------------------
@@ -502,7 +495,7 @@ class RenewalRun:
             f"Issued {leaf.certificate_path} ({reason.why}): {plan.key_type} for {', '.join(names)};"
             f" valid until {_day(certificate.not_valid_after_utc)};"
             f" SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()};"
-            f" pin {pair.spki_pin(certificate.public_bytes(serialization.Encoding.DER))}."
+            f" pin {pair.key_pin(key)}."
         )
         host_names = self._settings.host_names or ()
         left_out = [name for name in host_names if not profile.permits(issuer.certificate, name)]

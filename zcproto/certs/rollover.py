@@ -130,6 +130,16 @@ def read(path: Path) -> NextKey | None:
     return NextKey(path, key, announced_at, use_from, pair.key_pin(key))
 
 
+def cancel(directory: Path, progress: Progress = lambda sentence: None) -> tuple[Path, ...]:
+    """Cancel the announcement and return its files. The keys are set aside because clients may have their pins."""
+    files.check_folder(directory)
+    with files.locked(directory, progress):
+        cancelled = [path for path in paths(directory) if path.exists()]
+        for path in cancelled:
+            progress(f"{path} will not be used. It was set aside as {files.set_aside(path)}.")
+        return tuple(cancelled)
+
+
 # --- under the folder's lock -------------------------------------------------------------------------------
 
 
@@ -177,14 +187,6 @@ def delete(next_key: NextKey) -> None:
     """Delete the file of a next key that has become the key in use."""
     next_key.path.unlink(missing_ok=True)
     sync_folder(next_key.path.parent)
-
-
-def cancel(directory: Path, progress: Progress) -> tuple[Path, ...]:
-    """Cancel the announcement and return its files. The keys are set aside because clients may have their pins."""
-    cancelled = [path for path in paths(directory) if path.exists()]
-    for path in cancelled:
-        progress(f"{path} will not be used. It was set aside as {files.set_aside(path)}.")
-    return tuple(cancelled)
 
 
 def _with_valid_time(next_key: NextKey, now: datetime, progress: Progress) -> NextKey:

@@ -271,7 +271,7 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
         if control is not None:
             aside = _with_notes(control.post("/v1/certificates/cancel"))["cancelled"]
         else:
-            aside = [str(path) for path in managed.cancel(site.directory, _note)]
+            aside = [str(path) for path in rollover.cancel(site.directory, _note)]
         if as_json:
             print_json({"cancelled": aside}, indent=2)
         elif not aside:
