@@ -340,7 +340,14 @@ class _ClientAuthority:
             self._progress(f"{error}. Until then {path} keeps its revocations.")
             issued, latest = _merged((), crl, now), now + CRL_RETRY
         revoked = [entry for entry in current(issued, now) if entry.revoked_at is not None]
-        if crl is not None and _is_fresh(crl, revoked, now):
+        signed = {entry.serial_number for entry in crl or ()}
+        is_complete = all(entry.serial_number in signed for entry in revoked)
+        if (
+            crl is not None
+            and is_complete
+            and _is_valid(crl, now)
+            and now < crl.last_update_utc + CRL_REFRESH
+        ):
             return min(latest, crl.last_update_utc + CRL_REFRESH)
         key, problem = self._authority.key, self._authority.problem
         if key is None:
@@ -433,15 +440,6 @@ def _reason_of(revoked: x509.RevokedCertificate) -> str:
 def _is_valid(crl: x509.CertificateRevocationList, now: datetime) -> bool:
     end = crl.next_update_utc
     return end is not None and crl.last_update_utc <= now <= end
-
-
-def _is_fresh(crl: x509.CertificateRevocationList, revoked: Sequence[Issued], now: datetime) -> bool:
-    signed = {entry.serial_number for entry in crl}
-    return (
-        _is_valid(crl, now)
-        and now < crl.last_update_utc + CRL_REFRESH
-        and all(entry.serial_number in signed for entry in revoked)
-    )
 
 
 def _next_number(crl: x509.CertificateRevocationList | None, now: datetime) -> int:

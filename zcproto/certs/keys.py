@@ -24,12 +24,8 @@ MANAGED_KEY_TYPES = ("rsa-2048", "rsa-3072", "rsa-4096", "ecdsa-p256", "ecdsa-p3
 
 MIN_RSA_BITS = 2048
 _RSA_EXPONENT = 65537
-_CURVES: dict[str, tuple[str, type[ec.EllipticCurve]]] = {
-    "ecdsa-p256": ("secp256r1", ec.SECP256R1),
-    "ecdsa-p384": ("secp384r1", ec.SECP384R1),
-    "ecdsa-p521": ("secp521r1", ec.SECP521R1),
-}
-_KEY_TYPE_OF_CURVE = {curve: key_type for key_type, (curve, _) in _CURVES.items()}
+_CURVES = {"ecdsa-p256": ec.SECP256R1(), "ecdsa-p384": ec.SECP384R1(), "ecdsa-p521": ec.SECP521R1()}
+_KEY_TYPE_OF_CURVE = {curve.name: key_type for key_type, curve in _CURVES.items()}
 
 
 def check_managed_key_types(key_types: Sequence[str]) -> None:
@@ -67,7 +63,7 @@ def generate(key_type: str) -> PrivateKey:
     """Generate a key. RSA takes from 0.1 s to many seconds, with the GIL released."""
     if family(key_type) == "rsa":
         return rsa.generate_private_key(_RSA_EXPONENT, int(key_type.partition("-")[2]))
-    return ec.generate_private_key(_CURVES[key_type][1]())
+    return ec.generate_private_key(_CURVES[key_type])
 
 
 def key_pem(key: PrivateKey) -> bytes:

@@ -231,13 +231,6 @@ def _reason_to_issue(
     return None
 
 
-def _checked_now(now: datetime) -> datetime:
-    moment = pair.utc(now)
-    if not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
-        raise CertificateError(f"no certificate can be issued in the year {moment.year}; correct the clock")
-    return moment
-
-
 def _checked_use(use_from: datetime | None, now: datetime) -> datetime | None:
     if use_from is None:
         return None
@@ -303,7 +296,11 @@ class RenewalRun:
     ) -> None:
         self._directory = directory
         self._families = families
-        self._now = _checked_now(now)
+        self._now = pair.utc(now)
+        if not _FIRST_YEAR <= self._now.year <= _LAST_YEAR:
+            raise CertificateError(
+                f"no certificate can be issued in the year {self._now.year}; correct the clock"
+            )
         self._settings = settings.checked()
         names = authority.Names(tuple(self._settings.names), tuple(self._settings.host_names or ()))
         self._folder = AuthorityFolder(authority.SERVER, directory, self._now, progress, names)
