@@ -78,7 +78,7 @@ def test_home_writable_by_others_is_refused(home: Path, capsys: Capture) -> None
 def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 0
-    assert capsys.readouterr() == ("", f"3 users were added; their keys are in {path}\n")
+    assert capsys.readouterr() == ("", f"users added: 3; their keys are in {path}\n")
     lines = [line.split("\t") for line in path.read_text().splitlines()]
     assert [name for name, _ in lines] == ["load-1", "load-2", "load-3"]
     assert len({key for _, key in lines}) == 3

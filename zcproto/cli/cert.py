@@ -181,7 +181,9 @@ def _note_differences(found: reports.Report, served: list[dict[str, Any]]) -> No
     known = {one["sha256"] for one in served}
     for row in found.rows if served else ():
         if row.use == "server" and row.leaf and row.leaf.fingerprint(hashes.SHA256()).hex() not in known:
-            _note(f"note: the running server does not serve {row.certificate}; its log has the reason")
+            _note(
+                f"note: the running server does not serve {row.certificate}; run zcproto reload, or see its log"
+            )
 
 
 def _check_text(found: Examination, now: datetime) -> str:

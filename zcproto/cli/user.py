@@ -69,7 +69,7 @@ def add(
         if as_json:
             print_json({"added": count, "keys": str(keys_out)})
         else:
-            click.echo(f"{count} users were added; their keys are in {escape_text(str(keys_out))}", err=True)
+            click.echo(f"users added: {count}; their keys are in {escape_text(str(keys_out))}", err=True)
         return
     key, digest = (None, None) if no_key else _new_key()
     local_backend(home, config_file).run("users/add", name=name, operator=operator, key_digest=digest)

@@ -151,7 +151,7 @@ def _load_trusted(context: ssl.SSLContext, source: Path | bytes, kind: str, miss
             context.load_verify_locations(cafile=source)
         found = context.cert_store_stats()[kind] > before
     except (ssl.SSLError, OSError) as error:
-        why = f": {error.strerror}" if not isinstance(error, ssl.SSLError) else ""
+        why = f": {error.strerror}; check the path" if not isinstance(error, ssl.SSLError) else ""
         raise CertificateError(f"{_label(source)}: {missing} could be read from it{why}") from error
     if not found:
         raise CertificateError(f"{_label(source)}: contains {missing}")
