@@ -16,7 +16,7 @@ from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, READ_ONLY, WORKS, Fau
 from zcproto.common.clock import system_entropy
 from zcproto.errors import Code, NotFound
 from zcproto.runtime import build as build_module
-from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.sessions import SessionSettings
 from zcproto.sessions.token import digest_of, id_from_text
 from zcproto.stores import revoker
 
@@ -37,8 +37,7 @@ class Site:
         self.store = self.new_store()
 
     def new_store(self, *, shared: bool = False) -> FaultyStore:
-        registry = SessionRegistry(SessionSettings(per_user=100_000), system_entropy)
-        return FaultyStore(registry, shared=shared)
+        return FaultyStore(SessionSettings(per_user=100_000), system_entropy, shared=shared)
 
     def serve(self, store: FaultyStore | None = None, home: str = "home", **settings: Any) -> ServerThread:
         store = self.store if store is None else store
@@ -237,7 +236,7 @@ def test_session_is_valid_on_another_server(site: Site) -> None:
 def test_revocation_reaches_another_server_within_a_second(site: Site) -> None:
     store = site.new_store(shared=True)
     view = site.new_store(shared=True)
-    view.registry, view._inner = store.registry, store._inner
+    view.use_data_of(store)
     one, other = site.serve(store), site.serve(view, "other")
     first, second = site.client(one, "ada"), site.client(other)
     second.token = first.token
@@ -275,7 +274,7 @@ def test_unknown_token_is_refused_and_later_frames_are_served(site: Site) -> Non
 def test_token_lookup_during_outage_is_unavailable(site: Site) -> None:
     store = site.new_store(shared=True)
     view = site.new_store(shared=True)
-    view.registry, view._inner = store.registry, store._inner
+    view.use_data_of(store)
     one, other = site.serve(store), site.serve(view, "other")
     first, second = site.client(one, "ada"), site.client(other)
     second.token = first.token

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import logging
 
 import pytest
 
@@ -18,9 +17,10 @@ from tests.server.protocol_harness import (
     nothing_left,
     peer,
 )
+from zcproto.config import LogConfig
 from zcproto.errors import Code, TlsError
-from zcproto.observe import log as log_module
 from zcproto.observe.events import LIMITS
+from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import CONNECTIONS_PER_TURN
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
@@ -337,10 +337,9 @@ def test_leaving_an_unknown_session_does_nothing(harness: Harness, peer: Peer) -
 
 
 def test_log_lines_per_peer_are_limited_and_counted(
-    harness: Harness, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    harness: Harness, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(log_module._state, "level", logging.INFO)
-    monkeypatch.setattr(log_module._state, "clock", harness.clock)
+    configure_logging(LogConfig(level="info"), clock=harness.clock)
 
     def fault(count: int) -> list[str]:
         for _ in range(count):

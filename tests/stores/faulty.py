@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Code
-from zcproto.sessions import SessionRegistry
+from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.base import (
     Change,
@@ -43,8 +43,11 @@ class FaultyStore:
     called when a hanging operation is cancelled.
     """
 
-    def __init__(self, registry: SessionRegistry, *, shared: bool = False) -> None:
-        self.registry = registry
+    def __init__(
+        self, settings: SessionSettings, entropy: Callable[[int], bytes], *, shared: bool = False
+    ) -> None:
+        self.settings = settings
+        self.entropy = entropy
         self.shared = shared
         self.mode = WORKS
         self.modes: dict[str, str] = {}
@@ -55,12 +58,16 @@ class FaultyStore:
         self.opened = 0
         self.closed = 0
         self.on_change: Callable[[Change], None] = lambda change: None
-        self._inner = MemoryStore(registry)
+        self.lose_all()
 
     def lose_all(self) -> None:
         """Lose all data, as in a restart without persistence."""
-        self.registry = SessionRegistry(self.registry._settings, self.registry._entropy)
-        self._inner = MemoryStore(self.registry)
+        self.registry = SessionRegistry(self.settings, self.entropy)
+        self.inner: Any = MemoryStore(self.registry)
+
+    def use_data_of(self, other: FaultyStore) -> None:
+        """Reach the same data as another store."""
+        self.registry, self.inner = other.registry, other.inner
 
     def report_change(self, session_id: bytes) -> None:
         """Report a session as changed by another process."""
@@ -99,14 +106,14 @@ class FaultyStore:
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         self.on_change = on_change
-        await self._do("open", self._inner.open(on_change))
+        await self._do("open", self.inner.open(on_change))
         self.opened += 1
 
     async def close(self) -> None:
         self.closed += 1
 
     async def ping(self) -> None:
-        await self._do("ping", self._inner.ping())
+        await self._do("ping", self.inner.ping())
 
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         if self.shared:
@@ -117,45 +124,45 @@ class FaultyStore:
             yield records[first : first + 1_000]
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        return await self._do("create", self._inner.create(record, limit))
+        return await self._do("create", self.inner.create(record, limit))
 
     async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
-        return await self._do("rotate", self._inner.rotate(rotation))
+        return await self._do("rotate", self.inner.rotate(rotation))
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._do("find", self._inner.find(token_digest))
+        return await self._do("find", self.inner.find(token_digest))
 
     async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._do("get", self._inner.get(id))
+        return await self._do("get", self.inner.get(id))
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
-        await self._do("touch", self._inner.touch(uses))
+        await self._do("touch", self.inner.touch(uses))
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        return await self._do("end", self._inner.end(ids, code, wall, user))
+        return await self._do("end", self.inner.end(ids, code, wall, user))
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        return await self._do("end_user", self._inner.end_user(user, code, wall))
+        return await self._do("end_user", self.inner.end_user(user, code, wall))
 
     async def end_all(self, code: Code, wall: int) -> int:
-        return await self._do("end_all", self._inner.end_all(code, wall))
+        return await self._do("end_all", self.inner.end_all(code, wall))
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
-        return await self._do("list", self._inner.list(user))
+        return await self._do("list", self.inner.list(user))
 
     async def count(self) -> int:
-        return await self._do("count", self._inner.count())
+        return await self._do("count", self.inner.count())
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        return await self._do("expire", self._inner.expire(wall, keep_ended_ms, limit))
+        return await self._do("expire", self.inner.expire(wall, keep_ended_ms, limit))
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        return await self._do("claim", self._inner.claim(user, key, request_digest, wall, lease_ms))
+        return await self._do("claim", self.inner.claim(user, key, request_digest, wall, lease_ms))
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        await self._do("keep_answer", self._inner.keep_answer(user, key, answer, wall, keep_ms))
+        await self._do("keep_answer", self.inner.keep_answer(user, key, answer, wall, keep_ms))
 
     async def release_claim(self, user: str, key: str) -> None:
-        await self._do("release_claim", self._inner.release_claim(user, key))
+        await self._do("release_claim", self.inner.release_claim(user, key))

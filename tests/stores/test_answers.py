@@ -92,5 +92,8 @@ def test_lowered_limit_evicts_answers() -> None:
         answers.restore((f"user-{number % 3}", f"{number}"), entry)
     answered(answers, "user-0", "new", 30 * b"x")
     assert answers.bytes <= 100
-    assert answers._users["user-0"].bytes == 30
+    assert [answers.entry("user-0", key) is not None for key in ("0", "3", "6", "new")] == [
+        *3 * [False],
+        True,
+    ]
     assert len(answers) <= 5

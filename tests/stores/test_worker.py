@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,7 +192,9 @@ def test_closed_loop_is_not_called() -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        made[0].worker._queue.put(None)
+        stopping = asyncio.create_task(made[0].worker.stop(LONG))
+        await asyncio.sleep(0)
+        stopping.cancel()
 
     asyncio.run(abandon())
     made[0].go_on.set()
@@ -202,57 +204,42 @@ def test_closed_loop_is_not_called() -> None:
 # --- a loop that is too busy -----------------------------------------------------------------------------------
 
 
-class Timers:
-    """Timers of a loop that are called by the test."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[float, Callable[..., object], tuple[object, ...]]] = []
-
-    def call_later(self, delay: float, callback: Callable[..., object], *arguments: object) -> str:
-        self.asked.append((delay, callback, arguments))
-        return "timer"
-
-    def fire(self) -> None:
-        ((_, callback, arguments),) = self.asked
-        self.asked.clear()
-        callback(*arguments)
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the pauses of the event loop, which are not waited for."""
+    pauses: list[float] = []
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(worker, "_AGAIN_S", 0.0001)
+    return pauses
 
 
-async def test_loop_pauses_for_a_late_result_with_a_limit(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+async def test_loop_pauses_for_a_late_result_with_a_limit(bench: Bench, pauses: list[float]) -> None:
+    held = await bench.hold()
+    deadline = asyncio.get_running_loop().time() + LONG
+    while len(pauses) < 100 and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+    assert len(pauses) == 100
+    assert sum(pauses) < 0.02
+    bench.go_on.set()
+    await held
+
+
+async def test_loop_does_not_pause_while_results_come(
+    bench: Bench, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aside: list[float] = []
-    held = await bench.hold()
-    assert bench.worker._watched is not None
-    bench.worker._watched.cancel()
-    timers = Timers()
-    monkeypatch.setattr(bench.worker, "_loop", timers)
-    monkeypatch.setattr(time, "sleep", aside.append)
-    bench.worker._watch(bench.worker._groups, 0)
-    while timers.asked:
-        timers.fire()
-        assert len(aside) <= 200
-    assert len(aside) == 100
-    assert sum(aside) < 0.02
-    monkeypatch.undo()
-    bench.go_on.set()
-    await held
-
-
-async def test_loop_does_not_pause_while_results_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    aside: list[float] = []
+    late_s = 0.1
+    monkeypatch.setattr(worker, "_LATE_S", late_s)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
     await bench.worker.submit("one", LONG)
-    assert bench.worker._watched is not None
-    bench.worker._watched.cancel()
     held = await bench.hold()
-    timers = Timers()
-    monkeypatch.setattr(bench.worker, "_loop", timers)
-    monkeypatch.setattr(time, "sleep", aside.append)
-    bench.worker._watch(bench.worker._groups - 1, 7)  # a group was done since
-    assert [delay for delay, _, _ in timers.asked] == [worker._LATE_S]
-    assert aside == []
-    monkeypatch.undo()
+    while not pauses:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert loop.time() - start >= 2 * late_s, "the first check found a finished group"
     bench.go_on.set()
     await held
-    bench.worker._watch(bench.worker._groups, 0)  # nothing waits
-    assert bench.worker._watched is None
+    await asyncio.sleep(0)
+    count = len(pauses)
+    await asyncio.sleep(0.01)
+    assert len(pauses) == count, "nothing waits"

@@ -13,7 +13,10 @@ from tests.helpers import FakeClock
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FaultyStore
 from tests.stores.service.harness import SessionProcess, StartProcess
-from zcproto.sessions import SessionRegistry, SessionSettings
+from zcproto.config import LogConfig
+from zcproto.observe import log as log_module
+from zcproto.observe.output import StandardError
+from zcproto.sessions import SessionSettings
 from zcproto.stores import revoker as revoker_module
 
 
@@ -26,23 +29,14 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return the lines that are logged."""
-    from zcproto.observe import log as log_module
-
     lines: list[dict[str, Any]] = []
 
-    class Output:
+    class FakeOutput(StandardError):
         def write(self, line: str) -> None:
             lines.append(json.loads(line))
 
-        def is_terminal(self) -> bool:
-            return False
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(log_module._state, "output", Output())
-    monkeypatch.setattr(log_module._state, "level", 10)
-    monkeypatch.setattr(log_module._state, "format", "json")
+    monkeypatch.setattr(log_module, "StandardError", FakeOutput)
+    log_module.configure_logging(LogConfig(level="debug", format="json"))
     return lines
 
 
@@ -56,7 +50,7 @@ async def start_process(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Start
         store: FaultyStore | None = None, *, shared: bool = False, starts: bool = True, **options: Any
     ) -> SessionProcess:
         if store is None:
-            store = FaultyStore(SessionRegistry(SessionSettings(per_user=1_000), entropy), shared=shared)
+            store = FaultyStore(SessionSettings(per_user=1_000), entropy, shared=shared)
         process = SessionProcess(tmp_path, store, clock, entropy, **options)
         processes.append(process)
         if starts:

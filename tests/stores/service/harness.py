@@ -179,8 +179,8 @@ class FaultyStoreView(FaultyStore):
     """The same store as another process reaches it: with faults of its own."""
 
     def __init__(self, store: FaultyStore) -> None:
-        super().__init__(store.registry, shared=store.shared)
-        self._inner = store._inner
+        super().__init__(store.settings, store.entropy, shared=store.shared)
+        self.use_data_of(store)
 
 
 class StoreWithOtherFind:

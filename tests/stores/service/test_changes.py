@@ -144,12 +144,12 @@ async def test_session_ended_by_another_process_during_its_lookup_is_not_accepte
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
-    find = other.store._inner.find
+    find = other.store.inner.find
 
     async def late(digest: bytes) -> Any:
         """Return a result that is out of date."""
         found = await find(digest)
-        other.store._inner = one.store._inner
+        other.store.inner = one.store.inner
         await one.revoke(opened)
         if all_of_them:
             other.store.report_all_changed()
@@ -157,5 +157,5 @@ async def test_session_ended_by_another_process_during_its_lookup_is_not_accepte
             other.store.report_change(raw(opened))
         return found
 
-    other.store._inner = StoreWithOtherFind(other.store._inner, late)
+    other.store.inner = StoreWithOtherFind(other.store.inner, late)
     assert await other.find(opened.token) is Code.TOKEN_REVOKED

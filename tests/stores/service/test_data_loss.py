@@ -64,7 +64,7 @@ async def test_revocation_is_repeated_after_another_process_restored_the_session
     one.registry.forget(raw(of_user))
     await one.sessions.revoke_user("bob", "all")
     one.store.lose_all()
-    other.store.registry, other.store._inner = one.store.registry, one.store._inner
+    other.store.use_data_of(one.store)
     report_data_loss(one)
     report_data_loss(other)
     await other.settle()
@@ -90,7 +90,7 @@ async def test_revocations_are_repeated_for_late_restorations(start_process: Sta
     report_data_loss(one)
     await one.recover()
     for _ in range(3):
-        other.store.registry, other.store._inner = one.store.registry, one.store._inner
+        other.store.use_data_of(one.store)
         report_data_loss(other)
         await other.settle()
         assert one.store.registry.kept == 3
@@ -99,11 +99,17 @@ async def test_revocations_are_repeated_for_late_restorations(start_process: Sta
         one.store.lose_all()
     one.store.mode = FAILS
     await one.advance(REPEATS_S[0])
-    assert one.sync.revoker._repeats
+    other.store.use_data_of(one.store)
+    report_data_loss(other)
+    await other.settle()
+    assert one.store.registry.kept == 3
     await one.recover()
-    for _ in range(2):  # repetitions missed during an outage are made up once
+    for _ in range(2):  # the repetitions missed during the outage are done once
         await one.advance(REPEATS_S[-1])
-    assert one.sync.revoker._repeats == []
+    assert one.store.registry.kept == 0
+    one.store.calls.clear()
+    await one.advance(2 * REPEATS_S[-1])
+    assert not {"end", "end_user"} & {*one.store.calls}
     assert one.state is State.HEALTHY
 
 
@@ -119,7 +125,7 @@ async def test_process_started_after_the_loss_repeats_unknown_revocations(
     await one.revoke(opened)
     one.store.lose_all()
     await one.recover()  # like a process started meanwhile, it does not know of the loss
-    other.store.registry, other.store._inner = one.store.registry, one.store._inner
+    other.store.use_data_of(one.store)
     report_data_loss(other)
     await other.settle()
     assert one.store.registry.kept == 1

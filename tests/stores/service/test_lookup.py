@@ -60,7 +60,9 @@ async def test_concurrent_lookups_of_a_token_share_one_operation(start_process: 
     found = await asyncio.gather(*(other.find(opened.token) for _ in range(50)))
     assert all(isinstance(each, Session) for each in found)
     assert other.store.calls.count("find") == 1
-    assert other.sessions._finding == {}
+    other.registry.forget(raw(opened))
+    assert isinstance(await other.find(opened.token), Session)
+    assert other.store.calls.count("find") == 2
 
 
 async def test_unknown_token_is_not_looked_up_again_for_a_while(
@@ -73,15 +75,15 @@ async def test_unknown_token_is_not_looked_up_again_for_a_while(
     shared_process.clock.advance(UNKNOWN_TOKEN_S)
     assert await shared_process.find(b"x" * 32) is Code.UNAUTHENTICATED
     assert shared_process.store.calls.count("find") == 2
-    for number in range(10):
-        await shared_process.find(number.to_bytes(32, "big"))
-    assert len(shared_process.sessions._unknown) == 3
+    tokens = [number.to_bytes(32, "big") for number in range(10)]
+    for token in [*tokens, *tokens[-3:]]:
+        await shared_process.find(token)
+    assert shared_process.store.calls.count("find") == 2 + len(tokens)
+    await shared_process.find(tokens[-4])  # evicted, because only three are remembered
+    assert shared_process.store.calls.count("find") == 3 + len(tokens)
 
 
-async def test_address_with_many_unknown_tokens_is_limited(
-    shared_process: SessionProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service_module, "ADDRESSES", 2)
+async def test_address_with_many_unknown_tokens_is_limited(shared_process: SessionProcess) -> None:
     opened = await shared_process.open()
     shared_process.registry.forget(raw(opened))
     numbers = itertools.count()
@@ -94,7 +96,19 @@ async def test_address_with_many_unknown_tokens_is_limited(
     shared_process.clock.advance(MISSES_S)
     await shared_process.find(next(numbers).to_bytes(32, "big"))
     await shared_process.find(next(numbers).to_bytes(32, "big"), "192.0.2.9")
-    assert len(shared_process.sessions._missed) == 2
+
+
+async def test_addresses_with_unknown_tokens_are_bounded(
+    shared_process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "ADDRESSES", 2)
+    tokens = (number.to_bytes(32, "big") for number in itertools.count())
+    for _ in range(MISSES_PER_ADDRESS):
+        await shared_process.find(next(tokens))
+    await shared_process.find(next(tokens), "192.0.2.8")
+    await refused(shared_process.find(next(tokens)), ResourceExhausted)
+    await shared_process.find(next(tokens), "192.0.2.9")  # evicts the first address
+    assert await shared_process.find(next(tokens)) is Code.UNAUTHENTICATED
 
 
 async def test_ipv6_network_counts_as_one_address(shared_process: SessionProcess) -> None:

@@ -18,7 +18,7 @@ from tests.stores.service.harness import (
     refused,
 )
 from zcproto.errors import Code, ResourceExhausted, TokenRevoked
-from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
+from zcproto.sessions import OpenedSession, SessionSettings
 from zcproto.sessions.health import State
 
 
@@ -120,7 +120,7 @@ async def test_cancelled_opening_that_fails_later_leaves_no_session(process: Ses
 
 async def test_full_store_reports_the_limit_of_the_user(start_process: StartProcess) -> None:
     """A refusal by the store itself reaches the caller."""
-    store = FaultyStore(SessionRegistry(SessionSettings(max_sessions=1), CountedEntropy()))
+    store = FaultyStore(SessionSettings(max_sessions=1), CountedEntropy())
     process = await start_process(store)
     await process.open()
     error = await refused(process.open("bob"), ResourceExhausted)

@@ -23,7 +23,6 @@ from zcproto.sessions.health import MAX_DELAY_S, State
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores import revoker as revoker_module
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.pending import Revocation
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS, READ_ONLY, FAILS_AFTER, HANGS_AFTER])
@@ -199,12 +198,11 @@ async def test_repeated_revocation_succeeds_after_the_first_failed(
     opened = await process.open()
     await process.outage()
 
-    async def add(revocation: Revocation, within: float) -> None:
-        process.pending._entries[revocation.key] = revocation
+    async def submit(work: object, within: float) -> None:
         raise StoreUnavailable("the disk did not answer")
 
     with monkeypatch.context() as patch:
-        patch.setattr(process.pending, "add", add)
+        patch.setattr(process.pending, "_submit", submit)
         await refused(process.revoke(opened))
         await refused(process.revoke(opened))
     assert not await process.revoke(opened, "eve")
@@ -221,10 +219,10 @@ async def test_replayed_revocation_that_cannot_be_removed_is_harmless(
     await process.outage()
     await process.revoke(opened)
 
-    async def ask(work: object, within: float) -> None:
+    async def submit(work: object, within: float) -> None:
         raise StoreUnavailable("the disk did not answer")
 
-    monkeypatch.setattr(process.pending, "_submit", ask)
+    monkeypatch.setattr(process.pending, "_submit", submit)
     await process.recover()
     assert "revocations.not_removed" in events(log)
     assert process.is_valid(await process.open())

@@ -81,7 +81,8 @@ async def test_concurrent_refreshes_share_one_result(process: SessionProcess) ->
     assert len({pair.token for pair in pairs}) == 1
     assert process.store.calls.count("rotate") == 1
     assert process.is_valid(pairs[0])
-    assert process.sessions._refreshing == {}
+    assert process.is_valid(await process.refresh(pairs[0]))
+    assert process.store.calls.count("rotate") == 2
 
 
 async def test_concurrent_refresh_with_another_token_ends_the_session(process: SessionProcess) -> None:
@@ -158,7 +159,6 @@ async def test_refresh_with_unknown_outcome_is_repeated_unchanged(process: Sessi
         process.clock.advance(60)
         assert process.is_valid(await process.refresh(again)), mode
     assert process.registry.refresh_reused == 0
-    assert not process.sessions._undecided
 
 
 async def test_repeated_refresh_from_another_address_succeeds(process: SessionProcess) -> None:
@@ -177,12 +177,33 @@ async def test_refreshes_with_unknown_outcome_are_bounded(
     process: SessionProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service_module, "UNDECIDED", 2)
-    process.store.modes["rotate"] = FAILS
+    process.store.modes["rotate"] = FAILS_AFTER
+    opened = []
     for number in range(4):
-        opened = await process.open(f"u{number}")
-        await refused(process.refresh(opened))
+        opened.append(await process.open(f"u{number}"))
+        await refused(process.refresh(opened[-1]))
         await process.advance(20)  # no outage
-    assert len(process.sessions._undecided) == 2
+    process.store.modes.clear()
+    for each in opened[2:]:
+        assert process.is_valid(await process.refresh(each))
+    await refused(process.refresh(opened[1]), TokenRevoked)  # evicted, so it looks reused
+
+
+async def test_refresh_with_known_outcome_evicts_no_other(
+    process: SessionProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "UNDECIDED", 2)
+    opened = []
+    for number in range(3):
+        opened.append(await process.open(f"u{number}"))
+        process.store.modes["rotate"] = FAILS_AFTER
+        await refused(process.refresh(opened[-1]))
+        process.store.modes.clear()
+        await process.advance(20)  # no outage
+        if number == 1:
+            assert process.is_valid(await process.refresh(opened[1]))
+    for each in opened[::2]:
+        assert process.is_valid(await process.refresh(each))
 
 
 async def test_repeated_refresh_within_the_grace_succeeds_during_an_outage(process: SessionProcess) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zcproto.errors import ConfigError
+from zcproto.stores.valkey.link import Target
 from zcproto.stores.valkey.store import ValkeyStore
 from zcproto.stores.valkey.url import Kind, ServerUrl, parse_url
 
@@ -141,7 +142,7 @@ def test_str_and_repr_never_show_the_password(text: str) -> None:
     store = ValkeyStore(text)
     assert SECRET not in repr(store)
     assert SECRET not in str(store)
-    assert SECRET not in repr(store._target(("cache", 1)))
+    assert SECRET not in repr(Target("cache", 1, password=SECRET))
 
 
 def test_control_characters_are_escaped() -> None:
