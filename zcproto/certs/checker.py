@@ -46,7 +46,6 @@ class ServingCertificates:
     certificates: CertificateSet
     contexts: SiteContexts
     revoked: frozenset[CertificateId]
-    """Certificates of clients that are revoked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +55,14 @@ class CheckResult:
     serving: ServingCertificates | None
     """What to serve from now on; None if it has not changed."""
     notices: tuple[Notice, ...]
-    """What has happened since the check before."""
     next_pins: NextPins | None
-    """What is announced now; None if nothing is."""
     last_renewal: Renewal | None
     """None if there was none since the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateStatus:
-    """One certificate in use, for metrics and for people."""
+    """One certificate in use, for metrics and for people. The last three fields are empty for authorities."""
 
     source: Origin
     path: Path
@@ -76,11 +73,9 @@ class CertificateStatus:
     seconds_left: float
     """Negative if it has expired."""
     site: tuple[str, ...] = ()
-    """The names for which it is served; empty for the default site and for authorities."""
+    """The names for which it is served; empty for the default site."""
     key_type: str = ""
-    """Empty for authorities."""
     pin: str = ""
-    """Empty for authorities."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,6 @@ class ClientCertificate:
     """In hexadecimal, as accepted by `revoke_client`."""
     not_after: datetime
     leaf_sha256: bytes
-    """SHA-256 of the certificate's DER."""
     pin: str
     """The pin of its public key, as returned by `spki_pin`. A renewal keeps it."""
 

@@ -38,6 +38,7 @@ from zcproto.certs import authority, files, keys, lifecycle, pair, profile, roll
 from zcproto.certs.authority import Authority, AuthorityFolder, Leaf, Progress
 from zcproto.certs.host import found_names
 from zcproto.certs.names import MAX_NAMES, check_names
+from zcproto.certs.notices import day
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.rollover import STEMS, NextKey, NextPins
 from zcproto.errors import CertificateError
@@ -212,9 +213,9 @@ def _reason_to_issue(
         return Reason("another key type is configured")
     not_before, not_after = leaf.certificate.not_valid_before_utc, leaf.certificate.not_valid_after_utc
     if now > not_after:
-        return Reason(f"it expired on {_day(not_after)}")
+        return Reason(f"it expired on {day(not_after)}")
     if now < not_before:
-        return Reason(f"it is not valid before {_day(not_before)}")
+        return Reason(f"it is not valid before {day(not_before)}")
     present = pair.names_of(leaf.certificate)
     for name in settings.names:
         if name not in present:
@@ -224,23 +225,11 @@ def _reason_to_issue(
             return Reason(f"the authority may not issue for its name {name}")
     if now >= lifecycle.renewal_due(not_before, not_after, settings.renew_before):
         waits_until = lifecycle.renewal_waits_until(not_before, not_after, settings.renew_before)
-        return Reason(f"it expires on {_day(not_after)}", is_required=False, waits_until=waits_until)
+        return Reason(f"it expires on {day(not_after)}", is_required=False, waits_until=waits_until)
     for name in settings.names_for(issuer):
         if name not in present:
             return Reason(f"it lacks the name {name}", is_required=False)
     return None
-
-
-def _checked_use(use_from: datetime | None, now: datetime) -> datetime | None:
-    if use_from is None:
-        return None
-    moment = pair.utc(use_from)
-    if not now < moment <= now + MAX_ANNOUNCEMENT:
-        raise CertificateError(
-            f"a key cannot be announced for {_day(moment)}: give a time in the future, at most"
-            f" {MAX_ANNOUNCEMENT.days} days away"
-        )
-    return moment
 
 
 # --- one run, under the folder's lock ----------------------------------------------------------------------
@@ -306,7 +295,12 @@ class RenewalRun:
         self._folder = AuthorityFolder(authority.SERVER, directory, self._now, progress, names)
         self._progress = progress
         self._task = task
-        self._use_from = _checked_use(use_from, self._now)
+        self._use_from = None if use_from is None else pair.utc(use_from)
+        if self._use_from is not None and not self._now < self._use_from <= self._now + MAX_ANNOUNCEMENT:
+            raise CertificateError(
+                f"a key cannot be announced for {day(self._use_from)}: give a time in the future, at most"
+                f" {MAX_ANNOUNCEMENT.days} days away"
+            )
         self._new_pins: list[str] = []
         self._problems: list[str] = []
 
@@ -490,7 +484,7 @@ class RenewalRun:
         authority.install(certificate, leaf.certificate_path, new_key, leaf.key_path)
         self._progress(
             f"Issued {leaf.certificate_path} ({reason.why}): {plan.key_type} for {', '.join(names)};"
-            f" valid until {_day(certificate.not_valid_after_utc)};"
+            f" valid until {day(certificate.not_valid_after_utc)};"
             f" SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()};"
             f" pin {pair.key_pin(key)}."
         )
@@ -523,10 +517,6 @@ def _generate(key_types: Sequence[str], progress: Progress) -> list[keys.Private
     progress(f"Generating keys: {', '.join(key_types)}.{duration}")
     with ThreadPoolExecutor(len(key_types)) as threads:
         return list(threads.map(keys.generate, key_types))
-
-
-def _day(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def _stamp(moment: datetime) -> str:

@@ -112,7 +112,7 @@ class CertificateManager:
             random=random.random,
             environ=os.environ,
             progress=self._progress,
-            rest=_rest,
+            rest=partial(time.sleep, REST),
         )
 
     async def start(self) -> None:
@@ -276,10 +276,6 @@ class CertificateManager:
         write = log.warning if notice.kind in _WARNINGS else log.info
         write(f"certificate.{notice.kind.value}", **values)
         self._on_notice(notice)
-
-
-def _rest() -> None:
-    time.sleep(REST)
 
 
 def unix_ms(moment: datetime) -> int:
