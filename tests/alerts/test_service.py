@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import FakeClock
 from zcproto.alerts import AlertKind
+from zcproto.alerts import sinks as sinks_module
 from zcproto.alerts.center import BURST, MANY_DELAY_S
 from zcproto.alerts.service import ServerAlerts
 from zcproto.alerts.sinks import DOWN_AFTER, Undelivered
@@ -77,11 +78,15 @@ def test_threshold_of_zero_disables_alert(clock: FakeClock) -> None:
     assert open_kinds(alerts) == []
 
 
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks_module, "FIRST_DELAY_S", 0.0)
+
+
+@pytest.mark.usefixtures("no_backoff")
 async def test_failing_sink_is_reported_by_others(clock: FakeClock) -> None:
     webhook, command = FakeSink("webhook"), FakeSink("command")
     alerts = harness(clock, webhook, command)
-    for queue in alerts.queues:
-        queue._sleep = lambda seconds: _no_time()
     webhook.broken = True
     alerts.start()
     alerts.raise_(AlertKind.STORE_DEGRADED, "it is out")
@@ -101,10 +106,10 @@ async def test_failing_sink_is_reported_by_others(clock: FakeClock) -> None:
     assert open_kinds(alerts) == []
 
 
+@pytest.mark.usefixtures("no_backoff")
 async def test_sink_that_stays_down_is_reported_once(clock: FakeClock) -> None:
     webhook, command = FakeSink("webhook"), FakeSink("command")
     alerts = harness(clock, webhook, command)
-    alerts.queues[0]._sleep = lambda seconds: _no_time()
     webhook.broken = True
     alerts.start()
     for number in range(5):
@@ -115,8 +120,11 @@ async def test_sink_that_stays_down_is_reported_once(clock: FakeClock) -> None:
     assert [kind for kind, _ in command.messages()].count("alerts.undelivered") == 1
 
 
-async def _no_time() -> None:
-    return None
+async def deliver_all(alerts: ServerAlerts) -> None:
+    """Deliver every queued message."""
+    alerts.start()
+    await _until(lambda: not any(map(len, alerts.queues)))
+    await alerts.stop()
 
 
 async def _until(condition: Callable[[], bool]) -> None:
@@ -125,14 +133,14 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-def test_messages_have_unique_ids_and_source(clock: FakeClock) -> None:
+async def test_messages_have_unique_ids_and_source(clock: FakeClock) -> None:
     alerts = harness(clock, sink := FakeSink("webhook"))
     alerts.raise_(AlertKind.TEST, "one")
     alerts.raise_(AlertKind.STORE_DEGRADED, "two")
-    bodies = [json.loads(waiting.body) for waiting in alerts.queues[0]._queue]
     assert sink.taken == []
-    assert [each["id"] for each in bodies] == ["0000000000000000-1", "0000000000000000-2"]
-    assert {each["source"] for each in bodies} == {"here:7443"}
+    await deliver_all(alerts)
+    assert [each["id"] for each in sink.taken] == ["0000000000000000-1", "0000000000000000-2"]
+    assert {each["source"] for each in sink.taken} == {"here:7443"}
 
 
 def test_alerts_are_logged(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,11 +194,12 @@ ANYTHING = st.recursive(
 def test_raising_any_alert_never_fails(
     raised: list[tuple[AlertKind, str, str, dict[str, Any]]],
 ) -> None:
-    alerts = harness(FakeClock(), FakeSink("webhook"))
+    alerts = harness(FakeClock(), sink := FakeSink("webhook"))
     for kind, title, about, details in raised:
         alerts.raise_(kind, title, about=about, details=details)
         alerts.resolve(kind, title, about=about, details=details)
-    for waiting in alerts.queues[0]._queue:
-        alert = json.loads(waiting.body)["alert"]
+    asyncio.run(deliver_all(alerts))
+    assert bool(sink.taken) is bool(raised)
+    for alert in (each["alert"] for each in sink.taken):
         assert (alert["title"] + alert["about"]).isprintable()
     json.dumps(alerts.report())

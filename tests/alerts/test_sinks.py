@@ -57,7 +57,7 @@ class FakeSink:
 class QueueHarness:
     """A queue whose delays advance the clock without waiting."""
 
-    def __init__(self, sink: FakeSink) -> None:
+    def __init__(self, sink: FakeSink, random: float = 0.999_999) -> None:
         self.clock = FakeClock()
         self.sink = sink
         self.pauses: list[float] = []
@@ -66,7 +66,7 @@ class QueueHarness:
         self.queue = SinkQueue(
             sink,
             clock=self.clock,
-            random=lambda: 0.999_999,
+            random=lambda: random,
             on_down=lambda name, reason: self.down.append(f"{name}: {reason}"),
             on_up=self._is_up,
             sleep=self._sleep,
@@ -127,8 +127,7 @@ async def test_failed_delivery_is_retried_with_backoff_in_order() -> None:
 
 
 async def test_backoff_has_jitter() -> None:
-    harness = QueueHarness(FakeSink(*[Undelivered("busy")] * 3))
-    harness.queue._random = lambda: 0.0
+    harness = QueueHarness(FakeSink(*[Undelivered("busy")] * 3), random=0.0)
     harness.queue.start()
     harness.queue.put(b"1", "one")
     await harness.sink.until(lambda: len(harness.sink.taken) == 1)

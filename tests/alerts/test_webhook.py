@@ -269,8 +269,15 @@ def test_invalid_ca_file_is_refused(clock: FakeClock, tmp_path: Path) -> None:
         webhook("https://localhost/", tmp_path / "none.pem", clock)
 
 
-def test_sslkeylogfile_is_ignored(clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    sink = webhook("https://localhost/", None, clock)
-    assert sink._context is not None
-    assert sink._context.keylog_filename is None
+async def test_sslkeylogfile_is_ignored(
+    certificate: tuple[Path, Path],
+    ca_file: Path,
+    clock: FakeClock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = tmp_path / "keys"
+    with Receiver(certificate) as receiver:
+        monkeypatch.setenv("SSLKEYLOGFILE", str(keys))
+        await webhook(receiver.url, ca_file, clock).deliver(BODY)
+    assert not keys.exists()

@@ -60,31 +60,43 @@ def test_interface_addresses_can_be_bound() -> None:
             probe.bind((str(address), 0))
 
 
-def test_interface_entries_of_all_families_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def entry(family: int, rest: bytes) -> Any:
-        raw = ctypes.create_string_buffer(family.to_bytes(2, sys.byteorder) + rest)
-        kept.append(raw)
-        return host._Interface(address=ctypes.addressof(raw))
+class InterfaceEntry(ctypes.Structure):
+    """The first fields of `struct ifaddrs`."""
 
-    kept: list[Any] = []
-    monkeypatch.setattr(sys, "platform", "linux")
+    _fields_ = (
+        ("next", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+        ("address", ctypes.c_void_p),
+    )
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_interface_entries_of_all_families_are_parsed(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(family: int, rest: bytes) -> InterfaceEntry:
+        start = family.to_bytes(2, sys.byteorder) if platform == "linux" else bytes((2 + len(rest), family))
+        buffers.append(ctypes.create_string_buffer(start + rest))
+        return InterfaceEntry(address=ctypes.addressof(buffers[-1]))
+
+    def getifaddrs(head: Any) -> int:
+        ctypes.cast(head, ctypes.POINTER(ctypes.c_void_p))[0] = ctypes.addressof(entries[0])
+        return 0
+
+    buffers: list[Any] = []
+    freed: list[Any] = []
     entries = [
         entry(socket.AF_INET, bytes(2) + IPv4Address("192.0.2.7").packed + bytes(8)),
         entry(255, bytes(26)),  # a packet socket's address
-        host._Interface(address=None),  # a tunnel without an address
+        InterfaceEntry(),  # a tunnel without an address
         entry(socket.AF_INET6, bytes(6) + IPv6Address("2001:db8::7").packed + bytes(4)),
     ]
     for before, after in itertools.pairwise(entries):
-        before.next = ctypes.pointer(after)
-    assert list(host._walk(ctypes.pointer(entries[0]))) == [
-        IPv4Address("192.0.2.7"),
-        IPv6Address("2001:db8::7"),
-    ]
-
-
-def test_address_family_is_parsed_on_systems_with_a_length_byte() -> None:
-    assert host._family(bytes((16, 2)), "darwin") == 2
-    assert host._family((2).to_bytes(2, sys.byteorder), "linux") == 2
+        before.next = ctypes.addressof(after)
+    library = SimpleNamespace(getifaddrs=getifaddrs, freeifaddrs=freed.append)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, **options: library)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert host.interface_addresses() == [IPv4Address("192.0.2.7"), IPv6Address("2001:db8::7")]
+    assert len(freed) == 1
 
 
 def _no_library(name: object, **options: Any) -> Any:

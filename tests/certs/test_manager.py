@@ -283,10 +283,9 @@ def test_thread_applies_news_and_ends_with_the_server(tmp_path: Path, certs: Pat
 async def test_thread_that_cannot_be_started_is_retried(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = ServerThread(tmp_path / "home", certs).server
+    server = ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms").server
     async with server:
         manager = server.parts.certificates
-        manager._interval = 0.01
         started = asyncio.Event()
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(manager, "_check_and_report", lambda hand: loop.call_soon_threadsafe(started.set))
@@ -373,11 +372,12 @@ def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:
             self.waits.append(timeout)
             return False
 
-    config = configuration(tmp_path / "home", certificates__directory=certs)
+    config = configuration(
+        tmp_path / "home", certificates__directory=certs, certificates__watch_interval="1300ms"
+    )
     manager = CertificateManager(
         config, system_clock, ["zcp/1"], on_serving=lambda serving: None, on_next_pins=lambda pins: None
     )
-    manager._interval = 1.3
     assert manager._waited(Impatient())
     assert sum(Impatient.waits) == pytest.approx(1.3)
     assert max(Impatient.waits) <= manager_module.LONGEST_WAIT

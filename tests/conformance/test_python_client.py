@@ -5,6 +5,7 @@ zcproto-conformance python -m zcproto_conformance.python_client
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 from tests.conformance.helpers import SCRIPTED, failures, results_of
@@ -40,7 +41,7 @@ def test_every_vector_is_a_check() -> None:
     names = {check.name for check in checks}
     assert len(names) == len(checks)
     for file in vectors.FILES:
-        count = vectors._load(FOLDER, file).get("count", 1)
+        count = json.loads((FOLDER / f"{file}.json").read_text()).get("count", 1)
         assert len([name for name in names if name.split("/")[1] == file]) == count, file
 
 

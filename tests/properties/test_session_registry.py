@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.sessions.helpers import WALL, RegistryHarness
 from zcproto.errors import CallError, Code
 from zcproto.sessions import OpenedSession, Session
+from zcproto.sessions.token import id_from_text
 
 LIFETIME, IDLE, REFRESH_LIFETIME, GRACE, PER_USER = 1000, 300, 2500, 50, 2
 DEAD_LIMIT, DEAD_KEEP = 6, 500
@@ -299,7 +300,9 @@ class RegistryMachine(RuleBasedStateMachine):
         assert self.harness.registry.clean(self.wall, 10**6) == self.counts["expired"] - before
 
     def slot_of(self, session: ModelSession) -> int:
-        return self.harness.registry._find(session.id)
+        raw = id_from_text(session.id)
+        assert raw is not None
+        return self.harness.table.ids.find(raw)
 
     # Invariants
 
@@ -314,7 +317,7 @@ class RegistryMachine(RuleBasedStateMachine):
         )
         assert registry.tombstones == len(self.dead)
         assert {name: getattr(registry, name) for name in self.counts} == self.counts
-        table = registry._table
+        table = self.harness.table
         assert table.slab.used == table.tokens.count == len(self.kept) + len(self.dead)
 
     @invariant()

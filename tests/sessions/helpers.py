@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -33,10 +34,11 @@ class CountedEntropy:
 class RegistryHarness:
     """A registry with its observed endings and shortcuts to use it."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, entropy: Callable[[int], bytes] | None = None, **settings: Any) -> None:
         self.settings = SessionSettings(**settings)
         self.entropy = CountedEntropy()
-        self.registry = SessionRegistry(self.settings, self.entropy)
+        self.registry = SessionRegistry(self.settings, entropy or self.entropy)
+        self.table = self.registry._table  # for checks of the memory layout and of leaks
         self.ended: list[tuple[str, Code, str]] = []
         self.registry.observers.append(
             lambda session_id, code, reason: self.ended.append((session_id, code, reason))
@@ -89,8 +91,7 @@ class RegistryHarness:
     @property
     def strings(self) -> tuple[int, int, int]:
         """Return the number of interned users, clients and addresses."""
-        table = self.registry._table
-        return len(table.users), len(table.clients), len(table.addresses)
+        return len(self.table.users), len(self.table.clients), len(self.table.addresses)
 
 
 def digests(width: int = 32) -> tuple[Slab, DigestIndex]:

@@ -209,7 +209,7 @@ def test_table_contains_no_token() -> None:
     for number in range(10):
         opened = harness.open(f"user {number}")
         tokens += [opened.token, opened.refresh_token]
-    table = harness.registry._table
+    table = harness.table
     memory = table.bytes[: table.slab.size * table.slab.record_size].tobytes()
     for token in tokens:
         assert token is not None
@@ -225,8 +225,7 @@ def test_tokens_come_unchanged_from_entropy() -> None:
         given.append(os.urandom(size))
         return given[-1]
 
-    harness = RegistryHarness()
-    harness.registry._entropy = entropy
+    harness = RegistryHarness(entropy)
     opened = harness.open()
     assert given == [opened.token, opened.refresh_token]
     harness.refresh(opened.refresh_token)
@@ -235,9 +234,8 @@ def test_tokens_come_unchanged_from_entropy() -> None:
 
 @pytest.mark.parametrize("again", ["token", "family"])
 def test_repeating_entropy_is_refused(again: str) -> None:
-    harness = RegistryHarness()
     values = iter([b"a" * 32, b"b" * 32, (b"a" if again == "token" else b"c") * 32, b"b" * 32])
-    harness.registry._entropy = lambda size: next(values)[:size]
+    harness = RegistryHarness(lambda size: next(values)[:size])
     harness.open()
     with pytest.raises(RuntimeError, match="repeated itself"):
         harness.open("bob")
@@ -247,8 +245,7 @@ def test_repeating_entropy_is_refused(again: str) -> None:
 
 @pytest.mark.requirement("token_size")
 def test_token_bits_are_evenly_distributed() -> None:
-    harness = RegistryHarness()
-    harness.registry._entropy = os.urandom
+    harness = RegistryHarness(os.urandom)
     ones = 0
     for number in range(1000):
         opened = harness.open(f"user {number}")

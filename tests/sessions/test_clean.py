@@ -57,7 +57,7 @@ def test_dropping_tombstones_does_not_starve_the_scan() -> None:
 
 def test_clean_returns_memory_over_several_calls() -> None:
     harness = RegistryHarness()
-    slab = harness.registry._table.slab
+    slab = harness.table.slab
     *slots, last = [slab.allocate() for _ in range(12 * CHUNK)]
     for slot in (*slots, last):
         slab.free_slot(slot)
@@ -87,7 +87,7 @@ def test_tombstones_are_dropped_after_their_lifetime() -> None:
     assert harness.registry.tombstones == 1
     harness.clean(WALL + 59 * MINUTE)
     assert harness.registry.tombstones == 0
-    assert harness.registry._table.slab.used == 0
+    assert harness.table.slab.used == 0
 
 
 @pytest.mark.parametrize("back", [1, HOUR, DAY])

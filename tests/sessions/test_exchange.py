@@ -31,12 +31,8 @@ def moved(harness: RegistryHarness, **settings: object) -> RegistryHarness:
     """Another process with the same sessions."""
     other = RegistryHarness(**settings)
     other.entropy.calls = 1_000_000
-    table = harness.registry._table
-    for slot in range(table.slab.size):
-        if harness.registry._is_kept(slot):
-            record = harness.registry.record(table.ids[slot])
-            assert record is not None
-            assert other.registry.restore(record)
+    for record in harness.registry.records(None, harness.registry.kept):
+        assert other.registry.restore(record)
     return other
 
 
@@ -180,7 +176,7 @@ def test_forget_is_silent_and_leaves_no_tombstone() -> None:
     assert harness.code(session.token) is Code.UNAUTHENTICATED
     assert harness.registry.generation > before
     assert harness.ended == []
-    assert (harness.strings, len(harness.registry._table.keys), harness.registry.kept) == ((0, 0, 0), 0, 0)
+    assert (harness.strings, len(harness.table.keys), harness.registry.kept) == ((0, 0, 0), 0, 0)
     assert not harness.registry.forget(session.record.id)
     assert harness.registry.restore(session.record)
     assert harness.good(session.token).bound

@@ -221,11 +221,15 @@ def test_every_observer_is_notified() -> None:
     assert other == [session.id] == [each[0] for each in harness.ended]
 
 
-def test_nothing_is_queued_without_observers() -> None:
+def test_new_observer_is_not_notified_of_earlier_endings() -> None:
     harness = RegistryHarness()
+    observers = harness.registry.observers.copy()
     harness.registry.observers.clear()
     harness.registry.close(harness.open().session)
-    assert harness.registry._ended == []
+    harness.registry.observers += observers
+    later = harness.open().session
+    harness.registry.close(later)
+    assert [each[0] for each in harness.ended] == [later.id]
 
 
 def test_observer_sees_completed_change() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, RegistryHarness
+from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, CountedEntropy, RegistryHarness
 from zcproto.errors import (
     Code,
     InvalidArgument,
@@ -13,6 +13,7 @@ from zcproto.errors import (
     TokenRevoked,
     Unauthenticated,
 )
+from zcproto.sessions.token import TOKEN_SIZE
 
 GRACE = 10 * SECOND
 LATER = WALL + GRACE
@@ -208,28 +209,35 @@ def test_oldest_pair_above_limit_loses_its_grace() -> None:
         harness.refresh(opened[0].refresh_token)
 
 
-def test_pairs_are_dropped_with_time_and_session() -> None:
+def test_pair_of_ended_session_does_not_count_towards_the_limit() -> None:
+    harness = RegistryHarness(grace_limit=2)
+    alice, bob, carol = (harness.open(user) for user in ("alice", "bob", "carol"))
+    refreshed = harness.refresh(alice.refresh_token)
+    harness.refresh(bob.refresh_token)
+    harness.registry.close(bob.session)
+    harness.refresh(carol.refresh_token)
+    assert harness.refresh(alice.refresh_token).token == refreshed.token
+
+
+def test_pairs_are_removed_from_memory_after_the_grace() -> None:
     harness = RegistryHarness()
-    first, second = harness.open("alice"), harness.open("bob")
-    for opened in (first, second):
-        harness.refresh(opened.refresh_token)
-    assert len(harness.registry._grace) == 2
-    harness.registry.close(first.session)
-    assert len(harness.registry._grace) == 1
+    harness.refresh(harness.open().refresh_token)
     harness.clean(LATER - 1)
     assert len(harness.registry._grace) == 1
     harness.clean(LATER)
     assert len(harness.registry._grace) == 0
 
 
-def test_replaced_pair_does_not_delay_expiry_of_others() -> None:
-    harness = RegistryHarness()
-    alice, bob = harness.open("alice"), harness.open("bob")
-    again = harness.refresh(alice.refresh_token, WALL)
+def test_replaced_pair_counts_as_the_newest() -> None:
+    harness = RegistryHarness(grace_limit=2)
+    alice, bob, carol = (harness.open(user) for user in ("alice", "bob", "carol"))
+    first = harness.refresh(alice.refresh_token, WALL)
     harness.refresh(bob.refresh_token, WALL + 1)
-    harness.refresh(again.refresh_token, WALL + 2)
-    harness.clean(WALL + 1 + GRACE)
-    assert len(harness.registry._grace) == 1
+    second = harness.refresh(first.refresh_token, WALL + 2)
+    harness.refresh(carol.refresh_token, WALL + 3)
+    assert harness.refresh(first.refresh_token, WALL + 3).token == second.token
+    with pytest.raises(TokenRevoked):
+        harness.refresh(bob.refresh_token, WALL + 3)
 
 
 def test_pair_is_repeated_for_lapsed_session() -> None:
@@ -352,25 +360,25 @@ def test_client_name_is_limited_in_length() -> None:
 def test_repeating_entropy_changes_nothing() -> None:
     harness = RegistryHarness()
     opened = harness.open()
-    harness.registry._entropy = lambda size: opened.token[:size]
+    harness.entropy.calls = 0
     with pytest.raises(RuntimeError, match="repeated itself"):
         harness.refresh(opened.refresh_token)
     assert harness.good(opened.token)
 
 
 def test_failing_entropy_changes_nothing() -> None:
-    harness = RegistryHarness()
-    opened = harness.open()
+    source, is_failing = CountedEntropy(), True
 
     def entropy(size: int) -> bytes:
-        if size != 32:
+        if is_failing and size != TOKEN_SIZE:
             raise OSError("no random bytes")
-        return b"n" * 32
+        return source(size)
 
-    real, harness.registry._entropy = harness.registry._entropy, entropy
+    harness = RegistryHarness(entropy)
+    opened = harness.open()
     with pytest.raises(OSError, match="no random bytes"):
         harness.refresh(opened.refresh_token)
-    harness.registry._entropy = real
+    is_failing = False
     assert harness.good(opened.token)
     assert harness.refresh(opened.refresh_token).session.id == opened.session.id
 

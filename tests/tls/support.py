@@ -30,15 +30,15 @@ ALERT, HANDSHAKE, DATA = 21, 22, 23
 class RecordingProtocol(asyncio.Protocol):
     """A protocol that records its callbacks and runs an action of the test on each."""
 
-    def __init__(self, **then: Callable[..., object]) -> None:
+    def __init__(self, **actions: Callable[..., object]) -> None:
         self.calls: list[Any] = []
         self.received = bytearray()
         self.pieces: list[bytes] = []
         self.transport: Any = None
-        self._then = then
+        self.actions = actions
 
     def _do(self, name: str, *args: Any) -> None:
-        self._then.get(name, lambda *args: None)(self, *args)
+        self.actions.get(name, lambda *args: None)(self, *args)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -249,13 +249,13 @@ class Forger:
     def _derive(self) -> None:
         self._key = AESGCM(self._expand(b"key", 32))
         self._iv = int.from_bytes(self._expand(b"iv", 12), "big")
-        self._sequence = 0
+        self.sequence = 0
 
     def record(self, content: bytes, kind: int = DATA, *, padding: int = 0) -> bytes:
         inner = content + bytes([kind]) + bytes(padding)
         header = struct.pack("!BHH", DATA, 0x0303, len(inner) + 16)
-        nonce = (self._iv ^ self._sequence).to_bytes(12, "big")
-        self._sequence += 1
+        nonce = (self._iv ^ self.sequence).to_bytes(12, "big")
+        self.sequence += 1
         return header + self._key.encrypt(nonce, inner, header)
 
     def key_update(self, *, answer: bool = False) -> bytes:

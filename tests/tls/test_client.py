@@ -7,6 +7,7 @@ import base64
 import hashlib
 import ipaddress
 import ssl
+import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
 from zcproto.tls.server import TlsAcceptor
 from zcproto.tls.suites import SUITES
-from zcproto.tls.transport import LINGER_TIME, Phase
+from zcproto.tls.transport import LINGER_TIME
 
 NOW = datetime.fromtimestamp(WALL / 1000, UTC)
 DAY = timedelta(days=1)
@@ -94,14 +95,14 @@ class Peer:
         while True:
             sent = self.raw.take()
             self.incoming.write(sent)
-            self._step()
+            self.step()
             answer = self.outgoing.read()
             if answer:
                 self.raw.deliver(answer)
             elif not sent:
                 return self
 
-    def _step(self) -> None:
+    def step(self) -> None:
         if self.agreed or self.error is not None:
             return
         try:
@@ -164,12 +165,12 @@ def test_trusted_server_exchanges_data_both_ways(peer: Peer) -> None:
 def test_data_in_the_same_read_as_end_of_handshake_is_delivered(peer: Peer, timers: FakeTimers) -> None:
     peer.connect()
     peer.incoming.write(peer.raw.take())
-    peer._step()
+    peer.step()
     flight = peer.outgoing.read()
     assert not peer.agreed  # the server waits only for our Finished
     peer.raw.deliver(flight)
     peer.incoming.write(peer.raw.take())
-    peer._step()
+    peer.step()
     peer.tls.write(b"at once")
     peer.raw.deliver(peer.outgoing.read())
     assert peer.protocol.received == b"at once"
@@ -179,7 +180,7 @@ def test_handshake_byte_by_byte_succeeds(peer: Peer) -> None:
     peer.connect()
     while not peer.agreed:
         peer.incoming.write(peer.raw.take())
-        peer._step()
+        peer.step()
         peer.raw.deliver(peer.outgoing.read(), piece=1)
     assert peer.calls == [None]
 
@@ -370,12 +371,19 @@ def test_aborted_handshake_is_reported_once(peer: Peer, timers: FakeTimers) -> N
 
 
 def test_no_reference_to_protocol_after_end(peer: Peer, timers: FakeTimers) -> None:
-    peer.connect()
-    peer.client.abort()
+    class Callback:
+        def __call__(self, error: TlsError | None) -> None:
+            pass
+
+    protocol, on_handshake = Recorder(), Callback()
+    references = [weakref.ref(protocol), weakref.ref(on_handshake)]
+    client = peer.connector.transport(protocol, on_handshake)
+    peer.raw.connect(client)
+    client.abort()
     timers.run()
-    assert peer.client._waiting is None
-    assert peer.client._on_handshake is None
-    assert peer.client._phase is Phase.CLOSED
+    assert client.is_closing()
+    del protocol, on_handshake
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_transport_uses_slots() -> None:

@@ -124,7 +124,7 @@ def test_certificate_is_readable_in_connection_made(
 ) -> None:
     pair = TlsPair(timers, asking(), showing(identity))
     seen: list[bytes | None] = []
-    pair.protocol._then = {"made": lambda protocol: seen.append(protocol.transport.peer_certificate())}
+    pair.protocol.actions = {"made": lambda protocol: seen.append(protocol.transport.peer_certificate())}
     pair.agree()
     assert seen == [identity.der]
 

@@ -54,7 +54,7 @@ def test_clean_close_started_by_peer(agreed: TlsPair) -> None:
 
 
 def test_peer_gets_data_written_in_eof_received(agreed: TlsPair) -> None:
-    agreed.protocol._then["eof"] = lambda protocol: protocol.transport.write(b"farewell")
+    agreed.protocol.actions["eof"] = lambda protocol: protocol.transport.write(b"farewell")
     agreed.raw.deliver(agreed.sealed(b"bye") + agreed.client_closes())
     assert agreed.protocol.received == b"bye"
     assert agreed.client_reads() == b"farewell"
@@ -63,7 +63,7 @@ def test_peer_gets_data_written_in_eof_received(agreed: TlsPair) -> None:
 
 @pytest.mark.parametrize("again", ["close", "abort"])
 def test_protocol_may_close_in_eof_received(agreed: TlsPair, again: str) -> None:
-    agreed.protocol._then["eof"] = lambda protocol: getattr(protocol.transport, again)()
+    agreed.protocol.actions["eof"] = lambda protocol: getattr(protocol.transport, again)()
     agreed.raw.deliver(agreed.client_closes())
     agreed.raw.deliver_eof()
     agreed.timers.run()
@@ -90,7 +90,7 @@ def test_write_after_close_is_ignored(agreed: TlsPair) -> None:
 
 @pytest.mark.parametrize("how", ["close", "abort"])
 def test_protocol_that_closes_gets_no_more_data(agreed: TlsPair, how: str) -> None:
-    agreed.protocol._then["data"] = lambda protocol, data: getattr(protocol.transport, how)()
+    agreed.protocol.actions["data"] = lambda protocol, data: getattr(protocol.transport, how)()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two") + agreed.sealed(bytes(50_000)))
     assert agreed.protocol.pieces == [b"one"]
     assert agreed.failures == {}

@@ -45,7 +45,7 @@ def test_record_byte_by_byte_is_decrypted(agreed: TlsPair) -> None:
 def test_bio_gets_at_most_one_record_at_a_time(agreed: TlsPair) -> None:
     """A MemoryBIO never shrinks."""
     pending: list[int] = []
-    agreed.protocol._then["data"] = lambda protocol, data: pending.append(agreed.server._incoming.pending)
+    agreed.protocol.actions["data"] = lambda protocol, data: pending.append(agreed.server._incoming.pending)
     agreed.say(pattern(300_000))
     assert max(pending) < RECORD_SIZE + 1_000
 
@@ -76,7 +76,7 @@ def test_paused_reading_delivers_nothing_then_everything(agreed: TlsPair) -> Non
 
 
 def test_pausing_at_each_piece_delivers_one_at_a_time(agreed: TlsPair) -> None:
-    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
+    agreed.protocol.actions["data"] = lambda protocol, data: protocol.transport.pause_reading()
     data = pattern(60_000)
     agreed.say(data)
     heard = [len(agreed.protocol.received)]
@@ -89,22 +89,22 @@ def test_pausing_at_each_piece_delivers_one_at_a_time(agreed: TlsPair) -> None:
 
 
 def test_buffered_data_precedes_later_data(agreed: TlsPair) -> None:
-    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
+    agreed.protocol.actions["data"] = lambda protocol, data: protocol.transport.pause_reading()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two"))
     assert agreed.protocol.pieces == [b"one"]
-    del agreed.protocol._then["data"]
+    del agreed.protocol.actions["data"]
     agreed.server.resume_reading()
     agreed.say(b"three")
     assert agreed.protocol.pieces == [b"one", b"two", b"three"]
 
 
 def test_large_read_is_buffered_while_paused(agreed: TlsPair) -> None:
-    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
+    agreed.protocol.actions["data"] = lambda protocol, data: protocol.transport.pause_reading()
     data = pattern(50_000)
     agreed.raw.deliver(agreed.sealed(b"first") + agreed.sealed(data))
     assert agreed.protocol.received == b"first"
     assert agreed.server._incoming.pending < 65_536
-    del agreed.protocol._then["data"]
+    del agreed.protocol.actions["data"]
     agreed.server.resume_reading()
     assert agreed.protocol.received == b"first" + data
 
@@ -114,7 +114,7 @@ def test_protocol_may_resume_within_data_received(agreed: TlsPair) -> None:
         protocol.transport.pause_reading()
         protocol.transport.resume_reading()
 
-    agreed.protocol._then["data"] = stutter
+    agreed.protocol.actions["data"] = stutter
     data = pattern(60_000)
     agreed.say(data)
     assert agreed.protocol.received == data
@@ -130,7 +130,7 @@ def test_resume_after_end_is_ignored(agreed: TlsPair) -> None:
 
 
 def test_close_notify_waits_while_paused(agreed: TlsPair) -> None:
-    agreed.protocol._then["data"] = lambda protocol, data: protocol.transport.pause_reading()
+    agreed.protocol.actions["data"] = lambda protocol, data: protocol.transport.pause_reading()
     agreed.raw.deliver(agreed.sealed(b"one") + agreed.sealed(b"two") + agreed.client_closes())
     assert agreed.protocol.calls == ["made"]
     agreed.server.resume_reading()
@@ -235,7 +235,7 @@ def test_reading_resumes_only_when_neither_side_is_paused(agreed: TlsPair) -> No
 def test_write_in_resume_writing_pauses_again(agreed: TlsPair) -> None:
     agreed.server.set_write_buffer_limits(high=1_000)
     agreed.raw.stuck = True
-    agreed.protocol._then["resume"] = lambda protocol: protocol.transport.write(bytes(2_000))
+    agreed.protocol.actions["resume"] = lambda protocol: protocol.transport.write(bytes(2_000))
     agreed.server.write(bytes(2_000))
     agreed.raw.drain()
     assert agreed.protocol.calls == ["made", "pause", "resume", "pause"]
@@ -313,7 +313,7 @@ def test_key_update_is_answered_with_next_write(forged: Forged) -> None:
 
 def test_openssl_output_after_read_is_flushed(agreed: TlsPair) -> None:
     """OpenSSL currently delays its answers to the next write, but does not promise to."""
-    agreed.protocol._then["data"] = lambda protocol, data: agreed.server._outgoing.write(
+    agreed.protocol.actions["data"] = lambda protocol, data: agreed.server._outgoing.write(
         b"something of its own"
     )
     agreed.say(b"hello")
@@ -394,7 +394,7 @@ def _flipped(record: bytes) -> bytes:
 
 
 def _again(forger: Forger, content: bytes) -> bytes:
-    forger._sequence -= 1
+    forger.sequence -= 1
     return forger.record(content)
 
 
