@@ -22,7 +22,7 @@ from zcproto.auth import UserFile
 from zcproto.certs import ManagedSettings, managed
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
-from zcproto.load.caller import Operator, Target
+from zcproto.load.caller import LoadTarget, Operator
 from zcproto.load.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS
 from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, check_plan, require_open_files
@@ -136,9 +136,9 @@ class Server(DemoServer):
         super().__init__(stage.home.path, store)
         self.stage = stage
 
-    def place(self) -> Target:
+    def place(self) -> LoadTarget:
         """Return where callers connect. Made in an event loop; close it at the end."""
-        return Target(HOST, HOST, self.port, self.stage.ca_file)
+        return LoadTarget(HOST, HOST, self.port, self.stage.ca_file)
 
     def context(self, *protocols: str) -> ssl.SSLContext:
         """Return a TLS context that trusts this server."""

@@ -115,7 +115,7 @@ def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Se
 def log_of_a_fresh_process() -> Iterator[None]:
     """Restore the log after tests that configure it, as `serve` does."""
     with pytest.MonkeyPatch.context() as patch:
-        state = log_module._State()
+        state = log_module._LogState()
         patch.setattr(log_module, "_state", state)
         yield
     state.output.close()

@@ -34,7 +34,7 @@ from bench.scenarios.sessions import Broken, ClientSession, check, open_session
 from bench.stage import ECDSA_ONLY, Server, Stage, room_for
 from bench.valkey import Link, Valkey
 from zcproto.common.event_loop import new_event_loop
-from zcproto.load.caller import Caller, Operator, Target
+from zcproto.load.caller import Caller, LoadTarget, Operator
 from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, require_open_files
 
@@ -257,7 +257,7 @@ class Node:
     def __init__(self, stage: Stage, store: str) -> None:
         self._server = Server(stage, store)
         self._stack: ExitStack | None = None
-        self._place: Target | None = None
+        self._place: LoadTarget | None = None
         self._operator: Operator | None = None
         self._longest_pause = 0.0
 

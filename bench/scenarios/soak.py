@@ -42,7 +42,7 @@ from bench.scenarios.sessions import open_session, with_retries
 from bench.scenarios.soak_clients import Client, Seen
 from bench.stage import ECDSA_ONLY, Server, Stage, memory_bytes
 from zcproto.errors import Code, ConfigError, ZcprotoError
-from zcproto.load.caller import Caller, Target
+from zcproto.load.caller import Caller, LoadTarget
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
@@ -272,7 +272,7 @@ class SoakOutcome:
 class Faults:
     """Rotations, reloads and full disks. Each raises ZcprotoError if the server does not come through it."""
 
-    def __init__(self, plan: SoakPlan, server: Server, place: Target, operator: Caller) -> None:
+    def __init__(self, plan: SoakPlan, server: Server, place: LoadTarget, operator: Caller) -> None:
         self._plan = plan
         self._server = server
         self._place = place
@@ -373,7 +373,7 @@ class Soak:
         self._outcome.interrupted = True
         self._stopping.set()
 
-    async def _conduct(self, place: Target, operator: Caller) -> None:
+    async def _conduct(self, place: LoadTarget, operator: Caller) -> None:
         plan, outcome = self._plan, self._outcome
         faults = Faults(plan, self._server, place, operator)
         self._began = time.monotonic()
@@ -392,7 +392,7 @@ class Soak:
             await client.settle(place)
         outcome.errors = (await faults.stats())["errors"]
 
-    async def _cycle(self, place: Target, faults: Faults) -> None:
+    async def _cycle(self, place: LoadTarget, faults: Faults) -> None:
         """Churn, with faults at random moments."""
         plan, chance = self._plan, self._chance
         begin = time.monotonic()

@@ -19,7 +19,7 @@ from bench.scenarios.harness import cause_of
 from bench.scenarios.sessions import ENDED_CODES, RETRY_LATER, ClientSession, open_session, refresh
 from bench.scenarios.storm_clients import Intruder
 from zcproto.errors import CallError, Code, ConnectionClosed, ZcprotoError
-from zcproto.load.caller import Caller, Target
+from zcproto.load.caller import Caller, LoadTarget
 from zcproto.load.plan import Credential
 
 MAX_SESSIONS: Final = 5
@@ -71,12 +71,12 @@ class Client:
         self._pause_s = pause_s
         self._is_steady = steady
         self._caller: Caller | None = None
-        self._place: Target | None = None
+        self._place: LoadTarget | None = None
         self._live: list[ClientSession] = []
         self._dead: list[bytes] = []
         self._stopping = False
 
-    async def run(self, place: Target) -> None:
+    async def run(self, place: LoadTarget) -> None:
         """Act until `stop`, then leave, unless it is a steady client."""
         self._place, self._stopping = place, False
         while not self._stopping:
@@ -88,7 +88,7 @@ class Client:
     def stop(self) -> None:
         self._stopping = True
 
-    async def settle(self, place: Target) -> None:
+    async def settle(self, place: LoadTarget) -> None:
         """Judge once more everything that is remembered, and end all sessions."""
         self._place = place
         for session in list(self._live):

@@ -21,7 +21,7 @@ from bench.stage import HOST
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ZcprotoError
-from zcproto.load.caller import Caller, Target
+from zcproto.load.caller import Caller, LoadTarget
 from zcproto.load.plan import Credential
 from zcproto.load.record import Latencies
 
@@ -49,7 +49,7 @@ class Honest:
     """Clients that stay connected and send requests in an open loop."""
 
     def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float) -> None:
-        self._place = Target(HOST, HOST, port, ca_file)
+        self._place = LoadTarget(HOST, HOST, port, ca_file)
         self._users = users
         self._rate = rate
         self._callers: list[Caller] = []
@@ -102,12 +102,12 @@ class Crowd:
         self._random = random.Random(1)  # noqa: S311 - no secret
         self._tokens: list[bytes] = []
         self._callers: list[Caller] = []
-        self._place: Target | None = None
+        self._place: LoadTarget | None = None
 
-    def _new_place(self, port: int) -> Target:
+    def _new_place(self, port: int) -> LoadTarget:
         if self._place is not None:
             self._place.close()
-        self._place = Target(HOST, HOST, port, self._ca_file)
+        self._place = LoadTarget(HOST, HOST, port, self._ca_file)
         return self._place
 
     async def open(self, port: int) -> None:
@@ -226,7 +226,7 @@ class Hostile:
     def __init__(
         self, port: int, ca_file: Path, users: Sequence[Credential], kinds: Sequence[str], comes_back_s: float
     ) -> None:
-        self._place = Target(HOST, HOST, port, ca_file)
+        self._place = LoadTarget(HOST, HOST, port, ca_file)
         self._users = users
         self._kinds = kinds
         self._comes_back_s = comes_back_s

@@ -22,7 +22,7 @@ from bench.stage import Stage
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
 from zcproto.errors import ConfigError, ConnectionClosed, Unavailable, ZcprotoError
-from zcproto.load.caller import Target
+from zcproto.load.caller import LoadTarget
 from zcproto.load.plan import Credential
 
 from .conftest import Serve
@@ -154,9 +154,9 @@ def test_short_soak_has_no_wrong_answer(
 
 @pytest.fixture
 def place(serve: Serve) -> Callable[..., Any]:
-    def make(app: App | None = None) -> tuple[ServerThread, Target]:
+    def make(app: App | None = None) -> tuple[ServerThread, LoadTarget]:
         server = serve(app)
-        return server, Target("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
+        return server, LoadTarget("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
 
     return make
 

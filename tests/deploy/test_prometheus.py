@@ -12,7 +12,7 @@ import pytest
 
 from tests.interop.support import needs
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
-from zcproto.observe.metrics import Kind
+from zcproto.observe.metrics import MetricKind
 
 DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
 RULES, DASHBOARD = DEPLOY / "prometheus" / "alerts.yml", DEPLOY / "grafana" / "dashboard.json"
@@ -24,7 +24,7 @@ LABELS |= {
     f"{metric.name}{suffix}": {*LABELS[metric.name], *(["le"] if suffix == "_bucket" else [])}
     for metric in ALL
     for suffix in ("_bucket", "_sum", "_count")
-    if metric.kind is Kind.HISTOGRAM
+    if metric.kind is MetricKind.HISTOGRAM
 }
 """The labels of every name that an expression may use."""
 

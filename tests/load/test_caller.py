@@ -15,13 +15,13 @@ from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError, ConnectionClosed, TlsError, ZcprotoError
 from zcproto.load import caller as module
-from zcproto.load.caller import Caller, Operator, ServerStats, Target
+from zcproto.load.caller import Caller, LoadTarget, Operator, ServerStats
 from zcproto.load.plan import Credential
 
 
 async def test_cancelled_disconnect_closes_connection(serve: Serve) -> None:
     server = serve()
-    target = Target("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
+    target = LoadTarget("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
     caller = await target.caller()
     resume = threading.Event()
     server.loop.call_soon_threadsafe(resume.wait, TIMEOUT)  # the server does not close its end

@@ -12,11 +12,11 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import TlsError
-from zcproto.load.connection import Connection
+from zcproto.load.connection import FrameConnection
 from zcproto.sessions import SessionRegistry, SessionSettings
 
 
-class RecordedConnection(Connection):
+class RecordedConnection(FrameConnection):
     __slots__ = ("seen",)
 
     def __init__(self, wheel: DeadlineWheel) -> None:
@@ -124,7 +124,7 @@ def test_connection_closed_while_connecting_is_closed_when_made() -> None:
 
 
 def test_events_without_a_handler_are_ignored(ends: Ends) -> None:
-    connection = Connection(ends.wheel)
+    connection = FrameConnection(ends.wheel)
     connection.connection_made(cast("Any", FakeTransport()))
     server = ends.server
     connection.conversation = ends.connection.conversation

@@ -15,7 +15,7 @@ from tests.helpers import FakeClock
 from zcproto.alerts import Phase
 from zcproto.certs.notices import NoticeKind
 from zcproto.config import LogConfig
-from zcproto.observe.events import EVENTS, FIELDS, Event
+from zcproto.observe.events import EVENTS, FIELDS, LogEvent
 from zcproto.observe.limits import WINDOW_S
 from zcproto.observe.log import configure_logging, get_logger, report_suppressed
 from zcproto.observe.values import loggable
@@ -108,7 +108,7 @@ def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def faults_of(place: Place, known: dict[str, Event]) -> list[str]:
+def faults_of(place: Place, known: dict[str, LogEvent]) -> list[str]:
     """Return the problems of a log call."""
     path = place.where.partition(":")[0]
     if place.name is None or not place.all_fields:
@@ -189,7 +189,7 @@ def test_no_field_name_is_masked_as_secret() -> None:
 
 
 @pytest.mark.parametrize("event", EVENTS.values(), ids=list(EVENTS))
-def test_events_follow_conventions_of_name_level_and_limit(event: Event) -> None:
+def test_events_follow_conventions_of_name_level_and_limit(event: LogEvent) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+", event.name)
     assert event.level in LEVELS
     assert event.meaning.endswith(".")
@@ -250,7 +250,7 @@ class LogHarness:
         configure_logging(LogConfig(level="debug", file=path, **settings), clock=self.clock)
         self.log = get_logger("zcproto.test")
 
-    def write(self, event: Event, key: str) -> None:
+    def write(self, event: LogEvent, key: str) -> None:
         values = dict.fromkeys(event.fields, key)
         getattr(self.log, event.level)(event.name, **values)
 
@@ -262,7 +262,9 @@ class LogHarness:
 
 
 @pytest.mark.parametrize("event", LIMITED, ids=[event.name for event in LIMITED])
-def test_flood_of_an_event_is_limited_and_suppressed_lines_are_reported(event: Event, tmp_path: Path) -> None:
+def test_flood_of_an_event_is_limited_and_suppressed_lines_are_reported(
+    event: LogEvent, tmp_path: Path
+) -> None:
     harness = LogHarness(tmp_path / "log")
     limit = event.limit
     assert limit is not None
@@ -276,7 +278,7 @@ def test_flood_of_an_event_is_limited_and_suppressed_lines_are_reported(event: E
 
 
 @pytest.mark.parametrize("event", LIMITED, ids=[event.name for event in LIMITED])
-def test_many_addresses_together_are_limited(event: Event, tmp_path: Path) -> None:
+def test_many_addresses_together_are_limited(event: LogEvent, tmp_path: Path) -> None:
     harness = LogHarness(tmp_path / "log")
     limit = event.limit
     assert limit is not None

@@ -14,13 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY, TABLE
-from zcproto.observe.metrics import MAX_LABEL, Kind, Metric, Metrics, Reading
+from zcproto.observe.metrics import MAX_LABEL, Metric, MetricKind, Metrics, Reading
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 
-THINGS = Metric("zcproto_things_total", Kind.COUNTER, "Things.", ("kind",))
-HEIGHT = Metric("zcproto_height", Kind.GAUGE, "How high.")
-TIMES = Metric("zcproto_times_seconds", Kind.HISTOGRAM, "How long.", ("what",))
+THINGS = Metric("zcproto_things_total", MetricKind.COUNTER, "Things.", ("kind",))
+HEIGHT = Metric("zcproto_height", MetricKind.GAUGE, "How high.")
+TIMES = Metric("zcproto_times_seconds", MetricKind.HISTOGRAM, "How long.", ("what",))
 
 
 def text_of(*readings: Reading, accept: str = "") -> str:
@@ -179,17 +179,17 @@ def test_interpreter_metrics_use_a_separate_registry() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "help", "labels"),
     [
-        ("things_total", Kind.COUNTER, "A.", ()),
-        ("zcproto_things", Kind.COUNTER, "A.", ()),
-        ("zcproto_things_total", Kind.GAUGE, "A.", ()),
-        ("zcproto_Things_total", Kind.COUNTER, "A.", ()),
-        ("zcproto_things_total", Kind.COUNTER, "No full stop", ()),
-        ("zcproto_things_total", Kind.COUNTER, "A.", ("le",)),
-        ("zcproto_things_total", Kind.COUNTER, "A.", ("a-b",)),
+        ("things_total", MetricKind.COUNTER, "A.", ()),
+        ("zcproto_things", MetricKind.COUNTER, "A.", ()),
+        ("zcproto_things_total", MetricKind.GAUGE, "A.", ()),
+        ("zcproto_Things_total", MetricKind.COUNTER, "A.", ()),
+        ("zcproto_things_total", MetricKind.COUNTER, "No full stop", ()),
+        ("zcproto_things_total", MetricKind.COUNTER, "A.", ("le",)),
+        ("zcproto_things_total", MetricKind.COUNTER, "A.", ("a-b",)),
     ],
 )
 def test_metric_violating_conventions_asserts(
-    name: str, kind: Kind, help: str, labels: tuple[str, ...]
+    name: str, kind: MetricKind, help: str, labels: tuple[str, ...]
 ) -> None:
     with pytest.raises(AssertionError):
         Metric(name, kind, help, labels)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import uvloop
 
-from zcproto.server.eager import EagerTasks, Worker
+from zcproto.server.eager import EagerTasks, EagerWorker
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class TaskHarness:
         self.loop.call_soon(callback)
         return self.loop.run_until_complete(future)
 
-    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Worker | None:
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> EagerWorker | None:
         return self.in_loop(lambda: self.tasks.start(coroutine))
 
     def value(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -76,11 +76,11 @@ class TaskHarness:
         assert self.start(coroutine) is None
         return self.tasks.result
 
-    def waiting(self, coroutine: Coroutine[Any, Any, Any]) -> tuple[Worker, Outcome]:
+    def waiting(self, coroutine: Coroutine[Any, Any, Any]) -> tuple[EagerWorker, Outcome]:
         """Start a coroutine that must wait."""
         outcome = Outcome()
 
-        def step() -> Worker:
+        def step() -> EagerWorker:
             worker = self.tasks.start(coroutine)
             assert worker is not None
             worker.done = outcome
@@ -93,11 +93,11 @@ class TaskHarness:
             self.in_loop(lambda: None)
 
     def finish(self, outcome: Outcome) -> Outcome:
-        """Run the loop until a Worker is done."""
+        """Run the loop until a worker is done."""
 
         async def wait() -> None:
             async with asyncio.timeout(5):
-                while not outcome.calls:  # noqa: ASYNC110 - the Worker knows no events
+                while not outcome.calls:  # noqa: ASYNC110 - the EagerWorker knows no events
                     await asyncio.sleep(0)
 
         self.loop.run_until_complete(wait())

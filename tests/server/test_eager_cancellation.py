@@ -17,7 +17,7 @@ from tests.server.eager_harness import (
     tasks,
     warm,
 )
-from zcproto.server.eager import Worker
+from zcproto.server.eager import EagerWorker
 
 __all__ = ["harness", "loop", "tasks", "warm"]
 
@@ -81,7 +81,7 @@ def test_cancel_reaches_the_awaited_future(
 
     outcome = Outcome()
 
-    def step() -> Worker:
+    def step() -> EagerWorker:
         worker = harness.tasks.start(coroutine())
         assert worker is not None
         worker.done = outcome

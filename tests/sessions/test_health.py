@@ -16,9 +16,9 @@ from zcproto.sessions.health import (
     STEADY_S,
     TRANSITIONS,
     WINDOW_S,
-    Alert,
-    Input,
-    State,
+    HealthAlert,
+    HealthInput,
+    HealthState,
     StoreHealth,
     next_state,
 )
@@ -33,7 +33,7 @@ class Watch:
     """The health of a store with its alerts and a manual clock."""
 
     def __init__(self, *, grace: float = GRACE, random: Callable[[], float] = lambda: 0.5) -> None:
-        self.alerts: list[Alert] = []
+        self.alerts: list[HealthAlert] = []
         self.health = StoreHealth(
             grace_s=grace, timeout_s=TIMEOUT, random=random, on_alert=self.alerts.append
         )
@@ -41,14 +41,14 @@ class Watch:
 
     def outage(self) -> None:
         self.health.failed(self.now, TIMEOUT)
-        assert self.health.state is State.DEGRADED
+        assert self.health.state is HealthState.DEGRADED
 
     def probe(self) -> None:
         """Advance the clock until a probe is due."""
         while not self.health.handle_time(self.now):
             assert self.health.next_deadline() > self.now
             self.now = self.health.next_deadline()
-        assert self.health.state is State.RECOVERING
+        assert self.health.state is HealthState.RECOVERING
 
     def recover(self) -> None:
         self.probe()
@@ -63,22 +63,22 @@ def watch() -> Watch:
 # --- the table --------------------------------------------------------------------------------------------
 
 AFTER = {
-    (State.HEALTHY, Input.FAILURE): State.HEALTHY,
-    (State.HEALTHY, Input.OUTAGE): State.DEGRADED,
-    (State.DEGRADED, Input.FAILURE): State.DEGRADED,
-    (State.DEGRADED, Input.OUTAGE): State.DEGRADED,
-    (State.DEGRADED, Input.PROBE_DUE): State.RECOVERING,
-    (State.DEGRADED, Input.GRACE_OVER): State.DEGRADED,
-    (State.RECOVERING, Input.FAILURE): State.RECOVERING,
-    (State.RECOVERING, Input.OUTAGE): State.RECOVERING,
-    (State.RECOVERING, Input.PROBE_OK): State.HEALTHY,
-    (State.RECOVERING, Input.PROBE_FAILED): State.DEGRADED,
-    (State.RECOVERING, Input.GRACE_OVER): State.RECOVERING,
+    (HealthState.HEALTHY, HealthInput.FAILURE): HealthState.HEALTHY,
+    (HealthState.HEALTHY, HealthInput.OUTAGE): HealthState.DEGRADED,
+    (HealthState.DEGRADED, HealthInput.FAILURE): HealthState.DEGRADED,
+    (HealthState.DEGRADED, HealthInput.OUTAGE): HealthState.DEGRADED,
+    (HealthState.DEGRADED, HealthInput.PROBE_DUE): HealthState.RECOVERING,
+    (HealthState.DEGRADED, HealthInput.GRACE_OVER): HealthState.DEGRADED,
+    (HealthState.RECOVERING, HealthInput.FAILURE): HealthState.RECOVERING,
+    (HealthState.RECOVERING, HealthInput.OUTAGE): HealthState.RECOVERING,
+    (HealthState.RECOVERING, HealthInput.PROBE_OK): HealthState.HEALTHY,
+    (HealthState.RECOVERING, HealthInput.PROBE_FAILED): HealthState.DEGRADED,
+    (HealthState.RECOVERING, HealthInput.GRACE_OVER): HealthState.RECOVERING,
 }
 
 
-@pytest.mark.parametrize(("state", "given"), [*itertools.product(State, Input)])
-def test_every_state_and_input(state: State, given: Input) -> None:
+@pytest.mark.parametrize(("state", "given"), [*itertools.product(HealthState, HealthInput)])
+def test_every_state_and_input(state: HealthState, given: HealthInput) -> None:
     if (state, given) in AFTER:
         assert next_state(state, given) is AFTER[state, given]
     else:
@@ -87,8 +87,8 @@ def test_every_state_and_input(state: State, given: Input) -> None:
 
 
 def test_table_covers_and_reaches_every_state() -> None:
-    assert set(TRANSITIONS) == set(State)
-    assert {state for row in TRANSITIONS.values() for state in row.values()} == set(State)
+    assert set(TRANSITIONS) == set(HealthState)
+    assert {state for row in TRANSITIONS.values() for state in row.values()} == set(HealthState)
 
 
 def test_store_is_used_only_while_healthy(watch: Watch) -> None:
@@ -106,8 +106,8 @@ def test_store_is_used_only_while_healthy(watch: Watch) -> None:
 
 def test_slow_failure_is_an_outage(watch: Watch) -> None:
     watch.health.failed(NOW, TIMEOUT / 2)
-    assert watch.health.state is State.DEGRADED
-    assert watch.alerts == [Alert.BEGAN]
+    assert watch.health.state is HealthState.DEGRADED
+    assert watch.alerts == [HealthAlert.BEGAN]
 
 
 def test_third_quick_failure_is_an_outage(watch: Watch) -> None:
@@ -149,7 +149,7 @@ def test_failures_during_outage_are_ignored(watch: Watch, probing: bool) -> None
         watch.health.failed(watch.now, QUICK)
         watch.health.begin_outage(watch.now)
     assert (watch.health.state, watch.health.next_deadline()) == (state, deadline)
-    assert watch.alerts == [Alert.BEGAN]
+    assert watch.alerts == [HealthAlert.BEGAN]
     assert watch.health.outages == 1
 
 
@@ -159,7 +159,7 @@ def test_failures_during_outage_are_ignored(watch: Watch, probing: bool) -> None
 def test_healthy_store_is_not_probed(watch: Watch) -> None:
     assert watch.health.next_deadline() == NEVER
     assert not watch.health.handle_time(NOW + 1e6)
-    assert watch.health.state is State.HEALTHY
+    assert watch.health.state is HealthState.HEALTHY
 
 
 @pytest.mark.parametrize(("random", "part"), [(0.0, 0.5), (0.5, 0.75), (0.999, 0.9995)])
@@ -209,14 +209,14 @@ def test_grace_starts_with_the_outage(watch: Watch) -> None:
     assert not watch.health.grace_over
     watch.health.handle_time(NOW + GRACE)
     assert watch.health.grace_over
-    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER]
+    assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER]
 
 
 def test_grace_ends_during_probe(watch: Watch) -> None:
     watch.outage()
     watch.probe()
     assert not watch.health.handle_time(NOW + GRACE)
-    assert (watch.health.state, watch.health.grace_over) == (State.RECOVERING, True)
+    assert (watch.health.state, watch.health.grace_over) == (HealthState.RECOVERING, True)
     assert watch.health.next_deadline() == NEVER
     watch.health.probe_succeeded(NOW + GRACE)
     assert not watch.health.grace_over
@@ -229,7 +229,7 @@ def test_end_of_grace_is_alerted_once_and_probes_continue(watch: Watch) -> None:
         watch.probe()
         watch.health.probe_failed(watch.now)
     watch.recover()
-    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER, Alert.ENDED]
+    assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER, HealthAlert.ENDED]
 
 
 def test_each_outage_starts_a_new_grace(watch: Watch) -> None:
@@ -249,14 +249,14 @@ def test_zero_grace_refuses_all_at_once() -> None:
     watch = Watch(grace=0.0)
     watch.outage()
     assert watch.health.grace_over
-    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER]
+    assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER]
 
 
 def test_no_grace_without_known_sessions(watch: Watch) -> None:
     watch.health.begin_outage(NOW, grace=False)
     assert watch.health.grace_over
     watch.recover()
-    assert watch.alerts == [Alert.BEGAN, Alert.GRACE_OVER, Alert.ENDED]
+    assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER, HealthAlert.ENDED]
 
 
 # --- retry delay and alerts ------------------------------------------------------------------
@@ -279,5 +279,5 @@ def test_outage_has_one_alert_at_begin_and_end(watch: Watch) -> None:
             watch.probe()
             watch.health.probe_failed(watch.now)
         watch.recover()
-    assert watch.alerts == [Alert.BEGAN, Alert.ENDED] * 3
+    assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.ENDED] * 3
     assert watch.health.outages == 3

@@ -20,7 +20,7 @@ from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.sites import SiteContexts
 from zcproto.tls.suites import SUITES
-from zcproto.tls.transport import Phase
+from zcproto.tls.transport import TlsPhase
 
 PEER = "192.0.2.7"
 PATIENCE = 20.0
@@ -70,7 +70,7 @@ class RecordingProtocol(asyncio.Protocol):
 async def all_gone(connections: Iterable[TlsServerTransport]) -> None:
     """Wait until all connections of a server are gone, before its loop ends."""
     async with asyncio.timeout(PATIENCE):
-        while any(each._phase is not Phase.CLOSED for each in connections):  # noqa: ASYNC110
+        while any(each._phase is not TlsPhase.CLOSED for each in connections):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
@@ -120,11 +120,11 @@ class TlsPair:
         self.raw.deliver(self.step())
         self.hear()
         self.raw.deliver(self.step())
-        assert self.phase is Phase.OPEN
+        assert self.phase is TlsPhase.OPEN
         return self
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> TlsPhase:
         return self.server._phase
 
     @property

@@ -6,12 +6,12 @@ import ssl
 
 import pytest
 
-from zcproto.tls.client_hello import Alert, alert_record
+from zcproto.tls.client_hello import AlertDescription, alert_record
 
 
 def test_alert_numbers_match_rfc_8446() -> None:
     """RFC 8446 section 6."""
-    assert {alert.name: alert.value for alert in Alert} == {
+    assert {alert.name: alert.value for alert in AlertDescription} == {
         "UNEXPECTED_MESSAGE": 10,
         "HANDSHAKE_FAILURE": 40,
         "ILLEGAL_PARAMETER": 47,
@@ -23,11 +23,11 @@ def test_alert_numbers_match_rfc_8446() -> None:
 
 
 def test_alert_is_one_fatal_plaintext_record() -> None:
-    assert alert_record(Alert.PROTOCOL_VERSION) == bytes.fromhex("15 0303 0002 02 46")
+    assert alert_record(AlertDescription.PROTOCOL_VERSION) == bytes.fromhex("15 0303 0002 02 46")
 
 
-@pytest.mark.parametrize("alert", Alert)
-def test_openssl_parses_each_alert(alert: Alert, client_tls: ssl.SSLContext) -> None:
+@pytest.mark.parametrize("alert", AlertDescription)
+def test_openssl_parses_each_alert(alert: AlertDescription, client_tls: ssl.SSLContext) -> None:
     incoming = ssl.MemoryBIO()
     client = client_tls.wrap_bio(incoming, ssl.MemoryBIO(), server_hostname="localhost")
     with pytest.raises(ssl.SSLWantReadError):

@@ -26,7 +26,7 @@ from tests.tls.support import all_gone
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.client import SHOWN_PINS, TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
-from zcproto.tls.client_hello import Alert, alert_record
+from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
@@ -293,9 +293,9 @@ def test_tls_1_2_only_server_is_unsupported_version(
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [
-        (alert_record(Alert.HANDSHAKE_FAILURE), "no_shared_suite"),
-        (alert_record(Alert.PROTOCOL_VERSION), "unsupported_version"),
-        (alert_record(Alert.NO_APPLICATION_PROTOCOL), "no_application_protocol"),
+        (alert_record(AlertDescription.HANDSHAKE_FAILURE), "no_shared_suite"),
+        (alert_record(AlertDescription.PROTOCOL_VERSION), "unsupported_version"),
+        (alert_record(AlertDescription.NO_APPLICATION_PROTOCOL), "no_application_protocol"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not_tls"),
         (b"SSH-2.0-OpenSSH_9.9\r\n", "not_tls"),
     ],

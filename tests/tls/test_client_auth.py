@@ -20,7 +20,7 @@ from zcproto.errors import CertificateError
 from zcproto.tls.context import ClientAuth, client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import certificate_pin, key_pin
-from zcproto.tls.transport import Phase
+from zcproto.tls.transport import TlsPhase
 
 OTHER_PIN = "sha256/" + "A" * 43 + "="
 
@@ -72,7 +72,7 @@ def refused(pair: TlsPair) -> ssl.SSLError:
     pair.raw.deliver(pair.step())
     pair.hear()
     pair.raw.deliver(pair.step())
-    assert pair.phase is Phase.CLOSING
+    assert pair.phase is TlsPhase.CLOSING
     assert pair.protocol.calls == []
     assert pair.log[-1] == "slot free"
     assert pair.acceptor.handshakes_in_progress == 0
@@ -328,7 +328,7 @@ def test_client_pins_can_change_while_connections_are_open(
     second.raw.deliver(second.step())
     second.hear()
     second.raw.deliver(second.step())
-    assert first.phase is Phase.OPEN
+    assert first.phase is TlsPhase.OPEN
     assert first.failures == {TlsFailure.PIN_MISMATCH: 1}
 
 

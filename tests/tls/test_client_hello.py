@@ -40,7 +40,7 @@ from zcproto.tls.client_hello import (
     MAX_SIZE,
     SUITE_IDS,
     Accepted,
-    Alert,
+    AlertDescription,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,
@@ -55,13 +55,13 @@ Verdict = Accepted | Refusal | None
 
 NOT_TLS = Refusal(TlsFailure.NOT_TLS, None)
 HTTP = Refusal(TlsFailure.PLAINTEXT_HTTP, None)
-MALFORMED = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.DECODE_ERROR)
-UNEXPECTED = Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
-TOO_LARGE = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
-NO_TLS_1_3 = Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
-NO_SUITE = Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
-NO_ALPN = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
-NO_NAME = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.UNRECOGNIZED_NAME)
+MALFORMED = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.DECODE_ERROR)
+UNEXPECTED = Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE)
+TOO_LARGE = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, AlertDescription.ILLEGAL_PARAMETER)
+NO_TLS_1_3 = Refusal(TlsFailure.UNSUPPORTED_VERSION, AlertDescription.PROTOCOL_VERSION)
+NO_SUITE = Refusal(TlsFailure.NO_SHARED_SUITE, AlertDescription.HANDSHAKE_FAILURE)
+NO_ALPN = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL)
+NO_NAME = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.UNRECOGNIZED_NAME)
 LOCALHOST = Accepted("localhost")
 
 GOOD = Hello()
@@ -396,7 +396,7 @@ def test_openssl_refuses_the_same_names_with_same_alert(
         server.do_handshake()
     assert isinstance(caught.value, ssl.SSLWantReadError) is (refusal is None)
     if refusal is not None:
-        assert outgoing.read() == alert_record(refusal.alert or Alert.DECODE_ERROR)
+        assert outgoing.read() == alert_record(refusal.alert or AlertDescription.DECODE_ERROR)
     verdict = judge(data)
     assert verdict == refusal or (refusal is None and isinstance(verdict, Accepted))
 

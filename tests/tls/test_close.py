@@ -15,7 +15,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.sites import SiteContexts
-from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, Phase
+from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, TlsPhase
 
 # --- clean ----------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def test_eof_without_close_notify_is_truncated(agreed: TlsPair, half: bytes) -> 
     assert made == "made"
     assert isinstance(error, TlsError)
     assert error.failure == "truncated"
-    assert agreed.phase is Phase.CLOSED
+    assert agreed.phase is TlsPhase.CLOSED
 
 
 def test_reset_is_distinguished_from_truncation(agreed: TlsPair) -> None:
@@ -258,7 +258,7 @@ def test_abort_is_not_a_failure_of_the_peer(agreed: TlsPair) -> None:
 
 def test_late_deadline_does_not_affect_open_connection(agreed: TlsPair) -> None:
     agreed.server.handle_deadline(agreed.timers.time())
-    assert agreed.phase is Phase.OPEN
+    assert agreed.phase is TlsPhase.OPEN
     agreed.raw.lose()
     agreed.server.buffer_updated(5)
     agreed.server.buffer_updated(60_000)

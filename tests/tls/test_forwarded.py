@@ -12,7 +12,7 @@ from tests.tls.support import PEER, TlsPair
 from tests.tls.test_proxy_header import header
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.forwarded import ForwardedTransport
-from zcproto.tls.transport import Phase
+from zcproto.tls.transport import TlsPhase
 
 CLIENT = "198.51.100.9"
 HEADER = header(body=bytes([198, 51, 100, 9, 192, 0, 2, 1]) + b"\x9c\x40\x1d\x13")
@@ -29,7 +29,7 @@ def pair(timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLCont
 def end(pair: TlsPair) -> list[Any]:
     pair.raw.deliver_eof()
     pair.timers.run()
-    assert pair.phase is Phase.CLOSED
+    assert pair.phase is TlsPhase.CLOSED
     assert pair.acceptor.handshakes_in_progress == 0
     assert len(pair.acceptor.wheel) == 0
     return pair.log

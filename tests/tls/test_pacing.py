@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import FakeTimers
 from tests.tls.support import RecordingProtocol, TlsPair, new_acceptor
 from zcproto.tls.server import BUDGET_WINDOW, TURN_BUDGET, TlsAcceptor
-from zcproto.tls.transport import Phase
+from zcproto.tls.transport import TlsPhase
 
 
 class Stopwatch:
@@ -192,12 +192,12 @@ def phases(pairs: list[TlsPair]) -> list[Any]:
 
 def test_real_handshakes_are_paced(queued: list[TlsPair], timers: FakeTimers) -> None:
     for started in (2, 4, 5):
-        assert phases(queued) == [Phase.HANDSHAKE] * started + [Phase.HELLO] * (5 - started)
+        assert phases(queued) == [TlsPhase.HANDSHAKE] * started + [TlsPhase.HELLO] * (5 - started)
         timers.turn()
     for pair in queued:
         pair.hear()
         pair.raw.deliver(pair.step())
-    assert phases(queued) == [Phase.OPEN] * 5
+    assert phases(queued) == [TlsPhase.OPEN] * 5
 
 
 @pytest.mark.parametrize("how", ["reset", "end of stream", "timeout", "closed by us"])
@@ -217,6 +217,6 @@ def test_connection_closed_while_queued_costs_no_handshake(
     timers.run()
     assert queued[2].raw.writes == []
     assert queued[2].server.get_extra_info("ssl_object") is None
-    assert phases(queued)[3:] == [Phase.HANDSHAKE] * 2
+    assert phases(queued)[3:] == [TlsPhase.HANDSHAKE] * 2
     assert acceptor.handshakes_in_progress == 4
     assert not acceptor._queue

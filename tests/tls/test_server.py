@@ -23,20 +23,20 @@ from tests.tls.support import (
     records,
 )
 from zcproto.errors import TlsError
-from zcproto.tls.client_hello import Alert, alert_record
+from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER
 from zcproto.tls.sites import SiteContexts
 from zcproto.tls.suites import SUITES
-from zcproto.tls.transport import LINGER_TIME, Phase
+from zcproto.tls.transport import LINGER_TIME, TlsPhase
 
 TIMEOUT = 5.0
 
 
 def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
     """Assert that the connection ended with this failure, counted once, and nothing reached the protocol."""
-    assert pair.phase is Phase.CLOSING
+    assert pair.phase is TlsPhase.CLOSING
     assert pair.failures == {failure: 1}
     assert pair.log == [(failure, PEER), "slot free"]
     assert pair.raw.eof_written
@@ -48,7 +48,7 @@ def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
     assert pair.log == [(failure, PEER), "slot free", "closed"]
     assert pair.failures == {failure: 1}
     assert pair.protocol.calls == []
-    assert pair.phase is Phase.CLOSED
+    assert pair.phase is TlsPhase.CLOSED
     assert len(pair.acceptor.wheel) == 0
 
 
@@ -133,12 +133,12 @@ def test_hello_retry_request_selects_shared_group(
     pair.raw.deliver(pair.step())
     retry = pair.hear()
     assert bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c") in retry
-    assert pair.phase is Phase.HANDSHAKE
+    assert pair.phase is TlsPhase.HANDSHAKE
     assert pair.acceptor.handshakes_in_progress == 1
     pair.raw.deliver(pair.step())
     pair.hear()
     pair.raw.deliver(pair.step())
-    assert pair.phase is Phase.OPEN
+    assert pair.phase is TlsPhase.OPEN
     pair.say(b"hello")
     assert pair.protocol.received == b"hello"
 
@@ -204,7 +204,7 @@ def test_new_connections_use_replaced_context(
     first.hear()
     first.raw.deliver(first.step())
     second = TlsPair(timers, old, client_tls, acceptor=first.acceptor).agree()
-    assert first.phase is Phase.OPEN
+    assert first.phase is TlsPhase.OPEN
     assert first.client.getpeercert(True) != second.client.getpeercert(True)
 
 
@@ -256,14 +256,14 @@ def foreign_alpn() -> ssl.SSLContext:
 @pytest.mark.parametrize(
     ("context", "failure", "alert"),
     [
-        (only_tls_1_2, TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION),
-        (foreign_alpn, TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL),
+        (only_tls_1_2, TlsFailure.UNSUPPORTED_VERSION, AlertDescription.PROTOCOL_VERSION),
+        (foreign_alpn, TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL),
     ],
 )
 def test_unsupported_client_gets_alert(
     context: Callable[[], ssl.SSLContext],
     failure: TlsFailure,
-    alert: Alert,
+    alert: AlertDescription,
     timers: FakeTimers,
     server_tls: ssl.SSLContext,
 ) -> None:
@@ -285,7 +285,7 @@ REFUSED: list[tuple[str, bytes, TlsFailure, bytes]] = [
     ("garbage", b"\xde\xad\xbe\xef" * 20, TlsFailure.NOT_TLS, b""),
     ("ssh", b"SSH-2.0-OpenSSH_9.9\r\n", TlsFailure.NOT_TLS, b""),
     ("http", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", TlsFailure.PLAINTEXT_HTTP, PLAINTEXT_ANSWER),
-    ("alert first", alert_record(Alert.DECODE_ERROR), TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
+    ("alert first", alert_record(AlertDescription.DECODE_ERROR), TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
     ("data first", b"\x17\3\3\0\5hello", TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
     ("malformed", in_records(b"\1\0\0\0"), TlsFailure.MALFORMED_CLIENT_HELLO, b"\x32"),
     ("large", b"\x16\3\1\x40\0", TlsFailure.CLIENT_HELLO_TOO_LARGE, b"\x2f"),
@@ -309,7 +309,7 @@ def test_invalid_hello_is_answered_and_counted(
 def test_data_in_same_read_after_hello_is_refused(tls_pair: TlsPair, more: bytes) -> None:
     """It must never reach a BIO, which would keep its size."""
     tls_pair.raw.deliver(tls_pair.step() + more)
-    assert bytes(tls_pair.raw.sent) == alert_record(Alert.UNEXPECTED_MESSAGE)
+    assert bytes(tls_pair.raw.sent) == alert_record(AlertDescription.UNEXPECTED_MESSAGE)
     is_refused(tls_pair, TlsFailure.UNEXPECTED_MESSAGE)
 
 
@@ -330,9 +330,9 @@ def test_data_while_hello_is_queued_is_refused(
     pair = TlsPair(timers, server_tls, client_tls)
     monkeypatch.setattr(pair.acceptor, "schedule", lambda transport: None)
     pair.raw.deliver(pair.step())
-    assert pair.phase is Phase.HELLO
+    assert pair.phase is TlsPhase.HELLO
     pair.raw.deliver(b"\x17\3\3\0\1x")
-    assert bytes(pair.raw.sent) == alert_record(Alert.UNEXPECTED_MESSAGE)
+    assert bytes(pair.raw.sent) == alert_record(AlertDescription.UNEXPECTED_MESSAGE)
     pair.server.start_handshake()  # its turn still comes
     is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
 
@@ -348,7 +348,7 @@ def test_no_shared_group_gets_openssl_alert(
     client.set_ecdh_curve("secp384r1")
     pair = TlsPair(timers, server, client)
     pair.raw.deliver(pair.step())
-    assert bytes(pair.raw.sent) == alert_record(Alert.HANDSHAKE_FAILURE)
+    assert bytes(pair.raw.sent) == alert_record(AlertDescription.HANDSHAKE_FAILURE)
     is_refused(pair, TlsFailure.NO_SHARED_GROUP)
 
 
@@ -373,7 +373,7 @@ def test_client_rejecting_certificate_is_counted(
         (b"\x17\3\3\0\x20" + bytes(32), TlsFailure.BAD_RECORD),
         (b"\x17\3\3\xff\xff", TlsFailure.BAD_RECORD),
         (b"\x14\3\3\0\1\1" * 40, TlsFailure.BAD_RECORD),
-        (alert_record(Alert.DECODE_ERROR), TlsFailure.PEER_ALERT),
+        (alert_record(AlertDescription.DECODE_ERROR), TlsFailure.PEER_ALERT),
     ],
 )
 def test_corrupted_second_flight_ends_handshake(tls_pair: TlsPair, data: bytes, failure: TlsFailure) -> None:
@@ -393,7 +393,7 @@ def test_hello_invalid_only_for_openssl_is_refused_by_it(tls_pair: TlsPair) -> N
     ((kind, content),) = records(bytes(tls_pair.raw.sent))
     assert (kind, content[0]) == (ALERT, 2)
     assert sum(tls_pair.failures.values()) == 1
-    assert tls_pair.phase is Phase.CLOSING
+    assert tls_pair.phase is TlsPhase.CLOSING
 
 
 # --- defence in depth ----------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_slow_bytes_do_not_extend_handshake_timeout(
     pair = TlsPair(timers, server_tls, client_tls, handshake_timeout=TIMEOUT)
     hello = pair.step()
     at = 0
-    while pair.phase is Phase.HELLO:
+    while pair.phase is TlsPhase.HELLO:
         pair.raw.deliver(hello[at : at + 1])
         at += 1
         timers.advance(every)
@@ -462,7 +462,7 @@ def test_timed_out_handshake_lingers_and_is_reset(
 
 def test_handshake_deadline_is_cleared_on_completion(agreed: TlsPair) -> None:
     agreed.timers.advance(1_000)
-    assert agreed.phase is Phase.OPEN
+    assert agreed.phase is TlsPhase.OPEN
     assert agreed.failures == {}
 
 

@@ -15,7 +15,7 @@ from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError
 from zcproto.tls.context import client_context, server_context
 from zcproto.tls.sites import SiteContexts
-from zcproto.tls.transport import Phase
+from zcproto.tls.transport import TlsPhase
 
 
 def bare() -> ssl.SSLContext:
@@ -146,7 +146,7 @@ def test_replaced_sites_apply_to_later_handshakes(
     leaf = new.client.getpeercert(True)
     assert cut.client.getpeercert(True) == leaf
     assert old.client.getpeercert(True) != leaf
-    assert cut.phase is old.phase is Phase.OPEN
+    assert cut.phase is old.phase is TlsPhase.OPEN
     old.say(b"still here")
     assert old.protocol.received == b"still here"
 

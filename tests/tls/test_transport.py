@@ -16,7 +16,7 @@ from tests.tls.support import ALERT, HANDSHAKE, Forger, RecordingProtocol, TlsPa
 from zcproto.errors import TlsError
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.transport import MAX_BARREN_BYTES, RECORD_SIZE, Phase, ReceiveBuffer, TlsTransport
+from zcproto.tls.transport import MAX_BARREN_BYTES, RECORD_SIZE, ReceiveBuffer, TlsPhase, TlsTransport
 
 MIB = 1_048_576
 
@@ -298,7 +298,7 @@ def test_key_updates_are_applied_and_answered(forged: Forged, answer: bool) -> N
     for number in range(10):
         pair.raw.deliver(forger.key_update(answer=answer) + forger.record(b"%d" % number))
     assert pair.protocol.received == b"0123456789"
-    assert pair.phase is Phase.OPEN
+    assert pair.phase is TlsPhase.OPEN
     pair.server.write(b"still here")
     assert pair.client_reads() == b"still here"
 
@@ -325,7 +325,7 @@ def test_flood_of_key_updates_is_limited(forged: Forged, answer: bool, piece: in
     pair, forger = forged
     before = len(pair.raw.sent)
     sent = 0
-    while pair.phase is Phase.OPEN:
+    while pair.phase is TlsPhase.OPEN:
         flood = b"".join(forger.key_update(answer=answer) for _ in range(200))
         sent += len(flood)
         pair.raw.deliver(flood, piece)
@@ -342,9 +342,9 @@ def test_data_between_key_updates_resets_count(forged: Forged, monkeypatch: pyte
         pair.raw.deliver(b"".join(forger.key_update() for _ in range(100)))
         pair.raw.deliver(forger.record(b"x"))
     assert pair.protocol.received == b"xxx"
-    assert pair.phase is Phase.OPEN
+    assert pair.phase is TlsPhase.OPEN
     pair.raw.deliver(b"".join(forger.key_update() for _ in range(120)))
-    assert pair.phase is Phase.CLOSING
+    assert pair.phase is TlsPhase.CLOSING
 
 
 def test_record_in_many_pieces_is_not_barren(forged: Forged) -> None:
@@ -358,10 +358,10 @@ def test_flood_of_empty_records_is_limited(forged: Forged) -> None:
     """RFC 8446 section 5.1 allows empty records; OpenSSL allows 32 in a row."""
     pair, forger = forged
     pair.raw.deliver(forger.record(b"") * 1)
-    assert pair.phase is Phase.OPEN
+    assert pair.phase is TlsPhase.OPEN
     assert pair.protocol.received == b""
     pair.raw.deliver(b"".join(forger.record(b"") for _ in range(1_000)))
-    assert pair.phase is Phase.CLOSING
+    assert pair.phase is TlsPhase.CLOSING
     assert pair.failures == {TlsFailure.BAD_RECORD: 1}
 
 
@@ -404,7 +404,7 @@ def test_hostile_record_ends_connection_with_alert(forged: Forged, name: str) ->
     make, failure, alert = HOSTILE[name]
     pair.raw.deliver(make(forger))
     assert pair.failures == {failure: 1}
-    assert pair.phase is Phase.CLOSING
+    assert pair.phase is TlsPhase.CLOSING
     assert pair.raw.eof_written
     assert alert in str(pair.refusal())
     pair.raw.deliver_eof()
@@ -418,7 +418,7 @@ def test_data_before_hostile_record_is_delivered_and_none_after(forged: Forged) 
     pair, forger = forged
     pair.raw.deliver(forger.record(b"good") + b"\x17\3\3\0\x20" + bytes(32) + forger.record(b"never"))
     assert pair.protocol.received == b"good"
-    assert pair.phase is Phase.CLOSING
+    assert pair.phase is TlsPhase.CLOSING
 
 
 @pytest.mark.parametrize(

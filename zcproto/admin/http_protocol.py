@@ -22,7 +22,7 @@ from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, text
 from zcproto.http.security_headers import SecurityHeaders
 
 if TYPE_CHECKING:
-    from zcproto.server.eager import Worker
+    from zcproto.server.eager import EagerWorker
     from zcproto.server.state import ServerState
 
 MIN_READ: Final = 16_384
@@ -98,7 +98,7 @@ class HttpProtocol(asyncio.Protocol):
     _connection: HttpConnection | None = None
     _number: int = 0
     _next: HttpRequest | None = None  # pipelined; answered in a later turn of the loop
-    _worker: Worker | None = None
+    _worker: EagerWorker | None = None
     _paused_since: float | None = None  # or since the peer last read MIN_READ
     _unread: int = 0  # bytes buffered at that time
     _reading: bool = True
@@ -182,7 +182,7 @@ class HttpProtocol(asyncio.Protocol):
         else:
             self._respond_safely(answer)
 
-    def _await(self, worker: Worker) -> None:
+    def _await(self, worker: EagerWorker) -> None:
         endpoint = self._endpoint
         self._worker = worker
         endpoint.answering += 1

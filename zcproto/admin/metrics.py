@@ -26,7 +26,7 @@ from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import ProcessMetrics
 from zcproto.sessions import EndReason
-from zcproto.sessions.health import State
+from zcproto.sessions.health import HealthState
 from zcproto.stores.pending import LIMIT as PENDING_LIMIT
 
 OTHER: Final = "other"
@@ -209,7 +209,7 @@ def _store(snapshot: Snapshot) -> Iterator[Reading]:
         return
     health, breaker = store.health, store.breaker
     outage_s = 0.0 if health.is_healthy else max(0.0, snapshot.parts.clock.now() - health.since)
-    for state in State:
+    for state in HealthState:
         yield table.STORE_STATE.at(report["state"] == state.value, state.value)
     yield table.STORE_REFUSING.at(report["refusing"])
     yield table.STORE_OUTAGE.at(outage_s)

@@ -72,7 +72,7 @@ class HasChanges(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
-class Lifecycle(Protocol):
+class ServerLifecycle(Protocol):
     """What a server does to itself; implemented by `Server`."""
 
     async def reload(self) -> HasChanges: ...
@@ -82,7 +82,7 @@ class Lifecycle(Protocol):
 class Operations:
     """The operations of one running server. The parameters of a method are those of its operation."""
 
-    def __init__(self, parts: Parts, lifecycle: Lifecycle) -> None:
+    def __init__(self, parts: Parts, lifecycle: ServerLifecycle) -> None:
         self._parts = parts
         self._lifecycle = lifecycle
 

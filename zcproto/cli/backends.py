@@ -24,7 +24,7 @@ import click
 
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import read_config
-from zcproto.cli.connect import Trust, key_option, read_key, run, trust_options
+from zcproto.cli.connect import TrustChoice, key_option, read_key, run, trust_options
 from zcproto.cli.control import Control, find_control
 from zcproto.cli.session_store import CONFIGURED, end_sessions, has_no_sessions, opened_store, with_store
 from zcproto.common.clock import system_clock
@@ -79,7 +79,7 @@ class RemoteServer:
     address: str
     operator: str
     key_file: Path | None
-    trust: Trust
+    trust: TrustChoice
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         """Call the method of an operation. Raises ConfigError, and the errors of `zcproto.connect`."""
@@ -204,7 +204,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         address: str | None,
         operator: str | None,
         key_file: Path | None,
-        trust: Trust,
+        trust: TrustChoice,
         **kwargs: Any,
     ) -> Any:
         remote = None

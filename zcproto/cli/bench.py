@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from zcproto.cli import home_options
-from zcproto.cli.connect import Trust
+from zcproto.cli.connect import TrustChoice
 from zcproto.cli.options import file_option, number_option
 from zcproto.common.home import Home
 
@@ -106,7 +106,7 @@ def bench(
         payload_bytes=payload,
         credentials=credentials,
         operator=operators[0],
-        ca_file=Trust(ca).ca_file(home),
+        ca_file=TrustChoice(ca).ca_file(home),
         **load,
     )
     result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())

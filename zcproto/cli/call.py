@@ -15,7 +15,7 @@ from zcproto.cli import home_options
 from zcproto.cli.connect import (
     EXIT_CANNOT_CONNECT,
     MAX_CONNECT_TIMEOUT,
-    Trust,
+    TrustChoice,
     key_option,
     opened,
     read_key,
@@ -59,7 +59,7 @@ def call(
     params: str | None,
     user: str | None,
     key_file: Path | None,
-    trust: Trust,
+    trust: TrustChoice,
     timeout: float,
     key_log: Path | None,
 ) -> int:

@@ -45,7 +45,7 @@ _DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CertificateRow:
     """One certificate of the configuration."""
 
     use: str
@@ -69,7 +69,7 @@ class Report:
 
     mode: str
     directory: Path
-    rows: tuple[Row, ...]
+    rows: tuple[CertificateRow, ...]
     next_pins: NextPins | None
     clients: tuple[Issued, ...]
     crls: tuple[tuple[Path, x509.CertificateRevocationList], ...]
@@ -103,7 +103,7 @@ def report(config: Config, now: datetime, environ: Mapping[str, str]) -> Report:
     return Report(certificates.mode, directory, tuple(rows), next_pins, issued, crls, tuple(problems))
 
 
-def rows_of_site(found: Report, name: str | None) -> list[Row]:
+def rows_of_site(found: Report, name: str | None) -> list[CertificateRow]:
     """Return what a client gets that requests `name`: by exact name, else by wildcard, else the default site."""
     served = [row for row in found.rows if row.use == "server"]
     if name is not None:
@@ -117,7 +117,7 @@ def rows_of_site(found: Report, name: str | None) -> list[Row]:
 # --- collecting --------------------------------------------------------------------------------------------
 
 
-def _server_rows(config: Config, now: datetime, environ: Mapping[str, str]) -> Iterator[Row]:
+def _server_rows(config: Config, now: datetime, environ: Mapping[str, str]) -> Iterator[CertificateRow]:
     certificates = config.certificates
     renew_before = timedelta(seconds=certificates.renew_before)
     settings = certificate_settings(config)
@@ -130,14 +130,14 @@ def _server_rows(config: Config, now: datetime, environ: Mapping[str, str]) -> I
             if files[0].exists():
                 yield _managed_row(certificates.directory, *files, now, renew_before)
             else:
-                yield Row("server", (), *files, None, key_type, None, NOT_MADE)
+                yield CertificateRow("server", (), *files, None, key_type, None, NOT_MADE)
     for site in external:
         yield from _external_rows(site, now, renew_before, environ)
 
 
 def _managed_row(
     directory: Path, certificate: Path, key: Path, now: datetime, renew_before: timedelta
-) -> Row:
+) -> CertificateRow:
     row = _server_row((), certificate, key, now, renew_before)
     ca, _ = authority.SERVER.paths(directory)
     try:
@@ -151,7 +151,7 @@ def _managed_row(
 
 def _external_rows(
     site: ExternalSite, now: datetime, renew_before: timedelta, environ: Mapping[str, str]
-) -> Iterator[Row]:
+) -> Iterator[CertificateRow]:
     passphrase, problem = None, ""
     try:
         passphrase = site.passphrase.read(environ)
@@ -177,7 +177,7 @@ def _server_row(
     renew_before: timedelta,
     passphrase: bytes | None = None,
     problem: str = "",
-) -> Row:
+) -> CertificateRow:
     leaf = due = None
     try:
         leaf = pair.read_certificate(certificate)
@@ -188,7 +188,7 @@ def _server_row(
     return _row("server", site, certificate, key, leaf, due, problem, now)
 
 
-def _authority_rows(config: Config, now: datetime) -> Iterator[Row]:
+def _authority_rows(config: Config, now: datetime) -> Iterator[CertificateRow]:
     directory = config.certificates.directory
     if config.certificates.mode == "own":
         lifetime = timedelta(seconds=config.certificates.lifetime)
@@ -201,7 +201,7 @@ def _authority_rows(config: Config, now: datetime) -> Iterator[Row]:
 
 def _rows_of_authority(
     use: str, certificate: Path, key: Path | None, now: datetime, leaf_lifetime: timedelta | None = None
-) -> Iterator[Row]:
+) -> Iterator[CertificateRow]:
     if key is not None and not certificate.exists() and not key.exists():
         return
     try:
@@ -233,14 +233,14 @@ def _row(
     due: datetime | None,
     problem: str,
     now: datetime,
-) -> Row:
+) -> CertificateRow:
     status = DUE if due is not None and now >= due else OK
     if leaf is not None and now > leaf.not_valid_after_utc:
         status = EXPIRED
     elif problem:
         status = PROBLEM
     key_type = "" if leaf is None else type_of(leaf)
-    return Row(use, site, certificate, key, leaf, key_type, due, status, problem)
+    return CertificateRow(use, site, certificate, key, leaf, key_type, due, status, problem)
 
 
 def _crls(config: Config) -> Iterator[tuple[Path, x509.CertificateRevocationList]]:
@@ -321,7 +321,7 @@ def _issuer(certificate: x509.Certificate) -> str:
     return "itself" if certificate.subject == certificate.issuer else issuer_of(certificate)
 
 
-def _summary(row: Row, found: Report, now: datetime) -> tuple[str, ...]:
+def _summary(row: CertificateRow, found: Report, now: datetime) -> tuple[str, ...]:
     site = {"server": shown_names(row.site) or "default", "ca": "own CA", "client-ca": "client CA"}[row.use]
     begin = end = days = due = "-"
     form = "%Y-%m-%d"
@@ -335,7 +335,7 @@ def _summary(row: Row, found: Report, now: datetime) -> tuple[str, ...]:
     return (site, row.key_type or "-", begin, end, days, due, row.status, _file(row, found))
 
 
-def _file(row: Row, found: Report) -> str:
+def _file(row: CertificateRow, found: Report) -> str:
     is_inside = row.certificate.parent == found.directory
     return escape_text(row.certificate.name if is_inside else str(row.certificate))
 
@@ -409,7 +409,7 @@ def timestamp(time: datetime) -> str:
     return f"{time:%Y-%m-%dT%H:%M:%SZ}"
 
 
-def _row_data(row: Row, now: datetime) -> dict[str, Any]:
+def _row_data(row: CertificateRow, now: datetime) -> dict[str, Any]:
     return {
         "use": row.use,
         "site": list(row.site),

@@ -46,7 +46,7 @@ def key_option(owner: str) -> Callable[[Function], Function]:
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class TrustChoice:
     """The options on which servers to trust."""
 
     ca: Path | None = None
@@ -69,11 +69,11 @@ class Trust:
 
 
 def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --ca and --pin: `function` gets `trust: Trust`."""
+    """Add --ca and --pin: `function` gets `trust: TrustChoice`."""
 
     @functools.wraps(function)
     def with_trust(*args: Any, ca: Path | None, pins: tuple[str, ...], **kwargs: Any) -> Any:
-        return function(*args, trust=Trust(ca, pins), **kwargs)
+        return function(*args, trust=TrustChoice(ca, pins), **kwargs)
 
     with_pin = click.option(
         "--pin",

@@ -9,7 +9,15 @@ import click
 
 from zcproto.cli import home_options
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
-from zcproto.cli.connect import EXIT_CANNOT_CONNECT, Trust, key_option, opened, read_key, run, trust_options
+from zcproto.cli.connect import (
+    EXIT_CANNOT_CONNECT,
+    TrustChoice,
+    key_option,
+    opened,
+    read_key,
+    run,
+    trust_options,
+)
 from zcproto.cli.output import as_json_option, print_json, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
@@ -82,7 +90,7 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
 @trust_options
 @home_options
 def open_session(
-    home: Home, config_file: Path | None, address: str, user: str, key_file: Path | None, trust: Trust
+    home: Home, config_file: Path | None, address: str, user: str, key_file: Path | None, trust: TrustChoice
 ) -> int:
     """Open a session at HOST:PORT and print its token: for the status page, or for Prometheus.
 

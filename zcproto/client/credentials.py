@@ -100,7 +100,7 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-class Channel(Protocol):
+class SigningChannel(Protocol):
     """The values of a connection that a device signs, so that the signature is valid on that connection only."""
 
     @property
@@ -113,7 +113,7 @@ class Channel(Protocol):
 class Credentials(Protocol):
     """What a client presents to open a session."""
 
-    def params(self, channel: Channel) -> dict[str, Any]:
+    def params(self, channel: SigningChannel) -> dict[str, Any]:
         """Return the params of `session.open` for a connection, without `client`."""
 
 
@@ -129,7 +129,7 @@ class ApiKey:
     def __repr__(self) -> str:
         return f"ApiKey(user={self.user!r})"
 
-    def params(self, channel: Channel) -> dict[str, Any]:
+    def params(self, channel: SigningChannel) -> dict[str, Any]:
         return {"scheme": "api_key", "user": self.user, "key": self._key}
 
 
@@ -144,7 +144,7 @@ class CertificateLogin:
     def __repr__(self) -> str:
         return f"CertificateLogin(user={self.user!r})"
 
-    def params(self, channel: Channel) -> dict[str, Any]:
+    def params(self, channel: SigningChannel) -> dict[str, Any]:
         return {"scheme": "tls"} if self.user is None else {"scheme": "tls", "user": self.user}
 
 
@@ -160,11 +160,11 @@ class DeviceKey:
     def __repr__(self) -> str:
         return f"DeviceKey(name={self.name!r})"
 
-    def params(self, channel: Channel) -> dict[str, Any]:
+    def params(self, channel: SigningChannel) -> dict[str, Any]:
         signature = self._device.sign(open_message(channel.salt, channel.leaf, self.name))
         return {"scheme": "ed25519", "device": self.name, "signature": signature}
 
-    def attach_params(self, channel: Channel, token: bytes) -> dict[str, Any]:
+    def attach_params(self, channel: SigningChannel, token: bytes) -> dict[str, Any]:
         """Return the params of `session.attach`."""
         return {"signature": self._device.sign(attach_message(channel.salt, channel.leaf, token))}
 

@@ -74,7 +74,7 @@ class HttpLimits:
     """Time between two requests."""
 
 
-class _State(Enum):
+class _ParserState(Enum):
     HEAD = "head"  # idle, or reading a head
     BODY = "body"
     ANSWERING = "answering"
@@ -130,7 +130,7 @@ class HttpConnection:
         self._out: list[bytes] = []
         self._requests_left = limits.max_requests
         self._is_last = False
-        self._state = _State.HEAD
+        self._state = _ParserState.HEAD
         self._deadline = now + limits.request_timeout
         self.sent: list[int] = []
 
@@ -143,19 +143,19 @@ class HttpConnection:
         Reading continues while a request is being answered, to notice a disconnect; at most one maximum head is
         buffered before it pauses.
         """
-        if self._state is _State.ANSWERING:
+        if self._state is _ParserState.ANSWERING:
             return len(self._buffer) < self._limits.max_head
-        return self._state is not _State.CLOSING
+        return self._state is not _ParserState.CLOSING
 
     @property
     def closing(self) -> bool:
         """Return True if the connection closes once `data_to_send` is flushed."""
-        return self._state is _State.CLOSING
+        return self._state is _ParserState.CLOSING
 
     @property
     def idle(self) -> bool:
         """Return True if no byte of a request has been received."""
-        return self._state is _State.HEAD and not self._buffer
+        return self._state is _ParserState.HEAD and not self._buffer
 
     def data_to_send(self) -> bytes:
         out, self._out = self._out, []
@@ -168,7 +168,7 @@ class HttpConnection:
 
     def receive_data(self, data: bytes, wall: int, now: float) -> HttpRequest | None:
         """Add received bytes. Return the request that they complete, unless one is being answered."""
-        if self._state is _State.CLOSING:
+        if self._state is _ParserState.CLOSING:
             return None
         if self.idle:
             self._deadline = min(self._deadline, now + self._limits.request_timeout)
@@ -177,9 +177,9 @@ class HttpConnection:
 
     def _advance(self, wall: int, now: float) -> HttpRequest | None:
         try:
-            if self._state is _State.HEAD:
+            if self._state is _ParserState.HEAD:
                 self._read_head(now)
-            if self._state is _State.BODY:
+            if self._state is _ParserState.BODY:
                 return self._read_body(now)
         except _Refused as refused:
             self._refuse(refused, wall)
@@ -203,7 +203,7 @@ class HttpConnection:
         self._request = request
         self._check(request, lengths)
         self._requests_left -= 1
-        self._state = _State.BODY
+        self._state = _ParserState.BODY
         self._deadline = now + self._limits.request_timeout
 
     def _take_head(self) -> bytes | None:
@@ -283,7 +283,7 @@ class HttpConnection:
         # Trailing bytes belong to the next request.
         self._buffer += parser.trailing_data[0]
         body, self._body = bytes(self._body), bytearray()
-        self._state = _State.ANSWERING
+        self._state = _ParserState.ANSWERING
         self._deadline = now + self._limits.answer_timeout
         assert self._request is not None
         return _request_of(self._request, body, self._peer)
@@ -292,13 +292,13 @@ class HttpConnection:
 
     def respond(self, response: HttpResponse, wall: int, now: float) -> HttpRequest | None:
         """Send a response. Return the next pipelined request, if complete. A late response is dropped."""
-        if self._state is not _State.ANSWERING:
+        if self._state is not _ParserState.ANSWERING:
             return None
         self._send(response, wall)
         if self.closing:
             return None
         self._h11 = self._request = None
-        self._state = _State.HEAD
+        self._state = _ParserState.HEAD
         limits = self._limits
         self._deadline = now + (limits.request_timeout if self._buffer else limits.idle_timeout)
         return self._advance(wall, now)
@@ -336,19 +336,19 @@ class HttpConnection:
 
     def handle_timeout(self, wall: int, now: float) -> None:
         """Answer an incomplete request with 408 and a slow handler with 503; close an idle connection."""
-        if now < self._deadline or self._state is _State.CLOSING:
+        if now < self._deadline or self._state is _ParserState.CLOSING:
             return
         if self.idle:
             self._end()
         else:
-            self._refuse(_Refused(503 if self._state is _State.ANSWERING else 408), wall)
+            self._refuse(_Refused(503 if self._state is _ParserState.ANSWERING else 408), wall)
 
     def go_away(self) -> None:
         """Close the connection after the next response."""
         self._is_last = True
 
     def _end(self) -> None:
-        self._state = _State.CLOSING
+        self._state = _ParserState.CLOSING
         self._deadline = NEVER
         self._buffer.clear()
         self._body.clear()

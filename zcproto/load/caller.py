@@ -13,7 +13,7 @@ from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
 from zcproto.errors import CallError, ConfigError, ConnectionClosed, PermissionDenied, TlsError, ZcprotoError
-from zcproto.load.connection import Connection
+from zcproto.load.connection import FrameConnection
 from zcproto.load.plan import CLIENT_NAME, Credential
 from zcproto.tls.client import TlsConnector
 from zcproto.tls.context import client_context
@@ -30,7 +30,7 @@ Done = Callable[[Any, ZcprotoError | None], object]
 """Called with the answer to a request, or with its error."""
 
 
-class Caller(Connection):
+class Caller(FrameConnection):
     """One connection. `token` is used for requests without a token of their own; `requests` counts requests."""
 
     __slots__ = ("_calls", "_gone", "_ready", "_tls", "requests", "token")
@@ -144,7 +144,7 @@ class Caller(Connection):
             done(None, error)
 
 
-class Target:
+class LoadTarget:
     """A server to connect to, and what its connections share. Create it in the loop, and `close` it at the end."""
 
     def __init__(self, host: str, address: str, port: int, ca_file: Path | None) -> None:
@@ -213,7 +213,7 @@ class Operator(Caller):
 
     __slots__ = ("_target",)
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: LoadTarget) -> None:
         super().__init__(target.wheel)
         self._target = target
 
@@ -222,7 +222,7 @@ class Operator(Caller):
         cls, host: str, address: str, port: int, ca_file: Path | None, credential: Credential
     ) -> Operator:
         """Connect and open the session. Raises ConfigError for an unknown user or one who is not an operator."""
-        target = Target(host, address, port, ca_file)
+        target = LoadTarget(host, address, port, ca_file)
         operator = await target.connect(cls(target))
         try:
             await operator._open(credential)

@@ -17,7 +17,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.transport import TlsTransport
 
 
-class Connection(asyncio.Protocol):
+class FrameConnection(asyncio.Protocol):
     """The base of connections: subclasses handle their events."""
 
     __slots__ = ("_wheel", "conversation", "deadline_tick", "ended", "transport")

@@ -24,7 +24,7 @@ from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
 from zcproto.errors import Code, InvalidArgument, ResourceExhausted, TlsError, ZcprotoError
-from zcproto.load.connection import Connection
+from zcproto.load.connection import FrameConnection
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
 from zcproto.load.plan import CLIENT_NAME, Share
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
@@ -70,7 +70,7 @@ class PendingRequest(NamedTuple):
     sent: float
 
 
-class LoadConnection(Connection):
+class LoadConnection(FrameConnection):
     """One of many connections of a Generator."""
 
     __slots__ = ("_generator", "due", "index", "pending", "stage", "tls", "token")

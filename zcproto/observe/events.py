@@ -43,7 +43,7 @@ LIMITS: Final[dict[str, Limit | None]] = {
 }
 
 
-class Event(NamedTuple):
+class LogEvent(NamedTuple):
     """An event. `by_peer`: anyone who can reach the port, or has a session, can cause it at will."""
 
     name: str
@@ -325,17 +325,17 @@ log.misnamed error (text), limit per event
 _HEAD: Final = re.compile(r"(\S+) (\w+) \(([^)]*)\)( by peer)?(?:, limit (.+))?")
 
 
-def _event(entry: str) -> Event:
+def _event(entry: str) -> LogEvent:
     head, *meaning = entry.split("\n    ")
     match = _HEAD.fullmatch(head)
     assert match is not None, f"{head!r} is not: NAME LEVEL (FIELDS) [by peer][, limit LIMIT]"
     name, level, fields, by_peer, limit = match.groups(default="")
-    return Event(
+    return LogEvent(
         name, level, " ".join(meaning), tuple(fields.split()), LIMITS[limit or "none"], bool(by_peer)
     )
 
 
-EVENTS: Final[dict[str, Event]] = {
+EVENTS: Final[dict[str, LogEvent]] = {
     event.name: event for event in map(_event, re.findall(r"^[^#\s].*(?:\n .+)*", _TABLE, re.MULTILINE))
 }
 """All events by name."""

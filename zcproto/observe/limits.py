@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from zcproto.common.network import network_of
-from zcproto.observe.events import EVENTS, Event, Limit
+from zcproto.observe.events import EVENTS, Limit, LogEvent
 
 WINDOW_S: Final = 60.0
 MAX_KEYS: Final = 16_384
@@ -47,7 +47,7 @@ class EventLimits:
         }
 
     def admit(
-        self, event: Event, values: Mapping[str, Any], bound: Mapping[str, Any], now: float
+        self, event: LogEvent, values: Mapping[str, Any], bound: Mapping[str, Any], now: float
     ) -> int | None:
         """Return the lines of this key suppressed before this one, or None if it must be suppressed too.
 

@@ -213,7 +213,7 @@ def lost_lines() -> int:
     return _state.lost
 
 
-class _State:
+class _LogState:
     """The settings of `configure_logging`, one per process."""
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ class _State:
         self.lost_unreported += lines
 
 
-_state = _State()
+_state = _LogState()
 
 
 class _Writer:

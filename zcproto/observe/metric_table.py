@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from zcproto.observe.metrics import Kind, Metric
+from zcproto.observe.metrics import Metric, MetricKind
 
 TABLE: Final[dict[str, tuple[Metric, ...]]] = {}
 """The metrics of each part, in the order of the page. Filled below."""
@@ -16,15 +16,15 @@ _part: list[Metric] = []
 
 
 def _counter(name: str, help: str, *labels: str) -> Metric:
-    return _add(Metric(name, Kind.COUNTER, help, labels))
+    return _add(Metric(name, MetricKind.COUNTER, help, labels))
 
 
 def _gauge(name: str, help: str, *labels: str) -> Metric:
-    return _add(Metric(name, Kind.GAUGE, help, labels))
+    return _add(Metric(name, MetricKind.GAUGE, help, labels))
 
 
 def _histogram(name: str, help: str, *labels: str) -> Metric:
-    return _add(Metric(name, Kind.HISTOGRAM, help, labels))
+    return _add(Metric(name, MetricKind.HISTOGRAM, help, labels))
 
 
 def _add(metric: Metric) -> Metric:

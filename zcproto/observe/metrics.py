@@ -44,7 +44,7 @@ _generate_openmetrics: Final[Callable[[CollectorRegistry], bytes]] = openmetrics
 _NEVER: Final = re.compile(r"0(\.0{0,3})?")
 
 
-class Kind(Enum):
+class MetricKind(Enum):
     """Types of metrics, as in Prometheus."""
 
     COUNTER = "counter"
@@ -68,14 +68,14 @@ class Metric:
     """
 
     name: str
-    kind: Kind
+    kind: MetricKind
     help: str
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.name.startswith(PREFIXES), self.name
         assert all(map(_NAME.fullmatch, (self.name, *self.labels))), self.name
-        assert self.name.endswith("_total") == (self.kind is Kind.COUNTER), self.name
+        assert self.name.endswith("_total") == (self.kind is MetricKind.COUNTER), self.name
         assert self.help.endswith("."), self.name
         assert "le" not in self.labels, self.name
 
@@ -88,7 +88,7 @@ class Metric:
     def at(self, value: float | Histogram, *labels: str) -> Reading:
         """Return a reading of the series with these label values."""
         assert len(labels) == len(self.labels), self.name
-        assert isinstance(value, Histogram) == (self.kind is Kind.HISTOGRAM), self.name
+        assert isinstance(value, Histogram) == (self.kind is MetricKind.HISTOGRAM), self.name
         return Reading(self, labels, value)
 
 
@@ -154,13 +154,13 @@ def _label(value: str) -> str:
 
 
 def _family(metric: Metric, series: dict[tuple[str, ...], float | Histogram]) -> Family:
-    if metric.kind is Kind.HISTOGRAM:
+    if metric.kind is MetricKind.HISTOGRAM:
         histograms = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels, unit=metric.unit)
         for labels, histogram in series.items():
             assert isinstance(histogram, Histogram)
             histograms.add_metric(labels, _buckets(histogram), histogram.total)
         return histograms
-    kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+    kind = CounterMetricFamily if metric.kind is MetricKind.COUNTER else GaugeMetricFamily
     family = kind(metric.name, metric.help, labels=metric.labels, unit=metric.unit)
     for labels, number in series.items():
         assert not isinstance(number, Histogram)

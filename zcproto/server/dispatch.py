@@ -26,7 +26,7 @@ from zcproto.connection.events import Request, RequestEnded
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
 from zcproto.errors import CallError, Cancelled, Code
-from zcproto.server.eager import Worker
+from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.state import ServerState
 from zcproto.wire.message import MessageError, encode_body, encode_error
@@ -52,7 +52,7 @@ class Dispatcher(asyncio.Protocol):
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._connection: ServerConnection | None = None
-        self._workers: dict[Request, Worker | Waiting] | None = None
+        self._workers: dict[Request, EagerWorker | Waiting] | None = None
         self._number = 0
         self.peer = ""
 
@@ -160,7 +160,7 @@ class Dispatcher(asyncio.Protocol):
         else:
             self._hold(request, outcome)
 
-    def _hold(self, request: Request, worker: Worker | Waiting) -> None:
+    def _hold(self, request: Request, worker: EagerWorker | Waiting) -> None:
         """Keep a request whose method waits."""
         connection = self._connection
         if connection is None:  # the method ended its own connection before it began to wait
@@ -192,7 +192,7 @@ class Dispatcher(asyncio.Protocol):
         self._state.counters.count_error(ended.code)
         assert self._workers is not None, "a request in flight has a worker"
         worker = self._workers[ended.request]
-        if isinstance(worker, Worker):
+        if isinstance(worker, EagerWorker):
             del self._workers[ended.request]
             worker.cancel()
         # A request with an idempotency key continues, and stays here until it has ended.

@@ -28,8 +28,8 @@ class EagerTasks:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._idle: list[Worker] = []
-        self._workers: set[Worker] = set()
+        self._idle: list[EagerWorker] = []
+        self._workers: set[EagerWorker] = set()
         self.result: Any = None
 
     @property
@@ -37,10 +37,10 @@ class EagerTasks:
         """The number of waiting coroutines."""
         return len(self._workers) - len(self._idle)
 
-    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Worker | None:
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> EagerWorker | None:
         """Run the first step; its exceptions propagate.
 
-        Return None if it was the last step: its result is in `result`. Return a Worker if the coroutine waits: set
+        Return None if it was the last step: its result is in `result`. Return a worker if the coroutine waits: set
         its `done`.
         """
         loop = self._loop
@@ -67,8 +67,8 @@ class EagerTasks:
         return worker
 
     def _start_within_task(
-        self, worker: Worker, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
-    ) -> Worker | None:
+        self, worker: EagerWorker, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
+    ) -> EagerWorker | None:
         """Run the first step inside another task, which is not the current one meanwhile."""
         self._idle.append(worker)
         outer = asyncio.current_task(self._loop)
@@ -88,18 +88,18 @@ class EagerTasks:
             await asyncio.wait(tasks, timeout=limit)
         return self.running
 
-    def _new_worker(self) -> Worker:
-        worker = Worker(self, self._loop)
+    def _new_worker(self) -> EagerWorker:
+        worker = EagerWorker(self, self._loop)
         self._workers.add(worker)
         return worker
 
-    def forget(self, worker: Worker) -> None:
+    def forget(self, worker: EagerWorker) -> None:
         self._workers.discard(worker)
         if worker in self._idle:
             self._idle.remove(worker)
 
 
-class Worker:
+class EagerWorker:
     """A task and the coroutine that it has adopted, if any."""
 
     __slots__ = (

@@ -89,7 +89,7 @@ AnswerError = Callable[[BaseException], Answer]
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class _KeyedRun:
     """A request in progress. `until` is when its claim in the store ends."""
 
     digest: bytes
@@ -102,7 +102,7 @@ class Waiting:
 
     __slots__ = ("_run", "on_answer")
 
-    def __init__(self, run: _Run, on_answer: Callable[[Answer], None]) -> None:
+    def __init__(self, run: _KeyedRun, on_answer: Callable[[Answer], None]) -> None:
         self._run = run
         self.on_answer = on_answer
         run.waiting[self] = None
@@ -138,7 +138,7 @@ class IdempotencyCache:
         self._keep_ms = keep_ms
         self._limits = limits
         self._sleep = sleep
-        self._running: dict[Name, _Run] = {}
+        self._running: dict[Name, _KeyedRun] = {}
         self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
         # Answers in memory, to be written to the store; and claims that it may hold though nothing runs.
         self._unsaved: OrderedDict[Name, None] = OrderedDict()
@@ -194,7 +194,7 @@ class IdempotencyCache:
                 return answer_error(self._conflict())
             self.repeated += 1
             return Waiting(run, on_answer)
-        run = self._running[name] = _Run(digest)
+        run = self._running[name] = _KeyedRun(digest)
         self._no_runs.clear()
         try:
             worker = self._tasks.start(self._answer(name, run, execute, answer_error))
@@ -223,7 +223,9 @@ class IdempotencyCache:
         if not self._running:
             self._no_runs.set()
 
-    async def _answer(self, name: Name, run: _Run, execute: Execute, answer_error: AnswerError) -> Answer:
+    async def _answer(
+        self, name: Name, run: _KeyedRun, execute: Execute, answer_error: AnswerError
+    ) -> Answer:
         try:
             stored = await self._claim(name, run)
         except (Exception, asyncio.CancelledError) as error:
@@ -243,7 +245,7 @@ class IdempotencyCache:
 
     # --- claiming --------------------------------------------------------------------------------
 
-    async def _claim(self, name: Name, run: _Run) -> Answer | None:
+    async def _claim(self, name: Name, run: _KeyedRun) -> Answer | None:
         """Return the stored answer, or None if the request is to be run. Raises CallError if it may not be."""
         pause = POLL_FIRST_S
         while True:
@@ -270,7 +272,7 @@ class IdempotencyCache:
                 )
             pause = min(2 * pause, POLL_LAST_S)
 
-    async def _claim_once(self, name: Name, run: _Run) -> Claim:
+    async def _claim_once(self, name: Name, run: _KeyedRun) -> Claim:
         wall, breaker = self._clock.wall(), self._breaker
         run.until = wall + self._keep_ms
         self._memory.expire(wall, _SWEPT)

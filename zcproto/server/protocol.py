@@ -37,7 +37,7 @@ from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
 from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
-from zcproto.server.eager import Worker
+from zcproto.server.eager import EagerWorker
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
@@ -70,7 +70,7 @@ class ServerProtocol(Dispatcher):
         super().__init__(state)
         self._transport: TlsServerTransport | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # until the peer reads or a token lookup ends
-        self._lookup: Worker | None = None
+        self._lookup: EagerWorker | None = None
         self._paused_since: float | None = None  # or since the peer last read its least
         self._unread = 0  # bytes that waited for the peer then, and those added since
         self._flush_planned = False

@@ -36,13 +36,13 @@ NEVER: Final = float("inf")
 _MS: Final = 1000
 
 
-class State(Enum):
+class HealthState(Enum):
     HEALTHY = "healthy"
     DEGRADED = "degraded"
     RECOVERING = "recovering"
 
 
-class Input(Enum):
+class HealthInput(Enum):
     FAILURE = "failure"  # an operation failed, without consequence
     OUTAGE = "outage"  # a failure that makes an outage
     PROBE_DUE = "probe_due"
@@ -51,33 +51,33 @@ class Input(Enum):
     GRACE_OVER = "grace_over"
 
 
-TRANSITIONS: Final[dict[State, dict[Input, State]]] = {
-    State.HEALTHY: {
-        Input.FAILURE: State.HEALTHY,
-        Input.OUTAGE: State.DEGRADED,
+TRANSITIONS: Final[dict[HealthState, dict[HealthInput, HealthState]]] = {
+    HealthState.HEALTHY: {
+        HealthInput.FAILURE: HealthState.HEALTHY,
+        HealthInput.OUTAGE: HealthState.DEGRADED,
     },
-    State.DEGRADED: {
-        Input.FAILURE: State.DEGRADED,
-        Input.OUTAGE: State.DEGRADED,
-        Input.PROBE_DUE: State.RECOVERING,
-        Input.GRACE_OVER: State.DEGRADED,
+    HealthState.DEGRADED: {
+        HealthInput.FAILURE: HealthState.DEGRADED,
+        HealthInput.OUTAGE: HealthState.DEGRADED,
+        HealthInput.PROBE_DUE: HealthState.RECOVERING,
+        HealthInput.GRACE_OVER: HealthState.DEGRADED,
     },
-    State.RECOVERING: {
-        Input.FAILURE: State.RECOVERING,
-        Input.OUTAGE: State.RECOVERING,
-        Input.PROBE_OK: State.HEALTHY,
-        Input.PROBE_FAILED: State.DEGRADED,
-        Input.GRACE_OVER: State.RECOVERING,
+    HealthState.RECOVERING: {
+        HealthInput.FAILURE: HealthState.RECOVERING,
+        HealthInput.OUTAGE: HealthState.RECOVERING,
+        HealthInput.PROBE_OK: HealthState.HEALTHY,
+        HealthInput.PROBE_FAILED: HealthState.DEGRADED,
+        HealthInput.GRACE_OVER: HealthState.RECOVERING,
     },
 }
 
 
-def next_state(state: State, given: Input) -> State:
+def next_state(state: HealthState, given: HealthInput) -> HealthState:
     """Return the next state. A KeyError is a bug in zcproto."""
     return TRANSITIONS[state][given]
 
 
-class Alert(Enum):
+class HealthAlert(Enum):
     """Alerts about an outage."""
 
     BEGAN = "began"
@@ -98,7 +98,7 @@ class StoreHealth:
         grace_s: float,
         timeout_s: float,
         random: Callable[[], float],
-        on_alert: Callable[[Alert], None],
+        on_alert: Callable[[HealthAlert], None],
     ) -> None:
         self._grace_s = grace_s
         self._timeout_s = timeout_s
@@ -108,7 +108,7 @@ class StoreHealth:
         self._ceiling = FIRST_DELAY_S
         self._probe_at = NEVER
         self._healthy_since = 0.0
-        self.state = State.HEALTHY
+        self.state = HealthState.HEALTHY
         self.since = 0.0
         self.grace_over = False
         self.outages = 0
@@ -117,7 +117,7 @@ class StoreHealth:
     @property
     def is_healthy(self) -> bool:
         """Return True if operations go to the store."""
-        return self.state is State.HEALTHY
+        return self.state is HealthState.HEALTHY
 
     def failed(self, now: float, waited_s: float) -> None:
         """Record a failed operation that took `waited_s`."""
@@ -127,12 +127,12 @@ class StoreHealth:
         if grave or (len(self._recent) == FAILURES and now - self._recent[0] <= WINDOW_S):
             self.begin_outage(now)
         else:
-            self._take(Input.FAILURE)
+            self._take(HealthInput.FAILURE)
 
     def begin_outage(self, now: float, *, grace: bool = True) -> None:
         """Stop using the store, except for probes. Pass `grace=False` if no sessions are known."""
-        began = self.state is State.HEALTHY
-        self._take(Input.OUTAGE)
+        began = self.state is HealthState.HEALTHY
+        self._take(HealthInput.OUTAGE)
         if not began:
             return
         if now - self._healthy_since >= STEADY_S:
@@ -141,7 +141,7 @@ class StoreHealth:
         self.grace_over = False
         self.outages += 1
         self._plan_probe(now)
-        self._on_alert(Alert.BEGAN)
+        self._on_alert(HealthAlert.BEGAN)
         if not grace or not self._grace_s:
             self._end_grace()
 
@@ -152,20 +152,20 @@ class StoreHealth:
         if now < self._probe_at:
             return False
         self._probe_at = NEVER
-        self._take(Input.PROBE_DUE)
+        self._take(HealthInput.PROBE_DUE)
         return True
 
     def probe_failed(self, now: float) -> None:
-        self._take(Input.PROBE_FAILED)
+        self._take(HealthInput.PROBE_FAILED)
         self._plan_probe(now)
 
     def probe_succeeded(self, now: float) -> None:
         """Record that the store works and has received all pending operations."""
-        self._take(Input.PROBE_OK)
+        self._take(HealthInput.PROBE_OK)
         self._healthy_since = now
         self._recent.clear()
         self.grace_over = False
-        self._on_alert(Alert.ENDED)
+        self._on_alert(HealthAlert.ENDED)
 
     def next_deadline(self) -> float:
         """Return the latest time for the next call of `handle_time`, or NEVER."""
@@ -173,12 +173,12 @@ class StoreHealth:
 
     def retry_after_ms(self, now: float) -> int:
         """Return the retry delay for refused callers: the time until the next probe may have succeeded."""
-        if self.state is State.HEALTHY:
+        if self.state is HealthState.HEALTHY:
             return MIN_RETRY_MS
         wait_s = self._timeout_s if self._probe_at == NEVER else self._probe_at - now
         return max(MIN_RETRY_MS, round(wait_s * _MS) + MIN_RETRY_MS)
 
-    def _take(self, given: Input) -> None:
+    def _take(self, given: HealthInput) -> None:
         self.state = next_state(self.state, given)
 
     def _plan_probe(self, now: float) -> None:
@@ -186,11 +186,11 @@ class StoreHealth:
         self._ceiling = min(self._ceiling * 2, MAX_DELAY_S)
 
     def _grace_ends_at(self) -> float:
-        if self.state is State.HEALTHY or self.grace_over:
+        if self.state is HealthState.HEALTHY or self.grace_over:
             return NEVER
         return self.since + self._grace_s
 
     def _end_grace(self) -> None:
-        self._take(Input.GRACE_OVER)
+        self._take(HealthInput.GRACE_OVER)
         self.grace_over = True
-        self._on_alert(Alert.GRACE_OVER)
+        self._on_alert(HealthAlert.GRACE_OVER)

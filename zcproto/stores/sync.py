@@ -20,7 +20,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 from zcproto.sessions import SessionRegistry
-from zcproto.sessions.health import Alert, StoreHealth
+from zcproto.sessions.health import HealthAlert, StoreHealth
 from zcproto.sessions.record import EndedRecord
 from zcproto.stores.base import SessionStore, StoreUnavailable
 from zcproto.stores.changes import SLOTS, ChangeTracker, IsUsed
@@ -145,12 +145,12 @@ class StoreSync:
             self.wheel.set(self, self.health.next_deadline())
             self.revoker.set_deadline()
 
-    def _alerted(self, alert: Alert) -> None:
+    def _alerted(self, alert: HealthAlert) -> None:
         health, registry, reason = self.health, self.registry, self.breaker.reason
-        if alert is Alert.BEGAN:
+        if alert is HealthAlert.BEGAN:
             log.error("store.degraded", reason=reason, sessions=len(registry), pending=len(self.pending))
             self.on_event("store.degraded", {"reason": reason, "sessions": len(registry)})
-        elif alert is Alert.GRACE_OVER:
+        elif alert is HealthAlert.GRACE_OVER:
             registry.refuse_all()
             log.error("store.grace_over", reason=reason)
             self.on_event("store.grace_over", {"reason": reason})

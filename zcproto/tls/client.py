@@ -34,7 +34,7 @@ from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
 from zcproto.tls.suites import SUITES
-from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
+from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
 
 ALPN: Final = "zcp/1"
 _SUITES: Final = frozenset(SUITES)
@@ -136,7 +136,7 @@ class TlsClientTransport(TlsTransport):
         self._connector = connector
         self._waiting: asyncio.Protocol | None = protocol  # connected after the handshake
         self._on_handshake: Callable[[TlsError | None], None] | None = on_handshake
-        self._phase = Phase.HANDSHAKE
+        self._phase = TlsPhase.HANDSHAKE
 
     # --- callbacks of the TCP transport ---------------------------------------------------------
 
@@ -174,13 +174,13 @@ class TlsClientTransport(TlsTransport):
             return
         self._wheel.discard(self)
         self._flush()
-        self._phase = Phase.OPEN
+        self._phase = TlsPhase.OPEN
         protocol, self._waiting = self._waiting, None
         assert protocol is not None
         self._protocol = protocol
         protocol.connection_made(self)
         self._report(None)
-        if self._phase is Phase.OPEN and not self._reading_paused:
+        if self._phase is TlsPhase.OPEN and not self._reading_paused:
             self._read_records(0)
 
     def _judge(self) -> tuple[TlsFailure, str] | None:

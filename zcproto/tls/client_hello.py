@@ -59,7 +59,7 @@ _extension_header: Final = struct.Struct("!HH").unpack_from
 _server_name_header: Final = struct.Struct("!HBH").unpack_from
 
 
-class Alert(IntEnum):
+class AlertDescription(IntEnum):
     """The alert descriptions of RFC 8446 section 6 that a server needs before the handshake begins."""
 
     UNEXPECTED_MESSAGE = 10
@@ -71,7 +71,7 @@ class Alert(IntEnum):
     NO_APPLICATION_PROTOCOL = 120
 
 
-def alert_record(alert: Alert) -> bytes:
+def alert_record(alert: AlertDescription) -> bytes:
     """Return a fatal alert as one plaintext record with legacy version 0x0303 (RFC 8446 section 5.1)."""
     return bytes((_ALERT_RECORD, 3, 3, 0, 2, _FATAL, alert))
 
@@ -80,7 +80,7 @@ class Refusal(NamedTuple):
     """The reason to end a connection before its handshake. `alert` is None if the peer does not speak TLS."""
 
     failure: TlsFailure
-    alert: Alert | None
+    alert: AlertDescription | None
 
 
 class Accepted(NamedTuple):
@@ -93,13 +93,13 @@ class Accepted(NamedTuple):
 
 
 ACCEPTED: Final = Accepted(None)
-_MALFORMED: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.DECODE_ERROR)
-_NO_NAME: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, Alert.UNRECOGNIZED_NAME)
-_TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, Alert.ILLEGAL_PARAMETER)
-_UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE)
-_NO_TLS_1_3: Final = Refusal(TlsFailure.UNSUPPORTED_VERSION, Alert.PROTOCOL_VERSION)
-_NO_SUITE: Final = Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
-_NO_PROTOCOL: Final = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
+_MALFORMED: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.DECODE_ERROR)
+_NO_NAME: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.UNRECOGNIZED_NAME)
+_TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, AlertDescription.ILLEGAL_PARAMETER)
+_UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE)
+_NO_TLS_1_3: Final = Refusal(TlsFailure.UNSUPPORTED_VERSION, AlertDescription.PROTOCOL_VERSION)
+_NO_SUITE: Final = Refusal(TlsFailure.NO_SHARED_SUITE, AlertDescription.HANDSHAKE_FAILURE)
+_NO_PROTOCOL: Final = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL)
 _HTTP_METHODS: Final = tuple(
     name.encode() + b" "
     for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE", "PRI")

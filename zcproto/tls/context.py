@@ -52,7 +52,7 @@ class ServerContext(ssl.SSLContext):
     leaves: frozenset[bytes] = frozenset()
 
 
-class ClientTrust(TypedDict, total=False):
+class ClientTrustOptions(TypedDict, total=False):
     """Whether to request or require client certificates, and which PEM, or files of it, to check them with."""
 
     client_auth: ClientAuth

@@ -23,7 +23,7 @@ from typing import Final, Protocol, TypeVar, Unpack
 
 from zcproto.errors import CertificateError
 from zcproto.tls.context import (
-    ClientTrust,
+    ClientTrustOptions,
     PairOfFiles,
     ServerContext,
     client_context,
@@ -111,7 +111,7 @@ def proven_context(
     suites: Sequence[str] = SUITES,
     *,
     rest: Callable[[], None] = lambda: None,
-    **trust: Unpack[ClientTrust],
+    **trust: Unpack[ClientTrustOptions],
 ) -> ServerContext:
     """Return a tested `server_context` for these pairs, with their `leaves`.
 
@@ -150,7 +150,7 @@ def proven_sites(
     *,
     proven: dict[Site, ServerContext] | None = None,
     rest: Callable[[], None] = lambda: None,
-    **trust: Unpack[ClientTrust],
+    **trust: Unpack[ClientTrustOptions],
 ) -> SiteContexts:
     """Return the tested contexts of all sites; the first site is the default.
 

@@ -18,7 +18,7 @@ from zcproto.common.deadlines import DeadlineWheel, Timers
 from zcproto.tls.client_hello import (
     SUITE_IDS,
     Accepted,
-    Alert,
+    AlertDescription,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,
@@ -28,7 +28,7 @@ from zcproto.tls.context import suites_are_allowed
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import pins_match
 from zcproto.tls.sites import SiteContexts
-from zcproto.tls.transport import Phase, ReceiveBuffer, TlsTransport
+from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
 
 PLAINTEXT_ANSWER: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 30\r\n"
@@ -183,13 +183,13 @@ class TlsServerTransport(TlsTransport):
     # --- the ClientHello ------------------------------------------------------------------------
 
     def _received_in_handshake(self, data: memoryview) -> None:
-        if self._phase is Phase.HANDSHAKE:
+        if self._phase is TlsPhase.HANDSHAKE:
             self._incoming.write(data)
             self._handshake()
             return
         hello = self._hello
         if isinstance(hello, Accepted):  # nothing may follow before the server's flight
-            self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, Alert.UNEXPECTED_MESSAGE))
+            self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE))
             return
         received = bytes(data)
         verdict = self._acceptor.judge.judge_record(received) if hello is None else None
@@ -220,9 +220,9 @@ class TlsServerTransport(TlsTransport):
 
     def start_handshake(self) -> None:
         """Let OpenSSL answer the ClientHello. Called by the acceptor."""
-        if self._phase is not Phase.HELLO:
+        if self._phase is not TlsPhase.HELLO:
             return  # closed while queued
-        self._phase = Phase.HANDSHAKE
+        self._phase = TlsPhase.HANDSHAKE
         hello, self._hello = self._hello, None
         assert isinstance(hello, Accepted)
         context = self._acceptor.contexts.choose(hello.server_name)
@@ -246,10 +246,10 @@ class TlsServerTransport(TlsTransport):
         self._wheel.discard(self)
         self._leave_handshake()
         acceptor.handshakes_completed += 1
-        self._phase = Phase.OPEN
+        self._phase = TlsPhase.OPEN
         protocol = self._protocol = factory()
         protocol.connection_made(self)
-        if self._phase is Phase.OPEN and not self._reading_paused:
+        if self._phase is TlsPhase.OPEN and not self._reading_paused:
             self._read_records(0)
 
     def leaves(self) -> frozenset[bytes]:

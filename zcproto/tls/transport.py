@@ -41,7 +41,7 @@ MAX_BARREN_BYTES: Final = 65_536
 """Bytes of consecutive records without data (KeyUpdates, empty records) that end the connection."""
 
 
-class Phase(IntEnum):
+class TlsPhase(IntEnum):
     """Phases of a TLS connection."""
 
     HELLO = 0  # server only: the ClientHello is incomplete or queued
@@ -52,9 +52,9 @@ class Phase(IntEnum):
 
 
 # Module globals: members of an enumeration are slow to look up on the hot path.
-_HANDSHAKE: Final = Phase.HANDSHAKE
-_OPEN: Final = Phase.OPEN
-_CLOSING: Final = Phase.CLOSING
+_HANDSHAKE: Final = TlsPhase.HANDSHAKE
+_OPEN: Final = TlsPhase.OPEN
+_CLOSING: Final = TlsPhase.CLOSING
 _NO_BIO: Final = ssl.MemoryBIO()
 # Typed as always present: the phases guard their use, without a check at each step.
 _NO_TLS: Final = cast("ssl.SSLObject", None)
@@ -114,7 +114,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._tls: ssl.SSLObject = _NO_TLS
         self._incoming = self._outgoing = _NO_BIO
         self._protocol = _NO_PROTOCOL
-        self._phase = Phase.HELLO
+        self._phase = TlsPhase.HELLO
         self._reading_paused = False
         self._writing_paused = False
         self._barren = 0
@@ -173,7 +173,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._wheel.discard(self)
         if self._phase <= _OPEN and self._error is None:
             self._note(TlsFailure.DISCONNECTED if self._phase <= _HANDSHAKE else TlsFailure.CONNECTION_RESET)
-        self._phase = Phase.CLOSED
+        self._phase = TlsPhase.CLOSED
         protocol = self._protocol
         self._protocol, self._raw, self._tls = _NO_PROTOCOL, _NO_TRANSPORT, _NO_TLS
         self._incoming = self._outgoing = _NO_BIO
@@ -186,7 +186,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def _received_outside_open(self, data: memoryview) -> None:
         if self._phase is _CLOSING:
             self._discard(len(data))
-        elif self._phase is not Phase.CLOSED:
+        elif self._phase is not TlsPhase.CLOSED:
             self._received_in_handshake(data)
 
     def _received_in_handshake(self, data: memoryview) -> None:
@@ -290,7 +290,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._flush()
 
     def _linger(self) -> None:
-        self._phase = Phase.CLOSING
+        self._phase = TlsPhase.CLOSING
         raw = self._raw
         if raw is None or raw.is_closing():
             return
@@ -311,7 +311,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Reset the connection; unsent data is lost."""
         if self._raw is not None:
-            self._phase = Phase.CLOSING  # do not count it as a failure of the peer
+            self._phase = TlsPhase.CLOSING  # do not count it as a failure of the peer
             self._raw.abort()
 
     def _note(self, failure: TlsFailure) -> None:

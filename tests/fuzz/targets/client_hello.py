@@ -10,7 +10,7 @@ from zcproto.tls.client_hello import (
     MAX_SIZE,
     SUITE_IDS,
     Accepted,
-    Alert,
+    AlertDescription,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,
@@ -61,7 +61,7 @@ def check(data: bytes) -> None:
         case Refusal(failure, alert):
             assert isinstance(failure, TlsFailure)
             assert (alert is None) is (failure in WITHOUT_ALERT)
-            assert alert is None or isinstance(alert, Alert)
+            assert alert is None or isinstance(alert, AlertDescription)
         case Accepted(name):
             assert data[0] == 22
             assert 9 < len(data) <= MAX_SIZE
@@ -71,9 +71,11 @@ def check(data: bytes) -> None:
                 assert all(name.split("."))
             # Alerts have the order 70, 40, 120.
             no_suite, _ = verdict([data], suites=frozenset())
-            assert no_suite == Refusal(TlsFailure.NO_SHARED_SUITE, Alert.HANDSHAKE_FAILURE)
+            assert no_suite == Refusal(TlsFailure.NO_SHARED_SUITE, AlertDescription.HANDSHAKE_FAILURE)
             no_protocol, _ = verdict([data], protocols=frozenset())
-            assert no_protocol == Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, Alert.NO_APPLICATION_PROTOCOL)
+            assert no_protocol == Refusal(
+                TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL
+            )
             assert verdict([data[:-1]])[0] is None
             assert isinstance(verdict([data + b"\0"])[0], Refusal)
 

@@ -15,7 +15,7 @@ from tests.stores.faulty import FAILS, WORKS, FaultyStore
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import CallError, Code, Unavailable
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
-from zcproto.sessions.health import MAX_DELAY_S, State
+from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.token import id_from_text
 from zcproto.stores import tasks as tasks_module
 from zcproto.stores.pending import PendingRevocations
@@ -127,7 +127,7 @@ class SessionProcess:
         self.store.mode = WORKS
         self.store.modes.clear()
         await self.advance(MAX_DELAY_S)
-        assert self.state is State.HEALTHY
+        assert self.state is HealthState.HEALTHY
 
     async def outage(self, mode: str = FAILS) -> None:
         self.store.mode = mode
@@ -135,7 +135,7 @@ class SessionProcess:
         await self.settle()
 
     @property
-    def state(self) -> State:
+    def state(self) -> HealthState:
         return self.sync.health.state
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.stores.faulty import FAILS, WORKS
 from tests.stores.service.harness import GRACE, FaultyStoreView, StartProcess, raw, report_data_loss
 from zcproto.errors import Code
-from zcproto.sessions.health import State
+from zcproto.sessions.health import HealthState
 from zcproto.stores.revoker import REPEATS_S
 
 
@@ -110,7 +110,7 @@ async def test_revocations_are_repeated_for_late_restorations(start_process: Sta
     one.store.calls.clear()
     await one.advance(2 * REPEATS_S[-1])
     assert not {"end", "end_user"} & {*one.store.calls}
-    assert one.state is State.HEALTHY
+    assert one.state is HealthState.HEALTHY
 
 
 async def test_process_started_after_the_loss_repeats_unknown_revocations(
@@ -142,7 +142,7 @@ async def test_refresh_restores_the_session_first(start_process: StartProcess) -
     while process.store.calls.count("create") < 4:  # noqa: ASYNC110
         await asyncio.sleep(0)
     process.store.modes.clear()
-    assert process.state is State.HEALTHY
+    assert process.state is HealthState.HEALTHY
     assert process.is_valid(await process.refresh(opened[1]))
     await process.settle()
     assert process.store.registry.kept == 2

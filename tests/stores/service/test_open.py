@@ -19,7 +19,7 @@ from tests.stores.service.harness import (
 )
 from zcproto.errors import Code, ResourceExhausted, TokenRevoked
 from zcproto.sessions import OpenedSession, SessionSettings
-from zcproto.sessions.health import State
+from zcproto.sessions.health import HealthState
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -125,4 +125,4 @@ async def test_full_store_reports_the_limit_of_the_user(start_process: StartProc
     await process.open()
     error = await refused(process.open("bob"), ResourceExhausted)
     assert error.details == {"retry_after_ms": 10_000}
-    assert process.state is State.HEALTHY
+    assert process.state is HealthState.HEALTHY

@@ -10,7 +10,7 @@ import pytest
 from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY
 from tests.stores.service.harness import GRACE, HOUR_MS, SessionProcess, StartProcess, events, refused
 from zcproto.errors import Code, ConfigError, Unavailable
-from zcproto.sessions.health import MAX_DELAY_S, State
+from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 
 
@@ -27,7 +27,7 @@ async def test_outage_keeps_known_sessions_and_refuses_other_operations(
     for _ in range(3):
         error = await refused(process.open())
         assert error.details["retry_after_ms"] >= 100
-    assert process.state is State.DEGRADED
+    assert process.state is HealthState.DEGRADED
     calls = list(process.store.calls)
     for _ in range(10):  # no call waits for a timeout
         await refused(process.open())
@@ -103,7 +103,7 @@ async def test_orphaned_sessions_are_ended_by_the_cleanup(
     process.store.modes["create"] = FAILS_AFTER
     await refused(process.open())
     await refused(process.open())
-    assert process.state is State.HEALTHY
+    assert process.state is HealthState.HEALTHY
     assert process.store.registry.kept == 2
     process.store.modes.clear()
     await process.sync.clean()
@@ -126,7 +126,7 @@ async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
     await process.outage(HANGS)
     process.clock.advance(MAX_DELAY_S)
     process.timers.advance(MAX_DELAY_S)
-    assert process.state is State.RECOVERING
+    assert process.state is HealthState.RECOVERING
     await asyncio.sleep(0)
     await process.sessions.stop()
     assert not process.sync.tasks.running
@@ -144,7 +144,7 @@ async def test_probe_that_raises_is_logged_and_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(process.store, "ping", ping)
         await process.advance(MAX_DELAY_S)
-        assert process.state is State.DEGRADED
+        assert process.state is HealthState.DEGRADED
         assert "store.probe_failed" in events(log)
     await process.recover()
 

@@ -19,7 +19,7 @@ from tests.stores.service.harness import (
     refused,
 )
 from zcproto.errors import Code
-from zcproto.sessions.health import MAX_DELAY_S, State
+from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores import revoker as revoker_module
 from zcproto.stores.base import StoreUnavailable
@@ -40,7 +40,7 @@ async def test_revocations_during_an_outage_apply_after_it(
         await process.outage(mode)
     assert await process.revoke(one)
     assert await process.sessions.revoke_user("bob", "all") == 3
-    assert process.state is State.DEGRADED
+    assert process.state is HealthState.DEGRADED
     assert process.check(one.token) is Code.TOKEN_REVOKED
     assert len(process.pending) == 2
     await process.recover()
@@ -237,11 +237,11 @@ async def test_revocation_during_recovery_is_replayed_before_it_ends(process: Se
     process.store.gate = asyncio.Event()
     process.clock.advance(MAX_DELAY_S)
     process.timers.advance(MAX_DELAY_S)
-    assert process.state is State.RECOVERING
+    assert process.state is HealthState.RECOVERING
     assert await process.revoke(second)
     process.store.gate.set()
     await process.settle()
-    assert process.state is State.HEALTHY
+    assert process.state is HealthState.HEALTHY
     assert len(process.pending) == 0
     assert process.store.registry.kept == 0
 
@@ -277,4 +277,4 @@ async def test_slow_store_and_file_are_written_concurrently(
         await process.settle()
         assert len(process.pending) == failed
         assert not process.is_valid(each)
-    assert process.state is State.DEGRADED
+    assert process.state is HealthState.DEGRADED

@@ -7,59 +7,68 @@ import pytest
 from zcproto.errors import ConfigError
 from zcproto.stores.valkey.link import Target
 from zcproto.stores.valkey.store import ValkeyStore
-from zcproto.stores.valkey.url import Kind, ServerUrl, parse_url
+from zcproto.stores.valkey.url import ServerKind, ServerUrl, parse_url
 
 SECRET = "hunter2"
 
 GOOD: dict[str, tuple[ServerUrl, str]] = {
-    "redis://cache": (ServerUrl(Kind.SINGLE, (("cache", 6379),)), "redis://cache:6379/0"),
-    "valkey://cache/": (ServerUrl(Kind.SINGLE, (("cache", 6379),)), "redis://cache:6379/0"),
-    "redis://cache:7000/5": (ServerUrl(Kind.SINGLE, (("cache", 7000),), database=5), "redis://cache:7000/5"),
-    "redis://cache?db=5": (ServerUrl(Kind.SINGLE, (("cache", 6379),), database=5), "redis://cache:6379/5"),
+    "redis://cache": (ServerUrl(ServerKind.SINGLE, (("cache", 6379),)), "redis://cache:6379/0"),
+    "valkey://cache/": (ServerUrl(ServerKind.SINGLE, (("cache", 6379),)), "redis://cache:6379/0"),
+    "redis://cache:7000/5": (
+        ServerUrl(ServerKind.SINGLE, (("cache", 7000),), database=5),
+        "redis://cache:7000/5",
+    ),
+    "redis://cache?db=5": (
+        ServerUrl(ServerKind.SINGLE, (("cache", 6379),), database=5),
+        "redis://cache:6379/5",
+    ),
     "valkeys://[fd00::1]:7000": (
-        ServerUrl(Kind.SINGLE, (("fd00::1", 7000),), tls=True),
+        ServerUrl(ServerKind.SINGLE, (("fd00::1", 7000),), tls=True),
         "rediss://[fd00::1]:7000/0",
     ),
     "rediss://[::1]/1": (
-        ServerUrl(Kind.SINGLE, (("::1", 6379),), tls=True, database=1),
+        ServerUrl(ServerKind.SINGLE, (("::1", 6379),), tls=True, database=1),
         "rediss://[::1]:6379/1",
     ),
     f"redis://ann:{SECRET}@cache": (
-        ServerUrl(Kind.SINGLE, (("cache", 6379),), username="ann", password=SECRET),
+        ServerUrl(ServerKind.SINGLE, (("cache", 6379),), username="ann", password=SECRET),
         "redis://ann@cache:6379/0",
     ),
     f"redis://:{SECRET}@cache": (
-        ServerUrl(Kind.SINGLE, (("cache", 6379),), password=SECRET),
+        ServerUrl(ServerKind.SINGLE, (("cache", 6379),), password=SECRET),
         "redis://cache:6379/0",
     ),
     "redis://ann@cache": (
-        ServerUrl(Kind.SINGLE, (("cache", 6379),), username="ann"),
+        ServerUrl(ServerKind.SINGLE, (("cache", 6379),), username="ann"),
         "redis://ann@cache:6379/0",
     ),
     "redis://a%3Ab:%40%2F%3F%23%25@cache": (
-        ServerUrl(Kind.SINGLE, (("cache", 6379),), username="a:b", password="@/?#%"),
+        ServerUrl(ServerKind.SINGLE, (("cache", 6379),), username="a:b", password="@/?#%"),
         "redis://a:b@cache:6379/0",
     ),
     "redis://ann:p@s/s?w:o#rd@cache": (
-        ServerUrl(Kind.SINGLE, (("cache", 6379),), username="ann", password="p@s/s?w:o#rd"),
+        ServerUrl(ServerKind.SINGLE, (("cache", 6379),), username="ann", password="p@s/s?w:o#rd"),
         "redis://ann@cache:6379/0",
     ),
-    "unix:///run/valkey.sock": (ServerUrl(Kind.SINGLE, path="/run/valkey.sock"), "unix:///run/valkey.sock/0"),
+    "unix:///run/valkey.sock": (
+        ServerUrl(ServerKind.SINGLE, path="/run/valkey.sock"),
+        "unix:///run/valkey.sock/0",
+    ),
     "redis+unix:///run/a%20b@c?db=2": (
-        ServerUrl(Kind.SINGLE, path="/run/a b@c", database=2),
+        ServerUrl(ServerKind.SINGLE, path="/run/a b@c", database=2),
         "unix:///run/a b@c/2",
     ),
     f"valkey+unix://ann:{SECRET}@/run/x": (
-        ServerUrl(Kind.SINGLE, path="/run/x", username="ann", password=SECRET),
+        ServerUrl(ServerKind.SINGLE, path="/run/x", username="ann", password=SECRET),
         "unix://ann@/run/x/0",
     ),
     "redis+sentinel://a,b:7000,[::1]/sessions": (
-        ServerUrl(Kind.SENTINEL, (("a", 26379), ("b", 7000), ("::1", 26379)), service="sessions"),
+        ServerUrl(ServerKind.SENTINEL, (("a", 26379), ("b", 7000), ("::1", 26379)), service="sessions"),
         "redis+sentinel://a:26379,b:7000,[::1]:26379/sessions/0",
     ),
     f"valkeys+sentinel://ann:{SECRET}@a/my%20name/3": (
         ServerUrl(
-            Kind.SENTINEL,
+            ServerKind.SENTINEL,
             (("a", 26379),),
             tls=True,
             username="ann",
@@ -70,10 +79,10 @@ GOOD: dict[str, tuple[ServerUrl, str]] = {
         "rediss+sentinel://ann@a:26379/my name/3",
     ),
     "rediss+cluster://a,b:7000": (
-        ServerUrl(Kind.CLUSTER, (("a", 6379), ("b", 7000)), tls=True),
+        ServerUrl(ServerKind.CLUSTER, (("a", 6379), ("b", 7000)), tls=True),
         "rediss+cluster://a:6379,b:7000/0",
     ),
-    "valkey+cluster://a/0": (ServerUrl(Kind.CLUSTER, (("a", 6379),)), "redis+cluster://a:6379/0"),
+    "valkey+cluster://a/0": (ServerUrl(ServerKind.CLUSTER, (("a", 6379),)), "redis+cluster://a:6379/0"),
 }
 
 

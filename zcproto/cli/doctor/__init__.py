@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from zcproto.cli import EXIT_FAILED, home_options
-from zcproto.cli.connect import Trust, key_option, trust_options
+from zcproto.cli.connect import TrustChoice, key_option, trust_options
 from zcproto.cli.doctor.finding import FAULT, SKIPPED, Finding, as_text
 from zcproto.cli.options import number_option
 from zcproto.cli.output import as_json_option, print_json
@@ -36,7 +36,7 @@ def doctor(
     address: str | None,
     user: str | None,
     key_file: Path | None,
-    trust: Trust,
+    trust: TrustChoice,
     timeout: float,
     as_json: bool,
 ) -> int:

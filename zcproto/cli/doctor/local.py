@@ -187,7 +187,7 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
             yield _good(row, now)
 
 
-def _good(row: cert_report.Row, now: datetime) -> Result:
+def _good(row: cert_report.CertificateRow, now: datetime) -> Result:
     assert row.leaf is not None
     names = cert_report.shown_names(cert_report.names_of(row.leaf)) if row.use == "server" else row.use
     found = f"{row.certificate.name}: {cert_report.days_left(row.leaf, now)} days left; {names}"

@@ -19,7 +19,7 @@ from cryptography import x509
 
 from zcproto.certs import pair
 from zcproto.cli import cert_report
-from zcproto.cli.connect import Trust, read_key, run
+from zcproto.cli.connect import TrustChoice, read_key, run
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
 from zcproto.cli.output import utc
 from zcproto.client.address import Address, parse_address
@@ -72,7 +72,7 @@ class StepFailed(Exception):
 
 
 def check(
-    text: str, trust: Trust, home: Home, login: tuple[str, Path | None] | None, timeout: float
+    text: str, trust: TrustChoice, home: Home, login: tuple[str, Path | None] | None, timeout: float
 ) -> list[Finding]:
     """Run the steps until one fails. Raises ConfigError for a malformed address or pin.
 
@@ -251,7 +251,7 @@ def _near_end(der: bytes) -> Iterator[Finding]:
 # --- the session -----------------------------------------------------------------------------------------
 
 
-def _session(address: str, trust: Trust, home: Home, user: str, key: str, timeout: float) -> Finding:
+def _session(address: str, trust: TrustChoice, home: Home, user: str, key: str, timeout: float) -> Finding:
     async def use_session() -> None:
         options = {"user": user, "key": key, "timeout": timeout, "connect_timeout": timeout}
         async with trust.make_client(home, address, client="zcproto-doctor", **options) as client:

@@ -35,7 +35,7 @@ from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.records import NODE_SIZE, TAG_SIZE
 from zcproto.stores.valkey.scripts import SCRIPTS
 from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Hooks, SingleServer, find_primary
-from zcproto.stores.valkey.url import Address, Kind, ServerUrl, parse_url
+from zcproto.stores.valkey.url import Address, ServerKind, ServerUrl, parse_url
 
 TIMEOUT_S: Final = 0.25
 PREFIX: Final = "zcp:"
@@ -222,11 +222,11 @@ class ValkeyClient:
         hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._reconnected)
 
         async def find() -> Target:
-            if url.kind is Kind.SENTINEL:
+            if url.kind is ServerKind.SENTINEL:
                 return await find_primary(url.addresses, url.service, self._target, self._timeout)
             return self._target(url.addresses[0] if url.addresses else ("", 0))
 
-        if url.kind is Kind.CLUSTER:
+        if url.kind is ServerKind.CLUSTER:
             return Cluster(url.addresses, self._target, hooks)
         return SingleServer(find, hooks)
 
@@ -237,7 +237,7 @@ class ValkeyClient:
     async def _prepare(self, link: Link, was_flushed: bool) -> None:
         """Turn on client tracking, check the marks and load the scripts of a new connection."""
         await link.call("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", self._prefix + b"c:")
-        shards = range(CLUSTER_SHARDS if self._url.kind is Kind.CLUSTER else 1)
+        shards = range(CLUSTER_SHARDS if self._url.kind is ServerKind.CLUSTER else 1)
         await asyncio.gather(
             _load_scripts(link), *(self._check_mark(link, shard, was_flushed) for shard in shards)
         )

@@ -68,7 +68,7 @@ class Hooks:
     """Called before anything is sent on the new connection."""
 
 
-class ServerConnection:
+class ValkeyConnection:
     """A connection to the server at `find()` that is made again whenever it is lost."""
 
     clustered: bool = True
@@ -222,7 +222,7 @@ async def check_server(link: Link, *, clustered: bool) -> None:
         raise StoreUnavailable("the server is a replica, which cannot be written to")
 
 
-class SingleServer(ServerConnection):
+class SingleServer(ValkeyConnection):
     """One server, or the primary that sentinels report."""
 
     clustered = False
@@ -274,7 +274,7 @@ class Cluster:
         self._seeds = addresses
         self._target = target
         self._hooks = hooks
-        self._connections: dict[Address, ServerConnection] = {}
+        self._connections: dict[Address, ValkeyConnection] = {}
         self._slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._refreshing: asyncio.Task[None] | None = None
         self._closed = False
@@ -354,20 +354,20 @@ class Cluster:
         host, port = redirect.node_addr
         return (host or sender[0], int(port))
 
-    def _connection(self, address: Address) -> ServerConnection:
+    def _connection(self, address: Address) -> ValkeyConnection:
         connection = self._connections.get(address)
         if connection is None:
             connection = self._connections[address] = self._new_connection(address)
             connection.watch()
         return connection
 
-    def _new_connection(self, address: Address) -> ServerConnection:
+    def _new_connection(self, address: Address) -> ValkeyConnection:
         async def find() -> Target:
             return self._target(address)
 
-        return ServerConnection(find, self._hooks)
+        return ValkeyConnection(find, self._hooks)
 
-    def _use(self, division: Division) -> list[ServerConnection]:
+    def _use(self, division: Division) -> list[ValkeyConnection]:
         """Adopt a division of slots. Return the connections that are no longer needed."""
         self._slots, wanted = division
         unneeded = [

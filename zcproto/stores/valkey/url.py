@@ -42,7 +42,7 @@ _FIX: Final = (
 Address = tuple[str, int]
 
 
-class Kind(Enum):
+class ServerKind(Enum):
     """How the servers are found."""
 
     SINGLE = "single"
@@ -54,7 +54,7 @@ class Kind(Enum):
 class ServerUrl:
     """Where the servers are, and how to log in."""
 
-    kind: Kind
+    kind: ServerKind
     addresses: tuple[Address, ...] = ()
     """The server, the sentinels, or some nodes of the cluster."""
     path: str = ""
@@ -70,7 +70,7 @@ class ServerUrl:
         """Return the URL without its password."""
         where = self.path or ",".join(address_text(address) for address in self.addresses)
         kind = "unix" if self.path else "rediss" if self.tls else "redis"
-        if self.kind is not Kind.SINGLE:
+        if self.kind is not ServerKind.SINGLE:
             kind += f"+{self.kind.value}"
         user = f"{self.username}@" if self.username else ""
         service = f"/{self.service}" if self.service else ""
@@ -96,35 +96,35 @@ def parse_url(url: str) -> ServerUrl:
     server_url = partial(ServerUrl, username=unquote(username), password=unquote(password))
     rest, _, query = rest.partition("?")
     if family is None:
-        return server_url(Kind.SINGLE, path=_path(unquote(rest)), database=_query(query))
-    kind = Kind(kind_name or "single")
+        return server_url(ServerKind.SINGLE, path=_path(unquote(rest)), database=_query(query))
+    kind = ServerKind(kind_name or "single")
     where, _, path = rest.partition("/")
     service, database = _parts(kind, path, query)
     tls = family in ("rediss", "valkeys")
     return server_url(kind, _addresses(where, kind), tls=tls, service=service, database=database)
 
 
-def _addresses(where: str, kind: Kind) -> tuple[Address, ...]:
+def _addresses(where: str, kind: ServerKind) -> tuple[Address, ...]:
     texts = where.split(",")
-    if kind is Kind.SINGLE and len(texts) > 1:
+    if kind is ServerKind.SINGLE and len(texts) > 1:
         raise _fault("names several servers; use redis+sentinel:// or redis+cluster://")
     if len(texts) > MAX_ADDRESSES:
         raise _fault(f"names more than {MAX_ADDRESSES} servers")
     addresses: list[Address] = []
     for text in texts:
         match = _ADDRESS.fullmatch(text)
-        port = int((match and match[2]) or (SENTINEL_PORT if kind is Kind.SENTINEL else PORT))
+        port = int((match and match[2]) or (SENTINEL_PORT if kind is ServerKind.SENTINEL else PORT))
         if match is None or not 1 <= port <= 65_535:
             raise _fault("has no valid host and port")
         addresses.append((match[1].strip("[]"), port))
     return tuple(addresses)
 
 
-def _parts(kind: Kind, path: str, query: str) -> tuple[str, int]:
+def _parts(kind: ServerKind, path: str, query: str) -> tuple[str, int]:
     """Return the service and the database."""
     parts = [unquote(part) for part in path.split("/")] if path else []
     service = ""
-    if kind is Kind.SENTINEL:
+    if kind is ServerKind.SENTINEL:
         service = parts.pop(0) if parts else ""
         if not service:
             raise _fault("does not name the sentinels' service: redis+sentinel://host,host/service")
@@ -133,7 +133,7 @@ def _parts(kind: Kind, path: str, query: str) -> tuple[str, int]:
         if len(parts) > 1 or query:
             raise _fault("has more in its path than the number of a database")
         database = _database(parts[0])
-    if kind is Kind.CLUSTER and database:
+    if kind is ServerKind.CLUSTER and database:
         raise _fault("names a database, but a cluster has database 0 only")
     return service, database
 
