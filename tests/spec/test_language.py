@@ -84,17 +84,6 @@ ALLOWED: Final[dict[str, set[str]]] = {
 }
 """Banned words that may stand in a file, with the reason."""
 
-NOT_YET_CLEAN: Final = (
-    "docs/security.md",
-    "docs/troubleshooting.md",
-    "spec/benchmarks.md",
-    "tests/alerts",
-    "tests/cli",
-    "zcproto/alerts",
-    "zcproto/cli",
-)
-"""Files and folders that are still being rewritten: entries are removed, never added."""
-
 
 class Hit(NamedTuple):
     """A banned word, and where it is."""
@@ -143,14 +132,9 @@ def find(paths: Iterable[Path]) -> list[Hit]:
     return found
 
 
-def is_clean_by_now(file: str) -> bool:
-    """Return whether a file is in none of the rooms that are still being rewritten."""
-    return not any(file == each or file.startswith(f"{each}/") for each in NOT_YET_CLEAN)
-
-
 def test_no_text_has_a_banned_word() -> None:
     checked = [ROOT / name for name in CHECKED if (ROOT / name).exists()]
-    hits = [hit for hit in find(checked) if is_clean_by_now(hit.file)]
+    hits = find(checked)
     assert not hits, "reword these:\n" + "\n".join(map(str, hits))
 
 
