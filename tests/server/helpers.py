@@ -154,7 +154,8 @@ class ServerThread:
         return asyncio.run_coroutine_threadsafe(self.server.reload(), self.loop).result(TIMEOUT)
 
     def begin_drain(self, limit: float | None = None) -> None:
-        self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.server.drain(limit)))
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has just ended
+            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.server.drain(limit)))
 
     def join(self) -> None:
         self._thread.join(TIMEOUT)
