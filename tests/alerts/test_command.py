@@ -63,10 +63,10 @@ def test_program_gets_minimal_environment_and_descriptors(run: Callable[..., str
     inherited = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(inherited, True)
     try:
-        said = run(*python(script), environ=environ)
+        answer = run(*python(script), environ=environ)
     finally:
         os.close(inherited)
-    assert said == "exit code 0: ['LANG', 'PATH'] [0, 1, 2] /"
+    assert answer == "exit code 0: ['LANG', 'PATH'] [0, 1, 2] /"
 
 
 def test_failure_is_reported_with_output(run: Callable[..., str]) -> None:
@@ -80,9 +80,9 @@ def test_failure_is_reported_with_output(run: Callable[..., str]) -> None:
 
 def test_output_is_bounded_and_on_one_line(run: Callable[..., str]) -> None:
     script = "import sys; sys.stdout.write('a\\x1b[31m\\n' + 'b' * 5_000_000)"
-    said = run(*python(script))
-    assert len(said) <= len("exit code 0: ") + SHOWN
-    assert said.isprintable()
+    answer = run(*python(script))
+    assert len(answer) <= len("exit code 0: ") + SHOWN
+    assert answer.isprintable()
     assert MAX_OUTPUT < 5_000_000
 
 
@@ -169,12 +169,12 @@ async def test_temporary_file_replaces_memfd(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_program_that_cannot_run_is_refused_at_start(tmp_path: Path) -> None:
-    for path, said in (
+    for path, fault in (
         (tmp_path / "none", "cannot be run: No such file"),
         (tmp_path, "is not a program"),
         (Path("/etc/passwd"), "is not a program"),
     ):
-        with pytest.raises(ConfigError, match=rf"alerts\.command: .*{said}"):
+        with pytest.raises(ConfigError, match=rf"alerts\.command: .*{fault}"):
             Command([str(path)], timeout=1.0, environ={})
 
 

@@ -31,8 +31,8 @@ def test_signature_is_valid_within_tolerance(seconds: int) -> None:
 
 @pytest.mark.parametrize("seconds", [-TOLERANCE_S - 1, TOLERANCE_S + 1])
 def test_old_signature_is_refused(seconds: int) -> None:
-    said = check_signature(SECRET, BODY, sign(SECRET, BODY, WALL), WALL + seconds * 1000)
-    assert "s old" in said
+    fault = check_signature(SECRET, BODY, sign(SECRET, BODY, WALL), WALL + seconds * 1000)
+    assert "s old" in fault
 
 
 def test_wrong_secret_body_or_time_is_refused() -> None:

@@ -259,11 +259,11 @@ async def test_faulty_file_is_reported_once_and_keeps_its_users(scheme: Scheme, 
 def test_concurrent_logins_share_one_look(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     key = scheme.users.add("alice")
     looks: list[float] = []
-    look = UserFile.changed
+    original = UserFile.changed
 
     def changed(users: UserFile) -> bool:
         looks.append(scheme.seconds)
-        return look(users)
+        return original(users)
 
     monkeypatch.setattr(UserFile, "changed", changed)
     scheme.passing = LOOK_HOLDS_S / 4

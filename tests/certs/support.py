@@ -56,17 +56,19 @@ def build(
     *,
     signer: Any = None,
     subject: str = "server",
-    issuer: str | None = None,
+    issuer: str | x509.Name | None = None,
     not_before: datetime = NOW - DAY,
     not_after: datetime = NOW + DAY,
     extensions: Sequence[x509.ExtensionType] = (),
     algorithm: Any = hashes.SHA256(),  # noqa: B008 - a constant
 ) -> x509.Certificate:
     """A certificate for `key` as another issuer would issue it; self-signed without `signer`."""
+    if not isinstance(issuer, x509.Name):
+        issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer or subject)])
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer or subject)]))
+        .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(not_before)

@@ -315,10 +315,10 @@ def kill_a_writer(folder: Path, now: datetime, after_s: float) -> list[datetime]
         first = lines.readline()  # it has begun
         time.sleep(after_s)
         os.kill(child, signal.SIGKILL)
-        said = first + lines.read()
+        output = first + lines.read()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    return [datetime.fromisoformat(line) for line in said.decode().splitlines()]
+    return [datetime.fromisoformat(line) for line in output.decode().splitlines()]
 
 
 def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -197,20 +198,24 @@ async def test_failed_context_is_logged_once_and_an_internal_error_each_time(
     server = ServerThread(tmp_path / "home", certs).server
     async with server:
         manager = server.parts.certificates
-        manager._checker._is_proven = False
+        before = server.certificates
+        chosen = managed_site(server.config)
+        assert chosen is not None
+        managed.renew(server.config.certificates.directory, chosen.settings, manager.now())
         with monkeypatch.context() as patched:
-            patched.setattr(manager._checker, "_prove", lambda: _raise(CertificateError("it is bad")))
-            for _ in range(3):
-                await manager.check()
-            patched.setattr(manager._checker, "_prove", lambda: _raise(CertificateError("it is worse")))
-            await manager.check()
-            patched.setattr(manager._checker, "check", lambda now, monotonic: _raise(MemoryError()))
-            await manager.check()
-            await manager.check()
+            for error, times in (
+                (CertificateError("it is bad"), 3),
+                (CertificateError("it is worse"), 1),
+                (MemoryError(), 2),
+            ):
+                patched.setattr(checker, "proven_sites", partial(fail, error))
+                for _ in range(times):
+                    await manager.check()
+        assert server.certificates == before
         await manager.check()
-    reported = [
-        event for event in events(capsys.readouterr().err) if event["event"].startswith("certificate.")
-    ]
+        assert server.certificates != before
+    failures = {"certificate.not_used", "certificate.look_failed"}
+    reported = [event for event in events(capsys.readouterr().err) if event["event"] in failures]
     assert [event["event"] for event in reported] == [
         *("certificate.not_used", "certificate.not_used"),
         *("certificate.look_failed", "certificate.look_failed"),
@@ -218,7 +223,7 @@ async def test_failed_context_is_logged_once_and_an_internal_error_each_time(
     assert [event["message"] for event in reported[:2]] == ["it is bad", "it is worse"]
 
 
-def _raise(error: BaseException) -> Any:
+def fail(error: BaseException, *arguments: object, **options: object) -> Any:
     raise error
 
 
@@ -227,7 +232,7 @@ async def test_server_does_not_start_without_a_working_context(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = ServerThread(tmp_path / "home", certs).server
-    monkeypatch.setattr(CertificateChecker, "_prove", lambda self: _raise(CertificateError("no")))
+    monkeypatch.setattr(checker, "proven_sites", partial(fail, CertificateError("no")))
     with pytest.raises(CertificateError, match="no"):
         await server.start()
     with pytest.raises(AssertionError, match="not been started"):
@@ -255,7 +260,7 @@ async def test_loop_is_called_only_for_news(
         manager._check_and_report(handed.append)
         assert len(handed) == 1
         with monkeypatch.context() as patched:
-            patched.setattr(manager, "_check", lambda: _raise(CertificateError("it is bad")))
+            patched.setattr(CertificateChecker, "check", partial(fail, CertificateError("it is bad")))
             manager._check_and_report(handed.append)
         manager._check_and_report(handed.append)  # that it is good again is news, too
         manager._check_and_report(handed.append)
@@ -312,8 +317,8 @@ def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path
         configuration(home, certificates__directory=certs, **ECDSA),
         system_clock,
         ["zcp/1"],
-        on_serving=lambda serving: _raise(AssertionError()),
-        on_next_pins=lambda pins: _raise(AssertionError()),
+        on_serving=partial(fail, AssertionError()),
+        on_next_pins=partial(fail, AssertionError()),
     )
     manager._interval = 0.0
     ended = threading.Event()
@@ -324,13 +329,13 @@ def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path
         nonlocal looks
         looks += 1
         if looks == 1:
-            hand(lambda: _raise(AssertionError()))  # dropped, as the watch is over when the loop gets to it
+            hand(partial(fail, AssertionError()))  # dropped, as the watch is over when the loop gets to it
             ended.set()
             loop.run_until_complete(asyncio.sleep(0))
             ended.clear()
         else:
             loop.close()
-            hand(lambda: _raise(AssertionError()))
+            hand(partial(fail, AssertionError()))
 
     manager._check_and_report = check_and_report  # type: ignore[method-assign]
     manager._watch(loop, ended)
@@ -363,7 +368,7 @@ def test_program_that_does_not_stop_its_server_exits(tmp_path: Path, certs: Path
 
 def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:
     class Impatient(threading.Event):
-        """Takes down how long it is asked to wait, and does not."""
+        """An event that records timeouts instead of waiting."""
 
         waits: ClassVar[list[float]] = []
 

@@ -92,13 +92,13 @@ def test_live_capture_is_dissected(certs: Path, tmp_path: Path, monkeypatch: pyt
 def wait_for_capture(dumpcap: subprocess.Popen[str]) -> None:
     """Wait until dumpcap captures; skip the test without permission to capture."""
     assert dumpcap.stderr is not None
-    said = []
+    messages = []
     for line in dumpcap.stderr:
-        said.append(line)
+        messages.append(line)
         if line.startswith("File:"):
             return
     dumpcap.wait()
-    pytest.skip(f"capturing is not permitted here: {' '.join(said).strip()}")
+    pytest.skip(f"capturing is not permitted here: {' '.join(messages).strip()}")
 
 
 def has_stopped_growing(path: Path) -> bool:

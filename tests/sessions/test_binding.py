@@ -141,14 +141,14 @@ def test_token_is_refused_from_another_network(harness: Harness, monkeypatch: py
 def test_binding_is_checked_once_per_connection_and_session(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    checked: list[str] = []
     binding = harness.state.binding
-    monkeypatch.setattr(binding, "admits", lambda user, opened_at, address: asked.append(address) or True)
+    monkeypatch.setattr(binding, "admits", lambda user, opened_at, address: checked.append(address) or True)
     peer = peer_at(harness, "192.0.2.8", monkeypatch, open_at(harness, "192.0.2.7"))
     for stream in range(1, 10):
         assert code(peer, stream) == 0
         harness.clock.advance(30)
-    assert asked == ["192.0.2.8"]
+    assert checked == ["192.0.2.8"]
 
 
 def test_refused_token_does_not_keep_connection_open(

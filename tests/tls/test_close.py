@@ -350,9 +350,12 @@ def test_closed_connection_leaves_no_reference_cycle(
 def test_closed_connection_holds_no_state(agreed: TlsPair) -> None:
     server = agreed.server
     agreed.raw.lose()
-    values = [getattr(server, name) for name in ("_raw", "_tls", "_protocol", "_hello")]
-    assert values == [None] * 4
-    assert server._incoming is server._outgoing, "both are the one BIO that stands for none"
+    references = [weakref.ref(each) for each in (agreed.raw, agreed.protocol)]
+    agreed.acceptor.protocols = {}
+    del agreed.raw, agreed.protocol
+    assert [reference() for reference in references] == [None, None]
+    assert server.get_extra_info("ssl_object") is None
+    assert server._incoming is server._outgoing, "both are the shared empty BIO"
     assert not hasattr(server, "__dict__")
 
 

@@ -201,10 +201,10 @@ def test_client_trusts_only_the_ca_file(
 def test_client_without_ca_file_trusts_system_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", lambda self, purpose: asked.append(purpose))
+    purposes: list[object] = []
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", lambda self, purpose: purposes.append(purpose))
     context = client_context()
-    assert asked == [ssl.Purpose.SERVER_AUTH]
+    assert purposes == [ssl.Purpose.SERVER_AUTH]
     assert context.verify_mode is ssl.CERT_REQUIRED
     assert context.check_hostname
 
@@ -347,13 +347,13 @@ def test_suites_are_set_where_python_can(
     suites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, server_pairs: ServerPairs
 ) -> None:
     """Python 3.15 and later."""
-    asked: list[str] = []
+    chosen: list[str] = []
     monkeypatch.setattr(
-        ssl.SSLContext, "set_ciphersuites", lambda self, names: asked.append(names), raising=False
+        ssl.SSLContext, "set_ciphersuites", lambda self, names: chosen.append(names), raising=False
     )
     assert can_choose_suites()
     server_context(server_pairs, ["zcp/1"], suites)
-    assert asked == [":".join(suites)]
+    assert chosen == [":".join(suites)]
 
 
 def test_can_choose_suites_reflects_python(monkeypatch: pytest.MonkeyPatch) -> None:

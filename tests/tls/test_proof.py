@@ -169,9 +169,9 @@ def test_file_changed_during_test_is_detected(
 def test_pair_with_one_changed_file_is_refused(
     half: str, pairs: list[Checked], ca: trustme.CA, tmp_path: Path
 ) -> None:
-    kept = getattr(pairs[0], half).read_bytes()
+    original = getattr(pairs[0], half).read_bytes()
     put(ca, pairs[0])
-    getattr(pairs[0], half).write_bytes(kept)
+    getattr(pairs[0], half).write_bytes(original)
     with pytest.raises(CertificateError, match="KEY_VALUES_MISMATCH"):
         proven_context(pairs, ["zcp/1"])
 
