@@ -89,7 +89,7 @@ async def test_client_certificate_is_accepted(
 
         def shown() -> bytes | None:
             (connection,) = server.server.state.connections
-            return connection._transport.peer_certificate()  # type: ignore[union-attr]
+            return connection.peer_certificate()
 
         assert server.in_loop(shown) == identity.der
     assert failures(server) == {}
@@ -365,7 +365,7 @@ async def test_renewed_certificate_is_used_on_reconnect(
 
     def shown() -> bytes | None:
         (connection,) = server.server.state.connections
-        return connection._transport.peer_certificate()  # type: ignore[union-attr]
+        return connection.peer_certificate()
 
     async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
         assert await client.call("echo", x=1) == {"x": 1}

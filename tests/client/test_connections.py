@@ -467,4 +467,5 @@ async def test_closed_client_does_not_connect() -> None:
     client = await client_of(server)
     await client.close()
     with pytest.raises(ConnectionClosed, match="closed"):
-        await client._connections.get()
+        await client.call("echo")
+    assert len(server.links) == 1

@@ -403,11 +403,16 @@ async def test_token_of_previous_session_is_not_attached() -> None:
         server.script("echo", held.append)
         call = asyncio.create_task(client.call("echo", x=1))
         await turns()
-        client._sessions.expired(client._sessions.token)
+        expire_token(client)
         await client.call("echo", x=2)
         held[0].fail(Code.UNAUTHENTICATED, {"attach": True})
         assert await call == {"x": 1}
     assert server.calls("session.attach") == []
+
+
+def expire_token(client: Client) -> None:
+    """Make the client treat its token as expired before it sends one."""
+    client._sessions.expired(client._sessions.token)
 
 
 # --- refreshing --------------------------------------------------------------------------------------
@@ -418,7 +423,7 @@ async def test_refreshed_token_needs_no_second_proof() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     async with device_client(server) as client:
-        client._sessions.expired(client._sessions.token)
+        expire_token(client)
         assert await client.call("echo", x=1) == {"x": 1}
     assert server.methods == ["session.open", "session.refresh", "echo", "session.close"]
 
@@ -428,7 +433,7 @@ async def test_token_refreshed_on_new_connection_is_attached() -> None:
     server = BoundServer()
     server.session = refreshable(bound=True)
     async with device_client(server) as client:
-        client._sessions.expired(client._sessions.token)
+        expire_token(client)
         await server.lose()
         assert await client.call("echo", x=1) == {"x": 1}
         assert server.refused == []
@@ -442,7 +447,7 @@ async def test_refresh_refused_without_proof_attaches_and_is_retried() -> None:
     server.session = refreshable(bound=True)
     server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
     async with device_client(server) as client:
-        client._sessions.expired(client._sessions.token)
+        expire_token(client)
         assert await client.call("echo", x=1) == {"x": 1}
     refreshing = ["session.refresh", "session.attach", "session.refresh"]
     assert server.methods == ["session.open", *refreshing, "echo", "session.close"]
@@ -455,7 +460,7 @@ async def test_expired_token_is_refreshed_without_attach() -> None:
     server.script("session.refresh", fail(Code.UNAUTHENTICATED, attach=True))
     server.script("session.attach", fail(Code.TOKEN_EXPIRED))
     async with device_client(server) as client:
-        client._sessions.expired(client._sessions.token)
+        expire_token(client)
         assert await client.call("echo", x=1) == {"x": 1}
 
 
@@ -465,7 +470,7 @@ async def test_refresh_that_cannot_be_proved_raises() -> None:
     server.session = refreshable(bound=True)
     server.script("session.refresh", *[fail(Code.UNAUTHENTICATED, attach=True)] * 10)
     async with device_client(server) as client:
-        client._sessions.expired(client._sessions.token)
+        expire_token(client)
         with pytest.raises(Unauthenticated):
             await client.call("echo")
         assert len(server.calls("session.refresh")) == 2

@@ -269,7 +269,7 @@ def test_the_end_of_one_deadline_arms_the_next(wheel: DeadlineWheel, timers: Fak
     timers.advance(100)
     assert all(len(entry.fired) == 1 for entry in entries)
     assert timers.armed == []
-    assert len(wheel) == len(wheel._heap) == 0
+    assert len(wheel) == 0
 
 
 def test_closed_wheel_is_empty_and_reusable(wheel: DeadlineWheel, timers: FakeTimers) -> None:

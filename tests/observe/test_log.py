@@ -244,7 +244,7 @@ def test_fast_path_equals_general_rendering(
 def test_every_ascii_character_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     for code in range(128):
-        log._log(20, "info", "a.b", {"user": f"a{chr(code)}"})
+        log.info("a.b", user=f"a{chr(code)}")
     lines = capsys.readouterr().err.split("\n")[:-1]
     assert [json.loads(line)["user"] for line in lines] == [f"a{chr(code)}" for code in range(128)]
     assert all(line.isprintable() for line in lines)
@@ -257,7 +257,7 @@ def write_as_long_way(patch: pytest.MonkeyPatch) -> None:
 def test_many_plain_values_are_all_written(capsys: pytest.CaptureFixture[str]) -> None:
     configure(format="json")
     values = {f"value{number}": "x" for number in range(100)}
-    log._log(20, "info", "a.b", dict(values))
+    log.info("a.b", **values)
     (record,) = records(capsys.readouterr().err)
     assert values.items() <= record.items()
 

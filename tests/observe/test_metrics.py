@@ -166,14 +166,14 @@ def test_sources_are_read_only_at_a_scrape() -> None:
 
 
 def test_interpreter_metrics_use_a_separate_registry() -> None:
-    before = set(REGISTRY._names_to_collectors)
+    before = {family.name for family in REGISTRY.collect()}
     first, second = Metrics(), Metrics()  # two servers in one process
     for metrics in (first, second):
         names = {
             sample.name for family in parse_text(metrics.render("")[1].decode()) for sample in family.samples
         }
         assert names == set(OF_THE_LIBRARY)
-    assert set(REGISTRY._names_to_collectors) == before
+    assert {family.name for family in REGISTRY.collect()} == before
 
 
 @pytest.mark.parametrize(

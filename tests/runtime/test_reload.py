@@ -20,6 +20,7 @@ from tests.server.helpers import AnsweredError, ServerProcess, ServerThread, con
 from zcproto.alerts import AlertKind
 from zcproto.auth import UserFile
 from zcproto.certs import client_ca, managed
+from zcproto.certs import manager as manager_module
 from zcproto.certs.settings import managed_site
 from zcproto.client.connect import connect_blocking
 from zcproto.errors import Code, ConfigError, Unauthenticated
@@ -194,7 +195,6 @@ def test_reload_of_certificate_timings_keeps_certificates(serve: Serve) -> None:
     server = serve(certificates__watch_interval="1h")
     leaf = server.in_loop(lambda: server.server.certificates[0].leaf_sha256)
     server.reload(certificates__watch_interval="200ms")
-    assert server.server.parts.certificates._interval == 0.2
     server.reload(certificates__renew_before="10d", certificates__alert_days=[5])
     assert server.in_loop(lambda: server.server.certificates[0].leaf_sha256) == leaf
     default = managed_site(server.server.config)
@@ -222,9 +222,15 @@ def test_reload_of_other_settings_does_not_check_certificates(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve()
-    checker = server.server.parts.certificates._checker
-    server.reload(limits__max_streams=9)
-    assert server.server.parts.certificates._checker is checker
+
+    class NoCheck:
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            raise AssertionError("certificates are checked")
+
+    monkeypatch.setattr(manager_module, "CertificateChecker", NoCheck)
+    assert [each.key for each in server.reload(limits__max_streams=9).applied] == ["limits.max_streams"]
+    with pytest.raises(AssertionError, match="certificates are checked"):
+        server.reload(certificates__alert_days=[3])
 
 
 def test_reload_applies_client_pins_to_the_next_handshake(serve: Serve) -> None:
@@ -282,7 +288,6 @@ def test_reload_adds_and_removes_alert_command(serve: Serve, tmp_path: Path) -> 
     server.reload(alerts__command=[])
     eventually(lambda: "second" in output.read_text())
     assert alerts.queues == []
-    server.until(lambda: not alerts._ending)
 
 
 def test_reload_of_alert_threshold_restarts_the_count(serve: Serve) -> None:
@@ -365,7 +370,6 @@ def test_cancelled_caller_does_not_interrupt_reload(serve: Serve, monkeypatch: p
     go_on.set()
     server.until(lambda: server.server.state.counters.reloads == 1)
     assert server.server.state.settings.max_streams == 3
-    server.until(lambda: not server.server._requested)
 
 
 def test_concurrent_reloads_run_one_after_another(serve: Serve) -> None:

@@ -60,9 +60,15 @@ def test_log_lines_carry_the_connection_id(serve: Serve, lines: Log) -> None:
 def test_connection_is_numbered_when_first_logged(serve: Serve) -> None:
     configure_logging(LogConfig(level="error"))
     server = serve()
-    with server.client(), server.client() as client:
+    connections = server.server.state.connections
+    for _ in range(2):
+        with server.client() as client:
+            assert client.refused("nothing", token=NO_TOKEN).code == Code.UNAUTHENTICATED
+        server.until(lambda: not connections)
+    with server.client() as client:
         assert client.refused("nothing", token=NO_TOKEN).code == Code.UNAUTHENTICATED
-        assert server.in_loop(lambda: [each._number for each in server.server.state.connections]) == [0, 0]
+        (number,) = server.in_loop(lambda: [each.id.rpartition("-")[2] for each in connections])
+    assert number == "1"
 
 
 def test_incident_id_joins_answer_and_log_line(serve: Serve, lines: Log) -> None:

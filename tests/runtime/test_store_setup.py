@@ -15,12 +15,27 @@ from zcproto.errors import ConfigError
 from zcproto.runtime import store_setup
 from zcproto.runtime.store_setup import build_store
 from zcproto.stores.sqlite.store import SqliteStore
+from zcproto.stores.valkey import store as store_module
 from zcproto.stores.valkey.store import ValkeyStore
 
 
 def store(home: Path, **settings: Any) -> Any:
     overrides = {f"store.{name}": value for name, value in settings.items()}
     return build_store(load_config(None, home=home, environ={}, overrides=overrides), Home(home))
+
+
+class FakeStore:
+    """Record the arguments of a store."""
+
+    def __init__(self, place: object, **arguments: Any) -> None:
+        self.place = place
+        self.arguments = arguments
+
+
+@pytest.fixture
+def fake_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_setup, "SqliteStore", FakeStore)
+    monkeypatch.setattr(store_module, "ValkeyStore", FakeStore)
 
 
 def test_default_is_sqlite_in_the_home_folder(tmp_path: Path) -> None:
@@ -40,10 +55,16 @@ def test_memory_has_no_store(tmp_path: Path) -> None:
     "url", ["redis://cache", "rediss://cache:1/2", "valkey://cache", "valkey+sentinel://a,b/main"]
 )
 def test_server_url_selects_a_shared_store(tmp_path: Path, url: str) -> None:
-    made = store(tmp_path, url=url, timeout="100ms")
+    made = store(tmp_path, url=url)
     assert isinstance(made, ValkeyStore)
     assert made.shared
-    assert made._timeout == 0.1
+
+
+@pytest.mark.usefixtures("fake_stores")
+def test_settings_are_passed_to_the_store_of_a_server_url(tmp_path: Path) -> None:
+    made = store(tmp_path, url="redis://cache", timeout="100ms")
+    assert (made.place, made.arguments["timeout"]) == ("redis://cache", 0.1)
+    assert made.arguments["password"] is None
 
 
 def test_invalid_url_is_reported_without_its_password(tmp_path: Path) -> None:
@@ -85,10 +106,14 @@ def password_file(folder: Path, data: bytes, mode: int = 0o600) -> Path:
 
 
 @pytest.mark.parametrize("data", [b"hunter2", b"hunter2\n", b"hunter2\r\n"])
-def test_password_is_read_from_a_file_and_never_shown(tmp_path: Path, data: bytes) -> None:
-    made = store(tmp_path, url="valkey://cache", password_file=str(password_file(tmp_path, data)))
-    assert made._password == "hunter2"
-    assert "hunter2" not in repr(made)
+def test_password_is_read_from_a_file_and_never_shown(
+    tmp_path: Path, data: bytes, request: pytest.FixtureRequest
+) -> None:
+    path = password_file(tmp_path, data)
+    assert "hunter2" not in repr(store(tmp_path, url="valkey://cache", password_file=str(path)))
+    request.getfixturevalue("fake_stores")
+    made = store(tmp_path, url="valkey://cache", password_file=str(path))
+    assert made.arguments["password"] == "hunter2"
 
 
 @pytest.mark.parametrize(
@@ -119,12 +144,15 @@ def test_password_file_that_is_a_directory_is_refused(tmp_path: Path) -> None:
         store(tmp_path, url="valkey://cache", password_file=str(tmp_path))
 
 
+@pytest.mark.usefixtures("fake_stores")
 def test_notices_of_a_store_are_logged_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reported: list[tuple[str, object]] = []
     path = str(tmp_path / "sessions.db")
-    store_setup._report(lambda *event: reported.append(event), "store_damaged", path=path, reason="malformed")
+    config = load_config(None, home=tmp_path, environ={})
+    made: Any = build_store(config, Home(tmp_path), lambda *event: reported.append(event))
+    made.arguments["on_notice"]("store_damaged", path=path, reason="malformed")
     assert reported == [("store.damaged", {"path": path, "reason": "malformed"})]
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"], line["reason"]) == ("store.damaged", "error", "malformed")

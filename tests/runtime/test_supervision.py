@@ -199,7 +199,7 @@ def test_supervision_without_service_manager_does_nothing() -> None:
         pass
     supervision.stopping(1.0)
     supervision.close()
-    assert timers._heap == []
+    assert timers.armed == []
 
 
 def test_unreachable_service_manager_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,7 +233,7 @@ class ServerThread:
             return {
                 "connections": len(state.connections),
                 "tcp": server.parts.listener.connections,
-                "sites": sum(server.parts.listener._counts.by_network.values()),
+                "sites": server.parts.listener.most_per_address,
                 "adopting": len(server.parts.listener._adopting),
                 "by_session": len(state.session_connections),
                 "wheel": len(server.parts.state.wheel),
@@ -322,7 +322,7 @@ def client_context(ca_file: Path, alpn: Sequence[str] = ("zcp/1",)) -> ssl.SSLCo
     return context
 
 
-_contexts: dict[Path, ssl.SSLContext] = {}
+contexts: dict[Path, ssl.SSLContext] = {}
 
 
 class Client:
@@ -337,9 +337,9 @@ class Client:
         receive_buffer: int | None = None,
         context: ssl.SSLContext | None = None,
     ) -> None:
-        context = context or _contexts.get(ca_file)
+        context = context or contexts.get(ca_file)
         if context is None:
-            context = _contexts[ca_file] = client_context(ca_file)
+            context = contexts[ca_file] = client_context(ca_file)
         raw = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         raw.settimeout(TIMEOUT)
         try:

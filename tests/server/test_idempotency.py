@@ -382,12 +382,15 @@ def test_running_requests_per_user_are_bounded(make_harness: MakeHarness) -> Non
 
 def test_expired_answers_in_memory_are_removed_gradually(make_harness: MakeHarness) -> None:
     harness = make_harness()
-    for number in range(20):
+    harness.call(key="0")
+    size = harness.cache.bytes_kept
+    for number in range(1, 20):
         harness.call(key=str(number))
+    assert harness.cache.bytes_kept == 20 * size
     harness.clock.advance(KEEP_MS / 1000)
     for number in range(4):
         harness.call(key=f"new {number}")
-    assert len(harness.cache._memory) == 4
+    assert harness.cache.bytes_kept == 4 * size
 
 
 def test_limits_follow_from_the_configuration() -> None:
@@ -503,7 +506,6 @@ def test_expired_answer_is_not_written_later(make_harness: MakeHarness) -> None:
     harness.call(key="another")
     harness.turn()
     assert store.asked == ["claim", "keep"]
-    assert not harness.cache._unsaved
 
 
 def test_delayed_write_continues_after_another_outage(make_harness: MakeHarness) -> None:
@@ -539,23 +541,27 @@ def test_delayed_write_waits_for_the_store(make_harness: MakeHarness) -> None:
     store.out = False
     works, store.keep_answer = store.keep_answer, keep_fails  # type: ignore[method-assign]
     harness.call(key="another")
-    assert len(harness.cache._unsaved) == 2
     store.keep_answer = works  # type: ignore[method-assign]
-    harness.call(key="a third")
-    harness.turn()
-    assert not harness.cache._unsaved
+    for key, answers_stored in (("a third", 3), ("a fourth", 1)):
+        store.asked.clear()
+        harness.call(key=key)
+        harness.turn()
+        assert store.asked.count("keep") == answers_stored
 
 
 def test_remembered_claims_are_bounded(make_harness: MakeHarness) -> None:
     store = FakeStore()
     harness = make_harness(store)
-    store.out = True
+    store.out = store.fails_after_the_effect = True
     for number in range(MAX_REMEMBERED + 5):
-        harness.begin(key=str(number))
+        harness.begin(user=str(number), key="k")
         if number % 50 == 0:
             harness.turn()
     harness.turn()
-    assert len(harness.cache._idle_claims) == MAX_REMEMBERED
+    store.out = False
+    assert [code(harness.call(user=str(number), key="k")) for number in (0, 4)] == [Code.UNKNOWN] * 2
+    assert harness.ran == 0
+    assert [harness.call(user=str(number), key="k").code for number in (5, MAX_REMEMBERED + 4)] == [0, 0]
 
 
 def test_exception_of_the_store_is_an_internal_error(make_harness: MakeHarness) -> None:

@@ -117,11 +117,11 @@ class CertificateServer:
         context = helpers.client_context(ca_file)
         context.load_cert_chain(*shown)
         name = ca_file.with_name(f"context-{next(numbers)}")
-        helpers._contexts[name] = context  # the client's cache of contexts
+        helpers.contexts[name] = context  # the client's cache of contexts
         try:
             return Client(self.server.port, name)
         finally:
-            del helpers._contexts[name]
+            del helpers.contexts[name]
 
     def open(self, shown: ClientIdentity | None, **fields: Any) -> Client:
         """Connect and open a session by the certificate."""
