@@ -256,7 +256,7 @@ async def test_faulty_file_is_reported_once_and_keeps_its_users(scheme: Scheme, 
     assert len(scheme.events) == 3
 
 
-def test_concurrent_logins_share_one_look(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_logins_share_one_file_check(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     key = scheme.users.add("alice")
     looks: list[float] = []
     original = UserFile.changed
@@ -272,7 +272,7 @@ def test_concurrent_logins_share_one_look(scheme: Scheme, monkeypatch: pytest.Mo
     assert looks == [pytest.approx(LOOK_HOLDS_S / 4), pytest.approx(5 * LOOK_HOLDS_S / 4)]
 
 
-async def test_key_is_never_refused_without_a_new_look(scheme: Scheme, path: Path) -> None:
+async def test_key_is_not_refused_without_a_new_file_check(scheme: Scheme, path: Path) -> None:
     key = scheme.users.add("alice")
     assert await scheme.ask("alice", key) == Identity("alice")
     scheme.passing = 0.0
@@ -283,7 +283,7 @@ async def test_key_is_never_refused_without_a_new_look(scheme: Scheme, path: Pat
     assert await scheme.ask("alice", key) is None
 
 
-async def test_removed_user_is_refused_after_the_look_expires(scheme: Scheme, path: Path) -> None:
+async def test_removed_user_is_refused_after_the_file_check_expires(scheme: Scheme, path: Path) -> None:
     key = scheme.users.add("alice")
     assert await scheme.ask("alice", key) == Identity("alice")
     UserFile(path).remove("alice")

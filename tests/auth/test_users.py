@@ -293,9 +293,7 @@ def test_a_folder_that_cannot_be_synced_is_a_fault_only_if_it_should(
         users.add("alice")
 
 
-def test_the_new_text_is_on_the_disk_before_it_gets_its_name(
-    users: UserFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_is_synced_before_rename(users: UserFile, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
     sync, replace = os.fsync, Path.replace
 
@@ -482,7 +480,7 @@ def test_hostile_name_cannot_forge_a_line(path: Path, users: UserFile) -> None:
 # Reading again
 
 
-def test_change_is_found_by_one_look(path: Path, users: UserFile) -> None:
+def test_changed_file_is_detected(path: Path, users: UserFile) -> None:
     users.load()
     UserFile(path).add("alice")
     assert users.changed()

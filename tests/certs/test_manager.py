@@ -239,7 +239,7 @@ async def test_server_does_not_start_without_a_working_context(
         _ = server.port
 
 
-# --- the thread that looks ----------------------------------------------------------------------------------------
+# --- the checking thread -----------------------------------------------------------------------------------------
 
 
 async def test_loop_is_called_only_for_news(
@@ -262,7 +262,7 @@ async def test_loop_is_called_only_for_news(
         with monkeypatch.context() as patched:
             patched.setattr(CertificateChecker, "check", partial(fail, CertificateError("it is bad")))
             manager._check_and_report(handed.append)
-        manager._check_and_report(handed.append)  # that it is good again is news, too
+        manager._check_and_report(handed.append)  # the recovery is reported as well
         manager._check_and_report(handed.append)
         assert len(handed) == 3
         problems: list[str] = []
@@ -323,13 +323,13 @@ def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path
     manager._interval = 0.0
     ended = threading.Event()
     loop = asyncio.new_event_loop()
-    looks = 0
+    checks = 0
 
     def check_and_report(hand: Callable[[manager_module.Report], object]) -> None:
-        nonlocal looks
-        looks += 1
-        if looks == 1:
-            hand(partial(fail, AssertionError()))  # dropped, as the watch is over when the loop gets to it
+        nonlocal checks
+        checks += 1
+        if checks == 1:
+            hand(partial(fail, AssertionError()))  # dropped: the watch is over when the loop runs it
             ended.set()
             loop.run_until_complete(asyncio.sleep(0))
             ended.clear()
@@ -339,7 +339,7 @@ def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path
 
     manager._check_and_report = check_and_report  # type: ignore[method-assign]
     manager._watch(loop, ended)
-    assert looks == 2
+    assert checks == 2
 
 
 LEFT_ALONE = """
