@@ -114,7 +114,7 @@ class Chromium:
             if answer.get("id") == self._number:
                 assert "error" not in answer, (method, answer["error"])
                 return dict(answer["result"])
-        raise AssertionError(f"no answer to {method}: {self._said()}")
+        raise AssertionError(f"no answer to {method}: {self._browser_log()}")
 
     def listen(self, deadline: float) -> bool:
         """Deliver the next message of the browser to its tab. Return False after a timeout."""
@@ -127,7 +127,7 @@ class Chromium:
                 if left <= 0 or not select.select([self._in], [], [], left)[0]:
                     return
                 data = os.read(self._in, 1 << 20)
-                assert data, f"the browser has ended: {self._said()}"
+                assert data, f"the browser has ended: {self._browser_log()}"
                 self._buffer += data
             text, _, self._buffer = self._buffer.partition(b"\0")
             message = json.loads(text)
@@ -136,7 +136,7 @@ class Chromium:
                 tab.events.append(message)
             yield message
 
-    def _said(self) -> str:
+    def _browser_log(self) -> str:
         return (self._folder / "chromium.log").read_text(errors="replace")[-2_000:]
 
 

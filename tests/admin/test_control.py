@@ -190,7 +190,7 @@ path, uid = sys.argv[1], int(sys.argv[2])
 os.setgroups([])
 os.setgid(uid)
 os.setuid(uid)
-said = []
+answers = []
 for _ in range(50):
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -200,10 +200,10 @@ for _ in range(50):
             answer = b""
             while part := connection.recv(65536):
                 answer += part
-            said.append(answer.decode("latin-1"))
+            answers.append(answer.decode("latin-1"))
     except OSError as error:
-        said.append(type(error).__name__)
-print(json.dumps(said))
+        answers.append(type(error).__name__)
+print(json.dumps(answers))
 """
 
 
@@ -228,14 +228,14 @@ def test_hostile_user_is_refused_for_every_file_mode(certs: Path) -> None:
         folder.chmod(0o755)
         with ServerThread(folder / "h", certs) as server:
             path = server.home / "control.sock"
-            said = _ask_as_other_user(path)
-            assert set(said) == {"PermissionError"}  # the home folder is closed
+            answers = _ask_as_other_user(path)
+            assert set(answers) == {"PermissionError"}  # the home folder is closed
             server.home.chmod(0o755)
             assert set(_ask_as_other_user(path)) == {"PermissionError"}  # so is the socket
             path.chmod(0o666)
-            said = _ask_as_other_user(path)
-            assert len(said) == 50
-            for answer in said:  # a response, or a reset before it was read
+            answers = _ask_as_other_user(path)
+            assert len(answers) == 50
+            for answer in answers:  # a response, or a reset before it was read
                 assert '"sessions"' not in answer
                 assert answer.startswith("HTTP/1.1 403 ") or answer in (
                     "ConnectionResetError",

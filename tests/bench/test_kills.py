@@ -19,12 +19,12 @@ from bench.scenarios.sessions import Broken
 def test_acknowledged_sessions_survive_each_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "kills.json"
     code = main(["scenario", "kills", "--kills", "10", "--seed", "7", "--json", str(file)])
-    said = capsys.readouterr()
-    assert code == 0, said
+    printed = capsys.readouterr()
+    assert code == 0, printed
     figures = json.loads(file.read_text())["figures"]["figure"]
     assert figures["kills"]["value"] == 10
     assert figures["live"]["value"] > 0
-    assert "10 of 10 kills" in said.err
+    assert "10 of 10 kills" in printed.err
 
 
 def good() -> Seen:

@@ -145,7 +145,7 @@ def test_closed_connection_is_error(kind: type[Client], answers: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "answers", "said"),
+    ("kind", "answers", "expected"),
     [
         (UvicornClient, b"HTTP/1.1 500 Oh\r\n\r\n", "500"),
         (WebsocketsClient, b"HTTP/1.1 101 S\r\n\r\n\x88\0", "0x88"),
@@ -153,10 +153,10 @@ def test_closed_connection_is_error(kind: type[Client], answers: bytes) -> None:
         (GrpcClient, h2(3, 0, 1, b"reset"), "reset"),
     ],
 )
-def test_refusal_is_error(kind: type[Client], answers: bytes, said: str) -> None:
+def test_refusal_is_error(kind: type[Client], answers: bytes, expected: str) -> None:
     made, _ = client(kind, answers)
     made.send(made.request())
-    with pytest.raises(ZcprotoError, match=said):
+    with pytest.raises(ZcprotoError, match=expected):
         made.check()
 
 
@@ -222,14 +222,14 @@ def servers(tmp_path: Path, certs: Path, here: Environment) -> Servers:
 def test_two_servers_are_measured_side_by_side(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NAMES", (ZCPROTO, STREAMS))
     monkeypatch.setattr(module, "SETTLE_S", 0.05)
-    said: list[str] = []
-    found = module.measure(servers, QUICK, said.append)
+    lines: list[str] = []
+    found = module.measure(servers, QUICK, lines.append)
     for name in (ZCPROTO, STREAMS):
         assert len(found.request_s[name]) == len(found.connect_s[name]) == QUICK.rounds
         assert min(found.request_s[name] + found.connect_s[name]) > 0
         assert found.suites[name] == "TLS_AES_256_GCM_SHA384"
     assert found.memory_kib.keys() == {ZCPROTO, STREAMS}
-    assert any("round 2 of 2" in line for line in said)
+    assert any("round 2 of 2" in line for line in lines)
 
 
 def test_server_that_does_not_start_is_error(servers: Servers) -> None:

@@ -366,7 +366,7 @@ def test_settings_of_environment_are_ignored(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["requirements", "--step", "nonsense"], "no such step: nonsense"),
         (["curves", "--step", "nonsense"], "no such curve: nonsense"),
@@ -374,10 +374,10 @@ def test_settings_of_environment_are_ignored(
     ],
 )
 def test_unusable_options_fail_before_run(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

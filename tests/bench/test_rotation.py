@@ -393,9 +393,9 @@ def test_server_that_ignores_new_certificates_fails_and_loses_nothing(
     assert made.tls_failures == {}
     assert failing(made) - PAUSES == LATE
     assert made.load.reasons() == []
-    said = capsys.readouterr()
-    assert "loading: " in said.out
-    assert "rotation 4 of 4, " in said.err
+    printed = capsys.readouterr()
+    assert "loading: " in printed.out
+    assert "rotation 4 of 4, " in printed.err
 
 
 def test_server_that_picks_up_certificates_passes(home: Home) -> None:

@@ -136,9 +136,9 @@ def test_short_soak_has_no_wrong_answer(
         monkeypatch.setattr(module, name, 60.0)
     file = tmp_path / "soak.json"
     code = main(["scenario", "soak", "--minutes", "0.1", "--seed", "7", "--json", str(file)])
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     written = json.loads(file.read_text())
-    assert {"connect", "open", "echo", "refresh", "end"} <= written["answers"]["right"].keys(), said
+    assert {"connect", "open", "echo", "refresh", "end"} <= written["answers"]["right"].keys(), printed
     assert written["answers"]["wrong"] == {}
     assert written["answers"]["lost"] == {}
     assert written["failed"] == {}

@@ -277,8 +277,8 @@ def test_running_server_ends_the_sessions_of_a_removed_device(
             await store.close()
 
     asyncio.run(remove())
-    said = "laptop of ada is removed; the running server ends the sessions within a second.\n"
-    assert capsys.readouterr().err == said
+    expected = "laptop of ada is removed; the running server ends the sessions within a second.\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_invalid_configuration_changes_no_device(home: Path, devices: DeviceFile) -> None:
@@ -288,7 +288,7 @@ def test_invalid_configuration_changes_no_device(home: Path, devices: DeviceFile
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
         (
             StoreInUseError(["a server runs"]),
@@ -310,7 +310,7 @@ def test_device_is_removed_even_if_the_store_is_unavailable(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
     code: int,
-    said: str,
+    expected: str,
 ) -> None:
     @contextlib.asynccontextmanager
     async def unavailable(url: str, home: Home) -> AsyncIterator[SessionStore]:
@@ -320,5 +320,5 @@ def test_device_is_removed_even_if_the_store_is_unavailable(
     monkeypatch.setattr(session_store, "opened_store", unavailable)
     monkeypatch.setattr(session_store, "has_no_sessions", lambda url, home: False)
     assert main(["device", "remove", "laptop"]) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == expected
     assert devices.read_names() == ["phone", "Zoë's"]

@@ -154,9 +154,9 @@ def test_files_readable_by_others_are_faults(
     folder: Path, look: Look, name: str, mode: int, sentence: str, cure: str
 ) -> None:
     (folder / name).chmod(mode)
-    said = look().one("permissions", "fault")
-    assert f"{name}: {sentence}" in said
-    assert cure in said
+    detail = look().one("permissions", "fault")
+    assert f"{name}: {sentence}" in detail
+    assert cure in detail
 
 
 @pytest.mark.parametrize("name", ["config.toml", "certs/ca.crt"])
@@ -277,9 +277,9 @@ def test_expired_certificate_file_is_a_fault(folder: Path, look: Look) -> None:
 
 def test_certificate_file_near_expiry_is_a_warning(folder: Path, look: Look) -> None:
     foreign(folder, NOW + timedelta(days=3, hours=1), NOW - timedelta(days=87))
-    said = look().one("certificate", "warning")
-    assert "3 days left; server.example" in said
-    assert "replace external ones" in said
+    detail = look().one("certificate", "warning")
+    assert "3 days left; server.example" in detail
+    assert "replace external ones" in detail
 
 
 # the store
@@ -397,7 +397,7 @@ def test_running_server_of_this_home_is_checked(serve: Serve, home: Path, look: 
 
 
 @pytest.mark.parametrize(
-    ("ahead_s", "state", "said"),
+    ("ahead_s", "state", "detail"),
     [
         (0, "ok", "agree"),
         (120, "warning", "ahead of"),
@@ -406,10 +406,10 @@ def test_running_server_of_this_home_is_checked(serve: Serve, home: Path, look: 
     ],
 )
 def test_clock_skew_is_reported(
-    server: ServerThread, look: Look, ahead_s: int, state: str, said: str
+    server: ServerThread, look: Look, ahead_s: int, state: str, detail: str
 ) -> None:
     server.clock.ahead_ms = ahead_s * 1000
-    assert said in look(at(server)).one("clock", state)
+    assert detail in look(at(server)).one("clock", state)
 
 
 def test_wrong_key_is_a_fault_and_sent_only_to_a_trusted_server(
@@ -430,10 +430,10 @@ def test_wrong_key_is_a_fault_and_sent_only_to_a_trusted_server(
 def test_untrusted_ca_is_a_fault_with_details(server: ServerThread, look: Look, tmp_path: Path) -> None:
     other = tmp_path / "other-ca.pem"
     trustme.CA().cert_pem.write_to_path(other)
-    said = look(at(server), "--ca", str(other)).one("trust", "fault")
-    assert "certificate untrusted" in said
-    assert server.server.pins[0] in said
-    assert "use --ca, or use --pin" in said
+    detail = look(at(server), "--ca", str(other)).one("trust", "fault")
+    assert "certificate untrusted" in detail
+    assert server.server.pins[0] in detail
+    assert "use --ca, or use --pin" in detail
 
 
 def test_missing_ca_file_is_a_fault(server: ServerThread, look: Look, tmp_path: Path) -> None:
@@ -506,8 +506,8 @@ def test_silent_server_is_a_fault(home: Path, look: Look) -> None:
 
 def test_server_without_tls_is_a_fault(home: Path, look: Look) -> None:
     with answering(lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")) as address:
-        said = look(address).one("handshake", "fault")
-    assert "check that this is the port of zcproto" in said
+        detail = look(address).one("handshake", "fault")
+    assert "check that this is the port of zcproto" in detail
 
 
 def test_disconnect_in_the_handshake_is_a_fault(home: Path, look: Look) -> None:
@@ -548,16 +548,16 @@ def test_other_alpn_protocol_is_a_fault(home: Path, look: Look) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "detail"),
     [(b"", "without WELCOME"), (b"HTTP/1.1 200 OK\r\n\r\n" * 10, "not a valid WELCOME"), (bytes(70), "")],
 )
-def test_invalid_welcome_is_a_fault(home: Path, look: Look, data: bytes, said: str) -> None:
+def test_invalid_welcome_is_a_fault(home: Path, look: Look, data: bytes, detail: str) -> None:
     def then(tls: ssl.SSLSocket) -> None:
         tls.sendall(data)
         tls.unwrap()
 
     with answering(OtherServer("localhost").speak(then)) as address:
-        assert said in look(address).one("welcome", "fault")
+        assert detail in look(address).one("welcome", "fault")
 
 
 def test_welcome_sent_byte_by_byte_times_out(home: Path, look: Look) -> None:
@@ -605,17 +605,17 @@ def judged(look: Look, server: ServerThread, *names: str, **dates: Any) -> Repor
 
 
 def test_certificate_name_mismatch_is_a_fault(server: ServerThread, look: Look) -> None:
-    said = judged(look, server, "a.example").one("trust", "fault")
-    assert "certificate name mismatch" in said
-    assert "names: a.example" in said
-    assert "certificates.names" in said
+    detail = judged(look, server, "a.example").one("trust", "fault")
+    assert "certificate name mismatch" in detail
+    assert "names: a.example" in detail
+    assert "certificates.names" in detail
 
 
 def test_expired_server_certificate_is_a_fault(server: ServerThread, look: Look) -> None:
     dates = {"not_before": NOW - timedelta(days=9), "not_after": NOW - timedelta(days=1)}
-    said = judged(look, server, "127.0.0.1", **dates).one("trust", "fault")
-    assert "certificate expired" in said
-    assert "compare the clocks" in said
+    detail = judged(look, server, "127.0.0.1", **dates).one("trust", "fault")
+    assert "certificate expired" in detail
+    assert "compare the clocks" in detail
 
 
 def test_server_certificate_near_expiry_is_a_warning(server: ServerThread, look: Look) -> None:
@@ -638,5 +638,5 @@ def test_session_limit_of_the_user_is_reported(home: Path, serve: Serve, look: L
     path.touch(0o600)
     path.write_text(KEY)
     with server.client("ada"):
-        said = look(at(server), "--user", "ada", "--key-file", str(path)).one("session", "fault")
-    assert "sessions.per_user" in said
+        detail = look(at(server), "--user", "ada", "--key-file", str(path)).one("session", "fault")
+    assert "sessions.per_user" in detail

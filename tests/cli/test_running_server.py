@@ -81,10 +81,10 @@ def test_status_is_printed(running: ServerThread, capsys: Capture) -> None:
 
 def test_users_are_changed_by_the_running_server(running: ServerThread, capsys: Capture) -> None:
     assert main(["user", "add", "ada"]) == 0
-    said = capsys.readouterr()
-    assert said.err == "ada is a user now. Keep this key; it is shown once:\n"
+    printed = capsys.readouterr()
+    assert printed.err == "ada is a user now. Keep this key; it is shown once:\n"
     with running.client() as client:
-        client.open_session("ada", said.out.strip())
+        client.open_session("ada", printed.out.strip())
         made = json_of(capsys, "user", "new-key", "ada")
         assert (made["name"], made["sessions"]) == ("ada", 1)
         client.event()
@@ -136,9 +136,9 @@ def test_certificates_are_issued_by_the_running_server(running: ServerThread, ca
     (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
     leaf = running.in_loop(lambda: running.server.certificates[0].leaf_sha256)
     assert main(["cert", "renew"]) == 0
-    said = capsys.readouterr()
-    assert "server-ecdsa.crt" in said.out
-    assert said.err.endswith("The running server uses it now.\n")
+    printed = capsys.readouterr()
+    assert "server-ecdsa.crt" in printed.out
+    assert printed.err.endswith("The running server uses it now.\n")
     assert running.in_loop(lambda: running.server.certificates[0].leaf_sha256) != leaf
     made = json_of(capsys, "cert", "rotate")
     assert made["next_pins"]["pins"]
@@ -185,9 +185,9 @@ def test_cert_show_works_without_access_to_the_server(
 
     monkeypatch.setattr("zcproto.cli.control._connect", refuse)
     assert main(["cert", "show"]) == 0
-    said = capsys.readouterr()
-    assert "you are not allowed" in said.err
-    assert "server-ecdsa.crt" in said.out
+    printed = capsys.readouterr()
+    assert "you are not allowed" in printed.err
+    assert "server-ecdsa.crt" in printed.out
 
 
 def test_alerts_are_listed_and_tested_by_the_running_server(
@@ -221,19 +221,19 @@ def test_reload_prints_changes_and_faults(running: ServerThread, capsys: Capture
         "alerts__webhook": "https://hooks.example/secret",
     }
     assert main(["reload"]) == 0
-    said = capsys.readouterr()
-    rows = {line.split()[0]: line for line in said.out.splitlines()}
+    printed = capsys.readouterr()
+    rows = {line.split()[0]: line for line in printed.out.splitlines()}
     assert rows["limits.max_streams"].split() == ["limits.max_streams", "128", "3", "new", "connections"]
     assert rows["idempotency.keep"].endswith("restart needed")
     assert "(hidden)" in rows["alerts.webhook"]
-    assert "secret" not in said.out
-    assert said.err == "1 of these apply after a restart of the server\n"
+    assert "secret" not in printed.out
+    assert printed.err == "1 of these apply after a restart of the server\n"
     assert [each["key"] for each in json_of(capsys, "reload")["restart"]] == ["idempotency.keep"]
     running.settings = {**running.settings, "limits__max_streams": 0, "limits__max_depth": 0}
     assert main(["reload"]) == 2
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     faults = [
-        line for line in said.err.splitlines() if not line.startswith("{")
+        line for line in printed.err.splitlines() if not line.startswith("{")
     ]  # the log of this process goes there too
     assert [fault.split()[0] for fault in faults] == ["limits.max_streams", "limits.max_depth"]
 
@@ -388,9 +388,9 @@ def test_watch_restores_the_terminal(running: ServerThread) -> None:
 )
 def test_commands_without_a_running_server_fail(home: Path, capsys: Capture, command: list[str]) -> None:
     assert main(command) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err == (f"zcproto: no server runs with the home folder {home}; start one, or use --home\n")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (f"zcproto: no server runs with the home folder {home}; start one, or use --home\n")
 
 
 def test_stale_socket_counts_as_no_server(home: Path, capsys: Capture) -> None:
@@ -439,7 +439,7 @@ JSON = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "printed"),
     [
         (b"", "it ended the connection"),
         (b"\x00\x01 nonsense\r\n\r\n", "it ended the connection"),
@@ -458,12 +458,12 @@ JSON = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n
     ids=["nothing", "garbage", "404", "403", "500", "json", "409", "list", "escape", "large"],
 )
 def test_malformed_control_response_is_reported(
-    other_program: Callable[[bytes], None], home: Path, capsys: Capture, data: bytes, said: str
+    other_program: Callable[[bytes], None], home: Path, capsys: Capture, data: bytes, printed: str
 ) -> None:
     other_program(data)
     assert main(["status"]) == 1
     err = capsys.readouterr().err
-    assert said in err
+    assert printed in err
     assert "\x1b" not in err
     assert err.count("\n") == 1
 

@@ -403,14 +403,14 @@ async def test_close_waits_for_connections_closed_by_the_server() -> None:
     server = ScriptedServer()
     server.lingers = 1.5
     client = await client_of(server)
-    goodbye_said = now()
+    goaway_at = now()
     server.link.go_away("idle", 0)
     server.link.close_cleanly()
     await turns()
     assert not server.link.gone
     await client.close()
     assert server.link.gone
-    assert now() - goodbye_said == pytest.approx(1.5)
+    assert now() - goaway_at == pytest.approx(1.5)
 
 
 @scripted

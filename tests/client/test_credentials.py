@@ -74,7 +74,7 @@ def test_device_signs_for_each_connection(has_certificate: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("user", "key", "device", "name", "said"),
+    ("user", "key", "device", "name", "expected"),
     [
         ("ada", None, DEVICE, "laptop", "remove user and key"),
         (None, "secret", DEVICE, "laptop", "remove user and key"),
@@ -85,7 +85,7 @@ def test_device_signs_for_each_connection(has_certificate: bool) -> None:
     ],
 )
 def test_device_without_name_or_with_user_is_refused(
-    user: str | None, key: str | None, device: Device | None, name: str | None, said: str
+    user: str | None, key: str | None, device: Device | None, name: str | None, expected: str
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=expected):
         choose_credentials(user, key, has_certificate=False, device=device, device_name=name)

@@ -144,7 +144,7 @@ def pem(key: Any, encryption: Any = None) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "expected"),
     [
         (b"", "does not contain a private key in PEM; create one with Device.create"),
         (b"nonsense", "does not contain a private key in PEM"),
@@ -157,11 +157,11 @@ def pem(key: Any, encryption: Any = None) -> bytes:
         (b"x" * 200_000, "is larger than 65536 bytes"),
     ],
 )
-def test_invalid_device_key_raises_without_its_content(tmp_path: Path, data: bytes, said: str) -> None:
+def test_invalid_device_key_raises_without_its_content(tmp_path: Path, data: bytes, expected: str) -> None:
     path = tmp_path / "laptop.key"
     path.touch(0o600)
     path.write_bytes(data)
-    with pytest.raises(CertificateError, match=said) as caught:
+    with pytest.raises(CertificateError, match=expected) as caught:
         Device.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert str(caught.value).isprintable()

@@ -23,7 +23,7 @@ WRONG, BACKUP = ("sha256/" + letter * 43 + "=" for letter in "AE")
 
 
 @pytest.fixture(autouse=True)
-def nothing_was_said(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def reset_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Reset the warnings that are logged once."""
     _warn_of_single_pin.cache_clear()
     with caplog.at_level(logging.WARNING, "zcproto.client"):

@@ -15,7 +15,7 @@ from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError, ConnectionClosed, TlsError, ZcprotoError
 from zcproto.load import caller as module
-from zcproto.load.caller import Caller, LoadTarget, Operator, ServerStats
+from zcproto.load.caller import CLOSE_TIMEOUT, Caller, LoadTarget, Operator, ServerStats
 from zcproto.load.plan import Credential
 
 
@@ -30,8 +30,7 @@ async def test_cancelled_disconnect_closes_connection(serve: Serve) -> None:
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    await asyncio.sleep(0)
-    assert caller._gone.is_set()
+    await asyncio.wait_for(caller.disconnect(), CLOSE_TIMEOUT / 2)  # nothing is left to wait for
     resume.set()
     target.close()
 

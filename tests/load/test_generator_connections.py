@@ -122,9 +122,7 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-async def test_a_server_that_says_nothing_is_not_waited_for_too_long(
-    silent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_silent_server_times_out(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONNECT_TIMEOUT", 0.2)
     generator = Generator(share(server=None, port=silent), asyncio.get_running_loop())
     await all_phases(generator)

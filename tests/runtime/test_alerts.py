@@ -368,7 +368,7 @@ def test_command_receives_the_webhook_message(start: Start, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("mode", "text", "said"),
+    ("mode", "text", "expected"),
     [
         (0o644, SECRET, "others can read"),
         (0o600, "short", "16 to 4096 characters"),
@@ -376,13 +376,13 @@ def test_command_receives_the_webhook_message(start: Start, tmp_path: Path) -> N
     ],
 )
 def test_bad_webhook_secret_prevents_start(
-    tmp_path: Path, certs: Path, mode: int, text: str, said: str
+    tmp_path: Path, certs: Path, mode: int, text: str, expected: str
 ) -> None:
     secret = tmp_path / "key"
     secret.write_text(text)
     secret.chmod(mode)
     settings = {"alerts__webhook": "https://localhost:1/", "alerts__webhook_secret_file": str(secret)}
-    with pytest.raises(ConfigError, match=rf"alerts\.webhook_secret_file: .*{said}") as caught:
+    with pytest.raises(ConfigError, match=rf"alerts\.webhook_secret_file: .*{expected}") as caught:
         ServerThread(tmp_path / "home", certs, **settings).start()
     assert text == "" or text not in str(caught.value)
 
