@@ -131,7 +131,7 @@ class Expiring(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Reported:
+class _ReportedThresholds:
     """What was reported about one certificate."""
 
     days: set[int]
@@ -148,7 +148,7 @@ class ExpiryAlerts:
 
     def __init__(self, alert_days: Iterable[int]) -> None:
         self._thresholds = sorted({EXPIRED, *alert_days})
-        self._reported: dict[bytes, _Reported] = {}
+        self._reported: dict[bytes, _ReportedThresholds] = {}
         self._open: dict[str, tuple[datetime, int]] = {}  # path: expiry and threshold
 
     def due(self, items: Iterable[Expiring], now: datetime) -> list[Notice]:
@@ -186,7 +186,7 @@ class ExpiryAlerts:
 
     def _is_new(self, key: bytes, days: int | None, left: timedelta) -> bool:
         """Return True if this threshold has not been reported yet, and record it."""
-        reported = self._reported.setdefault(key, _Reported(set(), set()))
+        reported = self._reported.setdefault(key, _ReportedThresholds(set(), set()))
         # A clock that was far ahead passes over thresholds that are still to come. A clock that is set back by less
         # than a day must not report a wider threshold after a tighter one.
         reported.passed_over = {wider for wider in reported.passed_over if left <= (wider + 1) * _DAY}
