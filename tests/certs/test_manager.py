@@ -245,7 +245,7 @@ async def test_server_does_not_start_without_a_working_context(
 async def test_loop_is_called_only_for_news(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = ServerThread(tmp_path / "home", certs).server
+    server = ServerThread(tmp_path / "home", certs, certificates__watch_interval="1h").server
     async with server:
         manager = server.parts.certificates
         handed: list[Callable[[], None]] = []
