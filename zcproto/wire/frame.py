@@ -35,7 +35,6 @@ SALT_SIZE: Final = 8
 TOKEN_SIZE: Final = 32
 NO_TOKEN: Final = bytes(TOKEN_SIZE)
 MAX_STREAM: Final = 2**32 - 1
-MAX_COUNTER: Final = 2**64 - 1
 
 RawHeader = tuple[int, int, int, int, bytes, int, bytes]
 """A decoded header: length, head, stream, timestamp, salt, counter, token."""
