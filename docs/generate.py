@@ -24,7 +24,7 @@ from zcproto.config.model import descriptions, sections
 from zcproto.config.types import settings_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS, FIELDS, Limit
-from zcproto.observe.metric_table import OF_THE_LIBRARY, TABLE
+from zcproto.observe.metrics import TABLE
 
 ROOT: Final = Path(__file__).parents[1]
 
@@ -101,6 +101,14 @@ def _default(section: str, name: str, written: str) -> str:
 
 # --- metrics -------------------------------------------------------------------------------------------------
 
+INTERPRETER_METRICS: Final = {
+    "python_gc_collections_total": "Runs of the garbage collector, by generation.",
+    "python_gc_objects_collected_total": "Objects collected, by generation.",
+    "python_gc_objects_uncollectable_total": "Objects found uncollectable, by generation.",
+    "python_info": "Always 1; the labels are the version of Python.",
+}
+"""Metrics that prometheus_client provides."""
+
 
 def metrics() -> str:
     """Return the page of metrics."""
@@ -117,9 +125,9 @@ consists of `_bucket`, `_sum` and `_count`.
 """
     ]
     for title, group in TABLE.items():
-        rows = [[code(each.name), each.kind.value, codes(each.labels), each.help] for each in group]
+        rows = [[code(each.name), each.kind, codes(each.labels), each.help] for each in group]
         parts += [f"\n## {title}\n\n", table("metric | kind | labels | meaning", rows)]
-    rows = [[code(name), help_text] for name, help_text in OF_THE_LIBRARY.items()]
+    rows = [[code(name), help_text] for name, help_text in INTERPRETER_METRICS.items()]
     return "".join([*parts, "\n## The interpreter\n\n", table("metric | meaning", rows)])
 
 

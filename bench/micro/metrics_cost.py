@@ -31,9 +31,8 @@ from zcproto.app.app import App
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.settings import ConnectionSettings
-from zcproto.observe import metric_table as table
 from zcproto.observe.metrics import Metrics, Reading
-from zcproto.observe.process import ProcessMetrics
+from zcproto.observe.process import process_readings
 from zcproto.server import protocol as module
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
@@ -171,14 +170,14 @@ async def time_scrapes() -> list[int]:
     def source() -> Iterator[Reading]:
         """Yield as many series as a server has, and those that scan the connections."""
         most = max(protocol.in_flight for protocol in state.connections)
-        yield table.LIMIT_USE.at(most, "limits.max_streams")
-        yield table.SLOW_READERS.at(sum(protocol.is_slow_reader for protocol in state.connections))
+        yield "zcproto_limit_use", most, "limits.max_streams"
+        yield "zcproto_slow_readers", sum(protocol.is_slow_reader for protocol in state.connections)
         for number in range(150):
-            yield table.CALLS.at(number, f"method{number}")
+            yield "zcproto_method_calls_total", number, f"method{number}"
         for number in range(10):
-            yield table.WAITS.at(state.methods["echo"].waits, f"method{number}")
+            yield "zcproto_method_wait_seconds", state.methods["echo"].waits, f"method{number}"
 
-    metrics = Metrics(source, ProcessMetrics())
+    metrics = Metrics(source, process_readings)
     spent = []
     for _ in range(SCRAPES):
         begin = time.thread_time_ns()

@@ -11,13 +11,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from docs.generate import INTERPRETER_METRICS
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
 from zcproto.admin.metrics import END_LABELS, server_metrics
 from zcproto.app.app import App
 from zcproto.errors import CallError
-from zcproto.observe.metric_table import ALL, OF_THE_LIBRARY
+from zcproto.observe.metrics import METRICS
 from zcproto.sessions import EndReason
 from zcproto.sessions.token import token_text
 from zcproto.stores.base import StoreUnavailable
@@ -93,15 +94,15 @@ def test_rendered_metrics_match_the_table(serve: Serve) -> None:
     server.until(lambda: not server.server.state.connections)
     rendered = names_in(render(server))
     shared_store = {"zcproto_http_responses_total"}  # no request yet
-    assert rendered - set(OF_THE_LIBRARY) <= {metric.name for metric in ALL}
-    assert {metric.name for metric in ALL} - rendered == SHARED_ONLY | shared_store
+    assert rendered - set(INTERPRETER_METRICS) <= METRICS.keys()
+    assert METRICS.keys() - rendered == SHARED_ONLY | shared_store
 
 
 def test_labels_match_the_table(serve: Serve) -> None:
     server = serve(store__url="sqlite")
     with server.client("ada") as client:
         client.call("sleep", {"ms": 1})
-    labels = {metric.name.removesuffix("_total"): set(metric.labels) for metric in ALL}
+    labels = {metric.name.removesuffix("_total"): set(metric.labels) for metric in METRICS.values()}
     for parse, accept in (
         (parse_text, ""),
         (parse_openmetrics, "application/openmetrics-text;version=1.0.0"),

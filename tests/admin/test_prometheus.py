@@ -19,7 +19,7 @@ import pytest
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.observe.metric_table import ALL
+from zcproto.observe.metrics import METRICS
 from zcproto.sessions.token import token_text
 
 DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
@@ -139,15 +139,12 @@ def test_prometheus_scrapes_with_a_token_and_evaluates_all_expressions(serve: Se
         until(lambda: witness.target()["health"] == "up")
         assert witness.target()["lastError"] == ""
         known = {name for name in witness.get("label/__name__/values") if name.startswith("zcproto_")}
-        names = {metric.name for metric in ALL}
-        assert {re.sub("_(bucket|sum|count)$", "", name) for name in known} <= names
+        assert {re.sub("_(bucket|sum|count)$", "", name) for name in known} <= METRICS.keys()
         assert len(known) > 50
         types = {name: entries[0]["type"] for name, entries in witness.get("metadata").items()}
-        for metric in ALL:
+        for metric in METRICS.values():
             if metric.name in known:
-                assert (
-                    types.get(metric.name.removesuffix("_total"), types.get(metric.name)) == metric.kind.value
-                )
+                assert types.get(metric.name.removesuffix("_total"), types.get(metric.name)) == metric.kind
 
         until(lambda: witness.value("rate(zcproto_http_responses_total[1m])") is not None)
         assert {

@@ -11,11 +11,11 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from zcproto.observe.metrics import Metrics
-from zcproto.observe.process import ProcessMetrics, open_descriptors
+from zcproto.observe.process import PROC, open_descriptors, process_readings
 
 
-def read(process: ProcessMetrics) -> dict[str, float]:
-    text = Metrics(process).render("")[1].decode()
+def read(proc: Path = PROC) -> dict[str, float]:
+    text = Metrics(lambda: process_readings(proc)).render("")[1].decode()
     return {
         sample.name: sample.value
         for family in parse(text)
@@ -28,7 +28,7 @@ def test_values_match_prometheus_client_collector() -> None:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     theirs = {sample.name: sample.value for family in registry.collect() for sample in family.samples}
-    ours = read(ProcessMetrics())
+    ours = read()
     assert ours.keys() == theirs.keys()
     for name in ("process_open_fds", "process_max_fds"):
         assert abs(ours[name] - theirs[name]) <= 2  # each opens a file of its own while reading
@@ -60,7 +60,8 @@ def test_descriptor_folder_without_size_is_listed(monkeypatch: pytest.MonkeyPatc
     assert open_descriptors(tmp_path) == 3
 
 
-def test_system_without_proc_yields_fewer_metrics(tmp_path: Path) -> None:
-    assert set(read(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
-    (tmp_path / "stat").write_text("cpu 1 2 3\n")
-    assert set(read(ProcessMetrics(tmp_path))) == {"process_cpu_seconds_total", "process_max_fds"}
+@pytest.mark.parametrize("files", [[], ["stat"]])
+def test_system_without_proc_yields_fewer_metrics(tmp_path: Path, files: list[str]) -> None:
+    for name in files:
+        (tmp_path / name).write_text("cpu 1 2 3\n")
+    assert set(read(tmp_path)) == {"process_cpu_seconds_total", "process_max_fds"}

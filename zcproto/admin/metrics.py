@@ -1,4 +1,4 @@
-"""A snapshot of a server as Prometheus metrics: which value goes to which metric of the table.
+"""A snapshot of a server as Prometheus metrics: which value goes to which metric.
 
     GET /metrics  ->  take_snapshot  ->  readings  ->  observe/metrics.py renders them
 
@@ -21,10 +21,9 @@ from zcproto.alerts import Severity
 from zcproto.alerts.service import SINKS
 from zcproto.certs.notices import NoticeKind
 from zcproto.errors import Code
-from zcproto.observe import metric_table as table
 from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
-from zcproto.observe.process import ProcessMetrics
+from zcproto.observe.process import process_readings
 from zcproto.sessions import EndReason
 from zcproto.sessions.health import HealthState
 from zcproto.stores.pending import LIMIT as PENDING_LIMIT
@@ -41,7 +40,7 @@ _NO_SINK: Final = dict.fromkeys(("delivered", "failures", "lost", "waiting", "do
 
 def server_metrics(parts: Parts) -> Metrics:
     """Return all metrics of a process with one server."""
-    return Metrics(lambda: readings(take_snapshot(parts)), ProcessMetrics())
+    return Metrics(lambda: readings(take_snapshot(parts)), process_readings)
 
 
 def readings(snapshot: Snapshot) -> Iterator[Reading]:
@@ -64,13 +63,13 @@ def readings(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _server(snapshot: Snapshot) -> Iterator[Reading]:
-    yield table.BUILD_INFO.at(1, *_versions())
-    yield table.DRAINING.at(snapshot.parts.state.draining)
-    yield table.LOST_LOG_LINES.at(lost_lines())
-    yield table.INCIDENTS.at(snapshot.counters.incidents)
-    yield table.CONFIG_RELOADS.at(snapshot.counters.reloads, "applied")
-    yield table.CONFIG_RELOADS.at(snapshot.counters.reloads_refused, "refused")
-    yield table.LOOP_LAG.at(snapshot.loop_lag)
+    yield "zcproto_build_info", 1, *_versions()
+    yield "zcproto_draining", snapshot.parts.state.draining
+    yield "zcproto_log_lines_lost_total", lost_lines()
+    yield "zcproto_incidents_total", snapshot.counters.incidents
+    yield "zcproto_config_reloads_total", snapshot.counters.reloads, "applied"
+    yield "zcproto_config_reloads_total", snapshot.counters.reloads_refused, "refused"
+    yield "zcproto_loop_lag_seconds", snapshot.loop_lag
 
 
 def _limits(snapshot: Snapshot) -> Iterator[Reading]:
@@ -104,89 +103,89 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
     if parts.store is not None:
         rows.append(("pending_revocations", PENDING_LIMIT, snapshot.store_report["pending_revocations"]))
     for name, limit, use in rows:
-        yield table.LIMIT.at(limit or float("inf"), name)  # 0 means unlimited
+        yield "zcproto_limit", limit or float("inf"), name  # 0 means unlimited
         if use is not None:
-            yield table.LIMIT_USE.at(use, name)
+            yield "zcproto_limit_use", use, name
 
 
 def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     parts, counters = snapshot.parts, snapshot.counters
-    yield table.TCP_CONNECTIONS.at(parts.listener.connections)
-    yield table.CONNECTIONS.at(len(parts.state.connections))
-    yield table.CONNECTIONS_OPENED.at(counters.connections_opened)
+    yield "zcproto_tcp_connections", parts.listener.connections
+    yield "zcproto_connections", len(parts.state.connections)
+    yield "zcproto_connections_opened_total", counters.connections_opened
     for reason, count in counters.connections_ended.items():
-        yield table.CONNECTIONS_ENDED.at(count, reason)
-    yield table.CONNECTIONS_REFUSED.at(counters.refused_full, "full")
-    yield table.CONNECTIONS_REFUSED.at(counters.refused_per_address, "per_address")
-    yield table.CONNECTIONS_REFUSED.at(counters.accept_failed, "exhausted")
-    yield table.WRITE_PAUSES.at(counters.write_pauses)
-    yield table.SLOW_READERS.at(snapshot.connections.slow_readers)
-    yield table.EVENTS_SENT.at(counters.events)
+        yield "zcproto_connections_ended_total", count, reason
+    yield "zcproto_connections_refused_total", counters.refused_full, "full"
+    yield "zcproto_connections_refused_total", counters.refused_per_address, "per_address"
+    yield "zcproto_connections_refused_total", counters.accept_failed, "exhausted"
+    yield "zcproto_write_pauses_total", counters.write_pauses
+    yield "zcproto_slow_readers", snapshot.connections.slow_readers
+    yield "zcproto_events_sent_total", counters.events
 
 
 def _tls(snapshot: Snapshot) -> Iterator[Reading]:
     acceptor = snapshot.parts.acceptor
-    yield table.HANDSHAKES_COMPLETED.at(acceptor.handshakes_completed)
-    yield table.HANDSHAKES_IN_PROGRESS.at(acceptor.handshakes_in_progress)
+    yield "zcproto_tls_handshakes_completed_total", acceptor.handshakes_completed
+    yield "zcproto_tls_handshakes_in_progress", acceptor.handshakes_in_progress
     for failure, count in acceptor.failures.items():
-        yield table.TLS_FAILURES.at(count, failure.value)
+        yield "zcproto_tls_failures_total", count, failure.value
 
 
 def _certificates(snapshot: Snapshot) -> Iterator[Reading]:
     certificates = snapshot.parts.certificates
     for one in snapshot.certificates:
         labels = str(one.path), one.source.value, one.site[0] if one.site else "", one.key_type
-        yield table.CERTIFICATE_EXPIRES.at(one.not_after.timestamp(), *labels)
-        yield table.CERTIFICATE_LEFT.at(one.seconds_left, *labels)
+        yield "zcproto_certificate_expires_timestamp_seconds", one.not_after.timestamp(), *labels
+        yield "zcproto_certificate_left_seconds", one.seconds_left, *labels
     for kind in NoticeKind:
-        yield table.CERTIFICATE_EVENTS.at(certificates.notices[kind], kind.value)
+        yield "zcproto_certificate_events_total", certificates.notices[kind], kind.value
     if certificates.last_renewal is not None:
-        yield table.RENEWED.at(certificates.last_renewal.at.timestamp())
-        yield table.RENEWED_OK.at(certificates.last_renewal.ok)
+        yield "zcproto_certificate_last_renewal_timestamp_seconds", certificates.last_renewal.at.timestamp()
+        yield "zcproto_certificate_last_renewal_success", certificates.last_renewal.ok
 
 
 def _sessions(snapshot: Snapshot) -> Iterator[Reading]:
     registry, binding = snapshot.parts.state.registry, snapshot.parts.state.binding
-    yield table.SESSIONS.at(len(registry), "live")
-    yield table.SESSIONS.at(registry.lapsed, "lapsed")
-    yield table.SESSIONS_OPENED.at(registry.opened)
-    yield table.SESSIONS_REFRESHED.at(registry.refreshed)
-    yield table.SESSIONS_REVOKED.at(registry.revoked)
-    yield table.REFRESH_REUSED.at(registry.refresh_reused)
-    yield table.TOKENS_REFUSED.at(registry.checks_refused)
+    yield "zcproto_sessions", len(registry), "live"
+    yield "zcproto_sessions", registry.lapsed, "lapsed"
+    yield "zcproto_sessions_opened_total", registry.opened
+    yield "zcproto_sessions_refreshed_total", registry.refreshed
+    yield "zcproto_sessions_revoked_total", registry.revoked
+    yield "zcproto_refresh_tokens_reused_total", registry.refresh_reused
+    yield "zcproto_tokens_refused_total", registry.checks_refused
     ended = dict.fromkeys(END_LABELS.values(), 0)
     for reason, count in snapshot.counters.sessions_ended.items():
         ended[END_LABELS[reason]] += count
     for label, count in ended.items():
-        yield table.SESSIONS_ENDED.at(count, label)
-    yield table.NOT_ADMITTED.at(binding.refused_users, "user")
-    yield table.NOT_ADMITTED.at(binding.refused_addresses, "address")
-    yield table.NOT_ADMITTED.at(binding.refused_clients, "client")
+        yield "zcproto_sessions_ended_total", count, label
+    yield "zcproto_sessions_not_admitted_total", binding.refused_users, "user"
+    yield "zcproto_sessions_not_admitted_total", binding.refused_addresses, "address"
+    yield "zcproto_sessions_not_admitted_total", binding.refused_clients, "client"
 
 
 def _logins(snapshot: Snapshot) -> Iterator[Reading]:
     login = snapshot.parts.login
     for scheme, count in login.accepted.items():
-        yield table.LOGINS.at(count, scheme, "accepted")
+        yield "zcproto_logins_total", count, scheme, "accepted"
     for scheme, count in login.refused.items():
-        yield table.LOGINS.at(count, scheme, "refused")
-    yield table.LOGINS_THROTTLED.at(login.throttled)
+        yield "zcproto_logins_total", count, scheme, "refused"
+    yield "zcproto_logins_throttled_total", login.throttled
 
 
 def _requests(snapshot: Snapshot) -> Iterator[Reading]:
     state = snapshot.parts.state
-    yield table.REQUESTS.at(state.counters.requests)
-    yield table.IN_FLIGHT.at(state.tasks.running)
+    yield "zcproto_requests_total", state.counters.requests
+    yield "zcproto_requests_in_flight", state.tasks.running
     for name, method in state.methods.items():
-        yield table.CALLS.at(method.calls, name)
+        yield "zcproto_method_calls_total", method.calls, name
         if any(method.durations.counts):
-            yield table.DURATIONS.at(method.durations, name)
+            yield "zcproto_method_duration_seconds", method.durations, name
         if any(method.waits.counts):
-            yield table.WAITS.at(method.waits, name)
-    yield table.ONCE_RUNNING.at(state.idempotency.running)
-    yield table.ONCE.at(state.idempotency.repeated, "repeated")
-    yield table.ONCE.at(state.idempotency.conflicts, "conflict")
-    yield table.ONCE.at(state.idempotency.lost, "lost")
+            yield "zcproto_method_wait_seconds", method.waits, name
+    yield "zcproto_idempotent_requests_running", state.idempotency.running
+    yield "zcproto_idempotent_answers_total", state.idempotency.repeated, "repeated"
+    yield "zcproto_idempotent_answers_total", state.idempotency.conflicts, "conflict"
+    yield "zcproto_idempotent_answers_total", state.idempotency.lost, "lost"
 
 
 def _errors(snapshot: Snapshot) -> Iterator[Reading]:
@@ -196,11 +195,11 @@ def _errors(snapshot: Snapshot) -> Iterator[Reading]:
         name = _code_name(code)
         errors[name] = errors.get(name, 0) + count
     for (reason, code), count in counters.refused.items():
-        yield table.FRAMES_REFUSED.at(count, reason, _code_name(code))
+        yield "zcproto_frames_refused_total", count, reason, _code_name(code)
         errors[_code_name(code)] += count
-    yield table.FRAMES_REFUSED.at(counters.dropped_stale, "stale_dropped", "")
+    yield "zcproto_frames_refused_total", counters.dropped_stale, "stale_dropped", ""
     for name, count in errors.items():
-        yield table.ERRORS.at(count, name)
+        yield "zcproto_errors_total", count, name
 
 
 def _store(snapshot: Snapshot) -> Iterator[Reading]:
@@ -210,17 +209,17 @@ def _store(snapshot: Snapshot) -> Iterator[Reading]:
     health, breaker = store.health, store.breaker
     outage_s = 0.0 if health.is_healthy else max(0.0, snapshot.parts.clock.now() - health.since)
     for state in HealthState:
-        yield table.STORE_STATE.at(report["state"] == state.value, state.value)
-    yield table.STORE_REFUSING.at(report["refusing"])
-    yield table.STORE_OUTAGE.at(outage_s)
-    yield table.STORE_OUTAGES.at(report["outages"])
-    yield table.STORE_FAILURES.at(report["failures"])
-    yield table.STORE_ASKING.at(breaker.in_flight)
-    yield table.STORE_DURATION.at(breaker.durations)
-    yield table.STORE_PENDING.at(report["pending_revocations"])
-    yield table.STORE_CHANGES.at(report["changes"])
-    yield table.STORE_LOOKUPS.at(report["lookups"] - report["misses"], "found")
-    yield table.STORE_LOOKUPS.at(report["misses"], "missed")
+        yield "zcproto_store_state", report["state"] == state.value, state.value
+    yield "zcproto_store_refusing", report["refusing"]
+    yield "zcproto_store_outage_seconds", outage_s
+    yield "zcproto_store_outages_total", report["outages"]
+    yield "zcproto_store_failures_total", report["failures"]
+    yield "zcproto_store_operations_in_progress", breaker.in_flight
+    yield "zcproto_store_operation_seconds", breaker.durations
+    yield "zcproto_store_pending_revocations", report["pending_revocations"]
+    yield "zcproto_store_changes_total", report["changes"]
+    yield "zcproto_store_lookups_total", report["lookups"] - report["misses"], "found"
+    yield "zcproto_store_lookups_total", report["misses"], "missed"
 
 
 def _https(snapshot: Snapshot) -> Iterator[Reading]:
@@ -228,27 +227,27 @@ def _https(snapshot: Snapshot) -> Iterator[Reading]:
     if http is None:
         return
     counters = http.endpoint.counters
-    yield table.HTTP_CONNECTIONS.at(len(http.connections))
-    yield table.HTTP_OPENED.at(counters.connections_opened)
-    yield table.HTTP_WRITE_TIMEOUTS.at(counters.write_timeouts)
+    yield "zcproto_http_connections", len(http.connections)
+    yield "zcproto_http_connections_opened_total", counters.connections_opened
+    yield "zcproto_http_write_timeouts_total", counters.write_timeouts
     for status, count in counters.responses.items():
-        yield table.HTTP_RESPONSES.at(count, str(int(status)))
+        yield "zcproto_http_responses_total", count, str(int(status))
 
 
 def _alerts(snapshot: Snapshot) -> Iterator[Reading]:
     open_alerts = Counter(alert["severity"] for alert in snapshot.alerts["open"])
     for severity in Severity:
-        yield table.ALERTS_OPEN.at(open_alerts[severity.word], severity.word)
+        yield "zcproto_alerts_open", open_alerts[severity.word], severity.word
     for kind, count in snapshot.parts.alerts.center.raised.items():
-        yield table.ALERTS_RAISED.at(count, kind.value)
+        yield "zcproto_alerts_raised_total", count, kind.value
     sinks = {sink["name"]: sink for sink in snapshot.alerts["sinks"]}
     for name in SINKS:
         sink = sinks.get(name, _NO_SINK)
-        yield table.ALERT_MESSAGES.at(sink["delivered"], name, "arrived")
-        yield table.ALERT_MESSAGES.at(sink["failures"], name, "failed")
-        yield table.ALERT_MESSAGES.at(sink["lost"], name, "lost")
-        yield table.ALERT_MESSAGES_WAITING.at(sink["waiting"], name)
-        yield table.ALERT_SINK_DOWN.at(sink["down"], name)
+        yield "zcproto_alert_messages_total", sink["delivered"], name, "arrived"
+        yield "zcproto_alert_messages_total", sink["failures"], name, "failed"
+        yield "zcproto_alert_messages_total", sink["lost"], name, "lost"
+        yield "zcproto_alert_messages_waiting", sink["waiting"], name
+        yield "zcproto_alert_sink_down", sink["down"], name
 
 
 @cache

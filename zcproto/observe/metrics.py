@@ -1,13 +1,15 @@
-"""Define metrics and render them for Prometheus.
+"""Define every metric, and render readings of them for Prometheus.
 
     server objects count in plain integers  ->  at a scrape, sources read them  ->  Metrics.render writes them
 
-All work happens at a scrape. What is measured is in metric_table.py.
+All work happens at a scrape. docs/reference/metrics.md is generated from the table below; add a metric there first.
 
 Rules:
 - A metric has a fixed set of labels with few values: names of causes, methods and files, never of users or peers.
 - Each series appears once; of two readings the later one counts.
 - The registry is separate from the global one of prometheus_client.
+
+Must not know: where the values come from.
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -28,56 +29,204 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from zcproto.common.text import escape_text
 from zcproto.observe.histogram import Histogram
 
-PREFIXES: Final = ("zcproto_", "process_")
-"""The second is the usual prefix for metrics of any process."""
-
 TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 MAX_LABEL: Final = 200
 """Maximum characters of a label value: paths may be long."""
 
+_PREFIXES: Final = ("zcproto_", "process_")  # the second is usual for metrics of any process
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _UNITS: Final = ("seconds", "bytes")
 _OPENMETRICS_VERSIONS: Final = ("0.0.1", "1.0.0")
 _generate_openmetrics: Final[Callable[[CollectorRegistry], bytes]] = openmetrics.generate_latest
 _NEVER: Final = re.compile(r"0(\.0{0,3})?")
 
+# Title of a part of the page, NAME KIND (LABELS), meaning.
+_TABLE: Final = """\
+# The server
+zcproto_build_info gauge (version python openssl)
+    Always 1; the labels are the versions of zcproto, Python and OpenSSL.
+zcproto_draining gauge
+    1 while the server drains, else 0.
+zcproto_limit gauge (limit)
+    Value of a limit. `limit` is the name of its setting, if it has one.
+zcproto_limit_use gauge (limit)
+    Current use of a limit. For limits per connection or address: the highest use of any of them.
+zcproto_log_lines_lost_total counter
+    Log lines that could not be written. Lines suppressed by a limit are counted in the log itself.
+zcproto_incidents_total counter
+    Unexpected exceptions of methods or the server. Each is logged with its stack and the caller's incident
+    id.
+zcproto_config_reloads_total counter (result)
+    Reloads of the configuration. A refused one was invalid and changed nothing.
 
-class MetricKind(Enum):
-    """Types of metrics, as in Prometheus."""
+# Connections
+zcproto_tcp_connections gauge
+    Open TCP connections, including those in their handshake.
+zcproto_connections gauge
+    Open ZCP/1 connections.
+zcproto_connections_opened_total counter
+    ZCP/1 connections opened.
+zcproto_connections_ended_total counter (reason)
+    ZCP/1 connections ended. `reason`: a rule of the server, a protocol code, or a cause of
+    zcproto_tls_failures_total.
+zcproto_connections_refused_total counter (reason)
+    Connections refused at accept. `reason`: full (limits.max_connections), per_address
+    (limits.connections_per_address), exhausted (no descriptor or memory left; retried).
+zcproto_write_pauses_total counter
+    Times that reading from a peer was paused because it reads too slowly.
+zcproto_slow_readers gauge
+    Connections paused until their peer reads.
+zcproto_events_sent_total counter
+    Events sent by methods and the server, except session.expiring.
 
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
+# TLS
+zcproto_tls_handshakes_completed_total counter
+    TLS handshakes completed.
+zcproto_tls_handshakes_in_progress gauge
+    TLS handshakes in progress.
+zcproto_tls_failures_total counter (cause)
+    TLS handshakes and connections that failed.
+
+# Certificates
+zcproto_certificate_expires_timestamp_seconds gauge (path source site key_type)
+    Expiry of a certificate in use, in seconds since the Unix epoch. `source`: own (managed), files, authority
+    (the CA of managed certificates), client_authority.
+zcproto_certificate_left_seconds gauge (path source site key_type)
+    Remaining validity of a certificate in use by the server's clock; negative if it has expired.
+zcproto_certificate_events_total counter (event)
+    Certificate events: loaded, renewed, invalid files, expiry and others.
+zcproto_certificate_last_renewal_timestamp_seconds gauge
+    Time of the last renewal of managed certificates, successful or not, in seconds since the Unix epoch.
+    Missing before the first one since the start.
+zcproto_certificate_last_renewal_success gauge
+    1 if the last renewal succeeded, 0 if it failed. Missing before the first one since the start.
+
+# Sessions
+zcproto_sessions gauge (state)
+    Sessions known to this server. `state`: live, or lapsed (the token has expired; a refresh revives it).
+zcproto_sessions_opened_total counter
+    Sessions opened here.
+zcproto_sessions_refreshed_total counter
+    Refreshes of sessions.
+zcproto_sessions_ended_total counter (reason)
+    Live sessions that ended or whose token expired. `reason`: expired, idle, closed (by the client), by_user,
+    by_operator, user_changed, device_removed, replaced, refresh_reused, elsewhere (by another server), other.
+zcproto_sessions_revoked_total counter
+    Sessions revoked or closed, live and lapsed.
+zcproto_refresh_tokens_reused_total counter
+    Spent refresh tokens that were reused and ended their session: the token may be stolen.
+zcproto_tokens_refused_total counter
+    Invalid tokens refused.
+zcproto_sessions_not_admitted_total counter (reason)
+    Valid tokens refused by session binding. `reason`: user (removed), address, client.
+
+# Logins
+zcproto_logins_total counter (scheme result)
+    Logins decided. `scheme`: the login scheme, or session.attach; `result`: accepted, refused.
+zcproto_logins_throttled_total counter
+    Logins refused without a check after too many failures.
+
+# Requests
+zcproto_requests_total counter
+    Requests dispatched to a method, including unknown and forbidden methods.
+zcproto_method_calls_total counter (method)
+    Calls of each method.
+zcproto_requests_in_flight gauge
+    Calls in flight that wait for something, over all connections.
+zcproto_method_duration_seconds histogram (method)
+    Loop time of a call, up to its answer or first await. Sampled from one read every 16 ms.
+zcproto_method_wait_seconds histogram (method)
+    Duration of calls that awaited something, from the first await to the end. Measured for all of them.
+zcproto_errors_total counter (code)
+    Error frames sent, by the name of their code.
+zcproto_frames_refused_total counter (reason code)
+    Frames refused before they became a call. `reason`: token, stale, stale_dropped (without answer; counted
+    when the connection ends), malformed, deadline (already passed), key_not_proved, max_streams, draining,
+    too_large_without_session.
+zcproto_idempotent_requests_running gauge
+    Requests with an idempotency key that are running.
+zcproto_idempotent_answers_total counter (result)
+    Requests with an idempotency key that were not run. `result`: repeated (answered with the first result),
+    conflict (the key was used for another request), lost (the result of the first request is unknown).
+
+# The store of sessions
+zcproto_store_state gauge (state)
+    1 for the current state of the session store, 0 for the others: healthy; degraded (unavailable and not
+    used); recovering (a probe is running).
+zcproto_store_refusing gauge
+    1 while every token is refused because an outage exceeds store.grace.
+zcproto_store_outage_seconds gauge
+    Duration of the current outage of the store; 0 without one.
+zcproto_store_outages_total counter
+    Outages of the store begun.
+zcproto_store_failures_total counter
+    Failed operations of the store.
+zcproto_store_operations_in_progress gauge
+    Operations of the store in progress.
+zcproto_store_operation_seconds histogram
+    Duration of operations of the store, including failed ones.
+zcproto_store_pending_revocations gauge
+    Revocations on the local disk not yet written to the store.
+zcproto_store_changes_total counter
+    Changes by other servers, received from the store.
+zcproto_store_lookups_total counter (result)
+    Unknown tokens looked up in a shared store. `result`: found, missed.
+
+# The event loop
+zcproto_loop_lag_seconds histogram
+    Delay of a timer of the event loop: how long a request may have waited. Measured every 5 ms under traffic,
+    else four times a second.
+
+# HTTPS
+zcproto_http_connections gauge
+    Open HTTPS connections.
+zcproto_http_connections_opened_total counter
+    HTTPS connections opened.
+zcproto_http_responses_total counter (status)
+    Responses over HTTPS, by status.
+zcproto_http_write_timeouts_total counter
+    HTTPS connections reset because their peer did not read.
+
+# Alerts
+zcproto_alerts_open gauge (severity)
+    Active alerts, by severity.
+zcproto_alerts_raised_total counter (kind)
+    Alerts raised, sent or only counted. `kind`: see docs/alerts.md.
+zcproto_alert_messages_total counter (sink result)
+    Messages about alerts by sink (webhook, command). `result`: arrived; failed (one attempt, may be retried);
+    lost (given up).
+zcproto_alert_messages_waiting gauge (sink)
+    Messages waiting for delivery.
+zcproto_alert_sink_down gauge (sink)
+    1 if the last delivery failed, else 0.
+
+# The process
+process_cpu_seconds_total counter
+    CPU time of the process, user and system.
+process_resident_memory_bytes gauge
+    Resident memory of the process.
+process_virtual_memory_bytes gauge
+    Address space of the process.
+process_start_time_seconds gauge
+    Start time of the process, in seconds since the Unix epoch.
+process_open_fds gauge
+    Open file descriptors.
+process_max_fds gauge
+    The limit of file descriptors.
+"""
+_HEAD: Final = re.compile(r"(\S+) (counter|gauge|histogram)(?: \((.+)\))?")
 
 
-class Reading(NamedTuple):
-    """The current value of one series of a metric."""
-
-    metric: Metric
-    labels: tuple[str, ...]
-    value: float | Histogram
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric with its full name. `help` is a sentence for people, `labels` are names.
-
-    Compared by identity, because each scrape looks it up some hundred times.
-    """
+    """A metric with its full name. `kind` is counter, gauge or histogram, `labels` are names."""
 
     name: str
-    kind: MetricKind
+    kind: str
     help: str
-    labels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        assert self.name.startswith(PREFIXES), self.name
-        assert all(map(_NAME.fullmatch, (self.name, *self.labels))), self.name
-        assert self.name.endswith("_total") == (self.kind is MetricKind.COUNTER), self.name
-        assert self.help.endswith("."), self.name
-        assert "le" not in self.labels, self.name
+    labels: tuple[str, ...]
 
     @property
     def unit(self) -> str:
@@ -85,14 +234,34 @@ class Metric:
         last = self.name.removesuffix("_total").rpartition("_")[2]
         return last if last in _UNITS else ""
 
-    def at(self, value: float | Histogram, *labels: str) -> Reading:
-        """Return a reading of the series with these label values."""
-        assert len(labels) == len(self.labels), self.name
-        assert isinstance(value, Histogram) == (self.kind is MetricKind.HISTOGRAM), self.name
-        return Reading(self, labels, value)
+
+def parse_metric(entry: str) -> Metric:
+    """Return the metric of one entry of the table, which must follow the conventions of Prometheus."""
+    head, *help_lines = entry.split("\n    ")
+    match = _HEAD.fullmatch(head)
+    assert match is not None, f"{head!r} is not: NAME KIND (LABELS)"
+    name, kind, labels = match.groups(default="")
+    metric = Metric(name, kind, " ".join(help_lines), tuple(labels.split()))
+    assert name.startswith(_PREFIXES), name
+    assert all(map(_NAME.fullmatch, (name, *metric.labels))), name
+    assert name.endswith("_total") == (kind == "counter"), name
+    assert metric.help.endswith("."), name
+    assert "le" not in metric.labels, name
+    return metric
 
 
-Source = Callable[[], Iterable[Reading]]
+TABLE: Final[dict[str, tuple[Metric, ...]]] = {
+    title: tuple(map(parse_metric, re.split(r"\n(?! )", entries.strip())))
+    for title, entries in re.findall(r"^# (.+)\n((?:[^#\n].*\n)+)", _TABLE, re.MULTILINE)
+}
+"""The metrics of each part, in the order of the page."""
+
+METRICS: Final[dict[str, Metric]] = {metric.name: metric for part in TABLE.values() for metric in part}
+
+Reading: TypeAlias = tuple[str, float | Histogram, *tuple[str, ...]]
+"""The name of a metric, and the current value and the label values of one of its series."""
+
+Source: TypeAlias = Callable[[], Iterable[Reading]]
 """Reads some metrics. Called at each scrape, in the thread of `Metrics.render`."""
 
 
@@ -100,15 +269,11 @@ class Metrics:
     """All metrics of a process: those of its sources and those of the interpreter."""
 
     def __init__(self, *sources: Source) -> None:
-        self._sources = list(sources)
+        self._sources = sources
         self._registry = CollectorRegistry()
         self._registry.register(self)
         GCCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
-
-    def add(self, source: Source) -> None:
-        """Add a source."""
-        self._sources.append(source)
 
     def render(self, accept: str) -> tuple[str, bytes]:
         """Return content type and text: OpenMetrics if the `Accept` header requests it, else Prometheus's
@@ -123,12 +288,12 @@ class Metrics:
 
     def collect(self) -> Iterator[Family]:
         """Read all sources for prometheus_client's registry."""
-        found: dict[Metric, dict[tuple[str, ...], float | Histogram]] = {}
+        found: dict[str, dict[tuple[str, ...], float | Histogram]] = {}
         for source in self._sources:
-            for metric, labels, value in source():
-                found.setdefault(metric, {})[tuple(map(_label, labels))] = value
-        for metric, series in found.items():
-            yield _family(metric, series)
+            for name, value, *labels in source():
+                found.setdefault(name, {})[tuple(map(_label, labels))] = value
+        for name, series in found.items():
+            yield _family(METRICS[name], series)
 
 
 def _wants_openmetrics(accept: str) -> bool:
@@ -154,13 +319,14 @@ def _label(value: str) -> str:
 
 
 def _family(metric: Metric, series: dict[tuple[str, ...], float | Histogram]) -> Family:
-    if metric.kind is MetricKind.HISTOGRAM:
+    assert all(len(labels) == len(metric.labels) for labels in series), metric.name
+    if metric.kind == "histogram":
         histograms = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels, unit=metric.unit)
         for labels, histogram in series.items():
             assert isinstance(histogram, Histogram)
             histograms.add_metric(labels, _buckets(histogram), histogram.total)
         return histograms
-    kind = CounterMetricFamily if metric.kind is MetricKind.COUNTER else GaugeMetricFamily
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     family = kind(metric.name, metric.help, labels=metric.labels, unit=metric.unit)
     for labels, number in series.items():
         assert not isinstance(number, Histogram)

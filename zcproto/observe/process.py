@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
-from zcproto.observe import metric_table as table
 from zcproto.observe.metrics import Reading
 
 PROC: Final = Path("/proc")
@@ -21,24 +21,19 @@ _START_FIELD: Final = 19
 """Index among the fields after the name in /proc/PID/stat (proc(5) counts from 1; the name is the second)."""
 
 
-class ProcessMetrics:
-    """A source of metrics. Without a Linux-like /proc it yields only some of them."""
-
-    def __init__(self, proc: Path = PROC) -> None:
-        self._self = proc / "self"
-        self._page = resource.getpagesize()
-        self._started_at = _started_at(proc)
-
-    def __call__(self) -> Iterator[Reading]:
-        yield table.CPU.at(used_cpu_s())
-        yield table.MAX_FDS.at(_number(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-        if self._started_at is None:
-            return
-        yield table.STARTED.at(self._started_at)
-        virtual, resident = (self._self / "statm").read_bytes().split()[:2]
-        yield table.VIRTUAL.at(int(virtual) * self._page)
-        yield table.RESIDENT.at(int(resident) * self._page)
-        yield table.OPEN_FDS.at(open_descriptors(self._self / "fd"))
+def process_readings(proc: Path = PROC) -> Iterator[Reading]:
+    """Yield the metrics of this process; only some of them without a Linux-like /proc."""
+    yield "process_cpu_seconds_total", used_cpu_s()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield "process_max_fds", float("inf") if limit == resource.RLIM_INFINITY else limit
+    started_at = _started_at(proc)
+    if started_at is None:
+        return
+    yield "process_start_time_seconds", started_at
+    virtual, resident = (proc / "self" / "statm").read_bytes().split()[:2]
+    yield "process_virtual_memory_bytes", int(virtual) * resource.getpagesize()
+    yield "process_resident_memory_bytes", int(resident) * resource.getpagesize()
+    yield "process_open_fds", open_descriptors(proc / "self" / "fd")
 
 
 def used_cpu_s() -> float:
@@ -61,10 +56,7 @@ def open_descriptors(folder: Path) -> int:
     return os.stat(folder).st_size or len(os.listdir(folder))
 
 
-def _number(limit: int) -> float:
-    return float("inf") if limit == resource.RLIM_INFINITY else limit
-
-
+@cache
 def _started_at(proc: Path) -> float | None:
     """Return the start time in seconds since the Unix epoch, or None without /proc."""
     try:
