@@ -21,8 +21,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.alerts import AlertKind
 from zcproto.certs.pair import spki_pin
-from zcproto.http.messages import HttpResponse, text_response
-from zcproto.http.router import Route
+from zcproto.http.messages import HttpResponse, Route, text_response
 from zcproto.sessions.token import token_text
 
 pytestmark = [needs("chromium"), pytest.mark.timeout(600)]

@@ -24,7 +24,7 @@ from zcproto.admin.control import MAX_CONNECTIONS, ControlSocket
 from zcproto.common.home import Home
 from zcproto.common.local_socket import MAX_ADDRESS, address_of, peer_of
 from zcproto.errors import ConfigError
-from zcproto.http.router import Router
+from zcproto.http.messages import Router
 from zcproto.runtime.server import Server
 from zcproto.server.listener import PAUSE_WHEN_EXHAUSTED
 

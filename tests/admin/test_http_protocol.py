@@ -13,8 +13,7 @@ from tests.helpers import FakeClock, FakeTimers
 from tests.http.helpers import GET, LIMITS, SECURITY, answers
 from zcproto.admin.http_protocol import MIN_READ, HttpEndpoint, HttpProtocol
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
-from zcproto.http.router import Route, Router
+from zcproto.http.messages import HttpRequest, HttpResponse, Peer, Route, Router, text_response
 from zcproto.server.eager import EagerTasks
 from zcproto.server.state import ServerState
 

@@ -21,8 +21,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, bystander, client_context, eventually
 from zcproto.certs import client_ca
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import HttpRequest, HttpResponse, text_response
-from zcproto.http.router import Route
+from zcproto.http.messages import HttpRequest, HttpResponse, Route, text_response
 from zcproto.sessions.token import token_text
 
 HSTS = "max-age=31536000; includeSubDomains"

@@ -27,7 +27,7 @@ from zcproto.client.blocking import BlockingClient
 from zcproto.client.connect import connect_blocking
 from zcproto.client.credentials import Device
 from zcproto.errors import Code, Unauthenticated
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.wire.message import attach_message, open_message
 
 KEY = Ed25519PrivateKey.from_private_bytes(b"k" * 32)
 THIEFS_KEY = Ed25519PrivateKey.from_private_bytes(b"t" * 32)

@@ -26,7 +26,7 @@ from zcproto.auth import (
 from zcproto.auth import device as device_module
 from zcproto.auth.devices import is_public_key, is_signed
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.wire.message import attach_message, open_message
 
 ADDRESS = "192.0.2.1"
 NOW = 50.0

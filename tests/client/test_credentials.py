@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from zcproto.client.credentials import ApiKey, CertificateLogin, Device, DeviceKey, choose_credentials
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.wire.message import attach_message, open_message
 
 
 class FakeChannel:

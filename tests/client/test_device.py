@@ -54,7 +54,7 @@ from zcproto.errors import (
     Unauthenticated,
 )
 from zcproto.wire.frame import NO_TOKEN
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.wire.message import attach_message, open_message
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 DEVICE = Device(KEY)

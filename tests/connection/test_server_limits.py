@@ -156,6 +156,5 @@ def test_large_frame_in_pieces_is_buffered_once(pair: ConnectionPair) -> None:
 @pytest.mark.parametrize("count", [1, 963])
 def test_each_ping_is_answered_by_pong(pair: ConnectionPair, count: int) -> None:
     pair.send(b"".join(pair.frame(PING) for _ in range(count)))
-    assert pair.server.queued == count
     assert len(pair.answers()) == count
-    assert pair.server.queued == 0
+    assert pair.server.data_to_send() == b""

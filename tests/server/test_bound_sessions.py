@@ -16,7 +16,7 @@ from tests.server.helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, e
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
 from zcproto.errors import Code
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.wire.message import attach_message, open_message
 
 KEYS = {
     name: Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n, name in enumerate(("laptop", "phone"))

@@ -29,8 +29,7 @@ from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of, peer_of
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import Peer
-from zcproto.http.router import Router
+from zcproto.http.messages import Peer, Router
 from zcproto.http.security_headers import SecurityHeaders
 from zcproto.server.listener import AcceptLoop
 from zcproto.server.state import ServerState, log

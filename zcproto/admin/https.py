@@ -16,8 +16,7 @@ from zcproto.admin.redirect import RedirectListener
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import Peer
-from zcproto.http.router import Router
+from zcproto.http.messages import Peer, Router
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
 from zcproto.server.listener import bind, take_over
 from zcproto.server.state import ServerState, log

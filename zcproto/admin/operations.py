@@ -34,8 +34,7 @@ from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
-from zcproto.http.messages import Handler, HttpRequest, HttpResponse, json_response
-from zcproto.http.router import Route
+from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level, set_level
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log

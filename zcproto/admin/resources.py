@@ -37,8 +37,7 @@ from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.auth.certificate import certificate_key
 from zcproto.common.network import AddressSet, plain_address
 from zcproto.errors import CallError, CertificateError, Code
-from zcproto.http.messages import HTML, HttpRequest, HttpResponse, json_response, text_response
-from zcproto.http.router import Route
+from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_response, text_response
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import Session
 from zcproto.sessions.token import token_from_text

@@ -24,7 +24,7 @@ from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Channel, Identity
 from zcproto.auth.users import CurrentUsers
 from zcproto.errors import InvalidArgument
 from zcproto.sessions.session import DEVICE_KEY
-from zcproto.wire.signing import SIGNATURE_SIZE, attach_message, open_message
+from zcproto.wire.message import SIGNATURE_SIZE, attach_message, open_message
 
 _FIELDS: Final = frozenset({"scheme", "client", "device", "signature"})
 _DECOY: Final = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from zcproto.auth.files import CurrentFile, TableFile, name_faults, quoted, toml_key, toml_string
 from zcproto.errors import AlreadyExists, NotFound
 from zcproto.sessions.token import token_from_text, token_text
-from zcproto.wire.signing import PUBLIC_KEY_SIZE
+from zcproto.wire.message import PUBLIC_KEY_SIZE
 
 _HEADER: Final = "# The devices that may open sessions. Written by zcproto: comments are lost.\n"
 

@@ -28,7 +28,7 @@ from zcproto.common.files import UnusableFileError, new_file, read_file
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError
-from zcproto.wire.signing import attach_message, open_message
+from zcproto.wire.message import attach_message, open_message
 
 MAX_KEY_FILE: Final = 1 << 16
 

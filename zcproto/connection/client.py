@@ -31,8 +31,8 @@ from zcproto.connection.events import (
     ResponseReceived,
     Welcomed,
 )
+from zcproto.connection.settings import read_welcome
 from zcproto.connection.state import Input, State, next_state
-from zcproto.connection.welcome import read_welcome
 from zcproto.errors import (
     Code,
     ConnectionClosed,

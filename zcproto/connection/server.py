@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from zcproto.connection import refusals
 from zcproto.connection.events import (
@@ -32,7 +32,6 @@ from zcproto.connection.events import (
     SessionJoined,
     TokenUnknown,
 )
-from zcproto.connection.joined import JoinedSessions
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
@@ -81,6 +80,45 @@ _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
+
+
+class JoinedSession(NamedTuple):
+    """A live session used on a connection. `expiring_at` is monotonic seconds, NEVER after its event."""
+
+    token: bytes
+    expires_at: int
+    expiring_at: float
+
+    def __repr__(self) -> str:
+        return f"JoinedSession(expires_at={self.expires_at})"
+
+
+class JoinedSessions(dict[str, JoinedSession]):
+    """The live sessions of a connection by id. `expiring_at` is the earliest of theirs."""
+
+    __slots__ = ("expiring_at",)
+
+    def __init__(self) -> None:
+        self.expiring_at = NEVER
+
+    def join(self, session: Session, token: bytes, wall: int, now: float) -> bool:
+        """Add or replace a session. Return True if `expiring_at` became earlier."""
+        expiring_at = now + max(0, session.expiring_at - wall) / MS
+        self[session.id] = JoinedSession(token, session.expires_at, expiring_at)
+        if expiring_at >= self.expiring_at:
+            return False
+        self.expiring_at = expiring_at
+        return True
+
+    def take_expiring(self, now: float) -> Iterator[JoinedSession]:
+        """Yield the sessions that are about to expire, each once."""
+        self.expiring_at = NEVER
+        for session_id, joined in self.items():
+            if joined.expiring_at <= now:
+                self[session_id] = joined._replace(expiring_at=NEVER)
+                yield joined
+            elif joined.expiring_at < self.expiring_at:
+                self.expiring_at = joined.expiring_at
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -415,11 +453,6 @@ class ServerConnection:
         self._lingering += 1
         self._send(ERROR, request.stream, request.token, body, wall)
 
-    @property
-    def max_body(self) -> int:
-        """Return the maximum body of an answer, in bytes, as announced in WELCOME."""
-        return self.settings.max_body
-
     def is_held(self, request: Request) -> bool:
         """Return True if a held request has not been answered."""
         return self._held.get(request.stream) is request
@@ -545,11 +578,6 @@ class ServerConnection:
         self._out.append(
             _pack_header(MIN_LENGTH + len(body), head, stream, wall, self.salt, counter, token) + body
         )
-
-    @property
-    def queued(self) -> int:
-        """Return the number of frames waiting for `data_to_send`."""
-        return len(self._out)
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""

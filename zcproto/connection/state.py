@@ -29,25 +29,13 @@ class Input(Enum):
     END = "end"  # the transport ended, or a timeout ends it
 
 
+_END: Final = {Input.FATAL: State.CLOSED, Input.END: State.CLOSED}
+
 TRANSITIONS: Final[dict[State, dict[Input, State]]] = {
-    State.AWAITING_WELCOME: {
-        Input.WELCOME: State.OPEN,
-        Input.FATAL: State.CLOSED,
-        Input.END: State.CLOSED,
-    },
-    State.OPEN: {
-        Input.GOAWAY: State.DRAINING,
-        Input.FATAL: State.CLOSED,
-        Input.END: State.CLOSED,
-    },
-    State.DRAINING: {
-        Input.GOAWAY: State.DRAINING,
-        Input.FATAL: State.CLOSED,
-        Input.END: State.CLOSED,
-    },
-    State.CLOSED: {
-        Input.END: State.CLOSED,
-    },
+    State.AWAITING_WELCOME: {Input.WELCOME: State.OPEN, **_END},
+    State.OPEN: {Input.GOAWAY: State.DRAINING, **_END},
+    State.DRAINING: {Input.GOAWAY: State.DRAINING, **_END},
+    State.CLOSED: {Input.END: State.CLOSED},
 }
 
 

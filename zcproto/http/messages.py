@@ -1,34 +1,31 @@
-"""Define the requests and responses that route handlers work with.
+"""Define requests and responses, and route each request to its handler by exact path and method.
 
-Decides which header fields a handler may set: not those of security_headers.py nor those that frame a message.
-Every response has these exactly once.
+Decides:
+- Which header fields a handler may set: not those of security_headers.py nor those that frame a message. Every
+  response has these exactly once.
+- 404 for an unknown path, 405 with Allow for an unsupported method, and HEAD wherever there is GET (the connection
+  omits the body). Paths are neither decoded nor normalised before the lookup.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Mapping
+import re
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+from zcproto.http.security_headers import SECURITY_FIELDS
 
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 HTML: Final = "text/html; charset=utf-8"
 
-RESERVED_FIELDS: Final = frozenset(
-    {
-        *("connection", "content-length", "content-type", "date", "server", "trailer", "transfer-encoding"),
-        *("cache-control", "content-security-policy", "cross-origin-embedder-policy"),
-        *(
-            "cross-origin-opener-policy",
-            "cross-origin-resource-policy",
-            "permissions-policy",
-            "referrer-policy",
-        ),
-        *("strict-transport-security", "x-content-type-options", "x-frame-options"),
-        *("x-permitted-cross-domain-policies",),
-    }
-)
+_PATH: Final = re.compile(r"/[A-Za-z0-9._~/-]*")
+
+RESERVED_FIELDS: Final = SECURITY_FIELDS | {
+    *("connection", "content-length", "content-type", "date", "server", "trailer", "transfer-encoding"),
+}
 """Header fields that a handler must not set."""
 
 
@@ -97,3 +94,49 @@ def text_response(status: int, text: str, **more: Any) -> HttpResponse:
 def json_response(status: int, value: Any, **more: Any) -> HttpResponse:
     """Return a value as JSON, with a line end for terminals."""
     return HttpResponse(status, json.dumps(value).encode() + b"\n", JSON, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path with its handler."""
+
+    method: str
+    path: str
+    handler: Handler
+
+
+class Router:
+    """The routes of one endpoint."""
+
+    __slots__ = ("_paths",)
+
+    def __init__(self, routes: Iterable[Route] = ()) -> None:
+        self._paths: dict[str, dict[str, Handler]] = {}
+        for route in routes:
+            self.add(route)
+
+    def add(self, route: Route) -> None:
+        """Add a route. Raises ValueError if the path is invalid or already has this method."""
+        if not _PATH.fullmatch(route.path):
+            raise ValueError(f"invalid path {route.path!r}: use / followed by letters, digits and . _ ~ / -")
+        methods = self._paths.setdefault(route.path, {})
+        if route.method in methods:
+            raise ValueError(f"{route.method} {route.path} already has a handler")
+        methods[route.method] = route.handler
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self._paths)
+
+    def find(self, request: HttpRequest) -> Handler | HttpResponse:
+        """Return the handler of a request, or an error response if it has none."""
+        methods = self._paths.get(request.path)
+        if methods is None:
+            return text_response(404, "not found")
+        handler = methods.get(request.method)
+        if handler is None and request.method == "HEAD":
+            handler = methods.get("GET")
+        if handler is not None:
+            return handler
+        allowed = sorted({*methods, *(("HEAD",) if "GET" in methods else ())})
+        return text_response(405, "method not allowed", headers=(("Allow", ", ".join(allowed)),))

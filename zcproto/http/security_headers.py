@@ -21,23 +21,12 @@ YEAR_S: Final = 31_536_000
 DEFAULT_POLICY: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 """The Content-Security-Policy of responses other than pages. default-src does not cover the other three."""
 
-_PERMISSIONS: Final = ", ".join(
-    f"{feature}=()"
-    for feature in (
-        *(
-            "accelerometer",
-            "autoplay",
-            "camera",
-            "cross-origin-isolated",
-            "display-capture",
-            "encrypted-media",
-        ),
-        *("fullscreen", "geolocation", "gyroscope", "keyboard-map", "magnetometer", "microphone", "midi"),
-        *("payment", "picture-in-picture", "publickey-credentials-get", "screen-wake-lock", "sync-xhr"),
-        *("usb", "xr-spatial-tracking"),
-    )
+_FORBIDDEN_FEATURES: Final = (
+    *("accelerometer", "autoplay", "camera", "cross-origin-isolated", "display-capture", "encrypted-media"),
+    *("fullscreen", "geolocation", "gyroscope", "keyboard-map", "magnetometer", "microphone", "midi"),
+    *("payment", "picture-in-picture", "publickey-credentials-get", "screen-wake-lock", "sync-xhr"),
+    *("usb", "xr-spatial-tracking"),
 )
-
 _ALWAYS: Final = (
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
@@ -47,8 +36,13 @@ _ALWAYS: Final = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Embedder-Policy", "require-corp"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
-    ("Permissions-Policy", _PERMISSIONS),
+    ("Permissions-Policy", ", ".join(f"{feature}=()" for feature in _FORBIDDEN_FEATURES)),
 )
+
+SECURITY_FIELDS: Final = frozenset(
+    {"strict-transport-security", "content-security-policy", *(name.lower() for name, _ in _ALWAYS)}
+)
+"""The names of all these fields in lower case."""
 
 
 @dataclass(frozen=True, slots=True)

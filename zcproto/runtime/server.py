@@ -31,7 +31,7 @@ from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
 from zcproto.config import Config, load_config
 from zcproto.errors import ConfigError
-from zcproto.http.router import Router
+from zcproto.http.messages import Router
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.runtime.background import Background, background_work, roll_out_certificates
 from zcproto.runtime.build import alert_source, build

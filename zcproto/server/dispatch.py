@@ -242,7 +242,7 @@ class Dispatcher(asyncio.Protocol):
         """Answer and send at once, so that a peer that does not read stops the next request."""
         if self._connection is None:
             return
-        if len(body) > self._connection.max_body:
+        if len(body) > self._connection.settings.max_body:
             self._answer_exception(request, MessageError(f"the answer has {len(body)} bytes"))
         else:
             self._connection.respond(request, body, self.wall())

@@ -23,7 +23,7 @@ from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, DEVICE_KEY, OPERATOR
 from zcproto.sessions.token import digest_of, id_text
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
-from zcproto.wire.signing import SIGNATURE_SIZE
+from zcproto.wire.message import SIGNATURE_SIZE
 
 CLIENT_MAX_LENGTH: Final = 128
 

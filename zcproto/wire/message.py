@@ -1,4 +1,5 @@
-"""Encode and decode bodies: one bounded msgpack value each (zcp1.md, section 12).
+"""Encode and decode bodies: one bounded msgpack value each (zcp1.md, section 12). Build what a device signs
+(section 9).
 
 Rules:
 - Exactly one value, map keys are str, no ext types, nested at most `max_depth` deep (the outermost array is 1).
@@ -19,6 +20,11 @@ DEFAULT_MAX_DEPTH: Final = 32
 METHOD_MAX_LENGTH: Final = 128
 METHOD_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.")
 IDEMPOTENCY_KEY_MAX_LENGTH: Final = 64
+
+SIGNATURE_SIZE: Final = 64
+PUBLIC_KEY_SIZE: Final = 32
+_OPEN_CONTEXT: Final = b"zcp/1 open\0"
+_ATTACH_CONTEXT: Final = b"zcp/1 attach\0"
 
 # Up to this size the declared lengths are trusted: at worst 85 nested arrays declare 256 elements each, 170 KiB for
 # the duration of one decode. A larger body is scanned first without building anything.
@@ -264,3 +270,17 @@ def _check_nested(level: list[Any], max_depth: int) -> None:
             else:
                 deeper += [value for value in container if value.__class__ in _CONTAINERS]
         level = deeper
+
+
+def open_message(salt: bytes, leaf: bytes, device: str) -> bytes:
+    """Return what a device signs to open a session.
+
+    `salt` is the salt of the connection and `leaf` the SHA-256 of its server certificate (DER), so a signature is
+    not valid on another connection or relayed through another server.
+    """
+    return _OPEN_CONTEXT + salt + leaf + device.encode("utf-8", "surrogatepass")
+
+
+def attach_message(salt: bytes, leaf: bytes, token: bytes) -> bytes:
+    """Return what a device signs to attach a bound token to another connection."""
+    return _ATTACH_CONTEXT + salt + leaf + token

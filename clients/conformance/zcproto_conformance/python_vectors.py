@@ -18,10 +18,11 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import ERROR, TOKEN_SIZE, WITHOUT_BODY, Kind, RawFrame, Side, encode_frame, head_of
 from zcproto.wire.message import (
     MessageError,
+    attach_message,
     encode_request,
+    open_message,
     parse_traceparent,
 )
-from zcproto.wire.signing import attach_message, open_message
 from zcproto_conformance.frames import fields_of, message_of
 from zcproto_conformance.values import untyped
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.fuzz.target import Target
-from zcproto.connection.welcome import read_welcome
+from zcproto.connection.settings import read_welcome
 from zcproto.errors import ProtocolError
 from zcproto.wire.message import (
     METHOD_ALPHABET,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zcproto.http.messages import HttpRequest, HttpResponse, json_response, text_response
-from zcproto.http.router import Route, Router
+from zcproto.http.messages import HttpRequest, HttpResponse, Route, Router, json_response, text_response
 
 
 def get(request: HttpRequest) -> HttpResponse:
