@@ -38,7 +38,7 @@ from zcproto.stores.base import Claim, StoreUnavailable
 from zcproto.wire.message import decode_error, encode_body, encode_error
 
 if TYPE_CHECKING:
-    from zcproto.stores.circuit_breaker import CircuitBreaker
+    from zcproto.stores.operations import CircuitBreaker
 
 T = TypeVar("T")
 

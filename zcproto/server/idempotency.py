@@ -31,7 +31,7 @@ from zcproto.errors import CallError, Code, FailedPrecondition, Unavailable, Unk
 from zcproto.server.eager import EagerTasks
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
 from zcproto.stores.base import Claim, ClaimState, StoreUnavailable
-from zcproto.stores.circuit_breaker import CircuitBreaker
+from zcproto.stores.operations import CircuitBreaker
 from zcproto.wire.message import encode_body
 
 DEFAULT_KEEP_MS: Final = 600_000

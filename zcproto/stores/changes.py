@@ -24,7 +24,7 @@ from zcproto.sessions import EndReason
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
 from zcproto.stores.base import NO_LIMIT, Change, ChangeKind, StoreUnavailable
-from zcproto.stores.circuit_breaker import Call
+from zcproto.stores.operations import Call
 from zcproto.stores.revoker import RETRY_PAUSE_S, Revoker, end_here
 
 SLOTS: Final = 2_000
@@ -77,7 +77,7 @@ class ChangeTracker:
         """Read a session from the store, again if it was changed meanwhile."""
         while True:
             count = self.count
-            found = await (call or self._breaker.call)(operation())
+            found: Found | None = await (call or self._breaker.call)(operation())
             if found is None or not self.has_changed(found.id, count):
                 return found
 

@@ -26,9 +26,8 @@ from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import NEVER
 from zcproto.sessions.record import EndedRecord
 from zcproto.stores.base import MAX_LISTED, StoreUnavailable
-from zcproto.stores.circuit_breaker import Call, CircuitBreaker
+from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations, Revocation
-from zcproto.stores.tasks import BackgroundTasks
 
 MAX_ENDED: Final = 256
 """Sessions ended in one operation."""

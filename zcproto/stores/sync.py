@@ -24,10 +24,9 @@ from zcproto.sessions.health import HealthAlert, StoreHealth
 from zcproto.sessions.record import EndedRecord
 from zcproto.stores.base import SessionStore, StoreUnavailable
 from zcproto.stores.changes import SLOTS, ChangeTracker, IsUsed
-from zcproto.stores.circuit_breaker import CircuitBreaker
+from zcproto.stores.operations import BackgroundTasks, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import OnEvent, Revoker
-from zcproto.stores.tasks import BackgroundTasks
 
 TOUCH_INTERVAL_S: Final = 30.0
 """How often last uses are written; idle limits are minutes."""

@@ -17,7 +17,7 @@ from zcproto.errors import CallError, Code, Unavailable
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.token import id_from_text
-from zcproto.stores import tasks as tasks_module
+from zcproto.stores.operations import UPKEEP
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -115,7 +115,7 @@ class SessionProcess:
 
     async def settle(self) -> None:
         for _ in range(1_000):
-            running = [task for task in self.sync.tasks.running if task.get_name() != tasks_module.UPKEEP]
+            running = [task for task in self.sync.tasks.running if task.get_name() != UPKEEP]
             if not running:
                 return
             await asyncio.wait(running)

@@ -11,7 +11,7 @@ from tests.stores.memory_store import MemoryStore
 from zcproto.errors import Unavailable
 from zcproto.sessions.health import StoreHealth
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.circuit_breaker import CircuitBreaker
+from zcproto.stores.operations import CircuitBreaker
 
 
 @pytest.fixture

@@ -1,0 +1,157 @@
+"""Runs operations on a session store.
+
+What this file decides: that each operation ends within the store's timeout, that during an outage operations fail
+at once, and that an operation goes on when its caller has gone. Whether the store may be called is decided by
+StoreHealth.
+
+It must not know: what an operation is for, what is done about an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from zcproto.errors import CallError, Unavailable
+from zcproto.observe.histogram import WAITED_S, Histogram
+from zcproto.observe.log import get_logger
+from zcproto.sessions.health import StoreHealth
+from zcproto.stores.base import SessionStore, StoreUnavailable
+
+CANCEL_LIMIT_S: Final = 2.0
+"""How long cancelled tasks may take to end."""
+
+UPKEEP: Final = "zcproto-store-upkeep"
+"""The name of the tasks that never end."""
+
+_TASK: Final = "zcproto-store"
+
+T = TypeVar("T")
+
+Call = Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]]
+"""`CircuitBreaker.call`, or `CircuitBreaker.attempt` for probes."""
+
+log = get_logger("zcproto.store")
+
+
+@dataclass(eq=False)
+class CircuitBreaker:
+    """Runs operations of `store` while its health allows them: `await breaker.call(breaker.store.find(digest))`.
+
+    `timeout` is in seconds; `now` returns monotonic seconds. `reason` is the store's last failure. `in_flight`
+    counts the operations that run now, `durations` how long the finished ones took.
+    """
+
+    store: SessionStore
+    health: StoreHealth
+    timeout: float
+    now: Callable[[], float]
+    reason: str = field(default="", init=False)
+    in_flight: int = field(default=0, init=False)
+    durations: Histogram = field(default_factory=partial(Histogram, WAITED_S), init=False)
+
+    def check(self) -> None:
+        """Raise Unavailable if the store is not called now."""
+        if not self.health.is_healthy:
+            raise self.unavailable()
+
+    def unavailable(self) -> Unavailable:
+        """Return the error for callers who need the store."""
+        return Unavailable(
+            "the session store does not answer: try again",
+            {"retry_after_ms": self.health.retry_after_ms(self.now())},
+        )
+
+    async def call(self, operation: Coroutine[Any, Any, T]) -> T:
+        """Run an operation and return its result. Raises StoreUnavailable."""
+        if not self.health.is_healthy:
+            operation.close()
+            raise StoreUnavailable("it is out; calls are suspended until a probe succeeds")
+        began = self.now()
+        self.in_flight += 1
+        try:
+            return await self.attempt(operation)
+        except StoreUnavailable as error:
+            self.reason = error.reason
+            now = self.now()
+            self.health.failed(now, now - began)
+            raise
+        finally:
+            self.in_flight -= 1
+            self.durations.add(self.now() - began)
+
+    async def attempt(self, operation: Awaitable[T], within: float | None = None) -> T:
+        """Run an operation whatever the health, for probes. The outcome is not counted."""
+        limit = self.timeout if within is None else within
+        try:
+            async with asyncio.timeout(limit):
+                return await operation
+        except TimeoutError:
+            raise StoreUnavailable(f"no answer within {limit * 1000:.0f} ms") from None
+
+
+class BackgroundTasks:
+    """The tasks of one store."""
+
+    def __init__(self) -> None:
+        self.running: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, T], name: str = _TASK) -> asyncio.Task[T]:
+        """Start a task that goes on if its caller is cancelled."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self.running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run something to its end, even if the caller is cancelled, and return its result."""
+        task = self.spawn(work)
+        await asyncio.wait([task])
+        return task.result()
+
+    def run_in_background(self, work: Coroutine[Any, Any, object]) -> None:
+        """Start a task whose outcome is logged, not awaited."""
+
+        async def logged() -> None:
+            try:
+                await work
+            except (StoreUnavailable, CallError):
+                pass  # counted and logged where they were raised
+            except Exception as error:
+                log.error("store.task_failed", exc_info=error)
+
+        self.spawn(logged())
+
+    def repeat(self, interval: float, work: Callable[[], Awaitable[object]]) -> None:
+        """Do something every `interval` seconds until `stop`."""
+
+        async def forever() -> None:
+            while True:
+                await asyncio.sleep(interval)
+                try:
+                    await work()
+                except StoreUnavailable:
+                    continue  # the breaker has counted it; the next round comes after the outage
+                except Exception as error:
+                    log.error("store.upkeep_failed", what=work.__name__, exc_info=error)
+
+        self.spawn(forever(), UPKEEP)
+
+    async def stop(self, within: float) -> None:
+        """Wait `within` seconds for the tasks in progress, then cancel the rest."""
+        in_progress = {task for task in self.running if task.get_name() != UPKEEP}
+        if in_progress:
+            await asyncio.wait(in_progress, timeout=within)
+        rest = list(self.running)
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest, timeout=CANCEL_LIMIT_S)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.running.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved, so that asyncio does not warn if the caller has gone
