@@ -17,7 +17,6 @@ from zcproto.stores.base import (
     Created,
     LimitReached,
     NotRotated,
-    Rotated,
     StoreUnavailable,
 )
 
@@ -126,7 +125,7 @@ class FaultyStore:
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         return await self._do("create", self.inner.create(record, limit))
 
-    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         return await self._do("rotate", self.inner.rotate(rotation))
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:

@@ -20,7 +20,6 @@ from zcproto.stores.base import (
     Created,
     LimitReached,
     NotRotated,
-    Rotated,
 )
 
 _SLOTS_EACH = 4
@@ -70,14 +69,14 @@ class MemoryStore:
             return LimitReached()
         return Created() if ended is None else Created((ended,))
 
-    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         registry = self._registry
         record = registry.record(rotation.id)
         if record is not None and record.refresh_digest == rotation.refresh_digest:
-            return Rotated(record, b"")
+            return record
         reused = registry.refresh_reused
         try:
-            return Rotated(*registry.rotate(rotation))
+            return registry.rotate(rotation)[0]
         except CallError as refused:
             return NotRotated(refused.code, registry.refresh_reused > reused)
 

@@ -22,7 +22,6 @@ from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLi
 MAX_LISTED: Final = 10_000
 """Sessions listed in one call when no user is named."""
 
-
 NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 
 
@@ -44,15 +43,6 @@ class Created:
 @dataclass(frozen=True, slots=True)
 class LimitReached:
     """The user has as many live sessions as allowed, and none could be ended. Nothing was changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rotated:
-    """The token pair was replaced. `old_token_digest` is the digest of the access token revoked by it; empty if
-    this rotation had been done before."""
-
-    record: SessionRecord
-    old_token_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +120,8 @@ class SessionStore(Protocol):
         Creating the same record again neither adds a session nor revives one that has ended.
         """
 
-    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
-        """Replace a session's token pair if the refresh token shown is the current one.
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+        """Replace a session's token pair if the refresh token shown is the current one. Return its new record.
 
         A spent refresh token ends the session. The old access token is remembered as revoked. Repeating a
         rotation changes nothing.

@@ -336,11 +336,10 @@ class StoredSessionService(SessionService):
         count = changes.count
         try:
             await changes.ensure_stored(rotation.id)
-            rotated = await self._call(self._store.rotate(rotation))
-            if isinstance(rotated, NotRotated):
+            record = await self._call(self._store.rotate(rotation))
+            if isinstance(record, NotRotated):
                 self._undecided.pop(rotation.spent_digest, None)
-                raise self._not_rotated(rotation, rotated)
-            record = rotated.record
+                raise self._not_rotated(rotation, record)
             if changes.has_changed(record.id, count):
                 found = await changes.fetch(partial(self._store.get, record.id))
                 if not isinstance(found, SessionRecord) or found.token_digest != record.token_digest:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.stores.contract import DAY, FIVE, WALL, digest, session
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
-from zcproto.stores.base import Created, Rotated
+from zcproto.stores.base import Created
 from zcproto.stores.sqlite.store import SqliteStore
 
 KILLS = 200
@@ -189,7 +189,7 @@ async def churn(path: Path, expected: Expected, seed: int, output: int) -> None:
                     wall=WALL,
                 )
                 say("refresh", number)
-                assert isinstance(await store.rotate(rotation), Rotated)
+                assert isinstance(await store.rotate(rotation), SessionRecord)
                 say("refreshed", number)
             elif choice < 0.95:
                 number = chance.choice(live)

@@ -23,7 +23,7 @@ from tests.stores.contract import (
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, Rotated
+from zcproto.stores.base import Change, ChangeKind, Created, LimitReached
 from zcproto.stores.valkey.store import ValkeyStore
 
 WITHIN = 1.0
@@ -118,7 +118,7 @@ async def test_concurrent_writes_of_two_processes_are_all_reported(both: tuple[P
     assert sum(len(result) for result in results[200:]) == 200
     for record, result in zip(records, results[:200], strict=True):
         await until(lambda record=record: here.is_reported(record))
-        if isinstance(result, Rotated):
+        if isinstance(result, SessionRecord):
             await until(lambda record=record: there.is_reported(record))
         assert isinstance(await here.store.get(record.id), EndedRecord)
 
@@ -162,7 +162,7 @@ async def test_concurrent_refreshes_through_two_processes_end_the_session(
         results = await asyncio.gather(
             *(each.store.rotate(rotation(record, number)) for number, each in enumerate(both))
         )
-        assert sum(isinstance(result, Rotated) for result in results) == 1
+        assert sum(isinstance(result, SessionRecord) for result in results) == 1
         assert isinstance(await both[0].store.get(record.id), EndedRecord)
 
 

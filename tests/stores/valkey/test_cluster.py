@@ -15,9 +15,9 @@ from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, is_done, opened
 from tests.stores.valkey.server_process import PROGRAMS, free_port, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, Rotated, StoreUnavailable
+from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, StoreUnavailable
 from zcproto.stores.valkey.link import Target
-from zcproto.stores.valkey.records import tag_of
+from zcproto.stores.valkey.scripts import tag_of
 from zcproto.stores.valkey.servers import Cluster, Hooks
 from zcproto.stores.valkey.store import ValkeyStore
 
@@ -87,7 +87,7 @@ async def test_slot_moved_to_another_server(empty_cluster: ClusterOf) -> None:
         empty_cluster.move_keys(slot, source, sink)
         assert await store.get(record.id) == record  # by ASK
         wanted = rotation(record)
-        assert isinstance(await store.rotate(wanted), Rotated)
+        assert isinstance(await store.rotate(wanted), SessionRecord)
         empty_cluster.end_move(slot, sink)
         await until(lambda: empty_cluster.owner(slot) == sink)
         assert await store.create(session(2), FIVE) == Created()  # by MOVED

@@ -30,8 +30,7 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import ClaimState, Created, LimitReached
-from zcproto.stores.valkey.records import tag_of
-from zcproto.stores.valkey.scripts import SCRIPTS
+from zcproto.stores.valkey.scripts import SCRIPTS, tag_of
 from zcproto.stores.valkey.store import ValkeyStore
 
 KINDS = [*PROGRAMS, f"{PROGRAMS[0]}, in a cluster"]

@@ -19,7 +19,7 @@ from typing import Any, Final, Generic, TypeVar
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import Answers
-from zcproto.stores.base import Created, LimitReached, NotRotated, Rotated
+from zcproto.stores.base import Created, LimitReached, NotRotated
 
 LIVE: Final = 0
 """The code of a row that is a stored session, live or lapsed."""
@@ -115,14 +115,14 @@ class WorkingSet:
         self._add(record)
         return Created(ended)
 
-    def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+    def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         record, wall = self.get(rotation.id), rotation.wall
         if record is None:
             return NotRotated(Code.UNAUTHENTICATED)
         if isinstance(record, EndedRecord):
             return NotRotated(record.code)
         if (record.token_digest, record.refresh_digest) == (rotation.token_digest, rotation.refresh_digest):
-            return Rotated(record, b"")
+            return record
         if wall >= due_of(record):
             return NotRotated(Code.TOKEN_EXPIRED)
         if not compare_digest(record.refresh_digest, rotation.spent_digest):
@@ -141,7 +141,7 @@ class WorkingSet:
         )
         self._by_token[rotated.token_digest] = self._change(rotated)
         self._add(EndedRecord(b"", record.token_digest, Code.TOKEN_REVOKED, wall))
-        return Rotated(rotated, record.token_digest)
+        return rotated
 
     def find(self, token: bytes) -> SessionRecord | EndedRecord | None:
         row = self._by_token.get(token)

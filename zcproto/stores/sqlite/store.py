@@ -25,7 +25,6 @@ from zcproto.stores.base import (
     Created,
     LimitReached,
     NotRotated,
-    Rotated,
     StoreUnavailable,
 )
 from zcproto.stores.sqlite.database import Position, SessionDatabase
@@ -109,7 +108,7 @@ class SqliteStore:
             lambda rows: rows.create(record, limit), ids=[record.id], users=[utf8(record.user)]
         )
 
-    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         return await self._run(lambda rows: rows.rotate(rotation), ids=[rotation.id])
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:

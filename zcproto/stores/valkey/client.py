@@ -32,8 +32,7 @@ from zcproto.sessions.token import id_from_text
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
-from zcproto.stores.valkey.records import NODE_SIZE, TAG_SIZE
-from zcproto.stores.valkey.scripts import SCRIPTS
+from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
 from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Hooks, SingleServer, find_primary
 from zcproto.stores.valkey.url import Address, ServerKind, ServerUrl, parse_url
 

@@ -1,11 +1,32 @@
-"""The Lua scripts of sessions.lua and answers.lua."""
+"""The Lua scripts, and how their arguments and results are encoded.
+
+The layout of a session and the names of keys are described in sessions.lua.
+"""
 
 from __future__ import annotations
 
 import re
-from hashlib import sha1
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from hashlib import sha1, sha256
 from importlib.resources import files
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgpack
+
+from zcproto.errors import Code
+from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.token import id_from_text
+
+TAG_SIZE: Final = 20
+NODE_SIZE: Final = 8
+ID_TEXT_SIZE: Final = 22
+MEMBER_SIZE: Final = TAG_SIZE + ID_TEXT_SIZE
+TOKEN_MEMBER_SIZE: Final = 33
+PLACE_SIZE: Final = 16
+
+DAY_MS: Final = 86_400_000
+MAX_TTL_MS: Final = 3_650 * DAY_MS
 
 _HEADING: Final = re.compile(r"^--@ (\w+)(?: ([\w,-]+))?\n", re.MULTILINE)
 
@@ -31,3 +52,72 @@ def _load() -> dict[str, Script]:
 
 
 SCRIPTS: Final = _load()
+
+
+def utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogatepass")
+
+
+def tag_of(user: str) -> bytes:
+    """Return the TAG of a user, which makes all of the user's keys share one slot of a cluster."""
+    return urlsafe_b64encode(sha256(utf8(user)).digest()[:15])
+
+
+def key_digest(key: str) -> bytes:
+    """Return the DIGEST of an idempotency key."""
+    return urlsafe_b64encode(sha256(utf8(key)).digest()[:16]).rstrip(b"=")
+
+
+def time_text(value: int) -> bytes:
+    """Encode a time for comparison in scripts. Times before 1970 become 0."""
+    return b"%d" % max(value, 0)
+
+
+def score_text(value: int) -> bytes:
+    return b"%d" % value
+
+
+def ttl_for(ms: int) -> int:
+    """Return the time to live of a key that is needed for `ms`."""
+    return min(max(ms, 0) + DAY_MS, MAX_TTL_MS)
+
+
+def pack_session(record: SessionRecord) -> bytes:
+    """Encode a session. The scripts append its place in the order of opening."""
+    texts = map(utf8, (record.user, record.client, record.address, record.key))
+    times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
+    fields = [0, record.token_digest, record.refresh_digest, *texts, record.flags, *map(time_text, times)]
+    packed: bytes = msgpack.packb(fields, use_bin_type=False)
+    return packed
+
+
+def unpack_session(id: bytes, raw: bytes) -> SessionRecord | EndedRecord:
+    """Decode a session or its tombstone. `id` is the text of its id."""
+    code, token, *rest = msgpack.unpackb(raw, raw=True)
+    if code:
+        return EndedRecord(_raw_id(id), token, Code(code), int(rest[0]))
+    refresh, user, client, address, key, flags, *times = rest[:10]
+    texts = map(_text, (user, client, address))
+    values: list[Any] = [token, refresh, *texts, flags, *map(int, times), _text(key)]
+    return SessionRecord(_raw_id(id), *values)
+
+
+def order_of(raw: bytes) -> int:
+    """Return the place of an encoded session in the order of opening."""
+    order: int = msgpack.unpackb(raw, raw=True)[12]
+    return order
+
+
+def ended_record(pair: Sequence[bytes], code: Code, wall: int) -> EndedRecord:
+    """Decode the id and the token digest of a session that a script has ended."""
+    return EndedRecord(_raw_id(pair[0]), pair[1], code, wall)
+
+
+def _raw_id(text: bytes) -> bytes:
+    raw = id_from_text(text.decode("ascii"))
+    assert raw is not None
+    return raw

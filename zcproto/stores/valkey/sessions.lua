@@ -166,7 +166,7 @@ if not session then
 elseif session[STATE] ~= KEPT then
   return answer({session[STATE], false})
 elseif session[TOKEN] == token and session[REFRESH] == refresh then
-  return answer({0, cmsgpack.pack(session), ''})
+  return answer({0, cmsgpack.pack(session)})
 elseif not before(wall, due(session)) then
   return answer({TOKEN_EXPIRED, false})
 elseif session[REFRESH] ~= spent then
@@ -193,7 +193,7 @@ end
 elsewhere('SET', P .. 't:' .. old, '!' .. wall, 'PX', DAY)
 elsewhere('ZADD', P .. 'm:' .. SHARD, wall, 't' .. old)
 linger(elsewhere, P .. 'm:' .. SHARD, DAY)
-return answer({0, cmsgpack.pack(session), old})
+return answer({0, cmsgpack.pack(session)})
 
 --@ find no-writes
 local token = args[6]

@@ -23,9 +23,9 @@ from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import LAST_MS, check_size, too_many_requests
-from zcproto.stores.base import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated, Rotated
+from zcproto.stores.base import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated
 from zcproto.stores.valkey.client import ValkeyClient, operation
-from zcproto.stores.valkey.records import (
+from zcproto.stores.valkey.scripts import (
     DAY_MS,
     ID_TEXT_SIZE,
     MAX_TTL_MS,
@@ -113,7 +113,7 @@ class ValkeyStore(ValkeyClient):
             )
 
     @operation
-    async def rotate(self, rotation: Rotation) -> Rotated | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         id, tag = id_text(rotation.id).encode(), b""
         token_key = self._prefix + b"t:" + rotation.token_digest
         if self._is_clustered:
@@ -125,15 +125,14 @@ class ValkeyStore(ValkeyClient):
         digests = rotation.spent_digest, rotation.token_digest, rotation.refresh_digest
         texts = utf8(rotation.client), utf8(rotation.address)
         expires_at, wall = time_text(rotation.expires_at), time_text(rotation.wall)
-        code, *rest = await self._run("rotate", tag, id, *digests, expires_at, *texts, wall)
+        code, outcome = await self._run("rotate", tag, id, *digests, expires_at, *texts, wall)
         if code:
             if self._is_clustered:
                 await self._call("DEL", token_key)
-            return NotRotated(Code(code), bool(rest[0]))
-        raw, old = rest
-        record = unpack_session(id, raw)
+            return NotRotated(Code(code), bool(outcome))
+        record = unpack_session(id, outcome)
         assert isinstance(record, SessionRecord)
-        return Rotated(record, old)
+        return record
 
     @operation
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
