@@ -104,7 +104,7 @@ def test_id_with_a_leading_dash_is_not_an_option(home: Path, capsys: Capture) ->
     for text in ids:
         session, raw = new_session(), id_from_text(text)
         assert raw is not None
-        dashed.append(replace(session, record=replace(session.record, id=raw)))
+        dashed.append(replace(session, record=session.record._replace(id=raw)))
     fill(home, *dashed)
     assert main(["session", "revoke", *ids]) == 0
     assert capsys.readouterr().err == "sessions ended: 2\n"

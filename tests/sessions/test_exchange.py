@@ -73,10 +73,10 @@ def test_session_without_refresh_has_no_refresh_token() -> None:
 def test_restoring_again_updates_session() -> None:
     harness = RegistryHarness()
     session = taken_in(harness)
-    assert harness.registry.restore(replace(session.record, expires_at=WALL + HOUR, last_used_at=WALL + 5))
+    assert harness.registry.restore(session.record._replace(expires_at=WALL + HOUR, last_used_at=WALL + 5))
     assert len(harness.registry) == 1
     assert harness.good(session.token).expires_at == WALL + HOUR
-    assert harness.registry.restore(replace(session.record, expires_at=WALL + 2 * HOUR, last_used_at=WALL))
+    assert harness.registry.restore(session.record._replace(expires_at=WALL + 2 * HOUR, last_used_at=WALL))
     (info,) = harness.registry.list("alice", WALL + 6)
     assert (info.expires_at, info.last_used_at) == (WALL + 2 * HOUR, WALL + 5)
 
@@ -85,14 +85,14 @@ def test_shorter_expiry_raises_generation() -> None:
     harness = RegistryHarness()
     session = taken_in(harness)
     before = harness.registry.generation
-    harness.registry.restore(replace(session.record, expires_at=WALL + 1))
+    harness.registry.restore(session.record._replace(expires_at=WALL + 1))
     assert harness.registry.generation > before
 
 
 def test_restored_token_replaces_old_one() -> None:
     harness = RegistryHarness()
     session = taken_in(harness)
-    elsewhere = replace(session.record, token_digest=digest_of(b"elsewhere"))
+    elsewhere = session.record._replace(token_digest=digest_of(b"elsewhere"))
     assert harness.registry.restore(elsewhere)
     assert harness.code(session.token) is Code.UNAUTHENTICATED
     assert harness.good(b"elsewhere").user == "alice"
@@ -104,7 +104,7 @@ def test_restore_does_not_revive_ended_session() -> None:
     session = taken_in(harness)
     harness.registry.revoke_user("alice", "test")
     assert not harness.registry.restore(session.record)
-    assert not harness.registry.restore(replace(session.record, token_digest=digest_of(b"another")))
+    assert not harness.registry.restore(session.record._replace(token_digest=digest_of(b"another")))
     assert harness.code(session.token) is Code.TOKEN_REVOKED
 
 
@@ -121,7 +121,7 @@ def test_restore_does_not_revive_spent_token() -> None:
 def test_restored_lapsed_session_is_lapsed() -> None:
     harness = RegistryHarness()
     session = new(harness)
-    assert harness.registry.restore(replace(session.record, expires_at=WALL - 1))
+    assert harness.registry.restore(session.record._replace(expires_at=WALL - 1))
     assert harness.code(session.token) is Code.TOKEN_EXPIRED
     assert harness.refresh(session.refresh_token).session.user == "alice"
 

@@ -6,7 +6,6 @@ The registry that checks tokens is the store, so there is one copy of each sessi
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 
 from zcproto.errors import CallError, Code, ResourceExhausted
 from zcproto.sessions import EndReason
@@ -90,7 +89,7 @@ class MemoryStore:
         for id, used_at in uses:
             record = self._registry.record(id)
             if record is not None and used_at > record.last_used_at:
-                self._registry.restore(replace(record, last_used_at=used_at))
+                self._registry.restore(record._replace(last_used_at=used_at))
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None

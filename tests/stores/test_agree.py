@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ class Both:
                 record = session(
                     self.asked, user, self.wall, expires_at=self.wall + chance.choice([MINUTE, HOUR, DAY])
                 )
-                record = replace(record, refresh_expires_at=WALL + 300 * DAY)
+                record = record._replace(refresh_expires_at=WALL + 300 * DAY)
                 limit = UserLimit(chance.randrange(1, 5), chance.choice(["refuse", "evict_oldest"]), IDLE)
                 self.asked += 1
                 if isinstance(await self.ask("create", record, limit), Created):

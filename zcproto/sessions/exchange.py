@@ -67,8 +67,8 @@ class Exchange(Lifecycle):
 
     def end(self, session_id: bytes, code: Code, reason: EndReason, wall: int) -> bool:
         """End a live or lapsed session on behalf of a store. Return False if the id is unknown."""
-        slot = self._table.ids.find(session_id)
-        if slot == NONE or not self._is_kept(slot):
+        slot = self._slot_of(session_id)
+        if slot == NONE:
             return False
         self._wall = wall
         if code is Code.TOKEN_REVOKED:
@@ -81,8 +81,8 @@ class Exchange(Lifecycle):
 
     def forget(self, session_id: bytes) -> bool:
         """Forget a live or lapsed session. Return False if the id is unknown."""
-        slot = self._table.ids.find(session_id)
-        if slot == NONE or not self._is_kept(slot):
+        slot = self._slot_of(session_id)
+        if slot == NONE:
             return False
         self._forget(slot)
         return True
@@ -101,8 +101,8 @@ class Exchange(Lifecycle):
 
     def record(self, session_id: bytes) -> SessionRecord | None:
         """Return the record of a live or lapsed session, or None."""
-        slot = self._table.ids.find(session_id)
-        return None if slot == NONE or not self._is_kept(slot) else self._record(slot)
+        slot = self._slot_of(session_id)
+        return None if slot == NONE else self._record(slot)
 
     def record_of(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
         """Return the session of a token, its tombstone, or None."""

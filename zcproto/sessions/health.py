@@ -1,8 +1,8 @@
 """Track the health of the session store (sans-IO): a circuit breaker with a grace for known sessions.
 
-    HEALTHY     every operation goes to the store DEGRADED    no operation does, so callers do not wait for
-    timeouts; a probe is planned RECOVERING  a probe is running: it checks the store and replays pending
-    operations before the store is used again
+    HEALTHY     every operation goes to the store
+    DEGRADED    no operation does, so callers do not wait for timeouts; a probe is planned
+    RECOVERING  a probe is running: it checks the store and replays pending operations before others go there
 
 Rules:
 - Every transition is in the table; any other is a bug in zcproto.

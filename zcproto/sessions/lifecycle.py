@@ -139,6 +139,11 @@ class Lifecycle:
     def _is_kept(self, slot: int) -> bool:
         return FREE < self._state[slot] <= LAPSED
 
+    def _slot_of(self, session_id: bytes) -> int:
+        """Return the slot of a live or lapsed session, or NONE."""
+        slot = self._table.ids.find(session_id)
+        return slot if slot != NONE and self._is_kept(slot) else NONE
+
     def _is_due(self, slot: int, wall: int) -> bool:
         """Return True if a live session should have lapsed, or a lapsed one ended."""
         if self._state[slot] == LIVE:

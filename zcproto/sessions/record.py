@@ -6,15 +6,14 @@ All times are milliseconds since the Unix epoch. A copy of all records gives no 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from zcproto.errors import Code
 
 WhenFull = Literal["refuse", "evict_oldest"]
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRecord:
+class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclass costs a call per field
     """A live or lapsed session."""
 
     id: bytes

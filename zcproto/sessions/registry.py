@@ -116,8 +116,8 @@ class SessionRegistry(Exchange):
 
     def key_of(self, session: Session) -> str:
         """Return the key that a session is bound to; empty if it is not bound or has ended."""
-        slot = self._table.ids.find(session.raw_id)
-        number = NONE if slot == NONE or not self._is_kept(slot) else self._table.key[slot]
+        slot = self._slot_of(session.raw_id)
+        number = NONE if slot == NONE else self._table.key[slot]
         return "" if number == NONE else self._table.keys[number]
 
     def close(self, session: Session) -> None:
@@ -193,8 +193,8 @@ class SessionRegistry(Exchange):
 
     def opened_session(self, new: NewSession) -> OpenedSession | None:
         """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
-        slot = self._table.ids.find(new.record.id)
-        if slot == NONE or not self._is_kept(slot):
+        slot = self._slot_of(new.record.id)
+        if slot == NONE:
             return None
         self.opened += 1
         return self._opened(slot, new.token, new.refresh_token)
@@ -205,7 +205,7 @@ class SessionRegistry(Exchange):
         Raises ResourceExhausted as `open` does. Idempotent.
         """
         wall = self._wall = record.created_at
-        if self.record(record.id) is not None:
+        if self._slot_of(record.id) != NONE:
             return None
         ended = self._make_room(record.user, wall, per_user, when_full)
         self.restore(record)
@@ -293,8 +293,8 @@ class SessionRegistry(Exchange):
         Raises TokenRevoked if the session has ended here meanwhile.
         """
         table = self._table
-        slot = table.ids.find(record.id)
-        if slot != NONE and self._is_kept(slot):
+        slot = self._slot_of(record.id)
+        if slot != NONE:
             if table.tokens[slot] != record.token_digest:
                 self._replace(slot, record, wall)
         elif not self.restore(record):
@@ -308,8 +308,8 @@ class SessionRegistry(Exchange):
     ) -> OpenedSession | None:
         """Return the pair issued for this refresh token within the grace, to the same client and address only."""
         table = self._table
-        slot = table.ids.find(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
-        if slot == NONE or not self._is_kept(slot):
+        slot = self._slot_of(id_of(refresh_token[:FAMILY_SIZE])) if _is_token(refresh_token) else NONE
+        if slot == NONE:
             return None
         spent = self._grace.find(table.ids[slot], digest_of(refresh_token), wall)
         if (
@@ -441,10 +441,8 @@ class SessionRegistry(Exchange):
         return token, digest
 
     def _find(self, session_id: str) -> int:
-        """Return the slot of a live or lapsed session, or NONE."""
         raw = id_from_text(session_id)
-        slot = NONE if raw is None else self._table.ids.find(raw)
-        return slot if slot != NONE and self._is_kept(slot) else NONE
+        return NONE if raw is None else self._slot_of(raw)
 
     def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
         refresh_expires_at = self._table.refresh_expires_at[slot] or None

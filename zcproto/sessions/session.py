@@ -152,7 +152,7 @@ class OpenedSession:
         )
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class NewSession:
     """A new session for a store, with its tokens, which are not available again."""
 

@@ -471,7 +471,7 @@ class StoredSessionService(SessionService):
         live = self._is_live(record, last_used_at, wall)
         if not live and wall >= record.refresh_expires_at:
             return None
-        return session_info(replace(record, last_used_at=last_used_at), live=live)
+        return session_info(record._replace(last_used_at=last_used_at), live=live)
 
     def _is_live(self, record: SessionRecord, last_used_at: int, wall: int) -> bool:
         idle_ms = self._settings.idle_timeout_ms

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from tests.stores.contract.helpers import (
@@ -61,7 +59,7 @@ class DurabilityContract:
         await opened(lasting, record)
         await lasting.touch([(record.id, WALL + 9)])
         again = await harness.reopen(lasting)
-        assert await again.get(record.id) == replace(record, last_used_at=WALL + 9)
+        assert await again.get(record.id) == record._replace(last_used_at=WALL + 9)
 
     async def test_end_all_survives_reopening(self, lasting: SessionStore, harness: Harness) -> None:
         records = [session(number, f"user-{number}") for number in range(40)]

@@ -87,7 +87,7 @@ def session(number: int = 1, user: str = "alice", wall: int = WALL, **changes: o
         expires_at=wall + DAY,
         refresh_expires_at=wall + 30 * DAY,
     )
-    return replace(record, **changes)  # type: ignore[arg-type]
+    return record._replace(**changes)  # type: ignore[arg-type]
 
 
 def rotation(
@@ -109,8 +109,7 @@ def rotation(
 
 def rotated(record: SessionRecord, wanted: Rotation) -> SessionRecord:
     """Return a session as it is after a rotation."""
-    return replace(
-        record,
+    return record._replace(
         token_digest=wanted.token_digest,
         refresh_digest=wanted.refresh_digest,
         client=wanted.client,

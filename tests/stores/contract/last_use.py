@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 from tests.stores.contract.helpers import ONE, WALL, digest, ended, opened, session
 from zcproto.errors import Code
@@ -18,8 +17,8 @@ class LastUseContract:
         await store.touch([(records[0].id, WALL + 4), (records[1].id, WALL + 8)])
         found = [await store.get(record.id) for record in records]
         assert found == [
-            replace(records[0], last_used_at=WALL + 5),
-            replace(records[1], last_used_at=WALL + 8),
+            records[0]._replace(last_used_at=WALL + 5),
+            records[1]._replace(last_used_at=WALL + 8),
             records[2],
         ]
 
@@ -31,7 +30,7 @@ class LastUseContract:
         await store.touch([(bytes(16), WALL + 9), (b"", WALL + 9), (session(2).id, WALL + 9)])
         await store.touch([(digest("x")[:16], WALL + 9), (record.id, WALL + 9)])
         assert await store.get(session(2).id) == ended(session(2))
-        assert await store.get(record.id) == replace(record, last_used_at=WALL + 9)
+        assert await store.get(record.id) == record._replace(last_used_at=WALL + 9)
         assert await store.count() == 1
 
     async def test_last_uses_of_many_sessions_are_recorded(self, store: SessionStore) -> None:

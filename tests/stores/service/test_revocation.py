@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,7 +151,7 @@ async def test_concurrent_change_by_another_process_takes_effect(
     if how == "ended":
         await one.sessions.revoke_user(user, "all")
     elif how == "replaced":
-        one.store.registry.restore(replace(record, token_digest=bytes(32)))
+        one.store.registry.restore(record._replace(token_digest=bytes(32)))
     other.store.report_change(record.id)
     other.store.late[work].set()
     if how == "unchanged":

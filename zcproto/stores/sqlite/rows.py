@@ -12,7 +12,7 @@ It must not know: where rows come from and go to, threads, clocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hmac import compare_digest
 from typing import Any, Final, Generic, TypeVar
 
@@ -130,8 +130,7 @@ class WorkingSet:
             return NotRotated(Code.TOKEN_REVOKED, reused=True)
         if wall >= record.refresh_expires_at:
             return NotRotated(Code.TOKEN_EXPIRED)
-        rotated = replace(
-            record,
+        rotated = record._replace(
             token_digest=rotation.token_digest,
             refresh_digest=rotation.refresh_digest,
             client=rotation.client,
