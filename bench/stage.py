@@ -136,7 +136,7 @@ class Server(DemoServer):
         super().__init__(stage.home.path, store)
         self.stage = stage
 
-    def place(self) -> LoadTarget:
+    def target(self) -> LoadTarget:
         """Return where callers connect. Made in an event loop; close it at the end."""
         return LoadTarget(HOST, HOST, self.port, self.stage.ca_file)
 
@@ -151,16 +151,16 @@ class Server(DemoServer):
     async def stats(self) -> dict[str, Any]:
         """Ask for `server.stats` once, so that its longest pause is the one since the start."""
         user, key = self.stage.operator
-        place = self.place()
+        target = self.target()
         try:
-            caller = await place.caller()
+            caller = await target.caller()
             params = {"scheme": "api_key", "user": user, "key": key, "client": "zcproto-bench/1"}
             caller.token = (await caller.call("session.open", params))["token"]
             stats: dict[str, Any] = await caller.call("server.stats", {})
             await caller.call("session.close", {})
             await caller.disconnect()
         finally:
-            place.close()
+            target.close()
         return stats
 
     def load(

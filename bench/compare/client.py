@@ -9,12 +9,16 @@ import socket
 import ssl
 import struct
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 
 from zcproto.errors import ConnectionClosed, ZcprotoError
 
+HOST: Final = "127.0.0.1"
+NAME: Final = "localhost"
+ALPN: Final = "zcp/1"
 HEADER: Final = struct.Struct("!IBBHIQ8sQ32s")
 WELCOME: Final = 1
 REQUEST: Final = 2
@@ -25,11 +29,8 @@ NO_TOKEN: Final = bytes(32)
 class Connection:
     """One connection, one session."""
 
-    def __init__(self, port: int, context: ssl.SSLContext, timeout: float | None = None) -> None:
-        """`timeout` is of each step, in seconds; with one, steps cost this side more."""
-        raw = socket.create_connection(("127.0.0.1", port), timeout)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.tls = context.wrap_socket(raw, server_hostname="localhost")
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        self.tls = connect_tls(port, context)
         self.counter = 0
         self.stream = 0
         self.token = NO_TOKEN
@@ -87,9 +88,18 @@ class Connection:
         self.tls.close()
 
 
-def context_for(ca_file: str) -> ssl.SSLContext:
+def connect_tls(port: int, context: ssl.SSLContext, timeout: float | None = None) -> ssl.SSLSocket:
+    """`timeout` is of each step, in seconds; with one, steps cost this side more."""
+    raw = socket.create_connection((HOST, port), timeout)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return context.wrap_socket(raw, server_hostname=NAME)
+
+
+def context_for(ca_file: Path, *alpn: str) -> ssl.SSLContext:
+    """Return a context for TLS 1.3 alone that trusts this CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(ca_file)
-    context.set_alpn_protocols(["zcp/1"])
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
     return context

@@ -32,7 +32,7 @@ import click
 import msgpack
 
 from bench.command import COUNT, measurement
-from bench.compare.client import Connection, context_for
+from bench.compare.client import ALPN, Connection, context_for
 from bench.report import Report, Row
 from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, bench_environment, cpu_seconds
 from zcproto.errors import ZcprotoError
@@ -132,7 +132,7 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
     users = iter(stage.add_users("user", USERS))
     stage.make_certificates()
     with contextlib.ExitStack() as stack:
-        context = context_for(str(stage.ca_file))
+        context = context_for(stage.ca_file, ALPN)
         zcproto = Side(stack.enter_context(run_zcproto(folder)), context, users)
         bare = Side(stack.enter_context(run_bare(folder)), context)
         sync = partial(zcproto.request_cost, "echo", 1)
@@ -249,7 +249,7 @@ def _yardstick(home: Path, port: int, command: Callable[[str], list[str]]) -> It
             with open(home / "certs" / name, "rb") as part:
                 shutil.copyfileobj(part, out)
     with running(command(str(pem))) as server:
-        context = context_for(str(home / "certs" / "ca.crt"))
+        context = context_for(home / "certs" / "ca.crt", ALPN)
         for _ in range(100):
             try:
                 Connection(port, context).close()

@@ -123,11 +123,11 @@ async def measure_valkey(url: str, sessions: int) -> list[Row]:
 def command(sessions: int, program: str, folder: Path | None) -> list[Row]:
     rows = [Row("sessions", "sessions", sessions), *measure_registry(sessions)]
     with (
-        tempfile.TemporaryDirectory(dir=folder) as place,
+        tempfile.TemporaryDirectory(dir=folder) as run_folder,
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
-        rows += runner.run(measure_file(Path(place), sessions))
+        rows += runner.run(measure_file(Path(run_folder), sessions))
         if shutil.which(program) is not None:
-            with Valkey(Path(place) / "valkey", program) as valkey:
+            with Valkey(Path(run_folder) / "valkey", program) as valkey:
                 rows += runner.run(measure_valkey(valkey.url, sessions))
     return rows

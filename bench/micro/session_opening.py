@@ -129,7 +129,7 @@ async def start_again(path: Path, registry: SessionRegistry | None) -> tuple[flo
 @click.option("--folder", type=FOLDER, help="Where the file is meanwhile; else a temporary folder.")
 def command(sessions: int, concurrency: int, folder: Path | None) -> list[Row]:
     with (
-        tempfile.TemporaryDirectory(dir=folder) as place,
+        tempfile.TemporaryDirectory(dir=folder) as run_folder,
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
-        return runner.run(measure(Path(place), sessions, concurrency))
+        return runner.run(measure(Path(run_folder), sessions, concurrency))

@@ -122,8 +122,8 @@ async def time_news(store: ValkeyStore, listener: Listener) -> list[int]:
 )
 def command(program: str, sessions: int, concurrency: int, fsync: str, folder: Path | None) -> list[Row]:
     with (
-        tempfile.TemporaryDirectory(dir=folder) as place,
-        Valkey(Path(place) / "valkey", program, fsync) as valkey,
+        tempfile.TemporaryDirectory(dir=folder) as run_folder,
+        Valkey(Path(run_folder) / "valkey", program, fsync) as valkey,
         asyncio.Runner(loop_factory=new_event_loop) as runner,
     ):
         return runner.run(measure(valkey.url, sessions, concurrency))

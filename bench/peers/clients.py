@@ -9,32 +9,17 @@ from __future__ import annotations
 
 import base64
 import os
-import socket
 import ssl
 import struct
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 
-from bench.compare import client as zcp
+from bench.compare.client import ALPN, NAME, Connection
 from zcproto.errors import ZcprotoError
 
-HOST: Final = "127.0.0.1"
-NAME: Final = "localhost"
-TIMEOUT: Final = 60.0
 READ_BYTES: Final = 65_536
-
-
-def context_for(ca_file: Path, *alpn: str) -> ssl.SSLContext:
-    """Return a context for TLS 1.3 alone that trusts this CA."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(ca_file)
-    if alpn:
-        context.set_alpn_protocols(list(alpn))
-    return context
 
 
 class Client(ABC):
@@ -42,10 +27,8 @@ class Client(ABC):
 
     alpn: tuple[str, ...] = ()
 
-    def __init__(self, port: int, context: ssl.SSLContext, payload: bytes) -> None:
-        raw = socket.create_connection((HOST, port), TIMEOUT)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.tls = context.wrap_socket(raw, server_hostname=NAME)
+    def __init__(self, tls: ssl.SSLSocket, payload: bytes) -> None:
+        self.tls = tls
         self.payload = payload
         self._rest = b""
         self._open()
@@ -221,14 +204,14 @@ class GrpcClient(Client):
 class ZcprotoClient:
     """zcproto: a session first, then `echo`, with the payload in a map, as params are."""
 
-    alpn = ("zcp/1",)
+    alpn = (ALPN,)
 
     def __init__(
         self, port: int, context: ssl.SSLContext, params: dict[str, Any], user: str, key: str
     ) -> None:
         self._params = params
         self._answer = msgpack.packb(params)
-        self._connection = zcp.Connection(port, context)
+        self._connection = Connection(port, context)
         self._connection.open_session(user, key)
 
     def request(self) -> bytes:

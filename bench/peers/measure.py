@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from bench.compare.client import connect_tls, context_for
 from bench.peers.clients import (
     Client,
     GrpcClient,
@@ -24,7 +25,6 @@ from bench.peers.clients import (
     UvicornClient,
     WebsocketsClient,
     ZcprotoClient,
-    context_for,
 )
 from bench.peers.environment import Environment
 from bench.stage import ECDSA_ONLY, Stage, bench_environment, cpu_seconds, room_for
@@ -62,6 +62,9 @@ WARM_UP: Final = 20
 SETTLE_S: Final = 1.0
 START_S: Final = 30.0
 END_S: Final = 10.0
+TIMEOUT_S: Final = 60.0
+"""For each step of a connection."""
+
 LINES_SHOWN: Final = 3
 BYTES_PER_KIB: Final = 1_024
 
@@ -179,7 +182,9 @@ class Servers:
                 raise ZcprotoError(f"the server of {name} did not start: {escape_text(said, 500)}")
             port = int(line)
             context = context_for(self._stage.ca_file, *client.alpn)
-            yield Server(name, process.pid, lambda: client(port, context, self._payload))
+            yield Server(
+                name, process.pid, lambda: client(connect_tls(port, context, TIMEOUT_S), self._payload)
+            )
         finally:
             process.stdin.close()
             try:

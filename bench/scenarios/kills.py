@@ -218,8 +218,8 @@ class Kills:
         begin = time.monotonic()
         with self.stage.serve("sqlite", cpu=None) as server:
             self._seen.starts_s.append(time.monotonic() - begin)
-            place = server.place()
-            callers = [await place.caller() for _ in self._clients]
+            target = server.target()
+            callers = [await target.caller() for _ in self._clients]
             try:
                 await self._check(callers)
                 if not last:
@@ -227,7 +227,7 @@ class Kills:
             finally:
                 for caller in callers:
                     await caller.disconnect()
-                place.close()
+                target.close()
 
     async def _check(self, callers: Sequence[Caller]) -> None:
         seen = self._seen

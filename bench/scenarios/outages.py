@@ -257,14 +257,14 @@ class Node:
     def __init__(self, stage: Stage, store: str) -> None:
         self._server = Server(stage, store)
         self._stack: ExitStack | None = None
-        self._place: LoadTarget | None = None
+        self._target: LoadTarget | None = None
         self._operator: Operator | None = None
         self._longest_pause = 0.0
 
     async def start(self) -> None:
         self._stack = ExitStack()
         await asyncio.to_thread(self._stack.enter_context, self._server)  # its link to the store runs here
-        self._place = self._server.place()
+        self._target = self._server.target()
         self._operator = await self._server.operator()
 
     async def kill(self) -> None:
@@ -274,17 +274,17 @@ class Node:
         self._server.kill()
         if self._operator is not None:
             await self._operator.disconnect()
-        if self._place is not None:
-            self._place.close()
+        if self._target is not None:
+            self._target.close()
         await asyncio.to_thread(stack.close)
 
     async def callers(self, count: int) -> list[Caller]:
         """Return new connections, without sessions."""
-        assert self._place is not None
-        place, made = self._place, list[Caller]()
+        assert self._target is not None
+        target, made = self._target, list[Caller]()
 
         async def connect(number: int) -> None:
-            made.append(await place.caller())
+            made.append(await target.caller())
 
         await for_each(range(count), connect)
         return made

@@ -272,10 +272,10 @@ class SoakOutcome:
 class Faults:
     """Rotations, reloads and full disks. Each raises ZcprotoError if the server does not come through it."""
 
-    def __init__(self, plan: SoakPlan, server: Server, place: LoadTarget, operator: Caller) -> None:
+    def __init__(self, plan: SoakPlan, server: Server, target: LoadTarget, operator: Caller) -> None:
         self._plan = plan
         self._server = server
-        self._place = place
+        self._target = target
         self._operator = operator
         self._rotator = Rotator.of(server.stage.home, new_key_every=3)
         self._rotations = 0
@@ -288,7 +288,7 @@ class Faults:
             raise ZcprotoError(rotated.problem)
 
         async def is_served() -> bool:
-            caller = await self._place.caller()
+            caller = await self._target.caller()
             try:
                 tls = cast("TlsTransport", caller.transport).get_extra_info("ssl_object")
                 return leaf_of(tls) in rotated.leaves.values()
@@ -304,7 +304,7 @@ class Faults:
         os.kill(self._server.pid, signal.SIGHUP)
 
         async def is_active() -> bool:
-            caller = await self._place.caller()
+            caller = await self._target.caller()
             try:
                 return int(caller.conversation.welcome["max_streams"]) == streams
             finally:
@@ -340,9 +340,12 @@ class Faults:
 class Soak:
     """Cycles of churn with faults in between, and a rest after each in which a sample is taken."""
 
-    def __init__(self, plan: SoakPlan, server: Server, users: Sequence[Credential]) -> None:
+    def __init__(
+        self, plan: SoakPlan, server: Server, target: LoadTarget, users: Sequence[Credential]
+    ) -> None:
         self._plan = plan
         self._server = server
+        self._target = target
         self._chance = random.Random(plan.seed)  # noqa: S311 - an order, no secret
         self._seen = Seen()
         self._outcome = SoakOutcome(plan, self._seen)
@@ -354,34 +357,31 @@ class Soak:
     def _client(self, number: int, user: Credential) -> Client:
         is_steady = number >= self._plan.churning
         chance = random.Random(self._chance.getrandbits(64))  # noqa: S311 - likewise
-        return Client(user, chance, self._seen, self._plan.pause_s * (2 if is_steady else 1), is_steady)
+        pause_s = self._plan.pause_s * (2 if is_steady else 1)
+        return Client(self._target, user, chance, self._seen, pause_s, is_steady)
 
     async def conduct(self) -> SoakOutcome:
         """Carry it out. The first Ctrl-C ends it early."""
-        place = self._server.place()
-        try:
-            with on_interrupt(self._interrupt):
-                operator = await place.caller()
-                await self._renew(operator)
-                await self._conduct(place, operator)
-                await operator.disconnect()
-        finally:
-            place.close()
+        with on_interrupt(self._interrupt):
+            operator = await self._target.caller()
+            await self._renew(operator)
+            await self._conduct(operator)
+            await operator.disconnect()
         return self._outcome
 
     def _interrupt(self) -> None:
         self._outcome.interrupted = True
         self._stopping.set()
 
-    async def _conduct(self, place: LoadTarget, operator: Caller) -> None:
+    async def _conduct(self, operator: Caller) -> None:
         plan, outcome = self._plan, self._outcome
-        faults = Faults(plan, self._server, place, operator)
+        faults = Faults(plan, self._server, self._target, operator)
         self._began = time.monotonic()
         async with asyncio.TaskGroup() as running:
             for client in self._steady:
-                running.create_task(client.run(place))
+                running.create_task(client.run())
             while time.monotonic() - self._began < plan.seconds and not self._stopping.is_set():
-                await self._cycle(place, faults)
+                await self._cycle(faults)
                 await self._renew(operator)
                 await self._sample(faults)
             for client in self._steady:
@@ -389,10 +389,10 @@ class Soak:
         outcome.seconds = time.monotonic() - self._began
         progress("judging once more everything that the clients remember ...")
         for client in (*self._churning, *self._steady):
-            await client.settle(place)
+            await client.settle()
         outcome.errors = (await faults.stats())["errors"]
 
-    async def _cycle(self, place: LoadTarget, faults: Faults) -> None:
+    async def _cycle(self, faults: Faults) -> None:
         """Churn, with faults at random moments."""
         plan, chance = self._plan, self._chance
         begin = time.monotonic()
@@ -406,7 +406,7 @@ class Soak:
         chance.shuffle(acts)
         async with asyncio.TaskGroup() as running:
             for client in self._churning:
-                running.create_task(client.run(place))
+                running.create_task(client.run())
             for moment, (name, act) in zip(moments, acts, strict=True):
                 await self._sleep(begin + moment * plan.cycle - time.monotonic())
                 if name and not self._stopping.is_set():
@@ -473,7 +473,11 @@ def soak(plan: SoakPlan, folder: Path) -> SoakOutcome:
 
 
 async def _conduct(plan: SoakPlan, server: Server, users: Sequence[Credential]) -> SoakOutcome:
-    return await Soak(plan, server, users).conduct()
+    target = server.target()
+    try:
+        return await Soak(plan, server, target, users).conduct()
+    finally:
+        target.close()
 
 
 @measurement

@@ -60,64 +60,73 @@ class Seen:
 
 
 class Client:
-    """One user's client. A steady one keeps its connection, and only calls and refreshes."""
+    """One user's client. A steady one keeps its connection, and only calls and refreshes.
+
+    `run` makes acts in random order. Each act may be made alone by `attempt`.
+    """
 
     def __init__(
-        self, credential: Credential, chance: random.Random, seen: Seen, pause_s: float, steady: bool = False
+        self,
+        target: LoadTarget,
+        credential: Credential,
+        chance: random.Random,
+        seen: Seen,
+        pause_s: float,
+        steady: bool = False,
     ) -> None:
+        self._target = target
         self._credential = credential
         self._chance = chance
         self._seen = seen
         self._pause_s = pause_s
         self._is_steady = steady
         self._caller: Caller | None = None
-        self._place: LoadTarget | None = None
-        self._live: list[ClientSession] = []
-        self._dead: list[bytes] = []
         self._stopping = False
+        self.live: list[ClientSession] = []
+        self.ended: list[bytes] = []
+        """Tokens of ended sessions, and replaced tokens."""
 
-    async def run(self, place: LoadTarget) -> None:
+    async def run(self) -> None:
         """Act until `stop`, then leave, unless it is a steady client."""
-        self._place, self._stopping = place, False
+        self._stopping = False
         while not self._stopping:
             await self._act()
             await asyncio.sleep(self._chance.expovariate(1 / self._pause_s))
         if not self._is_steady:
-            await self._leave()
+            await self.leave()
 
     def stop(self) -> None:
         self._stopping = True
 
-    async def settle(self, place: LoadTarget) -> None:
+    async def settle(self) -> None:
         """Judge once more everything that is remembered, and end all sessions."""
-        self._place = place
-        for session in list(self._live):
-            await self._judged(self._echo, session)
-        for token in self._dead[-REMEMBERED:]:
-            await self._judged(self._try_dead, token)
-        for session in list(self._live):
-            await self._judged(self._end, session)
-        await self._leave()
+        for session in list(self.live):
+            await self.attempt(self.echo, session)
+        for token in self.ended[-REMEMBERED:]:
+            await self.attempt(self.try_ended, token)
+        for session in list(self.live):
+            await self.attempt(self.end, session)
+        await self.leave()
 
     async def _act(self) -> None:
         self._forget_expired()
         choice = self._chance.random()
-        if not self._live or (choice < 0.12 and len(self._live) < MAX_SESSIONS and not self._is_steady):
-            return await self._judged(self._open)
-        session = self._chance.choice(self._live)
+        if not self.live or (choice < 0.12 and len(self.live) < MAX_SESSIONS and not self._is_steady):
+            return await self.attempt(self.open)
+        session = self._chance.choice(self.live)
         if session.expires_at - now_ms() < 2 * MARGIN_MS or choice < 0.2:
-            return await self._judged(self._refresh, session)
+            return await self.attempt(self.refresh, session)
         if self._is_steady or choice < 0.66:
-            return await self._judged(self._echo, session)
+            return await self.attempt(self.echo, session)
         if choice < 0.74:
-            return await self._judged(self._end, session)
-        if choice < 0.84 and self._dead:
-            return await self._judged(self._try_dead, self._chance.choice(self._dead[-REMEMBERED:]))
+            return await self.attempt(self.end, session)
+        if choice < 0.84 and self.ended:
+            return await self.attempt(self.try_ended, self._chance.choice(self.ended[-REMEMBERED:]))
         if choice < 0.9:
-            return await self._judged(self._send_garbage)
-        return await self._leave()
+            return await self.attempt(self.send_garbage)
+        return await self.leave()
 
-    async def _judged(self, act: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    async def attempt(self, act: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Carry out an act, and count an error that it was answered with."""
         try:
             await act(*arguments)
@@ -128,7 +137,7 @@ class Client:
             self._seen.lost[str(error)[:120]] += 1
             self._caller = None
         except ZcprotoError as error:
-            self._seen.wrong[f"{act.__name__.strip('_')}: {cause_of(error)}"] += 1
+            self._seen.wrong[f"{act.__name__}: {cause_of(error)}"] += 1
 
     async def _connected(self) -> Caller:
         """Return the connection, on which a session was used: until then a server allows little."""
@@ -139,13 +148,12 @@ class Client:
             self._caller = None
             raise ConnectionClosed("the connection was ended by the server")
         return await self._connect(
-            next((each for each in self._live if not may_have_expired(each.expires_at)), None)
+            next((each for each in self.live if not may_have_expired(each.expires_at)), None)
         )
 
     async def _connect(self, session: ClientSession | None) -> Caller:
         """Connect, and use this session or open one. If that fails the connection is closed again."""
-        assert self._place is not None
-        caller = await self._place.caller()
+        caller = await self._target.caller()
         self._seen.right["connect"] += 1
         try:
             if session is None:
@@ -158,7 +166,7 @@ class Client:
         self._caller = caller
         return caller
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
         caller = self._caller
         if caller is None or caller.ended:
             self._caller = None
@@ -167,10 +175,10 @@ class Client:
             await self._open_on(caller)
 
     async def _open_on(self, caller: Caller) -> None:
-        self._live.append(await open_session(caller, self._credential))
+        self.live.append(await open_session(caller, self._credential))
         self._seen.right["open"] += 1
 
-    async def _echo(self, session: ClientSession) -> None:
+    async def echo(self, session: ClientSession) -> None:
         caller = await self._connected()
         await self._check_echo(
             caller, session, self._chance.choice((1, 1, 4, 16)), self._chance.choice(SIZES)
@@ -198,28 +206,28 @@ class Client:
             else:
                 self._seen.right["echo"] += 1
 
-    async def _refresh(self, session: ClientSession) -> None:
+    async def refresh(self, session: ClientSession) -> None:
         caller = await self._connected()
-        if session not in self._live:
+        if session not in self.live:
             return
-        self._live.remove(session)  # until there is an answer it is not known which pair is good
+        self.live.remove(session)  # until there is an answer it is not known which pair is good
         try:
             await refresh(caller, session)
         except CallError as error:
             if self._is_expiry(error, session.refresh_expires_at):
                 return
             raise
-        self._remember_dead(session.replaced)
-        self._live.append(session)
+        self._remember_ended(session.replaced)
+        self.live.append(session)
         self._seen.right["refresh"] += 1
 
-    async def _end(self, session: ClientSession) -> None:
+    async def end(self, session: ClientSession) -> None:
         """Close a session, or revoke it by another one of its user."""
         caller = await self._connected()
-        if session not in self._live:
+        if session not in self.live:
             return
-        self._live.remove(session)
-        others = [each for each in self._live if not may_have_expired(each.expires_at)]
+        self.live.remove(session)
+        others = [each for each in self.live if not may_have_expired(each.expires_at)]
         try:
             if others and self._chance.random() < 0.5:
                 await caller.call("session.revoke", {"id": session.id}, self._chance.choice(others).token)
@@ -228,10 +236,10 @@ class Client:
         except CallError as error:
             if not (error.code in (*GONE_CODES, Code.NOT_FOUND) and may_have_expired(session.expires_at)):
                 raise
-        self._remember_dead(session.token)
+        self._remember_ended(session.token)
         self._seen.right["end"] += 1
 
-    async def _try_dead(self, token: bytes) -> None:
+    async def try_ended(self, token: bytes) -> None:
         caller = await self._connected()
         try:
             await caller.call("echo", {}, token)
@@ -242,9 +250,8 @@ class Client:
         else:
             self._seen.wrong["an ended session was accepted"] += 1
 
-    async def _send_garbage(self) -> None:
-        assert self._place is not None
-        intruder = await self._place.connect(Intruder(self._place.wheel))
+    async def send_garbage(self) -> None:
+        intruder = await self._target.connect(Intruder(self._target.wheel))
         intruder.send(self._chance.randbytes(self._chance.choice((64, 500, 5_000))))
         try:
             async with asyncio.timeout(DISCONNECT_S):
@@ -255,7 +262,7 @@ class Client:
             self._seen.right["disconnected"] += 1
         await intruder.disconnect()
 
-    async def _leave(self) -> None:
+    async def leave(self) -> None:
         """Close the connection in order, or abort it."""
         caller, self._caller = self._caller, None
         if caller is None:
@@ -270,15 +277,15 @@ class Client:
         self._seen.right["expired"] += expired
         return expired
 
-    def _remember_dead(self, token: bytes) -> None:
-        self._dead.append(token)
-        del self._dead[:-REMEMBERED]
+    def _remember_ended(self, token: bytes) -> None:
+        self.ended.append(token)
+        del self.ended[:-REMEMBERED]
 
     def _forget_expired(self) -> None:
-        """Move sessions that can no longer be refreshed to the dead, which are tried."""
-        for session in [each for each in self._live if has_expired(each.refresh_expires_at)]:
-            self._live.remove(session)
-            self._remember_dead(session.token)
+        """Move sessions that can no longer be refreshed to the ended ones, which are tried."""
+        for session in [each for each in self.live if has_expired(each.refresh_expires_at)]:
+            self.live.remove(session)
+            self._remember_ended(session.token)
 
 
 def now_ms() -> int:

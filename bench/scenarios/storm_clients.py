@@ -49,14 +49,14 @@ class Honest:
     """Clients that stay connected and send requests in an open loop."""
 
     def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float) -> None:
-        self._place = LoadTarget(HOST, HOST, port, ca_file)
+        self._target = LoadTarget(HOST, HOST, port, ca_file)
         self._users = users
         self._rate = rate
         self._callers: list[Caller] = []
         self._loop: OpenLoop | None = None
 
     async def open(self) -> None:
-        self._callers = await open_all(self._place.caller, self._users, AT_ONCE)
+        self._callers = await open_all(self._target.caller, self._users, AT_ONCE)
 
     async def load(self, seconds: float) -> Served:
         """Send requests for so long, or until `stop`."""
@@ -71,7 +71,7 @@ class Honest:
 
     async def disconnect(self) -> None:
         await asyncio.gather(*(caller.disconnect() for caller in self._callers))
-        self._place.close()
+        self._target.close()
 
 
 @dataclass(slots=True)
@@ -102,23 +102,23 @@ class Crowd:
         self._random = random.Random(1)  # noqa: S311 - no secret
         self._tokens: list[bytes] = []
         self._callers: list[Caller] = []
-        self._place: LoadTarget | None = None
+        self._target: LoadTarget | None = None
 
-    def _new_place(self, port: int) -> LoadTarget:
-        if self._place is not None:
-            self._place.close()
-        self._place = LoadTarget(HOST, HOST, port, self._ca_file)
-        return self._place
+    def _new_target(self, port: int) -> LoadTarget:
+        if self._target is not None:
+            self._target.close()
+        self._target = LoadTarget(HOST, HOST, port, self._ca_file)
+        return self._target
 
     async def open(self, port: int) -> None:
         """Connect all, each with its session."""
-        self._callers = await open_all(self._new_place(port).caller, self._users, AT_ONCE)
+        self._callers = await open_all(self._new_target(port).caller, self._users, AT_ONCE)
         self._tokens = [caller.token for caller in self._callers]
 
     async def come_back(self, port: int, within_s: float) -> CameBack:
         await asyncio.gather(*(caller.disconnect() for caller in self._callers))
         self._callers = []
-        place, back = self._new_place(port), CameBack()
+        target, back = self._new_target(port), CameBack()
         begin, used = time.monotonic(), time.process_time()
 
         async def one(number: int, token: bytes) -> None:
@@ -126,7 +126,7 @@ class Crowd:
             while time.monotonic() < begin + within_s:
                 back.tries += 1
                 try:
-                    caller = await place.caller()
+                    caller = await target.caller()
                     caller.token = token
                     answer = await caller.call("echo", {"n": number})
                 except ZcprotoError as error:
@@ -166,8 +166,8 @@ class Crowd:
 
     async def disconnect(self) -> None:
         await asyncio.gather(*(caller.disconnect() for caller in self._callers))
-        if self._place is not None:
-            self._place.close()
+        if self._target is not None:
+            self._target.close()
 
 
 # --- hostile clients ---------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class Hostile:
     def __init__(
         self, port: int, ca_file: Path, users: Sequence[Credential], kinds: Sequence[str], comes_back_s: float
     ) -> None:
-        self._place = LoadTarget(HOST, HOST, port, ca_file)
+        self._target = LoadTarget(HOST, HOST, port, ca_file)
         self._users = users
         self._kinds = kinds
         self._comes_back_s = comes_back_s
@@ -253,7 +253,7 @@ class Hostile:
         for task in self._tasks:
             task.cancel()
         ended = await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._place.close()
+        self._target.close()
         errors = [each for each in ended if isinstance(each, Exception)]
         if errors:
             raise errors[0]
@@ -262,9 +262,9 @@ class Hostile:
     async def _repeat(self, act: Callable[[Intruder], Awaitable[None]], user: Credential) -> None:
         token = b""
         while True:
-            intruder = Intruder(self._place.wheel)
+            intruder = Intruder(self._target.wheel)
             try:
-                await self._place.connect(intruder)
+                await self._target.connect(intruder)
                 self.counts["connected"] += 1
                 intruder.token = token = token or (await open_session(intruder, user)).token
                 await act(intruder)

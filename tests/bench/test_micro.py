@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from bench.micro.timing import quantile, time_rows, timed
 from tests.stores.valkey.server_process import PROGRAMS, needs
 from zcproto.http.security_headers import SecurityHeaders
 from zcproto.server.protocol import ServerProtocol
+from zcproto.wire.frame import HEADER_SIZE
+from zcproto.wire.message import decode_body
 
 BARS = {
     "certificate_loading": {"all_p50_ms", "all_p99_ms"},
@@ -113,12 +116,17 @@ def test_hsts_benchmark_checks_that_header_is_present(monkeypatch: pytest.Monkey
         hsts_header.measure(100)
 
 
-def test_protocol_without_counting_differs_in_counting_only() -> None:
-    uncounted = metrics_cost.without_counting()
-    assert set(vars(uncounted)) - {"__module__", "__doc__", "__slots__"} == {"_process"}
-    own = set(ServerProtocol._process.__code__.co_names)
-    missing = own - set(uncounted._process.__code__.co_names)
-    assert missing == {"calls", "reads", "part", "PART_BITS", "counters", "requests"}
+async def test_protocol_without_counting_answers_and_counts_nothing() -> None:
+    state = metrics_cost.state_on(asyncio.get_running_loop())
+    for kind, counted in ((metrics_cost.without_counting(), 0), (ServerProtocol, 3)):
+        peer = metrics_cost.Peer(state, kind, "ada")
+        for _ in range(3):
+            peer.protocol.data_received(peer.request())
+            assert decode_body(peer.transport.last[HEADER_SIZE:]) == {"data": b"x" * 64}
+        echo = state.methods["echo"]
+        assert (state.counters.requests, echo.calls) == (counted, counted)
+        assert bool(sum(echo.durations.counts)) == bool(counted)
+    state.close()
 
 
 def test_changed_counting_lines_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_every_figure_has_note_for_every_server() -> None:
 # --- clients --------------------------------------------------------------------------------------------------
 
 
-class Scripted:
+class ScriptedTransport:
     """A TLS connection with prepared answers, a byte at a time."""
 
     def __init__(self, answers: bytes) -> None:
@@ -95,13 +95,11 @@ class Scripted:
         self.sent += b"<closed>"
 
 
-def client(kind: type[Client], answers: bytes, payload: bytes = b"payload") -> tuple[Any, Scripted]:
-    made: Any = kind.__new__(kind)
-    made.tls = Scripted(answers)
-    made.payload = payload
-    made._rest = b""
-    made._open()
-    return made, made.tls
+def client(
+    kind: type[Client], answers: bytes, payload: bytes = b"payload"
+) -> tuple[Client, ScriptedTransport]:
+    tls: Any = ScriptedTransport(answers)
+    return kind(tls, payload), tls
 
 
 def h2(kind: int, flags: int, stream: int, body: bytes) -> bytes:
@@ -122,7 +120,6 @@ def test_equal_answer_is_accepted(kind: type[Client], answers: bytes) -> None:
     made, tls = client(kind, answers)
     made.send(made.request())
     made.check()
-    assert made._rest == b""
     assert tls.answers.read() == b""
     made.close()
     assert tls.sent.endswith(b"<closed>")
@@ -212,10 +209,15 @@ def here(tmp_path: Path) -> Environment:
 
 
 @pytest.fixture
-def servers(tmp_path: Path, certs: Path, here: Environment) -> Servers:
+def home(tmp_path: Path, certs: Path) -> Path:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     shutil.copytree(certs, home / "certs")
+    return home
+
+
+@pytest.fixture
+def servers(home: Path, here: Environment) -> Servers:
     return Servers(home, here, QUICK)
 
 
@@ -232,8 +234,8 @@ def test_two_servers_are_measured_side_by_side(servers: Servers, monkeypatch: py
     assert any("round 2 of 2" in line for line in lines)
 
 
-def test_server_that_does_not_start_is_error(servers: Servers) -> None:
-    servers._certificate = (Path("/nowhere.crt"), Path("/nowhere.key"))
+def test_server_that_does_not_start_is_error(home: Path, servers: Servers) -> None:
+    (home / "certs" / "server-ecdsa.crt").unlink()
     with pytest.raises(ZcprotoError, match=r"did not start.*FileNotFoundError"), servers.run(STREAMS):
         pass
 
@@ -246,23 +248,39 @@ def test_environment_is_in_user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folder() == Path(f"/cache/zcproto/peers-{sys.version_info[0]}.{sys.version_info[1]}")
 
 
-def test_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
-    ran: list[tuple[str, ...]] = []
-    monkeypatch.setattr(environment_module.venv, "create", lambda folder, **options: made.append(folder))
-    monkeypatch.setattr(Environment, "_run", lambda self, *words: ran.append(words) or "")
+@pytest.fixture
+def pip_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replace virtual environments by a program that appends its arguments to this file."""
+    calls = tmp_path / "calls"
+
+    def create(folder: Path, **options: Any) -> None:
+        write_program(folder / "bin" / "python", f'echo "$*" >> {calls}')
+
+    monkeypatch.setattr(environment_module.venv, "create", create)
+    return calls
+
+
+def write_program(file: Path, script: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o700)
+
+
+def test_environment_is_made_once(tmp_path: Path, pip_calls: Path) -> None:
     folder = tmp_path / "one"
     for _ in range(2):
         Environment(folder).prepare(lambda line: None)
-    assert made == [folder]
-    assert set(REQUIREMENTS) <= set(ran[0])
+    (call,) = pip_calls.read_text().splitlines()
+    assert set(REQUIREMENTS) <= set(call.split())
     (folder / MARK).write_text("{broken off")
     Environment(folder).prepare(lambda line: None)
-    assert made == [folder, folder]
+    assert pip_calls.read_text().splitlines() == [call, call]
 
 
-def test_environment_that_cannot_be_made_is_error(tmp_path: Path, here: Environment) -> None:
-    with pytest.raises(ZcprotoError, match="no_such_thing"):
-        here._run("-c", "import no_such_thing")
+def test_environment_that_cannot_be_made_is_error(tmp_path: Path) -> None:
+    environment = Environment(tmp_path)
     with pytest.raises(ZcprotoError, match="No such file"):
-        Environment(tmp_path)._run("-c", "")
+        environment.versions()
+    write_program(environment.python, "echo no such package >&2; exit 1")
+    with pytest.raises(ZcprotoError, match="no such package"):
+        environment.versions()

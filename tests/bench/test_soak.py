@@ -19,10 +19,10 @@ from bench.scenarios.sessions import ClientSession
 from bench.scenarios.soak import Sample, SoakOutcome, SoakPlan, growth, judged, slope_per_minute
 from bench.scenarios.soak_clients import Client, Seen, now_ms
 from bench.stage import Stage
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import KEY
 from zcproto.app.app import App
 from zcproto.errors import ConfigError, ConnectionClosed, Unavailable, ZcprotoError
-from zcproto.load.caller import LoadTarget
+from zcproto.load.caller import Caller, LoadTarget
 from zcproto.load.plan import Credential
 
 from .conftest import Serve
@@ -153,132 +153,126 @@ def test_short_soak_has_no_wrong_answer(
 
 
 @pytest.fixture
-def place(serve: Serve) -> Callable[..., Any]:
-    def make(app: App | None = None) -> tuple[ServerThread, LoadTarget]:
+def target_of(serve: Serve) -> Callable[..., Any]:
+    """Start a server and return where to connect."""
+
+    def start(app: App | None = None) -> LoadTarget:
         server = serve(app)
-        return server, LoadTarget("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
+        return LoadTarget("127.0.0.1", "127.0.0.1", server.port, server.home / "certs" / "ca.crt")
 
-    return make
-
-
-def client(seen: Seen, seed: int = 1) -> Client:
-    return Client(Credential("user-0", KEY), random.Random(seed), seen, 0.001)
+    return start
 
 
-async def test_different_answer_is_wrong(place: Callable[..., Any]) -> None:
+def client(target: Any, seen: Seen, seed: int = 1) -> Client:
+    return Client(target, Credential("user-0", KEY), random.Random(seed), seen, 0.001)
+
+
+async def test_different_answer_is_wrong(target_of: Callable[..., Any]) -> None:
     app = App()
 
     @app.method("echo")
     def echo(**params: Any) -> dict[str, Any]:
         return {**params, "n": 99}
 
-    _, where = place(app)
-    seen = Seen()
-    made = client(seen)
-    made._place = where
-    await made._judged(made._open)
-    await made._judged(made._echo, made._live[0])
+    target, seen = target_of(app), Seen()
+    made = client(target, seen)
+    await made.attempt(made.open)
+    await made.attempt(made.echo, made.live[0])
     assert seen.wrong["echo: a different answer"] >= 1
     assert seen.right["echo"] == 0
-    await made._leave()
-    where.close()
+    await made.leave()
+    target.close()
 
 
-async def test_accepted_ended_session_is_wrong(place: Callable[..., Any]) -> None:
+async def test_accepted_ended_session_is_wrong(target_of: Callable[..., Any]) -> None:
     """The client expects a live session to be ended."""
-    _, where = place()
-    seen = Seen()
-    made = client(seen)
-    made._place = where
-    await made._judged(made._open)
-    await made._judged(made._try_dead, made._live[0].token)
+    target, seen = target_of(), Seen()
+    made = client(target, seen)
+    await made.attempt(made.open)
+    await made.attempt(made.try_ended, made.live[0].token)
     assert seen.wrong == {"an ended session was accepted": 1}
-    await made._judged(made._end, made._live[0])
-    await made._judged(made._try_dead, made._dead[0])
+    await made.attempt(made.end, made.live[0])
+    await made.attempt(made.try_ended, made.ended[0])
     assert seen.right["refused"] == 1
-    await made._leave()
-    where.close()
+    await made.leave()
+    target.close()
 
 
-async def test_accepted_expired_session_is_wrong(place: Callable[..., Any]) -> None:
-    _, where = place()
-    seen = Seen()
-    made = client(seen)
-    made._place = where
-    await made._judged(made._open)
-    made._live[0].expires_at = now_ms() - HOUR_MS
-    await made._check_echo(made._caller, made._live[0], 1, 16)  # type: ignore[arg-type]
-    assert seen.wrong == {"echo: an expired session was accepted": 1}
-    await made._leave()
-    where.close()
+async def test_accepted_expired_session_is_wrong(target_of: Callable[..., Any]) -> None:
+    target, seen = target_of(), Seen()
+    made = client(target, seen)
+    await made.attempt(made.open)
+    made.live[0].expires_at = now_ms() - HOUR_MS
+    await made.attempt(made.echo, made.live[0])
+    assert seen.wrong.keys() == {"echo: an expired session was accepted"}
+    await made.leave()
+    target.close()
 
 
-async def test_refused_live_session_is_wrong(place: Callable[..., Any]) -> None:
-    _, where = place()
-    seen = Seen()
-    made = client(seen)
-    made._place = where
-    await made._judged(made._open)
+async def test_refused_live_session_is_wrong(target_of: Callable[..., Any]) -> None:
+    target, seen = target_of(), Seen()
+    made = client(target, seen)
+    await made.attempt(made.open)
     stranger = ClientSession("ada", "x", b"x" * 32, b"y" * 32, now_ms() + HOUR_MS, now_ms() + HOUR_MS)
-    await made._judged(made._echo, stranger)
+    await made.attempt(made.echo, stranger)
     assert seen.wrong == {"echo: UNAUTHENTICATED": 1}
     stranger.expires_at = now_ms()  # about now either is right
-    await made._judged(made._echo, stranger)
+    await made.attempt(made.echo, stranger)
     assert seen.wrong == {"echo: UNAUTHENTICATED": 1}
     assert seen.right["expired"] >= 1
-    await made._leave()
-    where.close()
+    await made.leave()
+    target.close()
 
 
-async def test_tolerated_garbage_is_wrong(place: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, where = place()
-    seen = Seen()
-    made = client(seen)
-    made._place = where
-    await made._judged(made._send_garbage)
+async def test_tolerated_garbage_is_wrong(
+    target_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, seen = target_of(), Seen()
+    made = client(target, seen)
+    await made.attempt(made.send_garbage)
     assert seen.right == {"disconnected": 1}
     monkeypatch.setattr(clients_module.Intruder, "send", lambda self, data: None)
     monkeypatch.setattr(clients_module, "DISCONNECT_S", 0.05)
-    await made._judged(made._send_garbage)
+    await made.attempt(made.send_garbage)
     assert seen.wrong == {"garbage was tolerated": 1}
-    where.close()
+    target.close()
 
 
-async def test_delayed_lost_and_failed_calls_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+class FailingTarget:
+    """A target that fails to connect, with one error after the other."""
+
+    def __init__(self, *errors: ZcprotoError) -> None:
+        self.errors = list(errors)
+
+    async def caller(self) -> Caller:
+        raise self.errors.pop(0)
+
+
+async def test_delayed_lost_and_failed_calls_are_counted() -> None:
     seen = Seen()
-    made = client(seen)
-
-    async def put_off() -> None:
-        raise Unavailable("later", {"retry_after_ms": 1})
-
-    async def lose() -> None:
-        raise ConnectionClosed("reset")
-
-    async def fail() -> None:
-        raise ZcprotoError("odd")
-
-    for act in (put_off, lose, fail):
-        await made._judged(act)
+    delayed = Unavailable("later", {"retry_after_ms": 1})
+    made = client(FailingTarget(delayed, ConnectionClosed("reset"), ZcprotoError("odd")), seen)
+    for _ in range(3):
+        await made.attempt(made.open)
     assert seen.later == {"UNAVAILABLE": 1}
     assert seen.lost == {"reset": 1}
-    assert seen.wrong == {"fail: odd": 1}
+    assert seen.wrong == {"open: odd": 1}
 
 
-async def test_client_does_everything_without_wrong_answer(place: Callable[..., Any]) -> None:
-    _, where = place()
-    seen = Seen()
-    made = client(seen, seed=3)
-    running = asyncio.create_task(made.run(where))
+async def test_client_does_everything_without_wrong_answer(target_of: Callable[..., Any]) -> None:
+    target, seen = target_of(), Seen()
+    made = client(target, seen, seed=3)
+    running = asyncio.create_task(made.run())
     wanted = {"connect", "open", "echo", "refresh", "end", "refused", "disconnected"}
     async with asyncio.timeout(60):
         while not wanted <= seen.right.keys():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     made.stop()
     await running
-    await made.settle(where)
+    await made.settle()
     assert seen.wrong == {}
     assert seen.lost == {}
-    where.close()
+    target.close()
 
 
 # --- the log, the plan, the report -------------------------------------------------------------------------
