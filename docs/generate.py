@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from docs.dashboard import dashboard
 from zcproto import errors
-from zcproto.alerts.kinds import CATALOGUE, Ending
+from zcproto.alerts.alert import CATALOGUE, Ending
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT
 from zcproto.config.model import descriptions, sections

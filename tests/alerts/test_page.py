@@ -16,9 +16,8 @@ from zcproto.alerts.alert import MAX_MESSAGE
 from zcproto.alerts.center import BURST, MANY_DELAY_S, MANY_REPEAT_S, REFILL_S
 from zcproto.alerts.command import PASSED_ON, SHOWN, TRIES
 from zcproto.alerts.service import STOP_S
-from zcproto.alerts.signature import HEADER, TOLERANCE_S, sign
 from zcproto.alerts.sinks import DOWN_AFTER, MAX_AGE_S, MAX_DELAY_S, QUEUED
-from zcproto.alerts.webhook import REFUSED_TRIES
+from zcproto.alerts.webhook import HEADER, REFUSED_TRIES, TOLERANCE_S, sign
 from zcproto.common.secret import Secret
 from zcproto.config.model import settings as all_settings
 

@@ -16,9 +16,8 @@ from tests.alerts.receiver import Answer, Receiver, answer, drip, flood, hang, v
 from tests.conftest import ServerPairs
 from tests.helpers import FakeClock
 from tests.server.helpers import TIMEOUT
-from zcproto.alerts.signature import check_signature
 from zcproto.alerts.sinks import Undelivered
-from zcproto.alerts.webhook import MAX_ANSWER, REFUSED_TRIES, Webhook
+from zcproto.alerts.webhook import MAX_ANSWER, REFUSED_TRIES, Webhook, check_signature
 from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError
 

@@ -19,7 +19,7 @@ from bench.__main__ import bench
 from tests.docs.messages import ROOT
 from tests.server.conftest import certs
 from tests.server.helpers import AnsweredError, ServerProcess
-from zcproto.alerts.kinds import CATALOGUE
+from zcproto.alerts.alert import CATALOGUE
 from zcproto.auth import UserFile
 from zcproto.cli import group
 from zcproto.config.model import keys, sections

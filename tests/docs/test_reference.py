@@ -8,7 +8,7 @@ import pytest
 
 from docs import generate
 from tests.docs.messages import ROOT
-from zcproto.alerts.kinds import CATALOGUE
+from zcproto.alerts.alert import CATALOGUE
 from zcproto.config.model import keys
 from zcproto.errors import Code
 from zcproto.observe.events import EVENTS

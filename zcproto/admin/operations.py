@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl
 from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
-from zcproto.alerts.trial import try_sinks
+from zcproto.alerts.service import try_sinks
 from zcproto.app.parameters import Signature
 from zcproto.auth import UserFile
 from zcproto.auth.directory import Devices, Users

@@ -1,4 +1,7 @@
-"""Define an alert and the messages about it.
+"""Define an alert and the messages about it, and every kind of alert in one table.
+
+docs/reference/alerts.md is generated from the table: the severity of each kind, how it ends, what it means and
+what to do.
 
 Rules: details are masked like values of the log, so no value contains a secret. All text is bounded and on one
 line.
@@ -7,12 +10,12 @@ line.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any, Final
 
-from zcproto.alerts.kinds import AlertKind, Severity
 from zcproto.common.text import escape_text
 from zcproto.observe.values import Loggable, loggable
 
@@ -26,6 +29,168 @@ MAX_MESSAGE: Final = 8_192
 
 FORMAT: Final = 1
 """Version of the JSON format. Fields may be added to a version; none changes its meaning."""
+
+
+class Severity(IntEnum):
+    """How urgent an alert is; a greater value is more urgent."""
+
+    INFO = 1
+    WARNING = 2
+    ERROR = 3
+    CRITICAL = 4
+
+    @property
+    def word(self) -> str:
+        """The name in messages and logs."""
+        return self.name.lower()
+
+
+class Ending(Enum):
+    """How an alert ends."""
+
+    RESOLVED = "resolved"
+    """When its condition no longer holds."""
+    RATE = "rate"
+    """When the rate of its events has been low for a while."""
+    QUIET = "quiet"
+    """It reports an event, and ends when the event has not recurred for a while."""
+
+
+class AlertKind(Enum):
+    """The kinds. The values are names in messages, logs and metrics, and never change."""
+
+    CERTIFICATE_EXPIRY = "certificate.expiry"
+    CERTIFICATE_RENEWAL = "certificate.renewal_failed"
+    CERTIFICATE_FILES = "certificate.files_bad"
+    CERTIFICATE_NOT_USED = "certificate.not_used"
+    TLS_FAILURES = "tls.failures"
+    SESSIONS_REVOKED = "session.revoked"
+    REVOCATION_RATE = "session.revocation_rate"
+    REFRESH_REUSED = "session.refresh_reused"
+    REPLAYED = "connection.replayed"
+    STALE_FRAMES = "connection.stale_frames"
+    LOGINS_THROTTLED = "login.throttled"
+    STORE_DEGRADED = "store.degraded"
+    STORE_GRACE_OVER = "store.grace_over"
+    STORE_DAMAGED = "store.damaged"
+    STORE_EMPTIED = "store.emptied"
+    REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
+    SERVER_FULL = "server.full"
+    UNDELIVERED = "alerts.undelivered"
+    TEST = "alerts.test"
+
+
+@dataclass(frozen=True, slots=True)
+class KindEntry:
+    """The entry of a kind in the table.
+
+    `about` is what `Alert.about` names; it distinguishes alerts of one kind. Alerts below the severity
+    `reminds_from` send no reminders.
+    """
+
+    severity: Severity
+    ending: Ending
+    about: str
+    meaning: str
+    cure: str
+    reminds_from: Severity = Severity.INFO
+
+
+# KIND: SEVERITY, ends ENDING[, reminds from SEVERITY][; ABOUT]. Before an error, the next threshold of
+# certificate.expiry serves as a reminder.
+_TABLE: Final = """
+certificate.expiry: warning, ends resolved, reminds from error; file
+    A certificate, a CA or a CRL expires soon. Sent once for each of `certificates.alert_days`; an error from
+    7 days before, critical from 1 day before and after expiry.
+    Cure: Renew it. The server renews managed certificates itself: see `certificate.renewal_failed` or
+    `zcproto cert show` for the reason why it did not.
+certificate.renewal_failed: error, ends resolved; folder
+    Managed certificates could not be renewed. The old ones are still served, and renewal is retried.
+    Cure: Check that the disk has space and that the server can write to the folder of certificates.
+certificate.files_bad: error, ends resolved; file
+    The files of an external certificate cannot be used. The previous certificate is still served.
+    Cure: `zcproto cert check FILE` lists the faults.
+certificate.not_used: error, ends resolved
+    New certificates failed the test handshake. The old ones are still served.
+    Cure: `zcproto cert check FILE`; the message names the file.
+tls.failures: warning, ends rate; cause
+    Many TLS connections failed for one cause within `alerts.rate_window`: more than `alerts.tls_failures`, or
+    ten times as many for causes that any scanner produces.
+    Cure: `peer_rejected_certificate`: clients do not trust the certificate. `no_shared_suite`,
+    `unsupported_version`: old clients. `certificate_*`, `pin_mismatch`: clients' certificates.
+session.revoked: warning, ends quiet; by whom
+    Sessions were revoked by an operator, or because a user or a device was removed or changed. With
+    `alerts.revocations = "any"` also by users themselves.
+    Cure: Nothing, if it was intended. Otherwise an operator's key has been stolen.
+session.revocation_rate: error, ends rate
+    Many sessions were revoked within `alerts.rate_window`, by anyone: more than `alerts.revocation_rate`.
+    Cure: Ask the operators. If none of them did it, disable them with `zcproto user disable NAME`.
+session.refresh_reused: error, ends quiet; session
+    A spent refresh token was used again: it was stolen, or a client stores its tokens incorrectly. The
+    session was ended for both holders.
+    Cure: Ask the user; check the address in the log. `zcproto session list --user NAME` shows the user's
+    other sessions.
+connection.replayed: error, ends rate
+    Frames were refused as replays (error 66): they were received before, or belong to another connection.
+    Within TLS only the client itself can send them.
+    Cure: The client is broken or controlled by an attacker; the log event `connection.refused` has its
+    address.
+connection.stale_frames: warning, ends rate
+    Many requests were refused because their timestamps are off by more than `freshness.tolerance`.
+    Cure: Check NTP on the server and on its clients.
+login.throttled: warning, ends rate
+    Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys are being
+    guessed, or a program keeps using a wrong one.
+    Cure: The log event `login.failed` has the addresses. Block attackers in the firewall.
+store.degraded: error, ends resolved
+    The session store does not answer. Known sessions remain valid for `store.grace`, new ones are refused,
+    and revocations are queued on disk.
+    Cure: The message has the reason. Restore the store or the disk; the server recovers without further
+    action.
+store.grace_over: critical, ends resolved
+    The store has been unavailable for longer than `store.grace`: all tokens are refused until it is back.
+    Cure: As for `store.degraded`, immediately.
+store.damaged: critical, ends quiet; file
+    The file of sessions or of pending revocations was damaged or has disappeared. A damaged file was moved
+    aside and not deleted; the unreadable part is lost, and its users have to log in again.
+    Cure: Check the disk. Keep the copy that the message names until you know the reason.
+store.emptied: error, ends quiet
+    A shared store lost its data. The servers write back the sessions that they know.
+    Cure: Find the reason: a restart without persistence, `FLUSHALL`, or a memory limit with eviction.
+store.revocations_not_kept: critical, ends quiet
+    A revocation could be written neither to the store nor to the disk, because writing failed or too many are
+    queued. It applies to this process only, which its caller was informed of.
+    Cure: Restore the store before you restart the server, then revoke again.
+server.full: error, ends rate; limit
+    Connections were refused: `max_connections` is reached, or the system has no more file descriptors or
+    memory (`descriptors`).
+    Cure: Raise the limit if the clients are legitimate; the log has their addresses.
+alerts.undelivered: error, ends resolved; sink
+    Alerts cannot be delivered to the webhook, or the command fails. They are queued, up to a limit, and
+    retried. The other sinks report it, and this one when it works again.
+    Cure: `zcproto alert test` shows the problem.
+alerts.test: info, ends quiet
+    Sent by `zcproto alert test` to verify delivery.
+    Cure: Nothing.
+"""
+_ENTRY: Final = re.compile(
+    r"(?P<kind>\S+): (?P<severity>\w+), ends (?P<ending>\w+)(?:, reminds from (?P<reminds>\w+))?"
+    r"(?:; (?P<about>.+))?\n"
+    r"(?P<meaning>(?:    .*\n)+?)    Cure: (?P<cure>.*\n(?:    .*\n)*)"
+)
+
+
+def _entry(found: re.Match[str]) -> KindEntry:
+    severity, reminds = found["severity"].upper(), (found["reminds"] or "info").upper()
+    meaning, cure = (" ".join(found[name].split()) for name in ("meaning", "cure"))
+    ending, about = Ending(found["ending"]), found["about"] or ""
+    return KindEntry(Severity[severity], ending, about, meaning, cure, Severity[reminds])
+
+
+CATALOGUE: Final[dict[AlertKind, KindEntry]] = {
+    AlertKind(found["kind"]): _entry(found) for found in _ENTRY.finditer(_TABLE)
+}
+assert list(CATALOGUE) == list(AlertKind), "every kind has one entry, in the order of the enumeration"
 
 
 class Phase(Enum):

@@ -23,12 +23,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from zcproto.alerts.alert import MAX_ABOUT, MAX_TITLE, Alert, Message, Phase, clean_details, clean_text
-from zcproto.alerts.kinds import CATALOGUE, AlertKind, Ending, Severity
-from zcproto.observe.values import Loggable
+from zcproto.alerts.alert import (
+    CATALOGUE,
+    MAX_ABOUT,
+    MAX_TITLE,
+    Alert,
+    AlertKind,
+    Ending,
+    Message,
+    Phase,
+    Severity,
+    clean_details,
+    clean_text,
+)
 
 MAX_OPEN: Final = 256
 """Open alerts per kind: more than the certificates of a configuration."""
@@ -45,29 +55,27 @@ _NOTHING: Final[Mapping[str, object]] = {}
 
 @dataclass(slots=True)
 class _Row:
-    """An open alert. `sent_at` is the time of its last message, None without any; `sent_count` is `count` at
+    """An open alert. `sent_at` is the time of its last message, None without any; `sent_count` is its count at
     that time."""
 
-    kind: AlertKind
-    about: str
-    severity: Severity
-    began_at: int
+    alert: Alert
     began_now: float
-    is_many: bool = False
-    title: str = ""
-    details: Mapping[str, Loggable] = field(default_factory=dict)
-    last_at: int = 0
     last_now: float = 0.0
-    count: int = 0
     sent_at: float | None = None
     sent_count: int = 0
 
-    def update(self, title: str, details: Mapping[str, object], count: int, wall: int, now: float) -> None:
-        self.title = clean_text(title, MAX_TITLE)
-        self.details = clean_details(details)
-        self.count += count
-        self.last_at = wall
+    def update(
+        self, severity: Severity, title: str, details: Mapping[str, object], count: int, wall: int, now: float
+    ) -> None:
         self.last_now = now
+        self.alert = replace(
+            self.alert,
+            severity=severity,
+            title=clean_text(title, MAX_TITLE),
+            details=clean_details(details),
+            last_at=wall,
+            count=self.alert.count + count,
+        )
 
 
 @dataclass(slots=True)
@@ -141,11 +149,10 @@ class AlertCenter:
         severity = CATALOGUE[kind].severity if severity is None else severity
         row = state.rows.get(about)
         if row is None:
-            row, is_new, is_reported = _Row(kind, about, severity, wall, now), True, True
+            row, is_new, is_reported = _new_row(kind, about, severity, wall, now), True, True
         else:
-            is_new, is_reported = False, row.sent_at is None or changed or severity > row.severity
-        row.severity = severity
-        row.update(title, details, count, wall, now)
+            is_new, is_reported = False, row.sent_at is None or changed or severity > row.alert.severity
+        row.update(severity, title, details, count, wall, now)
         if not is_reported:
             return
         has_room = not is_new or len(state.rows) < MAX_OPEN
@@ -173,7 +180,7 @@ class AlertCenter:
         if row is None:
             return
         if title:
-            row.update(title, details, 0, row.last_at, row.last_now)
+            row.update(row.alert.severity, title, details, 0, row.alert.last_at, row.last_now)
         self._end(state, row, wall, now, is_sent=True)
 
     def handle_time(self, wall: int, now: float) -> None:
@@ -191,15 +198,15 @@ class AlertCenter:
         for row in list(state.rows.values()):
             if entry.ending is Ending.QUIET:
                 if now - row.last_now >= self._quiet_s:
-                    self._end(state, row, wall, now, is_sent=row.count > row.sent_count)
-            elif row.severity >= entry.reminds_from and self._is_due(row.sent_at, now):
+                    self._end(state, row, wall, now, is_sent=row.alert.count > row.sent_count)
+            elif row.alert.severity >= entry.reminds_from and self._is_due(row.sent_at, now):
                 self._send(row, Phase.REMINDER, wall, now)
 
     def _handle_many(self, state: _KindState, many: _Row, wall: int, now: float) -> None:
         if many.sent_at is None:
             if now - many.began_now >= MANY_DELAY_S:
                 self._send(many, Phase.BEGAN, wall, now)
-        elif many.count > many.sent_count and now - many.sent_at >= MANY_REPEAT_S:
+        elif many.alert.count > many.sent_count and now - many.sent_at >= MANY_REPEAT_S:
             self._send(many, Phase.CHANGED, wall, now)
         elif state.summarised and self._is_due(many.sent_at, now):
             self._send(many, Phase.REMINDER, wall, now)
@@ -211,20 +218,15 @@ class AlertCenter:
         return sent_at is not None and self._repeat_s is not None and now - sent_at >= self._repeat_s
 
     def _summarise(self, state: _KindState, row: _Row, count: int, wall: int, now: float) -> None:
-        many = state.many
+        last, many = row.alert, state.many
         if many is None:
-            many = state.many = _Row(row.kind, "", row.severity, wall, now, is_many=True)
-        many.severity = max(many.severity, row.severity)
-        many.update(
-            f"{many.count + count} more alerts of this kind, summarised; the last: {row.title}",
-            {**row.details, "last_about": row.about},
-            count,
-            wall,
-            now,
-        )
+            many = state.many = _new_row(last.kind, "", last.severity, wall, now, is_many=True)
+        severity = max(many.alert.severity, last.severity)
+        title = f"{many.alert.count + count} more alerts of this kind, summarised; the last: {last.title}"
+        many.update(severity, title, {**last.details, "last_about": last.about}, count, wall, now)
 
     def _end(self, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool) -> None:
-        del state.rows[row.about]
+        del state.rows[row.alert.about]
         if row.sent_at is None:
             state.summarised -= 1
         else:
@@ -233,14 +235,14 @@ class AlertCenter:
     def _close(self, state: _KindState, row: _Row, wall: int, now: float, *, is_sent: bool) -> None:
         if is_sent:
             self._send(row, Phase.ENDED, wall, now)
-        state.history.append((now, _alert(row, wall)))
+        state.history.append((now, replace(row.alert, ended_at=wall)))
 
     def _send(self, row: _Row, phase: Phase, wall: int, now: float) -> None:
         self._number += 1
-        self.sent[row.kind] += 1
-        row.sent_at, row.sent_count = now, row.count
-        ended_at = wall if phase is Phase.ENDED else None
-        self._messages.append(Message(self._number, phase, _alert(row, ended_at)))
+        self.sent[row.alert.kind] += 1
+        row.sent_at, row.sent_count = now, row.alert.count
+        alert = replace(row.alert, ended_at=wall) if phase is Phase.ENDED else row.alert
+        self._messages.append(Message(self._number, phase, alert))
 
     # --- output --------------------------------------------------------------------------------------
 
@@ -252,7 +254,7 @@ class AlertCenter:
     def open_alerts(self) -> list[Alert]:
         """Return the open alerts that were sent, most severe and then newest first."""
         rows = [
-            _alert(row, None)
+            row.alert
             for state in self._kinds.values()
             for row in [*state.rows.values(), *([] if state.many is None else [state.many])]
             if row.sent_at is not None
@@ -271,16 +273,7 @@ class AlertCenter:
         )
 
 
-def _alert(row: _Row, ended_at: int | None) -> Alert:
-    return Alert(
-        row.kind,
-        row.about,
-        row.severity,
-        row.title,
-        row.details,
-        row.began_at,
-        row.last_at,
-        ended_at,
-        row.count,
-        row.is_many,
-    )
+def _new_row(
+    kind: AlertKind, about: str, severity: Severity, wall: int, now: float, *, is_many: bool = False
+) -> _Row:
+    return _Row(Alert(kind, about, severity, "", {}, wall, wall, None, 0, is_many), now)

@@ -1,6 +1,6 @@
 """Decide when the growth of a counter begins and ends to be an alert (sans-IO).
 
-    counters, read periodically -> sums over a sliding window -> BEGAN / CONTINUED / ENDED
+    counters, read periodically -> sums over a sliding window -> is_on
 
 Rules:
 - It begins when the window holds `threshold` events, and ends when the window has held at most half of them for
@@ -14,7 +14,6 @@ It must not know: what is counted, clocks; `now` is monotonic seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 SLOTS: Final = 60
@@ -30,61 +29,44 @@ class RateRule:
     quiet_s: float
 
 
-class RateState(Enum):
-    BEGAN = "began"
-    CONTINUED = "continued"
-    """More events after the beginning."""
-    ENDED = "ended"
-
-
-@dataclass(frozen=True, slots=True)
-class RateChange:
-    """A change of one counter. `events` are those since the last reading, `in_window` those of the window."""
-
-    state: RateState
-    events: int
-    in_window: int
-
-
 class RateWatch:
-    """Watch one counter, which starts at `total`. `is_on` is True between BEGAN and ENDED."""
+    """Watch one counter, which starts at `total`.
+
+    `is_on` is True while the rate is an alert. `events` counts those since the previous reading, `in_window` those
+    of the window.
+    """
 
     def __init__(self, rule: RateRule, total: int = 0) -> None:
         assert rule.threshold >= 1, "a threshold below 1 would always alert"
         self.rule = rule
-        self._slots: dict[int, int] = {}  # events by part of time, oldest first
-        self._sum = 0
-        self._total = total
         self.is_on = False
+        self.events = 0
+        self.in_window = 0
+        self._slots: dict[int, int] = {}  # events by part of time, oldest first
+        self._total = total
         self._low_since: float | None = None
 
-    def read(self, total: int, now: float) -> RateChange | None:
-        """Process the current value of the counter."""
-        events = total - self._total if total >= self._total else total
+    def read(self, total: int, now: float) -> bool:
+        """Process the current value of the counter. Return True if an alert begins, has more events, or ends."""
+        rule = self.rule
+        self.events = total - self._total if total >= self._total else total
         self._total = total
         self._expire(now)
-        if events:
+        if self.events:
             part = self._part(now)
-            self._slots[part] = self._slots.get(part, 0) + events
-            self._sum += events
-        state = self._next_state(events, now)
-        return None if state is None else RateChange(state, events, self._sum)
-
-    def _next_state(self, events: int, now: float) -> RateState | None:
-        rule = self.rule
+            self._slots[part] = self._slots.get(part, 0) + self.events
+            self.in_window += self.events
         if not self.is_on:
-            if self._sum < rule.threshold:
-                return None
-            self.is_on, self._low_since = True, None
-            return RateState.BEGAN
-        if self._sum > rule.threshold // 2:
+            self.is_on, self._low_since = self.in_window >= rule.threshold, None
+            return self.is_on
+        if self.in_window > rule.threshold // 2:
             self._low_since = None
         elif self._low_since is None:
             self._low_since = now
         elif now - self._low_since >= rule.quiet_s:
             self.is_on = False
-            return RateState.ENDED
-        return RateState.CONTINUED if events else None
+            return True
+        return self.events > 0
 
     def _part(self, now: float) -> int:
         return int(now * SLOTS // self.rule.window_s)
@@ -92,4 +74,4 @@ class RateWatch:
     def _expire(self, now: float) -> None:
         oldest = self._part(now) - SLOTS
         for part in [each for each in self._slots if each <= oldest]:
-            self._sum -= self._slots.pop(part)
+            self.in_window -= self._slots.pop(part)

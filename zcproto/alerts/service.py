@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from zcproto.alerts import AlertCenter, AlertKind, Message, Phase, Severity
+from zcproto.alerts import CATALOGUE, Alert, AlertCenter, AlertKind, Message, Phase, Severity
 from zcproto.alerts.command import Command
-from zcproto.alerts.rates import RateRule, RateState, RateWatch
-from zcproto.alerts.sinks import Sink, SinkQueue
+from zcproto.alerts.rates import RateRule, RateWatch
+from zcproto.alerts.sinks import Sink, SinkQueue, Undelivered
 from zcproto.alerts.webhook import Webhook
-from zcproto.common.clock import Clock, Entropy, random_fraction
+from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
+from zcproto.common.text import escape_text
 from zcproto.config import AlertsConfig
 from zcproto.observe.log import get_logger
 
@@ -39,6 +40,7 @@ STOP_S: Final = 3.0
 LEAST_SECRET: Final = 16
 """Minimum characters of a webhook's secret: a shorter one could be guessed from one message."""
 
+TEST_TITLE: Final = "test alert of zcproto: alerts are delivered here"
 _NOTHING: Final[Mapping[str, object]] = {}
 _ORIGIN_SIZE: Final = 8
 
@@ -48,8 +50,6 @@ log = get_logger("zcproto.alerts")
 class _WatchedCounter(NamedTuple):
     """A counter that raises an alert if it grows too fast. `title` gets the number of events in the window."""
 
-    kind: AlertKind
-    about: str
     read: Callable[[], int]
     watch: RateWatch
     title: Callable[[int], str]
@@ -168,7 +168,7 @@ class ServerAlerts:
                 rate = old.watch
             else:  # the previous count is of another window
                 rate = RateWatch(rule, read())
-            self._watched[kind, about] = _WatchedCounter(kind, about, read, rate, title)
+            self._watched[kind, about] = _WatchedCounter(read, rate, title)
 
     # --- lifecycle -----------------------------------------------------------------------------------
 
@@ -190,20 +190,20 @@ class ServerAlerts:
     def tick(self) -> None:
         """Evaluate the counters and due timers."""
         now = self._clock.now()
-        for each in self._watched.values():
-            change = each.watch.read(each.read(), now)
-            if change is None:
+        for (kind, about), each in self._watched.items():
+            watch = each.watch
+            if not watch.read(each.read(), now):
                 continue
-            title = each.title(change.in_window)
-            details = {
-                "in_window": change.in_window,
-                "window_s": each.watch.rule.window_s,
-                "threshold": each.watch.rule.threshold,
-            }
-            if change.state is RateState.ENDED:
-                self.resolve(each.kind, about=each.about)
+            if watch.is_on:
+                details = {
+                    "in_window": watch.in_window,
+                    "window_s": watch.rule.window_s,
+                    "threshold": watch.rule.threshold,
+                }
+                title, count = each.title(watch.in_window), max(1, watch.events)
+                self.raise_(kind, title, about=about, count=count, details=details)
             else:
-                self.raise_(each.kind, title, about=each.about, count=max(1, change.events), details=details)
+                self.resolve(kind, about=about)
         self.center.handle_time(self._clock.wall(), now)
         self._send()
 
@@ -271,6 +271,30 @@ def sinks_of(config: AlertsConfig, clock: Clock) -> list[Sink]:
     if config.command:
         sinks.append(Command(config.command, timeout=config.command_timeout, environ=os.environ))
     return sinks
+
+
+async def try_sinks(sinks: Iterable[Sink], clock: Clock, origin: str, source: str) -> list[dict[str, Any]]:
+    """Deliver a test alert to each sink in turn, for `zcproto alert test`. Return the results as JSON fields."""
+    kind, wall = AlertKind.TEST, clock.wall()
+    alert = Alert(kind, "", CATALOGUE[kind].severity, TEST_TITLE, {}, wall, wall, None, 1)
+    body = Message(1, Phase.BEGAN, alert).as_json(origin, source)
+    results = []
+    for sink in sinks:
+        began = clock.now()
+        try:
+            answer, arrived = await sink.deliver(body), True
+        except Undelivered as error:
+            answer, arrived = str(error), False
+        results.append(
+            {
+                "sink": sink.name,
+                "where": sink.where,
+                "arrived": arrived,
+                "ms": round((clock.now() - began) * MS_PER_SECOND),
+                "said": escape_text(answer),
+            }
+        )
+    return results
 
 
 def _log(message: Message) -> None:

@@ -9,9 +9,8 @@ from typing import Any, BinaryIO
 
 import click
 
-from zcproto.alerts.service import LEAST_SECRET, sinks_of
-from zcproto.alerts.signature import check_signature
-from zcproto.alerts.trial import try_sinks
+from zcproto.alerts.service import LEAST_SECRET, sinks_of, try_sinks
+from zcproto.alerts.webhook import check_signature
 from zcproto.cli import EXIT_FAILED, home_options, read_config
 from zcproto.cli.control import find_control, require_control
 from zcproto.cli.options import file_option
