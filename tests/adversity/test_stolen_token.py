@@ -23,8 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_context
 from zcproto.auth import DeviceFile, UserFile
-from zcproto.client.blocking import BlockingClient
-from zcproto.client.connect import connect_blocking
+from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.client.credentials import Device
 from zcproto.errors import Code, Unauthenticated
 from zcproto.wire.message import attach_message, open_message

@@ -484,7 +484,7 @@ async def test_near_expiry_of_an_external_certificate_is_reported(
 
 def shown(server: ServerThread, issued: client_ca.ClientCertificate) -> Any:
     """A connection that shows a client's certificate."""
-    from zcproto.client.connect import connect_blocking
+    from zcproto.client.blocking import connect_blocking
 
     assert issued.key is not None
     return connect_blocking(

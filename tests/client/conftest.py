@@ -10,8 +10,7 @@ import pytest
 
 from tests.server.conftest import certs, serve, shared
 from tests.server.helpers import KEY, ServerThread
-from zcproto.client.client import Client
-from zcproto.client.connect import connect
+from zcproto.client.client import Client, connect
 
 __all__ = ["certs", "serve", "shared"]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.client.address import Address, parse_address
+from zcproto.client.address import Address, is_ip, parse_address
 from zcproto.errors import ConfigError
 
 
@@ -83,9 +83,9 @@ def test_any_text_is_parsed_or_raises_config_error(text: str) -> None:
     assert parse_address(str(address)) == address
 
 
-@pytest.mark.parametrize(("text", "is_ip"), [("a.example", False), ("192.0.2.1", True), ("[::1]:5", True)])
-def test_ip_addresses_are_distinguished_from_names(text: str, is_ip: bool) -> None:
-    assert parse_address(text).is_ip is is_ip
+@pytest.mark.parametrize(("text", "expected"), [("a.example", False), ("192.0.2.1", True), ("[::1]:5", True)])
+def test_ip_addresses_are_distinguished_from_names(text: str, expected: bool) -> None:
+    assert is_ip(parse_address(text).host) is expected
 
 
 def test_ipv6_address_is_formatted_in_brackets() -> None:

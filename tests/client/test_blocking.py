@@ -24,9 +24,8 @@ from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
-from zcproto.client.blocking import BlockingClient
-from zcproto.client.client import Client
-from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.blocking import BlockingClient, connect_blocking
+from zcproto.client.client import Client, connect
 from zcproto.client.events import Event
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import (

@@ -17,8 +17,7 @@ from tests.server.helpers import ServerThread
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.client import client as client_module
-from zcproto.client.client import default_client
-from zcproto.client.connect import connect
+from zcproto.client.client import connect, default_client
 from zcproto.client.dial import _resources
 from zcproto.client.events import Event
 from zcproto.errors import (

@@ -27,7 +27,8 @@ from tests.tls.identities import (
     write_identity,
 )
 from zcproto import auth
-from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.blocking import connect_blocking
+from zcproto.client.client import connect
 from zcproto.client.dial import LoopResources, Trust
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError

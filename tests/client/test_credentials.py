@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.credentials import ApiKey, CertificateLogin, Device, DeviceKey, choose_credentials
+from zcproto.client.credentials import ApiKey, CertificateLogin, Device, DeviceKey
+from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.wire.message import attach_message, open_message
@@ -22,47 +23,47 @@ CHANNEL = FakeChannel()
 DEVICE = Device(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 
-@pytest.mark.parametrize("has_certificate", [False, True])
+@pytest.mark.parametrize("certificate", [None, "client.crt"])
 @pytest.mark.parametrize("key", ["secret", SecretText("secret")])
-def test_key_takes_precedence(has_certificate: bool, key: str) -> None:
-    credentials = choose_credentials("ada", key, has_certificate=has_certificate)
+def test_key_takes_precedence(certificate: str | None, key: str) -> None:
+    credentials = choose_credentials(ConnectOptions(user="ada", key=key, certificate=certificate))
     assert isinstance(credentials, ApiKey)
     assert credentials.params(CHANNEL) == {"scheme": "api_key", "user": "ada", "key": "secret"}
 
 
 def test_certificate_identifies_the_user_without_a_key() -> None:
-    credentials = choose_credentials(None, None, has_certificate=True)
+    credentials = choose_credentials(ConnectOptions(certificate="client.crt"))
     assert credentials is not None
     assert credentials.params(CHANNEL) == {"scheme": "tls"}
 
 
 def test_certificate_with_user_must_name_that_user() -> None:
-    credentials = choose_credentials("ada", None, has_certificate=True)
+    credentials = choose_credentials(ConnectOptions(user="ada", certificate="client.crt"))
     assert credentials is not None
     assert credentials.params(CHANNEL) == {"scheme": "tls", "user": "ada"}
     assert repr(credentials) == "CertificateLogin(user='ada')" == repr(CertificateLogin("ada"))
 
 
 def test_no_options_give_no_credentials() -> None:
-    assert choose_credentials(None, None, has_certificate=False) is None
+    assert choose_credentials(ConnectOptions()) is None
 
 
-@pytest.mark.parametrize("has_certificate", [False, True])
-def test_key_without_user_is_refused(has_certificate: bool) -> None:
+@pytest.mark.parametrize("certificate", [None, "client.crt"])
+def test_key_without_user_is_refused(certificate: str | None) -> None:
     with pytest.raises(ConfigError, match="user is missing") as caught:
-        choose_credentials(None, "secret", has_certificate=has_certificate)
+        choose_credentials(ConnectOptions(key="secret", certificate=certificate))
     assert "secret" not in str(caught.value)
 
 
 def test_user_without_key_or_certificate_is_refused() -> None:
     with pytest.raises(ConfigError, match="a key or a certificate is missing"):
-        choose_credentials("ada", None, has_certificate=False)
+        choose_credentials(ConnectOptions(user="ada"))
 
 
-@pytest.mark.parametrize("has_certificate", [False, True])
-def test_device_signs_for_each_connection(has_certificate: bool) -> None:
+@pytest.mark.parametrize("certificate", [None, "client.crt"])
+def test_device_signs_for_each_connection(certificate: str | None) -> None:
     credentials = choose_credentials(
-        None, None, has_certificate=has_certificate, device=DEVICE, device_name="laptop"
+        ConnectOptions(certificate=certificate, device=DEVICE, device_name="laptop")
     )
     assert isinstance(credentials, DeviceKey)
     signature = DEVICE.sign(open_message(b"saltsalt", b"l" * 32, "laptop"))
@@ -88,4 +89,4 @@ def test_device_without_name_or_with_user_is_refused(
     user: str | None, key: str | None, device: Device | None, name: str | None, expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
-        choose_credentials(user, key, has_certificate=False, device=device, device_name=name)
+        choose_credentials(ConnectOptions(user=user, key=key, device=device, device_name=name))

@@ -39,8 +39,8 @@ from tests.helpers import WALL
 from tests.server.helpers import ServerThread
 from zcproto.auth import PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
-from zcproto.client.client import Client
-from zcproto.client.connect import connect, connect_blocking, enroll, enroll_blocking
+from zcproto.client.blocking import connect_blocking, enroll_blocking
+from zcproto.client.client import Client, connect, enroll
 from zcproto.client.credentials import CertificateLogin, Device
 from zcproto.common.clock import system_clock
 from zcproto.errors import (

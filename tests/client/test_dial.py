@@ -22,7 +22,7 @@ from tests.client.conftest import ConnectTo
 from tests.conftest import ServerPairs
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.client.connect import connect
+from zcproto.client.client import connect
 from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _cause, _resources
 from zcproto.client.known_hosts import KnownHosts
 from zcproto.client.options import ConnectOptions

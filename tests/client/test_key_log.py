@@ -13,7 +13,7 @@ import zcproto
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.client.connect import connect_blocking
+from zcproto.client.blocking import connect_blocking
 from zcproto.client.dial import LoopResources, Trust
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import ConfigError

@@ -14,7 +14,8 @@ import pytest
 
 from tests.client.conftest import ConnectTo
 from tests.server.helpers import ServerThread
-from zcproto.client.connect import connect, connect_blocking
+from zcproto.client.blocking import connect_blocking
+from zcproto.client.client import connect
 from zcproto.client.dial import Trust, _warn_of_single_pin
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import TlsError

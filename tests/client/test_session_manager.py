@@ -22,7 +22,7 @@ from tests.client.helpers import (
     turns,
 )
 from tests.helpers import WALL
-from zcproto.client.connect import connect
+from zcproto.client.client import connect
 from zcproto.client.events import Event
 from zcproto.client.session import MAX_LOST
 from zcproto.errors import (

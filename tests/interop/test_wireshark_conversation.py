@@ -38,7 +38,7 @@ from tests.server.helpers import (
     Frame,
     ServerThread,
 )
-from zcproto.client.connect import connect
+from zcproto.client.client import connect
 
 __all__ = ["certs"]
 

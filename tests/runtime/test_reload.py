@@ -22,7 +22,7 @@ from zcproto.auth import UserFile
 from zcproto.certs import client_ca, managed
 from zcproto.certs import manager as manager_module
 from zcproto.certs.settings import managed_site
-from zcproto.client.connect import connect_blocking
+from zcproto.client.blocking import connect_blocking
 from zcproto.errors import Code, ConfigError, Unauthenticated
 from zcproto.observe.log import level
 from zcproto.runtime.server import Server

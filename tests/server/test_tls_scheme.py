@@ -24,8 +24,7 @@ from zcproto.app.context import Context
 from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
 from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of
-from zcproto.client.blocking import BlockingClient
-from zcproto.client.connect import connect_blocking
+from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.errors import Unauthenticated
 from zcproto.tls.context import server_context
 from zcproto.tls.sites import SiteContexts

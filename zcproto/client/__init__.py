@@ -1,16 +1,15 @@
 """The Python client: every call gets an answer or a clear error, whatever happens to connections.
 
-    connect, options -> client, blocking -> session, credentials
-                               |         -> connections -> dial -> protocol
+    options -> client, blocking -> session -> credentials
+                      |         -> connections -> dial -> protocol
 
 `client` runs calls and retries them by the table in `retry`. `session` opens and refreshes the session with
 `credentials`. `connections` reconnects with `dial`, which returns a `protocol`: one connection with its calls.
 `known_hosts` stores `sts` policies, `events` queues the server's events, `address` parses HOST:PORT.
 """
 
-from zcproto.client.blocking import BlockingClient
-from zcproto.client.client import Client
-from zcproto.client.connect import connect, connect_blocking, enroll, enroll_blocking
+from zcproto.client.blocking import BlockingClient, connect_blocking, enroll_blocking
+from zcproto.client.client import Client, connect, enroll
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event, EventStream
 from zcproto.client.options import ConnectOptions

@@ -24,11 +24,6 @@ class Address(NamedTuple):
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    @property
-    def is_ip(self) -> bool:
-        """Whether the host is an IP address."""
-        return is_ip(self.host)
-
 
 def parse_address(text: str) -> Address:
     """Parse an address. Raises ConfigError."""

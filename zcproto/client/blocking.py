@@ -14,12 +14,13 @@ import atexit
 import concurrent.futures
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
 from zcproto.client.client import Client
+from zcproto.client.credentials import Device
 from zcproto.client.events import Event
+from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ConnectionClosed
@@ -77,12 +78,7 @@ class BlockingClient:
         self.open()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def open(self) -> None:
@@ -176,3 +172,24 @@ class BlockingClient:
                 method, named, idempotency_key=idempotency_key, traceparent=traceparent, **options
             )
         )
+
+
+@accept_options(ConnectOptions)
+def connect_blocking(address: str, options: ConnectOptions) -> BlockingClient:
+    """Return a client for programs without an event loop; otherwise the same as `connect`.
+
+        with zcproto.connect_blocking("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+            print(client.call("echo", word="hello"))
+
+    `on_event` is called in the client's thread.
+    """
+    return BlockingClient(Client(address, options))
+
+
+def enroll_blocking(
+    address: str, code: str, device: Device, name: str, **options: Unpack[EnrollOptions]
+) -> str:
+    """Enroll a device like `enroll`, in a program without an event loop."""
+    with connect_blocking(address, session=False, **options) as client:
+        enrolled = client.call("device.enroll", code=code, public_key=device.public_key, name=name)
+    return str(enrolled["user"])

@@ -1,4 +1,5 @@
-"""The client: each call gets an answer or a clear error, over as many connections as that takes.
+"""The client: each call gets an answer or a clear error, over as many connections as that takes. `connect` creates
+it, and `enroll` uses one to enroll a device.
 
 Decides: whether a call is sent again after an error, by the table in `retry.py` (zcp1.md, section 11.1).
 
@@ -9,32 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import random as system_random
 from collections.abc import Generator, Mapping
 from functools import cache
 from importlib import metadata
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.credentials import Device, choose_credentials
-from zcproto.client.dial import Dialer, LoopResources, Trust, acquire_resources, release_resources
+from zcproto.client.credentials import Device
+from zcproto.client.dial import Dialer, LoopResources, acquire_resources, release_resources
 from zcproto.client.events import Event, EventStream
-from zcproto.client.known_hosts import KnownHosts
-from zcproto.client.options import ConnectOptions
+from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, choose_credentials
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, SessionManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock, system_clock
-from zcproto.common.home import resolve_home
 from zcproto.connection.events import EventReceived
 from zcproto.errors import (
     CallError,
     Code,
-    ConfigError,
     ConnectionClosed,
     DeadlineExceeded,
     InvalidArgument,
@@ -42,7 +37,6 @@ from zcproto.errors import (
 )
 from zcproto.wire.frame import NO_TOKEN
 
-KNOWN_HOSTS_FILE: Final = "known_hosts.json"
 MAX_DEADLINE_MS: Final = 2**53
 NOT_OPEN: Final = "open the client first: async with connect(...) as client"
 TIMED_OUT: Final = "no answer within the call's timeout"
@@ -62,36 +56,16 @@ class Client:
         address: str,
         options: ConnectOptions,
         *,
-        max_frame: int = 1_048_576,
-        tolerance_ms: int = 30_000,
         clock: Clock = system_clock,
         random: Random = system_random.random,
     ) -> None:
         self.address = parse_address(address)
         self.events = EventStream()
         self._options = options
-        device = options.device
-        self._credentials = choose_credentials(
-            options.user,
-            options.key,
-            has_certificate=options.certificate is not None,
-            device=Device.load(device) if isinstance(device, str | Path) else device,
-            device_name=options.device_name,
-        )
+        self._credentials = choose_credentials(options)
         self._random = random
         self._clock = MonotonicClock(clock)
-        name = options.server_hostname
-        self._dial = Dialer(
-            self.address,
-            Trust(options),
-            _known_hosts(options.home),
-            server_hostname=self.address.host if name is None else parse_address(name).host,
-            clock=self._clock,
-            system_clock=clock,
-            connect_timeout=options.connect_timeout,
-            max_frame=max_frame,
-            tolerance_ms=tolerance_ms,
-        )
+        self._dial = Dialer(self.address, options, self._clock, clock)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -104,12 +78,7 @@ class Client:
         await self.open()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def __await__(self) -> Generator[Any, None, Self]:
@@ -319,7 +288,9 @@ class Client:
         """Present the token in a small request, because connections without a session refuse large ones."""
         if token == NO_TOKEN or connection.has_session:
             raise error
-        await self.call("session.info", timeout=_left(deadline, self._loop))
+        assert self._loop is not None
+        left = None if deadline == _FOREVER else max(0.0, deadline - self._loop.time())
+        await self.call("session.info", timeout=left)
 
     async def _ready_before(self, deadline: float) -> ClientProtocol:
         """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
@@ -379,15 +350,6 @@ class _Attempt:
         self._done.discard(then)
 
 
-def _known_hosts(home: str | Path | None) -> KnownHosts | None:
-    try:
-        return KnownHosts(resolve_home(home, os.environ).path / KNOWN_HOSTS_FILE)
-    except ConfigError:
-        if home is not None:
-            raise
-        return None  # a user without a home folder, as in some containers: hosts are not remembered
-
-
 def _meta(
     meta: dict[str, Any] | None, idempotency_key: str | None, traceparent: str | None
 ) -> dict[str, Any]:
@@ -399,11 +361,6 @@ def _meta(
     return more
 
 
-def _left(deadline: float, loop: asyncio.AbstractEventLoop | None) -> float | None:
-    assert loop is not None
-    return None if deadline == _FOREVER else max(0.0, deadline - loop.time())
-
-
 @cache
 def default_client() -> str:
     """Return the product and version of this client."""
@@ -411,3 +368,31 @@ def default_client() -> str:
         return f"zcproto-python/{metadata.version('zcproto')}"
     except metadata.PackageNotFoundError:
         return "zcproto-python/0"
+
+
+@accept_options(ConnectOptions)
+def connect(address: str, options: ConnectOptions) -> Client:
+    """Return a client of the server at `host`, `host:port` or `[::1]:port`. The default port is 7443.
+
+        async with zcproto.connect("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
+            print(await client.call("echo", word="hello"))
+
+    ConnectOptions documents the options. Raises ConfigError for options that contradict each other, TlsError for a
+    malformed pin, CertificateError for an unusable device key. `async with` raises like `Client.open`.
+    """
+    return Client(address, options)
+
+
+async def enroll(address: str, code: str, device: Device, name: str, **options: Unpack[EnrollOptions]) -> str:
+    """Enroll a device as `name` with a code of `zcproto pair`. Return the user whose sessions it can open.
+
+        device = zcproto.Device.create("laptop.key")
+        await zcproto.enroll("host:7443", "7D9K-X2MP", device, "laptop", ca_file="ca.crt")
+
+    Afterwards `connect(..., device=device, device_name="laptop")` opens sessions of that user. ConnectOptions
+    documents the options. Raises Unauthenticated for an invalid code, AlreadyExists for a name in use (the code
+    stays valid), and like `connect` and `Client.open`.
+    """
+    async with connect(address, session=False, **options) as client:
+        enrolled = await client.call("device.enroll", code=code, public_key=device.public_key, name=name)
+    return str(enrolled["user"])

@@ -1,6 +1,6 @@
 """Credentials: what opens a session, which is an API key, a client certificate or the key of a device.
 
-Decides: how the file of a device key is created and which one is accepted, and which credentials the options name.
+Decides: how the file of a device key is created and which one is accepted.
 
 Rules:
 - A device key is Ed25519 in PKCS#8 PEM without a passphrase, in a new file that only its owner can read.
@@ -12,6 +12,7 @@ Must not know: connections, sessions.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from zcproto.common.files import UnusableFileError, new_file, read_file
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
-from zcproto.errors import CertificateError, ConfigError
+from zcproto.errors import CertificateError
 from zcproto.wire.message import attach_message, open_message
 
 MAX_KEY_FILE: Final = 1 << 16
@@ -117,84 +118,38 @@ class Credentials(Protocol):
         """Return the params of `session.open` for a connection, without `client`."""
 
 
+@dataclass(frozen=True, slots=True)
 class ApiKey:
     """The name of a user and the key."""
 
-    __slots__ = ("_key", "user")
-
-    def __init__(self, user: str, key: str) -> None:
-        self.user = user
-        self._key = SecretText(key)
-
-    def __repr__(self) -> str:
-        return f"ApiKey(user={self.user!r})"
+    user: str
+    key: SecretText = field(repr=False)
 
     def params(self, channel: SigningChannel) -> dict[str, Any]:
-        return {"scheme": "api_key", "user": self.user, "key": self._key}
+        return {"scheme": "api_key", "user": self.user, "key": self.key}
 
 
+@dataclass(frozen=True, slots=True)
 class CertificateLogin:
     """The client certificate, which TLS has presented already. The server checks that it names `user`, if given."""
 
-    __slots__ = ("user",)
-
-    def __init__(self, user: str | None = None) -> None:
-        self.user = user
-
-    def __repr__(self) -> str:
-        return f"CertificateLogin(user={self.user!r})"
+    user: str | None = None
 
     def params(self, channel: SigningChannel) -> dict[str, Any]:
         return {"scheme": "tls"} if self.user is None else {"scheme": "tls", "user": self.user}
 
 
+@dataclass(frozen=True, slots=True)
 class DeviceKey:
     """A device and the name under which it was enrolled. It signs for each connection."""
 
-    __slots__ = ("_device", "name")
-
-    def __init__(self, device: Device, name: str) -> None:
-        self._device = device
-        self.name = name
-
-    def __repr__(self) -> str:
-        return f"DeviceKey(name={self.name!r})"
+    device: Device = field(repr=False)
+    name: str
 
     def params(self, channel: SigningChannel) -> dict[str, Any]:
-        signature = self._device.sign(open_message(channel.salt, channel.leaf, self.name))
+        signature = self.device.sign(open_message(channel.salt, channel.leaf, self.name))
         return {"scheme": "ed25519", "device": self.name, "signature": signature}
 
     def attach_params(self, channel: SigningChannel, token: bytes) -> dict[str, Any]:
         """Return the params of `session.attach`."""
-        return {"signature": self._device.sign(attach_message(channel.salt, channel.leaf, token))}
-
-
-def choose_credentials(
-    user: str | None,
-    key: str | None,
-    *,
-    has_certificate: bool,
-    device: Device | None = None,
-    device_name: str | None = None,
-) -> Credentials | None:
-    """Return the credentials that the options name: the device, the key or the certificate. None without any.
-
-    Raises ConfigError for options that are incomplete or contradict each other.
-    """
-    if device is not None and device_name is not None:
-        if user is not None or key is not None:
-            raise ConfigError(["device: it determines the user; remove user and key"])
-        return DeviceKey(device, device_name)
-    if device is not None:
-        raise ConfigError(["device: device_name is missing; give the name under which it was enrolled"])
-    if device_name is not None:
-        raise ConfigError(["device_name: device is missing; give the device or the file of its key"])
-    if key is not None and user is not None:
-        return ApiKey(user, key)
-    if key is not None:
-        raise ConfigError(["key: user is missing; give the name of the key's user"])
-    if has_certificate:
-        return CertificateLogin(user)
-    if user is not None:
-        raise ConfigError(["user: a key or a certificate is missing; give one of them"])
-    return None
+        return {"signature": self.device.sign(attach_message(channel.salt, channel.leaf, token))}

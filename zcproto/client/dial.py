@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from zcproto.client.address import Address
-from zcproto.client.known_hosts import KnownHosts
+from zcproto.client.address import Address, parse_address
+from zcproto.client.known_hosts import KnownHosts, find_known_hosts
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.client.retry import is_transient
@@ -39,9 +39,7 @@ log: Final = logging.getLogger("zcproto.client")
 MAX_CONTEXTS: Final = 64
 """Maximum of cached contexts; connections hold their own references."""
 
-ContextKey = tuple[object, ...]
-Stamp = tuple[object, ...]
-Contexts = dict[ContextKey, tuple[Stamp, ssl.SSLContext]]
+Contexts = dict[tuple[object, ...], tuple[tuple[FileIdentity, ...], ssl.SSLContext]]
 """Contexts by files and options, each with the state of the files from which it was made."""
 
 
@@ -50,17 +48,6 @@ class Trust:
 
     Raises ConfigError for options that contradict each other, TlsError for a malformed pin.
     """
-
-    __slots__ = (
-        "ca_file",
-        "certificate",
-        "key_file",
-        "key_log",
-        "key_passphrase",
-        "pins",
-        "system_store",
-        "verify",
-    )
 
     def __init__(self, options: ConnectOptions) -> None:
         self.ca_file = _path(options.ca_file)
@@ -92,7 +79,8 @@ class Trust:
         by_ca = self.verify and (self.ca_file is not None or self.system_store)
         files = (self.ca_file, self.certificate, self.key_file)
         key = (by_ca, *files, self.key_passphrase, self.key_log)
-        stamp = tuple(map(_stamp, files))  # before reading: a later change is noticed next time
+        # Before reading, so that a later change is noticed next time.
+        stamp = tuple(NO_FILE if file is None else file_identity(file) for file in files)
         found = cache.get(key)
         if found is None or found[0] != stamp:
             try:
@@ -119,10 +107,6 @@ class Trust:
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _stamp(file: Path | None) -> FileIdentity:
-    return NO_FILE if file is None else file_identity(file)
 
 
 @lru_cache(MAX_PINS)
@@ -179,30 +163,17 @@ def release_resources(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class Dialer:
-    """Connects to one server, any number of times."""
+    """Connects to one server, any number of times. Raises ConfigError and TlsError like Trust."""
 
-    def __init__(
-        self,
-        address: Address,
-        trust: Trust,
-        known_hosts: KnownHosts | None,
-        *,
-        server_hostname: str,
-        clock: Clock,
-        system_clock: Clock,
-        connect_timeout: float,
-        max_frame: int,
-        tolerance_ms: int,
-    ) -> None:
-        self.address = address
-        self._trust = trust
-        self._known_hosts = known_hosts
-        self._server_hostname = server_hostname
+    def __init__(self, address: Address, options: ConnectOptions, clock: Clock, system_clock: Clock) -> None:
+        self._address = address
+        self._trust = Trust(options)
+        self._known_hosts = find_known_hosts(options.home)
+        name = options.server_hostname
+        self._server_hostname = address.host if name is None else parse_address(name).host
+        self._connect_timeout = options.connect_timeout
         self._clock = clock
         self._system_clock = system_clock
-        self._connect_timeout = connect_timeout
-        self._max_frame = max_frame
-        self._tolerance_ms = tolerance_ms
 
     async def __call__(self, owner: ConnectionOwner, resources: LoopResources) -> ClientProtocol:
         """Return a connection that has received WELCOME.
@@ -235,8 +206,7 @@ class Dialer:
         self, connector: TlsConnector, owner: ConnectionOwner, resources: LoopResources
     ) -> ClientProtocol:
         loop = asyncio.get_running_loop()
-        conversation = ClientConnection(max_frame=self._max_frame, tolerance_ms=self._tolerance_ms)
-        connection = ClientProtocol(owner, loop, resources.wheel, self._clock, conversation)
+        connection = ClientProtocol(owner, loop, resources.wheel, self._clock, ClientConnection())
         handshaken: asyncio.Future[TlsError | None] = loop.create_future()
 
         def on_handshake(error: TlsError | None) -> None:
@@ -246,7 +216,7 @@ class Dialer:
         transport = connector.transport(connection, on_handshake)
         try:
             async with asyncio.timeout(self._connect_timeout):
-                await loop.create_connection(lambda: transport, *self.address)
+                await loop.create_connection(lambda: transport, *self._address)
                 error = await handshaken
                 if error is not None:
                     raise error
@@ -270,10 +240,10 @@ class Dialer:
             if refusal is not None and refusal.failure != TlsFailure.HANDSHAKE_TIMEOUT.value:
                 raise refusal from None  # reported late, because the server has not closed its end
             raise CannotConnect(
-                f"{self.address}: no answer within {self._connect_timeout:g} s; check the address and the firewall"
+                f"{self._address}: no answer within {self._connect_timeout:g} s; check the address and the firewall"
             ) from None
         except OSError as failure:
-            raise CannotConnect(f"{self.address}: {_cause(failure)}") from failure
+            raise CannotConnect(f"{self._address}: {_cause(failure)}") from failure
         except asyncio.CancelledError:
             transport.abort()
             raise

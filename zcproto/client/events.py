@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import Any, Final, NamedTuple
 
 MAX_EVENTS: Final = 1_000
@@ -22,48 +21,27 @@ class EventStream:
     It holds at most 1,000 events; more replace the oldest, which `dropped` counts.
     """
 
-    __slots__ = ("_closed", "_events", "_waiters", "dropped")
-
     def __init__(self) -> None:
-        self._events: deque[Event] = deque()
-        self._waiters: deque[asyncio.Future[None]] = deque()
-        self._closed = False
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()  # None follows the last event
         self.dropped = 0
 
     def put(self, event: Event) -> None:
         """Add an event; drop the oldest if there are too many."""
-        if len(self._events) >= MAX_EVENTS:
-            self._events.popleft()
+        if self._queue.qsize() >= MAX_EVENTS:
+            self._queue.get_nowait()
             self.dropped += 1
-        self._events.append(event)
-        self._wake()
+        self._queue.put_nowait(event)
 
     def close(self) -> None:
         """End the stream after the events that are queued."""
-        self._closed = True
-        while self._waiters:
-            self._wake()
-
-    def _wake(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+        self._queue.put_nowait(None)
 
     def __aiter__(self) -> EventStream:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events:
-            if self._closed:
-                raise StopAsyncIteration
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if self._events and waiter.done() and not waiter.cancelled():
-                    self._wake()  # pass the event on to the next reader
-                raise
-        return self._events.popleft()
+        event = await self._queue.get()
+        if event is None:
+            self.close()  # for other readers
+            raise StopAsyncIteration
+        return event

@@ -13,15 +13,18 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from zcproto.client.address import is_ip
 from zcproto.common.files import locked, replace_file
+from zcproto.common.home import resolve_home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, TlsError
 
+FILE_NAME: Final = "known_hosts.json"
 MAX_HOSTS: Final = 1_000
 MAX_FILE_SIZE: Final = 1_048_576
 MAX_AGE: Final = 10 * 365 * 86_400
@@ -134,3 +137,13 @@ def _policy(entry: dict[str, Any]) -> Policy:
     if until.__class__ is not int or include_subdomains.__class__ is not bool:
         raise ValueError("wrong types")
     return Policy(until, include_subdomains)
+
+
+def find_known_hosts(home: str | Path | None) -> KnownHosts | None:
+    """Return the policies in a home folder. None for a user without one, as in some containers."""
+    try:
+        return KnownHosts(resolve_home(home, os.environ).path / FILE_NAME)
+    except ConfigError:
+        if home is not None:
+            raise
+        return None

@@ -1,4 +1,5 @@
-"""The options of a connection: their names, types and defaults, once for every way to connect."""
+"""The options of a connection: their names, types and defaults, once for every way to connect, and the credentials
+that they name."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, ParamSpec, Protocol, TypeVar
+from typing import Final, ParamSpec, Protocol, TypedDict, TypeVar
 
-from zcproto.client.credentials import Device
+from zcproto.client.credentials import ApiKey, CertificateLogin, Credentials, Device, DeviceKey
 from zcproto.client.events import Event
+from zcproto.common.secret import SecretText
+from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
 
 DEFAULT_TIMEOUT: Final = 30.0
@@ -86,6 +89,45 @@ class ConnectOptions:
     key_log_file: str | Path | None = None
     """The file to which the TLS secrets of all connections are appended, so that Wireshark can decrypt them.
     Anyone who can read it can decrypt captured connections. SSLKEYLOGFILE is ignored."""
+
+
+class EnrollOptions(TypedDict, total=False):
+    """The options of ConnectOptions that apply before a device can log in."""
+
+    ca_file: str | Path | None
+    pins: Iterable[str] | str
+    system_store: bool
+    server_hostname: str | None
+    timeout: float | None
+    home: str | Path | None
+
+
+def choose_credentials(options: ConnectOptions) -> Credentials | None:
+    """Return the credentials that the options name: the device, the key or the certificate. None without any.
+
+    Raises ConfigError for options that are incomplete or contradict each other, CertificateError for an unusable
+    device key.
+    """
+    user, key, device, device_name = options.user, options.key, options.device, options.device_name
+    if isinstance(device, str | Path):
+        device = Device.load(device)
+    if device is not None and device_name is not None:
+        if user is not None or key is not None:
+            raise ConfigError(["device: it determines the user; remove user and key"])
+        return DeviceKey(device, device_name)
+    if device is not None:
+        raise ConfigError(["device: device_name is missing; give the name under which it was enrolled"])
+    if device_name is not None:
+        raise ConfigError(["device_name: device is missing; give the device or the file of its key"])
+    if key is not None and user is not None:
+        return ApiKey(user, SecretText(key))
+    if key is not None:
+        raise ConfigError(["key: user is missing; give the name of the key's user"])
+    if options.certificate is not None:
+        return CertificateLogin(user)
+    if user is not None:
+        raise ConfigError(["user: a key or a certificate is missing; give one of them"])
+    return None
 
 
 class WithOptions(Protocol[Keywords, Result_co]):

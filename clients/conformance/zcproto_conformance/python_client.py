@@ -16,8 +16,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.client import Client, default_client
-from zcproto.client.connect import connect
+from zcproto.client.client import Client, connect, default_client
 from zcproto.client.credentials import Device
 from zcproto.errors import (
     CallError,
