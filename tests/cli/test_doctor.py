@@ -24,7 +24,7 @@ from tests.server.helpers import HEADER, KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.cli.doctor import local, remote
-from zcproto.common.home import Home
+from zcproto.config import load_config
 from zcproto.errors import ConfigError
 from zcproto.tls.failure import TlsFailure
 
@@ -339,9 +339,7 @@ def test_port_0_skips_the_port_check(folder: Path, look: Look) -> None:
 def test_wildcard_host_is_checked_on_loopback(home: Path, host: str, reached: str) -> None:
     home.mkdir()
     (home / "config.toml").write_text(f"[server]\nhost = '{host}'\n")
-    config = local.read(Home(home), None)
-    assert config is not None
-    assert local.own_address(config) == reached
+    assert local.own_address(load_config(None, home=home, environ={})) == reached
 
 
 # --- a server ------------------------------------------------------------------------------------------------

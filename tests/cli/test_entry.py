@@ -14,8 +14,7 @@ import click
 import pytest
 
 from zcproto import cli
-from zcproto.cli import COMMANDS, home_options, main
-from zcproto.common.home import Home
+from zcproto.cli import COMMANDS, Instance, instance_options, main
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, InvalidArgument, ZcprotoError
 
 Capture = pytest.CaptureFixture[str]
@@ -126,16 +125,16 @@ def test_later_home_and_config_options_win(
     assert f"port = {port}\n" in capsys.readouterr().out
 
 
-def test_command_gets_its_home_and_options(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_gets_its_instance_and_options(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
     @click.command()
     @click.option("--rate", type=int)
-    @home_options
+    @instance_options
     @click.argument("word")
-    def call(home: Home, config_file: Path | None, rate: int, word: str) -> None:
+    def call(instance: Instance, rate: int, word: str) -> None:
         """Call."""
-        seen.extend([home.path, config_file, rate, word])
+        seen.extend([instance.home.path, instance.config_file, rate, word])
 
     monkeypatch.setattr(cli.group, "get_command", lambda *_: call)
     assert main(["--config", "/x", "call", "--rate", "3", "word"]) == 0

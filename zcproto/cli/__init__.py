@@ -19,22 +19,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from zcproto.common.home import resolve_home
+from zcproto.common.home import Home, resolve_home
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError, ZcprotoError
 
 if TYPE_CHECKING:
-    from zcproto.common.home import Home
     from zcproto.config import Config
 
-__all__ = ["group", "home_options", "main", "read_config"]
+__all__ = ["Instance", "command_group", "group", "instance_options", "main"]
 
 COMMANDS = {
     "serve": ("zcproto.cli.serve:serve", "Run a server for your application, or a built-in one."),
@@ -71,6 +71,8 @@ MAX_FAULTS = 200
 
 _META = "zcproto."
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _LazyGroup(click.Group):
@@ -134,37 +136,59 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def home_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --home, --config and --version to a command; they may also stand before the command.
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """What a command works on: the server that runs with these, or their files."""
 
-    `function` is called with `home: Home`, which may not exist yet, and `config_file: Path | None`.
-    """
+    home: Home
+    """It may not exist yet."""
+    config_file: Path | None
+    """The value of --config."""
+
+    def read_config(self, overrides: Mapping[str, Any] = _NOTHING) -> Config:
+        """Read the configuration of this process. `overrides` are settings by dotted keys. Raises ConfigError."""
+        from zcproto.config import load_config  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
+
+        return load_config(self.config_file, home=self.home.path, environ=os.environ, overrides=overrides)
+
+
+def instance_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --home, --config and --version to a command, which gets `instance`. They may also stand before it."""
 
     @functools.wraps(function)
-    def with_home(*args: Any, **kwargs: Any) -> Any:
+    def with_instance(*args: Any, **kwargs: Any) -> Any:
         meta = click.get_current_context().meta
         home = resolve_home(meta.get(f"{_META}home"), os.environ)
-        return function(*args, home=home, config_file=meta.get(f"{_META}config"), **kwargs)
+        return function(*args, instance=Instance(home, meta.get(f"{_META}config")), **kwargs)
 
     for flag in _FLAGS:
-        flag(with_home)
-    return with_home
+        flag(with_instance)
+    return with_instance
 
 
-def read_config(home: Home, config_file: Path | None, overrides: Mapping[str, Any] = _NOTHING) -> Config:
-    """Read the configuration of this process. Raises ConfigError.
+def command_group(name: str, text: str) -> click.Group:
+    """Return a group of commands. `text` is its help."""
+    return click.group(name, help=text)(instance_options(lambda instance: None))
 
-    Args:
-        overrides: Settings from options, by their dotted keys.
-    """
-    from zcproto.config import load_config  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
 
-    return load_config(config_file, home=home.path, environ=os.environ, overrides=overrides)
+def number_option(
+    name: str, kind: click.ParamType[Any], default: float, metavar: str, text: str
+) -> Callable[[Function], Function]:
+    """Return an option whose help shows its default."""
+    return click.option(name, type=kind, default=default, show_default=True, metavar=metavar, help=text)
+
+
+def file_option(
+    *names: str, text: str, metavar: str = "FILE", required: bool = False, **path: bool
+) -> Callable[[Function], Function]:
+    """Return an option whose value is a path. `path` are settings of click.Path."""
+    kind = click.Path(path_type=Path, **path)
+    return click.option(*names, type=kind, metavar=metavar, required=required, help=text)
 
 
 @click.group("zcproto", cls=_LazyGroup)
-@home_options
-def group(home: Home, config_file: Path | None) -> None:
+@instance_options
+def group(instance: Instance) -> None:
     """RPC over TLS 1.3, with sessions and certificates that renew themselves."""
 
 

@@ -11,13 +11,11 @@ import click
 
 from zcproto.alerts.service import LEAST_SECRET, sinks_of, try_sinks
 from zcproto.alerts.webhook import check_signature
-from zcproto.cli import EXIT_FAILED, home_options, read_config
+from zcproto.cli import EXIT_FAILED, Instance, command_group, file_option, instance_options
 from zcproto.cli.control import find_control, require_control
-from zcproto.cli.options import file_option
 from zcproto.cli.output import as_json_option, print_json, table, utc
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
-from zcproto.common.home import Home
 from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError
 
@@ -25,18 +23,15 @@ MAX_BODY = 1_048_576
 _ORIGIN_SIZE = 8
 
 
-@click.group()
-@home_options
-def alert(home: Home, config_file: Path | None) -> None:
-    """List alerts, test their delivery, and verify the signature of a message."""
+alert = command_group("alert", "List alerts, test their delivery, and verify the signature of a message.")
 
 
 @alert.command("list")
 @as_json_option
-@home_options
-def list_alerts(home: Home, config_file: Path | None, as_json: bool) -> None:
+@instance_options
+def list_alerts(instance: Instance, as_json: bool) -> None:
     """List the open alerts of the running server, and those that closed in the last 24 hours."""
-    found = require_control(home).get("/v1/alerts")
+    found = require_control(instance.home).get("/v1/alerts")
     if as_json:
         print_json(found, indent=2)
         return
@@ -57,19 +52,19 @@ def _row(found: dict[str, Any], state: str) -> tuple[str, ...]:
 
 @alert.command()
 @as_json_option
-@home_options
-def test(home: Home, config_file: Path | None, as_json: bool) -> int:
+@instance_options
+def test(instance: Instance, as_json: bool) -> int:
     """Send a test alert to the webhook and the command of [alerts], once each.
 
     A running server sends it, with its active configuration; without one, this command does.
 
     Exit code 1 if a delivery failed, or if neither is configured.
     """
-    control = find_control(home)
+    control = find_control(instance.home)
     if control is not None:
         results = control.post("/v1/alerts/test")["sinks"]
     else:
-        sinks = sinks_of(read_config(home, config_file).alerts, system_clock)
+        sinks = sinks_of(instance.read_config().alerts, system_clock)
         origin = system_entropy(_ORIGIN_SIZE).hex()
         results = asyncio.run(try_sinks(sinks, system_clock, origin, socket.gethostname()))
     if as_json:
@@ -97,10 +92,8 @@ def test(home: Home, config_file: Path | None, as_json: bool) -> int:
 )
 @file_option("--secret-file", text="The file with the secret. [default: alerts.webhook_secret_file]")
 @click.argument("body", type=click.File("rb"), default="-")
-@home_options
-def verify(
-    home: Home, config_file: Path | None, signature: str, secret_file: Path | None, body: BinaryIO
-) -> int:
+@instance_options
+def verify(instance: Instance, signature: str, secret_file: Path | None, body: BinaryIO) -> int:
     """Verify the signature of a message that a webhook received.
 
     BODY is a file with the exact bytes of the message; standard input by default. Exit code 1 if the signature is
@@ -109,7 +102,7 @@ def verify(
     key = "--secret-file"
     if secret_file is None:
         key = "alerts.webhook_secret_file"
-        secret_file = read_config(home, config_file).alerts.webhook_secret_file
+        secret_file = instance.read_config().alerts.webhook_secret_file
         if secret_file is None:
             raise ConfigError([f"{key} is not set; use --secret-file"])
     secret = Secret(read_secret(secret_file, key, least=LEAST_SECRET))

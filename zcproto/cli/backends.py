@@ -23,7 +23,7 @@ from urllib.parse import urlencode
 import click
 
 from zcproto.auth import DeviceFile, UserFile
-from zcproto.cli import read_config
+from zcproto.cli import Instance
 from zcproto.cli.connect import TrustChoice, key_option, read_key, run, trust_options
 from zcproto.cli.control import Control, find_control
 from zcproto.cli.session_store import CONFIGURED, end_sessions, has_no_sessions, opened_store, with_store
@@ -53,10 +53,10 @@ class Backend(Protocol):
         """
 
 
-def local_backend(home: Home, config_file: Path | None) -> Backend:
+def local_backend(instance: Instance) -> Backend:
     """Return the running server of a home folder, or its files. Raises ControlError."""
-    control = find_control(home)
-    return HomeFiles(home, config_file) if control is None else RunningServer(control)
+    control = find_control(instance.home)
+    return HomeFiles(instance) if control is None else RunningServer(control)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,11 @@ class HomeFiles:
     The configuration is read before anything is changed.
     """
 
-    home: Home
-    config_file: Path | None
+    instance: Instance
+
+    @property
+    def home(self) -> Home:
+        return self.instance.home
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         operations: dict[str, Callable[..., dict[str, Any]]] = {
@@ -142,7 +145,7 @@ class HomeFiles:
         return {"revoked": self._in_store(end, 0)}
 
     def _in_store(self, work: Callable[[SessionStore], Awaitable[T]], without: T) -> T:
-        config = with_store(read_config(self.home, self.config_file), CONFIGURED)
+        config = with_store(self.instance.read_config(), CONFIGURED)
         if has_no_sessions(config, self.home):
             return without
 
@@ -168,7 +171,7 @@ class HomeFiles:
         return self._change_user(UserFile.replace_digest, name, _digest(key_digest))
 
     def _change_user(self, change: Callable[..., None], name: str, *args: Any) -> dict[str, Any]:
-        config = read_config(self.home, self.config_file)
+        config = self.instance.read_config()
         change(UserFile(self.home.users), name, *args)
 
         async def end(store: SessionStore) -> int:
@@ -177,7 +180,7 @@ class HomeFiles:
         return {"sessions": end_sessions(config, self.home, end)}
 
     def _remove_device(self, name: str) -> dict[str, Any]:
-        config = read_config(self.home, self.config_file)
+        config = self.instance.read_config()
         user = DeviceFile(self.home.devices).remove(name).user
         key = DEVICE_KEY + name
 
@@ -195,12 +198,12 @@ def _digest(text: str) -> bytes:
 
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --server and its companions, below `home_options`: `function` gets `remote: RemoteServer | None`."""
+    """Add --server and its companions, below `instance_options`: `function` gets `remote: RemoteServer | None`."""
 
     @functools.wraps(function)
     def with_server(
         *args: Any,
-        home: Home,
+        instance: Instance,
         address: str | None,
         operator: str | None,
         key_file: Path | None,
@@ -214,8 +217,8 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         elif operator is None:
             raise click.UsageError("--server goes with --operator NAME: only operators may ask.")
         else:
-            remote = RemoteServer(home, address, operator, key_file, trust)
-        return function(*args, home=home, remote=remote, **kwargs)
+            remote = RemoteServer(instance.home, address, operator, key_file, trust)
+        return function(*args, instance=instance, remote=remote, **kwargs)
 
     with_options = key_option("operator")(trust_options(with_server))
     with_options = click.option("--operator", metavar="NAME", help="The name of the operator.")(with_options)

@@ -7,10 +7,8 @@ from typing import Any
 
 import click
 
-from zcproto.cli import home_options
+from zcproto.cli import Instance, file_option, instance_options, number_option
 from zcproto.cli.connect import TrustChoice
-from zcproto.cli.options import file_option, number_option
-from zcproto.common.home import Home
 
 COUNT = click.IntRange(1, 1_000_000)
 RATE = click.FloatRange(0.1, 10_000_000)
@@ -66,7 +64,7 @@ plot_option = file_option(
     dir_okay=False,
 )
 @plot_option
-@home_options
+@instance_options
 def bench(
     address: str,
     connections: int,
@@ -79,8 +77,7 @@ def bench(
     json_file: Path | None,
     hdr_file: Path | None,
     plot: Path | None,
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     **load: Any,
 ) -> int:
     """Measure the server at HOST:PORT: connections, an open-loop load, and one last request on each.
@@ -106,7 +103,7 @@ def bench(
         payload_bytes=payload,
         credentials=credentials,
         operator=operators[0],
-        ca_file=TrustChoice(ca).ca_file(home),
+        ca_file=TrustChoice(ca).ca_file(instance.home),
         **load,
     )
     result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from zcproto.cli import home_options
+from zcproto.cli import Instance, file_option, instance_options, number_option
 from zcproto.cli.connect import (
     EXIT_CANNOT_CONNECT,
     MAX_CONNECT_TIMEOUT,
@@ -22,9 +22,7 @@ from zcproto.cli.connect import (
     run,
     trust_options,
 )
-from zcproto.cli.options import file_option, number_option
 from zcproto.cli.output import json_text
-from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 
 
@@ -50,10 +48,9 @@ from zcproto.common.text import escape_text
     "--key-log",
     text="Append the TLS secrets of the connection, with which Wireshark can decrypt it (spec/wireshark).",
 )
-@home_options
+@instance_options
 def call(
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     address: str,
     method: str,
     params: str | None,
@@ -82,7 +79,7 @@ def call(
 
     async def work() -> int:
         connect_timeout = min(timeout, MAX_CONNECT_TIMEOUT)
-        client = trust.make_client(home, address, connect_timeout=connect_timeout, **options)
+        client = trust.make_client(instance.home, address, connect_timeout=connect_timeout, **options)
         if not await opened(client):
             return EXIT_CANNOT_CONNECT
         try:

@@ -24,10 +24,9 @@ from zcproto.certs.external import PassphraseSource
 from zcproto.certs.issued import REASONS
 from zcproto.certs.profile import MAX_CLIENT_LIFETIME
 from zcproto.certs.settings import ManagedSite, managed_site
+from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli import cert_report as reports
-from zcproto.cli import home_options, read_config
 from zcproto.cli.control import ControlError, find_control
-from zcproto.cli.options import file_option, number_option
 from zcproto.cli.output import aligned, as_json_option, print_json, private_file, utc
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
@@ -37,7 +36,6 @@ from zcproto.tls.pins import certificate_pin
 if TYPE_CHECKING:
     from zcproto.config import Config
 
-EXIT_UNUSABLE = 2
 SERVED = "The running server uses it now."
 WATCHED = "A running server uses it within a second."
 
@@ -46,10 +44,7 @@ OUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 
 
-@click.group()
-@home_options
-def cert(home: Home, config_file: Path | None) -> None:
-    """Show, check, renew and export certificates."""
+cert = command_group("cert", "Show, check, renew and export certificates.")
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -57,8 +52,8 @@ def cert(home: Home, config_file: Path | None) -> None:
 
 @cert.command()
 @as_json_option
-@home_options
-def show(home: Home, config_file: Path | None, as_json: bool) -> int:
+@instance_options
+def show(instance: Instance, as_json: bool) -> int:
     """Show the certificates of the configuration, their pins, their expiry, and problems.
 
     This reads the files. It also reports if a running server serves other certificates.
@@ -66,8 +61,8 @@ def show(home: Home, config_file: Path | None, as_json: bool) -> int:
     Exit code 2 if one has expired or cannot be served.
     """
     now = utc()
-    found = reports.report(read_config(home, config_file), now, os.environ)
-    served = _served(home)
+    found = reports.report(instance.read_config(), now, os.environ)
+    served = _served(instance.home)
     if as_json:
         print_json(reports.as_data(found, now) | ({} if served is None else {"served": served}), indent=2)
     else:
@@ -83,13 +78,11 @@ def show(home: Home, config_file: Path | None, as_json: bool) -> int:
 )
 @click.option("--plain", is_flag=True, help="Print only pins, for scripts.")
 @as_json_option
-@home_options
-def pins(
-    home: Home, config_file: Path | None, certificate: bool, site: str | None, plain: bool, as_json: bool
-) -> None:
+@instance_options
+def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, as_json: bool) -> None:
     """Print the current and the announced pins of the server, to paste into connect(pins=[...])."""
     now = utc()
-    found = reports.report(read_config(home, config_file), now, os.environ)
+    found = reports.report(instance.read_config(), now, os.environ)
     rows = reports.rows_of_site(found, site)
     for row in rows:
         if row.leaf is None or row.status == reports.PROBLEM:
@@ -121,10 +114,10 @@ def _certificate_pin(certificate: x509.Certificate) -> str:
 @click.option("--der", is_flag=True, help="Write DER, for Windows and Java. [default: PEM]")
 @click.option("--client", is_flag=True, help="Export the client CA. [default: the server CA]")
 @force_option
-@home_options
-def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, client: bool, force: bool) -> None:
+@instance_options
+def export_ca(instance: Instance, file: Path, der: bool, client: bool, force: bool) -> None:
     """Write the certificate of the CA, with which clients verify the server. It contains no secret."""
-    config = read_config(home, config_file)
+    config = instance.read_config()
     path = _authority_file(config, client)
     certificate = pair.read_certificate(path)
     form = serialization.Encoding.DER if der else serialization.Encoding.PEM
@@ -142,10 +135,9 @@ def export_ca(home: Home, config_file: Path | None, file: Path, der: bool, clien
 @click.option("--name", metavar="HOST", help="A name or address that clients connect to.")
 @file_option("--passphrase-file", text="Its first line decrypts the key.", dir_okay=False)
 @as_json_option
-@home_options
+@instance_options
 def check(
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     file: Path,
     key: Path | None,
     name: str | None,
@@ -231,14 +223,14 @@ def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
     help="Renew only the certificate with this key type. [default: all]",
 )
 @as_json_option
-@home_options
-def renew(home: Home, config_file: Path | None, family: str | None, as_json: bool) -> None:
+@instance_options
+def renew(instance: Instance, family: str | None, as_json: bool) -> None:
     """Renew the managed certificates now with their current keys, so that pins remain valid."""
-    config = _managed_config(home, config_file)
+    config = _managed_config(instance)
     families = sorted({keys.family(key_type) for key_type in config.certificates.key_types})
     if family is not None and family not in families:
         raise ConfigError([f"--type {family}: certificates.key_types has only {', '.join(families)}"])
-    control = find_control(home)
+    control = find_control(instance.home)
     if control is not None:
         result = _with_notes(control.post("/v1/certificates/renew", type=family))
     else:
@@ -258,8 +250,8 @@ def renew(home: Home, config_file: Path | None, family: str | None, as_json: boo
 )
 @click.option("--cancel", is_flag=True, help="Cancel the announcement and set the keys aside.")
 @as_json_option
-@home_options
-def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as_json: bool) -> None:
+@instance_options
+def rotate(instance: Instance, at_once: bool, cancel: bool, as_json: bool) -> None:
     """Generate the server's next keys and announce their pins; they are used when clients have had time to learn
     them.
 
@@ -267,8 +259,8 @@ def rotate(home: Home, config_file: Path | None, at_once: bool, cancel: bool, as
     """
     if at_once and cancel:
         raise click.UsageError("Give --now or --cancel.")
-    site = _managed_site(_managed_config(home, config_file))
-    control = find_control(home)
+    site = _managed_site(_managed_config(instance))
+    control = find_control(instance.home)
     if cancel:
         if control is not None:
             aside = _with_notes(control.post("/v1/certificates/cancel"))["cancelled"]
@@ -298,9 +290,9 @@ def _with_notes(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _managed_config(home: Home, config_file: Path | None) -> Config:
+def _managed_config(instance: Instance) -> Config:
     """Return the configuration. Raises ConfigError if other programs provide the certificates."""
-    config = read_config(home, config_file)
+    config = instance.read_config()
     if config.certificates.mode == "files":
         rows = reports.report(config, utc(), os.environ).rows
         issuers = {reports.issuer_of(row.leaf) for row in rows if row.leaf and row.use == "server"}
@@ -310,7 +302,7 @@ def _managed_config(home: Home, config_file: Path | None) -> Config:
                 f" ({'; '.join(sorted(issuers)) or 'none can be read'}); a running server picks up new files"
             ]
         )
-    home.ensure()
+    instance.home.ensure()
     return config
 
 
@@ -362,10 +354,9 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
 )
 @force_option
 @as_json_option
-@home_options
+@instance_options
 def issue_client(
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     name: str,
     csr: Path | None,
     days: int,
@@ -378,9 +369,9 @@ def issue_client(
 
     Certificate and key are written to clients/ in the certificate folder. The first one also creates the client CA.
     """
-    config = read_config(home, config_file)
+    config = instance.read_config()
     request = None if csr is None else _read_csr(csr)
-    home.ensure()
+    instance.home.ensure()
     if out is not None:  # fail before a certificate is issued that could not be written
         files.make_folder(out)
         if not force:
@@ -422,9 +413,9 @@ def issue_client(
 @click.option("--reason", type=click.Choice(REASONS), default=REASONS[0], show_default=True,
               help="The reason in the revocation list.")  # fmt: skip
 @as_json_option
-@home_options
+@instance_options
 def revoke_client(
-    home: Home, config_file: Path | None, name: str | None, serial: str | None, reason: str, as_json: bool
+    instance: Instance, name: str | None, serial: str | None, reason: str, as_json: bool
 ) -> None:
     """Revoke the certificates of the client NAME. This cannot be undone.
 
@@ -432,7 +423,7 @@ def revoke_client(
     """
     if (name is None) == (serial is None):
         raise click.UsageError("Give NAME, or --serial.")
-    directory = read_config(home, config_file).certificates.directory
+    directory = instance.read_config().certificates.directory
     revoked = client_ca.revoke_client(
         directory, name=name, serial=serial, now=utc(), reason=reason, progress=_note
     )

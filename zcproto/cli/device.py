@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 
 import click
 
 from zcproto.auth import DeviceFile, PairingFile, UserFile
-from zcproto.cli import home_options
+from zcproto.cli import Instance, command_group, instance_options, number_option
 from zcproto.cli.backends import local_backend
-from zcproto.cli.options import number_option
 from zcproto.cli.output import as_json_option, print_json, table
 from zcproto.cli.user import ended_text
 from zcproto.common.clock import MS_PER_SECOND, system_clock
-from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import token_text
@@ -32,16 +29,16 @@ _SECONDS_PER_MINUTE = 60
 @click.command()
 @click.option("--user", metavar="NAME", help="The user of the device. Required if there are several users.")
 @number_option("--minutes", click.IntRange(1, MAX_MINUTES), 10, "N", "How long the code is valid.")
-@home_options
-def pair(home: Home, config_file: Path | None, user: str | None, minutes: int) -> None:
+@instance_options
+def pair(instance: Instance, user: str | None, minutes: int) -> None:
     """Print a one-time code with which a device of a user is enrolled (`device.enroll`).
 
     On a terminal it is also shown as a QR code.
     """
-    home.ensure()
-    name = _user(UserFile(home.users), user)
+    instance.home.ensure()
+    name = _user(UserFile(instance.home.users), user)
     life_ms = minutes * _SECONDS_PER_MINUTE * MS_PER_SECOND
-    code = PairingFile(home.pairing).make(name, life_ms, system_clock.wall())
+    code = PairingFile(instance.home.pairing).make(name, life_ms, system_clock.wall())
     click.echo(
         f"This code enrolls one device of {escape_text(name)} within {minutes} min; five wrong attempts end it."
         " It is shown once:",
@@ -80,19 +77,16 @@ def _qr_code(text: str) -> str | None:
     return drawn.getvalue().rstrip("\n")
 
 
-@click.group()
-@home_options
-def device(home: Home, config_file: Path | None) -> None:
-    """List and remove devices. `zcproto pair` enrolls one."""
+device = command_group("device", "List and remove devices. `zcproto pair` enrolls one.")
 
 
 @device.command("list")
 @click.option("--user", metavar="NAME", help="Only devices of this user.")
 @as_json_option
-@home_options
-def list_devices(home: Home, config_file: Path | None, user: str | None, as_json: bool) -> None:
+@instance_options
+def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
     """List the devices in the order of their enrollment."""
-    file = DeviceFile(home.devices)
+    file = DeviceFile(instance.home.devices)
     file.load()
     devices = [(name, each) for name, each in file.entries.items() if user in (None, each.user)]
     if as_json:
@@ -108,10 +102,10 @@ def list_devices(home: Home, config_file: Path | None, user: str | None, as_json
 @device.command()
 @click.argument("name")
 @as_json_option
-@home_options
-def remove(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
+@instance_options
+def remove(instance: Instance, name: str, as_json: bool) -> None:
     """Remove a device, and end its open sessions."""
-    backend = local_backend(home, config_file)
+    backend = local_backend(instance)
     removed = backend.run("devices/remove", name=name)
     user, ended = removed["user"], removed["sessions"]
     if as_json:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import click
 
-from zcproto.cli import home_options
+from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.control import ControlError, find_control, require_control
 from zcproto.cli.output import as_json_option, print_json, table
 from zcproto.common.home import Home
@@ -20,14 +19,14 @@ MARGIN_S = 30.0
 
 @click.command()
 @as_json_option
-@home_options
-def reload(home: Home, config_file: Path | None, as_json: bool) -> None:
+@instance_options
+def reload(instance: Instance, as_json: bool) -> None:
     """Read the configuration again and apply all changes that need no restart, or nothing.
 
     Prints what changed, and what needs a restart. No connection is closed. Exit code 2 if the configuration has
     faults; then nothing has changed. SIGHUP does the same, and logs the result.
     """
-    done = require_control(home).post("/v1/reload")
+    done = require_control(instance.home).post("/v1/reload")
     if as_json:
         print_json(done, indent=2)
         return
@@ -58,12 +57,12 @@ def _values(change: dict[str, str]) -> list[str]:
 )
 @click.option("--wait", is_flag=True, help="Wait until the server has ended.")
 @as_json_option
-@home_options
-def drain(home: Home, config_file: Path | None, timeout: float | None, wait: bool, as_json: bool) -> None:
+@instance_options
+def drain(instance: Instance, timeout: float | None, wait: bool, as_json: bool) -> None:
     """Stop accepting connections, finish running requests, and end the server. SIGTERM does the same."""
-    done = require_control(home).post("/v1/drain", timeout=timeout)
+    done = require_control(instance.home).post("/v1/drain", timeout=timeout)
     if wait:
-        _wait_for_end(home, done["timeout"] + MARGIN_S)
+        _wait_for_end(instance.home, done["timeout"] + MARGIN_S)
     if as_json:
         print_json({**done, "ended": wait})
     elif wait:
@@ -84,22 +83,19 @@ def _wait_for_end(home: Home, seconds: float) -> None:
     raise ControlError(f"the server still runs after {seconds:g} s; see its log")
 
 
-@click.group()
-@home_options
-def log(home: Home, config_file: Path | None) -> None:
-    """Show and set the log level of a running server."""
+log = command_group("log", "Show and set the log level of a running server.")
 
 
 @log.command()
 @click.argument("wanted", metavar="[LEVEL]", required=False, type=click.Choice(LEVELS))
 @as_json_option
-@home_options
-def level(home: Home, config_file: Path | None, wanted: str | None, as_json: bool) -> None:
+@instance_options
+def level(instance: Instance, wanted: str | None, as_json: bool) -> None:
     """Print the log level of the server, or set it until the server ends or log.level is changed.
 
     LEVEL is debug, info, warning or error; less severe events are not written.
     """
-    server = require_control(home)
+    server = require_control(instance.home)
     done = server.get("/v1/log") if wanted is None else server.post("/v1/log", level=wanted)
     if as_json:
         print_json(done)

@@ -6,13 +6,11 @@ import importlib
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from zcproto.cli import home_options, read_config
-from zcproto.common.home import Home
+from zcproto.cli import Instance, instance_options
 from zcproto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@home_options
+@instance_options
 @click.argument("app", required=False, metavar="[MODULE:APP]")
 @click.option("--host", multiple=True, metavar="ADDRESS", help="An address to listen on; may be repeated.")
 @click.option("--port", type=int, metavar="N", help="The TCP port; 0 is any free port.")
@@ -31,8 +29,7 @@ def serve(
     host: tuple[str, ...],
     port: int | None,
     log_level: str | None,
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
 ) -> None:
     """Run a server for your application, or for a built-in one with echo, sleep and time.
 
@@ -40,7 +37,7 @@ def serve(
     finish within server.drain_timeout. A second signal ends it at once.
     """
     overrides = {"server.host": list(host) or None, "server.port": port, "log.level": log_level}
-    config = read_config(home, config_file, overrides)
+    config = instance.read_config(overrides)
     application = None if app is None else load_app(app)
 
     from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are reported
@@ -48,10 +45,10 @@ def serve(
     run(
         application,
         config,
-        home=home.path,
+        home=instance.home.path,
         ready=_print_addresses,
         progress=_print_progress,
-        read_config=partial(read_config, home, config_file, overrides),
+        read_config=partial(instance.read_config, overrides),
     )
 
 

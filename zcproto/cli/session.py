@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from zcproto.cli import home_options
+from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import (
     EXIT_CANNOT_CONNECT,
@@ -20,7 +20,6 @@ from zcproto.cli.connect import (
 )
 from zcproto.cli.output import as_json_option, print_json, table, utc
 from zcproto.common.clock import system_clock
-from zcproto.common.home import Home
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
 from zcproto.errors import NotFound
@@ -31,26 +30,22 @@ TIMEOUT_S = 30.0
 """For opening a session, with the time that throttled logins wait."""
 
 
-@click.group()
-@home_options
-def session(home: Home, config_file: Path | None) -> None:
-    """List, open and end sessions.
-
-    If a server runs with this home folder, it is asked through its control socket; otherwise the store is read. A
-    server elsewhere is asked as an operator: --server HOST:PORT --operator NAME --key-file FILE.
-    """
+session = command_group(
+    "session",
+    "List, open and end sessions.\n\n"
+    "If a server runs with this home folder, it is asked through its control socket; otherwise the store is read."
+    " A server elsewhere is asked as an operator: --server HOST:PORT --operator NAME --key-file FILE.",
+)
 
 
 @session.command("list")
 @click.option("--user", metavar="NAME", help="Only sessions of this user.")
 @as_json_option
-@home_options
+@instance_options
 @server_options
-def list_sessions(
-    home: Home, config_file: Path | None, user: str | None, as_json: bool, remote: RemoteServer | None
-) -> None:
+def list_sessions(instance: Instance, user: str | None, as_json: bool, remote: RemoteServer | None) -> None:
     """List sessions, oldest first."""
-    backend: Backend = remote or local_backend(home, config_file)
+    backend: Backend = remote or local_backend(instance)
     result = backend.run("sessions", user=user)
     found = result["sessions"]
     if as_json:
@@ -88,9 +83,9 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
 @click.option("--user", metavar="NAME", required=True, help="The user of the session.")
 @key_option("user")
 @trust_options
-@home_options
+@instance_options
 def open_session(
-    home: Home, config_file: Path | None, address: str, user: str, key_file: Path | None, trust: TrustChoice
+    instance: Instance, address: str, user: str, key_file: Path | None, trust: TrustChoice
 ) -> int:
     """Open a session at HOST:PORT and print its token: for the status page, or for Prometheus.
 
@@ -102,7 +97,7 @@ def open_session(
     async def work() -> int:
         from zcproto.client.client import default_client  # noqa: PLC0415
 
-        client = trust.make_client(home, address, timeout=TIMEOUT_S)
+        client = trust.make_client(instance.home, address, timeout=TIMEOUT_S)
         if not await opened(client):
             return EXIT_CANNOT_CONNECT
         params = {"scheme": "api_key", "user": user, "key": key, "client": default_client()}
@@ -123,11 +118,10 @@ def open_session(
 @click.option("--user", metavar="NAME", help="End all sessions of this user.")
 @click.option("--all", "all_users", is_flag=True, help="End all sessions of all users.")
 @as_json_option
-@home_options
+@instance_options
 @server_options
 def revoke(
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     ids: tuple[str, ...],
     user: str | None,
     all_users: bool,
@@ -143,7 +137,7 @@ def revoke(
     ids = tuple(dict.fromkeys(ids))
     if len(ids) > REVOKED_AT_ONCE:
         raise click.UsageError(f"At most {REVOKED_AT_ONCE} IDs.")
-    backend: Backend = remote or local_backend(home, config_file)
+    backend: Backend = remote or local_backend(instance)
     ended = backend.run("sessions/revoke", ids=list(ids) or None, user=user, all=all_users or None)["revoked"]
     if ids and ended < len(ids):
         missing = (

@@ -6,16 +6,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
-from zcproto.cli import home_options
+from zcproto.cli import Instance, instance_options, number_option
 from zcproto.cli.control import CONNECT_S, Control, require_control
-from zcproto.cli.options import number_option
 from zcproto.cli.output import json_text, print_json
-from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 
 STATUS_S = 2 * CONNECT_S
@@ -42,13 +39,13 @@ Line = tuple[str, str]
     "--interval", click.FloatRange(0.2, 3600), 1.0, "S", "Seconds between two readings of --watch."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object per line.")
-@home_options
-def status(home: Home, config_file: Path | None, watch: bool, interval: float, as_json: bool) -> None:
+@instance_options
+def status(instance: Instance, watch: bool, interval: float, as_json: bool) -> None:
     """Show the status of the server of this home folder: connections, sessions, requests, certificates, alerts.
 
     Exit code 1 if no server runs.
     """
-    server = require_control(home, STATUS_S)
+    server = require_control(instance.home, STATUS_S)
     if not watch:
         report = server.get("/v1/status")
         if as_json:

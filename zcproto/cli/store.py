@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from zcproto.auth import UserFile
-from zcproto.cli import home_options, read_config
+from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.session_store import (
     CONFIGURED,
     StoreInUseError,
@@ -42,16 +42,13 @@ class MigrationError(ZcprotoError):
     """Not all sessions could be copied. The source was not changed."""
 
 
-@click.group()
-@home_options
-def store(home: Home, config_file: Path | None) -> None:
-    """Check the session store, and copy sessions to another one."""
+store = command_group("store", "Check the session store, and copy sessions to another one.")
 
 
 @store.command()
 @click.argument("url", metavar="[STORE]", required=False)
-@home_options
-def check(home: Home, config_file: Path | None, url: str | None) -> int:
+@instance_options
+def check(instance: Instance, url: str | None) -> int:
     """Check the session store and report problems. Nothing is changed.
 
     STORE is "configured", or a value for store.url: "sqlite", or the URL of a Valkey or Redis server. [default:
@@ -59,14 +56,14 @@ def check(home: Home, config_file: Path | None, url: str | None) -> int:
 
     Exits with 1 if sessions cannot be read or the store does not answer.
     """
-    config = with_store(read_config(home, config_file), CONFIGURED if url is None else url)
+    config = with_store(instance.read_config(), CONFIGURED if url is None else url)
     url = config.store.url
     if url == MEMORY:
         click.echo("sessions are in the memory of the server and end with it")
         return 0
     if url == SQLITE:
-        return _check_file(config, home)
-    count, warnings = examine_store(config, home)
+        return _check_file(config, instance.home)
+    count, warnings = examine_store(config, instance.home)
     for warning in warnings:
         click.echo(f"note: {escape_text(warning, 500)}", err=True)
     click.echo(f"the store answers; sessions: {count}")
@@ -108,8 +105,8 @@ def damage_of(path: Path) -> list[str]:
 @store.command()
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
-@home_options
-def migrate(home: Home, config_file: Path | None, source: str, target: str) -> None:
+@instance_options
+def migrate(instance: Instance, source: str, target: str) -> None:
     """Copy all sessions from one store to another. Stop all servers first, and set store.url afterwards.
 
     FROM and TO are "configured", or values for store.url. Put a URL with a password into the configuration, because
@@ -117,7 +114,7 @@ def migrate(home: Home, config_file: Path | None, source: str, target: str) -> N
     command can be repeated. Tokens stay valid. Answers stored for idempotency keys are not copied, nor are ended
     sessions: their tokens are unknown in TO.
     """
-    config = read_config(home, config_file)
+    config = instance.read_config()
     old, new = with_store(config, source), with_store(config, target)
     if MEMORY in (old.store.url, new.store.url):
         raise ConfigError(
@@ -125,7 +122,7 @@ def migrate(home: Home, config_file: Path | None, source: str, target: str) -> N
         )
     if old.store.url == new.store.url:
         raise ConfigError(["FROM and TO are the same store; name two stores"])
-    copied = 0 if has_no_sessions(old, home) else asyncio.run(_migrate(old, new, home))
+    copied = 0 if has_no_sessions(old, instance.home) else asyncio.run(_migrate(old, new, instance.home))
     click.echo(f"sessions copied: {copied}", err=True)
 
 

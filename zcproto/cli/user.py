@@ -13,23 +13,18 @@ import click
 
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
-from zcproto.cli import home_options
+from zcproto.cli import Instance, command_group, file_option, instance_options
 from zcproto.cli.backends import local_backend
-from zcproto.cli.options import file_option
 from zcproto.cli.output import as_json_option, print_json, private_file, table
 from zcproto.cli.session_store import SessionsNotEndedError
 from zcproto.common.clock import system_entropy
-from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
 MAX_COUNT = 1_000_000
 
 
-@click.group()
-@home_options
-def user(home: Home, config_file: Path | None) -> None:
-    """Add, list and change users."""
+user = command_group("user", "Add, list and change users.")
 
 
 @user.command()
@@ -42,10 +37,9 @@ def user(home: Home, config_file: Path | None) -> None:
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @as_json_option
-@home_options
+@instance_options
 def add(
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     name: str,
     operator: bool,
     no_key: bool,
@@ -59,12 +53,12 @@ def add(
         raise click.UsageError("--count and --keys-out go together.")
     if no_key and count is not None:
         raise click.UsageError("--no-key and --count do not go together.")
-    home.ensure()
+    instance.home.ensure()
     if count is not None and keys_out is not None:
         # The file comes first: keys that cannot be written would be lost.
         with private_file(keys_out, replace=force) as file:
             names = [f"{name}-{number}" for number in range(1, count + 1)]
-            added = UserFile(home.users).add_many(names, operator=operator)
+            added = UserFile(instance.home.users).add_many(names, operator=operator)
             file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
         if as_json:
             print_json({"added": count, "keys": str(keys_out)})
@@ -72,7 +66,7 @@ def add(
             click.echo(f"users added: {count}; their keys are in {escape_text(str(keys_out))}", err=True)
         return
     key, digest = (None, None) if no_key else _new_key()
-    local_backend(home, config_file).run("users/add", name=name, operator=operator, key_digest=digest)
+    local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
     if as_json:
         print_json({"name": name, "key": key})
         return
@@ -92,10 +86,10 @@ def _new_key() -> tuple[str, str]:
 
 @user.command("list")
 @as_json_option
-@home_options
-def list_users(home: Home, config_file: Path | None, as_json: bool) -> None:
+@instance_options
+def list_users(instance: Instance, as_json: bool) -> None:
     """List the users in the order of their file."""
-    file = UserFile(home.users)
+    file = UserFile(instance.home.users)
     file.load()
     users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
     if as_json:
@@ -119,9 +113,9 @@ def _add_command(operation: str, change: str, text: str) -> None:
     @user.command(operation, help=text)
     @click.argument("name")
     @as_json_option
-    @home_options
-    def command(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
-        result = local_backend(home, config_file).run(f"users/{operation}", name=name)
+    @instance_options
+    def command(instance: Instance, name: str, as_json: bool) -> None:
+        result = local_backend(instance).run(f"users/{operation}", name=name)
         if as_json:
             print_json({"name": name, **result})
         else:
@@ -137,8 +131,8 @@ _add_command("remove", "is removed", "Remove a user, and end the open sessions."
 @user.command("new-key")
 @click.argument("name")
 @as_json_option
-@home_options
-def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> None:
+@instance_options
+def new_key(instance: Instance, name: str, as_json: bool) -> None:
     """Replace the key of a user, print the new one, once, and end the sessions opened with the old one."""
     key, digest = _new_key()
 
@@ -150,9 +144,7 @@ def new_key(home: Home, config_file: Path | None, name: str, as_json: bool) -> N
             click.echo(key)
 
     try:
-        ended = local_backend(home, config_file).run("users/new-key", name=name, key_digest=digest)[
-            "sessions"
-        ]
+        ended = local_backend(instance).run("users/new-key", name=name, key_digest=digest)["sessions"]
     except SessionsNotEndedError:  # the key is replaced: it must not be lost
         print_key(None)
         raise

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import click
 
-from zcproto.cli import EXIT_FAILED, home_options
+from zcproto.cli import EXIT_FAILED, Instance, instance_options, number_option
 from zcproto.cli.connect import TrustChoice, key_option, trust_options
 from zcproto.cli.doctor.finding import FAULT, SKIPPED, Finding, as_text
-from zcproto.cli.options import number_option
 from zcproto.cli.output import as_json_option, print_json
-from zcproto.common.home import Home
 
 MAX_TIMEOUT = 60
 
@@ -29,10 +27,9 @@ MAX_TIMEOUT = 60
     "The timeout of each step over the network.",
 )
 @as_json_option
-@home_options
+@instance_options
 def doctor(
-    home: Home,
-    config_file: Path | None,
+    instance: Instance,
     address: str | None,
     user: str | None,
     key_file: Path | None,
@@ -54,20 +51,17 @@ def doctor(
 
     if user is None and key_file is not None:
         raise click.UsageError("--key-file goes with --user.")
-    login = None if user is None else (user, key_file)
-    findings = local.folder(home) + local.configuration(home, config_file)
-    if address is None:
-        config = local.read(home, config_file)
-        if config is None:
-            findings.append(Finding("server", SKIPPED, "further checks need a valid configuration"))
-        else:
-            findings += local.server(config, home)
+    findings = local.folder(instance.home)
+    config = local.configuration(instance, findings)
+    if address is None and config is None:
+        findings.append(Finding("server", SKIPPED, "further checks need a valid configuration"))
+    elif address is None and config is not None:
+        findings += local.server(config, instance.home)
+        if local.is_served(findings):
             address = local.own_address(config)
-            findings += (
-                remote.check(address, trust, home, login, timeout) if local.is_served(findings) else []
-            )
-    else:
-        findings += remote.check(address, trust, home, login, timeout)
+    if address is not None:
+        login = None if user is None else (user, key_file)
+        findings += remote.check(address, trust, instance.home, login, timeout)
     if as_json:
         print_json([each.data for each in findings], indent=2)
     else:

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from zcproto.cli import cert_report, read_config
+from zcproto.cli import Instance, cert_report
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message, named
 from zcproto.cli.output import utc
 from zcproto.cli.session_store import CONFIGURED, examine_store, is_in_use, with_store
@@ -99,23 +99,18 @@ def _is_public(path: Path) -> bool:
     return path.suffix in _PUBLIC or path.name == "config.toml"
 
 
-def configuration(home: Home, config_file: Path | None) -> list[Finding]:
-    """Check the configuration."""
+def configuration(instance: Instance, findings: list[Finding]) -> Config | None:
+    """Check the configuration. Return it, or None if it has faults."""
     try:
-        read_config(home, config_file)
+        config = instance.read_config()
     except ConfigError as error:
         cure = "zcproto config init writes a file with every key"
-        return [Finding("config", FAULT, fault, cure) for fault in error.faults]
-    where = home.config if config_file is None else config_file
-    return [Finding("config", OK, str(where) if where.exists() else "no file: all keys have their defaults")]
-
-
-def read(home: Home, config_file: Path | None) -> Config | None:
-    """Return the configuration, or None if it has faults, which `configuration` reports."""
-    try:
-        return read_config(home, config_file)
-    except ConfigError:
+        findings += [Finding("config", FAULT, fault, cure) for fault in error.faults]
         return None
+    where = instance.config_file or instance.home.config
+    found = str(where) if where.exists() else "no file: all keys have their defaults"
+    findings.append(Finding("config", OK, found))
+    return config
 
 
 def server(config: Config, home: Home) -> list[Finding]:
