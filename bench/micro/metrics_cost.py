@@ -46,7 +46,7 @@ from zcproto.wire.message import encode_request
 ANNOTATIONS: Final = __future__.annotations.compiler_flag
 
 COUNTING: Final = {
-    "timed = wall >> PART_BITS != state.reads.part": "timed = False",
+    "timed = wall >> PART_BITS != state.timed_part": "timed = False",
     "    or timed\n": "\n",
     "requests += 1": "pass",
     "method.calls += 1": "pass",

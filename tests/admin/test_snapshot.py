@@ -53,7 +53,7 @@ def test_rates_cover_the_last_ten_seconds() -> None:
         samples.sample()
     for _ in range(int(RATE_S)):
         counters.requests += 50
-        counters.count_error(3)
+        counters.errors[3] += 1
         acceptor.handshakes_completed += 2
         acceptor.failures[TlsFailure.NOT_TLS] += 3
         clock.time += 1

@@ -296,7 +296,7 @@ def test_reload_of_alert_threshold_restarts_the_count(serve: Serve) -> None:
 
     def count(errors: int) -> set[AlertKind]:
         for _ in range(errors):
-            counters.count_error(Code.REPLAYED)
+            counters.errors[Code.REPLAYED] += 1
         alerts.tick()
         return {each.kind for each in alerts.center.open_alerts()}
 

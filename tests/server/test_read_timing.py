@@ -8,17 +8,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError
 from zcproto.app.app import App
 from zcproto.errors import NotFound
-from zcproto.server.state import PART_BITS, ReadTiming
-
-
-def test_one_read_per_interval_is_timed() -> None:
-    timing = ReadTiming()
-    timed = []
-    for wall in [*range(1_600, 1_632), 1_600, 10_000]:  # the wall clock may go back
-        if wall >> PART_BITS != timing.part:
-            timed.append(wall)
-            timing.timed(wall)
-    assert timed == [1_600, 1_616, 1_600, 10_000]
+from zcproto.server.state import PART_BITS
 
 
 def two_methods() -> App:
@@ -41,11 +31,11 @@ def test_timed_read_is_answered_normally(serve: Serve) -> None:
     server = serve(app)
     with server.client("ada") as client:
         for _ in range(20):
-            server.in_loop(lambda: setattr(server.server.state.reads, "part", -1))
+            server.in_loop(lambda: setattr(server.server.state, "timed_part", -1))
             assert client.call("quick") == 1
         with pytest.raises(AnsweredError):
             client.call("bad")
-        server.in_loop(lambda: setattr(server.server.state.reads, "part", -1))
+        server.in_loop(lambda: setattr(server.server.state, "timed_part", -1))
         refused = client.refused("no.such.method")
         assert "unknown method" in refused.message
     assert quick.calls == 20
@@ -55,22 +45,18 @@ def test_timed_read_is_answered_normally(serve: Serve) -> None:
     assert sum(quick.waits.counts) == 0, "it never waits"
 
 
-def test_most_reads_are_not_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_read_per_interval_is_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     app = two_methods()
     quick, _ = list(app)
     server = serve(app)
+    clock, interval = type(server.server.state.clock), 1 << PART_BITS
     with server.client("ada") as client:
-        wall = server.server.state.clock.wall()
-        # the interval does not end meanwhile
-        monkeypatch.setattr(
-            type(server.server.state.clock), "wall", lambda _: wall
-        )  # the interval does not end meanwhile
-        client.call("quick")
-        before = sum(quick.durations.counts)
-        for _ in range(50):
+        begin = (server.server.state.clock.wall() // interval + 1) * interval
+        for offset, timed in [(0, 1), (1, 1), (interval - 1, 1), (interval, 2), (0, 3), (interval, 4)]:
+            monkeypatch.setattr(clock, "wall", lambda _, wall=begin + offset: wall)
             client.call("quick")
-        assert quick.calls == 51
-        assert sum(quick.durations.counts) == before
+            assert sum(quick.durations.counts) == timed
+    assert quick.calls == 6
 
 
 def test_every_waiting_call_is_measured(serve: Serve) -> None:

@@ -197,7 +197,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "tasks": len(asyncio.all_tasks()),
         "errors": {str(code): count for code, count in counters.errors.items()},
         "connections_opened": counters.connections_opened,
-        "connections_ended": counters.connections_ended,
+        "connections_ended": dict(counters.connections_ended),
         "refused_per_address": counters.refused_per_address,
         "refused_full": counters.refused_full,
         "accept_failed": counters.accept_failed,

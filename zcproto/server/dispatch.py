@@ -28,7 +28,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.errors import CallError, Cancelled, Code
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
-from zcproto.server.state import ServerState
+from zcproto.server.state import PART_BITS, ServerState
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
 SENT_AT_ONCE: Final = 4_096
@@ -113,7 +113,7 @@ class Dispatcher(asyncio.Protocol):
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """Run a request's method and record its duration."""
         state = self._state
-        state.reads.timed(wall)
+        state.timed_part = wall >> PART_BITS
         began = state.clock.now()
         self._run(request, method)
         if method is not None:
@@ -189,7 +189,7 @@ class Dispatcher(asyncio.Protocol):
 
     def _stop(self, ended: RequestEnded) -> None:
         """Cancel the method of a request that has ended: cancelled, or past its deadline."""
-        self._state.counters.count_error(ended.code)
+        self._state.counters.errors[ended.code] += 1
         assert self._workers is not None, "a request in flight has a worker"
         worker = self._workers[ended.request]
         if isinstance(worker, EagerWorker):
@@ -272,7 +272,7 @@ class Dispatcher(asyncio.Protocol):
 
     def _fail(self, request: Request, code: Code, body: bytes) -> None:
         if self._connection is not None and self._connection.fail(request, body, self.wall()):
-            self._state.counters.count_error(code)
+            self._state.counters.errors[code] += 1
 
 
 def _refusal(request: Request, method: Method | None) -> tuple[Code, bytes] | None:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
@@ -62,28 +64,21 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
         ConfigError: An address cannot be bound.
     """
     sockets: list[socket.socket] = []
-    try:
+    with ExitStack() as stack:
         for host in hosts:
-            for family, kind, protocol, _, address in _addresses(host, port):
+            for family, address in _addresses(host, port):
                 if sockets and port == 0:  # the same free port on every address
                     address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901
                 try:
-                    listening = socket.socket(family, kind, protocol)
-                    sockets.append(listening)
-                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    if family == socket.AF_INET6:
-                        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                    listening.bind(address)
-                    listening.listen(BACKLOG)
+                    listening = socket.create_server(address, family=family, backlog=BACKLOG)
                 except OSError as error:
+                    reason = os.strerror(error.errno or 0)  # create_server adds the address to its own
                     raise ConfigError(
-                        [f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {error.strerror}"]
+                        [f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {reason}"]
                     ) from error
+                sockets.append(stack.enter_context(listening))
                 listening.setblocking(False)
-    except BaseException:
-        for listening in sockets:
-            listening.close()
-        raise
+        stack.pop_all()
     return sockets
 
 
@@ -94,12 +89,12 @@ def take_over(sockets: Sequence[socket.socket]) -> None:
         listening.listen(BACKLOG)  # the other process may have set a shorter backlog
 
 
-def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
+def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise ConfigError([f"server.host = {host!r}: no such address; use one of this machine"]) from error
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys((family, address) for family, *_, address in found))
 
 
 class AddressCounts:
@@ -127,11 +122,6 @@ class AddressCounts:
         else:
             del self.by_network[network]
 
-    @property
-    def highest(self) -> int:
-        """The connections of the network with most of them."""
-        return max(self.by_network.values(), default=0)
-
 
 class AcceptLoop:
     """Accept connections of some listening sockets in one event loop. Subclasses decide in `_admit`."""
@@ -144,7 +134,6 @@ class AcceptLoop:
         self._adopting: dict[Opening, asyncio.BaseProtocol] = {}  # held here until the loop has them
 
     def start(self) -> None:
-        """Start accepting."""
         self._resume()
 
     def close(self) -> None:
@@ -235,7 +224,8 @@ class Listener(AcceptLoop):
         self._state = state
         self._set_limits(config)
         self._counts = AddressCounts()
-        self._open = 0
+        self.connections = 0
+        """Open TCP connections, including those in their handshake."""
         self._empty = asyncio.Event()
         acceptor.on_slot_free = self._resume
         acceptor.on_closed = self._connection_closed
@@ -268,18 +258,13 @@ class Listener(AcceptLoop):
             log.info("server.listening", host=host, port=port)
 
     @property
-    def connections(self) -> int:
-        """Open TCP connections, including those in their handshake."""
-        return self._open
-
-    @property
     def most_per_address(self) -> int:
         """The connections of the network with most of them."""
-        return self._counts.highest
+        return max(self._counts.by_network.values(), default=0)
 
     async def wait_empty(self) -> None:
         """Wait, after `close`, until the last connection is gone."""
-        if self._open:
+        if self.connections:
             await self._empty.wait()
 
     def _is_full(self) -> bool:
@@ -290,7 +275,7 @@ class Listener(AcceptLoop):
 
     def _admit(self, connection: socket.socket, address: Any) -> None:
         client = plain_address(address[0])
-        if self._open >= self._max_connections:
+        if self.connections >= self._max_connections:
             self._state.counters.refused_full += 1
             log.info("connection.refused_full", limit=self._max_connections)
             connection.close()
@@ -300,7 +285,7 @@ class Listener(AcceptLoop):
             self._refuse_address(client)
             connection.close()
             return
-        self._open += 1
+        self.connections += 1
         # From here on it counts as a handshake in progress.
         if is_forwarded:
             transport: TlsServerTransport = ForwardedTransport(self._acceptor, client)
@@ -321,7 +306,7 @@ class Listener(AcceptLoop):
         return True
 
     def _connection_closed(self, address: str) -> None:
-        self._open -= 1
-        if self._closed and not self._open:
+        self.connections -= 1
+        if self._closed and not self.connections:
             self._empty.set()
         self._counts.remove(address)

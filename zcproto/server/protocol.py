@@ -161,7 +161,7 @@ class ServerProtocol(Dispatcher):
         """Process events until they end or must be suspended, then send what is queued."""
         state = self._state
         methods = state.methods
-        timed = wall >> PART_BITS != state.reads.part
+        timed = wall >> PART_BITS != state.timed_part
         requests = 0
         for event in events:
             if event.__class__ is tuple:
@@ -407,7 +407,7 @@ class ServerProtocol(Dispatcher):
 
     def _conversation_ended(self, ended: ConnectionEnded) -> None:
         if ended.code is not None:
-            self._state.counters.count_error(ended.code)
+            self._state.counters.errors[ended.code] += 1
             name = ended.code.name
             log.info("connection.refused", peer=self.peer, connection=self.id, code=name, reason=ended.reason)
         self._flush()
@@ -436,7 +436,7 @@ class ServerProtocol(Dispatcher):
         state = self._state
         state.wheel.discard(self)
         state.connection_ended(self)
-        state.counters.count_end(reason)
+        state.counters.connections_ended[reason] += 1
         if is_on("debug"):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
         state.counters.dropped_stale += connection.dropped_stale

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol
 
 from zcproto.app.app import Method
+from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
@@ -27,7 +29,7 @@ CONNECTIONS_PER_TURN: Final = 100
 RUN_SIZE: Final = 2
 
 PART_BITS: Final = 4
-"""The low bits of the wall time in milliseconds that one interval of `ReadTiming` spans."""
+"""One read is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles."""
 
 log = get_logger("zcproto.server")
 
@@ -37,16 +39,17 @@ class Counters:
     """Counters of the hot path; read by metrics and status."""
 
     requests: int = 0
-    errors: dict[int, int] = field(default_factory=dict)
+    errors: Counter[int] = field(default_factory=Counter)
+    """Errors that were sent, by code."""
     connections_opened: int = 0
-    connections_ended: dict[str, int] = field(default_factory=dict)
+    connections_ended: Counter[str] = field(default_factory=Counter)
     refused_per_address: int = 0
     refused_full: int = 0
     accept_failed: int = 0
     dropped_stale: int = 0
     refused: dict[tuple[str, int], int] = field(default_factory=dict)
     """Frames that reached no method, by cause and by the code of their answer."""
-    sessions_ended: dict[EndReason, int] = field(default_factory=dict)
+    sessions_ended: Counter[EndReason] = field(default_factory=Counter)
     """Live sessions that ended, by reason."""
     events: int = 0
     """Events sent by methods and the server; expiry warnings are sent by connections and not counted."""
@@ -56,25 +59,14 @@ class Counters:
     """Configurations applied while the server ran."""
     reloads_refused: int = 0
 
-    def count_error(self, code: int) -> None:
-        self.errors[code] = self.errors.get(code, 0) + 1
 
-    def count_end(self, reason: str) -> None:
-        self.connections_ended[reason] = self.connections_ended.get(reason, 0) + 1
-
-
-class Connection(Protocol):
+class Connection(CallConnection, Protocol):
     """An open connection, as the rest of the server uses it; implemented by `ServerProtocol`."""
 
-    peer: str
-
-    @property
-    def id(self) -> str: ...
     @property
     def in_flight(self) -> int: ...
     @property
     def is_slow_reader(self) -> bool: ...
-    def peer_certificate(self) -> bytes | None: ...
     def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None: ...
     def disprove(self, key: str) -> None: ...
     def announce(self, body: bytes) -> None: ...
@@ -121,31 +113,6 @@ class SessionConnections:
         return users if isinstance(users, set | tuple) else (users,)
 
 
-class ReadTiming:
-    """Selects the reads whose requests are timed: the first of each 16 ms, at most 62 a second.
-
-    That is enough for percentiles, and all other reads cost nothing. No timer is needed: every read has the wall
-    time. `part` is the number of the interval that has had its timed read.
-    """
-
-    __slots__ = ("part",)
-
-    def __init__(self) -> None:
-        self.part = -1
-
-    def timed(self, wall: int) -> None:
-        """Record that a read is timed: no other one in its interval is."""
-        self.part = wall >> PART_BITS
-
-
-OnRevoked = Callable[[str, int, bool], None]
-"""Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
-
-
-def _ignore_revoked(by: str, sessions: int, by_user: bool) -> None:
-    """No-op callback."""
-
-
 @dataclass(kw_only=True, eq=False)
 class ServerState:
     """The shared state of all connections of one event loop."""
@@ -165,7 +132,8 @@ class ServerState:
     write_timeout: float
     methods: dict[str, Method] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
-    reads: ReadTiming = field(default_factory=ReadTiming)
+    timed_part: int = -1
+    """The interval of wall time that has had its timed read."""
     connections: set[Connection] = field(default_factory=set)
     draining: bool = False
     pins: tuple[str, ...] = ()
@@ -176,7 +144,8 @@ class ServerState:
     """The body of an event for every connection; future ones get it after WELCOME."""
     revoked: int = 0
     """Sessions revoked by someone other than their owner."""
-    on_revoked: OnRevoked = _ignore_revoked
+    on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None
+    """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
     run: str = field(default_factory=partial(secrets.token_hex, RUN_SIZE))
     """Prefix of connection ids, different in each process."""
 
@@ -226,8 +195,7 @@ class ServerState:
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         if code is Code.TOKEN_REVOKED and reason is not EndReason.CLOSED:
             self.revoked += 1
-        ended = self.counters.sessions_ended
-        ended[reason] = ended.get(reason, 0) + 1
+        self.counters.sessions_ended[reason] += 1
         for connection in self.session_connections.remove(session_id):
             connection.session_ended(session_id, code, reason)
 
