@@ -11,7 +11,6 @@ import pytest
 
 from zcproto.app.app import App, Method
 from zcproto.app.context import Context
-from zcproto.app.parameters import ParamInfo
 from zcproto.errors import InvalidArgument
 from zcproto.wire.message import METHOD_MAX_LENGTH
 
@@ -213,9 +212,9 @@ def test_parameters_are_listed_for_callers() -> None:
     def function(a: int, context: Context, b: list[Point] | None = None, **rest: str) -> None: ...
 
     assert Method("m", function).params == [
-        ParamInfo("a", "int", True),
-        ParamInfo("b", "list[Point] | None", False),
-        ParamInfo("**rest", "str", False),
+        {"name": "a", "type": "int", "required": True},
+        {"name": "b", "type": "list[Point] | None", "required": False},
+        {"name": "**rest", "type": "str", "required": False},
     ]
 
 
@@ -268,7 +267,7 @@ def test_partial_can_be_registered() -> None:
 
     plain = Method("m", functools.partial(add, 1))
     assert plain.function(**plain.bind({"b": 2})) == 3
-    assert [param.name for param in plain.params] == ["b"]
+    assert [param["name"] for param in plain.params] == ["b"]
     assert complaint(functools.partial(add, 1), b="x") == "b must be an int"
     assert Method("m", functools.partial(functools.partial(later), b=1)).is_async
 

@@ -40,24 +40,6 @@ class Method:
     until asynchronous calls were answered; servers in one process share them.
     """
 
-    __slots__ = (
-        "bind",
-        "calls",
-        "context_name",
-        "doc",
-        "durations",
-        "function",
-        "is_async",
-        "is_unchecked",
-        "may_wait",
-        "name",
-        "operator",
-        "params",
-        "public",
-        "unrestricted",
-        "waits",
-    )
-
     def __init__(
         self,
         name: str,
@@ -76,7 +58,7 @@ class Method:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"method {name}: must return its result, not yield it")
         try:
-            signature = Signature(function, injected=(Context,))
+            signature = Signature(function, injected=Context)
         except TypeError as error:
             raise TypeError(f"method {name}: {error}") from error
         self.name = name
@@ -92,7 +74,7 @@ class Method:
         self.waits = Histogram(WAITED_S)
         self.params = signature.params
         self.bind = signature.bind
-        self.context_name = signature.injected.get(Context)
+        self.context_name = signature.injected
         self.is_unchecked = signature.is_unchecked and not may_wait
 
 

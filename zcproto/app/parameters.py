@@ -16,8 +16,8 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection
-from typing import Any, Final, Literal, NamedTuple, Union, cast
+from collections.abc import Callable
+from typing import Any, Final, Literal, Union, cast
 
 from zcproto.errors import InvalidArgument
 
@@ -36,29 +36,19 @@ _TYPE_NAMES: Final = {
 }
 
 
-class ParamInfo(NamedTuple):
-    """One parameter as `server.info` lists it."""
-
-    name: str
-    type: str
-    required: bool
-
-
 class Signature:
     """The parameters of a function that is called with keyword arguments only.
 
-    A parameter annotated with one of the `injected` types is not the caller's: `injected` maps the type to its
-    name. `accepts_any` is whether there is a `**name` parameter. `is_unchecked` is whether any mapping can be
-    passed to the function unchanged.
+    A parameter annotated with the `injected` type is not the caller's; the attribute is its name. `params` are the
+    others as `server.info` lists them. `is_unchecked` is whether the function accepts any mapping unchanged.
     """
 
-    def __init__(self, function: Callable[..., Any], injected: Collection[type] = ()) -> None:
+    def __init__(self, function: Callable[..., Any], injected: type | None = None) -> None:
         """Raises TypeError for parameters that cannot be checked or passed by name."""
-        self.injected: dict[type, str] = {}
-        self.accepts_any = False
-        self.params: list[ParamInfo] = []
+        self.injected: str | None = None
+        self.params: list[dict[str, Any]] = []
         self._checkers: dict[str, Checker] = {}
-        self._check_rest: Checker = accept_any
+        self._check_rest: Checker | None = None  # of a `**name` parameter
         try:
             hints = typing.get_type_hints(_annotated(function))
         except NameError as error:
@@ -66,47 +56,39 @@ class Signature:
         required = set()
         for parameter in inspect.signature(function).parameters.values():
             name, annotation = parameter.name, hints.get(parameter.name, parameter.annotation)
-            if annotation in injected:
-                self.injected[annotation] = name
-            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                self.accepts_any = True
+            is_required = parameter.default is inspect.Parameter.empty
+            if injected is not None and annotation is injected:
+                self.injected = name
+                continue
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                name, is_required = "**" + name, False
                 self._check_rest = checker_for(annotation)
-                self.params.append(ParamInfo("**" + name, describe(annotation), required=False))
             elif parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
                 raise TypeError(f"parameter {name!r} must be passable by name")
             else:
-                is_required = parameter.default is inspect.Parameter.empty
                 self._checkers[name] = checker_for(annotation)
-                self.params.append(ParamInfo(name, describe(annotation), is_required))
                 if is_required:
                     required.add(name)
+            self.params.append({"name": name, "type": describe(annotation), "required": is_required})
         self._required = frozenset(required)
-        self._passes_rest = self.accepts_any and self._check_rest is accept_any
-        self.is_unchecked = self._passes_rest and not self._checkers and not self.injected
+        self.is_unchecked = self._check_rest is accept_any and not self._checkers and self.injected is None
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument naming the parameter."""
-        checkers, injected = self._checkers, self.injected.values()
-        if self._passes_rest and params.keys().isdisjoint(injected):
-            arguments = params.copy()
-            for name, check in checkers.items():
-                if name in params:
-                    arguments[name] = check(params[name], name)
-                elif name in self._required:
-                    raise InvalidArgument(f"missing parameter '{name}'")
-            return arguments
+        checkers, check_rest = self._checkers, self._check_rest
         arguments = {}
         for name, value in params.items():
             checker = checkers.get(name)
             if checker is not None:
                 arguments[name] = checker(value, name)
-            elif self.accepts_any and name not in injected:
-                arguments[name] = self._check_rest(value, f"parameter {quoted(name)}")
-            else:
+            elif check_rest is None or name == self.injected:
                 raise InvalidArgument(f"unknown parameter {quoted(name)}")
-        if len(arguments) < len(checkers) or self.accepts_any:
-            for name in sorted(self._required - arguments.keys()):
-                raise InvalidArgument(f"missing parameter '{name}'")
+            elif check_rest is accept_any:
+                arguments[name] = value
+            else:
+                arguments[name] = check_rest(value, f"parameter {quoted(name)}")
+        if not self._required <= arguments.keys():
+            raise InvalidArgument(f"missing parameter '{min(self._required - arguments.keys())}'")
         return arguments
 
 

@@ -273,7 +273,7 @@ def server_info_method(state: ServerState) -> Method:
             "time": context.wall(),
             "versions": [VERSION],
             "methods": [
-                {"name": name, "doc": method.doc, "params": [param._asdict() for param in method.params]}
+                {"name": name, "doc": method.doc, "params": method.params}
                 for name, method in sorted(state.methods.items())
                 if method.public or (session is not None and (session.operator or not method.operator))
             ],
