@@ -78,9 +78,7 @@ class ServerAlerts:
         random = partial(random_fraction, self._entropy)
         return SinkQueue(sink, clock=self._clock, random=random, on_down=self._sink_down, on_up=self._sink_up)
 
-    def reconfigure(
-        self, config: AlertsConfig, sinks: Sequence[Sink], watch: Callable[[ServerAlerts], None]
-    ) -> None:
+    def reconfigure(self, config: AlertsConfig, sinks: Sequence[Sink], watch: Callable[[], None]) -> None:
         """Apply another configuration. `watch` registers the counters again.
 
         Queued messages go to the sink that replaces theirs; those of a removed sink are delivered within
@@ -90,7 +88,7 @@ class ServerAlerts:
         self.center.reconfigure(repeat_s=config.repeat, quiet_s=config.quiet)
         self._replace_sinks(sinks)
         self._before, self._watched = self._watched, {}
-        watch(self)
+        watch()
         before, self._before = self._before, {}
         for (kind, about), old in before.items():
             new = self._watched.get((kind, about))

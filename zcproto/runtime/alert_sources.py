@@ -6,16 +6,15 @@ Events that any peer can cause are not raised one by one: they are counted, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final
 
+from zcproto.admin.parts import Parts
 from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
-from zcproto.auth import Login
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.errors import Code
-from zcproto.server.state import ServerState
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.server import TlsAcceptor
 
 ERROR_DAYS: Final = 7
 CRITICAL_DAYS: Final = 1
@@ -44,33 +43,25 @@ _CERTIFICATE_ENDS: Final = {
 }
 
 
-class _StoreAlert(NamedTuple):
-    """The alert that a store event raises. `title` may use its values; `about` names the value of the subject."""
-
-    kind: AlertKind
-    title: str
-    about: str = ""
-
-
 _STORE_BEGINS: Final = {
-    "store.degraded": _StoreAlert(AlertKind.STORE_DEGRADED, "the session store is unavailable: {reason}"),
-    "store.grace_over": _StoreAlert(
-        AlertKind.STORE_GRACE_OVER, "the store outage exceeds store.grace, all tokens are refused: {reason}"
+    "store.degraded": (AlertKind.STORE_DEGRADED, "the session store is unavailable: {reason}"),
+    "store.grace_over": (
+        AlertKind.STORE_GRACE_OVER,
+        "the store outage exceeds store.grace, all tokens are refused: {reason}",
     ),
-    "store.emptied": _StoreAlert(AlertKind.STORE_EMPTIED, "the session store lost its data"),
-    "store.damaged": _StoreAlert(
-        AlertKind.STORE_DAMAGED, "the session file is damaged and was moved aside", "path"
+    "store.emptied": (AlertKind.STORE_EMPTIED, "the session store lost its data"),
+    "store.damaged": (AlertKind.STORE_DAMAGED, "the session file is damaged and was moved aside"),
+    "store.missing": (AlertKind.STORE_DAMAGED, "the session file was removed while it was in use"),
+    "revocations.damaged": (
+        AlertKind.STORE_DAMAGED,
+        "the file of pending revocations is damaged; a copy is kept",
     ),
-    "store.missing": _StoreAlert(
-        AlertKind.STORE_DAMAGED, "the session file was removed while it was in use", "path"
-    ),
-    "revocations.damaged": _StoreAlert(
-        AlertKind.STORE_DAMAGED, "the file of pending revocations is damaged; a copy is kept", "copy"
-    ),
-    "revocations.not_kept": _StoreAlert(
-        AlertKind.REVOCATIONS_NOT_KEPT, "a revocation could not be written to disk: {reason}"
+    "revocations.not_kept": (
+        AlertKind.REVOCATIONS_NOT_KEPT,
+        "a revocation could not be written to disk: {reason}",
     ),
 }
+"""The alert of a store event, and its title with values of the event."""
 
 
 def on_certificate_notice(alerts: ServerAlerts, notice: Notice) -> None:
@@ -114,9 +105,9 @@ def on_store_event(alerts: ServerAlerts, event: str, values: Mapping[str, Any]) 
         alerts.resolve(AlertKind.STORE_GRACE_OVER, title)
         alerts.resolve(AlertKind.STORE_DEGRADED, title, details=values)
     elif event in _STORE_BEGINS:
-        kind, title, about = _STORE_BEGINS[event]
-        title = title.format(reason=values.get("reason", ""))
-        alerts.raise_(kind, title, about=str(values.get(about, "")), details=values)
+        kind, title = _STORE_BEGINS[event]
+        file = str(values.get("path", values.get("copy", "")))
+        alerts.raise_(kind, title.format_map(values), about=file, details=values)
 
 
 def on_refresh_reused(alerts: ServerAlerts, session_id: str, address: str) -> None:
@@ -135,76 +126,58 @@ def on_revoked(alerts: ServerAlerts, by: str, sessions: int, by_user: bool) -> N
         alerts.raise_(AlertKind.SESSIONS_REVOKED, title, about=by, severity=severity, details=details)
 
 
-class _Counter(NamedTuple):
-    """A counter whose growth is an alert. `title` gets `count` and `window`."""
-
-    kind: AlertKind
-    read: Callable[[], int]
-    threshold: int
-    title: str
-    about: str = ""
-
-
-def watch_rates(alerts: ServerAlerts, *, state: ServerState, acceptor: TlsAcceptor, login: Login) -> None:
+def watch_rates(parts: Parts) -> None:
     """Watch the counters whose fast growth is an alert."""
-    config = alerts.config
-    counters = state.counters
-
-    def tls_failures(cause: TlsFailure) -> _Counter:
-        factor = SCANNERS_FACTOR if cause in BY_SCANNERS else 1
-        title = f"{{count}} TLS connections failed within {{window}}: {cause.value}"
-        threshold = config.tls_failures * factor
-        return _Counter(
-            AlertKind.TLS_FAILURES, lambda: acceptor.failures[cause], threshold, title, cause.value
-        )
-
-    watched = [
-        *map(tls_failures, TlsFailure),
-        _Counter(
-            AlertKind.REPLAYED,
-            lambda: counters.errors.get(Code.REPLAYED, 0),
-            config.replays,
-            "{count} frames were refused as replays within {window}",
-        ),
-        _Counter(
-            AlertKind.STALE_FRAMES,
-            lambda: counters.refused.get(("stale", Code.STALE_TIMESTAMP), 0) + counters.dropped_stale,
-            config.stale_frames,
-            "{count} frames had a timestamp out of tolerance within {window}",
-        ),
-        _Counter(
-            AlertKind.LOGINS_THROTTLED,
-            lambda: login.throttled,
-            config.throttled_logins,
-            "{count} logins were throttled within {window}",
-        ),
-        _Counter(
-            AlertKind.REVOCATION_RATE,
-            lambda: state.revoked,
-            config.revocation_rate,
-            "{count} sessions were revoked within {window}",
-        ),
-        _Counter(
-            AlertKind.SERVER_FULL,
-            lambda: counters.refused_full,
-            config.refused_connections,
-            "{count} connections were refused within {window}: limits.max_connections is reached",
-            "max_connections",
-        ),
-        _Counter(
-            AlertKind.SERVER_FULL,
-            lambda: counters.accept_failed,
-            config.refused_connections,
-            "accepting a connection failed {count} times within {window}: no descriptors or memory left",
-            "descriptors",
-        ),
-    ]
+    alerts, state, acceptor, login = parts.alerts, parts.state, parts.acceptor, parts.login
+    config, counters = alerts.config, state.counters
     window = f"{config.rate_window:g} s"
-    for counter in watched:
-        alerts.watch(
-            counter.kind,
-            counter.read,
-            counter.threshold,
-            lambda count, title=counter.title: title.format(count=count, window=window),  # type: ignore[misc]
-            about=counter.about,
+
+    def watch(kind: AlertKind, threshold: int, read: Callable[[], int], title: str, about: str = "") -> None:
+        alerts.watch(kind, read, threshold, lambda count: title.format(count=count, window=window), about)
+
+    for cause in TlsFailure:
+        watch(
+            AlertKind.TLS_FAILURES,
+            config.tls_failures * (SCANNERS_FACTOR if cause in BY_SCANNERS else 1),
+            partial(acceptor.failures.__getitem__, cause),
+            f"{{count}} TLS connections failed within {{window}}: {cause.value}",
+            cause.value,
         )
+    watch(
+        AlertKind.REPLAYED,
+        config.replays,
+        lambda: counters.errors[Code.REPLAYED],
+        "{count} frames were refused as replays within {window}",
+    )
+    watch(
+        AlertKind.STALE_FRAMES,
+        config.stale_frames,
+        lambda: counters.refused.get(("stale", Code.STALE_TIMESTAMP), 0) + counters.dropped_stale,
+        "{count} frames had a timestamp out of tolerance within {window}",
+    )
+    watch(
+        AlertKind.LOGINS_THROTTLED,
+        config.throttled_logins,
+        lambda: login.throttled,
+        "{count} logins were throttled within {window}",
+    )
+    watch(
+        AlertKind.REVOCATION_RATE,
+        config.revocation_rate,
+        lambda: state.revoked,
+        "{count} sessions were revoked within {window}",
+    )
+    watch(
+        AlertKind.SERVER_FULL,
+        config.refused_connections,
+        lambda: counters.refused_full,
+        "{count} connections were refused within {window}: limits.max_connections is reached",
+        "max_connections",
+    )
+    watch(
+        AlertKind.SERVER_FULL,
+        config.refused_connections,
+        lambda: counters.accept_failed,
+        "accepting a connection failed {count} times within {window}: no descriptors or memory left",
+        "descriptors",
+    )

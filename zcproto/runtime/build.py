@@ -84,7 +84,6 @@ async def build(
     state.on_revoked = partial(on_revoked, alerts)
     login = build_login(active, home, state, certificates, authenticators)
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
-    watch_rates(alerts, state=state, acceptor=acceptor, login=login.login)
     enrollment = None if login.devices is None else login.devices.enrollment
     state.add_methods([*protocol_methods(state, login.login, enrollment), *app])
     parts = Parts(
@@ -106,6 +105,7 @@ async def build(
         loop_lag=LoopLag(loop, partial(_work_done, state, acceptor)),
         traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )
+    watch_rates(parts)
     add_views(parts)
     return parts
 

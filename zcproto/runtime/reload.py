@@ -16,11 +16,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from zcproto.admin.parts import Parts
 from zcproto.alerts import Alert, AlertKind
-from zcproto.alerts.service import ServerAlerts, sinks_of
+from zcproto.alerts.service import sinks_of
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT, ConfigChange, Effect, changes_between, effective
 from zcproto.errors import CertificateError, ConfigError
@@ -116,7 +117,7 @@ class Reloader:
         def apply() -> None:
             self._check_draining()  # a drain may have begun meanwhile
             self._apply(new)
-            self._parts.alerts.reconfigure(new.alerts, sinks, self._watch)
+            self._parts.alerts.reconfigure(new.alerts, sinks, partial(watch_rates, self._parts))
             if self._owns_log:
                 log_change.apply()
             self._on_config(new)
@@ -134,10 +135,6 @@ class Reloader:
     def _check_draining(self) -> None:
         if self._parts.state.draining:
             raise ConfigError(["the server is draining and cannot reload; start it again"])
-
-    def _watch(self, alerts: ServerAlerts) -> None:
-        parts = self._parts
-        watch_rates(alerts, state=parts.state, acceptor=parts.acceptor, login=parts.login)
 
     def _apply(self, new: Config) -> None:
         """Apply what cannot fail."""
