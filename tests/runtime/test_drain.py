@@ -25,7 +25,7 @@ from tests.server.helpers import (
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.errors import Code
-from zcproto.runtime import drain as drain_module
+from zcproto.runtime import server as server_module
 from zcproto.runtime.server import Server
 
 Serve = Callable[..., ServerThread]
@@ -199,7 +199,7 @@ def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, metho
 
 def test_unfinished_handshake_is_aborted_at_the_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
+    monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
     with server.tcp() as raw:
         raw.sendall(b"\x16\x03\x01")
         server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 1)
@@ -211,7 +211,7 @@ def test_unfinished_handshake_is_aborted_at_the_end(serve: Serve, monkeypatch: p
 
 def test_client_without_close_notify_is_reset(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    monkeypatch.setattr(drain_module, "LINGER_TIME", 0.0)
+    monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
     client = server.client("ada")
     server.drain(0.0)  # half a second for the client's close_notify
     frames, _ = client.rest_until_closed()
@@ -226,7 +226,7 @@ def test_uncancellable_method_does_not_block_the_drain(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(drain_module, "CANCELLED_TIME", 0.02)
+    monkeypatch.setattr(server_module, "CANCELLED_TIME", 0.02)
     with server.client("ada") as client:
         client.send(client.request("stubborn"))
         eventually(lambda: methods.running)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from zcproto.admin.parts import Parts
-from zcproto.alerts import Alert, AlertKind
+from zcproto.alerts import AlertKind
 from zcproto.alerts.service import sinks_of
 from zcproto.config import Config
 from zcproto.config.changes import TAKES_EFFECT, ConfigChange, Effect, changes_between, effective
@@ -43,19 +43,11 @@ _CERTIFICATE_ALERTS: Final = (
 """Raised again by a check of the certificates if the cause still exists."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
+class Reloaded(NamedTuple):
     """The result of a reload."""
 
-    changes: tuple[ConfigChange, ...]
-
-    @property
-    def applied(self) -> list[ConfigChange]:
-        return [change for change in self.changes if change.effect is not Effect.RESTART]
-
-    @property
-    def needs_restart(self) -> list[ConfigChange]:
-        return [change for change in self.changes if change.effect is Effect.RESTART]
+    applied: list[ConfigChange]
+    needs_restart: list[ConfigChange]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -64,107 +56,95 @@ class Reloaded:
         }
 
 
-class Reloader:
-    """Reloads one server.
+async def reload_config(
+    parts: Parts, read: ReadConfig, *, on_config: Callable[[Config], None], owns_log: bool
+) -> Reloaded:
+    """Read the configuration and apply it. Raises ConfigError; then nothing has changed.
 
-    `read` reads its configuration; None if a program gave it. `on_config` is called with each configuration that
-    is applied. `owns_log` is whether `[log]` applies to the log of the process.
+    `on_config` is called with a configuration that is applied. `owns_log` is whether `[log]` applies to the log of
+    the process. Only one call may run at a time.
     """
+    counters = parts.state.counters
+    try:
+        reloaded = await _reload(parts, read, on_config, owns_log)
+    except (ConfigError, CertificateError) as error:
+        faults = error.faults if isinstance(error, ConfigError) else [str(error)]
+        counters.reloads_refused += 1
+        log.error("config.refused", faults=faults)
+        raise ConfigError(faults) from error
+    counters.reloads += 1
+    log.info(
+        "config.reloaded",
+        changed=[change.key for change in reloaded.applied],
+        restart=[change.key for change in reloaded.needs_restart],
+    )
+    return reloaded
 
-    def __init__(
-        self, parts: Parts, read: ReadConfig | None, *, on_config: Callable[[Config], None], owns_log: bool
-    ) -> None:
-        self._parts = parts
-        self._read = read
-        self._on_config = on_config
-        self._owns_log = owns_log
-        self._one_at_a_time = asyncio.Lock()
 
-    async def reload(self) -> Reloaded:
-        """Read the configuration and apply it. Raises ConfigError; then nothing has changed."""
-        async with self._one_at_a_time:
-            try:
-                reloaded = await self._reload()
-            except (ConfigError, CertificateError) as error:
-                faults = error.faults if isinstance(error, ConfigError) else [str(error)]
-                self._parts.state.counters.reloads_refused += 1
-                log.error("config.refused", faults=faults)
-                raise ConfigError(faults) from error
-            self._parts.state.counters.reloads += 1
-            log.info(
-                "config.reloaded",
-                changed=[change.key for change in reloaded.applied],
-                restart=[change.key for change in reloaded.needs_restart],
-            )
-            return reloaded
+async def _reload(
+    parts: Parts, read: ReadConfig, on_config: Callable[[Config], None], owns_log: bool
+) -> Reloaded:
+    _check_draining(parts)
+    old, found = parts.config, await asyncio.to_thread(read)
+    kept = frozenset() if owns_log else LOG_KEYS
+    changes = changes_between(old, found, kept)
+    new = effective(old, found, kept)
+    sinks = await asyncio.to_thread(sinks_of, new.alerts, parts.clock)
+    log_change = await asyncio.to_thread(LogChange, old.log, new.log)
 
-    async def _reload(self) -> Reloaded:
-        if self._read is None:
-            raise ConfigError(
-                [
-                    "the configuration comes from the program that runs this server;"
-                    " restart that program, or let it pass read_config to Server"
-                ]
-            )
-        self._check_draining()
-        old, read = self._parts.config, await asyncio.to_thread(self._read)
-        kept = frozenset() if self._owns_log else LOG_KEYS
-        reloaded = Reloaded(tuple(changes_between(old, read, kept)))
-        new = effective(old, read, kept)
-        sinks = await asyncio.to_thread(sinks_of, new.alerts, self._parts.clock)
-        log_change = await asyncio.to_thread(LogChange, old.log, new.log)
+    def apply() -> None:
+        _check_draining(parts)  # a drain may have begun meanwhile
+        _apply(parts, new)
+        parts.alerts.reconfigure(new.alerts, sinks, partial(watch_rates, parts))
+        if owns_log:
+            log_change.apply()
+        on_config(new)
 
-        def apply() -> None:
-            self._check_draining()  # a drain may have begun meanwhile
-            self._apply(new)
-            self._parts.alerts.reconfigure(new.alerts, sinks, partial(watch_rates, self._parts))
-            if self._owns_log:
-                log_change.apply()
-            self._on_config(new)
+    before = _certificate_alerts(parts)
+    try:
+        checked = await parts.certificates.reconfigure(new, apply)
+    except BaseException:
+        log_change.drop()
+        raise
+    if checked:
+        for kind, about, count in _certificate_alerts(parts):
+            if (kind, about, count) in before:  # not raised again: the certificate is no longer configured
+                parts.alerts.resolve(kind, about=about)
+    return Reloaded(
+        applied=[change for change in changes if change.effect is not Effect.RESTART],
+        needs_restart=[change for change in changes if change.effect is Effect.RESTART],
+    )
 
-        before = self._certificate_alerts()
-        try:
-            checked = await self._parts.certificates.reconfigure(new, apply)
-        except BaseException:
-            log_change.drop()
-            raise
-        if checked:
-            self._end_alerts(before)
-        return reloaded
 
-    def _check_draining(self) -> None:
-        if self._parts.state.draining:
-            raise ConfigError(["the server is draining and cannot reload; start it again"])
+def _check_draining(parts: Parts) -> None:
+    if parts.state.draining:
+        raise ConfigError(["the server is draining and cannot reload; start it again"])
 
-    def _apply(self, new: Config) -> None:
-        """Apply what cannot fail."""
-        parts, state, limits, sessions = self._parts, self._parts.state, new.limits, new.sessions
-        parts.active.config = new
-        state.settings = replace(connection_settings(new), looks_up=state.settings.looks_up)
-        state.write_buffer_bytes = limits.write_buffer_bytes
-        state.write_timeout = limits.write_timeout
-        settings = replace(session_settings(new), max_sessions=state.registry.settings.max_sessions)
-        if settings != state.registry.settings:
-            state.registry.reconfigure(settings)
-            state.sessions.reconfigure(settings)
-        state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
-        parts.throttle.reconfigure(limits.login_failures)
-        parts.acceptor.handshake_timeout = new.tls.handshake_timeout
-        parts.acceptor.client_pins = parse_pins(new.tls.client_pins)
-        parts.listener.reconfigure(new)
-        if parts.http is not None:
-            parts.http.reconfigure(new)
 
-    def _certificate_alerts(self) -> dict[tuple[AlertKind, str], Alert]:
-        return {
-            (alert.kind, alert.about): alert
-            for alert in self._parts.alerts.center.open_alerts()
-            if alert.kind in _CERTIFICATE_ALERTS
-        }
+def _apply(parts: Parts, new: Config) -> None:
+    """Apply what cannot fail."""
+    state, limits, sessions = parts.state, new.limits, new.sessions
+    parts.active.config = new
+    state.settings = replace(connection_settings(new), looks_up=state.settings.looks_up)
+    state.write_buffer_bytes = limits.write_buffer_bytes
+    state.write_timeout = limits.write_timeout
+    settings = replace(session_settings(new), max_sessions=state.registry.settings.max_sessions)
+    if settings != state.registry.settings:
+        state.registry.reconfigure(settings)
+        state.sessions.reconfigure(settings)
+    state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
+    parts.throttle.reconfigure(limits.login_failures)
+    parts.acceptor.handshake_timeout = new.tls.handshake_timeout
+    parts.acceptor.client_pins = parse_pins(new.tls.client_pins)
+    parts.listener.reconfigure(new)
+    if parts.http is not None:
+        parts.http.reconfigure(new)
 
-    def _end_alerts(self, before: dict[tuple[AlertKind, str], Alert]) -> None:
-        """Resolve alerts that the check did not raise again: their certificates are no longer configured."""
-        for key, alert in self._certificate_alerts().items():
-            old = before.get(key)
-            if old is not None and old.count == alert.count:
-                self._parts.alerts.resolve(alert.kind, about=alert.about)
+
+def _certificate_alerts(parts: Parts) -> list[tuple[AlertKind, str, int]]:
+    """Return the kind, subject and count of the open alerts about certificates."""
+    return [
+        (alert.kind, alert.about, alert.count)
+        for alert in parts.alerts.center.open_alerts()
+        if alert.kind in _CERTIFICATE_ALERTS
+    ]

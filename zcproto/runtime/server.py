@@ -3,9 +3,14 @@
     async with Server(app, config) as server:
         await server.wait_closed()
 
-    build -> control socket -> sessions -> bind -> background work -> listen      drain -> the same in reverse
+    build -> control socket -> sessions -> bind -> background work -> listen
+    drain: stop accepting -> GOAWAY -> wait for running methods -> cancel -> close -> wait for the peers
 
-All faults of the configuration and the certificates are raised before a port is bound.
+Rules:
+- All faults of the configuration and the certificates are raised before a port is bound.
+- A method may finish within the limit of the drain; a caller whose method is cut off gets CANCELLED.
+- A peer that does not close after close_notify is reset after the linger time.
+- After the drain, what was started ends in reverse order.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from zcproto.admin.control import ControlSocket
 from zcproto.admin.operations import Operations
@@ -30,15 +35,20 @@ from zcproto.certs import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
 from zcproto.config import Config, load_config
+from zcproto.connection.events import GoAwayReason
 from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.runtime.background import Background, background_work, roll_out_certificates
 from zcproto.runtime.build import alert_source, build
-from zcproto.runtime.drain import close_state, drain_connections
-from zcproto.runtime.reload import ReadConfig, Reloaded, Reloader
+from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
 from zcproto.server.listener import bind, take_over
 from zcproto.server.state import ServerState, log
+from zcproto.tls.server import TlsServerTransport
+from zcproto.tls.transport import LINGER_TIME
+
+CANCELLED_TIME: Final = 2.0
+"""Seconds that cancelled methods have to clean up."""
 
 T = TypeVar("T")
 
@@ -92,11 +102,10 @@ class Server:
         self._redirect_sockets = list(redirect_sockets)
         self._parts: Parts | None = None
         self._control: ControlSocket | None = None
-        self._reloader: Reloader | None = None
         self._running = AsyncExitStack()
         self._requested: set[asyncio.Task[Any]] = set()
         self._closed = asyncio.Event()
-        self._ending = asyncio.Lock()
+        self._ending, self._reloading = asyncio.Lock(), asyncio.Lock()
         self.owns_log = False
         """Whether `[log]` of this configuration applies to the log of the process."""
         self.on_config: Callable[[Config], None] = lambda config: None
@@ -144,8 +153,6 @@ class Server:
             parts.listener.start()
             if parts.http is not None and parts.http.redirect is not None:
                 parts.http.redirect.start()
-            read = None if self._read_config is None else self._read_again
-            self._reloader = Reloader(parts, read, on_config=self.on_config, owns_log=self.owns_log)
             self._parts = parts
             self._running = stack.pop_all()
 
@@ -215,23 +222,31 @@ class Server:
 
         Raises ConfigError with all faults; then nothing has changed. No connection is closed by it.
         """
-        if self._reloader is None:
+        if self._parts is None:
             raise ConfigError(["the server is not running: start it; it reads its configuration then"])
         # A task, so that a caller who goes away cannot leave half of it done.
-        reload = self._begin(self._reload(self._reloader))
-        return await asyncio.shield(reload)
+        return await asyncio.shield(self._begin(self._reload(self._parts)))
 
-    async def _reload(self, reloader: Reloader) -> Reloaded:
+    async def _reload(self, parts: Parts) -> Reloaded:
         with self.around_reload():
-            return await reloader.reload()
+            async with self._reloading:
+                return await reload_config(
+                    parts, self._read_again, on_config=self.on_config, owns_log=self.owns_log
+                )
 
     @property
     def can_reload(self) -> bool:
         """Whether `reload` has a configuration to read."""
-        return self._read_config is not None and self._reloader is not None
+        return self._read_config is not None and self._parts is not None
 
     def _read_again(self) -> Config:
-        assert self._read_config is not None
+        if self._read_config is None:
+            raise ConfigError(
+                [
+                    "the configuration comes from the program that runs this server;"
+                    " restart that program, or let it pass read_config to Server"
+                ]
+            )
         return _at_home(self._read_config(), self.home)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -282,3 +297,55 @@ def _at_home(config: Config, home: Home) -> Config:
         return config
     certificates = config.certificates.model_copy(update={"directory": home.certs})
     return config.model_copy(update={"certificates": certificates})
+
+
+# --- the end of connections ----------------------------------------------------------------------------
+
+
+async def drain_connections(parts: Parts, limit: float) -> int:
+    """Stop accepting and end every connection; return how many were cut off after `limit` seconds."""
+    state, http = parts.state, parts.http
+    state.draining = True
+    if http is not None:
+        http.drain()
+    parts.listener.close()
+    state.log_soon.write()
+    log.info("server.draining", connections=len(state.connections))
+    async for connection in state.each_connection():
+        connection.go_away(GoAwayReason.DRAINING)
+    await _within(limit, _wait_idle(parts))
+    if http is not None:
+        http.close()
+    cut_off = len(state.connections)
+    for connection in list(state.connections):
+        connection.cancel_all()
+        connection.close("drain_timeout")
+    # close_notify has been sent: wait for the peers, or for the linger time that resets the rest.
+    await _within(LINGER_TIME + 0.5, parts.listener.wait_empty())
+    stuck = await state.tasks.close(CANCELLED_TIME)
+    if stuck:
+        log.error("server.methods_stuck", count=stuck)
+    return cut_off
+
+
+async def close_state(parts: Parts) -> None:
+    """Abort unfinished handshakes and release what connections share."""
+    state = parts.state
+    state.log_soon.write()
+    for waiting in state.wheel.close():
+        assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
+        waiting.abort()
+    await _within(LINGER_TIME, parts.listener.wait_empty())
+    state.close()
+
+
+async def _wait_idle(parts: Parts) -> None:
+    await parts.state.wait_drained()
+    if parts.http is not None:
+        await parts.http.endpoint.wait_at_rest()
+
+
+async def _within(seconds: float, condition: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await condition
