@@ -18,7 +18,7 @@ from tests.admin.chromium import Chromium, Tab
 from tests.admin.test_https import add
 from tests.interop.support import needs
 from tests.server.conftest import Serve
-from tests.server.helpers import ServerThread
+from tests.server.helpers import Client, ServerThread
 from zcproto.alerts import AlertKind
 from zcproto.certs.pair import spki_pin
 from zcproto.http.messages import HttpResponse, Route, text_response
@@ -77,6 +77,14 @@ def give(tab: Tab, token: bytes | str) -> None:
     tab.press_enter()
 
 
+def open_figures(show: Open, server: ServerThread, client: Client, **options: Any) -> Tab:
+    """Show the page, give it the client's token, and wait for the figures."""
+    tab = show(server, **options)
+    give(tab, client.token)
+    shows(tab, "#state", "Ready")
+    return tab
+
+
 def figure(selector: str) -> str:
     return f"document.querySelector({json.dumps(selector)}).innerText"
 
@@ -86,12 +94,18 @@ def shows(tab: Tab, selector: str, text: str) -> None:
     tab.until(f"{figure(selector)}.includes({json.dumps(text)})")
 
 
-def switch_tabs(tab: Tab, other: Tab) -> None:
-    """Show the tab, then the other one: the page must not take that as a request to resume."""
+def assert_requests_nothing(tab: Tab, other: Tab) -> None:
+    """Assert that a tab requests nothing for a minute.
+
+    The other tab covers it and is then hidden: the page must not take that as a request to resume.
+    """
+    requested = tab.requested()
     tab.until("document.hidden")
     tab.call("Page.bringToFront")
     tab.until("!document.hidden")
     other.until("document.hidden")
+    tab.advance(60)
+    assert tab.requested() == requested
 
 
 def assert_no_other_requests(tab: Tab, server: ServerThread) -> None:
@@ -161,9 +175,7 @@ def test_alert_details_are_only_shown_to_operators(serve: Serve, show: Open) -> 
 def test_hidden_page_requests_nothing(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
         other = show(server)
         tab.until("document.hidden")
         asked = tab.requested()
@@ -175,33 +187,23 @@ def test_hidden_page_requests_nothing(serve: Serve, show: Open) -> None:
 def test_paused_page_requests_nothing_until_it_is_resumed(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
         tab.click("#pause")
         shows(tab, "#state", "Paused")
         tab.click("#pause")
         shows(tab, "#state", "Ready")
         tab.click("#pause")
         shows(tab, "#state", "Paused")
-        asked = tab.requested()
-        switch_tabs(tab, show(server))
-        tab.advance(60)
-        assert tab.requested() == asked
+        assert_requests_nothing(tab, show(server))
 
 
 def test_forget_removes_the_token_and_all_figures(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
         tab.click("#forget")
         shows(tab, "#state", "Not connected")
-        asked = tab.requested()
-        switch_tabs(tab, show(server))
-        tab.advance(60)
-        assert tab.requested() == asked
+        assert_requests_nothing(tab, show(server))
     assert tab.text("main").endswith("Show figures")
     assert "healthy" not in tab.run("document.querySelector('main').textContent")
 
@@ -225,9 +227,7 @@ def test_malformed_and_refused_tokens_are_reported_differently(serve: Serve, sho
 def test_closed_session_is_reported_and_its_figures_removed(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
         client.call("session.close")
     shows(tab, "#token-fault", "The session has expired or was revoked")
     assert not tab.run("document.querySelector('#figures').checkVisibility()")
@@ -239,9 +239,7 @@ def test_closed_session_is_reported_and_its_figures_removed(serve: Serve, show: 
 def test_unreachable_server_is_reported_and_the_last_figures_stay(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
     server.drain()
     shows(tab, "#fault", "No answer from the server.")
     shows(tab, "#state", "No answer")
@@ -252,9 +250,7 @@ def test_unreachable_server_is_reported_and_the_last_figures_stay(serve: Serve, 
 def test_reasons_of_a_server_that_is_not_ready_are_shown(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("ada") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
         server.in_loop(lambda: setattr(server.server.state, "draining", True))
         shows(tab, "#state", "Draining")
         shows(tab, "#fault", "draining: the server is stopping")
@@ -345,9 +341,7 @@ def min_target(tab: Tab) -> Any:
 def test_every_element_has_an_accessible_name(serve: Serve, show: Open) -> None:
     server = serve()
     with server.client("operator") as client:
-        tab = show(server)
-        give(tab, client.token)
-        shows(tab, "#state", "Ready")
+        tab = open_figures(show, server, client)
         tree = tab.call("Accessibility.getFullAXTree")["nodes"]
     nodes = [
         (node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]

@@ -52,6 +52,10 @@ _NO_SEND_LIMIT: Final = fault(
     "does not limit the size of sent frames",
     (f"{_CONNECTION}._check_size", "if size > limit:", "if False:"),
 )
+_LIMIT_IS_RETRIED: Final = fault(
+    "retries after an error with a limit",
+    (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
+)
 
 CALLS: Final[dict[str, Fault]] = {
     "responses-out-of-order": fault(
@@ -249,10 +253,7 @@ GOAWAY: Final[dict[str, Fault]] = {
         "waits beyond the deadline of a call",
         (f"{_CLIENT}._wait", "if self._loop.time() + delay >= deadline:", "if False:"),
     ),
-    "limit-reached": fault(
-        "retries after an error with a limit",
-        (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
-    ),
+    "limit-reached": _LIMIT_IS_RETRIED,
     "other-errors-are-not-retried": fault(
         "retries all errors", (_WHAT_NEXT, "error.code, Then.RAISE", "error.code, Then.LATER")
     ),
@@ -295,10 +296,7 @@ SESSIONS: Final[dict[str, Fault]] = {
             "if then in (Then.LATER, Then.RAISE) and must:",
         ),
     ),
-    "too-many-sessions": fault(
-        "retries after an error with a limit",
-        (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
-    ),
+    "too-many-sessions": _LIMIT_IS_RETRIED,
     "unauthenticated": fault("retries after UNAUTHENTICATED", _then("UNAUTHENTICATED", "AT_ONCE")),
     "expired-token": fault("gives up at TOKEN_EXPIRED", _then("TOKEN_EXPIRED", "RAISE")),
     "refresh-rotation": fault(

@@ -38,6 +38,16 @@ _SOME_PINS: Final = (
     "pins=frozenset() if id(self) in globals().setdefault('_dialled', set())"
     " else globals()['_dialled'].add(id(self)) or self._trust.pins,"
 )
+_ONE_PIN: Final = fault(
+    "uses only one pin", (_PARSE_PINS, "parsed = frozenset(pins)", "parsed = frozenset(list(pins)[:1])")
+)
+_NO_LENGTH_LIMIT: Final = fault(
+    "does not limit the length", (_CHECK_LENGTH, "if length > limit:", "if False:")
+)
+_NO_CLOSE_NOTIFY: Final = fault(
+    "closes without close_notify",
+    (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
+)
 
 TRUST: Final[dict[str, Fault]] = {
     "client-hello": fault(
@@ -86,9 +96,7 @@ TRUST: Final[dict[str, Fault]] = {
         ),
     ),
     "wrong-pin": fault("ignores pins", (_JUDGE, "if not connector.pins:", "if True:")),
-    "backup-pin": fault(
-        "uses only one pin", (_PARSE_PINS, "parsed = frozenset(pins)", "parsed = frozenset(list(pins)[:1])")
-    ),
+    "backup-pin": _ONE_PIN,
     "wrong-pin-with-ca": fault(
         "ignores pins if it has a CA",
         (
@@ -116,10 +124,7 @@ TRUST: Final[dict[str, Fault]] = {
             "received = Event(event.name, event.data); self._dial._trust.pins |= frozenset(event.data['pins'])",
         ),
     ),
-    "key-rollover-with-next-pin": fault(
-        "uses only the first pin",
-        (_PARSE_PINS, "parsed = frozenset(pins)", "parsed = frozenset(list(pins)[:1])"),
-    ),
+    "key-rollover-with-next-pin": _ONE_PIN,
     "sts-policy": fault(
         "ignores policies",
         (_DIAL, "if not self._trust.verify and self._known_hosts is not None:", "if False:"),
@@ -206,9 +211,7 @@ WELCOME: Final[dict[str, Fault]] = {
             _SAVED_WELCOME,
         ),
     ),
-    "welcome-too-large": fault(
-        "does not limit the length", (_CHECK_LENGTH, "if length > limit:", "if False:")
-    ),
+    "welcome-too-large": _NO_LENGTH_LIMIT,
     "welcome-never-sent": fault(
         "waits for WELCOME forever",
         (
@@ -269,9 +272,7 @@ FRAMING: Final[dict[str, Fault]] = {
     "length-below-64": fault(
         "does not check the minimum length", (_CHECK_LENGTH, "if length < MIN_LENGTH:", "if False:")
     ),
-    "length-above-limit": fault(
-        "does not limit the length", (_CHECK_LENGTH, "if length > limit:", "if False:")
-    ),
+    "length-above-limit": _NO_LENGTH_LIMIT,
     "version-2": fault(
         "does not check the version",
         (_CHECK_HEAD, "if head >> 24 != VERSION:", "if False:"),
@@ -348,22 +349,21 @@ FRAMING: Final[dict[str, Fault]] = {
         "does not notice an end before WELCOME",
         (f"{_PUMP}._ended", "if not self.welcomed.done():", "if False:"),
     ),
-    "close-notify-on-close": fault(
-        "closes without close_notify",
-        (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
-    ),
-    "close-notify-at-end-of-input": fault(
-        "closes without close_notify",
-        (f"{_PUMP}.close", "self._transport.close()", "self._transport.abort()"),
-    ),
+    "close-notify-on-close": _NO_CLOSE_NOTIFY,
+    "close-notify-at-end-of-input": _NO_CLOSE_NOTIFY,
 }
 
-_SALT_UNSEEN: Final = (
-    "if salt != self.salt and self.state is State.AWAITING_WELCOME or counter <= self._last_counter:"
+_NO_SALT_CHECK: Final = fault(
+    "does not check the salt",
+    (
+        _RECEIVE,
+        _NONCE,
+        "if salt != self.salt and self.state is State.AWAITING_WELCOME or counter <= self._last_counter:",
+    ),
 )
 
 FRESHNESS: Final[dict[str, Fault]] = {
-    "wrong-salt": fault("does not check the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
+    "wrong-salt": _NO_SALT_CHECK,
     "counter-decreases": fault(
         "accepts lower counters",
         (_RECEIVE, _NONCE, "if salt != self.salt or counter == self._last_counter:"),
@@ -372,7 +372,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
         "accepts a counter twice",
         (_RECEIVE, _NONCE, "if salt != self.salt or counter < self._last_counter:"),
     ),
-    "replayed-from-another-connection": fault("does not check the salt", (_RECEIVE, _NONCE, _SALT_UNSEEN)),
+    "replayed-from-another-connection": _NO_SALT_CHECK,
     "counter-jumps": fault(
         "stores counters in doubles",
         (_RECEIVE, _NONCE, "if salt != self.salt or float(counter) <= self._last_counter:"),
