@@ -14,7 +14,7 @@ from tests.admin.test_https import ask, bearer
 from tests.helpers import WALL, FakeClock, small_registry
 from tests.server.conftest import Serve
 from zcproto.admin.resources import BAD_TOKEN, NO_TOKEN, BearerTokens
-from zcproto.auth.certificate import certificate_key
+from zcproto.auth.schemes import certificate_key
 from zcproto.errors import Code, ResourceExhausted, Unavailable
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer
 from zcproto.server.state import ServerState

@@ -226,7 +226,7 @@ def test_users_are_added_changed_and_removed(serve: Serve) -> None:
         assert was_revoked(client)
     file = UserFile(server.home / "users.toml")
     file.load()
-    assert file.names == ["robot"]
+    assert list(file.entries) == ["robot"]
 
 
 def test_faults_of_user_changes_are_reported(serve: Serve) -> None:

@@ -4,10 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.auth.helpers import FakeLog
 from tests.server.conftest import certs, serve, shared
 from zcproto.auth import UserFile
 
 __all__ = ["certs", "path", "serve", "shared", "users"]
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> FakeLog:
+    """The log of directories."""
+    log = FakeLog()
+    monkeypatch.setattr("zcproto.auth.directory.log", log)
+    return log
 
 
 @pytest.fixture

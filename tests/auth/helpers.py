@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zcproto.auth import NO_CHANNEL, Channel, Identity, Login
+from zcproto.auth import Identity, Login
+from zcproto.auth.directory import Directory
+from zcproto.auth.files import Entry, TableFile
+from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.sessions import token_text
 
 T = TypeVar("T")
@@ -28,6 +31,27 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
 async def decision(answer: Identity | Awaitable[Identity | None] | None) -> Identity | None:
     """Return the answer of an authenticator, awaited if necessary."""
     return answer if answer is None or isinstance(answer, Identity) else await answer
+
+
+def directory(file: TableFile[Entry]) -> Directory[Entry]:
+    """Return the entries of a file, none of which has a session to end."""
+
+    async def end_none(name: str, entry: Entry) -> int:
+        return 0
+
+    return Directory(file, on_gone=end_none)
+
+
+class FakeLog:
+    """Records the names of events."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def error(self, event: str, **fields: Any) -> None:
+        self.events.append(event)
+
+    info = error
 
 
 def write(path: Path, text: str | bytes, mode: int = 0o600) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.auth.helpers import write
+from tests.auth.helpers import directory, write
 from zcproto.auth import (
-    CurrentUsers,
     DeviceFile,
     Enrollment,
     PairingFile,
@@ -26,7 +25,7 @@ from zcproto.auth import (
     UserFile,
 )
 from zcproto.auth import pairing as pairing_module
-from zcproto.auth.pairing import MAX_OPEN, MAX_WAITING, MAX_WRONG, Pairing
+from zcproto.auth.pairing import MAX_OPEN, MAX_WAITING, MAX_WRONG
 from zcproto.errors import AlreadyExists, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
 
 WALL = 1_767_225_600_000
@@ -58,7 +57,7 @@ class PairingHome:
 
     def begin(self) -> None:
         """As after a restart, but for the throttle."""
-        users = CurrentUsers(self.users, on_fault=pytest.fail)
+        users = directory(self.users)
         self.enrollment = Enrollment(self.codes, self.devices, users, self.throttle)
 
     def make(self, user: str = "ada", life: int = LIFE, wall: int = WALL) -> str:
@@ -66,7 +65,7 @@ class PairingHome:
 
     async def enroll(
         self, code: str, name: str = "laptop", key: bytes = KEY, wall: int = WALL, address: str = ADDRESS
-    ) -> Pairing:
+    ) -> str:
         return await self.enrollment.enroll(code, key, name, address=address, wall=wall, now=NOW)
 
     async def refused(self, code: str, **options: Any) -> None:
@@ -143,7 +142,7 @@ def test_number_of_open_codes_is_limited(pairings: PairingHome) -> None:
 
 async def test_code_registers_one_device_of_its_user(pairings: PairingHome) -> None:
     code = pairings.make("bob")
-    assert await pairings.enroll(code, "phone") == ("bob", "phone")
+    assert await pairings.enroll(code, "phone") == "bob"
     pairings.devices.load()
     added = datetime.fromtimestamp(WALL / 1000, UTC)
     assert pairings.devices.entries == {"phone": RegisteredDevice("bob", KEY, added)}
@@ -155,7 +154,7 @@ async def test_code_registers_one_device_of_its_user(pairings: PairingHome) -> N
     "change", [str.lower, lambda code: code.replace("-", ""), lambda code: f" {code[:2]} {code[2:]}\t"]
 )
 async def test_code_is_accepted_in_any_common_spelling(pairings: PairingHome, change: Any) -> None:
-    assert await pairings.enroll(change(pairings.make())) == ("ada", "laptop")
+    assert await pairings.enroll(change(pairings.make())) == "ada"
 
 
 async def test_similar_characters_are_equal(tmp_path: Path) -> None:
@@ -163,13 +162,13 @@ async def test_similar_characters_are_equal(tmp_path: Path) -> None:
         tmp_path / "home", entropy=lambda size: bytes.fromhex("0000108421")[:size].ljust(size)
     )
     assert pairings.make() == "0001-1111"
-    assert await pairings.enroll("0oO-iI lL-1") == ("ada", "laptop")
+    assert await pairings.enroll("0oO-iI lL-1") == "ada"
 
 
 async def test_code_registers_a_device_of_its_own_user_only(pairings: PairingHome) -> None:
     codes = {user: pairings.make(user) for user in ("ada", "bob")}
-    assert (await pairings.enroll(codes["bob"], "b")).user == "bob"
-    assert (await pairings.enroll(codes["ada"], "a")).user == "ada"
+    assert await pairings.enroll(codes["bob"], "b") == "bob"
+    assert await pairings.enroll(codes["ada"], "a") == "ada"
     assert pairings.open == 0
 
 
@@ -196,7 +195,7 @@ async def test_code_of_a_removed_user_is_refused(pairings: PairingHome) -> None:
     code = pairings.make("carol")
     await pairings.refused(code)
     pairings.users.add("carol")
-    assert (await pairings.enroll(code)).user == "carol"
+    assert await pairings.enroll(code) == "carol"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,7 @@ async def test_concurrent_use_of_one_code_registers_one_device(tmp_path: Path) -
     other = Enrollment(
         PairingFile(pairings.path),
         DeviceFile(pairings.devices.path),
-        CurrentUsers(pairings.users, on_fault=pytest.fail),
+        directory(pairings.users),
         Throttle(),
     )
     results = await asyncio.gather(
@@ -233,7 +232,7 @@ async def test_concurrent_use_of_one_code_registers_one_device(tmp_path: Path) -
         other.enroll(code, KEY, "b", address=ADDRESS, wall=WALL, now=NOW),
         return_exceptions=True,
     )
-    assert sorted(type(result).__name__ for result in results) == ["Pairing", "Unauthenticated"]
+    assert sorted(type(result).__name__ for result in results) == ["Unauthenticated", "str"]
     assert len(pairings.names()) == 1
 
 
@@ -320,13 +319,13 @@ async def test_number_of_waiting_attempts_is_limited(
     pairings: PairingHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = threading.Event()
-    trade = PairingFile.trade
+    redeem = PairingFile.redeem
 
-    def slow(self: PairingFile, *args: Any) -> None:
+    def slow(self: PairingFile, *args: Any) -> Any:
         held.wait(10)
-        trade(self, *args)
+        return redeem(self, *args)
 
-    monkeypatch.setattr(PairingFile, "trade", slow)
+    monkeypatch.setattr(PairingFile, "redeem", slow)
     waiting = [asyncio.create_task(pairings.enroll(WRONG)) for _ in range(MAX_WAITING)]
     await asyncio.sleep(0)
     with pytest.raises(ResourceExhausted) as caught:
@@ -343,7 +342,8 @@ def test_codes_spent_by_another_process_are_refused(
 ) -> None:
     code = pairings.make()
     monkeypatch.setattr(PairingFile, "count_open", lambda self, wall: 1)
-    pairings.codes.trade(code, WALL + LIFE, lambda user, spend: pytest.fail("it has expired"))
+    with pairings.codes.redeem(code, WALL + LIFE) as found:
+        assert found is None
 
 
 # --- the file ----------------------------------------------------------------------------------------
@@ -370,8 +370,11 @@ def test_damaged_file_is_reported_and_accepts_no_code(pairings: PairingHome, cha
     text = pairings.path.read_text()
     assert change(text) != text
     write(pairings.path, change(text))
-    with pytest.raises(ConfigError, match="is damaged; remove it"):
-        pairings.codes.trade(code, WALL, lambda user, spend: pytest.fail("traded"))
+    with (
+        pytest.raises(ConfigError, match="is damaged; remove it"),
+        pairings.codes.redeem(code, WALL),
+    ):
+        pytest.fail("redeemed")
     with pytest.raises(ConfigError, match="is damaged; remove it"):
         pairings.make()
 

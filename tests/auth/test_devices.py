@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.auth.helpers import write
-from zcproto.auth import CurrentDevices, DeviceFile, RegisteredDevice
+from tests.auth.helpers import FakeLog, directory, write
+from zcproto.auth import DeviceFile, RegisteredDevice
 from zcproto.errors import AlreadyExists, ConfigError, NotFound
 from zcproto.sessions import token_text
 
@@ -224,17 +224,12 @@ def test_removed_or_changed_device_is_gone() -> None:
 
 
 class Watched:
-    """Devices of a running server, and their reports."""
+    """Devices of a running server."""
 
     def __init__(self, path: Path) -> None:
         self.file = DeviceFile(path)
         self.file.load()
-        self.reports: list[str] = []
-        self.current = CurrentDevices(
-            self.file,
-            on_fault=lambda fault: self.reports.append("fault"),
-            on_recovered=lambda: self.reports.append("recovered"),
-        )
+        self.current = directory(self.file)
 
     def take_gone(self) -> list[str]:
         return [name for name, _ in self.file.take_gone()]
@@ -259,7 +254,7 @@ async def test_new_and_removed_devices_are_found_immediately(path: Path, devices
 
 
 async def test_faulty_file_ends_no_device_and_hidden_changes_are_reported_later(
-    path: Path, devices: DeviceFile
+    path: Path, devices: DeviceFile, log: FakeLog
 ) -> None:
     add(devices, "a"), add(devices, "b", key=KEYS[1])
     watched = Watched(path)
@@ -268,9 +263,9 @@ async def test_faulty_file_ends_no_device_and_hidden_changes_are_reported_later(
     await watched.current.refresh()
     await watched.current.refresh()
     assert await watched.current.find("a") is not None
-    assert watched.reports == ["fault"]
+    assert log.events == ["devices.unreadable"]
     assert watched.take_gone() == []
     write(path, good.replace("[devices.a]", "[devices.z]"))
     await watched.current.refresh()
-    assert watched.reports == ["fault", "recovered"]
+    assert log.events == ["devices.unreadable", "devices.readable"]
     assert watched.take_gone() == ["a"]

@@ -15,10 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.auth.helpers import write
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client
-from zcproto.auth import CurrentUsers, DeviceFile, RegisteredDevice, Throttle, UserFile
-from zcproto.auth.directory import LOOK_INTERVAL, Devices, Users
+from zcproto.auth import DeviceFile, UserFile
+from zcproto.auth.directory import LOOK_INTERVAL, Directory
 from zcproto.auth.files import TableFile
-from zcproto.common.home import Home
 from zcproto.errors import Code, NotFound
 from zcproto.wire.frame import NO_TOKEN
 
@@ -136,14 +135,14 @@ class FakeSleep:
 class Watched:
     """A directory and the names that it reports as gone."""
 
-    directory: Users | Devices
+    directory: Directory[Any]
 
     def __init__(self) -> None:
         self.reported: list[str] = []
         self.fails = False
         self.sleep = FakeSleep()
 
-    async def on_gone(self, name: str, device: RegisteredDevice | None = None) -> int:
+    async def on_gone(self, name: str, entry: Any) -> int:
         self.reported.append(name)
         if self.fails:
             raise RuntimeError("the store is out")
@@ -168,7 +167,8 @@ class WatchedUsers(Watched):
 
     def __init__(self, home: Path) -> None:
         super().__init__()
-        self.directory: Users = Users(Home(home), on_gone=self.on_gone, sleep=self.sleep)
+        self.file = UserFile(home / "users.toml")
+        self.directory = Directory(UserFile(self.file.path), on_gone=self.on_gone, sleep=self.sleep)
 
 
 class WatchedDevices(Watched):
@@ -178,14 +178,7 @@ class WatchedDevices(Watched):
         super().__init__()
         self.file = DeviceFile(home / "devices.toml")
         self.file.add("laptop", "ada", PUBLIC_KEY, datetime.now(UTC))
-        self.directory: Devices = Devices(
-            Home(home),
-            CurrentUsers(UserFile(home / "users.toml"), on_fault=pytest.fail),
-            Throttle(),
-            on_gone=self.on_gone,
-            on_refused=lambda reason, address: None,
-            sleep=self.sleep,
-        )
+        self.directory = Directory(DeviceFile(self.file.path), on_gone=self.on_gone, sleep=self.sleep)
 
 
 async def test_each_gone_user_is_reported_once(users: UserFile) -> None:
@@ -204,9 +197,9 @@ async def test_change_found_by_a_login_is_reported(users: UserFile) -> None:
     users.add("ada")
     watched = WatchedUsers(users.path.parent)
     users.remove("ada")
-    assert watched.directory.is_user("ada")
-    assert await watched.directory.current.find("ada") is None
-    assert not watched.directory.is_user("ada")
+    assert watched.directory.is_known("ada")
+    assert await watched.directory.find("ada") is None
+    assert not watched.directory.is_known("ada")
     assert await watched.run(lambda: None) == [["ada"]]
 
 
@@ -231,23 +224,23 @@ async def test_gone_device_is_reported_again_after_a_failure(tmp_path: Path) -> 
         lambda: watched.file.remove("laptop"), lambda: setattr(watched, "fails", False), lambda: None
     )
     assert reported == [["laptop"], ["laptop"], []]
-    assert watched.directory.known == {}
+    assert watched.directory.file.entries == {}
 
 
 async def test_changed_user_loses_sessions_immediately(users: UserFile) -> None:
     users.add("ada")
     watched = WatchedUsers(users.path.parent)
-    assert await watched.directory.change(lambda file: file.disable("ada"), "ada") == (None, 2)
-    assert await watched.directory.change(lambda file: file.enable("ada"), "ada") == (None, 0)
+    assert await watched.directory.change(lambda: watched.file.disable("ada"), "ada") == (None, 2)
+    assert await watched.directory.change(lambda: watched.file.enable("ada"), "ada") == (None, 0)
     assert watched.reported == ["ada"]
 
 
 async def test_removed_device_loses_sessions_immediately(tmp_path: Path) -> None:
     watched = WatchedDevices(tmp_path)
-    device, ended = await watched.directory.remove("laptop")
+    device, ended = await watched.directory.change(lambda: watched.file.remove("laptop"), "laptop")
     assert (device.user, ended) == ("ada", 2)
     with pytest.raises(NotFound):
-        await watched.directory.remove("laptop")
+        await watched.directory.change(lambda: watched.file.remove("laptop"), "laptop")
 
 
 @pytest.mark.parametrize("kind", [WatchedUsers, WatchedDevices])
@@ -272,10 +265,10 @@ async def test_unreadable_file_ends_no_session(
 ) -> None:
     users.add("ada")
     watched = kind(users.path.parent)
-    path = watched.directory.current.file.path
+    path = watched.directory.file.path
     good = path.read_bytes()
     reported = await watched.run(lambda: write(path, "nonsense"), path.unlink, lambda: write(path, good))
     assert reported == [[], [], []]
-    assert len(watched.directory.current.file) == 1
+    assert len(watched.directory.file) == 1
     names = [json.loads(line)["event"].partition(".")[2] for line in capsys.readouterr().err.splitlines()]
     assert names == ["unreadable", "unreadable"]  # the recovery is below the default level

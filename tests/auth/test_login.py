@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.auth.helpers import DIGEST, drive, identified
-from zcproto.auth import (
-    ApiKeyAuthenticator,
-    CallableAuthenticator,
-    CurrentUsers,
-    Identity,
-    Login,
-    Throttle,
-    UserFile,
-)
+from tests.auth.helpers import DIGEST, directory, drive, identified
+from zcproto.auth import CallableAuthenticator, Identity, Login, Throttle, UserFile
 from zcproto.auth.login import MAX_PENDING
+from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable
 from zcproto.sessions import token_text
 
@@ -38,7 +31,7 @@ def key(users: UserFile) -> str:
 
 @pytest.fixture
 def login(users: UserFile, key: str) -> Login:
-    return Login([ApiKeyAuthenticator(CurrentUsers(users, on_fault=pytest.fail))], Throttle())
+    return Login([ApiKeyAuthenticator(directory(users))], Throttle())
 
 
 def ask(login: Login, user: str, key: str, address: str = ADDRESS, now: float = NOW) -> Identity:
@@ -275,6 +268,6 @@ def test_long_name_is_truncated_before_it_is_counted(length: int) -> None:
 def test_user_name_alone_never_opens_a_session(tmp_path: Path) -> None:
     users = UserFile(tmp_path / "users.toml")
     users.load()
-    login = Login([ApiKeyAuthenticator(CurrentUsers(users, on_fault=pytest.fail))], Throttle())
+    login = Login([ApiKeyAuthenticator(directory(users))], Throttle())
     with pytest.raises(Unauthenticated):
         ask(login, "alice", "")

@@ -53,14 +53,12 @@ def users(home: Path) -> UserFile:
 
 def trade(home: Path, code: str, wall: int | None = None) -> str | None:
     """Spend a code; return its user."""
-    found: list[str] = []
-
-    def register(user: str, spend: Any) -> None:
+    with PairingFile(home / "pairing.toml").redeem(code, wall or system_clock.wall()) as found:
+        if found is None:
+            return None
+        user, spend = found
         spend()
-        found.append(user)
-
-    PairingFile(home / "pairing.toml").trade(code, wall or system_clock.wall(), register)
-    return found[0] if found else None
+        return user
 
 
 def test_pair_prints_only_the_code_to_stdout(home: Path, users: UserFile, capsys: Capture) -> None:

@@ -172,7 +172,7 @@ def test_migrate_of_more_sessions_than_are_listed_goes_by_the_user_file_or_fails
     assert "users who are not in the user file" in capsys.readouterr().err
     users = UserFile(home / "users.toml")
     for name in ("ada", "bob", "eve"):
-        users.add_without_key(name)
+        users.add_digest(name, None)
     assert main(["store", "migrate", server.url, "sqlite"]) == 0
     assert sorted(record.user for record in kept(home)) == ["ada", "ada", "bob", "eve"]
 

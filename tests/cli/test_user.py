@@ -146,7 +146,7 @@ def users(home: Path, capsys: Capture) -> UserFile:
 
 def find(users: UserFile, name: str) -> User | None:
     users.load()
-    return users.get(name)
+    return users.entries.get(name)
 
 
 def test_user_without_a_key(users: UserFile, capsys: Capture) -> None:

@@ -551,7 +551,7 @@ class Office:
 
     def __init__(self, home: Path, certs: Path) -> None:
         home.mkdir(mode=0o700)
-        UserFile(home / "users.toml").add_without_key("ada")
+        UserFile(home / "users.toml").add_digest("ada", None)
         self.codes = PairingFile(home / "pairing.toml")
         self.server = ServerThread(home, certs, users_file=True)
         self.trust = {"ca_file": home / "certs" / "ca.crt"}

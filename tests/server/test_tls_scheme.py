@@ -17,11 +17,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from tests.auth.helpers import directory
 from tests.server import helpers
 from tests.server.helpers import KEY, Client, Frame, ServerThread, eventually, identify
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
-from zcproto.auth import CallableAuthenticator, CertificateAuthenticator, CurrentUsers, UserFile
+from zcproto.auth import CallableAuthenticator, UserFile
+from zcproto.auth.schemes import CertificateAuthenticator
 from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient, connect_blocking
@@ -71,7 +73,7 @@ class CertificateServer:
             authenticators=[
                 CallableAuthenticator("api_key", identify),
                 CertificateAuthenticator(
-                    CurrentUsers(users, on_fault=pytest.fail),
+                    directory(users),
                     lambda certificate: user_of(certificate, kind, self.now()),
                     on_refused=lambda reason, address: self.refused.append(reason),
                 ),

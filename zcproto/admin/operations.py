@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import parse_qsl
@@ -27,8 +28,8 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
 from zcproto.alerts.service import try_sinks
 from zcproto.app.parameters import Signature
-from zcproto.auth import UserFile
-from zcproto.auth.directory import Devices, Users
+from zcproto.auth import DeviceFile, RegisteredDevice, User, UserFile
+from zcproto.auth.directory import Directory
 from zcproto.certs import managed, rollover
 from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
@@ -153,8 +154,7 @@ class Operations:
     # --- users and devices ---------------------------------------------------------------------------
 
     async def list_users(self) -> dict[str, Any]:
-        file = self._users.file
-        users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
+        users = list(self._users.file.entries.items())
         return {
             "users": [user.as_dict(name) for name, user in users[:LISTED_NAMES]],
             "more": len(users) > LISTED_NAMES,
@@ -164,14 +164,7 @@ class Operations:
         self, name: str, operator: bool = False, key_digest: str | None = None
     ) -> dict[str, Any]:
         digest = None if key_digest is None else _digest(key_digest)
-
-        def add(file: UserFile) -> None:
-            if digest is None:
-                file.add_without_key(name, operator=operator)
-            else:
-                file.add_digest(name, digest, operator=operator)
-
-        await self._users.change(add, name)
+        await self._change_user(UserFile.add_digest, name, digest, operator)
         return {}
 
     async def disable_user(self, name: str) -> dict[str, Any]:
@@ -188,28 +181,30 @@ class Operations:
         return await self._change_user(UserFile.replace_digest, name, _digest(key_digest))
 
     async def _change_user(self, change: Callable[..., Any], name: str, *args: Any) -> dict[str, Any]:
-        _, sessions = await self._users.change(lambda file: change(file, name, *args), name)
+        file = UserFile(self._parts.home.users)
+        _, sessions = await self._users.change(partial(change, file, name, *args), name)
         return {"sessions": sessions}
 
     @property
-    def _users(self) -> Users:
+    def _users(self) -> Directory[User]:
         if self._parts.users is None:
             raise FailedPrecondition(_NO_FILES)
         return self._parts.users
 
     async def list_devices(self) -> dict[str, Any]:
-        devices = list(self._devices.known.items())
+        devices = list(self._devices.file.entries.items())
         return {
             "devices": [device.as_dict(name) for name, device in devices[:LISTED_NAMES]],
             "more": len(devices) > LISTED_NAMES,
         }
 
     async def remove_device(self, name: str) -> dict[str, Any]:
-        removed, sessions = await self._devices.remove(name)
+        file = DeviceFile(self._parts.home.devices)
+        removed, sessions = await self._devices.change(partial(file.remove, name), name)
         return {"user": removed.user, "sessions": sessions}
 
     @property
-    def _devices(self) -> Devices:
+    def _devices(self) -> Directory[RegisteredDevice]:
         if self._parts.devices is None:
             raise FailedPrecondition(_NO_FILES)
         return self._parts.devices

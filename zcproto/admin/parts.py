@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from zcproto.admin.https import HttpSide
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
-from zcproto.auth import Login, Throttle
-from zcproto.auth.directory import Devices, Users
+from zcproto.auth import Login, RegisteredDevice, Throttle, User
+from zcproto.auth.directory import Directory
 from zcproto.certs import CertificateManager, CertificatePair
 from zcproto.common.clock import Clock
 from zcproto.common.home import Home
@@ -49,8 +49,8 @@ class Parts:
     store: StoreSync | None
     throttle: Throttle
     login: Login
-    users: Users | None
-    devices: Devices | None
+    users: Directory[User] | None
+    devices: Directory[RegisteredDevice] | None
     acceptor: TlsAcceptor
     listener: Listener
     http: HttpSide | None

@@ -34,7 +34,7 @@ from typing import Any, Final
 from zcproto.admin.metrics import server_metrics
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import status_report, take_snapshot
-from zcproto.auth.certificate import certificate_key
+from zcproto.auth.schemes import certificate_key
 from zcproto.common.network import AddressSet, plain_address
 from zcproto.errors import CallError, CertificateError, Code
 from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_response, text_response

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from zcproto.auth.files import CurrentFile, TableFile, name_faults, quoted, toml_key, toml_string
+from zcproto.auth.files import TableFile, name_faults, quoted, toml_key, toml_string
 from zcproto.errors import AlreadyExists, NotFound
 from zcproto.sessions.token import token_from_text, token_text
 from zcproto.wire.message import PUBLIC_KEY_SIZE
@@ -59,8 +59,9 @@ class RegisteredDevice(NamedTuple):
 
 
 class DeviceFile(TableFile[RegisteredDevice]):
-    """Devices in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
+    """Devices in a file."""
 
+    what = "file of devices"
     kind = "device"
     keys = ("user", "public_key", "added")
     max_bytes = 64 << 20
@@ -99,8 +100,8 @@ class DeviceFile(TableFile[RegisteredDevice]):
         if not is_public_key(public_key):
             faults.append("the public key is not an Ed25519 key")
         if faults:
-            raise self._file.fault(*(f"device {quoted(name)}: {fault}" for fault in faults))
-        with self._file.locked():
+            raise self._fault(*(f"device {quoted(name)}: {fault}" for fault in faults))
+        with self._locked():
             _, _, devices = self._read()
             if name in devices:
                 raise AlreadyExists(f"a device is named {quoted(name)} already; choose another name")
@@ -108,7 +109,7 @@ class DeviceFile(TableFile[RegisteredDevice]):
 
     def remove(self, name: str) -> RegisteredDevice:
         """Remove and return a device. Raises NotFound for an unknown name."""
-        with self._file.locked():
+        with self._locked():
             _, _, devices = self._read()
             if name not in devices:
                 raise NotFound(f"no device is named {quoted(name)}")
@@ -119,11 +120,7 @@ class DeviceFile(TableFile[RegisteredDevice]):
     def _write(self, devices: Mapping[str, RegisteredDevice]) -> None:
         text = _HEADER + "".join(_entry(name, device) for name, device in devices.items())
         self._parse(text)
-        self._file.replace(text)
-
-
-CurrentDevices = CurrentFile[RegisteredDevice]
-"""Devices as of now."""
+        self._replace_text(text)
 
 
 def is_public_key(data: bytes) -> bool:

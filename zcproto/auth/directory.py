@@ -1,7 +1,12 @@
-"""Provide the users and devices of a server, and end the sessions of those that are gone.
+"""Provide the users or the devices of a server as of now, and end the sessions of those that are gone.
 
-Decides: how often a file is checked without logins. Every entry that is gone is reported until its sessions have
-been ended.
+Decides: when a file is read again, when its faults are reported, and how often it is checked without logins.
+
+Rules:
+- Each `refresh` looks at the file (one stat) and reads it in a thread if it has changed; otherwise it does not
+  suspend. Concurrent refreshes share one reading.
+- A faulty file leaves the known entries as they were, and is logged once.
+- Every entry that is gone is reported until its sessions have been ended.
 
 Must not know: how sessions are ended.
 """
@@ -10,18 +15,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
-from zcproto.auth.api_key import ApiKeyAuthenticator
-from zcproto.auth.device import DeviceAuthenticator
-from zcproto.auth.devices import DeviceFile, RegisteredDevice
-from zcproto.auth.files import CurrentFile, Entry, TableFile
-from zcproto.auth.pairing import Enrollment, PairingFile
-from zcproto.auth.throttle import Throttle
-from zcproto.auth.users import CurrentUsers, User, UserFile
-from zcproto.common.home import Home
+from zcproto.auth.files import Entry, TableFile
+from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 
 LOOK_INTERVAL: Final = 0.5
@@ -33,10 +31,10 @@ log = get_logger("zcproto.server")
 
 
 class Directory(Generic[Entry]):
-    """Entries of a file, watched for those that are gone.
+    """Entries of a file as of now. `watch` finds those that are gone.
 
-    `on_gone` ends the sessions of an entry that is gone and returns how many; if it raises, it is called again
-    after the next check. Raises ConfigError if the file has faults.
+    `on_gone` ends the sessions of an entry that is gone, by its name and the entry before, and returns how many. If
+    it raises, it is called again after the next check. Raises ConfigError if the file has faults.
     """
 
     def __init__(
@@ -44,19 +42,50 @@ class Directory(Generic[Entry]):
         file: TableFile[Entry],
         *,
         on_gone: Callable[[str, Entry], Awaitable[int | None]],
-        sleep: Callable[[float], Awaitable[None]],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         file.load()
-        self._file = file
+        self.file = file
         self._on_gone = on_gone
         self._sleep = sleep
+        self._faulty = False
         self._gone: dict[tuple[str, Entry], None] = {}
+        self._reading = asyncio.Lock()
         self._checking = asyncio.Lock()
-        self.current = CurrentFile(
-            file,
-            on_fault=lambda fault: log.error(f"{file.kind}s.unreadable", faults=fault.faults),
-            on_recovered=lambda: log.info(f"{file.kind}s.readable"),
-        )
+
+    def changed(self) -> bool:
+        """Return whether `refresh` would read the file. Takes one stat."""
+        return self.file.changed()
+
+    async def refresh(self) -> None:
+        """Read the file if it has changed."""
+        if not self.changed():
+            return
+        async with self._reading:
+            if not self.changed():  # read by a concurrent refresh
+                return
+            try:
+                await asyncio.to_thread(self.file.reload)
+            except ConfigError as fault:
+                self._faulty = True
+                log.error(f"{self.file.kind}s.unreadable", faults=fault.faults)
+                return
+        if self._faulty:
+            self._faulty = False
+            log.info(f"{self.file.kind}s.readable")
+
+    async def find(self, name: str) -> Entry | None:
+        """Return an entry that may open sessions, as of now."""
+        await self.refresh()
+        return self.file.find(name)
+
+    def known(self, name: str) -> Entry | None:
+        """Return an entry that may open sessions, as of the last reading."""
+        return self.file.find(name)
+
+    def is_known(self, name: str) -> bool:
+        """Return whether an entry may open sessions, as of the last reading."""
+        return self.file.find(name) is not None
 
     async def watch(self) -> None:
         """Check the file until cancelled."""
@@ -65,8 +94,8 @@ class Directory(Generic[Entry]):
             async with self._checking:
                 await self._check()
 
-    async def _change(self, change: Callable[[], T], name: str) -> tuple[T, int]:
-        """Change the file in a thread and apply the change at once.
+    async def change(self, change: Callable[[], T], name: str) -> tuple[T, int]:
+        """Change an entry in a thread and apply the change at once. `change` uses a file object of its own.
 
         Return the result of `change`, and how many sessions of the entry have ended.
         """
@@ -76,12 +105,12 @@ class Directory(Generic[Entry]):
 
     async def _check(self) -> Counter[str]:
         """Apply changes of the file. Return how many sessions have ended, by name."""
-        kind = self._file.kind
+        kind = self.file.kind
         try:
-            await self.current.refresh()
+            await self.refresh()
         except Exception as error:  # an internal error must not end the watch
             log.error(f"{kind}s.look_failed", exc_info=error)
-        self._gone |= dict.fromkeys(self._file.take_gone())
+        self._gone |= dict.fromkeys(self.file.take_gone())
         ended: Counter[str] = Counter()
         for gone in list(self._gone):
             try:
@@ -91,58 +120,3 @@ class Directory(Generic[Entry]):
             else:
                 del self._gone[gone]
         return ended
-
-
-class Users(Directory[User]):
-    """The users of a home folder, and the scheme `api_key`. `on_gone` is called with the name of a user."""
-
-    def __init__(
-        self,
-        home: Home,
-        *,
-        on_gone: Callable[[str], Awaitable[int | None]],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self.file = UserFile(home.users)
-        super().__init__(self.file, on_gone=lambda name, user: on_gone(name), sleep=sleep)
-        self.authenticator = ApiKeyAuthenticator(self.current)
-
-    def is_user(self, name: str) -> bool:
-        """Return whether a user may open sessions, as of the last reading."""
-        return self.file.find(name) is not None
-
-    async def change(self, change: Callable[[UserFile], T], name: str) -> tuple[T, int]:
-        """Change a user. Return the result of `change`, and how many of the user's sessions have ended."""
-        return await self._change(partial(change, UserFile(self.file.path)), name)
-
-
-class Devices(Directory[RegisteredDevice]):
-    """The devices of the users in `users`, the scheme `ed25519`, and pairing.
-
-    `on_gone` is called with the name of a device and the device as it was; `on_refused` with the reason and the
-    client's address when a device is refused.
-    """
-
-    def __init__(
-        self,
-        home: Home,
-        users: CurrentUsers,
-        throttle: Throttle,
-        *,
-        on_gone: Callable[[str, RegisteredDevice], Awaitable[int | None]],
-        on_refused: Callable[[str, str], None],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self.file = DeviceFile(home.devices)
-        super().__init__(self.file, on_gone=on_gone, sleep=sleep)
-        self.authenticator = DeviceAuthenticator(self.current, users, on_refused=on_refused)
-        self.enrollment = Enrollment(PairingFile(home.pairing), self.file, users, throttle)
-
-    @property
-    def known(self) -> Mapping[str, RegisteredDevice]:
-        """The devices by name, as of the last reading."""
-        return self.file.entries
-
-    async def remove(self, name: str) -> tuple[RegisteredDevice, int]:
-        """Remove a device. Return it, and how many of its sessions have ended. Raises NotFound, ConfigError."""
-        return await self._change(partial(DeviceFile(self.file.path).remove, name), name)

@@ -1,13 +1,10 @@
 """Store users, devices and pairing codes as TOML in private files of the home folder.
 
-Decides: what a name may be, when a file is read again, and when its faults are reported.
+Decides: what a name may be, and which entries are gone.
 
 Rules:
 - zcproto/common/files.py; writers hold a lock. Every fault is a ConfigError that names the file.
 - Entries are replaced only by a file without faults; all faults are reported at once, each with its entry.
-- Each `refresh` of a running server looks at the file (one stat) and reads it in a thread if it has changed;
-  otherwise it does not suspend. Concurrent refreshes share one reading.
-- A faulty file leaves the known entries as they were, and is reported once.
 - An entry is gone if it was removed, or changed so that its sessions may belong to someone else.
 
 Must not know: what entries are for.
@@ -15,13 +12,12 @@ Must not know: what entries are for.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, TypeVar
@@ -77,98 +73,83 @@ def toml_key(name: str) -> str:
 
 
 class PrivateFile:
-    """A private TOML file. Creating this object touches nothing. `what` describes the file: "file of users"."""
+    """A private TOML file. Creating this object touches nothing. Faults raise ConfigError."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        what: str,
-        *,
-        max_bytes: int,
-        lock_wait_s: float = LOCK_WAIT_S,
-    ) -> None:
+    what: ClassVar[str]
+    """What the file is, in messages: "file of users"."""
+    max_bytes: ClassVar[int]
+
+    def __init__(self, path: str | os.PathLike[str], *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self.path = Path(path)
         self._path = str(self.path)  # every login looks at a file: convert its path once
-        self._what = what
-        self._max_bytes = max_bytes
         self._lock_wait_s = lock_wait_s
 
-    def identity(self) -> FileIdentity:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._path!r})"
+
+    def _read_identity(self) -> FileIdentity:
         """Return the state of the file: one stat, no exception."""
         return file_identity(self._path)
 
-    def read(self) -> tuple[FileIdentity, str]:
+    def _read_text(self) -> tuple[FileIdentity, str]:
         """Return the state of the file and its text; NO_FILE and no text if it is missing."""
         with file_errors(self.path, "read"):
             try:
-                data, status = read_file(self.path, self._max_bytes)
+                data, status = read_file(self.path, self.max_bytes)
             except FileNotFoundError:
                 return NO_FILE, ""
         try:
             return identity_of(status), data.decode()
         except UnicodeDecodeError as error:
-            raise self.fault(f"is not UTF-8 at byte {error.start}") from None
+            raise self._fault(f"is not UTF-8 at byte {error.start}") from None
 
-    def document(self, text: str) -> dict[str, Any]:
+    def _document(self, text: str) -> dict[str, Any]:
         """Parse a text of this file as TOML."""
         try:
             return tomli.loads(text)
         except tomli.TOMLDecodeError as error:
-            raise self.fault(escape_text(str(error), _SHOWN)) from None
+            raise self._fault(escape_text(str(error), _SHOWN)) from None
         except RecursionError:
-            raise self.fault(f"is nested too deeply for a {self._what}") from None
+            raise self._fault(f"is nested too deeply for a {self.what}") from None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Hold the lock of the writers. A missing folder is created."""
         with file_errors(self.path, "written"):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with locked(self.path.with_name(f".{self.path.name}.lock"), self._lock_wait_s):
                 yield
 
-    def replace(self, text: str) -> None:
+    def _replace_text(self, text: str) -> None:
         """Replace the file in one step. The caller holds the lock."""
         data = text.encode()
-        if len(data) > self._max_bytes:
-            raise self.fault(f"would be larger than {self._max_bytes} bytes")
+        if len(data) > self.max_bytes:
+            raise self._fault(f"would be larger than {self.max_bytes} bytes")
         replace_file(self.path, data)
 
-    def fault(self, *faults: str) -> ConfigError:
+    def _fault(self, *faults: str) -> ConfigError:
         """Return an error that lists faults of this file, each with its path."""
-        path = escape_text(str(self.path))
+        path = escape_text(self._path)
         return ConfigError([f"{path}: {fault}" for fault in faults])
 
 
-class TableFile(ABC, Generic[Entry]):
-    """Entries by name in a private file, each a TOML table such as `[users.alice]`.
-
-    Creating this object touches nothing; `load` reads. Faults raise ConfigError.
-    """
+class TableFile(PrivateFile, ABC, Generic[Entry]):
+    """Entries by name in a private file, each a TOML table such as `[users.alice]`. `load` reads them."""
 
     kind: ClassVar[str]
     """What an entry is: "user". Its tables are in one of the plural."""
 
     keys: ClassVar[tuple[str, ...]]
-    max_bytes: ClassVar[int]
 
     def __init__(self, path: str | os.PathLike[str], *, lock_wait_s: float = LOCK_WAIT_S) -> None:
-        self._file = PrivateFile(
-            path, f"file of {self.kind}s", max_bytes=self.max_bytes, lock_wait_s=lock_wait_s
-        )
+        super().__init__(path, lock_wait_s=lock_wait_s)
         self._identity = _NOT_READ
         self._gone: deque[tuple[str, Entry]] = deque()
         self.entries: Mapping[str, Entry] = {}
         """The entries as of the last reading, in the order of the file. A new mapping after each change."""
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r})"
-
     def __len__(self) -> int:
         return len(self.entries)
-
-    @property
-    def path(self) -> Path:
-        return self._file.path
 
     def find(self, name: str) -> Entry | None:
         """Return an entry that may open sessions, as of the last reading."""
@@ -180,18 +161,18 @@ class TableFile(ABC, Generic[Entry]):
 
     def changed(self) -> bool:
         """Return whether the file differs from the one read last: one stat, no exception."""
-        return self._file.identity() != self._identity
+        return self._read_identity() != self._identity
 
     def reload(self) -> None:
         """Read the file again, in any thread. After a fault, or without the file, the entries stay.
 
         A fault is raised once: `changed` is False until the file changes again.
         """
-        identity = self._file.identity()
+        identity = self._read_identity()
         try:
             identity, _, entries = self._read()
             if identity == NO_FILE and self.entries:
-                raise self._file.fault(
+                raise self._fault(
                     f"is missing; the last known {self.kind}s stay until the server ends; restore the file"
                 )
             self._gone.extend(
@@ -221,11 +202,11 @@ class TableFile(ABC, Generic[Entry]):
         """Return the entry of a table without faults."""
 
     def _read(self) -> tuple[FileIdentity, str, dict[str, Entry]]:
-        identity, text = self._file.read()
+        identity, text = self._read_text()
         return identity, text, self._parse(text)
 
     def _parse(self, text: str) -> dict[str, Entry]:
-        document = self._file.document(text)
+        document = self._document(text)
         tables = document.pop(f"{self.kind}s", {})
         faults = [
             f"unknown key {quoted(key)}; only tables [{self.kind}s.NAME] belong here" for key in document
@@ -240,7 +221,7 @@ class TableFile(ABC, Generic[Entry]):
         else:
             faults.append(f"{self.kind}s must be tables: [{self.kind}s.NAME]")
         if faults:
-            raise self._file.fault(*faults)
+            raise self._fault(*faults)
         return entries
 
     def _table_faults(self, name: str, table: Any) -> list[str]:
@@ -249,54 +230,3 @@ class TableFile(ABC, Generic[Entry]):
             return [f"must be a table; it takes {accepted}"]
         unknown = [f"unknown key {quoted(key)}; it takes {accepted}" for key in table if key not in self.keys]
         return [*name_faults(name), *self._value_faults(table), *unknown]
-
-
-class CurrentFile(Generic[Entry]):
-    """Entries of a file as of now.
-
-    `on_fault` is called with the fault once for each faulty version of the file, `on_recovered` when the file is
-    valid again.
-    """
-
-    def __init__(
-        self,
-        file: TableFile[Entry],
-        *,
-        on_fault: Callable[[ConfigError], None],
-        on_recovered: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.file = file
-        self._on_fault = on_fault
-        self._on_recovered = on_recovered
-        self._reading = asyncio.Lock()
-        self._faulty = False
-
-    def changed(self) -> bool:
-        """Return whether `refresh` would read the file. Takes one stat."""
-        return self.file.changed()
-
-    async def refresh(self) -> None:
-        """Read the file if it has changed."""
-        if not self.changed():
-            return
-        async with self._reading:
-            if not self.changed():  # read by a concurrent refresh
-                return
-            try:
-                await asyncio.to_thread(self.file.reload)
-            except ConfigError as fault:
-                self._faulty = True
-                self._on_fault(fault)
-                return
-        if self._faulty:
-            self._faulty = False
-            self._on_recovered()
-
-    async def find(self, name: str) -> Entry | None:
-        """Return an entry as of now."""
-        await self.refresh()
-        return self.file.find(name)
-
-    def known(self, name: str) -> Entry | None:
-        """Return an entry as of the last reading."""
-        return self.file.find(name)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from inspect import isawaitable
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol
 
 MAX_USER: Final = 128
 """Longest name of a user, in characters."""
 
 
-PeerCertificate = Callable[[], bytes | None]
-"""Returns the client's certificate in this connection (DER, verified by TLS), or None."""
-
-
-def no_certificate() -> None:
-    """Return the certificate of a client without one."""
-
-
 class Channel(NamedTuple):
     """The connection of a login: what a proof is tied to."""
 
-    certificate: PeerCertificate = no_certificate
+    certificate: Callable[[], bytes | None] = lambda: None
+    """Returns the client's certificate in this connection (DER, verified by TLS), or None."""
     salt: bytes = b""
     """Unique to the connection."""
     leaves: Callable[[], frozenset[bytes]] = frozenset
@@ -60,28 +53,6 @@ class Authenticator(Protocol):
         Raises InvalidArgument for missing or mistyped fields, before it uses a secret. An unknown user and a wrong
         secret must take the same steps.
         """
-
-
-@runtime_checkable
-class NamesUser(Protocol):
-    """An authenticator that names the user by the connection rather than by the fields."""
-
-    def user_named(self, channel: Channel) -> str:
-        """Return the user for whom a failure is counted, or an empty text."""
-
-
-@runtime_checkable
-class Attaches(Protocol):
-    """An authenticator of sessions whose keys can be proved on further connections."""
-
-    async def attaches(self, key: str, user: str, signature: bytes, token: bytes, channel: Channel) -> bool:
-        """Return whether the signature proves the key of this user's session with this token.
-
-        An unknown key and a wrong signature must take the same steps.
-        """
-
-    def is_gone(self, key: str) -> bool:
-        """Return whether a key of this authenticator has been removed, as of the last reading."""
 
 
 Answer = Identity | str | None

@@ -1,15 +1,15 @@
 """Run a login through its scheme, the throttle and the authenticator.
 
 Rules:
-- Failures are counted for the user named by the fields, or by the client's certificate if the authenticator uses
-  it. Failures of a device, opening or attaching sessions, are counted for the device.
+- Failures are counted for the user named by the fields; with the scheme `tls`, by the client's certificate.
+  Failures of a device, opening or attaching sessions, are counted for the device.
 - All failed logins get the same error, whatever the cause (zcp1.md, section 9.4).
 - A login refused by the throttle is not examined; its error carries the time to wait.
 - At most 16 logins of one user are pending at once, so that concurrent guesses to a slow authenticator cannot all
   pass before the first one has failed.
 - An exception of the authenticator does not count as a failed login.
 
-Must not know: sessions, connections, how users authenticate.
+Must not know: sessions, connections, how a scheme decides.
 """
 
 from __future__ import annotations
@@ -17,15 +17,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Coroutine, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
-from zcproto.auth.identity import (
-    MAX_USER,
-    NO_CHANNEL,
-    Attaches,
-    Authenticator,
-    Channel,
-    Identity,
-    NamesUser,
-)
+from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Authenticator, Channel, Identity
+from zcproto.auth.schemes import CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import Throttle
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from zcproto.sessions.session import DEVICE_KEY
@@ -49,17 +42,13 @@ class Login:
 
     def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
         self._authenticators: dict[str, Authenticator] = {}
-        # Checked once: isinstance() of a protocol takes longer than the rest of a login.
-        self._namers: dict[str, NamesUser] = {}
-        self._attachers: list[Attaches] = []
+        self._devices: DeviceAuthenticator | None = None
         for authenticator in authenticators:
             if authenticator.scheme in self._authenticators:
                 raise ValueError(f"two authenticators for the scheme {authenticator.scheme!r}")
             self._authenticators[authenticator.scheme] = authenticator
-            if isinstance(authenticator, NamesUser):
-                self._namers[authenticator.scheme] = authenticator
-            if isinstance(authenticator, Attaches):
-                self._attachers.append(authenticator)
+            if isinstance(authenticator, DeviceAuthenticator):
+                self._devices = authenticator
         self._throttle = throttle
         self._pending: dict[str, int] = {}
         self.throttled = 0
@@ -85,8 +74,10 @@ class Login:
             InvalidArgument: the scheme is not offered, or its fields are missing or mistyped.
         """
         authenticator = self._authenticator(params)
-        namer = self._namers.get(authenticator.scheme)
-        name = _name(params) if namer is None else namer.user_named(channel)
+        if isinstance(authenticator, CertificateAuthenticator):
+            name = authenticator.user_named(channel)
+        else:
+            name = _name(params)
         self._admit(name, address, now)
         answer = authenticator.authenticate(params, address, channel)
         if answer is None or isinstance(answer, Identity):
@@ -124,11 +115,10 @@ class Login:
         Raises Unauthenticated and ResourceExhausted as `open`.
         """
         self._admit(key, address, now)
-        for authenticator in self._attachers:
-            proof = authenticator.attaches(key, user, signature, token, channel)
-            if await self._decision(key, proof):
-                break
-        else:
+        devices = self._devices
+        if devices is None or not await self._decision(
+            key, devices.attaches(key, user, signature, token, channel)
+        ):
             self._throttle.failed(key, address, now)
             self.refused[ATTACH] += 1
             raise Unauthenticated(
@@ -139,7 +129,7 @@ class Login:
 
     def is_gone(self, key: str) -> bool:
         """Return whether a key has been removed, so that no session may be opened with it."""
-        return any(authenticator.is_gone(key) for authenticator in self._attachers)
+        return self._devices is not None and self._devices.is_gone(key)
 
     async def _decision(self, name: str, answer: Awaitable[Decision]) -> Decision:
         """Await the authenticator's answer. Until then the login is pending."""

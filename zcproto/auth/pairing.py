@@ -25,16 +25,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from hashlib import scrypt
 from hmac import compare_digest
 from typing import Any, Final, NamedTuple
 
 from zcproto.auth.devices import DeviceFile, is_public_key
+from zcproto.auth.directory import Directory
 from zcproto.auth.files import LOCK_WAIT_S, PrivateFile, name_faults, quoted, toml_string
 from zcproto.auth.throttle import Throttle
-from zcproto.auth.users import CurrentUsers
+from zcproto.auth.users import User
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
 from zcproto.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unauthenticated
@@ -50,8 +52,6 @@ MAX_CODE: Final = 64
 
 MAX_WAITING: Final = 16
 """Attempts that may wait for their turn."""
-
-MAX_FILE_BYTES: Final = 1 << 20
 
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _CODE_BYTES: Final = 5
@@ -74,15 +74,11 @@ class _Code(NamedTuple):
     wrong: int
 
 
-class Pairing(NamedTuple):
-    """The registered device and its user."""
+class PairingFile(PrivateFile):
+    """Open codes in a file. `wall` is in ms."""
 
-    user: str
-    device: str
-
-
-class PairingFile:
-    """Open codes in a file. Creating this object touches nothing. Faults raise ConfigError. `wall` is in ms."""
+    what = "file of codes"
+    max_bytes = 1 << 20
 
     def __init__(
         self,
@@ -91,23 +87,18 @@ class PairingFile:
         entropy: Entropy = system_entropy,
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
-        self._file = PrivateFile(path, "file of codes", max_bytes=MAX_FILE_BYTES, lock_wait_s=lock_wait_s)
+        super().__init__(path, lock_wait_s=lock_wait_s)
         self._entropy = entropy
-
-    def __repr__(self) -> str:
-        return f"PairingFile({str(self._file.path)!r})"
 
     def make(self, user: str, life_ms: int, wall: int) -> SecretText:
         """Return a new code for a device of this user; it is not shown again."""
         faults = name_faults(user)
         if faults:
-            raise self._file.fault(*(f"user {quoted(user)}: {fault}" for fault in faults))
-        with self._file.locked():
+            raise self._fault(*(f"user {quoted(user)}: {fault}" for fault in faults))
+        with self._locked():
             salt, codes = self._open_codes(wall)
             if len(codes) >= MAX_OPEN:
-                raise self._file.fault(
-                    f"{MAX_OPEN} codes are open already; use them or wait until they expire"
-                )
+                raise self._fault(f"{MAX_OPEN} codes are open already; use them or wait until they expire")
             if not codes:
                 salt = self._entropy(_SALT_BYTES)
             text = _text_of(self._entropy(_CODE_BYTES))
@@ -118,32 +109,34 @@ class PairingFile:
         """Return the number of open codes."""
         return len(self._open_codes(wall)[1])
 
-    def trade(self, code: str, wall: int, register: Callable[[str, Callable[[], None]], None]) -> None:
-        """Redeem a code. An invalid one counts as a wrong attempt.
+    @contextmanager
+    def redeem(self, code: str, wall: int) -> Iterator[tuple[str, Callable[[], None]] | None]:
+        """Yield the user of a valid code, and a function that spends the code. It stays valid until that is called.
 
-        For a valid code, call `register` with the user and a function that spends the code. The code stays valid
-        unless `register` calls that function.
+        Yield None for an invalid code, which counts as a wrong attempt. The file is locked inside the body.
         """
         if not self.count_open(wall):
+            yield None
             return
-        with self._file.locked():
-            salt, codes = self._open_codes(wall)
-            if not codes:  # another process has spent them
-                return
+        with self._locked():
+            salt, codes = self._open_codes(wall)  # another process may have spent them
             digest = _digest_of(_normalized(code), salt)
             found = [each for each in codes if compare_digest(each.digest, digest)]
-            if not found:
-                self._write(salt, [each._replace(wrong=each.wrong + 1) for each in codes])
+            if found:
+                others = [each for each in codes if each != found[0]]
+                yield found[0].user, lambda: self._write(salt, others)
                 return
-            register(found[0].user, lambda: self._write(salt, [each for each in codes if each != found[0]]))
+            if codes:
+                self._write(salt, [each._replace(wrong=each.wrong + 1) for each in codes])
+            yield None
 
     def _open_codes(self, wall: int) -> tuple[bytes, list[_Code]]:
         """Return the salt and the codes that are still valid."""
-        _, text = self._file.read()
-        document = self._file.document(text)
+        _, text = self._read_text()
+        document = self._document(text)
         salt, tables = document.pop("salt", ""), document.pop("codes", [])
         if document or not _is_hex(salt, _SALT_BYTES * bool(text)) or not _are_codes(tables):
-            raise self._file.fault("is damaged; remove it and create new codes with zcproto pair")
+            raise self._fault("is damaged; remove it and create new codes with zcproto pair")
         codes = [_Code(**{**table, "digest": bytes.fromhex(table["digest"])}) for table in tables]
         return bytes.fromhex(salt), [
             code for code in codes if wall < code.expires_at and code.wrong < MAX_WRONG
@@ -156,14 +149,14 @@ class PairingFile:
             for code in codes
             if code.wrong < MAX_WRONG
         ]
-        self._file.replace(f'{_HEADER}salt = "{salt.hex()}"\n{"".join(entries)}')
+        self._replace_text(f'{_HEADER}salt = "{salt.hex()}"\n{"".join(entries)}')
 
 
 class Enrollment:
     """Registers devices of clients that send a valid code."""
 
     def __init__(
-        self, codes: PairingFile, devices: DeviceFile, users: CurrentUsers, throttle: Throttle
+        self, codes: PairingFile, devices: DeviceFile, users: Directory[User], throttle: Throttle
     ) -> None:
         self._codes = codes
         self._devices = devices
@@ -174,8 +167,8 @@ class Enrollment:
 
     async def enroll(
         self, code: str, public_key: bytes, name: str, *, address: str, wall: int, now: float
-    ) -> Pairing:
-        """Register a device for the user of a code. `now` is monotonic seconds.
+    ) -> str:
+        """Register a device for the user of a code, and return the user. `now` is monotonic seconds.
 
         Raises:
             Unauthenticated: the code is not valid, whatever the cause.
@@ -193,7 +186,7 @@ class Enrollment:
         try:
             async with self._turn:
                 await self._users.refresh()
-                user = await asyncio.to_thread(self._trade, code, public_key, name, wall)
+                user = await asyncio.to_thread(self._register, code, public_key, name, wall)
         finally:
             self._waiting -= 1
         if user is None:
@@ -201,23 +194,20 @@ class Enrollment:
             raise Unauthenticated(
                 "the code was not accepted: it is wrong, used or expired; ask for a new one"
             )
-        return Pairing(user, name)
+        return user
 
-    def _trade(self, code: str, public_key: bytes, name: str, wall: int) -> str | None:
-        registered = None
-
-        def register(user: str, spend: Callable[[], None]) -> None:
-            nonlocal registered
-            if self._users.known(user) is None:
-                return
+    def _register(self, code: str, public_key: bytes, name: str, wall: int) -> str | None:
+        with self._codes.redeem(code, wall) as found:
+            if found is None:
+                return None
+            user, spend = found
+            if not self._users.is_known(user):
+                return None
             if name in self._devices.read_names():
                 raise AlreadyExists(f"a device is named {quoted(name)} already; choose another name")
             spend()  # first, so that a crash here cannot leave the code valid
             self._devices.add(name, user, public_key, _EPOCH + timedelta(milliseconds=wall))
-            registered = user
-
-        self._codes.trade(code, wall, register)
-        return registered
+            return user
 
 
 def _check(code: str, public_key: bytes, name: str) -> None:

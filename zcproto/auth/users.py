@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 
 import tomli
 
-from zcproto.auth.files import LOCK_WAIT_S, CurrentFile, TableFile, name_faults, quoted, toml_key
+from zcproto.auth.files import LOCK_WAIT_S, TableFile, name_faults, quoted, toml_key
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError, NotFound
@@ -64,8 +64,9 @@ class User(NamedTuple):
 
 
 class UserFile(TableFile[User]):
-    """Users in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
+    """Users in a file."""
 
+    what = "file of users"
     kind = "user"
     keys = (KEY, OPERATOR, DISABLED)
     max_bytes = 256 << 20
@@ -81,19 +82,10 @@ class UserFile(TableFile[User]):
         super().__init__(path, lock_wait_s=lock_wait_s)
         self._entropy = entropy
 
-    @property
-    def names(self) -> list[str]:
-        """The known users, in the order of the file."""
-        return list(self.entries)
-
     def find(self, name: str) -> User | None:
         """Return a user who may open sessions: known and not disabled."""
         user = self.entries.get(name)
         return None if user is None or user.disabled else user
-
-    def get(self, name: str) -> User | None:
-        """Return a known user, disabled or not."""
-        return self.entries.get(name)
 
     @staticmethod
     def is_gone(before: User, now: User | None) -> bool:
@@ -121,12 +113,11 @@ class UserFile(TableFile[User]):
         """Add a user. Return the key as text; it is not shown again."""
         return self.add_many([name], operator)[0][1]
 
-    def add_without_key(self, name: str, operator: bool = False) -> None:
-        """Add a user who opens sessions by devices and client certificates only."""
-        self._add([(name, None)], operator)
+    def add_digest(self, name: str, digest: bytes | None, operator: bool = False) -> None:
+        """Add a user with a key made elsewhere, of which only the digest (32 bytes) is given.
 
-    def add_digest(self, name: str, digest: bytes, operator: bool = False) -> None:
-        """Add a user with a key made elsewhere, of which only the digest (32 bytes) is given."""
+        With None the user has no key, and opens sessions by devices and client certificates only.
+        """
         self._add([(name, digest)], operator)
 
     def add_many(self, names: Sequence[str], operator: bool = False) -> list[tuple[str, SecretText]]:
@@ -141,12 +132,12 @@ class UserFile(TableFile[User]):
         if len(set(names)) < len(names):
             faults.append("a name is given twice")
         if faults:
-            raise self._file.fault(*faults)
-        with self._file.locked():
+            raise self._fault(*faults)
+        with self._locked():
             self._identity, text, self.entries = self._read()
             taken = [name for name in names if name in self.entries]
             if taken:
-                raise self._file.fault(*(f"user {quoted(name)} exists already" for name in taken))
+                raise self._fault(*(f"user {quoted(name)} exists already" for name in taken))
             if text and not text.endswith("\n"):
                 text += "\n"
             text += "".join(_entry(name, digest, operator) for name, digest in added)
@@ -177,7 +168,7 @@ class UserFile(TableFile[User]):
         self, name: str, change: Callable[[User], User | None], edit: Callable[[list[str]], list[str]]
     ) -> None:
         """Edit the lines of one user, if that has the effect of `change` and no other."""
-        with self._file.locked():
+        with self._locked():
             self._identity, text, self.entries = self._read()
             user = self.entries.get(name)
             if user is None:
@@ -190,7 +181,7 @@ class UserFile(TableFile[User]):
                 intended[name] = changed
             new = _edited(text, name, edit)
             if new is None or self._parsed(new) != intended:
-                raise self._file.fault(
+                raise self._fault(
                     f"the entry of user {quoted(name)} cannot be changed by a command; edit the file"
                 )
             if new != text:
@@ -203,13 +194,9 @@ class UserFile(TableFile[User]):
             return None
 
     def _replace(self, text: str, users: Mapping[str, User]) -> None:
-        self._file.replace(text)
+        self._replace_text(text)
         self.entries = users
-        self._identity = self._file.identity()
-
-
-CurrentUsers = CurrentFile[User]
-"""Users as of now."""
+        self._identity = self._read_identity()
 
 
 def _entry(name: str, digest: bytes | None, operator: bool) -> str:

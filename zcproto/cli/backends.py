@@ -156,11 +156,8 @@ class HomeFiles:
         return asyncio.run(run_in_store())
 
     def _add_user(self, name: str, operator: bool, key_digest: str | None) -> dict[str, Any]:
-        users = UserFile(self.home.users)
-        if key_digest is None:
-            users.add_without_key(name, operator=operator)
-        else:
-            users.add_digest(name, _digest(key_digest), operator=operator)
+        digest = None if key_digest is None else _digest(key_digest)
+        UserFile(self.home.users).add_digest(name, digest, operator=operator)
         return {}
 
     def _enable_user(self, name: str) -> dict[str, Any]:

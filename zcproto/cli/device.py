@@ -53,7 +53,7 @@ def _user(users: UserFile, name: str | None) -> str:
     """Return the user of the device. Raises ConfigError if it is unknown or not clear."""
     users.load()
     if name is None:
-        names = [each for each in users.names if users.find(each) is not None]
+        names = [each for each in users.entries if users.find(each) is not None]
         if not names:
             raise ConfigError(["there is no user yet; add one with zcproto user add NAME"])
         if len(names) > 1:

@@ -164,5 +164,5 @@ async def _all_sessions(old: SessionStore, home: Home) -> AsyncIterator[Sequence
     if len(listed) >= MAX_LISTED:
         users = UserFile(home.users)
         users.load()
-        for name in users.names:
+        for name in users.entries:
             yield await old.list(name)

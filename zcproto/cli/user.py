@@ -11,8 +11,7 @@ from pathlib import Path
 
 import click
 
-from zcproto.auth import UserFile
-from zcproto.auth.users import User
+from zcproto.auth import User, UserFile
 from zcproto.cli import Instance, command_group, file_option, instance_options
 from zcproto.cli.backends import local_backend
 from zcproto.cli.output import as_json_option, print_json, private_file, table
@@ -91,11 +90,11 @@ def list_users(instance: Instance, as_json: bool) -> None:
     """List the users in the order of their file."""
     file = UserFile(instance.home.users)
     file.load()
-    users = [(name, user) for name in file.names if (user := file.get(name)) is not None]
     if as_json:
-        print_json([user.as_dict(name) for name, user in users], indent=2)
+        print_json([user.as_dict(name) for name, user in file.entries.items()], indent=2)
     else:
-        click.echo(table(("USER", "ROLE", "KEY", "STATE"), [_row(name, user) for name, user in users]))
+        rows = [_row(name, user) for name, user in file.entries.items()]
+        click.echo(table(("USER", "ROLE", "KEY", "STATE"), rows))
 
 
 def _row(name: str, user: User) -> tuple[str, ...]:

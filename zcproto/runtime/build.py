@@ -22,8 +22,19 @@ from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
-from zcproto.auth import Authenticator, CertificateAuthenticator, Login, RegisteredDevice, Throttle
-from zcproto.auth.directory import Devices, Users
+from zcproto.auth import (
+    Authenticator,
+    DeviceFile,
+    Enrollment,
+    Login,
+    PairingFile,
+    RegisteredDevice,
+    Throttle,
+    User,
+    UserFile,
+)
+from zcproto.auth.directory import Directory
+from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.certs import CertificateManager
 from zcproto.certs.client_user import user_of
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
@@ -84,8 +95,7 @@ async def build(
     state.on_revoked = partial(on_revoked, alerts)
     login = build_login(active, home, state, certificates, authenticators)
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
-    enrollment = None if login.devices is None else login.devices.enrollment
-    state.add_methods([*protocol_methods(state, login.login, enrollment), *app])
+    state.add_methods([*protocol_methods(state, login.login, login.enrollment), *app])
     parts = Parts(
         active=active,
         home=home,
@@ -222,12 +232,13 @@ def build_state(
 
 
 class LoginParts(NamedTuple):
-    """The login. `users` and `devices` are `None` if the program brings its own authenticators."""
+    """The login. The others are `None` if the program brings its own authenticators."""
 
     login: Login
     throttle: Throttle
-    users: Users | None
-    devices: Devices | None
+    users: Directory[User] | None = None
+    devices: Directory[RegisteredDevice] | None = None
+    enrollment: Enrollment | None = None
 
 
 def build_login(
@@ -240,26 +251,25 @@ def build_login(
     """Build the login: with these authenticators, or with the home's users, devices and client certificates."""
     throttle = Throttle(active.config.limits.login_failures)
     if authenticators is not None:
-        return LoginParts(Login(authenticators, throttle), throttle, None, None)
-    users = Users(home, on_gone=partial(end_user_sessions, state))
-    devices = Devices(
-        home,
-        users.current,
-        throttle,
-        on_gone=partial(end_device_sessions, state),
-        on_refused=_log_device_refused,
-    )
-    found: list[Authenticator] = [users.authenticator, devices.authenticator]
+        return LoginParts(Login(authenticators, throttle), throttle)
+    users = Directory(UserFile(home.users), on_gone=partial(end_user_sessions, state))
+    device_file = DeviceFile(home.devices)
+    devices = Directory(device_file, on_gone=partial(end_device_sessions, state))
+    enrollment = Enrollment(PairingFile(home.pairing), device_file, users, throttle)
+    found: list[Authenticator] = [
+        ApiKeyAuthenticator(users),
+        DeviceAuthenticator(devices, users, on_refused=_log_device_refused),
+    ]
     if active.config.tls.client_auth != "off":
 
         def user_of_certificate(certificate: bytes) -> str:
             return user_of(certificate, active.config.tls.client_name, certificates.now())
 
         found.append(
-            CertificateAuthenticator(users.current, user_of_certificate, on_refused=_log_certificate_refused)
+            CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)
         )
-    state.binding.is_user = users.is_user
-    return LoginParts(Login(found, throttle), throttle, users, devices)
+    state.binding.is_user = users.is_known
+    return LoginParts(Login(found, throttle), throttle, users, devices, enrollment)
 
 
 def _log_device_refused(reason: str, address: str) -> None:
@@ -270,8 +280,8 @@ def _log_certificate_refused(reason: str, address: str) -> None:
     log.info("login.certificate_refused", peer=address, reason=reason)
 
 
-async def end_user_sessions(state: ServerState, name: str) -> int:
-    """End the sessions of a user who was removed or changed; return how many."""
+async def end_user_sessions(state: ServerState, name: str, user: User) -> int:
+    """End the sessions of a user who was removed or changed; return how many. `user` is the entry before."""
     ended = await state.sessions.revoke_user(name, EndReason.USER_CHANGED)
     log.info("user.gone", user=name, sessions=ended)
     state.on_revoked(f"the user {name} was removed or changed", ended, False)

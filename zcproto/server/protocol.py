@@ -19,8 +19,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Final, cast
 
-from zcproto.auth.certificate import certificate_key
 from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.auth.schemes import certificate_key
 from zcproto.connection.events import (
     ConnectionEnded,
     GoAwayReason,

@@ -248,17 +248,17 @@ def enroll_method(enrollment: Enrollment) -> Method:
 
     async def device_enroll(context: Context, code: str, public_key: bytes, name: str) -> dict[str, Any]:
         """Trade a code of `zcproto pair` for a device, by whose key its user opens sessions from then on."""
-        pairing = await enrollment.enroll(
+        user = await enrollment.enroll(
             code, public_key, name, address=context.peer, wall=context.wall(), now=context.now()
         )
         log.info(
             "device.enrolled",
-            device=pairing.device,
-            user=pairing.user,
+            device=name,
+            user=user,
             peer=context.peer,
             connection=context.connection,
         )
-        return pairing._asdict()
+        return {"user": user, "device": name}
 
     return Method("device.enroll", device_enroll, public=True)
 

@@ -10,21 +10,11 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.auth.helpers import drive, identified, write
-from zcproto.auth import (
-    ApiKeyAuthenticator,
-    Channel,
-    CurrentDevices,
-    CurrentUsers,
-    DeviceAuthenticator,
-    DeviceFile,
-    Identity,
-    Login,
-    Throttle,
-    UserFile,
-)
-from zcproto.auth import device as device_module
+from tests.auth.helpers import directory, drive, identified, write
+from zcproto.auth import DeviceFile, Identity, Login, Throttle, UserFile, schemes
 from zcproto.auth.devices import is_public_key, is_signed
+from zcproto.auth.identity import Channel
+from zcproto.auth.schemes import ApiKeyAuthenticator, DeviceAuthenticator
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from zcproto.wire.message import attach_message, open_message
 
@@ -64,8 +54,8 @@ class Scheme:
         self.devices.load()
         self.refused: list[tuple[str, str]] = []
         self.authenticator = DeviceAuthenticator(
-            CurrentDevices(self.devices, on_fault=pytest.fail),
-            CurrentUsers(self.users, on_fault=pytest.fail),
+            directory(self.devices),
+            directory(self.users),
             on_refused=lambda reason, address: self.refused.append((reason, address)),
         )
         self.login = Login([self.authenticator], Throttle())
@@ -171,7 +161,7 @@ def test_wrong_signature_and_unknown_device_or_user_take_the_same_steps(
         return find(self, name)
 
     find = UserFile.find
-    monkeypatch.setattr(device_module, "is_signed", signed)
+    monkeypatch.setattr(schemes, "is_signed", signed)
     monkeypatch.setattr(UserFile, "find", found)
     with pytest.raises(Unauthenticated):
         scheme.ask(device, signature, Channel(salt=SALT, leaves=lambda: frozenset({LEAF, OTHER_LEAF})))
@@ -220,9 +210,7 @@ async def test_devices_and_users_follow_changes_of_their_files(tmp_path: Path) -
 
 
 def test_refusal_callback_is_optional(scheme: Scheme, tmp_path: Path) -> None:
-    authenticator = DeviceAuthenticator(
-        CurrentDevices(scheme.devices, on_fault=pytest.fail), CurrentUsers(scheme.users, on_fault=pytest.fail)
-    )
+    authenticator = DeviceAuthenticator(directory(scheme.devices), directory(scheme.users))
     params = {"device": "laptop", "signature": bytes(64)}
     assert drive(authenticator.authenticate(params, ADDRESS, CHANNEL)) is None
 
@@ -269,7 +257,7 @@ def test_every_wrong_proof_takes_the_same_steps(scheme: Scheme, monkeypatch: pyt
         steps.append(len(message))
         return is_signed(key, signature, message)
 
-    monkeypatch.setattr(device_module, "is_signed", signed)
+    monkeypatch.setattr(schemes, "is_signed", signed)
     for key, user in (("device:laptop", "ada"), ("device:nothing", "ada"), ("device:laptop", "root")):
         steps.clear()
         with pytest.raises(Unauthenticated):
@@ -278,7 +266,7 @@ def test_every_wrong_proof_takes_the_same_steps(scheme: Scheme, monkeypatch: pyt
 
 
 async def test_attach_is_refused_without_a_device_scheme(tmp_path: Path) -> None:
-    by_key = ApiKeyAuthenticator(CurrentUsers(UserFile(tmp_path / "users.toml"), on_fault=pytest.fail))
+    by_key = ApiKeyAuthenticator(directory(UserFile(tmp_path / "users.toml")))
     with pytest.raises(Unauthenticated):
         await Login([by_key], Throttle()).attach(
             "device:laptop", "ada", attaching(), TOKEN, ADDRESS, NOW, CHANNEL
@@ -293,7 +281,7 @@ def test_key_is_gone_when_its_device_is_removed(tmp_path: Path) -> None:
     assert not scheme.login.is_gone("device:laptop")
     scheme.devices.load()
     assert scheme.login.is_gone("device:laptop")
-    by_key = ApiKeyAuthenticator(CurrentUsers(scheme.users, on_fault=pytest.fail))
+    by_key = ApiKeyAuthenticator(directory(scheme.users))
     assert not Login([by_key], Throttle()).is_gone("device:laptop")
 
 

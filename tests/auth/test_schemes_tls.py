@@ -11,19 +11,11 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.auth.helpers import drive, identified, write
-from zcproto.auth import (
-    ApiKeyAuthenticator,
-    CertificateAuthenticator,
-    Channel,
-    CurrentUsers,
-    Identity,
-    Login,
-    Throttle,
-    UserFile,
-)
-from zcproto.auth.certificate import certificate_key
-from zcproto.errors import CertificateError, ConfigError, InvalidArgument, ResourceExhausted, Unauthenticated
+from tests.auth.helpers import FakeLog, directory, drive, identified, write
+from zcproto.auth import Identity, Login, Throttle, UserFile
+from zcproto.auth.identity import Channel
+from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, certificate_key
+from zcproto.errors import CertificateError, InvalidArgument, ResourceExhausted, Unauthenticated
 
 ADDRESS, ELSEWHERE = "192.0.2.1", "198.51.100.7"
 NOW = 50.0
@@ -48,10 +40,9 @@ class Scheme:
         self.file = UserFile(path)
         self.file.add("ada")
         self.file.add("root", operator=True)
-        self.faults: list[ConfigError] = []
         self.refused: list[tuple[str, str]] = []
         self.authenticator = CertificateAuthenticator(
-            CurrentUsers(self.file, on_fault=self.faults.append),
+            directory(self.file),
             user_of,
             key_of=key_of,
             on_refused=lambda reason, address: self.refused.append((reason, address)),
@@ -123,7 +114,7 @@ def test_login_without_a_channel_has_no_certificate(scheme: Scheme) -> None:
 def test_refusal_callback_is_optional(path: Path) -> None:
     file = UserFile(path)
     file.load()
-    authenticator = CertificateAuthenticator(CurrentUsers(file, on_fault=pytest.fail), user_of, key_of=key_of)
+    authenticator = CertificateAuthenticator(directory(file), user_of, key_of=key_of)
     assert drive(authenticator.authenticate({"scheme": "tls"}, ADDRESS, Channel(lambda: b"ada"))) is None
 
 
@@ -140,7 +131,7 @@ def test_unknown_fields_are_refused(scheme: Scheme, field: str) -> None:
         scheme.ask(b"ada", **{field: "secret"})
 
 
-async def test_users_follow_changes_of_their_file(scheme: Scheme, path: Path) -> None:
+async def test_users_follow_changes_of_their_file(scheme: Scheme, path: Path, log: FakeLog) -> None:
     def ask() -> Any:
         return identified(scheme.login, {"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
 
@@ -152,21 +143,20 @@ async def test_users_follow_changes_of_their_file(scheme: Scheme, path: Path) ->
     write(path, "nonsense")
     for _ in range(2):
         assert await ask() == Identity("ada", key="tls:ada")
-    assert len(scheme.faults) == 1
+    assert log.events == ["users.unreadable"]
 
 
-async def test_two_schemes_can_share_the_users(path: Path) -> None:
+async def test_two_schemes_can_share_the_users(path: Path, log: FakeLog) -> None:
     file = UserFile(path)
     key = file.add("ada")
-    faults: list[ConfigError] = []
-    users = CurrentUsers(file, on_fault=faults.append)
+    users = directory(file)
     authenticators = [ApiKeyAuthenticator(users), CertificateAuthenticator(users, user_of, key_of=key_of)]
     login = Login(authenticators, Throttle())
     write(path, "nonsense")
     by_certificate = await identified(login, {"scheme": "tls"}, ADDRESS, NOW, Channel(lambda: b"ada"))
     by_api_key = await identified(login, {"scheme": "api_key", "user": "ada", "key": key}, ADDRESS, NOW)
     assert (by_certificate.user, by_api_key) == ("ada", Identity("ada"))
-    assert len(faults) == 1
+    assert log.events == ["users.unreadable"]
 
 
 # What the session is bound to
@@ -183,7 +173,7 @@ def test_session_is_bound_to_the_public_key_of_the_certificate(ca: trustme.CA) -
 
 def test_certificate_with_unreadable_key_is_refused(scheme: Scheme) -> None:
     authenticator = CertificateAuthenticator(
-        CurrentUsers(scheme.file, on_fault=pytest.fail),
+        directory(scheme.file),
         user_of,
         on_refused=lambda reason, address: scheme.refused.append((reason, address)),
     )
