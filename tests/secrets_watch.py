@@ -314,10 +314,10 @@ def hook_places() -> None:
 def _hook_log() -> None:
     from zcproto.observe import log
 
-    def line_written(_: Any, writer: Any, line: str) -> None:
+    def line_written(_: Any, state: Any, line: str) -> None:
         watch.add_output("the log", line)
 
-    log._Writer.write = _after(line_written)(log._Writer.write)  # type: ignore[method-assign]
+    log._LogState.write = _after(line_written)(log._LogState.write)  # type: ignore[method-assign]
 
 
 class _Handler(logging.Handler):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import FakeClock, FakeTimers
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.config.model import LogConfig
-from zcproto.observe.log import configure_logging, get_logger
-from zcproto.observe.log_batch import DELAY, MAX_LINES, LogBatch
+from zcproto.observe.log import BATCH_DELAY, MAX_BATCH, LogBatch, configure_logging, get_logger, lost_lines
 
 
 class LogHarness:
@@ -36,10 +38,10 @@ def harness(capsys: pytest.CaptureFixture[str]) -> LogHarness:
 
 def test_batched_lines_have_times_of_their_events(harness: LogHarness) -> None:
     harness.batch.add("session.opened", user="ada")
-    harness.advance(DELAY / 2)
+    harness.advance(BATCH_DELAY / 2)
     harness.batch.add("session.closed", user="ada")
     assert harness.written() == []
-    harness.advance(DELAY)
+    harness.advance(BATCH_DELAY)
     first, second = harness.written()
     assert (first["event"], second["event"]) == ("session.opened", "session.closed")
     assert first["timestamp"] == "2026-01-01T00:00:00.000Z"
@@ -51,16 +53,16 @@ def test_next_line_starts_a_new_batch(harness: LogHarness) -> None:
     for _ in range(3):
         harness.batch.add("session.opened")
         assert harness.written() == []
-        harness.advance(2 * DELAY)
+        harness.advance(2 * BATCH_DELAY)
         assert len(harness.written()) == 1
 
 
 def test_full_batch_is_written_at_once(harness: LogHarness) -> None:
-    for number in range(MAX_LINES + 1):
+    for number in range(MAX_BATCH + 1):
         harness.batch.add("session.opened", number=number, user=f"user {number}")
-    assert [line["number"] for line in harness.written()] == list(range(MAX_LINES))
-    harness.advance(2 * DELAY)
-    assert [line["number"] for line in harness.written()] == [MAX_LINES]
+    assert [line["number"] for line in harness.written()] == list(range(MAX_BATCH))
+    harness.advance(2 * BATCH_DELAY)
+    assert [line["number"] for line in harness.written()] == [MAX_BATCH]
 
 
 def test_waiting_lines_are_written_at_the_end(harness: LogHarness) -> None:
@@ -73,5 +75,35 @@ def test_waiting_lines_are_written_at_the_end(harness: LogHarness) -> None:
 def test_disabled_level_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     harness = LogHarness(capsys, "warning")
     harness.batch.add("session.opened")
-    harness.advance(2 * DELAY)
+    harness.advance(2 * BATCH_DELAY)
     assert harness.written() == []
+
+
+def test_batch_is_one_write(harness: LogHarness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configure_logging(LogConfig(level="info", file=tmp_path / "log"), clock=harness.clock)
+    writes: list[int] = []
+    write = os.write
+
+    def counted(descriptor: int, data: bytes) -> int:
+        writes.append(bytes(data).count(b"\n"))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", counted)
+    for _ in range(3):
+        harness.batch.add("session.opened")
+    harness.batch.write()
+    assert writes == [3]
+
+
+def test_lost_batch_counts_each_line(
+    harness: LogHarness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.EIO, "failed")
+
+    configure_logging(LogConfig(level="info", file=tmp_path / "log"), clock=harness.clock)
+    monkeypatch.setattr(os, "write", full)
+    harness.batch.add("session.opened")
+    harness.batch.add("session.closed")
+    harness.batch.write()
+    assert lost_lines() == 2

@@ -26,7 +26,6 @@ from zcproto.observe.log import (
     get_logger,
     is_on,
     level,
-    lines_together,
     lost_lines,
     reopen_log,
     set_level,
@@ -442,38 +441,6 @@ def test_failing_custom_stream_does_not_reach_caller(
     log.info("a.b")
     flush_log()
     assert lost_lines() == 1
-
-
-def test_lines_together_are_one_write_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "log"
-    configure_logging(LogConfig(file=path, level="info"))
-    writes: list[bytes] = []
-    write = os.write
-
-    def counted(descriptor: int, data: bytes) -> int:
-        writes.append(bytes(data))
-        return write(descriptor, data)
-
-    monkeypatch.setattr(os, "write", counted)
-    beside = threading.Thread(target=lambda: log.info("other.thread"))
-    with lines_together():
-        log.info("a.first")
-        beside.start()
-        beside.join()
-        log.info("a.second")
-    log.info("a.third")
-    assert events(path.read_text()) == ["other.thread", "a.first", "a.second", "a.third"]
-    assert len(writes) == 3
-
-
-def test_lost_batch_counts_each_line(tmp_path: Path) -> None:
-    configure_logging(LogConfig(file=tmp_path / "log", level="info"))
-    before = lost_lines()
-    with lines_together():
-        log.info("a.first")
-        log.info("a.second")
-        log_module._state.output.close()
-    assert lost_lines() == before + 2
 
 
 def test_batch_cut_at_a_line_end_is_not_a_broken_line(monkeypatch: pytest.MonkeyPatch) -> None:

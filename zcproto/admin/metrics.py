@@ -45,21 +45,20 @@ def server_metrics(parts: Parts) -> Metrics:
 
 def readings(snapshot: Snapshot) -> Iterator[Reading]:
     """Yield the value of each metric of a server."""
-    for part in (
+    groups = (
         _server,
         _limits,
         _connections,
-        _tls,
         _certificates,
         _sessions,
-        _logins,
         _requests,
         _errors,
         _store,
         _https,
         _alerts,
-    ):
-        yield from part(snapshot)
+    )
+    for group in groups:
+        yield from group(snapshot)
 
 
 def _server(snapshot: Snapshot) -> Iterator[Reading]:
@@ -69,11 +68,11 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_incidents_total", snapshot.counters.incidents
     yield "zcproto_config_reloads_total", snapshot.counters.reloads, "applied"
     yield "zcproto_config_reloads_total", snapshot.counters.reloads_refused, "refused"
-    yield "zcproto_loop_lag_seconds", snapshot.loop_lag
+    yield "zcproto_loop_lag_seconds", snapshot.parts.loop_lag.lags
 
 
 def _limits(snapshot: Snapshot) -> Iterator[Reading]:
-    parts, connections = snapshot.parts, snapshot.connections
+    parts = snapshot.parts
     config, limits, listener, registry = (
         parts.config,
         parts.config.limits,
@@ -83,7 +82,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
     rows: list[tuple[str, int, int | None]] = [
         ("limits.max_connections", limits.max_connections, listener.connections),
         ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
-        ("limits.max_streams", limits.max_streams, connections.most_in_flight),
+        ("limits.max_streams", limits.max_streams, snapshot.most_in_flight),
         ("limits.max_frame_bytes", limits.max_frame_bytes, None),
         ("limits.max_frame_bytes_before_session", limits.max_frame_bytes_before_session, None),
         ("limits.max_depth", limits.max_depth, None),
@@ -119,12 +118,9 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_connections_refused_total", counters.refused_per_address, "per_address"
     yield "zcproto_connections_refused_total", counters.accept_failed, "exhausted"
     yield "zcproto_write_pauses_total", counters.write_pauses
-    yield "zcproto_slow_readers", snapshot.connections.slow_readers
+    yield "zcproto_slow_readers", snapshot.slow_readers
     yield "zcproto_events_sent_total", counters.events
-
-
-def _tls(snapshot: Snapshot) -> Iterator[Reading]:
-    acceptor = snapshot.parts.acceptor
+    acceptor = parts.acceptor
     yield "zcproto_tls_handshakes_completed_total", acceptor.handshakes_completed
     yield "zcproto_tls_handshakes_in_progress", acceptor.handshakes_in_progress
     for failure, count in acceptor.failures.items():
@@ -161,9 +157,6 @@ def _sessions(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_sessions_not_admitted_total", binding.refused_users, "user"
     yield "zcproto_sessions_not_admitted_total", binding.refused_addresses, "address"
     yield "zcproto_sessions_not_admitted_total", binding.refused_clients, "client"
-
-
-def _logins(snapshot: Snapshot) -> Iterator[Reading]:
     login = snapshot.parts.login
     for scheme, count in login.accepted.items():
         yield "zcproto_logins_total", count, scheme, "accepted"

@@ -16,23 +16,20 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpCounters
 from zcproto.admin.https import HttpSide
 from zcproto.admin.parts import Parts
-from zcproto.admin.traffic import Rates
 from zcproto.app.app import Method
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
 from zcproto.common.clock import MS_PER_SECOND
-from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import level
-from zcproto.observe.loop_lag import BOUNDS_MS
 from zcproto.observe.process import resident_bytes, used_cpu_s
-from zcproto.server.state import Counters, ServerState
+from zcproto.server.state import Counters
 from zcproto.tls.failure import TlsFailure
 
 API: Final = 1
@@ -44,26 +41,19 @@ _STATS_CERTIFICATE_KEYS: Final = ("file", "source", "site", "key_type", "pin", "
 
 
 @dataclass(frozen=True, slots=True)
-class Connections:
-    """Sums over the connections of zcp/1."""
-
-    in_flight: int
-    most_in_flight: int
-    slow_readers: int
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """One reading of a server: what had to be computed, beside the counters that its `parts` keep.
 
-    `store_report` and `alerts` are the reports of the session store and of the alerts.
+    `in_flight` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` is their maximum.
+    `rates`, `store_report` and `alerts` are reports of the traffic, the session store and the alerts.
     """
 
     parts: Parts
     time: int
-    connections: Connections
-    rates: Rates
-    loop_lag: Histogram
+    in_flight: int
+    most_in_flight: int
+    slow_readers: int
+    rates: Mapping[str, Any]
     store_report: Mapping[str, Any]
     certificates: tuple[CertificateStatus, ...]
     alerts: Mapping[str, Any]
@@ -77,14 +67,14 @@ class Snapshot:
 
 def take_snapshot(parts: Parts) -> Snapshot:
     """Read a server. Call it in its loop."""
-    loop_lag = Histogram([bound / MS_PER_SECOND for bound in BOUNDS_MS])
-    loop_lag.counts, loop_lag.total = parts.loop_lag.counts, parts.loop_lag.total
+    in_flight = [protocol.in_flight for protocol in parts.state.connections]
     return Snapshot(
         parts=parts,
         time=parts.clock.wall(),
-        connections=_connections(parts.state),
+        in_flight=sum(in_flight),
+        most_in_flight=max(in_flight, default=0),
+        slow_readers=sum(protocol.is_slow_reader for protocol in parts.state.connections),
         rates=parts.traffic.rates(),
-        loop_lag=loop_lag,
         store_report=parts.state.sessions.statistics(),
         certificates=parts.certificates.status(),
         alerts=parts.alerts.report(),
@@ -93,15 +83,9 @@ def take_snapshot(parts: Parts) -> Snapshot:
     )
 
 
-def _connections(state: ServerState) -> Connections:
-    in_flight = [protocol.in_flight for protocol in state.connections]
-    slow_readers = sum(protocol.is_slow_reader for protocol in state.connections)
-    return Connections(sum(in_flight), max(in_flight, default=0), slow_readers)
-
-
 def status_report(snapshot: Snapshot) -> dict[str, Any]:
     """Return the status of the control API, which `zcproto status` and the status page show."""
-    parts, counters, connections = snapshot.parts, snapshot.counters, snapshot.connections
+    parts, counters = snapshot.parts, snapshot.counters
     state, acceptor = parts.state, parts.acceptor
     return {
         "api": API,
@@ -134,10 +118,10 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
         },
         "requests": {
             "total": counters.requests,
-            "in_flight": connections.in_flight,
+            "in_flight": snapshot.in_flight,
             "incidents": counters.incidents,
         },
-        "traffic": asdict(snapshot.rates),
+        "traffic": snapshot.rates,
         "handshakes": {
             "completed": acceptor.handshakes_completed,
             "in_progress": acceptor.handshakes_in_progress,
@@ -180,12 +164,8 @@ def stats_method(parts: Parts) -> Method:
 
 def read_stats(parts: Parts) -> dict[str, Any]:
     """Return the result of `server.stats`, and start the interval of the longest pauses again."""
-    snapshot, counters, state, acceptor = (
-        take_snapshot(parts),
-        parts.state.counters,
-        parts.state,
-        parts.acceptor,
-    )
+    snapshot, state, acceptor = take_snapshot(parts), parts.state, parts.acceptor
+    counters = state.counters
     last = parts.certificates.last_renewal
     return {
         "connections": len(state.connections),
@@ -214,7 +194,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "rss_bytes": snapshot.rss_bytes,
         "longest_pause_s": parts.loop_lag.take_longest(),
         "longest_own_pause_s": parts.loop_lag.take_longest_own(),
-        "pauses": parts.loop_lag.counts,
+        "pauses": parts.loop_lag.lags.counts,
         "certificates": [
             {key: one[key] for key in _STATS_CERTIFICATE_KEYS}
             for one in certificate_report(snapshot.certificates)

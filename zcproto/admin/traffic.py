@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from zcproto.app.app import Method
 from zcproto.common.clock import Clock
@@ -26,35 +25,6 @@ RATE_S: Final = 10.0
 """The window of rates: long enough to be steady, short enough to show a change."""
 
 log = get_logger("zcproto.server")
-
-
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Durations in seconds; None without any request."""
-
-    count: int
-    p50: float | None
-    p90: float | None
-    p99: float | None
-    p999: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Events per second over about 10 s, and percentiles over about a minute.
-
-    `work` is the time of the loop up to the answer or the first await, sampled. `waits` is the time from the first
-    await to the end, of all requests that awaited.
-    """
-
-    rate_window_s: float
-    requests_per_s: float
-    errors_per_s: float
-    handshakes_per_s: float
-    handshake_failures_per_s: float
-    latency_window_s: float
-    work: Percentiles
-    waits: Percentiles
 
 
 class _Sample(NamedTuple):
@@ -97,23 +67,27 @@ class Traffic:
         while samples[0].at < samples[-1].at - WINDOW_S:
             samples.popleft()
 
-    def rates(self) -> Rates:
-        """Compare the counters with the samples."""
+    def rates(self) -> dict[str, Any]:
+        """Return events per second over about 10 s, and percentiles over about a minute, as JSON fields.
+
+        `work` is the time of the loop up to the answer or the first await, sampled. `waits` is the time from the
+        first await to the end, of all requests that awaited.
+        """
         now, oldest = self._read(), self._samples[0]
         recent = next(
             each for each in self._samples if each.at >= now.at - RATE_S or each is self._samples[-1]
         )
         seconds = now.at - recent.at
-        return Rates(
-            round(seconds, 3),
-            _rate(now.requests - recent.requests, seconds),
-            _rate(now.errors - recent.errors, seconds),
-            _rate(now.handshakes - recent.handshakes, seconds),
-            _rate(now.handshake_failures - recent.handshake_failures, seconds),
-            round(now.at - oldest.at, 3),
-            _percentiles(QUICK_S, oldest.work, now.work),
-            _percentiles(WAITED_S, oldest.waits, now.waits),
-        )
+        return {
+            "rate_window_s": round(seconds, 3),
+            "requests_per_s": _rate(now.requests - recent.requests, seconds),
+            "errors_per_s": _rate(now.errors - recent.errors, seconds),
+            "handshakes_per_s": _rate(now.handshakes - recent.handshakes, seconds),
+            "handshake_failures_per_s": _rate(now.handshake_failures - recent.handshake_failures, seconds),
+            "latency_window_s": round(now.at - oldest.at, 3),
+            "work": _percentiles(QUICK_S, oldest.work, now.work),
+            "waits": _percentiles(WAITED_S, oldest.waits, now.waits),
+        }
 
     def _read(self) -> _Sample:
         counters = self._counters
@@ -133,11 +107,12 @@ def _rate(events: int, seconds: float) -> float:
     return round(max(0, events) / seconds, 3) if seconds > 0 else 0.0
 
 
-def _percentiles(bounds: Sequence[float], before: list[int], now: list[int]) -> Percentiles:
+def _percentiles(bounds: Sequence[float], before: list[int], now: list[int]) -> dict[str, Any]:
+    """Return durations in seconds; None without any request."""
     counts = [max(0, later - earlier) for earlier, later in zip(before or [0] * len(now), now, strict=True)]
 
     def part(of_all: float) -> float | None:
         value = quantile(bounds, counts, of_all)
         return None if value is None else round(value, 6)
 
-    return Percentiles(sum(counts), part(0.5), part(0.9), part(0.99), part(0.999))
+    return {"count": sum(counts), "p50": part(0.5), "p90": part(0.9), "p99": part(0.99), "p999": part(0.999)}

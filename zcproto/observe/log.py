@@ -22,12 +22,12 @@ from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
-from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
@@ -44,7 +44,13 @@ MAX_LINE = 16_384
 MAX_PLAIN_VALUES = 32
 """Maximum values of a line formatted in one step: more than any event has, and too few to exceed MAX_LINE."""
 
-AT = "_at"
+BATCH_DELAY = 0.25
+"""Maximum delay of a line in seconds: unnoticeable for readers, and long enough to batch about a hundred logins."""
+
+MAX_BATCH = 128
+"""Lines that trigger writing at once, about two milliseconds of the loop."""
+
+_AT = "_at"
 """Name of a value with the time of an event, in milliseconds since the Unix epoch; without it the time is now."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -85,8 +91,6 @@ class Logger(structlog.BoundLoggerBase):
                     values["suppressed"] = suppressed
             # Not by structlog's processors, which need more calls and copies for the same.
             self._logger.write(_line(method, event, {**self._context, **values}))
-        except LinesLostError as lost:
-            state.lose(lost.lines)
         except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
 
@@ -190,24 +194,6 @@ def report_suppressed() -> None:
         _log.info("log.suppressed", of=event, count=lines, keys=keys)
 
 
-@contextmanager
-def lines_together() -> Iterator[None]:
-    """Write the lines of this thread in one batch at the end of the body, to save system calls."""
-    lines: list[str] = []
-    _state.gathering = get_ident(), lines
-    try:
-        yield
-    finally:
-        _state.gathering = None
-        if lines:
-            try:
-                _state.write("".join(lines))
-            except LinesLostError as lost:
-                _state.lose(lost.lines)
-            except Exception:  # as for a single line
-                _state.lose(len(lines))
-
-
 def lost_lines() -> int:
     """Return the number of lines lost since the start of the process."""
     return _state.lost
@@ -224,14 +210,19 @@ class _LogState:
         self.limits = EventLimits()
         self.lost = 0
         self.lost_unreported = 0
-        self.gathering: tuple[int, list[str]] | None = None
-        """The thread whose lines are batched, with its lines."""
 
     def write(self, lines: str) -> None:
-        self.output.write(lines)
+        try:
+            self.output.write(lines)
+        except LinesLostError as lost:
+            self.lose(lost.lines)
+            return
+        except Exception:  # a stream in place of standard error may raise anything
+            self.lose(lines.count("\n"))
+            return
         if self.lost_unreported and not self.output.waiting:
-            lost, self.lost_unreported = self.lost_unreported, 0
-            _log.error("log.lost", lines=lost)
+            count, self.lost_unreported = self.lost_unreported, 0
+            _log.error("log.lost", lines=count)
 
     def replace_output(self, output: Output) -> None:
         old, self.output = self.output, output
@@ -255,18 +246,60 @@ _state = _LogState()
 
 
 class _Writer:
-    """Pass lines to the output or to the batch of the thread."""
+    """Write each line at once."""
 
     def write(self, line: str) -> None:
-        gathering = _state.gathering
-        if gathering is not None and gathering[0] == get_ident():
-            gathering[1].append(line)
-        else:
-            _state.write(line)
+        _state.write(line)
+
+
+class _Gatherer(list[str]):
+    """Gather lines to write them together."""
+
+    def write(self, line: str) -> None:
+        self.append(line)
+
+
+class LogBatch:
+    """Batch the lines of routine events of one loop.
+
+    When 10,000 clients connect, each opens a session and gets a line. A single line costs four times as much as one
+    in a batch, because its code and data are cold. Lines carry the time of their event, not of writing. Do not use
+    this for events that need attention.
+    """
+
+    def __init__(self, log: Logger, wheel: DeadlineWheel, clock: Clock) -> None:
+        self._log = log
+        self._wheel = wheel
+        self._clock = clock
+        self._lines: list[tuple[str, dict[str, Any]]] = []
+        self.deadline_tick = 0
+
+    def add(self, event: str, **values: Any) -> None:
+        """Queue a line at the level info."""
+        values[_AT] = self._clock.wall()
+        self._lines.append((event, values))
+        if len(self._lines) == 1:
+            self._wheel.set(self, self._wheel.now() + BATCH_DELAY)
+        elif len(self._lines) >= MAX_BATCH:
+            self.write()
+
+    def write(self) -> None:
+        """Write the waiting lines."""
+        self._wheel.discard(self)
+        lines, self._lines = self._lines, []
+        if lines:
+            gatherer = _Gatherer()
+            logger = Logger(gatherer, (), self._log._context)
+            for event, values in lines:
+                logger.info(event, **values)
+            _state.write("".join(gatherer))
+
+    def handle_deadline(self, now: float) -> None:
+        self.write()
 
 
 def _line(method: str, event: str, values: dict[str, Any]) -> str:
-    wall = values.pop(AT, None)
+    wall = values.pop(_AT, None)
     timestamp = _timestamp(_state.clock.wall() if wall is None else wall)
     as_text = _state.format == "console" or (_state.format == "auto" and _state.output.is_terminal())
     if not as_text and _are_plain(values.values()):  # most lines of a busy server

@@ -17,9 +17,11 @@ import asyncio
 import contextlib
 import os
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final, NamedTuple
+
+from zcproto.common.clock import MS_PER_SECOND
+from zcproto.observe.histogram import Histogram
 
 PERIOD: Final = 0.005
 IDLE_PERIOD: Final = 0.25
@@ -87,10 +89,8 @@ class LoopLag:
         """Longest lag in seconds since `take_longest`."""
         self.longest_own = 0.0
         """Longest lag in seconds without the time of other programs, since `take_longest_own`."""
-        self.counts = [0] * (len(BOUNDS_MS) + 1)
-        """Lags by length, with bounds in BOUNDS_MS; the last is for longer ones."""
-        self.total = 0.0
-        """Sum of all lags in seconds."""
+        self.lags = Histogram([bound / MS_PER_SECOND for bound in BOUNDS_MS])
+        """All lags in seconds."""
 
     def start(self) -> None:
         """Start measuring, in the loop's thread."""
@@ -142,5 +142,4 @@ class LoopLag:
         """Record the delay of one timer, and the part taken by other programs; in seconds."""
         self.longest = max(self.longest, late)
         self.longest_own = max(self.longest_own, late - others)
-        self.total += max(0.0, late)
-        self.counts[bisect_left(BOUNDS_MS, late * 1000)] += 1
+        self.lags.add(max(0.0, late))

@@ -19,7 +19,7 @@ import stat
 import sys
 import threading
 from pathlib import Path
-from typing import Final, Protocol, TextIO
+from typing import Final, TextIO, TypeAlias
 
 from zcproto.errors import ConfigError
 
@@ -40,28 +40,6 @@ class LinesLostError(Exception):
     def __init__(self, lines: int) -> None:
         super().__init__(f"{lines} lines are lost")
         self.lines = lines
-
-
-class Output(Protocol):
-    """A destination of lines, one or several per call.
-
-    `write` and `flush` raise LinesLostError, or any exception of a custom stream.
-    """
-
-    def write(self, lines: str) -> None: ...
-
-    def flush(self) -> None: ...
-
-    @property
-    def waiting(self) -> int: ...
-
-    def finish(self) -> None:
-        """Flush, waiting briefly for a reader. For the end of a process."""
-
-    def is_terminal(self) -> bool: ...
-
-    def close(self) -> int:
-        """Close the output. Return the number of lines lost."""
 
 
 class Descriptor:
@@ -225,3 +203,7 @@ class LogFile(Descriptor):
 
     def is_terminal(self) -> bool:
         return False
+
+
+Output: TypeAlias = StandardError | LogFile
+"""A destination of lines, one or several per call. `close` returns the number of lines lost."""

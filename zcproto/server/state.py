@@ -17,8 +17,7 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
-from zcproto.observe.log import get_logger
-from zcproto.observe.log_batch import LogBatch
+from zcproto.observe.log import LogBatch, get_logger
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.sessions import EndReason, SessionRegistry
