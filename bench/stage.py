@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto.auth import UserFile
-from zcproto.certs import ManagedSettings, managed
+from zcproto.certs import managed
+from zcproto.certs.managed import ManagedSettings
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
 from zcproto.load.caller import LoadTarget, Operator

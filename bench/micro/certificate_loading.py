@@ -23,7 +23,7 @@ from bench.command import COUNT, measurement
 from bench.micro.timing import time_rows, timed
 from bench.report import Row
 from bench.stage import make_own_certificates
-from zcproto.certs import load_pair
+from zcproto.certs.pair import load_pair
 from zcproto.config.model import CertificatesConfig
 from zcproto.tls.context import server_context
 

@@ -37,7 +37,9 @@ from bench.report import Report, Row, counted
 from bench.samples import Sample, Span
 from bench.scenarios.harness import load_faults, load_rows, run_load_beside
 from bench.stage import HOST, Server, Stage, check_open_files, room_for
-from zcproto.certs import CertificatePair, ManagedSettings, managed
+from zcproto.certs import managed
+from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.pair import CertificatePair
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import load_config

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.admin.chromium import Chromium, Tab
 from tests.admin.test_https import add
@@ -20,9 +19,9 @@ from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread
 from zcproto.alerts import AlertKind
-from zcproto.certs.pair import spki_pin
 from zcproto.http.messages import HttpResponse, Route, text_response
 from zcproto.sessions.token import token_text
+from zcproto.tls.pins import key_pin
 
 pytestmark = [needs("chromium"), pytest.mark.timeout(600)]
 
@@ -41,8 +40,8 @@ Open = Callable[..., Tab]
 def browser(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[Chromium]:
     """A Chromium that trusts the certificate of all servers of the suite."""
     pem = (certs / "server-ecdsa.crt").read_bytes()
-    certificate = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
-    with Chromium(tmp_path_factory.mktemp("chromium"), [spki_pin(certificate)]) as browser:
+    certificate = x509.load_pem_x509_certificate(pem)
+    with Chromium(tmp_path_factory.mktemp("chromium"), [key_pin(certificate.public_key())]) as browser:
         yield browser
 
 

@@ -35,7 +35,7 @@ from bench.scenarios.rotation import (
 from bench.stage import Server
 from tests.load.helpers import plan as usual_load_plan
 from tests.load.helpers import verified_result
-from zcproto.certs import load_pair
+from zcproto.certs.pair import load_pair
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import ZcprotoError

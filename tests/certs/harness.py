@@ -17,7 +17,7 @@ from zcproto.certs.external import ExternalSite
 from zcproto.certs.managed import ManagedSettings
 from zcproto.certs.pair import CertificatePair
 from zcproto.certs.settings import CertificateSettings, ManagedSite
-from zcproto.tls.suites import SUITES
+from zcproto.tls.context import SUITES
 
 CONTEXTS = ContextSettings(("zcp/1",), SUITES, "off")
 HOUR = timedelta(hours=1)

@@ -15,8 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from zcproto.certs import CertificatePair, ManagedSettings, managed
+from zcproto.certs import managed
 from zcproto.certs.authority import Progress
+from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.pair import CertificatePair
+from zcproto.tls.pins import key_pin
 
 NOW = datetime(2026, 6, 1, 12, 30, 15, 250_000, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -77,6 +80,10 @@ def build(
     for extension in extensions:
         builder = builder.add_extension(extension, critical=False)
     return builder.sign(signer or key, algorithm)
+
+
+def pin_of(certificate: x509.Certificate) -> str:
+    return key_pin(certificate.public_key())
 
 
 def der(certificate: x509.Certificate) -> bytes:

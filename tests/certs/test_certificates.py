@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.certs.support import ensure
-from zcproto.certs import CertificateSet, Site
+from zcproto.certs.pair import CertificateSet, Site
 
 
 def test_certificate_set_has_a_default_site_and_all_pairs(made: Path) -> None:

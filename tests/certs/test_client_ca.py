@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.certs.client_folder import WHEN, CertificateFolder, csr_of, key_of, load
-from tests.certs.support import DAY, NOW, build, der, pem, pem_of_key
-from zcproto.certs import client_ca, client_user, files, spki_pin
+from tests.certs.support import DAY, NOW, build, der, pem, pem_of_key, pin_of
+from zcproto.certs import client_ca, client_user, files
 from zcproto.certs.client_ca import ClientCertificate
 from zcproto.certs.issued import Issued, render_list
 from zcproto.errors import CertificateError
@@ -46,7 +46,7 @@ def test_first_client_certificate_creates_the_authority(folder: CertificateFolde
         serial=f"{load(issued).serial_number:X}",
         not_after=WHEN + 90 * DAY,
         leaf_sha256=load(issued).fingerprint(hashes.SHA256()),
-        pin=spki_pin(der(load(issued))),
+        pin=pin_of(load(issued)),
     )
     assert key_of(issued).public_key() == load(issued).public_key()
     assert client_user.user_of(der(load(issued)), "dns") == "ada.example"

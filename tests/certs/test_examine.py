@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID
 
 from tests.certs.support import DAY, NOW, build, der, pem, pem_of, pem_of_key, write_pair
-from zcproto.certs import load_pair
 from zcproto.certs.examine import Examination, examine
+from zcproto.certs.pair import load_pair
 from zcproto.errors import CertificateError
 
 SAN = x509.SubjectAlternativeName(

@@ -13,10 +13,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
-from zcproto.certs import Site, external, pair
+from zcproto.certs import external, pair
 from zcproto.certs.external import ExternalSite, PassphraseSource, WatchedFiles, load_site
 from zcproto.certs.names import covers
 from zcproto.certs.notices import NoticeKind
+from zcproto.certs.pair import Site
 from zcproto.errors import CertificateError
 
 

@@ -27,8 +27,9 @@ import pytest
 from cryptography import x509
 
 from tests.certs.support import DAY, NOW, ensure, settings
-from zcproto.certs import CertificatePair, keys, managed, profile, rollover
+from zcproto.certs import keys, managed, profile, rollover
 from zcproto.certs.managed import ManagedCertificates, ManagedSettings, renew, rotate
+from zcproto.certs.pair import CertificatePair
 from zcproto.certs.rollover import cancel
 
 BOTH = settings()

@@ -18,13 +18,9 @@ from cryptography import x509
 
 from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key
 from tests.certs.test_authority import fail_to_write, read
-from zcproto.certs import (
-    CertificatePair,
-    host,
-    load_pair,
-    managed,
-)
+from zcproto.certs import host, managed
 from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.errors import CertificateError
 
 LEAVES = ("server.crt", "server-ecdsa.crt")
@@ -409,7 +405,7 @@ DEFAULTS = """
     import json, sys
     from datetime import UTC, datetime, timedelta
     from pathlib import Path
-    from zcproto.certs import ManagedSettings, ensure
+    from zcproto.certs.managed import ManagedSettings, ensure
 
     sentences = []
     settings = ManagedSettings(

@@ -13,16 +13,10 @@ import pytest
 
 from tests.certs.support import DAY, NOW, settings
 from tests.certs.test_authority import fail_to_write
-from zcproto.certs import (
-    CertificatePair,
-    NextPins,
-    keys,
-    load_pair,
-    managed,
-    rollover,
-)
+from zcproto.certs import keys, managed, rollover
 from zcproto.certs.managed import ManagedCertificates, renew, rotate
-from zcproto.certs.rollover import cancel
+from zcproto.certs.pair import CertificatePair, load_pair
+from zcproto.certs.rollover import NextPins, cancel
 from zcproto.errors import CertificateError
 
 LEAVES = ("server.crt", "server-ecdsa.crt")

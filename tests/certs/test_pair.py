@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, padding,
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from tests.certs.support import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, write_pair
-from zcproto.certs import files, load_pair, pair, spki_pin
+from tests.certs.support import DAY, NOW, build, der, openssl, pem, pem_of, pem_of_key, pin_of, write_pair
+from zcproto.certs import files, pair
+from zcproto.certs.pair import load_pair
 from zcproto.errors import CertificateError
 
 TRADITIONAL = serialization.PrivateFormat.TraditionalOpenSSL
@@ -62,7 +63,7 @@ def test_pair_is_loaded_with_its_attributes(tmp_path: Path, rsa_key: rsa.RSAPriv
     assert loaded.not_after == (NOW + DAY).replace(microsecond=0)
     assert loaded.not_before.tzinfo is loaded.not_after.tzinfo is UTC
     assert loaded.leaf_sha256 == hashlib.sha256(der(certificate)).digest()
-    assert loaded.pin == spki_pin(der(certificate))
+    assert loaded.pin == pin_of(certificate)
     assert (loaded.issuer, loaded.chain_length, loaded.passphrase) == ("CN=server", 1, None)
     assert int(loaded.serial, 16) == certificate.serial_number
 
@@ -88,7 +89,7 @@ def test_keys_in_older_pem_formats_are_loaded(
 ) -> None:
     for key in (rsa_key, ec_key):
         paths = write_pair(tmp_path, [build(key)], pem_of_key(key, TRADITIONAL))
-        assert load_pair(*paths, NOW).pin == spki_pin(der(build(key)))
+        assert load_pair(*paths, NOW).pin == pin_of(build(key))
     parameters = openssl("ecparam", "-name", "prime256v1", "-genkey").encode()
     assert parameters.startswith(b"-----BEGIN EC PARAMETERS-----")
     key = serialization.load_pem_private_key(parameters, None)
@@ -133,7 +134,7 @@ def test_root_with_a_weak_signature_is_accepted_in_a_chain(
     leaf = build(ec_key, signer=other_rsa_key, issuer="middle")
     middle = build(other_rsa_key, signer=rsa_key, subject="middle", issuer="root")
     root = sha1_signed(rsa_key, "root")
-    assert load_pair(*write_pair(tmp_path, [leaf, middle, root], ec_key), NOW).pin == spki_pin(der(leaf))
+    assert load_pair(*write_pair(tmp_path, [leaf, middle, root], ec_key), NOW).pin == pin_of(leaf)
 
 
 def test_signature_of_an_ed25519_authority_is_strong(tmp_path: Path, ec_key: Any) -> None:
@@ -547,32 +548,12 @@ def test_pin_equals_that_of_openssl(kind: str, rsa_key: Any, ec_key: Any) -> Non
     public = openssl("x509", "-pubkey", "-noout", data=pem(certificate)).encode()
     info = base64.b64decode(b"".join(public.splitlines()[1:-1]))
     expected = "sha256/" + base64.b64encode(hashlib.sha256(info).digest()).decode()
-    assert spki_pin(der(certificate)) == expected
+    assert pin_of(certificate) == expected
 
 
 def test_pin_stays_with_the_key(rsa_key: Any, other_rsa_key: Any) -> None:
-    assert spki_pin(der(build(rsa_key))) == spki_pin(der(build(rsa_key, subject="other")))
-    assert spki_pin(der(build(rsa_key))) != spki_pin(der(build(other_rsa_key)))
-
-
-def test_pin_of_a_version_1_certificate_is_right(rsa_key: Any) -> None:
-    """Version 1 has no version field (RFC 5280 section 4.1), so all others are one place earlier."""
-    data = der(build(rsa_key))
-    version = bytes.fromhex("a003020102")
-    assert data[:2] == data[4:6] == b"\x30\x82"  # two sequences with lengths of two bytes
-    assert data[8:13] == version
-    lengths = (int.from_bytes(data[at : at + 2], "big") - len(version) for at in (2, 6))
-    certificate_length, tbs_length = (length.to_bytes(2, "big") for length in lengths)
-    old = b"\x30\x82" + certificate_length + b"\x30\x82" + tbs_length + data[13:]
-    certificate = x509.load_der_x509_certificate(old)
-    assert certificate.version is x509.Version.v1
-    assert spki_pin(der(certificate)) == spki_pin(der(build(rsa_key)))
-
-
-@pytest.mark.parametrize("data", [b"", b"junk", b"\x30\x84\xff\xff\xff\xff", b"\x30\x00"])
-def test_malformed_certificate_has_no_pin(data: bytes) -> None:
-    with pytest.raises(CertificateError, match="not a certificate in DER form"):
-        spki_pin(data)
+    assert pin_of(build(rsa_key)) == pin_of(build(rsa_key, subject="other"))
+    assert pin_of(build(rsa_key)) != pin_of(build(other_rsa_key))
 
 
 def test_matching_bytes_are_recognized(rsa_key: Any, other_rsa_key: Any) -> None:

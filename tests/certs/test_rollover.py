@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from tests.certs.support import DAY, NOW, build, der, openssl, pem_of_key
-from zcproto.certs import NextPins, files, rollover, spki_pin
+from tests.certs.support import DAY, NOW, build, openssl, pem_of_key, pin_of
+from zcproto.certs import files, rollover
+from zcproto.certs.rollover import NextPins
 from zcproto.errors import CertificateError
 
 TYPES = ("rsa-2048", "ecdsa-p256")
@@ -73,7 +74,7 @@ def test_next_key_file_has_a_header_and_is_parsed_by_openssl(folder: Path, ec_ke
 @pytest.mark.parametrize("kind", ["rsa_key", "ec_key"])
 def test_pin_is_that_of_a_certificate_for_the_key(request: Any, folder: Path, kind: str) -> None:
     key = request.getfixturevalue(kind)
-    assert announce(folder, key).pin == spki_pin(der(build(key)))
+    assert announce(folder, key).pin == pin_of(build(key))
 
 
 def test_announced_keys_are_read_without_lock_and_changes(folder: Path, rsa_key: Any, ec_key: Any) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.certs.support import ensure
-from zcproto.certs import CertificatePair, authority
+from zcproto.certs import authority
+from zcproto.certs.pair import CertificatePair
 
 
 @pytest.fixture(scope="module")

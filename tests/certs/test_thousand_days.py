@@ -33,7 +33,7 @@ from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import CertificatePair
 from zcproto.certs.settings import CertificateSettings, ClientTrust, ManagedSite
 from zcproto.errors import CertificateError
-from zcproto.tls.suites import SUITES
+from zcproto.tls.context import SUITES
 
 LIVES = int(os.environ.get("ZCPROTO_THOUSAND_DAYS", "2"))
 DAYS = 1000

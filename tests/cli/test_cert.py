@@ -21,7 +21,8 @@ from cryptography.x509.oid import NameOID
 
 import zcproto
 from tests.conftest import ServerPairs
-from zcproto.certs import authority, load_pair
+from zcproto.certs import authority
+from zcproto.certs.pair import load_pair
 from zcproto.cli import main
 from zcproto.common.clock import system_clock
 from zcproto.tls.pins import certificate_pin, parse_pins

@@ -32,8 +32,7 @@ from zcproto.client.client import connect
 from zcproto.client.dial import LoopResources, Trust
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, TlsError
-from zcproto.tls.context import server_context
-from zcproto.tls.sites import SiteContexts
+from zcproto.tls.context import SiteContexts, server_context
 
 
 @pytest.fixture(scope="module")

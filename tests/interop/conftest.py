@@ -13,7 +13,8 @@ import pytest
 
 from tests.interop.support import Programs
 from tests.server.helpers import TIMEOUT, ServerThread, client_context
-from zcproto.certs import ManagedSettings, managed
+from zcproto.certs import managed
+from zcproto.certs.managed import ManagedSettings
 from zcproto.config.model import CertificatesConfig
 
 NAMES = ("zcp.example.com", "192.0.2.7", "2001:db8::7")

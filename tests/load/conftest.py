@@ -10,7 +10,8 @@ import pytest
 
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App
-from zcproto.certs import ManagedSettings, authority, managed
+from zcproto.certs import authority, managed
+from zcproto.certs.managed import ManagedSettings
 from zcproto.load import generator
 
 Serve = Callable[..., ServerThread]

@@ -10,7 +10,8 @@ import pytest
 
 from tests.server.helpers import Client, ServerThread
 from zcproto.app.app import App
-from zcproto.certs import ManagedSettings, managed
+from zcproto.certs import managed
+from zcproto.certs.managed import ManagedSettings
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,7 @@ from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.errors import Unauthenticated
-from zcproto.tls.context import server_context
-from zcproto.tls.sites import SiteContexts
+from zcproto.tls.context import SiteContexts, server_context
 
 DAY = timedelta(days=1)
 SAN_OID = x509.ObjectIdentifier("2.5.29.17")

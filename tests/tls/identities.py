@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from zcproto.tls.pins import key_pin
+
 DAY = timedelta(days=1)
 PEM = serialization.Encoding.PEM
 
@@ -108,3 +110,7 @@ def locked(key: Path, passphrase: bytes) -> Path:
     encryption = serialization.BestAvailableEncryption(passphrase)
     path.write_bytes(loaded.private_bytes(PEM, serialization.PrivateFormat.PKCS8, encryption))
     return path
+
+
+def key_pin_of(certificate_der: bytes) -> str:
+    return key_pin(x509.load_der_x509_certificate(certificate_der).public_key())

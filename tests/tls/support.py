@@ -16,10 +16,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from tests.helpers import FakeTimers, MockTransport
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.tls.context import SUITES, SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
-from zcproto.tls.sites import SiteContexts
-from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import TlsPhase
 
 PEER = "192.0.2.7"

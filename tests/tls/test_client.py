@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import ipaddress
 import ssl
 import weakref
@@ -22,16 +21,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import zcproto.tls.client as tls_client
 from tests.conftest import ServerPairs
 from tests.helpers import WALL, FakeTimers, MockTransport
+from tests.tls.identities import key_pin_of
 from tests.tls.support import all_gone
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
 from zcproto.tls.client import SHOWN_PINS, TlsClientTransport, TlsConnector, dns_name_matches, judge_pinned
 from zcproto.tls.client_hello import AlertDescription, alert_record
-from zcproto.tls.context import client_context, server_context
+from zcproto.tls.context import SUITES, client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
-from zcproto.tls.pins import certificate_pin, key_pin, parse_pins
+from zcproto.tls.pins import certificate_pin, parse_pins
 from zcproto.tls.server import TlsAcceptor
-from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import LINGER_TIME
 
 NOW = datetime.fromtimestamp(WALL / 1000, UTC)
@@ -394,7 +393,7 @@ def test_transport_uses_slots() -> None:
 # --- pins -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pin_of", [key_pin, certificate_pin])
+@pytest.mark.parametrize("pin_of", [key_pin_of, certificate_pin])
 def test_pin_alone_is_sufficient(
     timers: FakeTimers, leaf: trustme.LeafCert, pin_of: Callable[[bytes], str]
 ) -> None:
@@ -414,7 +413,7 @@ def test_wrong_pin_ends_connection_before_any_byte_and_names_both_pins(
     peer = Peer(timers, serving(leaf), context, pins=parse_pins([wrong])).connect().pump()
     assert peer.failure.failure == "pin_mismatch"
     seen, _, expected = peer.failure.detail.partition("expected:")
-    assert f"Its key has {key_pin(der_of(leaf))}" in seen
+    assert f"Its key has {key_pin_of(der_of(leaf))}" in seen
     assert f"its certificate {certificate_pin(der_of(leaf))}" in seen
     assert wrong in expected
     assert not peer.agreed
@@ -432,7 +431,7 @@ def test_long_list_of_expected_pins_is_shortened(timers: FakeTimers, leaf: trust
 
 
 def test_pin_is_checked_in_addition_to_ca(timers: FakeTimers, leaf: trustme.LeafCert, ca_file: Path) -> None:
-    pins = parse_pins([key_pin(der_of(leaf))])
+    pins = parse_pins([key_pin_of(der_of(leaf))])
     good = Peer(timers, serving(leaf), client_context(ca_file=ca_file), pins=pins).connect().pump()
     assert good.calls == [None]
     bad = Peer(timers, serving(leaf), client_context(ca_file=ca_file), pins=pins, host="example.org")
@@ -440,7 +439,7 @@ def test_pin_is_checked_in_addition_to_ca(timers: FakeTimers, leaf: trustme.Leaf
 
 
 def test_pin_does_not_replace_name_check(timers: FakeTimers, leaf: trustme.LeafCert) -> None:
-    pins = parse_pins([key_pin(der_of(leaf))])
+    pins = parse_pins([key_pin_of(der_of(leaf))])
     wall = round(datetime.now(UTC).timestamp() * 1000)
     context = client_context(verify=False)
     peer = Peer(timers, serving(leaf), context, pins=pins, wall=wall, host="example.org").connect().pump()
@@ -472,7 +471,7 @@ ADDRESS: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address("192.0.2.
 
 
 def verdict(der: bytes, host: str = "localhost", *, wall: int = WALL) -> TlsFailure | None:
-    found = judge_pinned(der, frozenset({key_pin(der)}), host=host, wall=wall, chain_is_checked=False)
+    found = judge_pinned(der, frozenset({key_pin_of(der)}), host=host, wall=wall, chain_is_checked=False)
     if found is None:
         return None
     assert found[1]
@@ -514,14 +513,6 @@ def test_unreadable_certificate_is_untrusted() -> None:
     found = judge_pinned(b"\x30\x00", frozenset({"x"}), host="a", wall=WALL, chain_is_checked=True)
     assert found is not None
     assert found[0] is TlsFailure.CERTIFICATE_UNTRUSTED
-
-
-def test_key_pin_follows_rfc_7469(leaf: trustme.LeafCert) -> None:
-    public_key = x509.load_der_x509_certificate(der_of(leaf)).public_key()
-    spki = public_key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    assert key_pin(der_of(leaf)) == "sha256/" + base64.b64encode(hashlib.sha256(spki).digest()).decode()
 
 
 @pytest.mark.parametrize(

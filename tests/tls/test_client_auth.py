@@ -14,12 +14,20 @@ from cryptography import x509
 
 from tests.conftest import ServerPairs
 from tests.helpers import FakeTimers
-from tests.tls.identities import DAY, Identity, for_clients, for_servers_only, revocation_list, write_identity
+from tests.tls.identities import (
+    DAY,
+    Identity,
+    for_clients,
+    for_servers_only,
+    key_pin_of,
+    revocation_list,
+    write_identity,
+)
 from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError
 from zcproto.tls.context import ClientAuth, client_context, server_context
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.pins import certificate_pin, key_pin
+from zcproto.tls.pins import certificate_pin
 from zcproto.tls.transport import TlsPhase
 
 OTHER_PIN = "sha256/" + "A" * 43 + "="
@@ -272,7 +280,7 @@ def test_crl_without_the_client_accepts_it(
 # --- pins ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pin_of", [key_pin, certificate_pin])
+@pytest.mark.parametrize("pin_of", [key_pin_of, certificate_pin])
 def test_client_with_matching_pin_is_accepted(
     pin_of: Callable[[bytes], str], asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
@@ -305,7 +313,7 @@ def test_client_pins_are_checked_in_addition_to_ca(
 ) -> None:
     stranger = certificate_of("untrusted", client_ca, ada, tmp_path)
     assert stranger is not None
-    pins = frozenset({key_pin(stranger.der)})
+    pins = frozenset({key_pin_of(stranger.der)})
     pair = TlsPair(timers, asking(), showing(stranger), client_pins=pins)
     assert "UNKNOWN_CA" in refused(pair).reason
     assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
@@ -321,7 +329,7 @@ def test_client_pins_can_change_while_connections_are_open(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     first = TlsPair(
-        timers, asking(), showing(identity), client_pins=frozenset({key_pin(identity.der)})
+        timers, asking(), showing(identity), client_pins=frozenset({key_pin_of(identity.der)})
     ).agree()
     first.acceptor.client_pins = frozenset({OTHER_PIN})
     second = TlsPair(timers, asking(), showing(identity), acceptor=first.acceptor)

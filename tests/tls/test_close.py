@@ -12,9 +12,9 @@ import pytest
 from tests.helpers import FakeTimers
 from tests.tls.support import RecordingProtocol, TlsPair
 from zcproto.errors import TlsError
+from zcproto.tls.context import SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsServerTransport
-from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, TlsPhase
 
 # --- clean ----------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import pytest
 
 from tests.tls.support import PATIENCE, RecordingProtocol, all_gone
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.tls.context import SUITES
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
-from zcproto.tls.suites import SUITES
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl command")
 

@@ -9,8 +9,11 @@ import ssl
 import subprocess
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from tests.conftest import ServerPair, ServerPairs
+from tests.tls.identities import key_pin_of
 from zcproto.errors import TlsError
 from zcproto.tls.pins import MAX_PINS, certificate_pin, key_pin, parse_pins, pins_match
 
@@ -36,7 +39,7 @@ def test_key_pin_matches_openssl_command(pair: ServerPair) -> None:
         ["openssl", "x509", "-in", pair.certificate, "-pubkey", "-noout"], capture_output=True, check=True
     ).stdout
     der = base64.b64decode(b"".join(spki.splitlines()[1:-1]))
-    assert key_pin(der_of(pair)) == "sha256/" + base64.b64encode(hashlib.sha256(der).digest()).decode()
+    assert key_pin_of(der_of(pair)) == "sha256/" + base64.b64encode(hashlib.sha256(der).digest()).decode()
 
 
 @pytest.mark.requirement("pinning")
@@ -49,22 +52,33 @@ def test_certificate_pin_is_digest_of_certificate(pair: ServerPair) -> None:
 @pytest.mark.requirement("pinning")
 def test_certificate_matches_by_key_or_certificate_pin(pair: ServerPair) -> None:
     der = der_of(pair)
-    assert pins_match(der, frozenset({key_pin(der)}))
+    assert pins_match(der, frozenset({key_pin_of(der)}))
     assert pins_match(der, frozenset({certificate_pin(der)}))
-    assert pins_match(der, parse_pins([BACKUP, key_pin(der)]))
+    assert pins_match(der, parse_pins([BACKUP, key_pin_of(der)]))
 
 
 @pytest.mark.requirement("pinning")
 def test_certificate_does_not_match_other_pins(server_pairs: ServerPairs) -> None:
     der, other = der_of(server_pairs.ecdsa), der_of(server_pairs.rsa)
-    assert not pins_match(der, frozenset({key_pin(other), certificate_pin(other), GOOD, BACKUP}))
+    assert not pins_match(der, frozenset({key_pin_of(other), certificate_pin(other), GOOD, BACKUP}))
     assert not pins_match(der, frozenset())
+
+
+def test_unusual_encoding_of_a_key_has_the_pin_of_the_usual_one() -> None:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    usual = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    algorithm = usual[2:23]
+    point = key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    unusual = b"\x30\x39" + algorithm + b"\x03\x22\x00" + point
+    loaded = load_der_public_key(unusual)
+    assert isinstance(loaded, ec.EllipticCurvePublicKey)
+    assert key_pin(loaded) == key_pin(key)
 
 
 def test_key_pin_is_not_a_certificate_pin(pair: ServerPair) -> None:
     der = der_of(pair)
     assert not pins_match(
-        der, frozenset({"cert-" + key_pin(der), certificate_pin(der).removeprefix("cert-")})
+        der, frozenset({"cert-" + key_pin_of(der), certificate_pin(der).removeprefix("cert-")})
     )
 
 

@@ -24,11 +24,9 @@ from tests.tls.support import (
 )
 from zcproto.errors import TlsError
 from zcproto.tls.client_hello import AlertDescription, alert_record
-from zcproto.tls.context import client_context, server_context
+from zcproto.tls.context import SUITES, SiteContexts, client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER
-from zcproto.tls.sites import SiteContexts
-from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import LINGER_TIME, TlsPhase
 
 TIMEOUT = 5.0

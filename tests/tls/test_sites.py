@@ -12,9 +12,7 @@ import trustme
 from tests.conftest import ServerPair
 from tests.helpers import FakeTimers
 from tests.tls.support import TlsPair
-from zcproto.errors import CertificateError
-from zcproto.tls.context import client_context, server_context
-from zcproto.tls.sites import SiteContexts
+from zcproto.tls.context import SiteContexts, client_context, server_context
 from zcproto.tls.transport import TlsPhase
 
 
@@ -54,28 +52,6 @@ def test_exact_name_precedes_wildcard_and_default(name: str | None, context: ssl
 def test_without_names_default_serves_all() -> None:
     sites = SiteContexts(DEFAULT)
     assert sites.choose("a.example") is sites.choose("x.y.z") is sites.choose(None) is DEFAULT
-    assert sites.names == ()
-
-
-def test_names_ignore_case_and_trailing_dot() -> None:
-    sites = SiteContexts(DEFAULT, {"A.Example.": EXACT, "*.B.Example.": WILD})
-    assert sites.choose("a.example") is EXACT
-    assert sites.choose("c.b.example") is WILD
-    assert sites.names == ("a.example", "*.b.example")
-
-
-@pytest.mark.parametrize(
-    "name", ["", ".", "*", "*.", "a.*.example", "*a.example", "*.*.example", "a..b", ".a"]
-)
-def test_invalid_site_name_is_refused(name: str) -> None:
-    with pytest.raises(CertificateError, match="invalid site name"):
-        SiteContexts(DEFAULT, {name: EXACT})
-
-
-@pytest.mark.parametrize("twice", [("a.example", "A.example"), ("*.example", "*.example.")])
-def test_duplicate_site_name_is_refused(twice: tuple[str, str]) -> None:
-    with pytest.raises(CertificateError, match="two sites have the name"):
-        SiteContexts(DEFAULT, dict.fromkeys(twice, EXACT))
 
 
 def test_sites_copy_their_arguments() -> None:

@@ -13,7 +13,8 @@ from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login, RegisteredDevice, Throttle, User
 from zcproto.auth.directory import Directory
-from zcproto.certs import CertificateManager, CertificatePair
+from zcproto.certs.manager import CertificateManager
+from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock
 from zcproto.common.home import Home
 from zcproto.config import Config

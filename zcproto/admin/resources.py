@@ -41,7 +41,7 @@ from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_r
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import Session
 from zcproto.sessions.token import token_from_text
-from zcproto.tls.suites import SUITES
+from zcproto.tls.context import SUITES
 from zcproto.wire.frame import VERSION
 
 ALPN: Final = "zcp/1"

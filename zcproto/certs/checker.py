@@ -23,6 +23,7 @@ from zcproto.certs.external import check_sites
 from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.certs.pair import CertificateSet, Site
+from zcproto.certs.proof import proven_sites
 from zcproto.certs.rollover import NextPins
 from zcproto.certs.settings import CertificateSettings, ManagedSite
 from zcproto.certs.sources import (
@@ -34,9 +35,7 @@ from zcproto.certs.sources import (
     SiteSource,
     Source,
 )
-from zcproto.tls.context import ClientAuth, ServerContext
-from zcproto.tls.proof import proven_sites
-from zcproto.tls.sites import SiteContexts
+from zcproto.tls.context import ClientAuth, ServerContext, SiteContexts
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from zcproto.certs.issued import (
 from zcproto.certs.names import check_name
 from zcproto.certs.profile import MAX_CLIENT_LIFETIME, client_certificate, revocation_list
 from zcproto.errors import CertificateError
+from zcproto.tls.pins import key_pin
 
 KEY_TYPE: Final = "ecdsa-p256"
 
@@ -75,7 +76,7 @@ class ClientCertificate:
     not_after: datetime
     leaf_sha256: bytes
     pin: str
-    """The pin of its public key, as returned by `spki_pin`. A renewal keeps it."""
+    """The pin of its public key, as returned by `key_pin`. A renewal keeps it."""
 
 
 def paths(directory: Path) -> tuple[Path, Path]:
@@ -299,7 +300,7 @@ class _ClientAuthority:
             serial=entry.serial,
             not_after=entry.not_after,
             leaf_sha256=certificate.fingerprint(hashes.SHA256()),
-            pin=pair.spki_pin(certificate.public_bytes(serialization.Encoding.DER)),
+            pin=key_pin(public_key),
         )
 
     def revoke(self, name: str | None, number: int | None, reason: str) -> tuple[Issued, ...]:

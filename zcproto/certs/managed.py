@@ -42,6 +42,7 @@ from zcproto.certs.notices import day
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.rollover import STEMS, NextKey, NextPins
 from zcproto.errors import CertificateError
+from zcproto.tls.pins import key_pin
 
 ANNOUNCE_KEY = timedelta(days=7)
 MAX_ANNOUNCEMENT = profile.MAX_SERVER_LIFETIME
@@ -354,7 +355,7 @@ class RenewalRun:
         if not can_issue and self._task is not _Task.ENSURE:
             assert issuer is not None
             raise CertificateError(issuer.problem)
-        if next_key is not None and leaf.key is not None and pair.key_pin(leaf.key) == next_key.pin:
+        if next_key is not None and leaf.key is not None and key_pin(leaf.key.public_key()) == next_key.pin:
             self._delete(next_key)  # it is in use: a run was interrupted before the deletion
             next_key = None
         plan.next_key = next_key
@@ -467,7 +468,7 @@ class RenewalRun:
             )
             return
         if new_key is not None:
-            self._new_pins.append(pair.key_pin(new_key))
+            self._new_pins.append(key_pin(new_key.public_key()))
         if next_key is not None and new_key is next_key.key:
             self._delete(next_key)
             plan.next_key = None
@@ -486,7 +487,7 @@ class RenewalRun:
             f"Issued {leaf.certificate_path} ({reason.why}): {plan.key_type} for {', '.join(names)};"
             f" valid until {day(certificate.not_valid_after_utc)};"
             f" SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()};"
-            f" pin {pair.key_pin(key)}."
+            f" pin {key_pin(key.public_key())}."
         )
         host_names = self._settings.host_names or ()
         left_out = [name for name in host_names if not profile.permits(issuer.certificate, name)]

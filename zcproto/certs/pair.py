@@ -15,8 +15,6 @@ and no repr contains a passphrase.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +34,7 @@ from zcproto.certs.files import DamagedFileError
 from zcproto.certs.keys import PrivateKey, belongs, key_type_of, weakness
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
+from zcproto.tls.pins import key_pin
 
 MAX_PASSPHRASE_BYTES = 1024
 """What OpenSSL accepts from a passphrase callback (PEM_BUFSIZE)."""
@@ -79,7 +78,7 @@ class CertificatePair:
     leaf_sha256: bytes
     """SHA-256 of the leaf's DER."""
     pin: str
-    """The pin of the leaf's public key, as `spki_pin` gives it."""
+    """The pin of the leaf's public key (`tls.pins.key_pin`)."""
     issuer: str
     """Issuer of the leaf in the format of RFC 4514, at most 200 characters."""
     serial: str
@@ -140,7 +139,6 @@ def load_pair(
             check()
         names = names_of(leaf)
         issuer = escape_text(leaf.issuer.rfc4514_string(), _MAX_ISSUER)
-    der = leaf.public_bytes(serialization.Encoding.DER)
     return CertificatePair(
         certificate=certificate,
         key=key,
@@ -148,8 +146,8 @@ def load_pair(
         names=names,
         not_before=leaf.not_valid_before_utc,
         not_after=leaf.not_valid_after_utc,
-        leaf_sha256=hashlib.sha256(der).digest(),
-        pin=spki_pin(der),
+        leaf_sha256=leaf.fingerprint(hashes.SHA256()),
+        pin=key_pin(leaf.public_key()),
         issuer=issuer,
         serial=f"{leaf.serial_number:X}",
         chain_length=len(chain),
@@ -172,60 +170,6 @@ def checks(
     yield lambda: _check_purpose(leaf, path)
     yield lambda: _check_order(chain, path)
     yield lambda: _check_validity(leaf, path, now)
-
-
-def spki_pin(certificate_der: bytes) -> str:
-    """Return the pin of a certificate's public key: `sha256/` and the Base64 of the SHA-256 of its
-    SubjectPublicKeyInfo (RFC 7469 section 2.4).
-
-    Raises CertificateError if these bytes are not a certificate.
-    """
-    try:
-        certificate = x509.load_der_x509_certificate(certificate_der)
-    except UNREADABLE as error:
-        raise CertificateError("these bytes are not a certificate in DER form") from error
-    return _pin(_subject_public_key_info(certificate.tbs_certificate_bytes))
-
-
-def key_pin(key: PrivateKey) -> str:
-    """Return the pin that a certificate for this key will have."""
-    return _pin(
-        key.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-
-
-def _pin(public_key_info: bytes) -> str:
-    return "sha256/" + base64.b64encode(hashlib.sha256(public_key_info).digest()).decode("ascii")
-
-
-def _subject_public_key_info(tbs_certificate: bytes) -> bytes:
-    """Return the SubjectPublicKeyInfo exactly as it was signed.
-
-    Re-encoding the key could yield other bytes, and a pin that differs from that of other programs. The certificate
-    has been parsed, so its DER lengths are valid.
-    """
-    position, _ = _header(tbs_certificate, 0)
-    if tbs_certificate[position] == 0xA0:  # [0] version, absent from version 1 (RFC 5280 section 4.1)
-        position = _end(tbs_certificate, position)
-    for _field in ("serialNumber", "signature", "issuer", "validity", "subject"):
-        position = _end(tbs_certificate, position)
-    return tbs_certificate[position : _end(tbs_certificate, position)]
-
-
-def _header(der: bytes, position: int) -> tuple[int, int]:
-    """Return where the content of the DER value at `position` begins, and its length (X.690 section 8.1.3)."""
-    first = der[position + 1]
-    if first < 0x80:
-        return position + 2, first
-    start = position + 2 + (first & 0x7F)
-    return start, int.from_bytes(der[position + 2 : start], "big")
-
-
-def _end(der: bytes, position: int) -> int:
-    start, length = _header(der, position)
-    return start + length
 
 
 # --- parsing -----------------------------------------------------------------------------------------------

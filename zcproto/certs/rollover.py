@@ -25,6 +25,7 @@ from zcproto.certs import files, keys, pair
 from zcproto.certs.authority import Progress
 from zcproto.common.files import file_errors, sync_folder
 from zcproto.errors import CertificateError
+from zcproto.tls.pins import key_pin
 
 STEMS = {"rsa": "server", "ecdsa": "server-ecdsa"}
 """File names of each key family, without suffix."""
@@ -127,7 +128,7 @@ def read(path: Path) -> NextKey | None:
     assert isinstance(key, keys.PrivateKey)
     if not keys.belongs(key, key.public_key()):
         raise files.DamagedFileError(f"{path}: its private half is damaged")
-    return NextKey(path, key, announced_at, use_from, pair.key_pin(key))
+    return NextKey(path, key, announced_at, use_from, key_pin(key.public_key()))
 
 
 def cancel(directory: Path, progress: Progress = lambda sentence: None) -> tuple[Path, ...]:
@@ -172,7 +173,7 @@ def announce(
     """
     path = path_of(directory, keys.family(keys.key_type_of(key)))
     next_key = NextKey(
-        path, key, now.replace(microsecond=0), use_from.replace(microsecond=0), pair.key_pin(key)
+        path, key, now.replace(microsecond=0), use_from.replace(microsecond=0), key_pin(key.public_key())
     )
     times = f"announced at {next_key.announced_at:{_FORM}}, to be used from {next_key.use_from:{_FORM}}"
     files.replace(path, f"zcproto next key, {times}\n".encode("ascii") + keys.key_pem(key))

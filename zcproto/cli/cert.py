@@ -31,7 +31,7 @@ from zcproto.cli.output import aligned, as_json_option, print_json, private_file
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError
-from zcproto.tls.pins import certificate_pin
+from zcproto.tls.pins import certificate_pin, key_pin
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -193,7 +193,7 @@ def _check_text(found: Examination, now: datetime) -> str:
             ("chain", f"{len(found.chain)} certificates" if len(found.chain) > 1 else "no other certificate"),
         ]
     if found.key is not None:
-        lines.append(("private key", f"{keys.key_type_of(found.key)}, pin {pair.key_pin(found.key)}"))
+        lines.append(("private key", f"{keys.key_type_of(found.key)}, pin {key_pin(found.key.public_key())}"))
     lines += [("REFUSED", escape_text(reason)) for reason in found.refused]
     lines += [("warning", escape_text(reason)) for reason in found.warnings]
     what = "certificate" if found.chain else "key"
@@ -202,7 +202,7 @@ def _check_text(found: Examination, now: datetime) -> str:
 
 
 def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
-    key = found.key and {"key_type": keys.key_type_of(found.key), "pin": pair.key_pin(found.key)}
+    key = found.key and {"key_type": keys.key_type_of(found.key), "pin": key_pin(found.key.public_key())}
     return {
         "good": not found.refused,
         "refused": found.refused,

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from zcproto.certs import NextPins, authority, client_ca, keys, lifecycle, pair, rollover
+from zcproto.certs import authority, client_ca, keys, lifecycle, pair, rollover
 from zcproto.certs.crl import read_lists
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
+from zcproto.certs.rollover import NextPins
 from zcproto.certs.settings import certificate_settings
 from zcproto.certs.sources import MAX_AUTHORITIES
 from zcproto.cli.output import aligned
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
-from zcproto.tls.pins import certificate_pin
+from zcproto.tls import pins
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -289,7 +290,11 @@ def days_left(certificate: x509.Certificate, now: datetime) -> int:
 
 
 def key_pin(certificate: x509.Certificate) -> str:
-    return pair.spki_pin(certificate.public_bytes(serialization.Encoding.DER))
+    """Return the pin of its key; "unreadable" if that cannot be parsed, which is reported as a problem."""
+    try:
+        return pins.key_pin(certificate.public_key())
+    except pair.UNREADABLE:
+        return "unreadable"
 
 
 def shown_names(names: Sequence[str]) -> str:
@@ -401,7 +406,7 @@ def certificate_data(certificate: x509.Certificate, now: datetime) -> dict[str, 
         "not_after": timestamp(certificate.not_valid_after_utc),
         "days_left": days_left(certificate, now),
         "pin": key_pin(certificate),
-        "certificate_pin": certificate_pin(certificate.public_bytes(serialization.Encoding.DER)),
+        "certificate_pin": pins.certificate_pin(certificate.public_bytes(serialization.Encoding.DER)),
     }
 
 

@@ -43,7 +43,7 @@ from zcproto.config.types import (
     tables_of,
     whole,
 )
-from zcproto.tls.suites import SUITES
+from zcproto.tls.context import SUITES
 
 OPTIONAL_PATH = optional(FILE_PATH)
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")

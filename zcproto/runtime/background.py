@@ -12,10 +12,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, Self
 
 from zcproto.admin.parts import Parts
-from zcproto.certs import NextPins
 from zcproto.certs.checker import ServingCertificates
 from zcproto.certs.crl import CertificateId, certificate_id
 from zcproto.certs.manager import unix_ms
+from zcproto.certs.rollover import NextPins
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.server.state import log
 from zcproto.wire.message import encode_body

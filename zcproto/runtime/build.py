@@ -35,8 +35,8 @@ from zcproto.auth import (
 )
 from zcproto.auth.directory import Directory
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
-from zcproto.certs import CertificateManager
 from zcproto.certs.client_user import user_of
+from zcproto.certs.manager import CertificateManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
@@ -65,11 +65,10 @@ from zcproto.sessions.session import DEVICE_KEY
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
-from zcproto.tls.context import can_choose_suites
+from zcproto.tls.context import SUITES, can_choose_suites
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
-from zcproto.tls.suites import SUITES
 
 
 async def build(

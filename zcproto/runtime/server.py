@@ -31,7 +31,7 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
 from zcproto.app.app import App, default_app
 from zcproto.auth import Authenticator
-from zcproto.certs import CertificatePair
+from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
 from zcproto.config import Config, load_config

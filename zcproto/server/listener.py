@@ -27,7 +27,7 @@ from zcproto.common.network import AddressSet, network_of, plain_address
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server.state import ServerState, log
-from zcproto.tls.forwarded import ForwardedTransport
+from zcproto.tls.proxy import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096

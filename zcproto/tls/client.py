@@ -30,10 +30,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import TlsError
-from zcproto.tls.context import suites_are_allowed
+from zcproto.tls.context import SUITES, suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
-from zcproto.tls.suites import SUITES
 from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
 
 ALPN: Final = "zcp/1"
@@ -233,12 +232,12 @@ def judge_pinned(
     epoch.
     """
     try:
-        seen = key_pin(certificate_der), certificate_pin(certificate_der)
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        seen = key_pin(certificate.public_key()), certificate_pin(certificate_der)
         if pins.isdisjoint(seen):
             return TlsFailure.PIN_MISMATCH, _mismatch(*seen, pins)
         if chain_is_checked:
             return None
-        certificate = x509.load_der_x509_certificate(certificate_der)
         return _judge_dates(certificate, wall) or _judge_name(certificate, host)
     except (ValueError, UnsupportedAlgorithm) as error:
         return TlsFailure.CERTIFICATE_UNTRUSTED, f"the certificate cannot be read: {type(error).__name__}"

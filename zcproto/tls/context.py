@@ -1,4 +1,4 @@
-"""Build TLS contexts: TLS 1.3 only, no tickets, no compression; an optional key log for clients.
+"""Build TLS contexts, and select one by server name: TLS 1.3 only, no tickets, no compression.
 
 A server that requests client certificates requires a chain to a certificate in the client CA file, which may be
 an issuing CA without its root (so that other CAs of that root are not trusted), valid dates, a purpose that
@@ -16,33 +16,26 @@ import os
 import ssl
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypedDict
+from typing import Final, Literal, TypedDict
 
-from zcproto.common.files import UnusableFileError, check_access
+from zcproto.common.files import UnusableFileError, check_access, file_errors, read_file
 from zcproto.errors import CertificateError, ConfigError, TlsError
-from zcproto.tls.suites import SUITES
+
+SUITES: Final = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+"""The two cipher suites of ZCP/1 (zcp1.md, section 4), with 256-bit keys, in the server's order of preference."""
 
 MAX_KEY_FILE: Final = 1 << 20
 
+_NO_SITES: Final[Mapping[str, ssl.SSLContext]] = {}
 
 ClientAuth = Literal["off", "optional", "required"]
 Passphrase = str | bytes | Callable[[], str | bytes]
 
 
-class PairOfFiles(Protocol):
-    """The file of a certificate with its chain, and that of its key, which may be the same."""
-
-    @property
-    def certificate(self) -> Path: ...
-
-    @property
-    def key(self) -> Path: ...
-
-
-Pair = PairOfFiles | tuple[Path, Path] | tuple[Path, Path, bytes | None]
-"""A certificate to serve. The passphrase is the third item of a tuple, or the attribute `passphrase`."""
+Pair = tuple[Path, Path] | tuple[Path, Path, bytes | None]
+"""The file of a certificate with its chain, that of its key, which may be the same, and the key's passphrase."""
 
 
 class ServerContext(ssl.SSLContext):
@@ -50,6 +43,31 @@ class ServerContext(ssl.SSLContext):
     handshake."""
 
     leaves: frozenset[bytes] = frozenset()
+
+
+class SiteContexts:
+    """The contexts of one server: `default`, and those of `by_name` with exact names and `*.` wildcards.
+
+    The names are in normal form, as the configuration has them. Immutable: replace the whole instance.
+    """
+
+    def __init__(self, default: ssl.SSLContext, by_name: Mapping[str, ssl.SSLContext] = _NO_SITES) -> None:
+        self.default = default
+        self._by_name = dict(by_name)
+
+    def choose(self, server_name: str | None) -> ssl.SSLContext:
+        """Return the context for a requested server name (SNI, RFC 6066 section 3) in lower case, or for None.
+
+        The exact name precedes the wildcard of its parent: a star stands for one left-most label, as in
+        certificates (RFC 9525 section 6.3). Clients with an unknown name, or none, get the default certificate and
+        judge it themselves: an unrecognized_name alert would reveal the known names to scanners, and would lock out
+        clients that connect to an address, through a tunnel or by a private name.
+        """
+        by_name = self._by_name
+        if server_name is None or not by_name:
+            return self.default
+        found = by_name.get(server_name) or by_name.get("*." + server_name.partition(".")[2])
+        return self.default if found is None else found
 
 
 class ClientTrustOptions(TypedDict, total=False):
@@ -92,19 +110,15 @@ def server_context(
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(list(protocols))
     for pair in pairs:
-        _load_pair(context, *_files_of(pair))
+        _load_pair(context, *pair)
     if client_auth != "off":
         _ask_for_certificates(context, client_auth, client_ca, client_crl)
     return context
 
 
-def _files_of(pair: Pair) -> tuple[Path, Path, bytes | None]:
-    if isinstance(pair, tuple):
-        return pair[0], pair[1], pair[2] if len(pair) == 3 else None
-    return pair.certificate, pair.key, getattr(pair, "passphrase", None)
-
-
-def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path, passphrase: Passphrase | None) -> None:
+def _load_pair(
+    context: ssl.SSLContext, certificate: Path, key: Path, passphrase: Passphrase | None = None
+) -> None:
     try:
         # Without a passphrase OpenSSL would prompt on the terminal; an empty one raises instead.
         context.load_cert_chain(certificate, key, password="" if passphrase is None else passphrase)
@@ -193,7 +207,7 @@ def client_context(
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     if certificate is not None:
         key = certificate if key is None else key
-        require_private(key)
+        _require_private(key)
         _load_pair(context, certificate, key, passphrase)
     if key_log is not None:
         log_keys(context, key_log)
@@ -232,20 +246,13 @@ def _make_private(path: Path) -> None:
     check_access(path, status)
 
 
-def require_private(key: Path) -> None:
+def _require_private(key: Path) -> None:
     """Raise CertificateError unless only this user or root can access the file of a key."""
-    try:
-        status = key.stat()
-    except (OSError, ValueError) as error:
-        raise CertificateError(
-            f"{key}: cannot be read: {getattr(error, 'strerror', None) or error}; check the path"
-        ) from error
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would block
-        raise CertificateError(f"{key}: is not a regular file; give the PEM file of the key")
-    try:
-        check_access(key, status)
-    except UnusableFileError as error:
-        raise CertificateError(str(error)) from error
+    with file_errors(key, "read", CertificateError, fix="check the path"):
+        try:
+            read_file(key, MAX_KEY_FILE)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, "the path contains a NUL") from error
 
 
 def _restrict(context: ssl.SSLContext, suites: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from zcproto.errors import TlsError
@@ -19,9 +20,10 @@ CERTIFICATE_PREFIX: Final = "cert-sha256/"
 MAX_PINS: Final = 64
 
 
-def key_pin(certificate_der: bytes) -> str:
-    """Return the pin of a certificate's public key: `sha256/` and base64 of SHA-256 of its SubjectPublicKeyInfo."""
-    public_key = x509.load_der_x509_certificate(certificate_der).public_key()
+def key_pin(public_key: CertificatePublicKeyTypes) -> str:
+    """Return the pin of a public key: `sha256/` and base64 of SHA-256 of its SubjectPublicKeyInfo."""
+    # The key is encoded again: if its encoding in a certificate is unusual, such as a compressed point, it has the
+    # pin of the usual one. This is what clients compare with, so servers must announce it too.
     spki = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return KEY_PREFIX + base64.b64encode(hashlib.sha256(spki).digest()).decode()
 
@@ -60,6 +62,6 @@ def pins_match(certificate_der: bytes, pins: frozenset[str]) -> bool:
     if certificate_pin(certificate_der) in pins:
         return True
     try:
-        return key_pin(certificate_der) in pins
+        return key_pin(x509.load_der_x509_certificate(certificate_der).public_key()) in pins
     except (ValueError, UnsupportedAlgorithm):  # an unreadable key has no pin
         return False

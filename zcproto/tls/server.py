@@ -24,10 +24,9 @@ from zcproto.tls.client_hello import (
     Refusal,
     alert_record,
 )
-from zcproto.tls.context import suites_are_allowed
+from zcproto.tls.context import SiteContexts, suites_are_allowed
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import pins_match
-from zcproto.tls.sites import SiteContexts
 from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
 
 PLAINTEXT_ANSWER: Final = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tests.fuzz.target import Target, divisions
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.proxy_header import MAX_SIZE, SIGNATURE, ProxyHeader, ProxyHeaderReader
+from zcproto.tls.proxy import MAX_SIZE, SIGNATURE, ProxyHeader, ProxyHeaderReader
 
 FAILURES = frozenset(
     {TlsFailure.PROXY_HEADER_MISSING, TlsFailure.PROXY_HEADER_VERSION, TlsFailure.PROXY_HEADER_MALFORMED}

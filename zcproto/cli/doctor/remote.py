@@ -32,7 +32,7 @@ from zcproto.errors import CallError, ConfigError, TlsError, ZcprotoError
 from zcproto.tls.client import ALPN, judge_pinned
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure, failure_of
-from zcproto.tls.pins import parse_pins
+from zcproto.tls.pins import key_pin, parse_pins
 
 GOOD_CLOCK: Final = 5.0
 """Seconds of difference above which it is a warning: clocks with NTP differ by far less."""
@@ -234,7 +234,7 @@ def _about(der: bytes) -> Iterator[str]:
         certificate = x509.load_der_x509_certificate(der)
         yield f"names: {cert_report.shown_names(cert_report.names_of(certificate)) or 'none'}"
         yield f"until {certificate.not_valid_after_utc:%Y-%m-%d}"
-        yield f"pin {pair.spki_pin(der)}"
+        yield f"pin {key_pin(certificate.public_key())}"
     except pair.UNREADABLE:
         yield "its certificate cannot be read"
 

@@ -19,45 +19,21 @@ import contextlib
 import hashlib
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final, Protocol, TypeVar, Unpack
+from typing import Final, Unpack
 
+from zcproto.certs.pair import CertificatePair, Site
 from zcproto.errors import CertificateError
 from zcproto.tls.context import (
     ClientTrustOptions,
-    PairOfFiles,
     ServerContext,
+    SiteContexts,
     client_context,
     server_context,
     suites_are_allowed,
 )
-from zcproto.tls.sites import SiteContexts
-from zcproto.tls.suites import SUITES
-
-Site = TypeVar("Site", bound="SiteOfPairs")
 
 ROUNDS: Final = 4
 """Maximum flights of the client: its hello, another one after a HelloRetryRequest, and its Finished."""
-
-
-class CheckedPair(PairOfFiles, Protocol):
-    """A pair of files whose content was checked."""
-
-    @property
-    def leaf_sha256(self) -> bytes:
-        """SHA-256 of the checked certificate (DER)."""
-
-    @property
-    def passphrase(self) -> bytes | None: ...
-
-
-class SiteOfPairs(Protocol):
-    """The certificates served for some names; the default site has no names."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    @property
-    def pairs(self) -> Sequence[CheckedPair]: ...
 
 
 def prove(
@@ -65,7 +41,7 @@ def prove(
     leaves: Collection[bytes],
     *,
     protocol: str,
-    suites: Collection[str] = SUITES,
+    suites: Sequence[str],
 ) -> None:
     """Raise CertificateError unless a handshake with the context presents one of these leaves (SHA-256 of DER)."""
     client_in, client_out = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -106,9 +82,9 @@ def _advance(end: ssl.SSLObject) -> bool:
 
 
 def proven_context(
-    pairs: Sequence[CheckedPair],
+    pairs: Sequence[CertificatePair],
     protocols: Sequence[str],
-    suites: Sequence[str] = SUITES,
+    suites: Sequence[str],
     *,
     rest: Callable[[], None] = lambda: None,
     **trust: Unpack[ClientTrustOptions],
@@ -118,12 +94,11 @@ def proven_context(
     Takes some milliseconds, most of them for an RSA signature. `rest` is called between the steps, so that a worker
     thread can yield the processor. Raises CertificateError.
     """
-    if not pairs:
-        raise CertificateError("a site has no certificate; configure one")
-    context = server_context(pairs, protocols, suites, **trust)
-    for pair in pairs:
+    files = [(pair.certificate, pair.key, pair.passphrase) for pair in pairs]
+    context = server_context(files, protocols, suites, **trust)
+    for pair, its_files in zip(pairs, files, strict=True):
         rest()
-        alone = context if len(pairs) == 1 else server_context([pair], protocols, suites)
+        alone = context if len(pairs) == 1 else server_context([its_files], protocols, suites)
         with _named(pair):
             prove(alone, {pair.leaf_sha256}, protocol=protocols[0], suites=suites)
     leaves = frozenset(pair.leaf_sha256 for pair in pairs)
@@ -136,7 +111,7 @@ def proven_context(
 
 
 @contextlib.contextmanager
-def _named(pair: CheckedPair) -> Iterator[None]:
+def _named(pair: CertificatePair) -> Iterator[None]:
     try:
         yield
     except CertificateError as error:
@@ -146,10 +121,10 @@ def _named(pair: CheckedPair) -> Iterator[None]:
 def proven_sites(
     sites: Sequence[Site],
     protocols: Sequence[str],
-    suites: Sequence[str] = SUITES,
+    suites: Sequence[str],
     *,
-    proven: dict[Site, ServerContext] | None = None,
-    rest: Callable[[], None] = lambda: None,
+    proven: dict[Site, ServerContext],
+    rest: Callable[[], None],
     **trust: Unpack[ClientTrustOptions],
 ) -> SiteContexts:
     """Return the tested contexts of all sites; the first site is the default.
@@ -157,20 +132,16 @@ def proven_sites(
     `proven` holds contexts tested earlier with the same arguments; they are reused, because the files of one
     site may be damaged while those of another are renewed. It is updated. `rest` is passed to `proven_context`.
 
-    Raises CertificateError if any site fails, also for a name of two sites.
+    Raises CertificateError if any site fails.
     """
-    known = {} if proven is None else proven
-    by_name: dict[str, ssl.SSLContext] = {}
     contexts: dict[Site, ServerContext] = {}
     for site in sites:
-        context = known.get(site)
+        context = proven.get(site)
         if context is None:
             context = proven_context(site.pairs, protocols, suites, rest=rest, **trust)
         contexts[site] = context
-        for name in site.names:
-            if name in by_name:
-                raise CertificateError(f"two sites have the name {name!r}; leave it in one of them")
-            by_name[name] = context
-    known.clear()
-    known.update(contexts)
-    return SiteContexts(contexts[sites[0]], by_name)
+    proven.clear()
+    proven.update(contexts)
+    return SiteContexts(
+        contexts[sites[0]], {name: context for site, context in contexts.items() for name in site.names}
+    )

@@ -1,11 +1,14 @@
-"""Parse the header in which a load balancer gives the client's address: PROXY protocol, version 2.
+"""Accept connections that a load balancer forwards: a PROXY header with the client's address, then TLS.
 
-It precedes the first byte of TLS (haproxy.org, proxy-protocol.txt section 2.2): a signature of 12 bytes, one byte
-with version and command, one with the address family, two with the length of the rest, the addresses, and fields
-(TLVs) that are ignored.
+The header (haproxy.org, proxy-protocol.txt section 2.2) has a signature of 12 bytes, one byte with version and
+command, one with the address family, two with the length of the rest, the addresses, and fields (TLVs) that are
+ignored.
 
 Every input gives a header, the failure, or None ("more bytes needed"). At most MAX_SIZE bytes are buffered, and
 parsing takes constant time. Version 1, which is text without a length, is refused.
+
+The handshake timeout starts with the connection, so a missing header does not hold it open. The peer is the
+balancer until the header is complete, then the client. A refusal here sends no alert, because TLS has not begun.
 
 Must not know: who may send such a header. A sender can give any address.
 """
@@ -17,6 +20,7 @@ import struct
 from typing import Final, NamedTuple
 
 from zcproto.tls.failure import TlsFailure
+from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 MAX_SIZE: Final = 4_096
 """Maximum bytes of a header. Addresses take up to 232; some balancers add the certificate of the client."""
@@ -95,3 +99,36 @@ def _source(raw: bytearray, family: int) -> str | None:
         ip = ipaddress.IPv6Address(bytes(raw[_FIXED : _FIXED + 16]))
         return str(ip.ipv4_mapped or ip)
     return None
+
+
+class ForwardedTransport(TlsServerTransport):
+    """One connection of a TlsAcceptor, from an address whose PROXY headers are trusted.
+
+    Never use it for other peers: the header sets the peer's address.
+    """
+
+    __slots__ = ("_header",)
+
+    def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
+        super().__init__(acceptor, peer)
+        self._header: ProxyHeaderReader | None = ProxyHeaderReader()
+
+    def _received_in_handshake(self, data: memoryview) -> None:
+        if self._header is None:
+            super()._received_in_handshake(data)
+            return
+        verdict = self._header.feed(data)
+        if verdict is None:
+            return
+        self._header = None
+        if isinstance(verdict, TlsFailure):
+            self._fail(verdict)
+            return
+        client, rest = verdict
+        if client is not None:
+            if not self._acceptor.on_forwarded(self.peer, client):
+                self.abort()
+                return
+            self.peer = client
+        if rest:
+            super()._received_in_handshake(memoryview(rest))
