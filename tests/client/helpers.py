@@ -321,7 +321,7 @@ class ScriptedServer:
     def opened(self) -> dict[str, Any]:
         number = next(self._tokens)
         return {
-            "token": bytes([number]) * 32,
+            "token": token(number),
             "id": f"session-{number}",
             "user": "ada",
             "expires_at": self.wall() + DAY_MS,
@@ -342,6 +342,13 @@ class ScriptedServer:
     @property
     def methods(self) -> list[str]:
         return [request.method for request in self.requests]
+
+    async def hold_call(self, client: Client, **params: Any) -> asyncio.Task[Any]:
+        """Let a client call `echo` and return the call, which gets no answer."""
+        self.script("echo", silence)
+        call = asyncio.create_task(client.call("echo", **params))
+        await turns()
+        return call
 
     async def lose(self) -> None:
         """Reset the connection and let the client notice it."""
@@ -366,6 +373,11 @@ class ScriptedServer:
             self.on_welcome.pop(0)(link)
         await protocol.welcomed
         return protocol
+
+
+def token(number: int) -> bytes:
+    """Return the token of a scripted server's session."""
+    return bytes([number]) * 32
 
 
 def refreshable(**more: Any) -> dict[str, Any]:

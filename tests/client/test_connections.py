@@ -250,10 +250,8 @@ async def test_idle_close_reconnects_with_the_next_call(reason: str) -> None:
 @scripted
 async def test_second_goaway_is_ignored() -> None:
     server = ScriptedServer()
-    server.script("echo", silence)
     async with client_of(server) as client:
-        call = asyncio.create_task(client.call("echo"))
-        await turns()
+        call = await server.hold_call(client)
         first = server.link
         first.go_away("draining", 0)
         first.go_away("draining", 0)
@@ -278,10 +276,8 @@ async def test_goaway_with_welcome_is_retried_later() -> None:
 @scripted
 async def test_lost_old_connection_fails_only_its_own_calls() -> None:
     server = ScriptedServer()
-    server.script("echo", silence)
     async with client_of(server) as client:
-        old_call = asyncio.create_task(client.call("echo"))
-        await turns()
+        old_call = await server.hold_call(client)
         old = server.link
         old.go_away("draining", 0)
         await client.call("echo")
@@ -332,10 +328,8 @@ async def test_idle_connection_sends_ping() -> None:
 @scripted
 async def test_missing_pong_closes_the_connection_after_10_s() -> None:
     server = ScriptedServer(idle_timeout_ms=30_000)
-    server.script("echo", silence)
     async with client_of(server) as client:
-        call = asyncio.create_task(client.call("echo", timeout=None))
-        await turns()
+        call = await server.hold_call(client, timeout=None)
         server.answers_pings = False
         with pytest.raises(ConnectionClosed, match="did not answer a PING") as caught:
             await call
@@ -354,10 +348,8 @@ async def test_missing_pong_closes_the_connection_after_10_s() -> None:
 @scripted
 async def test_close_ends_the_session_and_fails_waiting_calls() -> None:
     server = ScriptedServer()
-    server.script("echo", silence)
     client = await client_of(server)
-    call = asyncio.create_task(client.call("echo"))
-    await turns()
+    call = await server.hold_call(client)
     await client.close()
     with pytest.raises(ConnectionClosed, match="closed by this client") as caught:
         await call
@@ -386,10 +378,8 @@ async def test_close_while_connecting_fails_waiting_calls() -> None:
 @scripted
 async def test_close_ends_old_connections() -> None:
     server = ScriptedServer()
-    server.script("echo", silence)
     client = await client_of(server)
-    call = asyncio.create_task(client.call("echo", idempotency_key="k"))
-    await turns()
+    call = await server.hold_call(client, idempotency_key="k")
     server.link.go_away("draining", 0)
     await asyncio.sleep(1)
     await client.close()

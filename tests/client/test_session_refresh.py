@@ -1,0 +1,350 @@
+"""SessionManager: when a session is refreshed, and when it falls back to opening one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.client.helpers import (
+    Action,
+    ReceivedRequest,
+    ScriptedServer,
+    client_of,
+    cut,
+    fail,
+    now,
+    numbers,
+    refreshable,
+    scripted,
+    silence,
+    token,
+    turns,
+)
+from tests.helpers import WALL
+from zcproto.errors import (
+    CallError,
+    Code,
+    ConnectionClosed,
+    SessionReplaced,
+    TokenRevoked,
+    Unauthenticated,
+)
+
+HOUR_S = 3_600
+AFTER_REFRESH_S = 0.84 * HOUR_S
+
+
+def refresh_token(number: int) -> bytes:
+    return bytes([100 + number]) * 32
+
+
+def hourly_server(*refresh: Action, **greeting: Any) -> ScriptedServer:
+    """Return a server with sessions of an hour, and these actions for the first refreshes."""
+    server = ScriptedServer(**greeting)
+    server.session = refreshable(expires_at=lambda number: server.wall() + HOUR_S * 1000)
+    server.script("session.refresh", *refresh)
+    return server
+
+
+def server_with_expired_token(*refresh: Action) -> ScriptedServer:
+    """Return a server that refuses the first call's token, and these actions for the first refreshes."""
+    server = ScriptedServer()
+    server.session = refreshable()
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", *refresh)
+    return server
+
+
+# --- early refresh -----------------------------------------------------------------------------------
+
+
+@scripted
+async def test_refresh_happens_at_80_percent_of_the_lifetime() -> None:
+    server = hourly_server()
+    async with client_of(server, random=numbers(0.0)) as client:
+        start = now()
+        await asyncio.sleep(3_500)
+        (refresh,) = server.calls("session.refresh")
+        assert refresh.at - start == pytest.approx(0.8 * 3_600, abs=1)
+        assert refresh.params["refresh_token"] == refresh_token(1)
+        await client.call("echo")
+        assert server.calls()[0].token == token(2)
+        assert client.session is not None
+        assert client.session.refresh_token_bytes == refresh_token(2)
+
+
+@scripted
+async def test_refresh_repeats() -> None:
+    server = hourly_server()
+    async with client_of(server):
+        await asyncio.sleep(10 * 3_600)
+    assert 10 < len(server.calls("session.refresh")) < 13
+
+
+@scripted
+async def test_refresh_times_have_jitter() -> None:
+    times = []
+    for chance in (0.0, 0.5, 0.999):
+        server = hourly_server()
+        async with client_of(server, random=numbers(chance)):
+            start = now()
+            await asyncio.sleep(3_500)
+            times.append((server.calls("session.refresh")[0].at - start) / 3_600)
+    assert times == pytest.approx([0.8, 0.825, 0.85], abs=0.001)
+
+
+@scripted
+async def test_calls_wait_during_a_refresh() -> None:
+    server = hourly_server(silence)
+    async with client_of(server) as client:
+        await asyncio.sleep(0.825 * 3_600 + 2)
+        (refresh,) = server.calls("session.refresh")
+        calls = [asyncio.create_task(client.call("echo", i=i)) for i in range(5)]
+        await turns()
+        assert server.calls() == []
+        refresh.respond(server.opened())
+        assert len(await asyncio.gather(*calls)) == 5
+        assert {request.token for request in server.calls()} == {token(2)}
+
+
+@scripted
+async def test_refused_early_refresh_is_retried_later() -> None:
+    server = hourly_server(fail(Code.UNAVAILABLE, retry_after_ms=100))
+    async with client_of(server) as client:
+        await asyncio.sleep(AFTER_REFRESH_S)
+        assert len(server.calls("session.refresh")) == 1
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert server.calls()[0].token == token(1)
+        await asyncio.sleep(0.12 * 3_600)
+        assert len(server.calls("session.refresh")) == 2
+
+
+@scripted
+async def test_session_expiring_event_triggers_refresh() -> None:
+    server = hourly_server()
+    async with client_of(server) as client:
+        server.link.event("session.expiring", {"expires_at": WALL}, token(1))
+        await turns()
+        assert len(server.calls("session.refresh")) == 1
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@scripted
+async def test_session_expiring_without_refresh_token_is_ignored() -> None:
+    server = ScriptedServer()
+    async with client_of(server):
+        server.link.event("session.expiring", {"expires_at": WALL}, token(1))
+        await turns()
+        assert server.methods == ["session.open"]
+
+
+# --- required refresh --------------------------------------------------------------------------------
+
+
+@scripted
+async def test_expired_session_is_renewed_before_the_next_call() -> None:
+    server = ScriptedServer()
+    server.session = {"expires_at": lambda number: WALL + round((now() - 1_000) * 1000) + 60_000}
+    async with client_of(server) as client:
+        await asyncio.sleep(61)
+        await client.call("echo")
+    assert server.methods == ["session.open", "session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_idle_session_is_refreshed_before_the_next_call() -> None:
+    server = ScriptedServer()
+    server.session = refreshable(idle_timeout_ms=60_000)
+    async with client_of(server) as client:
+        for _ in range(5):
+            await asyncio.sleep(50)
+            await client.call("echo")
+        await asyncio.sleep(61)
+        await client.call("echo", x=bytes(100_000))
+    assert server.methods == ["session.open", *["echo"] * 5, "session.refresh", "echo", "session.close"]
+
+
+@scripted
+async def test_lost_refresh_is_retried_with_the_same_token() -> None:
+    server = hourly_server(cut)
+    async with client_of(server) as client:
+        await asyncio.sleep(AFTER_REFRESH_S)
+        assert await client.call("echo", x=1) == {"x": 1}
+        first, second = server.calls("session.refresh")
+        assert first.params == second.params
+        assert second.at - first.at < 1
+        assert server.calls()[0].token == token(2)
+
+
+@scripted
+async def test_refresh_token_is_not_reused_after_the_grace() -> None:
+    server = hourly_server()
+
+    def cut_later(request: ReceivedRequest) -> None:
+        asyncio.get_running_loop().call_later(6, request.link.cut)
+
+    server.script("session.refresh", cut_later)
+    async with client_of(server) as client:
+        await asyncio.sleep(AFTER_REFRESH_S)
+        await client.call("echo")
+    assert [method for method in server.methods if method != "echo"] == [
+        "session.open",
+        "session.refresh",
+        "session.open",
+        "session.close",
+    ]
+
+
+@pytest.mark.parametrize(
+    "code", [Code.TOKEN_EXPIRED, Code.INTERNAL, Code.UNKNOWN, Code.CANCELLED, Code.DEADLINE_EXCEEDED]
+)
+@scripted
+async def test_expired_or_spent_refresh_token_falls_back_to_the_key(
+    code: Code,
+) -> None:
+    server = server_with_expired_token(fail(code))
+    async with client_of(server) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == [
+        "session.open",
+        "echo",
+        "session.refresh",
+        "session.open",
+        "echo",
+        "session.close",
+    ]
+
+
+@scripted
+async def test_unanswered_refresh_falls_back_to_the_key() -> None:
+    server = server_with_expired_token(silence)
+    async with client_of(server) as client:
+        start = now()
+        await client.call("echo")
+        assert now() - start == pytest.approx(10, abs=0.2)
+        assert server.link.cancelled
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (Code.TOKEN_REVOKED, TokenRevoked),
+        (Code.SESSION_REPLACED, SessionReplaced),
+        (Code.UNAUTHENTICATED, Unauthenticated),
+    ],
+)
+@scripted
+async def test_refused_refresh_raises_and_is_not_retried(code: Code, error: type[CallError]) -> None:
+    server = server_with_expired_token(fail(code))
+    async with client_of(server) as client:
+        for _ in range(3):
+            with pytest.raises(error):
+                await client.call("echo")
+        assert client.session is None
+        await client.open_session()
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods[:3] == ["session.open", "echo", "session.refresh"]
+    assert server.methods[3:] == ["session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_refresh_reuse_raises_during_early_refresh() -> None:
+    server = hourly_server(fail(Code.TOKEN_REVOKED))
+    async with client_of(server) as client:
+        await asyncio.sleep(AFTER_REFRESH_S)
+        with pytest.raises(TokenRevoked):
+            await client.call("echo")
+    assert server.methods == ["session.open", "session.refresh"]
+
+
+@scripted
+async def test_failed_refresh_raises_and_the_next_call_retries() -> None:
+    server = server_with_expired_token(fail(Code.NOT_FOUND))
+    async with client_of(server) as client:
+        with pytest.raises(CallError):
+            await client.call("echo")
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods[:4] == ["session.open", "echo", "session.refresh", "session.refresh"]
+
+
+@scripted
+async def test_required_refresh_is_retried_while_the_server_is_busy() -> None:
+    server = server_with_expired_token(fail(Code.UNAVAILABLE, retry_after_ms=300))
+    async with client_of(server, random=numbers(0.0)) as client:
+        start = now()
+        await client.call("echo")
+        assert now() - start == pytest.approx(0.3)
+
+
+@scripted
+async def test_refresh_continues_after_goaway() -> None:
+    server = ScriptedServer()
+    server.session = refreshable()
+
+    def leave(request: ReceivedRequest) -> None:
+        request.link.go_away("draining", 0)
+        request.link.close_cleanly()
+
+    server.script("echo", fail(Code.TOKEN_EXPIRED))
+    server.script("session.refresh", leave)
+    async with client_of(server) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+        first, second = server.calls("session.refresh")
+        assert first.link is not second.link
+
+
+@scripted
+async def test_renewal_waits_for_a_full_connection() -> None:
+    server = hourly_server(max_streams=1)
+    async with client_of(server) as client:
+        call = await server.hold_call(client, timeout=None)
+        await asyncio.sleep(AFTER_REFRESH_S)
+        assert server.calls("session.refresh") == []
+        server.link.go_away("draining", 0)  # the waiting request moves to the next connection
+        await asyncio.sleep(1)
+        assert server.calls("session.refresh")[0].link is server.links[1]
+        server.calls()[0].respond()
+        await call
+
+
+@scripted
+async def test_token_expired_for_an_old_token_is_ignored() -> None:
+    server = hourly_server()
+    async with client_of(server) as client:
+        call = await server.hold_call(client, x=1, timeout=None)
+        await asyncio.sleep(AFTER_REFRESH_S)
+        server.calls()[0].fail(Code.TOKEN_EXPIRED)
+        assert await call == {"x": 1}
+        assert len(server.calls("session.refresh")) == 1
+
+
+@scripted
+async def test_revocation_of_an_old_token_does_not_end_the_session() -> None:
+    server = hourly_server()
+    async with client_of(server) as client:
+        call = await server.hold_call(client, x=1, timeout=None)
+        await asyncio.sleep(AFTER_REFRESH_S)
+        server.calls()[0].fail(Code.TOKEN_REVOKED)
+        assert await call == {"x": 1}
+        assert [request.token for request in server.calls()] == [token(1), token(2)]
+
+
+@scripted
+async def test_token_is_not_presented_during_renewal() -> None:
+    server = server_with_expired_token(cut)
+    async with client_of(server) as client:
+        await client.call("echo")
+    assert "session.info" not in server.methods
+
+
+@scripted
+async def test_close_during_renewal_fails_waiting_calls() -> None:
+    server = server_with_expired_token(silence)
+    client = await client_of(server)
+    call = asyncio.create_task(client.call("echo"))
+    await turns()
+    await client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        await call
