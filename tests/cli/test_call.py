@@ -18,8 +18,7 @@ from tests.server.conftest import Serve, certs, serve, shared
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
 from zcproto.cli import main
-from zcproto.cli.call import parse_params, to_json
-from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY
+from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, parse_params, to_json
 
 __all__ = ["certs", "serve", "shared"]
 

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
-from zcproto.cli import device as device_module
-from zcproto.cli import main, session_store
-from zcproto.cli.session_store import StoreInUseError
+from zcproto.cli import main, store
+from zcproto.cli import user as user_module
+from zcproto.cli.store import StoreInUseError
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.sessions import token_text
@@ -130,7 +130,7 @@ def test_qr_code_on_a_terminal(
     assert main(["pair"]) == 0
     out, err = capsys.readouterr()
     drawn = err.split("once:\n")[1].splitlines()
-    assert drawn == (device_module._qr_code(out.strip()) or "").splitlines()
+    assert drawn == (user_module._qr_code(out.strip()) or "").splitlines()
     assert len(drawn) > 10
     assert set("".join(drawn)) <= set("█▀▄ \xa0")
 
@@ -315,8 +315,8 @@ def test_device_is_removed_even_if_the_store_is_unavailable(
         raise error
         yield
 
-    monkeypatch.setattr(session_store, "opened_store", unavailable)
-    monkeypatch.setattr(session_store, "has_no_sessions", lambda url, home: False)
+    monkeypatch.setattr(store, "opened_store", unavailable)
+    monkeypatch.setattr(store, "has_no_sessions", lambda url, home: False)
     assert main(["device", "remove", "laptop"]) == code
     assert capsys.readouterr().err == expected
     assert devices.read_names() == ["phone", "Zoë's"]

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.helpers import fill, kept, new_session
 from zcproto.auth import UserFile
 from zcproto.auth.users import User
-from zcproto.cli import main, session_store
+from zcproto.cli import main, store
 from zcproto.sessions import token_from_text
 from zcproto.sessions.token import digest_of
 
@@ -247,7 +247,7 @@ def test_server_started_meanwhile_ends_the_sessions(
     users: UserFile, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False, True])
-    monkeypatch.setattr(session_store, "is_in_use", lambda path: next(answers))
+    monkeypatch.setattr(store, "is_in_use", lambda path: next(answers))
     assert main(["user", "remove", "ada"]) == 0
     assert "the running server ends the sessions" in capsys.readouterr().err
 
@@ -262,7 +262,7 @@ def test_user_change_without_sessions_creates_no_store(home: Path, capsys: Captu
 def test_user_is_changed_even_if_the_store_is_unavailable(
     users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_store, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(store, "PATIENCE_S", 0.1)
     monkeypatch.setenv("ZCPROTO_STORE__URL", "redis://127.0.0.1:1")
     assert main(["user", "disable", "ada"]) == 2
     assert "the change is made, but the sessions could not be ended" in capsys.readouterr().err
@@ -273,7 +273,7 @@ def test_user_is_changed_even_if_the_store_is_unavailable(
 def test_new_key_is_printed_even_if_the_store_is_unavailable(
     users: UserFile, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_store, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(store, "PATIENCE_S", 0.1)
     monkeypatch.setenv("ZCPROTO_STORE__URL", "redis://127.0.0.1:1")
     assert main(["user", "new-key", "ada"]) == 2
     out, err = capsys.readouterr()

@@ -1,6 +1,6 @@
 """The three places where an operation of the control API can run.
 
-    RunningServer   the server of the home folder, through its control socket
+    Control         the server of the home folder, through its control socket
     HomeFiles       the files and the store of the home folder, while no server runs
     RemoteServer    a server elsewhere, by the protocol methods of operators: sessions only
 
@@ -12,32 +12,30 @@ would be half of the operation.
 
 from __future__ import annotations
 
-import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlencode
 
 import click
 
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import Instance
 from zcproto.cli.connect import TrustChoice, key_option, read_key, run, trust_options
-from zcproto.cli.control import Control, find_control
-from zcproto.cli.session_store import CONFIGURED, end_sessions, has_no_sessions, opened_store, with_store
+from zcproto.cli.control import find_control
+from zcproto.cli.store import CONFIGURED, end_sessions, has_no_sessions, run_in_store, with_store
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.errors import Code
 from zcproto.server.protocol_methods import LISTED, describe
+from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED, SessionStore
 
 TIMEOUT_S = 30.0
 
-READING = frozenset({"sessions"})
 REMOTE_METHODS = {"sessions": "server.sessions", "sessions/revoke": "server.revoke"}
 
 T = TypeVar("T")
@@ -56,19 +54,7 @@ class Backend(Protocol):
 def local_backend(instance: Instance) -> Backend:
     """Return the running server of a home folder, or its files. Raises ControlError."""
     control = find_control(instance.home)
-    return HomeFiles(instance) if control is None else RunningServer(control)
-
-
-@dataclass(frozen=True)
-class RunningServer:
-    control: Control
-
-    def run(self, operation: str, **params: Any) -> dict[str, Any]:
-        path = f"/v1/{operation}"
-        if operation in READING:
-            query = urlencode({name: value for name, value in params.items() if value is not None})
-            return dict(self.control.get(f"{path}?{query}" if query else path))
-        return dict(self.control.post(path, **params))
+    return HomeFiles(instance) if control is None else control
 
 
 @dataclass(frozen=True)
@@ -124,11 +110,8 @@ class HomeFiles:
         return operations[operation](**params)
 
     def _list_sessions(self, user: str | None = None) -> dict[str, Any]:
-        async def find(store: SessionStore) -> list[dict[str, Any]]:
-            return [describe(record) for record in await store.list(user)]
-
-        found: list[dict[str, Any]] = self._in_store(find, [])
-        return {"sessions": found, "more": len(found) >= MAX_LISTED}
+        found: Sequence[SessionRecord] = self._in_store(lambda store: store.list(user), ())
+        return {"sessions": [describe(record) for record in found], "more": len(found) >= MAX_LISTED}
 
     def _revoke_sessions(
         self, ids: list[str] | None = None, user: str | None = None, all: bool | None = None
@@ -146,14 +129,7 @@ class HomeFiles:
 
     def _in_store(self, work: Callable[[SessionStore], Awaitable[T]], without: T) -> T:
         config = with_store(self.instance.read_config(), CONFIGURED)
-        if has_no_sessions(config, self.home):
-            return without
-
-        async def run_in_store() -> T:
-            async with opened_store(config, self.home) as store:
-                return await work(store)
-
-        return asyncio.run(run_in_store())
+        return without if has_no_sessions(config, self.home) else run_in_store(config, self.home, work)
 
     def _add_user(self, name: str, operator: bool, key_digest: str | None) -> dict[str, Any]:
         digest = None if key_digest is None else _digest(key_digest)
@@ -170,22 +146,12 @@ class HomeFiles:
     def _change_user(self, change: Callable[..., None], name: str, *args: Any) -> dict[str, Any]:
         config = self.instance.read_config()
         change(UserFile(self.home.users), name, *args)
-
-        async def end(store: SessionStore) -> int:
-            return len(await store.end_user(name, Code.TOKEN_REVOKED, system_clock.wall()))
-
-        return {"sessions": end_sessions(config, self.home, end)}
+        return {"sessions": end_sessions(config, self.home, name)}
 
     def _remove_device(self, name: str) -> dict[str, Any]:
         config = self.instance.read_config()
         user = DeviceFile(self.home.devices).remove(name).user
-        key = DEVICE_KEY + name
-
-        async def end(store: SessionStore) -> int:
-            ids = [record.id for record in await store.list(user) if record.key == key]
-            return len(await store.end(ids, Code.TOKEN_REVOKED, system_clock.wall(), user)) if ids else 0
-
-        return {"user": user, "sessions": end_sessions(config, self.home, end)}
+        return {"user": user, "sessions": end_sessions(config, self.home, user, DEVICE_KEY + name)}
 
 
 def _digest(text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Options and steps of commands that connect to a server: its trust, the user's key, the connection.
+"""`zcproto call`, and what all commands that connect to a server share: trust, the user's key, the connection.
 
 Rules: a key is never taken from the command line, which every user of a machine can read.
 """
@@ -6,7 +6,11 @@ Rules: a key is never taken from the command line, which every user of a machine
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import functools
+import json
+import math
 import os
 import stat
 import sys
@@ -17,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from zcproto.cli import Function, file_option
+from zcproto.cli import Function, Instance, file_option, instance_options, number_option
+from zcproto.cli.output import json_text
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
@@ -128,11 +133,125 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
-async def opened(client: Client) -> bool:
-    """Connect. Return False, after a message, if that fails."""
+def call_once(
+    trust: TrustChoice, home: Home, address: str, method: str, params: dict[str, Any], **options: Any
+) -> Any:
+    """Connect, call a method and return its result. Without a connection, end the command after a message."""
+
+    async def work() -> Any:
+        client = trust.make_client(home, address, **options)
+        try:
+            await client.open()
+        except (ConnectionClosed, ProtocolError, TlsError) as error:
+            click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
+            raise click.exceptions.Exit(EXIT_CANNOT_CONNECT) from error
+        try:
+            return await client.call(method, params)
+        finally:
+            await client.close()
+
+    return run(work())
+
+
+# --- zcproto call ----------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.argument("method")
+@click.argument("params", metavar="[JSON]", required=False)
+@click.option(
+    "--user",
+    metavar="NAME",
+    help="Open a session of this user. Without it only public methods can be called.",
+)
+@key_option("user")
+@trust_options
+@number_option(
+    "--timeout",
+    click.FloatRange(min=0, min_open=True, max=86_400),
+    30.0,
+    "SECONDS",
+    "The deadline of the call.",
+)
+@file_option(
+    "--key-log",
+    text="Append the TLS secrets of the connection, with which Wireshark can decrypt it (spec/wireshark).",
+)
+@instance_options
+def call(
+    instance: Instance,
+    address: str,
+    method: str,
+    params: str | None,
+    user: str | None,
+    key_file: Path | None,
+    trust: TrustChoice,
+    timeout: float,
+    key_log: Path | None,
+) -> None:
+    """Call METHOD of the server at HOST:PORT and print the result as JSON.
+
+    JSON is an object with the params. Bytes are written {"base64": "..."}, both ways; in a result, floats that JSON
+    cannot express are {"float": "nan"}, "inf" or "-inf".
+
+    \b
+    Exit codes: 0  the result is printed
+                1  the server answered with an error, or the connection was lost
+                2  wrong usage, or an unusable file; nothing was sent
+                3  no connection: no server there, or not a trusted one
+    """
+    arguments = parse_params(params)
+    key = read_key(key_file) if user is not None else None
+    if user is None and key_file is not None:
+        raise click.UsageError("--key-file goes with --user.")
+    options = {"user": user, "key": key, "timeout": timeout, "key_log_file": key_log}
+    connect_timeout = min(timeout, MAX_CONNECT_TIMEOUT)
+    result = call_once(
+        trust, instance.home, address, method, arguments, connect_timeout=connect_timeout, **options
+    )
+    click.echo(to_json(result))
+
+
+def parse_params(text: str | None) -> dict[str, Any]:
+    """Return the params of a JSON text. Raises click.UsageError."""
+    if text is None:
+        return {}
     try:
-        await client.open()
-    except (ConnectionClosed, ProtocolError, TlsError) as error:
-        click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
-        return False
-    return True
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"JSON: {escape_text(str(error), 200)}.") from error
+    if not isinstance(value, dict):
+        raise click.UsageError('JSON must be an object with the params, such as {"name": "value"}.')
+    converted: dict[str, Any] = {name: _from_json(each) for name, each in value.items()}
+    return converted
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"base64"} and isinstance(value["base64"], str):
+        try:
+            return base64.b64decode(value["base64"], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise click.UsageError(f"JSON: {escape_text(value['base64'], 60)!r} is not base64.") from error
+    return {name: _from_json(each) for name, each in value.items()}
+
+
+def to_json(value: Any) -> str:
+    """Return a result as JSON that is safe on a terminal."""
+    return json_text(_to_json(value), indent=2)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, list):
+        return [_to_json(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _to_json(each) for name, each in value.items()}
+    return value

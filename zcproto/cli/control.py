@@ -1,4 +1,4 @@
-"""Client of the control socket of a running server.
+"""The control socket of a running server: its client, and the commands `reload`, `drain` and `log level`.
 
     server = find_control(home)          # None: no server runs with this home folder
     server.get("/v1/status")
@@ -16,9 +16,12 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlencode
 
 import click
 
+from zcproto.cli import Instance, command_group, instance_options
+from zcproto.cli.output import as_json_option, print_json, table
 from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of
 from zcproto.common.text import escape_text
@@ -31,6 +34,14 @@ TIMEOUT_S = 660.0
 
 MAX_ANSWER = 16_777_216
 MAX_MESSAGE = 500
+
+LEVELS = ("debug", "info", "warning", "error")
+POLL_S = 0.2
+MARGIN_S = 30.0
+"""Seconds beyond the limit of a drain within which a server ends."""
+
+READING = frozenset({"sessions"})
+"""Operations of `Control.run` that change nothing."""
 
 
 class ControlError(ZcprotoError):
@@ -61,6 +72,14 @@ class Control:
     def post(self, path: str, **params: Any) -> Any:
         """Run an operation; parameters with the value None are omitted. Raises as `get`."""
         return self._ask("POST", path, {name: value for name, value in params.items() if value is not None})
+
+    def run(self, operation: str, **params: Any) -> dict[str, Any]:
+        """Run an operation by its name, as `Backend`."""
+        path = f"/v1/{operation}"
+        if operation in READING:
+            query = urlencode({name: value for name, value in params.items() if value is not None})
+            return dict(self.get(f"{path}?{query}" if query else path))
+        return dict(self.post(path, **params))
 
     def close(self) -> None:
         self._connection.close()
@@ -164,3 +183,94 @@ def _permission_hint(home: Home) -> str:
     except OSError:
         return "run this as the server's user, or as root"
     return f"it belongs to uid {owner}; run this as that user, or as root"
+
+
+# --- the commands ----------------------------------------------------------------------------------------
+
+
+@click.command()
+@as_json_option
+@instance_options
+def reload(instance: Instance, as_json: bool) -> None:
+    """Read the configuration again and apply all changes that need no restart, or nothing.
+
+    Prints what changed, and what needs a restart. No connection is closed. Exit code 2 if the configuration has
+    faults; then nothing has changed. SIGHUP does the same, and logs the result.
+    """
+    done = require_control(instance.home).post("/v1/reload")
+    if as_json:
+        print_json(done, indent=2)
+        return
+    if not done["changed"] and not done["restart"]:
+        click.echo("nothing has changed")
+        return
+    rows = [
+        [each["key"], *_values(each), "restart needed" if each["effect"] == "restart" else each["effect"]]
+        for each in [*done["changed"], *done["restart"]]
+    ]
+    click.echo(table(["KEY", "OLD", "NEW", "APPLIES TO"], rows))
+    if done["restart"]:
+        click.echo(f"{len(done['restart'])} of these apply after a restart of the server", err=True)
+
+
+def _values(change: dict[str, str]) -> list[str]:
+    if not change["old"] and not change["new"]:
+        return ["(hidden)", "(hidden)"]
+    return [change["old"], change["new"]]
+
+
+@click.command()
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, 3600),
+    metavar="S",
+    help="Seconds for running requests to finish. [default: server.drain_timeout]",
+)
+@click.option("--wait", is_flag=True, help="Wait until the server has ended.")
+@as_json_option
+@instance_options
+def drain(instance: Instance, timeout: float | None, wait: bool, as_json: bool) -> None:
+    """Stop accepting connections, finish running requests, and end the server. SIGTERM does the same."""
+    done = require_control(instance.home).post("/v1/drain", timeout=timeout)
+    if wait:
+        _wait_for_end(instance.home, done["timeout"] + MARGIN_S)
+    if as_json:
+        print_json({**done, "ended": wait})
+    elif wait:
+        click.echo("the server has ended", err=True)
+    else:
+        click.echo(
+            f"the server drains {done['connections']} connections within {done['timeout']:g} s", err=True
+        )
+
+
+def _wait_for_end(home: Home, seconds: float) -> None:
+    for _ in range(int(seconds / POLL_S)):
+        found = find_control(home)
+        if found is None:
+            return
+        found.close()
+        time.sleep(POLL_S)
+    raise ControlError(f"the server still runs after {seconds:g} s; see its log")
+
+
+log = command_group("log", "Show and set the log level of a running server.")
+
+
+@log.command()
+@click.argument("wanted", metavar="[LEVEL]", required=False, type=click.Choice(LEVELS))
+@as_json_option
+@instance_options
+def level(instance: Instance, wanted: str | None, as_json: bool) -> None:
+    """Print the log level of the server, or set it until the server ends or log.level is changed.
+
+    LEVEL is debug, info, warning or error; less severe events are not written.
+    """
+    server = require_control(instance.home)
+    done = server.get("/v1/log") if wanted is None else server.post("/v1/log", level=wanted)
+    if as_json:
+        print_json(done)
+    elif wanted is None:
+        click.echo(done["level"])
+    else:
+        click.echo(f"the log level is {done['level']} now; it was {done['before']}", err=True)

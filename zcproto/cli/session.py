@@ -9,15 +9,7 @@ import click
 
 from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
-from zcproto.cli.connect import (
-    EXIT_CANNOT_CONNECT,
-    TrustChoice,
-    key_option,
-    opened,
-    read_key,
-    run,
-    trust_options,
-)
+from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options
 from zcproto.cli.output import as_json_option, print_json, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.secret import SecretText
@@ -86,31 +78,20 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
 @instance_options
 def open_session(
     instance: Instance, address: str, user: str, key_file: Path | None, trust: TrustChoice
-) -> int:
+) -> None:
     """Open a session at HOST:PORT and print its token: for the status page, or for Prometheus.
 
     Anyone with the token can use the session. It ends when it expires, or by `zcproto session revoke`. Only the
     token goes to standard output.
     """
+    from zcproto.client.client import default_client  # noqa: PLC0415
+
     key = SecretText(read_key(key_file))
-
-    async def work() -> int:
-        from zcproto.client.client import default_client  # noqa: PLC0415
-
-        client = trust.make_client(instance.home, address, timeout=TIMEOUT_S)
-        if not await opened(client):
-            return EXIT_CANNOT_CONNECT
-        params = {"scheme": "api_key", "user": user, "key": key, "client": default_client()}
-        try:
-            found = await client.call("session.open", params)
-        finally:
-            await client.close()
-        click.echo(token_text(found["token"]))
-        until = utc(found["expires_at"])
-        click.echo(f"session {escape_text(found['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
-        return 0
-
-    return run(work())
+    params = {"scheme": "api_key", "user": user, "key": key, "client": default_client()}
+    found = call_once(trust, instance.home, address, "session.open", params, timeout=TIMEOUT_S)
+    click.echo(token_text(found["token"]))
+    until = utc(found["expires_at"])
+    click.echo(f"session {escape_text(found['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
 
 
 @session.command(context_settings={"ignore_unknown_options": True})  # one ID in 64 begins with a dash

@@ -1,45 +1,177 @@
-"""`zcproto store`: check the session store, and copy sessions to another one."""
+"""`zcproto store`, and the session store for all commands that need it without a server.
+
+What this file decides: when a command may open the store, and its error while a server uses it.
+
+Rules:
+- A SQLite file belongs to one server: while it runs, its control socket or its operators are asked. Sessions in
+  memory always belong to the server.
+- Valkey is shared: running servers learn from it what changed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from zcproto.auth import UserFile
-from zcproto.cli import Instance, command_group, instance_options
-from zcproto.cli.session_store import (
-    CONFIGURED,
-    StoreInUseError,
-    examine_store,
-    has_no_sessions,
-    is_in_use,
-    opened_store,
-    with_store,
-)
+from zcproto.cli import EXIT_FAILED, Instance, command_group, instance_options
+from zcproto.common import files
+from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
-from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.runtime.store_setup import MEMORY, SQLITE
+from zcproto.errors import Code, ConfigError, ZcprotoError
+from zcproto.runtime.store_setup import MEMORY, SQLITE, build_store
 from zcproto.sessions.record import SessionRecord
-from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore
+from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore, StoreUnavailable
 
 if TYPE_CHECKING:
     from zcproto.config import Config
+
+ASK_SERVER = "ask it: --server HOST:PORT --operator NAME --key-file FILE"
+CONFIGURED = "configured"
+PATIENCE_S = 10.0
+"""The timeout of one operation: longer than a server's, since a command keeps no caller waiting."""
 
 BATCH = 256
 """Sessions copied concurrently."""
 
 MAX_FAULTS = 20
 
+T = TypeVar("T")
+
+
+class StoreInUseError(ConfigError):
+    """The sessions belong to a running server: only that can be asked."""
+
+
+class SessionsNotEndedError(ConfigError):
+    """A change was made, but the store did not answer when its sessions were to end."""
+
 
 class MigrationError(ZcprotoError):
     """Not all sessions could be copied. The source was not changed."""
+
+
+def with_store(config: Config, url: str) -> Config:
+    """Return the configuration with another store; "configured" is the store that it has.
+
+    Settings of one store, above all its password, are never sent to another. Raises ConfigError.
+    """
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from zcproto.config import StoreConfig  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
+
+    if url in (CONFIGURED, config.store.url):
+        store = config.store.model_copy(update={"timeout": PATIENCE_S})
+    else:
+        try:
+            store = StoreConfig(url=url, timeout=PATIENCE_S)
+        except ValidationError as error:
+            (refused,) = error.errors()
+            raise ConfigError([f'the store {refused["msg"]}, or "{CONFIGURED}"']) from None
+    return config.model_copy(update={"store": store})
+
+
+@asynccontextmanager
+async def opened_store(config: Config, home: Home) -> AsyncIterator[SessionStore]:
+    """Open the configured store. Raises ConfigError, StoreInUseError and StoreUnavailable."""
+    store = build_store(config, home)
+    if store is None:
+        raise StoreInUseError([f"store.url: sessions are in the memory of the server; {ASK_SERVER}"])
+    if config.store.url == SQLITE and is_in_use(home.sessions):
+        raise StoreInUseError([f"{home.sessions}: a server runs with these sessions; {ASK_SERVER}"])
+    await store.open(lambda change: None)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def has_no_sessions(config: Config, home: Home) -> bool:
+    """Whether the store cannot hold any session. Avoids creating a file only to read it."""
+    return config.store.url == SQLITE and not home.sessions.exists()
+
+
+def run_in_store(config: Config, home: Home, work: Callable[[SessionStore], Awaitable[T]]) -> T:
+    """Open the store, and return the result of `work` on it. Raises as `opened_store`."""
+
+    async def run() -> T:
+        async with opened_store(config, home) as store:
+            return await work(store)
+
+    return asyncio.run(run())
+
+
+def end_sessions(config: Config, home: Home, user: str, key: str | None = None) -> int | None:
+    """End the sessions of a user after a change, in the store of a server that does not run.
+
+    Args:
+        key: End only the sessions that were opened with it.
+
+    Returns:
+        The number of sessions that ended; None if a running server has the sessions, and ends them itself.
+
+    Raises:
+        SessionsNotEndedError: The store does not answer.
+    """
+    config = with_store(config, CONFIGURED)
+    if config.store.url == MEMORY or (config.store.url == SQLITE and is_in_use(home.sessions)):
+        return None
+    if has_no_sessions(config, home):
+        return 0
+
+    async def end(store: SessionStore) -> int:
+        wall = system_clock.wall()
+        if key is None:
+            return len(await store.end_user(user, Code.TOKEN_REVOKED, wall))
+        ids = [record.id for record in await store.list(user) if record.key == key]
+        return len(await store.end(ids, Code.TOKEN_REVOKED, wall, user)) if ids else 0
+
+    try:
+        return run_in_store(config, home, end)
+    except StoreInUseError:  # a server has just been started
+        return None
+    except StoreUnavailable as error:
+        raise SessionsNotEndedError(
+            [
+                f"the change is made, but the sessions could not be ended: {error}; end them when the store answers"
+            ]
+        ) from error
+
+
+def examine_store(config: Config, home: Home) -> tuple[int, Sequence[str]]:
+    """Return the number of sessions in the store, and warnings. Raises as `opened_store`."""
+
+    async def examine(store: SessionStore) -> tuple[int, Sequence[str]]:
+        await store.ping()
+        warnings = getattr(store, "examine", None)
+        return await store.count(), () if warnings is None else await warnings()
+
+    return run_in_store(config, home, examine)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process uses this SQLite file of sessions."""
+    return files.is_locked(path.with_name(f"{path.name}.lock"))
+
+
+def damage_of(path: Path) -> list[str]:
+    """Return the problems that SQLite finds in a file."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
+            rows = database.execute(f"PRAGMA integrity_check({MAX_FAULTS})").fetchall()
+    except sqlite3.DatabaseError as error:
+        return [str(error)]
+    return [str(problem) for (problem,) in rows if problem != "ok"]
+
+
+# --- the commands ----------------------------------------------------------------------------------------
 
 
 store = command_group("store", "Check the session store, and copy sessions to another one.")
@@ -86,20 +218,10 @@ def _check_file(config: Config, home: Home) -> int:
             f"{shown}: is damaged; at its next start the server renames it and starts with an empty one",
             err=True,
         )
-        return 1
+        return EXIT_FAILED
     count, _ = examine_store(config, home)
     click.echo(f"{shown}: is intact; sessions: {count}")
     return 0
-
-
-def damage_of(path: Path) -> list[str]:
-    """Return the problems that SQLite finds in a file."""
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
-            rows = database.execute(f"PRAGMA integrity_check({MAX_FAULTS})").fetchall()
-    except sqlite3.DatabaseError as error:
-        return [str(error)]
-    return [str(problem) for (problem,) in rows if problem != "ok"]
 
 
 @store.command()

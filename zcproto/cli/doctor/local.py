@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Final
 from zcproto.cli import Instance, cert_report
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message, named
 from zcproto.cli.output import utc
-from zcproto.cli.session_store import CONFIGURED, examine_store, is_in_use, with_store
-from zcproto.cli.store import damage_of
+from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
