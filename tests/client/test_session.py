@@ -65,7 +65,7 @@ def test_refresh_token_is_usable_until_expiry_or_drop() -> None:
     opened = session()
     assert opened.can_refresh(NOW + 499)
     assert not opened.can_refresh(NOW + 500)
-    opened.drop_refresh_token()
+    opened.refresh_token_bytes = None
     assert not opened.can_refresh(NOW)
     assert session(refresh_expires_at=None).can_refresh(NOW + 10**9)
     assert not session(refresh_token=None).can_refresh(NOW)

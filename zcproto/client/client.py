@@ -286,7 +286,7 @@ class Client:
         self, error: InvalidArgument, connection: ClientProtocol, token: bytes, deadline: float
     ) -> None:
         """Present the token in a small request, because connections without a session refuse large ones."""
-        if token == NO_TOKEN or connection.has_session:
+        if token == NO_TOKEN or connection.conversation.has_session:
             raise error
         assert self._loop is not None
         left = None if deadline == _FOREVER else max(0.0, deadline - self._loop.time())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
@@ -66,6 +67,7 @@ class PendingCall(asyncio.Future[Any]):
             self.set_exception(DeadlineExceeded("no answer within the call's timeout"))
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class ClientProtocol(asyncio.Protocol):
     """One connection to a server.
 
@@ -74,77 +76,40 @@ class ClientProtocol(asyncio.Protocol):
     requests without an answer were certainly not run, because the server closed in order after GOAWAY.
     """
 
-    __slots__ = (
-        "_clock",
-        "_conversation",
-        "_flush_planned",
-        "_loop",
-        "_max_streams",
-        "_owner",
-        "_paused",
-        "_pending",
-        "_ready_waiters",
-        "_transport",
-        "_wheel",
-        "answered",
-        "deadline_tick",
-        "draining",
-        "error",
-        "gone",
-        "proved",
-        "ready",
-        "unanswered_not_run",
-        "welcomed",
-    )
+    _owner: ConnectionOwner | None
+    _loop: asyncio.AbstractEventLoop
+    _wheel: DeadlineWheel
+    _clock: Clock
+    conversation: ClientConnection
+    _transport: asyncio.Transport | None = field(default=None, init=False)
+    _pending: dict[int, PendingCall] = field(default_factory=dict, init=False)
+    _ready_waiters: deque[asyncio.Future[None]] | None = field(default=None, init=False)
+    _flush_planned: bool = field(default=False, init=False)
+    _paused: bool = field(default=False, init=False)
+    _max_streams: int = field(default=0, init=False)
+    deadline_tick: int = field(default=0, init=False)
+    ready: bool = field(default=False, init=False)
+    draining: bool = field(default=False, init=False)
+    answered: bool = field(default=False, init=False)
+    proved: bool = field(default=False, init=False)
+    unanswered_not_run: bool = field(default=False, init=False)
+    error: ConnectionClosed | None = field(default=None, init=False)
+    welcomed: asyncio.Future[dict[str, Any]] = field(init=False)
+    gone: asyncio.Future[None] = field(init=False)
 
-    def __init__(
-        self,
-        owner: ConnectionOwner,
-        loop: asyncio.AbstractEventLoop,
-        wheel: DeadlineWheel,
-        clock: Clock,
-        conversation: ClientConnection,
-    ) -> None:
-        self._owner: ConnectionOwner | None = owner
-        self._loop = loop
-        self._wheel = wheel
-        self._clock = clock
-        self._conversation = conversation
-        self._transport: asyncio.Transport | None = None
-        self._pending: dict[int, PendingCall] = {}
-        self._ready_waiters: deque[asyncio.Future[None]] | None = None
-        self._flush_planned = False
-        self._paused = False
-        self._max_streams = 0
-        self.deadline_tick = 0
-        self.ready = False
-        self.draining = False
-        self.answered = False
-        self.proved = False
-        self.unanswered_not_run = False
-        self.error: ConnectionClosed | None = None
-        self.welcomed: asyncio.Future[dict[str, Any]] = loop.create_future()
-        self.gone: asyncio.Future[None] = loop.create_future()
+    def __post_init__(self) -> None:
+        self.welcomed = self._loop.create_future()
+        self.gone = self._loop.create_future()
 
     @property
     def welcome(self) -> Mapping[str, Any]:
         """The server's WELCOME."""
-        return self._conversation.welcome
-
-    @property
-    def clock_offset_ms(self) -> int:
-        """The server's clock minus this client's."""
-        return self._conversation.clock_offset_ms
-
-    @property
-    def has_session(self) -> bool:
-        """Whether the server has accepted a session's token here."""
-        return self._conversation.has_session
+        return self.conversation.welcome
 
     @property
     def salt(self) -> bytes:
         """The connection's unique salt, which a device signs."""
-        return self._conversation.salt
+        return self.conversation.salt
 
     @property
     def leaf(self) -> bytes:
@@ -160,7 +125,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         pending = self._pending
-        for event in self._conversation.receive_data(data, self._clock.wall(), self._wheel.now()):
+        for event in self.conversation.receive_data(data, self._clock.wall(), self._wheel.now()):
             if event.__class__ is ResponseReceived:
                 call = pending.pop(event.stream, None)
                 if call is not None:
@@ -172,7 +137,7 @@ class ClientProtocol(asyncio.Protocol):
                 self._handle(event)
                 if self.error is not None:
                     return
-        if self._conversation.queued_bytes:
+        if self.conversation.queued_bytes:
             self._flush_soon()
         if not self.ready or self._ready_waiters:
             self._update_ready()
@@ -255,7 +220,7 @@ class ClientProtocol(asyncio.Protocol):
         `deadline` is in the loop's time, or infinite. A caller that stops waiting must call `abandon`. Raises like
         `ClientConnection.request`.
         """
-        conversation = self._conversation
+        conversation = self.conversation
         stream = conversation.request(method, params, token=token, meta=meta, wall=self._clock.wall())
         call = PendingCall(self._loop, self, stream)
         self._pending[stream] = call
@@ -274,7 +239,7 @@ class ClientProtocol(asyncio.Protocol):
         if self._pending.get(call.stream) is not call:
             return False
         del self._pending[call.stream]
-        self._conversation.cancel(call.stream, self._clock.wall())
+        self.conversation.cancel(call.stream, self._clock.wall())
         self._flush_soon()
         return True
 
@@ -298,7 +263,7 @@ class ClientProtocol(asyncio.Protocol):
                 raise
 
     def _update_ready(self) -> None:
-        conversation = self._conversation
+        conversation = self.conversation
         free = self._max_streams - conversation.in_flight
         if self._paused or conversation.state is not State.OPEN or free <= 0:
             return
@@ -329,17 +294,17 @@ class ClientProtocol(asyncio.Protocol):
         self._flush()
 
     def _flush(self) -> None:
-        data = self._conversation.data_to_send()
+        data = self.conversation.data_to_send()
         if data and self._transport is not None:
             self._transport.write(data)
 
     # --- deadlines --------------------------------------------------------------------------------
 
     def _set_deadline(self) -> None:
-        self._wheel.set(self, self._conversation.next_deadline())
+        self._wheel.set(self, self.conversation.next_deadline())
 
     def handle_deadline(self, now: float) -> None:
-        for event in self._conversation.handle_timeout(self._clock.wall(), now):
+        for event in self.conversation.handle_timeout(self._clock.wall(), now):
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(event.reason))
             self.abort()  # the peer does not answer: do not wait for its close
@@ -348,10 +313,6 @@ class ClientProtocol(asyncio.Protocol):
         self._set_deadline()
 
     # --- the end ----------------------------------------------------------------------------------
-
-    def session_ended(self, token: bytes) -> None:
-        """Apply the limits of a connection without a session again, if this was its session."""
-        self._conversation.session_ended(token)
 
     def close(self, reason: str) -> None:
         """Send queued data and close_notify. Pending calls raise ConnectionClosed."""
@@ -371,8 +332,8 @@ class ClientProtocol(asyncio.Protocol):
             return
         self.error = error
         self.ready = False
-        if self._conversation.state is not State.CLOSED:
-            self._conversation.end()
+        if self.conversation.state is not State.CLOSED:
+            self.conversation.end()
         self._wheel.discard(self)
         pending, self._pending = self._pending, {}
         for call in pending.values():

@@ -61,31 +61,15 @@ class ClientSession:
     this client.
     """
 
-    __slots__ = (
-        "_ends",
-        "_idle_s",
-        "_refresh_ends",
-        "_refresh_token",
-        "_token",
-        "bound",
-        "expires_at",
-        "id",
-        "idle_timeout_ms",
-        "refresh_at",
-        "refresh_expires_at",
-        "user",
-        "valid_until",
-    )
-
     def __init__(self, result: Any, *, server_wall: int, now: float, jitter: float) -> None:
         """Parse the result of `session.open` or `session.refresh` (zcp1.md, section 9.3). `jitter` is from 0 to 1.
 
         Raises ProtocolError if the result is invalid.
         """
         fields = _check_result(result)
-        self._token = SecretBytes(fields["token"])
+        self.token_bytes = SecretBytes(fields["token"])
         refresh_token = fields["refresh_token"]
-        self._refresh_token = None if refresh_token is None else SecretBytes(refresh_token)
+        self.refresh_token_bytes = None if refresh_token is None else SecretBytes(refresh_token)
         self.id: str = fields["id"]
         self.user: str = fields["user"]
         self.expires_at: int = fields["expires_at"]
@@ -107,15 +91,7 @@ class ClientSession:
     @property
     def token(self) -> str:
         """The token for HTTP's `Authorization: Bearer`: base64url without padding."""
-        return base64.urlsafe_b64encode(self._token).rstrip(b"=").decode()
-
-    @property
-    def token_bytes(self) -> bytes:
-        return self._token
-
-    @property
-    def refresh_token_bytes(self) -> bytes | None:
-        return self._refresh_token
+        return base64.urlsafe_b64encode(self.token_bytes).rstrip(b"=").decode()
 
     def used(self, now: float) -> None:
         """Restart the idle timeout, because the token is being sent."""
@@ -126,11 +102,7 @@ class ClientSession:
         self.valid_until = self._ends = -_NEVER
 
     def can_refresh(self, now: float) -> bool:
-        return self._refresh_token is not None and now < self._refresh_ends
-
-    def drop_refresh_token(self) -> None:
-        """Forget a refresh token that may be spent: a second use would revoke the whole family of tokens."""
-        self._refresh_token = None
+        return self.refresh_token_bytes is not None and now < self._refresh_ends
 
 
 def _check_result(result: Any) -> dict[str, Any]:
@@ -440,8 +412,9 @@ class SessionManager:
         return True
 
     def _drop_refresh_token(self) -> None:
+        """Forget a refresh token that may be spent: a second use would revoke the whole family of tokens."""
         if self.session is not None:
-            self.session.drop_refresh_token()
+            self.session.refresh_token_bytes = None
 
     def _next_refresh(self) -> float:
         """Return when to retry an early refresh: after a quarter to a half of the remaining time."""
@@ -451,9 +424,9 @@ class SessionManager:
 
     def _adopt(self, result: Any, connection: ClientProtocol) -> None:
         now = self._loop.time()
-        server_wall = self._clock.wall() + connection.clock_offset_ms
+        server_wall = self._clock.wall() + connection.conversation.clock_offset_ms
         session = ClientSession(result, server_wall=server_wall, now=now, jitter=self._random())
-        connection.session_ended(self.token)
+        connection.conversation.session_ended(self.token)
         self.session = session
         self.token = session.token_bytes
         self._wheel.set(self, session.refresh_at if session.can_refresh(now) else _NEVER)

@@ -391,7 +391,7 @@ class ClientConnection:
             self._tokens.add(accepted)
 
     def session_ended(self, token: bytes) -> None:
-        """Remove the token of an ended session from this connection."""
+        """Apply the limits of a connection without a session again, if this was its session."""
         self._tokens.discard(token)
 
     def cancel(self, stream: int, wall: int) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from email.utils import formatdate
 from enum import Enum
 from functools import lru_cache
@@ -89,50 +89,35 @@ class _Refused(Exception):
         self.status = status
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class HttpConnection:
     """One HTTP connection. `wall` is milliseconds since the Unix epoch, `now` monotonic seconds.
 
     `sent` holds the statuses of responses since it was last emptied; metrics read it.
     """
 
-    __slots__ = (
-        "_body",
-        "_buffer",
-        "_chunks",
-        "_deadline",
-        "_h11",
-        "_is_last",
-        "_limits",
-        "_out",
-        "_peer",
-        "_request",
-        "_requests_left",
-        "_scanned",
-        "_security",
-        "_skipped_empty_line",
-        "_state",
-        "sent",
-    )
+    _limits: HttpLimits
+    _security: SecurityHeaders
+    now: InitVar[float]
+    _peer: Peer = UNKNOWN_PEER
+    _buffer: bytearray = field(default_factory=bytearray, init=False)
+    _scanned: int = field(default=0, init=False)
+    """Bytes of the buffer that hold neither the end of a head nor ambiguous input."""
+    _skipped_empty_line: bool = field(default=False, init=False)  # before the request line
+    _h11: h11.Connection | None = field(default=None, init=False)  # parser of the current request
+    _request: h11.Request | None = field(default=None, init=False)
+    _body: bytearray = field(default_factory=bytearray, init=False)
+    _chunks: int = field(default=0, init=False)
+    _out: list[bytes] = field(default_factory=list, init=False)
+    _requests_left: int = field(init=False)
+    _is_last: bool = field(default=False, init=False)
+    _state: _ParserState = field(default=_ParserState.HEAD, init=False)
+    _deadline: float = field(init=False)
+    sent: list[int] = field(default_factory=list, init=False)
 
-    def __init__(
-        self, limits: HttpLimits, security: SecurityHeaders, now: float, peer: Peer = UNKNOWN_PEER
-    ) -> None:
-        self._limits = limits
-        self._peer = peer
-        self._security = security
-        self._buffer = bytearray()
-        self._scanned = 0  # bytes of the buffer that hold neither the end of a head nor ambiguous input
-        self._skipped_empty_line = False  # before the request line
-        self._h11: h11.Connection | None = None  # parser of the current request
-        self._request: h11.Request | None = None
-        self._body = bytearray()
-        self._chunks = 0
-        self._out: list[bytes] = []
-        self._requests_left = limits.max_requests
-        self._is_last = False
-        self._state = _ParserState.HEAD
-        self._deadline = now + limits.request_timeout
-        self.sent: list[int] = []
+    def __post_init__(self, now: float) -> None:
+        self._requests_left = self._limits.max_requests
+        self._deadline = now + self._limits.request_timeout
 
     # --- interface of the transport ------------------------------------------------------------------
 

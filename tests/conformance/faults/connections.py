@@ -342,7 +342,7 @@ FRAMING: Final[dict[str, Fault]] = {
         (
             f"{_PUMP}.connection_lost",
             _LOST,
-            "self._ended(ConnectionClosed(exc.failure, clean=self._conversation._decoder.buffered >= 68))",
+            "self._ended(ConnectionClosed(exc.failure, clean=self.conversation._decoder.buffered >= 68))",
         ),
     ),
     "end-before-welcome": fault(
