@@ -14,10 +14,10 @@ import atexit
 import concurrent.futures
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
-from typing import Any, Final, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
-from zcproto.client.client import Client
+from zcproto.client.client import UNSET, Client
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
@@ -26,8 +26,6 @@ from zcproto.common.event_loop import new_event_loop
 from zcproto.errors import ConnectionClosed
 
 Result = TypeVar("Result")
-
-_UNSET: Final[Any] = object()
 
 
 class BlockingClient:
@@ -159,17 +157,20 @@ class BlockingClient:
         params: Mapping[str, Any] | None = None,
         /,
         *,
-        timeout: float | None = _UNSET,
+        timeout: float | None = UNSET,
         idempotency_key: str | None = None,
         traceparent: str | None = None,
         **named: Any,
     ) -> Any:
         """Call a method like `Client.call`."""
         named = named if params is None else {**params, **named}
-        options = {} if timeout is _UNSET else {"timeout": timeout}
         return self._wait(
             self._client.call(
-                method, named, idempotency_key=idempotency_key, traceparent=traceparent, **options
+                method,
+                named,
+                timeout=timeout,
+                idempotency_key=idempotency_key,
+                traceparent=traceparent,
             )
         )
 

@@ -26,7 +26,7 @@ from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, SessionManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock, system_clock
-from zcproto.connection.events import EventReceived
+from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import (
     CallError,
     Code,
@@ -41,8 +41,7 @@ MAX_DEADLINE_MS: Final = 2**53
 NOT_OPEN: Final = "open the client first: async with connect(...) as client"
 TIMED_OUT: Final = "no answer within the call's timeout"
 
-_FOREVER: Final = float("inf")
-_UNSET: Final[Any] = object()
+UNSET: Final[Any] = object()
 
 
 class Client:
@@ -115,7 +114,7 @@ class Client:
             if self._options.session and self._credentials is not None:
                 self._sessions.require()
             await self._connections.get()  # within `connect_timeout`
-            await self._ready_before(self._deadline(_UNSET))
+            await self._ready_before(self._deadline(UNSET))
         except BaseException:
             await self.close()
             raise
@@ -157,7 +156,7 @@ class Client:
         if self._loop is None:
             raise RuntimeError(NOT_OPEN)
         self._sessions.require()
-        await self._ready_before(self._deadline(_UNSET))
+        await self._ready_before(self._deadline(UNSET))
         assert self._sessions.session is not None
         return self._sessions.session
 
@@ -169,7 +168,7 @@ class Client:
         params: Mapping[str, Any] | None = None,
         /,
         *,
-        timeout: float | None = _UNSET,  # noqa: ASYNC109  it is sent, and limits several waits
+        timeout: float | None = UNSET,  # noqa: ASYNC109  it is sent, and limits several waits
         idempotency_key: str | None = None,
         traceparent: str | None = None,
         **named: Any,
@@ -198,7 +197,7 @@ class Client:
                 connection = await self._ready_before(deadline)
                 now = self._loop.time()
             meta = None
-            if deadline != _FOREVER:
+            if deadline != NEVER:
                 if now >= deadline:
                     raise DeadlineExceeded(TIMED_OUT)
                 meta = {"deadline_ms": min(math.ceil((deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
@@ -224,10 +223,10 @@ class Client:
                 await self._wait(attempt.backoff.next(), error, deadline)
 
     def _deadline(self, timeout: float | None) -> float:
-        if timeout is _UNSET:
+        if timeout is UNSET:
             timeout = self._options.timeout
         assert self._loop is not None
-        return _FOREVER if timeout is None else self._loop.time() + timeout
+        return NEVER if timeout is None else self._loop.time() + timeout
 
     async def _after_error(
         self, error: CallError, attempt: _Attempt, connection: ClientProtocol, token: bytes, deadline: float
@@ -263,7 +262,7 @@ class Client:
     ) -> None:
         """Prove the session's key after a call was refused without it. Raise the call's error without a device."""
         try:
-            async with asyncio.timeout_at(None if deadline == _FOREVER else deadline):
+            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
                 if not await self._sessions.attach(connection, token):
                     raise error
         except TimeoutError:
@@ -289,12 +288,12 @@ class Client:
         if token == NO_TOKEN or connection.conversation.has_session:
             raise error
         assert self._loop is not None
-        left = None if deadline == _FOREVER else max(0.0, deadline - self._loop.time())
+        left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())
         await self.call("session.info", timeout=left)
 
     async def _ready_before(self, deadline: float) -> ClientProtocol:
         """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
-        if deadline == _FOREVER:
+        if deadline == NEVER:
             return await self._ready()
         try:
             async with asyncio.timeout_at(deadline):

@@ -190,7 +190,10 @@ class ClientProtocol(asyncio.Protocol):
         elif isinstance(event, GoAwayReceived):
             self._go_away(event)
         else:
-            self._end_with(cast("ConnectionEnded", event))
+            assert isinstance(event, ConnectionEnded)
+            self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
+            assert self._transport is not None
+            self._transport.close()
 
     def _go_away(self, event: GoAwayReceived) -> None:
         if self.draining:
@@ -199,11 +202,6 @@ class ClientProtocol(asyncio.Protocol):
         self._wake_all()
         assert self._owner is not None
         self._owner.connection_draining(self, event)
-
-    def _end_with(self, event: ConnectionEnded) -> None:
-        self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
-        assert self._transport is not None
-        self._transport.close()
 
     # --- requests ---------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_a
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.secret import SecretBytes
-from zcproto.connection.events import EventReceived
+from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, ProtocolError, Unauthenticated, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
 
@@ -48,7 +48,6 @@ REFRESH_AT: Final = 0.8
 
 _MS: Final = 1000
 
-_NEVER: Final = float("inf")
 _ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
 _MAYBE_RUN: Final = frozenset({Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
 
@@ -78,9 +77,9 @@ class ClientSession:
         self.bound: bool = fields["bound"]
         life = max(0, self.expires_at - server_wall) / _MS
         self._ends = now + life
-        self._idle_s = self.idle_timeout_ms / _MS if self.idle_timeout_ms else _NEVER
+        self._idle_s = self.idle_timeout_ms / _MS if self.idle_timeout_ms else NEVER
         self.valid_until = min(self._ends, now + self._idle_s)
-        self._refresh_ends = _NEVER
+        self._refresh_ends = NEVER
         if self.refresh_expires_at is not None:
             self._refresh_ends = now + max(0, self.refresh_expires_at - server_wall) / _MS
         self.refresh_at = now + life * (REFRESH_AT + (1 - REFRESH_AT) / 4 * jitter)
@@ -99,7 +98,7 @@ class ClientSession:
 
     def expire(self) -> None:
         """Mark the session as expired, as the server reported."""
-        self.valid_until = self._ends = -_NEVER
+        self.valid_until = self._ends = -NEVER
 
     def can_refresh(self, now: float) -> bool:
         return self.refresh_token_bytes is not None and now < self._refresh_ends
@@ -146,7 +145,7 @@ class SessionManager:
     ) -> None:
         self.session: ClientSession | None = None
         self.token = NO_TOKEN
-        self.valid_until = _NEVER
+        self.valid_until = NEVER
         self.deadline_tick = 0
         self._loop = loop
         self._wheel = wheel
@@ -238,11 +237,11 @@ class SessionManager:
 
     def _update_validity(self) -> None:
         if self._over is not None or self._renewing is not None:
-            self.valid_until = -_NEVER
+            self.valid_until = -NEVER
         elif self.session is not None:
             self.valid_until = self.session.valid_until
         else:
-            self.valid_until = -_NEVER if self._is_required else _NEVER
+            self.valid_until = -NEVER if self._is_required else NEVER
 
     # --- new connections and events ---------------------------------------------------------------
 
@@ -429,7 +428,7 @@ class SessionManager:
         connection.conversation.session_ended(self.token)
         self.session = session
         self.token = session.token_bytes
-        self._wheel.set(self, session.refresh_at if session.can_refresh(now) else _NEVER)
+        self._wheel.set(self, session.refresh_at if session.can_refresh(now) else NEVER)
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -41,10 +41,7 @@ class ConnectionSettings:
 
     def __post_init__(self) -> None:
         # Encoded once, because it is the same on every connection.
-        object.__setattr__(self, "welcome_body", encode_body(self._welcome()))
-
-    def _welcome(self) -> dict[str, Any]:
-        return {
+        welcome = {
             "server": self.server,
             "versions": [VERSION],
             "max_frame": self.max_frame,
@@ -53,6 +50,7 @@ class ConnectionSettings:
             "tolerance_ms": self.tolerance_ms,
             "sts": {"max_age": self.sts.max_age_s, "include_subdomains": self.sts.include_subdomains},
         }
+        object.__setattr__(self, "welcome_body", encode_body(welcome))
 
     @property
     def max_body(self) -> int:

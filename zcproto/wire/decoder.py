@@ -44,9 +44,8 @@ class FrameDecoder:
         self._at = 0
         self._partial: bytearray | None = None  # an incomplete frame
         self._missing = 0  # bytes that `_partial` needs before it is worth parsing again
-        self._accepted_before: bytes | None = (
-            None  # begins with a frame accepted under an earlier, larger limit
-        )
+        # Bytes that begin with a frame accepted under an earlier, larger limit.
+        self._accepted_before: bytes | None = None
 
     @property
     def buffered(self) -> int:
