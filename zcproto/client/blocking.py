@@ -70,8 +70,6 @@ class BlockingClient:
             future.cancel()  # no effect if it is done
             raise
 
-    # --- opening and closing ----------------------------------------------------------------------
-
     def __enter__(self) -> Self:
         self.open()
         return self
@@ -110,8 +108,6 @@ class BlockingClient:
             loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
 
-    # --- state ------------------------------------------------------------------------------------
-
     @property
     def address(self) -> Address:
         """The host and port of the server."""
@@ -140,16 +136,11 @@ class BlockingClient:
             yield event
 
     async def _next_event(self) -> Event | None:
-        try:
-            return await anext(self._client.events)
-        except StopAsyncIteration:
-            return None
+        return await anext(self._client.events, None)
 
     def open_session(self) -> ClientSession:
         """Open a session like `Client.open_session`."""
         return self._wait(self._client.open_session())
-
-    # --- calls ------------------------------------------------------------------------------------
 
     def call(
         self,
@@ -163,14 +154,14 @@ class BlockingClient:
         **named: Any,
     ) -> Any:
         """Call a method like `Client.call`."""
-        named = named if params is None else {**params, **named}
         return self._wait(
             self._client.call(
                 method,
-                named,
+                params,
                 timeout=timeout,
                 idempotency_key=idempotency_key,
                 traceparent=traceparent,
+                **named,
             )
         )
 

@@ -22,24 +22,16 @@ from zcproto.client.credentials import Device
 from zcproto.client.dial import Dialer, LoopResources, acquire_resources, release_resources
 from zcproto.client.events import Event, EventStream
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, choose_credentials
-from zcproto.client.protocol import ClientProtocol
+from zcproto.client.protocol import TIMED_OUT, ClientProtocol
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, SessionManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock, system_clock
 from zcproto.connection.events import NEVER, EventReceived
-from zcproto.errors import (
-    CallError,
-    Code,
-    ConnectionClosed,
-    DeadlineExceeded,
-    InvalidArgument,
-    ZcprotoError,
-)
+from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 
 MAX_DEADLINE_MS: Final = 2**53
 NOT_OPEN: Final = "open the client first: async with connect(...) as client"
-TIMED_OUT: Final = "no answer within the call's timeout"
 
 UNSET: Final[Any] = object()
 
@@ -237,15 +229,15 @@ class Client:
             await self._wait(attempt.backoff.next(retry_after_ms(error.details)), error, deadline)
         elif then is Then.AT_ONCE and attempt.once(then):
             return
-        elif then is Then.ATTACH and token != NO_TOKEN and attempt.once(then):
+        elif token == NO_TOKEN:
+            raise error
+        elif then is Then.ATTACH and attempt.once(then):
             await self._attach(error, attempt, connection, token, deadline)
-        elif (
-            then is Then.REOPEN and token != NO_TOKEN and attempt.once(then) and self._sessions.reopen(token)
-        ):
+        elif then is Then.REOPEN and attempt.once(then) and self._sessions.reopen(token):
             return
-        elif then is Then.RENEW and token != NO_TOKEN and attempt.once(then):
+        elif then is Then.RENEW and attempt.once(then):
             self._sessions.expired(token)
-        elif error.code in SESSION_IS_OVER and token != NO_TOKEN:
+        elif error.code in SESSION_IS_OVER:
             if token != self._sessions.token and not self._sessions.is_over and attempt.once(then):
                 return  # it was the token of an earlier session
             self._sessions.ended(token, error)
@@ -253,7 +245,7 @@ class Client:
         elif isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
             await self._present_token(error, connection, token, deadline)
         else:
-            if error.code is Code.UNAUTHENTICATED and token != NO_TOKEN:
+            if error.code is Code.UNAUTHENTICATED:
                 self._sessions.unauthenticated(token)
             raise error
 
@@ -285,7 +277,7 @@ class Client:
         self, error: InvalidArgument, connection: ClientProtocol, token: bytes, deadline: float
     ) -> None:
         """Present the token in a small request, because connections without a session refuse large ones."""
-        if token == NO_TOKEN or connection.conversation.has_session:
+        if connection.conversation.has_session:
             raise error
         assert self._loop is not None
         left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
 
 from zcproto.client.protocol import ClientProtocol
@@ -24,6 +25,7 @@ IDLE_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
 """The server's reasons to close an unused connection: a new one would be closed again."""
 
 
+@dataclass(eq=False, repr=False)
 class ConnectionManager:
     """Manages the connections to one server.
 
@@ -32,29 +34,20 @@ class ConnectionManager:
     whether to reconnect before the next call.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        dial: Callable[[ConnectionManager], Awaitable[ClientProtocol]],
-        backoff: Backoff,
-        *,
-        on_event: Callable[[EventReceived], None],
-        on_connected: Callable[[ClientProtocol], None],
-        is_wanted: Callable[[], bool],
-    ) -> None:
-        self.current: ClientProtocol | None = None
-        self.last_error: ZcprotoError | None = None
-        self._loop = loop
-        self._dial = dial
-        self._backoff = backoff
-        self._on_event = on_event
-        self._on_connected = on_connected
-        self._is_wanted = is_wanted
-        self._older: set[ClientProtocol] = set()  # until their TLS close is complete
-        self._connecting: asyncio.Task[None] | None = None
-        self._not_before = 0.0
-        self._was_connected = False
-        self._closed = False
+    _loop: asyncio.AbstractEventLoop
+    _dial: Callable[[ConnectionManager], Awaitable[ClientProtocol]]
+    _backoff: Backoff
+    _: KW_ONLY
+    on_event: Callable[[EventReceived], None]
+    on_connected: Callable[[ClientProtocol], None]
+    is_wanted: Callable[[], bool]
+    current: ClientProtocol | None = field(default=None, init=False)
+    last_error: ZcprotoError | None = field(default=None, init=False)
+    _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
+    _connecting: asyncio.Task[None] | None = field(default=None, init=False)
+    _not_before: float = field(default=0.0, init=False)
+    _was_connected: bool = field(default=False, init=False)
+    _closed: bool = field(default=False, init=False)
 
     async def get(self) -> ClientProtocol:
         """Return the connection for new calls; connect first if necessary, and retry transient failures.
@@ -92,13 +85,15 @@ class ConnectionManager:
                     raise connection.error
             except (ConnectionClosed, TlsError) as error:
                 self.last_error = error
-                if not (self._was_connected and _may_pass(error)):
+                if not self._was_connected or (
+                    isinstance(error, TlsError) and not is_transient(error.failure)
+                ):
                     raise
                 self._delay(self._backoff.next())
                 continue
             self._was_connected = True
             self.current = connection
-            self._on_connected(connection)
+            self.on_connected(connection)
             return
 
     def _delay(self, delay: float) -> None:
@@ -108,7 +103,7 @@ class ConnectionManager:
 
     def event_received(self, connection: ClientProtocol, event: EventReceived) -> None:
         # Later in this turn: callers that await an answer of the same read resume first.
-        self._loop.call_soon(self._on_event, event)
+        self._loop.call_soon(self.on_event, event)
 
     def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None:
         if connection is self.current:
@@ -134,10 +129,8 @@ class ConnectionManager:
         self._reconnect()
 
     def _reconnect(self) -> None:
-        if self._was_connected and not self._closed and self._is_wanted():
+        if self._was_connected and not self._closed and self.is_wanted():
             self._start()
-
-    # --- the end ----------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """Close all connections. Each ends within the time limit of a TLS close."""
@@ -164,7 +157,3 @@ async def join(task: asyncio.Task[None]) -> None:
     if task.cancelled():
         raise ConnectionClosed("this client is closed", clean=True)
     task.result()
-
-
-def _may_pass(error: ConnectionClosed | TlsError) -> bool:
-    return not isinstance(error, TlsError) or is_transient(error.failure)

@@ -111,13 +111,6 @@ class SigningChannel(Protocol):
     def leaf(self) -> bytes: ...
 
 
-class Credentials(Protocol):
-    """What a client presents to open a session."""
-
-    def params(self, channel: SigningChannel) -> dict[str, Any]:
-        """Return the params of `session.open` for a connection, without `client`."""
-
-
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """The name of a user and the key."""
@@ -153,3 +146,7 @@ class DeviceKey:
     def attach_params(self, channel: SigningChannel, token: bytes) -> dict[str, Any]:
         """Return the params of `session.attach`."""
         return {"signature": self.device.sign(attach_message(channel.salt, channel.leaf, token))}
+
+
+Credentials = ApiKey | CertificateLogin | DeviceKey
+"""What a client presents to open a session. `params` returns the params of `session.open`, without `client`."""

@@ -8,16 +8,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, ParamSpec, Protocol, TypedDict, TypeVar
+from typing import ParamSpec, Protocol, TypedDict, TypeVar
 
 from zcproto.client.credentials import ApiKey, CertificateLogin, Credentials, Device, DeviceKey
 from zcproto.client.events import Event
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
-
-DEFAULT_TIMEOUT: Final = 30.0
-CONNECT_TIMEOUT: Final = 10.0
 
 Keywords = ParamSpec("Keywords")
 Result = TypeVar("Result")
@@ -71,10 +68,10 @@ class ConnectOptions:
     session: bool = True
     """False connects without opening a session; `open_session` opens one later."""
 
-    timeout: float | None = DEFAULT_TIMEOUT
+    timeout: float | None = 30.0
     """Seconds for a call, including all attempts, unless the call has a timeout of its own; None is unlimited."""
 
-    connect_timeout: float = CONNECT_TIMEOUT
+    connect_timeout: float = 10.0
     """Seconds for one attempt to connect, from the name to the server's WELCOME."""
 
     client: str | None = None

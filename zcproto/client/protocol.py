@@ -39,6 +39,7 @@ SENT_AT_ONCE: Final = 65_536
 more requests are made."""
 
 REASON_SHOWN: Final = 200
+TIMED_OUT: Final = "no answer within the call's timeout"
 
 
 class ConnectionOwner(Protocol):
@@ -64,7 +65,7 @@ class PendingCall(asyncio.Future[Any]):
 
     def handle_deadline(self, now: float) -> None:
         if self.connection.abandon(self) and not self.done():
-            self.set_exception(DeadlineExceeded("no answer within the call's timeout"))
+            self.set_exception(DeadlineExceeded(TIMED_OUT))
 
 
 @dataclass(slots=True, eq=False, repr=False)

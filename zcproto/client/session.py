@@ -15,13 +15,14 @@ import asyncio
 import base64
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from zcproto.client.connections import join
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey
 from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
-from zcproto.common.clock import Clock
+from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.secret import SecretBytes
 from zcproto.connection.events import NEVER, EventReceived
@@ -45,8 +46,6 @@ MIN_REFRESH_INTERVAL: Final = 1.0
 
 REFRESH_AT: Final = 0.8
 """The fraction of a session's lifetime after which it is refreshed."""
-
-_MS: Final = 1000
 
 _ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
 _MAYBE_RUN: Final = frozenset({Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
@@ -75,13 +74,13 @@ class ClientSession:
         self.idle_timeout_ms: int = fields["idle_timeout_ms"]
         self.refresh_expires_at: int | None = fields["refresh_expires_at"]
         self.bound: bool = fields["bound"]
-        life = max(0, self.expires_at - server_wall) / _MS
+        life = max(0, self.expires_at - server_wall) / MS_PER_SECOND
         self._ends = now + life
-        self._idle_s = self.idle_timeout_ms / _MS if self.idle_timeout_ms else NEVER
+        self._idle_s = self.idle_timeout_ms / MS_PER_SECOND if self.idle_timeout_ms else NEVER
         self.valid_until = min(self._ends, now + self._idle_s)
         self._refresh_ends = NEVER
         if self.refresh_expires_at is not None:
-            self._refresh_ends = now + max(0, self.refresh_expires_at - server_wall) / _MS
+            self._refresh_ends = now + max(0, self.refresh_expires_at - server_wall) / MS_PER_SECOND
         self.refresh_at = now + life * (REFRESH_AT + (1 - REFRESH_AT) / 4 * jitter)
 
     def __repr__(self) -> str:
@@ -126,40 +125,34 @@ def _check_result(result: Any) -> dict[str, Any]:
     return {"refresh_token": None, "refresh_expires_at": None, **fields}
 
 
+@dataclass(eq=False, repr=False)
 class SessionManager:
     """Manages the session of one client.
 
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        wheel: DeadlineWheel,
-        clock: Clock,
-        get_connection: Callable[[], Awaitable[ClientProtocol]],
-        *,
-        credentials: Credentials | None,
-        client: str,
-        random: Random,
-    ) -> None:
-        self.session: ClientSession | None = None
-        self.token = NO_TOKEN
-        self.valid_until = NEVER
-        self.deadline_tick = 0
-        self._loop = loop
-        self._wheel = wheel
-        self._clock = clock
-        self._get_connection = get_connection
-        self._credentials = credentials
-        self._device = credentials if isinstance(credentials, DeviceKey) else None
-        self._client = client
-        self._random = random
-        self._is_required = False
-        self._unauthenticated_token = NO_TOKEN  # got UNAUTHENTICATED
-        self._over: CallError | None = None
-        self._renewing: asyncio.Task[None] | None = None
-        self._attaching: tuple[bytes, PendingCall] | None = None
+    _loop: asyncio.AbstractEventLoop
+    _wheel: DeadlineWheel
+    _clock: Clock
+    _get_connection: Callable[[], Awaitable[ClientProtocol]]
+    _: KW_ONLY
+    credentials: Credentials | None
+    client: str
+    random: Random
+    session: ClientSession | None = field(default=None, init=False)
+    token: bytes = field(default=NO_TOKEN, init=False)
+    valid_until: float = field(default=NEVER, init=False)
+    deadline_tick: int = field(default=0, init=False)
+    _device: DeviceKey | None = field(init=False)
+    _is_required: bool = field(default=False, init=False)
+    _unauthenticated_token: bytes = field(default=NO_TOKEN, init=False)  # got UNAUTHENTICATED
+    _over: CallError | None = field(default=None, init=False)
+    _renewing: asyncio.Task[None] | None = field(default=None, init=False)
+    _attaching: tuple[bytes, PendingCall] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._device = self.credentials if isinstance(self.credentials, DeviceKey) else None
 
     @property
     def is_over(self) -> bool:
@@ -171,7 +164,7 @@ class SessionManager:
 
         Raises Unauthenticated without credentials.
         """
-        if self._credentials is None:
+        if self.credentials is None:
             raise Unauthenticated(
                 "this client has no credentials to open a session; give connect() a key, a device or a certificate"
             )
@@ -212,7 +205,7 @@ class SessionManager:
 
     def reopen(self, token: bytes) -> bool:
         """Discard a token that is bound to another certificate. Return False if this client has no certificate."""
-        if not isinstance(self._credentials, CertificateLogin):
+        if not isinstance(self.credentials, CertificateLogin):
             return False
         if token == self.token:
             self._drop_refresh_token()
@@ -346,7 +339,7 @@ class SessionManager:
 
     async def _renew(self, must: bool) -> None:
         """Get a new token. Unless it `must`, because the old one is still valid, give up at the first error."""
-        backoff = Backoff(self._random)
+        backoff = Backoff(self.random)
         stale_retried = attach_tried = False
         lost = 0
         while True:
@@ -397,14 +390,14 @@ class SessionManager:
     def _next_request(self, connection: ClientProtocol) -> tuple[str, dict[str, Any]]:
         session = self.session
         if session is not None and session.can_refresh(self._loop.time()):
-            return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self._client}
-        assert self._credentials is not None  # checked by `require`
-        return "session.open", {**self._credentials.params(connection), "client": self._client}
+            return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self.client}
+        assert self.credentials is not None  # checked by `require`
+        return "session.open", {**self.credentials.params(connection), "client": self.client}
 
     def _opens_instead(self, error: CallError) -> bool:
         """Return whether to open a session, because the refresh token has expired, may be spent, or is bound to the
         previous certificate."""
-        is_rebound = what_next(error) is Then.REOPEN and isinstance(self._credentials, CertificateLogin)
+        is_rebound = what_next(error) is Then.REOPEN and isinstance(self.credentials, CertificateLogin)
         if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_rebound:
             return False
         self._drop_refresh_token()
@@ -419,12 +412,12 @@ class SessionManager:
         """Return when to retry an early refresh: after a quarter to a half of the remaining time."""
         now = self._loop.time()
         left = self.session.valid_until - now if self.session is not None else 0.0
-        return now + max(left * (0.25 + self._random() / 4), MIN_REFRESH_INTERVAL)
+        return now + max(left * (0.25 + self.random() / 4), MIN_REFRESH_INTERVAL)
 
     def _adopt(self, result: Any, connection: ClientProtocol) -> None:
         now = self._loop.time()
         server_wall = self._clock.wall() + connection.conversation.clock_offset_ms
-        session = ClientSession(result, server_wall=server_wall, now=now, jitter=self._random())
+        session = ClientSession(result, server_wall=server_wall, now=now, jitter=self.random())
         connection.conversation.session_ended(self.token)
         self.session = session
         self.token = session.token_bytes

@@ -56,14 +56,7 @@ from zcproto.wire.frame import (
     RawHeader,
     Side,
 )
-from zcproto.wire.message import (
-    NO_META,
-    MessageError,
-    code_in,
-    decode_request,
-    encode_body,
-    encode_error,
-)
+from zcproto.wire.message import NO_META, MessageError, code_in, decode_request, encode_body, encode_error
 
 MS: Final = 1000
 ALWAYS: Final = 2**64

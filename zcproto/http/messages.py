@@ -23,9 +23,9 @@ HTML: Final = "text/html; charset=utf-8"
 
 _PATH: Final = re.compile(r"/[A-Za-z0-9._~/-]*")
 
-RESERVED_FIELDS: Final = SECURITY_FIELDS | {
-    *("connection", "content-length", "content-type", "date", "server", "trailer", "transfer-encoding"),
-}
+RESERVED_FIELDS: Final = SECURITY_FIELDS.union(
+    ("connection", "content-length", "content-type", "date", "server", "trailer", "transfer-encoding")
+)
 """Header fields that a handler must not set."""
 
 
@@ -123,10 +123,6 @@ class Router:
         if route.method in methods:
             raise ValueError(f"{route.method} {route.path} already has a handler")
         methods[route.method] = route.handler
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(self._paths)
 
     def find(self, request: HttpRequest) -> Handler | HttpResponse:
         """Return the handler of a request, or an error response if it has none."""

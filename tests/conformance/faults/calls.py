@@ -268,8 +268,8 @@ SESSIONS: Final[dict[str, Fault]] = {
         "does not send its name",
         (
             f"{_MANAGER}._next_request",
-            'return "session.open", {**self._credentials.params(connection), "client": self._client}',
-            'return "session.open", self._credentials.params(connection)',
+            'return "session.open", {**self.credentials.params(connection), "client": self.client}',
+            'return "session.open", self.credentials.params(connection)',
         ),
     ),
     "secrets": fault(
@@ -310,8 +310,8 @@ SESSIONS: Final[dict[str, Fault]] = {
         "refreshes after each TOKEN_EXPIRED",
         (
             _AFTER,
-            "elif then is Then.RENEW and token != NO_TOKEN and attempt.once(then):",
-            "elif then is Then.RENEW and token != NO_TOKEN:",
+            "elif then is Then.RENEW and attempt.once(then):",
+            "elif then is Then.RENEW:",
         ),
     ),
     "expired-without-refresh-token": fault(
@@ -390,8 +390,8 @@ DEVICES: Final[dict[str, Fault]] = {
         "attaches after each refusal",
         (
             _AFTER,
-            "elif then is Then.ATTACH and token != NO_TOKEN and attempt.once(then):",
-            "elif then is Then.ATTACH and token != NO_TOKEN:",
+            "elif then is Then.ATTACH and attempt.once(then):",
+            "elif then is Then.ATTACH:",
         ),
     ),
     "attach-without-device-key": fault(
