@@ -23,7 +23,7 @@ from zcproto.errors import CallError, Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import MAX_LISTED
-from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice
+from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice, StorageError
 from zcproto.stores.sqlite.rows import COLUMNS, Operation, Row, WorkingSet, columns_of, record_of, text, utf8
 
 _BLOBS: Final = ("id", "token", "refresh", "user", "client", "address", "key")
@@ -43,9 +43,8 @@ _ROWS: Final = 1_000
 _SLICE: Final = 256
 _SWEPT: Final = 1_000
 _EXPIRED: Final = 100  # half a millisecond
-_MOST_EXPIRED: Final = (
-    800  # each statement has a fixed cost: when no caller waits, fewer statements remove more
-)
+_MOST_EXPIRED: Final = 800
+"""Each statement has a fixed cost: when no caller waits, fewer statements remove more."""
 
 _T = TypeVar("_T")
 
@@ -180,7 +179,16 @@ class SessionDatabase(DatabaseFile):
             self._read_marks(db)
         return count
 
-    def sweep(self) -> None:
+    def sweep(self) -> bool:
+        """Rewrite some ended sessions. Return False if none are left, or after a failure, until the next job."""
+        try:
+            if self.sweeping:
+                self.attempt(self._sweep)
+        except StorageError:
+            return False
+        return self.sweeping
+
+    def _sweep(self) -> None:
         """Rewrite some of the sessions that are under a mark of ended_all."""
         db = self.ready()
         if not self._marks:
@@ -281,7 +289,7 @@ def _queries(operations: Sequence[Operation[object]]) -> Iterator[tuple[str, lis
     needed = (
         {id_ for operation in operations for id_ in operation.ids},
         {token for operation in operations for token in operation.tokens},
-        {user for operation in operations for user in operation.users},
+        {utf8(user) for operation in operations for user in operation.users},
     )
     kinds = [_chunks(list(keys), _KEYS) for keys in needed]
     conditions = (

@@ -194,12 +194,9 @@ class WorkingSet:
 
 @dataclass(slots=True, eq=False)
 class Operation(Generic[T]):
-    """A method of WorkingSet with its arguments, and the rows that it needs.
-
-    These are the rows with `ids` and `tokens`, and the stored sessions of `users`.
-    """
+    """A change of a WorkingSet, and the rows it needs: those of `ids` and `tokens`, all sessions of `users`."""
 
     apply: Callable[[WorkingSet], T]
     ids: Sequence[bytes] = ()
     tokens: Sequence[bytes] = ()
-    users: Sequence[bytes] = ()
+    users: Sequence[str] = ()

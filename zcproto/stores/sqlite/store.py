@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code
@@ -29,7 +29,7 @@ from zcproto.stores.base import (
 )
 from zcproto.stores.sqlite.database import Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect, Notice, StorageError
-from zcproto.stores.sqlite.rows import Operation, WorkingSet, utf8
+from zcproto.stores.sqlite.rows import Operation
 from zcproto.stores.worker import Job, Worker
 
 TIMEOUT_S: Final = 0.25
@@ -77,11 +77,9 @@ class SqliteStore:
         database = self._database = SessionDatabase(
             self.path, answers=self.answers, on_notice=notify, connect=self.connect
         )
-        self._worker = Worker(
-            partial(_perform, database), partial(_sweep, database), database.close, limit=self.queue
-        )
+        self._worker = Worker(partial(_perform, database), database.sweep, database.close, limit=self.queue)
         try:
-            await self._submit(database.open, within=OPEN_TIMEOUT_S)
+            await self._worker.submit(database.open, OPEN_TIMEOUT_S)
         except BaseException:
             await self.close()
             raise
@@ -104,18 +102,18 @@ class SqliteStore:
                 yield records
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        return await self._run(
-            lambda rows: rows.create(record, limit), ids=[record.id], users=[utf8(record.user)]
+        return await self._do(
+            Operation(lambda rows: rows.create(record, limit), ids=[record.id], users=[record.user])
         )
 
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
-        return await self._run(lambda rows: rows.rotate(rotation), ids=[rotation.id])
+        return await self._do(Operation(lambda rows: rows.rotate(rotation), ids=[rotation.id]))
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._run(lambda rows: rows.find(token_digest), tokens=[token_digest])
+        return await self._do(Operation(lambda rows: rows.find(token_digest), tokens=[token_digest]))
 
     async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
-        return await self._run(lambda rows: rows.get(id), ids=[id])
+        return await self._do(Operation(lambda rows: rows.get(id), ids=[id]))
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
         """Record the last use of sessions, in batches, so that other operations get their turn."""
@@ -125,10 +123,11 @@ class SqliteStore:
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        return await self._run(lambda rows: rows.end(ids, code, wall, user), ids=ids, lasting=True)
+        return await self._do(Operation(lambda rows: rows.end(ids, code, wall, user), ids=ids), lasting=True)
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        return await self._run(lambda rows: rows.end_user(user, code, wall), users=[utf8(user)], lasting=True)
+        ending = Operation(lambda rows: rows.end_user(user, code, wall), users=[user])
+        return await self._do(ending, lasting=True)
 
     async def end_all(self, code: Code, wall: int) -> int:
         return await self._do(partial(self._database.end_all, code, wall), lasting=True)
@@ -136,7 +135,7 @@ class SqliteStore:
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         if user is None:
             return await self._do(self._database.list_all)
-        return await self._run(lambda rows: rows.list_user(user), users=[utf8(user)])
+        return await self._do(Operation(lambda rows: rows.list_user(user), users=[user]))
 
     async def count(self) -> int:
         return await self._do(self._database.count)
@@ -156,37 +155,27 @@ class SqliteStore:
         return self._database.expire(wall, keep_ended_ms, limit, is_enough)
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        return await self._run(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms))
+        return await self._do(
+            Operation(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms))
+        )
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         check_size(answer, self.answers)
-        await self._run(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms), lasting=True)
+        keeping = Operation(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms))
+        await self._do(keeping, lasting=True)
 
     async def release_claim(self, user: str, key: str) -> None:
-        await self._run(lambda rows: rows.answers.release(user, key), lasting=True)
+        await self._do(Operation(lambda rows: rows.answers.release(user, key)), lasting=True)
 
-    async def _run(
-        self,
-        apply: Callable[[WorkingSet], T],
-        *,
-        ids: Sequence[bytes] = (),
-        tokens: Sequence[bytes] = (),
-        users: Sequence[bytes] = (),
-        lasting: bool = False,
+    async def _do(
+        self, work: Operation[T] | Callable[[], T], *, within: float | None = None, lasting: bool = False
     ) -> T:
-        result: T = await self._submit(Operation(apply, ids, tokens, users), lasting=lasting)
-        return result
-
-    async def _do(self, action: Callable[[], T], *, within: float | None = None, lasting: bool = False) -> T:
-        attempt = partial(self._database.attempt, action)
-        result: T = await self._submit(attempt, within=within, lasting=lasting)
-        return result
-
-    async def _submit(self, work: Any, *, within: float | None = None, lasting: bool = False) -> Any:
-        """Run an Operation or a function in the thread, and return its result."""
+        """Run an operation or a function in the thread, and return its result."""
         if self._worker is None:
             raise StoreUnavailable("it is not open")
-        return await self._worker.submit(work, within or self.timeout, lasting=lasting)
+        job = work if isinstance(work, Operation) else partial(self._database.attempt, work)
+        result: T = await self._worker.submit(job, within or self.timeout, lasting=lasting)
+        return result
 
 
 def _perform(database: SessionDatabase, jobs: Sequence[Job]) -> None:
@@ -223,14 +212,3 @@ def _perform_together(database: SessionDatabase, jobs: Sequence[Job]) -> None:
     else:
         for job, outcome in zip(jobs, outcomes, strict=True):
             job.result, job.error = outcome
-
-
-def _sweep(database: SessionDatabase) -> bool:
-    """Rewrite some ended sessions. Return False if none are left, or after a failure, until the next job."""
-    if not database.sweeping:
-        return False
-    try:
-        database.attempt(database.sweep)
-    except StorageError:
-        return False
-    return True
