@@ -131,9 +131,9 @@ class Answers:
         check_size(answer, limits)
         if entry is None:
             return
+        share = self._users[user]
         self._remove((user, key))
-        share = self._users.get(user)
-        while share is not None and share.done and share.bytes + len(answer) > limits.user_bytes:
+        while share.done and share.bytes + len(answer) > limits.user_bytes:
             self._remove(next(iter(share.done)))
         while self.bytes + len(answer) > limits.bytes:
             self._remove(next(iter(self._done)))
@@ -173,15 +173,13 @@ class Answers:
         self._entries[key] = entry
 
     def _make_room(self, user: str, wall: int) -> None:
-        limits, share = self._limits, self._users.get(user)
-        if len(self._entries) >= limits.count or (share is not None and share.count >= limits.user_count):
+        limits, share = self._limits, self._users.get(user, _Share())
+        if len(self._entries) >= limits.count or share.count >= limits.user_count:
             self.expire(wall, _SWEPT)
-            share = self._users.get(user)
-        while share is not None and share.count >= limits.user_count:
+        while share.count >= limits.user_count:
             if not share.done:
                 raise too_many_requests("of this user ")
             self._remove(next(iter(share.done)))
-            share = self._users.get(user)
         while len(self._entries) >= limits.count:
             if not self._done:
                 raise too_many_requests()

@@ -58,14 +58,9 @@ class ChangeTracker:
         self._to_check: dict[bytes, int] = {}  # with the number of the change that made it necessary
         self._to_restore: dict[bytes, int] = {}
         self._is_checking = False
-        self._is_stopped = False
         self._changed_at: OrderedDict[bytes, int] = OrderedDict()
         self._all_changed_at = 0
         self.count = 0
-
-    def stop(self) -> None:
-        """Start no more checks."""
-        self._is_stopped = True
 
     def has_changed(self, session_id: bytes, since: int) -> bool:
         """Return whether another process may have changed a session since `count` was `since`."""
@@ -118,9 +113,10 @@ class ChangeTracker:
 
     def start_checking(self) -> None:
         # After an outage everything is checked, so nothing is started during one.
-        if not self._is_checking and self._breaker.health.is_healthy and not self._is_stopped:
+        tasks = self._revoker.tasks
+        if not self._is_checking and self._breaker.health.is_healthy and not tasks.is_stopping:
             self._is_checking = True
-            self._revoker.tasks.run_in_background(self._check_changed())
+            tasks.run_in_background(self._check_changed())
 
     async def _check_changed(self) -> None:
         call = self._breaker.call

@@ -94,10 +94,11 @@ class CircuitBreaker:
 
 
 class BackgroundTasks:
-    """The tasks of one store."""
+    """The tasks of one store. None is to be started by a timer or a change once `is_stopping` is set."""
 
     def __init__(self) -> None:
         self.running: set[asyncio.Task[Any]] = set()
+        self.is_stopping = False
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str = _TASK) -> asyncio.Task[T]:
         """Start a task that goes on if its caller is cancelled."""

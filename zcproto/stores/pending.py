@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from zcproto.common.files import create_file, install_file, read_file, staging_path, try_lock
+from zcproto.common.files import read_file, replace_file, try_lock
 from zcproto.errors import Code, ConfigError
 from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.worker import Job, Worker
@@ -252,20 +252,12 @@ class _File:
 
     def _rewrite(self) -> None:
         """Replace the file by one with the current entries."""
-        staged = staging_path(self._path)
-        staged.unlink(missing_ok=True)
-        descriptor = create_file(staged)
-        try:
-            data = b"".join(map(_line, self._entries.values()))
-            _write_all(descriptor, data, 0)
-            os.fsync(descriptor)
-            install_file(staged, self._path)
-        except BaseException:
-            os.close(descriptor)
-            raise
+        data = b"".join(map(_line, self._entries.values()))
+        replace_file(self._path, data)
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor = descriptor
+            self._descriptor = -1
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._size = len(data)
         self._lines = len(self._entries)
         self._is_current = True

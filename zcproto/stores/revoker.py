@@ -90,14 +90,8 @@ class Revoker:
         self._replayed: list[Revocation] = []  # those of a user or of all users
         self._repeats: list[_Repeat] = []
         self._is_repeating = False
-        self._is_stopped = False
         self.replayed = 0
         self.deadline_tick = 0
-
-    def stop(self) -> None:
-        """Stop the timer."""
-        self._is_stopped = True
-        self.wheel.discard(self)
 
     # --- revoking ------------------------------------------------------------------------------------
 
@@ -225,7 +219,7 @@ class Revoker:
         due = NEVER
         if not self._is_repeating and self.breaker.health.is_healthy:
             due = min((repeat.times[-1] for repeat in self._repeats), default=NEVER)
-        if not self._is_stopped:
+        if not self.tasks.is_stopping:
             self.wheel.set(self, due)
 
     def handle_deadline(self, now: float) -> None:

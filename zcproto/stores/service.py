@@ -69,17 +69,13 @@ OnReuse = Callable[[str, str], None]
 log = get_logger("zcproto.sessions")
 
 
-def _ignore_reuse(session_id: str, address: str) -> None:
-    """No-op callback."""
-
-
 class SessionService:
     """Sessions that end with the process: the registry is their only copy, and no coroutine here suspends."""
 
     def __init__(self, registry: SessionRegistry, clock: Clock) -> None:
         self._registry = registry
         self._clock = clock
-        self.on_reuse: OnReuse = _ignore_reuse
+        self.on_reuse: OnReuse = lambda session_id, address: None
 
     @property
     def is_shared(self) -> bool:
@@ -209,7 +205,7 @@ class StoredSessionService(SessionService):
         self._store = sync.store
         self._call = sync.breaker.call
         self.reconfigure(settings)
-        self._opening = 0
+        self._opening: set[asyncio.Task[None]] = set()
         self._newest = 0
         self._refreshing: dict[bytes, asyncio.Task[OpenedSession]] = {}
         self._undecided: OrderedDict[bytes, tuple[Rotation, bytes, bytes]] = OrderedDict()
@@ -242,7 +238,7 @@ class StoredSessionService(SessionService):
         self, user: str, *, operator: bool, client: str, address: str, key: str = ""
     ) -> OpenedSession:
         self.sync.breaker.check()
-        if not self.is_shared and self._registry.kept + self._opening >= self._settings.max_sessions:
+        if not self.is_shared and self._registry.kept + len(self._opening) >= self._settings.max_sessions:
             raise ResourceExhausted(
                 "the server has reached its limit of sessions; retry later",
                 {"retry_after_ms": _RETRY_FULL_MS},
@@ -252,9 +248,9 @@ class StoredSessionService(SessionService):
         new = self._registry.new_session(
             user, operator=operator, client=client, address=address, wall=wall, key=key
         )
-        self._opening += 1
         creating = self.sync.tasks.spawn(self._create(new.record))
-        creating.add_done_callback(self._created)
+        self._opening.add(creating)
+        creating.add_done_callback(self._opening.discard)
         try:
             await asyncio.wait([creating])
         except asyncio.CancelledError:
@@ -268,9 +264,6 @@ class StoredSessionService(SessionService):
 
     def open_nowait(self, user: str, *, operator: bool, client: str, address: str, key: str = "") -> None:
         return None
-
-    def _created(self, creating: asyncio.Task[None]) -> None:
-        self._opening -= 1
 
     async def _create(self, record: SessionRecord) -> None:
         changes = self.sync.changes
@@ -498,15 +491,12 @@ class StoredSessionService(SessionService):
             finding = self._finding[digest] = self.sync.tasks.spawn(self._find(digest, network))
             finding.add_done_callback(lambda _: self._finding.pop(digest))
         await asyncio.wait([finding])
-        try:
-            finding.result()
-        except StoreUnavailable as error:
-            raise self.sync.breaker.unavailable() from error
+        finding.result()
 
     async def _find(self, digest: bytes, network: str) -> None:
         self.lookups += 1
         registry, changes = self._registry, self.sync.changes
-        found = await changes.fetch(partial(self._store.find, digest))
+        found = await self._ask(changes.fetch(partial(self._store.find, digest)))
         if isinstance(found, SessionRecord):
             here = registry.record(found.id)
             if here is not None and here.token_digest == digest and here.last_used_at < found.last_used_at:
@@ -515,7 +505,7 @@ class StoredSessionService(SessionService):
             if registry.restore(found, make_room=True) and is_live:
                 return
         elif found is not None:
-            end_here(self._registry, found)
+            end_here(registry, found)
         else:
             self._count_miss(network)
         self._unknown[digest] = self._clock.now() + UNKNOWN_TOKEN_S

@@ -86,7 +86,6 @@ class StoreSync:
         self.changes = ChangeTracker(self.revoker, self.is_used)
         self._is_open = False
         self._is_loaded = False
-        self._is_stopping = False
         self._touched_until = 0
         self.deadline_tick = 0
 
@@ -119,10 +118,9 @@ class StoreSync:
 
     async def stop(self) -> None:
         """Finish what is in progress, write the last uses and close the store."""
-        self._is_stopping = True
+        self.tasks.is_stopping = True
         self.wheel.discard(self)
-        self.revoker.stop()
-        self.changes.stop()
+        self.wheel.discard(self.revoker)
         await self.tasks.stop(2 * self.breaker.timeout)
         try:
             async with asyncio.timeout(CLOSE_LIMIT_S):
@@ -140,7 +138,7 @@ class StoreSync:
         self._set_deadlines()
 
     def _set_deadlines(self) -> None:
-        if not self._is_stopping:
+        if not self.tasks.is_stopping:
             self.wheel.set(self, self.health.next_deadline())
             self.revoker.set_deadline()
 

@@ -19,14 +19,7 @@ from zcproto.common.clock import system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, check_size
-from zcproto.stores.base import (
-    Change,
-    Claim,
-    Created,
-    LimitReached,
-    NotRotated,
-    StoreUnavailable,
-)
+from zcproto.stores.base import Change, Claim, Created, LimitReached, NotRotated, StoreUnavailable
 from zcproto.stores.sqlite.database import Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect, Notice, StorageError
 from zcproto.stores.sqlite.rows import Operation

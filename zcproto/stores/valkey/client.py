@@ -33,12 +33,15 @@ from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
-from zcproto.stores.valkey.servers import CLUSTER_SHARDS, Cluster, Hooks, SingleServer, find_primary
+from zcproto.stores.valkey.servers import Cluster, Hooks, SingleServer, find_primary
 from zcproto.stores.valkey.url import Address, ServerKind, ServerUrl, parse_url
 
 TIMEOUT_S: Final = 0.25
 PREFIX: Final = "zcp:"
 SCHEMA: Final = 1
+
+CLUSTER_SHARDS: Final = 16
+"""The number of keys that a large index of a cluster is divided into."""
 
 Servers = SingleServer | Cluster
 
@@ -101,6 +104,8 @@ class ValkeyClient:
         self._password = self._url.password if password is None else password
         if self._url.username and not self._password:
             raise ConfigError(["store.url: it has a user without a password; set store.password_file"])
+        self._is_clustered = self._url.kind is ServerKind.CLUSTER
+        self._shards = CLUSTER_SHARDS if self._is_clustered else 1
         self._tls = _tls_context(self._url, ca_file, certificate_file, key_file)
         self._timeout = timeout
         self._prefix = prefix.encode()
@@ -170,14 +175,6 @@ class ValkeyClient:
             raise StoreUnavailable("it is not open")
         return self._servers
 
-    @property
-    def _shards(self) -> int:
-        return self._connected.shards
-
-    @property
-    def _is_clustered(self) -> bool:
-        return self._connected.clustered
-
     async def _call(self, *command: Any) -> Any:
         """Send a command whose first argument is a key."""
         return await self._connected.call(command[1], *command)
@@ -192,7 +189,7 @@ class ValkeyClient:
 
     async def _run_for(self, key: bytes, name: str, tag: bytes, *arguments: Any) -> Any:
         servers, script = self._connected, SCRIPTS[name]
-        head = (self._prefix, self._node, servers.clustered, self._shard(tag), tag)
+        head = (self._prefix, self._node, self._is_clustered, self._shard(tag), tag)
         argument: bytes = msgpack.packb([*head, *arguments], use_bin_type=False)
         try:
             raw = await servers.call(key, "EVALSHA", script.sha, 1, key, argument)
@@ -225,7 +222,7 @@ class ValkeyClient:
                 return await find_primary(url.addresses, url.service, self._target, self._timeout)
             return self._target(url.addresses[0] if url.addresses else ("", 0))
 
-        if url.kind is ServerKind.CLUSTER:
+        if self._is_clustered:
             return Cluster(url.addresses, self._target, hooks)
         return SingleServer(find, hooks)
 
@@ -236,10 +233,8 @@ class ValkeyClient:
     async def _prepare(self, link: Link, was_flushed: bool) -> None:
         """Turn on client tracking, check the marks and load the scripts of a new connection."""
         await link.call("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", self._prefix + b"c:")
-        shards = range(CLUSTER_SHARDS if self._url.kind is ServerKind.CLUSTER else 1)
-        await asyncio.gather(
-            _load_scripts(link), *(self._check_mark(link, shard, was_flushed) for shard in shards)
-        )
+        checks = (self._check_mark(link, shard, was_flushed) for shard in range(self._shards))
+        await asyncio.gather(_load_scripts(link), *checks)
 
     async def _check_mark(self, link: Link, shard: int, was_flushed: bool) -> None:
         """Check that the data was written by no newer version, and whether it is the same data as before.

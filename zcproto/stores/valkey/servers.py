@@ -44,8 +44,6 @@ _MIN_PAUSE_S: Final = 0.05
 _MAX_PAUSE_S: Final = 1.0
 _REDIRECTS: Final = 16
 _REDIRECT_PAUSE_S: Final = 0.01
-CLUSTER_SHARDS: Final = 16
-"""The number of keys that a large index of a cluster is divided into."""
 
 _MOVING: Final = "non local key"
 """The error of a script that found some of its keys moved to another server."""
@@ -226,7 +224,6 @@ class SingleServer(ValkeyConnection):
     """One server, or the primary that sentinels report."""
 
     clustered = False
-    shards: Final = 1
 
     async def call(self, key: bytes, *command: bytes | str | int) -> Any:
         """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
@@ -264,9 +261,6 @@ async def find_primary(
 
 class Cluster:
     """All servers of a cluster that have slots. The `key` of a command selects the server."""
-
-    clustered: Final = True
-    shards: Final = CLUSTER_SHARDS
 
     def __init__(
         self, addresses: tuple[Address, ...], target: Callable[[Address], Target], hooks: Hooks
