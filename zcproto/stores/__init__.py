@@ -1,7 +1,7 @@
 """Session stores: SQLite for one process, Valkey or Redis for several.
 
 Reading order: base.py (the contract of every store); sqlite/ (rows.py, database.py, file.py, store.py); valkey/
-(url.py, link.py, servers.py, client.py, store.py); operations.py, pending.py, revoker.py, changes.py and
+(url.py, link.py, servers.py, client.py, store.py); operations.py, pending.py, revoker.py and
 sync.py (one process's sessions and their store); service.py (the `session.*` operations). answers.py bounds the
 answers kept for idempotency keys.
 

@@ -11,7 +11,7 @@ from tests.stores.faulty import FAILS
 from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWithOtherFind, raw
 from zcproto.errors import Code
 from zcproto.sessions import Session
-from zcproto.stores import changes as changes_module
+from zcproto.stores import sync as sync_module
 
 
 async def test_unused_session_changed_by_another_process_is_forgotten(start_process: StartProcess) -> None:
@@ -140,7 +140,7 @@ async def test_reconnect_checks_only_sessions_in_use(start_process: StartProcess
 async def test_session_ended_by_another_process_during_its_lookup_is_not_accepted(
     start_process: StartProcess, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changes_module, "CHANGES", 2)
+    monkeypatch.setattr(sync_module, "CHANGES", 2)
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
