@@ -85,9 +85,8 @@ class ConnectionManager:
                     raise connection.error
             except (ConnectionClosed, TlsError) as error:
                 self.last_error = error
-                if not self._was_connected or (
-                    isinstance(error, TlsError) and not is_transient(error.failure)
-                ):
+                is_permanent = isinstance(error, TlsError) and not is_transient(error.failure)
+                if is_permanent or not self._was_connected:
                     raise
                 self._delay(self._backoff.next())
                 continue

@@ -83,7 +83,7 @@ TRUST: Final[dict[str, Fault]] = {
         "treats a server without TLS like one that is down",
         (
             "zcproto.client.connections:ConnectionManager._connect",
-            "if not self._was_connected or (isinstance(error, TlsError) and not is_transient(error.failure)):",
+            "if is_permanent or not self._was_connected:",
             "if False:",
         ),
     ),
