@@ -80,7 +80,7 @@ class Harness:
             [Route("GET", "/", self.small), Route("GET", "/big", self.big), Route("GET", "/wait", self.wait)]
         )
         self.endpoint = HttpEndpoint(
-            cast("ServerState", state), router, SECURITY, LIMITS, lambda transport: Peer("192.0.2.1")
+            cast("ServerState", state), router.find, SECURITY, LIMITS, lambda transport: Peer("192.0.2.1")
         )
 
     def incident(self, what: str, error: BaseException, **values: Any) -> str:

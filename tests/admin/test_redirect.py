@@ -12,7 +12,7 @@ import pytest
 from tests.http.helpers import Answer, answers
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually, read_to_end
-from zcproto.admin.redirect import MAX_CONNECTIONS, PER_ADDRESS, Redirects, has_name, host_of
+from zcproto.admin.https import MAX_REDIRECT_CONNECTIONS, PER_ADDRESS, Redirects, has_name, host_of
 from zcproto.errors import ConfigError
 from zcproto.http.messages import HttpRequest, HttpResponse
 
@@ -198,7 +198,7 @@ def test_connections_per_address_are_limited(server: ServerThread, port: int) ->
         with plain(port) as refused:
             assert read_to_end(refused)[0] == b""
         assert server.stats["http"]["redirect"]["refused"] == 1
-        assert PER_ADDRESS < MAX_CONNECTIONS
+        assert PER_ADDRESS < MAX_REDIRECT_CONNECTIONS
     server.until(lambda: server.server.statistics()["http"]["redirect"]["connections"] == 0)
     assert exchange(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").status == 308
 

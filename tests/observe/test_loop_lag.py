@@ -17,9 +17,7 @@ from zcproto.observe.loop_lag import (
     IDLE_PERIOD,
     PERIOD,
     LoopLag,
-    ThreadUsage,
-    Usage,
-    taken_by_others,
+    WaitingTime,
 )
 
 
@@ -33,14 +31,14 @@ def traffic() -> Traffic:
     return Traffic()
 
 
-class FakeUsage:
-    """A usage set by the test."""
+class FakeWaitingTime:
+    """A time set by the test."""
 
     def __init__(self) -> None:
-        self.now = Usage(0.0, 0.0)
+        self.now = 0.0
         self.closed = False
 
-    def read(self) -> Usage:
+    def read(self) -> float:
         return self.now
 
     def close(self) -> None:
@@ -48,15 +46,17 @@ class FakeUsage:
 
 
 @pytest.fixture
-def usage() -> FakeUsage:
-    return FakeUsage()
+def waiting() -> FakeWaitingTime:
+    return FakeWaitingTime()
 
 
 @pytest.fixture
-def meter(timers: FakeTimers, traffic: Traffic, usage: FakeUsage, monkeypatch: pytest.MonkeyPatch) -> LoopLag:
+def meter(
+    timers: FakeTimers, traffic: Traffic, waiting: FakeWaitingTime, monkeypatch: pytest.MonkeyPatch
+) -> LoopLag:
     monkeypatch.setattr(time, "perf_counter", timers.time)
     loop: Any = timers
-    read: Any = usage
+    read: Any = waiting
     return LoopLag(loop, lambda: traffic.count, lambda: read)
 
 
@@ -122,23 +122,27 @@ def test_take_longest_resets_it_and_keeps_counts(meter: LoopLag) -> None:
     assert meter.take_longest_own() == 0.0
 
 
-def test_stop_leaves_no_timer_and_no_file(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
+def test_stop_leaves_no_timer_and_no_file(
+    meter: LoopLag, timers: FakeTimers, waiting: FakeWaitingTime
+) -> None:
     meter.stop()
     meter.start()
     meter.stop()
     meter.stop()
     assert timers.armed == []
-    assert usage.closed
+    assert waiting.closed
 
 
 # --- time of other programs ---------------------------------------------------------------------------------
 
 
-def test_time_of_other_programs_is_subtracted(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
-    usage.now = Usage(7.0, 3.0)  # before the measurement
+def test_time_of_other_programs_is_subtracted(
+    meter: LoopLag, timers: FakeTimers, waiting: FakeWaitingTime
+) -> None:
+    waiting.now = 4.0  # before the measurement
     meter.start()
     meter.take_longest_own()
-    usage.now = Usage(7.08, 3.0)
+    waiting.now = 4.08
     timers.clock += PERIOD + 0.1
     timers.run()
     assert meter.longest == pytest.approx(0.1)
@@ -146,12 +150,12 @@ def test_time_of_other_programs_is_subtracted(meter: LoopLag, timers: FakeTimers
 
 
 def test_nothing_is_subtracted_before_and_long_after_reading(
-    meter: LoopLag, timers: FakeTimers, traffic: Traffic, usage: FakeUsage
+    meter: LoopLag, timers: FakeTimers, traffic: Traffic, waiting: FakeWaitingTime
 ) -> None:
     def pause() -> float:
         traffic.count += 1
-        timers.advance(IDLE_PERIOD)  # from here on usage is read
-        usage.now = usage.now._replace(waited=usage.now.waited + 0.08)
+        timers.advance(IDLE_PERIOD)  # from here on it is read
+        waiting.now += 0.08
         timers.clock = timers.armed[0] + 0.1
         timers.run()
         return meter.take_longest_own()
@@ -167,13 +171,15 @@ def test_nothing_is_subtracted_before_and_long_after_reading(
     assert pause() == pytest.approx(0.1)
 
 
-def test_time_of_own_threads_is_not_subtracted(meter: LoopLag, timers: FakeTimers, usage: FakeUsage) -> None:
+def test_time_of_own_threads_is_not_subtracted(
+    meter: LoopLag, timers: FakeTimers, waiting: FakeWaitingTime
+) -> None:
     meter.start()
     meter.take_longest_own()
-    usage.now = Usage(0.08, 0.05)
+    waiting.now = -5.0  # other threads worked for longer than this one waited
     timers.clock += PERIOD + 0.1
     timers.run()
-    assert meter.longest_own == pytest.approx(0.07)
+    assert meter.longest_own == pytest.approx(0.1)
 
 
 def test_longest_own_lag_may_differ_from_longest(meter: LoopLag) -> None:
@@ -187,36 +193,33 @@ def test_waiting_beyond_the_lag_is_not_negative(meter: LoopLag) -> None:
     assert meter.longest_own == 0.0
 
 
-def test_busy_own_threads_subtract_nothing() -> None:
-    assert taken_by_others(Usage(1.0, 1.0), Usage(1.1, 5.0)) == 0.0
-
-
-def test_usage_is_read_for_the_calling_thread(tmp_path: Path) -> None:
+def test_waiting_time_excludes_own_threads(tmp_path: Path) -> None:
     file = tmp_path / "schedstat"
     file.write_text("5000000000 2500000000 17\n")
-    usage = ThreadUsage(str(file))
+    waiting = WaitingTime(str(file))
     try:
-        before = usage.read()
-        assert before.waited == 2.5
+        before = waiting.read()
+        assert before == pytest.approx(2.5 - (time.process_time() - time.thread_time()), abs=0.1)
         busy = threading.Thread(target=lambda: sum(range(300_000)))
         busy.start()
         busy.join()
-        grown = usage.read().beside - before.beside
-        assert 0 < grown < time.process_time()
+        assert 0 < before - waiting.read() < time.process_time()
     finally:
-        usage.close()
-    usage.close()
+        waiting.close()
+    waiting.close()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="this system does not tell")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/thread-self/schedstat"), reason="this system does not report it"
+)
 def test_schedstat_has_the_expected_fields() -> None:
-    usage = ThreadUsage()
-    first, second = usage.read(), usage.read()
-    usage.close()
-    assert 0 <= first.waited <= second.waited
+    waiting = WaitingTime()
+    first = waiting.read()
+    waiting.close()
+    assert first > -time.process_time()
 
 
-def test_missing_schedstat_subtracts_nothing(tmp_path: Path) -> None:
-    usage = ThreadUsage(str(tmp_path / "missing"))
-    assert taken_by_others(usage.read(), usage.read()) == 0.0
-    usage.close()
+def test_missing_schedstat_means_no_waiting(tmp_path: Path) -> None:
+    waiting = WaitingTime(str(tmp_path / "missing"))
+    assert waiting.read() == 0.0
+    waiting.close()

@@ -70,7 +70,7 @@ class ControlSocket(AcceptLoop):
         self._own_uid = os.geteuid() if own_uid is None else own_uid
         self._lock: int | None = None
         self._inode = 0
-        self.endpoint = HttpEndpoint(state, router, SecurityHeaders(None), LIMITS, _peer)
+        self.endpoint = HttpEndpoint(state, router.find, SecurityHeaders(None), LIMITS, _peer)
         self.refused = 0
 
     # --- the file ------------------------------------------------------------------------------------

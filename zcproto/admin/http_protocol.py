@@ -15,27 +15,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 from zcproto.http.connection import HttpConnection, HttpLimits
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.security_headers import SecurityHeaders
-
-if TYPE_CHECKING:
-    from zcproto.server.eager import EagerWorker
-    from zcproto.server.state import ServerState
+from zcproto.server.eager import EagerWorker
+from zcproto.server.state import ServerState
 
 MIN_READ: Final = 16_384
 """Bytes that a slow client must read in each `write_timeout`: less counts as not reading."""
 
 WRITE_BUFFER: Final = 65_536
 """Bytes that may be buffered for a slow client before its next request waits."""
-
-
-class Routes(Protocol):
-    """A lookup of handlers, such as a Router."""
-
-    def find(self, request: HttpRequest) -> Handler | HttpResponse: ...
 
 
 @dataclass(slots=True)
@@ -50,10 +42,13 @@ class HttpCounters:
 
 @dataclass(slots=True, eq=False)
 class HttpEndpoint:
-    """The shared state of all HTTP connections of one kind. `peer_of` returns the peer of a transport."""
+    """The shared state of all HTTP connections of one kind.
+
+    `find` returns the handler of a request or a response. `peer_of` returns the peer of a transport.
+    """
 
     state: ServerState
-    routes: Routes
+    find: Callable[[HttpRequest], Handler | HttpResponse]
     security: SecurityHeaders
     limits: HttpLimits
     peer_of: Callable[[Any], Peer]
@@ -168,7 +163,7 @@ class HttpProtocol(asyncio.Protocol):
             return
         tasks = self._endpoint.state.tasks
         try:
-            answer: Any = self._endpoint.routes.find(request)
+            answer: Any = self._endpoint.find(request)
             if not isinstance(answer, HttpResponse):
                 answer = answer(request)
             if not isinstance(answer, HttpResponse):

@@ -1,28 +1,53 @@
-"""The HTTPS side of a server: HTTP on the TLS port, and the redirecting port without TLS.
+"""The HTTPS side of a server: HTTP on the TLS port, and the port without TLS that redirects to it.
 
-What this file decides: the header fields and limits of both, and how they end with the server. Their resources are
-in resources.py.
+What this file decides: the header fields and limits of both, which requests are redirected and which are refused,
+and how both end with the server. Their resources are in resources.py.
+
+Rules of the port without TLS, which is off unless `http.redirect_port` is set:
+- GET and HEAD for a name of the server's certificates get 308, for any other name 421.
+- Everything else gets 403, and so does a request with credentials: a redirect would hide from a program that it
+  sent them over the network in the clear (OWASP ASVS 5.0, 4.1.2).
+- No Strict-Transport-Security here (RFC 6797 section 7.2), one request per connection, few connections.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final, cast
+from urllib.parse import urlsplit
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
-from zcproto.admin.redirect import RedirectListener
+from zcproto.common.network import plain_address
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import Peer, Router
+from zcproto.http.messages import HttpRequest, HttpResponse, Peer, Router, text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
-from zcproto.server.listener import bind, take_over
+from zcproto.server.listener import AcceptLoop, AddressCounts, bind, take_over
 from zcproto.server.state import ServerState, log
 from zcproto.tls.server import TlsServerTransport
 
 HTTP_ALPN: Final = "http/1.1"
+
+REDIRECT_LIMITS: Final = HttpLimits(
+    max_head=8_192, max_body=1_024, max_requests=1, request_timeout=5.0, answer_timeout=5.0
+)
+MAX_REDIRECT_CONNECTIONS: Final = 256
+PER_ADDRESS: Final = 16
+LINGER_TIME: Final = 2.0
+"""Seconds in which a client may still send after the response, before the connection is reset."""
+
+LINGER_BYTES: Final = 65_536
+_HTTPS_PORT: Final = 443
+_CREDENTIALS: Final = frozenset({"authorization", "proxy-authorization", "cookie"})
+
+SENT_IN_CLEAR: Final = text_response(
+    403, "this port is not encrypted: use https; if a token or a key was sent here, revoke it"
+)
+UNKNOWN_NAME: Final = text_response(421, "this server has no such name")
 
 
 class HttpSide:
@@ -34,7 +59,7 @@ class HttpSide:
         self.redirect: RedirectListener | None = None
         self.router = Router()
         self.endpoint = HttpEndpoint(
-            state, self.router, SecurityHeaders(hsts_of(config.http)), _limits(config), _tls_peer
+            state, self.router.find, SecurityHeaders(hsts_of(config.http)), _limits(config), _tls_peer
         )
 
     def reconfigure(self, config: Config) -> None:
@@ -106,3 +131,151 @@ def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
     return StrictTransportSecurity(
         config.hsts_max_age_seconds, config.hsts_include_subdomains, config.hsts_preload
     )
+
+
+# --- the port without TLS --------------------------------------------------------------------------------------
+
+
+class Redirects:
+    """The answer to every request. `names` returns the names of the serving certificates."""
+
+    def __init__(self, names: Callable[[], Iterable[str]], https_port: int) -> None:
+        self._names = names
+        self._port = "" if https_port == _HTTPS_PORT else f":{https_port}"
+
+    def find(self, request: HttpRequest) -> HttpResponse:
+        if request.method not in ("GET", "HEAD") or not _CREDENTIALS.isdisjoint(request.headers):
+            return SENT_IN_CLEAR
+        host = host_of(request.headers.get("host", ""))
+        if host is None or not has_name(self._names(), host):
+            return UNKNOWN_NAME
+        query = f"?{request.query}" if request.query else ""
+        url_host = f"[{host}]" if ":" in host else host
+        location = f"https://{url_host}{self._port}{request.path}{query}"
+        return text_response(308, "use https", headers=(("Location", location),))
+
+
+def host_of(field: str) -> str | None:
+    """Return the normalized name or address of a Host header, without its port; None if it has none."""
+    try:
+        host = urlsplit(f"//{field}").hostname
+    except ValueError:
+        return None
+    if not host:
+        return None
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host.removesuffix(".")
+
+
+def has_name(names: Iterable[str], host: str) -> bool:
+    """Whether a certificate with these names is valid for a host (RFC 9525 section 6.3)."""
+    parent = host.partition(".")[2]
+    return any(name.lower() in (host, f"*.{parent}") for name in names)
+
+
+class RedirectListener(AcceptLoop):
+    """Accept on the port without TLS within tight limits. `open` are its connections."""
+
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        state: ServerState,
+        names: Callable[[], Iterable[str]],
+        https_port: int,
+    ) -> None:
+        super().__init__(asyncio.get_running_loop())
+        self._sockets = list(sockets)
+        self.state = state
+        self.endpoint = HttpEndpoint(
+            state, Redirects(names, https_port).find, SecurityHeaders(None), REDIRECT_LIMITS, _plain_peer
+        )
+        self._counts = AddressCounts()
+        self.open: set[LingeringProtocol] = set()
+        self.refused = 0
+
+    def start(self) -> None:
+        super().start()
+        for listening in self._sockets:
+            host, port = listening.getsockname()[:2]
+            log.info("server.redirecting", host=host, port=port)
+
+    def close(self) -> None:
+        """Stop accepting and reset the open connections."""
+        super().close()
+        for protocol in list(self.open):
+            self.remove(protocol)
+            protocol.abort()
+
+    def _admit(self, connection: socket.socket, address: Any) -> None:
+        client = plain_address(address[0])
+        if len(self.open) >= MAX_REDIRECT_CONNECTIONS or not self._counts.add(client, PER_ADDRESS):
+            self.refused += 1
+            connection.close()
+            return
+        protocol = LingeringProtocol(self, client)
+        self.open.add(protocol)
+        self._adopt(connection, protocol)
+
+    def remove(self, protocol: LingeringProtocol) -> None:
+        """Release a connection. Idempotent."""
+        if protocol in self.open:
+            self.open.discard(protocol)
+            self._counts.remove(protocol.client)
+        self.state.wheel.discard(protocol)
+
+
+def _plain_peer(transport: asyncio.BaseTransport) -> Peer:
+    address: Any = transport.get_extra_info("peername")
+    return Peer(address[0] if address else "")
+
+
+class LingeringProtocol(HttpProtocol):
+    """An HTTP connection over TCP whose end does not destroy the response.
+
+    Closing at once would answer input that is still on its way with a reset. So the write side is closed first, and
+    input is discarded until the client ends too, for at most LINGER_TIME and LINGER_BYTES.
+    """
+
+    __slots__ = ("_left", "_listener", "client")
+
+    def __init__(self, listener: RedirectListener, client: str) -> None:
+        super().__init__(listener.endpoint)
+        self._listener = listener
+        self._left = LINGER_BYTES
+        self.client = client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if self in self._listener.open:
+            super().connection_made(transport)
+        else:  # the listener was closed meanwhile
+            cast("asyncio.Transport", transport).abort()
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_ended:
+            super().data_received(data)
+            return
+        self._left -= len(data)
+        if self._left < 0:
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._listener.remove(self)
+
+    def handle_deadline(self, now: float) -> None:
+        if self.is_ended:
+            self.abort()
+        else:
+            super().handle_deadline(now)
+
+    def close(self) -> None:
+        """Close the write side and wait for the client's end."""
+        transport = self._transport
+        self._release()
+        if transport is not None and not transport.is_closing():
+            wheel = self._listener.state.wheel
+            wheel.set(self, wheel.now() + LINGER_TIME)
+            transport.write_eof()
+            transport.resume_reading()

@@ -36,7 +36,8 @@ from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
-from zcproto.observe.log import level, set_level
+from zcproto.observe.log import level as current_level
+from zcproto.observe.log import set_level
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log
 from zcproto.sessions.token import token_from_text
@@ -129,15 +130,15 @@ class Operations:
         return {"connections": len(self._parts.state.connections), "timeout": limit}
 
     async def log_level(self) -> dict[str, Any]:
-        return {"level": level()}
+        return {"level": current_level()}
 
     async def set_log_level(self, level: str) -> dict[str, Any]:
-        before = _log_level()
+        before = current_level()
         try:
             set_level(level)
         except ConfigError as error:
             raise InvalidArgument(error.faults[0]) from error
-        return {"level": _log_level(), "before": before}
+        return {"level": current_level(), "before": before}
 
     # --- sessions ------------------------------------------------------------------------------------
 
@@ -270,9 +271,6 @@ class Operations:
         alerts = self._parts.alerts
         sinks = [queue.sink for queue in alerts.queues]
         return {"sinks": await try_sinks(sinks, self._parts.clock, alerts.origin, alerts.source)}
-
-
-_log_level = level  # `level` is the name of a parameter, too
 
 
 # --- requests and responses ----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from zcproto.admin.metrics import server_metrics
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.auth.schemes import certificate_key
+from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.network import AddressSet, plain_address
 from zcproto.errors import CallError, CertificateError, Code
 from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_response, text_response
@@ -56,7 +57,6 @@ MAX_NAMES: Final = 8
 """Names of one certificate in the figures."""
 
 _REALM: Final = 'Bearer realm="zcproto"'
-_MS: Final = 1000
 
 NO_TOKEN: Final = text_response(
     401, "this needs a session's token: Authorization: Bearer TOKEN", headers=(("WWW-Authenticate", _REALM),)
@@ -155,8 +155,8 @@ class Resources:
                     "max_frame_before_session": settings.max_frame_before_session,
                     "max_streams": settings.max_streams,
                     "max_depth": settings.max_depth,
-                    "idle_timeout_ms": round(settings.idle_timeout_s * 1000),
-                    "open_timeout_ms": round(settings.open_timeout_s * 1000),
+                    "idle_timeout_ms": round(settings.idle_timeout_s * MS_PER_SECOND),
+                    "open_timeout_ms": round(settings.open_timeout_s * MS_PER_SECOND),
                     "tolerance_ms": settings.tolerance_ms,
                 },
                 "auth": list(self._parts.login.schemes),
@@ -273,7 +273,7 @@ def _key_of(certificate: bytes) -> str | None:
 
 
 def _retry_later(error: CallError) -> HttpResponse:
-    seconds = max(1, -(-int(error.details.get("retry_after_ms", _MS)) // _MS))
+    seconds = max(1, -(-int(error.details.get("retry_after_ms", MS_PER_SECOND)) // MS_PER_SECOND))
     status = 429 if error.code is Code.RESOURCE_EXHAUSTED else 503
     return text_response(status, error.message, headers=(("Retry-After", str(seconds)),))
 

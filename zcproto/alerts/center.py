@@ -106,22 +106,18 @@ class AlertCenter:
         repeat_s: interval of reminders about an open alert; None for no reminders.
         quiet_s: time without recurrence after which an event ends.
 
+    Both may be changed at any time, which applies to open alerts too.
     `raised` and `sent` count by kind the alerts raised and the messages about them.
     """
 
     def __init__(self, *, repeat_s: float | None, quiet_s: float) -> None:
-        self._repeat_s = repeat_s
-        self._quiet_s = quiet_s
+        self.repeat_s = repeat_s
+        self.quiet_s = quiet_s
         self._kinds = {kind: _KindState() for kind in AlertKind}
         self._messages: list[Message] = []
         self._number = 0
         self.raised = dict.fromkeys(AlertKind, 0)
         self.sent = dict.fromkeys(AlertKind, 0)
-
-    def reconfigure(self, *, repeat_s: float | None, quiet_s: float) -> None:
-        """Apply new times, to open alerts too."""
-        self._repeat_s = repeat_s
-        self._quiet_s = quiet_s
 
     # --- input ---------------------------------------------------------------------------------------
 
@@ -197,7 +193,7 @@ class AlertCenter:
         entry = CATALOGUE[kind]
         for row in list(state.rows.values()):
             if entry.ending is Ending.QUIET:
-                if now - row.last_now >= self._quiet_s:
+                if now - row.last_now >= self.quiet_s:
                     self._end(state, row, wall, now, is_sent=row.alert.count > row.sent_count)
             elif row.alert.severity >= entry.reminds_from and self._is_due(row.sent_at, now):
                 self._send(row, Phase.REMINDER, wall, now)
@@ -210,12 +206,12 @@ class AlertCenter:
             self._send(many, Phase.CHANGED, wall, now)
         elif state.summarised and self._is_due(many.sent_at, now):
             self._send(many, Phase.REMINDER, wall, now)
-        if many.sent_at is not None and not state.summarised and now - many.last_now >= self._quiet_s:
+        if many.sent_at is not None and not state.summarised and now - many.last_now >= self.quiet_s:
             state.many = None
             self._close(state, many, wall, now, is_sent=True)
 
     def _is_due(self, sent_at: float | None, now: float) -> bool:
-        return sent_at is not None and self._repeat_s is not None and now - sent_at >= self._repeat_s
+        return sent_at is not None and self.repeat_s is not None and now - sent_at >= self.repeat_s
 
     def _summarise(self, state: _KindState, row: _Row, count: int, wall: int, now: float) -> None:
         last, many = row.alert, state.many

@@ -85,7 +85,7 @@ class ServerAlerts:
         `STOP_S` or dropped.
         """
         self.config = config
-        self.center.reconfigure(repeat_s=config.repeat, quiet_s=config.quiet)
+        self.center.repeat_s, self.center.quiet_s = config.repeat, config.quiet
         self._replace_sinks(sinks)
         self._before, self._watched = self._watched, {}
         watch()

@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 import h11
 
 from zcproto.alerts.sinks import Undelivered
-from zcproto.common.clock import Clock
+from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError
 
@@ -44,10 +44,7 @@ TOLERANCE_S: Final = 300
 """Maximum age of a signature, and maximum time in the future, in seconds."""
 
 MAX_HEADER: Final = 1024
-
 _TIME: Final = re.compile(r"[0-9]{1,12}")
-_MS: Final = 1000
-
 MAX_ANSWER: Final = 65_536
 """Maximum bytes of a response, its head included."""
 
@@ -222,7 +219,7 @@ def _context(ca_file: Path | None) -> ssl.SSLContext:
 
 def sign(secret: Secret[str], body: bytes, wall: int) -> str:
     """Return the value of the header for a body sent now."""
-    seconds = wall // _MS
+    seconds = wall // MS_PER_SECOND
     return f"t={seconds},v1={_digest(secret, body, str(seconds))}"
 
 
@@ -241,7 +238,7 @@ def check_signature(
     # Compare all, so that the time does not reveal which one matched.
     if not sum(hmac.compare_digest(right, each) for each in digests):
         return "the signature does not match: wrong secret or changed body"
-    age_s = wall // _MS - int(times[0])
+    age_s = wall // MS_PER_SECOND - int(times[0])
     if abs(age_s) > tolerance_s:
         return f"the signature is {age_s} s old: {tolerance_s} s are allowed"
     return ""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from zcproto.common.network import network_of
 from zcproto.observe.events import EVENTS, Limit, LogEvent
@@ -26,14 +26,6 @@ MAX_KEYS: Final = 16_384
 KEYS_PER_LINE: Final = 4
 
 _KEY_MAX: Final = 128
-
-
-class Suppressed(NamedTuple):
-    """Suppressed lines of an event, and the number of their keys."""
-
-    event: str
-    lines: int
-    keys: int
 
 
 class EventLimits:
@@ -60,14 +52,14 @@ class EventLimits:
         with self._lock:
             return self._rates[limit].admit(event.name, key, now)
 
-    def expired(self, now: float) -> list[Suppressed]:
-        """Return the suppressed lines that no later line has reported. Each is returned once."""
+    def expired(self, now: float) -> list[tuple[str, int, int]]:
+        """Return the suppressed lines that no later line has reported, each once: event, lines, and keys."""
         with self._lock:
             expired = [each for rate in self._rates.values() for each in rate.expired(now)]
         lines: dict[str, list[int]] = {}
-        for event, _, count in expired:
+        for event, count in expired:
             lines.setdefault(event, []).append(count)
-        return [Suppressed(event, sum(counts), len(counts)) for event, counts in sorted(lines.items())]
+        return [(event, sum(counts), len(counts)) for event, counts in sorted(lines.items())]
 
 
 def _keys_of(limit: Limit) -> int:
@@ -123,19 +115,19 @@ class RateLimiter:
         suppressed, window.suppressed = window.suppressed, 0
         return suppressed
 
-    def expired(self, now: float) -> list[tuple[str, Hashable, int]]:
-        """Return event, key (None if shared) and suppressed count of the windows that are over, each once."""
-        expired: list[tuple[str, Hashable, int]] = []
+    def expired(self, now: float) -> list[tuple[str, int]]:
+        """Return event and suppressed count of the windows that are over, each once."""
+        expired: list[tuple[str, int]] = []
         while self._windows:
             (event, key), window = next(iter(self._windows.items()))
             if now - window.since < WINDOW_S:
                 break
             del self._windows[event, key]
             if window.suppressed:
-                expired.append((event, key, window.suppressed))
+                expired.append((event, window.suppressed))
         for event, window in self._shared.items():
             if window.suppressed and now - window.since >= WINDOW_S:
-                expired.append((event, None, window.suppressed))
+                expired.append((event, window.suppressed))
                 window.suppressed = 0
         return expired
 
@@ -150,7 +142,7 @@ class RateLimiter:
 
     def _new_window(self, event: str, key: Hashable, now: float) -> _Window:
         if len(self._windows) >= self._max_keys:
-            for old_event, _, suppressed in self.expired(now):
+            for old_event, suppressed in self.expired(now):
                 self._shared_window(old_event, now).suppressed += suppressed
         if len(self._windows) >= self._max_keys:
             return self._shared_window(event, now)

@@ -18,7 +18,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.observe.histogram import Histogram
@@ -33,38 +33,25 @@ BOUNDS_MS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 _NS: Final = 1_000_000_000
 
 
-class Usage(NamedTuple):
-    """Scheduling times of a thread and its process, in seconds."""
-
-    waited: float
-    """Time during which the thread was runnable without a processor."""
-    beside: float
-    """CPU time of the process's other threads."""
-
-
-class ThreadUsage:
-    """Read the usage of the thread that creates it, in that thread."""
+class WaitingTime:
+    """Read the time that a thread waited for a processor, in the thread that creates it."""
 
     def __init__(self, path: str = "/proc/thread-self/schedstat") -> None:
         self._file: int | None = None
         with contextlib.suppress(OSError):  # not available: report no waiting
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self) -> Usage:
+    def read(self) -> float:
+        """Return the seconds waited, less the CPU time of the other threads of this process."""
         if self._file is None:
-            return Usage(0.0, 0.0)
+            return 0.0
         _, waited, _ = os.pread(self._file, 80, 0).split()
-        return Usage(int(waited) / _NS, time.process_time() - time.thread_time())
+        return int(waited) / _NS - (time.process_time() - time.thread_time())
 
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def taken_by_others(before: Usage, after: Usage) -> float:
-    """Return the seconds between two readings during which other programs had the processor."""
-    return max(0.0, (after.waited - before.waited) - (after.beside - before.beside))
 
 
 class LoopLag:
@@ -74,14 +61,14 @@ class LoopLag:
         self,
         loop: asyncio.AbstractEventLoop,
         activity: Callable[[], int],
-        open_usage: Callable[[], ThreadUsage] = ThreadUsage,
+        open_waiting: Callable[[], WaitingTime] = WaitingTime,
     ) -> None:
         self._loop = loop
         self._activity = activity
-        self._open_usage = open_usage
-        self._usage: ThreadUsage | None = None
-        self._used: Usage | None = None  # None: not read recently
-        self._used_until = 0.0
+        self._open_waiting = open_waiting
+        self._waiting: WaitingTime | None = None
+        self._waited: float | None = None  # None: not read recently
+        self._read_until = 0.0
         self._seen = -1
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -94,16 +81,16 @@ class LoopLag:
 
     def start(self) -> None:
         """Start measuring, in the loop's thread."""
-        self._usage = self._open_usage()
+        self._waiting = self._open_waiting()
         self._arm(PERIOD)
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._usage is not None:
-            self._usage.close()
-            self._usage = self._used = None
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = self._waited = None
 
     def take_longest(self) -> float:
         """Return the longest lag in seconds since the last call."""
@@ -112,10 +99,10 @@ class LoopLag:
 
     def take_longest_own(self) -> float:
         """Return the longest lag without the time of other programs; call it in the loop's thread."""
-        if self._usage is not None:
-            self._used_until = time.perf_counter() + DETAIL_TIME
-            if self._used is None:
-                self._used = self._usage.read()
+        if self._waiting is not None:
+            self._read_until = time.perf_counter() + DETAIL_TIME
+            if self._waited is None:
+                self._waited = self._waiting.read()
         longest, self.longest_own = self.longest_own, 0.0
         return longest
 
@@ -126,12 +113,12 @@ class LoopLag:
     def _tick(self) -> None:
         now = time.perf_counter()
         others = 0.0
-        if self._used is not None:
-            assert self._usage is not None
-            before, self._used = self._used, self._usage.read()
-            others = taken_by_others(before, self._used)
-            if now > self._used_until:
-                self._used = None
+        if self._waited is not None:
+            assert self._waiting is not None
+            before, self._waited = self._waited, self._waiting.read()
+            others = max(0.0, self._waited - before)
+            if now > self._read_until:
+                self._waited = None
         self.record(now - self._due, others)
         activity = self._activity()
         busy = activity != self._seen
