@@ -17,7 +17,7 @@ from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.admin import operations
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile, UserFile
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.errors import InternalError, Unavailable
 from zcproto.observe.log import configure_logging, level, set_level
 from zcproto.sessions.token import token_text

@@ -17,7 +17,7 @@ from zcproto.alerts import sinks as sinks_module
 from zcproto.alerts.center import BURST, MANY_DELAY_S
 from zcproto.alerts.service import ServerAlerts
 from zcproto.alerts.sinks import DOWN_AFTER, Undelivered
-from zcproto.config import AlertsConfig
+from zcproto.config.model import AlertsConfig
 from zcproto.runtime.alert_sources import BY_SCANNERS, SCANNERS_FACTOR
 from zcproto.tls.failure import TlsFailure
 

@@ -215,7 +215,7 @@ def test_migrate_reports_a_target_without_room(
 
 def test_settings_of_the_configured_server_are_not_sent_to_another(tmp_path: Path) -> None:
     from zcproto.cli.store import PATIENCE_S, with_store
-    from zcproto.config import Config, StoreConfig
+    from zcproto.config.model import Config, StoreConfig
 
     config = Config(store=StoreConfig(url="redis://one", password_file=tmp_path / "password"))
     assert with_store(config, "redis://one").store.password_file == tmp_path / "password"

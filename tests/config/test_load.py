@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.config.helpers import faults, load
-from zcproto.config import Config, SiteConfig, load_config
+from zcproto.config import Config, load_config
 from zcproto.config.load import MAX_FILE_BYTES
+from zcproto.config.model import SiteConfig
 from zcproto.errors import ConfigError
 
 DOCUMENTED = """

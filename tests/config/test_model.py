@@ -6,9 +6,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from zcproto.config import CertificatesConfig, Config, LimitsConfig, SiteConfig
+from zcproto.config import Config
 from zcproto.config.checks import CHECKS, SITE_CHECKS, split_key, value_of
-from zcproto.config.model import AlertsConfig, StoreConfig, descriptions, keys, sections, settings
+from zcproto.config.model import (
+    AlertsConfig,
+    CertificatesConfig,
+    LimitsConfig,
+    SiteConfig,
+    StoreConfig,
+    descriptions,
+    keys,
+    sections,
+    settings,
+)
 from zcproto.config.types import settings_of
 
 DEFAULTS = {

@@ -5,15 +5,9 @@ from pathlib import Path
 
 import tomli
 
-from zcproto.config import (
-    Config,
-    SiteConfig,
-    config_as_toml,
-    default_config_file,
-    load_config,
-)
+from zcproto.config import Config, config_as_toml, default_config_file, load_config
 from zcproto.config.checks import split_key
-from zcproto.config.model import descriptions, keys, settings
+from zcproto.config.model import SiteConfig, descriptions, keys, settings
 from zcproto.config.types import settings_of
 
 

@@ -10,11 +10,11 @@ from typing import Final, NamedTuple
 ROOT = Path(__file__).parents[2]
 
 ROOTS: Final = {"ZcprotoError", "ClickException", "UsageError", "BadParameter", "RefusedError"}
-MAKERS: Final = {"_fault", "fault", "_bad", "refuse", "_unusable", "_refusal"}
+MAKERS: Final = {"_fault", "_bad", "refuse", "_unusable", "_refusal"}
 """Functions that turn a text into an error, or into a fault of one."""
 
 RETURNERS: Final = {
-    "zcproto/config/faults.py": {"unknown_key", "unknown_section", "outside_section"},
+    "zcproto/config/load.py": {"_unknown_key", "_unknown_section", "_outside_section"},
     "zcproto/certs/keys.py": {"_unknown_key_type"},
     "zcproto/cli/__init__.py": {"_explain"},
     "zcproto/cli/cert_report.py": {"_key_problem"},

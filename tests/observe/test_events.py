@@ -14,7 +14,7 @@ import pytest
 from tests.helpers import FakeClock
 from zcproto.alerts import Phase
 from zcproto.certs.notices import NoticeKind
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.observe.events import EVENTS, FIELDS, LogEvent
 from zcproto.observe.limits import WINDOW_S
 from zcproto.observe.log import configure_logging, get_logger, report_suppressed

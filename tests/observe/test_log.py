@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from zcproto.common.clock import system_clock
 from zcproto.common.secret import Secret
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.errors import ConfigError
 from zcproto.observe.log import MAX_LINE, configure_logging, get_logger, lost_lines
 

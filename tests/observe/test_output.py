@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.errors import ConfigError
 from zcproto.observe import log as log_module
 from zcproto.observe import output as output_module

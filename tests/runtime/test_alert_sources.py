@@ -13,7 +13,7 @@ from tests.helpers import WALL, FakeClock
 from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
-from zcproto.config import AlertsConfig
+from zcproto.config.model import AlertsConfig
 from zcproto.runtime.alert_sources import on_certificate_notice, on_refresh_reused, on_revoked, on_store_event
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerProcess, eventually
 from zcproto.app.app import App
 from zcproto.auth import UserFile
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.errors import Code, FailedPrecondition
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging

@@ -17,7 +17,7 @@ from tests.server.protocol_harness import (
     nothing_left,
     peer,
 )
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.errors import Code, TlsError
 from zcproto.observe.events import LIMITS
 from zcproto.observe.log import configure_logging

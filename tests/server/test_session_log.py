@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, AnsweredError, Client, ServerThread
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
 from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN

@@ -27,7 +27,7 @@ from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
 from zcproto.common.text import escape_text
-from zcproto.config import AlertsConfig
+from zcproto.config.model import AlertsConfig
 from zcproto.observe.log import get_logger
 
 SINKS: Final = (Webhook.name, Command.name)

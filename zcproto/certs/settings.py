@@ -9,8 +9,7 @@ from pathlib import Path
 from zcproto.certs import client_ca
 from zcproto.certs.external import ExternalSite, PassphraseSource
 from zcproto.certs.managed import ManagedSettings
-from zcproto.config import Config, SiteConfig
-from zcproto.config.model import CertificatesConfig
+from zcproto.config.model import CertificatesConfig, Config, SiteConfig
 
 
 @dataclass(frozen=True, slots=True)

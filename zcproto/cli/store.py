@@ -65,7 +65,7 @@ def with_store(config: Config, url: str) -> Config:
     """
     from pydantic import ValidationError  # noqa: PLC0415
 
-    from zcproto.config import StoreConfig  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
+    from zcproto.config.model import StoreConfig  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
 
     if url in (CONFIGURED, config.store.url):
         store = config.store.model_copy(update={"timeout": PATIENCE_S})

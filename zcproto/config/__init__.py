@@ -5,41 +5,12 @@
     config_as_toml        all settings as TOML
     default_config_file   a commented file to start with
 
-Reading order: types (what a key accepts), checks (what must hold between settings), model (the settings), faults,
-load, render, changes (what a reload applies).
+Reading order: types (what a key accepts), checks (what must hold between settings), model (the settings), load,
+render, changes (what a reload applies).
 """
 
-from __future__ import annotations
-
 from zcproto.config.load import load_config
-from zcproto.config.model import (
-    AlertsConfig,
-    CertificatesConfig,
-    Config,
-    FreshnessConfig,
-    LimitsConfig,
-    LogConfig,
-    ServerConfig,
-    SessionsConfig,
-    SiteConfig,
-    StoreConfig,
-    TlsConfig,
-)
+from zcproto.config.model import Config
 from zcproto.config.render import config_as_toml, default_config_file
 
-__all__ = [
-    "AlertsConfig",
-    "CertificatesConfig",
-    "Config",
-    "FreshnessConfig",
-    "LimitsConfig",
-    "LogConfig",
-    "ServerConfig",
-    "SessionsConfig",
-    "SiteConfig",
-    "StoreConfig",
-    "TlsConfig",
-    "config_as_toml",
-    "default_config_file",
-    "load_config",
-]
+__all__ = ["Config", "config_as_toml", "default_config_file", "load_config"]

@@ -1,4 +1,4 @@
-"""Define what must hold between settings: of one section, of two, or between sites.
+"""Define what must hold between settings, of one section or of two.
 
 Rules: combinations that cannot work are refused. A setting that has no effect beside another is refused if it
 suggests protection, and accepted otherwise.
@@ -8,16 +8,9 @@ Must not know: what a single key accepts, where a value came from, anything on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
-
-from zcproto.config.types import Fault
-
-
-class _Site(Protocol):
-    @property
-    def names(self) -> tuple[str, ...]: ...
+from typing import Any, Final
 
 
 @dataclass(frozen=True)
@@ -51,20 +44,6 @@ _SITE_CHECKS: Final = (
 )
 SITE_CHECKS: Final = tuple(Check(*each) for each in _SITE_CHECKS)
 """Checks between the keys of a site, and between those of the same names in [certificates]."""
-
-
-def duplicate_names(sites: Mapping[int, _Site]) -> Iterator[Fault]:
-    """Yield a fault for each name that a site shares with an earlier one."""
-    owners: dict[str, int] = {}
-    for index, site in sites.items():
-        for place, name in enumerate(site.names):
-            owner = owners.setdefault(name, index)
-            if owner != index:
-                yield Fault(
-                    f"[{index}].names[{place}]",
-                    name,
-                    f"is a name of certificates.site[{owner}] too; a name is served by one site",
-                )
 
 
 PRELOAD_MAX_AGE: Final = 31_536_000

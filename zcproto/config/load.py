@@ -1,12 +1,16 @@
 """Read the configuration from its sources and report all faults at once.
 
-Rules: the command line overrides the environment, which overrides the file. Only the value that applies is checked,
-but an unknown name is a fault in every source. Nothing is ignored. The size of the file is checked before it is
-parsed.
+Rules:
+- The command line overrides the environment, which overrides the file. Only the value that applies is checked, but
+  an unknown name is a fault in every source. Nothing is ignored.
+- Each fault is one line, with the key, its value, where the value came from, and what would be right. Text of the
+  operator is escaped and truncated. Values of keys named like secrets, what follows the scheme of an address, and
+  PEM text are never shown.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
@@ -17,23 +21,36 @@ from typing import Any, Final, NamedTuple
 import tomli
 from pydantic import BaseModel, ValidationError
 
+from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config.checks import contradictions, split_key, value_of
-from zcproto.config.faults import fault, outside_section, unknown_key, unknown_section, written
-from zcproto.config.model import Config, sections, settings
-from zcproto.config.types import MAX_FAULTS, faults_of
+from zcproto.config.model import Config, keys, sections, settings
+from zcproto.config.types import MAX_FAULTS, faults_of, nearest, quoted
 from zcproto.errors import ConfigError
 
 MAX_FILE_BYTES: Final = 1_048_576
 """The example with all comments has about 10 KiB."""
 
-FILE_NAME: Final = "config.toml"
 PREFIX: Final = "ZCPROTO_"
 COMMAND_LINE: Final = "command line"
 DEFAULT: Final = "default"
 
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _NAME: Final = re.compile(r"\.([^.\[]*)")
+
+_MAX_SHOWN: Final = 60
+"""Characters of a key or a value that are shown."""
+
+_SECRET: Final = re.compile(
+    r"secret|passw|passphrase|token|credential|private|(^|[._-])keys?$", re.IGNORECASE
+)
+# An operator may put the passphrase itself where its file or variable is expected.
+_PLACE_OF_SECRET: Final = re.compile(r"passphrase", re.IGNORECASE)
+_INDEX: Final = re.compile(r"\[[0-9]+\]")
+_PEM: Final = "-----BEGIN"
+_ADDRESS: Final = re.compile(r"([A-Za-z0-9+.-]{1,20})://.*", re.DOTALL)
+_MAX_BITS: Final = 256
+_MAX_NESTING: Final = 2
 
 
 class _Given(NamedTuple):
@@ -70,14 +87,14 @@ def load_config(
             given[item[0]] = item[1]
         if len(faults) > MAX_FAULTS:
             raise _error(faults)
-    given.setdefault("certificates.directory", _Given(home / "certs", DEFAULT))
+    given.setdefault("certificates.directory", _Given(Home(home).certs, DEFAULT))
     refused: set[str] = set()
     models = {section: _validated(section, given, refused, faults) for section in sections()}
     config = Config.model_construct(None, **models)
     for check in contradictions(config):
         if refused.isdisjoint(check.keys):
             subject, measure = (
-                f"{written(key, value_of(config, key))} ({given[key].source if key in given else DEFAULT})"
+                f"{_written(key, value_of(config, key))} ({given[key].source if key in given else DEFAULT})"
                 for key in check.keys[:2]
             )
             fix = f"; {check.fix}" if check.fix else ""
@@ -107,14 +124,14 @@ def _validated(section: str, given: Mapping[str, _Given], refused: set[str], fau
         for each in islice(faults_of(error, model, f"[{section}]"), MAX_FAULTS + 1):
             name = _NAME.match(each.place)[1]  # type: ignore[index]  # every place begins with the name of a key
             refused.add(f"{section}.{name}")
-            faults.append(fault(f"{section}{each.place}", each.value, found[name].source, each.sentence))
+            faults.append(_fault(f"{section}{each.place}", each.value, found[name].source, each.sentence))
             values.pop(name, None)
     return model.model_validate(values, context=context)
 
 
 def _from_file(path: Path | None, home: Path) -> _Items:
-    source = path or home / FILE_NAME
-    name = escape_text(source.name, 60)
+    source = path or Home(home).config
+    name = escape_text(source.name, _MAX_SHOWN)
     try:
         with source.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -162,11 +179,13 @@ def _from_document(document: Mapping[str, Any], source: str) -> _Items:
                 for name, value in table.items():
                     yield _item(f"{section}.{name}", value, source)
             else:
-                yield fault(section, table, source, f"is a section: write [{section}], and its keys below it")
+                yield _fault(
+                    section, table, source, f"is a section: write [{section}], and its keys below it"
+                )
         elif isinstance(table, dict):
-            yield f"[{escape_text(section, 60)}] ({source}): {unknown_section(section)}"
+            yield f"[{escape_text(section, _MAX_SHOWN)}] ({source}): {_unknown_section(section)}"
         else:
-            yield fault(section, table, source, outside_section(section))
+            yield _fault(section, table, source, _outside_section(section))
 
 
 def _from_environ(environ: Mapping[str, str]) -> _Items:
@@ -174,12 +193,12 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
         if not variable.startswith(PREFIX):
             continue
         section, separator, name = variable.removeprefix(PREFIX).lower().partition("__")
-        shown = escape_text(variable, 60)
+        shown = escape_text(variable, _MAX_SHOWN)
         if not separator:
             # One underscore is a mistake that would leave a setting without effect. ZCPROTO_HOME has no section.
             first, separator, rest = section.partition("_")
             if separator and first in sections():
-                yield fault(
+                yield _fault(
                     f"{first}.{rest}", environ[variable], shown, "two underscores must follow the section"
                 )
             continue
@@ -189,7 +208,7 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
         # ZCPROTO_CERTIFICATES__SITE__0__NAMES is an attempt to set a key of a table.
         if outer in settings() and settings()[outer].tables is not None:
             sentence = f"cannot be set by a variable; write [[{outer}]] tables in the file"
-            yield fault(key, environ[variable], shown, sentence)
+            yield _fault(key, environ[variable], shown, sentence)
         elif accepts is not None:
             yield key, _Given(accepts.from_variable(environ[variable]), shown)
         else:
@@ -206,5 +225,94 @@ def _item(key: str, value: object, source: str) -> str | tuple[str, _Given]:
     if key in settings():
         return key, _Given(value, source)
     section, name = split_key(key)
-    sentence = unknown_key(key) if section in sections() else unknown_section(section, name)
-    return fault(key, value, source, sentence)
+    sentence = _unknown_key(key) if section in sections() else _unknown_section(section, name)
+    return _fault(key, value, source, sentence)
+
+
+# --- the wording of faults -----------------------------------------------------------------------------------
+
+
+def _fault(key: str, value: object, source: str, sentence: str) -> str:
+    """Return one fault as a line."""
+    return f"{escape_text(key, _MAX_SHOWN)} = {_shown(key, value)} ({source}): {sentence}"
+
+
+def _shown(key: str, value: object) -> str:
+    """Return the value of `key` for people."""
+    return "(hidden)" if _is_hidden(key) else escape_text(_text(value), _MAX_SHOWN)
+
+
+def _written(key: str, value: object) -> str:
+    """Return the valid value of `key` as TOML for people."""
+    return "(hidden)" if _is_hidden(key) else _ADDRESS.sub(r'\1://(hidden)"', settings()[key].write(value))
+
+
+def _is_hidden(key: str) -> bool:
+    """Return whether the value of `key` may be a secret."""
+    # A known key is safe unless it locates a passphrase: certificates.key holds paths.
+    secret = _PLACE_OF_SECRET if _INDEX.sub("", key) in keys() else _SECRET
+    return secret.search(key) is not None
+
+
+def _text(value: object, depth: int = 0) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Path):
+        return quoted(str(value))
+    if value is None:
+        return "(nothing)"
+    if isinstance(value, str):
+        # An @ may belong to a malformed address, behind a password.
+        if _PEM in value or ("@" in value and not _ADDRESS.match(value)):
+            return "(hidden)"
+        return quoted(_ADDRESS.sub(r"\1://(hidden)", value[: 2 * _MAX_SHOWN]))
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return "(a huge number)"  # Python refuses to convert the largest ones to text
+    if isinstance(value, list | tuple):
+        if depth == _MAX_NESTING:
+            return "[...]"
+        return f"[{', '.join(_text(each, depth + 1) for each in value[:_MAX_SHOWN])}]"
+    if isinstance(value, dict):
+        return "(a table)"
+    return str(value)
+
+
+def _unknown_key(key: str) -> str:
+    """Return the sentence for an unknown key of a known section."""
+    section, name = split_key(key[: 2 * _MAX_SHOWN])
+    known = list(sections()[section].model_fields)
+    near = [f"{section}.{each}" for each in nearest(name, known)]
+    candidates = _keys_named(name) or near or _nearest_anywhere(name)
+    if candidates:
+        return f"unknown key; did you mean {' or '.join(candidates)}?"
+    return f"unknown key; [{section}] has {', '.join(known)}"
+
+
+def _unknown_section(section: str, name: str = "") -> str:
+    """Return the sentence for an unknown section. `name` is the key in it, if the fault is about one key."""
+    near = difflib.get_close_matches(section[: 2 * _MAX_SHOWN], sections(), 1)
+    if near and not name:
+        return f"unknown section; did you mean [{near[0]}]?"
+    is_key = near and f"{near[0]}.{name}" in settings()
+    candidates = [f"{near[0]}.{name}"] if is_key else _nearest_anywhere(name)
+    if candidates:
+        return f"unknown section; did you mean {' or '.join(candidates)}?"
+    return f"unknown section; there are {', '.join(sections())}"
+
+
+def _outside_section(name: str) -> str:
+    """Return the sentence for a key above all sections."""
+    candidates = _nearest_anywhere(name[: 2 * _MAX_SHOWN])
+    if candidates:
+        return f"must be in a section; did you mean {' or '.join(candidates)}?"
+    return f"must be in a section; the sections are {', '.join(sections())}"
+
+
+def _keys_named(name: str) -> list[str]:
+    return [key for key in settings() if split_key(key)[1] == name]
+
+
+def _nearest_anywhere(name: str) -> list[str]:
+    names = {split_key(key)[1] for key in settings()}
+    # Among all names a match by chance is likelier than within one section, so it has to be closer.
+    return [key for near in nearest(name, sorted(names), 0.75) for key in _keys_named(near)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from zcproto.config.checks import SITE_CHECKS, contradictions, duplicate_names
+from zcproto.common.home import resolve_home
+from zcproto.config.checks import SITE_CHECKS, contradictions
 from zcproto.config.types import (
     BINDING,
     CERTIFICATE_NAME,
@@ -47,7 +49,6 @@ from zcproto.tls.context import SUITES
 
 OPTIONAL_PATH = optional(FILE_PATH)
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
-DEFAULT_HOME = "~/.zeroclaw"
 
 
 class Settings(BaseModel):
@@ -132,15 +133,24 @@ class SiteConfig(Settings):
         return self
 
 
-SITES = tables_of(SiteConfig, "certificates.site", 100, duplicate_names)
+def _duplicate_names(sites: Mapping[int, SiteConfig]) -> Iterator[Fault]:
+    """Yield a fault for each name that a site shares with an earlier one."""
+    owners: dict[str, int] = {}
+    for index, site in sites.items():
+        for place, name in enumerate(site.names):
+            owner = owners.setdefault(name, index)
+            if owner != index:
+                sentence = f"is a name of certificates.site[{owner}] too; a name is served by one site"
+                yield Fault(f"[{index}].names[{place}]", name, sentence)
+
+
+SITES = tables_of(SiteConfig, "certificates.site", 100, _duplicate_names)
 
 
 class CertificatesConfig(Settings):
     """The server's certificates."""
 
-    directory: Annotated[Path, FILE_PATH] = Field(
-        default_factory=lambda: Path(DEFAULT_HOME, "certs").expanduser()
-    )
+    directory: Annotated[Path, FILE_PATH] = Field(default_factory=lambda: resolve_home(None, {}).certs)
     """The folder of certificates and keys, of mode 0700. The default is certs in the home folder."""
     mode: Annotated[str, one_of("own", "files")] = "own"
     """Who issues the certificates. "own": a private CA in the folder above, created on first start. "files":

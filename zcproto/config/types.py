@@ -25,8 +25,7 @@ import tomli
 from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
-MAX_PATH: Final = 4096
-"""PATH_MAX of Linux."""
+from zcproto.common.home import MAX_PATH
 
 MAX_NETWORK: Final = 49
 """Characters of the longest IPv6 network, with an IPv4 address at its end and a prefix."""

@@ -36,7 +36,7 @@ from zcproto.observe.output import LinesLostError, LogFile, Output, StandardErro
 from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
 
 if TYPE_CHECKING:
-    from zcproto.config import LogConfig
+    from zcproto.config.model import LogConfig
 
 MAX_LINE = 16_384
 """Maximum characters of a line; a longer one is written without its values. Log shippers commonly cut there."""

@@ -13,7 +13,7 @@ from tests.helpers import FakeClock
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FaultyStore
 from tests.stores.service.harness import SessionProcess, StartProcess
-from zcproto.config import LogConfig
+from zcproto.config.model import LogConfig
 from zcproto.observe import log as log_module
 from zcproto.observe.output import StandardError
 from zcproto.sessions import SessionSettings
