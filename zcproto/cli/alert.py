@@ -13,7 +13,7 @@ from zcproto.alerts.service import LEAST_SECRET, sinks_of, try_sinks
 from zcproto.alerts.webhook import check_signature
 from zcproto.cli import EXIT_FAILED, Instance, command_group, file_option, instance_options
 from zcproto.cli.control import find_control, require_control
-from zcproto.cli.output import as_json_option, print_json, table, utc
+from zcproto.cli.output import as_json_option, json_text, print_report, table, utc
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
@@ -32,15 +32,11 @@ alert = command_group("alert", "List alerts, test their delivery, and verify the
 def list_alerts(instance: Instance, as_json: bool) -> None:
     """List the open alerts of the running server, and those that closed in the last 24 hours."""
     found = require_control(instance.home).get("/v1/alerts")
-    if as_json:
-        print_json(found, indent=2)
-        return
     rows = [_row(each, "open") for each in found["open"]] + [_row(each, "closed") for each in found["over"]]
-    if rows:
-        click.echo(table(["SINCE", "STATE", "SEVERITY", "KIND", "COUNT", "TITLE"], rows))
-    else:
-        click.echo("No open alerts; none closed in the last 24 h.")
-    for sink in found["sinks"]:
+    head = ("SINCE", "STATE", "SEVERITY", "KIND", "COUNT", "TITLE")
+    text = table(head, rows) if rows else "No open alerts; none closed in the last 24 h."
+    print_report(as_json, found, text)
+    for sink in () if as_json else found["sinks"]:
         if sink["down"]:
             click.echo(f"note: the {sink['name']} does not accept alerts; {sink['waiting']} wait", err=True)
 
@@ -68,7 +64,7 @@ def test(instance: Instance, as_json: bool) -> int:
         origin = system_entropy(_ORIGIN_SIZE).hex()
         results = asyncio.run(try_sinks(sinks, system_clock, origin, socket.gethostname()))
     if as_json:
-        print_json(results)
+        click.echo(json_text(results))
     elif not results:
         click.echo("no webhook and no command is configured in [alerts]: alerts are only logged")
     else:

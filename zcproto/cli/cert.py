@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from zcproto.certs import authority, client_ca, files, keys, managed, pair, rollover
@@ -27,11 +26,11 @@ from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli import cert_report as reports
 from zcproto.cli.control import ControlError, find_control
-from zcproto.cli.output import aligned, as_json_option, print_json, private_file, utc
+from zcproto.cli.output import aligned, as_json_option, print_report, private_file, utc
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError
-from zcproto.tls.pins import certificate_pin, key_pin
+from zcproto.tls.pins import key_pin
 
 if TYPE_CHECKING:
     from zcproto.config import Config
@@ -63,10 +62,9 @@ def show(instance: Instance, as_json: bool) -> int:
     now = utc()
     found = reports.report(instance.read_config(), now, os.environ)
     served = _served(instance.home)
-    if as_json:
-        print_json(reports.as_data(found, now) | ({} if served is None else {"served": served}), indent=2)
-    else:
-        click.echo(reports.as_text(found, now))
+    data = reports.as_data(found, now) | ({} if served is None else {"served": served})
+    print_report(as_json, data, reports.as_text(found, now))
+    if not as_json:
         _note_differences(found, served or [])
     return 0 if found.is_good else EXIT_UNUSABLE
 
@@ -87,26 +85,20 @@ def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, a
     for row in rows:
         if row.leaf is None or row.status == reports.PROBLEM:
             raise CertificateError(row.problem or f"{row.certificate}: {row.status}; start the server once")
-    pin_of = _certificate_pin if certificate else reports.key_pin
+    pin_of = reports.certificate_pin if certificate else reports.key_pin
     current = [(pin_of(row.leaf), row.key_type) for row in rows if row.leaf is not None]
     # Only managed certificates have next keys, and a certificate that is not issued yet has no pin.
     announced = found.next_pins if not certificate and rows[0].site == () else None
     following = [] if announced is None else list(announced.pins)
-    if as_json:
-        use_from = announced and reports.timestamp(announced.use_from)
-        result = {"current": [pin for pin, _ in current], "next": following, "use_from": use_from}
-        print_json(result, indent=2)
-    elif plain:
-        click.echo("\n".join([*(pin for pin, _ in current), *following]))
+    if plain:
+        lines = [*(pin for pin, _ in current), *following]
     else:
         lines = [f'"{pin}",  # {key_type}' for pin, key_type in current]
         if announced is not None:
             lines += [f'"{pin}",  # next, from {reports.moment(announced.use_from)}' for pin in following]
-        click.echo("\n".join(lines))
-
-
-def _certificate_pin(certificate: x509.Certificate) -> str:
-    return certificate_pin(certificate.public_bytes(serialization.Encoding.DER))
+    use_from = announced and reports.timestamp(announced.use_from)
+    data = {"current": [pin for pin, _ in current], "next": following, "use_from": use_from}
+    print_report(as_json, data, "\n".join(lines))
 
 
 @cert.command("export-ca")
@@ -151,10 +143,7 @@ def check(
     now = utc()
     passphrase = PassphraseSource(passphrase_file).read({})
     found = examine(file, key, now, passphrase=passphrase, host=name)
-    if as_json:
-        print_json(_check_data(found, now), indent=2)
-    else:
-        click.echo(_check_text(found, now))
+    print_report(as_json, _check_data(found, now), _check_text(found, now))
     return EXIT_UNUSABLE if found.refused else 0
 
 
@@ -226,18 +215,17 @@ def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
 @instance_options
 def renew(instance: Instance, family: str | None, as_json: bool) -> None:
     """Renew the managed certificates now with their current keys, so that pins remain valid."""
-    config = _managed_config(instance)
-    families = sorted({keys.family(key_type) for key_type in config.certificates.key_types})
+    site = _managed_site(instance)
+    families = sorted({keys.family(key_type) for key_type in site.settings.key_types})
     if family is not None and family not in families:
         raise ConfigError([f"--type {family}: certificates.key_types has only {', '.join(families)}"])
     control = find_control(instance.home)
     if control is not None:
         result = _with_notes(control.post("/v1/certificates/renew", type=family))
     else:
-        site = _managed_site(config)
         chosen = families if family is None else [family]
         result = managed.renew(site.directory, site.settings, utc(), _note, families=chosen).report()
-    _print_result(result, as_json)
+    _print_issued(as_json, result)
     _note(WATCHED if control is None else SERVED)
 
 
@@ -259,23 +247,21 @@ def rotate(instance: Instance, at_once: bool, cancel: bool, as_json: bool) -> No
     """
     if at_once and cancel:
         raise click.UsageError("Give --now or --cancel.")
-    site = _managed_site(_managed_config(instance))
+    site = _managed_site(instance)
     control = find_control(instance.home)
     if cancel:
         if control is not None:
             aside = _with_notes(control.post("/v1/certificates/cancel"))["cancelled"]
         else:
             aside = [str(path) for path in rollover.cancel(site.directory, _note)]
-        if as_json:
-            print_json({"cancelled": aside}, indent=2)
-        elif not aside:
-            click.echo("Nothing to do: no key is announced.")
+        if as_json or not aside:
+            print_report(as_json, {"cancelled": aside}, "Nothing to do: no key is announced.")
         return
     if control is not None:
         result = _with_notes(control.post("/v1/certificates/rotate", at_once=at_once))
     else:
         result = managed.rotate(site.directory, site.settings, utc(), _note, at_once=at_once).report()
-    _print_result(result, as_json)
+    _print_issued(as_json, result)
     if at_once:
         _note("Clients that have none of these pins are refused from now on: give them the new ones.")
     elif not as_json:
@@ -290,10 +276,11 @@ def _with_notes(answer: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _managed_config(instance: Instance) -> Config:
-    """Return the configuration. Raises ConfigError if other programs provide the certificates."""
+def _managed_site(instance: Instance) -> ManagedSite:
+    """Return the managed certificates. Raises ConfigError if other programs provide the certificates."""
     config = instance.read_config()
-    if config.certificates.mode == "files":
+    site = managed_site(config)
+    if site is None:
         rows = reports.report(config, utc(), os.environ).rows
         issuers = {reports.issuer_of(row.leaf) for row in rows if row.leaf and row.use == "server"}
         raise ConfigError(
@@ -303,19 +290,10 @@ def _managed_config(instance: Instance) -> Config:
             ]
         )
     instance.home.ensure()
-    return config
-
-
-def _managed_site(config: Config) -> ManagedSite:
-    site = managed_site(config)
-    assert site is not None
     return site
 
 
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(result, indent=2)
-        return
+def _print_issued(as_json: bool, result: dict[str, Any]) -> None:
     rows = [
         (
             escape_text(Path(one["certificate"]).name),
@@ -326,11 +304,12 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
         )
         for one in result["certificates"]
     ]
-    click.echo(aligned([("certificate", "key", "until", "key is", "pin"), *rows]))
+    text = aligned([("certificate", "key", "until", "key is", "pin"), *rows])
     announced = result["next_pins"]
     if announced is not None:
         use_from = reports.moment(datetime.fromisoformat(announced["use_from"]))
-        click.echo("\n".join((f"\nNext pins, used from {use_from}:", *announced["pins"])))
+        text = "\n".join((f"{text}\n\nNext pins, used from {use_from}:", *announced["pins"]))
+    print_report(as_json, result, text)
 
 
 # --- clients ---------------------------------------------------------------------------------------------
@@ -388,22 +367,19 @@ def issue_client(
     written = [path for path in (issued.certificate, issued.key) if path is not None]
     if out is not None:
         written = [_copy(path, out / path.name, force) for path in written]
-    if as_json:
-        result = {
-            "name": issued.name,
-            "certificate": str(written[0]),
-            "key": str(written[1]) if len(written) > 1 else None,
-            "serial": issued.serial,
-            "not_after": reports.timestamp(issued.not_after),
-            "pin": issued.pin,
-        }
-        print_json(result, indent=2)
-        return
+    data = {
+        "name": issued.name,
+        "certificate": str(written[0]),
+        "key": str(written[1]) if len(written) > 1 else None,
+        "serial": issued.serial,
+        "not_after": reports.timestamp(issued.not_after),
+        "pin": issued.pin,
+    }
     lines = [("certificate", escape_text(str(written[0])))]
     lines += [("key", escape_text(str(path))) for path in written[1:]]
     lines += [("serial", issued.serial), ("until", reports.moment(issued.not_after)), ("pin", issued.pin)]
-    click.echo(aligned(lines))
-    if config.tls.client_auth == "off":
+    print_report(as_json, data, aligned(lines))
+    if config.tls.client_auth == "off" and not as_json:
         _note('The server requests no client certificates; set tls.client_auth = "optional" or "required".')
 
 
@@ -427,14 +403,11 @@ def revoke_client(
     revoked = client_ca.revoke_client(
         directory, name=name, serial=serial, now=utc(), reason=reason, progress=_note
     )
-    if as_json:
-        print_json({"revoked": [{"name": one.name, "serial": one.serial} for one in revoked]}, indent=2)
-        return
-    if not revoked:
-        click.echo("Nothing to do: it was revoked before.")
-        return
-    click.echo("\n".join(f"revoked {one.serial} of {escape_text(one.name)}" for one in revoked))
-    _note(WATCHED)
+    lines = [f"revoked {one.serial} of {escape_text(one.name)}" for one in revoked]
+    text = "\n".join(lines) or "Nothing to do: it was revoked before."
+    print_report(as_json, {"revoked": [{"name": one.name, "serial": one.serial} for one in revoked]}, text)
+    if revoked and not as_json:
+        _note(WATCHED)
 
 
 def _read_csr(path: Path) -> bytes:

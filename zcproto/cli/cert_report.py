@@ -297,6 +297,10 @@ def key_pin(certificate: x509.Certificate) -> str:
         return "unreadable"
 
 
+def certificate_pin(certificate: x509.Certificate) -> str:
+    return pins.certificate_pin(certificate.public_bytes(serialization.Encoding.DER))
+
+
 def shown_names(names: Sequence[str]) -> str:
     more = len(names) - MAX_SHOWN_NAMES
     text = ", ".join(escape_text(name, MAX_SHOWN_NAME) for name in names[:MAX_SHOWN_NAMES])
@@ -406,7 +410,7 @@ def certificate_data(certificate: x509.Certificate, now: datetime) -> dict[str, 
         "not_after": timestamp(certificate.not_valid_after_utc),
         "days_left": days_left(certificate, now),
         "pin": key_pin(certificate),
-        "certificate_pin": pins.certificate_pin(certificate.public_bytes(serialization.Encoding.DER)),
+        "certificate_pin": certificate_pin(certificate),
     }
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 import click
 
 from zcproto.cli import Instance, command_group, instance_options
-from zcproto.cli.output import as_json_option, print_json, table
+from zcproto.cli.output import as_json_option, json_text, print_report, print_result, table
 from zcproto.common.home import Home
 from zcproto.common.local_socket import address_of
 from zcproto.common.text import escape_text
@@ -198,18 +198,13 @@ def reload(instance: Instance, as_json: bool) -> None:
     faults; then nothing has changed. SIGHUP does the same, and logs the result.
     """
     done = require_control(instance.home).post("/v1/reload")
-    if as_json:
-        print_json(done, indent=2)
-        return
-    if not done["changed"] and not done["restart"]:
-        click.echo("nothing has changed")
-        return
     rows = [
         [each["key"], *_values(each), "restart needed" if each["effect"] == "restart" else each["effect"]]
         for each in [*done["changed"], *done["restart"]]
     ]
-    click.echo(table(["KEY", "OLD", "NEW", "APPLIES TO"], rows))
-    if done["restart"]:
+    text = table(("KEY", "OLD", "NEW", "APPLIES TO"), rows) if rows else "nothing has changed"
+    print_report(as_json, done, text)
+    if done["restart"] and not as_json:
         click.echo(f"{len(done['restart'])} of these apply after a restart of the server", err=True)
 
 
@@ -234,14 +229,8 @@ def drain(instance: Instance, timeout: float | None, wait: bool, as_json: bool) 
     done = require_control(instance.home).post("/v1/drain", timeout=timeout)
     if wait:
         _wait_for_end(instance.home, done["timeout"] + MARGIN_S)
-    if as_json:
-        print_json({**done, "ended": wait})
-    elif wait:
-        click.echo("the server has ended", err=True)
-    else:
-        click.echo(
-            f"the server drains {done['connections']} connections within {done['timeout']:g} s", err=True
-        )
+    draining = f"the server drains {done['connections']} connections within {done['timeout']:g} s"
+    print_result(as_json, {**done, "ended": wait}, "the server has ended" if wait else draining)
 
 
 def _wait_for_end(home: Home, seconds: float) -> None:
@@ -267,10 +256,9 @@ def level(instance: Instance, wanted: str | None, as_json: bool) -> None:
     LEVEL is debug, info, warning or error; less severe events are not written.
     """
     server = require_control(instance.home)
-    done = server.get("/v1/log") if wanted is None else server.post("/v1/log", level=wanted)
-    if as_json:
-        print_json(done)
-    elif wanted is None:
-        click.echo(done["level"])
+    if wanted is None:
+        done = server.get("/v1/log")
+        click.echo(json_text(done) if as_json else done["level"])
     else:
-        click.echo(f"the log level is {done['level']} now; it was {done['before']}", err=True)
+        done = server.post("/v1/log", level=wanted)
+        print_result(as_json, done, f"the log level is {done['level']} now; it was {done['before']}")

@@ -22,8 +22,14 @@ MAX_CELL = 128
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def print_json(value: Any, *, indent: int | None = None) -> None:
-    click.echo(json_text(value, indent=indent))
+def print_report(as_json: bool, value: Any, text: str) -> None:
+    """Print what a command has read, as indented JSON or as text."""
+    click.echo(json_text(value, indent=2) if as_json else text)
+
+
+def print_result(as_json: bool, value: Any, note: str) -> None:
+    """Print what a command has done, as one line of JSON, or as a note on standard error."""
+    click.echo(json_text(value) if as_json else note, err=not as_json)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:

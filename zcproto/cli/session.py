@@ -10,7 +10,7 @@ import click
 from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options
-from zcproto.cli.output import as_json_option, print_json, table, utc
+from zcproto.cli.output import as_json_option, print_report, print_result, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
@@ -40,12 +40,9 @@ def list_sessions(instance: Instance, user: str | None, as_json: bool, remote: R
     backend: Backend = remote or local_backend(instance)
     result = backend.run("sessions", user=user)
     found = result["sessions"]
-    if as_json:
-        print_json(found, indent=2)
-        return
     head = ("ID", "USER", "OPENED", "LAST USED", "EXPIRES", "CLIENT", "ADDRESS", "STATE")
-    click.echo(table(head, [_row(each) for each in found]))
-    if result["more"]:
+    print_report(as_json, found, table(head, [_row(each) for each in found]))
+    if result["more"] and not as_json:
         click.echo(
             f"the list ends after {len(found)} sessions; --user NAME lists those of one user", err=True
         )
@@ -125,7 +122,4 @@ def revoke(
             "no session has this ID" if len(ids) == 1 else f"{len(ids) - ended} of these IDs are unknown"
         )
         raise NotFound(f"{missing}; sessions ended: {ended}")
-    if as_json:
-        print_json({"revoked": ended})
-    else:
-        click.echo(f"sessions ended: {ended}", err=True)
+    print_result(as_json, {"revoked": ended}, f"sessions ended: {ended}")

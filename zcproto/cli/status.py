@@ -12,7 +12,7 @@ import click
 
 from zcproto.cli import Instance, instance_options, number_option
 from zcproto.cli.control import CONNECT_S, Control, require_control
-from zcproto.cli.output import json_text, print_json
+from zcproto.cli.output import json_text, print_report
 from zcproto.common.text import escape_text
 
 STATUS_S = 2 * CONNECT_S
@@ -48,10 +48,7 @@ def status(instance: Instance, watch: bool, interval: float, as_json: bool) -> N
     server = require_control(instance.home, STATUS_S)
     if not watch:
         report = server.get("/v1/status")
-        if as_json:
-            print_json(report, indent=2)
-        else:
-            click.echo(_plain(report))
+        print_report(as_json, report, _plain(report))
     elif as_json or not sys.stdout.isatty():
         for report in _readings(server, interval):
             click.echo(json_text(report) if as_json else f"{_plain(report)}\n")

@@ -17,7 +17,7 @@ import click
 from zcproto.auth import DeviceFile, PairingFile, User, UserFile
 from zcproto.cli import Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli.backends import local_backend
-from zcproto.cli.output import as_json_option, print_json, private_file, table
+from zcproto.cli.output import as_json_option, print_report, print_result, private_file, table
 from zcproto.cli.store import SessionsNotEndedError
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.text import escape_text
@@ -65,21 +65,15 @@ def add(
             names = [f"{name}-{number}" for number in range(1, count + 1)]
             added = UserFile(instance.home.users).add_many(names, operator=operator)
             file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
-        if as_json:
-            print_json({"added": count, "keys": str(keys_out)})
-        else:
-            click.echo(f"users added: {count}; their keys are in {escape_text(str(keys_out))}", err=True)
+        note = f"users added: {count}; their keys are in {escape_text(str(keys_out))}"
+        print_result(as_json, {"added": count, "keys": str(keys_out)}, note)
         return
     key, digest = (None, None) if no_key else _new_key()
     local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
-    if as_json:
-        print_json({"name": name, "key": key})
-        return
-    role = "an operator" if operator else "a user"
-    if key is None:
-        click.echo(f"{escape_text(name)} is {role} now, without a key.", err=True)
-    else:
-        click.echo(f"{escape_text(name)} is {role} now. Keep this key; it is shown once:", err=True)
+    hint = ", without a key." if key is None else ". Keep this key; it is shown once:"
+    note = f"{escape_text(name)} is {'an operator' if operator else 'a user'} now{hint}"
+    print_result(as_json, {"name": name, "key": key}, note)
+    if key is not None and not as_json:
         click.echo(key)
 
 
@@ -96,11 +90,9 @@ def list_users(instance: Instance, as_json: bool) -> None:
     """List the users in the order of their file."""
     file = UserFile(instance.home.users)
     file.load()
-    if as_json:
-        print_json([user.as_dict(name) for name, user in file.entries.items()], indent=2)
-    else:
-        rows = [_row(name, user) for name, user in file.entries.items()]
-        click.echo(table(("USER", "ROLE", "KEY", "STATE"), rows))
+    users = file.entries.items()
+    text = table(("USER", "ROLE", "KEY", "STATE"), [_row(name, user) for name, user in users])
+    print_report(as_json, [user.as_dict(name) for name, user in users], text)
 
 
 def _row(name: str, user: User) -> tuple[str, ...]:
@@ -121,11 +113,8 @@ def _add_command(operation: str, change: str, text: str) -> None:
     @instance_options
     def command(instance: Instance, name: str, as_json: bool) -> None:
         result = local_backend(instance).run(f"users/{operation}", name=name)
-        if as_json:
-            print_json({"name": name, **result})
-        else:
-            ended = f"; {ended_text(result['sessions'])}" if "sessions" in result else ""
-            click.echo(f"{escape_text(name)} {change}{ended}.", err=True)
+        ended = f"; {ended_text(result['sessions'])}" if "sessions" in result else ""
+        print_result(as_json, {"name": name, **result}, f"{escape_text(name)} {change}{ended}.")
 
 
 _add_command("disable", "is disabled now", "Refuse new sessions of a user, and end the open ones.")
@@ -142,10 +131,9 @@ def new_key(instance: Instance, name: str, as_json: bool) -> None:
     key, digest = _new_key()
 
     def print_key(ended: int | None) -> None:
-        if as_json:
-            print_json({"name": name, "sessions": ended, "key": key})
-        else:
-            click.echo(f"{escape_text(name)} has a new key. Keep it; it is shown once:", err=True)
+        note = f"{escape_text(name)} has a new key. Keep it; it is shown once:"
+        print_result(as_json, {"name": name, "sessions": ended, "key": key}, note)
+        if not as_json:
             click.echo(key)
 
     try:
@@ -233,14 +221,12 @@ def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
     file = DeviceFile(instance.home.devices)
     file.load()
     devices = [(name, each) for name, each in file.entries.items() if user in (None, each.user)]
-    if as_json:
-        print_json([each.as_dict(name) for name, each in devices], indent=2)
-        return
     rows = [
         (name, each.user, f"{each.added:%Y-%m-%d %H:%M} UTC", token_text(each.public_key))
         for name, each in devices
     ]
-    click.echo(table(("DEVICE", "USER", "ADDED", "PUBLIC KEY"), rows))
+    text = table(("DEVICE", "USER", "ADDED", "PUBLIC KEY"), rows)
+    print_report(as_json, [each.as_dict(name) for name, each in devices], text)
 
 
 @device.command()
@@ -252,7 +238,5 @@ def remove(instance: Instance, name: str, as_json: bool) -> None:
     backend = local_backend(instance)
     removed = backend.run("devices/remove", name=name)
     user, ended = removed["user"], removed["sessions"]
-    if as_json:
-        print_json({"name": name, "user": user, "sessions": ended})
-    else:
-        click.echo(f"{escape_text(name)} of {escape_text(user)} is removed; {ended_text(ended)}.", err=True)
+    note = f"{escape_text(name)} of {escape_text(user)} is removed; {ended_text(ended)}."
+    print_result(as_json, {"name": name, "user": user, "sessions": ended}, note)

@@ -9,7 +9,7 @@ import click
 from zcproto.cli import EXIT_FAILED, Instance, instance_options, number_option
 from zcproto.cli.connect import TrustChoice, key_option, trust_options
 from zcproto.cli.doctor.finding import FAULT, SKIPPED, Finding, as_text
-from zcproto.cli.output import as_json_option, print_json
+from zcproto.cli.output import as_json_option, print_report
 
 MAX_TIMEOUT = 60
 
@@ -62,8 +62,5 @@ def doctor(
     if address is not None:
         login = None if user is None else (user, key_file)
         findings += remote.check(address, trust, instance.home, login, timeout)
-    if as_json:
-        print_json([each.data for each in findings], indent=2)
-    else:
-        click.echo(as_text(findings))
+    print_report(as_json, [each.data for each in findings], as_text(findings))
     return EXIT_FAILED if any(each.state == FAULT for each in findings) else 0
