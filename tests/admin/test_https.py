@@ -195,8 +195,8 @@ def receive_one(connection: ssl.SSLSocket) -> bytes:
     return head + b"\r\n\r\n" + body
 
 
-def test_drain_waits_for_http_handlers(serve: Serve) -> None:
-    server = serve()
+def add_waiting_route(server: ServerThread) -> asyncio.Event:
+    """Add /wait, whose handler waits for the returned event."""
     gate = server.in_loop(asyncio.Event)
 
     async def wait(request: HttpRequest) -> HttpResponse:
@@ -204,6 +204,12 @@ def test_drain_waits_for_http_handlers(serve: Serve) -> None:
         return text_response(200, "waited")
 
     add(server, Route("GET", "/wait", wait))
+    return gate
+
+
+def test_drain_waits_for_http_handlers(serve: Serve) -> None:
+    server = serve()
+    gate = add_waiting_route(server)
     with tls(server) as waiting:
         waiting.sendall(GET.replace(b"GET /", b"GET /wait"))
         server.until(lambda: server.server.parts.http.endpoint.answering == 1)  # type: ignore[union-attr]
@@ -456,13 +462,7 @@ def test_internal_error_is_500_with_only_an_incident_id(serve: Serve, handler: A
 
 def test_waiting_handler_blocks_only_its_connection(serve: Serve) -> None:
     server = serve()
-    gate = server.in_loop(asyncio.Event)
-
-    async def wait(request: HttpRequest) -> HttpResponse:
-        await gate.wait()
-        return text_response(200, "waited")
-
-    add(server, Route("GET", "/wait", wait))
+    gate = add_waiting_route(server)
     with tls(server) as waiting:
         waiting.sendall(GET.replace(b"GET /", b"GET /wait") + GET.replace(b"GET /", b"GET /healthz"))
         server.until(lambda: server.server.parts.http.endpoint.answering == 1)  # type: ignore[union-attr]

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import pytest
 from cryptography import x509
 
 from tests.certs.support import DAY, NOW, ensure, settings
+from tests.killed_child import lines_of_killed_child
 from zcproto.certs import keys, managed, profile, rollover
 from zcproto.certs.managed import ManagedCertificates, ManagedSettings, renew, rotate
 from zcproto.certs.pair import CertificatePair
@@ -303,23 +303,9 @@ def write_for_ever(folder: Path, now: datetime, output: int) -> None:
 
 
 def kill_a_writer(folder: Path, now: datetime, after_s: float) -> list[datetime]:
-    """The times at which a child did something to the folder, until it was killed in the middle of the last."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            write_for_ever(folder, now, writing)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with open(reading, "rb") as lines:
-        first = lines.readline()  # it has begun
-        time.sleep(after_s)
-        os.kill(child, signal.SIGKILL)
-        output = first + lines.read()
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    return [datetime.fromisoformat(line) for line in output.decode().splitlines()]
+    """Return the times of a child's writes to the folder. It is killed during the last one."""
+    lines = lines_of_killed_child(lambda output: write_for_ever(folder, now, output), after_s)
+    return [datetime.fromisoformat(line) for line in lines]
 
 
 def main(folder: Path, seed: int, seconds: float) -> dict[str, int]:

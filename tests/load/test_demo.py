@@ -128,12 +128,19 @@ def demo_process(*options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, env=module_environment())
 
 
-def test_killed_demo_leaves_no_process_and_no_folder(temporary: Path) -> None:
+def loading_demo() -> subprocess.Popen[bytes]:
+    """Start a demo that takes long, and return it when the load has begun."""
     process = demo_process("--seconds", "60", "--rate", "100")
     assert process.stdout is not None
     output = b""
     while b"loading" not in output:
         output += process.stdout.readline()
+    return process
+
+
+def test_killed_demo_leaves_no_process_and_no_folder(temporary: Path) -> None:
+    process = loading_demo()
+    assert process.stdout is not None
     pids = descendants(process.pid)
     assert len(pids) == 2  # the server and a generator
     process.kill()
@@ -144,11 +151,7 @@ def test_killed_demo_leaves_no_process_and_no_folder(temporary: Path) -> None:
 
 
 def test_ctrl_c_under_load_prints_a_report_and_leaves_nothing(temporary: Path) -> None:
-    process = demo_process("--seconds", "60", "--rate", "100")
-    assert process.stdout is not None
-    output = b""
-    while b"loading" not in output:
-        output += process.stdout.readline()
+    process = loading_demo()
     pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=30)

@@ -16,6 +16,7 @@ from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, READ_ONLY, WORKS, Fau
 from zcproto.common.clock import system_entropy
 from zcproto.errors import Code, NotFound
 from zcproto.runtime import build as build_module
+from zcproto.server.protocol import ServerProtocol
 from zcproto.sessions import SessionSettings
 from zcproto.sessions.token import digest_of, id_from_text
 from zcproto.stores import revoker
@@ -392,14 +393,24 @@ def test_drain_during_token_lookup_ends(paused_server: ServerWithLookups, site: 
     ended(server, client)
 
 
-def test_slow_reader_is_not_served_after_token_lookup(paused_server: ServerWithLookups, site: Site) -> None:
-    server, lookups = paused_server
-    client = site.client(server, "ada")
+def pause_during_lookup(
+    server: ServerThread, lookups: PausedLookups, client: Client
+) -> tuple[ServerProtocol, int]:
+    """Pause the writing of a connection with two requests, the first of which waits for its token's lookup.
+
+    Return the connection, and the number of requests served so far.
+    """
     client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
     server.until(lambda: lookups.answer)
     (protocol,) = server.in_loop(lambda: [*server.server.state.connections])
-    requests = server.server.state.counters.requests
     server.in_loop(protocol.pause_writing)
+    return protocol, server.server.state.counters.requests
+
+
+def test_slow_reader_is_not_served_after_token_lookup(paused_server: ServerWithLookups, site: Site) -> None:
+    server, lookups = paused_server
+    client = site.client(server, "ada")
+    protocol, requests = pause_during_lookup(server, lookups, client)
     settle(server, lookups)
     for _ in range(5):  # the turns in which the lookup ends
         assert server.in_loop(lambda: server.server.state.counters.requests) == requests
@@ -411,11 +422,7 @@ def test_slow_reader_is_not_served_after_token_lookup(paused_server: ServerWithL
 def test_resumed_reader_still_waits_for_token_lookup(paused_server: ServerWithLookups, site: Site) -> None:
     server, lookups = paused_server
     client = site.client(server, "ada")
-    client.send(client.request("echo", token=b"x" * 32), client.request("echo", {"n": 2}))
-    server.until(lambda: lookups.answer)
-    (protocol,) = server.in_loop(lambda: [*server.server.state.connections])
-    requests = server.server.state.counters.requests
-    server.in_loop(protocol.pause_writing)
+    protocol, requests = pause_during_lookup(server, lookups, client)
     server.in_loop(protocol.resume_writing)
     assert server.in_loop(lambda: server.server.state.counters.requests) == requests
     settle(server, lookups)

@@ -10,25 +10,24 @@ import pytest
 
 from tests.server.helpers import Client, ServerThread
 from zcproto.app.app import App
-from zcproto.certs import managed
+from zcproto.certs import authority, managed
 from zcproto.certs.managed import ManagedSettings
 
 
 @pytest.fixture(scope="session")
 def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of managed certificates to copy."""
+    """Return a folder of managed certificates to copy. Its CA has 2048 bits, because 4096 take a second."""
     folder = tmp_path_factory.mktemp("own") / "certs"
-    managed.ensure(
-        folder,
-        ManagedSettings(
-            names=(),
-            key_types=("ecdsa-p256",),
-            lifetime=timedelta(days=90),
-            renew_before=timedelta(days=30),
-            renew_key=False,
-        ),
-        datetime.now(UTC),
+    settings = ManagedSettings(
+        names=(),
+        key_types=("ecdsa-p256",),
+        lifetime=timedelta(days=90),
+        renew_before=timedelta(days=30),
+        renew_key=False,
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authority, "KEY_TYPE", "rsa-2048")
+        managed.ensure(folder, settings, datetime.now(UTC))
     return folder
 
 

@@ -10,13 +10,13 @@ import asyncio
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.killed_child import lines_of_killed_child
 from tests.stores.contract import DAY, FIVE, WALL, digest, session
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
@@ -206,22 +206,9 @@ async def churn(path: Path, expected: Expected, seed: int, output: int) -> None:
 
 def kill_a_child(path: Path, expected: Expected, seed: int, after_s: float) -> None:
     """Run a child, kill it in the middle, and record what it has reported."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            asyncio.run(churn(path, expected, seed, writing))
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with open(reading, "rb") as lines:
-        first = lines.readline()  # it has begun
-        time.sleep(after_s)
-        os.kill(child, signal.SIGKILL)
-        output = first + lines.read()
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    for line in output.decode().splitlines():
+    for line in lines_of_killed_child(
+        lambda output: asyncio.run(churn(path, expected, seed, output)), after_s
+    ):
         expected.hear(line)
 
 
