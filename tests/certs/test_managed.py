@@ -424,7 +424,7 @@ def test_two_concurrent_processes_share_one_rsa_4096_and_one_ecdsa_certificate(
     folder = tmp_path / "home" / "certs"
     command = [sys.executable, "-c", textwrap.dedent(DEFAULTS), str(folder)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [json.loads(process.communicate(timeout=50)[0]) for process in processes]
+    outputs = [json.loads(process.communicate(timeout=150)[0]) for process in processes]
     assert outputs[0]["pairs"] == outputs[1]["pairs"]
     assert [key_type for key_type, _ in outputs[0]["pairs"]] == ["rsa-4096", "ecdsa-p256"]
     makers = [

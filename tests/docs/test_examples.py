@@ -35,7 +35,7 @@ def run(folder: Path, *command: str) -> str:
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

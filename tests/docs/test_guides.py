@@ -62,7 +62,7 @@ def run(script: str, folder: Path) -> str:
         env=environ,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

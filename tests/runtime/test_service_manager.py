@@ -153,7 +153,7 @@ def passed(*sockets: socket.socket, names: str = "", count: int | None = None) -
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=150,
     )
     *lines, variables = done.stdout.splitlines()
     assert variables == "[]"

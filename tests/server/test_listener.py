@@ -319,7 +319,7 @@ def test_process_without_descriptors_serves_and_recovers(tmp_path: Path, certs: 
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         check=False,
     )
     assert done.stdout == "recovered\n", done.stderr
