@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import ssl
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -36,6 +37,7 @@ NAME: Final = "localhost"
 SERVER_CPU: Final = 0
 CLIENT_CPU: Final = 1
 KIB: Final = 1_024
+SETTLE_S: Final = 1.0
 
 ECDSA_ONLY: Final = {"certificates.key_types": ["ecdsa-p256"]}
 """Settings for servers that need not make RSA keys, which takes seconds."""
@@ -227,6 +229,11 @@ def bench_environment() -> dict[str, str]:
     environment = module_environment()
     clone = str(Path(__file__).parents[1])
     return {**environment, "PYTHONPATH": os.pathsep.join([clone, environment["PYTHONPATH"]])}
+
+
+def settle() -> None:
+    """Wait until servers have closed their ends of closed connections and released memory, before a count."""
+    time.sleep(SETTLE_S)
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:

@@ -34,7 +34,7 @@ import msgpack
 from bench.command import COUNT, measurement
 from bench.compare.client import ALPN, Connection, context_for
 from bench.report import Report, Row
-from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, bench_environment, cpu_seconds
+from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, bench_environment, cpu_seconds, settle
 from zcproto.errors import ZcprotoError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
@@ -56,7 +56,6 @@ FIRST_PORT: Final = 20_000
 PORTS: Final = 5_000
 """Each yardstick listens on one of so many, by the id of this process. The system assigns higher ones."""
 
-SETTLE_S: Final = 0.5
 END_S: Final = 10.0
 
 
@@ -174,7 +173,7 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
             found[case] += in_turn(case, max(1, connects // CONNECTED))
             zcproto.close_opened()
             bare.close_opened()
-            time.sleep(SETTLE_S)  # the servers' ends of them must be closed before the next count
+            settle()
     return report(found)
 
 

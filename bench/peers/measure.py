@@ -11,7 +11,6 @@ import itertools
 import os
 import select
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from bench.peers.clients import (
     ZcprotoClient,
 )
 from bench.peers.environment import Environment
-from bench.stage import ECDSA_ONLY, Stage, bench_environment, cpu_seconds, room_for
+from bench.stage import ECDSA_ONLY, Stage, bench_environment, cpu_seconds, room_for, settle
 from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 from zcproto.load.plan import SESSIONS_PER_USER
@@ -59,7 +58,6 @@ CONNECTS: Final = 25
 WARM_UP: Final = 20
 """Connections made and closed before the memory of a new server is read."""
 
-SETTLE_S: Final = 1.0
 START_S: Final = 30.0
 END_S: Final = 10.0
 TIMEOUT_S: Final = 60.0
@@ -254,7 +252,7 @@ def measure_connects(servers: list[Server], plan: Plan, figures: Figures, say: S
         for name, seconds in spent.items():
             figures.connect_s[name].append(seconds / (slices * CONNECTS))
         _close(opened)
-        time.sleep(SETTLE_S)  # the servers' ends of them must be closed before the next count
+        settle()
 
 
 def memory_of_connection(server: Server, count: int) -> float:
@@ -262,7 +260,7 @@ def memory_of_connection(server: Server, count: int) -> float:
     warm = [server.connect() for _ in range(WARM_UP)]
     _send_all(warm, 2)
     _close(warm)
-    time.sleep(SETTLE_S)  # memory of the warm-up must be released before the count begins
+    settle()
     before = server.resident()
     held: list[Asked] = []
     try:
@@ -272,7 +270,7 @@ def memory_of_connection(server: Server, count: int) -> float:
             _send_all([connection], 1)
         for connection in held:  # all are still open
             _send_all([connection], 1)
-        time.sleep(SETTLE_S)  # memory of the last requests must be released
+        settle()
         return (server.resident() - before) / count / BYTES_PER_KIB
     finally:
         _close(held)

@@ -113,9 +113,9 @@ def _console() -> Console:
 def _write(
     files: Files, described: dict[str, Any], started: float, run: Run | None, grown: Grown | None
 ) -> None:
-    from bench.curves import report  # noqa: PLC0415  likewise
-    from bench.requirements import markdown  # noqa: PLC0415  likewise
-    from bench.requirements.plots import plots  # noqa: PLC0415  likewise
+    from bench.curves import report  # noqa: PLC0415  matplotlib takes half a second to import
+    from bench.requirements import markdown  # noqa: PLC0415  it imports matplotlib
+    from bench.requirements.plots import plots  # noqa: PLC0415  it imports matplotlib
 
     if files.json is not None:
         content = {} if run is None else table.as_json(run)

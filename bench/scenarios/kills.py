@@ -209,7 +209,7 @@ class Kills:
         self._chance = random.Random(seed)  # noqa: S311 - moments and choices, no secret
         self._seen = seen
         self._clients = [
-            Client(user, random.Random(self._chance.getrandbits(64)), seen)  # noqa: S311 - likewise
+            Client(user, random.Random(self._chance.getrandbits(64)), seen)  # noqa: S311 - choices, no secret
             for user in users
         ]
 

@@ -356,7 +356,7 @@ class Soak:
 
     def _client(self, number: int, user: Credential) -> Client:
         is_steady = number >= self._plan.churning
-        chance = random.Random(self._chance.getrandbits(64))  # noqa: S311 - likewise
+        chance = random.Random(self._chance.getrandbits(64))  # noqa: S311 - choices, no secret
         pause_s = self._plan.pause_s * (2 if is_steady else 1)
         return Client(self._target, user, chance, self._seen, pause_s, is_steady)
 

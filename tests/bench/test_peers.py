@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench import stage
 from bench.peers import environment as environment_module
 from bench.peers import measure as module
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
@@ -223,7 +224,7 @@ def servers(home: Path, here: Environment) -> Servers:
 
 def test_two_servers_are_measured_side_by_side(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NAMES", (ZCPROTO, STREAMS))
-    monkeypatch.setattr(module, "SETTLE_S", 0.05)
+    monkeypatch.setattr(stage, "SETTLE_S", 0.05)
     lines: list[str] = []
     found = module.measure(servers, QUICK, lines.append)
     for name in (ZCPROTO, STREAMS):

@@ -2,7 +2,7 @@
 
     zcproto status -> HTTP over <home>/control.sock -> operations.py
 
-What this file decides: which server owns the socket, and who may connect.
+Decides: which server owns the socket, and who may connect.
 
 Rules:
 - The socket has mode 0600 and appears complete: it is bound beside its path and renamed. A socket left by a dead

@@ -2,7 +2,7 @@
 
     data -> connection.receive_data -> request -> handler -> connection.respond -> transport.write
 
-What this file decides: when a request is answered, and what happens to a slow reader.
+Decides: when a request is answered, and what happens to a slow reader.
 
 Rules:
 - One request at a time, and one per turn of the loop however many are pipelined.

@@ -1,6 +1,6 @@
 """The HTTPS side of a server: HTTP on the TLS port, and the port without TLS that redirects to it.
 
-What this file decides: the header fields and limits of both, which requests are redirected and which are refused,
+Decides: the header fields and limits of both, which requests are redirected and which are refused,
 and how both end with the server. Their resources are in resources.py.
 
 Rules of the port without TLS, which is off unless `http.redirect_port` is set:

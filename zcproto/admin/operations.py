@@ -2,7 +2,7 @@
 
     zcproto user disable ada -> POST /v1/users/disable {"name": "ada"} -> Signature.bind -> disable_user("ada")
 
-What this file decides: the operations. docs/control.md describes them. The commands of zcproto/cli run the same
+Decides: the operations. docs/control.md describes them. The commands of zcproto/cli run the same
 operations without a server on the files of a home folder, and at a remote server by its protocol methods.
 
 Rules:

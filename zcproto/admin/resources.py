@@ -5,7 +5,7 @@
     /status.json                          for a session's token: the figures that the page shows
     /metrics                              by `http.metrics`: a token, an address, public, or off
 
-What this file decides: the content of each resource and its access rule.
+Decides: the content of each resource and its access rule.
 
 Rules:
 - Public is what a load balancer, or a client without a session, needs, and no figure more.

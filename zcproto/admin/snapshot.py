@@ -2,7 +2,7 @@
 
     server objects count  ->  take_snapshot(parts)  ->  status, server.stats, metrics.py, the page of https.py
 
-What this file decides: what is read, and the names and units of both reports. Times are milliseconds since the Unix
+Decides: what is read, and the names and units of both reports. Times are milliseconds since the Unix
 epoch, durations seconds, memory bytes.
 
 Rules:

@@ -2,7 +2,7 @@
 
     Signature(function).bind({"name": "ada"}) -> keyword arguments, or InvalidArgument with the path of the fault
 
-What this file decides: the types that parameters may have. They are int, float, str, bytes, bool, None, Any, list,
+Decides: the types that parameters may have. They are int, float, str, bytes, bool, None, Any, list,
 dict (keys are str), Optional and other unions, Literal, and dataclasses, nested to any depth. Only int is
 converted, to float: any other type is an error.
 

@@ -1,6 +1,6 @@
 """`zcproto store`, and the session store for all commands that need it without a server.
 
-What this file decides: when a command may open the store, and its error while a server uses it.
+Decides: when a command may open the store, and its error while a server uses it.
 
 Rules:
 - A SQLite file belongs to one server: while it runs, its control socket or its operators are asked. Sessions in

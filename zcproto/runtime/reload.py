@@ -2,7 +2,7 @@
 
     read and check everything -> prepare what can fail (files, certificates) -> apply in one turn of the loop
 
-What this file decides: what is prepared, and what each setting is applied to. zcproto/config/changes.py lists the
+Decides: what is prepared, and what each setting is applied to. zcproto/config/changes.py lists the
 keys that can be applied.
 
 Rules:

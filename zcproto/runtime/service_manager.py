@@ -4,7 +4,7 @@
     WATCHDOG_USEC, WATCHDOG_PID    how often WATCHDOG=1 is expected
     LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES    sockets that are already open, from descriptor 3 on
 
-What this file decides: what is reported, and when.
+Decides: what is reported, and when.
 
 Rules:
 - The variables are removed from the environment, so that child processes do not act on them.

@@ -1,6 +1,6 @@
 """Builds the session store from the configuration.
 
-What this file decides: which store a URL selects, which settings it gets, and how its notices are reported.
+Decides: which store a URL selects, which settings it gets, and how its notices are reported.
 """
 
 from __future__ import annotations

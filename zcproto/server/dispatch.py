@@ -2,7 +2,7 @@
 
     request -> access -> parameters -> method -> answer
 
-What this file decides: who may call a method, and which answer an exception becomes. Calls of a method without
+Decides: who may call a method, and which answer an exception becomes. Calls of a method without
 checked parameters are inlined in `ServerProtocol._process`.
 
 Rules:

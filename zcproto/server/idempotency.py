@@ -1,6 +1,6 @@
 """Idempotency keys: a request with a key is run once per user, whatever the connection, worker or retry.
 
-What this file decides: whether a request is run, waits for one in progress or gets a stored answer; which answers
+Decides: whether a request is run, waits for one in progress or gets a stored answer; which answers
 are stored.
 
 Rules:

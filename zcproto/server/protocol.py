@@ -3,7 +3,7 @@
     data -> connection.receive_data -> for each event -> run the method -> answer
     then once: connection.data_to_send -> transport.write
 
-What this file decides: back-pressure, and how a connection ends. What is allowed on the wire is decided by
+Decides: back-pressure, and how a connection ends. What is allowed on the wire is decided by
 `ServerConnection`.
 
 Rules:

@@ -1,6 +1,6 @@
 """The table of requests with an idempotency key: which are running, and the answers of the others.
 
-What this file decides: who may run a request, how many answers are stored, and which are evicted first.
+Decides: who may run a request, how many answers are stored, and which are evicted first.
 
 Rules:
 - Keys are per user. Expired entries count as absent.

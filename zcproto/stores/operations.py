@@ -1,6 +1,6 @@
 """Runs operations on a session store.
 
-What this file decides: that each operation ends within the store's timeout, that during an outage operations fail
+Decides: that each operation ends within the store's timeout, that during an outage operations fail
 at once, and that an operation goes on when its caller has gone. Whether the store may be called is decided by
 StoreHealth.
 

@@ -1,6 +1,6 @@
 """Pending revocations: those that could not be written to the store, in a file until they can be.
 
-What this file decides: what survives a crash, and how many revocations may wait.
+Decides: what survives a crash, and how many revocations may wait.
 
 Rules:
 - When `add` has returned, the revocation is on disk. If it raises, the revocation is still kept in memory.

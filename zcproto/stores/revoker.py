@@ -1,6 +1,6 @@
 """Ends sessions in the store: at once, or after an outage from the file of pending revocations.
 
-What this file decides: when a revocation goes to the file, and what is repeated after the store has lost data.
+Decides: when a revocation goes to the file, and what is repeated after the store has lost data.
 
 Rules:
 - A revocation is durable, in the store or in the file, before its caller gets an answer.

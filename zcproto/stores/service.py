@@ -1,6 +1,6 @@
 """The `session.*` operations: open, refresh, end and look up sessions, here and in the store.
 
-What this file decides: what happens before the store has answered and what after; which callers wait for which.
+Decides: what happens before the store has answered and what after; which callers wait for which.
 
 Rules:
 - A session is returned only after the store has it. An ended session is refused here at once, and in the store

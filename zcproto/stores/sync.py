@@ -1,6 +1,6 @@
 """Keeps the registry of one process and its store consistent, despite outages and changes by other processes.
 
-What this file decides:
+Decides:
 - Pending revocations reach the store before anything else, and before a token is accepted.
 - A store that is not shared is loaded completely at the start and never asked about unknown tokens.
 - When last uses are written, and when expired entries are removed.

@@ -1,6 +1,6 @@
 """A thread that runs jobs in groups and never makes the event loop wait.
 
-What this file decides: which jobs form a group, and when a job is given up.
+Decides: which jobs form a group, and when a job is given up.
 
 Rules:
 - Jobs submitted in one turn of the loop form one group, and so do jobs submitted while the thread is busy.

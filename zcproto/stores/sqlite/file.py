@@ -1,6 +1,6 @@
 """The database file of sessions: how it is opened, checked, locked and replaced when it is damaged.
 
-What this file decides: the schema and pragmas, who may use the file, which errors mean damage, and what happens to
+Decides: the schema and pragmas, who may use the file, which errors mean damage, and what happens to
 a file that is damaged, of a newer version or another program's.
 
 Rules:

@@ -1,6 +1,6 @@
 """The operations of the store on rows of sessions. No SQL, no files.
 
-What this file decides: which rows an operation needs, and how it changes them.
+Decides: which rows an operation needs, and how it changes them.
 
 Several operations change the same rows one after the other before any of them is written. A row is a stored session
 (`code` 0), the tombstone of an ended one, or the tombstone of a single token (`id` empty). Strings are UTF-8 bytes

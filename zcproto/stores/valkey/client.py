@@ -1,6 +1,6 @@
 """The client of a Valkey or Redis store: connects, prepares servers, runs scripts and reports changes.
 
-What this file decides: which commands prepare a server, how failures are translated, what client tracking means.
+Decides: which commands prepare a server, how failures are translated, what client tracking means.
 The operations are in store.py; what they do to keys is in sessions.lua and answers.lua.
 
 It must not know: what an operation is for.

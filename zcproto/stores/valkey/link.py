@@ -1,6 +1,6 @@
 """One connection to a server, with many commands in flight and its client tracking messages.
 
-What this file decides: the order of commands and replies, and when a connection counts as lost.
+Decides: the order of commands and replies, and when a connection counts as lost.
 
 Rules:
 - Commands are sent in the order of `call`, those of one turn of the loop together. Replies come in that order.

@@ -1,6 +1,6 @@
 """The servers behind a URL: one server, the primary that sentinels report, or a cluster.
 
-What this file decides: which server gets a command, and when connections are made again.
+Decides: which server gets a command, and when connections are made again.
 
 Rules:
 - Each server has one connection, which also carries its client tracking. A lost connection is made again in the

@@ -1,6 +1,6 @@
 """Sessions in Valkey or Redis: the store of several processes and machines.
 
-What this file decides: which scripts and commands an operation sends and, in a cluster, in which order. What the
+Decides: which scripts and commands an operation sends and, in a cluster, in which order. What the
 scripts do, and under which keys, is in sessions.lua and answers.lua.
 
 - With one server an operation is one script, hence atomic.

@@ -1,6 +1,6 @@
 """Parse the URL of a Valkey or Redis server.
 
-What this file decides: which URLs are valid, and how one is shown without its password.
+Decides: which URLs are valid, and how one is shown without its password.
 
     redis://[user[:password]@]host[:port][/database]      also valkey://
     rediss://...                                          also valkeys://: over TLS
