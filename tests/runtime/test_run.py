@@ -36,8 +36,7 @@ from zcproto.runtime import build as build_module
 from zcproto.runtime import process as process_module
 from zcproto.runtime import run
 from zcproto.runtime import server as server_module
-from zcproto.runtime.process import GC_THRESHOLDS, SWITCH_INTERVAL
-from zcproto.runtime.run import serve
+from zcproto.runtime.run import GC_THRESHOLDS, SWITCH_INTERVAL, serve
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 
@@ -153,10 +152,10 @@ def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> No
 
 STUBBORN = """
 import asyncio
-from zcproto.runtime import drain
+from zcproto.runtime import server
 from zcproto.app.app import App
 
-drain.CANCELLED_TIME = 0.05
+server.CANCELLED_TIME = 0.05
 app = App()
 
 @app.method("stubborn")
@@ -316,7 +315,7 @@ async def run_until_exit(server: Any) -> None:
         loop.call_later(0.01, os.kill, os.getpid(), signal.SIGINT)
 
     with pytest.raises(ExitError):
-        await run._serve(server, ready, ServiceManager(), [])
+        await run._serve(server, ready, ServiceManager(), {})
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
 

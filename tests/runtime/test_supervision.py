@@ -22,7 +22,7 @@ from tests.helpers import FakeClock, FakeTimers
 from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
 from zcproto.auth import UserFile
 from zcproto.runtime.server import Server
-from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager, Supervision
+from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager
 
 Message = dict[str, str]
 
@@ -86,21 +86,22 @@ def manager(tmp_path: Path) -> Iterator[FakeServiceManager]:
 # --- with a clock that is turned by hand ---------------------------------------------------------------------
 
 
-class SupervisionHarness:
-    """A Supervision and its status."""
+class ManagerHarness:
+    """A service manager, fake timers and the status of a server."""
 
     def __init__(self, manager: FakeServiceManager, watchdog: float | None) -> None:
         self.timers = FakeTimers()
         self.status = "serving 0"
+        self.manager = ServiceManager(str(manager.path), watchdog, clock=FakeClock(now=12.5))
+
+    def ready(self) -> None:
         loop: Any = self.timers
-        self.supervision = Supervision(
-            ServiceManager(str(manager.path), watchdog), loop, FakeClock(now=12.5), lambda: self.status
-        )
+        self.manager.ready(loop, lambda: self.status)
 
 
 def test_watchdog_is_fed_twice_per_interval(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=4.0)
-    harness.supervision.ready()
+    harness = ManagerHarness(manager, watchdog=4.0)
+    harness.ready()
     assert manager.next() == {"READY": "1", "MAINPID": str(os.getpid()), "STATUS": "serving 0"}
     harness.timers.advance(1.9)
     assert manager.is_silent(0.01)
@@ -111,103 +112,103 @@ def test_watchdog_is_fed_twice_per_interval(manager: FakeServiceManager) -> None
     assert manager.next() == {"WATCHDOG": "1", "STATUS": "serving 1"}
     harness.timers.advance(2)
     assert manager.next() == {"WATCHDOG": "1"}
-    harness.supervision.close()
+    harness.manager.close()
     harness.timers.advance(100)
 
 
 def test_without_watchdog_only_status_changes_are_sent(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=None)
-    harness.supervision.ready()
+    harness = ManagerHarness(manager, watchdog=None)
+    harness.ready()
     manager.next()
     harness.timers.advance(STATUS_INTERVAL * 3)
     assert manager.is_silent(0.01)
     harness.status = "serving 1"
     harness.timers.advance(STATUS_INTERVAL)
     assert manager.next() == {"STATUS": "serving 1"}
-    harness.supervision.close()
+    harness.manager.close()
 
 
 def test_tiny_watchdog_interval_does_not_occupy_the_loop(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=0.000_001)
-    harness.supervision.ready()
+    harness = ManagerHarness(manager, watchdog=0.000_001)
+    harness.ready()
     harness.timers.advance(0.1)
     manager.next()
     fed = 0
     while not manager.is_silent(0.01):
         fed += 1
     assert 1 <= fed <= 6
-    harness.supervision.close()
+    harness.manager.close()
 
 
 def test_long_watchdog_interval_keeps_status_fresh(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=3600)
-    harness.supervision.ready()
+    harness = ManagerHarness(manager, watchdog=3600)
+    harness.ready()
     manager.next()
     harness.timers.advance(STATUS_INTERVAL + 0.1)
     assert manager.next() == {"WATCHDOG": "1"}
-    harness.supervision.close()
+    harness.manager.close()
 
 
 def test_reload_is_reported_with_its_time_and_always_ends(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=None)
-    harness.supervision.ready()
+    harness = ManagerHarness(manager, watchdog=None)
+    harness.ready()
     manager.next()
-    with harness.supervision.reloading():
+    with harness.manager.reloading():
         assert manager.next() == {"RELOADING": "1", "MONOTONIC_USEC": "12500000"}
     assert manager.next() == {"READY": "1", "STATUS": "serving 0"}
 
     def fail() -> None:
-        with harness.supervision.reloading():
+        with harness.manager.reloading():
             raise ValueError("no configuration")
 
     with pytest.raises(ValueError, match="no configuration"):
         fail()
     assert manager.next()["RELOADING"] == "1"
     assert manager.next() == {"READY": "1", "STATUS": "serving 0"}
-    harness.supervision.close()
+    harness.manager.close()
 
 
 def test_reload_is_not_reported_before_ready_or_during_drain(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=None)
-    with harness.supervision.reloading():
+    harness = ManagerHarness(manager, watchdog=None)
+    with harness.manager.reloading():
         assert manager.is_silent(0.01)
-    harness.supervision.ready()
+    harness.ready()
     manager.next()
-    harness.supervision.stopping(1.0)
+    harness.manager.stopping(1.0)
     manager.next()
-    with harness.supervision.reloading():
+    with harness.manager.reloading():
         assert manager.is_silent(0.01)
-    harness.supervision.close()
+    harness.manager.close()
 
 
 def test_drain_extends_the_timeout_and_feeds_the_watchdog(manager: FakeServiceManager) -> None:
-    harness = SupervisionHarness(manager, watchdog=4.0)
-    harness.supervision.ready()
+    harness = ManagerHarness(manager, watchdog=4.0)
+    harness.ready()
     manager.next()
-    harness.supervision.stopping(30.0)
+    harness.manager.stopping(30.0)
     assert manager.next() == {"STOPPING": "1", "STATUS": "draining", "EXTEND_TIMEOUT_USEC": "40000000"}
     harness.timers.advance(2.1)
     assert manager.next() == {"WATCHDOG": "1"}
-    harness.supervision.close()
+    harness.manager.close()
 
 
 def test_supervision_without_service_manager_does_nothing() -> None:
     timers: Any = FakeTimers()
-    supervision = Supervision(ServiceManager(), timers, FakeClock(), lambda: "")
-    supervision.ready()
-    with supervision.reloading():
+    manager = ServiceManager()
+    manager.ready(timers, lambda: "")
+    with manager.reloading():
         pass
-    supervision.stopping(1.0)
-    supervision.close()
+    manager.stopping(1.0)
+    manager.close()
     assert timers.armed == []
 
 
 def test_unreachable_service_manager_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timers: Any = FakeTimers()
-    supervision = Supervision(ServiceManager(str(tmp_path / "gone")), timers, FakeClock(), lambda: "serving")
-    supervision.ready()
+    manager = ServiceManager(str(tmp_path / "gone"))
+    manager.ready(timers, lambda: "serving")
     assert "service_manager.unreachable" in capsys.readouterr().err
-    supervision.close()
+    manager.close()
 
 
 # --- real processes ------------------------------------------------------------------------------------------

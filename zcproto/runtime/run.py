@@ -1,4 +1,4 @@
-"""`serve()`: a process that is a server, with signals and exit codes.
+"""`serve()`: a process that is a server, with its protection, signals and exit codes.
 
 SIGTERM, SIGINT    drain; a second one ends the process at once
 SIGHUP             reload the configuration, reopen the log file
@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import os
 import re
+import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from zcproto.app.app import App
-from zcproto.common.clock import system_clock
 from zcproto.common.event_loop import new_event_loop
+from zcproto.common.file_limit import raise_file_limit
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
-from zcproto.runtime.process import FileLimit, Risk, harden, tune_interpreter
 from zcproto.runtime.server import Server
-from zcproto.runtime.service_manager import ServiceManager, Supervision
+from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.state import log
+
+_PR_SET_DUMPABLE: Final = 4
+KEY_LOG: Final = "SSLKEYLOGFILE"
+
+GC_THRESHOLDS: Final = (20_000, 50, 100)
+"""The default thresholds would walk every object of 10,000 connections again and again."""
+
+SWITCH_INTERVAL: Final = 0.000_5
+"""Seconds that another thread may hold the interpreter while the loop waits; the default of 5 ms is noticeable."""
+
+SPARE_FILES: Final = 256
+"""Descriptors in addition to those of connections: certificates, the store, the log, pipes."""
 
 REDIRECT_SOCKET: Final = "redirect"
 """FileDescriptorName= of a socket without TLS, for http.redirect_port. All others are for TLS."""
@@ -57,7 +72,7 @@ def serve(
     server = Server(app, config, home=home, **options)
     configure_logging(server.config.log)
     server.owns_log = True
-    server.on_config = FileLimit().raise_for
+    server.on_config = raise_limit_for
     server.on_config(server.config)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -67,7 +82,7 @@ def serve(
 
 
 async def _serve(
-    server: Server, ready: Callable[[Server], None], manager: ServiceManager, risks: list[Risk]
+    server: Server, ready: Callable[[Server], None], manager: ServiceManager, risks: dict[str, str]
 ) -> None:
     loop = asyncio.get_running_loop()
     stop, force = asyncio.Event(), asyncio.Event()
@@ -86,27 +101,26 @@ async def _serve(
     server.on_drain = on_drain
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop_signal)
-    supervision = Supervision(manager, loop, system_clock, server.summary)
-    server.around_reload = supervision.reloading
+    server.around_reload = manager.reloading
     reloads: set[asyncio.Task[None]] = set()
 
     def on_hangup() -> None:
         if len(reloads) > 1:  # the one that waits will read whatever has changed by then
             return
-        reload = loop.create_task(_reload(server, supervision))
+        reload = loop.create_task(_reload(server, manager))
         reloads.add(reload)
         reload.add_done_callback(reloads.discard)
 
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     loop.set_exception_handler(log_loop_fault)
     await server.start()
-    for risk in risks:
-        log.warning(risk.event, cure=risk.cure)
+    for event, cure in risks.items():
+        log.warning(event, cure=cure)
     tune_interpreter()
     ready(server)
-    supervision.ready()
+    manager.ready(loop, server.summary)
     await stop.wait()
-    supervision.stopping(server.config.server.drain_timeout if drain_timeout is None else drain_timeout)
+    manager.stopping(server.config.server.drain_timeout if drain_timeout is None else drain_timeout)
     draining = loop.create_task(server.drain())
     forced = loop.create_task(force.wait())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
@@ -115,15 +129,15 @@ async def _serve(
         _exit_at_once()
     forced.cancel()
     draining.result()
-    supervision.close()
+    manager.close()
     if server.state.tasks.running:  # methods that cannot be cancelled would block the end of the loop
         _exit_at_once()
 
 
-async def _reload(server: Server, supervision: Supervision) -> None:
+async def _reload(server: Server, manager: ServiceManager) -> None:
     """Handle SIGHUP: reload the configuration and reopen the log file."""
     if not server.can_reload:
-        with supervision.reloading():
+        with manager.reloading():
             reopen_log()
         return
     with contextlib.suppress(ConfigError):  # logged by the reload
@@ -142,3 +156,75 @@ def _exit_at_once() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+# --- the process ------------------------------------------------------------------------------------------
+
+
+def deny_core_dumps() -> None:
+    """Keep a crash from writing the memory to the disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+
+
+def deny_tracing() -> bool:
+    """Keep other processes of this user from tracing this one: on Linux, prctl(PR_SET_DUMPABLE, 0).
+
+    Its folder in /proc belongs to root from then on; stat, statm and status stay readable for everyone. Core dumps
+    through a pipe, which RLIMIT_CORE does not forbid, are prevented too. Return False on an unsupported system.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    return bool(prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
+
+
+def forget_key_log(environ: MutableMapping[str, str]) -> bool:
+    """Remove SSLKEYLOGFILE from the environment; return whether it was set.
+
+    Some builds of OpenSSL write the keys of every connection to that file. It is meant for debugging a client; a
+    variable that was left over must not expose a server.
+    """
+    return environ.pop(KEY_LOG, None) is not None
+
+
+def harden(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """Protect this process; return the log events of risks that only the operator can remove, and the cures.
+
+    None of it stops root, and keys in Python `bytes` cannot be erased. It keeps the memory from the disk and from
+    other processes of the same user.
+    """
+    found = {}
+    deny_core_dumps()
+    if not deny_tracing():
+        found["server.traceable"] = "keep other processes from its user"
+    if forget_key_log(environ):
+        found["server.key_log_ignored"] = f"unset {KEY_LOG}; no keys are written"
+    if os.geteuid() == 0:
+        found["server.runs_as_root"] = "run it as a separate user: zcproto deploy systemd"
+    return found
+
+
+def tune_interpreter() -> None:
+    """Give other threads (certificates, the disk) short turns, and exclude long-lived objects from collections."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+def raise_limit_for(config: Config) -> None:
+    """Raise the limit on open files to what a configuration needs."""
+    _raise_file_limit(config.limits.max_connections + SPARE_FILES)
+
+
+@cache
+def _raise_file_limit(wanted: int) -> None:
+    limit = raise_file_limit(wanted)
+    if limit < wanted:
+        log.warning(
+            "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
+        )

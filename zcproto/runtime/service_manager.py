@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Final, NamedTuple, Self
 
-from zcproto.common.clock import Clock
+from zcproto.common.clock import Clock, system_clock
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.server.state import log
@@ -59,23 +59,34 @@ class PassedSocket(NamedTuple):
 
 
 class ServiceManager:
-    """The service manager of this process, if it has one.
+    """The service manager of this process. Without one, every method does nothing.
 
     `watchdog` is the seconds within which WATCHDOG=1 is expected, None without a watchdog. `sockets` are the passed
-    sockets, `failed` counts messages that could not be sent.
+    sockets.
     """
 
     def __init__(
-        self, notify_address: str = "", watchdog: float | None = None, sockets: tuple[PassedSocket, ...] = ()
+        self,
+        notify_address: str = "",
+        watchdog: float | None = None,
+        sockets: tuple[PassedSocket, ...] = (),
+        clock: Clock = system_clock,
     ) -> None:
         self.watchdog = watchdog
         self.sockets = sockets
-        self.failed = 0
+        self._clock = clock
         self._address = "\0" + notify_address[1:] if notify_address.startswith("@") else notify_address
         self._socket: socket.socket | None = None
         if notify_address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
+        self._interval = STATUS_INTERVAL
+        if watchdog is not None:
+            self._interval = max(MIN_INTERVAL, min(STATUS_INTERVAL, watchdog / 2))
+        self._next: asyncio.TimerHandle | None = None
+        self._status: Callable[[], str] = lambda: ""
+        self._reported = ""
+        self._is_stopping = False
 
     @classmethod
     def from_environ(cls, environ: MutableMapping[str, str], pid: int) -> Self:
@@ -108,11 +119,62 @@ class ServiceManager:
         try:
             self._socket.sendto(text.encode(), self._address)
         except OSError:  # the receiver is gone or too slow; the service continues
-            self.failed += 1
             return False
         return True
 
+    # --- reports of a server -------------------------------------------------------------------------
+
+    def ready(self, loop: asyncio.AbstractEventLoop, status: Callable[[], str]) -> None:
+        """Report that the server listens, and feed the watchdog from now on. `status` describes the load."""
+        if not self.is_present:
+            return
+        if self.watchdog is not None and not faulthandler.is_enabled() and sys.stderr is not None:
+            faulthandler.enable()
+        self._status, self._reported = status, status()
+        if not self.notify(READY=1, MAINPID=os.getpid(), STATUS=self._reported):
+            log.warning("service_manager.unreachable", cure="unset NOTIFY_SOCKET, or start it by systemd")
+        self._next = loop.call_later(self._interval, self._tick, loop)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._next = loop.call_later(self._interval, self._tick, loop)
+        values: dict[str, str | int] = {}
+        if self.watchdog is not None:
+            values["WATCHDOG"] = 1
+        status = self._status()
+        if status != self._reported:
+            values["STATUS"] = status
+        if values and self.notify(**values):
+            self._reported = status
+
+    @contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Report a reload while the body runs, and readiness after it, whatever its outcome.
+
+        Reports nothing before `ready` and during a drain.
+        """
+        if self._next is None or self._is_stopping:
+            yield
+            return
+        # Type=notify-reload compares this time with that of its signal (systemd.service(5)).
+        self.notify(RELOADING=1, MONOTONIC_USEC=int(self._clock.now() * USEC))
+        try:
+            yield
+        finally:
+            self._reported = self._status()
+            self.notify(READY=1, STATUS=self._reported)
+
+    def stopping(self, drain_timeout: float) -> None:
+        """Report a drain of at most `drain_timeout` seconds. The watchdog is still fed."""
+        self._is_stopping = True
+        self.notify(
+            STOPPING=1, STATUS="draining", EXTEND_TIMEOUT_USEC=int((drain_timeout + STOP_MARGIN) * USEC)
+        )
+        self._status = lambda: "draining"
+        self._reported = "draining"
+
     def close(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -154,82 +216,3 @@ def _number(found: Mapping[str, str], name: str, least: int, most: int) -> int:
 
 def _fault(name: str, value: str, sentence: str) -> ConfigError:
     return ConfigError([f"{name} = {escape_text(value, 60)!r} (environment): {sentence}"])
-
-
-class Supervision:
-    """Reports the state of a server to the service manager. Without one, every method does nothing.
-
-    `status` returns one sentence on the load.
-    """
-
-    def __init__(
-        self,
-        manager: ServiceManager,
-        loop: asyncio.AbstractEventLoop,
-        clock: Clock,
-        status: Callable[[], str],
-    ) -> None:
-        self._manager = manager
-        self._loop = loop
-        self._clock = clock
-        self._status = status
-        self._reported = ""
-        self._interval = STATUS_INTERVAL
-        if manager.watchdog is not None:
-            self._interval = max(MIN_INTERVAL, min(STATUS_INTERVAL, manager.watchdog / 2))
-        self._next: asyncio.TimerHandle | None = None
-        self._is_stopping = False
-
-    def ready(self) -> None:
-        """Report that the server listens, and feed the watchdog from now on."""
-        manager = self._manager
-        if not manager.is_present:
-            return
-        if manager.watchdog is not None and not faulthandler.is_enabled() and sys.stderr is not None:
-            faulthandler.enable()
-        self._reported = self._status()
-        if not manager.notify(READY=1, MAINPID=os.getpid(), STATUS=self._reported):
-            log.warning("service_manager.unreachable", cure="unset NOTIFY_SOCKET, or start it by systemd")
-        self._next = self._loop.call_later(self._interval, self._tick)
-
-    def _tick(self) -> None:
-        self._next = self._loop.call_later(self._interval, self._tick)
-        values: dict[str, str | int] = {}
-        if self._manager.watchdog is not None:
-            values["WATCHDOG"] = 1
-        status = self._status()
-        if status != self._reported:
-            values["STATUS"] = status
-        if values and self._manager.notify(**values):
-            self._reported = status
-
-    @contextmanager
-    def reloading(self) -> Iterator[None]:
-        """Report a reload while the body runs, and readiness after it, whatever its outcome.
-
-        Reports nothing before `ready` and during a drain.
-        """
-        if self._next is None or self._is_stopping:
-            yield
-            return
-        # Type=notify-reload compares this time with that of its signal (systemd.service(5)).
-        self._manager.notify(RELOADING=1, MONOTONIC_USEC=int(self._clock.now() * USEC))
-        try:
-            yield
-        finally:
-            self._reported = self._status()
-            self._manager.notify(READY=1, STATUS=self._reported)
-
-    def stopping(self, drain_timeout: float) -> None:
-        """Report a drain of at most `drain_timeout` seconds. The watchdog is still fed."""
-        self._is_stopping = True
-        self._manager.notify(
-            STOPPING=1, STATUS="draining", EXTEND_TIMEOUT_USEC=int((drain_timeout + STOP_MARGIN) * USEC)
-        )
-        self._status = lambda: "draining"
-        self._reported = "draining"
-
-    def close(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-        self._manager.close()

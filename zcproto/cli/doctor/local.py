@@ -22,7 +22,7 @@ from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, w
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.runtime.process import KEY_LOG, SPARE_FILES
+from zcproto.runtime.run import KEY_LOG, SPARE_FILES
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from zcproto.runtime import process as process_module
-from zcproto.runtime.process import deny_tracing, forget_key_log, harden
+from zcproto.runtime import run as run_module
+from zcproto.runtime.run import deny_tracing, forget_key_log, harden
 
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from zcproto.runtime.process import harden
+from zcproto.runtime.run import harden
 from zcproto.observe.process import resident_bytes
 if os.geteuid() == 0:
     os.setgroups([])
@@ -29,7 +29,7 @@ if os.geteuid() == 0:
     os.setuid(65534)
 found = harden(os.environ)
 print(json.dumps({
-    "events": [each.event for each in found],
+    "events": list(found),
     "key_log": os.environ.get("SSLKEYLOGFILE"),
     "resident": resident_bytes(),
     "open_files": len(os.listdir("/proc/self/fd")),
@@ -84,16 +84,16 @@ def test_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch)
     limits: list[Any] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (5, 9))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append((kind, pair)))
-    process_module.deny_core_dumps()
+    run_module.deny_core_dumps()
     assert limits == [(resource.RLIMIT_CORE, (0, 9))]
 
 
 @pytest.mark.parametrize(("uid", "events"), [(0, ["server.runs_as_root"]), (1000, [])])
 def test_running_as_root_is_a_risk(monkeypatch: pytest.MonkeyPatch, uid: int, events: list[str]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    monkeypatch.setattr(process_module, "deny_tracing", lambda: True)
-    monkeypatch.setattr(process_module, "deny_core_dumps", lambda: None)
-    assert [risk.event for risk in harden({})] == events
+    monkeypatch.setattr(run_module, "deny_tracing", lambda: True)
+    monkeypatch.setattr(run_module, "deny_core_dumps", lambda: None)
+    assert list(harden({})) == events
 
 
 def test_missing_prctl_is_a_risk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +105,6 @@ def test_missing_prctl_is_a_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not deny_tracing()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not deny_tracing()
-    monkeypatch.setattr(process_module, "deny_core_dumps", lambda: None)
+    monkeypatch.setattr(run_module, "deny_core_dumps", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert [risk.event for risk in harden({})] == ["server.traceable"]
+    assert list(harden({})) == ["server.traceable"]
