@@ -33,7 +33,6 @@ from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
 from zcproto.runtime import build as build_module
-from zcproto.runtime import process as process_module
 from zcproto.runtime import run
 from zcproto.runtime import server as server_module
 from zcproto.runtime.run import GC_THRESHOLDS, SWITCH_INTERVAL, serve
@@ -342,7 +341,7 @@ async def test_running_methods_after_drain_exit_the_process(exits: list[int]) ->
 def test_low_file_limit_is_logged(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(process_module, "raise_file_limit", lambda wanted: 100)
+    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
     listening: list[Server] = []
     thread = signal_when(lambda: listening)
     serve(None, configuration(home), home=home, ready=listening.append)
