@@ -344,7 +344,8 @@ def test_low_file_limit_is_logged(
     monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
     listening: list[Server] = []
     thread = signal_when(lambda: listening)
-    serve(None, configuration(home), home=home, ready=listening.append)
+    config = configuration(home, limits__max_connections=499)  # the limit of 500 has been raised
+    serve(None, config, home=home, ready=listening.append)
     thread.join()
     assert '"event":"server.file_limit"' in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from zcproto.admin.https import HttpSide
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
-from zcproto.auth import Login, RegisteredDevice, Throttle, User
+from zcproto.auth import Login, RegisteredDevice, User
 from zcproto.auth.directory import Directory
 from zcproto.certs.manager import CertificateManager
 from zcproto.certs.pair import CertificatePair
@@ -48,7 +48,6 @@ class Parts:
     certificates: CertificateManager
     state: ServerState
     store: StoreSync | None
-    throttle: Throttle
     login: Login
     users: Directory[User] | None
     devices: Directory[RegisteredDevice] | None

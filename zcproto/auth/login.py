@@ -49,7 +49,7 @@ class Login:
             self._authenticators[authenticator.scheme] = authenticator
             if isinstance(authenticator, DeviceAuthenticator):
                 self._devices = authenticator
-        self._throttle = throttle
+        self.throttle = throttle
         self._pending: dict[str, int] = {}
         self.throttled = 0
         self.accepted = dict.fromkeys([*self._authenticators, ATTACH], 0)
@@ -93,10 +93,10 @@ class Login:
         self, identity: Identity | None, scheme: str, name: str, address: str, now: float
     ) -> Identity:
         if identity is None:
-            self._throttle.failed(name, address, now)
+            self.throttle.failed(name, address, now)
             self.refused[scheme] += 1
             raise Unauthenticated("the login was not accepted; check the name, and the key or certificate")
-        self._throttle.succeeded(name, address, now)
+        self.throttle.succeeded(name, address, now)
         self.accepted[scheme] += 1
         return identity
 
@@ -119,12 +119,12 @@ class Login:
         if devices is None or not await self._decision(
             key, devices.attaches(key, user, signature, token, channel)
         ):
-            self._throttle.failed(key, address, now)
+            self.throttle.failed(key, address, now)
             self.refused[ATTACH] += 1
             raise Unauthenticated(
                 "the key was not proved; sign for this connection, with the key of the session"
             )
-        self._throttle.succeeded(key, address, now)
+        self.throttle.succeeded(key, address, now)
         self.accepted[ATTACH] += 1
 
     def is_gone(self, key: str) -> bool:
@@ -152,7 +152,7 @@ class Login:
         return authenticator
 
     def _admit(self, name: str, address: str, now: float) -> None:
-        retry_after_ms = self._throttle.check(name, address, now)
+        retry_after_ms = self.throttle.check(name, address, now)
         if not retry_after_ms and name and self._pending.get(name, 0) >= MAX_PENDING:
             retry_after_ms = _RETRY_PENDING_MS
         if retry_after_ms:

@@ -1,6 +1,6 @@
 """Builds the parts of a server from its configuration, in order of dependency.
 
-    build_alerts -> build_certificates -> build_sessions -> build_login -> build_endpoints -> Parts
+    build_alerts -> build_certificates -> build_state -> build_login -> build_endpoints -> Parts
 
 Nothing listens or runs yet; zcproto/runtime/server.py starts what this file makes. All faults of the configuration
 and the certificates are raised here, before a port is bound.
@@ -89,9 +89,7 @@ async def build(
     wheel = DeadlineWheel(loop)
     alerts = await build_alerts(config, clock, entropy)
     certificates = await build_certificates(config, alerts, clock, progress)
-    sessions = await build_sessions(config, home, alerts, wheel, clock, entropy)
-    state = build_state(config, sessions, wheel, clock, entropy)
-    state.on_revoked = partial(on_revoked, alerts)
+    state, store = await build_state(config, home, alerts, wheel, clock, entropy)
     login = build_login(active, home, state, certificates, authenticators)
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment), *app])
@@ -103,8 +101,7 @@ async def build(
         alerts=alerts,
         certificates=certificates,
         state=state,
-        store=sessions.store,
-        throttle=login.throttle,
+        store=store,
         login=login.login,
         users=login.users,
         devices=login.devices,
@@ -115,7 +112,10 @@ async def build(
         traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )
     watch_rates(parts)
-    add_views(parts)
+    state.add_methods([stats_method(parts)])
+    if http is not None:
+        for route in Resources(parts).routes():
+            http.router.add(route)
     return parts
 
 
@@ -132,9 +132,8 @@ def _work_done(state: ServerState, acceptor: TlsAcceptor) -> int:
 async def build_alerts(config: Config, clock: Clock, entropy: Entropy) -> ServerAlerts:
     """Build the alerts and the sinks that they are sent to."""
     sinks = await asyncio.to_thread(sinks_of, config.alerts, clock)
-    return ServerAlerts(
-        config.alerts, sinks, clock=clock, entropy=entropy, source=alert_source(config.server.port)
-    )
+    source = alert_source(config.server.port)
+    return ServerAlerts(config.alerts, sinks, clock=clock, entropy=entropy, source=source)
 
 
 def alert_source(port: int) -> str:
@@ -158,19 +157,11 @@ async def build_certificates(
     return certificates
 
 
-class SessionParts(NamedTuple):
-    """The registry and its store; `store` is None if sessions end with the process."""
-
-    registry: SessionRegistry
-    sessions: SessionService
-    connections: SessionConnections
-    store: StoreSync | None
-
-
-async def build_sessions(
+async def build_state(
     config: Config, home: Home, alerts: ServerAlerts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
-) -> SessionParts:
-    """Build the registry of sessions, and its store if one is configured."""
+) -> tuple[ServerState, StoreSync | None]:
+    """Build what all connections share, and the store of sessions; None if they end with the process."""
+    loop = asyncio.get_running_loop()
     on_event = partial(on_store_event, alerts)
     store = await asyncio.to_thread(build_store, config, home, on_event)
     settings = session_settings(config)
@@ -178,10 +169,9 @@ async def build_sessions(
         settings = replace(settings, max_sessions=NEAR_CACHE)
     registry = SessionRegistry(settings, entropy)
     connections = SessionConnections()
-    if store is None:
-        sessions: SessionService = SessionService(registry, clock)
-        sync = None
-    else:
+    sync = None
+    sessions = SessionService(registry, clock)
+    if store is not None:
         sync = StoreSync(
             store,
             registry,
@@ -198,18 +188,10 @@ async def build_sessions(
         )
         sessions = StoredSessionService(sync, settings, clock)
     sessions.on_reuse = partial(on_refresh_reused, alerts)
-    return SessionParts(registry, sessions, connections, sync)
-
-
-def build_state(
-    config: Config, sessions: SessionParts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
-) -> ServerState:
-    """Build what all connections share."""
-    loop = asyncio.get_running_loop()
     tasks = EagerTasks(loop)
-    return ServerState(
-        settings=replace(connection_settings(config), looks_up=sessions.sessions.is_shared),
-        registry=sessions.registry,
+    state = ServerState(
+        settings=replace(connection_settings(config), looks_up=sessions.is_shared),
+        registry=registry,
         wheel=wheel,
         tasks=tasks,
         call_soon=loop.call_soon,
@@ -217,24 +199,25 @@ def build_state(
         entropy=entropy,
         write_buffer_bytes=config.limits.write_buffer_bytes,
         write_timeout=config.limits.write_timeout,
-        sessions=sessions.sessions,
-        session_connections=sessions.connections,
+        sessions=sessions,
+        session_connections=connections,
         idempotency=IdempotencyCache(
             tasks,
             clock,
-            breaker=None if sessions.store is None else sessions.store.breaker,
+            breaker=None if sync is None else sync.breaker,
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
         ),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
+        on_revoked=partial(on_revoked, alerts),
     )
+    return state, sync
 
 
 class LoginParts(NamedTuple):
     """The login. The others are `None` if the program brings its own authenticators."""
 
     login: Login
-    throttle: Throttle
     users: Directory[User] | None = None
     devices: Directory[RegisteredDevice] | None = None
     enrollment: Enrollment | None = None
@@ -250,7 +233,7 @@ def build_login(
     """Build the login: with these authenticators, or with the home's users, devices and client certificates."""
     throttle = Throttle(active.config.limits.login_failures)
     if authenticators is not None:
-        return LoginParts(Login(authenticators, throttle), throttle)
+        return LoginParts(Login(authenticators, throttle))
     users = Directory(UserFile(home.users), on_gone=partial(end_user_sessions, state))
     device_file = DeviceFile(home.devices)
     devices = Directory(device_file, on_gone=partial(end_device_sessions, state))
@@ -268,7 +251,7 @@ def build_login(
             CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)
         )
     state.binding.is_user = users.is_known
-    return LoginParts(Login(found, throttle), throttle, users, devices, enrollment)
+    return LoginParts(Login(found, throttle), users, devices, enrollment)
 
 
 def _log_device_refused(reason: str, address: str) -> None:
@@ -322,14 +305,6 @@ def build_endpoints(
 
 def _log_tls_failure(failure: TlsFailure, peer: str) -> None:
     log.info("tls.failed", cause=failure.value, peer=peer)
-
-
-def add_views(parts: Parts) -> None:
-    """Add what reports on the parts: the method `server.stats`, and the HTTPS resources."""
-    parts.state.add_methods([stats_method(parts)])
-    if parts.http is not None:
-        for route in Resources(parts).routes():
-            parts.http.router.add(route)
 
 
 # --- settings from the configuration ---------------------------------------------------------------------

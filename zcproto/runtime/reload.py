@@ -133,7 +133,7 @@ def _apply(parts: Parts, new: Config) -> None:
         state.registry.reconfigure(settings)
         state.sessions.reconfigure(settings)
     state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
-    parts.throttle.reconfigure(limits.login_failures)
+    parts.login.throttle.reconfigure(limits.login_failures)
     parts.acceptor.handshake_timeout = new.tls.handshake_timeout
     parts.acceptor.client_pins = parse_pins(new.tls.client_pins)
     parts.listener.reconfigure(new)
