@@ -1,15 +1,8 @@
-"""Run all checks, fastest first: `python -m tests`.
-
-    --quick           only the tests: no style, types or coverage
-    --another-python  like --quick, without tests whose result does not depend on the version of Python
-    --all             also the slow tests: whole measurements at a small size
-    --fix             apply ruff's automatic fixes first
-
-Further arguments are passed to pytest.
-"""
+"""Run all checks, fastest first: `python -m tests`. `python -m tests --help` lists the options."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -73,15 +66,13 @@ REFERENCE_S = 0.04
 
 MAX_SLOWDOWN = 5.0
 
-OPTIONS = ("--quick", "--another-python", "--all", "--fix")
-
 
 def main(arguments: list[str]) -> int:
-    is_another_python = "--another-python" in arguments
-    is_quick = is_another_python or "--quick" in arguments
+    chosen, for_pytest = parse(arguments)
+    is_quick = chosen.quick or chosen.another_python
     slowdown = calibrate()
     print(f"-- timeouts are multiplied by {slowdown:.1f} for this machine and its load", flush=True)
-    if "--fix" in arguments:
+    if chosen.fix:
         run("ruff", "check", "--fix", "-q", ".")
         run("ruff", "format", "-q", ".")
     if not is_quick and not all(
@@ -89,11 +80,33 @@ def main(arguments: list[str]) -> int:
     ):
         return 1
     options = ["-o", f"timeout={TEST_TIMEOUT_S * slowdown:.0f}"]
-    options += [] if "--all" in arguments else ["-m", "not slow"]
-    for_pytest = [argument for argument in arguments if argument not in OPTIONS]
+    options += [] if chosen.all else ["-m", "not slow"]
     if for_pytest:
         return 0 if run("pytest", *options, *for_pytest, slowdown=slowdown) else 1
-    return 0 if run_groups(options, slowdown, is_quick=is_quick, is_another_python=is_another_python) else 1
+    passed = run_groups(options, slowdown, is_quick=is_quick, is_another_python=chosen.another_python)
+    return 0 if passed else 1
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options and the arguments for pytest."""
+    parser = argparse.ArgumentParser(
+        "python -m tests",
+        usage="%(prog)s [OPTION]... [PYTEST_ARGUMENT]...",
+        description="Check style and types, then run all tests and check their coverage.",
+        epilog="Other arguments, such as `-x tests/wire`, are passed to one run of pytest, without coverage.",
+        allow_abbrev=False,
+    )
+    for option, meaning in (
+        ("--quick", "only the tests: no style, types or coverage"),
+        (
+            "--another-python",
+            "like --quick, without tests whose result does not depend on the version of Python",
+        ),
+        ("--all", "also the slow tests: whole measurements at a small size"),
+        ("--fix", "apply ruff's automatic fixes first"),
+    ):
+        parser.add_argument(option, action="store_true", help=meaning)
+    return parser.parse_known_args(arguments)
 
 
 def calibrate() -> float:
