@@ -13,6 +13,7 @@ from typing import Any
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
+from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionRegistry, SessionSettings
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
@@ -32,6 +33,8 @@ WALL = 1_767_225_600_000
 NOW = 1_000.0
 """Monotonic seconds at the start of a test."""
 SALT = bytes.fromhex("a1b2c3d4e5f60718")
+FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED})
+"""Codes that always end the connection (STALE_TIMESTAMP does so on stream 0 only)."""
 
 
 class FakeClock:

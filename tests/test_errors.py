@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 
+from tests.helpers import FATAL_CODES
 from zcproto import errors
 from zcproto.errors import (
-    FATAL_CODES,
     CallError,
     CertificateError,
     Code,
@@ -52,8 +52,8 @@ def test_codes_are_those_of_the_protocol() -> None:
     assert {code.value: code.name for code in Code} == NUMBERS
 
 
-def test_three_codes_are_fatal() -> None:
-    assert {64, 65, 66} == FATAL_CODES
+def test_three_codes_of_a_connection_are_of_no_call() -> None:
+    assert set(Code) - CallError.by_code.keys() == FATAL_CODES
 
 
 @pytest.mark.parametrize("code", [code for code in Code if code not in FATAL_CODES])

@@ -51,10 +51,6 @@ class Code(IntEnum):
     SESSION_REPLACED = 70
 
 
-FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED})
-"""Codes that always end the connection (STALE_TIMESTAMP does so on stream 0 only)."""
-
-
 class ZcprotoError(Exception):
     """The base of all exceptions of this package."""
 

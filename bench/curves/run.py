@@ -15,7 +15,7 @@ from bench.curves.echoes import BIG_FRAMES, ECHO_CONNECTIONS, Cost, echo_cost, r
 from bench.curves.sizes import Sizes
 from bench.curves.watch import Watched, load_new_server
 from bench.stage import CLIENT_CPU, Stages
-from zcproto.common.file_limit import raise_file_limit
+from zcproto.common.process import raise_file_limit
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.demo.run import SERVER_SPARE, temporary_home
 from zcproto.load.hdr import percentiles_ms

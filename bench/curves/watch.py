@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from bench.samples import Sample, Span
 from bench.stage import Stage, check_open_files, room_for
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.caller import Operator
 from zcproto.load.plan import Plan

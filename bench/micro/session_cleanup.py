@@ -36,7 +36,7 @@ from bench.micro.token_check import MAX_SLICE_MS, MIN_CLEAN_RATE, clean, fill
 from bench.report import Row
 from bench.valkey import VALKEY, Valkey
 from zcproto.common.clock import system_clock, system_entropy
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.sessions import TOKEN_SIZE, SessionRegistry, SessionSettings
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore

@@ -33,7 +33,7 @@ from bench.micro.timing import (
     time_rows,
 )
 from bench.report import Row
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores.sqlite.store import SqliteStore

@@ -25,7 +25,7 @@ from bench.micro.timing import STORE_TIMEOUT_S, clean_store, new_registry, open_
 from bench.report import Row
 from bench.valkey import VALKEY, Valkey
 from zcproto.common.clock import system_clock
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.errors import Code
 from zcproto.stores.base import Change
 from zcproto.stores.valkey.store import ValkeyStore

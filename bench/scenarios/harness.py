@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from bench.report import Row
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.errors import CallError, TlsError, ZcprotoError
 from zcproto.load.caller import Caller, Operator
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds

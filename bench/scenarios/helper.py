@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Final, Self
 
 from bench.stage import bench_environment
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.processes import module_command, on_processor
 

@@ -28,7 +28,7 @@ from bench.report import Report, Row
 from bench.scenarios.harness import for_each
 from bench.scenarios.sessions import Broken, ClientSession, check, is_accepted, open_session, refresh
 from bench.stage import ECDSA_ONLY, Server, Stage
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.errors import CallError, ConnectionClosed, Unavailable, ZcprotoError
 from zcproto.load.caller import Caller
 from zcproto.load.demo.run import temporary_home

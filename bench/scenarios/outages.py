@@ -33,7 +33,7 @@ from bench.scenarios.outage_churn import CALLS_PER_VICTIM, Churn, Phase, Victims
 from bench.scenarios.sessions import Broken, ClientSession, check, open_session
 from bench.stage import ECDSA_ONLY, Server, Stage, room_for
 from bench.valkey import Link, Valkey
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.load.caller import Caller, LoadTarget, Operator
 from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, require_open_files

@@ -31,7 +31,7 @@ from bench.scenarios.harness import FOREVER_S
 from bench.scenarios.helper import Helper
 from bench.scenarios.storm_clients import CameBack, Crowd, Honest, Hostile, Served
 from bench.stage import ECDSA_ONLY, SERVER_CPU, Server, Stage, check_open_files, memory_bytes, room_for
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.config import Config
 from zcproto.errors import Code, ConfigError
 from zcproto.load.demo.run import SERVER_SPARE, temporary_home

@@ -50,7 +50,7 @@ def test_added_device_is_found_after_reading(path: Path, devices: DeviceFile) ->
     assert devices.find("laptop") is None  # found by the next reading
     devices.load()
     assert devices.find("laptop") == RegisteredDevice("ada", KEYS[0], ADDED)
-    assert (len(devices), devices.read_names(), repr(devices)) == (
+    assert (len(devices.entries), devices.read_names(), repr(devices)) == (
         1,
         ["laptop"],
         f"DeviceFile({str(path)!r})",
@@ -151,7 +151,7 @@ def faults(devices: DeviceFile) -> list[str]:
 def test_missing_file_has_no_devices(devices: DeviceFile) -> None:
     assert devices.changed()
     devices.load()
-    assert len(devices) == 0
+    assert devices.entries == {}
     assert not devices.changed()
 
 

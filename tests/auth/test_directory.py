@@ -269,6 +269,6 @@ async def test_unreadable_file_ends_no_session(
     good = path.read_bytes()
     reported = await watched.run(lambda: write(path, "nonsense"), path.unlink, lambda: write(path, good))
     assert reported == [[], [], []]
-    assert len(watched.directory.file) == 1
+    assert len(watched.directory.file.entries) == 1
     names = [json.loads(line)["event"].partition(".")[2] for line in capsys.readouterr().err.splitlines()]
     assert names == ["unreadable", "unreadable"]  # the recovery is below the default level

@@ -87,7 +87,7 @@ def test_added_user_is_found_by_writer_and_reader(path: Path, users: UserFile) -
         assert user is not None
         assert (user.digest, user.operator) == (digest_of(key), False)
         assert list(each.entries) == ["alice"]
-        assert len(each) == 1
+        assert len(each.entries) == 1
         assert not each.changed()
 
 
@@ -199,7 +199,7 @@ def test_many_concurrent_writers_lose_no_user(path: Path) -> None:
         thread.join()
     users = UserFile(path)
     users.load()
-    assert len(users) == 20
+    assert len(users.entries) == 20
 
 
 def test_comments_and_layout_survive_an_edit(path: Path, users: UserFile) -> None:

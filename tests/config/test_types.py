@@ -463,7 +463,8 @@ def test_duration_is_parsed(text: str, seconds: float) -> None:
      "1s1s", "1m1m", "1ms1s", "9999999999999s", "inf", "nans", "off", "\u0665s"],
 )  # fmt: skip
 def test_any_other_text_is_not_a_duration(text: str) -> None:
-    assert parse_duration(text) is None
+    with pytest.raises(ValueError, match="not a duration"):
+        parse_duration(text)
 
 
 @pytest.mark.parametrize(

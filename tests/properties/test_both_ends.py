@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.helpers import NOW, SALT, WALL, small_registry, with_requests
+from tests.helpers import FATAL_CODES, NOW, SALT, WALL, small_registry, with_requests
 from zcproto.connection.client import PONG_TIMEOUT, ClientConnection
 from zcproto.connection.events import (
     NEVER,
@@ -32,7 +32,6 @@ from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import TRANSITIONS, State
 from zcproto.errors import (
-    FATAL_CODES,
     CallError,
     Code,
     ConnectionClosed,

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.helpers import SALT, ConnectionPair, small_registry
+from tests.helpers import FATAL_CODES, SALT, ConnectionPair, small_registry
 from zcproto.connection.events import ConnectionEnded, Request, RequestEnded
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
-from zcproto.errors import FATAL_CODES, Code
+from zcproto.errors import Code
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, PONG, REQUEST, Kind
 from zcproto.wire.message import encode_body, encode_request
 

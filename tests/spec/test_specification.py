@@ -11,6 +11,7 @@ from types import ModuleType
 import jsonschema
 import pytest
 
+from tests.helpers import FATAL_CODES
 from tests.wire.vectors import (
     FOLDER,
     FRAME_FILES,
@@ -21,7 +22,7 @@ from tests.wire.vectors import (
     message_of,
     typed,
 )
-from zcproto.errors import FATAL_CODES, Code
+from zcproto.errors import Code
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import Kind, Side
 from zcproto.wire.message import METHOD_MAX_LENGTH

@@ -20,13 +20,14 @@ import errno
 import os
 import socket
 import stat
+import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
 from zcproto.common.files import staging_path, try_lock
 from zcproto.common.home import Home
-from zcproto.common.local_socket import address_of, peer_of
+from zcproto.common.local_socket import address_of
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer, Router
@@ -47,6 +48,7 @@ _NO_SOCKETS: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EO
 """A read-only folder, as in some containers, or a file system without sockets."""
 
 _ROOT: Final = 0
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _REFUSED: Final = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nContent-Length: 46\r\nConnection: close\r\n\r\n"
     b"this socket is for the server's user, and root"
@@ -140,7 +142,7 @@ class ControlSocket(AcceptLoop):
 
     def _admit(self, connection: socket.socket, address: Any) -> None:
         peer = peer_of(connection)
-        if peer is not None and peer.uid not in (self._own_uid, _ROOT):
+        if peer.uid not in (None, self._own_uid, _ROOT):
             self.refused += 1
             log.warning("control.refused", uid=peer.uid, pid=peer.pid)
             with contextlib.suppress(OSError):  # the peer has gone
@@ -154,7 +156,14 @@ class ControlSocket(AcceptLoop):
 
 
 def _peer(transport: asyncio.BaseTransport) -> ControlPeer:
-    found = peer_of(transport.get_extra_info("socket"))
-    if found is None:
+    return peer_of(transport.get_extra_info("socket"))
+
+
+def peer_of(connection: socket.socket) -> ControlPeer:
+    """Return the process that made a connection, which it cannot forge, if the system supports that."""
+    if not hasattr(socket, "SO_PEERCRED"):
         return ControlPeer("local")
-    return ControlPeer(f"local uid {found.uid}", uid=found.uid, pid=found.pid)
+    pid, uid, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return ControlPeer(f"local uid {uid}", uid=uid, pid=pid)

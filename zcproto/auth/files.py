@@ -148,9 +148,6 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
         self.entries: Mapping[str, Entry] = {}
         """The entries as of the last reading, in the order of the file. A new mapping after each change."""
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def find(self, name: str) -> Entry | None:
         """Return an entry that may open sessions, as of the last reading."""
         return self.entries.get(name)

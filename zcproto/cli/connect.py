@@ -127,7 +127,7 @@ def _read_key_file(path: Path, where: str) -> str:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run asynchronous work of a command."""
-    from zcproto.common.event_loop import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
+    from zcproto.common.process import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(work)

@@ -22,7 +22,7 @@ from zcproto.client.credentials import Device
 from zcproto.client.events import Event
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.errors import ConnectionClosed
 
 Result = TypeVar("Result")

@@ -154,13 +154,9 @@ def read_secret(path: Path, key: str, *, least: int = 1) -> str:
     Raises ConfigError if the file is missing, readable by others, or not one line of `least` to MAX_SECRET
     characters.
     """
-    try:
+    with file_errors(path, "read", lambda fault: config_error(f"{key}: {fault}")):
         data, status = read_file(path, MAX_SECRET + 2, forbidden=None)
         check_mode(path, status, OTHERS_ANY)
-    except OSError as error:
-        raise ConfigError([f"{key}: {escape_text(str(path))}: cannot be read: {error.strerror}"]) from error
-    except UnusableFileError as error:
-        raise ConfigError([f"{key}: {error}"]) from error
     text = data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
     if not least <= len(text) <= MAX_SECRET or not text.isprintable() or "\ufffd" in text:
         count = f"up to {MAX_SECRET}" if least == 1 else f"{least} to {MAX_SECRET}"

@@ -1,38 +1,18 @@
-"""Use UNIX sockets at paths of any length, and identify the process at the other end."""
+"""Use UNIX sockets at paths of any length."""
 
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 MAX_ADDRESS: Final = 107 if sys.platform == "linux" else 103
 """Bytes of a UNIX socket's path (unix(7))."""
 
-_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _DESCRIPTORS: Final = Path("/proc/self/fd")
-
-
-class LocalPeer(NamedTuple):
-    """The process at the other end and its user, at the time of the connection."""
-
-    pid: int
-    uid: int
-
-
-def peer_of(connection: socket.socket) -> LocalPeer | None:
-    """Return the process at the other end, which cannot forge it, or None if the system does not support that."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return None
-    pid, uid, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
-    return LocalPeer(pid, uid)
 
 
 @contextmanager

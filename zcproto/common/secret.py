@@ -8,7 +8,6 @@ long-lived values with few users, such as the secret of a webhook.
 
 from __future__ import annotations
 
-import hmac
 from typing import Final, Generic, NoReturn, Self, TypeVar
 
 _T = TypeVar("_T", bytes, str)
@@ -32,8 +31,7 @@ class _Masked:
 class Secret(_Masked, Generic[_T]):
     """A value that `repr`, `str` and formatting mask, and that cannot be pickled.
 
-    Only `reveal` returns the value, so that each use can be found by that name. Comparison takes the same time for
-    all secrets of one length.
+    Only `reveal` returns the value, so that each use can be found by that name.
     """
 
     __slots__ = ("_value",)
@@ -45,17 +43,6 @@ class Secret(_Masked, Generic[_T]):
     def reveal(self) -> _T:
         """Return the value."""
         return self._value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Secret):
-            return NotImplemented
-        return hmac.compare_digest(_as_bytes(self._value), _as_bytes(other._value))
-
-    def __hash__(self) -> int:
-        return hash(self._value)
-
-    def __len__(self) -> int:
-        return len(self._value)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret cannot be pickled or copied into another process")
@@ -82,7 +69,3 @@ class SecretText(_Masked, str):
     def reveal(self) -> str:
         """Return the value as plain text, to show it to its owner."""
         return self[:]
-
-
-def _as_bytes(value: bytes | str) -> bytes:
-    return value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value

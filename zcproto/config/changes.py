@@ -100,7 +100,6 @@ _NOT_SHOWN: Final = frozenset({"store.url", "alerts.webhook", "alerts.command"})
 """Keys whose values may be secrets or contain one."""
 
 MAX_SHOWN: Final = 200
-_NONE: Final[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class ConfigChange:
         return {"key": self.key, "old": self.old, "new": self.new, "effect": self.effect.value}
 
 
-def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> list[ConfigChange]:
+def changes_between(old: Config, new: Config, fixed: frozenset[str] = frozenset()) -> list[ConfigChange]:
     """Return every changed key, in the order of the file. `fixed` are further keys that take a restart."""
     found = []
     kept = _kept(old, new) | fixed
@@ -133,7 +132,7 @@ def changes_between(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> 
     return found
 
 
-def effective(old: Config, new: Config, fixed: frozenset[str] = _NONE) -> Config:
+def effective(old: Config, new: Config, fixed: frozenset[str] = frozenset()) -> Config:
     """Return the new configuration with the old values of keys that take a restart, and of those in `fixed`."""
     updates: dict[str, dict[str, object]] = {}
     for key in _kept(old, new) | fixed:

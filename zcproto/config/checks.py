@@ -30,21 +30,23 @@ class Check:
         return self.names.split()
 
 
-_SITE_CHECKS: Final = (
-    (
-        "key certificate",
-        "must be empty, if the files of certificates hold the keys too, or have as many paths as",
-        lambda keys, certificates: not keys or not certificates or len(keys) == len(certificates),
-    ),
-    (
-        "key_passphrase_file key_passphrase_variable",
-        "must be empty, since the passphrase comes from one place, with",
-        lambda file, variable: file is None or variable is None,
-    ),
-)
-SITE_CHECKS: Final = tuple(Check(*each) for each in _SITE_CHECKS)
-"""Checks between the keys of a site, and between those of the same names in [certificates]."""
+def _key_checks(prefix: str = "") -> tuple[Check, ...]:
+    return (
+        Check(
+            f"{prefix}key {prefix}certificate",
+            "must be empty, if the files of certificates hold the keys too, or have as many paths as",
+            lambda keys, certificates: not keys or not certificates or len(keys) == len(certificates),
+        ),
+        Check(
+            f"{prefix}key_passphrase_file {prefix}key_passphrase_variable",
+            "must be empty, since the passphrase comes from one place, with",
+            lambda file, variable: file is None or variable is None,
+        ),
+    )
 
+
+SITE_CHECKS: Final = _key_checks()
+"""Checks between the keys of a site. Those of [certificates] have the same names and checks."""
 
 PRELOAD_MAX_AGE: Final = 31_536_000
 """The least max-age, in seconds, that the preload lists of browsers accept."""
@@ -65,10 +67,7 @@ CHECKS: Final = (
         "must, while sessions.refresh is true, be at most",
         lambda lifetime, refresh_lifetime, refresh: lifetime <= refresh_lifetime or not refresh,
     ),
-    *(
-        Check(" ".join(f"certificates.{name}" for name in names.split()), demand, holds)
-        for names, demand, holds in _SITE_CHECKS
-    ),
+    *_key_checks("certificates."),
     Check(
         "certificates.certificate certificates.mode",
         "must not be empty with",

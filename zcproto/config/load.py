@@ -35,7 +35,6 @@ PREFIX: Final = "ZCPROTO_"
 COMMAND_LINE: Final = "command line"
 DEFAULT: Final = "default"
 
-_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _NAME: Final = re.compile(r"\.([^.\[]*)")
 
 _MAX_SHOWN: Final = 60
@@ -69,7 +68,7 @@ def load_config(
     *,
     home: Path,
     environ: Mapping[str, str],
-    overrides: Mapping[str, Any] = _NOTHING,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Config:
     """Return the configuration of a file, the environment and the command line.
 

@@ -175,13 +175,13 @@ def duration(low: str, high: str, *, off: bool = False) -> Accepts:
     In Python a number of seconds is accepted too. In a file `timeout = 30` does not say 30 of what: fields named
     in `text_fields` of the validation context must be text.
     """
-    least, most = _seconds(low), _seconds(high)
+    least, most = parse_duration(low), parse_duration(high)
 
     def check(value: object, info: ValidationInfo) -> float | None:
         if off and (value is None or value == "off"):
             return None
         if isinstance(value, str):
-            value = _seconds(value)
+            value = parse_duration(value)
         elif info.context is not None and info.field_name in info.context["text_fields"]:
             raise ValueError
         # Written so that NaN, which compares with nothing, is refused.
@@ -339,14 +339,14 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def parse_duration(text: str) -> float | None:
-    """Return a duration in seconds, or None if `text` is not one. Durations are whole milliseconds, at least 0.
+def parse_duration(text: str) -> float:
+    """Return a duration in seconds: whole milliseconds, at least 0. Raises ValueError for other text.
 
     Units are d, h, m, s and ms, each at most once, the largest first: "24h", "500ms", "1h30m".
     """
     match = _DURATION.fullmatch(text)
     if match is None or not text:
-        return None
+        raise ValueError("not a duration")
     parts = zip(match.groups(), _MS.values(), strict=True)
     return round(sum(float(number) * ms for number, ms in parts if number is not None)) / 1000
 
@@ -360,13 +360,6 @@ def format_duration(seconds: float) -> str:
         return "24h"  # more common than "1d"
     unit = next(unit for unit, size in _MS.items() if ms % size == 0)
     return f"{ms // _MS[unit]}{unit}"
-
-
-def _seconds(text: str) -> float:
-    seconds = parse_duration(text)
-    if seconds is None:
-        raise ValueError
-    return seconds
 
 
 def _int_from(text: str) -> object:

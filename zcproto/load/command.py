@@ -15,7 +15,7 @@ from typing import Final
 
 from rich.console import Console
 
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.load import hdr, report

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-from zcproto.common.file_limit import raise_file_limit
+from zcproto.common.process import raise_file_limit
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 

@@ -18,7 +18,7 @@ import signal
 import sys
 from typing import Any, Final
 
-from zcproto.common.event_loop import new_event_loop
+from zcproto.common.process import new_event_loop
 from zcproto.load.generator import Generator
 from zcproto.load.plan import Share
 

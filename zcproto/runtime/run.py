@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto.app.app import App
-from zcproto.common.event_loop import new_event_loop
-from zcproto.common.file_limit import raise_file_limit
+from zcproto.common.process import new_event_loop, raise_file_limit
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tests.fuzz.frame import any_frame
 from tests.fuzz.target import Script, Target
-from tests.helpers import SALT, ConnectionPair, small_registry
+from tests.helpers import FATAL_CODES, SALT, ConnectionPair, small_registry
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
@@ -18,7 +18,7 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
-from zcproto.errors import FATAL_CODES, Code
+from zcproto.errors import Code
 from zcproto.wire.frame import ACCEPTED, LENGTH_SIZE, NO_TOKEN, PING, PONG, REQUEST, Kind, Side
 from zcproto.wire.message import encode_body
 

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+import asyncio
 import resource
 import sys
 
 import pytest
+import uvloop
 
-from zcproto.common.file_limit import raise_file_limit
+from zcproto.common.process import new_event_loop, raise_file_limit
 
 NO_LIMIT = resource.RLIM_INFINITY
+
+
+def test_uvloop_is_used_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = new_event_loop()
+    assert isinstance(loop, uvloop.Loop)
+    loop.close()
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    loop = new_event_loop()
+    assert isinstance(loop, asyncio.BaseEventLoop)
+    loop.close()
 
 
 @pytest.mark.parametrize(
