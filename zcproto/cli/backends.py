@@ -104,7 +104,7 @@ class HomeFiles:
             "users/disable": functools.partial(self._change_user, UserFile.disable),
             "users/enable": self._enable_user,
             "users/remove": functools.partial(self._change_user, UserFile.remove),
-            "users/new-key": self._replace_key,
+            "users/new-key": functools.partial(self._change_user, UserFile.replace_digest),
             "devices/remove": self._remove_device,
         }
         return operations[operation](**params)
@@ -140,12 +140,11 @@ class HomeFiles:
         UserFile(self.home.users).enable(name)
         return {}
 
-    def _replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
-        return self._change_user(UserFile.replace_digest, name, _digest(key_digest))
-
-    def _change_user(self, change: Callable[..., None], name: str, *args: Any) -> dict[str, Any]:
+    def _change_user(
+        self, change: Callable[..., None], name: str, key_digest: str | None = None
+    ) -> dict[str, Any]:
         config = self.instance.read_config()
-        change(UserFile(self.home.users), name, *args)
+        change(UserFile(self.home.users), name, *([] if key_digest is None else [_digest(key_digest)]))
         return {"sessions": end_sessions(config, self.home, name)}
 
     def _remove_device(self, name: str) -> dict[str, Any]:

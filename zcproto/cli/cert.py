@@ -12,7 +12,7 @@ import os
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,11 +29,9 @@ from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import aligned, as_json_option, print_report, private_file, utc
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
+from zcproto.config import Config
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.tls.pins import key_pin
-
-if TYPE_CHECKING:
-    from zcproto.config import Config
 
 SERVED = "The running server uses it now."
 WATCHED = "A running server uses it within a second."

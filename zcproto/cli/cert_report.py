@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -20,15 +20,13 @@ from zcproto.certs.crl import read_lists
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
 from zcproto.certs.rollover import NextPins
-from zcproto.certs.settings import certificate_settings
+from zcproto.certs.settings import ManagedSite, certificate_settings
 from zcproto.certs.sources import MAX_AUTHORITIES
 from zcproto.cli.output import aligned
 from zcproto.common.text import escape_text
+from zcproto.config import Config
 from zcproto.errors import CertificateError
 from zcproto.tls import pins
-
-if TYPE_CHECKING:
-    from zcproto.config import Config
 
 OK = "ok"
 DUE = "renewal due"
@@ -87,7 +85,7 @@ def report(config: Config, now: datetime, environ: Mapping[str, str]) -> Report:
     certificates = config.certificates
     directory = certificates.directory
     problems: list[str] = []
-    rows = [*_server_rows(config, now, environ), *_authority_rows(config, now)]
+    rows = tuple(_Reader(config, now, environ).rows())
     issued: tuple[Issued, ...] = ()
     crls: tuple[tuple[Path, x509.CertificateRevocationList], ...] = ()
     try:
@@ -101,7 +99,7 @@ def report(config: Config, now: datetime, environ: Mapping[str, str]) -> Report:
         if crl.next_update_utc is not None and now > crl.next_update_utc
     ]
     next_pins = rollover.announced(directory, problems.append) if certificates.mode == "own" else None
-    return Report(certificates.mode, directory, tuple(rows), next_pins, issued, crls, tuple(problems))
+    return Report(certificates.mode, directory, rows, next_pins, issued, crls, tuple(problems))
 
 
 def rows_of_site(found: Report, name: str | None) -> list[CertificateRow]:
@@ -118,102 +116,113 @@ def rows_of_site(found: Report, name: str | None) -> list[CertificateRow]:
 # --- collecting --------------------------------------------------------------------------------------------
 
 
-def _server_rows(config: Config, now: datetime, environ: Mapping[str, str]) -> Iterator[CertificateRow]:
-    certificates = config.certificates
-    renew_before = timedelta(seconds=certificates.renew_before)
-    settings = certificate_settings(config)
-    external = settings.sites
-    if isinstance(settings.default, ExternalSite):
-        external = (settings.default, *external)
-    else:
-        for key_type in certificates.key_types:
-            files = rollover.pair_paths(certificates.directory, key_type)
-            if files[0].exists():
-                yield _managed_row(certificates.directory, *files, now, renew_before)
-            else:
-                yield CertificateRow("server", (), *files, None, key_type, None, NOT_MADE)
-    for site in external:
-        yield from _external_rows(site, now, renew_before, environ)
+class _Reader:
+    """Reads the files of a configuration as they are at one time."""
 
+    def __init__(self, config: Config, now: datetime, environ: Mapping[str, str]) -> None:
+        self._config = config
+        self._directory = config.certificates.directory
+        self._now = now
+        self._environ = environ
 
-def _managed_row(
-    directory: Path, certificate: Path, key: Path, now: datetime, renew_before: timedelta
-) -> CertificateRow:
-    row = _server_row((), certificate, key, now, renew_before)
-    ca, _ = authority.SERVER.paths(directory)
-    try:
-        if row.leaf is None or row.problem or pair.is_issued_by(row.leaf, pair.read_certificates(ca)[0]):
-            return row
-    except CertificateError:
-        return row  # the authority's own row reports it
-    problem = f"{certificate}: was not issued by {ca}; move it away to issue another"
-    return replace(row, status=PROBLEM, problem=problem)
+    def rows(self) -> Iterator[CertificateRow]:
+        settings = certificate_settings(self._config)
+        external = settings.sites
+        if isinstance(settings.default, ExternalSite):
+            external = (settings.default, *external)
+        else:
+            yield from map(self._managed_row, settings.default.settings.key_types)
+        for site in external:
+            yield from self._external_rows(site)
+        if isinstance(settings.default, ManagedSite):
+            lifetime = settings.default.settings.lifetime
+            yield from self._authority_rows("ca", *authority.SERVER.paths(self._directory), lifetime)
+        if (client_ca_file := self._config.tls.client_ca_file) is not None:
+            yield from self._authority_rows("client-ca", client_ca_file, None)
+        else:
+            yield from self._authority_rows("client-ca", *authority.CLIENT.paths(self._directory))
 
-
-def _external_rows(
-    site: ExternalSite, now: datetime, renew_before: timedelta, environ: Mapping[str, str]
-) -> Iterator[CertificateRow]:
-    passphrase, problem = None, ""
-    try:
-        passphrase = site.passphrase.read(environ)
-    except CertificateError as error:
-        problem = str(error)
-    rows = [
-        _server_row(site.names, certificate, key, now, renew_before, passphrase, problem)
-        for certificate, key in zip(site.certificates, site.keys or site.certificates, strict=True)
-    ]
-    if all(row.status not in BAD for row in rows):
+    def _managed_row(self, key_type: str) -> CertificateRow:
+        certificate, key = rollover.pair_paths(self._directory, key_type)
+        if not certificate.exists():
+            return CertificateRow("server", (), certificate, key, None, key_type, None, NOT_MADE)
+        row = self._server_row((), certificate, key)
+        ca, _ = authority.SERVER.paths(self._directory)
         try:
-            load_site(site, now, environ)
-        except CertificateError as error:  # a problem of the site as a whole
-            rows[0] = replace(rows[0], status=PROBLEM, problem=str(error))
-    yield from rows
+            if row.leaf is None or row.problem or pair.is_issued_by(row.leaf, pair.read_certificates(ca)[0]):
+                return row
+        except CertificateError:
+            return row  # the authority's own row reports it
+        problem = f"{certificate}: was not issued by {ca}; move it away to issue another"
+        return replace(row, status=PROBLEM, problem=problem)
 
+    def _external_rows(self, site: ExternalSite) -> Iterator[CertificateRow]:
+        passphrase, problem = None, ""
+        try:
+            passphrase = site.passphrase.read(self._environ)
+        except CertificateError as error:
+            problem = str(error)
+        rows = [
+            self._server_row(site.names, certificate, key, passphrase, problem)
+            for certificate, key in zip(site.certificates, site.keys or site.certificates, strict=True)
+        ]
+        if all(row.status not in BAD for row in rows):
+            try:
+                load_site(site, self._now, self._environ)
+            except CertificateError as error:  # a problem of the site as a whole
+                rows[0] = replace(rows[0], status=PROBLEM, problem=str(error))
+        yield from rows
 
-def _server_row(
-    site: tuple[str, ...],
-    certificate: Path,
-    key: Path,
-    now: datetime,
-    renew_before: timedelta,
-    passphrase: bytes | None = None,
-    problem: str = "",
-) -> CertificateRow:
-    leaf = due = None
-    try:
-        leaf = pair.read_certificate(certificate)
-        due = lifecycle.renewal_due(leaf.not_valid_before_utc, leaf.not_valid_after_utc, renew_before)
-        pair.load_pair(certificate, key, now, passphrase)
-    except CertificateError as error:
-        problem = problem or str(error)
-    return _row("server", site, certificate, key, leaf, due, problem, now)
+    def _server_row(
+        self,
+        site: tuple[str, ...],
+        certificate: Path,
+        key: Path,
+        passphrase: bytes | None = None,
+        problem: str = "",
+    ) -> CertificateRow:
+        leaf = due = None
+        renew_before = timedelta(seconds=self._config.certificates.renew_before)
+        try:
+            leaf = pair.read_certificate(certificate)
+            due = lifecycle.renewal_due(leaf.not_valid_before_utc, leaf.not_valid_after_utc, renew_before)
+            pair.load_pair(certificate, key, self._now, passphrase)
+        except CertificateError as error:
+            problem = problem or str(error)
+        return self._row("server", certificate, key, leaf, problem, due, site)
 
+    def _authority_rows(
+        self, use: str, certificate: Path, key: Path | None, leaf_lifetime: timedelta | None = None
+    ) -> Iterator[CertificateRow]:
+        if key is not None and not certificate.exists() and not key.exists():
+            return
+        try:
+            found = pair.read_certificates(certificate, MAX_AUTHORITIES)
+        except CertificateError as error:
+            yield self._row(use, certificate, key, None, str(error))
+            return
+        for each in found:
+            problem = "" if key is None else _key_problem(each, certificate, key)
+            due = None if leaf_lifetime is None else each.not_valid_after_utc - leaf_lifetime
+            yield self._row(use, certificate, key, each, problem, due)
 
-def _authority_rows(config: Config, now: datetime) -> Iterator[CertificateRow]:
-    directory = config.certificates.directory
-    if config.certificates.mode == "own":
-        lifetime = timedelta(seconds=config.certificates.lifetime)
-        yield from _rows_of_authority("ca", *authority.SERVER.paths(directory), now, lifetime)
-    if config.tls.client_ca_file is not None:
-        yield from _rows_of_authority("client-ca", config.tls.client_ca_file, None, now)
-    else:
-        yield from _rows_of_authority("client-ca", *authority.CLIENT.paths(directory), now)
-
-
-def _rows_of_authority(
-    use: str, certificate: Path, key: Path | None, now: datetime, leaf_lifetime: timedelta | None = None
-) -> Iterator[CertificateRow]:
-    if key is not None and not certificate.exists() and not key.exists():
-        return
-    try:
-        found = pair.read_certificates(certificate, MAX_AUTHORITIES)
-    except CertificateError as error:
-        yield _row(use, (), certificate, key, None, None, str(error), now)
-        return
-    for each in found:
-        problem = "" if key is None else _key_problem(each, certificate, key)
-        due = None if leaf_lifetime is None else each.not_valid_after_utc - leaf_lifetime
-        yield _row(use, (), certificate, key, each, due, problem, now)
+    def _row(
+        self,
+        use: str,
+        certificate: Path,
+        key: Path | None,
+        leaf: x509.Certificate | None,
+        problem: str,
+        due: datetime | None = None,
+        site: tuple[str, ...] = (),
+    ) -> CertificateRow:
+        status = DUE if due is not None and self._now >= due else OK
+        if leaf is not None and self._now > leaf.not_valid_after_utc:
+            status = EXPIRED
+        elif problem:
+            status = PROBLEM
+        key_type = "" if leaf is None else type_of(leaf)
+        return CertificateRow(use, site, certificate, key, leaf, key_type, due, status, problem)
 
 
 def _key_problem(certificate: x509.Certificate, path: Path, key: Path) -> str:
@@ -223,25 +232,6 @@ def _key_problem(certificate: x509.Certificate, path: Path, key: Path) -> str:
     except (CertificateError, *pair.UNREADABLE) as error:
         return f"{error}; until then nothing can be issued"
     return f"{key}: does not belong to {path}, so nothing can be issued; restore the right key"
-
-
-def _row(
-    use: str,
-    site: tuple[str, ...],
-    certificate: Path,
-    key: Path | None,
-    leaf: x509.Certificate | None,
-    due: datetime | None,
-    problem: str,
-    now: datetime,
-) -> CertificateRow:
-    status = DUE if due is not None and now >= due else OK
-    if leaf is not None and now > leaf.not_valid_after_utc:
-        status = EXPIRED
-    elif problem:
-        status = PROBLEM
-    key_type = "" if leaf is None else type_of(leaf)
-    return CertificateRow(use, site, certificate, key, leaf, key_type, due, status, problem)
 
 
 def _crls(config: Config) -> Iterator[tuple[Path, x509.CertificateRevocationList]]:

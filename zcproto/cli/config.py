@@ -1,8 +1,9 @@
-"""`zcproto config`: create, check and show the configuration."""
+"""`zcproto config` and `zcproto deploy`: the files from which an operator sets up a server."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import click
 
@@ -10,7 +11,8 @@ from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.output import private_file
 from zcproto.common.text import escape_text
 from zcproto.config import config_as_toml, default_config_file
-from zcproto.errors import ConfigError
+from zcproto.deploy import TOOLS, read_files
+from zcproto.errors import ConfigError, ZcprotoError
 
 _PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
 
@@ -64,3 +66,32 @@ def show(instance: Instance) -> None:
     text = config_as_toml(instance.read_config())
     text = _WEBHOOK.sub(r'\1(hidden)"', text)
     click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)
+
+
+@click.command()
+@click.argument("tool", type=click.Choice(TOOLS), metavar="systemd|prometheus|grafana")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write the files into this folder."
+)
+@click.option("--force", is_flag=True, help="Replace files that are there already.")
+def deploy(tool: str, out: Path | None, force: bool) -> None:
+    """Print the files for a tool, or write them with --out.
+
+    systemd: a hardened service, a socket and a system user. prometheus: alert rules. grafana: a dashboard.
+    """
+    texts = read_files(tool)
+    if out is None:
+        for name, text in texts.items():
+            click.echo(f"# {name}\n{text}" if len(texts) > 1 else text, nl=False)
+        return
+    for name, text in texts.items():
+        path = out / name
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with path.open("w" if force else "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise ZcprotoError(f"{escape_text(str(path))}: is there already; --force replaces it") from None
+        except OSError as error:
+            raise ZcprotoError(f"{escape_text(str(path))}: cannot be written: {error.strerror}") from error
+        click.echo(path)

@@ -24,6 +24,7 @@ import click
 from zcproto.cli import Function, Instance, file_option, instance_options, number_option
 from zcproto.cli.output import json_text
 from zcproto.common.home import Home
+from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
 
@@ -127,8 +128,6 @@ def _read_key_file(path: Path, where: str) -> str:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run asynchronous work of a command."""
-    from zcproto.common.process import new_event_loop  # noqa: PLC0415 - `--help` is quick without asyncio
-
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(work)
 
@@ -168,11 +167,7 @@ def call_once(
 @key_option("user")
 @trust_options
 @number_option(
-    "--timeout",
-    click.FloatRange(min=0, min_open=True, max=86_400),
-    30.0,
-    "SECONDS",
-    "The deadline of the call.",
+    "--timeout", click.FloatRange(0, 86_400, min_open=True), 30.0, "SECONDS", "The deadline of the call."
 )
 @file_option(
     "--key-log",

@@ -48,22 +48,15 @@ class ControlError(ZcprotoError):
     """The server cannot be asked, or refused the request."""
 
 
-class _LocalConnection(http.client.HTTPConnection):
-    """HTTP over a connected socket."""
-
-    def __init__(self, connected: socket.socket, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        connected.settimeout(timeout)
-        self.sock = connected
-        self.auto_open = 0
-
-
 class Control:
     """A connection to a running server, for several requests."""
 
     def __init__(self, home: Home, connected: socket.socket, timeout: float = TIMEOUT_S) -> None:
         self._home = home
-        self._connection = _LocalConnection(connected, timeout)
+        connected.settimeout(timeout)
+        self._connection = http.client.HTTPConnection("localhost", timeout=timeout)
+        self._connection.sock = connected
+        self._connection.auto_open = 0  # never connect to the port 80 of localhost
 
     def get(self, path: str) -> Any:
         """Read a resource. Raises ControlError, NotFound and ConfigError."""

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 @click.option("--port", type=int, metavar="N", help="The TCP port; 0 is any free port.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 def serve(
-    app: str | None,
-    host: tuple[str, ...],
-    port: int | None,
-    log_level: str | None,
-    instance: Instance,
+    app: str | None, host: tuple[str, ...], port: int | None, log_level: str | None, instance: Instance
 ) -> None:
     """Run a server for your application, or for a built-in one with echo, sleep and time.
 

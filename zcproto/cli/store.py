@@ -15,9 +15,10 @@ import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import click
+from pydantic import ValidationError
 
 from zcproto.auth import UserFile
 from zcproto.cli import EXIT_FAILED, Instance, command_group, instance_options
@@ -25,13 +26,12 @@ from zcproto.common import files
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
+from zcproto.config import Config
+from zcproto.config.model import StoreConfig
 from zcproto.errors import Code, ConfigError, ZcprotoError
 from zcproto.runtime.store_setup import MEMORY, SQLITE, build_store
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore, StoreUnavailable
-
-if TYPE_CHECKING:
-    from zcproto.config import Config
 
 ASK_SERVER = "ask it: --server HOST:PORT --operator NAME --key-file FILE"
 CONFIGURED = "configured"
@@ -63,10 +63,6 @@ def with_store(config: Config, url: str) -> Config:
 
     Settings of one store, above all its password, are never sent to another. Raises ConfigError.
     """
-    from pydantic import ValidationError  # noqa: PLC0415
-
-    from zcproto.config.model import StoreConfig  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
-
     if url in (CONFIGURED, config.store.url):
         store = config.store.model_copy(update={"timeout": PATIENCE_S})
     else:

@@ -21,7 +21,7 @@ MAX_TIMEOUT = 60
 @trust_options
 @number_option(
     "--timeout",
-    click.FloatRange(min=0, min_open=True, max=MAX_TIMEOUT),
+    click.FloatRange(0, MAX_TIMEOUT, min_open=True),
     10.0,
     "SECONDS",
     "The timeout of each step over the network.",

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from zcproto.cli import Instance, cert_report
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message, named
@@ -21,13 +21,11 @@ from zcproto.cli.output import utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
+from zcproto.config import Config
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.run import KEY_LOG, SPARE_FILES
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
-
-if TYPE_CHECKING:
-    from zcproto.config import Config
 
 LITTLE_SPACE: Final = 256 * 1024 * 1024
 """Bytes: store and log of a busy day."""
@@ -81,7 +79,8 @@ def _permissions(home: Home) -> Iterator[Result]:
         quoted = shlex.quote(str(path))
         if stat.S_ISLNK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
             continue
-        forbidden, what, mode = _OF_PUBLIC if _is_public(path) else _OF_PRIVATE
+        is_public = path.suffix in _PUBLIC or path.name == "config.toml"
+        forbidden, what, mode = _OF_PUBLIC if is_public else _OF_PRIVATE
         if status.st_uid not in (0, owner):
             yield FAULT, f"{path}: belongs to uid {status.st_uid}", f"run: chown {owner} {quoted}"
         elif status.st_mode & forbidden:
@@ -92,10 +91,6 @@ def _files(home: Path) -> Iterator[Path]:
     for place in (home, home / "certs"):
         if place.is_dir():
             yield from (path for path in sorted(place.iterdir()) if not path.is_dir())
-
-
-def _is_public(path: Path) -> bool:
-    return path.suffix in _PUBLIC or path.name == "config.toml"
 
 
 def configuration(instance: Instance, findings: list[Finding]) -> Config | None:
