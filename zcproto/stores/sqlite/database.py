@@ -22,8 +22,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 from zcproto.errors import CallError, Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
-from zcproto.stores.base import MAX_LISTED
-from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice, StorageError
+from zcproto.stores.base import MAX_LISTED, StoreUnavailable
+from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice
 from zcproto.stores.sqlite.rows import COLUMNS, Operation, Row, WorkingSet, columns_of, record_of, text, utf8
 
 _BLOBS: Final = ("id", "token", "refresh", "user", "client", "address", "key")
@@ -42,6 +42,7 @@ _KEYS: Final = 5_000
 _ROWS: Final = 1_000
 _SLICE: Final = 256
 _SWEPT: Final = 1_000
+MAX_TOUCHED: Final = 500
 _EXPIRED: Final = 100  # half a millisecond
 _MOST_EXPIRED: Final = 800
 """Each statement has a fixed cost: when no caller waits, fewer statements remove more."""
@@ -50,6 +51,9 @@ _T = TypeVar("_T")
 
 Statement = tuple[str, Sequence[Any]]
 
+Outcome = tuple[object, CallError | None]
+"""The result or the error of an operation."""
+
 
 class Position(NamedTuple):
     """How far the rows have been loaded."""
@@ -57,13 +61,6 @@ class Position(NamedTuple):
     ended: bool = False
     due: int = -1
     n: int = 0
-
-
-class Outcome(NamedTuple):
-    """The result or the error of an operation."""
-
-    result: object = None
-    error: CallError | None = None
 
 
 class SessionDatabase(DatabaseFile):
@@ -184,7 +181,7 @@ class SessionDatabase(DatabaseFile):
         try:
             if self.sweeping:
                 self.attempt(self._sweep)
-        except StorageError:
+        except StoreUnavailable:
             return False
         return self.sweeping
 
@@ -211,22 +208,18 @@ class SessionDatabase(DatabaseFile):
         return bool(self._marks)
 
     def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
-        """Record when sessions were last used."""
+        """Record when sessions were last used, at most MAX_TOUCHED."""
         latest: dict[bytes, int] = {}
         for id_, used_at in uses:
             latest[id_] = max(used_at, latest.get(id_, 0))
-        statements = []
-        for chunk in _chunks(list(latest.items()), _ROWS):
-            values = ", ".join(["(?, ?)"] * len(chunk))
-            change = (
-                f"WITH used (id, wall) AS (VALUES {values})"  # noqa: S608 - holes only
-                " UPDATE sessions SET last_used_at = used.wall FROM used"
-                " WHERE substr(sessions.id, 1, 8) = substr(used.id, 1, 8) AND sessions.id = used.id"
-                " AND sessions.id != x'' AND code = 0"
-                " AND last_used_at < used.wall"
-            )
-            statements.append((change, [value for use in chunk for value in use]))
-        self._write(self.ready(), statements)
+        change = (
+            f"WITH used (id, wall) AS (VALUES {_rows(len(latest), 2)})"  # noqa: S608 - holes only
+            " UPDATE sessions SET last_used_at = used.wall FROM used"
+            " WHERE substr(sessions.id, 1, 8) = substr(used.id, 1, 8) AND sessions.id = used.id"
+            " AND sessions.id != x'' AND code = 0"
+            " AND last_used_at < used.wall"
+        )
+        self._write(self.ready(), [(change, [value for use in latest.items() for value in use])])
 
     def expire(self, wall: int, keep_ended_ms: int, limit: int, enough: Callable[[], bool]) -> int:
         """Remove expired sessions, then tombstones, then answers: at most `limit`, fewer if `enough()` is true."""
@@ -265,9 +258,9 @@ class SessionDatabase(DatabaseFile):
 
 def _outcome(operation: Operation[object], rows: WorkingSet) -> Outcome:
     try:
-        return Outcome(operation.apply(rows))
+        return operation.apply(rows), None
     except CallError as error:
-        return Outcome(error=error)
+        return None, error
 
 
 def _read_answer(db: sqlite3.Connection, key: Key) -> bytes:
@@ -278,6 +271,10 @@ def _read_answer(db: sqlite3.Connection, key: Key) -> bytes:
 
 def _holes(count: int) -> str:
     return ", ".join("?" * count)
+
+
+def _rows(count: int, columns: int) -> str:
+    return ", ".join([f"({_holes(columns)})"] * count)
 
 
 def _chunks(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
@@ -314,9 +311,8 @@ def _parse(line: str) -> list[Any]:
 
 
 def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:
-    one = f"({_holes(len(COLUMNS))})"
     for chunk in _chunks(rows, _ROWS):
-        values = ", ".join([one] * len(chunk))
+        values = _rows(len(chunk), len(COLUMNS))
         statement = f"INSERT INTO sessions ({_NAMES}) VALUES {values}{_UPDATE}"  # noqa: S608 - holes only
         yield statement, [value for row in chunk for value in (row.n, *columns_of(row.record))]
 
@@ -324,22 +320,15 @@ def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:
 def _answer_statements(changed: Mapping[Key, Entry | None]) -> Iterator[Statement]:
     removed = [key for key, entry in changed.items() if entry is None]
     for gone in _chunks(removed, _ROWS):
-        pairs = ", ".join(["(?, ?)"] * len(gone))
+        pairs = _rows(len(gone), 2)
         statement = f"DELETE FROM answers WHERE (user, key) IN (VALUES {pairs})"  # noqa: S608 - holes only
         yield statement, [utf8(part) for key in gone for part in key]
     kept = [(key, entry) for key, entry in changed.items() if entry is not None]
     for chunk in _chunks(kept, _ROWS):
-        values = ", ".join(["(?, ?, ?, ?, ?)"] * len(chunk))
         statement = (
-            f"INSERT INTO answers (user, key, digest, until, answer) VALUES {values}"  # noqa: S608 - holes only
+            f"INSERT INTO answers (user, key, digest, until, answer) VALUES {_rows(len(chunk), 5)}"  # noqa: S608 - holes only
             " ON CONFLICT (user, key) DO UPDATE"
             " SET digest = excluded.digest, until = excluded.until, answer = excluded.answer"
         )
-        yield (
-            statement,
-            [
-                value
-                for (user, key), entry in chunk
-                for value in (utf8(user), utf8(key), entry.digest, entry.until, entry.answer)
-            ],
-        )
+        rows = [(utf8(user), utf8(key), each.digest, each.until, each.answer) for (user, key), each in chunk]
+        yield statement, [value for row in rows for value in row]

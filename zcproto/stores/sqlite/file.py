@@ -35,6 +35,7 @@ from zcproto.common.files import (
 )
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
+from zcproto.stores.base import StoreUnavailable
 
 VERSION: Final = 1
 APPLICATION_ID: Final = 0x7A637031  # zcp1
@@ -118,10 +119,6 @@ _PERMANENT: Final = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errn
 T = TypeVar("T")
 
 
-class StorageError(Exception):
-    """The disk or the file failed. The message is for the operator."""
-
-
 class _Damage(sqlite3.DatabaseError):
     """A check of the whole file found damage."""
 
@@ -150,7 +147,7 @@ class DatabaseFile:
     # --- opening and closing -----------------------------------------------------------------------
 
     def open(self) -> None:
-        """Lock and open the file. Raises StorageError, or ConfigError for a fault that retrying cannot fix."""
+        """Lock and open the file. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
         if sqlite3.sqlite_version_info < MIN_SQLITE:
             raise ConfigError(
                 [
@@ -168,7 +165,7 @@ class DatabaseFile:
             message = f"{self._shown}: cannot be opened: {error.strerror or error}"
             if error.errno in _PERMANENT:
                 raise ConfigError([f"{message}; check the folder and its owner"]) from error
-            raise StorageError(message) from error
+            raise StoreUnavailable(message) from error
         except BaseException:
             self.close()
             raise
@@ -206,12 +203,12 @@ class DatabaseFile:
             except (sqlite3.Error, UnicodeDecodeError) as error:
                 self._disconnect()
                 if code_of(error) in _TRANSIENT and not is_damage(error):
-                    raise StorageError(reason_of(error)) from error
+                    raise StoreUnavailable(reason_of(error)) from error
                 self._set_aside(reason_of(error))
             except BaseException:
                 self._disconnect()
                 raise
-        raise StorageError("a new file was damaged at once: check the disk")
+        raise StoreUnavailable("a new file was damaged at once: check the disk")
 
     def _ensure_file(self) -> None:
         """Create the file if it is missing, and check that only its owner can use it."""
@@ -251,7 +248,9 @@ class DatabaseFile:
         self._check_version(db)  # before anything is changed: it may be another program's
         (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
-            raise StorageError(f"the file does not support a write-ahead log: its journal mode is {mode!r}")
+            raise StoreUnavailable(
+                f"the file does not support a write-ahead log: its journal mode is {mode!r}"
+            )
         for pragma in _PRAGMAS:
             db.execute(pragma)
         (checked,) = db.execute("PRAGMA quick_check(1)").fetchone()
@@ -315,7 +314,7 @@ class DatabaseFile:
     def attempt(self, action: Callable[[], T]) -> T:
         """Run `action` and return its result.
 
-        Raises StorageError if the disk or the file fails: then all of the action may have been done, or nothing.
+        Raises StoreUnavailable if the disk or the file fails: then all of it may have been done, or nothing.
         Any other exception is a mistake of the caller, and nothing was done.
         """
         try:
@@ -324,10 +323,10 @@ class DatabaseFile:
             self._roll_back()
             raise
         except (sqlite3.Error, OSError, MemoryError, UnicodeDecodeError) as error:
-            raise StorageError(self._recover(error)) from error
+            raise StoreUnavailable(self._recover(error)) from error
         except ConfigError as error:  # about a file that appeared while the server runs
             self._disconnect()
-            raise StorageError(str(error)) from error
+            raise StoreUnavailable(str(error)) from error
         except BaseException:
             self._roll_back()
             raise

@@ -20,8 +20,8 @@ from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, check_size
 from zcproto.stores.base import Change, Claim, Created, LimitReached, NotRotated, StoreUnavailable
-from zcproto.stores.sqlite.database import Position, SessionDatabase
-from zcproto.stores.sqlite.file import Connect, Notice, StorageError
+from zcproto.stores.sqlite.database import MAX_TOUCHED, Position, SessionDatabase
+from zcproto.stores.sqlite.file import Connect, Notice
 from zcproto.stores.sqlite.rows import Operation
 from zcproto.stores.worker import Job, Worker
 
@@ -33,8 +33,6 @@ EXPIRE_S: Final = 0.05
 
 QUEUE: Final = 8_192
 """Operations that may wait for the thread."""
-
-_MAX_TOUCHED: Final = 500
 
 T = TypeVar("T")
 
@@ -110,8 +108,8 @@ class SqliteStore:
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
         """Record the last use of sessions, in batches, so that other operations get their turn."""
-        for start in range(0, len(uses), _MAX_TOUCHED):
-            await self._do(partial(self._database.touch, uses[start : start + _MAX_TOUCHED]))
+        for start in range(0, len(uses), MAX_TOUCHED):
+            await self._do(partial(self._database.touch, uses[start : start + MAX_TOUCHED]))
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
@@ -184,8 +182,6 @@ def _perform(database: SessionDatabase, jobs: Sequence[Job]) -> None:
 def _call(job: Job) -> None:
     try:
         job.result = job.work()
-    except StorageError as error:
-        job.error = StoreUnavailable(str(error))
     except BaseException as error:
         job.error = error
 
@@ -193,12 +189,10 @@ def _call(job: Job) -> None:
 def _perform_together(database: SessionDatabase, jobs: Sequence[Job]) -> None:
     try:
         outcomes = database.attempt(lambda: database.perform([job.work for job in jobs]))
-    except StorageError as error:
-        for job in jobs:
-            job.error = StoreUnavailable(str(error))
     except BaseException as error:
-        if len(jobs) == 1:
-            jobs[0].error = error
+        if len(jobs) == 1 or isinstance(error, StoreUnavailable):
+            for job in jobs:
+                job.error = error
         else:  # a mistake in one of them must not affect the others
             for job in jobs:
                 _perform_together(database, [job])
