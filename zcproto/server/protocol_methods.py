@@ -171,7 +171,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
 
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
-        return _describe_info(state.sessions.info(_session_of(context)))
+        return _describe_info(registry.info(_session_of(context).id, context.wall()))
 
     async def session_list(context: Context) -> list[dict[str, Any]]:
         """The sessions of this user, with `current` for the one that asks."""
@@ -201,7 +201,10 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         session = _session_of(context)
-        await state.sessions.close(session, context.suppress_revoked_event())
+        quiet = context.suppress_revoked_event()
+        await state.sessions.revoke(
+            session.id, user=session.user, reason=EndReason.CLOSED, suppress_event=quiet
+        )
         log_event("session.closed", context, session)
         return {}
 

@@ -28,7 +28,7 @@ from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
-from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo, SessionRegistry, SessionSettings
+from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry, SessionSettings
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
@@ -162,17 +162,7 @@ class SessionService:
         """End all sessions and return how many of them were known here. Raises like `revoke`."""
         return self._registry.revoke_all(reason)
 
-    async def close(self, session: Session, suppress_event: SuppressEvent = _WITH_EVENT) -> None:
-        """End a session at its holder's request. Raises like `revoke`."""
-        await self.revoke(
-            session.id, user=session.user, reason=EndReason.CLOSED, suppress_event=suppress_event
-        )
-
     # --- looking up --------------------------------------------------------------------------------
-
-    def info(self, session: Session) -> SessionInfo:
-        """Describe a session that is in use. Raises NotFound."""
-        return self._registry.info(session.id, self._clock.wall())
 
     async def find_by_refresh_token(self, refresh_token: bytes) -> SessionRecord | None:
         """Return the live or lapsed session of a refresh token, spent or not. Raises Unavailable."""

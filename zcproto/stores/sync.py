@@ -181,22 +181,22 @@ class StoreSync:
 
     async def _probe(self) -> None:
         """Check whether the store is back."""
+        is_back = False
         try:
             await self._recover()
+            is_back = True
         except StoreUnavailable as error:
             self.breaker.reason = error.reason
-            self.health.probe_failed(self.clock.now())
         except Exception as error:  # such as a ConfigError, which may be fixed while the server runs
             self.breaker.reason = str(error)
             log.error("store.probe_failed", exc_info=error)
-            self.health.probe_failed(self.clock.now())
-        except BaseException:
-            self.health.probe_failed(self.clock.now())
-            raise
-        else:
-            self.health.probe_succeeded(self.clock.now())
-            self.changes.start_checking()
-        self._set_deadlines()
+        finally:
+            if is_back:
+                self.health.probe_succeeded(self.clock.now())
+                self.changes.start_checking()
+            else:
+                self.health.probe_failed(self.clock.now())
+            self._set_deadlines()
 
     async def _recover(self) -> None:
         """Make the store and the registry consistent.

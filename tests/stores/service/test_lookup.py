@@ -200,7 +200,7 @@ async def test_sessions_of_a_user_are_listed(start_process: StartProcess, is_sha
     assert one.is_valid(opened[1])
     infos = await one.sessions.list("ada")
     assert [info.id for info in infos] == [each.session.id for each in opened]
-    assert infos == [one.sessions.info(each.session) for each in opened]
+    assert infos == [one.registry.info(each.session.id, one.clock.wall()) for each in opened]
     assert [(info.bound, info.operator) for info in infos] == [(True, False), (False, True)]
     assert infos[1].last_used_at == one.clock.wall()
 

@@ -126,14 +126,6 @@ async def test_revoke_all_ends_all_sessions(process: SessionProcess) -> None:
     assert process.store.registry.kept == 0
 
 
-async def test_close_ends_the_session(process: SessionProcess) -> None:
-    opened = await process.open()
-    await process.sessions.close(opened.session)
-    assert process.check(opened.token) is Code.TOKEN_REVOKED
-    assert process.store.registry.kept == 0
-    await process.sessions.close(opened.session)
-
-
 @pytest.mark.parametrize("work", ["create", "rotate"])
 @pytest.mark.parametrize("how", ["ended", "replaced", "unchanged"])
 async def test_concurrent_change_by_another_process_takes_effect(

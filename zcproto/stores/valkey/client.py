@@ -33,7 +33,7 @@ from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
-from zcproto.stores.valkey.servers import Cluster, Hooks, SingleServer, find_primary
+from zcproto.stores.valkey.servers import Cluster, Hooks, ValkeyConnection, find_primary
 from zcproto.stores.valkey.url import Address, ServerKind, ServerUrl, parse_url
 
 TIMEOUT_S: Final = 0.25
@@ -42,8 +42,6 @@ SCHEMA: Final = 1
 
 CLUSTER_SHARDS: Final = 16
 """The number of keys that a large index of a cluster is divided into."""
-
-Servers = SingleServer | Cluster
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -116,7 +114,7 @@ class ValkeyClient:
         self._entropy = entropy
         self._marks: dict[int, bytes] = {}
         self._is_emptied = False
-        self._servers: Servers | None = None
+        self._servers: ValkeyConnection | Cluster | None = None
         self._on_change: Callable[[Change], None] = _ignore
 
     def __repr__(self) -> str:
@@ -170,7 +168,7 @@ class ValkeyClient:
     # --- commands and scripts ----------------------------------------------------------------------
 
     @property
-    def _connected(self) -> Servers:
+    def _connected(self) -> ValkeyConnection | Cluster:
         if self._servers is None:
             raise StoreUnavailable("it is not open")
         return self._servers
@@ -213,7 +211,7 @@ class ValkeyClient:
 
     # --- servers -----------------------------------------------------------------------------------
 
-    def _make_servers(self) -> Servers:
+    def _make_servers(self) -> ValkeyConnection | Cluster:
         url = self._url
         hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._reconnected)
 
@@ -224,7 +222,7 @@ class ValkeyClient:
 
         if self._is_clustered:
             return Cluster(url.addresses, self._target, hooks)
-        return SingleServer(find, hooks)
+        return ValkeyConnection(find, hooks)
 
     def _target(self, address: Address) -> Target:
         url = self._url

@@ -77,10 +77,6 @@ def time_text(value: int) -> bytes:
     return b"%d" % max(value, 0)
 
 
-def score_text(value: int) -> bytes:
-    return b"%d" % value
-
-
 def ttl_for(ms: int) -> int:
     """Return the time to live of a key that is needed for `ms`."""
     return min(max(ms, 0) + DAY_MS, MAX_TTL_MS)

@@ -51,16 +51,14 @@ _MOVING: Final = "non local key"
 Division = tuple[list[Address | None], set[Address]]
 """The server of each slot, and all servers that have slots."""
 
-Prepare = Callable[[Link, bool], Awaitable[None]]
-"""Prepares a new connection. The flag is True if all keys of the server were deleted deliberately meanwhile."""
-
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What a connection needs from the store. `timeout` is in seconds, for connecting."""
 
     timeout: float
-    prepare: Prepare
+    prepare: Callable[[Link, bool], Awaitable[None]]
+    """The flag is True if all keys of the server were deleted deliberately meanwhile."""
     on_keys_changed: Callable[[list[bytes]], None]
     on_reconnected: Callable[[], None]
     """Called before anything is sent on the new connection."""
@@ -69,11 +67,12 @@ class Hooks:
 class ValkeyConnection:
     """A connection to the server at `find()` that is made again whenever it is lost."""
 
-    clustered: bool = True
-
-    def __init__(self, find: Callable[[], Awaitable[Target]], hooks: Hooks) -> None:
+    def __init__(
+        self, find: Callable[[], Awaitable[Target]], hooks: Hooks, *, clustered: bool = False
+    ) -> None:
         self._find = find
         self._hooks = hooks
+        self._clustered = clustered
         self._link: Link | None = None
         self._connecting: asyncio.Task[Link] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -122,6 +121,10 @@ class ValkeyConnection:
                 return task.result()
             joined = False  # that attempt began before this call; the server may have come back since
 
+    async def call(self, key: bytes, *command: bytes | str | int) -> Any:
+        """Send a command as in `Cluster.call`; the key does not matter."""
+        return await (await self.link()).call(*command)
+
     def lose(self, reason: str) -> None:
         if self._link is not None:
             self._link.lose(reason)
@@ -153,7 +156,7 @@ class ValkeyConnection:
                 where = repr(target)
                 link = await Link.connect(target, self._hooks.timeout, self._keys_changed, self._lost.set)
                 try:
-                    await check_server(link, clustered=self.clustered)
+                    await check_server(link, clustered=self._clustered)
                     await self._hooks.prepare(link, self._was_flushed)
                 except BaseException:
                     await link.close()
@@ -220,36 +223,20 @@ async def check_server(link: Link, *, clustered: bool) -> None:
         raise StoreUnavailable("the server is a replica, which cannot be written to")
 
 
-class SingleServer(ValkeyConnection):
-    """One server, or the primary that sentinels report."""
-
-    clustered = False
-
-    async def call(self, key: bytes, *command: bytes | str | int) -> Any:
-        """Send a command, without a time limit. Raises ResponseError, StoreUnavailable, ConfigError."""
-        return await (await self.link()).call(*command)
-
-
 async def find_primary(
     addresses: tuple[Address, ...], service: str, target_of: Callable[[Address], Target], within: float
 ) -> Target:
     """Ask all sentinels for the primary and use the first answer. Raises StoreUnavailable or ConfigError."""
 
-    async def query(target: Target) -> list[bytes] | None:
-        link = await Link.connect(target, within)
-        try:
-            found: list[bytes] | None = await link.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
-            return found
-        finally:
-            await link.close()
+    query = "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service
 
     async def ask(address: Address) -> Target:
         target = target_of(address)
         target.database = 0
         try:
-            found = await query(Target(target.host, target.port, tls=target.tls))
+            found = await _call_once(Target(target.host, target.port, tls=target.tls), within, *query)
         except (ConfigError, ResponseError):  # it requires a login
-            found = await query(target)
+            found = await _call_once(target, within, *query)
         if not found:
             raise StoreUnavailable(f"the sentinel {target} does not monitor a service of this name")
         host, port = found
@@ -351,15 +338,15 @@ class Cluster:
     def _connection(self, address: Address) -> ValkeyConnection:
         connection = self._connections.get(address)
         if connection is None:
-            connection = self._connections[address] = self._new_connection(address)
-            connection.watch()
+
+            async def find() -> Target:
+                return self._target(address)
+
+            connection = ValkeyConnection(find, self._hooks, clustered=True)
+            self._connections[address] = connection
+            if self._refresher is not None:  # the first ones are opened by `open`
+                connection.watch()
         return connection
-
-    def _new_connection(self, address: Address) -> ValkeyConnection:
-        async def find() -> Target:
-            return self._target(address)
-
-        return ValkeyConnection(find, self._hooks)
 
     def _use(self, division: Division) -> list[ValkeyConnection]:
         """Adopt a division of slots. Return the connections that are no longer needed."""
@@ -367,10 +354,8 @@ class Cluster:
         unneeded = [
             self._connections.pop(address) for address in list(self._connections) if address not in wanted
         ]
-        for address in wanted - set(self._connections):
-            self._connections[address] = self._new_connection(address)
-            if self._refresher is not None:
-                self._connections[address].watch()
+        for address in wanted:
+            self._connection(address)
         return unneeded
 
     async def _refresh_forever(self) -> None:
@@ -408,18 +393,14 @@ class Cluster:
         return division
 
     async def _query_one(self, address: Address, link: Link | None) -> Division:
-        new = None if link is not None else await Link.connect(self._target(address), self._hooks.timeout)
-        link = link or new
-        assert link is not None
+        target, query = self._target(address), ("CLUSTER", "SLOTS")
         try:
-            ranges = await link.call("CLUSTER", "SLOTS")
+            if link is None:
+                ranges = await _call_once(target, self._hooks.timeout, *query)
+            else:
+                ranges = await link.call(*query)
         except ResponseError as error:
-            raise ConfigError(
-                [f"store.url: {self._target(address)} does not belong to a cluster: {error}"]
-            ) from None
-        finally:
-            if new is not None:
-                await new.close()
+            raise ConfigError([f"store.url: {target} does not belong to a cluster: {error}"]) from None
         slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         owners: set[Address] = set()
         for first, last, primary, *_ in ranges:
@@ -430,6 +411,15 @@ class Cluster:
         if not owners:
             raise StoreUnavailable("the cluster has no slots yet")
         return slots, owners
+
+
+async def _call_once(target: Target, within: float, *command: str) -> Any:
+    """Send a command on a new connection, and close it."""
+    link = await Link.connect(target, within)
+    try:
+        return await link.call(*command)
+    finally:
+        await link.close()
 
 
 async def _first_of(coroutines: list[Coroutine[Any, Any, Any]]) -> Any:

@@ -37,7 +37,6 @@ from zcproto.stores.valkey.scripts import (
     key_digest,
     order_of,
     pack_session,
-    score_text,
     tag_of,
     time_text,
     ttl_for,
@@ -65,9 +64,8 @@ class ValkeyStore(ValkeyClient):
 
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         """Yield nothing: sessions are looked up when they are needed."""
-        nothing: tuple[Sequence[SessionRecord | EndedRecord], ...] = ()
-        for batch in nothing:
-            yield batch
+        return
+        yield ()  # makes it a generator
 
     # --- sessions ----------------------------------------------------------------------------------
 
@@ -261,9 +259,7 @@ class ValkeyStore(ValkeyClient):
     async def _expire_sessions(self, shard: int, wall: int, ended_before: int, most: int) -> tuple[int, int]:
         """Return how many entries were checked, and how many of them were removed."""
         if not self._is_clustered:
-            found, gone = await self._run(
-                "expire", b"", time_text(wall), score_text(ended_before), most, [], []
-            )
+            found, gone = await self._run("expire", b"", time_text(wall), b"%d" % ended_before, most, [], [])
             return found, gone
         dues = await self._range(b"x", shard, wall, most)
         tombstones = await self._range(b"m", shard, ended_before, most - len(dues))
@@ -277,7 +273,7 @@ class ValkeyStore(ValkeyClient):
         for tag, group in self._by_tag([member for member in tombstones if member not in tokens]):
             groups[tag] = (groups.get(tag, ([], []))[0], group)
         results = await self._gather(
-            self._run("expire", tag, time_text(wall), score_text(ended_before), most, past, ended)
+            self._run("expire", tag, time_text(wall), b"%d" % ended_before, most, past, ended)
             for tag, (past, ended) in groups.items()
         )
         return len(dues) + len(tombstones), len(tokens) + sum(gone for _, gone in results)
@@ -369,9 +365,7 @@ class ValkeyStore(ValkeyClient):
         if most < 1:
             return []
         key = self._shard_key(kind, shard)
-        found: list[bytes] = await self._call(
-            "ZRANGEBYSCORE", key, "-inf", score_text(until), "LIMIT", 0, most
-        )
+        found: list[bytes] = await self._call("ZRANGEBYSCORE", key, "-inf", until, "LIMIT", 0, most)
         return found
 
     async def _read_many(self, members: list[bytes]) -> list[list[bytes]]:

@@ -96,7 +96,10 @@ def parse_url(url: str) -> ServerUrl:
     server_url = partial(ServerUrl, username=unquote(username), password=unquote(password))
     rest, _, query = rest.partition("?")
     if family is None:
-        return server_url(ServerKind.SINGLE, path=_path(unquote(rest)), database=_query(query))
+        socket = unquote(rest)
+        if not socket.startswith("/") or "\0" in socket:
+            raise _fault("has no absolute path to a socket")
+        return server_url(ServerKind.SINGLE, path=socket, database=_query(query))
     kind = ServerKind(kind_name or "single")
     where, _, path = rest.partition("/")
     service, database = _parts(kind, path, query)
@@ -136,12 +139,6 @@ def _parts(kind: ServerKind, path: str, query: str) -> tuple[str, int]:
     if kind is ServerKind.CLUSTER and database:
         raise _fault("names a database, but a cluster has database 0 only")
     return service, database
-
-
-def _path(path: str) -> str:
-    if not path.startswith("/") or "\0" in path:
-        raise _fault("has no absolute path to a socket")
-    return path
 
 
 def _query(query: str) -> int:
