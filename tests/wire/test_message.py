@@ -20,6 +20,7 @@ from zcproto.wire.message import (
     ErrorMessage,
     MessageError,
     RequestMeta,
+    attach_message,
     code_in,
     decode_body,
     decode_error,
@@ -29,6 +30,7 @@ from zcproto.wire.message import (
     encode_body,
     encode_error,
     encode_request,
+    open_message,
     parse_traceparent,
 )
 
@@ -296,3 +298,12 @@ def test_concurrent_decoding_in_threads_does_not_mix_bodies() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+# --- what a device signs ----------------------------------------------------------------------------
+
+
+def test_signed_messages_contain_purpose_connection_and_certificate() -> None:
+    salt, leaf, token = b"s" * 8, b"l" * 32, b"t" * 32
+    assert open_message(salt, leaf, "lap\udc00") == b"zcp/1 open\0" + salt + leaf + b"lap\xed\xb0\x80"
+    assert attach_message(salt, leaf, token) == b"zcp/1 attach\0" + salt + leaf + token

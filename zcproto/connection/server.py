@@ -310,22 +310,20 @@ class ServerConnection:
         """
         registry = self.registry
         self._seen_generation = registry.generation
+        self._token, self._session, self._recheck_at = NO_TOKEN, None, 0  # until this token is accepted
         if token == NO_TOKEN:
-            self._token, self._session, self._recheck_at = token, None, ALWAYS
+            self._recheck_at = ALWAYS
             return None
         session = registry.check(token, wall)
         if isinstance(session, Code):
-            self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
             return refusals.TOKEN_ERRORS[session]
         known = self._sessions.get(session.id)
         is_known = known is not None and known.token == token
         if not is_known and self.admits is not None and not self.admits(session):
-            self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
             key = registry.key_of(session)
             if key not in self._proved:
-                self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
                 return KeyWanted(session, key)
             registry.use(session, wall)
         self._token = token

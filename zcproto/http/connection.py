@@ -238,7 +238,7 @@ class HttpConnection:
             raise _Refused(413)
         if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
             raise _Refused(417)
-        if not request.target.startswith(b"/") and _form_of(request) is None:
+        if _path_and_query(request) is None:
             raise _Refused(400, "the target must be a path")
 
     def _read_body(self, now: float) -> HttpRequest | None:
@@ -340,25 +340,24 @@ class HttpConnection:
         self._h11 = self._request = None
 
 
-def _form_of(request: h11.Request) -> re.Match[str] | bool | None:
-    """Match a target in absolute form (RFC 9112 section 3.2.2). Return True for the asterisk form of OPTIONS."""
-    if request.target == b"*" and request.method == b"OPTIONS":
-        return True
-    return _ABSOLUTE.fullmatch(request.target.decode("ascii"))
+def _path_and_query(request: h11.Request) -> tuple[str, str] | None:
+    """Split a target in origin, absolute or asterisk form (RFC 9112 section 3.2). Return None for any other."""
+    target = request.target.decode("ascii")
+    if target.startswith("/") or (target == "*" and request.method == b"OPTIONS"):
+        path, _, query = target.partition("?")
+        return path, query
+    absolute = _ABSOLUTE.fullmatch(target)
+    return absolute and (absolute[1] or "/", absolute[2] or "")
 
 
 def _request_of(request: h11.Request, body: bytes, peer: Peer) -> HttpRequest:
-    target = request.target.decode("ascii")
-    form = None if target.startswith("/") else _form_of(request)
-    if isinstance(form, re.Match):
-        path, query = form[1] or "/", form[2] or ""
-    else:
-        path, _, query = target.partition("?")
+    target = _path_and_query(request)
+    assert target is not None, "checked with the head"
     headers: dict[str, str] = {}
     for raw_name, raw_value in request.headers:
         name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return HttpRequest(request.method.decode("ascii"), path, query, headers, body, peer)
+    return HttpRequest(request.method.decode("ascii"), *target, headers, body, peer)
 
 
 @lru_cache(maxsize=2)

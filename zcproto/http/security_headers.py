@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 YEAR_S: Final = 31_536_000
@@ -60,19 +60,14 @@ class StrictTransportSecurity:
         return f"max-age={self.max_age_s}{subdomains}{'; preload' if self.preload else ''}"
 
 
-@dataclass(frozen=True, slots=True)
 class SecurityHeaders:
     """The fields of every response of one endpoint. `hsts` is None without TLS or when it is switched off."""
 
-    hsts: StrictTransportSecurity | None
-    _before: bytes = field(init=False, repr=False)
-    _usual: bytes = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        hsts = () if self.hsts is None else (("Strict-Transport-Security", self.hsts.value),)
-        lines = "".join(f"{name}: {value}\r\n" for name, value in (*hsts, *_ALWAYS))
-        object.__setattr__(self, "_before", lines.encode("ascii"))
-        object.__setattr__(self, "_usual", self._with(DEFAULT_POLICY))
+    def __init__(self, hsts: StrictTransportSecurity | None) -> None:
+        self.hsts = hsts
+        first = () if hsts is None else (("Strict-Transport-Security", hsts.value),)
+        self._before = "".join(f"{name}: {value}\r\n" for name, value in (*first, *_ALWAYS)).encode("ascii")
+        self._usual = self._with(DEFAULT_POLICY)
 
     def block(self, policy: str | None = None) -> bytes:
         """Return the fields as bytes, line ends included. `policy` is the Content-Security-Policy of a page.

@@ -94,8 +94,10 @@ def decode_request(
     if value.__class__ is list and len(value) == 2:
         method, params = value
         meta = NO_META
+    elif value.__class__ is list and len(value) == 3:
+        method, params, meta = value[0], value[1], _decode_meta(value[2], max_depth)
     else:
-        method, params, meta = _with_meta(value, max_depth)
+        raise MessageError("request must be [method, params] or [method, params, meta]")
     if method.__class__ is not str or method not in _well_formed_methods:
         _check_method(method)
     if params.__class__ is not dict:
@@ -124,12 +126,6 @@ def _check_method(method: Any) -> None:
         raise MessageError("method must be of a-z 0-9 _ .")
     if len(_well_formed_methods) < _WELL_FORMED_METHODS_KEPT:
         _well_formed_methods.add(method)
-
-
-def _with_meta(value: Any, max_depth: int) -> tuple[Any, Any, RequestMeta]:
-    if value.__class__ is not list or len(value) != 3:
-        raise MessageError("request must be [method, params] or [method, params, meta]")
-    return value[0], value[1], _decode_meta(value[2], max_depth)
 
 
 def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:
