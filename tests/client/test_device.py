@@ -546,7 +546,7 @@ async def test_certificate_demand_without_certificate_raises() -> None:
 # --- over real TLS -----------------------------------------------------------------------------------
 
 
-class Office:
+class PairingServer:
     """A server with the user ada and pairing codes."""
 
     def __init__(self, home: Path, certs: Path) -> None:
@@ -571,51 +571,51 @@ class Office:
 
 
 @pytest.fixture
-def office(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
+def pairing(tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PairingServer]:
     monkeypatch.setattr(pairing_module, "_COST", 2)
-    office = Office(tmp_path / "home", certs)
-    with office.server:
-        yield office
+    pairing = PairingServer(tmp_path / "home", certs)
+    with pairing.server:
+        yield pairing
 
 
-async def test_enrolled_device_opens_sessions_that_survive_reconnect(office: Office) -> None:
-    assert await enroll(office.address, office.code(), DEVICE, "laptop", **office.trust) == "ada"
-    async with connect(office.address, device=DEVICE, device_name="laptop", **office.trust) as client:
+async def test_enrolled_device_opens_sessions_that_survive_reconnect(pairing: PairingServer) -> None:
+    assert await enroll(pairing.address, pairing.code(), DEVICE, "laptop", **pairing.trust) == "ada"
+    async with connect(pairing.address, device=DEVICE, device_name="laptop", **pairing.trust) as client:
         assert client.session is not None
         session = client.session.id
         for number in range(3):
             assert await client.call("echo", x=number) == {"x": number}
-            office.lose_connections()
+            pairing.lose_connections()
             size = 100_000  # more than a connection without a session accepts
             assert await client.call("echo", idempotency_key=str(number), x=bytes(size)) == {"x": bytes(size)}
         info = await client.call("session.info")
         assert (info["id"], info["bound"]) == (session, True)
 
 
-def test_blocking_client_enrolls_a_device(office: Office, tmp_path: Path) -> None:
+def test_blocking_client_enrolls_a_device(pairing: PairingServer, tmp_path: Path) -> None:
     device = Device.create(tmp_path / "laptop.key")
-    assert enroll_blocking(office.address, office.code(), device, "laptop", **office.trust) == "ada"
+    assert enroll_blocking(pairing.address, pairing.code(), device, "laptop", **pairing.trust) == "ada"
     with connect_blocking(
-        office.address, device=tmp_path / "laptop.key", device_name="laptop", **office.trust
+        pairing.address, device=tmp_path / "laptop.key", device_name="laptop", **pairing.trust
     ) as client:
         assert client.session is not None
         assert client.session.bound
-        office.lose_connections()
+        pairing.lose_connections()
         assert client.call("echo", idempotency_key="k", x=1) == {"x": 1}
 
 
-async def test_refused_enrolment_raises_the_reason(office: Office) -> None:
-    code = office.code()
-    await enroll(office.address, office.code(), DEVICE, "laptop", **office.trust)
+async def test_refused_enrolment_raises_the_reason(pairing: PairingServer) -> None:
+    code = pairing.code()
+    await enroll(pairing.address, pairing.code(), DEVICE, "laptop", **pairing.trust)
     with pytest.raises(AlreadyExists, match="choose another name"):
-        await enroll(office.address, code, DEVICE, "laptop", **office.trust)
-    assert await enroll(office.address, code, DEVICE, "laptop-2", **office.trust) == "ada"
+        await enroll(pairing.address, code, DEVICE, "laptop", **pairing.trust)
+    assert await enroll(pairing.address, code, DEVICE, "laptop-2", **pairing.trust) == "ada"
     with pytest.raises(Unauthenticated, match="ask for a new one"):
-        await enroll(office.address, code, DEVICE, "laptop-3", **office.trust)
+        await enroll(pairing.address, code, DEVICE, "laptop-3", **pairing.trust)
     with pytest.raises(InvalidArgument, match="name"):
-        await enroll(office.address, code, DEVICE, "", **office.trust)
+        await enroll(pairing.address, code, DEVICE, "", **pairing.trust)
 
 
-async def test_unknown_device_opens_no_session(office: Office) -> None:
+async def test_unknown_device_opens_no_session(pairing: PairingServer) -> None:
     with pytest.raises(Unauthenticated):
-        await connect(office.address, device=DEVICE, device_name="laptop", **office.trust)
+        await connect(pairing.address, device=DEVICE, device_name="laptop", **pairing.trust)

@@ -71,7 +71,7 @@ async def test_connection_is_ready_after_welcome() -> None:
     assert not ends.protocol.ready
     ends.link.send(WELCOME, 0, encode_body(GREETING))
     assert ends.protocol.ready
-    assert await ends.protocol.welcomed == ends.protocol.welcome == GREETING
+    assert await ends.protocol.welcomed == ends.protocol.conversation.welcome == GREETING
 
 
 @pytest.mark.parametrize("how", ["cut", "close_cleanly", "nonsense"])

@@ -19,7 +19,7 @@ from typing import Any, Final, Self, Unpack
 from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device
-from zcproto.client.dial import Dialer, LoopResources, acquire_resources, release_resources
+from zcproto.client.dial import Dialer, acquire_resources, release_resources
 from zcproto.client.events import Event, EventStream
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol
@@ -57,7 +57,7 @@ class Client:
         self._random = random
         self._clock = MonotonicClock(clock)
         self._dial = Dialer(self.address, options, self._clock, clock)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._opened = False
         self._closed = False
 
     def __repr__(self) -> str:
@@ -81,10 +81,11 @@ class Client:
         Raises the error of the first attempt: CannotConnect, TlsError, CertificateError, ConnectionClosed, the
         CallErrors of `session.open`, and ConfigError for a key log that cannot be written.
         """
-        if self._loop is not None:
+        if self._opened:
             raise RuntimeError("this client was opened before; create a new one")
         loop = self._loop = asyncio.get_running_loop()
-        resources: LoopResources = acquire_resources(loop)
+        self._opened = True
+        resources = acquire_resources(loop)
         self._connections = ConnectionManager(
             loop,
             lambda owner: self._dial(owner, resources),
@@ -116,7 +117,7 @@ class Client:
         if self._closed:
             return
         self._closed = True
-        if self._loop is None:
+        if not self._opened:
             return
         try:
             await self._sessions.close(self._connections.current)
@@ -132,20 +133,20 @@ class Client:
     @property
     def session(self) -> ClientSession | None:
         """The open session, or None."""
-        return self._sessions.session if self._loop is not None else None
+        return self._sessions.session if self._opened else None
 
     @property
     def welcome(self) -> Mapping[str, Any]:
         """The server's latest WELCOME; empty without a connection."""
-        connection = self._connections.current if self._loop is not None else None
-        return {} if connection is None else connection.welcome
+        connection = self._connections.current if self._opened else None
+        return {} if connection is None else connection.conversation.welcome
 
     async def open_session(self) -> ClientSession:
         """Open a session unless one is valid, such as after TOKEN_REVOKED, SESSION_REPLACED or UNAUTHENTICATED.
 
         Raises Unauthenticated without credentials, and otherwise like `call`.
         """
-        if self._loop is None:
+        if not self._opened:
             raise RuntimeError(NOT_OPEN)
         self._sessions.require()
         await self._ready_before(self._deadline(UNSET))
@@ -177,7 +178,7 @@ class Client:
         """
         if params is not None:
             named = {**params, **named}
-        if self._loop is None:
+        if not self._opened:
             raise RuntimeError(NOT_OPEN)
         deadline = self._deadline(timeout)
         attempt: _Attempt | None = None
@@ -217,7 +218,6 @@ class Client:
     def _deadline(self, timeout: float | None) -> float:
         if timeout is UNSET:
             timeout = self._options.timeout
-        assert self._loop is not None
         return NEVER if timeout is None else self._loop.time() + timeout
 
     async def _after_error(
@@ -263,12 +263,11 @@ class Client:
             if refused is error:
                 raise
             if what_next(refused) is Then.LATER:
-                attempt.allow_again(Then.ATTACH)
+                attempt.done.discard(Then.ATTACH)  # it was not carried out
             await self._after_error(refused, attempt, connection, token, deadline)
 
     async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
         """Wait before a retry. Raise the error at once if the deadline is earlier."""
-        assert self._loop is not None
         if self._loop.time() + delay >= deadline:
             raise error
         await asyncio.sleep(delay)
@@ -279,16 +278,13 @@ class Client:
         """Present the token in a small request, because connections without a session refuse large ones."""
         if connection.conversation.has_session:
             raise error
-        assert self._loop is not None
         left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())
         await self.call("session.info", timeout=left)
 
     async def _ready_before(self, deadline: float) -> ClientProtocol:
         """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
-        if deadline == NEVER:
-            return await self._ready()
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
                 return await self._ready()
         except TimeoutError:
             cause = self._connections.last_error if self._connections.current is None else None
@@ -302,7 +298,6 @@ class Client:
             await self._sessions.ensure()
             connection = await self._connections.get()
             await connection.wait_ready()
-            assert self._loop is not None
             if connection.ready and self._loop.time() < self._sessions.valid_until:
                 return connection
 
@@ -323,22 +318,18 @@ class Client:
 class _Attempt:
     """The retries of one call so far. Created at the first error, because most calls have none."""
 
-    __slots__ = ("_done", "backoff")
+    __slots__ = ("backoff", "done")
 
     def __init__(self, random: Random) -> None:
         self.backoff = Backoff(random)
-        self._done: set[Then] = set()
+        self.done: set[Then] = set()
 
     def once(self, then: Then) -> bool:
         """Return True the first time."""
-        if then in self._done:
+        if then in self.done:
             return False
-        self._done.add(then)
+        self.done.add(then)
         return True
-
-    def allow_again(self, then: Then) -> None:
-        """Permit the step once more, because it was not carried out."""
-        self._done.discard(then)
 
 
 def _meta(

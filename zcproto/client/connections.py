@@ -108,12 +108,8 @@ class ConnectionManager:
         if connection is self.current:
             self.current = None
             self._older.add(connection)
-        if event.reason in IDLE_REASONS:
-            return
-        if connection.answered:
-            self._backoff.reset()
-        self._delay(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))
-        self._reconnect()
+        if event.reason not in IDLE_REASONS:
+            self._reconnect(connection, min(event.retry_after_ms, MAX_RETRY_AFTER_MS))
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
         self._older.add(connection)
@@ -122,12 +118,13 @@ class ConnectionManager:
             return
         self.current = None
         self.last_error = error
+        self._reconnect(connection, 0)
+
+    def _reconnect(self, connection: ClientProtocol, retry_after_ms: int) -> None:
+        """Delay the next attempt to connect, and start it now if it is wanted."""
         if connection.answered:
             self._backoff.reset()
-        self._delay(self._backoff.next())
-        self._reconnect()
-
-    def _reconnect(self) -> None:
+        self._delay(self._backoff.next(retry_after_ms))
         if self._was_connected and not self._closed and self.is_wanted():
             self._start()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from zcproto.client.address import Address, parse_address
-from zcproto.client.known_hosts import KnownHosts, find_known_hosts
+from zcproto.client.known_hosts import find_known_hosts
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.client.retry import is_transient
@@ -193,14 +193,7 @@ class Dialer:
             buffer=resources.buffer,
             handshake_timeout=self._connect_timeout,
         )
-        connection = await self._connect(connector, owner, resources)
-        if self._trust.verify and self._known_hosts is not None:
-            try:
-                await self._remember(connection, self._known_hosts)
-            except asyncio.CancelledError:
-                connection.abort()
-                raise
-        return connection
+        return await self._connect(connector, owner, resources)
 
     async def _connect(
         self, connector: TlsConnector, owner: ConnectionOwner, resources: LoopResources
@@ -221,6 +214,7 @@ class Dialer:
                 if error is not None:
                     raise error
                 await connection.welcomed
+            await self._remember(connection)
         except ConnectionClosed as closed:
             # In TLS 1.3 a server refuses a client certificate after the client has finished the handshake: with an
             # alert, or by closing the connection.
@@ -249,11 +243,16 @@ class Dialer:
             raise
         return connection
 
-    async def _remember(self, connection: ClientProtocol, known_hosts: KnownHosts) -> None:
-        """Store the server's policy. If that fails, log a warning and connect anyway."""
+    async def _remember(self, connection: ClientProtocol) -> None:
+        """Store the policy of a verified server. If that fails, log a warning and connect anyway."""
+        if not self._trust.verify or self._known_hosts is None:
+            return
         try:
             await asyncio.to_thread(
-                known_hosts.learn, self._server_hostname, connection.welcome["sts"], self._system_clock.wall()
+                self._known_hosts.learn,
+                self._server_hostname,
+                connection.conversation.welcome["sts"],
+                self._system_clock.wall(),
             )
         except (OSError, ConfigError) as error:
             log.warning(

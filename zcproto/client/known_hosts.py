@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from zcproto.client.address import is_ip
+from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.files import locked, replace_file
 from zcproto.common.home import resolve_home
 from zcproto.common.text import escape_text
@@ -34,8 +35,6 @@ REWRITE_AFTER: Final = 86_400
 """Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
 
 LOCK_WAIT_S: Final = 10.0
-
-_MS: Final = 1000
 
 
 class Policy(NamedTuple):
@@ -57,13 +56,14 @@ class KnownHosts:
         """Store the policy that a host sent over a verified connection. Raises OSError, ConfigError."""
         if is_ip(host):
             return
+        now = wall // MS_PER_SECOND
         max_age = min(sts["max_age"], MAX_AGE)
-        policy = Policy(wall // _MS + max_age, sts["include_subdomains"])
-        if self._is_known(host, policy, max_age, wall):
+        policy = Policy(now + max_age, sts["include_subdomains"])
+        if self._is_known(host, policy, max_age, now):
             return
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with locked(self.path.with_name(f"{self.path.name}.lock"), LOCK_WAIT_S):
-            hosts = {name: known for name, known in self._read().items() if known.until > wall // _MS}
+            hosts = {name: known for name, known in self._read().items() if known.until > now}
             if max_age:
                 hosts[host] = policy
             else:
@@ -72,7 +72,7 @@ class KnownHosts:
                 del hosts[min(hosts, key=lambda name: hosts[name].until)]
             self._write(hosts)
 
-    def _is_known(self, host: str, policy: Policy, max_age: int, wall: int) -> bool:
+    def _is_known(self, host: str, policy: Policy, max_age: int, now: int) -> bool:
         """Return whether the file has this policy with about the same expiry."""
         known = self._read().get(host)
         if known is None:
@@ -80,7 +80,7 @@ class KnownHosts:
         if not max_age:
             return False
         near = abs(known.until - policy.until) < min(REWRITE_AFTER, max_age // 2)
-        return near and known.until > wall // _MS and known.include_subdomains == policy.include_subdomains
+        return near and known.until > now and known.include_subdomains == policy.include_subdomains
 
     def require(self, host: str, wall: int) -> None:
         """Raise TlsError if a policy forbids connecting to a host without verification."""
@@ -90,13 +90,14 @@ class KnownHosts:
             hosts = self._read()
         except ConfigError as error:
             raise TlsError("sts_policy", f"verification cannot be off: {error}") from error
+        now = wall // MS_PER_SECOND
         labels = host.split(".")
         for start in range(len(labels)):
             name = ".".join(labels[start:])
             known = hosts.get(name)
-            if known is None or known.until <= wall // _MS or not (start == 0 or known.include_subdomains):
+            if known is None or known.until <= now or not (start == 0 or known.include_subdomains):
                 continue
-            days = (known.until - wall // _MS) // 86_400 + 1
+            days = (known.until - now) // 86_400 + 1
             raise TlsError(
                 "sts_policy",
                 f"{name} requires verified connections for {days} more days; remove verify=False"

@@ -103,11 +103,6 @@ class ClientProtocol(asyncio.Protocol):
         self.gone = self._loop.create_future()
 
     @property
-    def welcome(self) -> Mapping[str, Any]:
-        """The server's WELCOME."""
-        return self.conversation.welcome
-
-    @property
     def salt(self) -> bytes:
         """The connection's unique salt, which a device signs."""
         return self.conversation.salt
@@ -184,7 +179,7 @@ class ClientProtocol(asyncio.Protocol):
             self._owner.event_received(self, event)
         elif isinstance(event, Welcomed):
             self._max_streams = event.settings["max_streams"]
-            self._set_deadline()
+            self._wheel.set(self, self.conversation.next_deadline())
             self._update_ready()
             if not self.welcomed.done():  # the attempt to connect may have been cancelled
                 self.welcomed.set_result(event.settings)
@@ -280,7 +275,7 @@ class ClientProtocol(asyncio.Protocol):
             if not waiter.done():
                 waiter.set_result(None)
 
-    # --- sending ----------------------------------------------------------------------------------
+    # --- sending and deadlines --------------------------------------------------------------------
 
     def _flush_soon(self) -> None:
         """Send all frames of this turn of the loop in one write."""
@@ -297,11 +292,6 @@ class ClientProtocol(asyncio.Protocol):
         if data and self._transport is not None:
             self._transport.write(data)
 
-    # --- deadlines --------------------------------------------------------------------------------
-
-    def _set_deadline(self) -> None:
-        self._wheel.set(self, self.conversation.next_deadline())
-
     def handle_deadline(self, now: float) -> None:
         for event in self.conversation.handle_timeout(self._clock.wall(), now):
             assert isinstance(event, ConnectionEnded)
@@ -309,7 +299,7 @@ class ClientProtocol(asyncio.Protocol):
             self.abort()  # the peer does not answer: do not wait for its close
             return
         self._flush()
-        self._set_deadline()
+        self._wheel.set(self, self.conversation.next_deadline())
 
     # --- the end ----------------------------------------------------------------------------------
 

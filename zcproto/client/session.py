@@ -217,11 +217,9 @@ class SessionManager:
         self._unauthenticated_token = token
 
     def ended(self, token: bytes, error: CallError) -> None:
-        """Handle TOKEN_REVOKED or SESSION_REPLACED for a token."""
-        if token == self.token:
-            self._give_up(error)
-
-    def _give_up(self, error: CallError) -> None:
+        """Handle TOKEN_REVOKED or SESSION_REPLACED for a token, or a refused login."""
+        if token != self.token:
+            return
         self._over = error
         self.session = None
         self.token = NO_TOKEN
@@ -377,7 +375,7 @@ class SessionManager:
                     return
                 else:
                     if error.code in _ENDED_BY_REFUSAL:
-                        self._give_up(error)
+                        self.ended(self.token, error)
                     raise
             else:
                 self._adopt(result, connection)

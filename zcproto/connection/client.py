@@ -403,7 +403,6 @@ class ClientConnection:
     # --- time -----------------------------------------------------------------------------------
 
     def ping(self, wall: int) -> None:
-        """Queue a PING."""
         if self.state in (State.OPEN, State.DRAINING):
             self._send(PING, 0, NO_TOKEN, b"", wall)
 

@@ -362,7 +362,6 @@ class ServerConnection:
         self._proved |= {key}
 
     def has_proved(self, key: str) -> bool:
-        """Return True if the peer has proved this key."""
         return key in self._proved
 
     def disprove(self, key: str) -> None:

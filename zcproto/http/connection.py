@@ -33,7 +33,7 @@ from typing import Final
 
 import h11
 
-from zcproto.http.messages import UNKNOWN_PEER, HttpRequest, HttpResponse, Peer, text_response
+from zcproto.http.messages import HttpRequest, HttpResponse, Peer, text_response
 from zcproto.http.security_headers import SecurityHeaders
 
 METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"})
@@ -99,7 +99,7 @@ class HttpConnection:
     _limits: HttpLimits
     _security: SecurityHeaders
     now: InitVar[float]
-    _peer: Peer = UNKNOWN_PEER
+    _peer: Peer = field(default_factory=Peer)
     _buffer: bytearray = field(default_factory=bytearray, init=False)
     _scanned: int = field(default=0, init=False)
     """Bytes of the buffer that hold neither the end of a head nor ambiguous input."""

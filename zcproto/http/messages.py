@@ -37,9 +37,6 @@ class Peer:
     certificate: Callable[[], bytes | None] = lambda: None
 
 
-UNKNOWN_PEER: Final = Peer()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class HttpRequest:
     """A complete request. `path` and `query` are not decoded; `query` excludes the `?`.
@@ -52,7 +49,7 @@ class HttpRequest:
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
-    peer: Peer = UNKNOWN_PEER
+    peer: Peer = Peer()
 
     def json(self) -> Any:
         """Return the body as JSON. Raises ValueError if it is not valid JSON."""

@@ -199,8 +199,8 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-retry-after": fault(
         "reconnects at once after GOAWAY",
         (
-            f"{_CONNECTIONS}.connection_draining",
-            "self._delay(self._backoff.next(min(event.retry_after_ms, MAX_RETRY_AFTER_MS)))",
+            f"{_CONNECTIONS}._reconnect",
+            "self._delay(self._backoff.next(retry_after_ms))",
             "pass",
         ),
     ),

@@ -139,9 +139,9 @@ TRUST: Final[dict[str, Fault]] = {
     "sts-policy-from-unverified-server": fault(
         "stores policies of unverified servers",
         (
-            _DIAL,
-            "        if self._trust.verify and self._known_hosts is not None:",
-            "        if self._known_hosts is not None:",
+            "zcproto.client.dial:Dialer._remember",
+            "if not self._trust.verify or self._known_hosts is None:",
+            "if self._known_hosts is None:",
         ),
     ),
 }
