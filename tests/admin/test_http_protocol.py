@@ -126,7 +126,7 @@ async def test_pipelined_requests_are_answered_one_per_loop_turn() -> None:
     harness.timers.run()
     assert harness.served == ["/"] * 3
     assert len(answers(bytes(transport.out))) == 3
-    assert harness.endpoint.counters.responses == {200: 3}
+    assert harness.endpoint.responses == {200: 3}
 
 
 async def test_client_that_never_reads_is_disconnected() -> None:
@@ -142,7 +142,7 @@ async def test_client_that_never_reads_is_disconnected() -> None:
     transport.unread -= MIN_READ - 1  # too slow
     harness.advance(2)
     assert transport.end == "aborted"
-    assert harness.endpoint.counters.write_timeouts == 1
+    assert harness.endpoint.write_timeouts == 1
     assert harness.endpoint.connections == set()
     assert len(harness.wheel) == 0
 

@@ -376,7 +376,9 @@ def test_late_reader_gets_all_responses_without_buffering(serve: Serve) -> None:
     with bystander(server), tls(server) as connection:
         connection.sendall(big * 7 + big.replace(b"Host", b"Connection: close\r\nHost"))
         server.until(
-            lambda: any(each._paused_since is not None for each in server.server.parts.http.connections)
+            lambda: any(
+                each._paused_since is not None for each in server.server.parts.http.endpoint.connections
+            )
         )  # type: ignore[union-attr]
         made = server.stats["http"]["responses"]["200"]
         found = answers(read_to_end(connection))

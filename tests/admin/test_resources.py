@@ -245,7 +245,7 @@ def test_figures_are_read_at_most_once_a_second_and_only_on_request(monkeypatch:
 
     monkeypatch.setattr(resources, "take_snapshot", lambda parts: parts)
     monkeypatch.setattr(resources, "status_report", read)
-    monkeypatch.setattr(Resources, "readiness", lambda self: (False, {"reasons": ["store: out"]}))
+    monkeypatch.setattr(Resources, "readiness", lambda self: {"ready": False, "reasons": ["store: out"]})
     found = Resources(cast("Parts", SimpleNamespace(clock=clock, state=None)))
     assert readings == []
     for _ in range(1000):

@@ -240,7 +240,7 @@ class ServerThread:
                 "handlers": state.tasks.running,
                 "handshakes": server.parts.acceptor.handshakes_in_progress,
                 "queue": len(server.parts.acceptor._queue),
-                "http": 0 if server.parts.http is None else len(server.parts.http.connections),
+                "http": 0 if server.parts.http is None else len(server.parts.http.endpoint.connections),
             }
 
         return self.in_loop(count)

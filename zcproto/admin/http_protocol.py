@@ -30,16 +30,6 @@ WRITE_BUFFER: Final = 65_536
 """Bytes that may be buffered for a slow client before its next request waits."""
 
 
-@dataclass(slots=True)
-class HttpCounters:
-    """Counters; read by the snapshot."""
-
-    connections_opened: int = 0
-    write_timeouts: int = 0
-    responses: dict[int, int] = field(default_factory=dict)
-    """By status."""
-
-
 @dataclass(slots=True, eq=False)
 class HttpEndpoint:
     """The shared state of all HTTP connections of one kind.
@@ -52,7 +42,10 @@ class HttpEndpoint:
     security: SecurityHeaders
     limits: HttpLimits
     peer_of: Callable[[Any], Peer]
-    counters: HttpCounters = field(default_factory=HttpCounters)
+    connections_opened: int = 0
+    write_timeouts: int = 0
+    responses: dict[int, int] = field(default_factory=dict)
+    """Counts by status."""
     connections: set[HttpProtocol] = field(default_factory=set)
     answering: int = 0
     """Running handlers."""
@@ -128,7 +121,7 @@ class HttpProtocol(asyncio.Protocol):
         now = endpoint.state.clock.now()
         self._connection = HttpConnection(endpoint.limits, endpoint.security, now, peer)
         endpoint.connections.add(self)
-        endpoint.counters.connections_opened += 1
+        endpoint.connections_opened += 1
         if endpoint.draining:
             self._connection.go_away()
         self._update()
@@ -229,7 +222,7 @@ class HttpProtocol(asyncio.Protocol):
         connection, transport, endpoint = self._connection, self._transport, self._endpoint
         if connection is None or transport is None:
             return
-        responses = endpoint.counters.responses
+        responses = endpoint.responses
         for status in connection.sent:
             responses[status] = responses.get(status, 0) + 1
         connection.sent.clear()
@@ -258,7 +251,7 @@ class HttpProtocol(asyncio.Protocol):
         if self._paused_since is not None:
             unread = transport.get_write_buffer_size()
             if unread > self._unread - MIN_READ:
-                endpoint.counters.write_timeouts += 1
+                endpoint.write_timeouts += 1
                 self.abort()
                 return
             self._paused_since, self._unread = now, unread

@@ -73,10 +73,6 @@ class HttpSide:
         """The protocols of the TlsAcceptor by ALPN name; None is for clients without ALPN."""
         return {HTTP_ALPN: self.endpoint.protocol, None: self.endpoint.protocol}
 
-    @property
-    def connections(self) -> set[HttpProtocol]:
-        return self.endpoint.connections
-
     def listen_plain(
         self, names: Callable[[], Iterable[str]], https_port: int, passed: Sequence[socket.socket] = ()
     ) -> None:
@@ -97,7 +93,7 @@ class HttpSide:
 
     def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
         """Close the connections of clients with a bad certificate (DER)."""
-        for protocol in list(self.connections):
+        for protocol in list(self.endpoint.connections):
             certificate = protocol.peer_certificate()
             if certificate is not None and is_bad(certificate):
                 log.warning("connection.certificate_revoked", peer=protocol.peer, connection=protocol.id)

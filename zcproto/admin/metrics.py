@@ -216,14 +216,13 @@ def _store(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _https(snapshot: Snapshot) -> Iterator[Reading]:
-    http = snapshot.parts.http
-    if http is None:
+    if snapshot.parts.http is None:
         return
-    counters = http.endpoint.counters
-    yield "zcproto_http_connections", len(http.connections)
-    yield "zcproto_http_connections_opened_total", counters.connections_opened
-    yield "zcproto_http_write_timeouts_total", counters.write_timeouts
-    for status, count in counters.responses.items():
+    endpoint = snapshot.parts.http.endpoint
+    yield "zcproto_http_connections", len(endpoint.connections)
+    yield "zcproto_http_connections_opened_total", endpoint.connections_opened
+    yield "zcproto_http_write_timeouts_total", endpoint.write_timeouts
+    for status, count in endpoint.responses.items():
         yield "zcproto_http_responses_total", count, str(int(status))
 
 

@@ -16,9 +16,10 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import parse_qsl
@@ -73,19 +74,18 @@ class HasChanges(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
-class ServerLifecycle(Protocol):
-    """What a server does to itself; implemented by `Server`."""
-
-    async def reload(self) -> HasChanges: ...
-    def begin_drain(self, limit: float | None = None) -> None: ...
-
-
 class Operations:
     """The operations of one running server. The parameters of a method are those of its operation."""
 
-    def __init__(self, parts: Parts, lifecycle: ServerLifecycle) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        reload: Callable[[], Awaitable[HasChanges]],
+        begin_drain: Callable[[float], None],
+    ) -> None:
         self._parts = parts
-        self._lifecycle = lifecycle
+        self._reload = reload
+        self._begin_drain = begin_drain
 
     def routes(self) -> Iterator[Route]:
         """Yield the routes of the control API."""
@@ -120,13 +120,13 @@ class Operations:
         return status_report(take_snapshot(self._parts))
 
     async def reload(self) -> dict[str, Any]:
-        return (await self._lifecycle.reload()).as_dict()
+        return (await self._reload()).as_dict()
 
     async def drain(self, timeout: float | None = None) -> dict[str, Any]:  # noqa: ASYNC109 - a parameter of the API
         if timeout is not None and not 0 <= timeout <= MAX_DRAIN_S:
             raise InvalidArgument(f"timeout must be from 0 to {MAX_DRAIN_S:g} seconds")
         limit = self._parts.config.server.drain_timeout if timeout is None else timeout
-        self._lifecycle.begin_drain(limit)
+        self._begin_drain(limit)
         return {"connections": len(self._parts.state.connections), "timeout": limit}
 
     async def log_level(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Operations:
 
     async def list_sessions(self, user: str | None = None) -> dict[str, Any]:
         records = await self._parts.state.sessions.records(user, LISTED + 1)
-        return {"sessions": [describe(record) for record in records[:LISTED]], "more": len(records) > LISTED}
+        return _bounded("sessions", map(describe, records), LISTED)
 
     async def revoke_sessions(
         self, ids: list[str] | None = None, user: str | None = None, all: bool = False
@@ -155,11 +155,8 @@ class Operations:
     # --- users and devices ---------------------------------------------------------------------------
 
     async def list_users(self) -> dict[str, Any]:
-        users = list(self._users.file.entries.items())
-        return {
-            "users": [user.as_dict(name) for name, user in users[:LISTED_NAMES]],
-            "more": len(users) > LISTED_NAMES,
-        }
+        entries = self._users.file.entries
+        return _bounded("users", (user.as_dict(name) for name, user in entries.items()), LISTED_NAMES)
 
     async def add_user(
         self, name: str, operator: bool = False, key_digest: str | None = None
@@ -193,11 +190,8 @@ class Operations:
         return self._parts.users
 
     async def list_devices(self) -> dict[str, Any]:
-        devices = list(self._devices.file.entries.items())
-        return {
-            "devices": [device.as_dict(name) for name, device in devices[:LISTED_NAMES]],
-            "more": len(devices) > LISTED_NAMES,
-        }
+        entries = self._devices.file.entries
+        return _bounded("devices", (device.as_dict(name) for name, device in entries.items()), LISTED_NAMES)
 
     async def remove_device(self, name: str) -> dict[str, Any]:
         file = DeviceFile(self._parts.home.devices)
@@ -274,6 +268,11 @@ class Operations:
 
 
 # --- requests and responses ----------------------------------------------------------------------------------
+
+
+def _bounded(name: str, rows: Iterable[dict[str, Any]], limit: int) -> dict[str, Any]:
+    listed = list(islice(rows, limit + 1))
+    return {name: listed[:limit], "more": len(listed) > limit}
 
 
 def _digest(text: str) -> bytes:

@@ -103,11 +103,11 @@ class Resources:
         return text_response(200, "ok")
 
     def _readyz(self, request: HttpRequest) -> HttpResponse:
-        ready, body = self.readiness()
-        return json_response(200 if ready else 503, body)
+        body = self.readiness()
+        return json_response(200 if body["ready"] else 503, body)
 
-    def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether new clients should connect, and the checks with the reasons against it.
+    def readiness(self) -> dict[str, Any]:
+        """Return as JSON fields whether new clients should connect, and the checks with the reasons against it.
 
         Cheap, since anyone may ask: no snapshot is taken.
         """
@@ -126,7 +126,7 @@ class Resources:
             reasons.append("store: it does not answer; known sessions continue, none can be opened")
         if not lives or min(seconds for _, seconds in lives) <= 0:
             reasons.append("certificate: a serving certificate has expired")
-        body = {
+        return {
             "ready": not reasons,
             "reasons": reasons,
             "checks": {
@@ -137,7 +137,6 @@ class Resources:
                 ],
             },
         }
-        return not reasons, body
 
     def _well_known(self, request: HttpRequest) -> HttpResponse:
         state = self._parts.state
@@ -180,12 +179,10 @@ class Resources:
         now = self._parts.clock.now()
         if now - self._read_at >= FRESH_S:
             report = status_report(take_snapshot(self._parts))
-            ready, body = self.readiness()
+            readiness = self.readiness()
+            is_ready = {key: readiness[key] for key in ("ready", "reasons")}
             self._figures = {
-                role: json_response(
-                    200, {"ready": ready, "reasons": body["reasons"], **page_figures(report, role)}
-                )
-                for role in (False, True)
+                role: json_response(200, {**is_ready, **page_figures(report, role)}) for role in (False, True)
             }
             self._read_at = now
         return self._figures[operator]

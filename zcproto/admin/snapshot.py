@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final
 
-from zcproto.admin.http_protocol import HttpCounters
+from zcproto.admin.http_protocol import HttpEndpoint
 from zcproto.admin.https import HttpSide
 from zcproto.admin.parts import Parts
 from zcproto.app.app import Method
@@ -102,7 +102,7 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
         "connections": {
             "tcp": parts.listener.connections,
             "zcp": len(state.connections),
-            "http": 0 if parts.http is None else len(parts.http.connections),
+            "http": 0 if parts.http is None else len(parts.http.endpoint.connections),
             "limit": parts.config.limits.max_connections,
             "refused": {
                 "full": counters.refused_full,
@@ -207,23 +207,23 @@ def read_stats(parts: Parts) -> dict[str, Any]:
 
 
 def _http_stats(side: HttpSide) -> dict[str, Any]:
-    counters, redirect = side.endpoint.counters, side.redirect
+    endpoint, redirect = side.endpoint, side.redirect
     return {
-        "connections": len(side.connections),
-        "connections_opened": counters.connections_opened,
-        "responses": _by_status(counters),
-        "write_timeouts": counters.write_timeouts,
+        "connections": len(endpoint.connections),
+        "connections_opened": endpoint.connections_opened,
+        "responses": _by_status(endpoint),
+        "write_timeouts": endpoint.write_timeouts,
         "redirect": redirect
         and {
             "connections": len(redirect.open),
             "refused": redirect.refused,
-            "responses": _by_status(redirect.endpoint.counters),
+            "responses": _by_status(redirect.endpoint),
         },
     }
 
 
-def _by_status(counters: HttpCounters) -> dict[str, int]:
-    return {str(status): count for status, count in sorted(counters.responses.items())}
+def _by_status(endpoint: HttpEndpoint) -> dict[str, int]:
+    return {str(status): count for status, count in sorted(endpoint.responses.items())}
 
 
 def _by_cause(failures: Mapping[TlsFailure, int]) -> dict[str, int]:

@@ -68,7 +68,6 @@ class ServerAlerts:
         self.origin = entropy(_ORIGIN_SIZE).hex()
         """Random id of this process in the ids of messages."""
         self._watched: dict[tuple[AlertKind, str], _WatchedCounter] = {}
-        self._before: dict[tuple[AlertKind, str], _WatchedCounter] = {}
         self._entropy = entropy
         self._running = False
         self._ending: set[asyncio.Task[None]] = set()
@@ -78,8 +77,8 @@ class ServerAlerts:
         random = partial(random_fraction, self._entropy)
         return SinkQueue(sink, clock=self._clock, random=random, on_down=self._sink_down, on_up=self._sink_up)
 
-    def reconfigure(self, config: AlertsConfig, sinks: Sequence[Sink], watch: Callable[[], None]) -> None:
-        """Apply another configuration. `watch` registers the counters again.
+    def reconfigure(self, config: AlertsConfig, sinks: Sequence[Sink]) -> None:
+        """Apply another configuration. Call `watch` again for each counter afterwards.
 
         Queued messages go to the sink that replaces theirs; those of a removed sink are delivered within
         `STOP_S` or dropped.
@@ -87,13 +86,6 @@ class ServerAlerts:
         self.config = config
         self.center.repeat_s, self.center.quiet_s = config.repeat, config.quiet
         self._replace_sinks(sinks)
-        self._before, self._watched = self._watched, {}
-        watch()
-        before, self._before = self._before, {}
-        for (kind, about), old in before.items():
-            new = self._watched.get((kind, about))
-            if old.watch.is_on and (new is None or new.watch is not old.watch):
-                self.resolve(kind, about=about)
 
     def _replace_sinks(self, sinks: Sequence[Sink]) -> None:
         queues = {queue.name: queue for queue in self.queues}
@@ -156,17 +148,20 @@ class ServerAlerts:
         title: Callable[[int], str],
         about: str = "",
     ) -> None:
-        """Raise an alert while a counter grows by at least `threshold` within the window; 0 for never."""
+        """Raise an alert while a counter grows by at least `threshold` within the window; 0 for never.
+
+        Called again for a counter, it starts over if the threshold or the window has changed.
+        """
+        rule = RateRule(threshold, self.config.rate_window, self.config.quiet)
+        old = self._watched.pop((kind, about), None)
+        if old is not None and old.watch.rule == rule:
+            self._watched[kind, about] = _WatchedCounter(read, old.watch, title)
+            return
+        if old is not None and old.watch.is_on:
+            self.resolve(kind, about=about)
         if threshold:
-            rule = RateRule(threshold, self.config.rate_window, self.config.quiet)
-            old = self._before.get((kind, about))
-            if old is None:
-                rate = RateWatch(rule)
-            elif old.watch.rule == rule:
-                rate = old.watch
-            else:  # the previous count is of another window
-                rate = RateWatch(rule, read())
-            self._watched[kind, about] = _WatchedCounter(read, rate, title)
+            watch = RateWatch(rule, 0 if old is None else read())  # earlier events are of another window
+            self._watched[kind, about] = _WatchedCounter(read, watch, title)
 
     # --- lifecycle -----------------------------------------------------------------------------------
 

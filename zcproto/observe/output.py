@@ -62,33 +62,17 @@ class Descriptor:
 
     def write(self, lines: str) -> None:
         data = lines.encode("ascii", "backslashreplace")
-        is_rest = False
         with self._lock:
             if self._descriptor == _CLOSED:
                 raise LinesLostError(lines.count("\n"))
-            if self._poll is None and not self._waiting and not self._within_line:
-                written = self._write_at_once(data)
-                if written == len(data):
-                    return
-                data, is_rest = data[written:], written > 0
             if len(self._waiting) + len(data) > MAX_WAITING:
                 self._write_waiting()
                 if len(self._waiting) + len(data) > MAX_WAITING:
                     raise LinesLostError(data.count(b"\n"))
-            if self._within_line and not self._waiting and not is_rest:  # the rest of that line was lost
+            if self._within_line and not self._waiting:  # the rest of that line was lost
                 self._waiting += b"\n"
             self._waiting += data
             self._write_waiting()
-
-    def _write_at_once(self, data: bytes) -> int:
-        try:
-            written = os.write(self._descriptor, data)
-        except OSError as error:
-            if error.errno in _WAIT:
-                return 0
-            raise LinesLostError(data.count(b"\n")) from error
-        self._within_line = 0 < written < len(data) and data[written - 1] != ord("\n")
-        return written
 
     def flush(self) -> None:
         """Write waiting bytes as far as possible without blocking."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from zcproto.admin.parts import Parts
@@ -95,7 +94,8 @@ async def _reload(
     def apply() -> None:
         _check_draining(parts)  # a drain may have begun meanwhile
         _apply(parts, new)
-        parts.alerts.reconfigure(new.alerts, sinks, partial(watch_rates, parts))
+        parts.alerts.reconfigure(new.alerts, sinks)
+        watch_rates(parts)
         if owns_log:
             log_change.apply()
         on_config(new)

@@ -157,7 +157,7 @@ class Server:
             self._running = stack.pop_all()
 
     async def _open_control(self, parts: Parts, stack: AsyncExitStack) -> None:
-        routes = Operations(parts, self).routes()
+        routes = Operations(parts, self.reload, self.begin_drain).routes()
         control = ControlSocket(self.home, parts.state, Router(routes))
         if await asyncio.to_thread(control.open):
             stack.callback(control.close)
