@@ -1,0 +1,201 @@
+"""An IdempotencyCache with fake time and a fake store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import pytest
+
+from tests.helpers import FakeClock
+from zcproto.errors import CallError, Cancelled, Code, InternalError
+from zcproto.server.eager import EagerTasks
+from zcproto.server.idempotency import Answer, IdempotencyCache, Waiting, request_digest
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
+from zcproto.stores.base import Claim, StoreUnavailable
+from zcproto.wire.message import decode_error, encode_body, encode_error
+
+if TYPE_CHECKING:
+    from zcproto.stores.operations import CircuitBreaker
+
+
+T = TypeVar("T")
+
+KEEP_MS = 600_000
+DIGEST = request_digest("pay", {"amount": 5})
+OTHER = request_digest("pay", {"amount": 6})
+
+
+class FakeStore:
+    """The part of a store for answers. It can be out, also after an operation has taken effect."""
+
+    def __init__(self, shared: bool = False) -> None:
+        self.shared = shared
+        self.answers = Answers(AnswerLimits())
+        self.out = False
+        self.fails_after_the_effect = False
+        self.asked: list[str] = []
+        self.held: asyncio.Future[None] | None = None
+
+    async def _turn(self, name: str) -> None:
+        self.asked.append(name)
+        await asyncio.sleep(0)
+        if self.held is not None:
+            await self.held
+        if self.out and not self.fails_after_the_effect:
+            raise StoreUnavailable("it is out")
+
+    def _end(self) -> None:
+        if self.out:
+            raise StoreUnavailable("no answer in time")
+
+    async def claim(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> Claim:
+        await self._turn("claim")
+        claim = self.answers.claim(user, key, digest, wall, lease_ms)
+        self._end()
+        return claim
+
+    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+        await self._turn("keep")
+        self.answers.keep(user, key, answer, wall, keep_ms)
+        self._end()
+
+    async def release_claim(self, user: str, key: str) -> None:
+        await self._turn("release")
+        self.answers.release(user, key)
+        self._end()
+
+
+class PassThrough:
+    """A circuit breaker that never opens."""
+
+    def __init__(self, store: FakeStore) -> None:
+        self.store = store
+
+    async def call(self, operation: Coroutine[Any, Any, T]) -> T:
+        return await operation
+
+
+class CacheHarness:
+    """The cache of one process, with the time advanced by the test."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        store: FakeStore | None = None,
+        limits: AnswerLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self.loop = loop
+        self.clock = FakeClock()
+        self.tasks = EagerTasks(loop)
+        self.slept: list[float] = []
+        self.while_asleep: Callable[[], object] = lambda: None
+        self.cache = IdempotencyCache(
+            self.tasks,
+            self.clock,
+            breaker=None if store is None else cast("CircuitBreaker", PassThrough(store)),
+            keep_ms=KEEP_MS,
+            limits=limits,
+            sleep=self.sleep,
+        )
+        self.ran = 0
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.clock.advance(seconds)
+        await asyncio.sleep(0)
+        self.while_asleep()
+
+    def answer_error(self, error: BaseException) -> Answer:
+        if isinstance(error, asyncio.CancelledError):
+            error = Cancelled("the server stopped")
+        if not isinstance(error, CallError):
+            error = InternalError(type(error).__name__)
+        return Answer(error.code, encode_error(error.code, error.message, error.details))
+
+    def begin(
+        self,
+        result: Any = "paid",
+        *,
+        user: str = "ada",
+        key: str = "k",
+        digest: bytes = DIGEST,
+        wait: Awaitable[Any] | None = None,
+    ) -> Caller:
+        async def execute() -> bytes:
+            self.ran += 1
+            if wait is not None:
+                await wait
+            if isinstance(result, BaseException):
+                raise result
+            return encode_body(result)
+
+        caller = Caller()
+
+        async def ask() -> None:
+            outcome = self.cache.submit(user, key, digest, execute, self.answer_error, caller.answers.append)
+            if isinstance(outcome, Answer):
+                caller.answers.append(outcome)
+            else:
+                caller.waiting = outcome
+
+        self.loop.run_until_complete(ask())
+        return caller
+
+    def turn(self) -> None:
+        for _ in range(60):
+            self.loop.run_until_complete(asyncio.sleep(0))
+
+    def call(self, result: Any = "paid", **options: Any) -> Answer:
+        caller = self.begin(result, **options)
+        self.turn()
+        return caller.answer
+
+
+class Caller:
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self.waiting: Waiting | None = None
+
+    @property
+    def answer(self) -> Answer:
+        (answer,) = self.answers
+        return answer
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+MakeHarness = Callable[..., CacheHarness]
+
+
+@pytest.fixture
+def make_harness(loop: asyncio.AbstractEventLoop) -> Iterator[MakeHarness]:
+    made: list[CacheHarness] = []
+
+    def make(*args: Any, **options: Any) -> CacheHarness:
+        made.append(CacheHarness(loop, *args, **options))
+        return made[-1]
+
+    yield make
+    for harness in made:
+        assert loop.run_until_complete(harness.tasks.close(1.0)) == 0
+        assert harness.cache.running == 0
+
+
+@pytest.fixture(params=["memory", "store", "shared store"])
+def harness(request: pytest.FixtureRequest, make_harness: MakeHarness) -> CacheHarness:
+    """Return harnesses without a store, with its own store and with a shared store."""
+    store = None if request.param == "memory" else FakeStore(request.param == "shared store")
+    return make_harness(store)
+
+
+def code(answer: Answer) -> Code:
+    message = decode_error(answer.body)
+    assert message.code == answer.code
+    return Code(answer.code)

@@ -1,0 +1,299 @@
+"""Idempotency with a store: it fails, and other processes share it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.server.idempotency_harness import (
+    KEEP_MS,
+    OTHER,
+    FakeStore,
+    MakeHarness,
+    code,
+    loop,
+    make_harness,
+)
+from zcproto.errors import Code, ResourceExhausted, Unavailable
+from zcproto.server.idempotency import MAX_REMEMBERED, POLL_FIRST_S, POLL_LAST_S, Answer
+from zcproto.stores.base import Claim, StoreUnavailable
+from zcproto.wire.message import decode_error, encode_body
+
+__all__ = ["loop", "make_harness"]
+
+
+# --- the store fails ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_request_is_run_during_an_outage(make_harness: MakeHarness, shared: bool) -> None:
+    store = FakeStore(shared)
+    harness = make_harness(store)
+    store.out = True
+    refused = harness.call()
+    assert code(refused) is Code.UNAVAILABLE
+    assert decode_error(refused.body).details["retry_after_ms"] > 0
+    assert b"it is out" not in refused.body
+    store.out = False
+    assert harness.call("paid").code == 0
+    assert harness.ran == 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("tries", [1, 3])
+def test_claim_with_unknown_outcome_can_be_claimed_again(
+    make_harness: MakeHarness, shared: bool, tries: int
+) -> None:
+    store = FakeStore(shared)
+    harness = make_harness(store)
+    store.out = store.fails_after_the_effect = True
+    for _ in range(tries):
+        assert code(harness.call()) is Code.UNAVAILABLE
+        harness.clock.advance(1)
+    store.out = False
+    assert harness.call("paid") == harness.call("again") == Answer(0, encode_body("paid"))
+    assert (harness.ran, harness.slept) == (1, [])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_claim_of_another_process_is_not_reused(make_harness: MakeHarness, shared: bool) -> None:
+    store = FakeStore(shared)
+    killed = make_harness(store)
+    gate = killed.loop.create_future()
+    killed.begin(wait=gate)
+    killed.turn()
+    restarted = make_harness(store)
+    restarted.clock.advance(1)
+    store.out = True
+    assert code(restarted.call()) is Code.UNAVAILABLE
+    store.out = False
+    caller = restarted.begin()
+    restarted.turn()
+    assert restarted.ran == 0
+    assert bool(restarted.slept) == shared
+    assert bool(caller.answers) == (not shared)
+    gate.set_result(None)
+    killed.turn()
+    restarted.turn()
+
+
+def test_claim_that_could_not_be_released_is_reused(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    caller = harness.begin(Unavailable("not now"), wait=gate)
+    harness.turn()
+    store.out = True
+    gate.set_result(None)
+    harness.turn()
+    assert code(caller.answer) is Code.UNAVAILABLE
+    store.out = False
+    assert harness.call("paid").code == 0
+    assert harness.slept == []
+
+
+@pytest.mark.parametrize("all_the_same", [False, True])
+def test_answer_that_failed_to_be_stored_is_kept_here_and_written_later(
+    make_harness: MakeHarness, all_the_same: bool
+) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(store)
+    gate = harness.loop.create_future()
+    caller = harness.begin("paid", wait=gate)
+    harness.turn()
+    store.out, store.fails_after_the_effect = True, all_the_same
+    gate.set_result(None)
+    harness.turn()
+    assert caller.answer.code == 0
+    assert harness.call("again") == caller.answer
+    assert code(harness.call(digest=OTHER)) is Code.FAILED_PRECONDITION
+    store.out = False
+    harness.call(key="another")
+    assert another.call("again") == caller.answer
+    assert another.slept == []
+    assert (harness.ran, another.ran) == (2, 0)
+
+
+def test_expired_answer_is_not_written_later(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin("paid", wait=gate)
+    harness.turn()
+    store.out = True
+    gate.set_result(None)
+    harness.turn()
+    harness.clock.advance(KEEP_MS / 1000)
+    store.out = False
+    store.asked.clear()
+    harness.call(key="another")
+    harness.turn()
+    assert store.asked == ["claim", "keep"]
+
+
+def test_delayed_write_continues_after_another_outage(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin("paid", wait=gate)
+    harness.turn()
+    store.out = True
+    gate.set_result(None)
+    harness.turn()
+    store.out = False
+    harness.begin(key="another")
+    store.asked.clear()
+    harness.turn()
+    first = store.asked.count("keep")
+    assert first == 2, "the other's answer, and the one that was left behind"
+
+
+def test_delayed_write_waits_for_the_store(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin("paid", wait=gate)
+    harness.turn()
+    store.out = True
+    gate.set_result(None)
+    harness.turn()
+
+    async def keep_fails(*args: Any) -> None:
+        raise StoreUnavailable("read only")
+
+    store.out = False
+    works, store.keep_answer = store.keep_answer, keep_fails  # type: ignore[method-assign]
+    harness.call(key="another")
+    store.keep_answer = works  # type: ignore[method-assign]
+    for key, answers_stored in (("a third", 3), ("a fourth", 1)):
+        store.asked.clear()
+        harness.call(key=key)
+        harness.turn()
+        assert store.asked.count("keep") == answers_stored
+
+
+def test_remembered_claims_are_bounded(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    store.out = store.fails_after_the_effect = True
+    for number in range(MAX_REMEMBERED + 5):
+        harness.begin(user=str(number), key="k")
+        if number % 50 == 0:
+            harness.turn()
+    harness.turn()
+    store.out = False
+    assert [code(harness.call(user=str(number), key="k")) for number in (0, 4)] == [Code.UNKNOWN] * 2
+    assert harness.ran == 0
+    assert [harness.call(user=str(number), key="k").code for number in (5, MAX_REMEMBERED + 4)] == [0, 0]
+
+
+def test_exception_of_the_store_is_an_internal_error(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+
+    async def broken(*args: Any) -> Claim:
+        raise ValueError("a fault")
+
+    store.claim = broken  # type: ignore[method-assign]
+    assert code(harness.call()) is Code.INTERNAL
+    assert harness.ran == 0
+
+
+def test_answer_lost_by_the_store_is_reported_as_unknown(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    harness.call()
+    entry = store.answers.entry("ada", "k")
+    assert entry is not None
+    entry.answer = b""
+    assert code(harness.call()) is Code.UNKNOWN
+    assert (harness.ran, harness.cache.lost) == (1, 1)
+
+
+# --- other processes -----------------------------------------------------------------------------------------
+
+
+def test_request_running_in_another_process_is_polled(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(store)
+    gate = another.loop.create_future()
+    first = another.begin("paid", wait=gate)
+    another.turn()
+
+    def end_it() -> None:
+        if len(harness.slept) == 8:
+            gate.set_result(None)
+
+    harness.while_asleep = end_it
+    answer = harness.call("again")
+    assert answer == first.answer == Answer(0, encode_body("paid"))
+    assert (harness.ran, another.ran) == (0, 1)
+    assert harness.slept[:2] == [POLL_FIRST_S, 2 * POLL_FIRST_S]
+    assert harness.slept[-1] == POLL_LAST_S
+
+
+def test_request_released_by_another_process_is_run_here(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(store)
+    gate = another.loop.create_future()
+    another.begin(ResourceExhausted("full"), wait=gate)
+    another.turn()
+    harness.while_asleep = lambda: gate.done() or gate.set_result(None)
+    assert harness.call("paid").code == 0
+    assert (harness.ran, another.ran) == (1, 1)
+
+
+def test_claim_of_a_dead_process_lasts_as_long_as_an_answer(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, gone = make_harness(store), make_harness(store)
+    gate = gone.loop.create_future()
+    gone.begin(wait=gate)
+    gone.turn()
+    begun = harness.clock.wall()
+    caller = harness.begin("paid")
+    while not caller.answers:
+        harness.turn()
+    assert caller.answer.code == 0
+    assert harness.clock.wall() - begun >= KEEP_MS
+    gate.set_result(None)
+    gone.turn()
+
+
+def test_polling_ends_without_waiting_callers(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(store)
+    gate = another.loop.create_future()
+    another.begin(wait=gate)
+    another.turn()
+    caller = harness.begin()
+    assert caller.waiting is not None
+    caller.waiting.cancel()
+    harness.turn()
+    assert (harness.cache.running, harness.slept) == (0, [POLL_FIRST_S])
+    gate.set_result(None)
+    another.turn()
+
+
+def test_request_running_when_the_server_was_killed_is_not_run_again(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    killed = make_harness(store)
+    gate = killed.loop.create_future()
+    killed.begin(wait=gate)
+    killed.turn()
+    restarted = make_harness(store)
+    answer = restarted.call()
+    assert code(answer) is Code.UNKNOWN
+    assert (restarted.ran, restarted.cache.lost) == (0, 1)
+    restarted.clock.advance(KEEP_MS / 1000)
+    assert restarted.call().code == 0
+    gate.set_result(None)
+    killed.turn()
+
+
+def test_stored_answer_survives_a_restart(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    first = make_harness(store).call("paid")
+    restarted = make_harness(store)
+    assert restarted.call("again") == first
+    assert restarted.ran == 0
