@@ -19,7 +19,6 @@ from pathlib import Path
 from zcproto.certs import lifecycle, pair
 from zcproto.certs.authority import Progress
 from zcproto.certs.crl import CertificateId, revoked_in
-from zcproto.certs.external import check_sites
 from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.certs.pair import CertificateSet, Site
@@ -102,9 +101,8 @@ class CertificateChecker:
         """`random` jitters the delays of retries; `environ` may contain passphrases.
 
         `progress` receives sentences before slow steps. `rest` is called between steps of some milliseconds, to
-        yield the processor. Raises CertificateError if the sites contradict each other.
+        yield the processor.
         """
-        check_sites(settings.sites)
         default = settings.default
         self._default: SiteSource = (
             ManagedSource(default, random, progress, rest)

@@ -15,7 +15,7 @@ Must not know: managed certificates, when certificates expire, who serves them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 from zcproto.certs import files
 from zcproto.certs.keys import family
-from zcproto.certs.names import check_names, covers, is_address
+from zcproto.certs.names import covers
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, Site, load_pair
 from zcproto.common.secret import SecretBytes
@@ -31,9 +31,6 @@ from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
 
 T = TypeVar("T")
-
-MAX_SITES = 100
-"""Each costs a few `stat` calls a second and a TLS context in memory."""
 
 SETTLE_S = 30.0
 """What a program may need between writing a certificate and its key."""
@@ -55,11 +52,6 @@ class PassphraseSource:
 
     def read(self, environ: Mapping[str, str]) -> SecretBytes | None:
         """Return the passphrase, or None if there is no source. Raises CertificateError, which does not show it."""
-        if self.file is not None and self.variable:
-            raise CertificateError(
-                f"both the file {self.file} and the variable {self.variable} are given for a passphrase;"
-                " configure one"
-            )
         if self.file is not None:
             line, _, _ = files.read_key_file(self.file).partition(b"\n")
             return _checked_passphrase(line.removesuffix(b"\r"), f"{self.file}: its first line")
@@ -84,9 +76,9 @@ class ExternalSite:
     """The configuration of a site whose certificates other programs provide."""
 
     names: tuple[str, ...]
-    """Exact or wildcard; empty for the default site."""
+    """Exact or wildcard, in normal form; empty for the default site."""
     certificates: tuple[Path, ...]
-    """One, or one of each key family."""
+    """One or two."""
     keys: tuple[Path, ...] = ()
     """In the same order; empty if each key is in its certificate's file."""
     passphrase: PassphraseSource = field(default=PassphraseSource())
@@ -97,32 +89,9 @@ class ExternalSite:
         secret = () if self.passphrase.file is None else (self.passphrase.file,)
         return tuple(dict.fromkeys((*self.certificates, *self.keys, *secret)))
 
-    @property
-    def title(self) -> str:
-        if self.names:
-            return f"the site {self.names[0]}"
-        return f"the site of {self.certificates[0]}" if self.certificates else "a site"
-
-    def checked_names(self) -> tuple[str, ...]:
-        """Return the names in normal form. Raises CertificateError for one that a client cannot request."""
-        names = check_names(self.names)
-        for name in names:
-            if is_address(name):
-                raise CertificateError(
-                    f"{name} cannot be the name of a site, because clients send no address as server name;"
-                    " put it into the default certificate"
-                )
-        return names
-
 
 def load_site(spec: ExternalSite, now: datetime, environ: Mapping[str, str]) -> Site:
     """Return the site with all its pairs, valid to be served at `now`. Raises CertificateError."""
-    names = spec.checked_names()
-    if not 1 <= len(spec.certificates) <= 2 or len(spec.keys) not in {0, len(spec.certificates)}:
-        raise CertificateError(
-            f"{spec.title} has {len(spec.certificates)} certificates and {len(spec.keys)} keys;"
-            " configure one certificate, or one of RSA and one of ECDSA, and a key for each"
-        )
     passphrase = spec.passphrase.read(environ)
     pairs = tuple(
         load_pair(certificate, key, now, passphrase)
@@ -134,28 +103,13 @@ def load_site(spec: ExternalSite, now: datetime, environ: Mapping[str, str]) -> 
             " configure one of each key family"
         )
     for pair in pairs:
-        missing = [name for name in names if not any(covers(entry, name) for entry in pair.names)]
+        missing = [name for name in spec.names if not any(covers(entry, name) for entry in pair.names)]
         if missing:
             raise CertificateError(
                 f"{pair.certificate}: is not valid for {', '.join(missing)}; use one with all names of the site,"
                 " or configure fewer names"
             )
-    return Site(names, pairs)
-
-
-def check_sites(specs: Sequence[ExternalSite]) -> None:
-    """Raise CertificateError unless these can be the sites beside the default one."""
-    if len(specs) > MAX_SITES:
-        raise CertificateError(f"{len(specs)} sites are configured; at most {MAX_SITES} are allowed")
-    seen: set[str] = set()
-    for spec in specs:
-        names = spec.checked_names()
-        if not names:
-            raise CertificateError(f"{spec.title} has no names; add the names that clients request")
-        for name in names:
-            if name in seen:
-                raise CertificateError(f"two sites have the name {name}; leave it in one of them")
-            seen.add(name)
+    return Site(spec.names, pairs)
 
 
 class WatchedFiles(Generic[T]):

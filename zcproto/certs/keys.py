@@ -8,50 +8,16 @@ Must not know: files, configuration. Only `key_pem` returns a key as text.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from zcproto.errors import CertificateError
-
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
-
-MANAGED_KEY_TYPES = ("rsa-2048", "rsa-3072", "rsa-4096", "ecdsa-p256", "ecdsa-p384")
-"""The key types that can be generated. Others can be loaded."""
 
 MIN_RSA_BITS = 2048
 _RSA_EXPONENT = 65537
 _CURVES = {"ecdsa-p256": ec.SECP256R1(), "ecdsa-p384": ec.SECP384R1(), "ecdsa-p521": ec.SECP521R1()}
 _KEY_TYPE_OF_CURVE = {curve.name: key_type for key_type, curve in _CURVES.items()}
-
-
-def check_managed_key_types(key_types: Sequence[str]) -> None:
-    """Raise CertificateError unless these are key types that can be generated, at most one of each family."""
-    if not key_types:
-        raise CertificateError("no key type is configured; give at least one, such as 'rsa-4096'")
-    families: dict[str, str] = {}
-    for key_type in key_types:
-        if key_type not in MANAGED_KEY_TYPES:
-            raise CertificateError(_unknown_key_type(key_type))
-        other = families.get(family(key_type))
-        if other is not None:
-            raise CertificateError(
-                f"the key types {other!r} and {key_type!r} are of the same family; give at most one of each family"
-            )
-        families[family(key_type)] = key_type
-
-
-def _unknown_key_type(key_type: str) -> str:
-    choice = ", ".join(repr(known) for known in MANAGED_KEY_TYPES)
-    size = re.fullmatch(r"rsa-([0-9]{1,5})", key_type)
-    if size and int(size[1]) < MIN_RSA_BITS:
-        return (
-            f"key type {key_type!r} is too weak: RSA needs at least {MIN_RSA_BITS} bits; use one of {choice}"
-        )
-    return f"key type {key_type!r} cannot be generated; use one of {choice}"
 
 
 def family(key_type: str) -> str:

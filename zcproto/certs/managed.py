@@ -45,7 +45,6 @@ from zcproto.errors import CertificateError
 from zcproto.tls.pins import key_pin
 
 ANNOUNCE_KEY = timedelta(days=7)
-MAX_ANNOUNCEMENT = profile.MAX_SERVER_LIFETIME
 
 _FIRST_YEAR, _LAST_YEAR = 1951, 9900  # what X.509 can express, with room for the lifetime of an authority
 
@@ -57,7 +56,7 @@ class ManagedSettings:
     names: Sequence[str]
     """Configured names; a certificate without one of them is replaced."""
     key_types: Sequence[str]
-    """At most one of each family."""
+    """Types that the configuration allows, at most one of each family."""
     lifetime: timedelta
     """At most 397 days."""
     renew_before: timedelta
@@ -71,20 +70,6 @@ class ManagedSettings:
 
     def checked(self) -> ManagedSettings:
         """Return these settings with all names in normal form. Raises CertificateError if one is invalid."""
-        keys.check_managed_key_types(self.key_types)
-        if not timedelta(seconds=1) <= self.lifetime <= profile.MAX_SERVER_LIFETIME:
-            raise CertificateError(
-                f"a certificate cannot be valid for {self.lifetime};"
-                f" give 1 second to {profile.MAX_SERVER_LIFETIME.days} days"
-            )
-        if self.renew_before < timedelta(0):
-            raise CertificateError(
-                f"certificates must be renewed before they expire, not {-self.renew_before} after"
-            )
-        if not timedelta(0) <= self.announce_key <= MAX_ANNOUNCEMENT:
-            raise CertificateError(
-                f"a key cannot be announced for {self.announce_key}; give 0 to {MAX_ANNOUNCEMENT.days} days"
-            )
         host_names = found_names() if self.host_names is None else check_names(self.host_names)
         checked = replace(self, names=check_names(self.names), host_names=host_names)
         if not checked.names and not host_names:
@@ -168,21 +153,17 @@ def rotate(
     now: datetime,
     progress: Progress = lambda sentence: None,
     *,
-    use_from: datetime | None = None,
     at_once: bool = False,
 ) -> ManagedCertificates:
-    """Generate and announce the next key of every managed certificate; `ensure` uses it when its time has come.
+    """Generate and announce the next key of every managed certificate; `ensure` uses it after `announce_key`.
 
-    That time is `use_from`, by default after `announce_key`. Keys that are already announced remain the next ones,
-    with the new time if one is given. With `at_once`, all certificates are issued with new keys now, preferably
-    with announced ones because clients may have their pins.
+    Keys that are already announced remain the next ones. With `at_once`, all certificates are issued with new keys
+    now, preferably with announced ones because clients may have their pins.
 
     Raises CertificateError if any step fails.
     """
-    if at_once and use_from is not None:
-        raise ValueError("new keys are used either at once or from a later time on")
     task = _Task.ROTATE if at_once else _Task.ANNOUNCE
-    return RenewalRun(directory, settings, now, progress, task, use_from).result()
+    return RenewalRun(directory, settings, now, progress, task).result()
 
 
 # --- decisions ---------------------------------------------------------------------------------------------
@@ -281,7 +262,6 @@ class RenewalRun:
         now: datetime,
         progress: Progress,
         task: _Task,
-        use_from: datetime | None = None,
         families: Collection[str] = tuple(STEMS),
     ) -> None:
         self._directory = directory
@@ -296,12 +276,6 @@ class RenewalRun:
         self._folder = AuthorityFolder(authority.SERVER, directory, self._now, progress, names)
         self._progress = progress
         self._task = task
-        self._use_from = None if use_from is None else pair.utc(use_from)
-        if self._use_from is not None and not self._now < self._use_from <= self._now + MAX_ANNOUNCEMENT:
-            raise CertificateError(
-                f"a key cannot be announced for {day(self._use_from)}: give a time in the future, at most"
-                f" {MAX_ANNOUNCEMENT.days} days away"
-            )
         self._new_pins: list[str] = []
         self._problems: list[str] = []
 
@@ -359,16 +333,15 @@ class RenewalRun:
             self._delete(next_key)  # it is in use: a run was interrupted before the deletion
             next_key = None
         plan.next_key = next_key
-        if not can_issue:
+        if next_key is not None or not can_issue:
             return
         if self._task is _Task.ANNOUNCE:
-            if next_key is None or self._use_from is not None:
-                plan.announce_from = self._use_from or self._now + self._settings.announce_key
-        elif self._task is _Task.ENSURE and next_key is None:
+            plan.announce_from = self._now + self._settings.announce_key
+        elif self._task is _Task.ENSURE:
             plan.announce_from = self._announcement_due(plan)
         if plan.announce_from is not None and plan.announce_from <= self._now:
             plan.announce_from, plan.needs_new_key = None, True  # use it without an announcement
-        elif next_key is None:
+        else:
             plan.needs_new_key = not plan.has_usable_key or self._task is _Task.ROTATE
 
     def _announcement_due(self, plan: _Plan) -> datetime | None:
@@ -419,7 +392,7 @@ class RenewalRun:
     def _generate_keys(self, plans: list[_Plan], issuer: Authority | None) -> Authority:
         """Generate all keys that are needed in parallel, and create the authority if it does not exist."""
         new = [plan for plan in plans if plan.needs_new_key]
-        announced = [plan for plan in plans if plan.announce_from is not None and plan.next_key is None]
+        announced = [plan for plan in plans if plan.announce_from is not None]
         key_types = [] if issuer is not None else [authority.KEY_TYPE]
         key_types += [plan.key_type for plan in (*new, *announced)]
         generated = iter(_generate(key_types, self._progress))
@@ -434,11 +407,10 @@ class RenewalRun:
     def _announce(self, plan: _Plan) -> None:
         if plan.announce_from is None:
             return
-        key = plan.key_to_announce if plan.next_key is None else plan.next_key.key
-        assert key is not None
+        assert plan.key_to_announce is not None
         try:
             plan.next_key = rollover.announce(
-                self._directory, key, plan.announce_from, self._now, self._progress
+                self._directory, plan.key_to_announce, plan.announce_from, self._now, self._progress
             )
         except CertificateError as error:
             if self._task is _Task.ANNOUNCE:

@@ -86,7 +86,6 @@ class CertificateManager:
         on_problem: Callable[[str], None] = lambda problem: None,
         progress: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        """Raises CertificateError if the configured sites contradict each other."""
         self._clock = clock
         self._progress = progress
         self._contexts = ContextSettings(protocols, config.tls.suites, config.tls.client_auth)  # type: ignore[arg-type]  # checked by the configuration
