@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,12 @@ import pytest
 from cryptography import x509
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
-from zcproto.certs.checker import CertificateChecker, CheckResult, ContextSettings
+from zcproto.certs.checker import CertificateChecker, CheckResult
 from zcproto.certs.external import ExternalSite
 from zcproto.certs.managed import ManagedSettings
 from zcproto.certs.pair import CertificatePair
 from zcproto.certs.settings import CertificateSettings, ManagedSite
-from zcproto.tls.context import SUITES
 
-CONTEXTS = ContextSettings(("zcp/1",), SUITES, "off")
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
 MANAGED = ManagedSettings(
@@ -45,13 +43,14 @@ class Harness:
         self.sentences: list[str] = []
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, rest: Callable[[], None] = lambda: None) -> None:
         self.checker = CertificateChecker(
             self.settings,
-            CONTEXTS,
+            ("zcp/1",),
             random=lambda: 0.5,
             environ=self.environ,
             progress=self.sentences.append,
+            rest=rest,
         )
 
     def check(self, after: timedelta = SECOND, *, sleeps: timedelta = timedelta(0)) -> CheckResult:

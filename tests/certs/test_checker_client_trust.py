@@ -23,9 +23,10 @@ from tests.certs.harness import (
 )
 from tests.certs.support import DAY, NOW, build, pem
 from zcproto.certs import client_ca, sources
-from zcproto.certs.settings import CertificateSettings, ClientTrust, ManagedSite
+from zcproto.certs.settings import CertificateSettings, ManagedSite
 from zcproto.certs.sources import Origin
 from zcproto.errors import CertificateError
+from zcproto.tls.context import ClientTrust
 
 pytestmark = pytest.mark.usefixtures("quick_keys")
 
@@ -133,8 +134,10 @@ def test_expiry_of_client_authorities_and_crls_is_reported(tmp_path: Path, ec_ke
 
 def managed_clients(folder: Path) -> Harness:
     directory = folder / "certs"
-    trust = ClientTrust(directory / "client-ca.crt", directory / "client-ca.crl", directory)
-    return Harness(CertificateSettings(ManagedSite(directory, MANAGED), clients=trust))
+    trust = ClientTrust(directory / "client-ca.crt", directory / "client-ca.crl")
+    return Harness(
+        CertificateSettings(ManagedSite(directory, MANAGED), clients=trust, client_directory=directory)
+    )
 
 
 def test_managed_client_authority_is_created_and_a_revocation_is_detected(tmp_path: Path) -> None:

@@ -122,10 +122,6 @@ def test_invalid_site_prevents_a_start(tmp_path: Path, ec_key: Any) -> None:
     for _ in range(2):
         with pytest.raises(CertificateError, match=r"is not valid for c\.example"):
             harness.check()
-    with pytest.raises(CertificateError, match="has no names"):
-        Harness(
-            CertificateSettings(ManagedSite(tmp_path / "certs", MANAGED), (external_site(tmp_path, "a"),))
-        )
 
 
 def test_bad_site_does_not_delay_other_sites(tmp_path: Path, ec_key: Any, other_key: Any) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.certs.harness import (
-    CONTEXTS,
     HOUR,
     MANAGED,
     SECOND,
@@ -27,7 +26,6 @@ from tests.certs.harness import (
 )
 from tests.certs.support import DAY, NOW
 from zcproto.certs import managed, rollover, sources
-from zcproto.certs.checker import CertificateChecker
 from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import CertificatePair
 from zcproto.certs.settings import CertificateSettings, ManagedSite
@@ -40,9 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick_keys")
 def test_checker_rests_between_slow_steps(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path)
     rests: list[int] = []
-    harness.checker = CertificateChecker(
-        harness.settings, CONTEXTS, random=lambda: 0.5, environ={}, rest=lambda: rests.append(1)
-    )
+    harness.restart(rest=lambda: rests.append(1))
     harness.check()
     harness.settle()
     rests.clear()

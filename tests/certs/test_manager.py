@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_next_key_is_announced_and_used_at_its_time(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as standing, server.client() as anonymous:
         use_from = wall(server).replace(microsecond=0) + 3 * DAY
-        done = managed.rotate(server.home / "certs", settings(server), wall(server), use_from=use_from)
+        chosen = replace(settings(server), announce_key=3 * DAY)
+        done = managed.rotate(server.home / "certs", chosen, wall(server))
         assert done.next_pins is not None
         check(server)
         reported = {"pins": list(done.next_pins.pins), "from": round(use_from.timestamp() * 1000)}

@@ -19,14 +19,14 @@ import trustme
 
 from tests.conftest import ServerPair, ServerPairs
 from tests.helpers import FakeTimers
-from tests.tls.identities import locked, revocation_list
+from tests.tls.identities import client_trust, locked, revocation_list
 from tests.tls.support import TlsPair
 from zcproto.certs import proof
 from zcproto.certs.pair import CertificatePair, Site, load_pair
 from zcproto.errors import CertificateError
 from zcproto.tls.context import (
     SUITES,
-    ClientAuth,
+    ClientTrust,
     ServerContext,
     SiteContexts,
     client_context,
@@ -46,14 +46,16 @@ def prove(context: ssl.SSLContext, pairs: Sequence[CertificatePair], suites: Seq
     proof.prove(context, {pair.leaf_sha256 for pair in pairs}, protocol="zcp/1", suites=suites)
 
 
-def proven_context(pairs: Sequence[CertificatePair], *protocols: str, **trust: Any) -> ServerContext:
-    return proof.proven_context(pairs, protocols or ("zcp/1",), SUITES, **trust)
+def proven_context(
+    pairs: Sequence[CertificatePair], *protocols: str, clients: ClientTrust | None = None
+) -> ServerContext:
+    return proof.proven_context(pairs, protocols or ("zcp/1",), SUITES, clients, rest=lambda: None)
 
 
 def proven_sites(
-    sites: Sequence[Site], rest: Callable[[], None] = lambda: None, **trust: Any
+    sites: Sequence[Site], clients: ClientTrust | None = None, rest: Callable[[], None] = lambda: None
 ) -> SiteContexts:
-    return proof.proven_sites(sites, ("zcp/1",), SUITES, proven={}, rest=rest, **trust)
+    return proof.proven_sites(sites, ("zcp/1",), SUITES, clients, proven={}, rest=rest)
 
 
 @pytest.fixture
@@ -119,13 +121,13 @@ def test_untested_context_has_no_leaves(
 
 @pytest.mark.parametrize("client_auth", ["optional", "required"])
 def test_context_with_client_auth_is_tested_without_client_certificate(
-    client_auth: ClientAuth, pairs: list[CertificatePair], ca: trustme.CA
+    client_auth: str, pairs: list[CertificatePair], ca: trustme.CA, tmp_path: Path
 ) -> None:
     context = proven_context(
         pairs,
-        client_auth=client_auth,
-        client_ca=ca.cert_pem.bytes(),
-        client_crl=revocation_list(ca),
+        clients=client_trust(
+            tmp_path, ca.cert_pem.bytes(), revocation_list(ca), is_required=client_auth == "required"
+        ),
     )
     assert context.verify_mode is (ssl.CERT_REQUIRED if client_auth == "required" else ssl.CERT_OPTIONAL)
 
@@ -266,9 +268,9 @@ def test_one_invalid_site_refuses_all(
 
 
 def test_every_site_requests_client_certificates(
-    pairs: list[CertificatePair], other: CertificatePair, ca: trustme.CA
+    pairs: list[CertificatePair], other: CertificatePair, ca: trustme.CA, tmp_path: Path
 ) -> None:
-    contexts = proven_sites(sites_of(pairs, other), client_auth="required", client_ca=ca.cert_pem.bytes())
+    contexts = proven_sites(sites_of(pairs, other), client_trust(tmp_path, ca.cert_pem.bytes()))
     assert contexts.default.verify_mode is ssl.CERT_REQUIRED
     assert contexts.choose("a.example").verify_mode is ssl.CERT_REQUIRED
 

@@ -26,14 +26,14 @@ from hypothesis import strategies as st
 
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
 from zcproto.certs import client_ca, keys, lifecycle, managed, rollover
-from zcproto.certs.checker import CertificateChecker, CheckResult, ContextSettings
+from zcproto.certs.checker import CertificateChecker, CheckResult
 from zcproto.certs.external import ExternalSite
 from zcproto.certs.managed import ManagedSettings
 from zcproto.certs.notices import NoticeKind
 from zcproto.certs.pair import CertificatePair
-from zcproto.certs.settings import CertificateSettings, ClientTrust, ManagedSite
+from zcproto.certs.settings import CertificateSettings, ManagedSite
 from zcproto.errors import CertificateError
-from zcproto.tls.context import SUITES
+from zcproto.tls.context import ClientTrust
 
 LIVES = int(os.environ.get("ZCPROTO_THOUSAND_DAYS", "2"))
 DAYS = 1000
@@ -151,7 +151,7 @@ class Life:
         self.directory = self.folder / "certs"
         if self.has_own_clients:
             own_trust = (self.directory / name for name in ("client-ca.crt", "client-ca.crl"))
-            self.trust = ClientTrust(*own_trust, self.directory)
+            self.trust = ClientTrust(*own_trust)
         else:
             self.trust = ClientTrust(write_authorities(self.folder / "clients.pem"))
 
@@ -283,8 +283,14 @@ class Life:
     def new_checker(self) -> CertificateChecker:
         site = ExternalSite(("site.example",), (self.external.certificate,), (self.external.key,))
         return CertificateChecker(
-            CertificateSettings(ManagedSite(self.directory, self.settings), (site,), (30, 7, 1), self.trust),
-            ContextSettings(("zcp/1",), SUITES, "off"),
+            CertificateSettings(
+                ManagedSite(self.directory, self.settings),
+                (site,),
+                (30, 7, 1),
+                self.trust,
+                self.directory if self.has_own_clients else None,
+            ),
+            ("zcp/1",),
             random=self.disk.chance.random,
             environ={},
         )

@@ -20,6 +20,7 @@ from tests.server.helpers import KEY, ServerThread
 from tests.tls.identities import (
     DAY,
     Identity,
+    client_trust,
     for_clients,
     for_servers_only,
     locked,
@@ -59,7 +60,7 @@ def asking(serve: Serve, client_ca: trustme.CA) -> Asking:
 
     def start(**options: Any) -> ServerThread:
         server = serve()
-        ask(server, **{"client_auth": "required", "client_ca": client_ca.cert_pem.bytes(), **options})
+        ask(server, **{"ca": client_ca.cert_pem.bytes(), **options})
         return server
 
     return start
@@ -69,7 +70,9 @@ def ask(server: ServerThread, **options: Any) -> None:
     """Make a running server request certificates."""
     certs = server.home / "certs"
     pair = certs / "server-ecdsa.crt", certs / "server-ecdsa.key"
-    server.server.parts.acceptor.contexts = SiteContexts(server_context([pair], ["zcp/1"], **options))
+    server.server.parts.acceptor.contexts = SiteContexts(
+        server_context([pair], ["zcp/1"], clients=client_trust(server.home, **options))
+    )
 
 
 def failures(server: ServerThread) -> dict[str, int]:
@@ -148,7 +151,7 @@ async def test_certificate_opens_the_session_without_a_key(
         return auth.Identity("ada")
 
     server = serve(authenticators=[auth.CallableAuthenticator("tls", identify)])
-    ask(server, client_auth="required", client_ca=client_ca.cert_pem.bytes())
+    ask(server, ca=client_ca.cert_pem.bytes())
     shown: dict[str, Any] = {"key": None, "certificate": identity.certificate, "key_file": identity.key}
     async with connect_to(server, user, **shown) as client:
         assert client.session is not None
@@ -204,7 +207,7 @@ async def test_refused_certificate_raises_cause_and_cure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("zcproto.tls.transport.LINGER_TIME", 3600.0)
-    server = asking(client_crl=revocation_list(client_ca, *([ada] if case == "revoked" else [])))
+    server = asking(crl=revocation_list(client_ca, *([ada] if case == "revoked" else [])))
     with pytest.raises(TlsError) as caught:
         # The refusal is raised at once: waiting for the lingering close or the timeout would hang this test.
         await connect_to(server, connect_timeout=3600, **shown_in(case, client_ca, ada, tmp_path))
@@ -226,12 +229,7 @@ async def test_revoked_certificate_raises_on_the_next_connection(
 ) -> None:
     server = asking()
     async with connect_to(server, certificate=identity.certificate, key_file=identity.key) as client:
-        ask(
-            server,
-            client_auth="required",
-            client_ca=client_ca.cert_pem.bytes(),
-            client_crl=revocation_list(client_ca, ada),
-        )
+        ask(server, ca=client_ca.cert_pem.bytes(), crl=revocation_list(client_ca, ada))
         assert await client.call("echo", x=1) == {"x": 1}  # existing connections continue
         link = client._connections.current
         assert link is not None

@@ -15,7 +15,6 @@ MAKERS: Final = {"_fault", "_bad", "refuse", "_unusable", "_refusal"}
 
 RETURNERS: Final = {
     "zcproto/config/load.py": {"_unknown_key", "_unknown_section", "_outside_section"},
-    "zcproto/certs/keys.py": {"_unknown_key_type"},
     "zcproto/cli/__init__.py": {"_explain"},
     "zcproto/cli/cert_report.py": {"_key_problem"},
 }

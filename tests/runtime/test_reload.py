@@ -20,7 +20,7 @@ from tests.server.helpers import AnsweredError, ServerProcess, ServerThread, con
 from zcproto.alerts import AlertKind
 from zcproto.auth import UserFile
 from zcproto.certs import client_ca, managed
-from zcproto.certs import manager as manager_module
+from zcproto.certs.checker import CertificateChecker
 from zcproto.certs.settings import managed_site
 from zcproto.client.blocking import connect_blocking
 from zcproto.errors import Code, ConfigError, Unauthenticated
@@ -223,11 +223,10 @@ def test_reload_of_other_settings_does_not_check_certificates(
 ) -> None:
     server = serve()
 
-    class NoCheck:
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            raise AssertionError("certificates are checked")
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("certificates are checked")
 
-    monkeypatch.setattr(manager_module, "CertificateChecker", NoCheck)
+    monkeypatch.setattr(CertificateChecker, "__init__", refuse)
     assert [each.key for each in server.reload(limits__max_streams=9).applied] == ["limits.max_streams"]
     with pytest.raises(AssertionError, match="certificates are checked"):
         server.reload(certificates__alert_days=[3])

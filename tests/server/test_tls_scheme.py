@@ -28,7 +28,7 @@ from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.errors import Unauthenticated
-from zcproto.tls.context import SiteContexts, server_context
+from zcproto.tls.context import ClientTrust, SiteContexts, server_context
 
 DAY = timedelta(days=1)
 SAN_OID = x509.ObjectIdentifier("2.5.29.17")
@@ -91,9 +91,7 @@ class CertificateServer:
         context = server_context(
             [pair],
             ["zcp/1"],
-            client_auth=client_auth,
-            client_ca=ca or self.ca,
-            client_crl=None if ca else self.crl,
+            clients=ClientTrust(ca or self.ca, None if ca else self.crl, client_auth == "required"),
         )
         acceptor = self.server.server.parts.acceptor
 

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from zcproto.tls.context import ClientTrust
 from zcproto.tls.pins import key_pin
 
 DAY = timedelta(days=1)
@@ -75,6 +76,19 @@ def revocation_list(
     if signer is not None:
         key = _issuer(signer)[1]
     return builder.sign(key, hashes.SHA256()).public_bytes(PEM)
+
+
+def client_trust(
+    folder: Path, ca: bytes | Path, crl: bytes | Path | None = None, *, is_required: bool = True
+) -> ClientTrust:
+    """Return the trust in this CA and this CRL, which are written to the folder if they are PEM."""
+    paths = []
+    for name, source in (("ca.pem", ca), ("crl.pem", crl)):
+        if isinstance(source, bytes):
+            (folder / name).write_bytes(source)
+        paths.append(folder / name if isinstance(source, bytes) else source)
+    assert paths[0] is not None
+    return ClientTrust(paths[0], paths[1], is_required)
 
 
 def for_servers_only(ca: trustme.CA, folder: Path) -> Identity:

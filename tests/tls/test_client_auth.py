@@ -17,6 +17,7 @@ from tests.helpers import FakeTimers
 from tests.tls.identities import (
     DAY,
     Identity,
+    client_trust,
     for_clients,
     for_servers_only,
     key_pin_of,
@@ -25,7 +26,7 @@ from tests.tls.identities import (
 )
 from tests.tls.support import TlsPair
 from zcproto.errors import CertificateError
-from zcproto.tls.context import ClientAuth, client_context, server_context
+from zcproto.tls.context import client_context, server_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import certificate_pin
 from zcproto.tls.transport import TlsPhase
@@ -53,12 +54,14 @@ Asking = Callable[..., ssl.SSLContext]
 
 
 @pytest.fixture
-def asking(server_pairs: ServerPairs, client_ca: trustme.CA) -> Asking:
+def asking(server_pairs: ServerPairs, client_ca: trustme.CA, tmp_path: Path) -> Asking:
     """Return a server context that requests client certificates."""
 
-    def make(client_auth: ClientAuth = "required", **options: Any) -> ssl.SSLContext:
-        options.setdefault("client_ca", client_ca.cert_pem.bytes())
-        return server_context([server_pairs.ecdsa], ["zcp/1"], client_auth=client_auth, **options)
+    def make(client_auth: str = "required", **options: Any) -> ssl.SSLContext:
+        options.setdefault("ca", client_ca.cert_pem.bytes())
+        trust = client_trust(tmp_path, **options, is_required=client_auth == "required")
+        clients = None if client_auth == "off" else trust
+        return server_context([server_pairs.ecdsa], ["zcp/1"], clients=clients)
 
     return make
 
@@ -93,7 +96,7 @@ def refused(pair: TlsPair) -> ssl.SSLError:
 
 @pytest.mark.parametrize("client_auth", ["optional", "required"])
 def test_valid_client_certificate_is_accepted_and_readable(
-    client_auth: ClientAuth, asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
+    client_auth: str, asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(client_auth), showing(identity)).agree()
     assert pair.server.peer_certificate() == identity.der
@@ -104,7 +107,7 @@ def test_valid_client_certificate_is_accepted_and_readable(
 
 @pytest.mark.parametrize("client_auth", ["off", "optional"])
 def test_optional_client_auth_accepts_client_without_certificate(
-    client_auth: ClientAuth, asking: Asking, showing: Any, timers: FakeTimers
+    client_auth: str, asking: Asking, showing: Any, timers: FakeTimers
 ) -> None:
     pair = TlsPair(timers, asking(client_auth), showing(None)).agree()
     assert pair.server.peer_certificate() is None
@@ -113,7 +116,7 @@ def test_optional_client_auth_accepts_client_without_certificate(
 def test_client_certificate_is_not_sent_unless_requested(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
-    pair = TlsPair(timers, asking("off", client_ca=None), showing(identity)).agree()
+    pair = TlsPair(timers, asking("off"), showing(identity)).agree()
     assert pair.server.peer_certificate() is None
 
 
@@ -148,14 +151,14 @@ def test_client_ca_may_be_a_file(
     file, crl = tmp_path / "clients.pem", tmp_path / "clients.crl"
     client_ca.cert_pem.write_to_path(file)
     crl.write_bytes(revocation_list(client_ca))
-    TlsPair(timers, asking(client_ca=file, client_crl=crl), showing(identity)).agree()
+    TlsPair(timers, asking(ca=file, crl=crl), showing(identity)).agree()
 
 
 def test_intermediate_ca_is_trusted_without_root_or_siblings(
     asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
 ) -> None:
     issuing, sister = client_ca.create_child_ca(), client_ca.create_child_ca()
-    context = asking(client_ca=issuing.cert_pem.bytes())
+    context = asking(ca=issuing.cert_pem.bytes())
     ours = write_identity(tmp_path, issuing.issue_cert("ada@example.org"), "ours")
     TlsPair(timers, context, showing(ours)).agree()
     theirs = write_identity(tmp_path, sister.issue_cert("ada@example.org"), "theirs")
@@ -230,7 +233,7 @@ def test_each_client_certificate_refusal_has_cause_and_alert(
     case: str,
     failure: TlsFailure,
     alert: str,
-    client_auth: ClientAuth,
+    client_auth: str,
     asking: Asking,
     showing: Any,
     client_ca: trustme.CA,
@@ -238,7 +241,7 @@ def test_each_client_certificate_refusal_has_cause_and_alert(
     tmp_path: Path,
     timers: FakeTimers,
 ) -> None:
-    context = asking(client_auth, client_crl=list_of(case, client_ca, ada))
+    context = asking(client_auth, crl=list_of(case, client_ca, ada))
     pair = TlsPair(timers, context, showing(certificate_of(case, client_ca, ada, tmp_path)))
     assert alert in refused(pair).reason
     assert pair.failures == {failure: 1}
@@ -258,7 +261,7 @@ def test_client_auth_alerts_match_rfc_8446(
     timers: FakeTimers,
 ) -> None:
     """Compare with RFC 8446 section 6, by the number in OpenSSL's error (SSL_AD_REASON_OFFSET)."""
-    context = asking(client_crl=list_of(case, client_ca, ada))
+    context = asking(crl=list_of(case, client_ca, ada))
     pair = TlsPair(timers, context, showing(certificate_of(case, client_ca, ada, tmp_path)))
     words = str(refused(pair))
     names = {
@@ -273,7 +276,7 @@ def test_client_auth_alerts_match_rfc_8446(
 def test_crl_without_the_client_accepts_it(
     asking: Asking, showing: Any, client_ca: trustme.CA, identity: Identity, timers: FakeTimers
 ) -> None:
-    context = asking(client_crl=revocation_list(client_ca, for_clients(client_ca, "eve@example.org")))
+    context = asking(crl=revocation_list(client_ca, for_clients(client_ca, "eve@example.org")))
     TlsPair(timers, context, showing(identity)).agree()
 
 
@@ -343,47 +346,30 @@ def test_client_pins_can_change_while_connections_are_open(
 # --- contexts -----------------------------------------------------------------------------------------
 
 
-def test_client_auth_requires_client_ca(asking: Asking) -> None:
-    with pytest.raises(CertificateError, match="without their CA"):
-        asking(client_ca=None)
-
-
-@pytest.mark.parametrize("as_file", [True, False])
-@pytest.mark.parametrize(
-    ("option", "missing"), [("client_ca", "no CA certificate"), ("client_crl", "no certificate rev")]
-)
+@pytest.mark.parametrize(("option", "missing"), [("ca", "no CA certificate"), ("crl", "no certificate rev")])
 @pytest.mark.parametrize("content", ["", "garbage", "the other"])
 def test_file_without_certificate_or_crl_is_refused(
     option: str,
     missing: str,
     content: str,
-    as_file: bool,
     asking: Asking,
     client_ca: trustme.CA,
     tmp_path: Path,
 ) -> None:
     data = content.encode()
     if content == "the other":
-        data = revocation_list(client_ca) if option == "client_ca" else client_ca.cert_pem.bytes()
+        data = revocation_list(client_ca) if option == "ca" else client_ca.cert_pem.bytes()
     path = tmp_path / "clients.pem"
     path.write_bytes(data)
     with pytest.raises(CertificateError, match=missing) as caught:
-        asking(**{option: path if as_file else data})
-    assert str(path if as_file else "the PEM given") in str(caught.value)
+        asking(**{option: path})
+    assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("option", ["client_ca", "client_crl"])
+@pytest.mark.parametrize("option", ["ca", "crl"])
 def test_missing_client_ca_file_is_named(option: str, asking: Asking, tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match=r"gone\.pem: no .* could be read from it: No such file"):
         asking(**{option: tmp_path / "gone.pem"})
-
-
-def test_temporary_file_of_pem_bytes_is_deleted(
-    asking: Asking, client_ca: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    asking(client_crl=revocation_list(client_ca))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_harmless_deviations_from_rfc_5280_are_accepted(
@@ -419,7 +405,7 @@ def test_harmless_deviations_from_rfc_5280_are_accepted(
     identity.key.write_bytes(
         keys[1].private_bytes(form, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    context = asking(client_ca=issue(0).public_bytes(form))
+    context = asking(ca=issue(0).public_bytes(form))
     TlsPair(timers, context, showing(identity)).agree()
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
     strict = TlsPair(timers, context, showing(identity))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from zcproto.certs import lifecycle, pair
 from zcproto.certs.authority import Progress
-from zcproto.certs.crl import CertificateId, revoked_in
+from zcproto.certs.client_user import CertificateId
 from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.certs.pair import CertificateSet, Site
@@ -34,7 +34,7 @@ from zcproto.certs.sources import (
     SiteSource,
     Source,
 )
-from zcproto.tls.context import ClientAuth, ServerContext, SiteContexts
+from zcproto.tls.context import ServerContext, SiteContexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +76,13 @@ class CertificateStatus:
     pin: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ContextSettings:
-    """How to make TLS contexts from certificates."""
-
-    protocols: Sequence[str]
-    suites: Sequence[str]
-    client_auth: ClientAuth
-
-
 class CertificateChecker:
     """All certificates of a server. Only one thread at a time may call `check`; others may call `status`."""
 
     def __init__(
         self,
         settings: CertificateSettings,
-        contexts: ContextSettings,
+        protocols: Sequence[str],
         *,
         random: Random,
         environ: Mapping[str, str],
@@ -113,10 +104,10 @@ class CertificateChecker:
             self._default,
             *(ExternalSource(spec, environ) for spec in settings.sites),
         ]
-        trust = self._trust = settings.clients
-        self._clients = None if trust is None else ClientTrustSource(trust, random, progress)
+        self._clients = None if settings.clients is None else ClientTrustSource(settings, random, progress)
         self._sources: list[Source] = [*self._sites, *([] if self._clients is None else [self._clients])]
-        self._contexts = contexts
+        self._protocols = protocols
+        self._settings = settings
         self._rest = rest
         self._alerts = ExpiryAlerts(settings.alert_days)
         self._set: CertificateSet | None = None
@@ -220,16 +211,13 @@ class CertificateChecker:
         return items + [one for source in self._sources for one in (*source.authorities, *source.lists)]
 
     def _prove(self) -> ServingCertificates:
-        certificates, trust, contexts = self.certificates, self._trust, self._contexts
-        proven = proven_sites(
-            certificates.sites,
-            contexts.protocols,
-            contexts.suites,
-            client_auth=contexts.client_auth,
-            client_ca=None if trust is None else trust.ca,
-            client_crl=None if trust is None else trust.crl,
+        contexts = proven_sites(
+            self.certificates.sites,
+            self._protocols,
+            self._settings.suites,
+            self._settings.clients,
             proven=self._proven,
             rest=self._rest,
         )
-        revoked = frozenset() if trust is None or trust.crl is None else revoked_in(trust.crl)
-        return ServingCertificates(certificates, proven, revoked)
+        revoked = frozenset() if self._clients is None else self._clients.revoked
+        return ServingCertificates(self.certificates, contexts, revoked)

@@ -20,20 +20,21 @@ Must not know: connections, the users file, the current time.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from zcproto.certs import authority, files, keys, pair
 from zcproto.certs.authority import Authority, AuthorityFolder, Leaf, Progress
 from zcproto.certs.client_user import MAX_USER, is_dns_user
 from zcproto.certs.issued import (
+    REASONS,
     UNKNOWN_NAME,
     UNSPECIFIED,
     Issued,
@@ -73,7 +74,6 @@ class ClientCertificate:
     serial: str
     """In hexadecimal, as accepted by `revoke_client`."""
     not_after: datetime
-    leaf_sha256: bytes
     pin: str
     """The pin of its public key, as returned by `key_pin`. A renewal keeps it."""
 
@@ -138,6 +138,8 @@ def revoke_client(
     Return those that were not revoked before; it is not an error if all of them were. A server that watches the
     folder closes the connections that use a revoked certificate and refuses it in handshakes.
     """
+    if reason not in REASONS:
+        raise CertificateError(f"unknown revocation reason; use one of: {', '.join(REASONS)}")
     number = None if serial is None else parse_serial(serial)
     files.check_folder(directory)
     with files.locked(directory, progress):
@@ -244,7 +246,7 @@ class _ClientAuthority:
         if self.load(lifetime):
             return
         if not self._list_path.exists():
-            self._write_list((), ())  # first, because an authority without a list has lost it
+            self._write_list((), None)  # first, because an authority without a list has lost it
         self._authority = self._folder.create(keys.generate(KEY_TYPE))
 
     def issue(
@@ -258,7 +260,8 @@ class _ClientAuthority:
         """Issue a certificate for a key that is new, kept, or `requested`."""
         signing_key = self._authority.signing_key()
         self.refresh_crl()
-        issued, signed = self._read_issued()
+        crl = self._read_crl()
+        issued = self._read_issued(crl)
         folder = self._directory / "clients"
         files.make_folder(folder)
         paths = folder / f"{name}.crt", folder / f"{name}.key"
@@ -275,7 +278,7 @@ class _ClientAuthority:
             public_key, name, self._authority.certificate, signing_key, lifetime, self._now
         )
         entry = Issued(certificate.serial_number, name, certificate.not_valid_after_utc)
-        self._write_list((*issued, entry), signed)
+        self._write_list((*issued, entry), crl)
         is_replaced = new_key is not None and client.is_matching
         if client.key is not None and not keys.belongs(client.key, public_key) and not is_replaced:
             aside = files.set_aside(client.key_path)
@@ -289,14 +292,14 @@ class _ClientAuthority:
             key=client.key_path if requested is None else None,
             serial=entry.serial,
             not_after=entry.not_after,
-            leaf_sha256=certificate.fingerprint(hashes.SHA256()),
             pin=key_pin(public_key),
         )
 
     def revoke(self, name: str | None, number: int | None, reason: str) -> tuple[Issued, ...]:
         """Revoke the certificates of a user or with a serial number. Return those not revoked before."""
         self._authority.signing_key()
-        issued, signed = self._read_issued()
+        crl = self._read_crl()
+        issued = self._read_issued(crl)
         matching = [entry for entry in issued if entry.name == name or entry.serial_number == number]
         if number is not None and not matching:
             # It may have been in a list that was lost.
@@ -313,7 +316,7 @@ class _ClientAuthority:
         }
         if revoked:
             merged = {entry.serial_number: entry for entry in issued} | revoked
-            self._write_list(tuple(merged.values()), signed)
+            self._write_list(tuple(merged.values()), crl)
         self.refresh_crl()
         return tuple(revoked.values())
 
@@ -323,14 +326,14 @@ class _ClientAuthority:
         crl = self._read_crl()
         latest = now + CRL_REFRESH
         try:
-            issued, _ = self._read_issued()
+            issued = self._read_issued(crl)
         except CertificateError as error:
             if crl is None:
                 raise
             self._progress(f"{error}. Until then {path} keeps its revocations.")
             issued, latest = _merged((), crl, now), now + CRL_RETRY
         revoked = [entry for entry in current(issued, now) if entry.revoked_at is not None]
-        signed = {entry.serial_number for entry in crl or ()}
+        signed = _serial_numbers(crl)
         is_complete = all(entry.serial_number in signed for entry in revoked)
         if (
             crl is not None
@@ -356,8 +359,8 @@ class _ClientAuthority:
         revoked = (entry.serial_number for entry in issued if entry.revoked_at)
         return None if certificate.serial_number in revoked else certificate.not_valid_after_utc
 
-    def _read_issued(self) -> tuple[tuple[Issued, ...], frozenset[int]]:
-        """Return the list, completed with revocations from the CRL, and the serial numbers in the CRL.
+    def _read_issued(self, crl: x509.CertificateRevocationList | None) -> tuple[Issued, ...]:
+        """Return the list, completed with revocations from the CRL.
 
         Raises CertificateError if the list is lost.
         """
@@ -367,13 +370,10 @@ class _ClientAuthority:
                 f"{path}: is missing, which loses what was issued; restore it from a backup. If it is lost,"
                 " create an empty file there: earlier certificates can then be revoked only by serial number"
             )
-        crl = self._read_crl()
-        return _merged(_read_list(path), crl, self._now), frozenset(
-            entry.serial_number for entry in crl or ()
-        )
+        return _merged(_read_list(path), crl, self._now)
 
-    def _write_list(self, issued: Sequence[Issued], signed: Container[int]) -> None:
-        kept = current(issued, self._now, signed)
+    def _write_list(self, issued: Sequence[Issued], crl: x509.CertificateRevocationList | None) -> None:
+        kept = current(issued, self._now, _serial_numbers(crl))
         if not has_room(kept, MAX_LIST_BYTES):
             raise CertificateError(
                 f"{self._list_path}: is full with {len(kept)} certificates that have not expired; use shorter"
@@ -418,6 +418,10 @@ def _merged(
             at, reason = revoked.revocation_date_utc, _reason_of(revoked)
             known[entry.serial_number] = replace(entry, revoked_at=at, reason=reason)
     return tuple(known.values())
+
+
+def _serial_numbers(crl: x509.CertificateRevocationList | None) -> frozenset[int]:
+    return frozenset(entry.serial_number for entry in crl or ())
 
 
 def _reason_of(revoked: x509.RevokedCertificate) -> str:

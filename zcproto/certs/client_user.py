@@ -1,4 +1,4 @@
-"""Decides which user a client certificate names.
+"""Decides which user a client certificate names, and what identifies it in a revocation list.
 
 Rules:
 - The certificate names its user by exactly one SubjectAltName entry of the configured kind: `dns`, `email` or
@@ -9,6 +9,7 @@ Rules:
   `uri`    unchanged, and only in normal form: `scheme://host/path` or `urn:nid:nss`, scheme and host in lower case,
            no port, no percent sign, no empty or dot segment
 - Names are printable ASCII of at most 128 characters, so each is valid in the users file.
+- A certificate is identified by its issuer and its serial number (RFC 5280 section 4.1.2.2).
 
 Must not know: the users file, who issued the certificate (TLS has verified it).
 """
@@ -16,7 +17,7 @@ Must not know: the users file, who issued the certificate (TLS has verified it).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Final
 
@@ -25,7 +26,8 @@ from cryptography import x509
 from zcproto.certs.pair import UNREADABLE
 from zcproto.errors import CertificateError
 
-USER_KINDS: Final = ("dns", "email", "uri")
+CertificateId = tuple[bytes, int]
+"""The DER of the issuer's name, and the serial number."""
 
 MAX_USER: Final = 128
 """Longest user name in characters; the limit of the users file."""
@@ -69,6 +71,16 @@ def user_of(certificate_der: bytes, kind: str, now: datetime | None = None) -> s
             f"the SubjectAltName entry of kind {kind} in the client's certificate is not a valid user name"
         )
     return user
+
+
+def certificate_id(certificate_der: bytes) -> CertificateId:
+    """Return what identifies a certificate in a revocation list."""
+    certificate = x509.load_der_x509_certificate(certificate_der)
+    return certificate.issuer.public_bytes(), certificate.serial_number
+
+
+def revoked_in(lists: Iterable[x509.CertificateRevocationList]) -> frozenset[CertificateId]:
+    return frozenset((crl.issuer.public_bytes(), entry.serial_number) for crl in lists for entry in crl)
 
 
 def is_dns_user(name: str) -> bool:

@@ -36,8 +36,7 @@ from cryptography.hazmat.primitives import hashes
 
 from zcproto.certs import authority, files, keys, lifecycle, pair, profile, rollover
 from zcproto.certs.authority import Authority, AuthorityFolder, Leaf, Progress
-from zcproto.certs.host import found_names
-from zcproto.certs.names import MAX_NAMES, check_names
+from zcproto.certs.names import MAX_NAMES, check_names, found_names
 from zcproto.certs.notices import day
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.certs.rollover import STEMS, NextKey, NextPins

@@ -27,7 +27,6 @@ from zcproto.certs.checker import (
     CertificateChecker,
     CertificateStatus,
     CheckResult,
-    ContextSettings,
     ServingCertificates,
 )
 from zcproto.certs.notices import Notice, NoticeKind
@@ -87,8 +86,14 @@ class CertificateManager:
         progress: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._clock = clock
-        self._progress = progress
-        self._contexts = ContextSettings(protocols, config.tls.suites, config.tls.client_auth)  # type: ignore[arg-type]  # checked by the configuration
+        self._checker_for = partial(
+            CertificateChecker,
+            protocols=protocols,
+            random=random.random,
+            environ=os.environ,
+            progress=progress,
+            rest=partial(time.sleep, REST),
+        )
         self._settings = certificate_settings(config)
         self._checker = self._checker_for(self._settings)
         self._interval = config.certificates.watch_interval
@@ -103,16 +108,6 @@ class CertificateManager:
         self.next_pins: NextPins | None = None
         self.notices: dict[NoticeKind, int] = dict.fromkeys(NoticeKind, 0)
         self.last_renewal: Renewal | None = None
-
-    def _checker_for(self, settings: CertificateSettings) -> CertificateChecker:
-        return CertificateChecker(
-            settings,
-            self._contexts,
-            random=random.random,
-            environ=os.environ,
-            progress=self._progress,
-            rest=partial(time.sleep, REST),
-        )
 
     async def start(self) -> None:
         """Provide certificates to serve. Raises CertificateError if there are no valid ones."""

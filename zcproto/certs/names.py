@@ -1,17 +1,23 @@
-"""Decides which names a certificate may contain, and how each is written.
+"""Decides which names a certificate may contain, how each is written, and which of them this machine has.
 
-Rules: a name is a DNS name of letters, digits and hyphens (RFC 5890 section 2.3.1; `*` as the whole first label),
-or an IPv4 or IPv6 address. Each has one normal form: DNS names in lower case with A-labels and no trailing dot,
-addresses in their shortest form. At most 100 names are allowed, because each adds bytes to every handshake.
+Rules:
+- A name is a DNS name of letters, digits and hyphens (RFC 5890 section 2.3.1; `*` as the whole first label),
+  or an IPv4 or IPv6 address. Each has one normal form: DNS names in lower case with A-labels and no trailing dot,
+  addresses in their shortest form. At most 100 names are allowed, because each adds bytes to every handshake.
+- The names of this machine come from the kernel alone, because a resolver (`getfqdn`, `getaddrinfo`) can hang for a
+  minute. Link-local addresses are left out: they need a scope, which a certificate cannot express.
 
-Must not know: files, keys, where the names come from.
+Must not know: files, keys, certificates.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
+import socket
+import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -26,6 +32,26 @@ MAX_DNS_NAME = 253
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _WILDCARD_LABELS = 3  # `*.com` would cover a whole registry; clients refuse it anyway
+
+LOOPBACK = ("127.0.0.1", "::1")
+
+# Offsets in sockaddr_in and sockaddr_in6; the same on Linux, macOS and the BSDs.
+_IPV4 = slice(4, 8)
+_IPV6 = slice(8, 24)
+_SOCKADDR_IN = 16
+_SOCKADDR_IN6 = 28
+
+
+class _Interface(ctypes.Structure):
+    """The first fields of `struct ifaddrs`, the same on Linux, macOS and the BSDs."""
+
+
+_Interface._fields_ = [
+    ("next", ctypes.POINTER(_Interface)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+]
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -130,3 +156,56 @@ def _a_labels(name: str) -> str:
 def _bad(name: str, why: str) -> CertificateError:
     shown = name if len(name) <= MAX_DNS_NAME else name[:MAX_DNS_NAME] + "..."
     return CertificateError(f"{shown!r} is not a valid name for a certificate: {why}")
+
+
+# --- the names of this machine -----------------------------------------------------------------------------
+
+
+def found_names() -> tuple[str, ...]:
+    """Return localhost, the host's names, the loopback addresses and the addresses of its interfaces."""
+    hostname = socket.gethostname()
+    candidates = ["localhost", hostname, hostname.partition(".")[0], *LOOPBACK]
+    candidates += [str(address) for address in interface_addresses() if not address.is_link_local]
+    names: dict[str, None] = {}
+    for candidate in candidates:
+        try:
+            names[check_name(candidate)] = None
+        except CertificateError:
+            continue  # a host may be called `my_host`, which must not prevent a start
+    return tuple(names)
+
+
+def interface_addresses() -> list[IPv4Address | IPv6Address]:
+    """Return the addresses of this machine's interfaces; none if the C library has no such function."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        getifaddrs, freeifaddrs = libc.getifaddrs, libc.freeifaddrs
+    except (AttributeError, OSError, TypeError):
+        return []  # the loopback addresses and the configured names remain
+    head = ctypes.POINTER(_Interface)()
+    if getifaddrs(ctypes.byref(head)) != 0:
+        return []
+    try:
+        return list(_walk(head))
+    finally:
+        freeifaddrs(head)
+
+
+def _walk(head: ctypes._Pointer[_Interface]) -> Iterator[IPv4Address | IPv6Address]:
+    entry = head
+    while entry:
+        pointer = entry.contents.address
+        if pointer:
+            family = _family(ctypes.string_at(pointer, 2), sys.platform)
+            if family == socket.AF_INET:
+                yield IPv4Address(ctypes.string_at(pointer, _SOCKADDR_IN)[_IPV4])
+            elif family == socket.AF_INET6:
+                yield IPv6Address(ctypes.string_at(pointer, _SOCKADDR_IN6)[_IPV6])
+        entry = entry.contents.next
+
+
+def _family(start: bytes, platform: str) -> int:
+    """Return the family in the first two bytes of a sockaddr. On the BSDs the first byte is a length."""
+    if platform == "linux":
+        return int.from_bytes(start, sys.byteorder)
+    return start[1]

@@ -15,6 +15,7 @@ and no repr contains a passphrase.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ UNREADABLE = (
 _MAX_ISSUER = 200
 _PEM_BEGIN = b"-----BEGIN "
 _PEM_END = b"-----END "
+_CRL_BLOCK = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 _STRONG_HASHES = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 _HASHLESS_SIGNATURES = (SignatureAlgorithmOID.ED25519, SignatureAlgorithmOID.ED448)
 _SERVER_PURPOSES = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE})
@@ -194,6 +196,15 @@ def read_certificates(path: Path, at_most: int = MAX_CHAIN) -> list[x509.Certifi
 def read_certificate(path: Path) -> x509.Certificate:
     """Return the first certificate in a PEM file. Raises DamagedFileError if it has none."""
     return read_certificates(path)[0]
+
+
+def read_lists(path: Path) -> list[x509.CertificateRevocationList]:
+    """Return the revocation lists in a PEM file, at least one. Their signatures are checked by OpenSSL."""
+    blocks = _CRL_BLOCK.findall(files.read_certificate_file(path))
+    if not blocks:
+        raise CertificateError(f"{path}: contains no revocation list in PEM; replace the file")
+    with parsing(path, "revocation list"):
+        return list(map(x509.load_pem_x509_crl, blocks))
 
 
 def read_private_key(path: Path) -> PrivateKey:

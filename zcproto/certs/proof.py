@@ -19,12 +19,12 @@ import contextlib
 import hashlib
 import ssl
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final, Unpack
+from typing import Final
 
 from zcproto.certs.pair import CertificatePair, Site
 from zcproto.errors import CertificateError
 from zcproto.tls.context import (
-    ClientTrustOptions,
+    ClientTrust,
     ServerContext,
     SiteContexts,
     client_context,
@@ -85,9 +85,9 @@ def proven_context(
     pairs: Sequence[CertificatePair],
     protocols: Sequence[str],
     suites: Sequence[str],
+    clients: ClientTrust | None,
     *,
-    rest: Callable[[], None] = lambda: None,
-    **trust: Unpack[ClientTrustOptions],
+    rest: Callable[[], None],
 ) -> ServerContext:
     """Return a tested `server_context` for these pairs, with their `leaves`.
 
@@ -95,7 +95,7 @@ def proven_context(
     thread can yield the processor. Raises CertificateError.
     """
     files = [(pair.certificate, pair.key, pair.passphrase) for pair in pairs]
-    context = server_context(files, protocols, suites, **trust)
+    context = server_context(files, protocols, suites, clients)
     for pair, its_files in zip(pairs, files, strict=True):
         rest()
         alone = context if len(pairs) == 1 else server_context([its_files], protocols, suites)
@@ -122,10 +122,10 @@ def proven_sites(
     sites: Sequence[Site],
     protocols: Sequence[str],
     suites: Sequence[str],
+    clients: ClientTrust | None,
     *,
     proven: dict[Site, ServerContext],
     rest: Callable[[], None],
-    **trust: Unpack[ClientTrustOptions],
 ) -> SiteContexts:
     """Return the tested contexts of all sites; the first site is the default.
 
@@ -138,7 +138,7 @@ def proven_sites(
     for site in sites:
         context = proven.get(site)
         if context is None:
-            context = proven_context(site.pairs, protocols, suites, rest=rest, **trust)
+            context = proven_context(site.pairs, protocols, suites, clients, rest=rest)
         contexts[site] = context
     proven.clear()
     proven.update(contexts)

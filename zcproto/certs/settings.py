@@ -10,6 +10,7 @@ from zcproto.certs import client_ca
 from zcproto.certs.external import ExternalSite, PassphraseSource
 from zcproto.certs.managed import ManagedSettings
 from zcproto.config.model import CertificatesConfig, Config, SiteConfig
+from zcproto.tls.context import SUITES, ClientTrust
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +22,6 @@ class ManagedSite:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientTrust:
-    """The files with which clients' certificates are verified."""
-
-    ca: Path
-    crl: Path | None = None
-    """PEM, with one or several lists; the file must exist."""
-    directory: Path | None = None
-    """The folder of the managed client authority, if this is it: it is created, and its list is kept up to date."""
-
-
-@dataclass(frozen=True, slots=True)
 class CertificateSettings:
     """What to serve, and when to report an approaching expiry."""
 
@@ -40,7 +30,10 @@ class CertificateSettings:
     """Beside the default one."""
     alert_days: tuple[int, ...] = (30, 14, 7, 3, 1)
     clients: ClientTrust | None = None
-    """None if clients show no certificates."""
+    """None if clients show no certificates. The files must exist, unless they are in `client_directory`."""
+    client_directory: Path | None = None
+    """The folder of the managed client authority, if this is it: it is created, and its list is kept up to date."""
+    suites: tuple[str, ...] = SUITES
 
 
 def certificate_settings(config: Config) -> CertificateSettings:
@@ -51,6 +44,8 @@ def certificate_settings(config: Config) -> CertificateSettings:
         sites=tuple(_external_site(site.names, site) for site in certificates.site),
         alert_days=certificates.alert_days,
         clients=_client_trust(config),
+        client_directory=None if config.tls.client_ca_file else certificates.directory,
+        suites=config.tls.suites,
     )
 
 
@@ -79,8 +74,8 @@ def _client_trust(config: Config) -> ClientTrust | None:
     tls = config.tls
     if tls.client_auth == "off":
         return None
+    is_required = tls.client_auth == "required"
     if tls.client_ca_file is not None:
-        return ClientTrust(tls.client_ca_file, tls.client_crl_file)
-    folder = config.certificates.directory
-    ca, crl = client_ca.paths(folder)
-    return ClientTrust(ca, tls.client_crl_file or crl, folder)
+        return ClientTrust(tls.client_ca_file, tls.client_crl_file, is_required)
+    ca, crl = client_ca.paths(config.certificates.directory)
+    return ClientTrust(ca, tls.client_crl_file or crl, is_required)

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import hashes
 
 from zcproto.certs import authority, client_ca, files, lifecycle, managed, notices, pair, rollover
 from zcproto.certs.authority import Progress
-from zcproto.certs.crl import read_lists
+from zcproto.certs.client_user import CertificateId, revoked_in
 from zcproto.certs.external import LONGEST_SETTLE_S, SETTLE_S, ExternalSite, WatchedFiles, load_site
 from zcproto.certs.lifecycle import Expiring, Random, Retry
 from zcproto.certs.managed import ManagedCertificates
@@ -39,10 +39,11 @@ from zcproto.certs.names import check_names
 from zcproto.certs.notices import MAX_SUBJECT, Notice, NoticeKind, day
 from zcproto.certs.pair import CertificatePair, Site, load_pair
 from zcproto.certs.rollover import NextPins
-from zcproto.certs.settings import ClientTrust, ManagedSite
+from zcproto.certs.settings import CertificateSettings, ManagedSite
 from zcproto.common.text import escape_text
 from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
+from zcproto.tls.context import ClientTrust
 
 ROUTINE_S = 3600.0
 """Between renewal runs without another reason: host names change."""
@@ -347,17 +348,19 @@ class ExternalSource(SiteSource):
 class ClientTrustSource(Source):
     """The authorities for clients and their revocation lists. The managed ones are kept up to date."""
 
-    def __init__(self, trust: ClientTrust, random: Random, progress: Progress) -> None:
-        self._trust = trust
+    def __init__(self, settings: CertificateSettings, random: Random, progress: Progress) -> None:
+        assert settings.clients is not None
+        trust, directory = self._trust, self._directory = settings.clients, settings.client_directory
         self._progress = progress
-        self._schedule = _Schedule(trust.crl or trust.ca, trust.directory or trust.ca.parent, random)
+        self._schedule = _Schedule(trust.crl or trust.ca, directory or trust.ca.parent, random)
         paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)
         self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
+        self.revoked: frozenset[CertificateId] = frozenset()
         self._loaded_message = f"Loaded {' and '.join(map(str, paths))} for clients' certificates."
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]:
         happened: list[Notice] = []
-        directory = self._trust.directory
+        directory = self._directory
         if directory is not None:
             try:
                 client_ca.ensure_authority(directory, now, progress=self._progress)
@@ -367,7 +370,7 @@ class ClientTrustSource(Source):
                 # The existing files may suffice.
                 happened = self._schedule.failed(error, timedelta(0), now, monotonic)
         self._files.start(now, monotonic)
-        self.authorities, self.lists = self._files.value
+        self.authorities, self.lists, self.revoked = self._files.value
         return happened
 
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
@@ -375,13 +378,13 @@ class ClientTrustSource(Source):
         before = self._files.value
         of_files = self._files.check(now, monotonic, force=force)
         if self._files.value != before:
-            self.authorities, self.lists = self._files.value
+            self.authorities, self.lists, self.revoked = self._files.value
             happened.append(Notice(NoticeKind.CLIENT_TRUST_LOADED, str(self._trust.ca), self._loaded_message))
         return [*happened, *of_files]
 
     def _refresh(self, now: datetime, monotonic: float, force: bool) -> list[Notice]:
         """Sign the managed list again if due."""
-        directory = self._trust.directory
+        directory = self._directory
         if directory is None or not self._schedule.is_due(now, monotonic, force):
             return []
         try:
@@ -393,16 +396,18 @@ class ClientTrustSource(Source):
         return self._schedule.succeeded()
 
 
-def _load_trust(trust: ClientTrust) -> tuple[tuple[Expiring, ...], tuple[Expiring, ...]]:
-    """Return the authorities and the lists. Raises CertificateError if a file cannot be used."""
+def _load_trust(
+    trust: ClientTrust,
+) -> tuple[tuple[Expiring, ...], tuple[Expiring, ...], frozenset[CertificateId]]:
+    """Return the authorities, the lists and what they revoke. Raises CertificateError if a file cannot be used."""
     with pair.parsing(trust.ca):
         found = pair.read_certificates(trust.ca, MAX_AUTHORITIES)
         authorities = tuple(_expiring(certificate, trust.ca) for certificate in found)
     if trust.crl is None:
-        return authorities, ()
+        return authorities, (), frozenset()
+    lists = pair.read_lists(trust.crl)
     with pair.parsing(trust.crl, "revocation list"):
-        lists = tuple(_expiring_list(crl, trust.crl) for crl in read_lists(trust.crl))
-    return authorities, lists
+        return authorities, tuple(_expiring_list(crl, trust.crl) for crl in lists), revoked_in(lists)
 
 
 def _expiring(certificate: x509.Certificate, path: Path) -> Expiring:

@@ -16,9 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from zcproto.certs import authority, client_ca, keys, lifecycle, pair, rollover
-from zcproto.certs.crl import read_lists
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
+from zcproto.certs.pair import read_lists
 from zcproto.certs.rollover import NextPins
 from zcproto.certs.settings import ManagedSite, certificate_settings
 from zcproto.certs.sources import MAX_AUTHORITIES

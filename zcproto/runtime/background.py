@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from zcproto.admin.parts import Parts
 from zcproto.certs.checker import ServingCertificates
-from zcproto.certs.crl import CertificateId, certificate_id
+from zcproto.certs.client_user import CertificateId, certificate_id
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.rollover import NextPins
 from zcproto.observe.log import flush_log, report_suppressed

@@ -15,10 +15,10 @@ import errno
 import os
 import ssl
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypedDict
+from typing import Final
 
 from zcproto.common.files import UnusableFileError, check_access, file_errors, read_file
 from zcproto.errors import CertificateError, ConfigError, TlsError
@@ -30,7 +30,6 @@ MAX_KEY_FILE: Final = 1 << 20
 
 _NO_SITES: Final[Mapping[str, ssl.SSLContext]] = {}
 
-ClientAuth = Literal["off", "optional", "required"]
 Passphrase = str | bytes | Callable[[], str | bytes]
 
 
@@ -70,22 +69,23 @@ class SiteContexts:
         return self.default if found is None else found
 
 
-class ClientTrustOptions(TypedDict, total=False):
-    """Whether to request or require client certificates, and which PEM, or files of it, to check them with."""
+@dataclass(frozen=True, slots=True)
+class ClientTrust:
+    """The files with which client certificates are verified."""
 
-    client_auth: ClientAuth
-    client_ca: Path | bytes | None
-    client_crl: Path | bytes | None
+    ca: Path
+    """PEM, with the certificates of the trusted CAs."""
+    crl: Path | None = None
+    """PEM, with one or several revocation lists."""
+    is_required: bool = False
+    """Whether clients without a certificate are refused."""
 
 
 def server_context(
     pairs: Iterable[Pair],
     protocols: Sequence[str],
     suites: Sequence[str] = SUITES,
-    *,
-    client_auth: ClientAuth = "off",
-    client_ca: Path | bytes | None = None,
-    client_crl: Path | bytes | None = None,
+    clients: ClientTrust | None = None,
 ) -> ServerContext:
     """Return a server context with one certificate and key per key type.
 
@@ -93,9 +93,7 @@ def server_context(
         pairs: certificates to serve.
         protocols: ALPN names in the server's order.
         suites: names of the allowed suites.
-        client_auth: whether to request or require client certificates.
-        client_ca: PEM file, or PEM, of the CAs trusted for client certificates.
-        client_crl: PEM file, or PEM, of their revocation lists.
+        clients: how to verify client certificates; None requests none.
 
     Raises:
         CertificateError: a file cannot be loaded.
@@ -111,8 +109,8 @@ def server_context(
     context.set_alpn_protocols(list(protocols))
     for pair in pairs:
         _load_pair(context, *pair)
-    if client_auth != "off":
-        _ask_for_certificates(context, client_auth, client_ca, client_crl)
+    if clients is not None:
+        _ask_for_certificates(context, clients)
     return context
 
 
@@ -139,40 +137,24 @@ def _is_encrypted(key: Path) -> bool:
         return False  # deleted meanwhile
 
 
-def _ask_for_certificates(
-    context: ssl.SSLContext, client_auth: ClientAuth, ca: Path | bytes | None, crl: Path | bytes | None
-) -> None:
-    if ca is None:
-        raise CertificateError("client certificates cannot be checked without their CA; set tls.client_ca")
-    _load_trusted(context, ca, "x509", "no CA certificate")
-    if crl is not None:
-        _load_trusted(context, crl, "crl", "no certificate revocation list")
+def _ask_for_certificates(context: ssl.SSLContext, clients: ClientTrust) -> None:
+    _load_trusted(context, clients.ca, "x509", "no CA certificate")
+    if clients.crl is not None:
+        _load_trusted(context, clients.crl, "crl", "no certificate revocation list")
         context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-    context.verify_mode = ssl.CERT_REQUIRED if client_auth == "required" else ssl.CERT_OPTIONAL
+    context.verify_mode = ssl.CERT_REQUIRED if clients.is_required else ssl.CERT_OPTIONAL
 
 
-def _load_trusted(context: ssl.SSLContext, source: Path | bytes, kind: str, missing: str) -> None:
-    """Load PEM from a file or from bytes, by way of a file: the ssl module reads CRLs from files only."""
+def _load_trusted(context: ssl.SSLContext, path: Path, kind: str, missing: str) -> None:
     before = context.cert_store_stats()[kind]
     try:
-        if isinstance(source, bytes):
-            with tempfile.NamedTemporaryFile(prefix="zcproto-", suffix=".pem") as file:
-                file.write(source)
-                file.flush()
-                context.load_verify_locations(cafile=file.name)
-        else:
-            context.load_verify_locations(cafile=source)
-        found = context.cert_store_stats()[kind] > before
+        context.load_verify_locations(cafile=path)
     except (ssl.SSLError, OSError) as error:
         why = f": {error.strerror}; check the path" if not isinstance(error, ssl.SSLError) else ""
-        raise CertificateError(f"{_label(source)}: {missing} could be read from it{why}") from error
-    if not found:
-        raise CertificateError(f"{_label(source)}: contains {missing}")
-
-
-def _label(source: Path | bytes) -> str:
-    return "the PEM given" if isinstance(source, bytes) else str(source)
+        raise CertificateError(f"{path}: {missing} could be read from it{why}") from error
+    if context.cert_store_stats()[kind] == before:
+        raise CertificateError(f"{path}: contains {missing}")
 
 
 def client_context(
