@@ -18,7 +18,6 @@ from zcproto.cli.serve import load_app
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.runtime import run
-from zcproto.runtime import run as run_module
 
 __all__ = ["certs"]
 
@@ -170,7 +169,7 @@ def prepared(home: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(certs, home / "certs")
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[server]\nport = 0')
     # Do not tune this process: it runs other tests too.
-    monkeypatch.setattr(run_module, "raise_file_limit", lambda wanted: 1_000_000)
+    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 1_000_000)
     monkeypatch.setattr(run, "harden", lambda environ: [])
     return home
 

@@ -130,14 +130,14 @@ class Harness:
 
         @app.method("close.and.wait")
         async def close_and_wait(context: Context) -> None:
-            context._connection.close("by a method")
+            context.caller.close("by a method")
             future = self.loop.create_future()
             self.futures.append(future)
             await future
 
         @app.method("close.and.answer")
         def close_and_answer(context: Context, size: int = 0) -> bytes:
-            context._connection.close("by a method")
+            context.caller.close("by a method")
             return bytes(size)
 
         @app.method("exit")

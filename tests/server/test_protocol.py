@@ -174,7 +174,7 @@ def test_ended_connection_does_nothing(harness: Harness, peer: Peer) -> None:
     peer.protocol.go_away("test")
     peer.protocol.cancel_all()
     peer.protocol.abort("test")
-    context.join(opened.session, opened.token)
+    context.caller.join(opened.session, opened.token)
     assert context.send_event("news", 1) is False
     assert context.cancelled
     harness.registry.revoke_user("eve", "test")

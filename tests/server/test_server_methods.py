@@ -16,7 +16,7 @@ from tests.server.helpers import (
 )
 from zcproto.app.app import App
 from zcproto.errors import Code
-from zcproto.server.protocol_methods import LISTED, REVOKED_AT_ONCE, operator_methods
+from zcproto.server.protocol_methods import LISTED, REVOKED_AT_ONCE, server_methods
 from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN
 
@@ -232,5 +232,5 @@ def test_server_sessions_is_bounded(serve: Serve) -> None:
 
 def test_operator_methods_are_marked_operator(serve: Serve) -> None:
     server = serve()
-    methods = operator_methods(server.server.state)
+    methods = server_methods(server.server.state)
     assert [method.name for method in methods if method.operator] == ["server.sessions", "server.revoke"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 from zcproto.auth.identity import Channel
@@ -34,10 +32,11 @@ class CallConnection(Protocol):
 class Context:
     """One call. A method gets it through a parameter annotated `Context`."""
 
-    __slots__ = ("_connection", "_request")
+    __slots__ = ("_request", "caller")
 
     def __init__(self, connection: CallConnection, request: Request) -> None:
-        self._connection = connection
+        self.caller = connection
+        """The connection; for the methods of the protocol only."""
         self._request = request
 
     @property
@@ -55,20 +54,16 @@ class Context:
     @property
     def peer(self) -> str:
         """The peer's network address as text, without the port."""
-        return self._connection.peer
+        return self.caller.peer
 
     @property
     def connection(self) -> str:
         """The id of the call's connection in the log."""
-        return self._connection.id
+        return self.caller.id
 
     def peer_certificate(self) -> bytes | None:
         """Return the verified client certificate of this connection in DER form; None without one."""
-        return self._connection.peer_certificate()
-
-    def channel(self) -> Channel:
-        """Return the connection as proofs are bound to it."""
-        return self._connection.channel()
+        return self.caller.peer_certificate()
 
     @property
     def token(self) -> bytes:
@@ -88,43 +83,22 @@ class Context:
     def time_left(self) -> float | None:
         """Seconds until the caller's deadline; None without one. After it the caller has received an error."""
         if self._request.deadline != NEVER:
-            return self._request.deadline - self._connection.now()
+            return self._request.deadline - self.caller.now()
         deadline_ms = self._request.meta.deadline_ms
         return None if deadline_ms is None else deadline_ms / 1000
 
     @property
     def cancelled(self) -> bool:
         """Whether the result will be discarded: the caller cancelled, ran out of time or disconnected."""
-        return self._connection.has_ended(self._request)
+        return self.caller.has_ended(self._request)
 
     def wall(self) -> int:
         """Return the server's wall clock, milliseconds since the Unix epoch."""
-        return self._connection.wall()
+        return self.caller.wall()
 
     def now(self) -> float:
         """Return the server's monotonic clock in seconds."""
-        return self._connection.now()
-
-    def prove(self, key: str) -> None:
-        """Record that the call proved a key: this connection may use the sessions bound to it."""
-        self._connection.prove(key)
-
-    def has_proved(self, key: str) -> bool:
-        """Return whether this connection may use the sessions bound to a key."""
-        return self._connection.has_proved(key)
-
-    def join(self, session: Session, token: bytes) -> None:
-        """Attach a session that the call opened or refreshed to this connection."""
-        self._connection.join(session, token)
-
-    @contextmanager
-    def suppress_revoked_event(self) -> Iterator[None]:
-        """Suppress `session.revoked` on this connection while the body handles its own revoke request."""
-        self._connection.suppress_revoked_event = True
-        try:
-            yield
-        finally:
-            self._connection.suppress_revoked_event = False
+        return self.caller.now()
 
     def send_event(self, name: str, data: Any) -> bool:
         """Send an event about the call's session to this connection. Return False if it cannot be delivered.
@@ -132,7 +106,7 @@ class Context:
         Raises MessageError for data that a frame cannot carry.
         """
         session = self._request.session
-        return session is not None and self._connection.send_event(session.id, name, data)
+        return session is not None and self.caller.send_event(session.id, name, data)
 
 
 class DetachedContext(Context):

@@ -9,8 +9,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final
 
 from zcproto.app.app import Method
@@ -32,13 +33,14 @@ LISTED: Final = 1_000
 
 REVOKED_AT_ONCE: Final = 1_000
 
+_SHOWN: Final = ("id", "user", "created_at", "last_used_at", "expires_at", "client", "address", "bound")
+"""The fields of a session that its user sees."""
+
 
 def protocol_methods(state: ServerState, login: Login, enrollment: Enrollment | None = None) -> list[Method]:
     """Return all methods of the protocol; those of devices only if devices can be enrolled."""
-    methods = [*session_methods(state, login), server_info_method(state), *operator_methods(state)]
-    if enrollment is not None:
-        methods.append(enroll_method(enrollment))
-    return methods
+    devices = [] if enrollment is None else [enroll_method(enrollment)]
+    return [*session_methods(state, login), *devices, *server_methods(state)]
 
 
 # --- sessions of the caller ------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         _check_client(client)
         peer = context.peer
         try:
-            identity = login.open({"scheme": scheme, **fields}, peer, context.now(), context.channel())
+            identity = login.open({"scheme": scheme, **fields}, peer, context.now(), context.caller.channel())
         except Unauthenticated:
             log_refused(context, scheme)
             raise
@@ -95,7 +97,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                     opened.session.id, user=identity.user, reason=EndReason.DEVICE_REMOVED
                 )
                 raise Unauthenticated("the device was removed; pair it again")
-            context.prove(identity.key)
+            context.caller.prove(identity.key)
         return answer_opened(context, opened, scheme, client)
 
     def log_refused(context: Context, scheme: str) -> None:
@@ -116,12 +118,12 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 "this session is not bound to a device; use its token without session.attach"
             )
         await login.attach(
-            key, session.user, signature, context.token, context.peer, context.now(), context.channel()
+            key, session.user, signature, context.token, context.peer, context.now(), context.caller.channel()
         )
         if registry.key_of(session) != key:
             raise Unauthenticated("the session has ended; open another")
-        context.prove(key)
-        context.join(session, context.token)
+        context.caller.prove(key)
+        context.caller.join(session, context.token)
         return {}
 
     async def session_refresh(context: Context, refresh_token: bytes, client: str = "") -> dict[str, Any]:
@@ -143,7 +145,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         Not called for a spent refresh token: it repeats its answer, or ends the session. An expired token cannot be
         attached, so its device need not prove the key.
         """
-        if context.has_proved(session.key):
+        if context.caller.has_proved(session.key):
             return
         if not session.key.startswith(DEVICE_KEY):
             raise Unauthenticated(
@@ -157,7 +159,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
 
     def answer_tokens(context: Context, opened: OpenedSession) -> dict[str, Any]:
         session = opened.session
-        context.join(session, opened.token)
+        context.caller.join(session, opened.token)
         return {
             "token": opened.token,
             "id": session.id,
@@ -184,7 +186,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         session = _session_of(context)
         if (id is None) is not all:
             raise InvalidArgument("give either id, or all = true")
-        quiet = context.suppress_revoked_event()
+        quiet = suppress_revoked_event(context)
         if id is None:
             revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quiet)
         else:
@@ -201,7 +203,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         session = _session_of(context)
-        quiet = context.suppress_revoked_event()
+        quiet = suppress_revoked_event(context)
         await state.sessions.revoke(
             session.id, user=session.user, reason=EndReason.CLOSED, suppress_event=quiet
         )
@@ -219,23 +221,23 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
     ]
 
 
+@contextmanager
+def suppress_revoked_event(context: Context) -> Iterator[None]:
+    """Suppress `session.revoked` on the caller's connection while the body handles its own revoke request."""
+    context.caller.suppress_revoked_event = True
+    try:
+        yield
+    finally:
+        context.caller.suppress_revoked_event = False
+
+
 def _session_of(context: Context) -> Session:
     assert context.session is not None, "only public methods run without a session"
     return context.session
 
 
 def _describe_info(info: SessionInfo) -> dict[str, Any]:
-    """Return a session as its user sees it."""
-    return {
-        "id": info.id,
-        "user": info.user,
-        "created_at": info.created_at,
-        "last_used_at": info.last_used_at,
-        "expires_at": info.expires_at,
-        "client": info.client,
-        "address": info.address,
-        "bound": info.bound,
-    }
+    return {name: getattr(info, name) for name in _SHOWN}
 
 
 def _check_client(client: str) -> None:
@@ -243,7 +245,7 @@ def _check_client(client: str) -> None:
         raise InvalidArgument(f"client must be at most {CLIENT_MAX_LENGTH} printable characters")
 
 
-# --- devices and the server ------------------------------------------------------------------------------
+# --- devices ---------------------------------------------------------------------------------------------
 
 
 def enroll_method(enrollment: Enrollment) -> Method:
@@ -266,28 +268,7 @@ def enroll_method(enrollment: Enrollment) -> Method:
     return Method("device.enroll", device_enroll, public=True)
 
 
-def server_info_method(state: ServerState) -> Method:
-    """Return `server.info`."""
-
-    def server_info(context: Context) -> dict[str, Any]:
-        """The server's time, protocol versions, pins now and next, and the methods that this caller may call."""
-        session = context.session
-        return {
-            "time": context.wall(),
-            "versions": [VERSION],
-            "methods": [
-                {"name": name, "doc": method.doc, "params": method.params}
-                for name, method in sorted(state.methods.items())
-                if method.public or (session is not None and (session.operator or not method.operator))
-            ],
-            "pins": list(state.pins),
-            "pins_next": state.pins_next,
-        }
-
-    return Method("server.info", server_info, public=True)
-
-
-# --- sessions of others, for operators -------------------------------------------------------------------
+# --- the server and sessions of others -------------------------------------------------------------------
 
 
 async def revoke_sessions(
@@ -321,8 +302,23 @@ async def revoke_sessions(
     return revoked
 
 
-def operator_methods(state: ServerState) -> list[Method]:
-    """Return `server.sessions` and `server.revoke`."""
+def server_methods(state: ServerState) -> list[Method]:
+    """Return `server.info`, and `server.sessions` and `server.revoke` for operators."""
+
+    def server_info(context: Context) -> dict[str, Any]:
+        """The server's time, protocol versions, pins now and next, and the methods that this caller may call."""
+        session = context.session
+        return {
+            "time": context.wall(),
+            "versions": [VERSION],
+            "methods": [
+                {"name": name, "doc": method.doc, "params": method.params}
+                for name, method in sorted(state.methods.items())
+                if method.public or (session is not None and (session.operator or not method.operator))
+            ],
+            "pins": list(state.pins),
+            "pins_next": state.pins_next,
+        }
 
     async def server_sessions(user: str | None = None) -> list[dict[str, Any]]:
         """The sessions of a user, or of everybody: the 1,000 oldest."""
@@ -333,7 +329,7 @@ def operator_methods(state: ServerState) -> list[Method]:
     ) -> dict[str, Any]:
         """End sessions of anybody: those with `ids`, or those of a `user`, or `all` there are."""
         revoked = await revoke_sessions(
-            state, f"operator {context.user}", ids, user, all, context.suppress_revoked_event
+            state, f"operator {context.user}", ids, user, all, partial(suppress_revoked_event, context)
         )
         log.warning(
             "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
@@ -341,6 +337,7 @@ def operator_methods(state: ServerState) -> list[Method]:
         return {"revoked": revoked}
 
     return [
+        Method("server.info", server_info, public=True),
         Method("server.sessions", server_sessions, operator=True),
         Method("server.revoke", server_revoke, operator=True),
     ]
