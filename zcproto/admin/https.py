@@ -78,11 +78,7 @@ class HttpSide:
     ) -> None:
         """Bind the port without TLS, or use listening sockets of a service manager.
 
-        Args:
-            names: Returns the names of the serving certificates.
-
-        Raises:
-            ConfigError: The port cannot be bound.
+        `names` returns the names of the serving certificates. Raises ConfigError if the port cannot be bound.
         """
         if passed:
             sockets = list(passed)

@@ -87,20 +87,14 @@ class Resources:
         self._figures: dict[bool, HttpResponse] = {}
 
     def routes(self) -> Iterator[Route]:
-        yield Route("GET", "/", self._show_page)
+        yield Route("GET", "/", lambda request: page())
         yield Route("GET", "/status.json", self._show_status)
-        yield Route("GET", "/healthz", self._healthz)
+        yield Route("GET", "/healthz", lambda request: text_response(200, "ok"))
         yield Route("GET", "/readyz", self._readyz)
         yield Route("GET", "/.well-known/zcp", self._well_known)
         yield Route("GET", "/metrics", self._show_metrics)
 
     # --- public ----------------------------------------------------------------------------------------
-
-    def _show_page(self, request: HttpRequest) -> HttpResponse:
-        return page()
-
-    def _healthz(self, request: HttpRequest) -> HttpResponse:
-        return text_response(200, "ok")
 
     def _readyz(self, request: HttpRequest) -> HttpResponse:
         body = self.readiness()

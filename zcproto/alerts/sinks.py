@@ -155,8 +155,7 @@ class SinkQueue:
                 raise
 
     async def _deliver(self, waiting: _Waiting) -> None:
-        tries = 0
-        delay_s = FIRST_DELAY_S
+        tries, delay_s = 0, FIRST_DELAY_S
         while True:
             tries += 1
             limit = None
@@ -171,11 +170,8 @@ class SinkQueue:
                 self._arrived()
                 return
             self._failed(reason)
-            if self._stopping.is_set():
-                self._lose(waiting, reason)
-                return
             too_old = self._clock.now() - waiting.since >= MAX_AGE_S
-            if too_old or (limit is not None and tries >= limit):
+            if self._stopping.is_set() or too_old or (limit is not None and tries >= limit):
                 self._lose(waiting, reason)
                 return
             await self._pause(delay_s * (1 + self._random()) / 2)

@@ -18,8 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Collection, MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
 from zcproto.observe.limits import EventLimits
-from zcproto.observe.output import LinesLostError, LogFile, Output, StandardError
+from zcproto.observe.output import LogFile, Output, StandardError
 from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
 
 if TYPE_CHECKING:
@@ -178,14 +177,12 @@ def reopen_log() -> bool:
 
 def flush_log() -> None:
     """Write waiting lines as far as possible without blocking."""
-    with _state.counted_losses():
-        _state.output.flush()
+    _state.lose(_state.output.flush())
 
 
 def finish_log() -> None:
     """Write waiting lines at the end of a process, within a second."""
-    with _state.counted_losses():
-        _state.output.finish()
+    _state.lose(_state.output.finish())
 
 
 def report_suppressed() -> None:
@@ -213,29 +210,17 @@ class _LogState:
 
     def write(self, lines: str) -> None:
         try:
-            self.output.write(lines)
-        except LinesLostError as lost:
-            self.lose(lost.lines)
-            return
+            lost = self.output.write(lines)
         except Exception:  # a stream in place of standard error may raise anything
-            self.lose(lines.count("\n"))
-            return
-        if self.lost_unreported and not self.output.waiting:
+            lost = lines.count("\n")
+        self.lose(lost)
+        if not lost and self.lost_unreported and not self.output.waiting:
             count, self.lost_unreported = self.lost_unreported, 0
             _log.error("log.lost", lines=count)
 
     def replace_output(self, output: Output) -> None:
         old, self.output = self.output, output
-        with self.counted_losses():
-            old.flush()
-        self.lose(old.close())
-
-    @contextmanager
-    def counted_losses(self) -> Iterator[None]:
-        try:
-            yield
-        except LinesLostError as lost:
-            self.lose(lost.lines)
+        self.lose(old.flush() + old.close())
 
     def lose(self, lines: int) -> None:
         self.lost += lines

@@ -336,13 +336,9 @@ def _family(metric: Metric, series: dict[tuple[str, ...], float | Histogram]) ->
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     """Return cumulative counts per bound, as in Prometheus."""
+    bounds = (*(repr(float(bound)) for bound in histogram.bounds), "+Inf")  # floats in both text formats
     sums, below = [], 0
-    for bound, count in zip((*map(_bound, histogram.bounds), "+Inf"), histogram.counts, strict=True):
+    for bound, count in zip(bounds, histogram.counts, strict=True):
         below += count
         sums.append((bound, float(below)))
     return sums
-
-
-def _bound(bound: float) -> str:
-    """Return a bound as both text formats write it: as a float."""
-    return repr(float(bound))

@@ -2,8 +2,9 @@
 
 Rules:
 - A write never blocks. Bytes that a pipe, terminal or full disk does not accept are kept, up to MAX_WAITING, and
-  written with the next line or `flush`; more are lost, and counted by the caller. A server that stops when its
-  log is not read would be an easy target.
+  written with the next line or `flush`; more are lost. A server that stops when its log is not read would be an
+  easy target.
+- Every method that can lose lines returns their number. Only a stream in place of standard error may raise.
 - A regular file is written at once: that is a copy into the page cache.
 - A partially written line is always terminated, even if the rest was lost.
 
@@ -34,14 +35,6 @@ _CLOSED: Final = -1
 _WAIT: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EDQUOT})
 
 
-class LinesLostError(Exception):
-    """Lines could not be written and are lost."""
-
-    def __init__(self, lines: int) -> None:
-        super().__init__(f"{lines} lines are lost")
-        self.lines = lines
-
-
 class Descriptor:
     """Write to a file descriptor of any kind without blocking. Thread-safe."""
 
@@ -60,36 +53,38 @@ class Descriptor:
         """Return the bytes not written yet."""
         return len(self._waiting)
 
-    def write(self, lines: str) -> None:
+    def write(self, lines: str) -> int:
         data = lines.encode("ascii", "backslashreplace")
+        lost = 0
         with self._lock:
             if self._descriptor == _CLOSED:
-                raise LinesLostError(lines.count("\n"))
+                return data.count(b"\n")
             if len(self._waiting) + len(data) > MAX_WAITING:
-                self._write_waiting()
+                lost = self._write_waiting()
                 if len(self._waiting) + len(data) > MAX_WAITING:
-                    raise LinesLostError(data.count(b"\n"))
+                    return lost + data.count(b"\n")
             if self._within_line and not self._waiting:  # the rest of that line was lost
                 self._waiting += b"\n"
             self._waiting += data
-            self._write_waiting()
+            return lost + self._write_waiting()
 
-    def flush(self) -> None:
+    def flush(self) -> int:
         """Write waiting bytes as far as possible without blocking."""
         with self._lock:
-            self._write_waiting()
+            return self._write_waiting()
 
-    def finish(self) -> None:
+    def finish(self) -> int:
         """Flush, and wait for a reader, up to a second."""
+        lost = self.flush()
         for _ in range(FINISH_TRIES):
-            self.flush()
             if not self._waiting or self._poll is None:
-                return
+                break
             self._poll.poll(FINISH_TRY_MS)
-        self.flush()
+            lost += self.flush()
+        return lost
 
     def close(self, *, keep: bool = False) -> int:
-        """Stop using the descriptor, and close it unless `keep`. Return the number of lines lost.
+        """Stop using the descriptor, and close it unless `keep`.
 
         A concurrent writer never writes to a file that reuses the descriptor.
         """
@@ -101,23 +96,24 @@ class Descriptor:
                 os.close(descriptor)
         return lost
 
-    def _write_waiting(self) -> None:
+    def _write_waiting(self) -> int:
         waiting = self._waiting
         while waiting:
             if self._poll is not None and not self._poll.poll(0):
-                return
+                break
             try:
                 written = os.write(self._descriptor, waiting if self._poll is None else waiting[:_PART])
             except OSError as error:
                 if error.errno in _WAIT:
-                    return
+                    break
                 lost = waiting.count(b"\n") - waiting.startswith(b"\n")
                 waiting.clear()
-                raise LinesLostError(lost) from error
+                return lost
             if not written:
-                return
+                break
             self._within_line = waiting[written - 1] != ord("\n")
             del waiting[:written]
+        return 0
 
 
 class StandardError:
@@ -128,13 +124,13 @@ class StandardError:
         self._descriptor: Descriptor | None = None
         self._is_terminal = False
 
-    def write(self, lines: str) -> None:
+    def write(self, lines: str) -> int:
         stream = self._now()
-        if self._descriptor is None or stream.closed:  # an in-memory stream cannot block
-            stream.write(lines)
-            stream.flush()
-        else:
-            self._descriptor.write(lines)
+        if self._descriptor is not None and not stream.closed:
+            return self._descriptor.write(lines)
+        stream.write(lines)  # an in-memory stream cannot block
+        stream.flush()
+        return 0
 
     def _now(self) -> TextIO:
         stream = sys.stderr
@@ -143,15 +139,17 @@ class StandardError:
             self._is_terminal = stream.isatty()
         return stream
 
-    def flush(self) -> None:
+    def flush(self) -> int:
         stream = self._stream
-        if self._descriptor is not None and stream is not None and stream is sys.stderr and not stream.closed:
-            self._descriptor.flush()
+        if self._descriptor is None or stream is None or stream is not sys.stderr or stream.closed:
+            return 0
+        return self._descriptor.flush()
 
-    def finish(self) -> None:
-        self.flush()
+    def finish(self) -> int:
+        lost = self.flush()
         if self.waiting and self._descriptor is not None:
-            self._descriptor.finish()
+            lost += self._descriptor.finish()
+        return lost
 
     @property
     def waiting(self) -> int:
@@ -190,4 +188,4 @@ class LogFile(Descriptor):
 
 
 Output: TypeAlias = StandardError | LogFile
-"""A destination of lines, one or several per call. `close` returns the number of lines lost."""
+"""A destination of lines, one or several per call."""

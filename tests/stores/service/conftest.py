@@ -32,8 +32,9 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
 
     class FakeOutput(StandardError):
-        def write(self, line: str) -> None:
+        def write(self, line: str) -> int:
             lines.append(json.loads(line))
+            return 0
 
     monkeypatch.setattr(log_module, "StandardError", FakeOutput)
     log_module.configure_logging(LogConfig(level="debug", format="json"))
