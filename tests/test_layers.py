@@ -26,7 +26,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "http": set(),
     "sessions": {"errors", "common"},
     "connection": {"wire", "sessions", "errors"},
-    "deploy": set(),
     # beside the core
     "tls": {"errors", "common"},
     "config": {"errors", "common", "tls"},
@@ -44,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # on top
     "load": {"client", "auth", "tls", "connection", "wire", "errors", "common"},
     "zcproto_conformance": {"client", "connection", "wire", "tls", "errors", "common"},
-    "cli": {"load", "deploy", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
+    "cli": {"load", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
     "bench": {"load", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
     "__main__": {"cli"},
     "zcproto": {"runtime", "app", "client", "config", "errors"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from zcproto.cli import main
-from zcproto.deploy import TOOLS, read_files
+from zcproto.cli.config import TOOLS, read_files
 
 
 def test_systemd_units_are_printed_each_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,10 +92,6 @@ class HomeFiles:
 
     instance: Instance
 
-    @property
-    def home(self) -> Home:
-        return self.instance.home
-
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         operations: dict[str, Callable[..., dict[str, Any]]] = {
             "sessions": self._list_sessions,
@@ -128,29 +124,31 @@ class HomeFiles:
         return {"revoked": self._in_store(end, 0)}
 
     def _in_store(self, work: Callable[[SessionStore], Awaitable[T]], without: T) -> T:
-        config = with_store(self.instance.read_config(), CONFIGURED)
-        return without if has_no_sessions(config, self.home) else run_in_store(config, self.home, work)
+        config, home = with_store(self.instance.read_config(), CONFIGURED), self.instance.home
+        return without if has_no_sessions(config, home) else run_in_store(config, home, work)
 
     def _add_user(self, name: str, operator: bool, key_digest: str | None) -> dict[str, Any]:
         digest = None if key_digest is None else _digest(key_digest)
-        UserFile(self.home.users).add_digest(name, digest, operator=operator)
+        UserFile(self.instance.home.users).add_digest(name, digest, operator=operator)
         return {}
 
     def _enable_user(self, name: str) -> dict[str, Any]:
-        UserFile(self.home.users).enable(name)
+        UserFile(self.instance.home.users).enable(name)
         return {}
 
     def _change_user(
         self, change: Callable[..., None], name: str, key_digest: str | None = None
     ) -> dict[str, Any]:
         config = self.instance.read_config()
-        change(UserFile(self.home.users), name, *([] if key_digest is None else [_digest(key_digest)]))
-        return {"sessions": end_sessions(config, self.home, name)}
+        change(
+            UserFile(self.instance.home.users), name, *([] if key_digest is None else [_digest(key_digest)])
+        )
+        return {"sessions": end_sessions(config, self.instance.home, name)}
 
     def _remove_device(self, name: str) -> dict[str, Any]:
         config = self.instance.read_config()
-        user = DeviceFile(self.home.devices).remove(name).user
-        return {"user": user, "sessions": end_sessions(config, self.home, user, DEVICE_KEY + name)}
+        user = DeviceFile(self.instance.home.devices).remove(name).user
+        return {"user": user, "sessions": end_sessions(config, self.instance.home, user, DEVICE_KEY + name)}
 
 
 def _digest(text: str) -> bytes:

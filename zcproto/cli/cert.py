@@ -40,7 +40,6 @@ IN_FILE = click.Path(path_type=Path, dir_okay=False)
 OUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 
-
 cert = command_group("cert", "Show, check, renew and export certificates.")
 
 
@@ -156,7 +155,6 @@ def _served(home: Home) -> list[dict[str, Any]] | None:
 
 
 def _note_differences(found: reports.Report, served: list[dict[str, Any]]) -> None:
-    """Note which of the files a running server does not serve."""
     known = {one["sha256"] for one in served}
     for row in found.rows if served else ():
         if row.use == "server" and row.leaf and row.leaf.fingerprint(hashes.SHA256()).hex() not in known:
@@ -351,8 +349,9 @@ def issue_client(
     instance.home.ensure()
     if out is not None:  # fail before a certificate is issued that could not be written
         files.make_folder(out)
-        if not force:
-            _refuse_to_replace([out / f"{name}.crt", out / f"{name}.key"])
+        for path in () if force else (out / f"{name}.crt", out / f"{name}.key"):
+            if os.path.lexists(path):
+                raise ConfigError([f"{escape_text(str(path))}: already exists; --force replaces it"])
     issued = client_ca.issue_client(
         config.certificates.directory,
         name,
@@ -364,7 +363,9 @@ def issue_client(
     )
     written = [path for path in (issued.certificate, issued.key) if path is not None]
     if out is not None:
-        written = [_copy(path, out / path.name, force) for path in written]
+        for path in written:
+            _write(out / path.name, files.read_key_file(path), replace=force)
+        written = [out / path.name for path in written]
     data = {
         "name": issued.name,
         "certificate": str(written[0]),
@@ -415,17 +416,6 @@ def _read_csr(path: Path) -> bytes:
         return file.read(client_ca.MAX_CSR_BYTES + 1)
 
 
-def _refuse_to_replace(paths: list[Path]) -> None:
-    for path in paths:
-        if os.path.lexists(path):
-            raise ConfigError([f"{escape_text(str(path))}: already exists; --force replaces it"])
-
-
-def _copy(source: Path, target: Path, force: bool) -> Path:
-    _write(target, files.read_key_file(source), replace=force)
-    return target
-
-
 # --- shared parts ----------------------------------------------------------------------------------------
 
 
@@ -454,5 +444,4 @@ def _write(path: Path, data: bytes, *, replace: bool) -> None:
 
 
 def _note(sentence: str) -> None:
-    """Print a sentence beside the result."""
     click.echo(escape_text(sentence), err=True)

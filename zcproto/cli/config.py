@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -11,8 +12,10 @@ from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.output import private_file
 from zcproto.common.text import escape_text
 from zcproto.config import config_as_toml, default_config_file
-from zcproto.deploy import TOOLS, read_files
 from zcproto.errors import ConfigError, ZcprotoError
+
+TOOLS = ("systemd", "prometheus", "grafana")
+"""The folders of zcproto/deploy."""
 
 _PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
 
@@ -95,3 +98,9 @@ def deploy(tool: str, out: Path | None, force: bool) -> None:
         except OSError as error:
             raise ZcprotoError(f"{escape_text(str(path))}: cannot be written: {error.strerror}") from error
         click.echo(path)
+
+
+def read_files(tool: str) -> dict[str, str]:
+    """Return the files for one of TOOLS: their names with their text, sorted."""
+    paths = sorted((files("zcproto") / "deploy" / tool).iterdir(), key=lambda path: path.name)
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}

@@ -127,7 +127,6 @@ def _read_key_file(path: Path, where: str) -> str:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run asynchronous work of a command."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(work)
 

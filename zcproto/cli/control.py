@@ -58,21 +58,22 @@ class Control:
         self._connection.sock = connected
         self._connection.auto_open = 0  # never connect to the port 80 of localhost
 
-    def get(self, path: str) -> Any:
-        """Read a resource. Raises ControlError, NotFound and ConfigError."""
-        return self._ask("GET", path, None)
+    def get(self, path: str, **params: Any) -> Any:
+        """Read a resource. Parameters with the value None are omitted.
+
+        Raises ControlError, NotFound and ConfigError.
+        """
+        query = urlencode({name: value for name, value in params.items() if value is not None})
+        return self._ask("GET", f"{path}?{query}" if query else path, None)
 
     def post(self, path: str, **params: Any) -> Any:
-        """Run an operation; parameters with the value None are omitted. Raises as `get`."""
+        """Run an operation. Parameters and errors are as in `get`."""
         return self._ask("POST", path, {name: value for name, value in params.items() if value is not None})
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         """Run an operation by its name, as `Backend`."""
-        path = f"/v1/{operation}"
-        if operation in READING:
-            query = urlencode({name: value for name, value in params.items() if value is not None})
-            return dict(self.get(f"{path}?{query}" if query else path))
-        return dict(self.post(path, **params))
+        ask = self.get if operation in READING else self.post
+        return dict(ask(f"/v1/{operation}", **params))
 
     def close(self) -> None:
         self._connection.close()

@@ -54,10 +54,6 @@ class SessionsNotEndedError(ConfigError):
     """A change was made, but the store did not answer when its sessions were to end."""
 
 
-class MigrationError(ZcprotoError):
-    """Not all sessions could be copied. The source was not changed."""
-
-
 def with_store(config: Config, url: str) -> Config:
     """Return the configuration with another store; "configured" is the store that it has.
 
@@ -256,7 +252,7 @@ async def _migrate(source: Config, target: Config, home: Home) -> int:
                 await _copy(fresh[first : first + BATCH], new)
         kept = await old.count()
         if len(seen) < kept:
-            raise MigrationError(
+            raise ZcprotoError(
                 f"only {len(seen)} of {kept} sessions were copied: the others belong to users who are not in the"
                 " user file, and the store has too many sessions to list them all; add the users and repeat"
             )
@@ -266,9 +262,7 @@ async def _migrate(source: Config, target: Config, home: Home) -> int:
 async def _copy(records: Sequence[SessionRecord], new: SessionStore) -> None:
     created = await asyncio.gather(*(new.create(record, NO_LIMIT) for record in records))
     if any(isinstance(each, LimitReached) for each in created):
-        raise MigrationError(
-            "a user has more sessions than the target can store; end some of them and repeat"
-        )
+        raise ZcprotoError("a user has more sessions than the target can store; end some of them and repeat")
 
 
 async def _all_sessions(old: SessionStore, home: Home) -> AsyncIterator[Sequence[SessionRecord]]:

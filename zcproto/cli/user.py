@@ -182,7 +182,6 @@ def pair(instance: Instance, user: str | None, minutes: int) -> None:
 
 
 def _device_user(users: UserFile, name: str | None) -> str:
-    """Return the user of the device. Raises ConfigError if it is unknown or not clear."""
     users.load()
     if name is None:
         names = [each for each in users.entries if users.find(each) is not None]
