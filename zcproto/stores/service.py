@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any, Final, TypeVar
 
 from zcproto.common.clock import Clock
@@ -268,7 +267,7 @@ class StoredSessionService(SessionService):
             for ended in created.ended:
                 end_here(self._registry, ended)
             if changes.has_changed(record.id, count):
-                changes.apply(await changes.fetch(partial(self._store.get, record.id)))
+                changes.apply(await changes.fetch(self._store.get, record.id))
             else:
                 self._registry.restore(record, make_room=self.is_shared)
         except StoreUnavailable as error:
@@ -324,7 +323,7 @@ class StoredSessionService(SessionService):
                 self._undecided.pop(rotation.spent_digest, None)
                 raise self._not_rotated(rotation, record)
             if changes.has_changed(record.id, count):
-                found = await changes.fetch(partial(self._store.get, record.id))
+                found = await changes.fetch(self._store.get, record.id)
                 if not isinstance(found, SessionRecord) or found.token_digest != record.token_digest:
                     changes.apply(found)
                     raise refresh_refused(Code.TOKEN_REVOKED)
@@ -486,7 +485,7 @@ class StoredSessionService(SessionService):
     async def _find(self, digest: bytes, network: str) -> None:
         self.lookups += 1
         registry, changes = self._registry, self.sync.changes
-        found = await self._ask(changes.fetch(partial(self._store.find, digest)))
+        found = await self._ask(changes.fetch(self._store.find, digest))
         if isinstance(found, SessionRecord):
             here = registry.record(found.id)
             if here is not None and here.token_digest == digest and here.last_used_at < found.last_used_at:

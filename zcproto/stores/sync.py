@@ -18,7 +18,6 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -113,11 +112,7 @@ class StoreSync:
     # --- start and stop ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Replay pending revocations and load the store.
-
-        An outage is not an error: every token is refused until the store is back. Raises ConfigError for a fault
-        that retrying cannot fix.
-        """
+        """Replay pending revocations and load the store, as in `SessionService.start`."""
         try:
             await self.pending.open()
         except StoreUnavailable as error:
@@ -307,12 +302,12 @@ class ChangeTracker:
         return self._all_changed_at > since or self._changed_at.get(session_id, 0) > since
 
     async def fetch(
-        self, operation: Callable[[], Coroutine[Any, Any, Found | None]], call: Call | None = None
+        self, read: Callable[[bytes], Coroutine[Any, Any, Found | None]], key: bytes, call: Call | None = None
     ) -> Found | None:
-        """Read a session from the store, again if it was changed meanwhile."""
+        """Read a session by `find` or `get` of the store, again if it was changed meanwhile."""
         while True:
             count = self.count
-            found: Found | None = await (call or self._breaker.call)(operation())
+            found: Found | None = await (call or self._breaker.call)(read(key))
             if found is None or not self.has_changed(found.id, count):
                 return found
 
@@ -408,7 +403,7 @@ class ChangeTracker:
         """Update sessions in the registry from the store."""
 
         async def check(session_id: bytes) -> None:
-            found = await self.fetch(partial(self._store.get, session_id), call)
+            found = await self.fetch(self._store.get, session_id, call)
             self.apply(found)
             if found is None:
                 wall = self._revoker.clock.wall()
@@ -424,7 +419,7 @@ class ChangeTracker:
             if record is not None:
                 await call(self._store.create(record, NO_LIMIT))
                 # Another process may have restored it first, and it may have been changed or ended since.
-                self.apply(await self.fetch(partial(self._store.get, session_id), call))
+                self.apply(await self.fetch(self._store.get, session_id, call))
 
         await _process(self._to_restore, ids, restore)
 

@@ -177,7 +177,10 @@ class SessionDatabase(DatabaseFile):
         return count
 
     def sweep(self) -> bool:
-        """Rewrite some ended sessions. Return False if none are left, or after a failure, until the next job."""
+        """Rewrite some sessions that are under a mark of ended_all.
+
+        Return False if none are left, or after a failure, until the next job.
+        """
         try:
             if self.sweeping:
                 self.attempt(self._sweep)
@@ -186,7 +189,6 @@ class SessionDatabase(DatabaseFile):
         return self.sweeping
 
     def _sweep(self) -> None:
-        """Rewrite some of the sessions that are under a mark of ended_all."""
         db = self.ready()
         if not self._marks:
             return

@@ -124,11 +124,7 @@ class _Damage(sqlite3.DatabaseError):
 
 
 class DatabaseFile:
-    """A database file. Its constructor does no I/O. `ready` opens the file again if it had to be closed.
-
-    `on_notice` is called with `store_damaged` (path, aside, reason), `store_missing` (path) and
-    `store_close_failed` (reason).
-    """
+    """A database file. Its constructor does no I/O. `ready` opens the file again if it had to be closed."""
 
     def __init__(self, path: Path, *, on_notice: Notice, connect: Connect = sqlite3.connect) -> None:
         self._path = path

@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 from zcproto.common.clock import system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, check_size
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, Claim, Created, LimitReached, NotRotated, StoreUnavailable
 from zcproto.stores.sqlite.database import MAX_TOUCHED, Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect, Notice
@@ -151,7 +151,6 @@ class SqliteStore:
         )
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        check_size(answer, self.answers)
         keeping = Operation(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms))
         await self._do(keeping, lasting=True)
 
