@@ -1,4 +1,4 @@
-"""Shared test helpers: fake clocks and timers, a TCP transport without a socket, and
+"""Shared test helpers: a free port, fake clocks and timers, a TCP transport without a socket, and
 the two ends of a conversation joined in memory."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import asyncio
 import errno
 import heapq
 import itertools
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,6 +36,12 @@ NOW = 1_000.0
 SALT = bytes.fromhex("a1b2c3d4e5f60718")
 FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED})
 """Codes that always end the connection (STALE_TIMESTAMP does so on stream 0 only)."""
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return int(bound.getsockname()[1])
 
 
 class FakeClock:

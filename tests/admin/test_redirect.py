@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import free_port
 from tests.http.helpers import Answer, answers
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually, read_to_end
@@ -106,12 +107,6 @@ def test_host_header_is_normalized() -> None:
 
 
 # --- on a whole server -----------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import free_port
 from tests.server.helpers import KEY, TIMEOUT, Client, ServerThread, client_context, eventually, read_to_end
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
@@ -201,11 +202,6 @@ listen version_1
 """
 
 
-def free() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        return int(bound.getsockname()[1])
-
-
 def is_open(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -214,7 +210,7 @@ def is_open(port: int) -> bool:
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="takes HAProxy")
 def test_haproxy_headers_are_read(serve: Serve, tmp_path: Path) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"])
-    good, bad = free(), free()
+    good, bad = free_port(), free_port()
     (tmp_path / "haproxy.cfg").write_text(HAPROXY.format(good=good, bad=bad, port=server.port))
     ca = server.home / "certs" / "ca.crt"
     with subprocess.Popen(["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")]) as balancer:

@@ -1,0 +1,287 @@
+"""`zcproto doctor`: the checks of this machine."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trustme
+
+from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
+from tests.cli.helpers import fill, new_session
+from tests.helpers import free_port
+from tests.server.conftest import certs
+from zcproto.auth import UserFile
+from zcproto.cli import main
+from zcproto.cli.doctor import local
+from zcproto.config import load_config
+from zcproto.errors import ConfigError
+
+__all__ = ["certs", "doctor"]
+
+
+@pytest.fixture
+def folder(home: Path, certs: Path) -> Path:
+    """A home folder as left by a server."""
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    UserFile(home / "users.toml").add("ada")
+    (home / "config.toml").write_text(
+        f"[certificates]\nkey_types = ['ecdsa-p256']\n[server]\nport = {free_port()}\n"
+    )
+    fill(home, new_session())
+    return home
+
+
+# --- this machine --------------------------------------------------------------------------------------------
+
+
+def test_missing_home_is_ok(home: Path, doctor: Doctor) -> None:
+    report = doctor()
+    assert report.faults == []
+    assert "does not exist yet" in report.one("home", "ok")
+    assert not home.exists(), "nothing is made by looking"
+
+
+def test_home_of_a_stopped_server_is_ok(folder: Path, doctor: Doctor) -> None:
+    before = sorted(folder.rglob("*"))
+    report = doctor()
+    assert report.faults == []
+    assert report.one("store", "ok").startswith("it answers; sessions: 1")
+    assert ": free; no server runs" in report.one("port", "ok")
+    assert {each["state"] for each in report.of("certificate")} == {"ok"}
+    assert sorted(path for path in folder.rglob("*") if not path.name.startswith("sessions.db")) == [
+        path for path in before if not path.name.startswith("sessions.db")
+    ]
+
+
+def test_findings_are_printed_as_a_table(folder: Path, capsys: Capture) -> None:
+    os.chmod(folder / "users.toml", 0o644)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"ok        home          {folder}" in lines
+    at = next(n for n, line in enumerate(lines) if line.startswith("fault     permissions   "))
+    assert lines[at].endswith("users.toml: others can read or change it")
+    assert lines[at + 1] == f"{'':24}run: chmod go-rwx {folder / 'users.toml'}"
+
+
+def test_home_writable_by_others_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    folder.chmod(0o770)
+    assert "others can change this folder (mode 0770) | run: chmod go-w" in doctor().one("home", "fault")
+
+
+def test_home_that_is_a_file_is_a_fault(home: Path, doctor: Doctor) -> None:
+    home.write_text("")
+    assert "is not a folder | move it away" in doctor().one("home", "fault")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "sentence", "cure"),
+    [
+        ("users.toml", 0o640, "others can read or change it", "chmod go-rwx"),
+        ("sessions.db", 0o604, "others can read or change it", "chmod go-rwx"),
+        ("certs/server-ecdsa.key", 0o644, "others can read or change it", "chmod go-rwx"),
+        ("certs/ca.key", 0o660, "others can read or change it", "chmod go-rwx"),
+        ("certs/ca.crt", 0o666, "others can change it", "chmod go-w"),
+        ("config.toml", 0o622, "others can change it", "chmod go-w"),
+    ],
+)
+def test_files_readable_by_others_are_faults(
+    folder: Path, doctor: Doctor, name: str, mode: int, sentence: str, cure: str
+) -> None:
+    (folder / name).chmod(mode)
+    detail = doctor().one("permissions", "fault")
+    assert f"{name}: {sentence}" in detail
+    assert cure in detail
+
+
+@pytest.mark.parametrize("name", ["config.toml", "certs/ca.crt"])
+def test_public_files_may_be_readable(folder: Path, doctor: Doctor, name: str) -> None:
+    (folder / name).chmod(0o644)
+    assert doctor().state("permissions") == "ok"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_files_of_another_user_are_faults(folder: Path, doctor: Doctor) -> None:
+    os.chown(folder / "users.toml", 4711, 4711)
+    assert "belongs to uid 4711 | run: chown 0" in doctor().one("permissions", "fault")
+    # Everything belongs to the user of the server, and root runs the doctor.
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 4711, 4711)
+    assert "belongs to another user (uid 4711) | run as that user" in doctor().one("home", "fault")
+
+
+def test_number_of_checked_files_is_bounded(
+    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MAX_FILES", 3)
+    assert "more than 3 files" in doctor().one("permissions", "warning")
+
+
+def test_invalid_configuration_skips_further_checks(folder: Path, doctor: Doctor) -> None:
+    (folder / "config.toml").write_text("[server]\nport = 70000\nprot = 1\n")
+    report = doctor()
+    assert report.faults == ["config", "config"]
+    assert "server.port = 70000" in str(report.of("config"))
+    assert report.state("server") == "skipped"
+
+
+def test_sslkeylogfile_is_a_warning(folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", "/tmp/keys")
+    assert any("SSLKEYLOGFILE is set" in each["found"] for each in doctor().of("process"))
+
+
+@pytest.mark.parametrize(("uid", "state"), [(0, "warning"), (1000, "ok")])
+def test_running_as_root_is_a_warning(
+    home: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch, uid: int, state: str
+) -> None:
+    monkeypatch.delenv("SSLKEYLOGFILE", raising=False)
+    monkeypatch.setattr(local.os, "geteuid", lambda: uid)
+    assert doctor().state("process") == state
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "free_files", "state"),
+    [
+        (10 * 2**30, 10**6, "ok"),
+        (10 * 2**30, 10, "warning"),
+        (100 * 2**20, 10**6, "warning"),
+        (2**20, 10**6, "fault"),
+    ],
+)
+def test_full_disk_is_reported(
+    folder: Path,
+    doctor: Doctor,
+    monkeypatch: pytest.MonkeyPatch,
+    free_bytes: int,
+    free_files: int,
+    state: str,
+) -> None:
+    real = os.statvfs
+
+    def statvfs(path: Path) -> os.statvfs_result:
+        values = list(real(path))
+        values[1], values[4], values[7] = 1, free_bytes, free_files  # f_frsize, f_bavail, f_favail
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(local.os, "statvfs", statvfs)
+    assert doctor().state("disk") == state
+
+
+@pytest.mark.parametrize(
+    ("hard", "state"), [(1_024, "warning"), (20_256, "ok"), (resource.RLIM_INFINITY, "ok")]
+)
+def test_low_file_limit_is_a_warning(
+    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch, hard: int, state: str
+) -> None:
+    monkeypatch.setattr(local.resource, "getrlimit", lambda kind: (256, hard))
+    report = doctor()
+    assert report.state("file limit") == state
+    if state == "warning":
+        assert "limits.max_connections = 768" in report.one("file limit", "warning")
+
+
+# certificates
+def test_unreadable_certificate_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    (folder / "certs" / "server-ecdsa.crt").write_text("not a certificate")
+    assert doctor().faults == ["certificate"]
+
+
+def test_key_of_another_certificate_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    key = trustme.CA().issue_cert("localhost", key_type=trustme.KeyType.ECDSA).private_key_pem
+    (folder / "certs" / "server-ecdsa.key").write_bytes(key.bytes())
+    assert "server-ecdsa.key" in doctor().one("certificate", "fault")
+
+
+def foreign(folder: Path, not_after: datetime, not_before: datetime | None = None) -> None:
+    """Issue external certificates with this expiry."""
+    issued = trustme.CA().issue_cert("server.example", not_after=not_after, not_before=not_before)
+    certificate, key = folder / "foreign.pem", folder / "foreign.key"
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    key.chmod(0o600)
+    (folder / "config.toml").write_text(
+        f"[server]\nport = {free_port()}\n[certificates]\nmode = 'files'\n"
+        f"certificate = ['{certificate}']\nkey = ['{key}']\n"
+    )
+
+
+def test_expired_certificate_file_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    foreign(folder, NOW - timedelta(days=1), NOW - timedelta(days=90))
+    assert "expired on" in doctor().one("certificate", "fault")
+
+
+def test_certificate_file_near_expiry_is_a_warning(folder: Path, doctor: Doctor) -> None:
+    foreign(folder, NOW + timedelta(days=3, hours=1), NOW - timedelta(days=87))
+    detail = doctor().one("certificate", "warning")
+    assert "3 days left; server.example" in detail
+    assert "replace external ones" in detail
+
+
+# the store
+def test_damaged_store_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    data = bytearray((folder / "sessions.db").read_bytes())
+    data[:100] = bytes(100)
+    (folder / "sessions.db").write_bytes(data)
+    report = doctor()
+    assert report.faults == ["store"]
+    assert ": damaged" in report.one("store", "fault")
+    assert "docs/backup.md" in report.one("store", "fault")
+
+
+def test_memory_store_is_a_warning(folder: Path, doctor: Doctor) -> None:
+    with (folder / "config.toml").open("a") as config:
+        config.write("[store]\nurl = 'memory'\n")
+    assert "sessions end with the server" in doctor().one("store", "warning")
+
+
+def test_unreachable_store_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    pytest.importorskip("redis")
+    with (folder / "config.toml").open("a") as config:
+        config.write(f"[store]\nurl = 'valkey://127.0.0.1:{free_port()}'\n")
+    assert doctor().faults == ["store"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open all files")
+def test_store_lock_of_another_user_is_a_fault(folder: Path, doctor: Doctor) -> None:
+    (folder / "sessions.db.lock").chmod(0)
+    assert doctor().state("store") == "fault"
+
+
+# the port
+def test_port_that_cannot_be_bound_is_a_fault(
+    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(hosts: tuple[str, ...], port: int) -> list[socket.socket]:
+        raise ConfigError(["server.host = '127.0.0.1', server.port = 443: cannot listen: Permission denied"])
+
+    monkeypatch.setattr(local, "bind", bind)
+    assert "zcproto.socket" in doctor().one("port", "fault")
+
+
+def test_port_0_skips_the_port_check(folder: Path, doctor: Doctor) -> None:
+    (folder / "config.toml").write_text("[server]\nport = 0\n")
+    assert doctor().state("port") == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [("::", "[::1]:7443"), ("0.0.0.0", "127.0.0.1:7443"), ("a.example", "a.example:7443")],
+)
+def test_wildcard_host_is_checked_on_loopback(home: Path, host: str, reached: str) -> None:
+    home.mkdir()
+    (home / "config.toml").write_text(f"[server]\nhost = '{host}'\n")
+    assert local.own_address(load_config(None, home=home, environ={})) == reached
+
+
+def test_file_replaced_during_the_check_is_ignored(
+    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = local._files
+    monkeypatch.setattr(local, "_files", lambda home: [*real(home), home / "gone"])
+    assert doctor().state("permissions") == "ok"
