@@ -178,7 +178,7 @@ def test_secrets_are_not_written(format_: str, capsys: pytest.CaptureFixture[str
             a=Secret("hunter2"),
             b=b"hunter2",
             token="hunter2",
-            c={"api_key": "hunter2", "d": [Secret(b"hunter2")]},
+            c={"api_key": "hunter2", "d": [Secret("hunter2")]},
             error=ValueError("hunter2"),
         )
     assert "hunter2" not in capsys.readouterr().err

@@ -69,7 +69,7 @@ class Webhook:
     name = "webhook"
 
     def __init__(
-        self, url: str, secret: Secret[str] | None, *, ca_file: Path | None, timeout: float, clock: Clock
+        self, url: str, secret: Secret | None, *, ca_file: Path | None, timeout: float, clock: Clock
     ) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
@@ -217,14 +217,14 @@ def _context(ca_file: Path | None) -> ssl.SSLContext:
 # --- signatures ----------------------------------------------------------------------------------------------
 
 
-def sign(secret: Secret[str], body: bytes, wall: int) -> str:
+def sign(secret: Secret, body: bytes, wall: int) -> str:
     """Return the value of the header for a body sent now."""
     seconds = wall // MS_PER_SECOND
     return f"t={seconds},v1={_digest(secret, body, str(seconds))}"
 
 
 def check_signature(
-    secret: Secret[str], body: bytes, header: str, wall: int, tolerance_s: int = TOLERANCE_S
+    secret: Secret, body: bytes, header: str, wall: int, tolerance_s: int = TOLERANCE_S
 ) -> str:
     """Return the reason why a message is invalid, or an empty string. Accepts any header."""
     if len(header) > MAX_HEADER or not header.isascii():
@@ -244,6 +244,6 @@ def check_signature(
     return ""
 
 
-def _digest(secret: Secret[str], body: bytes, seconds: str) -> str:
+def _digest(secret: Secret, body: bytes, seconds: str) -> str:
     signed = seconds.encode("ascii") + b"." + body
     return hmac.new(secret.reveal().encode(), signed, hashlib.sha256).hexdigest()

@@ -75,7 +75,7 @@ class DeviceFile(TableFile[RegisteredDevice]):
     def is_gone(before: RegisteredDevice, now: RegisteredDevice | None) -> bool:
         return now is None or now[:2] != before[:2]
 
-    def _value_faults(self, table: dict[str, Any]) -> list[str]:
+    def _parse_values(self, table: dict[str, Any]) -> RegisteredDevice | list[str]:
         user, public_key, added = (table.get(key) for key in self.keys)
         faults = []
         if not isinstance(user, str) or name_faults(user):
@@ -85,12 +85,10 @@ class DeviceFile(TableFile[RegisteredDevice]):
             faults.append("public_key must be 43 characters of base64url, an Ed25519 public key")
         if not isinstance(added, datetime) or not _is_moment(added):
             faults.append("added must be a date and time with an offset, such as 2026-01-01T12:00:00Z")
-        return faults
-
-    def _entry_of(self, table: dict[str, Any]) -> RegisteredDevice:
-        public_key = token_from_text(table["public_key"])
-        assert public_key is not None
-        return RegisteredDevice(table["user"], public_key, table["added"].astimezone(UTC))
+        if faults:
+            return faults
+        assert raw is not None
+        return RegisteredDevice(table["user"], raw, table["added"].astimezone(UTC))
 
     # Writing. `entries` stays as it is: any change, by this process or another, is seen by the next reading.
 

@@ -191,12 +191,8 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
         """Return whether the sessions of an entry must end, given the entry that has its name now."""
 
     @abstractmethod
-    def _value_faults(self, table: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the values of a table, without showing them."""
-
-    @abstractmethod
-    def _entry_of(self, table: dict[str, Any]) -> Entry:
-        """Return the entry of a table without faults."""
+    def _parse_values(self, table: dict[str, Any]) -> Entry | list[str]:
+        """Return the entry of a table, or what is wrong with its values, without showing them."""
 
     def _read(self) -> tuple[FileIdentity, str, dict[str, Entry]]:
         identity, text = self._read_text()
@@ -211,19 +207,22 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
         entries: dict[str, Entry] = {}
         if isinstance(tables, dict):
             for name, table in tables.items():
-                found = self._table_faults(name, table)
-                faults += [f"{self.kind} {quoted(name)}: {fault}" for fault in found]
-                if not found:
-                    entries[name] = self._entry_of(table)
+                found = self._parse_table(name, table)
+                if isinstance(found, list):
+                    faults += [f"{self.kind} {quoted(name)}: {fault}" for fault in found]
+                else:
+                    entries[name] = found
         else:
             faults.append(f"{self.kind}s must be tables: [{self.kind}s.NAME]")
         if faults:
             raise self._fault(*faults)
         return entries
 
-    def _table_faults(self, name: str, table: Any) -> list[str]:
+    def _parse_table(self, name: str, table: Any) -> Entry | list[str]:
         accepted = ", ".join(self.keys)
         if not isinstance(table, dict):
             return [f"must be a table; it takes {accepted}"]
         unknown = [f"unknown key {quoted(key)}; it takes {accepted}" for key in table if key not in self.keys]
-        return [*name_faults(name), *self._value_faults(table), *unknown]
+        entry = self._parse_values(table)
+        faults = [*name_faults(name), *(entry if isinstance(entry, list) else []), *unknown]
+        return faults or entry

@@ -27,6 +27,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import scrypt
 from hmac import compare_digest
@@ -152,18 +153,16 @@ class PairingFile(PrivateFile):
         self._replace_text(f'{_HEADER}salt = "{salt.hex()}"\n{"".join(entries)}')
 
 
+@dataclass(slots=True, eq=False)
 class Enrollment:
     """Registers devices of clients that send a valid code."""
 
-    def __init__(
-        self, codes: PairingFile, devices: DeviceFile, users: Directory[User], throttle: Throttle
-    ) -> None:
-        self._codes = codes
-        self._devices = devices
-        self._users = users
-        self._throttle = throttle
-        self._turn = asyncio.Lock()
-        self._waiting = 0
+    codes: PairingFile
+    devices: DeviceFile
+    users: Directory[User]
+    throttle: Throttle
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _waiting: int = 0
 
     async def enroll(
         self, code: str, public_key: bytes, name: str, *, address: str, wall: int, now: float
@@ -177,7 +176,7 @@ class Enrollment:
             InvalidArgument: the name or the public key is not valid, or the code is far too long.
         """
         _check(code, public_key, name)
-        retry_after_ms = self._throttle.check("", address, now)
+        retry_after_ms = self.throttle.check("", address, now)
         if not retry_after_ms and self._waiting >= MAX_WAITING:
             retry_after_ms = _RETRY_MS
         if retry_after_ms:
@@ -185,28 +184,28 @@ class Enrollment:
         self._waiting += 1
         try:
             async with self._turn:
-                await self._users.refresh()
+                await self.users.refresh()
                 user = await asyncio.to_thread(self._register, code, public_key, name, wall)
         finally:
             self._waiting -= 1
         if user is None:
-            self._throttle.failed("", address, now)
+            self.throttle.failed("", address, now)
             raise Unauthenticated(
                 "the code was not accepted: it is wrong, used or expired; ask for a new one"
             )
         return user
 
     def _register(self, code: str, public_key: bytes, name: str, wall: int) -> str | None:
-        with self._codes.redeem(code, wall) as found:
+        with self.codes.redeem(code, wall) as found:
             if found is None:
                 return None
             user, spend = found
-            if not self._users.is_known(user):
+            if not self.users.is_known(user):
                 return None
-            if name in self._devices.read_names():
+            if name in self.devices.read_names():
                 raise AlreadyExists(f"a device is named {quoted(name)} already; choose another name")
             spend()  # first, so that a crash here cannot leave the code valid
-            self._devices.add(name, user, public_key, _EPOCH + timedelta(milliseconds=wall))
+            self.devices.add(name, user, public_key, _EPOCH + timedelta(milliseconds=wall))
             return user
 
 

@@ -14,9 +14,10 @@ Must not know: connections, TLS, how a certificate names a user, how many attemp
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Any, Final, TypeGuard
+from typing import Any, ClassVar, Final, TypeGuard
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -111,6 +112,7 @@ def certificate_key(certificate: bytes) -> str:
     return CERTIFICATE_KEY + sha256(info).hexdigest()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class CertificateAuthenticator:
     """The scheme `tls`: the client's certificate in this connection, verified by TLS, names the user.
 
@@ -123,20 +125,11 @@ class CertificateAuthenticator:
     CertificateError. `on_refused` is called with the reason and the client's address.
     """
 
-    scheme: Final = "tls"
-
-    def __init__(
-        self,
-        users: Directory[User],
-        user_of: Callable[[bytes], str],
-        *,
-        key_of: Callable[[bytes], str] = certificate_key,
-        on_refused: Callable[[str, str], None] = lambda reason, address: None,
-    ) -> None:
-        self._users = users
-        self._user_of = user_of
-        self._key_of = key_of
-        self._on_refused = on_refused
+    users: Directory[User]
+    user_of: Callable[[bytes], str]
+    key_of: Callable[[bytes], str] = certificate_key
+    on_refused: Callable[[str, str], None] = lambda reason, address: None
+    scheme: ClassVar[str] = "tls"
 
     def user_named(self, channel: Channel) -> str:
         """Return the user named by the certificate, or an empty text."""
@@ -154,30 +147,31 @@ class CertificateAuthenticator:
         _check_fields(params, "tls", "user")
         try:
             user, certificate = self._named(channel)
-            key = self._key_of(certificate)
+            key = self.key_of(certificate)
         except CertificateError as error:
-            self._on_refused(str(error), address)
+            self.on_refused(str(error), address)
             return None
-        known = await self._users.find(user)
+        known = await self.users.find(user)
         if known is None:
             reason = "who is not a user here"
         elif expected is not None and expected != user:
             reason = "but the client expects another user"
         else:
             return Identity(user, known.operator, key)
-        self._on_refused(f"the client's certificate names {user!r}, {reason}", address)
+        self.on_refused(f"the client's certificate names {user!r}, {reason}", address)
         return None
 
     def _named(self, channel: Channel) -> tuple[str, bytes]:
         data = channel.certificate()
         if data is None:
             raise CertificateError("the client sent no certificate")
-        user = self._user_of(data)
+        user = self.user_of(data)
         if not _is_name(user):
             raise CertificateError(f"the client's certificate names no user of 1 to {MAX_USER} characters")
         return user, data
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class DeviceAuthenticator:
     """The scheme `ed25519`: a device signs for this connection, and proves its key on each further one.
 
@@ -188,18 +182,10 @@ class DeviceAuthenticator:
     `on_refused` is called with the reason and the client's address.
     """
 
-    scheme: Final = "ed25519"
-
-    def __init__(
-        self,
-        devices: Directory[RegisteredDevice],
-        users: Directory[User],
-        *,
-        on_refused: Callable[[str, str], None] = lambda reason, address: None,
-    ) -> None:
-        self._devices = devices
-        self._users = users
-        self._on_refused = on_refused
+    devices: Directory[RegisteredDevice]
+    users: Directory[User]
+    on_refused: Callable[[str, str], None] = lambda reason, address: None
+    scheme: ClassVar[str] = "ed25519"
 
     async def authenticate(
         self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
@@ -210,8 +196,8 @@ class DeviceAuthenticator:
         if not isinstance(signature, bytes) or len(signature) != SIGNATURE_SIZE:
             raise InvalidArgument(f"signature: the scheme ed25519 needs {SIGNATURE_SIZE} bytes")
         _check_fields(params, "ed25519", "device", "signature")
-        device = await self._devices.find(name)
-        user = await self._users.find("" if device is None else device.user)
+        device = await self.devices.find(name)
+        user = await self.users.find("" if device is None else device.user)
         messages = [open_message(channel.salt, leaf, name) for leaf in channel.leaves()]
         is_valid = _has_signed_one(device, signature, messages)
         if device is None:
@@ -222,13 +208,13 @@ class DeviceAuthenticator:
             reason = f"belongs to {device.user!r}, who is not a user here"
         else:
             return Identity(device.user, user.operator, DEVICE_KEY + name)
-        self._on_refused(f"the device {name!r} {reason}", address)
+        self.on_refused(f"the device {name!r} {reason}", address)
         return None
 
     async def attaches(self, key: str, user: str, signature: bytes, token: bytes, channel: Channel) -> bool:
         """Return whether the device to which a session of this user is bound has signed for this connection."""
         name = key.removeprefix(DEVICE_KEY)
-        device = await self._devices.find(name)
+        device = await self.devices.find(name)
         if name == key or (device is not None and device.user != user):
             device = None
         messages = [attach_message(channel.salt, leaf, token) for leaf in channel.leaves()]
@@ -236,7 +222,7 @@ class DeviceAuthenticator:
 
     def is_gone(self, key: str) -> bool:
         """Return whether a session's key belongs to a removed device, as of the last reading."""
-        return key.startswith(DEVICE_KEY) and not self._devices.is_known(key.removeprefix(DEVICE_KEY))
+        return key.startswith(DEVICE_KEY) and not self.devices.is_known(key.removeprefix(DEVICE_KEY))
 
 
 def _has_signed_one(device: RegisteredDevice | None, signature: bytes, messages: list[bytes]) -> bool:

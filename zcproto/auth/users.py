@@ -91,21 +91,18 @@ class UserFile(TableFile[User]):
     def is_gone(before: User, now: User | None) -> bool:
         return not before.disabled and now != before
 
-    def _value_faults(self, table: dict[str, Any]) -> list[str]:
-        digest = table.get(KEY)
+    def _parse_values(self, table: dict[str, Any]) -> User | list[str]:
+        text = table.get(KEY)
+        digest = token_from_text(text) if isinstance(text, str) else None
         faults = []
-        if KEY in table and (not isinstance(digest, str) or token_from_text(digest) is None):
+        if KEY in table and digest is None:
             faults.append(f"{KEY} must be 43 characters of base64url, a SHA-256")
-        return faults + [
+        faults += [
             f"{key} must be true or false"
             for key in (OPERATOR, DISABLED)
             if not isinstance(table.get(key, False), bool)
         ]
-
-    def _entry_of(self, table: dict[str, Any]) -> User:
-        digest = token_from_text(table[KEY]) if KEY in table else NO_KEY
-        assert digest is not None
-        return User(digest, table.get(OPERATOR, False), table.get(DISABLED, False))
+        return faults or User(digest or NO_KEY, table.get(OPERATOR, False), table.get(DISABLED, False))
 
     # Writing
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 MS_PER_SECOND = 1000
@@ -26,10 +27,8 @@ class Clock(Protocol):
         """Return monotonic seconds from an arbitrary start."""
 
 
-class Entropy(Protocol):
-    """A source of random bytes for secrets."""
-
-    def __call__(self, size: int, /) -> bytes: ...
+Entropy = Callable[[int], bytes]
+"""A source of random bytes for secrets: returns that many."""
 
 
 class SystemClock:

@@ -51,13 +51,13 @@ class UnusableFileError(ConfigError):
         super().__init__([f"{escape_text(str(path))}: {reason}"])
 
 
-def config_error(fault: str) -> ConfigError:
-    return ConfigError([fault])
-
-
 @contextmanager
 def file_errors(
-    path: Path, action: str, error: Callable[[str], Exception] = config_error, *, fix: str = ""
+    path: Path,
+    action: str,
+    error: Callable[[str], Exception] = lambda fault: ConfigError([fault]),
+    *,
+    fix: str = "",
 ) -> Iterator[None]:
     """Raise `error` for an OSError ("PATH: cannot be ACTION: ...; FIX") and for an UnusableFileError."""
     try:
@@ -154,7 +154,7 @@ def read_secret(path: Path, key: str, *, least: int = 1) -> str:
     Raises ConfigError if the file is missing, readable by others, or not one line of `least` to MAX_SECRET
     characters.
     """
-    with file_errors(path, "read", lambda fault: config_error(f"{key}: {fault}")):
+    with file_errors(path, "read", lambda fault: ConfigError([f"{key}: {fault}"])):
         data, status = read_file(path, MAX_SECRET + 2, forbidden=None)
         check_mode(path, status, OTHERS_ANY)
     text = data.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")

@@ -8,9 +8,8 @@ long-lived values with few users, such as the secret of a webhook.
 
 from __future__ import annotations
 
-from typing import Final, Generic, NoReturn, Self, TypeVar
+from typing import Final, NoReturn, Self
 
-_T = TypeVar("_T", bytes, str)
 _MASK: Final = "Secret(hidden)"
 
 
@@ -28,19 +27,18 @@ class _Masked:
         return _MASK
 
 
-class Secret(_Masked, Generic[_T]):
-    """A value that `repr`, `str` and formatting mask, and that cannot be pickled.
+class Secret(_Masked):
+    """Text that `repr`, `str` and formatting mask, and that cannot be pickled.
 
     Only `reveal` returns the value, so that each use can be found by that name.
     """
 
     __slots__ = ("_value",)
-    _value: _T
 
-    def __init__(self, value: _T) -> None:
+    def __init__(self, value: str) -> None:
         self._value = value
 
-    def reveal(self) -> _T:
+    def reveal(self) -> str:
         """Return the value."""
         return self._value
 
@@ -52,10 +50,6 @@ class SecretBytes(_Masked, bytes):
     """Bytes with a masked representation."""
 
     __slots__ = ()
-
-    def reveal(self) -> bytes:
-        """Return the value as plain bytes."""
-        return self[:]
 
 
 class SecretText(_Masked, str):
