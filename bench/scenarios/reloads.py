@@ -25,7 +25,7 @@ from bench.report import Report, Row
 from bench.scenarios.harness import load_faults, load_rows, run_load_beside
 from bench.stage import ECDSA_ONLY, Stage, check_open_files, room_for
 from zcproto.common.home import Home
-from zcproto.common.local_socket import address_of
+from zcproto.common.network import address_of
 from zcproto.load import report as load_report
 from zcproto.load.caller import Operator
 from zcproto.load.demo.run import temporary_home

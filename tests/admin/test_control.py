@@ -22,7 +22,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerProcess, ServerThread, configuration, eventually
 from zcproto.admin.control import MAX_CONNECTIONS, ControlSocket, peer_of
 from zcproto.common.home import Home
-from zcproto.common.local_socket import MAX_ADDRESS, address_of
+from zcproto.common.network import MAX_SOCKET_PATH, address_of
 from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
 from zcproto.runtime.server import Server
@@ -156,7 +156,7 @@ def test_replaced_socket_is_not_removed_at_the_end(serve: Serve) -> None:
 def test_socket_path_beyond_the_system_limit_works(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / ("long" * 30)
     with ServerThread(home, certs) as server:
-        assert len(os.fsencode(server.home / "control.sock")) > MAX_ADDRESS
+        assert len(os.fsencode(server.home / "control.sock")) > MAX_SOCKET_PATH
         assert ask(server.home / "control.sock", "GET", "/v1/status").status == 200
 
 

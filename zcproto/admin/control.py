@@ -27,7 +27,7 @@ from typing import Any, Final
 from zcproto.admin.http_protocol import HttpEndpoint
 from zcproto.common.files import staging_path, try_lock
 from zcproto.common.home import Home
-from zcproto.common.local_socket import address_of
+from zcproto.common.network import address_of
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer, Router

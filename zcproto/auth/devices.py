@@ -25,7 +25,8 @@ from typing import Any, Final, NamedTuple
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from zcproto.auth.files import TableFile, name_faults, quoted, toml_key, toml_string
+from zcproto.auth.files import TableFile, name_faults, quoted, toml_key
+from zcproto.common.text import toml_string
 from zcproto.errors import AlreadyExists, NotFound
 from zcproto.sessions.token import token_from_text, token_text
 from zcproto.wire.message import PUBLIC_KEY_SIZE

@@ -26,7 +26,7 @@ import tomli
 
 from zcproto.auth.identity import MAX_USER
 from zcproto.common.files import file_errors, locked, read_file, replace_file
-from zcproto.common.text import escape_text
+from zcproto.common.text import escape_text, toml_string
 from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity, identity_of
 from zcproto.errors import ConfigError
 
@@ -58,12 +58,6 @@ def quoted(name: str) -> str:
     return f'"{escape_text(name, _SHOWN_NAME)}"'
 
 
-def toml_string(name: str) -> str:
-    """Return a valid name as a TOML string."""
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
 def toml_key(name: str) -> str:
     """Return a valid name as a TOML key."""
     return name if _BARE_KEY.fullmatch(name) else toml_string(name)
@@ -79,17 +73,12 @@ class PrivateFile:
     """What the file is, in messages: "file of users"."""
     max_bytes: ClassVar[int]
 
-    def __init__(self, path: str | os.PathLike[str], *, lock_wait_s: float = LOCK_WAIT_S) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._path = str(self.path)  # every login looks at a file: convert its path once
-        self._lock_wait_s = lock_wait_s
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._path!r})"
-
-    def _read_identity(self) -> FileIdentity:
-        """Return the state of the file: one stat, no exception."""
-        return file_identity(self._path)
 
     def _read_text(self) -> tuple[FileIdentity, str]:
         """Return the state of the file and its text; NO_FILE and no text if it is missing."""
@@ -117,7 +106,7 @@ class PrivateFile:
         """Hold the lock of the writers. A missing folder is created."""
         with file_errors(self.path, "written"):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(self.path.with_name(f".{self.path.name}.lock"), self._lock_wait_s):
+            with locked(self.path.with_name(f".{self.path.name}.lock"), LOCK_WAIT_S):
                 yield
 
     def _replace_text(self, text: str) -> None:
@@ -141,8 +130,8 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
 
     keys: ClassVar[tuple[str, ...]]
 
-    def __init__(self, path: str | os.PathLike[str], *, lock_wait_s: float = LOCK_WAIT_S) -> None:
-        super().__init__(path, lock_wait_s=lock_wait_s)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
         self._identity = _NOT_READ
         self._gone: deque[tuple[str, Entry]] = deque()
         self.entries: Mapping[str, Entry] = {}
@@ -158,14 +147,14 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
 
     def changed(self) -> bool:
         """Return whether the file differs from the one read last: one stat, no exception."""
-        return self._read_identity() != self._identity
+        return file_identity(self._path) != self._identity
 
     def reload(self) -> None:
         """Read the file again, in any thread. After a fault, or without the file, the entries stay.
 
         A fault is raised once: `changed` is False until the file changes again.
         """
-        identity = self._read_identity()
+        identity = file_identity(self._path)
         try:
             identity, _, entries = self._read()
             if identity == NO_FILE and self.entries:

@@ -35,11 +35,12 @@ from typing import Any, Final, NamedTuple
 
 from zcproto.auth.devices import DeviceFile, is_public_key
 from zcproto.auth.directory import Directory
-from zcproto.auth.files import LOCK_WAIT_S, PrivateFile, name_faults, quoted, toml_string
+from zcproto.auth.files import PrivateFile, name_faults, quoted
 from zcproto.auth.throttle import Throttle
 from zcproto.auth.users import User
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
+from zcproto.common.text import toml_string
 from zcproto.errors import AlreadyExists, InvalidArgument, ResourceExhausted, Unauthenticated
 
 MAX_WRONG: Final = 5
@@ -81,14 +82,8 @@ class PairingFile(PrivateFile):
     what = "file of codes"
     max_bytes = 1 << 20
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        entropy: Entropy = system_entropy,
-        lock_wait_s: float = LOCK_WAIT_S,
-    ) -> None:
-        super().__init__(path, lock_wait_s=lock_wait_s)
+    def __init__(self, path: str | os.PathLike[str], *, entropy: Entropy = system_entropy) -> None:
+        super().__init__(path)
         self._entropy = entropy
 
     def make(self, user: str, life_ms: int, wall: int) -> SecretText:

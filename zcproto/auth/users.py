@@ -25,13 +25,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import tomli
 
-from zcproto.auth.files import LOCK_WAIT_S, TableFile, name_faults, quoted, toml_key
+from zcproto.auth.files import TableFile, name_faults, quoted, toml_key
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
+from zcproto.common.text import toml_string
+from zcproto.common.watcher import file_identity
 from zcproto.errors import ConfigError, NotFound
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text, token_text
 
@@ -72,14 +75,8 @@ class UserFile(TableFile[User]):
     max_bytes = 256 << 20
     """Enough for about two million users."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        entropy: Entropy = system_entropy,
-        lock_wait_s: float = LOCK_WAIT_S,
-    ) -> None:
-        super().__init__(path, lock_wait_s=lock_wait_s)
+    def __init__(self, path: str | os.PathLike[str], *, entropy: Entropy = system_entropy) -> None:
+        super().__init__(path)
         self._entropy = entropy
 
     def find(self, name: str) -> User | None:
@@ -142,10 +139,10 @@ class UserFile(TableFile[User]):
 
     def disable(self, name: str) -> None:
         """Stop a user from opening sessions. Raises NotFound for an unknown name, like the methods below."""
-        self._change(name, lambda user: user._replace(disabled=True), _with(DISABLED, "true"))
+        self._change(name, lambda user: user._replace(disabled=True), partial(_set, DISABLED, "true"))
 
     def enable(self, name: str) -> None:
-        self._change(name, lambda user: user._replace(disabled=False), _without(DISABLED))
+        self._change(name, lambda user: user._replace(disabled=False), partial(_set, DISABLED, None))
 
     def remove(self, name: str) -> None:
         self._change(name, lambda user: None, lambda lines: [])
@@ -158,7 +155,7 @@ class UserFile(TableFile[User]):
 
     def replace_digest(self, name: str, digest: bytes) -> None:
         """Replace a user's key by one made elsewhere, of which only the digest is given."""
-        edit = _with(KEY, f'"{token_text(digest)}"')
+        edit = partial(_set, KEY, toml_string(token_text(digest)))
         self._change(name, lambda user: user._replace(digest=digest), edit)
 
     def _change(
@@ -193,7 +190,7 @@ class UserFile(TableFile[User]):
     def _replace(self, text: str, users: Mapping[str, User]) -> None:
         self._replace_text(text)
         self.entries = users
-        self._identity = self._read_identity()
+        self._identity = file_identity(self._path)
 
 
 def _entry(name: str, digest: bytes | None, operator: bool) -> str:
@@ -203,7 +200,7 @@ def _entry(name: str, digest: bytes | None, operator: bool) -> str:
     return f"\n[users.{toml_key(name)}]\n{secret}{role}"
 
 
-# Edits of the text. Each takes the lines of one user, beginning with `[users.NAME]`.
+# Edits of the text. An edit takes the lines of one user, beginning with `[users.NAME]`.
 
 
 def _edited(text: str, name: str, edit: Callable[[list[str]], list[str]]) -> str | None:
@@ -238,27 +235,16 @@ def _user_of(line: str) -> str | None:
     return next(iter(users), None)
 
 
-def _with(key: str, value: str) -> Callable[[list[str]], list[str]]:
-    """Set a key, in place or right below the header."""
-
-    def edit(lines: list[str]) -> list[str]:
-        for index, line in enumerate(lines):
-            match = _VALUE.match(line)
-            if match is not None and match["name"] == key:
-                changed = match["key"] + value + line[match.end() :]
-                return [*lines[:index], changed, *lines[index + 1 :]]
-        return [lines[0], f"{key} = {value}\n", *lines[1:]]
-
-    return edit
-
-
-def _without(key: str) -> Callable[[list[str]], list[str]]:
-    """Remove a key."""
-
-    def edit(lines: list[str]) -> list[str]:
-        matches = [_VALUE.match(line) for line in lines]
-        return [
-            line for line, match in zip(lines, matches, strict=True) if match is None or match["name"] != key
-        ]
-
-    return edit
+def _set(key: str, value: str | None, lines: list[str]) -> list[str]:
+    """Set a key to a TOML value, in place or right below the header. With None, remove it."""
+    edited = []
+    for line in lines:
+        match = _VALUE.match(line)
+        if match is None or match["name"] != key:
+            edited.append(line)
+        elif value is not None:
+            edited.append(match["key"] + value + line[match.end() :])
+            value = None
+    if value is not None:
+        edited.insert(1, f"{key} = {value}\n")
+    return edited

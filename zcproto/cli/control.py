@@ -23,7 +23,7 @@ import click
 from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.output import as_json_option, json_text, print_report, print_result, table
 from zcproto.common.home import Home
-from zcproto.common.local_socket import address_of
+from zcproto.common.network import address_of
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError, NotFound, ZcprotoError
 

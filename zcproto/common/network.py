@@ -1,15 +1,26 @@
-"""Group addresses by the customer who controls them, and match addresses against lists of networks."""
+"""Handle addresses: the unit that limits count, sets of networks, and UNIX sockets at paths of any length."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+from typing import Final
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _IPV6_PREFIX = 64
 """The smallest allocation of an IPv6 site. Its owner can use any address in it."""
+
+
+MAX_SOCKET_PATH: Final = 107 if sys.platform == "linux" else 103
+"""Bytes of a UNIX socket's path (unix(7))."""
+
+_DESCRIPTORS: Final = Path("/proc/self/fd")
 
 
 @lru_cache(maxsize=1024)
@@ -52,3 +63,20 @@ class AddressSet:
         except ValueError:
             return False
         return any(ip in network for network in self._networks)
+
+
+@contextmanager
+def address_of(path: Path) -> Iterator[str]:
+    """Yield the address to bind or connect to for the socket at a path. It is valid inside the body.
+
+    A path that is too long is replaced by one through a descriptor of its folder, where the system has /proc.
+    Otherwise the system reports the error. Raises OSError if the folder is missing.
+    """
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH or not _DESCRIPTORS.is_dir():
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"{_DESCRIPTORS}/{folder}/{path.name}"
+    finally:
+        os.close(folder)

@@ -1,4 +1,4 @@
-"""Escape text from outside, so that it is safe on one line of a terminal or a log."""
+"""Escape text, so that it is safe on one line of a terminal or a log, or in a TOML file."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def escape_text(text: str, limit: int | None = None) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def toml_string(text: str) -> str:
+    """Return printable text as a TOML basic string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -22,10 +22,10 @@ import tomli
 from pydantic import BaseModel, ValidationError
 
 from zcproto.common.home import Home
-from zcproto.common.text import escape_text
+from zcproto.common.text import escape_text, toml_string
 from zcproto.config.checks import contradictions, split_key, value_of
 from zcproto.config.model import Config, keys, sections, settings
-from zcproto.config.types import MAX_FAULTS, faults_of, nearest, quoted
+from zcproto.config.types import MAX_FAULTS, faults_of, nearest
 from zcproto.errors import ConfigError
 
 MAX_FILE_BYTES: Final = 1_048_576
@@ -257,14 +257,14 @@ def _text(value: object, depth: int = 0) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Path):
-        return quoted(str(value))
+        return toml_string(str(value))
     if value is None:
         return "(nothing)"
     if isinstance(value, str):
         # An @ may belong to a malformed address, behind a password.
         if _PEM in value or ("@" in value and not _ADDRESS.match(value)):
             return "(hidden)"
-        return quoted(_ADDRESS.sub(r"\1://(hidden)", value[: 2 * _MAX_SHOWN]))
+        return toml_string(_ADDRESS.sub(r"\1://(hidden)", value[: 2 * _MAX_SHOWN]))
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         return "(a huge number)"  # Python refuses to convert the largest ones to text
     if isinstance(value, list | tuple):

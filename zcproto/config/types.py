@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
 from zcproto.common.home import MAX_PATH
+from zcproto.common.text import toml_string
 
 MAX_NETWORK: Final = 49
 """Characters of the longest IPv6 network, with an IPv4 address at its end and a prefix."""
@@ -142,7 +143,7 @@ class Accepts:
     def write(self, value: Any) -> str:
         """Return a valid value as TOML."""
         if value is None:
-            return quoted(self.none)
+            return toml_string(self.none)
         return to_toml(value[0] if self.bare and len(value) == 1 else value)
 
 
@@ -164,7 +165,7 @@ def whole(low: int, high: int, zero: str = "") -> Accepts:
 
 def one_of(*choices: str) -> Accepts:
     """Accept one of some words."""
-    *others, last = map(quoted, choices)
+    *others, last = map(toml_string, choices)
     words = f"{', '.join(others)} or {last}" if others else last
     return _accepts(words, core_schema.literal_schema(list(choices)))
 
@@ -325,18 +326,12 @@ def to_toml(value: object) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, float):
-        return quoted(format_duration(value))
+        return toml_string(format_duration(value))
     if isinstance(value, BaseModel):
         return f"{{{', '.join(table_lines(value))}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(to_toml, value))}]"
-    return quoted(str(value))
-
-
-def quoted(text: str) -> str:
-    """Return printable text as a TOML basic string."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return toml_string(str(value))
 
 
 def parse_duration(text: str) -> float:
