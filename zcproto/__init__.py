@@ -10,8 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zcproto.app.app import App
-    from zcproto.app.context import Context
+    from zcproto.app.app import App, Context
     from zcproto.client import (
         BlockingClient,
         Client,
@@ -110,7 +109,7 @@ _MODULES = {
     "Client": "zcproto.client",
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
-    "Context": "zcproto.app.context",
+    "Context": "zcproto.app.app",
     "Device": "zcproto.client",
     "Event": "zcproto.client",
     "Server": "zcproto.runtime.server",

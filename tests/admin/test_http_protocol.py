@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ class Harness:
             write_timeout=WRITE_TIMEOUT,
             incident=self.incident,
             run="ab",
-            number_connection=lambda: 1,
+            numbers=count(1),
         )
         router = Router(
             [Route("GET", "/", self.small), Route("GET", "/big", self.big), Route("GET", "/wait", self.wait)]

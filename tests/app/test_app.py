@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from zcproto.app.app import App, Method
-from zcproto.app.context import Context
+from zcproto.app.app import App, Context, Method
 from zcproto.errors import InvalidArgument
 from zcproto.wire.message import METHOD_MAX_LENGTH
 

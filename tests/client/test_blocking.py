@@ -22,8 +22,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.app.app import App
-from zcproto.app.context import Context
+from zcproto.app.app import App, Context
 from zcproto.client.blocking import BlockingClient, connect_blocking
 from zcproto.client.client import Client, connect
 from zcproto.client.events import Event

@@ -14,8 +14,7 @@ import uvloop
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.app.app import App, default_app
-from zcproto.app.context import Context
+from zcproto.app.app import App, Context, default_app
 from zcproto.client import client as client_module
 from zcproto.client.client import connect, default_client
 from zcproto.client.dial import _resources

@@ -98,7 +98,7 @@ class HttpProtocol(asyncio.Protocol):
         """The id of the connection in the log."""
         state = self._endpoint.state
         if not self._number:
-            self._number = state.number_connection()
+            self._number = next(state.numbers)
         return f"{state.run}-{self._number}"
 
     @property

@@ -26,7 +26,7 @@ from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer, Router, text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
-from zcproto.server.listener import AcceptLoop, AddressCounts, bind, take_over
+from zcproto.server.listener import AcceptLoop, AddressCounts, bind
 from zcproto.server.state import ServerState, log
 from zcproto.tls.server import TlsServerTransport
 
@@ -80,11 +80,8 @@ class HttpSide:
 
         `names` returns the names of the serving certificates. Raises ConfigError if the port cannot be bound.
         """
-        if passed:
-            sockets = list(passed)
-            take_over(sockets)
-        else:
-            sockets = bind(self._config.server.host, self._config.http.redirect_port, "http.redirect_port")
+        config = self._config
+        sockets = passed or bind(config.server.host, config.http.redirect_port, "http.redirect_port")
         self.redirect = RedirectListener(sockets, self._state, names, https_port)
 
     def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
@@ -178,7 +175,7 @@ class RedirectListener(AcceptLoop):
         https_port: int,
     ) -> None:
         super().__init__(asyncio.get_running_loop())
-        self._sockets = list(sockets)
+        self.listen_on(sockets)
         self.state = state
         self.endpoint = HttpEndpoint(
             state, Redirects(names, https_port).find, SecurityHeaders(None), REDIRECT_LIMITS, _plain_peer

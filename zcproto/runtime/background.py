@@ -8,8 +8,9 @@ Rules for certificates:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final, Self
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
 
 from zcproto.admin.parts import Parts
 from zcproto.certs.checker import ServingCertificates
@@ -29,36 +30,30 @@ FLUSH_INTERVAL: Final = 1.0
 FLUSHES_PER_SUMMARY: Final = 60
 
 
-class Background:
-    """A task group that may be entered and left by different tasks.
+Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
-    A failure is logged and ends that piece of work only; the server continues without it.
+
+@asynccontextmanager
+async def background() -> AsyncIterator[Spawn]:
+    """Yield a function that runs work until it returns or the server ends.
+
+    A failure is logged and ends that piece of work only; the server continues without it. Unlike a bare TaskGroup
+    it may be entered and left by different tasks.
     """
+    group, entered = asyncio.TaskGroup(), asyncio.Event()
 
-    def __init__(self) -> None:
-        self._group = asyncio.TaskGroup()
-        self._entered = asyncio.Event()
-        self._runner: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        self._runner = asyncio.get_running_loop().create_task(self._run(), name="zcproto-background")
-        await self._entered.wait()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        """Cancel what runs and wait until it has ended."""
-        assert self._runner is not None
-        self._runner.cancel()
-        await asyncio.wait([self._runner])
-
-    async def _run(self) -> None:
-        async with self._group:
-            self._entered.set()
+    async def run() -> None:
+        async with group:
+            entered.set()
             await asyncio.get_running_loop().create_future()  # until it is cancelled
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` until it returns or the server ends."""
-        self._group.create_task(_log_failure(work))
+    runner = asyncio.get_running_loop().create_task(run(), name="zcproto-background")
+    await entered.wait()
+    try:
+        yield lambda work: group.create_task(_log_failure(work))
+    finally:
+        runner.cancel()
+        await asyncio.wait([runner])
 
 
 async def _log_failure(work: Coroutine[Any, Any, None]) -> None:
@@ -105,7 +100,7 @@ async def flush_log_regularly() -> None:
 # --- certificates ----------------------------------------------------------------------------------------
 
 
-def roll_out_certificates(parts: Parts, spawn: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+def roll_out_certificates(parts: Parts, spawn: Spawn) -> None:
     """Put new certificates and announced keys into service from now on. `spawn` starts background work."""
     revoked = parts.certificates.serving.revoked
 

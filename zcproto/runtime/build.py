@@ -82,7 +82,9 @@ async def build(
     entropy: Entropy = system_entropy,
 ) -> Parts:
     """Build all parts of a server. Raises ConfigError or CertificateError."""
-    _check_suites(config)
+    first = config.tls.suites[0]
+    if first != SUITES[0] and not can_choose_suites():
+        raise ConfigError([f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"])
     await asyncio.to_thread(home.ensure)
     active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
@@ -117,12 +119,6 @@ async def build(
         for route in Resources(parts).routes():
             http.router.add(route)
     return parts
-
-
-def _check_suites(config: Config) -> None:
-    first = config.tls.suites[0]
-    if first != SUITES[0] and not can_choose_suites():
-        raise ConfigError([f"tls.suites = [{first!r}, ...]: {SUITES[0]} must come first before Python 3.15"])
 
 
 def _work_done(state: ServerState, acceptor: TlsAcceptor) -> int:

@@ -39,10 +39,10 @@ from zcproto.connection.events import GoAwayReason
 from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
 from zcproto.observe.log import flush_log, report_suppressed
-from zcproto.runtime.background import Background, background_work, roll_out_certificates
+from zcproto.runtime.background import background, background_work, roll_out_certificates
 from zcproto.runtime.build import alert_source, build
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
-from zcproto.server.listener import bind, take_over
+from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
@@ -144,10 +144,10 @@ class Server:
             parts.alerts.start()
             stack.callback(parts.loop_lag.stop)
             parts.loop_lag.start()
-            background = await stack.enter_async_context(Background())
-            roll_out_certificates(parts, background.start)
+            spawn = await stack.enter_async_context(background())
+            roll_out_certificates(parts, spawn)
             for work in background_work(parts):
-                background.start(work)
+                spawn(work)
             if self._control is not None:
                 self._control.start()
             parts.listener.start()
@@ -165,9 +165,7 @@ class Server:
 
     def _bind(self, parts: Parts) -> None:
         config = parts.config
-        if self._sockets:
-            take_over(self._sockets)
-        parts.listener.open(self._sockets or bind(config.server.host, config.server.port))
+        parts.listener.listen_on(self._sockets or bind(config.server.host, config.server.port))
         if parts.http is not None and (config.http.redirect_port or self._redirect_sockets):
             parts.http.listen_plain(parts.certificate_names, parts.listener.port, self._redirect_sockets)
         elif self._redirect_sockets:
@@ -331,7 +329,6 @@ async def drain_connections(parts: Parts, limit: float) -> int:
 async def close_state(parts: Parts) -> None:
     """Abort unfinished handshakes and release what connections share."""
     state = parts.state
-    state.log_soon.write()
     for waiting in state.wheel.close():
         assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
         waiting.abort()

@@ -17,11 +17,11 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from types import CoroutineType
 from typing import Any, Final
 
-from zcproto.app.app import RESERVED_PREFIXES, Method
-from zcproto.app.context import Context, DetachedContext
+from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
 from zcproto.connection.events import Request, RequestEnded
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
@@ -60,7 +60,7 @@ class Dispatcher(asyncio.Protocol):
     def id(self) -> str:
         """The id of the connection in the log; its number is assigned on the first use."""
         if not self._number:
-            self._number = self._state.number_connection()
+            self._number = next(self._state.numbers)
         return f"{self._state.run}-{self._number}"
 
     def now(self) -> float:
@@ -141,22 +141,19 @@ class Dispatcher(asyncio.Protocol):
                 raise MessageError(f"the answer has {len(body)} bytes")
             return body
 
-        def failed(error: BaseException) -> Answer:
-            return Answer(*self._error_answer(request, error))
-
-        began = self.now()
+        began, error_answer = self.now(), partial(self._error_answer, request)
 
         def later(answer: Answer) -> None:
             method.waits.add(self.now() - began)
             if self._workers is not None:
                 self._workers.pop(request, None)
-            self._repeat(request, answer)
+            self._answer(request, answer)
             self._flush_soon()
 
         digest = request_digest(request.method, request.params)
-        outcome = state.idempotency.submit(session.user, key, digest, execute, failed, later)
+        outcome = state.idempotency.submit(session.user, key, digest, execute, error_answer, later)
         if isinstance(outcome, Answer):
-            self._repeat(request, outcome)
+            self._answer(request, outcome)
         else:
             self._hold(request, outcome)
 
@@ -231,8 +228,7 @@ class Dispatcher(asyncio.Protocol):
         else:
             self._answer_large(request, body)
 
-    def _repeat(self, request: Request, answer: Answer) -> None:
-        """Answer with what may be the answer of another request with the same key."""
+    def _answer(self, request: Request, answer: Answer) -> None:
         if answer.code:
             self._fail(request, Code(answer.code), answer.body)
         else:
@@ -249,21 +245,21 @@ class Dispatcher(asyncio.Protocol):
             self._flush()
 
     def _answer_exception(self, request: Request, error: BaseException) -> None:
-        self._fail(request, *self._error_answer(request, error))
+        self._answer(request, self._error_answer(request, error))
 
-    def _error_answer(self, request: Request, error: BaseException) -> tuple[Code, bytes]:
-        """Return the code and the body of the ERROR that an exception becomes."""
+    def _error_answer(self, request: Request, error: BaseException) -> Answer:
+        """Return the ERROR that an exception becomes."""
         if isinstance(error, asyncio.CancelledError):
             error = Cancelled("the server cancelled the method")
         if not isinstance(error, CallError):
-            return Code.INTERNAL, self._internal_error(request.method, error)
+            return Answer(Code.INTERNAL, self._internal_error(request.method, error))
         details = error.details
         if error.code in (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED) and not details:
             details = {"retry_after_ms": self._state.settings.retry_draining_ms}
         try:
-            return error.code, encode_error(error.code, error.message, details)
+            return Answer(error.code, encode_error(error.code, error.message, details))
         except MessageError as unsendable:
-            return Code.INTERNAL, self._internal_error(request.method, unsendable)
+            return Answer(Code.INTERNAL, self._internal_error(request.method, unsendable))
 
     def _internal_error(self, what: str, error: BaseException) -> bytes:
         """Log an internal error; return the ERROR's body, which holds only the incident id."""

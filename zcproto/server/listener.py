@@ -77,16 +77,8 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
                         [f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {reason}"]
                     ) from error
                 sockets.append(stack.enter_context(listening))
-                listening.setblocking(False)
         stack.pop_all()
     return sockets
-
-
-def take_over(sockets: Sequence[socket.socket]) -> None:
-    """Give sockets bound by another process the settings of `bind`."""
-    for listening in sockets:
-        listening.setblocking(False)
-        listening.listen(BACKLOG)  # the other process may have set a shorter backlog
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
@@ -132,6 +124,13 @@ class AcceptLoop:
         self._accepting = False
         self._closed = False
         self._adopting: dict[Opening, asyncio.BaseProtocol] = {}  # held here until the loop has them
+
+    def listen_on(self, sockets: Sequence[socket.socket]) -> None:
+        """Take listening sockets: `start` accepts on them, `close` closes them."""
+        self._sockets = list(sockets)
+        for listening in sockets:
+            listening.setblocking(False)
+            listening.listen(BACKLOG)  # another process may have set a shorter backlog
 
     def start(self) -> None:
         self._resume()
@@ -247,9 +246,8 @@ class Listener(AcceptLoop):
     def port(self) -> int:
         return self.addresses[0][1]
 
-    def open(self, sockets: Sequence[socket.socket]) -> None:
-        """Take listening sockets: `start` accepts on them, `close` closes them."""
-        self._sockets = list(sockets)
+    def listen_on(self, sockets: Sequence[socket.socket]) -> None:
+        super().listen_on(sockets)
         self.addresses = [listening.getsockname()[:2] for listening in sockets]
 
     def start(self) -> None:

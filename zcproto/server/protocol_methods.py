@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
-from zcproto.app.app import Method
-from zcproto.app.context import Context
+from zcproto.app.app import Context, Method
 from zcproto.auth import Enrollment, Identity, Login
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from zcproto.server.state import ServerState, log

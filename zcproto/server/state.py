@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, Final, Protocol
 
-from zcproto.app.app import Method
-from zcproto.app.context import CallConnection
+from zcproto.app.app import CallConnection, Method
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
@@ -147,11 +147,12 @@ class ServerState:
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
     run: str = field(default_factory=partial(secrets.token_hex, RUN_SIZE))
     """Prefix of connection ids, different in each process."""
+    numbers: Iterator[int] = field(default_factory=partial(count, 1))
+    """The numbers of connections, which take one when they are first logged."""
 
     def __post_init__(self) -> None:
         self.log_soon = LogBatch(log, self.wheel, self.clock)
         self._drained = asyncio.Event()
-        self._numbers = 0
         self.registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:
@@ -197,11 +198,6 @@ class ServerState:
         self.counters.sessions_ended[reason] += 1
         for connection in self.session_connections.remove(session_id):
             connection.session_ended(session_id, code, reason)
-
-    def number_connection(self) -> int:
-        """Return the number of a connection, assigned when it is first logged."""
-        self._numbers += 1
-        return self._numbers
 
     def incident(self, what: str, error: BaseException, *, peer: str, connection: str) -> str:
         """Log an internal error with its traceback; return the incident id for the peer."""
