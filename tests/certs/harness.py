@@ -69,7 +69,7 @@ class Harness:
 
     @property
     def served(self) -> CertificatePair:
-        return self.checker.certificates.default.pairs[0]
+        return self.checker.sites[0].pairs[0]
 
 
 def kinds(*outcomes: CheckResult) -> list[str]:

@@ -93,17 +93,17 @@ def test_external_sites_are_served_beside_managed_certificates(
     outcome = harness.check()
     assert kinds(outcome) == ["renewed", "loaded", "loaded"]
     assert outcome.serving is not None
-    assert [site.names for site in outcome.serving.certificates.sites] == [
+    assert [site.names for site in outcome.serving.sites] == [
         (),
         ("a.example",),
         ("*.b.example",),
     ]
-    own_site = outcome.serving.certificates.default
+    own_site = outcome.serving.sites[0]
     write(tmp_path, "b", ec_key, "*.b.example", not_after=NOW + 90 * DAY)
     outcome = harness.check()
     assert kinds(outcome) == ["loaded"]
     assert outcome.serving is not None
-    assert outcome.serving.certificates.default == own_site
+    assert outcome.serving.sites[0] == own_site
     assert [(one.source, one.site) for one in harness.checker.status(harness.now)] == [
         (Origin.OWN, ()),
         (Origin.FILES, ("a.example",)),
@@ -135,10 +135,7 @@ def test_bad_site_does_not_delay_other_sites(tmp_path: Path, ec_key: Any, other_
     outcome = harness.check()
     assert kinds(outcome) == ["loaded"]
     assert outcome.serving is not None
-    assert (
-        outcome.serving.certificates.sites[2].pairs[0].pin
-        != outcome.serving.certificates.sites[1].pairs[0].pin
-    )
+    assert outcome.serving.sites[2].pairs[0].pin != outcome.serving.sites[1].pairs[0].pin
 
 
 # --- status and errors
@@ -151,9 +148,7 @@ def test_status_lists_all_certificates_in_use(tmp_path: Path) -> None:
     assert (rsa.key_type, ecdsa.key_type, ca.key_type) == ("rsa-2048", "ecdsa-p256", "")
     assert rsa.names == ("zcp.example.com", "localhost")
     assert (rsa.source, rsa.path) == (Origin.OWN, tmp_path / "certs" / "server.crt")
-    assert [one.pin for one in (rsa, ecdsa)] == [
-        one.pin for one in harness.checker.certificates.default.pairs
-    ]
+    assert [one.pin for one in (rsa, ecdsa)] == [one.pin for one in harness.checker.sites[0].pairs]
     assert rsa.sha256 == harness.served.leaf_sha256
     assert rsa.seconds_left == pytest.approx(89 * 86_400, abs=1)
     assert rsa.not_after == harness.served.not_after

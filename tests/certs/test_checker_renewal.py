@@ -54,8 +54,8 @@ def test_first_check_issues_certificates(tmp_path: Path) -> None:
     assert harness.checker.status(harness.now) == ()
     outcome = harness.check()
     assert outcome.serving is not None
-    assert outcome.serving.certificates is harness.checker.certificates
-    assert outcome.serving.certificates.default.names == ()
+    assert outcome.serving.sites is harness.checker.sites
+    assert outcome.serving.sites[0].names == ()
     assert kinds(outcome) == ["renewed"]
     (notice,) = outcome.notices
     assert notice.path == str(tmp_path / "certs" / "server-ecdsa.crt")
@@ -461,9 +461,9 @@ def test_one_valid_certificate_of_two_suffices_if_the_disk_fails(
         disk_fails(patch, errno.ENOSPC, "fsync")
         outcome = harness.check()
     assert kinds(outcome) == ["loaded", "renewal_failed"]
-    assert [one.key_type for one in harness.checker.certificates.pairs] == ["ecdsa-p256"]
+    assert [one.key_type for one in harness.checker.sites[0].pairs] == ["ecdsa-p256"]
     assert "renewed" in kinds(*harness.checks(60))
-    assert [one.key_type for one in harness.checker.certificates.pairs] == ["rsa-2048", "ecdsa-p256"]
+    assert [one.key_type for one in harness.checker.sites[0].pairs] == ["rsa-2048", "ecdsa-p256"]
 
 
 def test_certificate_of_another_issuer_prevents_a_start_but_not_a_check(tmp_path: Path, ec_key: Any) -> None:

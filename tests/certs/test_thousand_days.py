@@ -304,7 +304,7 @@ class Life:
             self.failed_at = self.monotonic
         if self.monotonic - self.failed_at < lifecycle.FIRST_DELAY_S:
             return
-        served = checker.certificates.default.pairs
+        served = checker.sites[0].pairs
         assert [one.key_type for one in served] == list(self.settings.key_types)
         for one in served:
             assert one.not_before <= self.wall <= one.not_after
@@ -313,8 +313,8 @@ class Life:
         """What is new in what is given is in its files as a pair; what was given before may be lost by now."""
         before = self.given
         if outcome.serving is not None:
-            self.given = set(outcome.serving.certificates.pairs)
-        assert self.given == set(checker.certificates.pairs)
+            self.given = set(outcome.serving.pairs)
+        assert self.given == set(checker.sites[0].pairs)
         for one in self.given - before:
             if one.certificate == self.external.certificate and self.external.is_half_done:
                 assert one.leaf_sha256 != fingerprint(one.certificate)
@@ -332,19 +332,19 @@ class Life:
                 self.reported.add(alert)
         reported = {(what, not_after) for what, not_after, _ in self.reported}
         overdue = min(29 * DAY, self.settings.lifetime / 4)
-        for one in checker.certificates.default.pairs:
+        for one in checker.sites[0].pairs:
             if one.not_after - self.wall <= overdue:
                 assert (str(one.certificate), one.not_after) in reported
 
     def check_pins(self, checker: CertificateChecker) -> None:
         """A renewal keeps the key, unless another one was announced or asked for, or the key was lost."""
-        for one in checker.certificates.default.pairs:
+        for one in checker.sites[0].pairs:
             before = self.pins.get(one.key_type)
             if before not in {None, one.pin}:
                 assert self.may_be_pins is None or one.pin in self.may_be_pins
                 self.count("rotated")
             self.pins[one.key_type] = one.pin
-        if not self.disk.failed and all(map(is_in_its_files, checker.certificates.default.pairs)):
+        if not self.disk.failed and all(map(is_in_its_files, checker.sites[0].pairs)):
             self.may_be_pins = self.may_be_pins or set()  # what was lost or asked for has been made
 
     def check_bounds(self, checker: CertificateChecker) -> None:

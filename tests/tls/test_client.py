@@ -30,7 +30,7 @@ from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import SUITES, client_context, server_context
 from zcproto.tls.failure import TlsFailure, failure_of
 from zcproto.tls.pins import certificate_pin, parse_pins
-from zcproto.tls.server import TlsAcceptor
+from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
 
 NOW = datetime.fromtimestamp(WALL / 1000, UTC)
@@ -78,7 +78,7 @@ class Peer:
         self.connector = TlsConnector(
             client, host, DeadlineWheel(timers), pins=pins, wall=lambda: wall, handshake_timeout=5.0
         )
-        self.client = self.connector.transport(self.protocol, self.calls.append)
+        self.client = TlsClientTransport(self.connector, self.protocol, self.calls.append)
         self.raw = MockTransport(timers)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = server.wrap_bio(self.incoming, self.outgoing, server_side=True)
@@ -376,7 +376,7 @@ def test_no_reference_to_protocol_after_end(peer: Peer, timers: FakeTimers) -> N
 
     protocol, on_handshake = Recorder(), Callback()
     references = [weakref.ref(protocol), weakref.ref(on_handshake)]
-    client = peer.connector.transport(protocol, on_handshake)
+    client = TlsClientTransport(peer.connector, protocol, on_handshake)
     peer.raw.connect(client)
     client.abort()
     timers.run()
@@ -556,13 +556,13 @@ async def test_client_and_server_over_loopback(server_pairs: ServerPairs, ca_fil
     pair = getattr(server_pairs, kind)
     context = server_context([(pair.certificate, pair.key)], ["zcp/1"])
     acceptor = TlsAcceptor(context, {"zcp/1": Greeter}, wheel, loop, suites=frozenset(SUITES))
-    accepted = acceptor.transport("peer")
+    accepted = TlsServerTransport(acceptor, "peer")
     server = await loop.create_server(lambda: accepted, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     connector = TlsConnector(client_context(ca_file=ca_file), host, wheel, wall=lambda: WALL)
     errors: list[TlsError | None] = []
     protocol = Listener()
-    await loop.create_connection(lambda: connector.transport(protocol, errors.append), host, port)
+    await loop.create_connection(lambda: TlsClientTransport(connector, protocol, errors.append), host, port)
     assert await received == b"welcome"
     assert errors == [None]
     assert protocol.calls == ["made", "eof", None]

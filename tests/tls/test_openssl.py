@@ -107,7 +107,7 @@ def listening(
 
 async def _listen(acceptor: TlsAcceptor, connections: list[TlsServerTransport]) -> asyncio.Server:
     def accepted() -> TlsServerTransport:
-        connections.append(acceptor.transport("127.0.0.1"))
+        connections.append(TlsServerTransport(acceptor, "127.0.0.1"))
         return connections[-1]
 
     return await asyncio.get_running_loop().create_server(accepted, "127.0.0.1", 0)

@@ -26,7 +26,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import SUITES, SiteContexts, client_context, server_context
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.server import PLAINTEXT_ANSWER
+from zcproto.tls.server import PLAINTEXT_ANSWER, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME, TlsPhase
 
 TIMEOUT = 5.0
@@ -513,7 +513,7 @@ def test_connection_lost_before_connection_made_leaves_nothing(
     """The listener does this if the socket fails while asyncio takes it over."""
     log: list[Any] = []
     acceptor = new_acceptor(timers, server_tls, RecordingProtocol, log)
-    transport = acceptor.transport(PEER)
+    transport = TlsServerTransport(acceptor, PEER)
     assert acceptor.handshakes_in_progress == 1
     transport.abort()
     transport.connection_lost(OSError())

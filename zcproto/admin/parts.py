@@ -65,8 +65,8 @@ class Parts:
     @property
     def certificate_pairs(self) -> tuple[CertificatePair, ...]:
         """The certificates of the default site, which clients get that name no other one."""
-        return tuple(self.certificates.serving.certificates.default.pairs)
+        return tuple(self.certificates.serving.sites[0].pairs)
 
     def certificate_names(self) -> list[str]:
         """Return the names of all certificates that are served."""
-        return [name for pair in self.certificates.serving.certificates.pairs for name in pair.names]
+        return [name for pair in self.certificates.serving.pairs for name in pair.names]

@@ -21,7 +21,7 @@ from zcproto.certs.authority import Progress
 from zcproto.certs.client_user import CertificateId
 from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
 from zcproto.certs.notices import Notice, NoticeKind
-from zcproto.certs.pair import CertificateSet, Site
+from zcproto.certs.pair import CertificatePair, Site
 from zcproto.certs.proof import proven_sites
 from zcproto.certs.rollover import NextPins
 from zcproto.certs.settings import CertificateSettings, ManagedSite
@@ -41,9 +41,15 @@ from zcproto.tls.context import ServerContext, SiteContexts
 class ServingCertificates:
     """What a server serves."""
 
-    certificates: CertificateSet
+    sites: tuple[Site, ...]
+    """The first is the default, for clients that request no name or a name that no other site has."""
     contexts: SiteContexts
     revoked: frozenset[CertificateId]
+
+    @property
+    def pairs(self) -> tuple[CertificatePair, ...]:
+        """The pairs of every site."""
+        return tuple(pair for site in self.sites for pair in site.pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +106,21 @@ class CertificateChecker:
             if isinstance(default, ManagedSite)
             else ExternalSource(default, environ)
         )
-        self._sites: list[SiteSource] = [
+        self._site_sources: list[SiteSource] = [
             self._default,
             *(ExternalSource(spec, environ) for spec in settings.sites),
         ]
         self._clients = None if settings.clients is None else ClientTrustSource(settings, random, progress)
-        self._sources: list[Source] = [*self._sites, *([] if self._clients is None else [self._clients])]
+        self._sources: list[Source] = [
+            *self._site_sources,
+            *([] if self._clients is None else [self._clients]),
+        ]
         self._protocols = protocols
         self._settings = settings
         self._rest = rest
         self._alerts = ExpiryAlerts(settings.alert_days)
-        self._set: CertificateSet | None = None
+        self.sites: tuple[Site, ...] = ()
+        """The valid certificates; empty before the first check."""
         self._clock = (datetime.min, 0.0)
         self._is_proven = False
         self._proven: dict[Site, ServerContext] = {}
@@ -134,7 +144,7 @@ class CertificateChecker:
     def status(self, now: datetime) -> tuple[CertificateStatus, ...]:
         """Return all certificates in use: those served, then the authorities. Empty before the first check."""
         moment = pair.utc(now)
-        if self._set is None:
+        if not self.sites:
             return ()
         served = [
             CertificateStatus(
@@ -148,7 +158,7 @@ class CertificateChecker:
                 key_type=one.key_type,
                 pin=one.pin,
             )
-            for source, site in zip(self._sites, self._set.sites, strict=True)
+            for source, site in zip(self._site_sources, self.sites, strict=True)
             for one in site.pairs
         ]
         of_clients = () if self._clients is None else self._clients.authorities
@@ -169,15 +179,9 @@ class CertificateChecker:
         ]
         return (*served, *authorities)
 
-    @property
-    def certificates(self) -> CertificateSet:
-        """The valid certificates; there are some after the first check of the sources."""
-        assert self._set is not None
-        return self._set
-
     def _check_sources(self, now: datetime, monotonic: float) -> list[Notice]:
         happened: list[Notice] = []
-        if self._set is None:
+        if not self.sites:
             self._clock = (now, monotonic)
             for source in self._sources:
                 happened += source.start(now, monotonic)
@@ -188,9 +192,9 @@ class CertificateChecker:
         if any(notice.kind is NoticeKind.CLIENT_TRUST_LOADED for notice in happened):
             self._proven.clear()  # each context contains the authorities for clients
             self._is_proven = False
-        current = CertificateSet(tuple(source.site for source in self._sites))
-        if current != self._set:
-            self._set = current
+        sites = tuple(source.site for source in self._site_sources)
+        if sites != self.sites:
+            self.sites = sites
             self._is_proven = False
         return [*happened, *self._alerts.due(self._expiring(now), now)]
 
@@ -205,14 +209,14 @@ class CertificateChecker:
     def _expiring(self, now: datetime) -> list[Expiring]:
         items = [
             Expiring(one.leaf_sha256, str(one.certificate), one.not_after)
-            for source in self._sites
+            for source in self._site_sources
             for one in source.overdue(now)
         ]
         return items + [one for source in self._sources for one in (*source.authorities, *source.lists)]
 
     def _prove(self) -> ServingCertificates:
         contexts = proven_sites(
-            self.certificates.sites,
+            self.sites,
             self._protocols,
             self._settings.suites,
             self._settings.clients,
@@ -220,4 +224,4 @@ class CertificateChecker:
             rest=self._rest,
         )
         revoked = frozenset() if self._clients is None else self._clients.revoked
-        return ServingCertificates(self.certificates, contexts, revoked)
+        return ServingCertificates(self.sites, contexts, revoked)

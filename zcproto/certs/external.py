@@ -25,12 +25,15 @@ from zcproto.certs import files
 from zcproto.certs.keys import family
 from zcproto.certs.names import covers
 from zcproto.certs.notices import Notice, NoticeKind
-from zcproto.certs.pair import MAX_PASSPHRASE_BYTES, Site, load_pair
+from zcproto.certs.pair import Site, load_pair
 from zcproto.common.secret import SecretBytes
 from zcproto.common.watcher import FileWatcher
 from zcproto.errors import CertificateError
 
 T = TypeVar("T")
+
+MAX_PASSPHRASE_BYTES = 1024
+"""What OpenSSL accepts from a passphrase callback (PEM_BUFSIZE)."""
 
 SETTLE_S = 30.0
 """What a program may need between writing a certificate and its key."""

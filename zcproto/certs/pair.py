@@ -33,12 +33,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, SignatureAlgorithmOID
 from zcproto.certs import files
 from zcproto.certs.files import DamagedFileError
 from zcproto.certs.keys import PrivateKey, belongs, key_type_of, weakness
-from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError
 from zcproto.tls.pins import key_pin
-
-MAX_PASSPHRASE_BYTES = 1024
-"""What OpenSSL accepts from a passphrase callback (PEM_BUFSIZE)."""
 
 MAX_CHAIN = 10
 """Certificates in one file. Each adds a kilobyte to every handshake; public chains have two to four."""
@@ -53,7 +49,6 @@ UNREADABLE = (
 )
 """What cryptography raises for an encoding, extension or algorithm that it cannot parse."""
 
-_MAX_ISSUER = 200
 _PEM_BEGIN = b"-----BEGIN "
 _PEM_END = b"-----END "
 _CRL_BLOCK = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
@@ -81,12 +76,6 @@ class CertificatePair:
     """SHA-256 of the leaf's DER."""
     pin: str
     """The pin of the leaf's public key (`tls.pins.key_pin`)."""
-    issuer: str
-    """Issuer of the leaf in the format of RFC 4514, at most 200 characters."""
-    serial: str
-    """The leaf's serial number in hexadecimal."""
-    chain_length: int
-    """Number of certificates in the file, including the leaf."""
     passphrase: bytes | None = field(default=None, repr=False)
     """Decrypts the key; None if it is not encrypted."""
 
@@ -99,26 +88,6 @@ class Site:
     """Exact (`a.example`) or wildcard (`*.example`), in lower case; empty for the default site."""
     pairs: tuple[CertificatePair, ...]
     """At least one, and at most one of each key family."""
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateSet:
-    """Everything that is served at one time."""
-
-    sites: tuple[Site, ...]
-    """The first is the default, for clients that request no name or a name that no other site has."""
-
-    def __post_init__(self) -> None:
-        assert self.sites, "a set of certificates has a default site"
-
-    @property
-    def default(self) -> Site:
-        return self.sites[0]
-
-    @property
-    def pairs(self) -> tuple[CertificatePair, ...]:
-        """The pairs of every site."""
-        return tuple(pair for site in self.sites for pair in site.pairs)
 
 
 def load_pair(
@@ -140,7 +109,6 @@ def load_pair(
         for check in checks(chain, certificate, moment, private_key, key):
             check()
         names = names_of(leaf)
-        issuer = escape_text(leaf.issuer.rfc4514_string(), _MAX_ISSUER)
     return CertificatePair(
         certificate=certificate,
         key=key,
@@ -150,9 +118,6 @@ def load_pair(
         not_after=leaf.not_valid_after_utc,
         leaf_sha256=leaf.fingerprint(hashes.SHA256()),
         pin=key_pin(leaf.public_key()),
-        issuer=issuer,
-        serial=f"{leaf.serial_number:X}",
-        chain_length=len(chain),
         passphrase=used_passphrase,
     )
 
@@ -282,8 +247,6 @@ def _is_cut_off(data: bytes) -> bool:
 
 def decrypt_key(data: bytes, path: Path, passphrase: bytes | None) -> tuple[PrivateKey, bytes | None]:
     """Return the key in a file's bytes, and the passphrase if it was needed."""
-    if passphrase is not None and not 1 <= len(passphrase) <= MAX_PASSPHRASE_BYTES:
-        raise CertificateError(f"{path}: the passphrase must have 1 to {MAX_PASSPHRASE_BYTES} bytes")
     used: bytes | None = None
     try:
         try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ssl
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from zcproto.certs.pair import CertificatePair, Site
@@ -37,13 +37,27 @@ ROUNDS: Final = 4
 
 
 def prove(
-    context: ssl.SSLContext,
-    leaves: Collection[bytes],
-    *,
-    protocol: str,
-    suites: Sequence[str],
+    context: ssl.SSLContext, pairs: Sequence[CertificatePair], protocol: str, suites: Sequence[str]
 ) -> None:
-    """Raise CertificateError unless a handshake with the context presents one of these leaves (SHA-256 of DER)."""
+    """Raise CertificateError unless a handshake with the context presents the certificate of one of these pairs."""
+    try:
+        client = _shake_hands(context, protocol)
+        seen = client.getpeercert(binary_form=True)
+        assert seen is not None
+        if hashlib.sha256(seen).digest() not in {pair.leaf_sha256 for pair in pairs}:
+            raise CertificateError(
+                "the served certificate differs from the checked one: its file has changed meanwhile; try again"
+            )
+        if not suites_are_allowed(client, frozenset(suites)):
+            raise CertificateError(f"a handshake negotiates {client.version()} and {client.cipher()}")
+        if client.selected_alpn_protocol() != protocol:
+            raise CertificateError(f"a handshake does not negotiate the protocol {protocol}")
+    except CertificateError as error:
+        raise CertificateError(f"{pairs[0].certificate}: {error}") from error
+
+
+def _shake_hands(context: ssl.SSLContext, protocol: str) -> ssl.SSLObject:
+    """Return the client's end of a handshake that is complete for it."""
     client_in, client_out = ssl.MemoryBIO(), ssl.MemoryBIO()
     server_in, server_out = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_context(verify=False, protocols=(protocol,)).wrap_bio(client_in, client_out)
@@ -51,26 +65,15 @@ def prove(
     try:
         for _ in range(ROUNDS):
             if _advance(client):
-                break
+                return client
             server_in.write(client_out.read())
             _advance(server)
             client_in.write(server_out.read())
-        else:
-            raise CertificateError("a handshake with the new certificate does not complete")
     except ssl.SSLError as error:
         raise CertificateError(
             f"a handshake with the new certificate fails: {error.reason or type(error).__name__}"
         ) from error
-    seen = client.getpeercert(binary_form=True)
-    assert seen is not None
-    if hashlib.sha256(seen).digest() not in leaves:
-        raise CertificateError(
-            "the served certificate differs from the checked one: its file has changed meanwhile; try again"
-        )
-    if not suites_are_allowed(client, frozenset(suites)):
-        raise CertificateError(f"a handshake negotiates {client.version()} and {client.cipher()}")
-    if client.selected_alpn_protocol() != protocol:
-        raise CertificateError(f"a handshake does not negotiate the protocol {protocol}")
+    raise CertificateError("a handshake with the new certificate does not complete")
 
 
 def _advance(end: ssl.SSLObject) -> bool:
@@ -99,23 +102,12 @@ def proven_context(
     for pair, its_files in zip(pairs, files, strict=True):
         rest()
         alone = context if len(pairs) == 1 else server_context([its_files], protocols, suites)
-        with _named(pair):
-            prove(alone, {pair.leaf_sha256}, protocol=protocols[0], suites=suites)
-    leaves = frozenset(pair.leaf_sha256 for pair in pairs)
+        prove(alone, [pair], protocols[0], suites)
     if len(pairs) > 1:
         rest()
-        with _named(pairs[0]):
-            prove(context, leaves, protocol=protocols[0], suites=suites)
-    context.leaves = leaves
+        prove(context, pairs, protocols[0], suites)
+    context.leaves = frozenset(pair.leaf_sha256 for pair in pairs)
     return context
-
-
-@contextlib.contextmanager
-def _named(pair: CertificatePair) -> Iterator[None]:
-    try:
-        yield
-    except CertificateError as error:
-        raise CertificateError(f"{pair.certificate}: {error}") from error
 
 
 def proven_sites(

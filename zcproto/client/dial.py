@@ -28,7 +28,7 @@ from zcproto.common.text import escape_text
 from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect, CertificateError, ConfigError, ConnectionClosed, TlsError
-from zcproto.tls.client import TlsConnector
+from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import CERTIFICATE_PREFIX, MAX_PINS, parse_pins
@@ -206,7 +206,7 @@ class Dialer:
             if not handshaken.done():  # the attempt may have been cancelled
                 handshaken.set_result(error)
 
-        transport = connector.transport(connection, on_handshake)
+        transport = TlsClientTransport(connector, connection, on_handshake)
         try:
             async with asyncio.timeout(self._connect_timeout):
                 await loop.create_connection(lambda: transport, *self._address)

@@ -15,7 +15,7 @@ from zcproto.common.text import escape_text
 from zcproto.errors import CallError, ConfigError, ConnectionClosed, PermissionDenied, TlsError, ZcprotoError
 from zcproto.load.connection import FrameConnection
 from zcproto.load.plan import CLIENT_NAME, Credential
-from zcproto.tls.client import TlsConnector
+from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.transport import TlsTransport
 from zcproto.wire.frame import NO_TOKEN
@@ -52,7 +52,7 @@ class Caller(FrameConnection):
             if error is not None:
                 self._fail_all(error)
 
-        self._tls = transport = connector.transport(self, on_handshake)
+        self._tls = transport = TlsClientTransport(connector, self, on_handshake)
         try:
             async with asyncio.timeout(TIMEOUT):
                 await asyncio.get_running_loop().create_connection(lambda: transport, address, port)

@@ -28,7 +28,7 @@ from zcproto.load.connection import FrameConnection
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
 from zcproto.load.plan import CLIENT_NAME, Share
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
-from zcproto.tls.client import TlsConnector
+from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.transport import TlsTransport
 from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
@@ -280,8 +280,8 @@ class Generator:
             self._connecting[connection] = self._loop.create_task(self._open(connection))
 
     async def _open(self, connection: LoadConnection) -> None:
-        transport = connection.tls = self._connector.transport(
-            connection, lambda error: self._handshaken(connection, error)
+        transport = connection.tls = TlsClientTransport(
+            self._connector, connection, lambda error: self._handshaken(connection, error)
         )
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):

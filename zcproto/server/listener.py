@@ -288,7 +288,7 @@ class Listener(AcceptLoop):
         if is_forwarded:
             transport: TlsServerTransport = ForwardedTransport(self._acceptor, client)
         else:
-            transport = self._acceptor.transport(client)
+            transport = TlsServerTransport(self._acceptor, client)
         self._adopt(connection, transport)
 
     def _refuse_address(self, address: str, balancer: str | None = None) -> None:

@@ -104,19 +104,13 @@ class TlsConnector:
     def __post_init__(self) -> None:
         self.host = self.host.partition("%")[0]  # a zone has a local meaning only (RFC 6874)
 
-    def transport(
-        self, protocol: asyncio.Protocol, on_handshake: Callable[[TlsError | None], None]
-    ) -> TlsClientTransport:
-        """Return the transport for a new connection, to be passed to `loop.create_connection` as its protocol.
-
-        `on_handshake` is called once: with None when `protocol` is connected, or with the error after the
-        connection is gone, because its receiver may stop the loop at once.
-        """
-        return TlsClientTransport(self, protocol, on_handshake)
-
 
 class TlsClientTransport(TlsTransport):
-    """One connection of a TlsConnector."""
+    """One connection of a TlsConnector, to be passed to `loop.create_connection` as its protocol.
+
+    `on_handshake` is called once: with None when `protocol` is connected, or with the error after the connection is
+    gone, because its receiver may stop the loop at once.
+    """
 
     __slots__ = ("_connector", "_on_handshake", "_waiting")
 

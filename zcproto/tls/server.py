@@ -95,10 +95,6 @@ class TlsAcceptor:
         self._window_ends = 0.0
         self._spent = 0.0  # seconds of signing in this window
 
-    def transport(self, peer: str) -> TlsServerTransport:
-        """Return the transport for a new connection; failures are reported with the address `peer`."""
-        return TlsServerTransport(self, peer)
-
     def schedule(self, transport: TlsServerTransport) -> None:
         """Run the expensive step of a handshake now if within budget, otherwise in a later turn."""
         now = self._perf_counter()
@@ -141,7 +137,7 @@ class TlsAcceptor:
 
 
 class TlsServerTransport(TlsTransport):
-    """One connection of a TlsAcceptor."""
+    """One connection of a TlsAcceptor; failures are reported with the address `peer`."""
 
     __slots__ = ("_acceptor", "_hello", "_in_handshake")
 
