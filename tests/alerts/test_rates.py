@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.alerts.rates import SLOTS, RateRule, RateWatch
+from zcproto.alerts.center import SLOTS, RateRule, RateWatch
 
 RULE = RateRule(threshold=10, window_s=300.0, quiet_s=900.0)
 

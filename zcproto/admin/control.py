@@ -78,12 +78,8 @@ class ControlSocket(AcceptLoop):
     # --- the file ------------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Create the socket without accepting yet. Return False if the folder cannot hold one.
-
-        A server can run without a control socket.
-
-        Raises:
-            ConfigError: The socket cannot be created, and the operator can fix that.
+        """Create the socket without accepting yet. Return False if the folder cannot hold one: a server can do
+        without. Raises ConfigError if the operator can fix the problem.
         """
         try:
             self._take_lock()

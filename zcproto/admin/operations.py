@@ -292,10 +292,9 @@ def _handler(method: str, path: str, run: Run) -> Handler:
             if path in _LOGGED_FIRST:
                 _log_change(request, path, arguments)
             result = await run(**arguments)
-        except ConfigError as error:
-            return json_response(422, {"error": str(error), "faults": error.faults})
-        except CertificateError as error:
-            return json_response(422, {"error": str(error), "faults": [str(error)]})
+        except (ConfigError, CertificateError) as error:
+            faults = error.faults if isinstance(error, ConfigError) else [str(error)]
+            return json_response(422, {"error": str(error), "faults": faults})
         except CallError as error:
             status = _STATUS.get(error.code)
             if status is None:

@@ -1,6 +1,7 @@
-"""Decide which alerts are open and which messages are sent about them (sans-IO).
+"""Decide what is an alert, which alerts are open and which messages are sent about them (sans-IO).
 
     raise_ / resolve / handle_time, each with `wall` and `now` -> messages, returned by `take_messages`
+    counters, read periodically -> RateWatch: sums over a sliding window -> is_on
 
 Rules:
 - An alert is identified by its kind and subject. Raised again while open, it is only counted, unless its severity
@@ -12,11 +13,12 @@ Rules:
   summarised in one alert (`is_many`), sent `MANY_DELAY_S` after the first of them and then at most every
   `MANY_REPEAT_S`. While it is open, no alert of this kind is sent separately. It ends when none of them is open
   and there was none for `quiet_s`.
+- Frequent events are counted where they happen. A counter that grows fast within a window is an alert.
 - A kind keeps at most `MAX_OPEN` open alerts, and `MAX_HISTORY` ended ones for a day, so a flood of one kind
   does not displace another. Alerts without room are counted in the summary.
 
 `wall` is milliseconds since the Unix epoch, for display only; `now` is monotonic seconds. It must not know:
-receivers and delivery.
+receivers and delivery, what is counted.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ BURST: Final = 10
 REFILL_S: Final = 360.0
 MANY_DELAY_S: Final = 10.0
 MANY_REPEAT_S: Final = 3600.0
+SLOTS: Final = 60
+"""Parts of a window of a rate: a sum covers up to one part more than the window."""
 
 _NOTHING: Final[Mapping[str, object]] = {}
 
@@ -273,3 +277,59 @@ def _new_row(
     kind: AlertKind, about: str, severity: Severity, wall: int, now: float, *, is_many: bool = False
 ) -> _Row:
     return _Row(Alert(kind, about, severity, "", {}, wall, wall, None, 0, is_many), now)
+
+
+# --- rates of counters -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RateRule:
+    """The threshold of events within `window_s`, and the quiet time before the end."""
+
+    threshold: int
+    window_s: float
+    quiet_s: float
+
+
+class RateWatch:
+    """Decide when the growth of one counter, which starts at `total`, begins and ends to be an alert.
+
+    It begins when the window holds `threshold` events, and ends when the window has held at most half of them for
+    `quiet_s`. This hysteresis prevents flapping around the threshold. A counter that decreases has been reset.
+
+    `is_on` is True while the rate is an alert. `events` counts those since the previous reading, `in_window` those
+    of the window.
+    """
+
+    def __init__(self, rule: RateRule, total: int = 0) -> None:
+        assert rule.threshold >= 1, "a threshold below 1 would always alert"
+        self.rule = rule
+        self.is_on = False
+        self.events = 0
+        self.in_window = 0
+        self._slots: dict[int, int] = {}  # events by part of time, oldest first
+        self._total = total
+        self._low_since: float | None = None
+
+    def read(self, total: int, now: float) -> bool:
+        """Process the current value of the counter. Return True if an alert begins, has more events, or ends."""
+        rule = self.rule
+        self.events = total - self._total if total >= self._total else total
+        self._total = total
+        part = int(now * SLOTS // rule.window_s)
+        for old in [each for each in self._slots if each <= part - SLOTS]:
+            self.in_window -= self._slots.pop(old)
+        if self.events:
+            self._slots[part] = self._slots.get(part, 0) + self.events
+            self.in_window += self.events
+        if not self.is_on:
+            self.is_on, self._low_since = self.in_window >= rule.threshold, None
+            return self.is_on
+        if self.in_window > rule.threshold // 2:
+            self._low_since = None
+        elif self._low_since is None:
+            self._low_since = now
+        elif now - self._low_since >= rule.quiet_s:
+            self.is_on = False
+            return True
+        return self.events > 0

@@ -73,12 +73,11 @@ class Command:
             raise Undelivered(f"the program did not end within {self._timeout:g} s", tries=TRIES) from None
         except OSError as error:
             raise Undelivered(f"the program cannot be run: {error.strerror}", tries=TRIES) from error
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        result = f"{ended}: {printed}" if printed else ended
         if code:
-            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise Undelivered(
-                f"the program ended with {ended}{f': {printed}' if printed else ''}", tries=TRIES
-            )
-        return f"exit code 0{f': {printed}' if printed else ''}"
+            raise Undelivered(f"the program ended with {result}", tries=TRIES)
+        return result
 
     async def _begin(
         self, loop: asyncio.AbstractEventLoop, stdin: IO[bytes], stdout: int

@@ -4,7 +4,7 @@
 
 Rules:
 - Raising an alert never waits and never raises.
-- Frequent events are counted by a plain integer where they happen, and evaluated here once a second.
+- Counters of frequent events are evaluated once a second.
 - A failing sink is an alert itself, sent by the other sinks and, on recovery, by that sink too.
 
 It must not know: the causes of alerts (runtime/alert_sources.py).
@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from zcproto.alerts import CATALOGUE, Alert, AlertCenter, AlertKind, Message, Phase, Severity
+from zcproto.alerts.center import RateRule, RateWatch
 from zcproto.alerts.command import Command
-from zcproto.alerts.rates import RateRule, RateWatch
 from zcproto.alerts.sinks import Sink, SinkQueue, Undelivered
 from zcproto.alerts.webhook import Webhook
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction

@@ -115,9 +115,7 @@ class Webhook:
             await writer.drain()
             status = await _status(connection, reader)
             writer.close()
-            with contextlib.suppress(
-                OSError, TimeoutError
-            ):  # after the response the way of closing does not matter
+            with contextlib.suppress(OSError, TimeoutError):  # the response is there, however closing ends
                 async with asyncio.timeout(CLOSE_S):
                     await writer.wait_closed()
             return status
