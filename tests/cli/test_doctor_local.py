@@ -38,9 +38,6 @@ def folder(home: Path, certs: Path) -> Path:
     return home
 
 
-# --- this machine --------------------------------------------------------------------------------------------
-
-
 def test_missing_home_is_ok(home: Path, doctor: Doctor) -> None:
     report = doctor()
     assert report.faults == []
