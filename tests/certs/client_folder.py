@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -101,3 +102,9 @@ def csr_of(
         .sign(key, algorithm)
         .public_bytes(encoding)
     )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CertificateFolder:
+    """Return an empty certificate folder."""
+    return CertificateFolder(tmp_path / "certs")

@@ -10,16 +10,13 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
-from tests.certs.client_folder import WHEN, CertificateFolder
+from tests.certs.client_folder import WHEN, CertificateFolder, folder
 from tests.certs.support import DAY, openssl, pem
 from zcproto.certs import client_ca, files
 from zcproto.certs.issued import REASONS, UNKNOWN_NAME
 from zcproto.errors import CertificateError
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> CertificateFolder:
-    return CertificateFolder(tmp_path / "certs")
+__all__ = ["folder"]
 
 
 def test_revocation_by_name_revokes_every_certificate_of_the_user(folder: CertificateFolder) -> None:
