@@ -462,12 +462,12 @@ def test_truncated_chain_is_not_accepted_as_a_shorter_one(tmp_path: Path, rsa_ke
     for length in range(len(whole) + 1):
         paths = write_pair(tmp_path, whole[:length], ec_key)
         try:
-            length_read = load_pair(*paths, NOW).chain_length
+            load_pair(*paths, NOW)
         except files.DamagedFileError:
             continue
         taken += 1
         between = len(pem(leaf)) - 1 <= length <= len(pem(leaf))  # with or without the newline
-        assert length_read == (1 if between else 2)
+        assert len(pair.read_certificates(paths[0])) == (1 if between else 2)
         assert between or length >= len(whole) - 1
     assert taken == 4
 
