@@ -57,9 +57,6 @@ class _FailureTable(Generic[Key]):
         self._limit = limit
         self.rows: OrderedDict[Key, _Count] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def wait_s(self, key: Key, longest_s: float, now: float) -> float:
         """Return the seconds until the next attempt is allowed; 0 or less for now."""
         row = self.rows.get(key)
@@ -98,7 +95,8 @@ class Throttle:
 
     def __len__(self) -> int:
         """Return the number of rows in all tables."""
-        return len(self._pairs) + len(self._users) + len(self._addresses) + len(self._known)
+        counts = len(self._pairs.rows) + len(self._users.rows) + len(self._addresses.rows)
+        return counts + len(self._known)
 
     def reconfigure(self, login_failures: int) -> None:
         """Change the number of free failures. Counts are kept."""

@@ -11,8 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 _IPV6_PREFIX = 64
 """The smallest allocation of an IPv6 site. Its owner can use any address in it."""
 
@@ -50,7 +48,7 @@ class AddressSet:
     """
 
     def __init__(self, networks: Iterable[str] = ()) -> None:
-        self._networks: tuple[Network, ...] = tuple(map(ipaddress.ip_network, networks))
+        self._networks = tuple(map(ipaddress.ip_network, networks))
         self.contains = lru_cache(maxsize=1024)(self._contains)
         """Returns whether a text is an address in one of the networks."""
 

@@ -1,4 +1,4 @@
-"""Prepare a process for many connections: its event loop, and its limit of open files."""
+"""Prepare a process for many connections: its event loop, and its limit of open files, which children inherit."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 def raise_file_limit(wanted: int) -> int:
-    """Raise the limit of open files, which child processes inherit. It is never lowered.
-
-    Each connection needs a file. Raise the limit to `wanted`, or as far as allowed, and return it.
-    """
+    """Raise the limit of open files to `wanted`, or as far as allowed, and return it. It is never lowered."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:  # -1
         return sys.maxsize

@@ -8,7 +8,7 @@ Must not know: what a single key accepts, where a value came from, anything on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -142,11 +142,9 @@ CHECKS: Final = (
 )
 
 
-def contradictions(config: object) -> Iterator[Check]:
-    """Yield the checks that a configuration fails."""
-    for check in CHECKS:
-        if not check.holds(*(value_of(config, key) for key in check.keys)):
-            yield check
+def contradictions(config: object) -> list[Check]:
+    """Return the checks that a configuration fails."""
+    return [check for check in CHECKS if not check.holds(*(value_of(config, key) for key in check.keys))]
 
 
 def value_of(config: object, key: str) -> Any:

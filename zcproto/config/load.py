@@ -79,7 +79,8 @@ def load_config(
     """
     given: dict[str, _Given] = {}
     faults: list[str] = []
-    for item in chain(_from_file(path, home), _from_environ(environ), _from_overrides(overrides)):
+    command_line = (_item(key, value, COMMAND_LINE) for key, value in overrides.items() if value is not None)
+    for item in chain(_from_file(path, home), _from_environ(environ), command_line):
         if isinstance(item, str):
             faults.append(item)
         else:
@@ -212,12 +213,6 @@ def _from_environ(environ: Mapping[str, str]) -> _Items:
             yield key, _Given(accepts.from_variable(environ[variable]), shown)
         else:
             yield _item(key, environ[variable], shown)
-
-
-def _from_overrides(overrides: Mapping[str, Any]) -> _Items:
-    for key, value in overrides.items():
-        if value is not None:
-            yield _item(key, value, COMMAND_LINE)
 
 
 def _item(key: str, value: object, source: str) -> str | tuple[str, _Given]:
