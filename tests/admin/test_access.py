@@ -10,7 +10,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from tests.admin.test_https import ask, bearer
+from tests.admin.https_client import ask, bearer
 from tests.helpers import WALL, FakeClock, small_registry
 from tests.server.conftest import Serve
 from zcproto.admin.resources import BAD_TOKEN, NO_TOKEN, BearerTokens

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 
 from tests.admin.chromium import Chromium, Tab
-from tests.admin.test_https import add
+from tests.admin.https_client import add
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread

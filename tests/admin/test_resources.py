@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.admin.test_https import ask, bearer
+from tests.admin.https_client import ask, bearer
 from tests.helpers import FakeClock
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread

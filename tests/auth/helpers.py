@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Coroutine, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,11 +11,36 @@ from zcproto.auth import Identity, Login
 from zcproto.auth.directory import Directory
 from zcproto.auth.files import Entry, TableFile
 from zcproto.auth.identity import NO_CHANNEL, Channel
-from zcproto.sessions import token_text
+from zcproto.sessions import token_from_text, token_text
 
 T = TypeVar("T")
 
 DIGEST = token_text(bytes(range(32)))
+VALID_NAMES = [
+    "alice",
+    "a",
+    "x" * 128,
+    "Alice-2_b",
+    "alice@example.org",
+    "a.b",
+    "two words",
+    'quo"te',
+    "back\\slash",
+    "'single'",
+    "[users.bob]",
+    "#hash",
+    "Zoë",
+    "日本",
+    "😀",
+    "0",
+    "true",
+]
+
+
+def digest_of(key: str) -> bytes:
+    raw = token_from_text(key)
+    assert raw is not None
+    return sha256(raw).digest()
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:

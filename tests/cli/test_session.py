@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.admin.test_https import ask, bearer
+from tests.admin.https_client import ask, bearer
 from tests.cli.helpers import HOUR_MS, fill, id_of, kept, new_session, secrets_of
 from tests.server.conftest import Serve, certs, serve, shared
 from tests.server.helpers import KEY, ServerThread
