@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from zcproto.runtime import run as run_module
-from zcproto.runtime.run import deny_tracing, forget_key_log, harden
+from zcproto.runtime.run import deny_tracing, harden
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,11 +73,14 @@ def test_process_memory_is_unreadable_for_the_same_user(environ: dict[str, str])
     assert "Max core file size        0 " in limits
 
 
-def test_sslkeylogfile_is_removed_from_the_environment() -> None:
+def test_sslkeylogfile_is_removed_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(run_module, "deny_tracing", lambda: True)
+    monkeypatch.setattr(run_module, "deny_core_dumps", lambda: None)
     environ = {"SSLKEYLOGFILE": "/tmp/keys", "PATH": "/bin"}
-    assert forget_key_log(environ)
+    assert list(harden(environ)) == ["server.key_log_ignored"]
     assert environ == {"PATH": "/bin"}
-    assert not forget_key_log(environ)
+    assert not harden(environ)
 
 
 def test_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
 def test_without_service_manager_nothing_is_sent() -> None:
     environ = {"PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
-    assert (manager.watchdog, manager.sockets, manager.is_present) == (None, (), False)
+    assert (manager.watchdog, manager.sockets) == (None, ())
     assert not manager.notify(READY=1)
     manager.close()
     assert environ == {"PATH": "/bin"}
@@ -39,7 +39,7 @@ def test_message_is_one_datagram_of_lines(listener: socket.socket) -> None:
     environ = {"NOTIFY_SOCKET": listener.getsockname(), "WATCHDOG_USEC": "30000000", "PATH": "/bin"}
     manager = ServiceManager.from_environ(environ, PID)
     assert environ == {"PATH": "/bin"}, "children are not meant"
-    assert (manager.watchdog, manager.is_present) == (30.0, True)
+    assert manager.watchdog == 30.0
     assert manager.notify(READY=1, STATUS="serving")
     assert listener.recv(4096) == b"READY=1\nSTATUS=serving"
     manager.notify(STATUS="a\nSTOPPING=1")

@@ -110,8 +110,6 @@ def checker_for(annotation: Any, within: dict[type, Checker] | None = None) -> C
         return accept_any
     if annotation is None:
         annotation = type(None)
-    if annotation is float:
-        return _check_float
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
     if origin is Union or origin is types.UnionType:
@@ -162,17 +160,11 @@ def _check_class(expected: type, message: str) -> Checker:
     def check(value: Any, path: str) -> Any:
         if value.__class__ is expected:  # a bool is not an int here
             return value
+        if expected is float and value.__class__ is int:
+            return float(value)
         raise InvalidArgument(f"{path} {message}")
 
     return check
-
-
-def _check_float(value: Any, path: str) -> float:
-    if value.__class__ is float:
-        return value
-    if value.__class__ is int:
-        return float(value)
-    raise InvalidArgument(f"{path} must be a float")
 
 
 def _check_union(checkers: list[Checker], described: str) -> Checker:

@@ -110,7 +110,7 @@ async def build(
         acceptor=acceptor,
         listener=listener,
         http=http,
-        loop_lag=LoopLag(loop, partial(_work_done, state, acceptor)),
+        loop_lag=LoopLag(loop, lambda: state.counters.requests + acceptor.handshakes_completed),
         traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )
     watch_rates(parts)
@@ -119,10 +119,6 @@ async def build(
         for route in Resources(parts).routes():
             http.router.add(route)
     return parts
-
-
-def _work_done(state: ServerState, acceptor: TlsAcceptor) -> int:
-    return state.counters.requests + acceptor.handshakes_completed
 
 
 async def build_alerts(config: Config, clock: Clock, entropy: Entropy) -> ServerAlerts:

@@ -181,15 +181,6 @@ def deny_tracing() -> bool:
     return bool(prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
 
 
-def forget_key_log(environ: MutableMapping[str, str]) -> bool:
-    """Remove SSLKEYLOGFILE from the environment; return whether it was set.
-
-    Some builds of OpenSSL write the keys of every connection to that file. It is meant for debugging a client; a
-    variable that was left over must not expose a server.
-    """
-    return environ.pop(KEY_LOG, None) is not None
-
-
 def harden(environ: MutableMapping[str, str]) -> dict[str, str]:
     """Protect this process; return the log events of risks that only the operator can remove, and the cures.
 
@@ -200,7 +191,7 @@ def harden(environ: MutableMapping[str, str]) -> dict[str, str]:
     deny_core_dumps()
     if not deny_tracing():
         found["server.traceable"] = "keep other processes from its user"
-    if forget_key_log(environ):
+    if environ.pop(KEY_LOG, None) is not None:  # some builds of OpenSSL write the keys of connections to it
         found["server.key_log_ignored"] = f"unset {KEY_LOG}; no keys are written"
     if os.geteuid() == 0:
         found["server.runs_as_root"] = "run it as a separate user: zcproto deploy systemd"

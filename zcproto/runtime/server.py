@@ -131,8 +131,11 @@ class Server:
                 stack.callback(passed.close)
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
+            routes = Operations(parts, self.reload, self.begin_drain).routes()
+            self._control = control = ControlSocket(self.home, parts.state, Router(routes))
+            stack.callback(control.close)
             if self._has_control:
-                await self._open_control(parts, stack)
+                await asyncio.to_thread(control.open)
             stack.push_async_callback(parts.alerts.stop)
             await parts.state.sessions.start()
             stack.push_async_callback(parts.state.sessions.stop)
@@ -148,20 +151,12 @@ class Server:
             roll_out_certificates(parts, spawn)
             for work in background_work(parts):
                 spawn(work)
-            if self._control is not None:
-                self._control.start()
+            control.start()
             parts.listener.start()
             if parts.http is not None and parts.http.redirect is not None:
                 parts.http.redirect.start()
             self._parts = parts
             self._running = stack.pop_all()
-
-    async def _open_control(self, parts: Parts, stack: AsyncExitStack) -> None:
-        routes = Operations(parts, self.reload, self.begin_drain).routes()
-        control = ControlSocket(self.home, parts.state, Router(routes))
-        if await asyncio.to_thread(control.open):
-            stack.callback(control.close)
-            self._control = control
 
     def _bind(self, parts: Parts) -> None:
         config = parts.config

@@ -106,11 +106,6 @@ class ServiceManager:
             sockets = _passed_sockets(found)
         return cls(address, watchdog if address else None, sockets)
 
-    @property
-    def is_present(self) -> bool:
-        """Whether there is a socket to notify."""
-        return self._socket is not None
-
     def notify(self, **values: str | int) -> bool:
         """Send one message: `notify(READY=1, STATUS="serving")`. Return False if it was not sent."""
         if self._socket is None:
@@ -126,7 +121,7 @@ class ServiceManager:
 
     def ready(self, loop: asyncio.AbstractEventLoop, status: Callable[[], str]) -> None:
         """Report that the server listens, and feed the watchdog from now on. `status` describes the load."""
-        if not self.is_present:
+        if self._socket is None:
             return
         if self.watchdog is not None and not faulthandler.is_enabled() and sys.stderr is not None:
             faulthandler.enable()

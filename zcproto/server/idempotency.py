@@ -70,9 +70,6 @@ _CONTAINERS: Final = frozenset({dict, list})
 Name = tuple[str, str]
 """The user and the key."""
 
-_Claimed = tuple[Name, int]
-"""A claim in the store, by when it ends."""
-
 
 class Answer(NamedTuple):
     """The body of a RESPONSE (`code` 0), or of an ERROR."""
@@ -140,9 +137,10 @@ class IdempotencyCache:
         self._sleep = sleep
         self._running: dict[Name, _KeyedRun] = {}
         self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
-        # Answers in memory, to be written to the store; and claims that it may hold though nothing runs.
+        # Answers in memory, to be written to the store; and claims that it may hold, with their end, though
+        # nothing runs.
         self._unsaved: OrderedDict[Name, None] = OrderedDict()
-        self._idle_claims: OrderedDict[_Claimed, None] = OrderedDict()
+        self._idle_claims: OrderedDict[tuple[Name, int], None] = OrderedDict()
         self._is_saving = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()

@@ -18,6 +18,7 @@ import asyncio
 import errno
 import os
 import socket
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -55,13 +56,9 @@ Opening = Coroutine[Any, Any, Any]
 
 
 def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[socket.socket]:
-    """Return listening sockets for all addresses of the hosts.
+    """Return listening sockets for all addresses of the hosts. `key` is the setting of the port, for messages.
 
-    Args:
-        key: The setting of the port, for messages.
-
-    Raises:
-        ConfigError: An address cannot be bound.
+    Raises ConfigError if an address cannot be bound.
     """
     sockets: list[socket.socket] = []
     with ExitStack() as stack:
@@ -95,23 +92,20 @@ class AddressCounts:
     __slots__ = ("by_network",)
 
     def __init__(self) -> None:
-        self.by_network: dict[str, int] = {}
+        self.by_network: Counter[str] = Counter()
 
     def add(self, address: str, limit: int) -> bool:
         """Count a connection. Return False if its network is at the limit; 0 means unlimited."""
         network = network_of(address)
-        count = self.by_network.get(network, 0)
-        if limit and count >= limit:
+        if limit and self.by_network[network] >= limit:
             return False
-        self.by_network[network] = count + 1
+        self.by_network[network] += 1
         return True
 
     def remove(self, address: str) -> None:
         network = network_of(address)
-        left = self.by_network[network] - 1
-        if left:
-            self.by_network[network] = left
-        else:
+        self.by_network[network] -= 1
+        if not self.by_network[network]:
             del self.by_network[network]
 
 
