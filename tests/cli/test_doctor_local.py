@@ -17,8 +17,8 @@ from tests.cli.helpers import fill, new_session
 from tests.helpers import free_port
 from tests.server.conftest import certs
 from zcproto.auth import UserFile
+from zcproto.cli import doctor as doctor_module
 from zcproto.cli import main
-from zcproto.cli.doctor import local
 from zcproto.config import load_config
 from zcproto.errors import ConfigError
 
@@ -116,7 +116,7 @@ def test_files_of_another_user_are_faults(folder: Path, doctor: Doctor) -> None:
 def test_number_of_checked_files_is_bounded(
     folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "MAX_FILES", 3)
+    monkeypatch.setattr(doctor_module, "MAX_FILES", 3)
     assert "more than 3 files" in doctor().one("permissions", "warning")
 
 
@@ -138,7 +138,7 @@ def test_running_as_root_is_a_warning(
     home: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch, uid: int, state: str
 ) -> None:
     monkeypatch.delenv("SSLKEYLOGFILE", raising=False)
-    monkeypatch.setattr(local.os, "geteuid", lambda: uid)
+    monkeypatch.setattr(doctor_module.os, "geteuid", lambda: uid)
     assert doctor().state("process") == state
 
 
@@ -166,7 +166,7 @@ def test_full_disk_is_reported(
         values[1], values[4], values[7] = 1, free_bytes, free_files  # f_frsize, f_bavail, f_favail
         return os.statvfs_result(values)
 
-    monkeypatch.setattr(local.os, "statvfs", statvfs)
+    monkeypatch.setattr(doctor_module.os, "statvfs", statvfs)
     assert doctor().state("disk") == state
 
 
@@ -176,7 +176,7 @@ def test_full_disk_is_reported(
 def test_low_file_limit_is_a_warning(
     folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch, hard: int, state: str
 ) -> None:
-    monkeypatch.setattr(local.resource, "getrlimit", lambda kind: (256, hard))
+    monkeypatch.setattr(doctor_module.resource, "getrlimit", lambda kind: (256, hard))
     report = doctor()
     assert report.state("file limit") == state
     if state == "warning":
@@ -257,7 +257,7 @@ def test_port_that_cannot_be_bound_is_a_fault(
     def bind(hosts: tuple[str, ...], port: int) -> list[socket.socket]:
         raise ConfigError(["server.host = '127.0.0.1', server.port = 443: cannot listen: Permission denied"])
 
-    monkeypatch.setattr(local, "bind", bind)
+    monkeypatch.setattr(doctor_module, "bind", bind)
     assert "zcproto.socket" in doctor().one("port", "fault")
 
 
@@ -273,12 +273,12 @@ def test_port_0_skips_the_port_check(folder: Path, doctor: Doctor) -> None:
 def test_wildcard_host_is_checked_on_loopback(home: Path, host: str, reached: str) -> None:
     home.mkdir()
     (home / "config.toml").write_text(f"[server]\nhost = '{host}'\n")
-    assert local.own_address(load_config(None, home=home, environ={})) == reached
+    assert doctor_module.own_address(load_config(None, home=home, environ={})) == reached
 
 
 def test_file_replaced_during_the_check_is_ignored(
     folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = local._files
-    monkeypatch.setattr(local, "_files", lambda home: [*real(home), home / "gone"])
+    real = doctor_module._files
+    monkeypatch.setattr(doctor_module, "_files", lambda home: [*real(home), home / "gone"])
     assert doctor().state("permissions") == "ok"

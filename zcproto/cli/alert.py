@@ -63,22 +63,20 @@ def test(instance: Instance, as_json: bool) -> int:
         sinks = sinks_of(instance.read_config().alerts, system_clock)
         origin = system_entropy(_ORIGIN_SIZE).hex()
         results = asyncio.run(try_sinks(sinks, system_clock, origin, socket.gethostname()))
-    if as_json:
-        click.echo(json_text(results))
-    elif not results:
-        click.echo("no webhook and no command is configured in [alerts]: alerts are only logged")
-    else:
-        rows = [
-            [
-                each["sink"],
-                each["where"],
-                "arrived" if each["arrived"] else "FAILED",
-                f"{each['ms']} ms",
-                each["said"],
-            ]
-            for each in results
-        ]
-        click.echo(table(["SINK", "WHERE", "RESULT", "TIME", "RESPONSE"], rows))
+    rows = [
+        (
+            each["sink"],
+            each["where"],
+            "arrived" if each["arrived"] else "FAILED",
+            f"{each['ms']} ms",
+            each["said"],
+        )
+        for each in results
+    ]
+    text = "no webhook and no command is configured in [alerts]: alerts are only logged"
+    if rows:
+        text = table(("SINK", "WHERE", "RESULT", "TIME", "RESPONSE"), rows)
+    click.echo(json_text(results) if as_json else text)
     return 0 if results and all(each["arrived"] for each in results) else EXIT_FAILED
 
 

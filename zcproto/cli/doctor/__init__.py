@@ -1,17 +1,57 @@
-"""`zcproto doctor`: diagnose a server, or the connection to one."""
+"""`zcproto doctor`: diagnose the server of this machine, or the connection to one.
+
+Rules: nothing is created, changed or repaired. A condition under which a server refuses to start is a fault, with
+the server's message; one that will cause trouble later is a warning.
+"""
 
 from __future__ import annotations
 
+import os
+import resource
+import shlex
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 import click
 
-from zcproto.cli import EXIT_FAILED, Instance, instance_options, number_option
+from zcproto.cli import EXIT_FAILED, Instance, cert_report, instance_options, number_option
 from zcproto.cli.connect import TrustChoice, key_option, trust_options
-from zcproto.cli.doctor.finding import FAULT, SKIPPED, Finding, as_text
-from zcproto.cli.output import as_json_option, print_report
+from zcproto.cli.doctor import remote
+from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
+from zcproto.cli.output import as_json_option, print_report, utc
+from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
+from zcproto.common.home import Home
+from zcproto.common.text import escape_text
+from zcproto.config import Config
+from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.runtime.run import KEY_LOG, SPARE_FILES
+from zcproto.runtime.store_setup import MEMORY, SQLITE
+from zcproto.server.listener import bind
 
-MAX_TIMEOUT = 60
+LITTLE_SPACE: Final = 256 * 1024 * 1024
+"""Bytes: store and log of a busy day."""
+
+NO_SPACE: Final = 16 * 1024 * 1024
+"""Bytes below which a checkpoint of SQLite may fail."""
+
+FEW_FILES: Final = 1_000
+MAX_FILES: Final = 1_000
+"""Files of the home folder that are checked."""
+
+IN_USE: Final = "in use"
+
+_OF_PRIVATE: Final = (0o077, "read or change", "go-rwx")
+_OF_PUBLIC: Final = (0o022, "change", "go-w")
+"""The forbidden permissions of a file, what they allow, and the mode that removes them."""
+
+_PUBLIC: Final = frozenset({".crt", ".pem", ".crl", ".toml~", ".log"})
+_MIB: Final = 1024 * 1024
+
+MAX_TIMEOUT: Final = 60
+MAX_SHOWN: Final = 1_000
 
 
 @click.command()
@@ -47,20 +87,244 @@ def doctor(
                 1  there are faults
                 2  wrong usage
     """
-    from zcproto.cli.doctor import local, remote  # noqa: PLC0415 - `--help` is quick without them
-
     if user is None and key_file is not None:
         raise click.UsageError("--key-file goes with --user.")
-    findings = local.folder(instance.home)
-    config = local.configuration(instance, findings)
+    findings = folder(instance.home)
+    config = configuration(instance, findings)
     if address is None and config is None:
         findings.append(Finding("server", SKIPPED, "further checks need a valid configuration"))
     elif address is None and config is not None:
-        findings += local.server(config, instance.home)
-        if local.is_served(findings):
-            address = local.own_address(config)
+        findings += server(config, instance.home)
+        if is_served(findings):
+            address = own_address(config)
     if address is not None:
         login = None if user is None else (user, key_file)
         findings += remote.check(address, trust, instance.home, login, timeout)
     print_report(as_json, [each.data for each in findings], as_text(findings))
     return EXIT_FAILED if any(each.state == FAULT for each in findings) else 0
+
+
+def as_text(findings: Iterable[Finding]) -> str:
+    """Return lines with state, check and result, and the fix below."""
+    lines = []
+    for each in findings:
+        colour = {OK: "green", WARNING: "yellow", FAULT: "red"}.get(each.state)
+        state = click.style(f"{each.state:<8}", fg=colour)
+        lines.append(f"{state}  {each.check:<12}  {escape_text(each.found, MAX_SHOWN)}")
+        if each.cure:
+            lines.append(f"{'':<24}{escape_text(each.cure, MAX_SHOWN)}")
+    return "\n".join(lines)
+
+
+# --- this machine ----------------------------------------------------------------------------------------
+
+
+def folder(home: Home) -> list[Finding]:
+    """Check the home folder and the permissions of its files."""
+    if not home.path.exists():
+        return [Finding("home", OK, f"{home.path}: does not exist yet; a server creates it")]
+    try:
+        home.check()
+    except ConfigError as error:
+        return [Finding("home", *from_message(fault)) for fault in error.faults]
+    wrong = list(_permissions(home)) or [(OK, "keys and databases are private")]
+    return [Finding("home", OK, str(home.path)), *(Finding("permissions", *each) for each in wrong)]
+
+
+def _permissions(home: Home) -> Iterator[Result]:
+    owner = home.path.stat().st_uid
+    if os.geteuid() == 0 and owner != 0:
+        cure = f"run commands as the server's user, who cannot read files of root: sudo -u '#{owner}' ..."
+        yield WARNING, f"the home folder belongs to uid {owner}, and this is root", cure
+    for number, path in enumerate(_files(home.path)):
+        if number == MAX_FILES:
+            yield (
+                WARNING,
+                f"more than {MAX_FILES} files in the home folder",
+                "remove those that are not needed",
+            )
+            return
+        try:
+            status = path.lstat()
+        except FileNotFoundError:  # a running server replaces its files
+            continue
+        quoted = shlex.quote(str(path))
+        if stat.S_ISLNK(status.st_mode) or stat.S_ISSOCK(status.st_mode):
+            continue
+        is_public = path.suffix in _PUBLIC or path.name == "config.toml"
+        forbidden, what, mode = _OF_PUBLIC if is_public else _OF_PRIVATE
+        if status.st_uid not in (0, owner):
+            yield FAULT, f"{path}: belongs to uid {status.st_uid}", f"run: chown {owner} {quoted}"
+        elif status.st_mode & forbidden:
+            yield FAULT, f"{path}: others can {what} it", f"run: chmod {mode} {quoted}"
+
+
+def _files(home: Path) -> Iterator[Path]:
+    for place in (home, home / "certs"):
+        if place.is_dir():
+            yield from (path for path in sorted(place.iterdir()) if not path.is_dir())
+
+
+def configuration(instance: Instance, findings: list[Finding]) -> Config | None:
+    """Check the configuration. Return it, or None if it has faults."""
+    try:
+        config = instance.read_config()
+    except ConfigError as error:
+        cure = "zcproto config init writes a file with every key"
+        findings += [Finding("config", FAULT, fault, cure) for fault in error.faults]
+        return None
+    where = instance.config_file or instance.home.config
+    found = str(where) if where.exists() else "no file: all keys have their defaults"
+    findings.append(Finding("config", OK, found))
+    return config
+
+
+def server(config: Config, home: Home) -> list[Finding]:
+    """Check everything else that a server on this machine needs."""
+    return [Finding(name, *result) for name, check in _CHECKS.items() for result in check(config, home)]
+
+
+def _process(config: Config, home: Home) -> Iterator[Result]:
+    if os.environ.get(KEY_LOG):
+        yield WARNING, f"{KEY_LOG} is set", f"unset {KEY_LOG}: clients write their TLS secrets to this file"
+    if os.geteuid() == 0:
+        yield WARNING, "this is root", "run the server as a separate user: zcproto deploy systemd"
+    else:
+        yield OK, f"uid {os.geteuid()}"
+
+
+def _disk(config: Config, home: Home) -> Iterator[Result]:
+    places = [home.path, config.certificates.directory]
+    if config.log.file is not None:
+        places.append(config.log.file.parent)
+    seen: set[int] = set()
+    for place in places:
+        there = next((each for each in (place, *place.parents) if each.exists()), Path("/"))
+        device = there.stat().st_dev
+        if device in seen:
+            continue
+        seen.add(device)
+        disk = os.statvfs(there)
+        free = disk.f_bavail * disk.f_frsize
+        found = f"{free // _MIB} MiB free at {there}"
+        if free < NO_SPACE:
+            yield FAULT, found, "free some space: sessions cannot be written, and no session can be opened"
+        elif free < LITTLE_SPACE:
+            yield WARNING, found, f"free some space; {LITTLE_SPACE // _MIB} MiB last for a busy day"
+        elif disk.f_files and disk.f_favail < FEW_FILES:
+            yield WARNING, f"{disk.f_favail} free inodes at {there}", "remove some files"
+        else:
+            yield OK, found
+
+
+def _file_limit(config: Config, home: Home) -> Iterator[Result]:
+    wanted = config.limits.max_connections + SPARE_FILES
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        cure = f"raise it (ulimit -Hn, LimitNOFILE=), or set limits.max_connections = {max(1, hard - SPARE_FILES)}"
+        yield WARNING, f"{hard} open files are allowed, {wanted} are needed", cure
+    else:
+        yield OK, f"{wanted} open files are allowed"
+
+
+def _certificates(config: Config, home: Home) -> Iterator[Result]:
+    now = utc()
+    try:
+        found = cert_report.report(config, now, os.environ)
+    except ZcprotoError as error:
+        yield from_message(str(error))
+        return
+    yield from map(from_message, found.problems)
+    for row in found.rows:
+        if row.status == cert_report.NOT_MADE:
+            yield OK, f"{row.certificate.name}: does not exist yet; a server creates it"
+        elif row.status in cert_report.BAD:
+            ended = (
+                f"{row.certificate}: expired on {row.leaf.not_valid_after_utc:%Y-%m-%d}" if row.leaf else ""
+            )
+            state, problem, cure = from_message(row.problem or ended)
+            yield state, problem, cure or "start the server, which renews managed ones; replace external ones"
+        elif row.leaf is not None:
+            yield _good(row, now)
+
+
+def _good(row: cert_report.CertificateRow, now: datetime) -> Result:
+    assert row.leaf is not None
+    names = cert_report.shown_names(cert_report.names_of(row.leaf)) if row.use == "server" else row.use
+    found = f"{row.certificate.name}: {cert_report.days_left(row.leaf, now)} days left; {names}"
+    if row.status == cert_report.DUE:
+        cure = "a running server renews managed ones, see its log if this stays; replace external ones"
+        return WARNING, found, cure
+    return OK, found
+
+
+def _store(config: Config, home: Home) -> Iterator[Result]:
+    url = config.store.url
+    if url == MEMORY:
+        yield WARNING, "sessions end with the server", 'set store.url = "sqlite" to keep them'
+        return
+    if url == SQLITE:
+        path = home.sessions
+        if not path.exists():
+            yield OK, f"{path.name}: does not exist yet; a server creates it"
+            return
+        try:
+            used = is_in_use(path)
+        except OSError as error:
+            yield FAULT, f"{path}.lock: {error.strerror}", "give the file to the user of the server"
+            return
+        if used:
+            yield OK, f"{path.name}: a server runs with these sessions"
+            return
+        faults = damage_of(path)
+        if faults:
+            cure = "restore it (docs/backup.md); otherwise a server sets it aside and starts without sessions"
+            yield FAULT, f"{path}: damaged: {escape_text('; '.join(faults), 300)}", cure
+            return
+    try:
+        count, notes = examine_store(with_store(config, CONFIGURED), home)
+    except ZcprotoError as error:
+        yield from_message(escape_text(str(error), 500))
+        return
+    yield OK, f"it answers; sessions: {count}"
+    yield from ((WARNING, escape_text(note, 500)) for note in notes)
+
+
+def _port(config: Config, home: Home) -> Iterator[Result]:
+    where = ", ".join(config.server.host)
+    if config.server.port == 0:
+        yield SKIPPED, "server.port = 0 is a different port at each start"
+        return
+    try:
+        sockets = bind(config.server.host, config.server.port)
+    except ConfigError as error:
+        if "Address already in use" in str(error):
+            yield OK, f"{where} port {config.server.port}: {IN_USE}"
+        else:
+            cure = "change server.port or server.host; for a port below 1024 let systemd bind it (zcproto.socket)"
+            yield from ((FAULT, fault, cure) for fault in error.faults)
+        return
+    for each in sockets:
+        each.close()
+    yield OK, f"{where} port {config.server.port}: free; no server runs"
+
+
+_CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
+    "process": _process,
+    "disk": _disk,
+    "file limit": _file_limit,
+    "certificate": _certificates,
+    "store": _store,
+    "port": _port,
+}
+
+
+def is_served(findings: list[Finding]) -> bool:
+    """Whether the configured port is in use."""
+    return any(each.check == "port" and each.found.endswith(IN_USE) for each in findings)
+
+
+def own_address(config: Config) -> str:
+    """Return the address of the server for a client on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host[0], config.server.host[0])  # noqa: S104
+    return f"[{host}]:{config.server.port}" if ":" in host else f"{host}:{config.server.port}"
