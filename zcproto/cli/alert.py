@@ -13,7 +13,7 @@ from zcproto.alerts.service import LEAST_SECRET, sinks_of, try_sinks
 from zcproto.alerts.webhook import check_signature
 from zcproto.cli import EXIT_FAILED, Instance, command_group, file_option, instance_options
 from zcproto.cli.control import find_control, require_control
-from zcproto.cli.output import as_json_option, json_text, print_report, table, utc
+from zcproto.cli.output import json_text, print_report, report_options, table, utc
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
@@ -27,8 +27,7 @@ alert = command_group("alert", "List alerts, test their delivery, and verify the
 
 
 @alert.command("list")
-@as_json_option
-@instance_options
+@report_options
 def list_alerts(instance: Instance, as_json: bool) -> None:
     """List the open alerts of the running server, and those that closed in the last 24 hours."""
     found = require_control(instance.home).get("/v1/alerts")
@@ -47,8 +46,7 @@ def _row(found: dict[str, Any], state: str) -> tuple[str, ...]:
 
 
 @alert.command()
-@as_json_option
-@instance_options
+@report_options
 def test(instance: Instance, as_json: bool) -> int:
     """Send a test alert to the webhook and the command of [alerts], once each.
 

@@ -35,6 +35,7 @@ from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED, SessionStore
 
 TIMEOUT_S = 30.0
+"""For opening a session, with the time that throttled logins wait."""
 
 REMOTE_METHODS = {"sessions": "server.sessions", "sessions/revoke": "server.revoke"}
 

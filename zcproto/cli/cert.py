@@ -26,7 +26,7 @@ from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli import cert_report as reports
 from zcproto.cli.control import ControlError, find_control
-from zcproto.cli.output import aligned, as_json_option, print_report, private_file, utc
+from zcproto.cli.output import aligned, print_report, private_file, report_options, utc
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import Config
@@ -47,8 +47,7 @@ cert = command_group("cert", "Show, check, renew and export certificates.")
 
 
 @cert.command()
-@as_json_option
-@instance_options
+@report_options
 def show(instance: Instance, as_json: bool) -> int:
     """Show the certificates of the configuration, their pins, their expiry, and problems.
 
@@ -72,8 +71,7 @@ def show(instance: Instance, as_json: bool) -> int:
     "--site", metavar="NAME", help="Pins of the certificates for this name. [default: the default site]"
 )
 @click.option("--plain", is_flag=True, help="Print only pins, for scripts.")
-@as_json_option
-@instance_options
+@report_options
 def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, as_json: bool) -> None:
     """Print the current and the announced pins of the server, to paste into connect(pins=[...])."""
     now = utc()
@@ -123,8 +121,7 @@ def export_ca(instance: Instance, file: Path, der: bool, client: bool, force: bo
 @file_option("--key", text="The private key. [default: the key in FILE]", dir_okay=False)
 @click.option("--name", metavar="HOST", help="A name or address that clients connect to.")
 @file_option("--passphrase-file", text="Its first line decrypts the key.", dir_okay=False)
-@as_json_option
-@instance_options
+@report_options
 def check(
     instance: Instance,
     file: Path,
@@ -207,8 +204,7 @@ def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
     type=click.Choice(sorted(rollover.STEMS)),
     help="Renew only the certificate with this key type. [default: all]",
 )
-@as_json_option
-@instance_options
+@report_options
 def renew(instance: Instance, family: str | None, as_json: bool) -> None:
     """Renew the managed certificates now with their current keys, so that pins remain valid."""
     site = _managed_site(instance)
@@ -233,8 +229,7 @@ def renew(instance: Instance, family: str | None, as_json: bool) -> None:
     help="Use new keys at once, which may invalidate pins that clients have.",
 )
 @click.option("--cancel", is_flag=True, help="Cancel the announcement and set the keys aside.")
-@as_json_option
-@instance_options
+@report_options
 def rotate(instance: Instance, at_once: bool, cancel: bool, as_json: bool) -> None:
     """Generate the server's next keys and announce their pins; they are used when clients have had time to learn
     them.
@@ -328,8 +323,7 @@ def _print_issued(as_json: bool, result: dict[str, Any]) -> None:
     file_okay=False,
 )
 @force_option
-@as_json_option
-@instance_options
+@report_options
 def issue_client(
     instance: Instance,
     name: str,
@@ -387,8 +381,7 @@ def issue_client(
 @click.option("--serial", metavar="HEX", help="Revoke this certificate instead of all that NAME has.")
 @click.option("--reason", type=click.Choice(REASONS), default=REASONS[0], show_default=True,
               help="The reason in the revocation list.")  # fmt: skip
-@as_json_option
-@instance_options
+@report_options
 def revoke_client(
     instance: Instance, name: str | None, serial: str | None, reason: str, as_json: bool
 ) -> None:

@@ -20,8 +20,8 @@ from urllib.parse import urlencode
 
 import click
 
-from zcproto.cli import Instance, command_group, instance_options
-from zcproto.cli.output import as_json_option, json_text, print_report, print_result, table
+from zcproto.cli import Instance, command_group
+from zcproto.cli.output import json_text, print_report, print_result, report_options, table
 from zcproto.common.home import Home
 from zcproto.common.network import address_of
 from zcproto.common.text import escape_text
@@ -179,12 +179,8 @@ def _permission_hint(home: Home) -> str:
     return f"it belongs to uid {owner}; run this as that user, or as root"
 
 
-# --- the commands ----------------------------------------------------------------------------------------
-
-
 @click.command()
-@as_json_option
-@instance_options
+@report_options
 def reload(instance: Instance, as_json: bool) -> None:
     """Read the configuration again and apply all changes that need no restart, or nothing.
 
@@ -216,8 +212,7 @@ def _values(change: dict[str, str]) -> list[str]:
     help="Seconds for running requests to finish. [default: server.drain_timeout]",
 )
 @click.option("--wait", is_flag=True, help="Wait until the server has ended.")
-@as_json_option
-@instance_options
+@report_options
 def drain(instance: Instance, timeout: float | None, wait: bool, as_json: bool) -> None:
     """Stop accepting connections, finish running requests, and end the server. SIGTERM does the same."""
     done = require_control(instance.home).post("/v1/drain", timeout=timeout)
@@ -242,8 +237,7 @@ log = command_group("log", "Show and set the log level of a running server.")
 
 @log.command()
 @click.argument("wanted", metavar="[LEVEL]", required=False, type=click.Choice(LEVELS))
-@as_json_option
-@instance_options
+@report_options
 def level(instance: Instance, wanted: str | None, as_json: bool) -> None:
     """Print the log level of the server, or set it until the server ends or log.level is changed.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import click
 
+from zcproto.cli import instance_options
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.files import new_file, replaced_file
 from zcproto.common.text import escape_text
@@ -20,6 +21,11 @@ from zcproto.errors import ZcprotoError
 MAX_CELL = 128
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def report_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json and the options of an instance: `function` gets `as_json` and `instance`."""
+    return as_json_option(instance_options(function))
 
 
 def print_report(as_json: bool, value: Any, text: str) -> None:

@@ -8,19 +8,15 @@ from typing import Any
 import click
 
 from zcproto.cli import Instance, command_group, instance_options
-from zcproto.cli.backends import Backend, RemoteServer, local_backend, server_options
+from zcproto.cli.backends import TIMEOUT_S, Backend, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options
-from zcproto.cli.output import as_json_option, print_report, print_result, table, utc
+from zcproto.cli.output import print_report, print_result, report_options, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
 from zcproto.errors import NotFound
 from zcproto.server.protocol_methods import REVOKED_AT_ONCE
 from zcproto.sessions.token import id_from_text, token_text
-
-TIMEOUT_S = 30.0
-"""For opening a session, with the time that throttled logins wait."""
-
 
 session = command_group(
     "session",
@@ -32,8 +28,7 @@ session = command_group(
 
 @session.command("list")
 @click.option("--user", metavar="NAME", help="Only sessions of this user.")
-@as_json_option
-@instance_options
+@report_options
 @server_options
 def list_sessions(instance: Instance, user: str | None, as_json: bool, remote: RemoteServer | None) -> None:
     """List sessions, oldest first."""
@@ -95,8 +90,7 @@ def open_session(
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 @click.option("--user", metavar="NAME", help="End all sessions of this user.")
 @click.option("--all", "all_users", is_flag=True, help="End all sessions of all users.")
-@as_json_option
-@instance_options
+@report_options
 @server_options
 def revoke(
     instance: Instance,

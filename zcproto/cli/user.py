@@ -17,7 +17,7 @@ import click
 from zcproto.auth import DeviceFile, PairingFile, User, UserFile
 from zcproto.cli import Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli.backends import local_backend
-from zcproto.cli.output import as_json_option, print_report, print_result, private_file, table
+from zcproto.cli.output import print_report, print_result, private_file, report_options, table
 from zcproto.cli.store import SessionsNotEndedError
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
 from zcproto.common.text import escape_text
@@ -26,7 +26,6 @@ from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
 MAX_COUNT = 1_000_000
 MAX_MINUTES = 24 * 60
-_SECONDS_PER_MINUTE = 60
 
 
 user = command_group("user", "Add, list and change users.")
@@ -41,8 +40,7 @@ user = command_group("user", "Add, list and change users.")
     "--keys-out", text="Write the keys of --count to this private file: a name, a tab and a key on each line."
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-@as_json_option
-@instance_options
+@report_options
 def add(
     instance: Instance,
     name: str,
@@ -84,8 +82,7 @@ def _new_key() -> tuple[str, str]:
 
 
 @user.command("list")
-@as_json_option
-@instance_options
+@report_options
 def list_users(instance: Instance, as_json: bool) -> None:
     """List the users in the order of their file."""
     file = UserFile(instance.home.users)
@@ -109,8 +106,7 @@ def _add_command(operation: str, change: str, text: str) -> None:
 
     @user.command(operation, help=text)
     @click.argument("name")
-    @as_json_option
-    @instance_options
+    @report_options
     def command(instance: Instance, name: str, as_json: bool) -> None:
         result = local_backend(instance).run(f"users/{operation}", name=name)
         ended = f"; {ended_text(result['sessions'])}" if "sessions" in result else ""
@@ -124,24 +120,22 @@ _add_command("remove", "is removed", "Remove a user, and end the open sessions."
 
 @user.command("new-key")
 @click.argument("name")
-@as_json_option
-@instance_options
+@report_options
 def new_key(instance: Instance, name: str, as_json: bool) -> None:
     """Replace the key of a user, print the new one, once, and end the sessions opened with the old one."""
     key, digest = _new_key()
-
-    def print_key(ended: int | None) -> None:
-        note = f"{escape_text(name)} has a new key. Keep it; it is shown once:"
-        print_result(as_json, {"name": name, "sessions": ended, "key": key}, note)
-        if not as_json:
-            click.echo(key)
-
+    ended, failure = None, None
     try:
-        ended = local_backend(instance).run("users/new-key", name=name, key_digest=digest)["sessions"]
-    except SessionsNotEndedError:  # the key is replaced: it must not be lost
-        print_key(None)
-        raise
-    print_key(ended)
+        result = local_backend(instance).run("users/new-key", name=name, key_digest=digest)
+        ended = result["sessions"]
+    except SessionsNotEndedError as error:  # the key is replaced: it must not be lost
+        failure = error
+    note = f"{escape_text(name)} has a new key. Keep it; it is shown once:"
+    print_result(as_json, {"name": name, "sessions": ended, "key": key}, note)
+    if not as_json:
+        click.echo(key)
+    if failure is not None:
+        raise failure
     if not as_json:
         click.echo(f"{escape_text(name)} has a new key; {ended_text(ended)}.", err=True)
 
@@ -155,9 +149,6 @@ def ended_text(ended: int | None) -> str:
     )
 
 
-# --- devices ---------------------------------------------------------------------------------------------
-
-
 @click.command()
 @click.option("--user", metavar="NAME", help="The user of the device. Required if there are several users.")
 @number_option("--minutes", click.IntRange(1, MAX_MINUTES), 10, "N", "How long the code is valid.")
@@ -169,7 +160,7 @@ def pair(instance: Instance, user: str | None, minutes: int) -> None:
     """
     instance.home.ensure()
     name = _device_user(UserFile(instance.home.users), user)
-    life_ms = minutes * _SECONDS_PER_MINUTE * MS_PER_SECOND
+    life_ms = minutes * 60 * MS_PER_SECOND
     code = PairingFile(instance.home.pairing).make(name, life_ms, system_clock.wall())
     click.echo(
         f"This code enrolls one device of {escape_text(name)} within {minutes} min; five wrong attempts end it."
@@ -213,8 +204,7 @@ device = command_group("device", "List and remove devices. `zcproto pair` enroll
 
 @device.command("list")
 @click.option("--user", metavar="NAME", help="Only devices of this user.")
-@as_json_option
-@instance_options
+@report_options
 def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
     """List the devices in the order of their enrollment."""
     file = DeviceFile(instance.home.devices)
@@ -230,8 +220,7 @@ def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
 
 @device.command()
 @click.argument("name")
-@as_json_option
-@instance_options
+@report_options
 def remove(instance: Instance, name: str, as_json: bool) -> None:
     """Remove a device, and end its open sessions."""
     backend = local_backend(instance)

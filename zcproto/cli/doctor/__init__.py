@@ -17,11 +17,11 @@ from typing import Final
 
 import click
 
-from zcproto.cli import EXIT_FAILED, Instance, cert_report, instance_options, number_option
+from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, key_option, trust_options
 from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
-from zcproto.cli.output import as_json_option, print_report, utc
+from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
 from zcproto.common.home import Home
 from zcproto.common.text import escape_text
@@ -66,8 +66,7 @@ MAX_SHOWN: Final = 1_000
     "SECONDS",
     "The timeout of each step over the network.",
 )
-@as_json_option
-@instance_options
+@report_options
 def doctor(
     instance: Instance,
     address: str | None,
