@@ -178,7 +178,7 @@ async def build_state(
             keep_ended_ms=settings.dead_keep_ms,
             on_event=on_event,
         )
-        sessions = StoredSessionService(sync, settings, clock)
+        sessions = StoredSessionService(sync, clock)
     sessions.on_reuse = partial(on_refresh_reused, alerts)
     tasks = EagerTasks(loop)
     state = ServerState(

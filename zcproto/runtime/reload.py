@@ -131,7 +131,6 @@ def _apply(parts: Parts, new: Config) -> None:
     settings = replace(session_settings(new), max_sessions=state.registry.settings.max_sessions)
     if settings != state.registry.settings:
         state.registry.reconfigure(settings)
-        state.sessions.reconfigure(settings)
     state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
     parts.login.throttle.reconfigure(limits.login_failures)
     parts.acceptor.handshake_timeout = new.tls.handshake_timeout

@@ -27,7 +27,7 @@ from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
-from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry, SessionSettings
+from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
@@ -90,9 +90,6 @@ class SessionService:
 
     async def stop(self) -> None:
         """Finish what is in progress and release the store."""
-
-    def reconfigure(self, settings: SessionSettings) -> None:
-        """Apply new settings, which the registry has already."""
 
     def statistics(self) -> dict[str, Any]:
         return {"state": "healthy"}
@@ -188,12 +185,11 @@ class StoredSessionService(SessionService):
     `lookups` counts the tokens looked up in the store, `misses` those of them that it did not have.
     """
 
-    def __init__(self, sync: StoreSync, settings: SessionSettings, clock: Clock) -> None:
+    def __init__(self, sync: StoreSync, clock: Clock) -> None:
         super().__init__(sync.registry, clock)
         self.sync = sync
         self._store = sync.store
         self._call = sync.breaker.call
-        self.reconfigure(settings)
         self._opening: set[asyncio.Task[None]] = set()
         self._newest = 0
         self._refreshing: dict[bytes, asyncio.Task[OpenedSession]] = {}
@@ -214,10 +210,6 @@ class StoredSessionService(SessionService):
     async def stop(self) -> None:
         await self.sync.stop()
 
-    def reconfigure(self, settings: SessionSettings) -> None:
-        self._settings = settings
-        self._limit = UserLimit(settings.per_user, settings.when_full, settings.idle_timeout_ms)
-
     def statistics(self) -> dict[str, Any]:
         return {**self.sync.statistics(), "lookups": self.lookups, "misses": self.misses}
 
@@ -227,14 +219,15 @@ class StoredSessionService(SessionService):
         self, user: str, *, operator: bool, client: str, address: str, key: str = ""
     ) -> OpenedSession:
         self.sync.breaker.check()
-        if not self.is_shared and self._registry.kept + len(self._opening) >= self._settings.max_sessions:
+        registry = self._registry
+        if not self.is_shared and registry.kept + len(self._opening) >= registry.settings.max_sessions:
             raise ResourceExhausted(
                 "the server has reached its limit of sessions; retry later",
                 {"retry_after_ms": _RETRY_FULL_MS},
             )
         wall = self._clock.wall()
         self._newest = max(self._newest, wall)
-        new = self._registry.new_session(
+        new = registry.new_session(
             user, operator=operator, client=client, address=address, wall=wall, key=key
         )
         creating = self.sync.tasks.spawn(self._create(new.record))
@@ -246,7 +239,7 @@ class StoredSessionService(SessionService):
             self.sync.tasks.run_in_background(self._abandon(creating, new.record))
             raise
         creating.result()
-        opened = self._registry.opened_session(new)
+        opened = registry.opened_session(new)
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
@@ -255,14 +248,15 @@ class StoredSessionService(SessionService):
         return None
 
     async def _create(self, record: SessionRecord) -> None:
-        changes = self.sync.changes
+        changes, settings = self.sync.changes, self._registry.settings
         count = changes.count
+        limit = UserLimit(settings.per_user, settings.when_full, settings.idle_timeout_ms)
         try:
-            created = await self._call(self._store.create(record, self._limit))
+            created = await self._call(self._store.create(record, limit))
             if isinstance(created, LimitReached):
                 raise ResourceExhausted(
                     "the user has reached the limit of sessions; close one first",
-                    {"limit": self._limit.per_user},
+                    {"limit": limit.per_user},
                 )
             for ended in created.ended:
                 end_here(self._registry, ended)
@@ -456,7 +450,7 @@ class StoredSessionService(SessionService):
         return session_info(record._replace(last_used_at=last_used_at), live=live)
 
     def _is_live(self, record: SessionRecord, last_used_at: int, wall: int) -> bool:
-        idle_ms = self._settings.idle_timeout_ms
+        idle_ms = self._registry.settings.idle_timeout_ms
         return wall < record.expires_at and (idle_ms is None or wall < last_used_at + idle_ms)
 
     async def look_up(self, token: bytes, address: str, code: Code) -> None:

@@ -66,7 +66,7 @@ class SessionProcess:
             cleanup_interval=3_600.0,
             keep_ended_ms=self.settings.dead_keep_ms,
         )
-        self.sessions = StoredSessionService(self.sync, self.settings, clock)
+        self.sessions = StoredSessionService(self.sync, clock)
         store.hung = lambda: clock.advance(TIMEOUT)
 
     # --- calls -------------------------------------------------------------------------------------
