@@ -137,8 +137,9 @@ class Server:
             if self._has_control:
                 await asyncio.to_thread(control.open)
             stack.push_async_callback(parts.alerts.stop)
-            await parts.state.sessions.start()
-            stack.push_async_callback(parts.state.sessions.stop)
+            if parts.store is not None:
+                await parts.store.start()
+                stack.push_async_callback(parts.store.stop)
             stack.callback(parts.listener.close)
             if parts.http is not None:
                 stack.callback(parts.http.close)

@@ -81,16 +81,6 @@ class SessionService:
         """Whether a token that is unknown here may be valid, so that it has to be looked up."""
         return False
 
-    async def start(self) -> None:
-        """Connect to the store, if any.
-
-        An outage is not an error: tokens are refused until the store is back. Raises ConfigError for a fault that
-        retrying cannot fix.
-        """
-
-    async def stop(self) -> None:
-        """Finish what is in progress and release the store."""
-
     def statistics(self) -> dict[str, Any]:
         return {"state": "healthy"}
 
@@ -203,12 +193,6 @@ class StoredSessionService(SessionService):
     @property
     def is_shared(self) -> bool:
         return self._store.shared
-
-    async def start(self) -> None:
-        await self.sync.start()
-
-    async def stop(self) -> None:
-        await self.sync.stop()
 
     def statistics(self) -> dict[str, Any]:
         return {**self.sync.statistics(), "lookups": self.lookups, "misses": self.misses}

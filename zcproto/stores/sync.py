@@ -112,7 +112,11 @@ class StoreSync:
     # --- start and stop ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Replay pending revocations and load the store, as in `SessionService.start`."""
+        """Replay pending revocations and load the store.
+
+        An outage is not an error: every token is refused until the store is back. Raises ConfigError for a fault
+        that retrying cannot fix.
+        """
         try:
             await self.pending.open()
         except StoreUnavailable as error:

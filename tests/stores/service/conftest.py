@@ -62,7 +62,7 @@ async def start_process(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Start
     for process in processes:
         if process.store.gate is not None:
             process.store.gate.set()
-        await process.sessions.stop()
+        await process.sync.stop()
 
 
 @pytest.fixture

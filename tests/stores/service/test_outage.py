@@ -117,7 +117,7 @@ async def test_stop_during_an_outage_does_not_hang(
     process.store.mode = HANGS
     opening = asyncio.ensure_future(process.open())
     await asyncio.sleep(0)
-    await process.sessions.stop()
+    await process.sync.stop()
     await refused(opening)
     assert "store.uses_not_written" in events(log)
 
@@ -128,7 +128,7 @@ async def test_stop_cancels_a_running_probe(process: SessionProcess) -> None:
     process.timers.advance(MAX_DELAY_S)
     assert process.state is HealthState.RECOVERING
     await asyncio.sleep(0)
-    await process.sessions.stop()
+    await process.sync.stop()
     assert not process.sync.tasks.running
     assert len(process.sync.wheel) == 0
 

@@ -55,7 +55,7 @@ async def test_stop_writes_last_uses_and_closes_the_store(process: SessionProces
     opened = await process.open()
     process.clock.advance(60)
     assert process.is_valid(opened)
-    await process.sessions.stop()
+    await process.sync.stop()
     record = process.store.registry.record(raw(opened))
     assert record is not None
     assert record.last_used_at == process.clock.wall()
@@ -123,6 +123,5 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     assert at_once(sessions.revoke_key("ada", "device:phone", "")) == 1
     at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
     assert at_once(sessions.revoke_all("")) == 1
-    at_once(sessions.stop())
     assert sessions.statistics() == {"state": "healthy"}
     assert not sessions.is_shared
