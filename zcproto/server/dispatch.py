@@ -230,7 +230,7 @@ class Dispatcher(asyncio.Protocol):
 
     def _answer(self, request: Request, answer: Answer) -> None:
         if answer.code:
-            self._fail(request, Code(answer.code), answer.body)
+            self._fail(request, answer.code, answer.body)
         else:
             self._answer_body(request, answer.body)
 
@@ -266,7 +266,7 @@ class Dispatcher(asyncio.Protocol):
         incident = self._state.incident(what, error, peer=self.peer, connection=self.id)
         return encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
 
-    def _fail(self, request: Request, code: Code, body: bytes) -> None:
+    def _fail(self, request: Request, code: int, body: bytes) -> None:
         if self._connection is not None and self._connection.fail(request, body, self.wall()):
             self._state.counters.errors[code] += 1
 
