@@ -284,7 +284,7 @@ PLACES: list[tuple[str, str, Callable[..., None]]] = [
     ("cryptography.hazmat.primitives.asymmetric.ec", "generate_private_key", _private_key),
     ("tests.server.helpers", "Client.call", _answer),
     ("tests.server.helpers", "Client.receive", _frame),
-    ("tests.server.helpers", "ServerProcess.wait", _process_log),
+    ("tests.server.process", "ServerProcess.wait", _process_log),
     ("zcproto.errors", "ZcprotoError.__init__", _exception),
     ("zcproto.runtime.server", "Server.statistics", _statistics),
     ("zcproto.observe.metrics", "Metrics.render", _page),

@@ -19,7 +19,8 @@ import pytest
 
 from tests.admin.control_helpers import ask, connect, exchange
 from tests.server.conftest import Serve
-from tests.server.helpers import ServerProcess, ServerThread, configuration, eventually
+from tests.server.helpers import ServerThread, configuration, eventually
+from tests.server.process import ServerProcess
 from zcproto.admin.control import MAX_CONNECTIONS, ControlSocket, peer_of
 from zcproto.common.home import Home
 from zcproto.common.network import MAX_SOCKET_PATH, address_of

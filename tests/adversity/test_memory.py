@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.server.helpers import Client, ServerProcess
+from tests.server.helpers import Client
+from tests.server.process import ServerProcess
 
 WARM_UP = 1_000
 MEASURED = 3_000

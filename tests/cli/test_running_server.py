@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Serve, certs, serve
-from tests.server.helpers import TIMEOUT, ServerProcess, ServerThread, eventually
+from tests.server.helpers import TIMEOUT, ServerThread, eventually
+from tests.server.process import ServerProcess
 from zcproto.admin.snapshot import status_report, take_snapshot
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile

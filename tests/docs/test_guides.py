@@ -18,7 +18,8 @@ import pytest
 from bench.__main__ import bench
 from tests.docs.messages import ROOT
 from tests.server.conftest import certs
-from tests.server.helpers import AnsweredError, ServerProcess
+from tests.server.helpers import AnsweredError
+from tests.server.process import ServerProcess
 from zcproto.alerts.alert import CATALOGUE
 from zcproto.auth import UserFile
 from zcproto.cli import group

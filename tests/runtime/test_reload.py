@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import AnsweredError, ServerProcess, ServerThread, configuration, eventually
+from tests.server.helpers import AnsweredError, ServerThread, configuration, eventually
+from tests.server.process import ServerProcess
 from zcproto.alerts import AlertKind
 from zcproto.auth import UserFile
 from zcproto.certs import client_ca, managed

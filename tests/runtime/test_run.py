@@ -19,14 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import (
-    GOAWAY,
-    RESPONSE,
-    ServerProcess,
-    configuration,
-    eventually,
-    read_to_end,
-)
+from tests.server.helpers import GOAWAY, RESPONSE, configuration, eventually, read_to_end
+from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import ServerProcess, eventually
+from tests.server.helpers import eventually
+from tests.server.process import ServerProcess
 from zcproto.app.app import App
 from zcproto.auth import UserFile
 from zcproto.config.model import LogConfig

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import NO_TOKEN, Client, ServerProcess, ServerThread
+from tests.server.helpers import NO_TOKEN, Client, ServerThread
+from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.errors import Code, ConfigError
 

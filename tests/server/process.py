@@ -1,0 +1,70 @@
+"""A server in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from tests.server.helpers import ROOT, TIMEOUT, Client
+
+
+class ServerProcess:
+    """`zcproto serve` in its own process. `log` is its log."""
+
+    def __init__(self, home: Path, certs: Path, *arguments: str, app: str | None = None) -> None:
+        home.mkdir(mode=0o700, exist_ok=True)
+        if not (home / "certs").exists():
+            shutil.copytree(certs, home / "certs")
+        self.home = home
+        self._log = open(home / "log", "w+")  # noqa: SIM115 - closed by `wait`
+        command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve", "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, *arguments, *([] if app is None else [app])],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("zcproto: listening on "):
+            code = self.wait()
+            raise AssertionError(f"no server, exit code {code}: {self.log}")
+        self.port = int(line.rpartition(":")[2])
+
+    def client(self, user: str | None = None, key: str = "", **options: Any) -> Client:
+        client = Client(self.port, self.home / "certs" / "ca.crt", **options)
+        if user is not None:
+            client.open_session(user, key)
+        return client
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for the end; return the exit code."""
+        code = self.process.wait(TIMEOUT)
+        if not self._log.closed:
+            self._log.seek(0)
+            self._text = self._log.read()
+            self._log.close()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+        return code
+
+    @property
+    def log(self) -> str:
+        return self._text if self._log.closed else (self.home / "log").read_text()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
