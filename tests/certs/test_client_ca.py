@@ -33,7 +33,6 @@ def test_first_client_certificate_creates_the_authority(folder: CertificateFolde
     for name in folder.files():
         assert folder.path(name).stat().st_mode & 0o777 == (0o700 if name == "clients" else 0o600)
     assert issued == ClientCertificate(
-        name="ada.example",
         certificate=folder.path("clients/ada.example.crt"),
         key=folder.path("clients/ada.example.key"),
         serial=f"{load(issued).serial_number:X}",
@@ -191,7 +190,7 @@ def test_renewal_keeps_the_key_and_its_pin(folder: CertificateFolder) -> None:
 
 
 def test_renewal_of_a_missing_certificate_issues_one(folder: CertificateFolder) -> None:
-    assert folder.issue(renew=True).name == "ada"
+    assert folder.issue(renew=True).certificate.name == "ada.crt"
 
 
 @pytest.mark.parametrize("renew", [False, True])

@@ -281,4 +281,4 @@ def test_full_list_is_refused(folder: CertificateFolder, monkeypatch: pytest.Mon
     assert not folder.path("clients/carol.crt").exists()
     folder.revoke("ada"), folder.revoke("bob")
     folder.now += 31 * DAY  # ada's is over
-    assert folder.issue("carol").name == "carol"
+    assert folder.issue("carol").certificate.name == "carol.crt"

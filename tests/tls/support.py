@@ -196,7 +196,7 @@ def new_acceptor(
     options.setdefault("suites", frozenset(SUITES))
     options.setdefault("perf_counter", lambda: 0.0)  # on a busy machine, no handshake uses up a turn
     return TlsAcceptor(
-        context,
+        context if isinstance(context, SiteContexts) else SiteContexts(context),
         wheel=DeadlineWheel(timers),
         timers=timers,
         on_failure=lambda failure, peer: log.append((failure, peer)),

@@ -15,7 +15,7 @@ import pytest
 
 from tests.tls.support import PATIENCE, RecordingProtocol, all_gone
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.tls.context import SUITES
+from zcproto.tls.context import SUITES, SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
 
@@ -96,7 +96,7 @@ def listening(
         loop = runner.get_loop()
         wheel = DeadlineWheel(loop)
         protocols = dict.fromkeys(("zcp/1", "http/1.1", None), lambda: RecordingProtocol(data=answer))
-        acceptor = TlsAcceptor(server_tls, protocols, wheel, loop, suites=frozenset(SUITES))
+        acceptor = TlsAcceptor(SiteContexts(server_tls), protocols, wheel, loop, suites=frozenset(SUITES))
         connections: list[TlsServerTransport] = []
         server = runner.run(_listen(acceptor, connections))
         yield Listening(runner, acceptor, server.sockets[0].getsockname()[1], ca_file)

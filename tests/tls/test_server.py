@@ -26,7 +26,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import SUITES, SiteContexts, client_context, server_context
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.server import PLAINTEXT_ANSWER, TlsServerTransport
+from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME, TlsPhase
 
 TIMEOUT = 5.0
@@ -326,7 +326,7 @@ def test_data_while_hello_is_queued_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls)
-    monkeypatch.setattr(pair.acceptor, "schedule", lambda transport: None)
+    monkeypatch.setattr(TlsAcceptor, "schedule", lambda acceptor, transport: None)
     pair.raw.deliver(pair.step())
     assert pair.phase is TlsPhase.HELLO
     pair.raw.deliver(b"\x17\3\3\0\1x")
@@ -562,10 +562,13 @@ def test_acceptor_works_without_callbacks(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     from zcproto.common.deadlines import DeadlineWheel
-    from zcproto.tls.server import TlsAcceptor
 
     acceptor = TlsAcceptor(
-        server_tls, {None: RecordingProtocol}, DeadlineWheel(timers), timers, suites=frozenset(SUITES)
+        SiteContexts(server_tls),
+        {None: RecordingProtocol},
+        DeadlineWheel(timers),
+        timers,
+        suites=frozenset(SUITES),
     )
     pair = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
     pair.raw.deliver(captured_hello(client_tls))

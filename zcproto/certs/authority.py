@@ -158,10 +158,7 @@ class AuthorityFolder:
         self._names = names
 
     def load(self, leaf_lifetime: timedelta = timedelta(0)) -> Authority | None:
-        """Return the authority, repaired and renewed if due; None if it does not exist.
-
-        The certificate is renewed if a leaf issued now for `leaf_lifetime` would outlive it.
-        """
+        """Return the authority, repaired, and renewed if a leaf of `leaf_lifetime` would outlive it; or None."""
         files.recover(self._certificate_path, self._key_path, pair.match)
         certificate = self._read_certificate()
         if certificate is None and not self._key_path.exists():
@@ -177,7 +174,13 @@ class AuthorityFolder:
             return Authority(certificate, None, problem)
         missing = () if self._names is None else self._names.missing_from(certificate)
         if missing:
-            return self._extend(key, certificate, missing)
+            extended = self._renew(key, certificate)
+            self._progress(
+                f"ATTENTION: {self._certificate_path} was reissued because the old one is not valid for"
+                f" {', '.join(missing)}. Clients that have the old file refuse this server from now on: give them"
+                " the new one."
+            )
+            return extended
         if certificate.not_valid_before_utc <= self._now <= certificate.not_valid_after_utc - leaf_lifetime:
             return Authority(certificate, key)
         try:
@@ -263,15 +266,6 @@ class AuthorityFolder:
                 f"{self._certificate_path}: was not created here and is never replaced; move it away with its key,"
                 f" or {self._kind.use_another}"
             )
-
-    def _extend(self, key: keys.PrivateKey, old: x509.Certificate, missing: tuple[str, ...]) -> Authority:
-        extended = self._renew(key, old)
-        self._progress(
-            f"ATTENTION: {self._certificate_path} was reissued because the old one is not valid for"
-            f" {', '.join(missing)}. Clients that have the old file refuse this server from now on: give them the"
-            " new one."
-        )
-        return extended
 
     def _renew(self, key: keys.PrivateKey, old: x509.Certificate | None) -> Authority:
         certificate = self._issue(key, old, None)

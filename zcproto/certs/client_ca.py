@@ -66,8 +66,6 @@ MAX_LIST_BYTES: Final = files.MAX_FILE_BYTES
 class ClientCertificate:
     """A certificate that was issued to a client."""
 
-    name: str
-    """The user that it names."""
     certificate: Path
     key: Path | None
     """None if the device has the key and sent a CSR."""
@@ -86,7 +84,7 @@ def paths(directory: Path) -> tuple[Path, Path]:
 def ensure_authority(
     directory: Path, now: datetime, *, progress: Progress = lambda sentence: None
 ) -> tuple[Path, Path]:
-    """Create the authority and its CRL if they are missing. Return their paths, for a server to verify clients.
+    """Create the authority and its CRL if they are missing, and return their paths.
 
     Raises CertificateError, which names the file, the problem and the remedy; so do all functions here.
     """
@@ -211,7 +209,6 @@ def _requested_key(csr: bytes) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
 
 
 def _renewed_key(client: Leaf) -> keys.PrivateKey:
-    """Return the key of the certificate that is renewed."""
     if client.key is None or not client.is_matching:
         raise CertificateError(
             f"{client.key_path}: the key of {client.certificate_path} is not here; renew it with a CSR from the"
@@ -287,7 +284,6 @@ class _ClientAuthority:
             )
         authority.install(certificate, client.certificate_path, new_key, client.key_path)
         return ClientCertificate(
-            name=name,
             certificate=client.certificate_path,
             key=client.key_path if requested is None else None,
             serial=entry.serial,
@@ -360,10 +356,7 @@ class _ClientAuthority:
         return None if certificate.serial_number in revoked else certificate.not_valid_after_utc
 
     def _read_issued(self, crl: x509.CertificateRevocationList | None) -> tuple[Issued, ...]:
-        """Return the list, completed with revocations from the CRL.
-
-        Raises CertificateError if the list is lost.
-        """
+        """Return the list, completed with revocations from the CRL. Raises CertificateError if it is lost."""
         path = self._list_path
         if not path.exists():
             raise CertificateError(

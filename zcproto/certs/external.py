@@ -119,10 +119,7 @@ class WatchedFiles(Generic[T]):
     """What is loaded from files of other programs, and reloaded when they change."""
 
     def __init__(self, paths: Iterable[Path], load: Callable[[datetime], T]) -> None:
-        """`load` returns what is valid at a time, or raises CertificateError. Equal values are no change.
-
-        Notices name the first of the `paths`.
-        """
+        """`load` returns what is valid at a time, or raises CertificateError. Notices name the first path."""
         self.problem = ""
         """The problem that was reported, until it is fixed."""
         self._value: T | None = None

@@ -73,8 +73,7 @@ class Issued:
 
 
 def parse_list(data: bytes, where: str) -> tuple[Issued, ...]:
-    """Return the entries of a list; an empty file is an empty list. Raises CertificateError, which names the
-    line."""
+    """Return the entries of a list; an empty file is an empty list. Raises CertificateError with the line."""
     if not data:
         return ()
     lines = data.decode("ascii", "replace").split("\n")

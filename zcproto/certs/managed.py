@@ -76,10 +76,7 @@ class ManagedSettings:
         return checked
 
     def names_for(self, issuer: x509.Certificate) -> tuple[str, ...]:
-        """Return the names of a certificate from this authority, the configured ones first.
-
-        If there are too many, the last host names are left out.
-        """
+        """Return the names of a certificate from this authority, without the last host names if too many."""
         names = dict.fromkeys((*self.names, *(self.host_names or ())))
         return tuple(name for name in names if profile.permits(issuer, name))[:MAX_NAMES]
 
@@ -251,8 +248,8 @@ class _Plan:
 
 
 class RenewalRun:
-    """Does what is due in a folder in this order: generate keys, announce next keys, issue certificates, delete a
-    next key that is in use. So an interruption between two steps loses nothing."""
+    """Generates keys, announces next keys, issues certificates and deletes next keys in use, in this order: an
+    interruption loses nothing."""
 
     def __init__(
         self,
@@ -360,7 +357,6 @@ class RenewalRun:
         )
 
     def _reason(self, plan: _Plan, issuer: Authority) -> Reason | None:
-        """Return why this certificate is issued now, or None."""
         reason = _reason_to_issue(plan, self._settings, issuer.certificate, self._now)
         if reason is not None and reason.is_required:
             return reason

@@ -55,10 +55,7 @@ _Interface._fields_ = [
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names in normal form, in the given order, without duplicates.
-
-    Raises CertificateError, which quotes the first invalid name.
-    """
+    """Return the names in normal form, without duplicates. Raises CertificateError with the first invalid name."""
     checked: dict[str, None] = {}
     for name in names:
         checked[check_name(name)] = None

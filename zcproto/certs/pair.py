@@ -95,8 +95,7 @@ def load_pair(
 ) -> CertificatePair:
     """Return the pair in these two files (or one), valid to be served at `now`, an aware time.
 
-    `passphrase` decrypts the key if it is encrypted. Raises CertificateError, which names the file, the problem and
-    the remedy.
+    `passphrase` decrypts the key if it is encrypted. Raises CertificateError with file, problem and remedy.
     """
     moment = utc(now)
     one_file = certificate == key  # then both are parsed from the same bytes
@@ -280,8 +279,7 @@ def _parse_encrypted_key(data: bytes, path: Path, passphrase: bytes | None, erro
 
 
 def _check_order(chain: Sequence[x509.Certificate], path: Path) -> None:
-    """Check that each certificate is issued by the next (RFC 8446 section 4.4.2): some clients require this
-    order."""
+    """Check the order that some clients require: the next one issued each (RFC 8446 section 4.4.2)."""
     # Parse all names here, because they are displayed later and one may not be readable.
     names = [(_comparable(each.subject), _comparable(each.issuer)) for each in chain]
     for position, (issued, issuer) in enumerate(pairwise(chain), 1):

@@ -126,8 +126,7 @@ def server_certificate(
     lifetime: timedelta,
     now: datetime,
 ) -> x509.Certificate:
-    """Issue a server certificate for checked names. It ends `lifetime` after `now`, or earlier with its
-    authority."""
+    """Issue a server certificate for checked names. It ends after `lifetime`, or earlier with its authority."""
     start = now.replace(microsecond=0)
     end = min(start + lifetime, start - CLOCK_SKEW + MAX_SERVER_LIFETIME, authority.not_valid_after_utc)
     builder = _builder(_server_subject(names), authority.subject, key.public_key(), start, end)
@@ -143,8 +142,7 @@ def client_certificate(
     lifetime: timedelta,
     now: datetime,
 ) -> x509.Certificate:
-    """Issue a client certificate for the user `name`. It ends `lifetime` after `now`, or earlier with its
-    authority."""
+    """Issue a client certificate for the user `name`. It ends after `lifetime`, or earlier with its authority."""
     start = now.replace(microsecond=0)
     end = min(start + lifetime, authority.not_valid_after_utc)
     subject = _common_name(name if len(name) <= _MAX_COMMON_NAME else "zcproto client")

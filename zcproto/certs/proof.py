@@ -122,9 +122,7 @@ def proven_sites(
     """Return the tested contexts of all sites; the first site is the default.
 
     `proven` holds contexts tested earlier with the same arguments; they are reused, because the files of one
-    site may be damaged while those of another are renewed. It is updated. `rest` is passed to `proven_context`.
-
-    Raises CertificateError if any site fails.
+    site may be damaged while those of another are renewed. It is updated. Raises CertificateError if a site fails.
     """
     contexts: dict[Site, ServerContext] = {}
     for site in sites:

@@ -82,10 +82,7 @@ def paths(directory: Path) -> tuple[Path, ...]:
 
 
 def announced(directory: Path, progress: Progress = lambda sentence: None) -> NextPins | None:
-    """Return what is announced in this folder, or None. Needs no lock and changes nothing.
-
-    An invalid file is reported to `progress`.
-    """
+    """Return what is announced in this folder, or None. Needs no lock. Invalid files are reported to `progress`."""
     found = []
     for path in paths(directory):
         try:
@@ -106,8 +103,7 @@ def pins_of(next_keys: Iterable[NextKey]) -> NextPins | None:
 
 
 def read(path: Path) -> NextKey | None:
-    """Return the next key in this file, or None if the file is missing. Raises CertificateError if it is
-    invalid."""
+    """Return the next key in this file, or None without the file. Raises CertificateError if it is invalid."""
     with file_errors(path, "read", CertificateError):
         if not path.exists():
             return None
@@ -167,10 +163,7 @@ def find(directory: Path, key_types: Sequence[str], now: datetime, progress: Pro
 def announce(
     directory: Path, key: keys.PrivateKey, use_from: datetime, now: datetime, progress: Progress
 ) -> NextKey:
-    """Store a key as the next one of its family, for a new time if it is stored already.
-
-    Raises CertificateError if it cannot be written; then nothing has changed.
-    """
+    """Store a key as the next one of its family. If that raises CertificateError, nothing has changed."""
     path = path_of(directory, keys.family(keys.key_type_of(key)))
     next_key = NextKey(
         path, key, now.replace(microsecond=0), use_from.replace(microsecond=0), key_pin(key.public_key())

@@ -361,7 +361,7 @@ def issue_client(
             _write(out / path.name, files.read_key_file(path), replace=force)
         written = [out / path.name for path in written]
     data = {
-        "name": issued.name,
+        "name": name,
         "certificate": str(written[0]),
         "key": str(written[1]) if len(written) > 1 else None,
         "serial": issued.serial,

@@ -222,8 +222,7 @@ def judge_pinned(
 ) -> tuple[TlsFailure, str] | None:
     """Return the failure and its description if a certificate does not match the pins, or None.
 
-    With `chain_is_checked`, OpenSSL has already checked dates and name. `wall` is milliseconds since the Unix
-    epoch.
+    With `chain_is_checked`, OpenSSL has already checked dates and name. `wall` is Unix time in milliseconds.
     """
     try:
         certificate = x509.load_der_x509_certificate(certificate_der)

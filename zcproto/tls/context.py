@@ -38,8 +38,7 @@ Pair = tuple[Path, Path] | tuple[Path, Path, bytes | None]
 
 
 class ServerContext(ssl.SSLContext):
-    """A server context. `leaves` are the SHA-256 of the certificates (DER) that it serves, verified by a
-    handshake."""
+    """A server context. `leaves` are the SHA-256 of its certificates (DER), verified by a handshake."""
 
     leaves: frozenset[bytes] = frozenset()
 

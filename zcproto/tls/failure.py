@@ -98,16 +98,14 @@ _BY_VERIFY_CODE: Final = {
 _MESSAGE: Final = re.compile(r"\[SSL\] (.*?)( \(_ssl\.c:\d+\))?")
 
 
-def _name_in(message: str) -> str:
-    """Return OpenSSL's reason name from its message. A Python built for an older OpenSSL has only the message."""
-    found = _MESSAGE.fullmatch(message)
-    # Since OpenSSL 3.2 messages contain "ssl/tls" where names still have SSLV3.
-    return found[1].upper().replace(" ", "_").replace("SSL/TLS_", "SSLV3_") if found else ""
-
-
 def reason_of(error: ssl.SSLError) -> str:
     """Return OpenSSL's reason name of an error; empty if it has none."""
-    return error.reason or _name_in(str(error))
+    if error.reason:
+        return error.reason
+    # A Python built for an older OpenSSL has only the message. Since OpenSSL 3.2 messages contain "ssl/tls" where
+    # names still have SSLV3.
+    found = _MESSAGE.fullmatch(str(error))
+    return found[1].upper().replace(" ", "_").replace("SSL/TLS_", "SSLV3_") if found else ""
 
 
 def failure_of(error: ssl.SSLError) -> TlsFailure:

@@ -62,8 +62,7 @@ class ProxyHeaderReader:
         self._raw = bytearray()
 
     def feed(self, data: bytes | memoryview) -> ProxyHeader | TlsFailure | None:
-        """Add received bytes. Return the result, or None if more bytes are needed. Do not call it after a
-        result."""
+        """Add bytes. Return the result, or None if more bytes are needed. Do not call it after a result."""
         raw = self._raw
         raw += data
         size = len(raw)

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
 
 from zcproto.common.deadlines import DeadlineWheel, Timers
@@ -40,12 +41,13 @@ BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 """Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
 
 
+@dataclass(slots=True, eq=False)
 class TlsAcceptor:
     """The state shared by all server-side TLS connections of one loop.
 
     Args:
         contexts: read by each connection when its handshake begins. To serve other certificates, assign a new
-            SiteContexts; never load into a context in use. A single context serves every name.
+            SiteContexts; never load into a context in use.
         protocols: protocol factories by ALPN name (None: the client offers no ALPN).
         client_pins: pins, from `parse_pins`, that a presented client certificate must match; empty accepts every
             certificate that the context trusts.
@@ -57,53 +59,44 @@ class TlsAcceptor:
         perf_counter: measures the time of handshakes.
     """
 
-    def __init__(
-        self,
-        contexts: SiteContexts | ssl.SSLContext,
-        protocols: Mapping[str | None, Callable[[], asyncio.Protocol]],
-        wheel: DeadlineWheel,
-        timers: Timers,
-        *,
-        suites: frozenset[str],
-        client_pins: frozenset[str] = frozenset(),
-        handshake_timeout: float = 5.0,
-        on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None,
-        on_slot_free: Callable[[], None] = lambda: None,
-        on_closed: Callable[[str], None] = lambda peer: None,
-        on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True,
-        perf_counter: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.contexts = contexts if isinstance(contexts, SiteContexts) else SiteContexts(contexts)
-        self.client_pins = client_pins
-        self.protocols = protocols
-        self.wheel = wheel
-        self.suites = suites
-        self.judge = ClientHelloJudge(frozenset(SUITE_IDS[name] for name in suites), frozenset(protocols))
-        self.handshake_timeout = handshake_timeout
-        self.on_failure = on_failure
-        self.on_slot_free = on_slot_free
-        self.on_closed = on_closed
-        self.on_forwarded = on_forwarded
-        self.buffer = ReceiveBuffer()
-        self.failures: dict[TlsFailure, int] = dict.fromkeys(TlsFailure, 0)
-        self.handshakes_in_progress = 0
-        self.handshakes_completed = 0
-        self._timers = timers
-        self._perf_counter = perf_counter
-        self._queue: deque[TlsServerTransport] = deque()
-        self._turn_planned = False
-        self._window_ends = 0.0
-        self._spent = 0.0  # seconds of signing in this window
+    contexts: SiteContexts
+    protocols: Mapping[str | None, Callable[[], asyncio.Protocol]]
+    wheel: DeadlineWheel
+    timers: Timers
+    _: KW_ONLY
+    suites: frozenset[str]
+    client_pins: frozenset[str] = frozenset()
+    handshake_timeout: float = 5.0
+    on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None
+    on_slot_free: Callable[[], None] = lambda: None
+    on_closed: Callable[[str], None] = lambda peer: None
+    on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True
+    perf_counter: Callable[[], float] = time.perf_counter
+    judge: ClientHelloJudge = field(init=False)
+    buffer: ReceiveBuffer = field(init=False, default_factory=ReceiveBuffer)
+    failures: dict[TlsFailure, int] = field(init=False, default_factory=lambda: dict.fromkeys(TlsFailure, 0))
+    handshakes_in_progress: int = field(init=False, default=0)
+    handshakes_completed: int = field(init=False, default=0)
+    _queue: deque[TlsServerTransport] = field(init=False, default_factory=deque)
+    _turn_planned: bool = field(init=False, default=False)
+    _window_ends: float = field(init=False, default=0.0)
+    _spent: float = field(init=False, default=0.0)
+    """Seconds of signing in this window."""
+
+    def __post_init__(self) -> None:
+        self.judge = ClientHelloJudge(
+            frozenset(SUITE_IDS[name] for name in self.suites), frozenset(self.protocols)
+        )
 
     def schedule(self, transport: TlsServerTransport) -> None:
         """Run the expensive step of a handshake now if within budget, otherwise in a later turn."""
-        now = self._perf_counter()
+        now = self.perf_counter()
         if now >= self._window_ends:
             self._window_ends = now + BUDGET_WINDOW
             self._spent = 0.0
         if not self._queue and self._spent < TURN_BUDGET:
             transport.start_handshake()
-            ended = self._perf_counter()
+            ended = self.perf_counter()
             self._spent += ended - now
             if self._spent >= TURN_BUDGET:  # a slow signature may have outlasted the window
                 self._window_ends = max(self._window_ends, ended + TURN_BUDGET)
@@ -111,25 +104,21 @@ class TlsAcceptor:
         self._queue.append(transport)
         if not self._turn_planned:
             self._turn_planned = True
-            self._timers.call_soon(self._turn)
+            self.timers.call_soon(self._turn)
 
     def _turn(self) -> None:
         """Run queued handshakes up to the budget of one turn."""
         queue = self._queue
-        turn_ends = self._perf_counter() + TURN_BUDGET
+        turn_ends = self.perf_counter() + TURN_BUDGET
         try:
             while queue:
                 queue.popleft().start_handshake()
-                if self._perf_counter() >= turn_ends:
+                if self.perf_counter() >= turn_ends:
                     break
         finally:  # a handshake that raises must not stop the others
             self._turn_planned = bool(queue)
             if queue:
-                self._timers.call_soon(self._turn)
-
-    def slot_freed(self) -> None:
-        self.handshakes_in_progress -= 1
-        self.on_slot_free()
+                self.timers.call_soon(self._turn)
 
     def report(self, failure: TlsFailure, peer: str) -> None:
         self.failures[failure] += 1
@@ -173,7 +162,8 @@ class TlsServerTransport(TlsTransport):
     def _leave_handshake(self) -> None:
         if self._in_handshake:
             self._in_handshake = False
-            self._acceptor.slot_freed()
+            self._acceptor.handshakes_in_progress -= 1
+            self._acceptor.on_slot_free()
 
     # --- the ClientHello ------------------------------------------------------------------------
 
