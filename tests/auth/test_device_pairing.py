@@ -1,4 +1,4 @@
-"""Pairing codes: made, read, traded once, and ended by wrong tries and by time."""
+"""Pairing codes: made, read, redeemed once, and ended by wrong tries and by time."""
 
 from __future__ import annotations
 

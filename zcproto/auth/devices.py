@@ -60,7 +60,7 @@ class RegisteredDevice(NamedTuple):
 
 
 class DeviceFile(TableFile[RegisteredDevice]):
-    """Devices in a file."""
+    """Devices in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
 
     what = "file of devices"
     kind = "device"

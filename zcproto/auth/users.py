@@ -67,7 +67,7 @@ class User(NamedTuple):
 
 
 class UserFile(TableFile[User]):
-    """Users in a file."""
+    """Users in a file. Creating this object touches nothing; `load` reads. Faults raise ConfigError."""
 
     what = "file of users"
     kind = "user"
