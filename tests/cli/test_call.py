@@ -19,6 +19,7 @@ from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, parse_params, to_json
+from zcproto.cli.output import json_text
 
 __all__ = ["certs", "serve", "shared"]
 
@@ -76,13 +77,13 @@ def test_bytes_are_base64_both_ways(call: Callable[..., int], capsys: Capture) -
 
 
 def test_nonfinite_floats_and_control_characters_are_escaped() -> None:
-    assert json.loads(to_json([float("nan"), float("-inf"), 0.5])) == [
+    assert to_json([float("nan"), float("-inf"), 0.5]) == [
         {"float": "nan"},
         {"float": "-inf"},
         0.5,
     ]
     value = {"a\x1b[31m": "\u009b\u202e\n\U000e0001 \u00e4 \U0001f600"}
-    text = to_json(value)
+    text = json_text(to_json(value))
     assert all(each.isprintable() or each == "\n" for each in text)
     assert "\u00e4 \U0001f600" in text
     assert json.loads(text) == value

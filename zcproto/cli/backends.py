@@ -4,7 +4,9 @@
     HomeFiles       the files and the store of the home folder, while no server runs
     RemoteServer    a server elsewhere, by the protocol methods of operators: sessions only
 
-An operation has the same name, parameters and result everywhere: those of zcproto/admin/operations.py.
+`run` runs an operation, with the same name, parameters and result in each: those of zcproto/admin/operations.py.
+Parameters with the value None are omitted. In a result, `sessions` is how many a change has ended; None if a server
+ends them that cannot be asked how many.
 
 Rules: a running server that cannot be asked is an error, and never bypassed: a change of its files behind its back
 would be half of the operation.
@@ -16,14 +18,14 @@ import functools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import Instance
 from zcproto.cli.connect import TrustChoice, key_option, read_key, run, trust_options
-from zcproto.cli.control import find_control
+from zcproto.cli.control import Control, find_control
 from zcproto.cli.store import CONFIGURED, end_sessions, has_no_sessions, run_in_store, with_store
 from zcproto.common.clock import system_clock
 from zcproto.common.home import Home
@@ -42,17 +44,7 @@ REMOTE_METHODS = {"sessions": "server.sessions", "sessions/revoke": "server.revo
 T = TypeVar("T")
 
 
-class Backend(Protocol):
-    """Runs operations."""
-
-    def run(self, operation: str, **params: Any) -> dict[str, Any]:
-        """Run an operation and return its result. Parameters with the value None are omitted.
-
-        `sessions`, a number of ended sessions, is None if a server ends them that cannot be asked how many.
-        """
-
-
-def local_backend(instance: Instance) -> Backend:
+def local_backend(instance: Instance) -> Control | HomeFiles:
     """Return the running server of a home folder, or its files. Raises ControlError."""
     control = find_control(instance.home)
     return HomeFiles(instance) if control is None else control

@@ -36,8 +36,6 @@ from zcproto.tls.pins import key_pin
 SERVED = "The running server uses it now."
 WATCHED = "A running server uses it within a second."
 
-IN_FILE = click.Path(path_type=Path, dir_okay=False)
-OUT_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 force_option = click.option("--force", is_flag=True, help="Replace existing files.")
 
 cert = command_group("cert", "Show, check, renew and export certificates.")
@@ -97,7 +95,9 @@ def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, a
 
 
 @cert.command("export-ca")
-@click.argument("file", type=OUT_FILE, default="-", metavar="[FILE|-]")
+@click.argument(
+    "file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True), default="-", metavar="[FILE|-]"
+)
 @click.option("--der", is_flag=True, help="Write DER, for Windows and Java. [default: PEM]")
 @click.option("--client", is_flag=True, help="Export the client CA. [default: the server CA]")
 @force_option
@@ -117,7 +117,7 @@ def export_ca(instance: Instance, file: Path, der: bool, client: bool, force: bo
 
 
 @cert.command()
-@click.argument("file", type=IN_FILE)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @file_option("--key", text="The private key. [default: the key in FILE]", dir_okay=False)
 @click.option("--name", metavar="HOST", help="A name or address that clients connect to.")
 @file_option("--passphrase-file", text="Its first line decrypts the key.", dir_okay=False)

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from zcproto.certs import authority, client_ca, keys, lifecycle, pair, rollover
+from zcproto.certs.examine import is_self_signed
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
 from zcproto.certs.pair import read_lists
@@ -256,7 +257,10 @@ def as_text(found: Report, now: datetime) -> str:
     served = [(_file(row, found), row.leaf) for row in found.rows if row.use == "server" and row.leaf]
     if served:
         parts.append(aligned([("file", "pin"), *((file, key_pin(leaf)) for file, leaf in served)]))
-        details = [(file, _issuer(leaf), shown_names(names_of(leaf)) or "-") for file, leaf in served]
+        details = [
+            (file, "itself" if is_self_signed(leaf) else issuer_of(leaf), shown_names(names_of(leaf)) or "-")
+            for file, leaf in served
+        ]
         parts.append(aligned([("file", "issuer", "names"), *details]))
     if found.next_pins is not None:
         title = f"Next pins, announced to clients and used from {moment(found.next_pins.use_from)}:"
@@ -314,10 +318,6 @@ def type_of(certificate: x509.Certificate) -> str:
 
 def issuer_of(certificate: x509.Certificate) -> str:
     return escape_text(certificate.issuer.rfc4514_string(), MAX_SHOWN_NAME)
-
-
-def _issuer(certificate: x509.Certificate) -> str:
-    return "itself" if certificate.subject == certificate.issuer else issuer_of(certificate)
 
 
 def _summary(row: CertificateRow, found: Report, now: datetime) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ def call(
     result = call_once(
         trust, instance.home, address, method, arguments, connect_timeout=connect_timeout, **options
     )
-    click.echo(to_json(result))
+    click.echo(json_text(to_json(result), indent=2))
 
 
 def parse_params(text: str | None) -> dict[str, Any]:
@@ -234,18 +234,14 @@ def _from_json(value: Any) -> Any:
     return {name: _from_json(each) for name, each in value.items()}
 
 
-def to_json(value: Any) -> str:
-    """Return a result as JSON that is safe on a terminal."""
-    return json_text(_to_json(value), indent=2)
-
-
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Return a result as data that JSON can express."""
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if isinstance(value, list):
-        return [_to_json(each) for each in value]
+        return [to_json(each) for each in value]
     if isinstance(value, dict):
-        return {name: _to_json(each) for name, each in value.items()}
+        return {name: to_json(each) for name, each in value.items()}
     return value

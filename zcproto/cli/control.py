@@ -71,7 +71,7 @@ class Control:
         return self._ask("POST", path, {name: value for name, value in params.items() if value is not None})
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
-        """Run an operation by its name, as `Backend`."""
+        """Run an operation by its name: see zcproto/cli/backends.py."""
         ask = self.get if operation in READING else self.post
         return dict(ask(f"/v1/{operation}", **params))
 

@@ -43,7 +43,7 @@ def serve(
         config,
         home=instance.home.path,
         ready=_print_addresses,
-        progress=_print_progress,
+        progress=lambda message: click.echo(f"zcproto: {message}", err=True),
         read_config=partial(instance.read_config, overrides),
     )
 
@@ -53,9 +53,7 @@ def load_app(name: str) -> App:
     from zcproto.app.app import App  # noqa: PLC0415 - as above
 
     module_name, colon, attribute = name.partition(":")
-    if (
-        not colon or not attribute or not all(module_name.split("."))
-    ):  # an empty part would be a relative name
+    if not colon or not attribute or not all(module_name.split(".")):  # an empty part is a relative name
         raise ConfigError([f"{name!r}: give the application as MODULE:APP, for example shop.api:app"])
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
@@ -82,7 +80,3 @@ def _print_addresses(server: Server) -> None:
         url_host = f"[{host}]" if ":" in host else host
         click.echo(f"zcproto: listening on {url_host}:{port}")
     sys.stdout.flush()
-
-
-def _print_progress(message: str) -> None:
-    click.echo(f"zcproto: {message}", err=True)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from zcproto.cli import Instance, command_group, instance_options
-from zcproto.cli.backends import TIMEOUT_S, Backend, RemoteServer, local_backend, server_options
+from zcproto.cli.backends import TIMEOUT_S, RemoteServer, local_backend, server_options
 from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options
 from zcproto.cli.output import print_report, print_result, report_options, table, utc
 from zcproto.common.clock import system_clock
@@ -32,8 +32,7 @@ session = command_group(
 @server_options
 def list_sessions(instance: Instance, user: str | None, as_json: bool, remote: RemoteServer | None) -> None:
     """List sessions, oldest first."""
-    backend: Backend = remote or local_backend(instance)
-    result = backend.run("sessions", user=user)
+    result = (remote or local_backend(instance)).run("sessions", user=user)
     found = result["sessions"]
     head = ("ID", "USER", "OPENED", "LAST USED", "EXPIRES", "CLIENT", "ADDRESS", "STATE")
     print_report(as_json, found, table(head, [_row(each) for each in found]))
@@ -109,7 +108,7 @@ def revoke(
     ids = tuple(dict.fromkeys(ids))
     if len(ids) > REVOKED_AT_ONCE:
         raise click.UsageError(f"At most {REVOKED_AT_ONCE} IDs.")
-    backend: Backend = remote or local_backend(instance)
+    backend = remote or local_backend(instance)
     ended = backend.run("sessions/revoke", ids=list(ids) or None, user=user, all=all_users or None)["revoked"]
     if ids and ended < len(ids):
         missing = (

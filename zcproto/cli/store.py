@@ -249,7 +249,12 @@ async def _migrate(source: Config, target: Config, home: Home) -> int:
             fresh = [record for record in records if record.id not in seen]
             seen.update(record.id for record in fresh)
             for first in range(0, len(fresh), BATCH):
-                await _copy(fresh[first : first + BATCH], new)
+                batch = fresh[first : first + BATCH]
+                created = await asyncio.gather(*(new.create(record, NO_LIMIT) for record in batch))
+                if any(isinstance(each, LimitReached) for each in created):
+                    raise ZcprotoError(
+                        "a user has more sessions than the target can store; end some of them and repeat"
+                    )
         kept = await old.count()
         if len(seen) < kept:
             raise ZcprotoError(
@@ -257,12 +262,6 @@ async def _migrate(source: Config, target: Config, home: Home) -> int:
                 " user file, and the store has too many sessions to list them all; add the users and repeat"
             )
         return len(seen)
-
-
-async def _copy(records: Sequence[SessionRecord], new: SessionStore) -> None:
-    created = await asyncio.gather(*(new.create(record, NO_LIMIT) for record in records))
-    if any(isinstance(each, LimitReached) for each in created):
-        raise ZcprotoError("a user has more sessions than the target can store; end some of them and repeat")
 
 
 async def _all_sessions(old: SessionStore, home: Home) -> AsyncIterator[Sequence[SessionRecord]]:

@@ -141,7 +141,7 @@ def new_key(instance: Instance, name: str, as_json: bool) -> None:
 
 
 def ended_text(ended: int | None) -> str:
-    """Return a clause on the sessions that a change has ended. See Backend for None."""
+    """Return a clause on the sessions that a change has ended. None: see zcproto/cli/backends.py."""
     return (
         "the running server ends the sessions within a second"
         if ended is None

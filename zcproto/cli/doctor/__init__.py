@@ -99,7 +99,9 @@ def doctor(
     if address is not None:
         login = None if user is None else (user, key_file)
         findings += remote.check(address, trust, instance.home, login, timeout)
-    print_report(as_json, [each.data for each in findings], as_text(findings))
+    print_report(
+        as_json, [{**each._asdict(), "cure": each.cure or None} for each in findings], as_text(findings)
+    )
     return EXIT_FAILED if any(each.state == FAULT for each in findings) else 0
 
 
@@ -137,11 +139,8 @@ def _permissions(home: Home) -> Iterator[Result]:
         yield WARNING, f"the home folder belongs to uid {owner}, and this is root", cure
     for number, path in enumerate(_files(home.path)):
         if number == MAX_FILES:
-            yield (
-                WARNING,
-                f"more than {MAX_FILES} files in the home folder",
-                "remove those that are not needed",
-            )
+            found = f"more than {MAX_FILES} files in the home folder"
+            yield WARNING, found, "remove those that are not needed"
             return
         try:
             status = path.lstat()

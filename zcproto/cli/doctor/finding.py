@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 OK: Final = "ok"
 SKIPPED: Final = "skipped"
@@ -14,18 +13,13 @@ Result = tuple[str, ...]
 """The fields of a Finding except its check."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the report. `cure` is empty if nothing has to be done."""
 
     check: str
     state: str
     found: str
     cure: str = ""
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return {"check": self.check, "state": self.state, "found": self.found, "cure": self.cure or None}
 
 
 def from_message(message: str) -> Result:
