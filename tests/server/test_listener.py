@@ -17,6 +17,7 @@ from tests.server.helpers import ServerThread, bystander, eventually, read_to_en
 from zcproto.errors import ConfigError
 from zcproto.server import listener
 from zcproto.server.listener import bind
+from zcproto.tls.server import TlsServerTransport
 
 Serve = Callable[..., ServerThread]
 
@@ -173,29 +174,23 @@ def test_handshakes_over_the_limit_wait_in_the_backlog(serve: Serve) -> None:
     server.until_left()
 
 
-def test_concurrent_handshakes_stay_within_the_limit(serve: Serve) -> None:
+def test_concurrent_handshakes_stay_within_the_limit(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(tls__max_handshakes=2)
-    highest = 0
-
-    def look() -> None:
-        nonlocal highest
-        highest = max(highest, server.server.parts.acceptor.handshakes_in_progress)
-
     acceptor = server.server.parts.acceptor
-    original = acceptor.transport
+    in_progress: list[int] = []
 
-    def transport(peer: str) -> Any:
-        made = original(peer)
-        look()
+    def transport(*arguments: Any) -> TlsServerTransport:
+        made = TlsServerTransport(*arguments)
+        in_progress.append(acceptor.handshakes_in_progress)
         return made
 
-    acceptor.transport = transport  # type: ignore[method-assign]
+    monkeypatch.setattr("zcproto.server.listener.TlsServerTransport", transport)
     waiting = [server.tcp() for _ in range(20)]
-    server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 2)
+    server.until(lambda: acceptor.handshakes_in_progress == 2)
     for each in waiting:
         reset(each)
     server.until_left()
-    assert highest == 2
+    assert max(in_progress) == 2
 
 
 def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
