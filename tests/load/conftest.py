@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from tests.server.conftest import Serve, certs, serve
 from zcproto.load import generator
 
 __all__ = ["Serve", "certs", "serve"]
+
+
+@pytest.fixture
+def children() -> Callable[[], list[int]]:
+    """Return a function that lists running child processes."""
+
+    def alive() -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+    before = alive()
+    return lambda: [pid for pid in alive() if pid not in before]
 
 
 @pytest.fixture

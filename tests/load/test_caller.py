@@ -12,7 +12,6 @@ import pytest
 from tests.load.conftest import Serve
 from tests.load.helpers import OPERATOR
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
-from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import ConfigError, ConnectionClosed, TlsError, ZcprotoError
 from zcproto.load import caller as module
 from zcproto.load.caller import CLOSE_TIMEOUT, Caller, LoadTarget, Operator, ServerStats
@@ -36,12 +35,19 @@ async def test_cancelled_disconnect_closes_connection(serve: Serve) -> None:
 
 
 async def test_welcome_after_cancelled_dial_is_ignored() -> None:
-    wheel = DeadlineWheel(asyncio.get_running_loop())
-    caller = Caller(wheel)
-    caller._ready.cancel()  # like a task that is cancelled in `dial`
-    caller.welcomed()
-    assert caller._ready.cancelled()
-    wheel.close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = LoadTarget("127.0.0.1", "127.0.0.1", silent.getsockname()[1], None)
+        caller = Caller(target.wheel)
+        dialing = asyncio.create_task(target.connect(caller))
+        accepted, _ = await asyncio.to_thread(silent.accept)
+        await asyncio.to_thread(accepted.recv, 1)  # the ClientHello
+        await asyncio.sleep(0.01)  # the task waits for WELCOME
+        dialing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dialing
+        caller.welcomed()
+        accepted.close()
+        target.close()
 
 
 # --- the operator -----------------------------------------------------------------------------------

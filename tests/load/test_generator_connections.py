@@ -188,7 +188,8 @@ async def test_stop_before_the_start_skips_all_phases(serve: Serve) -> None:
     generator.stop()
     await generator.connect()
     assert generator.record.ready == 0
-    generator._stopped = False
+    await generator.close()
+    generator = Generator(share(server), asyncio.get_running_loop())
     await generator.connect()
     generator.stop()
     await generator.load()

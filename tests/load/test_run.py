@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.load.conftest import Serve
-from tests.load.helpers import RecordingView, plan_for, share, users
+from tests.load.helpers import RecordingView, plan_for, share, until, users
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App
 from zcproto.errors import ConfigError, ConnectionClosed, ZcprotoError
@@ -204,33 +205,35 @@ async def test_refused_connection_raises(serve: Serve) -> None:
 # --- generator processes --------------------------------------------------------------------------------
 
 
-async def test_killed_worker_raises_and_ends_the_others(serve: Serve) -> None:
+async def test_killed_worker_raises_and_ends_the_others(
+    serve: Serve, children: Callable[[], list[int]]
+) -> None:
     server = serve()
     both = [share(server, number=number, processes=2) for number in (0, 1)]
     async with WorkerPool(both, lambda counts: None) as workers:
         await workers.run("connect")
-        pids = [process.pid for process in workers._processes]
-        os.kill(pids[0], signal.SIGKILL)
-        await workers._processes[0].wait()
+        killed, _ = children()
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: killed not in children())
         workers.stop()  # one of them has exited
         with pytest.raises(ZcprotoError, match="a generator process exited with code -9"):
             await workers.run("load")
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert children() == []
 
 
-async def test_failed_worker_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_worker_start_leaves_no_process(children: Callable[[], list[int]]) -> None:
     bad = share(connections=1, ca_file="/no/such/file", credentials=[["user-1", "key"]])
     workers = WorkerPool([bad], lambda counts: None)
     with pytest.raises(ZcprotoError, match="exited with code 1"):
         await workers.__aenter__()
-    assert [process.returncode for process in workers._processes] == [1]
+    assert children() == []
 
 
-async def test_stopped_worker_is_killed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stopped_worker_is_killed(
+    serve: Serve, children: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("zcproto.load.worker_pool.END_TIMEOUT", 0.05)
-    async with WorkerPool([share(serve())], lambda counts: None) as workers:
-        (process,) = workers._processes
-        os.kill(process.pid, signal.SIGSTOP)
-    assert process.returncode == -signal.SIGKILL
+    async with WorkerPool([share(serve())], lambda counts: None):
+        (pid,) = children()
+        os.kill(pid, signal.SIGSTOP)  # it cannot end when asked to
+    assert children() == []
