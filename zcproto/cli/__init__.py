@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -70,7 +69,6 @@ MAX_MESSAGE = 2000
 MAX_FAULTS = 200
 
 _META = "zcproto."
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -145,11 +143,12 @@ class Instance:
     config_file: Path | None
     """The value of --config."""
 
-    def read_config(self, overrides: Mapping[str, Any] = _NOTHING) -> Config:
+    def read_config(self, overrides: Mapping[str, Any] | None = None) -> Config:
         """Read the configuration of this process. `overrides` are settings by dotted keys. Raises ConfigError."""
         from zcproto.config import load_config  # noqa: PLC0415 - importing pydantic takes longer than `--help` may
 
-        return load_config(self.config_file, home=self.home.path, environ=os.environ, overrides=overrides)
+        settings = overrides or {}
+        return load_config(self.config_file, home=self.home.path, environ=os.environ, overrides=settings)
 
 
 def instance_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -93,7 +93,7 @@ class HomeFiles:
             "users/disable": functools.partial(self._change_user, UserFile.disable),
             "users/enable": self._enable_user,
             "users/remove": functools.partial(self._change_user, UserFile.remove),
-            "users/new-key": functools.partial(self._change_user, UserFile.replace_digest),
+            "users/new-key": self._replace_key,
             "devices/remove": self._remove_device,
         }
         return operations[operation](**params)
@@ -129,13 +129,12 @@ class HomeFiles:
         UserFile(self.instance.home.users).enable(name)
         return {}
 
-    def _change_user(
-        self, change: Callable[..., None], name: str, key_digest: str | None = None
-    ) -> dict[str, Any]:
+    def _replace_key(self, name: str, key_digest: str) -> dict[str, Any]:
+        return self._change_user(UserFile.replace_digest, name, _digest(key_digest))
+
+    def _change_user(self, change: Callable[..., None], name: str, *args: Any) -> dict[str, Any]:
         config = self.instance.read_config()
-        change(
-            UserFile(self.instance.home.users), name, *([] if key_digest is None else [_digest(key_digest)])
-        )
+        change(UserFile(self.instance.home.users), name, *args)
         return {"sessions": end_sessions(config, self.instance.home, name)}
 
     def _remove_device(self, name: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import Welcomed
-from zcproto.errors import CallError, ConfigError, TlsError, ZcprotoError
+from zcproto.errors import CallError, Code, ConfigError, TlsError, ZcprotoError
 from zcproto.tls.client import ALPN, judge_pinned
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure, failure_of
@@ -60,6 +60,12 @@ CURES: Final = {
     TlsFailure.PIN_MISMATCH: "compare the pins with those of its operator (zcproto cert pins)",
 }
 """The fix of each handshake failure, as a client sees it."""
+
+SESSION_CURES: Final = {
+    Code.UNAUTHENTICATED: "check the name and the key: zcproto user list, zcproto user new-key on the server",
+    Code.RESOURCE_EXHAUSTED: "the user is at sessions.per_user, or failed too often: wait, or end some sessions",
+    Code.UNAVAILABLE: "the store of the server does not answer, or it drains: run zcproto doctor on the server",
+}
 
 _ANY_TLS: Final = "see the server's log for tls.failed, and docs/troubleshooting.md"
 
@@ -260,15 +266,12 @@ def _session(address: str, trust: TrustChoice, home: Home, user: str, key: str, 
     try:
         run(use_session())
     except CallError as error:
-        return Finding("session", FAULT, escape_text(str(error), 500), _session_cure(error))
+        return Finding(
+            "session",
+            FAULT,
+            escape_text(str(error), 500),
+            SESSION_CURES.get(error.code, "see the server's log"),
+        )
     except (ZcprotoError, OSError) as error:
         return Finding("session", *from_message(escape_text(str(error), 500)))
     return Finding("session", OK, f"{user} opened, used and closed one")
-
-
-def _session_cure(error: CallError) -> str:
-    return {
-        "UNAUTHENTICATED": "check the name and the key: zcproto user list, zcproto user new-key on the server",
-        "RESOURCE_EXHAUSTED": "the user is at sessions.per_user, or failed too often: wait, or end some sessions",
-        "UNAVAILABLE": "the store of the server does not answer, or it drains: run zcproto doctor on the server",
-    }.get(error.code.name, "see the server's log")
