@@ -130,8 +130,9 @@ def server_certificate(
     start = now.replace(microsecond=0)
     end = min(start + lifetime, start - CLOCK_SKEW + MAX_SERVER_LIFETIME, authority.not_valid_after_utc)
     builder = _builder(_server_subject(names), authority.subject, key.public_key(), start, end)
-    alternatives = x509.SubjectAlternativeName(general_names(names))
-    return _sign_leaf(builder, key.public_key(), alternatives, ExtendedKeyUsageOID.SERVER_AUTH, authority_key)
+    return _sign_leaf(
+        builder, key.public_key(), general_names(names), ExtendedKeyUsageOID.SERVER_AUTH, authority_key
+    )
 
 
 def client_certificate(
@@ -147,8 +148,9 @@ def client_certificate(
     end = min(start + lifetime, authority.not_valid_after_utc)
     subject = _common_name(name if len(name) <= _MAX_COMMON_NAME else "zcproto client")
     builder = _builder(subject, authority.subject, public_key, start, end)
-    alternatives = x509.SubjectAlternativeName([x509.DNSName(name)])
-    return _sign_leaf(builder, public_key, alternatives, ExtendedKeyUsageOID.CLIENT_AUTH, authority_key)
+    return _sign_leaf(
+        builder, public_key, [x509.DNSName(name)], ExtendedKeyUsageOID.CLIENT_AUTH, authority_key
+    )
 
 
 def _server_subject(names: Sequence[str]) -> x509.Name:
@@ -162,12 +164,12 @@ def _server_subject(names: Sequence[str]) -> x509.Name:
 def _sign_leaf(
     builder: x509.CertificateBuilder,
     public_key: CertificatePublicKeyTypes,
-    alternatives: x509.SubjectAlternativeName,
+    names: Sequence[x509.GeneralName],
     purpose: ObjectIdentifier,
     authority_key: PrivateKey,
 ) -> x509.Certificate:
     return (
-        builder.add_extension(alternatives, critical=False)
+        builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         # In TLS 1.3 all keys only sign, RSA keys included (RFC 8446 section 4.4.2.2).
         .add_extension(_usage(digital_signature=True), critical=True)
