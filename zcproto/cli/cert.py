@@ -27,7 +27,6 @@ from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, ins
 from zcproto.cli import cert_report as reports
 from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import aligned, print_report, private_file, report_options, utc
-from zcproto.common.home import Home
 from zcproto.common.text import escape_text
 from zcproto.config import Config
 from zcproto.errors import CertificateError, ConfigError
@@ -55,7 +54,7 @@ def show(instance: Instance, as_json: bool) -> int:
     """
     now = utc()
     found = reports.report(instance.read_config(), now, os.environ)
-    served = _served(instance.home)
+    served = _served(instance)
     data = reports.as_data(found, now) | ({} if served is None else {"served": served})
     print_report(as_json, data, reports.as_text(found, now))
     if not as_json:
@@ -141,10 +140,10 @@ def check(
     return EXIT_UNUSABLE if found.refused else 0
 
 
-def _served(home: Home) -> list[dict[str, Any]] | None:
+def _served(instance: Instance) -> list[dict[str, Any]] | None:
     """Return the certificates that a running server serves; None if none runs or it cannot be asked."""
     try:
-        control = find_control(home)
+        control = find_control(instance.home)
         return None if control is None else control.get("/v1/certificates")["certificates"]
     except ControlError as error:
         _note(f"note: {error}")

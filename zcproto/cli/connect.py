@@ -200,10 +200,8 @@ def call(
     if user is None and key_file is not None:
         raise click.UsageError("--key-file goes with --user.")
     options = {"user": user, "key": key, "timeout": timeout, "key_log_file": key_log}
-    connect_timeout = min(timeout, MAX_CONNECT_TIMEOUT)
-    result = call_once(
-        trust, instance.home, address, method, arguments, connect_timeout=connect_timeout, **options
-    )
+    options["connect_timeout"] = min(timeout, MAX_CONNECT_TIMEOUT)
+    result = call_once(trust, instance.home, address, method, arguments, **options)
     click.echo(json_text(to_json(result), indent=2))
 
 

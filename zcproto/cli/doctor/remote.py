@@ -266,12 +266,8 @@ def _session(address: str, trust: TrustChoice, home: Home, user: str, key: str, 
     try:
         run(use_session())
     except CallError as error:
-        return Finding(
-            "session",
-            FAULT,
-            escape_text(str(error), 500),
-            SESSION_CURES.get(error.code, "see the server's log"),
-        )
+        cure = SESSION_CURES.get(error.code, "see the server's log")
+        return Finding("session", FAULT, escape_text(str(error), 500), cure)
     except (ZcprotoError, OSError) as error:
         return Finding("session", *from_message(escape_text(str(error), 500)))
     return Finding("session", OK, f"{user} opened, used and closed one")
