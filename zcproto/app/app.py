@@ -228,9 +228,6 @@ class App:
     def __iter__(self) -> Iterator[Method]:
         return iter(self._methods.values())
 
-    def __len__(self) -> int:
-        return len(self._methods)
-
 
 def _is_async(function: Callable[..., Any]) -> bool:
     """Return whether calling a function or a callable object returns a coroutine."""

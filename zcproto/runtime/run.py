@@ -64,10 +64,8 @@ def serve(
     """
     risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
-    options["sockets"] = [passed.socket for passed in manager.sockets if passed.name != REDIRECT_SOCKET]
-    options["redirect_sockets"] = [
-        passed.socket for passed in manager.sockets if passed.name == REDIRECT_SOCKET
-    ]
+    options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
+    options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
     server = Server(app, config, home=home, **options)
     configure_logging(server.config.log)
     server.owns_log = True

@@ -22,7 +22,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from zcproto.common.clock import Clock, system_clock
 from zcproto.common.text import escape_text
@@ -51,11 +51,8 @@ STOP_MARGIN: Final = 10.0
 """Seconds that a process needs to end, in addition to its drain."""
 
 
-class PassedSocket(NamedTuple):
-    """A listening TCP socket that was open before this process began. `name` is its FileDescriptorName=."""
-
-    name: str
-    socket: socket.socket
+PassedSocket = tuple[str, socket.socket]
+"""The FileDescriptorName= of a listening TCP socket that was open before this process began, and the socket."""
 
 
 class ServiceManager:
@@ -179,9 +176,7 @@ def _passed_sockets(found: Mapping[str, str]) -> tuple[PassedSocket, ...]:
     count = _number(found, "LISTEN_FDS", 0, MAX_SOCKETS)
     names = found.get("LISTEN_FDNAMES", "").split(":") if found.get("LISTEN_FDNAMES") else []
     names += [""] * (count - len(names))
-    return tuple(
-        PassedSocket(names[index], _listening_socket(FIRST_DESCRIPTOR + index)) for index in range(count)
-    )
+    return tuple((names[index], _listening_socket(FIRST_DESCRIPTOR + index)) for index in range(count))
 
 
 def _listening_socket(descriptor: int) -> socket.socket:

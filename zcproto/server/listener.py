@@ -202,10 +202,7 @@ class AcceptLoop:
 
 
 class Listener(AcceptLoop):
-    """Accept TLS connections within the limits.
-
-    A PROXY protocol header is required and trusted from `server.proxy_protocol_from`.
-    """
+    """Accept TLS connections within the limits; balancers of `server.proxy_protocol_from` name the client."""
 
     def __init__(
         self, acceptor: TlsAcceptor, state: ServerState, loop: asyncio.AbstractEventLoop, config: Config
