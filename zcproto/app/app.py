@@ -180,7 +180,6 @@ class Method:
         self.function = function
         self.public = public
         self.operator = operator
-        self.unrestricted = not operator
         self.doc = inspect.getdoc(function) or ""
         self.is_async = _is_async(function)
         self.may_wait = may_wait

@@ -71,10 +71,9 @@ def background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
         yield clean_sessions(parts)
     yield parts.alerts.run()
     yield parts.certificates.run()
-    if parts.devices is not None:
-        yield parts.devices.watch()
-    if parts.users is not None:
-        yield parts.users.watch()
+    for directory in (parts.devices, parts.users):
+        if directory is not None:
+            yield directory.watch()
 
 
 async def clean_sessions(parts: Parts) -> None:

@@ -133,13 +133,13 @@ async def _serve(
 
 async def _reload(server: Server, manager: ServiceManager) -> None:
     """Handle SIGHUP: reload the configuration and reopen the log file."""
-    if not server.can_reload:
+    if server.can_reload:
+        with contextlib.suppress(ConfigError):  # logged by the reload
+            await server.reload()
+        reopen_log()
+    else:
         with manager.reloading():
             reopen_log()
-        return
-    with contextlib.suppress(ConfigError):  # logged by the reload
-        await server.reload()
-    reopen_log()
 
 
 def log_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

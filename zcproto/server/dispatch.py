@@ -176,10 +176,15 @@ class Dispatcher(asyncio.Protocol):
             method.waits.add(self.now() - now)
             if self._workers is not None:
                 self._workers.pop(request, None)
-            if error is None:
-                self._answer_result(request, result)
-            else:
+            if error is not None:
                 self._answer_exception(request, error)
+            else:
+                try:
+                    body = encode_body(result)
+                except MessageError as unsendable:
+                    self._answer_exception(request, unsendable)
+                else:
+                    self._answer_body(request, body)
             self._flush_soon()
 
         worker.done = done
@@ -212,14 +217,6 @@ class Dispatcher(asyncio.Protocol):
         return connection is None or (request.held and not connection.is_held(request))
 
     # --- answers -------------------------------------------------------------------------------------
-
-    def _answer_result(self, request: Request, result: Any) -> None:
-        try:
-            body = encode_body(result)
-        except MessageError as error:
-            self._answer_exception(request, error)
-        else:
-            self._answer_body(request, body)
 
     def _answer_body(self, request: Request, body: bytes) -> None:
         if len(body) < SENT_AT_ONCE:

@@ -171,7 +171,7 @@ class ServerProtocol(Dispatcher):
                 if (
                     method is None
                     or not method.is_unchecked
-                    or not (method.public if session is None else method.unrestricted)
+                    or (not method.public if session is None else method.operator)
                     or (meta is not NO_META and meta.idempotency_key is not None)
                     or timed
                 ):

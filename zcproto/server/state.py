@@ -25,7 +25,6 @@ from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
 
 CONNECTIONS_PER_TURN: Final = 100
-RUN_SIZE: Final = 2
 
 PART_BITS: Final = 4
 """One read is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles."""
@@ -145,7 +144,7 @@ class ServerState:
     """Sessions revoked by someone other than their owner."""
     on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
-    run: str = field(default_factory=partial(secrets.token_hex, RUN_SIZE))
+    run: str = field(default_factory=lambda: secrets.token_hex(2))
     """Prefix of connection ids, different in each process."""
     numbers: Iterator[int] = field(default_factory=partial(count, 1))
     """The numbers of connections, which take one when they are first logged."""
