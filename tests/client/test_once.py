@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App, Context
 from zcproto.errors import ConnectionClosed, FailedPrecondition
+from zcproto.server.protocol import ServerProtocol
 
 
 class CuttingApp:
@@ -40,7 +42,7 @@ class CuttingApp:
     def _cut(self, context: Context) -> None:
         if self.cuts:
             self.cuts -= 1
-            context._connection.abort("cut")
+            cast("ServerProtocol", context.caller).abort("cut")
 
 
 def cutting_app(serve: Serve, cuts: int = 1) -> tuple[CuttingApp, ServerThread]:
