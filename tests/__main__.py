@@ -37,7 +37,9 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group(("adversity", "admin", "app", "http", "runtime", "server"), secrets=5_000),
+    Group(
+        ("adversity", "admin", "alerts", "app", "docs", "http", "interop", "runtime", "server"), secrets=5_000
+    ),
     Group(
         (
             *("auth", "certs", "cli", "common", "connection", "costs", "fuzz", "properties", "sessions"),
@@ -46,10 +48,7 @@ GROUPS = (
         secrets=5_000,
     ),
     Group(
-        (
-            *("alerts", "bench", "client", "config", "conformance", "deploy", "docs", "interop", "load"),
-            *("observe", "spec"),
-        ),
+        ("bench", "client", "config", "conformance", "deploy", "load", "observe", "spec"),
         is_covered=False,
     ),
 )
