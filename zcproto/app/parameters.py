@@ -76,17 +76,21 @@ class Signature:
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument naming the parameter."""
         checkers, check_rest = self._checkers, self._check_rest
-        arguments = {}
-        for name, value in params.items():
-            checker = checkers.get(name)
-            if checker is not None:
-                arguments[name] = checker(value, name)
-            elif check_rest is None or name == self.injected:
-                raise InvalidArgument(f"unknown parameter {quoted(name)}")
-            elif check_rest is accept_any:
-                arguments[name] = value
-            else:
-                arguments[name] = check_rest(value, f"parameter {quoted(name)}")
+        if check_rest is accept_any and self.injected not in params:
+            arguments = params.copy()  # every login passes here
+            for name, checker in checkers.items():
+                if name in params:
+                    arguments[name] = checker(params[name], name)
+        else:
+            arguments = {}
+            for name, value in params.items():
+                known = checkers.get(name)
+                if known is not None:
+                    arguments[name] = known(value, name)
+                elif check_rest is None or name == self.injected:
+                    raise InvalidArgument(f"unknown parameter {quoted(name)}")
+                else:
+                    arguments[name] = check_rest(value, f"parameter {quoted(name)}")
         if not self._required <= arguments.keys():
             raise InvalidArgument(f"missing parameter '{min(self._required - arguments.keys())}'")
         return arguments

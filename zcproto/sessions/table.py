@@ -85,35 +85,38 @@ class SessionTable:
 
     def add(self, record: SessionRecord) -> int:
         """Add a live session to the end of its user's list and to the indexes. Return its slot."""
+        id_, token, refresh, user, client, address, flags, created, used, expires, refresh_expires, key = (
+            record
+        )
         slot = self.slab.allocate()
         users = self.users
-        number = users.acquire(record.user)
+        number = users.acquire(user)
         first = users.marks[number] if users.uses[number] > 1 else NONE
         # In one call: a login is cold in the cache, and writing each column separately costs more cache misses.
         _WHOLE.pack_into(
             self.bytes,
             slot * RECORD_SIZE,
-            record.token_digest,
-            record.expires_at,
-            record.last_used_at,
+            token,
+            expires,
+            used,
             NONE,  # the links of both indexes are set below
             number,
             LIVE,
-            record.flags,
-            self.clients.acquire(record.client),
-            record.id,
+            flags,
+            self.clients.acquire(client),
+            id_,
             NONE,
-            self.addresses.acquire(record.address),
-            record.created_at,
-            record.refresh_expires_at,
+            self.addresses.acquire(address),
+            created,
+            refresh_expires,
             slot,
             slot,
-            record.refresh_digest,
-            self.keys.acquire(record.key) if record.key else NONE,
+            refresh,
+            self.keys.acquire(key) if key else NONE,
         )
         users.marks[number] = slot if first == NONE else self._append(first, slot)
-        self.tokens.enter(slot, record.token_digest)
-        self.ids.enter(slot, record.id)
+        self.tokens.enter(slot, token)
+        self.ids.enter(slot, id_)
         return slot
 
     def drop(self, slot: int) -> None:

@@ -52,10 +52,8 @@ def columns_of(record: SessionRecord | EndedRecord) -> tuple[Any, ...]:
     """Return the columns of a row, without `n`."""
     if isinstance(record, EndedRecord):
         return (record.id, record.token_digest, *_BLANK, record.code, record.ended_at)
-    texts = map(utf8, (record.user, record.client, record.address, record.key))
-    times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
-    blobs = record.id, record.token_digest, record.refresh_digest, *texts
-    return (*blobs, record.flags, *times, LIVE, due_of(record))
+    id, token, refresh, user, client, address, *numbers, key = record
+    return (id, token, refresh, *map(utf8, (user, client, address, key)), *numbers, LIVE, due_of(record))
 
 
 def record_of(columns: Sequence[Any]) -> SessionRecord | EndedRecord:
