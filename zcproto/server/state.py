@@ -111,7 +111,7 @@ class SessionConnections:
         return users if isinstance(users, set | tuple) else (users,)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class ServerState:
     """The shared state of all connections of one event loop."""
 
@@ -148,10 +148,11 @@ class ServerState:
     """Prefix of connection ids, different in each process."""
     numbers: Iterator[int] = field(default_factory=partial(count, 1))
     """The numbers of connections, which take one when they are first logged."""
+    log_soon: LogBatch = field(init=False)
+    _drained: asyncio.Event = field(init=False, default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.log_soon = LogBatch(log, self.wheel, self.clock)
-        self._drained = asyncio.Event()
         self.registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:

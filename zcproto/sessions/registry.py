@@ -156,9 +156,8 @@ class SessionRegistry(Exchange):
         self._make_room(user, wall, self._settings.per_user, self._settings.when_full)
         slot = self._table.add(new.record)  # new ids and digests: none of `restore`'s checks applies
         self._live += 1
-        self.opened += 1
         self._announce()
-        return self._opened(slot, new.token, new.refresh_token)
+        return self._opened_new(slot, new)
 
     def new_session(
         self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
@@ -198,10 +197,7 @@ class SessionRegistry(Exchange):
     def opened_session(self, new: NewSession) -> OpenedSession | None:
         """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
         slot = self._slot_of(new.record.id)
-        if slot == NONE:
-            return None
-        self.opened += 1
-        return self._opened(slot, new.token, new.refresh_token)
+        return None if slot == NONE else self._opened_new(slot, new)
 
     def admit(self, record: SessionRecord, per_user: int, when_full: WhenFull) -> EndedRecord | None:
         """Insert a new session under the limits of `open`. Return the tombstone of an evicted session, if any.
@@ -447,6 +443,13 @@ class SessionRegistry(Exchange):
     def _find(self, session_id: str) -> int:
         raw = id_from_text(session_id)
         return NONE if raw is None else self._slot_of(raw)
+
+    def _opened_new(self, slot: int, new: NewSession) -> OpenedSession:
+        self.opened += 1
+        raw_id, _, _, user, _, _, flags, _, wall, expires_at, refresh_expires_at, _ = new.record
+        valid_until = min(expires_at, wall + self._idle)
+        session = Session(raw_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth)
+        return OpenedSession(new.token, new.refresh_token, refresh_expires_at or None, session)
 
     def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
         refresh_expires_at = self._table.refresh_expires_at[slot] or None
