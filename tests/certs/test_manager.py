@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import trustme
@@ -368,26 +368,30 @@ def test_program_that_does_not_stop_its_server_exits(tmp_path: Path, certs: Path
     assert (ended.returncode, ended.stdout) == (0, b"started\n"), ended.stderr
 
 
+class Impatient(threading.Event):
+    """An event that records timeouts instead of waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.waits.append(timeout)
+        return False
+
+
 def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:
-    class Impatient(threading.Event):
-        """An event that records timeouts instead of waiting."""
-
-        waits: ClassVar[list[float]] = []
-
-        def wait(self, timeout: float | None = None) -> bool:
-            assert timeout is not None
-            self.waits.append(timeout)
-            return False
-
     config = configuration(
         tmp_path / "home", certificates__directory=certs, certificates__watch_interval="1300ms"
     )
     manager = CertificateManager(
         config, system_clock, ["zcp/1"], on_serving=lambda serving: None, on_next_pins=lambda pins: None
     )
-    assert manager._waited(Impatient())
-    assert sum(Impatient.waits) == pytest.approx(1.3)
-    assert max(Impatient.waits) <= manager_module.LONGEST_WAIT
+    event = Impatient()
+    assert manager._waited(event)
+    assert sum(event.waits) == pytest.approx(1.3)
+    assert max(event.waits) <= manager_module.LONGEST_WAIT
 
 
 # --- certificates of others -------------------------------------------------------------------------------------
@@ -427,6 +431,30 @@ def test_external_certificates_are_served_and_watched(serve: Serve, ca: trustme.
     check(server)
     assert served(server) != first
     assert not (server.home / "certs" / "server.crt").exists()
+
+
+async def test_check_between_certificate_and_key_is_repeated_soon(
+    tmp_path: Path, ca: trustme.CA, folder: Path
+) -> None:
+    certificate, key = folder / "server.pem", folder / "server.key"
+    write_pair(ca.issue_cert("localhost"), certificate, key)
+    config = configuration(
+        tmp_path / "home",
+        certificates__mode="files",
+        certificates__certificate=[certificate],
+        certificates__key=[key],
+        certificates__watch_interval="300ms",
+    )
+    manager = CertificateManager(config, system_clock, ["zcp/1"])
+    await manager.start()
+    ca.issue_cert("localhost").cert_chain_pems[0].write_to_path(certificate)
+    waits = []
+    for _ in range(2):
+        await manager.check()
+        event = Impatient()
+        assert manager._waited(event)
+        waits.append(sum(event.waits))
+    assert waits == [manager_module.SOON, 0.3]
 
 
 def test_each_name_gets_the_certificate_of_its_site(serve: Serve, ca: trustme.CA, folder: Path) -> None:

@@ -141,6 +141,11 @@ class CertificateChecker:
         happened, self._deferred = self._deferred, ()
         return CheckResult(serving, happened, self._default.next_pins, self._default.last_renewal)
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Return True if files have just changed and are not valid together yet: check again soon."""
+        return any(source.is_incomplete for source in self._sources)
+
     def status(self, now: datetime) -> tuple[CertificateStatus, ...]:
         """Return all certificates in use: those served, then the authorities. Empty before the first check."""
         moment = pair.utc(now)

@@ -122,6 +122,8 @@ class WatchedFiles(Generic[T]):
         """`load` returns what is valid at a time, or raises CertificateError. Notices name the first path."""
         self.problem = ""
         """The problem that was reported, until it is fixed."""
+        self.is_incomplete = False
+        """True after a change that cannot be loaded: its program may be about to write the next file."""
         self._value: T | None = None
         self._load = load
         self._watcher = FileWatcher(paths, files.MAX_FILE_BYTES)
@@ -147,7 +149,9 @@ class WatchedFiles(Generic[T]):
 
         With `force`, as after a change of the clock, a failed attempt is repeated at once.
         """
-        if self._watcher.look():
+        has_changed = self._watcher.look()
+        self.is_incomplete = False
+        if has_changed:
             self._quiet_since = self._retry_at = monotonic
             if self._reported:
                 self._reported, self._failing_since = "", monotonic
@@ -156,6 +160,7 @@ class WatchedFiles(Generic[T]):
         try:
             value = self._load(now)
         except CertificateError as error:
+            self.is_incomplete = has_changed
             return self._failed(str(error), monotonic)
         was_bad = bool(self.problem)
         self._value, self.problem, self._reported, self._failing_since = value, "", "", None

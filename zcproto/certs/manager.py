@@ -45,6 +45,9 @@ THREAD: Final = "zcproto-certificates"
 LONGEST_WAIT: Final = 0.5
 """Seconds for which a program that ends without stopping its server may have to wait for the thread."""
 
+SOON: Final = 0.1
+"""Seconds until the next check if one fell between the writing of a certificate and of its key."""
+
 REST: Final = 0.002
 """Seconds for which the thread sleeps between steps of some milliseconds."""
 
@@ -200,11 +203,13 @@ class CertificateManager:
         """Wait until the next check. Return False if the watch or the program ends before."""
         waited = 0.0
         while True:
-            part = min(max(self._interval - waited, 0.0), LONGEST_WAIT)  # the interval may change meanwhile
+            # The interval may change meanwhile.
+            interval = min(self._interval, SOON) if self._checker.is_incomplete else self._interval
+            part = min(max(interval - waited, 0.0), LONGEST_WAIT)
             if ended.wait(part) or not threading.main_thread().is_alive():
                 return False
             waited += part
-            if waited >= self._interval:
+            if waited >= interval:
                 return True
 
     def _check_and_report(self, report: Callable[[Report], object]) -> None:

@@ -84,6 +84,11 @@ class Source(Protocol):
     lists: tuple[Expiring, ...] = ()
     """Revocation lists."""
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Return True if files have just changed and are not valid together yet."""
+        return False
+
     def start(self, now: datetime, monotonic: float) -> list[Notice]: ...
 
     def check(self, now: datetime, monotonic: float, force: bool) -> list[Notice]: ...
@@ -325,6 +330,10 @@ class ExternalSource(SiteSource):
         self._files = WatchedFiles(spec.paths, lambda now: load_site(spec, now, environ))
 
     @property
+    def is_incomplete(self) -> bool:
+        return self._files.is_incomplete
+
+    @property
     def site(self) -> Site:
         return self._files.value
 
@@ -357,6 +366,10 @@ class ClientTrustSource(Source):
         self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
         self.revoked: frozenset[CertificateId] = frozenset()
         self._loaded_message = f"Loaded {' and '.join(map(str, paths))} for clients' certificates."
+
+    @property
+    def is_incomplete(self) -> bool:
+        return self._files.is_incomplete
 
     def start(self, now: datetime, monotonic: float) -> list[Notice]:
         happened: list[Notice] = []
