@@ -23,6 +23,7 @@ class Bench:
     def __init__(self, limit: int = 1_000) -> None:
         self.groups: list[list[object]] = []
         self.rests = 0
+        self.rested = threading.Event()
         self.left = threading.Event()
         self.held = threading.Event()
         self.go_on = threading.Event()
@@ -38,6 +39,8 @@ class Bench:
 
     def _idle(self) -> bool:
         self.rests -= self.rests > 0
+        if not self.rests:
+            self.rested.set()
         return self.rests > 0
 
     def _finish(self) -> None:
@@ -179,8 +182,8 @@ async def test_stop_abandons_a_hung_thread() -> None:
 async def test_idle_is_called_while_there_are_no_jobs(bench: Bench) -> None:
     bench.rests = 5
     await bench.worker.submit("one", LONG)
-    await bench.worker.submit("two", LONG)
-    assert bench.rests == 0
+    assert await asyncio.to_thread(bench.rested.wait, LONG)
+    assert await bench.worker.submit("two", LONG) == "two"
 
 
 def test_closed_loop_is_not_called() -> None:

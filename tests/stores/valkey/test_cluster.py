@@ -64,7 +64,8 @@ async def test_sessions_are_distributed_over_a_cluster(empty_cluster: ClusterOf)
 
 
 async def test_limit_applies_to_concurrent_openings_in_a_cluster(empty_cluster: ClusterOf) -> None:
-    async with opened(empty_cluster.url) as (store, _), opened(empty_cluster.url) as (other, _):
+    url = empty_cluster.url
+    async with opened(url, timeout=10.0) as (store, _), opened(url, timeout=10.0) as (other, _):
         racing = [session(number) for number in range(50)]
         results = await asyncio.gather(
             *((store, other)[number % 2].create(record, FIVE) for number, record in enumerate(racing))
