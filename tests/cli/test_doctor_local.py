@@ -103,7 +103,7 @@ def test_public_files_may_be_readable(folder: Path, doctor: Doctor, name: str) -
     assert doctor().state("permissions") == "ok"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_files_of_another_user_are_faults(folder: Path, doctor: Doctor) -> None:
     os.chown(folder / "users.toml", 4711, 4711)
     assert "belongs to uid 4711 | run: chown 0" in doctor().one("permissions", "fault")

@@ -9,6 +9,7 @@ import pytest
 from tests.server.idempotency_harness import (
     KEEP_MS,
     OTHER,
+    CacheHarness,
     FakeStore,
     MakeHarness,
     code,
@@ -115,15 +116,20 @@ def test_answer_that_failed_to_be_stored_is_kept_here_and_written_later(
     assert (harness.ran, another.ran) == (2, 0)
 
 
-def test_expired_answer_is_not_written_later(make_harness: MakeHarness) -> None:
-    store = FakeStore()
-    harness = make_harness(store)
+def finish_during_outage(harness: CacheHarness, store: FakeStore) -> None:
+    """Finish a call while the store is out, so that its answer is still to be written."""
     gate = harness.loop.create_future()
     harness.begin("paid", wait=gate)
     harness.turn()
     store.out = True
     gate.set_result(None)
     harness.turn()
+
+
+def test_expired_answer_is_not_written_later(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    finish_during_outage(harness, store)
     harness.clock.advance(KEEP_MS / 1000)
     store.out = False
     store.asked.clear()
@@ -135,12 +141,7 @@ def test_expired_answer_is_not_written_later(make_harness: MakeHarness) -> None:
 def test_delayed_write_continues_after_another_outage(make_harness: MakeHarness) -> None:
     store = FakeStore()
     harness = make_harness(store)
-    gate = harness.loop.create_future()
-    harness.begin("paid", wait=gate)
-    harness.turn()
-    store.out = True
-    gate.set_result(None)
-    harness.turn()
+    finish_during_outage(harness, store)
     store.out = False
     harness.begin(key="another")
     store.asked.clear()
@@ -152,12 +153,7 @@ def test_delayed_write_continues_after_another_outage(make_harness: MakeHarness)
 def test_delayed_write_waits_for_the_store(make_harness: MakeHarness) -> None:
     store = FakeStore()
     harness = make_harness(store)
-    gate = harness.loop.create_future()
-    harness.begin("paid", wait=gate)
-    harness.turn()
-    store.out = True
-    gate.set_result(None)
-    harness.turn()
+    finish_during_outage(harness, store)
 
     async def keep_fails(*args: Any) -> None:
         raise StoreUnavailable("read only")
