@@ -306,12 +306,12 @@ def test_uses_are_reported_once_in_slices() -> None:
 def test_admit_enforces_limit() -> None:
     harness = RegistryHarness()
     sessions = [new(harness) for _ in range(3)]
-    assert [harness.registry.admit(each.record, 2, "refuse") for each in sessions[:2]] == [None, None]
+    assert [harness.registry.admit(each.record, 2, "refuse") for each in sessions[:2]] == [[], []]
     with pytest.raises(ResourceExhausted) as refused:
         harness.registry.admit(sessions[2].record, 2, "refuse")
     assert refused.value.details == {"limit": 2}
-    assert harness.registry.admit(sessions[1].record, 2, "refuse") is None  # repeated
-    ended = harness.registry.admit(sessions[2].record, 2, "evict_oldest")
+    assert harness.registry.admit(sessions[1].record, 2, "refuse") == []  # repeated
+    (ended,) = harness.registry.admit(sessions[2].record, 2, "evict_oldest")
     assert ended == EndedRecord(
         sessions[0].record.id, sessions[0].record.token_digest, Code.SESSION_REPLACED, WALL
     )
@@ -322,8 +322,7 @@ def test_admit_evicts_lapsed_session_first() -> None:
     harness = RegistryHarness()
     lapsed, later = new(harness), new(harness, wall=WALL + 2 * HOUR)
     harness.registry.admit(lapsed.record, 1, "refuse")
-    ended = harness.registry.admit(later.record, 1, "refuse")
-    assert ended is not None
+    (ended,) = harness.registry.admit(later.record, 1, "refuse")
     assert (ended.id, ended.code) == (lapsed.record.id, Code.TOKEN_EXPIRED)
 
 

@@ -62,6 +62,28 @@ def test_lower_limit_keeps_sessions_and_refuses_new_ones() -> None:
         open_one(sessions)
 
 
+def test_lower_limit_refuses_although_a_lapsed_session_could_be_evicted() -> None:
+    sessions = registry(per_user=5, idle_timeout_ms=HOUR)
+    open_one(sessions)
+    live = [open_one(sessions, HOUR) for _ in range(2)]
+    sessions.reconfigure(SessionSettings(per_user=1))
+    with pytest.raises(ResourceExhausted):
+        open_one(sessions, HOUR)
+    assert all(isinstance(sessions.check(token, HOUR), Session) for token in live)
+
+
+def test_lower_limit_evicts_down_to_it() -> None:
+    sessions = registry(per_user=5, when_full="evict_oldest")
+    ended = []
+    sessions.observers.append(lambda session_id, code, reason: ended.append(code))
+    old = [open_one(sessions) for _ in range(5)]
+    sessions.reconfigure(SessionSettings(per_user=1, when_full="evict_oldest"))
+    new = open_one(sessions)
+    assert [sessions.check(token, 0) for token in old] == 5 * [Code.SESSION_REPLACED]
+    assert isinstance(sessions.check(new, 0), Session)
+    assert (ended, sessions.replaced) == (5 * [Code.SESSION_REPLACED], 5)
+
+
 def test_new_grace_applies_to_next_refresh() -> None:
     sessions = registry(refresh_grace_ms=0)
     opened = sessions.open("ada", operator=False, client="t/1", address="192.0.2.1", wall=0)

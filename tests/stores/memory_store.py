@@ -66,7 +66,7 @@ class MemoryStore:
             if "limit" not in (full.details or {}):
                 raise
             return LimitReached()
-        return Created() if ended is None else Created((ended,))
+        return Created(tuple(ended))
 
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         registry = self._registry

@@ -54,7 +54,8 @@ class EndedRecord:
 class UserLimit:
     """The limit of sessions per user, live and lapsed together.
 
-    The oldest lapsed session is evicted first; `when_full` applies only when all are live.
+    The oldest lapsed sessions are evicted first; `when_full` applies when `per_user` are live. After the limit was
+    lowered, as many are evicted as are too many.
     """
 
     per_user: int

@@ -142,9 +142,10 @@ class SessionRegistry(Exchange):
     ) -> OpenedSession:
         """Open a session for an authenticated user.
 
-        A user has at most `per_user` sessions, live and lapsed. The oldest lapsed one is evicted first, without
-        notice: it has no live token, and remnants of old logins must not lock a user out. `when_full` applies only
-        when all are live. A session with a `key` is bound to it.
+        A user has at most `per_user` sessions, live and lapsed. The oldest lapsed ones are evicted first, without
+        notice: they have no live token, and remnants of old logins must not lock a user out. `when_full` applies
+        when `per_user` are live. After the limit was lowered, as many are evicted as are too many. A session with
+        a `key` is bound to it.
 
         Raises:
             ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`, the server
@@ -199,14 +200,14 @@ class SessionRegistry(Exchange):
         slot = self._slot_of(new.record.id)
         return None if slot == NONE else self._opened_new(slot, new)
 
-    def admit(self, record: SessionRecord, per_user: int, when_full: WhenFull) -> EndedRecord | None:
-        """Insert a new session under the limits of `open`. Return the tombstone of an evicted session, if any.
+    def admit(self, record: SessionRecord, per_user: int, when_full: WhenFull) -> Sequence[EndedRecord]:
+        """Insert a new session under the limits of `open`. Return the tombstones of evicted sessions.
 
         Raises ResourceExhausted as `open` does. Idempotent.
         """
         wall = self._wall = record.created_at
         if self._slot_of(record.id) != NONE:
-            return None
+            return []
         ended = self._make_room(record.user, wall, per_user, when_full)
         self.restore(record)
         self._announce()
@@ -403,28 +404,32 @@ class SessionRegistry(Exchange):
 
     # Helpers
 
-    def _make_room(self, user: str, wall: int, per_user: int, when_full: WhenFull) -> EndedRecord | None:
-        """Make room for one more session of the user. Return the tombstone of an evicted one, if any."""
-        table, ended = self._table, None
+    def _make_room(self, user: str, wall: int, per_user: int, when_full: WhenFull) -> Sequence[EndedRecord]:
+        """Make room for one more session of the user. Return the tombstones of the evicted ones."""
+        table = self._table
         slots = [
             slot
             for slot in table.of_user(user)
             if not self._is_due(slot, wall) or self._expire_if_due(slot, wall)
         ]
-        if len(slots) >= per_user:
+        surplus = len(slots) + 1 - per_user  # above 1 after the limit was lowered
+        ended = []
+        if surplus > 0:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
-            if lapsed:
-                slot, code, reason = lapsed[0], Code.TOKEN_EXPIRED, EndReason.UNKNOWN
-            elif when_full == "evict_oldest":
-                self.replaced += 1
-                slot, code, reason = slots[0], Code.SESSION_REPLACED, EndReason.REPLACED
-            else:
+            if when_full == "refuse" and len(slots) - len(lapsed) >= per_user:
                 self._announce()
                 raise ResourceExhausted(
                     "the user has reached the limit of sessions; close one first", {"limit": per_user}
                 )
-            ended = EndedRecord(table.ids[slot], table.tokens[slot], code, wall)
-            self._end(slot, code, reason)
+            live = [slot for slot in slots if self._state[slot] != LAPSED]
+            for slot in (lapsed + live)[:surplus]:
+                if self._state[slot] == LAPSED:
+                    code, reason = Code.TOKEN_EXPIRED, EndReason.UNKNOWN
+                else:
+                    self.replaced += 1
+                    code, reason = Code.SESSION_REPLACED, EndReason.REPLACED
+                ended.append(EndedRecord(table.ids[slot], table.tokens[slot], code, wall))
+                self._end(slot, code, reason)
         if self.kept >= self._settings.max_sessions:
             self._announce()
             raise ResourceExhausted(

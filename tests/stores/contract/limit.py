@@ -109,12 +109,44 @@ class LimitContract:
         await store.end([session(1).id], Code.TOKEN_REVOKED, WALL)
         assert await store.create(session(2), ONE) == Created()
 
-    async def test_lowered_limit_ends_one_session_per_opening(self, store: SessionStore) -> None:
-        await opened(store, *(session(number) for number in range(4)))
+    async def test_lowered_limit_evicts_the_oldest_down_to_it(self, store: SessionStore) -> None:
+        records = [session(number) for number in range(5)]
+        await opened(store, *records)
         result = await store.create(session(5), EVICT_TWO)
-        assert result == Created((ended(session(0), Code.SESSION_REPLACED),))
-        assert await store.create(session(6), FIVE) == Created()
-        assert await store.create(session(7), FIVE) == LimitReached()
+        assert result == Created(tuple(ended(record, Code.SESSION_REPLACED) for record in records[:4]))
+        assert await store.list("alice") == [records[4], session(5)]
+        assert await store.find(records[0].token_digest) == ended(records[0], Code.SESSION_REPLACED)
+
+    async def test_lowered_limit_evicts_lapsed_sessions_before_live_ones(self, store: SessionStore) -> None:
+        old, young = session(1), session(4)
+        lapsed = [session(number, expires_at=WALL + 1) for number in (2, 3)]
+        await opened(store, old, *lapsed, young)
+        new = session(5, wall=WALL + 1)
+        assert await store.create(new, EVICT_TWO) == Created(
+            (
+                *(ended(record, Code.TOKEN_EXPIRED, WALL + 1) for record in lapsed),
+                ended(old, Code.SESSION_REPLACED, WALL + 1),
+            )
+        )
+        assert await store.list("alice") == [young, new]
+
+    async def test_lowered_limit_refuses_although_a_lapsed_session_could_end(
+        self, store: SessionStore
+    ) -> None:
+        records = [session(1), session(2, expires_at=WALL + 1), session(3)]
+        await opened(store, *records)
+        assert await store.create(session(4, wall=WALL + 1), ONE) == LimitReached()
+        assert await store.list("alice") == records
+
+    async def test_lowered_limit_evicts_as_many_lapsed_sessions_as_are_too_many(
+        self, store: SessionStore
+    ) -> None:
+        live, *lapsed = session(1), *(session(number, expires_at=WALL + 1) for number in range(2, 6))
+        await opened(store, live, *lapsed)
+        new, limit = session(6, wall=WALL + 1), UserLimit(3, "refuse", IDLE)
+        gone = tuple(ended(record, Code.TOKEN_EXPIRED, WALL + 1) for record in lapsed[:3])
+        assert await store.create(new, limit) == Created(gone)
+        assert await store.list("alice") == [live, lapsed[3], new]
 
     async def test_fifty_concurrent_openings_get_five_sessions(self, store: SessionStore) -> None:
         results = await asyncio.gather(*(store.create(session(number), FIVE) for number in range(50)))

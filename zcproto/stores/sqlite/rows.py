@@ -98,20 +98,22 @@ class WorkingSet:
 
         if record.id in self._by_id:
             return Created()
-        ended: tuple[EndedRecord, ...] = ()
-        others = self.list_user(record.user)
-        if len(others) >= limit.per_user:
+        others = [
+            other
+            for other in self.list_user(record.user)
+            if is_live(other) or wall < other.refresh_expires_at
+        ]
+        surplus = len(others) + 1 - limit.per_user  # above 1 after the limit was lowered
+        ended: list[EndedRecord] = []
+        if surplus > 0:
             live = [other for other in others if is_live(other)]
-            lapsed = [other for other in others if not is_live(other) and wall < other.refresh_expires_at]
-            if len(live) + len(lapsed) >= limit.per_user:
-                if lapsed:
-                    ended = (self._end(lapsed[0], Code.TOKEN_EXPIRED, wall),)
-                elif limit.when_full == "evict_oldest":
-                    ended = (self._end(live[0], Code.SESSION_REPLACED, wall),)
-                else:
-                    return LimitReached()
+            if limit.when_full == "refuse" and len(live) >= limit.per_user:
+                return LimitReached()
+            lapsed = [other for other in others if not is_live(other)]
+            ended += (self._end(other, Code.TOKEN_EXPIRED, wall) for other in lapsed[:surplus])
+            ended += (self._end(other, Code.SESSION_REPLACED, wall) for other in live[: surplus - len(ended)])
         self._add(record)
-        return Created(ended)
+        return Created(tuple(ended))
 
     def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         record, wall = self.get(rotation.id), rotation.wall

@@ -120,25 +120,26 @@ if known then
 end
 local ids, ended = redis.call('ZRANGE', user_key(tag), 0, -1), {}
 if #ids >= per_user then
-  local count, live, lapsed = 0, nil, nil
+  local live, lapsed = {}, {}
   for _, mate in ipairs(ids) do
     local other = read(tag, mate)
     if not other or other[STATE] ~= KEPT then
       redis.call('ZREM', user_key(tag), mate)
     elseif before(wall, other[EXPIRES]) and (idle_from == '' or before(idle_from, other[LAST_USED])) then
-      count, live = count + 1, live or {mate, other}
+      live[#live + 1] = {mate, other, SESSION_REPLACED}
     elseif before(wall, other[REFRESH_EXPIRES]) then
-      count, lapsed = count + 1, lapsed or {mate, other}
+      lapsed[#lapsed + 1] = {mate, other, TOKEN_EXPIRED}
     end
   end
-  if count >= per_user then
-    if lapsed then
-      ended = {{TOKEN_EXPIRED, finish(tag, lapsed[1], lapsed[2], TOKEN_EXPIRED, wall)}}
-    elseif evicts then
-      ended = {{SESSION_REPLACED, finish(tag, live[1], live[2], SESSION_REPLACED, wall)}}
-    else
-      return answer({'full', {}})
-    end
+  if #live >= per_user and not evicts then
+    return answer({'full', {}})
+  end
+  for _, mate in ipairs(live) do
+    lapsed[#lapsed + 1] = mate
+  end
+  for n = 1, #lapsed + 1 - per_user do  -- more than one after the limit was lowered
+    local id, other, code = unpack(lapsed[n])
+    ended[n] = {code, finish(tag, id, other, code, wall)}
   end
 end
 local session = cmsgpack.unpack(blob)
