@@ -17,6 +17,7 @@ from zcproto.stores.base import (
     Created,
     LimitReached,
     NotRotated,
+    Repeated,
     StoreUnavailable,
 )
 
@@ -125,7 +126,7 @@ class FaultyStore:
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         return await self._do("create", self.inner.create(record, limit))
 
-    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         return await self._do("rotate", self.inner.rotate(rotation))
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:

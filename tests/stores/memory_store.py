@@ -19,6 +19,7 @@ from zcproto.stores.base import (
     Created,
     LimitReached,
     NotRotated,
+    Repeated,
 )
 
 _SLOTS_EACH = 4
@@ -28,10 +29,11 @@ _SLOTS_EACH = 4
 class MemoryStore:
     """A store with the sessions of a registry."""
 
-    __slots__ = ("_answers", "_registry")
+    __slots__ = ("_answers", "_last", "_registry")
 
     def __init__(self, registry: SessionRegistry, answers: AnswerLimits | None = None) -> None:
         self._registry = registry
+        self._last: dict[bytes, Rotation] = {}  # the last rotation of a session, if it has a sealed pair
         self._answers = Answers(answers or AnswerLimits(bytes=16 << 20))
 
     @property
@@ -68,14 +70,26 @@ class MemoryStore:
             return LimitReached()
         return Created(tuple(ended))
 
-    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         registry = self._registry
         record = registry.record(rotation.id)
         if record is not None and record.refresh_digest == rotation.refresh_digest:
             return record
+        last = self._last.get(rotation.id)
+        if (
+            record is not None
+            and last is not None
+            and (last.spent_digest, last.token_digest) == (rotation.spent_digest, record.token_digest)
+            and (record.client, record.address) == (rotation.client, rotation.address)
+            and rotation.wall < last.wall + last.grace_ms
+        ):
+            return Repeated(record, last.sealed)
         reused = registry.refresh_reused
         try:
-            return registry.rotate(rotation)[0]
+            rotated = registry.rotate(rotation)[0]
+            if rotation.grace_ms:
+                self._last[rotation.id] = rotation
+            return rotated
         except CallError as refused:
             return NotRotated(refused.code, registry.refresh_reused > reused)
 

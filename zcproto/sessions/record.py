@@ -1,6 +1,7 @@
 """Define sessions as a store keeps them: digests, never tokens.
 
-All times are milliseconds since the Unix epoch. A copy of all records gives no access.
+All times are milliseconds since the Unix epoch. A copy of all records gives no access: `Rotation.sealed` is
+encrypted under the spent refresh token.
 """
 
 from __future__ import annotations
@@ -77,3 +78,7 @@ class Rotation:
     client: str
     address: str
     wall: int
+    sealed: bytes = b""
+    """The new pair, encrypted for the holder of the spent token; empty if a repetition is not answered."""
+    grace_ms: int = 0
+    """How long `sealed` is kept."""

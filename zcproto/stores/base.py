@@ -22,6 +22,9 @@ from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLi
 MAX_LISTED: Final = 10_000
 """Sessions listed in one call when no user is named."""
 
+CLOCK_SKEW_MS: Final = 10_000
+"""Between processes that share a store, and between them and the store."""
+
 NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 
 
@@ -56,6 +59,17 @@ class NotRotated:
 
     code: Code
     reused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The refresh was made within its grace, by another process, for the same client at the same address.
+
+    Nothing was changed. `record` is the session, `sealed` what the rotation had.
+    """
+
+    record: SessionRecord
+    sealed: bytes
 
 
 class ClaimState(Enum):
@@ -120,11 +134,12 @@ class SessionStore(Protocol):
         Creating the same record again neither adds a session nor revives one that has ended.
         """
 
-    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         """Replace a session's token pair if the refresh token shown is the current one. Return its new record.
 
-        A spent refresh token ends the session. The old access token is remembered as revoked. Repeating a
-        rotation changes nothing.
+        A spent refresh token ends the session; in a shared store the last one does not within the grace, if its
+        rotation had a sealed pair. The old access token is remembered as revoked. Repeating a rotation changes
+        nothing.
         """
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:

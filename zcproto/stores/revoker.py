@@ -25,7 +25,7 @@ from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import NEVER
 from zcproto.sessions.record import EndedRecord
-from zcproto.stores.base import MAX_LISTED, StoreUnavailable
+from zcproto.stores.base import CLOCK_SKEW_MS, MAX_LISTED, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations, Revocation
 
@@ -40,9 +40,6 @@ RETRY_PAUSE_S: Final = 0.05
 """The pause after a failure that did not begin an outage."""
 
 ORPHANS: Final = 8_192
-CLOCK_SKEW_MS: Final = 10_000
-"""Between processes that share a store."""
-
 _STORE_ALONE: Final = 0.5
 """The part of the timeout after which the revocation is also written to the file."""
 

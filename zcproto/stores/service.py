@@ -7,7 +7,8 @@ Rules:
   before the call returns.
 - An operation begun in the store is finished even if its caller has gone.
 - One refresh of a session runs at a time; concurrent refreshes with the same token share one result. A rotation
-  with an unknown outcome is repeated unchanged: a different one would make its refresh token look stolen.
+  with an unknown outcome is repeated unchanged: a different one would make its refresh token look stolen. A refresh
+  that another process has just made is answered with the same pair, which the store has in sealed form.
 - One look-up of a token runs at a time. An unknown token is not looked up again for a while, and an address that
   sends many unknown tokens has to wait.
 
@@ -31,9 +32,10 @@ from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegis
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
-from zcproto.stores.base import LimitReached, NotRotated, StoreUnavailable
+from zcproto.stores.base import LimitReached, NotRotated, Repeated, StoreUnavailable
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
+from zcproto.stores.seal import open_pair, seal_pair
 from zcproto.stores.sync import StoreSync
 
 UNDECIDED: Final = 8_192
@@ -283,7 +285,7 @@ class StoredSessionService(SessionService):
             expires_at = made[0].expires_at
             rotation = replace(rotation, client=client, address=address, wall=wall, expires_at=expires_at)
             made = rotation, token, new_refresh_token
-        task = self._refreshing[session_id] = self.sync.tasks.spawn(self._rotate(*made))
+        task = self._refreshing[session_id] = self.sync.tasks.spawn(self._rotate(refresh_token, *made))
         task.add_done_callback(lambda _: self._refreshing.pop(session_id))
         await asyncio.wait([task])
         opened = task.result()
@@ -291,15 +293,28 @@ class StoredSessionService(SessionService):
             raise refresh_refused(Code.TOKEN_REVOKED)
         return opened
 
-    async def _rotate(self, rotation: Rotation, token: bytes, refresh_token: bytes) -> OpenedSession:
-        changes, registry = self.sync.changes, self._registry
+    async def _rotate(
+        self, spent_token: bytes, rotation: Rotation, token: bytes, refresh_token: bytes
+    ) -> OpenedSession:
+        changes, registry, wall = self.sync.changes, self._registry, rotation.wall
         count = changes.count
+        if self.is_shared and (grace_ms := registry.settings.refresh_grace_ms):
+            sealed = seal_pair(spent_token, rotation.token_digest, token, refresh_token)
+            rotation = replace(rotation, sealed=sealed, grace_ms=grace_ms)
         try:
             await changes.ensure_stored(rotation.id)
             record = await self._call(self._store.rotate(rotation))
             if isinstance(record, NotRotated):
                 self._undecided.pop(rotation.spent_digest, None)
                 raise self._not_rotated(rotation, record)
+            if isinstance(record, Repeated):
+                pair = open_pair(spent_token, record.record.token_digest, record.sealed)
+                if pair is None:
+                    raise StoreUnavailable("the pair of a recent refresh is damaged")
+                (token, refresh_token), record = pair, record.record
+                wall = (
+                    record.last_used_at
+                )  # about when the other process made it, so that the grace ends with that
             if changes.has_changed(record.id, count):
                 found = await changes.fetch(self._store.get, record.id)
                 if not isinstance(found, SessionRecord) or found.token_digest != record.token_digest:
@@ -313,7 +328,7 @@ class StoredSessionService(SessionService):
         self._undecided.pop(rotation.spent_digest, None)
         if self.is_shared and registry.record(record.id) is None:
             registry.restore(record, make_room=True)
-        return registry.apply_rotation(record, rotation.spent_digest, token, refresh_token, rotation.wall)
+        return registry.apply_rotation(record, rotation.spent_digest, token, refresh_token, wall)
 
     def _not_rotated(self, rotation: Rotation, refused: NotRotated) -> CallError:
         if refused.reused:

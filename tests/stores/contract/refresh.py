@@ -21,7 +21,8 @@ from tests.stores.contract.helpers import (
 )
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.base import LimitReached, NotRotated, SessionStore
+from zcproto.stores.base import LimitReached, NotRotated, Repeated, SessionStore
+from zcproto.stores.sqlite.store import SqliteStore
 
 
 class RefreshContract:
@@ -149,3 +150,51 @@ class RefreshContract:
         await opened(store, *records)
         results = await asyncio.gather(*(store.rotate(rotation(record)) for record in records))
         assert results == [rotated(each, rotation(each)) for each in records]
+
+    async def test_refresh_repeated_within_the_grace_returns_its_sealed_pair(
+        self, store: SessionStore
+    ) -> None:
+        record = await self._refreshed(store)
+        again = rotation(session(), 2, sealed=b"another pair", grace_ms=MINUTE)
+        assert await store.rotate(again) == Repeated(record, b"the pair")
+        assert await store.find(again.token_digest) is None
+        assert await store.find(record.token_digest) == record
+        assert await store.count() == 1
+
+    @pytest.mark.parametrize(
+        "changes", [{"client": "zc/3"}, {"address": "192.0.2.8"}, {"wall": WALL + HOUR}], ids=str
+    )
+    async def test_refresh_repeated_by_another_client_or_after_the_grace_ends_the_session(
+        self, store: SessionStore, changes: dict[str, object]
+    ) -> None:
+        await self._refreshed(store)
+        again = rotation(session(), 2, **changes)
+        assert await store.rotate(again) == NotRotated(Code.TOKEN_REVOKED, reused=True)
+        assert await store.count() == 0
+
+    async def test_only_the_last_refresh_can_be_repeated(self, store: SessionStore) -> None:
+        record = await self._refreshed(store)
+        await store.rotate(rotation(record, sealed=b"the next pair", grace_ms=MINUTE))
+        again = rotation(session(), 2)
+        assert await store.rotate(again) == NotRotated(Code.TOKEN_REVOKED, reused=True)
+
+    async def test_refresh_without_a_sealed_pair_makes_the_one_before_unrepeatable(
+        self, store: SessionStore
+    ) -> None:
+        record = await self._refreshed(store)
+        await store.rotate(rotation(record))
+        assert await store.rotate(rotation(session(), 2)) == NotRotated(Code.TOKEN_REVOKED, reused=True)
+
+    async def test_refresh_of_an_ended_session_is_not_repeated(self, store: SessionStore) -> None:
+        record = await self._refreshed(store)
+        await store.end([record.id], Code.TOKEN_REVOKED, WALL)
+        assert await store.rotate(rotation(session(), 2)) == NotRotated(Code.TOKEN_REVOKED)
+
+    async def _refreshed(self, store: SessionStore) -> SessionRecord:
+        """Return a session after a refresh with a sealed pair. Only shared stores keep sealed pairs."""
+        if type(store) is SqliteStore:
+            pytest.skip("other processes do not use this store")
+        await opened(store, session())
+        record = await store.rotate(rotation(session(), sealed=b"the pair", grace_ms=MINUTE))
+        assert isinstance(record, SessionRecord)
+        return record

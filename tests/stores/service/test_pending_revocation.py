@@ -22,7 +22,7 @@ from zcproto.errors import Code
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores import revoker as revoker_module
-from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.base import CLOCK_SKEW_MS, StoreUnavailable
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS, READ_ONLY, FAILS_AFTER, HANGS_AFTER])
@@ -121,7 +121,7 @@ async def test_replay_spares_sessions_opened_after_the_revocation(start_process:
     await one.open()
     await one.outage()
     await one.sessions.revoke_user("ada", "all")
-    one.clock.advance(revoker_module.CLOCK_SKEW_MS / 1000 + 1)
+    one.clock.advance(CLOCK_SKEW_MS / 1000 + 1)
     new = await other.open()
     await one.recover()
     assert other.is_valid(new)

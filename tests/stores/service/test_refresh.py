@@ -103,6 +103,59 @@ async def test_session_of_another_process_is_refreshed_here(start_process: Start
     assert await other.find(opened.token) is Code.TOKEN_REVOKED
 
 
+async def test_refresh_repeated_on_another_node_returns_the_same_pair(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    await other.find(opened.token)
+    assert other.is_valid(opened)
+    first = await one.refresh(opened)
+    one.clock.advance(1)
+    second = await other.refresh(opened)
+    assert (second.token, second.refresh_token) == (first.token, first.refresh_token)
+    assert other.is_valid(second)
+    assert other.check(opened.token) is Code.TOKEN_REVOKED
+    assert one.ended == other.ended == []
+    assert one.registry.refresh_reused == other.registry.refresh_reused == 0
+    assert one.is_valid(await one.refresh(second))
+
+
+async def test_refresh_repeated_on_another_node_after_the_grace_ends_the_session(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    first = await one.refresh(opened)
+    one.clock.advance(5)
+    await other.refresh(opened)
+    one.clock.advance(5)  # the first repetition does not extend the grace
+    await refused(other.refresh(opened), TokenRevoked)
+    assert await other.find(first.token) is Code.TOKEN_REVOKED
+
+
+async def test_grace_of_zero_keeps_no_pair_in_the_store(start_process: StartProcess) -> None:
+    one = await start_process(shared=True, refresh_grace_ms=0)
+    other = await start_process(FaultyStoreView(one.store), refresh_grace_ms=0)
+    opened = await one.open()
+    await one.refresh(opened)
+    await refused(other.refresh(opened), TokenRevoked)
+
+
+async def test_damaged_pair_of_a_repeated_refresh_is_unavailable(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = await one.open()
+    monkeypatch.setattr(service_module, "seal_pair", lambda *pair: b"damaged")
+    first = await one.refresh(opened)
+    await refused(other.refresh(opened))
+    assert one.is_valid(first)
+    await other.find(first.token)
+    assert other.is_valid(first)
+
+
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_session_is_found_by_its_refresh_token(start_process: StartProcess, is_shared: bool) -> None:
     one = await start_process(shared=is_shared)

@@ -79,7 +79,7 @@ def only(server: ServerProcess, kind: str) -> bytes:
 async def do_everything(store: ValkeyStore) -> None:
     record = session()
     await store.create(record, FIVE)
-    await store.rotate(rotation(record))
+    await store.rotate(rotation(record, sealed=b"pair", grace_ms=MINUTE))
     await store.create(session(2, expires_at=WALL + 1, refresh_expires_at=WALL + 1), FIVE)
     await store.create(session(3), FIVE)
     await store.create(session(4, "bob"), FIVE)
@@ -108,6 +108,7 @@ async def test_every_key_has_a_time_to_live(store: ValkeyStore, server: ServerPr
         b"b",
         b"p",
         b"n",
+        b"r",
         b"v",
     }
     assert b"c" not in kinds(server)  # the key that announces a change is deleted at once
@@ -140,7 +141,7 @@ async def test_expire_leaves_no_keys(store: ValkeyStore, server: ServerProcess) 
     assert await store.create(session(6, "bob"), ONE) == LimitReached()
     while await store.expire(WALL + 40 * DAY, KEEP_ENDED, 1_000):
         pass
-    assert kinds(server) - {b"p", b"b"} <= KEPT_FOR_EVER
+    assert kinds(server) - {b"p", b"b", b"r"} <= KEPT_FOR_EVER
     assert {server.command("GET", key) for key in server.command("KEYS", "zcp:b:*")} == {b"0"}
     assert await store.count() == 0
 

@@ -7,6 +7,8 @@
 -- Keys, after the prefix. TAG stands for a user: all keys of one user are in one slot of a cluster.
 --   s:{TAG}ID      a session, or its tombstone (an array, see KEPT below)
 --   u:{TAG}        the stored sessions of a user in the order of opening: a sorted set of ids
+--   r:{TAG}ID      the last refresh of a session, during its grace: spent refresh token, new access token (digests),
+--                  when the grace ends, sealed pair
 --   q:{TAG}        the requests of a user with an idempotency key: a hash, by the digest of the key
 --   a:{TAG}DIGEST  the answer of such a request
 --   c:{TAG}NODEID  written and deleted at once when a session changes: client tracking reports it to all processes,
@@ -29,7 +31,7 @@ local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '
 local tag = args[5]
 
 local DAY, TAG_SIZE = 86400000, 20
-local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED = 0, 68, 69, 70, 16
+local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED, UNAVAILABLE = 0, 68, 69, 70, 16, 14
 
 -- A session: state, token, refresh, user, client, address, key, flags, created, last used, expires, refresh
 -- expires, order. The state is KEPT, or the code of an ended session, followed by token and time only.
@@ -157,7 +159,7 @@ linger(redis.call, user_key(tag), ms)
 return answer({'created', ended})
 
 --@ rotate
-local id, spent, token, refresh, expires, client, address, wall = unpack(args, 6, 13)
+local id, spent, token, refresh, expires, client, address, wall, sealed, grace, grace_ends = unpack(args, 6, 16)
 if not CLUSTERED then
   tag = tag_of(id)
 end
@@ -171,6 +173,13 @@ elseif session[TOKEN] == token and session[REFRESH] == refresh then
 elseif not before(wall, due(session)) then
   return answer({TOKEN_EXPIRED, false})
 elseif session[REFRESH] ~= spent then
+  local last = redis.call('GET', P .. 'r:{' .. tag .. '}' .. id)
+  if last and session[CLIENT] == client and session[ADDRESS] == address then
+    local last_spent, last_token, ends, last_sealed = unpack(cmsgpack.unpack(last))
+    if last_spent == spent and last_token == session[TOKEN] and before(wall, ends) then
+      return answer({UNAVAILABLE, {cmsgpack.pack(session), last_sealed}})
+    end
+  end
   finish(tag, id, session, TOKEN_REVOKED, wall)
   return answer({TOKEN_REVOKED, true})
 elseif not before(wall, session[REFRESH_EXPIRES]) then
@@ -185,6 +194,10 @@ if before(session[REFRESH_EXPIRES], expires) then
 end
 announce(tag, id)
 redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'KEEPTTL')
+if grace > 0 then
+  local last = cmsgpack.pack({spent, token, grace_ends, sealed})
+  redis.call('SET', P .. 'r:{' .. tag .. '}' .. id, last, 'PX', grace)
+end
 if not CLUSTERED then  -- in a cluster the client has written it
   redis.call('SET', P .. 't:' .. token, tag .. id, 'PX', math.max(ms, 1))
 end

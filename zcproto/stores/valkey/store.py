@@ -23,7 +23,16 @@ from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import LAST_MS, check_size, too_many_requests
-from zcproto.stores.base import MAX_LISTED, Claim, ClaimState, Created, LimitReached, NotRotated
+from zcproto.stores.base import (
+    CLOCK_SKEW_MS,
+    MAX_LISTED,
+    Claim,
+    ClaimState,
+    Created,
+    LimitReached,
+    NotRotated,
+    Repeated,
+)
 from zcproto.stores.valkey.client import ValkeyClient, operation
 from zcproto.stores.valkey.scripts import (
     DAY_MS,
@@ -111,7 +120,7 @@ class ValkeyStore(ValkeyClient):
             )
 
     @operation
-    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         id, tag = id_text(rotation.id).encode(), b""
         token_key = self._prefix + b"t:" + rotation.token_digest
         if self._is_clustered:
@@ -123,14 +132,19 @@ class ValkeyStore(ValkeyClient):
         digests = rotation.spent_digest, rotation.token_digest, rotation.refresh_digest
         texts = utf8(rotation.client), utf8(rotation.address)
         expires_at, wall = time_text(rotation.expires_at), time_text(rotation.wall)
-        code, outcome = await self._run("rotate", tag, id, *digests, expires_at, *texts, wall)
-        if code:
-            if self._is_clustered:
-                await self._call("DEL", token_key)
-            return NotRotated(Code(code), bool(outcome))
-        record = unpack_session(id, outcome)
-        assert isinstance(record, SessionRecord)
-        return record
+        # The time to live of the key ends the grace; the time in it, only where a test has its own clock.
+        grace = (
+            rotation.sealed,
+            rotation.grace_ms,
+            time_text(rotation.wall + rotation.grace_ms + CLOCK_SKEW_MS),
+        )
+        code, outcome = await self._run("rotate", tag, id, *digests, expires_at, *texts, wall, *grace)
+        if code and self._is_clustered:
+            await self._call("DEL", token_key)
+        if code == Code.UNAVAILABLE:
+            packed, sealed = outcome
+            return Repeated(_session(id, packed), sealed)
+        return NotRotated(Code(code), bool(outcome)) if code else _session(id, outcome)
 
     @operation
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
@@ -401,3 +415,9 @@ class ValkeyStore(ValkeyClient):
                 found += await self._read_batch(members[start : start + _READ_BATCH])
         found.sort(key=lambda pair: pair[0])
         return [record for _, record in found[:MAX_LISTED]]
+
+
+def _session(id: bytes, raw: bytes) -> SessionRecord:
+    record = unpack_session(id, raw)
+    assert isinstance(record, SessionRecord)
+    return record
