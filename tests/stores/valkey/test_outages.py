@@ -281,6 +281,18 @@ async def test_server_that_became_a_replica_is_an_outage(server: ServerProcess) 
         assert here.changes[-1] == ALL
 
 
+async def test_primary_that_became_a_replica_is_noticed_without_an_operation(server: ServerProcess) -> None:
+    async with Open(server.url) as here:
+        server.command("REPLICAOF", "127.0.0.1", 1)
+        await until(lambda: not _has_tracking_client(server))
+        server.command("REPLICAOF", "NO", "ONE")
+        await until(lambda: here.changes == [ALL])
+
+
+def _has_tracking_client(server: ServerProcess) -> bool:
+    return any(b"cmd=client" not in line for line in server.command("CLIENT", "LIST").splitlines())
+
+
 async def test_missing_replicas_are_an_outage(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,59 @@ async def test_failover_reported_by_sentinels(program: str, tmp_path: Path) -> N
             assert await store.create(session(2), FIVE) == Created()
             assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
             assert ALL in changes
+
+
+async def test_planned_failover_drops_the_link_while_the_old_primary_is_up(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
+        )
+        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", first))
+        async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, changes):
+            await store.create(session(), FIVE)
+            sentinel.command("SENTINEL", "REMOVE", "sessions")  # the primary stays in use
+            await store.ping()
+            sentinel.command("SENTINEL", "MONITOR", "sessions", "127.0.0.1", second.port, 1)
+            await until(lambda: changes != [])
+            assert first.command("ROLE")[0] == b"master"
+            assert await store.create(session(2), FIVE) == Created()
+            assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
+
+
+async def test_sentinel_with_the_highest_epoch_counts(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
+        )
+        behind = stack.enter_context(_monitoring(tmp_path / "behind", first))
+        current = stack.enter_context(
+            _monitoring(tmp_path / "current", second, "sentinel config-epoch sessions 3")
+        )
+        hung = stack.enter_context(_monitoring(tmp_path / "hung", first))
+        hung.stop()
+        url = f"valkey+sentinel://{behind.address},{current.address},{hung.address}/sessions"
+        async with opened(url) as (store, changes):
+            await store.create(session(), FIVE)
+            assert second.command("EXISTS", b"zcp:t:" + session().token_digest) == 1
+            hung.go_on()
+            await store.ping()
+            assert changes == []
+
+
+async def test_sentinel_user_needs_permission_for_the_address_only(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(running(PROGRAMS[0], tmp_path / "server"))
+        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", server))
+        rules = "-@all", "+hello", "+auth", "+client|setinfo", "+sentinel|get-master-addr-by-name"
+        sentinel.command("ACL", "SETUSER", "default", *rules)
+        async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, _):
+            await store.ping()
+
+
+def _monitoring(folder: Path, primary: ServerProcess, *options: str) -> AbstractContextManager[ServerProcess]:
+    """Run a sentinel that monitors a primary alone."""
+    monitor = f"sentinel monitor sessions 127.0.0.1 {primary.port} 1"
+    return running(PROGRAMS[0], folder, "--sentinel", monitor, *options)
 
 
 def _has_replica(sentinel: ServerProcess) -> bool:

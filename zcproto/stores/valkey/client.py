@@ -33,7 +33,8 @@ from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
-from zcproto.stores.valkey.servers import Cluster, Hooks, ValkeyConnection, find_primary
+from zcproto.stores.valkey.sentinels import Sentinels
+from zcproto.stores.valkey.servers import Cluster, Hooks, ValkeyConnection
 from zcproto.stores.valkey.url import Address, ServerKind, ServerUrl, parse_url
 
 TIMEOUT_S: Final = 0.25
@@ -215,14 +216,11 @@ class ValkeyClient:
         url = self._url
         hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._reconnected)
 
-        async def find() -> Target:
-            if url.kind is ServerKind.SENTINEL:
-                return await find_primary(url.addresses, url.service, self._target, self._timeout)
-            return self._target(url.addresses[0] if url.addresses else ("", 0))
-
+        if url.kind is ServerKind.SENTINEL:
+            return ValkeyConnection(Sentinels(url.addresses, url.service, self._target, self._timeout), hooks)
         if self._is_clustered:
             return Cluster(url.addresses, self._target, hooks)
-        return ValkeyConnection(find, hooks)
+        return ValkeyConnection(self._target(url.addresses[0] if url.addresses else ("", 0)), hooks)
 
     def _target(self, address: Address) -> Target:
         url = self._url

@@ -1,12 +1,14 @@
 """The servers behind a URL: one server, the primary that sentinels report, or a cluster.
 
-Decides: which server gets a command, and when connections are made again.
+Decides: which server gets a command, and when connections are dropped and made again.
 
 Rules:
 - Each server has one connection, which also carries its client tracking. A lost connection is made again in the
   background, and at once when a command needs it.
 - Every reconnection is reported, because changes during the gap were not.
-- A server that is not a primary is not used.
+- A server that is not a primary is not used. Its role is read at every heartbeat, and the sentinels are asked
+  whether it is still their primary: after a failover the old one accepts writes, which are lost, for about ten
+  seconds.
 
 It must not know: sessions, the content of scripts.
 """
@@ -33,11 +35,12 @@ from redis.exceptions import (
 from zcproto.errors import ConfigError
 from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
+from zcproto.stores.valkey.sentinels import Sentinels
 from zcproto.stores.valkey.url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
 HEARTBEAT_S: Final = 0.4
-"""How often a server is pinged; with the timeout, an outage is detected well within a second."""
+"""How often a server is asked for its role; with the timeout, an outage is detected well within a second."""
 MIN_MAJOR: Final = 7
 
 _MIN_PAUSE_S: Final = 0.05
@@ -64,13 +67,19 @@ class Hooks:
     """Called before anything is sent on the new connection."""
 
 
-class ValkeyConnection:
-    """A connection to the server at `find()` that is made again whenever it is lost."""
+class NotPrimary(StoreUnavailable):
+    """The server is not, or no longer, the primary."""
 
-    def __init__(
-        self, find: Callable[[], Awaitable[Target]], hooks: Hooks, *, clustered: bool = False
-    ) -> None:
-        self._find = find
+
+class ValkeyConnection:
+    """A connection to a server that is made again whenever it is lost.
+
+    The server is `target`, or the primary that the sentinels report.
+    """
+
+    def __init__(self, target: Target | Sentinels, hooks: Hooks, *, clustered: bool = False) -> None:
+        self._sentinels = target if isinstance(target, Sentinels) else None
+        self._target = target if isinstance(target, Target) else None
         self._hooks = hooks
         self._clustered = clustered
         self._link: Link | None = None
@@ -87,7 +96,12 @@ class ValkeyConnection:
 
     async def open(self) -> None:
         """Connect for the first time, without `on_reconnected`. Leaves no connection open if it fails."""
-        self._link = await self._connect(OPEN_TIMEOUT_S)
+        try:
+            self._link = await self._connect(OPEN_TIMEOUT_S)
+        except BaseException:
+            if self._sentinels is not None:
+                await self._sentinels.close()
+            raise
         self.watch()
 
     def watch(self) -> None:
@@ -102,6 +116,8 @@ class ValkeyConnection:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
+        if self._sentinels is not None:
+            await self._sentinels.close()
 
     async def link(self) -> Link:
         """Return the connection, or make a new one."""
@@ -152,7 +168,7 @@ class ValkeyConnection:
         where = "the server"
         try:
             async with asyncio.timeout(within):
-                target = await self._find()
+                target = self._target = await self._find()
                 where = repr(target)
                 link = await Link.connect(target, self._hooks.timeout, self._keys_changed, self._lost.set)
                 try:
@@ -170,6 +186,12 @@ class ValkeyConnection:
             ) from None
         except ResponseError as error:
             raise StoreUnavailable(f"{where}: {error}") from None
+
+    async def _find(self) -> Target:
+        if self._sentinels is not None:
+            return await self._sentinels.primary()
+        assert self._target is not None
+        return self._target
 
     def _keys_changed(self, keys: list[bytes] | None) -> None:
         if keys is None:
@@ -193,14 +215,20 @@ class ValkeyConnection:
                 pause = min(2 * pause, _MAX_PAUSE_S)
 
     async def _await_loss(self, link: Link) -> None:
-        """Wait until the connection is lost, or ping the server after one heartbeat."""
+        """Wait until the connection is lost, or check after one heartbeat whether it is to the primary."""
         self._lost.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._lost.wait()
-        with suppress(TimeoutError, StoreUnavailable, ResponseError):  # any reply will do
+        try:
             async with asyncio.timeout(self._hooks.timeout):
-                await link.call("PING")
+                await check_server(link, clustered=self._clustered)
+                if await self._find() != self._target:
+                    raise NotPrimary("the sentinels report another primary")
+        except NotPrimary as error:
+            link.lose(error.reason)
+        except (TimeoutError, StoreUnavailable, ResponseError, ConfigError):
+            pass  # any reply will do; sentinels that do not answer do not make the primary unusable
 
 
 async def check_server(link: Link, *, clustered: bool) -> None:
@@ -220,30 +248,7 @@ async def check_server(link: Link, *, clustered: bool) -> None:
     if clustered and not is_cluster:
         raise ConfigError(["store.url: the server does not belong to a cluster; write redis://host"])
     if about.get("role") not in ("master", "primary"):
-        raise StoreUnavailable("the server is a replica, which cannot be written to")
-
-
-async def find_primary(
-    addresses: tuple[Address, ...], service: str, target_of: Callable[[Address], Target], within: float
-) -> Target:
-    """Ask all sentinels for the primary and use the first answer. Raises StoreUnavailable or ConfigError."""
-
-    query = "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service
-
-    async def ask(address: Address) -> Target:
-        target = target_of(address)
-        target.database = 0
-        try:
-            found = await _call_once(Target(target.host, target.port, tls=target.tls), within, *query)
-        except (ConfigError, ResponseError):  # it requires a login
-            found = await _call_once(target, within, *query)
-        if not found:
-            raise StoreUnavailable(f"the sentinel {target} does not monitor a service of this name")
-        host, port = found
-        return target_of((_text(host), int(port)))
-
-    target: Target = await _first_of([ask(address) for address in addresses])
-    return target
+        raise NotPrimary("the server is a replica, which cannot be written to")
 
 
 class Cluster:
@@ -338,11 +343,7 @@ class Cluster:
     def _connection(self, address: Address) -> ValkeyConnection:
         connection = self._connections.get(address)
         if connection is None:
-
-            async def find() -> Target:
-                return self._target(address)
-
-            connection = ValkeyConnection(find, self._hooks, clustered=True)
+            connection = ValkeyConnection(self._target(address), self._hooks, clustered=True)
             self._connections[address] = connection
             if self._refresher is not None:  # the first ones are opened by `open`
                 connection.watch()
