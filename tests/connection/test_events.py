@@ -9,6 +9,7 @@ from zcproto.connection.events import (
     ConnectionEnded,
     ErrorReceived,
     EventReceived,
+    FrameBuffered,
     GoAwayReceived,
     Request,
     RequestEnded,
@@ -32,6 +33,7 @@ def request() -> Request:
     [
         (request(), "Request(stream=7, method='echo')"),
         (RequestEnded(request(), Code.CANCELLED), "CANCELLED"),
+        (FrameBuffered(1, 2.0, "ada"), "FrameBuffered(size=1, began=2.0, user='ada')"),
         (SessionJoined("id"), "SessionJoined(session_id='id')"),
         (ConnectionEnded(None, "idle"), "idle"),
         (Welcomed({"server": "x"}), "server"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import SALT, WALL, ConnectionPair
-from zcproto.connection.events import Request
+from zcproto.connection.events import FrameBuffered, Request
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
@@ -145,12 +145,42 @@ def test_frame_limits_are_configurable() -> None:
 def test_large_frame_in_pieces_is_buffered_once(pair: ConnectionPair) -> None:
     pair.login()
     data = request_of_length(pair, LARGE)
+    sizes = []
     for start in range(0, len(data) - 1, 65_536):
-        assert pair.send(data[start : min(start + 65_536, len(data) - 1)]) == []
+        sizes += pair.send(data[start : min(start + 65_536, len(data) - 1)])
     assert pair.server._decoder.buffered == len(data) - 1
-    (event,) = pair.send(data[-1:])
-    assert isinstance(event, Request)
+    reported = [*range(65_536, LARGE + 1, 65_536), LARGE + 4]
+    assert sizes == [FrameBuffered(size, pair.clock.now(), "ada") for size in reported]
+    request, buffered = pair.send(data[-1:])
+    assert isinstance(request, Request)
+    assert buffered == FrameBuffered(0, pair.clock.now(), "ada")
     assert pair.server._decoder.buffered == 0
+
+
+def test_incomplete_frame_is_reported_from_4_kib_in_steps(pair: ConnectionPair) -> None:
+    data = request_of_length(pair, SMALL)
+    began = pair.clock.now()
+    assert pair.send(data[:4095]) == []
+    assert pair.send(data[4095:4096]) == [FrameBuffered(SMALL + 4, began, "")]
+    pair.clock.advance(1.0)
+    assert pair.send(data[4096:-1]) == []
+    request, buffered = pair.send(data[-1:])
+    assert isinstance(request, Request)
+    assert buffered == FrameBuffered(0, pair.clock.now(), "")
+
+
+def test_next_incomplete_frame_has_its_own_age(pair: ConnectionPair) -> None:
+    first, second = request_of_length(pair, SMALL), request_of_length(pair, SMALL)
+    pair.send(first[:5000])
+    pair.clock.advance(2.0)
+    request, buffered = pair.send(first[5000:] + second[:6000])
+    assert isinstance(request, Request)
+    assert buffered == FrameBuffered(SMALL + 4, pair.clock.now(), "")
+    pair.respond(request)
+    pair.clock.advance(2.0)
+    request, buffered = pair.send(second[6000:] + first[:10])
+    assert isinstance(request, Request)
+    assert buffered == FrameBuffered(0, pair.clock.now(), "")
 
 
 @pytest.mark.parametrize("count", [1, 963])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import tracemalloc
 
 import pytest
 
 from tests.wire.helpers import MIB, SALT, read_streams, request
 from zcproto.errors import Code, ProtocolError
-from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.decoder import LARGE, FrameDecoder
 from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, RESPONSE, Side, encode_frame
 
 
@@ -217,3 +218,36 @@ def test_limit_is_read_again_for_each_frame() -> None:
     decoder.limit = 100
     with pytest.raises(ProtocolError):
         next(frames)
+
+
+@pytest.mark.parametrize("missing", [(), ("MADV_NOHUGEPAGE",), ("MAP_PRIVATE",)])
+def test_large_frames_in_pieces_are_decoded_on_each_system(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]
+) -> None:
+    for name in missing:
+        monkeypatch.delattr(mmap, name)
+    frames = [
+        request(size, stream) for stream, size in enumerate((LARGE - HEADER_SIZE, LARGE, 5, LARGE - 99), 1)
+    ]
+    data = b"".join(frames)
+    for step in (LARGE // 2 - 1, LARGE, LARGE + 7):
+        decoder = FrameDecoder(Side.SERVER, MIB)
+        streams = []
+        for at in range(0, len(data), step):
+            decoder.feed(data[at : at + step])
+            for _, _, stream, *_, body in decoder.frames():
+                assert body == frames[stream - 1][HEADER_SIZE:]
+                streams.append(stream)
+        assert streams == [1, 2, 3, 4]
+        assert (decoder.buffered, decoder.expected) == (0, 0)
+
+
+def test_incomplete_frame_has_its_expected_size() -> None:
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    data = request(LARGE)
+    at = 0
+    for end, expected in ((3, 4), (10, HEADER_SIZE), (100, len(data)), (len(data) - 1, len(data))):
+        decoder.feed(data[at:end])
+        assert decoder.next_frame() is None
+        assert (decoder.buffered, decoder.expected) == (end, expected)
+        at = end

@@ -82,6 +82,12 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
     rows: list[tuple[str, int, int | None]] = [
         ("limits.max_connections", limits.max_connections, listener.connections),
         ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
+        ("limits.partial_frame_bytes", limits.partial_frame_bytes, parts.state.partial_frames.bytes),
+        (
+            "limits.partial_frame_bytes_per_user",
+            limits.partial_frame_bytes_per_user,
+            parts.state.partial_frames.most,
+        ),
         ("limits.max_streams", limits.max_streams, snapshot.most_in_flight),
         ("limits.max_frame_bytes", limits.max_frame_bytes, None),
         ("limits.max_frame_bytes_before_session", limits.max_frame_bytes_before_session, None),

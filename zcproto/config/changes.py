@@ -60,7 +60,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "idempotency": {Effect.RESTART: "keep max_bytes per_user"},
     "freshness": {Effect.NEW_CONNECTIONS: "tolerance"},
     "limits": {
-        Effect.NOW: "write_timeout login_failures",
+        Effect.NOW: "write_timeout login_failures partial_frame_bytes partial_frame_bytes_per_user",
         Effect.NEW_CONNECTIONS: (
             "max_connections connections_per_address max_frame_bytes max_frame_bytes_before_session max_streams"
             " max_depth idle_timeout write_buffer_bytes"

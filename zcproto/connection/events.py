@@ -67,6 +67,17 @@ class SessionJoined(NamedTuple):
     session_id: str
 
 
+class FrameBuffered(NamedTuple):
+    """The connection now holds up to `size` bytes of an incomplete frame that began at `began`; 0: it holds none.
+
+    `user` is the user of the connection's first session, or empty without one.
+    """
+
+    size: int
+    began: float
+    user: str
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class TokenUnknown:
     """A frame's token is unknown here or seems expired (`code`), but may be valid in the store.
@@ -97,7 +108,9 @@ class ConnectionEnded(NamedTuple):
     reason: str
 
 
-ServerEvent = RawRequest | RequestEnded | SessionJoined | KeyWanted | TokenUnknown | ConnectionEnded
+ServerEvent = (
+    RawRequest | RequestEnded | SessionJoined | KeyWanted | TokenUnknown | FrameBuffered | ConnectionEnded
+)
 
 
 class Welcomed(NamedTuple):

@@ -23,6 +23,7 @@ from zcproto.connection import refusals
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
+    FrameBuffered,
     GoAwayReason,
     KeyWanted,
     RawRequest,
@@ -68,6 +69,10 @@ TOUCH_INTERVAL_MS: Final = 1_000
 ATTACH: Final = "session.attach"
 """The only method allowed with a bound token whose key is not proved."""
 
+# Smaller incomplete frames are part of the cost of a connection; a report for each read would cost a tenth of it.
+REPORTED_FROM: Final = 4_096
+REPORTED_STEP: Final = 65_536
+
 _pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
@@ -79,6 +84,7 @@ class JoinedSession(NamedTuple):
     """A live session used on a connection. `expiring_at` is monotonic seconds, NEVER after its event."""
 
     token: bytes
+    user: str
     expires_at: int
     expiring_at: float
 
@@ -97,7 +103,7 @@ class JoinedSessions(dict[str, JoinedSession]):
     def join(self, session: Session, token: bytes, wall: int, now: float) -> bool:
         """Add or replace a session. Return True if `expiring_at` became earlier."""
         expiring_at = now + max(0, session.expiring_at - wall) / MS
-        self[session.id] = JoinedSession(token, session.expires_at, expiring_at)
+        self[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
         if expiring_at >= self.expiring_at:
             return False
         self.expiring_at = expiring_at
@@ -138,6 +144,8 @@ class ServerConnection:
     deadline_moved: bool = field(default=True, init=False)
     dropped_stale: int = field(default=0, init=False)
     _decoder: FrameDecoder = field(init=False)
+    _reported: int = field(default=0, init=False)  # bytes of an incomplete frame
+    _began: float = field(default=0.0, init=False)  # when the incomplete frame began
     _counter: int = field(default=0, init=False)  # of the next frame sent; WELCOME is frame 0
     _last_counter: int = field(default=0, init=False)  # the first client frame has 1 or more
     _last_frame: float = field(init=False)
@@ -210,16 +218,16 @@ class ServerConnection:
         try:
             for length, head, stream, timestamp, salt, counter, token, body in frames:
                 if salt != own_salt:
-                    yield self._end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
+                    yield self.end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
                     return
                 if counter <= self._last_counter:
-                    yield self._end_with(Code.REPLAYED, "nonce counter did not grow", wall)
+                    yield self.end_with(Code.REPLAYED, "nonce counter did not grow", wall)
                     return
                 self._last_counter = counter
                 self._last_frame = now
                 if not -tolerance <= wall - timestamp <= tolerance:
                     if self._refuse_stale(head, stream, token, wall):
-                        yield self._end_with(
+                        yield self.end_with(
                             Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall
                         )
                         return
@@ -228,7 +236,7 @@ class ServerConnection:
                     self._stale_in_a_row = 0
                 if head != REQUEST:
                     if body:
-                        yield self._end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
+                        yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
                         return
                     if head == PING:
                         self._send(PONG, 0, token, b"", wall)
@@ -239,7 +247,7 @@ class ServerConnection:
                             yield RequestEnded(held, Code.CANCELLED)
                     continue
                 if self._held and stream in self._held:
-                    yield self._end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
+                    yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
                     return
                 if (
                     token != self._token
@@ -288,8 +296,20 @@ class ServerConnection:
                 yield stream, token, session, method, params, meta
                 if self.state is _CLOSED:  # ended by the edge
                     return
+            buffered = decoder.buffered
+            if self._reported < buffered >= REPORTED_FROM or (self._reported and self._last_frame == now):
+                yield self._frame_buffered(buffered, now)
         except ProtocolError as error:
-            yield self._end_with(error.code, error.reason, wall)
+            yield self.end_with(error.code, error.reason, wall)
+
+    def _frame_buffered(self, buffered: int, now: float) -> FrameBuffered:
+        """Report an incomplete frame: what it holds, in whole steps, and at most its size."""
+        if not self._reported or self._last_frame == now:
+            self._began = now
+        in_steps = -(-buffered // REPORTED_STEP) * REPORTED_STEP
+        self._reported = min(in_steps, self._decoder.expected) if buffered >= REPORTED_FROM else 0
+        user = next((joined.user for joined in self._sessions.values()), "")
+        return FrameBuffered(self._reported, self._began, user)
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
         """Refuse a stale frame. Return True if the limit of consecutive ones is reached."""
@@ -515,8 +535,11 @@ class ServerConnection:
         body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
         self._send(GOAWAY, 0, NO_TOKEN, body, wall)
 
-    def _end_with(self, code: Code, reason: str, wall: int) -> ConnectionEnded:
-        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason), wall)
+    def end_with(
+        self, code: Code, reason: str, wall: int, details: dict[str, Any] | None = None
+    ) -> ConnectionEnded:
+        """End the connection with a fatal error (zcp1.md, section 10.3)."""
+        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
         self.state = next_state(self.state, Input.FATAL)
         return ConnectionEnded(code, reason)
 

@@ -56,6 +56,7 @@ from zcproto.runtime.store_setup import NEAR_CACHE, build_store
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.listener import Listener
+from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.state import ServerState, SessionConnections, log
@@ -69,6 +70,7 @@ from zcproto.tls.context import SUITES, can_choose_suites
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import parse_pins
 from zcproto.tls.server import TlsAcceptor
+from zcproto.wire.frame import LENGTH_SIZE
 
 
 async def build(
@@ -191,6 +193,7 @@ async def build_state(
         entropy=entropy,
         write_buffer_bytes=config.limits.write_buffer_bytes,
         write_timeout=config.limits.write_timeout,
+        partial_frames=PartialFrames(partial_frame_limits(config)),
         sessions=sessions,
         session_connections=connections,
         idempotency=IdempotencyCache(
@@ -316,6 +319,13 @@ def connection_settings(config: Config) -> ConnectionSettings:
         # Independent of http.hsts, which is for browsers: these clients use TLS only.
         sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
     )
+
+
+def partial_frame_limits(config: Config) -> PartialFrameLimits:
+    """Return the bounds of incomplete frames; one frame of the largest size always fits."""
+    limits = config.limits
+    per_user = max(limits.partial_frame_bytes_per_user, limits.max_frame_bytes + LENGTH_SIZE)
+    return PartialFrameLimits(max(limits.partial_frame_bytes, per_user), per_user)
 
 
 def session_settings(config: Config) -> SessionSettings:

@@ -26,7 +26,7 @@ from zcproto.config.changes import TAKES_EFFECT, ConfigChange, Effect, changes_b
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
 from zcproto.runtime.alert_sources import watch_rates
-from zcproto.runtime.build import connection_settings, session_settings
+from zcproto.runtime.build import connection_settings, partial_frame_limits, session_settings
 from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
 
@@ -128,6 +128,7 @@ def _apply(parts: Parts, new: Config) -> None:
     state.settings = replace(connection_settings(new), looks_up=state.settings.looks_up)
     state.write_buffer_bytes = limits.write_buffer_bytes
     state.write_timeout = limits.write_timeout
+    state.partial_frames.limits = partial_frame_limits(new)
     settings = replace(session_settings(new), max_sessions=state.registry.settings.max_sessions)
     if settings != state.registry.settings:
         state.registry.reconfigure(settings)

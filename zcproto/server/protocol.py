@@ -23,6 +23,7 @@ from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.auth.schemes import certificate_key
 from zcproto.connection.events import (
     ConnectionEnded,
+    FrameBuffered,
     GoAwayReason,
     KeyWanted,
     Request,
@@ -50,6 +51,8 @@ WRITE_BUFFER_HARD_FACTOR: Final = 4
 
 TAKEN_AT_LEAST: Final = 16_384
 """Bytes that a slow peer must read in each `write_timeout`; less counts as not reading."""
+
+CUT_FRAME: Final = "too many incomplete frames; send fewer large frames at once, or send them faster"
 
 
 class ServerProtocol(Dispatcher):
@@ -208,6 +211,8 @@ class ServerProtocol(Dispatcher):
                     break
             elif event.__class__ is RequestEnded:
                 self._stop(event)
+            elif event.__class__ is FrameBuffered:
+                self._frame_buffered(event)
             elif event.__class__ is KeyWanted:
                 self._prove_by_certificate(event.key)
             else:
@@ -232,6 +237,20 @@ class ServerProtocol(Dispatcher):
     def is_slow_reader(self) -> bool:
         """Whether the peer must read before this connection continues."""
         return self._paused_since is not None
+
+    def _frame_buffered(self, frame: FrameBuffered) -> None:
+        """Count the bytes of an incomplete frame, and close the connections that exceed the bounds."""
+        owner = f"user {frame.user}" if frame.user else f"address {self.peer}"
+        for connection in self._state.partial_frames.hold(self, owner, frame.size, frame.began, self.now()):
+            connection.cut_frame()
+
+    def cut_frame(self) -> None:
+        """Close the connection because its incomplete frame exceeds the bounds."""
+        if self._connection is not None:
+            details = {"retry_after_ms": self._state.settings.retry_draining_ms}
+            self._conversation_ended(
+                self._connection.end_with(Code.RESOURCE_EXHAUSTED, CUT_FRAME, self.wall(), details)
+            )
 
     # --- sessions ------------------------------------------------------------------------------------
 

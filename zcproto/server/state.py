@@ -20,6 +20,7 @@ from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
+from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
@@ -68,6 +69,7 @@ class Connection(CallConnection, Protocol):
     def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None: ...
     def disprove(self, key: str) -> None: ...
     def announce(self, body: bytes) -> None: ...
+    def cut_frame(self) -> None: ...
     def go_away(self, reason: GoAwayReason) -> None: ...
     def cancel_all(self) -> None: ...
     def close(self, reason: str) -> None: ...
@@ -128,6 +130,9 @@ class ServerState:
     entropy: Entropy
     write_buffer_bytes: int
     write_timeout: float
+    partial_frames: PartialFrames[Connection] = field(
+        default_factory=lambda: PartialFrames(PartialFrameLimits())
+    )
     methods: dict[str, Method] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     timed_part: int = -1
@@ -182,6 +187,7 @@ class ServerState:
 
     def connection_ended(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        self.partial_frames.release(connection)
         if self.draining and not self.connections:
             self._drained.set()
 

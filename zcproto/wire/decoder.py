@@ -7,7 +7,9 @@ and the work is linear in the number of bytes.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from typing import Final
 
 from zcproto.wire.frame import (
     HEADER,
@@ -23,7 +25,24 @@ from zcproto.wire.frame import (
     check_length,
 )
 
+LARGE: Final = 131_072
+"""Size of a frame, in bytes, from which an incomplete one is kept outside the heap."""
+
 _unpack_header = HEADER.unpack_from
+
+
+def _buffer(size: int) -> mmap.mmap:
+    """Return separate memory for a large frame.
+
+    A buffer that grows on the heap is copied many times and leaves gaps that do not return to the system. A mapping
+    takes pages as bytes arrive, and returns all of them when it is released.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        buffer.madvise(mmap.MADV_NOHUGEPAGE)  # otherwise the first byte may take 2 MiB
+    return buffer
 
 
 class FrameDecoder:
@@ -34,7 +53,17 @@ class FrameDecoder:
     resynchronised.
     """
 
-    __slots__ = ("_accepted_before", "_at", "_data", "_missing", "_partial", "_receiver", "_usual", "limit")
+    __slots__ = (
+        "_accepted_before",
+        "_at",
+        "_data",
+        "_filled",
+        "_missing",
+        "_partial",
+        "_receiver",
+        "_usual",
+        "limit",
+    )
 
     def __init__(self, receiver: Side, limit: int) -> None:
         self.limit = limit
@@ -42,7 +71,8 @@ class FrameDecoder:
         self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # the common kind costs one comparison
         self._data = b""
         self._at = 0
-        self._partial: bytearray | None = None  # an incomplete frame
+        self._partial: bytearray | mmap.mmap | None = None  # an incomplete frame
+        self._filled = 0  # bytes of it that have arrived
         self._missing = 0  # bytes that `_partial` needs before it is worth parsing again
         # Bytes that begin with a frame accepted under an earlier, larger limit.
         self._accepted_before: bytes | None = None
@@ -50,7 +80,12 @@ class FrameDecoder:
     @property
     def buffered(self) -> int:
         """Return the number of bytes held of an incomplete frame."""
-        return len(self._data) - self._at if self._partial is None else len(self._partial)
+        return len(self._data) - self._at if self._partial is None else self._filled
+
+    @property
+    def expected(self) -> int:
+        """Return the number of bytes of the incomplete frame, as far as its header has arrived; 0 without one."""
+        return 0 if self._partial is None else self._filled + self._missing
 
     def judge_one(self, data: bytes) -> RawHeader | None:
         """Return the header if `data` is exactly one frame of the usual kind and nothing is buffered, else None.
@@ -73,13 +108,20 @@ class FrameDecoder:
             self._data = data
             self._at = 0
             return
-        partial += data
-        self._missing -= len(data)
+        filled, missing = self._filled, self._missing
+        self._filled = filled + len(data)
+        self._missing = missing - len(data)
+        rest = b""
+        if isinstance(partial, bytearray):
+            partial += data
+        else:
+            partial.write(data[:missing])
+            rest = data[missing:]
         if self._missing <= 0:
-            self._data = bytes(partial)
+            self._data = bytes(partial) + rest
             self._at = 0
             self._partial = None
-            was_judged = len(partial) - len(data) >= LENGTH_SIZE
+            was_judged = filled >= LENGTH_SIZE
             if was_judged and int.from_bytes(partial[:LENGTH_SIZE], "big") > self.limit:
                 self._accepted_before = self._data
 
@@ -127,7 +169,12 @@ class FrameDecoder:
 
     def _keep(self, at: int, missing: int) -> None:
         # A bytearray grows in place: a frame that arrives byte by byte costs linear time.
-        self._partial = bytearray(memoryview(self._data)[at:])
-        self._missing = missing
+        start = memoryview(self._data)[at:]
+        self._filled, self._missing = len(start), missing
+        if self._filled + missing >= LARGE:
+            self._partial = _buffer(self._filled + missing)
+            self._partial.write(start)
+        else:
+            self._partial = bytearray(start)
         self._data = b""
         self._at = 0

@@ -11,6 +11,7 @@ from tests.helpers import FATAL_CODES, SALT, ConnectionPair, small_registry
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
+    FrameBuffered,
     Request,
     RequestEnded,
     ServerEvent,
@@ -129,7 +130,7 @@ class HostileClient:
                     self.ended += 1
                     assert server.state is State.CLOSED
                 case _:
-                    assert isinstance(event, SessionJoined)
+                    assert isinstance(event, SessionJoined | FrameBuffered)
 
     def check(self) -> None:
         """Assert a valid state, consecutive counters, and bounded streams, sessions and buffers."""

@@ -1,0 +1,156 @@
+"""Test the bounds of incomplete frames: per user, per address, in total, and the memory of a server."""
+
+from __future__ import annotations
+
+import resource
+import select
+import shutil
+from pathlib import Path
+
+from tests.server.helpers import eventually
+from tests.server.process import ServerProcess
+from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
+from zcproto.auth import UserFile
+from zcproto.errors import Code
+from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
+from zcproto.wire.frame import Kind
+
+__all__ = ["harness"]
+
+MIB = 1 << 20
+
+
+def frames_of(total: int = 1000, per_owner: int = 300) -> PartialFrames[str]:
+    return PartialFrames(PartialFrameLimits(total, per_owner))
+
+
+def test_owner_over_its_bound_loses_its_slowest_frame() -> None:
+    frames = frames_of()
+    assert frames.hold("quick", "ada", 100, 9.0, 10.0) == []
+    assert frames.hold("slow", "ada", 150, 0.0, 10.0) == []
+    assert frames.hold("other", "ben", 10, 0.0, 10.0) == []
+    assert frames.hold("new", "ada", 51, 10.0, 10.0) == ["slow"]
+    assert (frames.bytes, frames.most) == (161, 151)
+
+
+def test_total_over_its_bound_costs_the_largest_owner_a_frame() -> None:
+    frames = frames_of(total=500)
+    for number in range(3):
+        assert frames.hold(f"ada {number}", "ada", 100, number, 10.0) == []
+    assert frames.hold("ben", "ben", 150, 0.0, 10.0) == []
+    assert frames.hold("eve", "eve", 60, 9.0, 10.0) == ["ada 0"]
+    assert frames.bytes == 410
+
+
+def test_frame_that_grows_is_counted_once_and_may_be_the_one_to_close() -> None:
+    frames = frames_of()
+    for size in (100, 200, 300):
+        assert frames.hold("a", "ada", size, 0.0, 1.0) == []
+    assert frames.bytes == 300
+    assert frames.hold("a", "ada", 301, 0.0, 1.0) == ["a"]
+    assert (frames.bytes, frames.most) == (0, 0)
+
+
+def test_completed_and_released_frames_are_no_longer_counted() -> None:
+    frames = frames_of()
+    frames.hold("a", "ada", 100, 0.0, 1.0)
+    frames.hold("b", "ada", 100, 0.0, 1.0)
+    assert frames.hold("a", "ada", 0, 0.0, 1.0) == []
+    frames.release("b")
+    frames.release("unknown")
+    assert (frames.bytes, frames.most) == (0, 0)
+
+
+def test_frame_of_a_connection_whose_owner_changes_moves() -> None:
+    frames = frames_of()
+    frames.hold("a", "192.0.2.7", 100, 0.0, 1.0)
+    frames.hold("a", "ada", 120, 0.0, 1.0)
+    assert (frames.bytes, frames.most) == (120, 120)
+
+
+# --- connections -----------------------------------------------------------------------------------------
+
+
+def unfinished(peer: Peer, size: int) -> bytes:
+    return peer.request(1, "big", {"n": bytes(size)})[:-1]
+
+
+def test_user_over_the_bound_gets_a_clear_error_and_others_nothing(harness: Harness) -> None:
+    harness.state.partial_frames.limits = PartialFrameLimits(10 * MIB, 200_000)
+    first, second, other = harness.connect(), harness.connect(), harness.connect()
+    first.login()
+    second.token = first.token
+    second.send(second.request(1, "big", {"n": 1}))
+    second.answers()
+    other.login("ben")
+    other.send(unfinished(other, 150_000))
+    first.send(unfinished(first, 150_000))
+    harness.advance(1.0)
+    second.send(unfinished(second, 150_000))
+    (answer,) = first.answers()
+    assert (answer.kind, answer.stream, answer.code) == (Kind.ERROR, 0, Code.RESOURCE_EXHAUSTED)
+    assert "send fewer large frames at once" in answer.error.message
+    assert answer.error.details == {"retry_after_ms": 1_000}
+    assert first.transport.closed
+    assert ended(harness) == {"resource_exhausted": 1}
+    assert not second.transport.closed
+    assert not other.transport.closed
+    second.send(b"x")
+    other.send(b"x")
+    assert [answer.stream for answer in (*second.answers(), *other.answers())] == [1, 1]
+    assert harness.state.partial_frames.bytes == 0
+    for each in (first, second, other):
+        each.lose()
+    nothing_left(harness)
+
+
+def test_connections_without_a_session_share_the_bound_of_their_address(harness: Harness) -> None:
+    harness.state.partial_frames.limits = PartialFrameLimits(10 * MIB, 31_000)
+    peers = [harness.connect() for _ in range(3)]
+    for peer in peers:
+        peer.send(unfinished(peer, 10_000))
+        harness.advance(1.0)
+    assert [peer.transport.closed for peer in peers] == [False, False, False]
+    late = harness.connect()
+    late.send(unfinished(late, 10_000))
+    assert [peer.transport.closed for peer in (*peers, late)] == [True, False, False, False]
+    for peer in (*peers, late):
+        peer.lose()
+    assert harness.state.partial_frames.bytes == 0
+    nothing_left(harness)
+
+
+def test_connection_that_ends_meanwhile_is_not_cut(harness: Harness) -> None:
+    peer = harness.connect()
+    peer.protocol.close("by a method")
+    peer.protocol.cut_frame()
+    assert peer.answers() == []
+
+
+# --- a server --------------------------------------------------------------------------------------------
+
+
+def resident_bytes(process_id: int) -> int:
+    return int(Path(f"/proc/{process_id}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_unfinished_frames_of_one_token_take_bounded_memory_that_returns(tmp_path: Path, certs: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
+    key = UserFile(home / "users.toml").add("ada")
+    with ServerProcess(home, certs) as server, server.client("ada", key) as first:
+        clients = [server.client() for _ in range(80)]
+        for client in clients:
+            client.token = first.token
+            client.call("session.info")
+        before = resident_bytes(server.process.pid)
+        for client in clients:
+            client.send(client.request("echo", {"text": "x" * (MIB - 200)})[:-1])
+        eventually(lambda: len(select.select([each.tls for each in clients], [], [], 0)[0]) == 80 - 16)
+        assert resident_bytes(server.process.pid) - before < 40 * MIB
+        assert first.call("echo", {"text": "still served"})
+        for client in clients:
+            client.close()
+        eventually(lambda: resident_bytes(server.process.pid) - before < 12 * MIB)
