@@ -19,7 +19,7 @@ COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 """Rooms that require full coverage of lines and branches."""
 
 VERSION_INDEPENDENT = (
-    *("bench", "costs", "deploy", "docs", "interop", "load", "spec", "admin/test_browser.py"),
+    *("bench", "costs", "deploy", "docs", "interop", "load", "mutation", "spec", "admin/test_browser.py"),
     *("admin/test_prometheus.py", "fuzz/test_search.py", "stores/test_kill.py", "test_layers.py"),
     "test_secrets_watch.py",
 )
@@ -48,7 +48,7 @@ GROUPS = (
         secrets=5_000,
     ),
     Group(
-        ("bench", "client", "config", "conformance", "deploy", "load", "observe", "spec"),
+        ("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec"),
         is_covered=False,
     ),
 )

@@ -11,6 +11,8 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from hypothesis import settings
+
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
@@ -36,6 +38,13 @@ NOW = 1_000.0
 SALT = bytes.fromhex("a1b2c3d4e5f60718")
 FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYED})
 """Codes that always end the connection (STALE_TIMESTAMP does so on stream 0 only)."""
+
+
+def machine_settings(*, max_examples: int, steps: int) -> settings:
+    """Return the settings of a state machine: these, or those of `--hypothesis-profile=long`."""
+    if settings.get_current_profile_name() == "long":
+        return settings()
+    return settings(max_examples=max_examples, stateful_step_count=steps)
 
 
 def free_port() -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tests.helpers import FakeClock
+from tests.helpers import FakeClock, machine_settings
 from zcproto.alerts import AlertCenter, AlertKind, Message, Phase, Severity
 from zcproto.alerts.center import BURST, MAX_HISTORY, MAX_OPEN, REFILL_S
 
@@ -80,5 +79,5 @@ class Alerts(RuleBasedStateMachine):
             assert self.center.sent[kind] <= 2 * allowed + 21 * hours
 
 
-Alerts.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+Alerts.TestCase.settings = machine_settings(max_examples=40, steps=50)
 TestAlerts = Alerts.TestCase

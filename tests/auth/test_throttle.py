@@ -62,7 +62,7 @@ def test_throttled_attempt_is_not_counted() -> None:
         assert throttle.check("alice", HOME, NOW) == 2000
 
 
-@pytest.mark.parametrize("failures", [25, 1000])
+@pytest.mark.parametrize("failures", [25, 1000, 1029, 5000])
 def test_delays_are_bounded(failures: int) -> None:
     throttle = Throttle()
     fail(throttle, failures)
@@ -98,8 +98,26 @@ def test_failures_expire(after: float) -> None:
     assert len(throttle) == 3
 
 
+def test_expired_failures_are_removed_without_those_of_others() -> None:
+    throttle = Throttle()
+    fail(throttle, 10, "alice", HOME, NOW)
+    fail(throttle, 10, "bob", ELSEWHERE, NOW + 1790)
+    fail(throttle, 1, "carol", OTHER, NOW + 1800)
+    assert throttle.check("bob", ELSEWHERE, NOW + 1800) == 22_000
+    assert throttle.check("alice", HOME, NOW + 1799.9) == 0
+    assert len(throttle) == 6
+
+
+@pytest.mark.parametrize(("after", "delay"), [(1799.0, 2000), (1800.0, 0)])
+def test_failures_are_counted_for_half_an_hour(after: float, delay: int) -> None:
+    throttle = Throttle()
+    fail(throttle, 5)
+    fail(throttle, 1, now=NOW + after)
+    assert throttle.check("alice", HOME, NOW + after) == delay
+
+
 def test_failures_expire_after_the_longest_delay() -> None:
-    assert QUIET_S > ADDRESS_DELAY_S > USER_DELAY_S
+    assert (QUIET_S, ADDRESS_DELAY_S, USER_DELAY_S) == (1800, 900, 60)
 
 
 # Guessing

@@ -61,6 +61,12 @@ def test_bound_token_without_key_proof_is_refused_for_any_method(
     assert list(pair.server.session_ids) == []
 
 
+def test_attach_is_refused_for_token_bound_to_certificate(pair: ConnectionPair) -> None:
+    opened = bound(pair, CERTIFICATE)
+    error = refused(pair, pair.request(1, "session.attach", {"signature": bytes(64)}, token=opened.token))
+    assert (error.code, error.details) == (Code.UNAUTHENTICATED, {"certificate": True})
+
+
 def test_key_wanted_event_names_session_and_key(pair: ConnectionPair) -> None:
     opened = bound(pair)
     (wanted,) = pair.send(pair.request(1, token=opened.token))

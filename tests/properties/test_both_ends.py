@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.helpers import FATAL_CODES, NOW, SALT, WALL, small_registry, with_requests
+from tests.helpers import FATAL_CODES, NOW, SALT, WALL, machine_settings, small_registry, with_requests
 from zcproto.connection.client import PONG_TIMEOUT, ClientConnection
 from zcproto.connection.events import (
     NEVER,
@@ -503,5 +502,4 @@ class BothEnds(RuleBasedStateMachine):
 
 
 TestBothEnds = BothEnds.TestCase
-if settings.get_current_profile_name() != "long":
-    TestBothEnds.settings = settings(max_examples=200, stateful_step_count=50)
+TestBothEnds.settings = machine_settings(max_examples=200, steps=50)

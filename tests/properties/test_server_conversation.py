@@ -6,11 +6,11 @@ import itertools
 from collections import Counter
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.helpers import FATAL_CODES, SALT, ConnectionPair, small_registry
+from tests.helpers import FATAL_CODES, SALT, ConnectionPair, machine_settings, small_registry
 from zcproto.connection.events import ConnectionEnded, Request, RequestEnded
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
@@ -179,9 +179,7 @@ class ServerMachine(RuleBasedStateMachine):
 
 
 TestServer = ServerMachine.TestCase
-TestServer.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestServer.settings = machine_settings(max_examples=40, steps=30)
 
 
 # --- splits of the bytes --------------------------------------------------------------------------

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.helpers import machine_settings
 from tests.sessions.helpers import WALL, RegistryHarness
 from zcproto.errors import CallError, Code
 from zcproto.sessions import OpenedSession, Session
 from zcproto.sessions.token import id_from_text
 
-LIFETIME, IDLE, REFRESH_LIFETIME, GRACE, PER_USER = 1000, 300, 2500, 50, 2
+LIFETIME, IDLE, REFRESH_LIFETIME, GRACE, PER_USER = 1000, 300, 2500, 50, 4
 DEAD_LIMIT, DEAD_KEEP = 6, 500
 USERS = ("alice", "bob", "a user with a name that is too long for its record")
 CLIENTS = (("zc/1", "192.0.2.1"), ("zc/2", "192.0.2.1"), ("zc/1", "192.0.2.2"))
@@ -40,12 +40,13 @@ class ModelSession:
 
 @dataclass
 class ModelTombstone:
-    """A tombstone in the model: a token and a family of refresh tokens."""
+    """A tombstone in the model: a token and a family of refresh tokens, or a token whose session continues."""
 
     token: bytes
     family: list[bytes]
     code: Code
     died_at: int
+    is_session: bool = True
 
 
 def outcome(call: Callable[[], OpenedSession]) -> OpenedSession | CallError:
@@ -123,7 +124,11 @@ class RegistryMachine(RuleBasedStateMachine):
     def move_clock(self, step: int) -> None:
         self.wall += step
 
-    @rule(user=st.sampled_from(USERS), client=st.sampled_from(CLIENTS))
+    @rule(user=st.sampled_from(USERS), client=st.sampled_from(CLIENTS), times=st.integers(1, PER_USER))
+    def open_several(self, user: str, client: tuple[str, str], times: int) -> None:
+        for _ in range(times):
+            self.open(user, client)
+
     def open(self, user: str, client: tuple[str, str]) -> None:
         self.seen_wall = self.wall
         mine = [each for each in self.kept if each.user == user]
@@ -241,7 +246,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         assert opened.refresh_token is not None
         assert session.refresh_expires_at is not None
-        self.add_tombstone(ModelTombstone(session.token, [], Code.TOKEN_REVOKED, self.wall))
+        self.add_tombstone(ModelTombstone(session.token, [], Code.TOKEN_REVOKED, self.wall, is_session=False))
         session.spent.append(token)
         session.grace = (token, self.wall + GRACE, opened.token, opened.refresh_token)
         session.token, session.refresh, session.live = opened.token, opened.refresh_token, True
@@ -319,6 +324,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert {name: getattr(registry, name) for name in self.counts} == self.counts
         table = self.harness.table
         assert table.slab.used == table.tokens.count == len(self.kept) + len(self.dead)
+        assert table.ids.count == len(self.kept) + sum(each.is_session for each in self.dead)
 
     @invariant()
     def strings_agree(self) -> None:
@@ -347,5 +353,5 @@ class RegistryMachine(RuleBasedStateMachine):
             assert self.slot_of(live[token]) == session.slot
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+RegistryMachine.TestCase.settings = machine_settings(max_examples=40, steps=60)
 TestRegistry = RegistryMachine.TestCase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import ServerThread, bystander, eventually, read_to_end, reset
+from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server import listener
-from zcproto.server.listener import bind
+from zcproto.server.listener import Listener, bind
 from zcproto.tls.server import TlsServerTransport
 
 Serve = Callable[..., ServerThread]
@@ -83,6 +85,41 @@ def test_missing_ipv6_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(socket, "socket", no_socket)
     with pytest.raises(ConfigError, match="Address family not supported"):
         bind(["::1"], 0)
+
+
+# --- the end -----------------------------------------------------------------------------------------------
+
+
+class IdleAcceptor:
+    """An acceptor whose connections end when the test calls `on_closed`."""
+
+    handshakes_in_progress = 0
+    on_closed: Callable[[str], None]
+
+
+async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
+    acceptor: Any = IdleAcceptor()
+    ports = Listener(acceptor, Any, asyncio.get_running_loop(), Config())  # type: ignore[arg-type]
+
+    def connect() -> None:
+        ports.connections += 1
+        ports._counts.add("192.0.2.1", 0)
+
+    connect()
+    acceptor.on_closed("192.0.2.1")  # none is left, but more may come
+    connect()
+    connect()
+    ports.close()
+    waiting = asyncio.ensure_future(ports.wait_empty())
+    await asyncio.sleep(0)
+    acceptor.on_closed("192.0.2.1")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    acceptor.on_closed("192.0.2.1")
+    async with asyncio.timeout(5):
+        await waiting
+    await ports.wait_empty()  # at once: none is left
 
 
 # --- a running server --------------------------------------------------------------------------------------

@@ -52,6 +52,16 @@ def test_new_session_is_valid_after_restore() -> None:
     assert (len(harness.registry), harness.registry.opened) == (1, 1)
 
 
+def test_new_session_that_ended_meanwhile_is_not_opened() -> None:
+    harness = RegistryHarness()
+    revoked, forgotten = taken_in(harness), taken_in(harness)
+    assert harness.registry.end(revoked.record.id, Code.TOKEN_REVOKED, "elsewhere", WALL)
+    assert harness.registry.forget(forgotten.record.id)
+    assert harness.registry.opened_session(revoked) is None
+    assert harness.registry.opened_session(forgotten) is None
+    assert harness.registry.opened == 0
+
+
 @pytest.mark.parametrize("key", ["", "device:phone", "tls:" + 64 * "a"])
 def test_restored_record_equals_stored_record(key: str) -> None:
     harness = RegistryHarness()
@@ -135,6 +145,18 @@ def test_restore_into_full_table_is_refused() -> None:
     assert not harness.registry.restore(new(harness, "bob").record)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_restore_fills_table_to_its_limit_and_not_beyond(limit: int) -> None:
+    harness = RegistryHarness(max_sessions=limit)
+    for number in range(limit):
+        taken_in(harness, f"user-{number}")
+    assert not harness.registry.restore(new(harness, "bob").record)
+    with pytest.raises(ResourceExhausted):
+        harness.open("bob")
+    assert harness.registry.restore(new(harness, "bob").record, make_room=True)
+    assert harness.registry.kept == limit
+
+
 def test_restore_evicts_least_recently_used_session() -> None:
     harness = RegistryHarness(max_sessions=3)
     sessions = [taken_in(harness, f"user-{number}", WALL + number) for number in (2, 0, 1)]
@@ -189,6 +211,43 @@ def test_forget_removes_lapsed_session() -> None:
     assert (len(harness.registry), harness.registry.lapsed) == (0, 1)
     assert harness.registry.forget(session.record.id)
     assert (len(harness.registry), harness.registry.lapsed) == (0, 0)
+
+
+@pytest.mark.parametrize("ends", ["forgotten", "not kept", "evicted"])
+def test_forgotten_session_has_no_grace(ends: str) -> None:
+    harness = RegistryHarness(max_sessions=1)
+    opened = harness.open()
+    harness.refresh(opened.refresh_token)
+    (record,) = harness.registry.records("alice", 1)
+    match ends:
+        case "forgotten":
+            harness.registry.forget(record.id)
+        case "not kept":
+            harness.registry.forget_unless(lambda session_id: False, 0, 10)
+        case "evicted":
+            assert harness.registry.restore(new(harness, "bob").record, make_room=True)
+    # Another process may have refreshed it since: the pair of then is not valid any more.
+    elsewhere = record._replace(token_digest=bytes(32), refresh_digest=bytes(32))
+    assert harness.registry.restore(elsewhere, make_room=True)
+    spent = opened.refresh_token or b""
+    assert harness.registry.repeat_refresh(spent, client="zc/1", address="192.0.2.1", wall=WALL) is None
+
+
+@pytest.mark.parametrize("max_slots", [7, 5_000])
+def test_sessions_are_forgotten_in_slices(max_slots: int) -> None:
+    harness = RegistryHarness(max_sessions=20, dead_limit=2)
+    sessions = [taken_in(harness, f"user-{number}") for number in range(20)]
+    asked: list[bytes] = []
+
+    def is_kept(session_id: bytes) -> bool:
+        asked.append(session_id)
+        return True
+
+    start, slices = -1, 0
+    while start:
+        start, slices = harness.registry.forget_unless(is_kept, max(start, 0), max_slots), slices + 1
+        assert len(asked) == min(max_slots * slices, len(sessions))
+    assert sorted(asked) == sorted(each.record.id for each in sessions)
 
 
 def test_forgetting_every_session_keeps_tombstones() -> None:
@@ -293,6 +352,7 @@ def test_uses_are_reported_once_in_slices() -> None:
     found, start = [], 0
     while True:
         start, uses = harness.registry.uses(WALL, start, 7)
+        assert len(uses) <= 7
         found += uses
         if not start:
             break

@@ -28,6 +28,23 @@ def test_opened_session_has_all_fields() -> None:
 
 
 @pytest.mark.requirement("refresh")
+@pytest.mark.parametrize(
+    ("lifetime", "idle", "valid_for"),
+    [(HOUR, DAY, HOUR), (DAY, HOUR, HOUR), (HOUR, None, HOUR)],
+)
+def test_session_is_valid_until_the_earlier_of_both_limits(
+    lifetime: int, idle: int | None, valid_for: int
+) -> None:
+    harness = RegistryHarness(lifetime_ms=lifetime, idle_timeout_ms=idle)
+    opened = harness.open()
+    assert opened.session.valid_until == WALL + valid_for
+    assert harness.good(opened.token).valid_until == WALL + valid_for
+    refreshed = harness.refresh(opened.refresh_token, WALL + 1)
+    assert refreshed.session.valid_until == WALL + 1 + valid_for
+    repeated = harness.refresh(opened.refresh_token, WALL + 2)
+    assert (repeated.token, repeated.session.valid_until) == (refreshed.token, WALL + 1 + valid_for)
+
+
 def test_without_refresh_no_refresh_token_is_issued() -> None:
     harness = RegistryHarness(refresh=False)
     opened = harness.open()

@@ -121,6 +121,8 @@ def test_hello_without_extensions_is_unsupported_version() -> None:
         (b"\x16\3\3\0\4\2\0\0\0", UNEXPECTED),
         (b"\x16\3\3\0\4\1\xff\xff\xff", TOO_LARGE),
         (b"\x16\3\3\0\4\1\0\x3f\xfd", TOO_LARGE),
+        (b"\x16\3\3\0\4\1\1\0\x10", TOO_LARGE),  # the high byte of the length counts
+        (in_records(b"\1\1" + len(BODY).to_bytes(2, "big") + BODY), TOO_LARGE),
         (b"\x16\3\3\0\4\1\0\0\0", MALFORMED),
         (b"\x15\3\1\0\2\2\x28", UNEXPECTED),
         (b"\x14\3\3\0\1\1", UNEXPECTED),

@@ -95,6 +95,27 @@ async def test_failed_check_is_repeated(start_process: StartProcess) -> None:
     assert not other.is_valid(opened)
 
 
+async def test_one_check_of_changes_runs_at_a_time(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    opened = [await one.open() for _ in range(3)]
+    for each in opened:
+        await other.find(each.token)
+        other.use(each)
+        await one.revoke(each)
+    other.store.calls.clear()
+    other.store.gate = asyncio.Event()
+    for each in opened:
+        other.store.report_change(raw(each))
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert other.store.calls == ["get"]
+    other.store.gate.set()
+    await other.settle()
+    assert other.store.calls == ["get"] * 3
+    assert not any(other.is_valid(each) for each in opened)
+
+
 async def test_changes_during_an_outage_are_applied_after_it(start_process: StartProcess) -> None:
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
