@@ -182,6 +182,7 @@ class ServerLink(asyncio.Transport):
         self.last_counter = 0
         self.ended = ""
         self.gone = False
+        self.reading: list[bool] = []
         self.paused = False
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
 
@@ -199,6 +200,14 @@ class ServerLink(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return bool(self.ended)
+
+    def pause_reading(self) -> None:
+        if self.reading[-1:] != [False]:
+            self.reading.append(False)
+
+    def resume_reading(self) -> None:
+        if self.reading[-1:] == [False]:
+            self.reading.append(True)
 
     def _end(self, how: str, error: TlsError | None) -> None:
         if not self.ended:

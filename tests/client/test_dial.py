@@ -211,6 +211,10 @@ async def test_known_sts_host_refuses_verify_false(
         with pytest.raises(TlsError) as caught:
             await connect_to(server, host=host, verify=False)
         assert caught.value.failure == "sts_policy"
+    for host, name in (("localhost", "other.example"), ("127.0.0.1", "localhost")):
+        with pytest.raises(TlsError) as caught:
+            await connect_to(server, host=host, server_hostname=name, verify=False)
+        assert caught.value.failure == "sts_policy"
     assert server.stats["connections_opened"] == before
     async with connect_to(server, host="127.0.0.1", verify=False):
         pass  # an address has no policy (RFC 6797 section 8.1.1)

@@ -21,9 +21,9 @@ from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import EventReceived, GoAwayReceived
-from zcproto.errors import Code, ConnectionClosed, DeadlineExceeded
-from zcproto.wire.frame import NO_TOKEN, PING, RESPONSE, WELCOME
-from zcproto.wire.message import encode_body
+from zcproto.errors import Code, ConnectionClosed, DeadlineExceeded, InvalidArgument
+from zcproto.wire.frame import ERROR, EVENT, NO_TOKEN, PING, RESPONSE, WELCOME
+from zcproto.wire.message import encode_body, encode_error
 
 FOREVER = float("inf")
 
@@ -124,6 +124,43 @@ async def test_server_message_is_escaped_and_truncated() -> None:
     assert ends.protocol.error is not None
     assert ends.protocol.error.reason.isprintable()
     assert len(ends.protocol.error.reason) < 250
+
+
+@scripted
+async def test_message_of_an_error_is_escaped_and_truncated() -> None:
+    ends = Ends()
+    call = ends.call()
+    ends.link.send(ERROR, call.stream, encode_error(3, "a\x1b[31m\nb\u202e" + "c" * 10_000))
+    with pytest.raises(InvalidArgument) as caught:
+        await call
+    assert caught.value.message.startswith("a\\x1b[31m\\nb\\u202eccc")
+    assert len(caught.value.message) < 1_050
+
+
+@scripted
+async def test_ping_flood_of_a_server_that_reads_nothing_is_answered_once() -> None:
+    ends = Ends()
+    ends.link.pause()
+    for _ in range(100):
+        ends.link.send(PING)
+    await turns()
+    assert ends.server.writes == 0
+    ends.link.resume()
+    await turns()
+    assert ends.server.writes == 1
+
+
+@scripted
+async def test_reading_pauses_during_a_flood() -> None:
+    ends = Ends()
+    body = encode_body(["a", bytes(1_000_000)])
+    for _ in range(20):
+        ends.link.send(EVENT, 0, body)
+    assert ends.link.reading == [False]
+    await asyncio.sleep(10)
+    assert ends.link.reading == [False, True]
+    ends.link.send(EVENT, 0, body)
+    assert ends.link.reading == [False, True]
 
 
 @scripted

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
 
 from tests.client.helpers import (
+    DAY_MS,
     Action,
     ReceivedRequest,
     ScriptedServer,
@@ -27,6 +29,7 @@ from zcproto.errors import (
     CallError,
     Code,
     ConnectionClosed,
+    DeadlineExceeded,
     SessionReplaced,
     TokenRevoked,
     Unauthenticated,
@@ -138,6 +141,59 @@ async def test_session_expiring_without_refresh_token_is_ignored() -> None:
         server.link.event("session.expiring", {"expires_at": WALL}, token(1))
         await turns()
         assert server.methods == ["session.open"]
+
+
+# --- hostile servers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("can_refresh", [True, False])
+@pytest.mark.parametrize("expired", [{"expires_at": lambda _: WALL - DAY_MS}, {"idle_timeout_ms": -1}])
+@scripted
+async def test_sessions_that_have_expired_already_are_renewed_with_backoff(
+    expired: dict[str, Any], can_refresh: bool
+) -> None:
+    server = ScriptedServer()
+    server.session = (refreshable() if can_refresh else {}) | expired
+    with pytest.raises(DeadlineExceeded, match="expired sessions"):
+        await client_of(server, timeout=60.0)
+    assert 3 <= len(server.requests) <= 12
+    intervals = [after.at - before.at for before, after in itertools.pairwise(server.requests)]
+    assert min(intervals) >= 1.0
+
+
+@scripted
+async def test_short_sessions_are_refreshed_at_most_once_a_second() -> None:
+    server = ScriptedServer()
+    server.session = refreshable(expires_at=lambda _: server.wall() + 1_100)
+    async with client_of(server):
+        await asyncio.sleep(100)
+        assert 50 <= len(server.calls("session.refresh")) <= 101
+
+
+@scripted
+async def test_flood_of_session_expiring_is_answered_once_a_second() -> None:
+    server = hourly_server()
+    async with client_of(server) as client:
+        start = now()
+        for _ in range(500):
+            server.link.event("session.expiring", {"expires_at": WALL}, client.session.token_bytes)  # type: ignore[union-attr]
+            await turns(10)
+        assert len(server.calls("session.refresh")) == 1
+        await asyncio.sleep(2)
+        first, second = [refresh.at - start for refresh in server.calls("session.refresh")]
+        assert first == 0.0
+        assert second >= 1.0
+
+
+@scripted
+async def test_flood_of_session_revoked_is_checked_once() -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        for _ in range(500):
+            server.link.event("session.revoked", {"reason": "none"}, token(1))
+            await turns(10)
+        assert server.methods == ["session.open", "session.info"]
+        assert await client.call("echo", x=1) == {"x": 1}
 
 
 # --- required refresh --------------------------------------------------------------------------------

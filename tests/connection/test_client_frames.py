@@ -8,6 +8,7 @@ import pytest
 
 from tests.connection.helpers import TOKEN, ClientHarness, ended
 from tests.helpers import WALL
+from zcproto.connection.client import UNREQUESTED_BURST, UNREQUESTED_PER_S
 from zcproto.connection.events import ConnectionEnded, EventReceived, GoAwayReceived, ResponseReceived
 from zcproto.connection.state import State
 from zcproto.errors import Code, ConnectionClosed, Unavailable
@@ -52,6 +53,63 @@ def test_ping_is_answered_by_pong_with_its_token(harness: ClientHarness) -> None
     assert frame[6] == TOKEN
 
 
+def test_pings_of_one_read_are_answered_by_one_pong(harness: ClientHarness) -> None:
+    pings = [harness.frame(PING, token=bytes([number]) * 32) for number in range(1, 101)]
+    harness.receive_data(b"".join(pings))
+    (pong,) = harness.sent()
+    assert (pong[1], pong[6]) == (PONG, bytes([100]) * 32)
+
+
+def test_ping_flood_of_a_server_that_reads_nothing_queues_one_pong(harness: ClientHarness) -> None:
+    harness.client.is_output_blocked = True
+    for _ in range(1_000):
+        harness.receive_frame(PING)
+    assert harness.client.queued_bytes == 0
+    harness.client.unblock_output(harness.wall)
+    assert [frame[1] for frame in harness.sent()] == [PONG]
+    harness.client.unblock_output(harness.wall)
+    assert harness.sent() == []
+    harness.receive_frame(PING)
+    assert [frame[1] for frame in harness.sent()] == [PONG]
+
+
+def test_pong_owed_at_the_end_is_not_sent(harness: ClientHarness) -> None:
+    harness.client.is_output_blocked = True
+    harness.receive_frame(PING)
+    harness.client.end()
+    harness.client.unblock_output(harness.wall)
+    assert harness.sent() == []
+
+
+@pytest.mark.parametrize("kind", ["ping", "event", "large event", "answer to no request"])
+def test_flood_of_unrequested_frames_delays_reading(harness: ClientHarness, kind: str) -> None:
+    body = encode_body(["a", bytes(100_000 if kind == "large event" else 0)])
+    head, stream = (PING, 0) if kind == "ping" else (EVENT, 0)
+    if kind == "answer to no request":
+        head, stream = RESPONSE, 9
+    cost = 1 + (0 if kind == "ping" else len(body)) / 2_048
+    for _ in range(int(UNREQUESTED_BURST / cost)):
+        harness.receive_frame(head, stream, b"" if kind == "ping" else body)
+    assert harness.client.reading_delay(harness.now) == 0.0
+    for _ in range(100):
+        harness.receive_frame(head, stream, b"" if kind == "ping" else body)
+    delay = harness.client.reading_delay(harness.now)
+    assert delay == pytest.approx(100 * cost / UNREQUESTED_PER_S, rel=0.05)
+    harness.now += delay
+    assert harness.client.reading_delay(harness.now) == pytest.approx(0.0, abs=1e-9)
+    harness.now += UNREQUESTED_BURST / UNREQUESTED_PER_S
+    harness.receive_frame(head, stream, b"" if kind == "ping" else body)
+    assert harness.client.reading_delay(harness.now) == 0.0
+
+
+def test_answers_to_requests_never_delay_reading(harness: ClientHarness) -> None:
+    for _ in range(2 * UNREQUESTED_BURST):
+        harness.receive_frame(RESPONSE, harness.request(), b"\xc0")
+        harness.receive_frame(ERROR, harness.request(), encode_error(3, "x"))
+        harness.sent()
+    assert harness.client.reading_delay(harness.now) == 0.0
+
+
 @pytest.mark.parametrize("head", [PING, PONG])
 def test_ping_or_pong_with_body_closes_connection(harness: ClientHarness, head: int) -> None:
     assert ended(harness.receive_frame(head, 0, b"\xc0")).code is Code.PROTOCOL_ERROR
@@ -89,8 +147,9 @@ def test_malformed_goaway_closes_connection(harness: ClientHarness, content: Any
 
 
 def test_unknown_event_is_delivered(harness: ClientHarness) -> None:
-    events = harness.receive_frame(EVENT, 0, encode_body(["weather.changed", [1, 2]]), token=TOKEN)
-    assert events == [EventReceived("weather.changed", [1, 2], TOKEN)]
+    body = encode_body(["weather.changed", [1, 2]])
+    events = harness.receive_frame(EVENT, 0, body, token=TOKEN)
+    assert events == [EventReceived("weather.changed", [1, 2], TOKEN, body)]
 
 
 @pytest.mark.parametrize("content", [["a"], ["a", 1, 2], [1, 2], {}, "a"])

@@ -112,3 +112,12 @@ def test_ping_interval_has_a_minimum() -> None:
 def test_no_keepalive_without_idle_timeout() -> None:
     harness = ClientHarness(WELCOME_MAP | {"idle_timeout_ms": 0})
     assert harness.client.next_deadline() == NEVER
+
+
+def test_no_ping_is_queued_while_output_is_blocked(harness: ClientHarness) -> None:
+    harness.client.is_output_blocked = True
+    harness.now = NOW + 100
+    timeout(harness)
+    assert harness.sent() == []
+    harness.now += PONG_TIMEOUT
+    assert ended(timeout(harness)).reason == "the server did not answer a PING"

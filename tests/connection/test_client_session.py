@@ -74,7 +74,7 @@ def test_accepted_token_counts_as_session_until_it_ends(harness: ClientHarness) 
 
 
 def test_repr_of_event_hides_token() -> None:
-    events: list[ClientEvent] = [ResponseReceived(1, {"token": TOKEN}), EventReceived("a", None, TOKEN)]
+    events: list[ClientEvent] = [ResponseReceived(1, {"token": TOKEN}), EventReceived("a", None, TOKEN, b"")]
     assert "kkkk" not in repr(events)
 
 
@@ -99,6 +99,6 @@ def test_session_revoked_event_ends_session(harness: ClientHarness) -> None:
     harness.receive_frame(RESPONSE, harness.request(token=TOKEN), b"\xc0")
     body = encode_body(["session.revoked", {"reason": "operator"}])
     assert harness.receive_frame(EVENT, 0, body, token=TOKEN) == [
-        EventReceived("session.revoked", {"reason": "operator"}, TOKEN)
+        EventReceived("session.revoked", {"reason": "operator"}, TOKEN, body)
     ]
     assert not harness.client.has_session

@@ -40,7 +40,7 @@ def request() -> Request:
         (ResponseReceived(3, {"token": TOKEN, "key": "hunter2"}), "ResponseReceived(stream=3)"),
         (ErrorReceived(3, 5, "no such thing", {}), "no such thing"),
         (GoAwayReceived("draining", 1_000), "draining"),
-        (EventReceived("session.expiring", {"expires_at": 1}, TOKEN), "session.expiring"),
+        (EventReceived("session.expiring", {"expires_at": 1}, TOKEN, b""), "session.expiring"),
     ],
 )
 def test_repr_of_event_hides_secrets(event: object, text: str) -> None:

@@ -289,6 +289,8 @@ class Client:
         except TimeoutError:
             cause = self._connections.last_error if self._connections.current is None else None
             reason = "no answer" if cause is None else f"no connection ({cause})"
+            if self._sessions.expires_at_once:
+                reason = "the server opens only expired sessions; report it to its operator: no session"
             raise DeadlineExceeded(f"{reason} within the call's timeout") from cause
 
     async def _ready(self) -> ClientProtocol:
@@ -308,11 +310,10 @@ class Client:
 
     def _event_received(self, event: EventReceived) -> None:
         self._sessions.event_received(event, self._connections.current)
-        received = Event(event.name, event.data)
         if self._options.on_event is not None:
-            self._options.on_event(received)
+            self._options.on_event(Event(event.name, event.data))
         else:
-            self.events.put(received)
+            self.events.put(event.body)
 
 
 class _Attempt:

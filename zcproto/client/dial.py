@@ -182,7 +182,8 @@ class Dialer:
         """
         wall = self._system_clock.wall
         if not self._trust.verify and self._known_hosts is not None:
-            await asyncio.to_thread(self._known_hosts.require, self._server_hostname, wall())
+            for host in {self._address.host, self._server_hostname}:
+                await asyncio.to_thread(self._known_hosts.require, host, wall())
         context = await asyncio.to_thread(self._trust.context, resources.contexts)
         connector = TlsConnector(
             context,

@@ -31,6 +31,9 @@ MAX_FILE_SIZE: Final = 1_048_576
 MAX_AGE: Final = 10 * 365 * 86_400
 """Maximum of seconds for which a policy is remembered."""
 
+MAX_UNTIL: Final = 2**53 - 1
+"""Maximum expiry in the file, which clients in JavaScript share."""
+
 REWRITE_AFTER: Final = 86_400
 """Minimum of seconds between the stored and the new expiry for a write: every connection extends the policy."""
 
@@ -117,7 +120,7 @@ class KnownHosts:
             if len(content) > MAX_FILE_SIZE:
                 raise ValueError("too large")
             hosts = json.loads(content)["hosts"]
-            return {str(name): _policy(entry) for name, entry in hosts.items()}
+            return {name: _policy(entry) for name, entry in hosts.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._unreadable("cannot be parsed") from error
 
@@ -135,7 +138,7 @@ class KnownHosts:
 
 def _policy(entry: dict[str, Any]) -> Policy:
     until, include_subdomains = entry["until"], entry["include_subdomains"]
-    if until.__class__ is not int or include_subdomains.__class__ is not bool:
+    if until.__class__ is not int or abs(until) > MAX_UNTIL or include_subdomains.__class__ is not bool:
         raise ValueError("wrong types")
     return Policy(until, include_subdomains)
 

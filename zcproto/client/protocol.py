@@ -38,7 +38,11 @@ SENT_AT_ONCE: Final = 65_536
 """Bytes of requests in one turn of the loop that are written before its end, so that back-pressure applies before
 more requests are made."""
 
+MIN_READING_PAUSE: Final = 0.05
+"""Seconds. Flooding servers are read in batches, not frame by frame."""
+
 REASON_SHOWN: Final = 200
+MESSAGE_SHOWN: Final = 1_000
 TIMED_OUT: Final = "no answer within the call's timeout"
 
 
@@ -139,6 +143,17 @@ class ClientProtocol(asyncio.Protocol):
             self._update_ready()
         if self.draining and not pending:
             self.close("the server is going away")
+            return
+        delay = self.conversation.reading_delay(self._wheel.now())
+        if delay:
+            self._pause_reading(max(delay, MIN_READING_PAUSE))
+
+    def _pause_reading(self, delay: float) -> None:
+        """Read nothing for a time: the server floods this connection."""
+        transport = self._transport
+        assert transport is not None
+        transport.pause_reading()
+        self._loop.call_later(delay, transport.resume_reading)
 
     def eof_received(self) -> None:
         self._ended(self._closed_by_peer())
@@ -159,9 +174,12 @@ class ClientProtocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._paused = True
         self.ready = False
+        self.conversation.is_output_blocked = True
 
     def resume_writing(self) -> None:
         self._paused = False
+        self.conversation.unblock_output(self._clock.wall())
+        self._flush_soon()
         self._update_ready()
 
     # --- messages of the server -------------------------------------------------------------------
@@ -173,7 +191,8 @@ class ClientProtocol(asyncio.Protocol):
             if call is not None:
                 self._wheel.discard(call)
                 if not call.done():
-                    call.set_exception(CallError.from_wire(event.code, event.message, event.details))
+                    message = escape_text(event.message, MESSAGE_SHOWN)
+                    call.set_exception(CallError.from_wire(event.code, message, event.details))
         elif isinstance(event, EventReceived):
             assert self._owner is not None
             self._owner.event_received(self, event)

@@ -7,6 +7,8 @@ call raises the same error.
 Rules:
 - No call is sent during a refresh: the server revokes the old token when it answers.
 - A refresh token works once. If the answer is lost, the same one is used again for a few seconds, and never later.
+- The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has already
+  expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ MAX_LOST: Final = 3
 """Maximum of lost answers to `session.open` in a row: each may leave a session that counts towards the limit."""
 
 MIN_REFRESH_INTERVAL: Final = 1.0
-"""Minimum of seconds between attempts to refresh before the expiry."""
+"""Minimum of seconds between attempts to refresh before the expiry, and from a session that is valid for less than
+that to the next one."""
 
 REFRESH_AT: Final = 0.8
 """The fraction of a session's lifetime after which it is refreshed."""
@@ -150,14 +153,24 @@ class SessionManager:
     _over: CallError | None = field(default=None, init=False)
     _renewing: asyncio.Task[None] | None = field(default=None, init=False)
     _attaching: tuple[bytes, PendingCall] | None = field(default=None, init=False)
+    _refreshed_early_at: float = field(default=-NEVER, init=False)
+    _not_before: float = field(default=-NEVER, init=False)  # of the next renewal
+    _backoff: Backoff = field(init=False)  # of sessions that expire at once
+    _checked_revocation: tuple[bytes, bytes] | None = field(default=None, init=False)  # salt and token
 
     def __post_init__(self) -> None:
+        self._backoff = Backoff(self.random)
         self._device = self.credentials if isinstance(self.credentials, DeviceKey) else None
 
     @property
     def is_over(self) -> bool:
         """Whether the server revoked or refused the session: only the application may open another one."""
         return self._over is not None
+
+    @property
+    def expires_at_once(self) -> bool:
+        """Whether the next renewal is delayed, because the last session had expired already."""
+        return self._loop.time() < self._not_before
 
     def require(self) -> None:
         """Require a session for calls from now on. Forget a revoked, refused or unauthenticated one.
@@ -310,7 +323,9 @@ class SessionManager:
         if event.token != self.token or self.session is None:
             return
         if event.name == "session.revoked" and connection is not None:
-            self.present(connection)  # the answer distinguishes TOKEN_REVOKED from SESSION_REPLACED
+            if self._checked_revocation != (connection.salt, self.token):
+                self._checked_revocation = connection.salt, self.token
+                self.present(connection)  # the answer distinguishes TOKEN_REVOKED from SESSION_REPLACED
         elif event.name == "session.expiring":
             self._refresh_early()
 
@@ -320,9 +335,15 @@ class SessionManager:
         self._refresh_early()
 
     def _refresh_early(self) -> None:
-        session = self.session
-        if session is not None and self._renewing is None and session.can_refresh(self._loop.time()):
-            self._start(must=False)
+        session, now = self.session, self._loop.time()
+        if session is None or self._renewing is not None or not session.can_refresh(now):
+            return
+        allowed_at = self._refreshed_early_at + MIN_REFRESH_INTERVAL
+        if now < allowed_at:
+            self._wheel.set(self, allowed_at)
+            return
+        self._refreshed_early_at = now
+        self._start(must=False)
 
     def _start(self, *, must: bool) -> None:
         self._renewing = self._loop.create_task(self._renew(must))
@@ -337,6 +358,9 @@ class SessionManager:
 
     async def _renew(self, must: bool) -> None:
         """Get a new token. Unless it `must`, because the old one is still valid, give up at the first error."""
+        delay = self._not_before - self._loop.time()
+        if delay > 0:
+            await asyncio.sleep(delay)
         backoff = Backoff(self.random)
         stale_retried = attach_tried = False
         lost = 0
@@ -420,6 +444,10 @@ class SessionManager:
         self.session = session
         self.token = session.token_bytes
         self._wheel.set(self, session.refresh_at if session.can_refresh(now) else NEVER)
+        if session.valid_until - now < MIN_REFRESH_INTERVAL:
+            self._not_before = now + MIN_REFRESH_INTERVAL + self._backoff.next()
+        else:
+            self._backoff.reset()
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -11,6 +11,9 @@ Rules where the specification leaves the choice to the client:
   processed whatever its timestamp, because it corrects the clock offset.
 - Until a RESPONSE shows that the server accepted a token here, the frame limit of a connection without a session
   applies to requests.
+- At most one PONG waits to be sent. It answers all PINGs that arrive until then, so that a server that sends PINGs
+  and reads nothing cannot fill the memory.
+- Frames that answer no request are read at a limited rate: a server that floods them gets back-pressure.
 
 It must not know: sockets, TLS, clocks, retries, sessions beyond their tokens.
 """
@@ -87,6 +90,14 @@ PONG_TIMEOUT: Final = 10.0
 MIN_KEEPALIVE_INTERVAL: Final = 0.25
 """Seconds. Prevents a server with a tiny idle timeout from causing a flood of PINGs."""
 
+UNREQUESTED_PER_S: Final = 4_000
+"""Rate at which frames that answer no request are read in the long run. Each 2 KiB of body count as one more."""
+
+UNREQUESTED_BURST: Final = 8_000
+"""Number of such frames that are read without a pause."""
+
+_UNREQUESTED_BYTES: Final = 2_048
+
 DEAD_TOKEN_CODES: Final = frozenset(
     {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED}
 )
@@ -108,7 +119,7 @@ class ClientConnection:
     map of WELCOME, unknown keys included; it is shared between connections, so do not modify it.
     `salt` is covered by signatures of devices; it is empty before WELCOME. `clock_offset_ms` is the server's
     clock minus ours. `dropped_stale` and `dropped_unknown` count dropped stale frames and answers to unknown
-    streams.
+    streams. Set `is_output_blocked` while the transport cannot send, and call `unblock_output` afterwards.
     """
 
     max_frame: int = 1_048_576
@@ -119,6 +130,7 @@ class ClientConnection:
     dropped_stale: int = field(default=0, init=False)
     dropped_unknown: int = field(default=0, init=False)
     queued_bytes: int = field(default=0, init=False)
+    is_output_blocked: bool = field(default=False, init=False)
     welcome: dict[str, Any] = field(default_factory=dict, init=False)
     state: State = field(default=State.AWAITING_WELCOME, init=False)
     _decoder: FrameDecoder = field(init=False)
@@ -129,6 +141,11 @@ class ClientConnection:
     _in_flight: dict[int, bytes] = field(default_factory=dict, init=False)  # stream -> token of its request
     _tokens: set[bytes] = field(default_factory=set, init=False)  # accepted by the server on this connection
     _out: list[bytes] = field(default_factory=list, init=False)
+    _owes_pong: bytes | None = field(default=None, init=False)  # token of the latest unanswered PING
+    _unrequested: float = field(
+        default=0.0, init=False
+    )  # of UNREQUESTED_BURST, at the time of `_unrequested_at`
+    _unrequested_at: float = field(default=0.0, init=False)
     _last_heard: float = field(default=0.0, init=False)
     _sent_since_check: bool = field(default=False, init=False)
     _keepalive_interval: float = field(default=NEVER, init=False)
@@ -158,6 +175,8 @@ class ClientConnection:
                 yield self._end_with(error.code, error.reason)
                 return
             if frame is None:
+                if self._owes_pong is not None and not self.is_output_blocked:
+                    self._send_pong(wall)
                 return
             _, head, stream, timestamp, salt, counter, token, body = frame
             if salt != self.salt or counter <= self._last_counter:
@@ -182,6 +201,7 @@ class ClientConnection:
             if head == RESPONSE:
                 sent_with = in_flight.pop(stream, None)
                 if sent_with is None:
+                    self._count_unrequested(body, now)
                     self.dropped_unknown += 1
                     continue
                 try:
@@ -193,6 +213,8 @@ class ClientConnection:
                     self._add_token(sent_with, value)
                 yield ResponseReceived(stream, value)
                 continue
+            if stream not in in_flight:
+                self._count_unrequested(body, now)
             try:
                 event = self._received_other(head, stream, token, body, wall)
             except ProtocolError as error:
@@ -216,7 +238,7 @@ class ClientConnection:
                 raise ProtocolError(Code.PROTOCOL_ERROR, f"EVENT cannot be read: {error}") from error
             if name == "session.revoked":
                 self._tokens.discard(token)
-            return EventReceived(name, data, token)
+            return EventReceived(name, data, token, body)
         if head == GOAWAY:
             return self._received_go_away(body)
         if head == WELCOME:
@@ -224,10 +246,21 @@ class ClientConnection:
         if body:
             raise ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame has no body")
         if head == PING:
-            self._send(PONG, 0, token, b"", wall)
+            self._owes_pong = token
         else:
             self._pong_deadline = NEVER
         return None
+
+    def _count_unrequested(self, body: bytes, now: float) -> None:
+        left = self._unrequested - (now - self._unrequested_at) * UNREQUESTED_PER_S
+        self._unrequested = max(left, 0.0) + 1 + len(body) / _UNREQUESTED_BYTES
+        self._unrequested_at = now
+
+    def reading_delay(self, now: float) -> float:
+        """Return the seconds for which to stop reading, because of a flood of frames that answer no request."""
+        if self._unrequested <= UNREQUESTED_BURST:
+            return 0.0
+        return (self._unrequested - UNREQUESTED_BURST) / UNREQUESTED_PER_S - (now - self._unrequested_at)
 
     def _received_error(self, stream: int, body: bytes, wall: int) -> ClientEvent | None:
         try:
@@ -431,7 +464,8 @@ class ClientConnection:
         if self._keepalive_at <= now:
             heard_since_check = self._last_heard > self._keepalive_at - self._keepalive_interval
             if not (self._sent_since_check and heard_since_check):
-                self.ping(wall)
+                if not self.is_output_blocked:
+                    self.ping(wall)
                 if self._pong_deadline == NEVER:
                     self._pong_deadline = now + PONG_TIMEOUT
             self._sent_since_check = False
@@ -449,6 +483,17 @@ class ClientConnection:
         return ConnectionEnded(code, reason)
 
     # --- output ---------------------------------------------------------------------------------
+
+    def unblock_output(self, wall: int) -> None:
+        """Send what waited for the transport. Call this when it can send again."""
+        self.is_output_blocked = False
+        if self._owes_pong is not None and self.state is not State.CLOSED:
+            self._send_pong(wall)
+
+    def _send_pong(self, wall: int) -> None:
+        assert self._owes_pong is not None
+        self._send(PONG, 0, self._owes_pong, b"", wall)
+        self._owes_pong = None
 
     def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
         counter = self._counter + 1

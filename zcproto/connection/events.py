@@ -144,9 +144,12 @@ class GoAwayReceived(NamedTuple):
 
 
 class EventReceived(NamedTuple):
+    """An EVENT. `body` is its undecoded content, which takes less memory than `data`."""
+
     name: str
     data: Any
     token: bytes
+    body: bytes
 
     def __repr__(self) -> str:
         return f"EventReceived(name={self.name!r}, data={self.data!r})"

@@ -170,6 +170,12 @@ export class CallError extends ZcprotoError {
     return codeName(this.code);
   }
 
+  /** Return the error for JSON, which has no bigint: those in the details become texts. */
+  toJSON(): object {
+    const { name, code, codeName, message, details } = this;
+    return { name, code, codeName, message, details: withoutBigints(details) };
+  }
+
   /** Make the error for a received code. The message of an UnknownError has the number of an unknown code. */
   static fromWire(code: number, message: string, details: Details): CallError {
     const kind = byCode.get(code);
@@ -180,6 +186,19 @@ export class CallError extends ZcprotoError {
   copy(): CallError {
     return CallError.fromWire(this.code, this.message, this.details);
   }
+}
+
+function withoutBigints(value: unknown): unknown {
+  if (typeof value === "bigint") {
+    return value.toString();
+  }
+  if (Array.isArray(value)) {
+    return value.map(withoutBigints);
+  }
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) {
+    return value;
+  }
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, withoutBigints(item)]));
 }
 
 export class Cancelled extends CallError {

@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { afterEach, beforeEach, describe, test } from "node:test";
 import { inspect } from "node:util";
 import type { Client } from "../src/client/client.js";
+import { MAX_EVENT_BYTES } from "../src/client/event_stream.js";
 import { DeviceKey } from "../src/client/session.js";
 import {
   Cancelled,
@@ -650,6 +651,104 @@ describe("sessions", () => {
   });
 });
 
+describe("hostile servers", () => {
+  const expired = [
+    { expires_at: WALL - 86_400_000 },
+    { expires_at: WALL - 86_400_000, refresh_token: tokenNumber(99) },
+  ];
+  for (const more of expired) {
+    test(`sessions with ${Object.keys(more)} that have expired already are renewed with backoff`, async () => {
+      const times: number[] = [];
+      const open = () => {
+        times.push(server.clock.ms);
+        return opened(times.length, more);
+      };
+      server.on("session.open", open);
+      server.on("session.refresh", open);
+      client = server.client({ timeoutMs: 60_000 });
+      const opening = watch(client.open());
+      await server.clock.advance(60_000);
+      assert.ok(opening.error instanceof DeadlineExceeded && /expired sessions/.test(opening.error.message));
+      assert.ok(times.length >= 3 && times.length <= 12, `${times.length} requests`);
+      assert.ok(times.slice(1).every((time, n) => time - (times[n] as number) >= 1_000));
+    });
+  }
+
+  test("flood of session.expiring is answered once a second, session.revoked is checked once", async () => {
+    let count = 1;
+    server.on("session.open", () => opened(1, { refresh_token: tokenNumber(99) }));
+    server.on("session.refresh", () => opened(++count, { refresh_token: tokenNumber(99) }));
+    client = await server.connect();
+    for (let n = 0; n < 100; n++) {
+      server.last.send(Kind.EVENT, 0, ["session.expiring", {}], { token: tokenText(count) });
+      await settled();
+    }
+    assert.equal(count, 2);
+    await server.clock.advance(1_000);
+    assert.equal(count, 3);
+    for (let n = 0; n < 100; n++) {
+      server.last.send(Kind.EVENT, 0, ["session.revoked", {}], { token: tokenText(count) });
+      await settled();
+    }
+    assert.equal(server.methods.filter((method) => method === "session.info").length, 1);
+  });
+
+  test("PING flood of a server that reads nothing is answered once", async () => {
+    client = await server.connect();
+    const sent = server.last.frames.length;
+    server.last.driver.pauseWriting();
+    for (let n = 0; n < 1_000; n++) {
+      server.last.send(Kind.PING, 0);
+    }
+    await settled();
+    assert.equal(server.last.frames.length, sent);
+    server.last.driver.resumeWriting();
+    await settled();
+    assert.equal(server.last.frames.length, sent + 1);
+  });
+
+  test("reading pauses during a flood", async () => {
+    client = await server.connect();
+    const body = new Uint8Array(1_000_000);
+    for (let n = 0; n < 20; n++) {
+      server.last.send(Kind.EVENT, 0, ["a", body]);
+    }
+    assert.ok(!server.last.isReading);
+    await server.clock.advance(4_000);
+    assert.ok(server.last.isReading);
+  });
+
+  test("message of an error is escaped and truncated", async () => {
+    client = await server.connect();
+    server.on("echo", (request) => {
+      server.last.fail(request, Code.INVALID_ARGUMENT, {}, `a\u001b[31m\nb\u202e${"c".repeat(10_000)}`);
+      return NO_RESPONSE;
+    });
+    await assert.rejects(client.call("echo"), ({ message }: Error) => {
+      assert.ok(message.startsWith("a\\x1b[31m\\nb\\u202eccc"), message.slice(0, 40));
+      return message.length < 1_050;
+    });
+  });
+
+  test("error with a bigint in its details has a JSON form", async () => {
+    client = await server.connect();
+    server.script(
+      "echo",
+      new Failure(Code.INVALID_ARGUMENT, { big: 2n ** 63n, list: [1n, { deep: -(2n ** 62n) }], n: null }),
+    );
+    await assert.rejects(client.call("echo"), (error) => {
+      assert.deepEqual(JSON.parse(JSON.stringify(error)), {
+        name: "InvalidArgument",
+        code: 3,
+        codeName: "INVALID_ARGUMENT",
+        message: "because",
+        details: { big: "9223372036854775808", list: [1, { deep: "-4611686018427387904" }], n: null },
+      });
+      return true;
+    });
+  });
+});
+
 describe("bound sessions", () => {
   const signer = { sign: (message: Uint8Array) => new Uint8Array(64).fill(message.length) };
 
@@ -696,6 +795,20 @@ describe("bound sessions", () => {
 });
 
 describe("events", () => {
+  test("large events are limited by bytes", async () => {
+    client = await server.connect();
+    for (let n = 0; n < 10; n++) {
+      server.last.send(Kind.EVENT, 0, ["n", [n, new Uint8Array(MAX_EVENT_BYTES / 8)]]);
+    }
+    await settled();
+    assert.equal(client.events.dropped, 3);
+    server.last.send(Kind.EVENT, 0, ["small", null]);
+    await settled();
+    assert.equal(client.events.dropped, 3);
+    const { value } = await client.events.next();
+    assert.ok(Array.isArray(value?.data) && value.data[0] === 3);
+  });
+
   test("onEvent gets all events, including unknown ones", async () => {
     const names: string[] = [];
     client = await server.connect({ onEvent: ({ name }) => names.push(name) });

@@ -9,6 +9,7 @@ import {
   PONG_TIMEOUT_MS,
 } from "../src/connection/connection.js";
 import type { ClientEvent } from "../src/connection/events.js";
+import { UNREQUESTED_BURST, UNREQUESTED_PER_S } from "../src/connection/flood_limit.js";
 import { type Input, nextState, type State, TRANSITIONS } from "../src/connection/state.js";
 import { Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable } from "../src/errors.js";
 import { encodeBody } from "../src/wire/body.js";
@@ -216,6 +217,62 @@ describe("sending", () => {
       peer.sent().map(({ kind, token }) => [kind, token]),
       [[Kind.PONG, TOKEN]],
     );
+  });
+
+  test("PINGs of one read are answered by one PONG", () => {
+    peer.welcome();
+    peer.receiveBytes(Buffer.concat(Array.from({ length: 100 }, () => peer.frame(Kind.PING, 0))));
+    assert.deepEqual(
+      peer.sent().map(({ kind }) => kind),
+      [Kind.PONG],
+    );
+  });
+
+  test("PING flood of a server that reads nothing queues one PONG", () => {
+    peer.welcome();
+    peer.client.isOutputBlocked = true;
+    for (let n = 0; n < 1_000; n++) {
+      peer.receive(Kind.PING, 0);
+    }
+    assert.equal(peer.client.queuedBytes, 0);
+    peer.client.unblockOutput(NOW);
+    assert.equal(peer.sent().length, 1);
+    peer.client.unblockOutput(NOW);
+    assert.deepEqual(peer.sent(), []);
+    peer.client.isOutputBlocked = true;
+    peer.receive(Kind.PING, 0);
+    peer.client.end();
+    peer.client.unblockOutput(NOW);
+    assert.deepEqual(peer.sent(), []);
+  });
+
+  test("flood of frames that answer no request delays reading", () => {
+    peer.welcome();
+    const kinds: [Kind, number, unknown, number][] = [
+      [Kind.PING, 0, undefined, 1],
+      [Kind.EVENT, 0, ["a", null], 1],
+      [Kind.EVENT, 0, ["a", new Uint8Array(20_480)], 11],
+      [Kind.RESPONSE, 9, null, 1],
+    ];
+    for (const [kind, stream, body, cost] of kinds) {
+      peer.now += (1_000 * UNREQUESTED_BURST) / UNREQUESTED_PER_S;
+      for (let n = 0; n < (0.99 * UNREQUESTED_BURST) / cost; n++) {
+        peer.receive(kind, stream, body);
+      }
+      assert.equal(peer.client.readingDelay(peer.now), 0);
+      for (let n = 0; n < 400; n++) {
+        peer.receive(kind, stream, body);
+      }
+      const delay = peer.client.readingDelay(peer.now);
+      assert.ok(delay > 0 && delay < 1_200, `${delay}`);
+      peer.now += delay;
+      assert.ok(peer.client.readingDelay(peer.now) < 1e-6);
+    }
+    for (let n = 0; n < 2 * UNREQUESTED_BURST; n++) {
+      peer.receive(Kind.RESPONSE, peer.request(), null);
+      peer.sent();
+    }
+    assert.ok(peer.client.readingDelay(peer.now) < 1e-6);
   });
 });
 

@@ -196,6 +196,10 @@ describe("hosts with an sts policy", () => {
     "[]",
     '{"hosts": {"a.example": {"until": "x", "include_subdomains": true}}}',
     '{"hosts": null}',
+    '{"hosts": []}',
+    '{"hosts": ""}',
+    '{"hosts": 5}',
+    '{"hosts": {"a.example": {"until": 9007199254740992, "include_subdomains": true}}}',
   ]) {
     test(`invalid file ${JSON.stringify(content)} is not treated as empty`, async () => {
       const known = new KnownHosts(join(folder, "damaged.json"));
@@ -230,8 +234,11 @@ describe("invalid options", () => {
   });
 });
 
-test("escapeText replaces control characters and truncates", () => {
-  assert.equal(escapeText("a\r\n\u001b[31mb\u202e"), "a\ufffd\ufffd\ufffd[31mb\ufffd");
+test("escapeText escapes unprintable characters and truncates", () => {
+  assert.equal(
+    escapeText("a\r\n\u001b[31mb\u202e\ud800 \u{e0001}\u00fc"),
+    "a\\r\\n\\x1b[31mb\\u202e\\ud800 \\U000e0001\u00fc",
+  );
   assert.equal(escapeText("x".repeat(500), 10), `${"x".repeat(10)}...`);
 });
 

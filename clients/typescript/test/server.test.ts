@@ -291,6 +291,10 @@ describe("trust", () => {
       connected({ verify: false, home }),
       (error) => error instanceof TlsError && error.failure === "sts_policy",
     );
+    await assert.rejects(
+      connected({ verify: false, home, serverHostname: "other.example" }),
+      (error) => error instanceof TlsError && error.failure === "sts_policy",
+    );
   });
 });
 

@@ -276,7 +276,8 @@ export class Client implements AsyncDisposable {
 
   /** Return a connection that is ready for a request, with a session if one is required. */
   #waitReady(deadline: Deadline): Promise<ConnectionDriver> {
-    const lastError = () => (this.#connections.current === undefined ? this.#connections.lastError : undefined);
+    const lastError = () =>
+      this.#connections.current === undefined ? this.#connections.lastError : this.#sessions.renewalProblem;
     return deadline.run((signal) => this.#ready(signal), lastError);
   }
 
@@ -296,11 +297,10 @@ export class Client implements AsyncDisposable {
 
   #eventReceived(event: EventReceived): void {
     this.#sessions.eventReceived(event, this.#connections.current);
-    const received = { name: event.name, data: event.data };
     if (this.#settings.onEvent === undefined) {
-      this.events.put(received);
+      this.events.put(event.body);
     } else {
-      this.#settings.onEvent(received);
+      this.#settings.onEvent({ name: event.name, data: event.data });
     }
   }
 }

@@ -21,11 +21,18 @@ import { escapeText } from "./text.js";
 /** Bytes gathered in one tick that are written at once. */
 const FLUSH_BYTES = 65_536;
 
+/** The shortest pause of reading: flooding servers are read in batches, not frame by frame. */
+const MIN_READING_PAUSE_MS = 50;
+
+const MAX_MESSAGE = 1_000;
+
 /** The transport of a connection. `close` and `abort` are followed by `connectionLost`. */
 export interface Transport {
   /** SHA-256 of the server's certificate (DER). */
   readonly leaf: Buffer;
   write(data: Buffer): void;
+  pauseReading(): void;
+  resumeReading(): void;
   /** Send written data and close_notify, then end. */
   close(): void;
   /** Reset the connection. */
@@ -100,6 +107,7 @@ export class ConnectionDriver {
   #paused = false;
   #maxStreams = 0;
   #timer: Timer | undefined;
+  #readingTimer: Timer | undefined;
   #welcomeResolve!: (welcome: Welcome) => void;
   #welcomeReject!: (error: Error) => void;
   #closedResolve!: () => void;
@@ -160,7 +168,19 @@ export class ConnectionDriver {
     this.#updateReady();
     if (this.draining && this.#pending.size === 0) {
       this.close("the server is going away");
+      return;
     }
+    const delay = this.#connection.readingDelay(this.#clock.now());
+    if (delay > 0) {
+      this.#pauseReading(Math.max(delay, MIN_READING_PAUSE_MS));
+    }
+  }
+
+  /** Read nothing for a time: the server floods this connection. */
+  #pauseReading(delay: number): void {
+    this.#transport?.pauseReading();
+    this.#readingTimer?.cancel();
+    this.#readingTimer = this.#clock.after(delay, () => this.#transport?.resumeReading());
   }
 
   /** Handle the end of the stream: by close_notify if there is no error. */
@@ -183,10 +203,13 @@ export class ConnectionDriver {
   pauseWriting(): void {
     this.#paused = true;
     this.ready = false;
+    this.#connection.isOutputBlocked = true;
   }
 
   resumeWriting(): void {
     this.#paused = false;
+    this.#connection.unblockOutput(this.#wall());
+    this.#flushSoon();
     this.#updateReady();
   }
 
@@ -200,7 +223,9 @@ export class ConnectionDriver {
         break;
       case "error":
         this.hasResponded = true;
-        this.#removePending(event.stream)?.fail(CallError.fromWire(event.code, event.message, event.details));
+        this.#removePending(event.stream)?.fail(
+          CallError.fromWire(event.code, escapeText(event.message, MAX_MESSAGE), event.details),
+        );
         break;
       case "event":
         this.#listener?.eventReceived(this, event);
@@ -419,6 +444,7 @@ export class ConnectionDriver {
       this.#connection.end();
     }
     this.#timer?.cancel();
+    this.#readingTimer?.cancel();
     const pending = [...this.#pending.values()];
     this.#pending.clear();
     for (const call of pending) {

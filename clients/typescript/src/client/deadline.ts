@@ -1,6 +1,6 @@
 /** The limits of a call: its deadline and its AbortSignal. */
 
-import { DeadlineExceeded, type ZcprotoError } from "../errors.js";
+import { ConnectionClosed, DeadlineExceeded, TlsError, type ZcprotoError } from "../errors.js";
 import type { Clock } from "./clock.js";
 
 export class Deadline {
@@ -49,7 +49,8 @@ export class Deadline {
     const controller = new AbortController();
     const timer = this.#clock.after(this.at - this.#clock.now(), () => {
       const cause = lastError?.();
-      const reason = cause === undefined ? "no response" : `no connection (${cause.message})`;
+      const missing = cause instanceof ConnectionClosed || cause instanceof TlsError ? "no connection" : "no session";
+      const reason = cause === undefined ? "no response" : `${missing} (${cause.message})`;
       controller.abort(new DeadlineExceeded(`${reason} within the call's timeout`, {}, { cause }));
     });
     const signals = [controller.signal, ...(this.signal === undefined ? [] : [this.signal])];

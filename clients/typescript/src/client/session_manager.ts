@@ -5,12 +5,13 @@
  * refused `session.open`, every call gets that error until the application requests a new session.
  * Rules: all waiting calls share one attempt. No call is sent during a refresh, since the server revokes the old token with
  * its response. A refresh token works once; if the response was lost, it can be sent again for a few seconds and never
- * after that.
+ * after that. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has
+ * already expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
  * Must not know: the calls that use the token.
  */
 
 import type { EventReceived } from "../connection/events.js";
-import { CallError, Code, ConnectionClosed, Unauthenticated } from "../errors.js";
+import { CallError, Code, ConnectionClosed, Unauthenticated, ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Params } from "../wire/message.js";
 import { Backoff, type Random } from "./backoff.js";
@@ -27,7 +28,7 @@ const CLOSE_TIMEOUT_MS = 2_000;
 const REFRESH_GRACE_MS = 5_000;
 /** Consecutive lost responses to `session.open`. Each may have left a session that counts against the limit. */
 const MAX_LOST = 3;
-/** Minimum interval between early refreshes. */
+/** Minimum interval between early refreshes, and from a session that is usable for less than that to the next one. */
 const MIN_REFRESH_INTERVAL_MS = 1_000;
 
 const FOREVER = Number.POSITIVE_INFINITY;
@@ -65,15 +66,27 @@ export class SessionManager {
   #renewing: Promise<void> | undefined;
   #attaching: { readonly token: Token; readonly call: PendingCall } | undefined;
   #timer: Timer | undefined;
+  #refreshedEarlyAt = -FOREVER;
+  #notBefore = -FOREVER; // of the next renewal
+  readonly #backoff: Backoff; // of sessions that expire at once
+  #checkedRevocation: { readonly salt: bigint; readonly token: Token } | undefined;
 
   constructor(options: SessionManagerOptions) {
     this.#options = options;
+    this.#backoff = new Backoff(options.random);
     this.#device = options.credentials instanceof DeviceKey ? options.credentials : undefined;
   }
 
   /** Whether the session was revoked, replaced or refused. Only the application can open a new one. */
   get hasEnded(): boolean {
     return this.#endedBy !== undefined;
+  }
+
+  /** Why the next renewal is delayed, if it is. */
+  get renewalProblem(): ZcprotoError | undefined {
+    return this.#options.clock.now() < this.#notBefore
+      ? new ZcprotoError("the server opens only expired sessions; report it to its operator")
+      : undefined;
   }
 
   /**
@@ -261,7 +274,11 @@ export class SessionManager {
       return;
     }
     if (event.name === "session.revoked" && connection !== undefined) {
-      this.presentToken(connection); // the response has the code: revoked or replaced
+      const { salt } = connection;
+      if (this.#checkedRevocation?.salt !== salt || this.#checkedRevocation.token !== this.token) {
+        this.#checkedRevocation = { salt, token: this.token };
+        this.presentToken(connection); // the response has the code: revoked or replaced
+      }
     } else if (event.name === "session.expiring") {
       this.#refreshEarly();
     }
@@ -271,9 +288,17 @@ export class SessionManager {
 
   #refreshEarly(): void {
     const { session } = this;
-    if (session !== undefined && this.#renewing === undefined && session.canRefresh(this.#options.clock.now())) {
-      this.#start(false);
+    const now = this.#options.clock.now();
+    if (session === undefined || this.#renewing !== undefined || !session.canRefresh(now)) {
+      return;
     }
+    const allowedAt = this.#refreshedEarlyAt + MIN_REFRESH_INTERVAL_MS;
+    if (now < allowedAt) {
+      this.#setTimer(allowedAt);
+      return;
+    }
+    this.#refreshedEarlyAt = now;
+    this.#start(false);
   }
 
   #start(must: boolean): void {
@@ -290,6 +315,10 @@ export class SessionManager {
   async #renew(isMust: boolean): Promise<void> {
     const { clock, getConnection, random } = this.#options;
     const { signal } = this.#closing;
+    const delay = this.#notBefore - clock.now();
+    if (delay > 0) {
+      await sleep(clock, delay, signal);
+    }
     const renewal = { must: isMust, backoff: new Backoff(random), done: new Set<string>(), lost: 0 };
     for (;;) {
       const connection = await getConnection(signal);
@@ -424,6 +453,11 @@ export class SessionManager {
     this.session = session;
     this.token = session.tokenBytes;
     this.#setTimer(session.canRefresh(now) ? session.refreshAt : FOREVER);
+    if (session.usableUntil - now < MIN_REFRESH_INTERVAL_MS) {
+      this.#notBefore = now + MIN_REFRESH_INTERVAL_MS + this.#backoff.next();
+    } else {
+      this.#backoff.reset();
+    }
   }
 
   #setTimer(at: number): void {

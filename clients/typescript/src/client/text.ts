@@ -1,10 +1,20 @@
 /** Untrusted text in messages. */
 
-// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is replaced
-const UNSAFE = /[\u0000-\u001f\u007f-\u009f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
+/** Control, format, private and unassigned characters, lone surrogates, and separators other than a space. */
+const UNSAFE = /(?! )[\p{C}\p{Z}]/gu;
+const SHORT: Readonly<Record<string, string>> = { "\t": "\\t", "\n": "\\n", "\r": "\\r" };
 
-/** Replace control characters and truncate a text, so that it stays on one line. */
+/** Escape unprintable characters as `\xNN` or `\uNNNN`, and truncate the text, so that it stays on one line. */
 export function escapeText(text: string, maxLength = 200): string {
-  const cut = text.length > maxLength ? `${text.slice(0, maxLength).toWellFormed()}...` : text;
-  return cut.replaceAll(UNSAFE, "\ufffd");
+  const cut = text.length > maxLength ? `${text.slice(0, maxLength)}...` : text;
+  return cut.replaceAll(UNSAFE, (character) => SHORT[character] ?? escapeCharacter(character.codePointAt(0) as number));
+}
+
+function escapeCharacter(code: number): string {
+  const digits = code.toString(16);
+  return code <= 0xff
+    ? `\\x${digits.padStart(2, "0")}`
+    : code <= 0xffff
+      ? `\\u${digits.padStart(4, "0")}`
+      : `\\U${digits.padStart(8, "0")}`;
 }

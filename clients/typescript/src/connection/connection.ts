@@ -13,6 +13,9 @@
  * - A stale frame is dropped and counted; the tenth consecutive one ends the connection. ERROR STALE_TIMESTAMP is processed
  *   even if it is stale itself, since it corrects the clock offset.
  * - Until a RESPONSE shows that the server accepted a token, frames are limited as on a connection without a session.
+ * - At most one PONG waits to be sent. It answers all PINGs that arrive until then, so that a server that sends PINGs and
+ *   reads nothing cannot fill the memory.
+ * - Frames that answer no request are read at a limited rate: a server that floods them gets back-pressure.
  *
  * `wall` is this machine's time in milliseconds since the Unix epoch; `now` is monotonic, in milliseconds.
  */
@@ -50,6 +53,7 @@ import {
   type Params,
 } from "../wire/message.js";
 import type { ClientEvent, ConnectionEnded } from "./events.js";
+import { FloodLimit } from "./flood_limit.js";
 import { Freshness, MAX_CONSECUTIVE_STALE } from "./freshness.js";
 import { nextState, type State } from "./state.js";
 import { readGoAway, readWelcome, type Welcome } from "./welcome.js";
@@ -97,6 +101,8 @@ export class ClientConnection {
   droppedStale = 0;
   droppedUnknown = 0;
   queuedBytes = 0;
+  /** Whether the transport cannot send; call `unblockOutput` when it can again. */
+  isOutputBlocked = false;
   /** The stream of the next request, unless it is in flight. */
   nextStream = 1;
   readonly #maxFrame: number;
@@ -109,6 +115,8 @@ export class ClientConnection {
   readonly #inFlight = new Map<number, Token>(); // stream -> the token of its request
   readonly #tokens = new Set<Token>(); // accepted by the server on this connection
   #out: Buffer[] = [];
+  #pongOwed: Token | undefined; // the token of the latest PING without a PONG
+  readonly #unrequested = new FloodLimit();
   #lastReceived = 0;
   #sentSinceCheck = false;
   #keepaliveInterval = Number.POSITIVE_INFINITY;
@@ -168,6 +176,9 @@ export class ClientConnection {
       }
       events.push(this.#endWith(error.code, error.reason));
     }
+    if (this.#pongOwed !== undefined && !this.isOutputBlocked) {
+      this.#sendPong(wall);
+    }
     return events;
   }
 
@@ -192,7 +203,15 @@ export class ClientConnection {
     }
     this.#staleCount = 0;
     this.#lastReceived = now;
+    if (!this.#inFlight.has(frame.stream)) {
+      this.#unrequested.count(frame.body.length, now);
+    }
     return frame.kind === Kind.RESPONSE ? this.#receivedResponse(frame) : this.#receivedOther(frame, wall);
+  }
+
+  /** Return the time for which to stop reading, because of a flood of frames that answer no request. */
+  readingDelay(now: number): number {
+    return this.#unrequested.delay(now);
   }
 
   #countStale(): void {
@@ -242,7 +261,7 @@ export class ClientConnection {
       throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame must not have a body");
     }
     if (frame.kind === Kind.PING) {
-      this.#send(Kind.PONG, 0, frame.token, EMPTY, wall);
+      this.#pongOwed = frame.token;
     } else {
       this.#pongDeadline = Number.POSITIVE_INFINITY;
     }
@@ -255,7 +274,7 @@ export class ClientConnection {
       if (name === "session.revoked") {
         this.#tokens.delete(token);
       }
-      return { type: "event", name, data, token };
+      return { type: "event", name, data, token, body };
     } catch (error) {
       throw new ProtocolError(Code.PROTOCOL_ERROR, `EVENT is invalid: ${phraseOf(error)}`);
     }
@@ -458,7 +477,9 @@ export class ClientConnection {
     if (this.#keepaliveAt <= now) {
       const receivedSinceCheck = this.#lastReceived > this.#keepaliveAt - this.#keepaliveInterval;
       if (!(this.#sentSinceCheck && receivedSinceCheck)) {
-        this.ping(wall);
+        if (!this.isOutputBlocked) {
+          this.ping(wall);
+        }
         if (this.#pongDeadline === Number.POSITIVE_INFINITY) {
           this.#pongDeadline = now + PONG_TIMEOUT_MS;
         }
@@ -482,6 +503,21 @@ export class ClientConnection {
   }
 
   // --- bytes out ---------------------------------------------------------------------------------
+
+  /** Send what waited for the transport. Call this when it can send again. */
+  unblockOutput(wall: bigint): void {
+    this.isOutputBlocked = false;
+    if (this.#pongOwed !== undefined) {
+      this.#sendPong(wall);
+    }
+  }
+
+  #sendPong(wall: bigint): void {
+    if (this.state !== "closed") {
+      this.#send(Kind.PONG, 0, this.#pongOwed ?? NO_TOKEN, EMPTY, wall);
+    }
+    this.#pongOwed = undefined;
+  }
 
   #send(kind: Kind, stream: number, token: Token, body: Uint8Array, wall: bigint): void {
     this.#counter += 1n;

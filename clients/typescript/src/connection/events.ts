@@ -32,11 +32,13 @@ export interface GoAwayReceived {
   readonly retryAfterMs: number;
 }
 
+/** An EVENT. `body` is its undecoded content, which takes less memory than `data`; copy it to keep it. */
 export interface EventReceived {
   readonly type: "event";
   readonly name: string;
   readonly data: unknown;
   readonly token: Token;
+  readonly body: Buffer;
 }
 
 /** The connection ended. Send queued bytes, then close. `code` is the fatal error, if any. */

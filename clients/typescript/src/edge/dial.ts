@@ -37,9 +37,11 @@ export class Dialer {
 
   /** Connect and wait for WELCOME. Rejects with CannotConnect, ConnectionClosed, TlsError, CertificateError. */
   async dial(listener: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
-    const { trust, knownHosts, serverHostname, systemClock } = this.#settings;
+    const { address, trust, knownHosts, serverHostname, systemClock } = this.#settings;
     if (!trust.verify) {
-      await knownHosts?.require(serverHostname, systemClock.wall());
+      for (const host of new Set([address.host, serverHostname])) {
+        await knownHosts?.require(host, systemClock.wall());
+      }
     }
     const connection = await this.#connect(listener, signal);
     if (trust.verify && knownHosts !== undefined) {

@@ -17,6 +17,7 @@ import { basename, dirname, join } from "node:path";
 import { escapeText } from "../client/text.js";
 import type { StsPolicy } from "../connection/welcome.js";
 import { ConfigError, TlsError } from "../errors.js";
+import { isMap } from "../wire/message.js";
 
 export const MAX_HOSTS = 1_000;
 const MAX_FILE_SIZE = 1_048_576;
@@ -128,7 +129,10 @@ export class KnownHosts {
       throw this.#unreadable(code, error);
     }
     try {
-      const { hosts } = JSON.parse(text) as { hosts: Record<string, unknown> };
+      const { hosts } = JSON.parse(text) as { hosts: unknown };
+      if (!isMap(hosts)) {
+        throw new Error("hosts is not an object");
+      }
       return new Map(Object.entries(hosts).map(([name, entry]) => [name, policyOf(entry)]));
     } catch (error) {
       throw this.#unreadable("invalid content", error);

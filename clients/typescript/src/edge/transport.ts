@@ -133,12 +133,23 @@ class TlsTransport implements Transport {
 
   readonly write: (data: Buffer) => void;
 
+  pauseReading(): void {
+    if (!this.#isClosing) {
+      this.#socket.pause();
+    }
+  }
+
+  resumeReading(): void {
+    this.#socket.resume();
+  }
+
   close(): void {
     if (this.#isClosing) {
       return;
     }
     this.#isClosing = true;
     this.#linger = this.#clock.after(LINGER_MS, () => this.#destroy());
+    this.#socket.resume(); // to read and discard what the server still sends
     this.#socket.end();
   }
 

@@ -120,6 +120,7 @@ export class FakeConnection implements Transport {
   readonly frames: Frame[] = [];
   isClosed = false;
   isAborted = false;
+  isReading = true;
   /** Whether `close` of the client ends the connection; otherwise a test calls `end`. */
   endsOnClose = true;
   #counter = -1n;
@@ -151,8 +152,8 @@ export class FakeConnection implements Transport {
     this.send(Kind.RESPONSE, stream, value, { token });
   }
 
-  fail({ stream, token }: Request, code: number, details: object = {}): void {
-    this.send(Kind.ERROR, stream, [code, "because", details], { token });
+  fail({ stream, token }: Request, code: number, details: object = {}, message = "because"): void {
+    this.send(Kind.ERROR, stream, [code, message, details], { token });
   }
 
   goAway(reason = "draining", retryAfterMs = 0): void {
@@ -180,6 +181,14 @@ export class FakeConnection implements Transport {
         this.#server.cancelled.push(frame.stream);
       }
     }
+  }
+
+  pauseReading(): void {
+    this.isReading = false;
+  }
+
+  resumeReading(): void {
+    this.isReading = true;
   }
 
   close(): void {
