@@ -404,6 +404,17 @@ class Connection:
             self._tls.write(data)
         self._flush()
 
+    def limit_receive_buffer(self) -> None:
+        """Let the kernel hold little of what the client sends while nothing is read."""
+        raw: socket.socket = self._writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    async def write_and_drain(self, data: bytes) -> None:
+        """Send arbitrary bytes, and wait until the kernel has them all."""
+        self._writer.transport.set_write_buffer_limits(0)
+        self.write(data)
+        await self._writer.drain()
+
     def write_plain(self, data: bytes) -> None:
         """Send bytes without TLS and end the TCP stream."""
         self._writer.write(data)

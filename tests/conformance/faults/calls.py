@@ -163,14 +163,26 @@ CALLS: Final[dict[str, Fault]] = {
     "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
         "does not answer PING",
-        (f"{_CONNECTION}._received_other", 'self._send(PONG, 0, token, b"", wall)', "pass"),
+        (f"{_CONNECTION}._received_other", "self._owes_pong = token", "pass"),
+    ),
+    "ping-flood": fault(
+        "answers each PING at once",
+        (
+            f"{_CONNECTION}._received_other",
+            "self._owes_pong = token",
+            'self._send(PONG, 0, token, b"", wall)',
+        ),
+    ),
+    "message-with-control-characters": fault(
+        "passes on messages as they are",
+        (f"{_PUMP}._handle", "escape_text(event.message, MESSAGE_SHOWN)", "event.message"),
     ),
     "keepalive": fault("sends no PING", (f"{_CONNECTION}.handle_timeout", "self.ping(wall)", "pass")),
     "unknown-event": fault(
         "ends a connection for an event that it does not know",
         (
             f"{_CONNECTION}._received_other",
-            "return EventReceived(name, data, token)",
+            "return EventReceived(name, data, token, body)",
             'return self._end_with(Code.PROTOCOL_ERROR, "a fault")',
         ),
     ),
@@ -264,6 +276,14 @@ _SAME_ONE: Final = (
 )
 
 SESSIONS: Final[dict[str, Fault]] = {
+    "expired-session": fault(
+        "opens sessions without a pause",
+        (f"{_MANAGER}._adopt", "if session.valid_until - now < MIN_REFRESH_INTERVAL:", "if False:"),
+    ),
+    "expiring-again-and-again": fault(
+        "refreshes whenever the server suggests it",
+        (f"{_MANAGER}._refresh_early", "if now < allowed_at:", "if False:"),
+    ),
     "session-open": fault(
         "does not send its name",
         (

@@ -120,8 +120,9 @@ TRUST: Final[dict[str, Fault]] = {
         "trusts the pins that a server announces",
         (
             "zcproto.client.client:Client._event_received",
-            "received = Event(event.name, event.data)",
-            "received = Event(event.name, event.data); self._dial._trust.pins |= frozenset(event.data['pins'])",
+            "if self._options.on_event is not None:",
+            "self._dial._trust.pins |= frozenset(event.data['pins'])\n"
+            "        if self._options.on_event is not None:",
         ),
     ),
     "key-rollover-with-next-pin": _ONE_PIN,
@@ -132,6 +133,14 @@ TRUST: Final[dict[str, Fault]] = {
     "sts-policy-for-subdomains": fault(
         "applies a policy to one name only",
         (f"{_HOSTS}.require", "for start in range(len(labels)):", "for start in range(1):"),
+    ),
+    "sts-policy-with-another-name": fault(
+        "looks for the policy of the verified name only",
+        (
+            _DIAL,
+            "for host in {self._address.host, self._server_hostname}:",
+            "for host in {self._server_hostname}:",
+        ),
     ),
     "sts-policy-removed": fault(
         "never removes a policy", (f"{_HOSTS}.learn", "hosts.pop(host, None)", "pass")
@@ -193,7 +202,7 @@ WELCOME: Final[dict[str, Fault]] = {
         (
             _FIRST,
             'return self._end_with(Code.PROTOCOL_ERROR, "the first frame is not WELCOME")',
-            'return EventReceived("ignored", None, b"")',
+            'return EventReceived("ignored", None, b"", b"")',
         ),
     ),
     "welcome-with-nonzero-counter": fault(

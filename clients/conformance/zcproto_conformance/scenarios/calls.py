@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from zcproto_conformance.codes import (
     RESOURCE_EXHAUSTED,
     UNKNOWN,
 )
-from zcproto_conformance.connection import MAX_FRAME, NO_TOKEN, pack
+from zcproto_conformance.connection import MAX_FRAME, NO_TOKEN, QUIET, pack
 from zcproto_conformance.errors import expect
 from zcproto_conformance.harness import Harness
 
@@ -284,6 +285,19 @@ async def _(harness: Harness) -> None:
     await peer.exchange()
 
 
+@scenario("message-with-control-characters", "10: messages reach the application without control characters")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    call = await peer.client.call("echo", {})
+    request = await peer.connection.expect_request("echo")
+    body = pack([INVALID_ARGUMENT, "first\nlevel=error \x1b[2J\x9b31m\x7f\u202e last"])
+    peer.connection.in_flight.pop(request.stream)
+    peer.connection.send("ERROR", request.stream, body, token=request.token)
+    error = await call.expect_code(INVALID_ARGUMENT)
+    message = error.get("message")
+    expect(isinstance(message, str) and message.isprintable(), f"the message is {message!r}")
+
+
 # --- PING and events --------------------------------------------------------------------------------
 
 
@@ -294,6 +308,26 @@ async def _(harness: Harness) -> None:
         peer.connection.send("PING")
         pong = await peer.connection.next_frame("PONG")
         expect(pong.kind == "PONG", f"received {pong} instead of PONG")
+
+
+_PINGS: Final = 7_500
+
+
+@scenario("ping-flood", "6.6: a client queues at most one PONG for a server that reads nothing")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    peer.connection.limit_receive_buffer()
+    pings = b"".join(peer.connection.frame_bytes("PING") for _ in range(_PINGS))
+    await peer.connection.write_and_drain(pings)
+    await asyncio.sleep(2 * QUIET)  # the client answers, and nothing is read
+    call = await peer.client.call("echo", {})
+    pongs = 0
+    while (frame := await peer.connection.next_frame("REQUEST echo")).kind == "PONG":
+        pongs += 1
+    expect(frame.method == "echo", f"received {frame} instead of REQUEST echo")
+    expect(0 < pongs < _PINGS * 2 // 3, f"received {pongs} PONGs for {_PINGS} PINGs while nothing was read")
+    peer.connection.respond(frame, {})
+    await call.expect_result({})
 
 
 @scenario("keepalive", "6.6: a client sends PING before the connection has been silent for idle_timeout_ms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
@@ -20,6 +21,7 @@ from zcproto_conformance.connection import (
     NO_TOKEN,
     QUIET,
     Connection,
+    ConnectionEnded,
     Frame,
     Responder,
 )
@@ -254,6 +256,49 @@ async def _(harness: Harness) -> None:
     peer.connection.respond_error(await peer.connection.expect_request("session.refresh"), TOKEN_REVOKED)
     await call.expect_code(TOKEN_REVOKED)
     await peer.connection.expect_silence("after a refresh that must not be retried")
+
+
+# --- floods of refreshes ----------------------------------------------------------------------------
+
+_WATCHED: Final = 2.5
+"""Seconds in which the requests of a client are counted."""
+
+_MAX_RENEWALS: Final = 4
+_BETWEEN_EVENTS: Final = 0.05
+
+
+@scenario(
+    "expired-session", "9.6: sessions that are over when they are opened are renewed with growing delays"
+)
+async def _(harness: Harness) -> None:
+    _, connecting = await harness.begin_connect(user=USER, key=harness.key, timeout_ms=int(_WATCHED * 1000))
+    connection = await harness.next_welcomed()
+    opened = 0
+    with contextlib.suppress(ConnectionEnded):  # the client may give up
+        async for request in connection.frames_within(_WATCHED):
+            if request.method != "session.close":
+                opened += 1
+                expect(opened <= _MAX_RENEWALS, f"{opened} requests for sessions that were over at once")
+                result = harness.new_session().result(connection.wall)
+                connection.respond(request, {**result, "expires_at": connection.wall - 1000})
+            else:
+                connection.respond(request, None)
+    await harness.error_of(connecting, "connect", "call", "closed")
+
+
+@scenario("expiring-again-and-again", "9.6: at least a second passes between refreshes that no call needs")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    session, refreshes = peer.session, 0
+    for _ in range(int(_WATCHED / _BETWEEN_EVENTS)):
+        peer.connection.event("session.expiring", {"expires_at": 0}, session.token)
+        async for request in peer.connection.frames_within(_BETWEEN_EVENTS):
+            expect(request.method == "session.refresh", f"received {request} after session.expiring")
+            refreshes += 1
+            expect(refreshes <= _MAX_RENEWALS, f"{refreshes} refreshes within {_WATCHED} s")
+            session = harness.new_session()
+            harness.grant_session(peer.connection, request, session)
+    expect(refreshes, "no refresh after session.expiring")
 
 
 # --- revoked and replaced sessions ------------------------------------------------------------------

@@ -281,6 +281,22 @@ async def _(harness: Harness) -> None:
     expect(error.get("cause") == "policy", f"connect ended with {error} instead of cause policy")
 
 
+@scenario(
+    "sts-policy-with-another-name",
+    "6.2: verifying another name does not lift the policy of the host that is connected to",
+)
+async def _(harness: Harness) -> None:
+    home = harness.new_home()
+    await harness.connect(home=home, welcome={"sts": _STS})
+    harness.use_leaf(harness.fixtures.other_ca.leaf())
+    _, port = harness.server.address.rsplit(":", 1)
+    _, connecting = await harness.begin_connect(
+        home=home, ca_file=None, verify=False, address=f"{HOST}:{port}", server_name="other.example"
+    )
+    error = await harness.error_of(connecting, "connect", "tls")
+    expect(error.get("cause") == "policy", f"connect ended with {error} instead of cause policy")
+
+
 @scenario("sts-policy-removed", "6.2: max_age 0 removes the policy")
 async def _(harness: Harness) -> None:
     home = harness.new_home()
