@@ -41,6 +41,12 @@ def about(alerts: ServerAlerts) -> set[tuple[AlertKind, str]]:
         ("store.degraded", {"reason": "it is full", "sessions": 3}, AlertKind.STORE_DEGRADED, ""),
         ("store.grace_over", {"reason": "it is full"}, AlertKind.STORE_GRACE_OVER, ""),
         ("store.emptied", {"sessions": 3}, AlertKind.STORE_EMPTIED, ""),
+        (
+            "store.record_damaged",
+            {"where": "zcp:s:1", "reason": "it is full of text"},
+            AlertKind.STORE_RECORD_DAMAGED,
+            "zcp:s:1",
+        ),
         ("store.damaged", {"path": "/s.db", "aside": "/s.db.damaged-1"}, AlertKind.STORE_DAMAGED, "/s.db"),
         ("store.missing", {"path": "/s.db"}, AlertKind.STORE_DAMAGED, "/s.db"),
         ("revocations.damaged", {"copy": "/r.copy"}, AlertKind.STORE_DAMAGED, "/r.copy"),

@@ -15,6 +15,7 @@ from zcproto.stores.base import (
     ChangeKind,
     Claim,
     Created,
+    DamagedRecord,
     LimitReached,
     NotRotated,
     Repeated,
@@ -23,13 +24,14 @@ from zcproto.stores.base import (
 
 T = TypeVar("T")
 
-WORKS, FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY = (
+WORKS, FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY, DAMAGED = (
     "works",
     "fails",
     "hangs",
     "fails after doing it",
     "hangs after doing it",
     "is read-only",
+    "meets a damaged record",
 )
 
 READS = frozenset({"find", "get", "list", "count"})
@@ -84,6 +86,8 @@ class FaultyStore:
                 await self.gate.wait()
             if mode == FAILS or (mode == READ_ONLY and name not in READS):
                 raise StoreUnavailable("the test makes it fail")
+            if mode == DAMAGED:
+                raise DamagedRecord("the test damages it")
             if mode == HANGS:
                 await self._hang()
             result = await operation

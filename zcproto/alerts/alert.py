@@ -73,6 +73,7 @@ class AlertKind(Enum):
     STORE_DEGRADED = "store.degraded"
     STORE_GRACE_OVER = "store.grace_over"
     STORE_DAMAGED = "store.damaged"
+    STORE_RECORD_DAMAGED = "store.record_damaged"
     STORE_EMPTIED = "store.emptied"
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
     SERVER_FULL = "server.full"
@@ -154,6 +155,11 @@ store.damaged: critical, ends quiet; file
     The file of sessions or of pending revocations was damaged or has disappeared. A damaged file was moved
     aside and not deleted; the unreadable part is lost, and its users have to log in again.
     Cure: Check the disk. Keep the copy that the message names until you know the reason.
+store.record_damaged: error, ends quiet; key or operation
+    A key in a shared store has another type or content than a server wrote. A damaged session counts as missing:
+    its user has to log in again. Operations that need another damaged key fail; all others continue.
+    Cure: Find what else writes to the store. Delete a damaged key of an index (`u:`, `x:`, `m:`), then run `zcproto
+    session revoke --all`: sessions that only the index led to could not be ended otherwise.
 store.emptied: error, ends quiet
     A shared store lost its data. The servers write back the sessions that they know.
     Cure: Find the reason: a restart without persistence, `FLUSHALL`, or a memory limit with eviction.

@@ -247,6 +247,8 @@ store.missing error (path), limit per event
     The file of the store is missing; a new one was created.
 store.damaged error (path aside reason), limit per event
     The file of the store is damaged; it was moved aside and a new one created.
+store.record_damaged error (where reason), limit per event
+    A key in the store has another type or content than a server wrote.
 store.close_failed error (reason), limit per event
     The store could not be closed.
 store.uses_not_written warning (reason)

@@ -51,6 +51,10 @@ _STORE_BEGINS: Final = {
     ),
     "store.emptied": (AlertKind.STORE_EMPTIED, "the session store lost its data"),
     "store.damaged": (AlertKind.STORE_DAMAGED, "the session file is damaged and was moved aside"),
+    "store.record_damaged": (
+        AlertKind.STORE_RECORD_DAMAGED,
+        "a record in the session store is damaged: {reason}",
+    ),
     "store.missing": (AlertKind.STORE_DAMAGED, "the session file was removed while it was in use"),
     "revocations.damaged": (
         AlertKind.STORE_DAMAGED,
@@ -106,8 +110,8 @@ def on_store_event(alerts: ServerAlerts, event: str, values: Mapping[str, Any]) 
         alerts.resolve(AlertKind.STORE_DEGRADED, title, details=values)
     elif event in _STORE_BEGINS:
         kind, title = _STORE_BEGINS[event]
-        file = str(values.get("path", values.get("copy", "")))
-        alerts.raise_(kind, title.format_map(values), about=file, details=values)
+        about = str(values.get("path", values.get("copy", values.get("where", ""))))
+        alerts.raise_(kind, title.format_map(values), about=about, details=values)
 
 
 def on_refresh_reused(alerts: ServerAlerts, session_id: str, address: str) -> None:

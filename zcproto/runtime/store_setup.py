@@ -63,6 +63,7 @@ def build_store(
         key_file=settings.key_file,
         timeout=settings.timeout,
         answers=limits,
+        on_notice=partial(_report, on_event),
     )
 
 

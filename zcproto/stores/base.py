@@ -36,6 +36,14 @@ class StoreUnavailable(ZcprotoError):
         self.reason = reason
 
 
+class DamagedRecord(StoreUnavailable):
+    """The store works, but this operation met a record that cannot be used."""
+
+
+Notice = Callable[..., object]
+"""Called with the name of a notice for the operator, and its values as keywords. Must not raise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Created:
     """The session is stored. `ended` are the sessions that were ended to make room for it."""

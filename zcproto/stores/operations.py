@@ -19,10 +19,13 @@ from zcproto.errors import CallError, Unavailable
 from zcproto.observe.histogram import WAITED_S, Histogram
 from zcproto.observe.log import get_logger
 from zcproto.sessions.health import StoreHealth
-from zcproto.stores.base import SessionStore, StoreUnavailable
+from zcproto.stores.base import DamagedRecord, SessionStore, StoreUnavailable
 
 CANCEL_LIMIT_S: Final = 2.0
 """How long cancelled tasks may take to end."""
+
+DAMAGED_RETRY_MS: Final = 10_000
+"""For callers that met a damaged record, which an operator has to remove."""
 
 UPKEEP: Final = "zcproto-store-upkeep"
 """The name of the tasks that never end."""
@@ -58,8 +61,13 @@ class CircuitBreaker:
         if not self.health.is_healthy:
             raise self.unavailable()
 
-    def unavailable(self) -> Unavailable:
-        """Return the error for callers who need the store."""
+    def unavailable(self, error: StoreUnavailable | None = None) -> Unavailable:
+        """Return the error for callers who need the store, or met this error."""
+        if isinstance(error, DamagedRecord):
+            return Unavailable(
+                "a record in the session store is damaged; the operator has an alert",
+                {"retry_after_ms": DAMAGED_RETRY_MS},
+            )
         return Unavailable(
             "the session store does not answer: try again",
             {"retry_after_ms": self.health.retry_after_ms(self.now())},
@@ -74,6 +82,8 @@ class CircuitBreaker:
         self.in_flight += 1
         try:
             return await self.attempt(operation)
+        except DamagedRecord:
+            raise  # one record is no outage
         except StoreUnavailable as error:
             self.reason = error.reason
             now = self.now()

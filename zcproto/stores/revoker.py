@@ -25,7 +25,7 @@ from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import NEVER
 from zcproto.sessions.record import EndedRecord
-from zcproto.stores.base import CLOCK_SKEW_MS, MAX_LISTED, StoreUnavailable
+from zcproto.stores.base import CLOCK_SKEW_MS, MAX_LISTED, DamagedRecord, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations, Revocation
 
@@ -110,6 +110,9 @@ class Revoker:
                 await asyncio.wait([ending])
             try:
                 ended = ending.result()
+            except DamagedRecord as error:
+                self._not_kept(error)
+                raise breaker.unavailable(error) from error
             except StoreUnavailable:
                 # Only a probe replays the file, so there has to be one.
                 breaker.health.begin_outage(self.clock.now())
@@ -124,10 +127,13 @@ class Revoker:
         except StoreUnavailable as error:
             if revocation.id:
                 self.add_orphan(revocation.id)  # remembered at least until this process ends
-            log.error("revocations.not_kept", reason=error.reason)
-            self.on_event("revocations.not_kept", {"reason": error.reason, "pending": len(self.pending)})
+            self._not_kept(error)
             raise breaker.unavailable() from error
         return None
+
+    def _not_kept(self, error: StoreUnavailable) -> None:
+        log.error("revocations.not_kept", reason=error.reason)
+        self.on_event("revocations.not_kept", {"reason": error.reason, "pending": len(self.pending)})
 
     async def _end(self, revocation: Revocation) -> list[EndedRecord]:
         store, code, wall = self._store, revocation.code, revocation.wall
@@ -176,7 +182,10 @@ class Revoker:
             found.update(await self._end_ids(call, group, code, wall))
         for revocation in revocations:
             if not revocation.id:
-                await self._end_opened_before(call, revocation)
+                try:
+                    await self._end_opened_before(call, revocation)
+                except DamagedRecord as error:  # which would keep the store out for all users
+                    self._not_kept(error)
         return [revocation for revocation in revocations if revocation.id and revocation.id not in found]
 
     async def _end_ids(self, call: Call, ids: Sequence[bytes], code: Code, wall: int) -> list[bytes]:

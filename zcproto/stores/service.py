@@ -32,7 +32,7 @@ from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegis
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
-from zcproto.stores.base import LimitReached, NotRotated, Repeated, StoreUnavailable
+from zcproto.stores.base import DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
 from zcproto.stores.seal import open_pair, seal_pair
@@ -252,7 +252,7 @@ class StoredSessionService(SessionService):
                 self._registry.restore(record, make_room=self.is_shared)
         except StoreUnavailable as error:
             self.sync.revoker.add_orphan(record.id)
-            raise self.sync.breaker.unavailable() from error
+            raise self.sync.breaker.unavailable(error) from error
 
     async def _abandon(self, creating: asyncio.Task[None], record: SessionRecord) -> None:
         """End a session whose caller has gone before it got the tokens."""
@@ -310,7 +310,7 @@ class StoredSessionService(SessionService):
             if isinstance(record, Repeated):
                 pair = open_pair(spent_token, record.record.token_digest, record.sealed)
                 if pair is None:
-                    raise StoreUnavailable("the pair of a recent refresh is damaged")
+                    raise DamagedRecord("the pair of a recent refresh cannot be decrypted")
                 (token, refresh_token), record = pair, record.record
                 wall = (
                     record.last_used_at
@@ -324,7 +324,7 @@ class StoredSessionService(SessionService):
             self._undecided[rotation.spent_digest] = (rotation, token, refresh_token)
             if len(self._undecided) > UNDECIDED:
                 self._undecided.popitem(last=False)
-            raise self.sync.breaker.unavailable() from error
+            raise self.sync.breaker.unavailable(error) from error
         self._undecided.pop(rotation.spent_digest, None)
         if self.is_shared and registry.record(record.id) is None:
             registry.restore(record, make_room=True)
@@ -437,7 +437,7 @@ class StoredSessionService(SessionService):
         try:
             return await operation
         except StoreUnavailable as error:
-            raise self.sync.breaker.unavailable() from error
+            raise self.sync.breaker.unavailable(error) from error
 
     def _info(self, record: SessionRecord, wall: int) -> SessionInfo | None:
         """Describe a session to its user. Return None if it has expired."""

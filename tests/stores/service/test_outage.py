@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.stores.faulty import FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY
+from tests.stores.faulty import DAMAGED, FAILS, FAILS_AFTER, HANGS, HANGS_AFTER, READ_ONLY, WORKS
 from tests.stores.service.harness import GRACE, HOUR_MS, SessionProcess, StartProcess, events, refused
 from zcproto.errors import Code, ConfigError, Unavailable
-from zcproto.sessions.health import MAX_DELAY_S, HealthState
+from zcproto.sessions import EndReason
+from zcproto.sessions.health import FAILURES, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 
 
@@ -158,3 +159,46 @@ async def test_exception_in_a_background_task_is_logged(
     process.sync.tasks.run_in_background(wrong())
     await process.settle()
     assert "store.task_failed" in events(log)
+
+
+async def test_damaged_record_fails_the_call_and_is_no_outage(shared_process: SessionProcess) -> None:
+    process = shared_process
+    opened = await process.open("ada")
+    process.store.mode = DAMAGED
+    for _ in range(2 * FAILURES):
+        error = await refused(process.open("ben"))
+        assert "damaged" in error.message
+        await refused(process.refresh(opened))
+        await refused(process.sessions.list("ben"))
+    await refused(process.find(bytes(32)))
+    assert process.state is HealthState.HEALTHY
+    assert process.sync.health.failures == 0
+    process.store.mode = WORKS
+    assert process.is_valid(await process.open("ben"))
+
+
+async def test_revocation_that_meets_a_damaged_record_is_refused_and_reported(
+    shared_process: SessionProcess, log: list[dict[str, Any]]
+) -> None:
+    process = shared_process
+    opened = await process.open("ada")
+    process.store.modes["end_user"] = DAMAGED
+    await refused(process.sessions.revoke_user("ada", EndReason.BY_USER))
+    assert not process.is_valid(opened)
+    assert "revocations.not_kept" in events(log)
+    assert process.state is HealthState.HEALTHY
+    assert len(process.pending) == 0
+
+
+async def test_damaged_record_does_not_prolong_an_outage(
+    shared_process: SessionProcess, log: list[dict[str, Any]]
+) -> None:
+    process = shared_process
+    await process.open("ada")
+    await process.outage()
+    assert await process.sessions.revoke_user("ada", EndReason.BY_USER) == 1
+    process.store.mode, process.store.modes["list"] = WORKS, DAMAGED
+    await process.advance(MAX_DELAY_S)
+    assert process.state is HealthState.HEALTHY
+    assert "revocations.not_kept" in events(log)
+    assert len(process.pending) == 0

@@ -22,8 +22,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 from zcproto.errors import CallError, Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
-from zcproto.stores.base import MAX_LISTED, StoreUnavailable
-from zcproto.stores.sqlite.file import Connect, DatabaseFile, Notice
+from zcproto.stores.base import MAX_LISTED, Notice, StoreUnavailable
+from zcproto.stores.sqlite.file import Connect, DatabaseFile
 from zcproto.stores.sqlite.rows import COLUMNS, Operation, Row, WorkingSet, columns_of, record_of, text, utf8
 
 _BLOBS: Final = ("id", "token", "refresh", "user", "client", "address", "key")

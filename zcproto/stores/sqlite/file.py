@@ -35,14 +35,11 @@ from zcproto.common.files import (
 )
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
-from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.base import Notice, StoreUnavailable
 
 VERSION: Final = 1
 APPLICATION_ID: Final = 0x7A637031  # zcp1
 MIN_SQLITE: Final = (3, 35, 0)
-
-Notice = Callable[..., object]
-"""Called with the name of an event and its values. Must not raise."""
 
 Connect = Callable[..., sqlite3.Connection]
 

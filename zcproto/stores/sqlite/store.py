@@ -19,9 +19,9 @@ from zcproto.common.clock import system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
-from zcproto.stores.base import Change, Claim, Created, LimitReached, NotRotated, StoreUnavailable
+from zcproto.stores.base import Change, Claim, Created, LimitReached, Notice, NotRotated, StoreUnavailable
 from zcproto.stores.sqlite.database import MAX_TOUCHED, Position, SessionDatabase
-from zcproto.stores.sqlite.file import Connect, Notice
+from zcproto.stores.sqlite.file import Connect
 from zcproto.stores.sqlite.rows import Operation
 from zcproto.stores.worker import Job, Worker
 

@@ -9,6 +9,7 @@ It must not know: what an operation is for.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import wraps
@@ -30,7 +31,7 @@ from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
-from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
+from zcproto.stores.base import Change, ChangeKind, DamagedRecord, Notice, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
 from zcproto.stores.valkey.sentinels import Sentinels
@@ -43,6 +44,9 @@ SCHEMA: Final = 1
 
 CLUSTER_SHARDS: Final = 16
 """The number of keys that a large index of a cluster is divided into."""
+
+_DAMAGE: Final = re.compile(r"WRONGTYPE|(?<!@)user_script:\d|not an integer")
+"""Errors of a command or a script that met a key of another type or content."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,8 +71,14 @@ def operation(
             reason = "the server is a replica, which cannot be written to"
         except OutOfMemoryError:
             reason = "the server's memory is full (maxmemory)"
+        except DamagedRecord as error:
+            self._report_damage(method.__name__, error.reason)
+            raise
         except (RedisError, ConfigError) as error:
             reason = str(error)
+            if _DAMAGE.search(reason):
+                self._report_damage(method.__name__, reason)
+                raise DamagedRecord(self._hide_password(reason)) from error
         raise StoreUnavailable(self._hide_password(reason))
 
     return limited
@@ -79,7 +89,8 @@ class ValkeyClient:
 
     `timeout` is in seconds, for each operation and for connecting. `password` replaces the one in the URL. With
     TLS, `ca_file` has the trusted authorities in place of the system's; `certificate_file` and `key_file` are for
-    servers that require client certificates.
+    servers that require client certificates. `on_notice` is called with `store_record_damaged` (where, reason)
+    for a key of another type or content.
 
     Raises ConfigError for a URL or a file that cannot be used.
     """
@@ -98,6 +109,7 @@ class ValkeyClient:
         prefix: str = PREFIX,
         answers: AnswerLimits = DEFAULT_LIMITS,
         entropy: Entropy = system_entropy,
+        on_notice: Notice = lambda name, **values: None,
     ) -> None:
         self._url = parse_url(url)
         self._password = self._url.password if password is None else password
@@ -113,6 +125,7 @@ class ValkeyClient:
         self._answers = answers
         self._node = entropy(NODE_SIZE // 2).hex().encode()
         self._entropy = entropy
+        self._on_notice = on_notice
         self._marks: dict[int, bytes] = {}
         self._is_emptied = False
         self._servers: ValkeyConnection | Cluster | None = None
@@ -194,7 +207,15 @@ class ValkeyClient:
             raw = await servers.call(key, "EVALSHA", script.sha, 1, key, argument)
         except NoScriptError:
             raw = await servers.call(key, "EVAL", script.source, 1, key, argument)
-        return msgpack.unpackb(raw, raw=True)
+        result, elsewhere, damaged = msgpack.unpackb(raw, raw=True)
+        for damaged_key in damaged or ():
+            self._report_damage(damaged_key.decode("latin-1"), "its type or content is not that of a session")
+        return result, elsewhere
+
+    def _report_damage(self, where: str, reason: str) -> None:
+        self._on_notice(
+            "store_record_damaged", where=escape_text(where, 200), reason=self._hide_password(reason)
+        )
 
     async def _gather(self, calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
         """Run calls concurrently; a single one without a task."""

@@ -17,6 +17,7 @@ import msgpack
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_from_text
+from zcproto.stores.base import DamagedRecord
 
 TAG_SIZE: Final = 20
 NODE_SIZE: Final = 8
@@ -92,14 +93,17 @@ def pack_session(record: SessionRecord) -> bytes:
 
 
 def unpack_session(id: bytes, raw: bytes) -> SessionRecord | EndedRecord:
-    """Decode a session or its tombstone. `id` is the text of its id."""
-    code, token, *rest = msgpack.unpackb(raw, raw=True)
-    if code:
-        return EndedRecord(_raw_id(id), token, Code(code), int(rest[0]))
-    refresh, user, client, address, key, flags, *times = rest[:10]
-    texts = map(_text, (user, client, address))
-    values: list[Any] = [token, refresh, *texts, flags, *map(int, times), _text(key)]
-    return SessionRecord(_raw_id(id), *values)
+    """Decode a session or its tombstone. `id` is the text of its id. Raises DamagedRecord."""
+    try:
+        code, token, *rest = msgpack.unpackb(raw, raw=True)
+        if code:
+            return EndedRecord(_raw_id(id), token, Code(code), int(rest[0]))
+        refresh, user, client, address, key, flags, *times = rest[:10]
+        texts = map(_text, (user, client, address))
+        values: list[Any] = [token, refresh, *texts, flags, *map(int, times), _text(key)]
+        return SessionRecord(_raw_id(id), *values)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedRecord(f"the session {id.decode('latin-1')} cannot be decoded") from error
 
 
 def order_of(raw: bytes) -> int:

@@ -2,7 +2,10 @@
 --
 -- The first part is put before each of the scripts below it, which begin at `--@ name flags`. A script gets one
 -- argument, a MessagePack array: prefix, node, clustered, shard, TAG (empty if the script is not for one user), then
--- its own arguments. It returns a MessagePack array: its result, and commands that the client has to send.
+-- its own arguments. It returns a MessagePack array: its result, commands that the client has to send, and the damaged
+-- keys that it met.
+--
+-- A damaged session counts as missing, so that scripts for many sessions do not fail because of one.
 --
 -- Keys, after the prefix. TAG stands for a user: all keys of one user are in one slot of a cluster.
 --   s:{TAG}ID      a session, or its tombstone (an array, see KEPT below)
@@ -39,10 +42,24 @@ local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED, UNA
 local STATE, TOKEN, REFRESH, USER, CLIENT, ADDRESS = 1, 2, 3, 4, 5, 6
 local LAST_USED, EXPIRES, REFRESH_EXPIRES, ORDER = 10, 11, 12, 13
 
-local far = {}
+local DAMAGED, NO_TOKEN = 'damaged', string.rep('\0', 32)
+
+local far, damaged = {}, {}
 
 local function answer(result)
-  return cmsgpack.pack({result, far})
+  return cmsgpack.pack({result, far, damaged})
+end
+
+-- Run a command for a key. A key of another type is reported, and counts as missing.
+local function try(command, key, ...)
+  local reply = redis.pcall(command, key, ...)
+  if type(reply) ~= 'table' or not reply.err then
+    return reply
+  elseif reply.err:sub(1, 9) ~= 'WRONGTYPE' then
+    error(reply)
+  end
+  damaged[#damaged + 1] = key
+  return false, DAMAGED
 end
 
 -- Run a command for keys without a TAG; in a cluster, return it for the client.
@@ -77,16 +94,26 @@ local function user_key(tag)
 end
 
 local function tag_of(id)
-  return redis.call('GET', P .. 'i:' .. id)
+  return try('GET', P .. 'i:' .. id)
 end
 
 local function split(member)
   return member:sub(1, TAG_SIZE), member:sub(TAG_SIZE + 1)
 end
 
+-- Return a session and its encoding; or nil, and DAMAGED if that is the reason.
 local function read(tag, id)
-  local raw = redis.call('GET', session_key(tag, id))
-  return raw and cmsgpack.unpack(raw)
+  local key = session_key(tag, id)
+  local raw, problem = try('GET', key)
+  if not raw then
+    return nil, problem
+  end
+  local ok, session = pcall(cmsgpack.unpack, raw)
+  if ok and type(session) == 'table' and session[TOKEN] and (session[STATE] ~= KEPT or session[ORDER]) then
+    return session, raw
+  end
+  damaged[#damaged + 1] = key
+  return nil, DAMAGED
 end
 
 local function due(session)
@@ -105,13 +132,18 @@ local function finish(tag, id, session, code, wall)
   local token = session[TOKEN]
   announce(tag, id)
   redis.call('SET', session_key(tag, id), cmsgpack.pack({code, token, wall}), 'PX', DAY)
-  redis.call('ZREM', user_key(tag), id)
+  try('ZREM', user_key(tag), id)
   elsewhere('ZREM', P .. 'x:' .. SHARD, tag .. id)
   elsewhere('ZADD', P .. 'm:' .. SHARD, wall, tag .. id)
   linger(elsewhere, P .. 'm:' .. SHARD, DAY)
   elsewhere('PEXPIRE', P .. 't:' .. token, DAY)
   elsewhere('PEXPIRE', P .. 'i:' .. id, DAY)
   return {id, token}
+end
+
+-- Make a damaged session a tombstone, because other processes may still have it in memory.
+local function bury(tag, id, wall)
+  finish(tag, id, {[TOKEN] = NO_TOKEN}, TOKEN_REVOKED, wall)
 end
 
 --@ create
@@ -124,8 +156,10 @@ local ids, ended = redis.call('ZRANGE', user_key(tag), 0, -1), {}
 if #ids >= per_user then
   local live, lapsed = {}, {}
   for _, mate in ipairs(ids) do
-    local other = read(tag, mate)
-    if not other or other[STATE] ~= KEPT then
+    local other, problem = read(tag, mate)
+    if problem == DAMAGED then
+      bury(tag, mate, wall)
+    elseif not other or other[STATE] ~= KEPT then
       redis.call('ZREM', user_key(tag), mate)
     elseif before(wall, other[EXPIRES]) and (idle_from == '' or before(idle_from, other[LAST_USED])) then
       live[#live + 1] = {mate, other, SESSION_REPLACED}
@@ -211,11 +245,12 @@ return answer({0, cmsgpack.pack(session)})
 
 --@ find no-writes
 local token = args[6]
-local pointer = redis.call('GET', P .. 't:' .. token)
+local pointer = try('GET', P .. 't:' .. token)
 if not pointer or pointer:sub(1, 1) == '!' then
   return answer({pointer, false})
 end
-return answer({pointer, redis.call('GET', session_key(split(pointer)))})
+local session, raw = read(split(pointer))
+return answer({pointer, session and raw or false})
 
 --@ read no-writes
 -- Return sessions by TAG and ID, or by ID alone.
@@ -227,9 +262,11 @@ for _, member in ipairs(args[6]) do
   else
     tag, id = tag_of(member), member
   end
-  local raw = tag and redis.call('GET', session_key(tag, id))
-  if raw then
-    found[#found + 1] = {id, raw}
+  if tag then
+    local session, raw = read(tag, id)
+    if session then
+      found[#found + 1] = {id, raw}
+    end
   end
 end
 return answer(found)
@@ -237,8 +274,8 @@ return answer(found)
 --@ user no-writes
 local found = {}
 for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
-  local raw = redis.call('GET', session_key(tag, id))
-  if raw then
+  local session, raw = read(tag, id)
+  if session then
     found[#found + 1] = {id, raw}
   end
 end
@@ -275,8 +312,13 @@ for _, member in ipairs(args[6]) do
   else
     tag, id = tag_of(member), member
   end
-  local session = tag and read(tag, id)
-  if session and session[STATE] == KEPT and (not user or user == session[USER]) then
+  local session, problem
+  if tag then
+    session, problem = read(tag, id)
+  end
+  if problem == DAMAGED then
+    bury(tag, id, wall)
+  elseif session and session[STATE] == KEPT and (not user or user == session[USER]) then
     ended[#ended + 1] = finish(tag, id, session, code, wall)
   end
 end
@@ -285,8 +327,10 @@ return answer(ended)
 --@ finish_user allow-oom
 local code, wall, ended = args[6], args[7], {}
 for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
-  local session = read(tag, id)
-  if session and session[STATE] == KEPT then
+  local session, problem = read(tag, id)
+  if problem == DAMAGED then
+    bury(tag, id, wall)
+  elseif session and session[STATE] == KEPT then
     ended[#ended + 1] = finish(tag, id, session, code, wall)
   end
 end
@@ -314,7 +358,10 @@ if not CLUSTERED then
 end
 for _, member in ipairs(dues) do
   local tag, id = split(member)
-  local session = read(tag, id)
+  local session, problem = read(tag, id)
+  if problem == DAMAGED then
+    redis.call('DEL', session_key(tag, id))
+  end
   if session and session[STATE] == KEPT and before(wall, due(session)) then
     elsewhere('ZADD', x, due(session), member)
   else

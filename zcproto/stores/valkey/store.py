@@ -152,7 +152,7 @@ class ValkeyStore(ValkeyClient):
             pointer = await self._call("GET", self._prefix + b"t:" + token_digest)
             raw = None
             if pointer and pointer[:1] != b"!":
-                raw = await self._call("GET", self._session_key(pointer[:TAG_SIZE], pointer[TAG_SIZE:]))
+                raw = next((raw for _, raw in await self._read_many([pointer])), None)
         else:
             pointer, raw = await self._run("find", b"", token_digest)
         if not pointer:
