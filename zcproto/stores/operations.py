@@ -83,7 +83,7 @@ class CircuitBreaker:
         try:
             return await self.attempt(operation)
         except DamagedRecord:
-            raise  # one record is no outage
+            raise  # the store works
         except StoreUnavailable as error:
             self.reason = error.reason
             now = self.now()

@@ -161,7 +161,7 @@ async def test_exception_in_a_background_task_is_logged(
     assert "store.task_failed" in events(log)
 
 
-async def test_damaged_record_fails_the_call_and_is_no_outage(shared_process: SessionProcess) -> None:
+async def test_damaged_record_fails_the_call_without_an_outage(shared_process: SessionProcess) -> None:
     process = shared_process
     opened = await process.open("ada")
     process.store.mode = DAMAGED
