@@ -169,6 +169,16 @@ def test_incomplete_frame_is_reported_from_4_kib_in_steps(pair: ConnectionPair) 
     assert buffered == FrameBuffered(0, pair.clock.now(), "")
 
 
+def test_incomplete_frame_that_grows_keeps_its_age(pair: ConnectionPair) -> None:
+    pair.login()
+    data = request_of_length(pair, 200_000)
+    began = pair.clock.now()
+    assert pair.send(data[:60_000]) == [FrameBuffered(65_536, began, "ada")]
+    pair.clock.advance(1.0)
+    assert pair.send(data[60_000:65_536]) == []
+    assert pair.send(data[65_536:70_000]) == [FrameBuffered(131_072, began, "ada")]
+
+
 def test_next_incomplete_frame_has_its_own_age(pair: ConnectionPair) -> None:
     first, second = request_of_length(pair, SMALL), request_of_length(pair, SMALL)
     pair.send(first[:5000])

@@ -93,10 +93,15 @@ def client_trust(
 
 def for_servers_only(ca: trustme.CA, folder: Path) -> Identity:
     """Return a certificate without the client purpose (RFC 5280 section 4.2.1.12)."""
+    return for_purposes(ca, folder, ExtendedKeyUsageOID.SERVER_AUTH)
+
+
+def for_purposes(ca: trustme.CA, folder: Path, *purposes: x509.ObjectIdentifier) -> Identity:
+    """Return a certificate for these purposes; without any, it has no extended key usage."""
     issuer, issuer_key = _issuer(ca)
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
-    certificate = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a server")]))
         .issuer_name(issuer.subject)
@@ -104,9 +109,10 @@ def for_servers_only(ca: trustme.CA, folder: Path) -> Identity:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - DAY)
         .not_valid_after(now + DAY)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(issuer_key, hashes.SHA256())
     )
+    if purposes:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    certificate = builder.sign(issuer_key, hashes.SHA256())
     identity = Identity(folder / "purpose.crt", folder / "purpose.key")
     identity.certificate.write_bytes(certificate.public_bytes(PEM))
     identity.key.touch(0o600)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trustme
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.conftest import ServerPairs
 from tests.helpers import FakeTimers
@@ -19,6 +20,7 @@ from tests.tls.identities import (
     Identity,
     client_trust,
     for_clients,
+    for_purposes,
     for_servers_only,
     key_pin_of,
     revocation_list,
@@ -291,6 +293,55 @@ def test_client_with_matching_pin_is_accepted(
     TlsPair(timers, asking(), showing(identity), client_pins=pins).agree()
 
 
+def test_certificate_without_extended_key_usage_is_refused(
+    asking: Asking, showing: Any, client_ca: trustme.CA, tmp_path: Path, timers: FakeTimers
+) -> None:
+    """OpenSSL accepts it for every purpose."""
+    pair = TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path)))
+    pair.raw.deliver(pair.step())
+    pair.hear()
+    pair.raw.deliver(pair.step() + pair.sealed(b"at once"))
+    assert pair.protocol.calls == []
+    assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
+    assert pair.acceptor.handshakes_completed == 0
+    assert pair.acceptor.handshakes_in_progress == 0
+    assert pair.client_saw_close_notify()
+
+
+@pytest.mark.parametrize(
+    "purposes",
+    [
+        [ExtendedKeyUsageOID.CLIENT_AUTH],
+        [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH],
+    ],
+)
+def test_certificate_with_client_auth_among_its_purposes_is_accepted(
+    purposes: list[x509.ObjectIdentifier],
+    asking: Asking,
+    showing: Any,
+    client_ca: trustme.CA,
+    tmp_path: Path,
+    timers: FakeTimers,
+) -> None:
+    TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path, *purposes))).agree()
+
+
+@pytest.mark.parametrize(
+    "purposes", [[ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE], [ExtendedKeyUsageOID.CODE_SIGNING]]
+)
+def test_certificate_for_other_purposes_is_refused(
+    purposes: list[x509.ObjectIdentifier],
+    asking: Asking,
+    showing: Any,
+    client_ca: trustme.CA,
+    tmp_path: Path,
+    timers: FakeTimers,
+) -> None:
+    pair = TlsPair(timers, asking(), showing(for_purposes(client_ca, tmp_path, *purposes)))
+    refused(pair)
+    assert pair.failures == {TlsFailure.CERTIFICATE_UNTRUSTED: 1}
+
+
 def test_client_with_wrong_pin_is_refused_and_counted(
     asking: Asking, showing: Any, identity: Identity, timers: FakeTimers
 ) -> None:
@@ -395,6 +446,7 @@ def test_harmless_deviations_from_rfc_5280_are_accepted(
             .not_valid_before(now - timedelta(days=1))
             .not_valid_after(now + timedelta(days=1))
             .add_extension(x509.BasicConstraints(not number, None), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
             .sign(keys[0], hashes.SHA256())
         )
 

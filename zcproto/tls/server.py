@@ -1,8 +1,9 @@
 """Run the server side of TLS connections: ClientHello, handshake, pacing and checks.
 
 The contexts decide whether client certificates are requested and which are trusted: OpenSSL checks chain, dates,
-purpose and revocation, and sends the alert. Pins for client certificates are checked here in addition, after the
-handshake and before any application data. OpenSSL cannot send an alert then: the client gets only close_notify.
+purpose and revocation, and sends the alert. A certificate without extended key usage, which OpenSSL accepts for
+every purpose, and one that does not match the pins are refused here: after the handshake and before any application
+data. OpenSSL cannot send an alert then: the client gets only close_notify.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
+
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from zcproto.common.deadlines import DeadlineWheel, Timers
 from zcproto.tls.client_hello import (
@@ -223,9 +227,12 @@ class TlsServerTransport(TlsTransport):
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
             self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
-        if acceptor.client_pins:
-            certificate = self.peer_certificate()
-            if certificate is not None and not pins_match(certificate, acceptor.client_pins):
+        certificate = self.peer_certificate()
+        if certificate is not None:
+            if not _is_for_clients(certificate):
+                self._end_for(TlsFailure.CERTIFICATE_UNTRUSTED)
+                return
+            if acceptor.client_pins and not pins_match(certificate, acceptor.client_pins):
                 self._end_for(TlsFailure.PIN_MISMATCH)
                 return
         self._wheel.discard(self)
@@ -244,3 +251,13 @@ class TlsServerTransport(TlsTransport):
     def peer_certificate(self) -> bytes | None:
         """Return the verified client certificate (DER), or None. It is read from OpenSSL each time, not stored."""
         return None if self._tls is None else self._tls.getpeercert(binary_form=True)
+
+
+def _is_for_clients(certificate_der: bytes) -> bool:
+    """Return True if the extended key usage of a certificate includes clientAuth (RFC 5280 section 4.2.1.12)."""
+    try:
+        extensions = x509.load_der_x509_certificate(certificate_der).extensions
+        purposes = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return False
+    return ExtendedKeyUsageOID.CLIENT_AUTH in purposes
