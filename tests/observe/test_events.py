@@ -54,7 +54,7 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
     ),
     "zcproto/runtime/store_setup.py": (
         "the name is that of a store's notice, such as store_damaged",
-        ["store.damaged", "store.missing", "store.close_failed"],
+        ["store.damaged", "store.missing", "store.close_failed", "store.record_damaged"],
     ),
 }
 """Files with log calls whose name or fields are not literals: the reason and the possible names. An unneeded entry
