@@ -48,6 +48,7 @@ def room_for(connections: int) -> dict[str, Any]:
     return {
         "limits.max_connections": connections + SPARE_CONNECTIONS,
         "limits.connections_per_address": 0,
+        "tls.max_pending": 2 * connections,  # a single network gets half of them
     }
 
 

@@ -118,7 +118,7 @@ def test_status_report_of_a_running_server(serve: Serve) -> None:
     assert report["sessions"] == {"live": 1, "lapsed": 0, "opened": 1, "revoked": 0}
     assert report["requests"]["total"] == 51
     assert report["traffic"]["work"]["count"] > 0
-    assert report["handshakes"] == {"completed": 1, "in_progress": 0, "failed": {}}
+    assert report["handshakes"] == {"completed": 1, "in_progress": 0, "pending": 0, "failed": {}}
     assert report["store"]["url"] == "memory"
     assert report["store"]["state"] == "healthy"
     assert [each["source"] for each in report["certificates"]] == ["own", "authority"]

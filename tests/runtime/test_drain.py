@@ -201,7 +201,7 @@ def test_unfinished_handshake_is_aborted_at_the_end(serve: Serve, monkeypatch: p
     monkeypatch.setattr(server_module, "LINGER_TIME", 0.0)
     with server.tcp() as raw:
         raw.sendall(b"\x16\x03\x01")
-        server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 1)
+        server.until(lambda: server.server.parts.acceptor.pending.silent == 1)
         server.drain(0.0)
         assert read_to_end(raw) == (b"", "FIN")
     assert server.server.parts.listener.connections == 0

@@ -236,7 +236,7 @@ class ServerThread:
                 "wheel": len(server.parts.state.wheel),
                 "handlers": state.tasks.running,
                 "handshakes": server.parts.acceptor.handshakes_in_progress,
-                "queue": len(server.parts.acceptor._queue),
+                "pending": server.parts.acceptor.pending.shares.used,
                 "http": 0 if server.parts.http is None else len(server.parts.http.endpoint.connections),
             }
 

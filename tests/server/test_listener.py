@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import ServerThread, bystander, eventually, read_to_end, reset
+from tests.tls.support import captured_hello
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server import listener
 from zcproto.server.listener import Listener, bind
-from zcproto.tls.server import TlsServerTransport
+from zcproto.tls.server import TlsAcceptor
 
 Serve = Callable[..., ServerThread]
 
@@ -93,8 +95,10 @@ def test_missing_ipv6_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None
 class IdleAcceptor:
     """An acceptor whose connections end when the test calls `on_closed`."""
 
-    handshakes_in_progress = 0
     on_closed: Callable[[str], None]
+
+    def set_limits(self, *limits: Any) -> None:
+        pass
 
 
 async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
@@ -189,45 +193,102 @@ def test_connections_over_the_total_limit_are_closed_and_counted(serve: Serve) -
         client.echo()
 
 
-def test_handshakes_over_the_limit_wait_in_the_backlog(serve: Serve) -> None:
-    server = serve(tls__max_handshakes=3)
+def test_silent_connections_are_displaced_and_logins_succeed(serve: Serve) -> None:
+    server = serve(tls__max_handshakes=2, tls__max_pending=8)
     with bystander(server):
-        before = server.leftovers()["tcp"]
-        waiting = [server.tcp() for _ in range(8)]
-        server.until(lambda: server.server.parts.acceptor.handshakes_in_progress == 3)
-        assert server.leftovers()["tcp"] == before + 3
-        # Each one that ends admits another.
-        reset(waiting.pop(0))
-        server.until(
-            lambda: (
-                server.server.statistics()["tls_failures"].get("disconnected") == 1
-                and server.server.parts.acceptor.handshakes_in_progress == 3
-            )
-        )
-        for each in waiting:
+        silent = [server.tcp() for _ in range(40)]  # 4 at a time, all from one network
+        server.until(lambda: server.server.statistics()["tls_failures"].get("displaced") == 36)
+        for _ in range(5):
+            with server.client("ada") as client:
+                client.echo()
+        assert server.stats["handshakes_pending"] <= 4
+        for each in silent:
             reset(each)
-        with server.client("ada") as client:
-            client.echo()
     server.until_left()
 
 
-def test_concurrent_handshakes_stay_within_the_limit(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve(tls__max_handshakes=2)
+def test_silent_connections_are_displaced_at_the_total_limit(serve: Serve) -> None:
+    server = serve(limits__max_connections=2)
+    with server.client("ada") as client:
+        silent = server.tcp()
+        server.until(lambda: server.server.parts.listener.connections == 2)
+        with server.client("eve") as other:
+            other.echo()
+            refused_at_accept(server)
+        assert read_to_end(silent) == (b"", "FIN")
+        silent.close()
+        client.echo()
+    server.until_left()
+
+
+def counts(server: ServerThread) -> tuple[int, int, int]:
+    """Return the handshakes in progress, those that wait for a slot, and the silent connections."""
     acceptor = server.server.parts.acceptor
-    in_progress: list[int] = []
+    silent = acceptor.pending.silent
+    return acceptor.handshakes_in_progress, acceptor.pending.shares.used - silent, silent
 
-    def transport(*arguments: Any) -> TlsServerTransport:
-        made = TlsServerTransport(*arguments)
-        in_progress.append(acceptor.handshakes_in_progress)
-        return made
 
-    monkeypatch.setattr("zcproto.server.listener.TlsServerTransport", transport)
-    waiting = [server.tcp() for _ in range(20)]
-    server.until(lambda: acceptor.handshakes_in_progress == 2)
+def hello() -> bytes:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["zcp/1"])
+    return captured_hello(context)
+
+
+def test_network_is_refused_while_its_share_waits_for_slots(serve: Serve) -> None:
+    server = serve(server__host=["127.0.0.1", "::1"], tls__max_handshakes=2, tls__max_pending=4)
+    waiting = []
+    for count in (1, 2, 3):  # one handshake takes a slot, two wait
+        waiting.append(server.tcp())
+        waiting[-1].sendall(hello())
+        server.until(lambda count=count: counts(server) == (1, count - 1, 0))
+    refused_at_accept(server)
+    assert server.stats["refused_per_network"] == 1
+    with server.client("ada", host="::1") as client:
+        client.echo()
     for each in waiting:
         reset(each)
     server.until_left()
-    assert max(in_progress) == 2
+
+
+def test_connections_wait_in_the_backlog_while_all_places_are_taken(serve: Serve) -> None:
+    server = serve(tls__max_handshakes=1, tls__max_pending=1)
+    parts = server.server.parts
+    first = server.tcp()
+    first.sendall(hello())
+    server.until(lambda: counts(server) == (1, 0, 0))
+    second = server.tcp()
+    second.sendall(hello())
+    server.until(lambda: parts.acceptor.pending.is_full)
+    third = server.tcp()
+    server.until(lambda: not parts.listener._accepting)
+    assert parts.listener.connections == 2
+    reset(first)
+    server.until(lambda: counts(server) == (1, 0, 1))  # each moves up
+    for each in (second, third):
+        reset(each)
+    with server.client("ada") as client:
+        client.echo()
+    server.until_left()
+
+
+def test_many_connections_are_accepted_per_turn_while_handshakes_wait(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    parts = server.server.parts
+    monkeypatch.setattr(TlsAcceptor, "is_busy", True)
+    waiting: list[socket.socket] = []
+
+    def accept() -> int:
+        waiting.extend(server.tcp() for _ in range(listener.ACCEPTS_PER_TURN + 6))
+        parts.listener._accept(parts.listener._sockets[0], socket.AF_INET)
+        return parts.listener.connections
+
+    assert server.in_loop(accept) == listener.ACCEPTS_PER_TURN
+    server.until(lambda: parts.listener.connections == len(waiting))
+    for each in waiting:
+        reset(each)
+    server.until_left()
 
 
 def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

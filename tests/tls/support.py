@@ -200,7 +200,6 @@ def new_acceptor(
         wheel=DeadlineWheel(timers),
         timers=timers,
         on_failure=lambda failure, peer: log.append((failure, peer)),
-        on_slot_free=lambda: log.append("slot free"),
         on_closed=lambda peer: log.append("closed"),
         **options,
     )

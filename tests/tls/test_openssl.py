@@ -31,7 +31,7 @@ class Listening:
         self.port = port
         self.ca_file = ca_file
         self._changed = asyncio.Event()
-        acceptor.on_slot_free = self._changed.set
+        acceptor.on_room = self._changed.set
         acceptor.on_failure = lambda failure, peer: self._changed.set()
 
     @property

@@ -36,14 +36,14 @@ def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
     """Assert that the connection ended with this failure, counted once, and nothing reached the protocol."""
     assert pair.phase is TlsPhase.CLOSING
     assert pair.failures == {failure: 1}
-    assert pair.log == [(failure, PEER), "slot free"]
+    assert pair.log == [(failure, PEER)]
     assert pair.raw.eof_written
     assert pair.acceptor.handshakes_in_progress == 0
     assert pair.acceptor.handshakes_completed == 0
     assert pair.protocol.calls == []
     pair.raw.deliver_eof()
     pair.timers.run()
-    assert pair.log == [(failure, PEER), "slot free", "closed"]
+    assert pair.log == [(failure, PEER), "closed"]
     assert pair.failures == {failure: 1}
     assert pair.protocol.calls == []
     assert pair.phase is TlsPhase.CLOSED
@@ -61,7 +61,7 @@ def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert cipher is not None
     assert cipher[0] == SUITES[0]
     assert agreed.protocol.calls == ["made"]
-    assert agreed.log == ["slot free"]
+    assert agreed.log == []
     assert agreed.acceptor.handshakes_completed == 1
     assert agreed.acceptor.handshakes_in_progress == 0
     assert agreed.failures == {}
@@ -320,18 +320,14 @@ def test_plaintext_answer_is_valid_http() -> None:
 
 
 def test_data_while_hello_is_queued_is_refused(
-    timers: FakeTimers,
-    server_tls: ssl.SSLContext,
-    client_tls: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls)
-    monkeypatch.setattr(TlsAcceptor, "schedule", lambda acceptor, transport: None)
+    pair.acceptor.slots.limit = 0
     pair.raw.deliver(pair.step())
     assert pair.phase is TlsPhase.HELLO
     pair.raw.deliver(b"\x17\3\3\0\1x")
     assert bytes(pair.raw.sent) == alert_record(AlertDescription.UNEXPECTED_MESSAGE)
-    pair.server.start_handshake()  # its turn still comes
     is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
 
 
@@ -482,7 +478,7 @@ def test_client_disconnect_during_handshake_is_counted(tls_pair: TlsPair, state:
         tls_pair.raw.deliver_eof()
         tls_pair.timers.run()
     assert tls_pair.failures == {TlsFailure.DISCONNECTED: 1}
-    assert tls_pair.log == [(TlsFailure.DISCONNECTED, PEER), "slot free", "closed"]
+    assert tls_pair.log == [(TlsFailure.DISCONNECTED, PEER), "closed"]
     assert tls_pair.acceptor.handshakes_in_progress == 0
     assert tls_pair.protocol.calls == []
     assert len(tls_pair.acceptor.wheel) == 0
@@ -493,7 +489,7 @@ def test_abort_during_handshake_is_not_a_failure_of_the_peer(tls_pair: TlsPair) 
     tls_pair.server.abort()
     tls_pair.timers.run()
     assert tls_pair.failures == {}
-    assert tls_pair.log == ["slot free", "closed"]
+    assert tls_pair.log == ["closed"]
 
 
 def test_close_during_handshake_is_silent(tls_pair: TlsPair) -> None:
@@ -504,7 +500,7 @@ def test_close_during_handshake_is_silent(tls_pair: TlsPair) -> None:
     tls_pair.raw.deliver_eof()
     tls_pair.timers.run()
     assert tls_pair.failures == {}
-    assert tls_pair.log == ["slot free", "closed"]
+    assert tls_pair.log == ["closed"]
 
 
 def test_connection_lost_before_connection_made_leaves_nothing(
@@ -514,11 +510,11 @@ def test_connection_lost_before_connection_made_leaves_nothing(
     log: list[Any] = []
     acceptor = new_acceptor(timers, server_tls, RecordingProtocol, log)
     transport = TlsServerTransport(acceptor, PEER)
-    assert acceptor.handshakes_in_progress == 1
+    assert acceptor.pending.shares.used == 1
     transport.abort()
     transport.connection_lost(OSError())
-    assert acceptor.handshakes_in_progress == 0
-    assert log == [(TlsFailure.DISCONNECTED, PEER), "slot free", "closed"]
+    assert acceptor.pending.shares.used == 0
+    assert log == [(TlsFailure.DISCONNECTED, PEER), "closed"]
 
 
 def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
@@ -527,7 +523,7 @@ def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
     assert not tls_pair.raw.eof_written
     assert len(tls_pair.timers.armed) == 1, "only the handshake's own time"
     tls_pair.timers.run()
-    assert tls_pair.log == ["slot free", "closed"]
+    assert tls_pair.log == ["closed"]
     assert tls_pair.acceptor.wheel.now() == NOW
     assert len(tls_pair.acceptor.wheel) == 0
 
@@ -535,26 +531,31 @@ def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
 # --- counters -------------------------------------------------------------------------------------------
 
 
-def test_handshakes_in_progress_counts_from_creation(
+def test_handshake_counts_from_complete_hello(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     first = TlsPair(timers, server_tls, client_tls)
     acceptor = first.acceptor
     pairs = [first, *(TlsPair(timers, server_tls, client_tls, acceptor=acceptor) for _ in range(4))]
-    assert acceptor.handshakes_in_progress == 5
-    pairs[0].agree()
-    pairs[1].raw.deliver(b"garbage")
+    hellos = [pair.step() for pair in pairs]
+    for pair, hello in zip(pairs, hellos, strict=True):
+        pair.raw.deliver(hello[:-1])
+    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (5, 0)
+    for pair, hello in zip(pairs[:4], hellos, strict=False):
+        pair.raw.deliver(hello[-1:])
+    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (1, 4)
+    pairs[0].hear()
+    pairs[0].raw.deliver(pairs[0].step())
+    pairs[1].raw.deliver(b"garbage!")
     pairs[2].raw.lose()
-    assert acceptor.handshakes_in_progress == 2
+    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (1, 1)
     timers.advance(TIMEOUT + 1)
-    assert acceptor.handshakes_in_progress == 0
-    assert first.log.count("slot free") == 5
+    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (0, 0)
     assert acceptor.handshakes_completed == 1
 
 
 def test_closing_open_connection_frees_no_second_slot(agreed: TlsPair) -> None:
     agreed.raw.lose()
-    assert agreed.log.count("slot free") == 1
     assert agreed.acceptor.handshakes_in_progress == 0
 
 

@@ -95,6 +95,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.write_buffer_bytes", limits.write_buffer_bytes, None),
         ("limits.login_failures", limits.login_failures, None),
         ("tls.max_handshakes", config.tls.max_handshakes, parts.acceptor.handshakes_in_progress),
+        ("tls.max_pending", config.tls.max_pending, parts.acceptor.pending.shares.used),
         ("sessions.per_user", config.sessions.per_user, None),
         ("idempotency.per_user", config.idempotency.per_user, None),
         (
@@ -122,6 +123,7 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
         yield "zcproto_connections_ended_total", count, reason
     yield "zcproto_connections_refused_total", counters.refused_full, "full"
     yield "zcproto_connections_refused_total", counters.refused_per_address, "per_address"
+    yield "zcproto_connections_refused_total", counters.refused_per_network, "per_network"
     yield "zcproto_connections_refused_total", counters.accept_failed, "exhausted"
     yield "zcproto_write_pauses_total", counters.write_pauses
     yield "zcproto_slow_readers", snapshot.slow_readers
@@ -129,6 +131,9 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     acceptor = parts.acceptor
     yield "zcproto_tls_handshakes_completed_total", acceptor.handshakes_completed
     yield "zcproto_tls_handshakes_in_progress", acceptor.handshakes_in_progress
+    pending = acceptor.pending
+    yield "zcproto_tls_handshakes_pending", pending.silent, "silent"
+    yield "zcproto_tls_handshakes_pending", pending.shares.used - pending.silent, "ready"
     for failure, count in acceptor.failures.items():
         yield "zcproto_tls_failures_total", count, failure.value
 

@@ -107,6 +107,7 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             "refused": {
                 "full": counters.refused_full,
                 "per_address": counters.refused_per_address,
+                "per_network": counters.refused_per_network,
                 "exhausted": counters.accept_failed,
             },
         },
@@ -125,6 +126,7 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
         "handshakes": {
             "completed": acceptor.handshakes_completed,
             "in_progress": acceptor.handshakes_in_progress,
+            "pending": acceptor.pending.shares.used,
             "failed": _by_cause(acceptor.failures),
         },
         "certificates": certificate_report(snapshot.certificates),
@@ -179,6 +181,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "connections_opened": counters.connections_opened,
         "connections_ended": dict(counters.connections_ended),
         "refused_per_address": counters.refused_per_address,
+        "refused_per_network": counters.refused_per_network,
         "refused_full": counters.refused_full,
         "accept_failed": counters.accept_failed,
         "dropped_stale": counters.dropped_stale,
@@ -189,6 +192,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "store": snapshot.store_report,
         "handshakes_completed": acceptor.handshakes_completed,
         "handshakes_in_progress": acceptor.handshakes_in_progress,
+        "handshakes_pending": acceptor.pending.shares.used,
         "tls_failures": _by_cause(acceptor.failures),
         "cpu_s": snapshot.cpu_s,
         "rss_bytes": snapshot.rss_bytes,

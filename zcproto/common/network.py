@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-_IPV6_PREFIX = 64
+_IPV4_BITS: Final = 32
+_IPV6_PREFIX: Final = 64
 """The smallest allocation of an IPv6 site. Its owner can use any address in it."""
 
 
@@ -22,18 +23,21 @@ _DESCRIPTORS: Final = Path("/proc/self/fd")
 
 
 @lru_cache(maxsize=1024)
-def network_of(address: str) -> str:
-    """Return the unit that limits count: an IPv4 address, the /64 of an IPv6 address, or any other text itself."""
-    if ":" not in address:  # IPv4 and other text: skip the parser
+def network_of(address: str, ipv4_bits: int = _IPV4_BITS, ipv6_bits: int = _IPV6_PREFIX) -> str:
+    """Return the unit that limits count: the network of an address, or any other text itself."""
+    if ipv4_bits == _IPV4_BITS and ":" not in address:  # IPv4 and other text: skip the parser
         return address
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
-    assert isinstance(ip, ipaddress.IPv6Address), "IPv4 addresses have no colon"
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.ip_network((int(ip), _IPV6_PREFIX), strict=False))
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is None:
+            return str(ipaddress.IPv6Network((int(ip), ipv6_bits), strict=False))
+        ip = ip.ipv4_mapped
+    if ipv4_bits == _IPV4_BITS:
+        return str(ip)
+    return str(ipaddress.IPv4Network((int(ip), ipv4_bits), strict=False))
 
 
 def plain_address(address: str) -> str:

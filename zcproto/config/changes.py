@@ -37,7 +37,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     },
     "tls": {
         Effect.NEW_CONNECTIONS: (
-            "handshake_timeout max_handshakes client_name client_ca_file client_crl_file client_pins"
+            "handshake_timeout max_handshakes max_pending client_name client_ca_file client_crl_file client_pins"
         ),
         Effect.RESTART: "suites client_auth",
     },
@@ -62,8 +62,8 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "limits": {
         Effect.NOW: "write_timeout login_failures partial_frame_bytes partial_frame_bytes_per_user",
         Effect.NEW_CONNECTIONS: (
-            "max_connections connections_per_address max_frame_bytes max_frame_bytes_before_session max_streams"
-            " max_depth idle_timeout write_buffer_bytes"
+            "max_connections connections_per_address ipv4_network_bits ipv6_network_bits max_frame_bytes"
+            " max_frame_bytes_before_session max_streams max_depth idle_timeout write_buffer_bytes"
         ),
     },
     "http": {

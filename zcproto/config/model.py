@@ -84,8 +84,13 @@ class TlsConfig(Settings):
     """Time from accept to the end of the handshake: two round trips, room for several lost packets, and
     little for a slow attacker."""
     max_handshakes: Annotated[int, whole(1, 65_536)] = 256
-    """Concurrent handshakes; further connections wait in the backlog. Each costs tens of KiB and up to 2 ms
-    of CPU; the default is about half a second of work."""
+    """Concurrent handshakes, each counted from its complete ClientHello to its end. It costs tens of KiB and up
+    to 2 ms of CPU; the default is about half a second of work. A network gets at most as many as it leaves free:
+    half of them alone, a fifth each beside three others."""
+    max_pending: Annotated[int, whole(1, 1_000_000)] = 4096
+    """Connections without a complete ClientHello, or that wait for their handshake. They are shared between
+    networks as above. Beyond its share a new connection replaces the oldest one that sent no complete ClientHello.
+    Each takes about 5 KiB: 20 MB at the default."""
     client_auth: Annotated[str, one_of("off", "optional", "required")] = "off"
     """Whether clients present certificates. "optional": a client with a certificate may open sessions with
     it; "required": connections without one are refused. By default users open sessions with keys, which need
@@ -277,6 +282,11 @@ class LimitsConfig(Settings):
     """Concurrent connections. Each takes about 40 KiB and a file descriptor: 800 MB at the default."""
     connections_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 1000
     """Concurrent connections of one address: room for many clients behind one gateway, but not for all."""
+    ipv4_network_bits: Annotated[int, whole(8, 32)] = 24
+    """The prefix length of an IPv4 network, which shares handshakes with others as in [tls]. A /24 is the smallest
+    network that is routed on the internet, so an attacker who has one uses all its addresses."""
+    ipv6_network_bits: Annotated[int, whole(16, 64)] = 48
+    """The prefix length of an IPv6 network. A /48 is what one site usually gets."""
     max_frame_bytes: Annotated[int, whole(1024, 67_108_864)] = 1_048_576
     """The largest frame of a connection with a session, in bytes. It is held in memory as a whole."""
     max_frame_bytes_before_session: Annotated[int, whole(512, 67_108_864)] = 16_384

@@ -73,7 +73,8 @@ zcproto_connections_ended_total counter (reason)
     zcproto_tls_failures_total.
 zcproto_connections_refused_total counter (reason)
     Connections refused at accept. `reason`: full (limits.max_connections), per_address
-    (limits.connections_per_address), exhausted (no descriptor or memory left; retried).
+    (limits.connections_per_address), per_network (its share of tls.max_pending waits for handshakes), exhausted
+    (no descriptor or memory left; retried).
 zcproto_write_pauses_total counter
     Times that reading from a peer was paused because it reads too slowly.
 zcproto_slow_readers gauge
@@ -85,7 +86,10 @@ zcproto_events_sent_total counter
 zcproto_tls_handshakes_completed_total counter
     TLS handshakes completed.
 zcproto_tls_handshakes_in_progress gauge
-    TLS handshakes in progress.
+    TLS handshakes in progress, from the complete ClientHello on.
+zcproto_tls_handshakes_pending gauge (state)
+    Connections whose handshake has not begun. `state`: silent (without a complete ClientHello), or ready (waits
+    for tls.max_handshakes or for CPU time).
 zcproto_tls_failures_total counter (cause)
     TLS handshakes and connections that failed.
 

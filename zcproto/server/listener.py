@@ -5,9 +5,10 @@
     Listener       the TLS port
 
 Rules:
-- A connection beyond a limit is closed at accept, without a byte.
-- While the limit of handshakes is reached, nothing is accepted: the rest wait in the kernel's backlog, which costs
-  this process no memory.
+- A connection beyond a limit is closed at accept, without a byte. If dropping a silent connection makes room for
+  it, that one is closed instead (see `zcproto/tls/pending.py`).
+- While all places of pending connections are taken by clients that wait for a slot, nothing is accepted: the rest
+  wait in the kernel's backlog, which costs this process no memory.
 - A connection from a listed load balancer counts as the balancer's, without a limit, until its PROXY header names
   the client. Then it counts as the client's, and is closed if the client is over its limit.
 """
@@ -32,6 +33,10 @@ from zcproto.tls.proxy import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096
+ACCEPTS_PER_TURN: Final = 64
+"""Connections accepted per turn of a loop whose turns are long because of handshakes. One per turn would leave
+clients in the backlog behind a flood."""
+
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
 
@@ -152,6 +157,10 @@ class AcceptLoop:
         """Whether to leave further connections in the backlog until `_resume` is called."""
         return False
 
+    def _accepts_now(self) -> int:
+        """Return how many connections to accept before the loop serves others."""
+        return 1
+
     def _admit(self, connection: socket.socket, address: Any) -> None:
         """Adopt an accepted connection, or close it."""
         raise NotImplementedError
@@ -160,15 +169,21 @@ class AcceptLoop:
         """Count an accept that failed because the system has no descriptor or memory left."""
 
     def _accept(self, listening: socket.socket, family: int) -> None:
-        # One per call: the loop calls again while there are more, and serves others in between.
+        # The loop calls again while there are more, and serves others in between.
+        left = self._accepts_now()
+        while left and self._accept_one(listening, family):
+            left -= 1
+
+    def _accept_one(self, listening: socket.socket, family: int) -> bool:
+        """Accept and admit a connection. Return False if no connection waits, or accepting is paused."""
         if self._is_full():
             self._pause()
-            return
+            return False
         try:
             # The private half of `socket.accept`, in all versions of CPython; no stub names it.
             descriptor, address = listening._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-            return
+            return False
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
@@ -176,8 +191,9 @@ class AcceptLoop:
             log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
             self._pause()
             self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
-            return
+            return False
         self._admit(PlainSocket(family, socket.SOCK_STREAM, 0, descriptor), address)
+        return True
 
     def _adopt(self, connection: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         """Hand a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
@@ -217,7 +233,7 @@ class Listener(AcceptLoop):
         self.connections = 0
         """Open TCP connections, including those in their handshake."""
         self._empty = asyncio.Event()
-        acceptor.on_slot_free = self._resume
+        acceptor.on_room = self._resume
         acceptor.on_closed = self._connection_closed
         acceptor.on_forwarded = self._connection_forwarded
 
@@ -227,7 +243,11 @@ class Listener(AcceptLoop):
         self._resume()
 
     def _set_limits(self, config: Config) -> None:
-        self._max_handshakes = config.tls.max_handshakes
+        self._acceptor.set_limits(
+            config.tls.max_handshakes,
+            config.tls.max_pending,
+            (config.limits.ipv4_network_bits, config.limits.ipv6_network_bits),
+        )
         self._max_connections = config.limits.max_connections
         self._per_address = config.limits.connections_per_address
         self.balancers = AddressSet(config.server.proxy_protocol_from)
@@ -257,14 +277,18 @@ class Listener(AcceptLoop):
             await self._empty.wait()
 
     def _is_full(self) -> bool:
-        return self._acceptor.handshakes_in_progress >= self._max_handshakes
+        return self._acceptor.pending.is_full
+
+    def _accepts_now(self) -> int:
+        return ACCEPTS_PER_TURN if self._acceptor.is_busy else 1
 
     def _exhausted(self) -> None:
         self._state.counters.accept_failed += 1
 
     def _admit(self, connection: socket.socket, address: Any) -> None:
         client = plain_address(address[0])
-        if self.connections >= self._max_connections:
+        pending = self._acceptor.pending
+        if self.connections >= self._max_connections and not pending.drop_oldest():
             self._state.counters.refused_full += 1
             log.info("connection.refused_full", limit=self._max_connections)
             connection.close()
@@ -274,8 +298,13 @@ class Listener(AcceptLoop):
             self._refuse_address(client)
             connection.close()
             return
+        if not pending.make_room(self._acceptor.network_of(client)):
+            self._refuse_network(client)
+            self._counts.remove(client)
+            connection.close()
+            return
         self.connections += 1
-        # From here on it counts as a handshake in progress.
+        # From here on it is pending.
         if is_forwarded:
             transport: TlsServerTransport = ForwardedTransport(self._acceptor, client)
         else:
@@ -286,10 +315,19 @@ class Listener(AcceptLoop):
         self._state.counters.refused_per_address += 1
         log.info("connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address)
 
+    def _refuse_network(self, address: str, balancer: str | None = None) -> None:
+        self._state.counters.refused_per_network += 1
+        shares = self._acceptor.pending.shares
+        log.info("connection.refused_per_network", peer=address, balancer=balancer, limit=shares.limit)
+
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
         """Reassign the connection to the forwarded client. Return False if it is over its limit."""
         if not self._counts.add(client, self._per_address):
             self._refuse_address(client, balancer=balancer)
+            return False
+        if not self._acceptor.pending.make_room(self._acceptor.network_of(client)):
+            self._refuse_network(client, balancer=balancer)
+            self._counts.remove(client)
             return False
         self._counts.remove(balancer)
         return True

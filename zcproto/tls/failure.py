@@ -16,6 +16,7 @@ class TlsFailure(Enum):
     PROXY_HEADER_VERSION = "proxy_header_version"
     PROXY_HEADER_MALFORMED = "proxy_header_malformed"
     # before OpenSSL saw a byte
+    DISPLACED = "displaced"
     NOT_TLS = "not_tls"
     PLAINTEXT_HTTP = "plaintext_http"
     MALFORMED_CLIENT_HELLO = "malformed_client_hello"

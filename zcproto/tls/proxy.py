@@ -8,7 +8,8 @@ Every input gives a header, the failure, or None ("more bytes needed"). At most 
 parsing takes constant time. Version 1, which is text without a length, is refused.
 
 The handshake timeout starts with the connection, so a missing header does not hold it open. The peer is the
-balancer until the header is complete, then the client. A refusal here sends no alert, because TLS has not begun.
+balancer until the header is complete, then the client: the connection takes a place of its network. A refusal here
+sends no alert, because TLS has not begun.
 
 Must not know: who may send such a header. A sender can give any address.
 """
@@ -125,9 +126,11 @@ class ForwardedTransport(TlsServerTransport):
             return
         client, rest = verdict
         if client is not None:
+            self._leave_handshake()
             if not self._acceptor.on_forwarded(self.peer, client):
                 self.abort()
                 return
             self.peer = client
+            self._enter_handshake()
         if rest:
             super()._received_in_handshake(memoryview(rest))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
@@ -20,6 +19,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from zcproto.common.deadlines import DeadlineWheel, Timers
+from zcproto.common.network import network_of
 from zcproto.tls.client_hello import (
     SUITE_IDS,
     Accepted,
@@ -31,6 +31,7 @@ from zcproto.tls.client_hello import (
 )
 from zcproto.tls.context import SiteContexts, suites_are_allowed
 from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pending import NetworkShares, PendingHandshakes
 from zcproto.tls.pins import pins_match
 from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
 
@@ -56,7 +57,7 @@ class TlsAcceptor:
         client_pins: pins, from `parse_pins`, that a presented client certificate must match; empty accepts every
             certificate that the context trusts.
         on_failure: called with the cause and the peer's address; `failures` counts the causes.
-        on_slot_free: called when a handshake ends, successful or not.
+        on_room: called when a connection is no longer pending: its handshake has begun, or it is closed.
         on_closed: called with the peer's address when a connection is gone.
         on_forwarded: called with the addresses of a load balancer and its client; returns True to accept the
             connection as the client's.
@@ -72,16 +73,17 @@ class TlsAcceptor:
     client_pins: frozenset[str] = frozenset()
     handshake_timeout: float = 5.0
     on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None
-    on_slot_free: Callable[[], None] = lambda: None
+    on_room: Callable[[], None] = lambda: None
     on_closed: Callable[[str], None] = lambda peer: None
     on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True
     perf_counter: Callable[[], float] = time.perf_counter
     judge: ClientHelloJudge = field(init=False)
     buffer: ReceiveBuffer = field(init=False, default_factory=ReceiveBuffer)
     failures: dict[TlsFailure, int] = field(init=False, default_factory=lambda: dict.fromkeys(TlsFailure, 0))
-    handshakes_in_progress: int = field(init=False, default=0)
+    pending: PendingHandshakes[TlsServerTransport] = field(init=False, default_factory=PendingHandshakes)
+    slots: NetworkShares = field(init=False, default_factory=NetworkShares)
     handshakes_completed: int = field(init=False, default=0)
-    _queue: deque[TlsServerTransport] = field(init=False, default_factory=deque)
+    _network_bits: tuple[int, int] = field(init=False, default=(24, 48))
     _turn_planned: bool = field(init=False, default=False)
     _window_ends: float = field(init=False, default=0.0)
     _spent: float = field(init=False, default=0.0)
@@ -92,37 +94,73 @@ class TlsAcceptor:
             frozenset(SUITE_IDS[name] for name in self.suites), frozenset(self.protocols)
         )
 
+    @property
+    def handshakes_in_progress(self) -> int:
+        """Handshakes that hold a slot: begun with a complete ClientHello, and not ended."""
+        return self.slots.used
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether handshakes wait for a later turn."""
+        return self._turn_planned
+
+    def set_limits(self, handshakes: int, pending: int, network_bits: tuple[int, int]) -> None:
+        """Limit handshakes and pending connections, and set the prefix lengths of IPv4 and IPv6 networks."""
+        self.slots.limit = handshakes
+        self.pending.shares.limit = pending
+        self._network_bits = network_bits
+        self._plan_turn()
+
+    def network_of(self, peer: str) -> str:
+        return network_of(peer, *self._network_bits)
+
     def schedule(self, transport: TlsServerTransport) -> None:
-        """Run the expensive step of a handshake now if within budget, otherwise in a later turn."""
+        """Begin a handshake now if budget and slots allow it, otherwise in a later turn."""
         now = self.perf_counter()
         if now >= self._window_ends:
             self._window_ends = now + BUDGET_WINDOW
             self._spent = 0.0
-        if not self._queue and self._spent < TURN_BUDGET:
-            transport.start_handshake()
+        if not self._turn_planned and self._spent < TURN_BUDGET and self.slots.has_room(transport.network):
+            self._begin(transport)
             ended = self.perf_counter()
             self._spent += ended - now
             if self._spent >= TURN_BUDGET:  # a slow signature may have outlasted the window
                 self._window_ends = max(self._window_ends, ended + TURN_BUDGET)
             return
-        self._queue.append(transport)
-        if not self._turn_planned:
+        self.pending.become_ready(transport)
+        self._plan_turn()
+
+    def left(self, transport: TlsServerTransport) -> None:
+        """Release the place or the slot of a connection whose handshake has ended, or never began."""
+        if self.pending.leave(transport):
+            self.on_room()
+        else:
+            self.slots.remove(transport.network)
+            self._plan_turn()
+
+    def _begin(self, transport: TlsServerTransport) -> None:
+        self.pending.leave(transport)
+        self.slots.add(transport.network)
+        self.on_room()
+        transport.start_handshake()
+
+    def _plan_turn(self) -> None:
+        if not self._turn_planned and self.pending.next_ready(self.slots) is not None:
             self._turn_planned = True
             self.timers.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Run queued handshakes up to the budget of one turn."""
-        queue = self._queue
+        """Begin handshakes of ready connections up to the budget of one turn."""
         turn_ends = self.perf_counter() + TURN_BUDGET
         try:
-            while queue:
-                queue.popleft().start_handshake()
+            while (transport := self.pending.next_ready(self.slots)) is not None:
+                self.pending.end_turn(transport.network)
+                self._begin(transport)
                 if self.perf_counter() >= turn_ends:
                     break
         finally:  # a handshake that raises must not stop the others
-            self._turn_planned = bool(queue)
-            if queue:
-                self.timers.call_soon(self._turn)
+            self._turn_planned = False
+            self._plan_turn()
 
     def report(self, failure: TlsFailure, peer: str) -> None:
         self.failures[failure] += 1
@@ -132,20 +170,22 @@ class TlsAcceptor:
 class TlsServerTransport(TlsTransport):
     """One connection of a TlsAcceptor; failures are reported with the address `peer`."""
 
-    __slots__ = ("_acceptor", "_hello", "_in_handshake")
+    __slots__ = ("_acceptor", "_hello", "_in_handshake", "network")
 
     reads_while_writing_is_paused = False
 
     def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        # None before the first byte; replaced by its verdict while the handshake is queued.
+        # None before the first byte; replaced by its verdict while the connection waits for a slot.
         self._hello: ClientHelloReader | Accepted | None = None
-        self._in_handshake = True
-        acceptor.handshakes_in_progress += 1
+        self._enter_handshake()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        if self._phase is TlsPhase.CLOSING:  # dropped before the loop had the socket
+            self.abort()
+            return
         # Absolute, so that slow bytes do not extend it.
         self._wheel.set(self, self._now() + self._acceptor.handshake_timeout)
 
@@ -163,11 +203,22 @@ class TlsServerTransport(TlsTransport):
         self._leave_handshake()
         super()._linger()
 
+    def _enter_handshake(self) -> None:
+        self._in_handshake = True
+        self.network = self._acceptor.network_of(self.peer)
+        self._acceptor.pending.join(self)
+
     def _leave_handshake(self) -> None:
         if self._in_handshake:
             self._in_handshake = False
-            self._acceptor.handshakes_in_progress -= 1
-            self._acceptor.on_slot_free()
+            self._acceptor.left(self)
+
+    def drop(self) -> None:
+        """Reset a silent connection to make room for another."""
+        self._leave_handshake()
+        self._note(TlsFailure.DISPLACED)
+        self._phase = TlsPhase.CLOSING
+        self.abort()
 
     # --- the ClientHello ------------------------------------------------------------------------
 
@@ -209,8 +260,6 @@ class TlsServerTransport(TlsTransport):
 
     def start_handshake(self) -> None:
         """Let OpenSSL answer the ClientHello. Called by the acceptor."""
-        if self._phase is not TlsPhase.HELLO:
-            return  # closed while queued
         self._phase = TlsPhase.HANDSHAKE
         hello, self._hello = self._hello, None
         assert isinstance(hello, Accepted)

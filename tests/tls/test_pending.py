@@ -1,0 +1,269 @@
+"""Test pending handshakes: shares of networks, the dropping of silent connections, and the order of slots."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any, TypeAlias
+
+import pytest
+
+from tests.helpers import FakeTimers, MockTransport
+from tests.tls.support import PEER, RecordingProtocol, TlsPair, new_acceptor
+from tests.tls.test_proxy import CLIENT, HEADER
+from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pending import NetworkShares, PendingHandshakes
+from zcproto.tls.proxy import ForwardedTransport
+from zcproto.tls.server import TlsServerTransport
+from zcproto.tls.transport import TlsPhase
+
+FLOOD = ["198.51.100.1", "203.0.113.1", "192.0.2.1", "2001:db8::1"]
+HONEST = "233.252.0.1"
+
+
+Pending: TypeAlias = "PendingHandshakes[FakeConnection]"
+
+
+class FakeConnection:
+    def __init__(self, pending: Pending, network: str) -> None:
+        self.pending = pending
+        self.network = network
+        self.was_dropped = False
+
+    def drop(self) -> None:
+        self.was_dropped = True
+        assert self.pending.leave(self)
+
+
+@pytest.fixture
+def pending() -> Pending:
+    return PendingHandshakes()
+
+
+def join(pending: Pending, network: str, *, ready: bool = False) -> FakeConnection | None:
+    """Return a new connection; None if it was refused."""
+    if not pending.make_room(network):
+        return None
+    connection = FakeConnection(pending, network)
+    pending.join(connection)
+    if ready:
+        pending.become_ready(connection)
+    return connection
+
+
+@pytest.mark.parametrize(("networks", "each"), [(1, 60), (2, 40), (3, 30), (5, 20)])
+def test_network_gets_as_many_places_as_it_leaves_free(networks: int, each: int) -> None:
+    shares = NetworkShares()
+    shares.limit = 120
+    names = [str(number) for number in range(networks)]
+    counts = dict.fromkeys(names, 0)
+    while any(shares.has_room(name) for name in names):
+        for name in filter(shares.has_room, names):
+            shares.add(name)
+            counts[name] += 1
+    assert set(counts.values()) == {each}
+    assert shares.has_room("another")
+    for name in names:
+        for _ in range(counts[name]):
+            shares.remove(name)
+    assert shares.used == 0
+    assert shares.has_room(names[0])
+
+
+def test_flooding_network_displaces_its_own_oldest_silent_connection(
+    pending: Pending,
+) -> None:
+    pending.shares.limit = 8
+    honest = join(pending, "honest")
+    flood = [join(pending, "flood") for _ in range(20)]
+    assert honest is not None
+    assert not honest.was_dropped, "older, but of another network"
+    assert [each.was_dropped for each in flood if each] == [True] * 16 + [False] * 4
+    assert join(pending, "honest") is not None
+    assert pending.shares.used == 6
+
+
+def test_total_limit_displaces_the_oldest_silent_connection_of_all(
+    pending: Pending,
+) -> None:
+    pending.shares.limit = 3
+    first, second, third, fourth = [join(pending, network) for network in "abcd"]
+    assert [each.was_dropped for each in (first, second, third, fourth) if each] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert pending.shares.used == 3
+
+
+def test_connection_waiting_for_a_slot_is_never_displaced(pending: Pending) -> None:
+    pending.shares.limit = 4
+    ready = [join(pending, "a", ready=True), join(pending, "a", ready=True)]
+    assert join(pending, "a") is None, "the share of its network is taken"
+    ready += [join(pending, "b", ready=True), join(pending, "c", ready=True)]
+    assert pending.is_full
+    assert join(pending, "d") is None
+    assert not pending.drop_oldest()
+    assert not any(each.was_dropped for each in ready if each)
+    # A place becomes free, and a silent connection can be displaced again.
+    assert ready[0] is not None
+    assert pending.leave(ready[0])
+    assert not pending.leave(ready[0])
+    assert join(pending, "d") is not None
+    assert not pending.is_full
+    assert join(pending, "e") is not None
+    assert pending.is_full is False
+
+
+def test_slots_go_to_networks_in_turn_and_oldest_first(pending: Pending) -> None:
+    slots = NetworkShares()
+    waiting = [join(pending, network, ready=True) for network in "aaab"]
+    order = []
+    while (connection := pending.next_ready(slots)) is not None:
+        pending.end_turn(connection.network)
+        pending.leave(connection)
+        order.append(waiting.index(connection))  # type: ignore[arg-type]
+        pending.end_turn(connection.network)
+    assert order == [0, 3, 1, 2]
+    assert pending.shares.used == 0
+
+
+def test_network_over_its_share_of_slots_is_passed_over(pending: Pending) -> None:
+    slots = NetworkShares()
+    slots.limit = 4
+    slots.add("a")
+    slots.add("a")
+    blocked, other = join(pending, "a", ready=True), join(pending, "b", ready=True)
+    assert pending.next_ready(slots) is other
+    assert other is not None
+    pending.leave(other)
+    assert pending.next_ready(slots) is None
+    slots.remove("a")
+    assert pending.next_ready(slots) is blocked
+    slots.limit = 1
+    assert pending.next_ready(slots) is None
+
+
+# --- connections ----------------------------------------------------------------------------------------
+
+
+def connect(acceptor: Any, timers: FakeTimers, peer: str) -> tuple[TlsServerTransport, MockTransport]:
+    server, raw = TlsServerTransport(acceptor, peer), MockTransport(timers)
+    raw.connect(server)
+    return server, raw
+
+
+def test_silent_connections_do_not_delay_a_handshake(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    pair.acceptor.set_limits(2, 1_000, (24, 48))
+    hello = pair.step()
+    for number in range(300):
+        _, raw = connect(pair.acceptor, timers, FLOOD[number % 4])
+        raw.deliver(hello[: number % 200])
+    assert pair.acceptor.handshakes_in_progress == 0
+    assert pair.acceptor.pending.silent == 301
+    pair.raw.deliver(hello)
+    pair.hear()
+    pair.raw.deliver(pair.step())
+    assert pair.phase is TlsPhase.OPEN
+
+
+def test_handshakes_of_flooding_networks_leave_slots_for_others(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    acceptor = pair.acceptor
+    acceptor.set_limits(20, 1_000, (24, 48))
+    hello = pair.step()
+    flood = [connect(acceptor, timers, FLOOD[number % 4]) for number in range(100)]
+    for _, raw in flood:
+        raw.deliver(hello)
+    assert acceptor.handshakes_in_progress == 16  # four each, four left
+    assert not acceptor.is_busy
+    other = TlsServerTransport(acceptor, HONEST)
+    raw = MockTransport(timers)
+    raw.connect(other)
+    raw.deliver(hello)
+    assert raw.take(), "the server's flight"
+    # A slot that becomes free goes to a connection that waits.
+    flood[0][1].lose()
+    assert acceptor.is_busy
+    timers.run()
+    assert acceptor.handshakes_in_progress == 17
+    timers.advance(acceptor.handshake_timeout + 1)
+    assert acceptor.handshakes_in_progress == acceptor.pending.shares.used == 0
+
+
+def test_raised_limit_starts_waiting_handshakes(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    pair.acceptor.set_limits(0, 10, (24, 48))
+    pair.raw.deliver(pair.step())
+    assert pair.phase is TlsPhase.HELLO
+    pair.acceptor.set_limits(1, 10, (24, 48))
+    timers.run()
+    assert pair.phase is TlsPhase.HANDSHAKE
+
+
+@pytest.mark.parametrize("is_adopted", [True, False])
+def test_displaced_connection_is_reset_and_counted(
+    timers: FakeTimers, server_tls: ssl.SSLContext, is_adopted: bool
+) -> None:
+    log: list[Any] = []
+    room: list[int] = []
+    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, log)
+    acceptor.on_room = lambda: room.append(acceptor.pending.shares.used)
+    acceptor.set_limits(1, 1, (24, 48))
+    server, raw = TlsServerTransport(acceptor, PEER), MockTransport(timers)
+    if is_adopted:
+        raw.connect(server)
+        raw.deliver(b"\x16\x03\x01")
+    assert acceptor.pending.make_room(acceptor.network_of(PEER))
+    assert (acceptor.pending.shares.used, room) == (0, [0])
+    if not is_adopted:
+        raw.connect(server)
+    timers.run()
+    assert raw.aborted
+    assert raw.take() == b""
+    assert log == [(TlsFailure.DISPLACED, PEER), "closed"]
+    assert len(acceptor.wheel) == 0
+
+
+@pytest.mark.parametrize(
+    ("peer", "network"),
+    [("192.0.2.77", "192.0.2.0/24"), ("2001:db8:1:2::3", "2001:db8:1::/48"), ("", ""), ("a name", "a name")],
+)
+def test_peer_counts_for_its_network(
+    timers: FakeTimers, server_tls: ssl.SSLContext, peer: str, network: str
+) -> None:
+    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [])
+    assert acceptor.network_of(peer) == network
+    acceptor.set_limits(1, 1, (32, 64))
+    assert acceptor.network_of("192.0.2.77") == "192.0.2.77"
+    assert acceptor.network_of("2001:db8:1:2::3") == "2001:db8:1:2::/64"
+
+
+def test_half_proxy_headers_are_displaced_and_header_moves_connection_to_client_network(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls, kind=ForwardedTransport)
+    pending = pair.acceptor.pending
+    pair.acceptor.set_limits(2, 4, (24, 48))
+    pair.acceptor.on_forwarded = lambda balancer, client: pending.make_room(pair.acceptor.network_of(client))
+    pair.raw.deliver(HEADER[:10])
+    half = []
+    for _ in range(10):
+        assert pending.make_room(pair.acceptor.network_of(PEER))
+        transport, raw = ForwardedTransport(pair.acceptor, PEER), MockTransport(timers)
+        raw.connect(transport)
+        raw.deliver(HEADER[:20])
+        half.append((transport, raw))
+    assert pair.failures == {TlsFailure.DISPLACED: 9}
+    assert pair.raw.aborted
+    half[-1][1].deliver(HEADER[20:])
+    assert half[-1][0].peer == CLIENT
+    assert half[-1][0].network == pair.acceptor.network_of(CLIENT)
+    assert pending.shares.used == 2
