@@ -66,7 +66,7 @@ def test_forget_unless_works_in_slices(max_slots: int) -> None:
     assert harness.registry.tombstones == 1
 
 
-def test_ended_since_lists_tombstones_by_code() -> None:
+def test_ended_since_lists_revoked_and_replaced_sessions() -> None:
     harness = RegistryHarness(per_user=1, when_full="evict_oldest")
     replaced, old, new, lives = (
         harness.open("ada"),
@@ -80,13 +80,15 @@ def test_ended_since_lists_tombstones_by_code() -> None:
     harness.registry.revoke(old.session.id, user=None, reason="")
     harness.registry.info(lives.session.id, WALL + 5)
     harness.registry.revoke(new.session.id, user=None, reason="")
-    for code, since, expected in (
-        (Code.TOKEN_REVOKED, WALL + 4, {old.session.id, new.session.id}),
-        (Code.TOKEN_REVOKED, WALL + 5, {new.session.id}),
-        (Code.TOKEN_REVOKED, WALL + 6, set()),
-        (Code.SESSION_REPLACED, WALL, {replaced.session.id}),
+    for since, expected in (
+        (WALL, [replaced, old, new]),
+        (WALL + 4, [old, new]),
+        (WALL + 5, [new]),
+        (WALL + 6, []),
     ):
-        assert {id_text(ended.id) for ended in harness.registry.ended_since(code, since)} == expected
+        found = harness.registry.ended_since(since)
+        assert [id_text(ended.id) for ended in found] == [each.session.id for each in expected]
+    assert RegistryHarness().registry.ended_since(0) == []
 
 
 def test_slices_of_empty_table_finish_at_once() -> None:

@@ -67,6 +67,16 @@ class FaultyStore:
         self.registry = SessionRegistry(self.settings, self.entropy)
         self.inner: Any = MemoryStore(self.registry)
 
+    def roll_back(self, records: Sequence[SessionRecord]) -> None:
+        """Return to an earlier state, as in a failover to a replica that lacks the last writes."""
+        self.lose_all()
+        for record in records:
+            self.registry.restore(record)
+
+    @property
+    def records(self) -> Sequence[SessionRecord]:
+        return self.registry.records(None, self.registry.kept)
+
     def use_data_of(self, other: FaultyStore) -> None:
         """Reach the same data as another store."""
         self.registry, self.inner = other.registry, other.inner

@@ -121,13 +121,13 @@ class Exchange(Lifecycle):
         session_id = b"" if table.flags[slot] & TOKEN_ONLY else table.ids[slot]
         return EndedRecord(session_id, table.tokens[slot], Code(self._state[slot]), self._last_used_at[slot])
 
-    def ended_since(self, code: Code, wall: int) -> list[EndedRecord]:
-        """Return the tombstones of sessions that ended with `code` since `wall`. Scans the whole table."""
+    def ended_since(self, wall: int) -> list[EndedRecord]:
+        """Return the tombstones of sessions that were revoked or replaced since `wall`, oldest first."""
         table = self._table
         return [
             self._tombstone(slot)
-            for slot in range(table.slab.size)
-            if self._state[slot] == code
+            for slot in table.tombstone_slots()
+            if self._state[slot] != Code.TOKEN_EXPIRED
             and not table.flags[slot] & TOKEN_ONLY
             and self._last_used_at[slot] >= wall
         ]

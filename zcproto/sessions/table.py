@@ -188,6 +188,10 @@ class SessionTable:
         self.state[slot] = FREE
         self.slab.free_slot(slot)
 
+    def tombstone_slots(self) -> list[int]:
+        """Return the slots of all tombstones, oldest first."""
+        return [] if self.first_tombstone == NONE else self._listed(self.first_tombstone)
+
     def trim(self) -> None:
         """Return unused memory to the system, a bounded part of it in each call."""
         for slab in (self.slab, self.users.slab, self.clients.slab, self.addresses.slab, self.keys.slab):

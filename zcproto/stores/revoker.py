@@ -5,6 +5,10 @@ Decides: when a revocation goes to the file, and what is repeated after the stor
 Rules:
 - A revocation is durable, in the store or in the file, before its caller gets an answer.
 - Pending revocations reach the store before anything else does.
+- After every gap in the connection to a shared store, recent revocations and rotations are repeated before any
+  session is checked: a failover may have lost them although they were acknowledged.
+- A rotation is repeated only if the store has the refresh token that it spent, else it would look like theft. Those
+  of several processes may depend on each other, so all processes repeat theirs for some seconds.
 - Sessions that may have been created although no client got their tokens ("orphans") are ended.
 
 It must not know: connections, how a call is answered.
@@ -14,18 +18,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from zcproto.common.clock import Clock
+from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.errors import Code
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import NEVER
-from zcproto.sessions.record import EndedRecord
-from zcproto.stores.base import CLOCK_SKEW_MS, MAX_LISTED, DamagedRecord, StoreUnavailable
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
+from zcproto.stores.base import CLOCK_SKEW_MS, MAX_LISTED, DamagedRecord, NotRotated, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations, Revocation
 
@@ -35,6 +40,14 @@ MAX_ENDED: Final = 256
 REPEATS_S: Final = (*map(float, range(1, 11)), 20.0, 30.0)
 """When revocations are repeated after the store lost data. Each process restores the sessions that it knows once it
 finds the store working again; all of them have done so within this time."""
+
+AFTER_GAP_S: Final = REPEATS_S[:4]
+"""When rotations are repeated after a gap. Processes notice a failover within a second of each other."""
+
+RECENT: Final = 16_384
+"""Revocations, and rotations, of this process that can be repeated: 27 a second for ten minutes."""
+
+ROTATED_AT_ONCE: Final = 64
 
 RETRY_PAUSE_S: Final = 0.05
 """The pause after a failure that did not begin an outage."""
@@ -62,10 +75,36 @@ log = get_logger("zcproto.store")
 
 
 class _Repeat(NamedTuple):
-    """Revocations to repeat, and when: monotonic seconds, the next one last."""
+    """Revocations to repeat with all rotations, and when: monotonic seconds, the next one last."""
 
     times: list[float]
     revocations: list[Revocation]
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """The last values added, at most RECENT and none older than `keep_s`."""
+
+    def __init__(self, keep_s: float, clock: Clock) -> None:
+        self._keep_s = keep_s
+        self._clock = clock
+        self._added: OrderedDict[K, tuple[float, V]] = OrderedDict()
+
+    def add(self, key: K, value: V) -> None:
+        self._added.pop(key, None)
+        self._added[key] = self._clock.now(), value
+        if len(self._added) > RECENT:
+            self._added.popitem(last=False)
+
+    def values(self) -> list[V]:
+        """Return the values, oldest first."""
+        since = self._clock.now() - self._keep_s
+        while self._added and next(iter(self._added.values()))[0] < since:
+            self._added.popitem(last=False)
+        return [value for _, value in self._added.values()]
 
 
 @dataclass(eq=False)
@@ -85,6 +124,9 @@ class Revoker:
         self._store = self.breaker.store
         self._orphans: OrderedDict[bytes, None] = OrderedDict()
         self._replayed: list[Revocation] = []  # those of a user or of all users
+        keep_s = self.keep_ended_ms / MS_PER_SECOND
+        self._ended: Recent[tuple[bytes, str | None], Revocation] = Recent(keep_s, self.clock)
+        self._rotations: Recent[bytes, Rotation] = Recent(keep_s, self.clock)
         self._repeats: list[_Repeat] = []
         self._is_repeating = False
         self.replayed = 0
@@ -117,8 +159,12 @@ class Revoker:
                 # Only a probe replays the file, so there has to be one.
                 breaker.health.begin_outage(self.clock.now())
             else:
-                for each in ended:
-                    end_here(self.registry, each)
+                if not revocation.id and revocation.user is None:
+                    # A session opened since must not be ended, so clocks are trusted here.
+                    self._remember(replace(revocation, wall=revocation.wall - CLOCK_SKEW_MS))
+                elif revocation.id:
+                    self._remember(revocation)
+                self.apply_ended(ended)
                 if writing is not None:
                     self.tasks.run_in_background(self._remove_pending([revocation]))
                 return ended
@@ -144,6 +190,27 @@ class Revoker:
         await self.breaker.call(store.end_all(code, wall))
         return []
 
+    def apply_ended(self, ended: Iterable[EndedRecord]) -> None:
+        """End sessions here that this process has ended in the store, and remember them."""
+        for each in ended:
+            self._remember(Revocation(each.ended_at, each.id, code=each.code))
+            end_here(self.registry, each)
+
+    def end_reused(self, session_id: bytes) -> None:
+        """End a session here that the store has ended because a spent refresh token was shown."""
+        wall = self.clock.wall()
+        self._remember(Revocation(wall, session_id))
+        self.registry.end(session_id, Code.TOKEN_REVOKED, EndReason.REFRESH_REUSED, wall)
+
+    def _remember(self, revocation: Revocation) -> None:
+        if self._store.shared:
+            self._ended.add(revocation.key, revocation)
+
+    def remember_rotation(self, rotation: Rotation) -> None:
+        """Remember a rotation that the store has made."""
+        if self._store.shared:
+            self._rotations.add(rotation.spent_digest, rotation)
+
     # --- after an outage -----------------------------------------------------------------------------
 
     def begin_replay(self) -> None:
@@ -157,10 +224,10 @@ class Revoker:
         if not entries:
             return
         unknown = await self._end_again(call, entries)
-        if self._store.shared:
+        if unknown and self._store.shared:
             # The sessions may have ended before. Or the store lost them before this process started, in which case
             # another process may restore them.
-            self._schedule(unknown)
+            self._schedule(unknown, REPEATS_S)
         await self._remove_pending(entries)
         self.replayed += len(entries)
         self._replayed += [entry for entry in entries if not entry.id]
@@ -191,10 +258,16 @@ class Revoker:
     async def _end_ids(self, call: Call, ids: Sequence[bytes], code: Code, wall: int) -> list[bytes]:
         found = []
         for first in range(0, len(ids), MAX_ENDED):
-            for ended in await call(self._store.end(ids[first : first + MAX_ENDED], code, wall)):
-                end_here(self.registry, ended)
-                found.append(ended.id)
+            ended = await call(self._store.end(ids[first : first + MAX_ENDED], code, wall))
+            self.apply_ended(ended)
+            found += [each.id for each in ended]
         return found
+
+    async def end_in_store(self, call: Call, session_id: bytes) -> None:
+        """End a session that the store has, and the registry has not or with another token."""
+        ended = self.registry.ended(session_id)
+        code = Code.TOKEN_REVOKED if ended is None else ended.code
+        await self._end_ids(call, [session_id], code, self.clock.wall())
 
     async def _end_opened_before(self, call: Call, revocation: Revocation) -> None:
         """End the sessions of a user, or of all users, that were opened before the revocation."""
@@ -210,15 +283,53 @@ class Revoker:
 
     def repeat_after_loss(self) -> None:
         """Repeat all recent revocations for a while: other processes may restore the sessions."""
-        since = self.clock.wall() - self.keep_ended_ms
-        ended = self.registry.ended_since(Code.TOKEN_REVOKED, since)
-        self._schedule([*self._replayed, *(Revocation(each.ended_at, each.id) for each in ended)])
+        self._schedule([*self._replayed, *self._recent_revocations()], REPEATS_S)
 
-    def _schedule(self, revocations: list[Revocation]) -> None:
-        if revocations:
-            now = self.clock.now()
-            self._repeats.append(_Repeat([now + after_s for after_s in reversed(REPEATS_S)], revocations))
-            self.set_deadline()
+    async def repeat_after_gap(self, call: Call) -> None:
+        """Repeat recent revocations and rotations now: a failover may have lost them."""
+        await self._end_again(call, self._recent_revocations())
+        if await self._rotate_again(call):
+            self._schedule([], AFTER_GAP_S)
+
+    def _recent_revocations(self) -> list[Revocation]:
+        """Return the revocations of this process, and those that it knows of other processes."""
+        ended = self.registry.ended_since(self.clock.wall() - self.keep_ended_ms)
+        known = [Revocation(each.ended_at, each.id, code=each.code) for each in ended]
+        return [*{each.key: each for each in (*known, *self._ended.values())}.values()]
+
+    async def _rotate_again(self, call: Call) -> int:
+        """Repeat the rotations that the store has lost. Return how many are remembered."""
+        rotations = self._rotations.values()
+        chains: dict[bytes, list[Rotation]] = {}
+        for rotation in rotations:
+            chains.setdefault(rotation.id, []).append(rotation)
+        each = list(chains.values())
+        for first in range(0, len(each), ROTATED_AT_ONCE):
+            some = each[first : first + ROTATED_AT_ONCE]
+            await asyncio.gather(*(self._rotate_chain(call, chain) for chain in some))
+        return len(rotations)
+
+    async def rotate_session_again(self, call: Call, session_id: bytes) -> None:
+        """Repeat the rotations of a session that the store has lost."""
+        await self._rotate_chain(call, [each for each in self._rotations.values() if each.id == session_id])
+
+    async def _rotate_chain(self, call: Call, chain: Sequence[Rotation]) -> None:
+        with suppress(DamagedRecord):  # which would keep the store out for all users
+            await self._rotate_in_turn(call, chain)
+
+    async def _rotate_in_turn(self, call: Call, chain: Sequence[Rotation]) -> None:
+        record = await call(self._store.get(chain[0].id)) if chain else None
+        for rotation in chain:
+            if isinstance(record, SessionRecord) and record.refresh_digest == rotation.spent_digest:
+                left_ms = rotation.wall + rotation.grace_ms - self.clock.wall()
+                record = await call(self._store.rotate(replace(rotation, grace_ms=max(left_ms, 0))))
+                if isinstance(record, NotRotated) and record.reused:
+                    self.end_reused(rotation.id)
+
+    def _schedule(self, revocations: list[Revocation], times: Sequence[float]) -> None:
+        now = self.clock.now()
+        self._repeats.append(_Repeat([now + after_s for after_s in reversed(times)], revocations))
+        self.set_deadline()
 
     def set_deadline(self) -> None:
         """Set the timer for the next repetition. None is due during an outage or while one is in progress."""
@@ -240,6 +351,7 @@ class Revoker:
                 if repeat.times[-1] > now:
                     continue
                 await self._end_again(self.breaker.call, repeat.revocations)
+                await self._rotate_again(self.breaker.call)
                 while repeat.times and repeat.times[-1] <= now:
                     repeat.times.pop()
                 if not repeat.times:

@@ -32,7 +32,7 @@ from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegis
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
-from zcproto.stores.base import DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
+from zcproto.stores.base import DamagedRecord, LimitReached, NotRotated, StoreUnavailable
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
 from zcproto.stores.seal import open_pair, seal_pair
@@ -244,8 +244,7 @@ class StoredSessionService(SessionService):
                     "the user has reached the limit of sessions; close one first",
                     {"limit": limit.per_user},
                 )
-            for ended in created.ended:
-                end_here(self._registry, ended)
+            self.sync.revoker.apply_ended(created.ended)
             if changes.has_changed(record.id, count):
                 changes.apply(await changes.fetch(self._store.get, record.id))
             else:
@@ -307,7 +306,9 @@ class StoredSessionService(SessionService):
             if isinstance(record, NotRotated):
                 self._undecided.pop(rotation.spent_digest, None)
                 raise self._not_rotated(rotation, record)
-            if isinstance(record, Repeated):
+            if isinstance(record, SessionRecord):
+                self.sync.revoker.remember_rotation(rotation)
+            else:
                 pair = open_pair(spent_token, record.record.token_digest, record.sealed)
                 if pair is None:
                     raise DamagedRecord("the pair of a recent refresh cannot be decrypted")
@@ -334,9 +335,9 @@ class StoredSessionService(SessionService):
         if refused.reused:
             self._registry.refresh_reused += 1
             self._report_reuse(rotation.id, rotation.address)
-        if refused.code is not Code.UNAUTHENTICATED:
-            reason = EndReason.REFRESH_REUSED if refused.reused else EndReason.UNKNOWN
-            self._registry.end(rotation.id, refused.code, reason, rotation.wall)
+            self.sync.revoker.end_reused(rotation.id)
+        elif refused.code is not Code.UNAUTHENTICATED:
+            self._registry.end(rotation.id, refused.code, EndReason.UNKNOWN, rotation.wall)
         return refresh_refused(refused.code)
 
     # --- ending ------------------------------------------------------------------------------------
@@ -363,10 +364,15 @@ class StoredSessionService(SessionService):
         if waiting is not None and user in (None, waiting.user):  # the first attempt may have failed
             await self._write(waiting)
             return True
-        if not self.is_shared or known is not None or registry.ended(raw) is not None:
+        if not self.is_shared or known is not None:
             return False
-        ending = self._call(self._store.end([raw], Code.TOKEN_REVOKED, wall, user))
-        return bool(await self._ask(self.sync.tasks.finish(ending)))
+        # Also if it is remembered as ended: a failover may have lost that.
+        return bool(await self._ask(self.sync.tasks.finish(self._end_unknown(raw, wall, user))))
+
+    async def _end_unknown(self, session_id: bytes, wall: int, user: str | None) -> Sequence[EndedRecord]:
+        ended = await self._call(self._store.end([session_id], Code.TOKEN_REVOKED, wall, user))
+        self.sync.revoker.apply_ended(ended)
+        return ended
 
     async def revoke_user(
         self, user: str, reason: EndReason, suppress_event: SuppressEvent = _WITH_EVENT

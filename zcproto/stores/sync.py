@@ -5,7 +5,7 @@ Decides:
 - A store that is not shared is loaded completely at the start and never asked about unknown tokens.
 - When last uses are written, and when expired entries are removed.
 - A session changed by another process is dropped from the registry if no connection uses it. Otherwise the store
-  is asked for it within the second.
+  is asked for it within the second. If both still disagree about its token, the session is ended.
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
   else, so that their users notice nothing. After the grace period it does not, because tokens are refused then.
 
@@ -315,12 +315,16 @@ class ChangeTracker:
             if found is None or not self.has_changed(found.id, count):
                 return found
 
-    def apply(self, found: Found | None) -> None:
-        """Update the registry with a session read from the store."""
+    def apply(self, found: Found | None) -> bool:
+        """Update the registry with a session read from the store.
+
+        Return False if the store has a session that has ended here, or a token that was replaced here.
+        """
         if isinstance(found, SessionRecord):
-            self._registry.restore(found, make_room=self._store.shared)
-        elif found is not None:
+            return self._registry.restore(found, make_room=self._store.shared)
+        if found is not None:
             end_here(self._registry, found)
+        return True
 
     async def ensure_stored(self, session_id: bytes) -> None:
         """Restore a session that the store has lost, before it is asked about it."""
@@ -390,6 +394,8 @@ class ChangeTracker:
 
         self._all_changed = self._is_emptied = False
         try:
+            if not emptied:
+                await self._revoker.repeat_after_gap(call)
             start = -1
             while start:
                 start = self._registry.forget_unless(is_kept, max(start, 0), SLOTS)
@@ -407,13 +413,23 @@ class ChangeTracker:
         """Update sessions in the registry from the store."""
 
         async def check(session_id: bytes) -> None:
-            found = await self.fetch(self._store.get, session_id, call)
-            self.apply(found)
-            if found is None:
-                wall = self._revoker.clock.wall()
-                self._registry.end(session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, wall)
+            if await self._agrees(call, session_id):
+                return
+            # A failover has lost a rotation, or the session was read before one of this process.
+            await self._revoker.rotate_session_again(call, session_id)
+            if not await self._agrees(call, session_id):
+                # It cannot be decided which token is good, or the session has ended here.
+                await self._revoker.end_in_store(call, session_id)
 
         await _process(self._to_check, ids, check)
+
+    async def _agrees(self, call: Call, session_id: bytes) -> bool:
+        """Update a session from the store. Return whether both agree about it."""
+        found = await self.fetch(self._store.get, session_id, call)
+        if found is None:
+            wall = self._revoker.clock.wall()
+            self._registry.end(session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, wall)
+        return self.apply(found)
 
     async def _restore(self, call: Call, ids: Iterable[bytes]) -> None:
         """Write sessions back that the store has lost."""

@@ -1,0 +1,222 @@
+"""A failover to a replica that lacks the last writes: revocations stay, and one token of a session is good."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from tests.stores.faulty import DAMAGED, FAILS, WORKS
+from tests.stores.service.harness import (
+    HOUR_MS,
+    FaultyStoreView,
+    SessionProcess,
+    StartProcess,
+    raw,
+    refused,
+)
+from zcproto.errors import Code, TokenRevoked
+from zcproto.sessions import OpenedSession
+from zcproto.sessions.health import MAX_DELAY_S, HealthState
+from zcproto.sessions.record import SessionRecord
+from zcproto.stores.revoker import AFTER_GAP_S, REPEATS_S
+
+
+async def fail_over(records: Sequence[SessionRecord], *processes: SessionProcess) -> None:
+    """Move all processes to a replica that has these sessions."""
+    first, *others = processes
+    first.store.roll_back(records)
+    for other in others:
+        other.store.use_data_of(first.store)
+    for process in processes:
+        process.store.report_all_changed()
+        await process.settle()
+
+
+async def two_processes(
+    start_process: StartProcess, **options: object
+) -> tuple[SessionProcess, SessionProcess]:
+    one = await start_process(shared=True, **options)
+    return one, await start_process(FaultyStoreView(one.store), **options)
+
+
+def ids(process: SessionProcess) -> set[bytes]:
+    """Return the sessions that the store of a process has."""
+    return {record.id for record in process.store.records}
+
+
+async def is_accepted(process: SessionProcess, opened: OpenedSession) -> bool:
+    return not isinstance(await process.find(opened.token), Code)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_revocation_lost_by_failover_is_repeated(start_process: StartProcess, is_known: bool) -> None:
+    one, other = await two_processes(start_process)
+    opened, kept = await one.open(), await one.open()
+    records = one.store.records
+    revoking = one if is_known else other
+    assert await revoking.revoke(opened)
+    await fail_over(records, one, other)
+    for process in (one, other):
+        assert not await is_accepted(process, opened)
+        assert await is_accepted(process, kept)
+    assert ids(one) == {raw(kept)}
+
+
+async def test_revocations_of_a_user_and_of_all_are_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    await one.open("ada")
+    bob = await one.open("bob")
+    before = one.store.records
+    await other.sessions.revoke_user("ada", "asked for")
+    ada = await one.open("ada")
+    await fail_over([*before, *one.store.records], one, other)
+    assert ids(one) == {raw(ada), raw(bob)}  # one was opened since
+    before = one.store.records
+    await other.sessions.revoke_all("asked for")
+    one.clock.advance(1)
+    ada = await one.open("ada")
+    for _ in range(2):
+        await fail_over([*before, *one.store.records], other, one)
+        assert ids(one) == {raw(ada)}
+        one.clock.advance(60)
+
+
+async def test_eviction_lost_by_failover_is_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process, per_user=1, when_full="evict_oldest")
+    evicted = await one.open()
+    records = one.store.records
+    await other.open()
+    await fail_over(records, one, other)
+    assert not await is_accepted(one, evicted)
+    assert one.store.records == []
+
+
+async def test_session_ended_for_a_reused_refresh_token_stays_ended(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process, refresh_grace_ms=0)
+    opened = await one.open()
+    await one.refresh(opened)
+    records = one.store.records
+    await refused(other.refresh(opened), TokenRevoked)
+    await fail_over(records, one, other)
+    assert one.store.records == []
+
+
+async def test_revocation_older_than_the_last_minutes_is_not_repeated(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    opened = await one.open()
+    await one.revoke(opened)
+    await one.advance(HOUR_MS / 1000)
+    one.store.calls.clear()
+    one.store.report_all_changed()
+    await one.settle()
+    assert "end" not in one.store.calls
+
+
+async def test_revoking_a_session_remembered_as_ended_asks_the_store(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    records = one.store.records
+    await one.revoke(opened)
+    assert not await one.revoke(opened)
+    one.store.roll_back(records)
+    assert await one.revoke(opened)
+    assert not await is_accepted(other, opened)
+
+
+async def test_rotation_lost_by_failover_is_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    records = one.store.records
+    again = await one.refresh(opened)
+    await fail_over(records, one, other)
+    for process in (one, other):
+        assert await is_accepted(process, again)
+        assert not await is_accepted(process, opened)
+    assert await is_accepted(other, await other.refresh(again))
+
+
+async def test_rotations_of_two_processes_are_repeated_in_their_order(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    records = one.store.records
+    second = await one.refresh(opened)
+    third = await other.refresh(second)
+    fourth = await other.refresh(third)
+    one.use(opened)
+    await fail_over(records, other, one)
+    await other.advance(AFTER_GAP_S[0])
+    one.store.report_change(raw(opened))
+    await one.settle()
+    for process in (one, other):
+        assert await is_accepted(process, fourth)
+        for spent in (opened, second, third):
+            assert not await is_accepted(process, spent)
+    other.store.calls.clear()
+    await other.advance(AFTER_GAP_S[-1])
+    await other.advance(REPEATS_S[-1])
+    assert other.store.calls.count("get") == 1
+    assert "rotate" not in other.store.calls
+
+
+async def test_session_whose_lost_rotation_is_unknown_is_ended(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    records = one.store.records
+    again = await one.refresh(opened)
+    await other.find(again.token)
+    await other.find(opened.token)
+    other.use(opened)
+    await fail_over(records, other)  # the process that made the rotation has died
+    assert not await is_accepted(other, again)
+    assert not await is_accepted(other, opened)
+    assert other.store.records == []
+
+
+async def test_spent_token_used_before_the_rotation_is_repeated_ends_the_session(
+    start_process: StartProcess,
+) -> None:
+    one, other = await two_processes(start_process, refresh_grace_ms=0)
+    opened = await one.open()
+    records = one.store.records
+    again = await one.refresh(opened)
+    one.use(opened)
+    one.store.roll_back(records)
+    other.store.use_data_of(one.store)
+    one.store.late["get"] = asyncio.Event()  # the rotation was read as lost, and is repeated late
+    one.store.report_all_changed()
+    await asyncio.sleep(0.01)
+    await other.refresh(opened)
+    one.store.late.pop("get").set()
+    await one.settle()
+    assert not one.is_valid(again)
+    assert one.store.records == []
+
+
+async def test_repetition_continues_after_a_failure(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    records = one.store.records
+    await one.revoke(opened)
+    one.store.modes["end"] = FAILS
+    one.store.roll_back(records)
+    other.store.use_data_of(one.store)
+    one.store.report_all_changed()
+    while one.store.calls.count("end") < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    one.store.modes.clear()
+    await one.settle()
+    assert not await is_accepted(other, opened)
+
+
+async def test_damaged_session_does_not_prevent_recovery(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    opened = await one.open()
+    await one.refresh(opened)
+    await one.outage()
+    one.store.mode, one.store.modes["get"] = WORKS, DAMAGED
+    await one.advance(MAX_DELAY_S)
+    assert one.state is HealthState.HEALTHY
