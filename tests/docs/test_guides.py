@@ -31,7 +31,7 @@ __all__ = ["certs"]
 DOCS = ROOT / "docs"
 PAGES = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
         *(path for room in ("docs", "spec", "bench", "clients") for path in (ROOT / room).rglob("*.md")),
     ]
 )

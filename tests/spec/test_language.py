@@ -20,7 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 CHECKED: Final = (
     *("zcproto", "docs", "spec", "bench", "clients", "tests"),
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", ".ci"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", ".ci"),
 )
 SUFFIXES: Final = {
     *(
