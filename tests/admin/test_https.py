@@ -71,7 +71,7 @@ def ready(server: ServerThread) -> tuple[int, dict[str, Any]]:
 def test_readyz_lists_its_checks(shared: ServerThread) -> None:
     status, found = ready(shared)
     assert status == 200
-    assert (found["ready"], found["reasons"]) == (True, [])
+    assert (found["ready"], found["reasons"], found["warnings"]) == (True, [], [])
     assert found["checks"]["draining"] is False
     assert found["checks"]["store"] == "healthy"
     (certificate,) = found["checks"]["certificates"]
@@ -99,6 +99,15 @@ def test_readyz_reports_an_unavailable_store(serve: Serve, monkeypatch: pytest.M
     assert "known sessions continue" in found["reasons"][0]
     server.in_loop(server.server.state.registry.refuse_all)
     assert "every token is refused" in ready(server)[1]["reasons"][0]
+
+
+def test_readyz_warns_of_a_misconfigured_store_and_stays_ready(serve: Serve) -> None:
+    server = serve(store__url="sqlite")
+    assert server.server.parts.store is not None
+    server.server.parts.store.problems = ("appendonly is off",)
+    status, found = ready(server)
+    assert (status, found["ready"], found["reasons"]) == (200, True, [])
+    assert found["warnings"] == ["store: appendonly is off"]
 
 
 def test_readyz_reports_draining_in_the_last_response(serve: Serve) -> None:

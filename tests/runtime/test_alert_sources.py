@@ -41,6 +41,8 @@ def about(alerts: ServerAlerts) -> set[tuple[AlertKind, str]]:
         ("store.degraded", {"reason": "it is full", "sessions": 3}, AlertKind.STORE_DEGRADED, ""),
         ("store.grace_over", {"reason": "it is full"}, AlertKind.STORE_GRACE_OVER, ""),
         ("store.emptied", {"sessions": 3}, AlertKind.STORE_EMPTIED, ""),
+        ("store.flushed", {"sessions": 3}, AlertKind.STORE_EMPTIED, ""),
+        ("store.misconfigured", {"faults": "it is full of text"}, AlertKind.STORE_MISCONFIGURED, ""),
         (
             "store.record_damaged",
             {"where": "zcp:s:1", "reason": "it is full of text"},
@@ -61,6 +63,14 @@ def test_store_event_raises_alert(
     assert (alert.kind, alert.about, dict(alert.details)) == (kind, named, values)
     if "reason" in values:
         assert "it is full" in alert.title
+
+
+def test_mended_configuration_of_the_store_resolves_its_alert(alerts: ServerAlerts) -> None:
+    on_store_event(alerts, "store.misconfigured", {"faults": "appendonly is off"})
+    (alert,) = alerts.center.open_alerts()
+    assert alert.title == "the session store is not configured safely: appendonly is off"
+    on_store_event(alerts, "store.misconfigured", {"faults": ""})
+    assert alerts.center.open_alerts() == []
 
 
 def test_store_recovery_resolves_both_alerts(alerts: ServerAlerts) -> None:

@@ -57,6 +57,7 @@ class FaultyStore:
         self.gate: asyncio.Event | None = None
         self.late: dict[str, asyncio.Event] = {}
         self.hung: Callable[[], object] = lambda: None
+        self.problems: list[str] = []
         self.opened = 0
         self.closed = 0
         self.on_change: Callable[[Change], None] = lambda change: None
@@ -165,6 +166,9 @@ class FaultyStore:
 
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         return await self._do("list", self.inner.list(user))
+
+    async def examine(self, wall: int) -> Sequence[str]:
+        return await self._do("examine", asyncio.sleep(0, self.problems))
 
     async def count(self) -> int:
         return await self._do("count", self.inner.count())

@@ -127,6 +127,9 @@ class MemoryStore:
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         return self._registry.records(user, MAX_LISTED if user is None else self._registry.kept)
 
+    async def examine(self, wall: int) -> Sequence[str]:
+        return ()
+
     async def count(self) -> int:
         return self._registry.kept
 

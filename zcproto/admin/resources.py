@@ -111,6 +111,7 @@ class Resources:
             (pair.key_type, round((pair.not_after - now).total_seconds()))
             for pair in self._parts.certificate_pairs
         ]
+        stored = self._parts.store
         reasons = []
         if state.draining:
             reasons.append("draining: the server is stopping")
@@ -123,6 +124,7 @@ class Resources:
         return {
             "ready": not reasons,
             "reasons": reasons,
+            "warnings": [f"store: {problem}" for problem in stored.problems] if stored else [],
             "checks": {
                 "draining": state.draining,
                 "store": store,

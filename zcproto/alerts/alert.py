@@ -75,6 +75,7 @@ class AlertKind(Enum):
     STORE_DAMAGED = "store.damaged"
     STORE_RECORD_DAMAGED = "store.record_damaged"
     STORE_EMPTIED = "store.emptied"
+    STORE_MISCONFIGURED = "store.misconfigured"
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
     SERVER_FULL = "server.full"
     UNDELIVERED = "alerts.undelivered"
@@ -161,8 +162,13 @@ store.record_damaged: error, ends quiet; key or operation
     Cure: Find what else writes to the store. Delete a damaged key of an index (`u:`, `x:`, `m:`), then run `zcproto
     session revoke --all`: sessions that only the index led to could not be ended otherwise.
 store.emptied: error, ends quiet
-    A shared store lost its data. The servers write back the sessions that they know.
-    Cure: Find the reason: a restart without persistence, `FLUSHALL`, or a memory limit with eviction.
+    A shared store lost its data. The servers write back the sessions that they know; after `FLUSHALL` or
+    `FLUSHDB` they do not, and all sessions end.
+    Cure: Find the reason: a restart without persistence, a memory limit with eviction, or who sent the command.
+store.misconfigured: warning, ends resolved
+    The configuration of the servers of a shared store may lose sessions and revocations: persistence is off, keys
+    may be evicted, a failover may lose what no replica has, or the clocks differ. Checked at the start and hourly.
+    Cure: The message lists the settings. `zcproto doctor` and `zcproto store check` repeat the check at once.
 store.revocations_not_kept: critical, ends quiet
     A revocation could be written neither to the store nor to the disk, because writing failed or too many are
     queued. It applies to this process only, which its caller was informed of.

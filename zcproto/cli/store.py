@@ -142,8 +142,7 @@ def examine_store(config: Config, home: Home) -> tuple[int, Sequence[str]]:
 
     async def examine(store: SessionStore) -> tuple[int, Sequence[str]]:
         await store.ping()
-        warnings = getattr(store, "examine", None)
-        return await store.count(), () if warnings is None else await warnings()
+        return await store.count(), await store.examine(system_clock.wall())
 
     return run_in_store(config, home, examine)
 

@@ -95,6 +95,7 @@ FIELDS: Final[dict[str, str]] = {
     "pins": "pins of public keys, in the form that clients accept",
     "port": "TCP port",
     "reason": "reason",
+    "where": "key in the store, or operation that met it",
     "replayed": "pending revocations written to the store",
     "restart": "changed keys that require a restart",
     "retry_after_s": "seconds until the next attempt",
@@ -249,6 +250,10 @@ store.missing error (path), limit per event
     The file of the store is missing; a new one was created.
 store.damaged error (path aside reason), limit per event
     The file of the store is damaged; it was moved aside and a new one created.
+store.flushed error (sessions), limit per event
+    All keys of the store were deleted by FLUSHALL or FLUSHDB, which ends all sessions.
+store.misconfigured warning (faults), limit per event
+    The configuration of the store's servers may lose sessions and revocations. Logged at the start and every hour.
 store.record_damaged error (where reason), limit per event
     A key in the store has another type or content than a server wrote.
 store.close_failed error (reason), limit per event

@@ -51,6 +51,7 @@ _STORE_BEGINS: Final = {
     ),
     "store.emptied": (AlertKind.STORE_EMPTIED, "the session store lost its data"),
     "store.damaged": (AlertKind.STORE_DAMAGED, "the session file is damaged and was moved aside"),
+    "store.flushed": (AlertKind.STORE_EMPTIED, "all keys of the session store were deleted by a command"),
     "store.record_damaged": (
         AlertKind.STORE_RECORD_DAMAGED,
         "a record in the session store is damaged: {reason}",
@@ -108,6 +109,13 @@ def on_store_event(alerts: ServerAlerts, event: str, values: Mapping[str, Any]) 
         title = "the session store is available again"
         alerts.resolve(AlertKind.STORE_GRACE_OVER, title)
         alerts.resolve(AlertKind.STORE_DEGRADED, title, details=values)
+    elif event == "store.misconfigured":
+        faults = values["faults"]
+        if faults:
+            title = f"the session store is not configured safely: {faults}"
+            alerts.raise_(AlertKind.STORE_MISCONFIGURED, title, details=values)
+        else:
+            alerts.resolve(AlertKind.STORE_MISCONFIGURED, "the session store is configured safely")
     elif event in _STORE_BEGINS:
         kind, title = _STORE_BEGINS[event]
         about = str(values.get("path", values.get("copy", values.get("where", ""))))

@@ -104,6 +104,7 @@ class ChangeKind(Enum):
     SESSION = "session"  # the session `id` was changed or ended: drop it from the cache
     ALL = "all"  # anything may have changed: drop everything
     EMPTIED = "emptied"  # like ALL, and the store lost its data unexpectedly
+    FLUSHED = "flushed"  # like ALL, and all data was deleted by a command
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,9 @@ class SessionStore(Protocol):
 
     async def ping(self) -> None:
         """Check that the store can be written to."""
+
+    async def examine(self, wall: int) -> Sequence[str]:
+        """Return what is wrong with the configuration of the store's servers, one sentence each."""
 
     def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
         """Yield all records in batches; nothing if the store is shared."""

@@ -40,6 +40,8 @@ SLOTS: Final = 2_000
 TOUCH_INTERVAL_S: Final = 30.0
 """How often last uses are written; idle limits are minutes."""
 
+EXAMINE_INTERVAL_S: Final = 3_600.0
+
 LOADED_AT_ONCE: Final = 200
 """Records loaded in one turn of the event loop, about a millisecond."""
 
@@ -107,6 +109,7 @@ class StoreSync:
         self._is_open = False
         self._is_loaded = False
         self._touched_until = 0
+        self.problems: tuple[str, ...] = ()
         self.deadline_tick = 0
 
     # --- start and stop ----------------------------------------------------------------------------
@@ -135,6 +138,9 @@ class StoreSync:
             raise
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
         self.tasks.repeat(self.cleanup_interval, self.clean)
+        if self.store.shared:
+            self.tasks.run_in_background(self.examine())
+            self.tasks.repeat(EXAMINE_INTERVAL_S, self.examine)
 
     async def stop(self) -> None:
         """Finish what is in progress, write the last uses and close the store."""
@@ -271,6 +277,15 @@ class StoreSync:
             await asyncio.sleep(EXPIRE_PAUSE_S if 0 < removed < EXPIRED_AT_ONCE else 0)
         await self.revoker.end_orphans(self.breaker.call)
 
+    async def examine(self) -> None:
+        """Report what is wrong with the configuration of the store's servers."""
+        had_problems = bool(self.problems)
+        self.problems = tuple(await self.breaker.call(self.store.examine(self.clock.wall())))
+        if self.problems:
+            log.warning("store.misconfigured", faults=list(self.problems))
+        if self.problems or had_problems:
+            self.on_event("store.misconfigured", {"faults": "; ".join(self.problems)})
+
     def statistics(self) -> dict[str, Any]:
         health = self.health
         return {
@@ -338,10 +353,14 @@ class ChangeTracker:
             self._all_changed_at = self.count
             self._changed_at.clear()
             self._all_changed = True
+            sessions = len(self._registry)
             if change.kind is ChangeKind.EMPTIED:
                 self._is_emptied = True
-                log.error("store.emptied", sessions=len(self._registry))
-                self._revoker.on_event("store.emptied", {"sessions": len(self._registry)})
+                log.error("store.emptied", sessions=sessions)
+                self._revoker.on_event("store.emptied", {"sessions": sessions})
+            elif change.kind is ChangeKind.FLUSHED:
+                log.error("store.flushed", sessions=sessions)
+                self._revoker.on_event("store.flushed", {"sessions": sessions})
             self.start_checking()
             return
         self._changed_at.pop(change.id, None)

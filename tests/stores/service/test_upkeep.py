@@ -11,11 +11,20 @@ import pytest
 from tests.helpers import FakeClock
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.faulty import FAILS
-from tests.stores.service.harness import ADDRESS, CLIENT, DAY_MS, HOUR_MS, SessionProcess, StartProcess, raw
+from tests.stores.service.harness import (
+    ADDRESS,
+    CLIENT,
+    DAY_MS,
+    HOUR_MS,
+    SessionProcess,
+    StartProcess,
+    events,
+    raw,
+)
 from zcproto.errors import Code
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.stores import sync as sync_module
-from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.service import SessionService
 
 
@@ -125,3 +134,38 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     assert at_once(sessions.revoke_all("")) == 1
     assert sessions.statistics() == {"state": "healthy"}
     assert not sessions.is_shared
+
+
+async def test_misconfigured_store_is_reported_at_the_start_and_when_it_is_mended(
+    start_process: StartProcess, log: list[dict[str, Any]]
+) -> None:
+    process = await start_process(shared=True, starts=False)
+    reported: list[tuple[str, Any]] = []
+    process.sync.on_event = lambda event, values: reported.append((event, values["faults"]))
+    process.store.problems = ["appendonly is off", "the clocks differ"]
+    await process.sync.start()
+    await process.settle()
+    assert process.sync.problems == ("appendonly is off", "the clocks differ")
+    assert events(log).count("store.misconfigured") == 1
+    process.store.problems = []
+    await process.sync.examine()
+    await process.sync.examine()
+    assert reported == [
+        ("store.misconfigured", "appendonly is off; the clocks differ"),
+        ("store.misconfigured", ""),
+    ]
+    assert process.sync.problems == ()
+
+
+async def test_flushed_store_ends_its_sessions_and_is_reported(
+    shared_process: SessionProcess, log: list[dict[str, Any]]
+) -> None:
+    process = shared_process
+    opened = await process.open()
+    process.use(opened)
+    process.store.lose_all()
+    process.store.on_change(Change(ChangeKind.FLUSHED))
+    await process.settle()
+    assert not process.is_valid(opened)
+    assert "store.flushed" in events(log)
+    assert "store.emptied" not in events(log)

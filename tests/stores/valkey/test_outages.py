@@ -21,6 +21,7 @@ AT_MOST = TIMEOUT + 0.05
 
 ALL = Change(ChangeKind.ALL)
 EMPTIED = Change(ChangeKind.EMPTIED)
+FLUSHED = Change(ChangeKind.FLUSHED)
 
 
 @pytest.fixture(params=PROGRAMS)
@@ -71,7 +72,7 @@ def every_operation(store: ValkeyStore) -> dict[str, Callable[[], Awaitable[Any]
         "claim": lambda: store.claim("carol", "k", b"", WALL, 1),
         "keep_answer": lambda: store.keep_answer("carol", "k", b"", WALL, 1),
         "release_claim": lambda: store.release_claim("carol", "k"),
-        "examine": store.examine,
+        "examine": lambda: store.examine(WALL),
     }
 
 
@@ -250,11 +251,11 @@ async def test_server_restarted_without_data_is_reported_as_emptied(server: Serv
         assert await here.store.find(session().token_digest) == session()
 
 
-async def test_flushed_server_is_not_reported_as_emptied(server: ServerProcess) -> None:
+async def test_flushed_server_is_reported_as_flushed_not_as_emptied(server: ServerProcess) -> None:
     async with Open(server.url) as here:
         await here.store.create(session(), FIVE)
         server.command("FLUSHALL")
-        await until(lambda: here.changes[:1] == [ALL])
+        await until(lambda: here.changes[:1] == [FLUSHED])
         await until(lambda: is_back(here.store))
         assert EMPTIED not in here.changes
         assert await here.store.count() == 0

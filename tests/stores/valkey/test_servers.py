@@ -15,6 +15,7 @@ import trustme
 from tests.stores.contract import FIVE, WALL, digest, session
 from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, is_done, opened
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, free_port, running, until, wait_for
+from zcproto.common.clock import system_clock
 from zcproto.errors import Code, ConfigError
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
 from zcproto.stores.valkey.store import ValkeyStore
@@ -235,7 +236,7 @@ async def test_login_with_user_and_password(protected: ServerProcess) -> None:
         await store.ping()
         assert await store.count() == 0
         await store.expire(WALL, 0, 10)
-        (message,) = await store.examine()
+        (message,) = await store.examine(system_clock.wall())
         assert "does not show" in message
         assert PASSWORD not in repr(store)
         assert "sessions@127.0.0.1" in repr(store)
@@ -323,13 +324,37 @@ async def test_port_of_another_program_is_reported() -> None:
             await ValkeyStore(f"redis://127.0.0.1:{port}").open(lambda change: None)
 
 
+async def test_examine_reports_a_clock_that_is_apart(tmp_path: Path) -> None:
+    with running(PROGRAMS[0], tmp_path / "server") as server:
+        async with opened(server.url) as (store, _):
+            wall = system_clock.wall()
+            for apart_ms, is_reported in ((0, False), (-15_000, True), (3_600_000, True)):
+                found = await store.examine(wall + apart_ms)
+                assert any("clock" in problem for problem in found) == is_reported
+
+
+async def test_examine_reports_replicas_that_a_failover_may_find_behind(tmp_path: Path) -> None:
+    with (
+        running(PROGRAMS[0], tmp_path / "primary") as primary,
+        running(PROGRAMS[0], tmp_path / "replica", "--replicaof", f"127.0.0.1 {primary.port}"),
+    ):
+        wait_for(lambda: primary.command("ROLE")[2] != [])
+        async with opened(primary.url) as (store, _):
+            assert any("min-replicas" in problem for problem in await store.examine(system_clock.wall()))
+            primary.command("CONFIG", "SET", "min-replicas-to-write", 1)
+            assert not any("min-replicas" in problem for problem in await store.examine(system_clock.wall()))
+
+
 async def test_examine_reports_unsafe_configuration(tmp_path: Path) -> None:
     with running(PROGRAMS[0], tmp_path / "server") as server:
         async with opened(server.url) as (store, _):
-            assert [text.split()[0] for text in await store.examine()] == ["appendonly"]
+            assert [text.split()[0] for text in await store.examine(system_clock.wall())] == ["appendonly"]
             server.command("CONFIG", "SET", "appendonly", "yes")
             server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-            assert [text.split()[0] for text in await store.examine()] == ["appendfsync", "maxmemory-policy"]
+            assert [text.split()[0] for text in await store.examine(system_clock.wall())] == [
+                "appendfsync",
+                "maxmemory-policy",
+            ]
             server.command("CONFIG", "SET", "appendfsync", "always")
             server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
-            assert await store.examine() == []
+            assert await store.examine(system_clock.wall()) == []

@@ -128,6 +128,9 @@ class SqliteStore:
             return await self._do(self._database.list_all)
         return await self._do(Operation(lambda rows: rows.list_user(user), users=[user]))
 
+    async def examine(self, wall: int) -> Sequence[str]:
+        return ()
+
     async def count(self) -> int:
         return await self._do(self._database.count)
 

@@ -31,7 +31,7 @@ from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
-from zcproto.stores.base import Change, ChangeKind, DamagedRecord, Notice, StoreUnavailable
+from zcproto.stores.base import CLOCK_SKEW_MS, Change, ChangeKind, DamagedRecord, Notice, StoreUnavailable
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
 from zcproto.stores.valkey.sentinels import Sentinels
@@ -127,7 +127,7 @@ class ValkeyClient:
         self._entropy = entropy
         self._on_notice = on_notice
         self._marks: dict[int, bytes] = {}
-        self._is_emptied = False
+        self._is_emptied = self._is_flushed = False
         self._servers: ValkeyConnection | Cluster | None = None
         self._on_change: Callable[[Change], None] = _ignore
 
@@ -138,7 +138,7 @@ class ValkeyClient:
         """Open the store as in `SessionStore.open`. May be called again after it failed.
 
         After a connection was lost and made again, `on_change` is called with ALL, or with EMPTIED if the server
-        came back without its data. FLUSHDB is deliberate and reported as ALL. Changes by another ValkeyStore in
+        came back without its data, or with FLUSHED after FLUSHALL or FLUSHDB. Changes by another ValkeyStore in
         this process are reported too.
         """
         assert self._servers is None, "the store is open"
@@ -160,16 +160,29 @@ class ValkeyClient:
         )
 
     @operation
-    async def examine(self) -> Sequence[str]:
-        """Return warnings about the servers' configuration."""
-        wanted = ("appendonly", "appendfsync", "maxmemory-policy")
+    async def examine(self, wall: int) -> Sequence[str]:
+        """Return what is wrong with the configuration of the servers, as in `SessionStore.examine`."""
+        keys = (self._shard_key(b"x", shard) for shard in range(self._shards))
+        found = await self._gather(self._examine_server(key, wall) for key in keys)
+        return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+    async def _examine_server(self, key: bytes, wall: int) -> list[str]:
+        """Examine the server that has this key."""
+        call = self._connected.call
+        found = []
+        seconds, _ = await call(key, "TIME")
+        apart_s = abs(int(seconds) - wall // 1000)
+        if apart_s > CLOCK_SKEW_MS // 1000:
+            found.append(
+                f"the clock of the store and this one are {apart_s} s apart: check NTP on both machines"
+            )
+        wanted = "appendonly", "appendfsync", "maxmemory-policy", "min-replicas-to-write"
         try:
-            settings = await self._connected.call(self._prefix + b"schema", "CONFIG", "GET", *wanted)
+            settings = await call(key, "CONFIG", "GET", *wanted)
+            replication = (await call(key, "INFO", "replication")).decode()
         except ResponseError:
-            return [
-                "the server does not show its configuration: check appendonly, appendfsync and maxmemory-policy"
-            ]
-        found: list[str] = []
+            names = ", ".join(wanted)
+            return [*found, f"the server does not show its configuration: check {names}"]
         values = {name.decode(): value.decode() for name, value in settings.items()}
         if values.get("appendonly") != "yes":
             found.append("appendonly is off: a restart of the server loses sessions and revocations")
@@ -177,6 +190,8 @@ class ValkeyClient:
             found.append("appendfsync is not always: a crash of its machine may lose the last second")
         if values.get("maxmemory-policy") != "noeviction":
             found.append("maxmemory-policy is not noeviction: the server may drop sessions when it is full")
+        if "connected_slaves:0" not in replication.split() and values.get("min-replicas-to-write") == "0":
+            found.append("min-replicas-to-write is 0: a failover may lose revocations that no replica has")
         return found
 
     # --- commands and scripts ----------------------------------------------------------------------
@@ -272,8 +287,9 @@ class ValkeyClient:
                     f"(schema {shown}; this one supports {SCHEMA}): upgrade this one"
                 ]
             )
-        if not was_flushed and self._marks.get(shard, mark) != mark:
-            self._is_emptied = True
+        if self._marks.get(shard, mark) != mark:
+            self._is_flushed |= was_flushed
+            self._is_emptied |= not was_flushed
         self._marks[shard] = mark
 
     def _keys_changed(self, keys: Sequence[bytes]) -> None:
@@ -285,8 +301,11 @@ class ValkeyClient:
                 self._on_change(Change(ChangeKind.SESSION, id))
 
     def _reconnected(self) -> None:
-        is_emptied, self._is_emptied = self._is_emptied, False
-        self._on_change(Change(ChangeKind.EMPTIED if is_emptied else ChangeKind.ALL))
+        kind = ChangeKind.ALL
+        if self._is_emptied or self._is_flushed:
+            kind = ChangeKind.EMPTIED if self._is_emptied else ChangeKind.FLUSHED
+        self._is_emptied = self._is_flushed = False
+        self._on_change(Change(kind))
 
     def _hide_password(self, text: str) -> str:
         if self._password:
