@@ -313,9 +313,7 @@ class StoredSessionService(SessionService):
                 if pair is None:
                     raise DamagedRecord("the pair of a recent refresh cannot be decrypted")
                 (token, refresh_token), record = pair, record.record
-                wall = (
-                    record.last_used_at
-                )  # about when the other process made it, so that the grace ends with that
+                wall = record.last_used_at  # about when the other process made it: the grace begins there
             if changes.has_changed(record.id, count):
                 found = await changes.fetch(self._store.get, record.id)
                 if not isinstance(found, SessionRecord) or found.token_digest != record.token_digest:
