@@ -19,6 +19,7 @@ INTERRUPTED: Final = 130
 
 SCENARIOS: Final = {
     "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",
+    "hostile": "Clients of hostile servers: their memory and CPU stay bounded.",
     "kills": "Kill a server again and again: nothing acknowledged is lost.",
     "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
     "reloads": "Reload the configuration under load: no request fails.",
