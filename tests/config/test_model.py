@@ -71,6 +71,7 @@ DEFAULTS = {
     "idempotency.keep": 600.0,
     "idempotency.max_bytes": 67_108_864,
     "idempotency.per_user": 10_000,
+    "idempotency.running_per_user": 256,
     "freshness.tolerance": 30.0,
     "limits.max_connections": 20_000,
     "limits.connections_per_address": 1_000,

@@ -11,9 +11,9 @@ import pytest
 from tests.helpers import FakeClock
 from zcproto.errors import CallError, Cancelled, Code, InternalError
 from zcproto.server.eager import EagerTasks
-from zcproto.server.idempotency import Answer, IdempotencyCache, Waiting, request_digest
+from zcproto.server.idempotency import DEFAULT_RUNNING, Answer, IdempotencyCache, Waiting, request_digest
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
-from zcproto.stores.base import Claim, StoreUnavailable
+from zcproto.stores.base import Claim, StoreUnavailable, too_many_operations
 from zcproto.wire.message import decode_error, encode_body, encode_error
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class FakeStore:
         self.shared = shared
         self.answers = Answers(AnswerLimits())
         self.out = False
+        self.is_full = False
         self.fails_after_the_effect = False
         self.asked: list[str] = []
         self.held: asyncio.Future[None] | None = None
@@ -43,6 +44,8 @@ class FakeStore:
         await asyncio.sleep(0)
         if self.held is not None:
             await self.held
+        if self.is_full:
+            raise too_many_operations()
         if self.out and not self.fails_after_the_effect:
             raise StoreUnavailable("it is out")
 
@@ -85,6 +88,7 @@ class CacheHarness:
         loop: asyncio.AbstractEventLoop,
         store: FakeStore | None = None,
         limits: AnswerLimits = DEFAULT_LIMITS,
+        max_running: int = DEFAULT_RUNNING,
     ) -> None:
         self.loop = loop
         self.clock = FakeClock()
@@ -97,6 +101,7 @@ class CacheHarness:
             breaker=None if store is None else cast("CircuitBreaker", PassThrough(store)),
             keep_ms=KEEP_MS,
             limits=limits,
+            max_running=max_running,
             sleep=self.sleep,
         )
         self.ran = 0

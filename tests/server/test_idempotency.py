@@ -46,7 +46,7 @@ def test_repeated_request_gets_the_stored_answer(harness: CacheHarness) -> None:
     assert first == Answer(0, encode_body("paid"))
     assert harness.call("paid twice") == first
     assert harness.ran == 1
-    assert harness.cache.counts == {"running": 0, "repeated": 1, "conflicts": 0, "lost": 0}
+    assert harness.cache.counts == {"running": 0, "repeated": 1, "conflicts": 0, "lost": 0, "refused": 0}
 
 
 def test_concurrent_requests_share_one_answer(harness: CacheHarness) -> None:
@@ -291,6 +291,40 @@ def test_method_that_cancels_itself_is_answered_and_not_run_again(make_harness: 
 
     assert code(harness.call(wait=CancelsItself())) is Code.CANCELLED
     assert code(harness.call()) is Code.UNKNOWN
+    assert harness.ran == 1
+
+
+def test_runs_of_one_user_are_bounded_when_their_callers_have_gone(make_harness: MakeHarness) -> None:
+    harness = make_harness(max_running=2)
+    gate = harness.loop.create_future()
+    for key in ("one", "two"):
+        waiting = harness.begin(key=key, wait=gate).waiting
+        assert waiting is not None
+        waiting.cancel()
+    harness.turn()
+    refused = harness.call(key="three")
+    assert code(refused) is Code.RESOURCE_EXHAUSTED
+    assert decode_error(refused.body).details == {"retry_after_ms": 1_000}
+    assert harness.cache.counts["refused"] == 1
+    assert harness.call(key="three", user="bob") == Answer(0, encode_body("paid"))
+    gate.set_result(None)
+    harness.turn()
+    assert harness.call(key="three") == Answer(0, encode_body("paid"))
+    assert harness.ran == 4
+
+
+def test_answer_that_a_full_store_refuses_is_stored_in_memory(make_harness: MakeHarness) -> None:
+    store = FakeStore()
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    caller = harness.begin("paid", wait=gate)
+    harness.turn()
+    store.is_full = True
+    gate.set_result(None)
+    harness.turn()
+    assert caller.answer == Answer(0, encode_body("paid"))
+    assert harness.call() == Answer(0, encode_body("paid"))
+    assert code(harness.call(key="another")) is Code.RESOURCE_EXHAUSTED
     assert harness.ran == 1
 
 

@@ -280,6 +280,21 @@ def test_drain_waits_for_runs_without_a_connection(orders: OrderServer) -> None:
     assert drained.done()
 
 
+def test_drain_does_not_wait_long_for_runs_without_a_connection(
+    orders: OrderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.server.state.ABANDONED_S", 0)
+    peer = visitor(orders)
+    peer.send(peer.request(1, "wait", idempotency_key="k"))
+    peer.lose()
+    orders.state.draining = True
+    orders.loop.run_until_complete(asyncio.wait_for(orders.state.wait_drained(), 10))
+    assert orders.state.idempotency.running == 1
+    assert orders.loop.run_until_complete(orders.state.tasks.close(1.0)) == 0
+    orders.state.draining = False
+    assert ask(visitor(orders), 1, "wait").error.code == Code.CANCELLED
+
+
 def test_shutdown_answers_waiting_callers_and_stores_the_answer(orders: OrderServer) -> None:
     peer = visitor(orders)
     peer.send(peer.request(1, "wait", idempotency_key="k"))

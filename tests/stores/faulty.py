@@ -20,13 +20,15 @@ from zcproto.stores.base import (
     NotRotated,
     Repeated,
     StoreUnavailable,
+    too_many_operations,
 )
 
 T = TypeVar("T")
 
-WORKS, FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY, DAMAGED = (
+WORKS, FAILS, BUSY, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY, DAMAGED = (
     "works",
     "fails",
+    "refuses more operations",
     "hangs",
     "fails after doing it",
     "hangs after doing it",
@@ -44,6 +46,8 @@ class FaultyStore:
     Each operation waits for `gate`, if set, before it is done, and for its event in `late` afterwards. `hung` is
     called when a hanging operation is cancelled.
     """
+
+    keeps_time = False
 
     def __init__(
         self, settings: SessionSettings, entropy: Callable[[int], bytes], *, shared: bool = False
@@ -99,6 +103,8 @@ class FaultyStore:
                 raise StoreUnavailable("the test makes it fail")
             if mode == DAMAGED:
                 raise DamagedRecord("the test damages it")
+            if mode == BUSY:
+                raise too_many_operations()
             if mode == HANGS:
                 await self._hang()
             result = await operation

@@ -40,6 +40,10 @@ class MemoryStore:
     def shared(self) -> bool:
         return False
 
+    @property
+    def keeps_time(self) -> bool:
+        return False
+
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Do nothing."""
 

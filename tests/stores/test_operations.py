@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from tests.helpers import FakeClock, small_registry
 from tests.stores.memory_store import MemoryStore
-from zcproto.errors import Unavailable
-from zcproto.sessions.health import StoreHealth
-from zcproto.stores.base import StoreUnavailable
+from zcproto.errors import ResourceExhausted, Unavailable
+from zcproto.sessions.health import FAILURES, StoreHealth
+from zcproto.stores.base import StoreUnavailable, too_many_operations
 from zcproto.stores.operations import CircuitBreaker
 
 
@@ -88,3 +89,36 @@ async def test_attempt_calls_the_store_even_during_an_outage(
     breaker.health.begin_outage(clock.now())
     assert await breaker.attempt(breaker.store.count()) == 0
     assert sum(breaker.durations.counts) == 0
+
+
+async def test_refused_operation_is_not_counted_as_a_failure(breaker: CircuitBreaker) -> None:
+    async def refuse() -> None:
+        raise too_many_operations()
+
+    for _ in range(FAILURES):
+        with pytest.raises(ResourceExhausted):
+            await breaker.call(refuse())
+    assert breaker.health.is_healthy
+    assert not breaker.health.failures
+
+
+async def test_operation_that_ended_while_the_loop_was_blocked_is_not_late(breaker: CircuitBreaker) -> None:
+    loop, breaker.timeout = asyncio.get_running_loop(), 0.004
+    answered = loop.create_future()
+    running = asyncio.create_task(breaker.call(answered))
+    await asyncio.sleep(0)
+    # The loop stands still for longer than the timeout. Then it takes two turns to read the answer.
+    until = loop.time() + 2 * breaker.timeout
+    while time.monotonic() < until:
+        pass
+    loop.call_soon(loop.call_soon, answered.set_result, "answer")
+    assert await running == "answer"
+    assert breaker.health.is_healthy
+
+
+async def test_store_that_keeps_time_is_not_timed_again(
+    breaker: CircuitBreaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryStore, "keeps_time", True)
+    breaker.timeout = 0.0
+    assert await breaker.call(asyncio.sleep(0.001, "late")) == "late"

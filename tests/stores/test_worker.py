@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.helpers import FakeClock
+from zcproto.errors import ResourceExhausted
 from zcproto.stores import worker
 from zcproto.stores.base import StoreUnavailable
-from zcproto.stores.worker import GROUP, Job, Worker
+from zcproto.stores.worker import CHECKS, GROUP, Job, Worker
 
 LONG = 20.0
 
@@ -126,24 +128,107 @@ async def test_timed_out_job_that_had_not_begun_is_not_run(bench: Bench) -> None
     assert done[1:] == ["lasting", "last"]
 
 
-async def test_result_at_the_timeout_is_returned(bench: Bench) -> None:
-    job = Job("work", False, asyncio.get_running_loop().create_future())
-    job.future.set_result("answer")
-    bench.worker._give_up(job, 0.01)
-    assert await job.future == "answer"
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """Return the clock that jobs are timed by."""
+    clock = FakeClock()
+    monkeypatch.setattr(worker, "system_clock", clock)
+    return clock
 
 
-async def test_queue_is_bounded_and_drains() -> None:
+async def test_job_waits_longer_than_its_timeout_for_a_thread_that_works(
+    bench: Bench, clock: FakeClock
+) -> None:
+    held = await bench.hold()
+    waits = asyncio.create_task(bench.worker.submit("work", 0.001))
+    last = asyncio.create_task(bench.worker.submit("last", LONG))
+    for _ in range(CHECKS + 1):
+        await asyncio.sleep(0.00025)
+    bench.go_on.set()
+    assert await waits == "work"
+    await asyncio.gather(held, last)
+
+
+async def test_job_that_waits_too_long_for_a_thread_that_works_is_refused_and_not_run(
+    bench: Bench, clock: FakeClock
+) -> None:
+    held = await bench.hold()
+    kept = asyncio.create_task(bench.worker.submit("lasting", 0.0001, lasting=True))
+    with pytest.raises(ResourceExhausted) as refused:
+        await bench.worker.submit("refused", 0.0001)
+    assert refused.value.details == {"retry_after_ms": 250}
+    bench.go_on.set()
+    await held
+    assert await kept == "lasting"
+    assert bench.groups[1:] == [["lasting"]]
+
+
+async def test_job_fails_if_the_thread_hangs_in_it(bench: Bench, clock: FakeClock) -> None:
+    held = threading.Event()
+
+    def hang() -> None:
+        held.set()
+        assert bench.go_on.wait(LONG)
+
+    hanging = asyncio.create_task(bench.worker.submit(hang, 0.001))
+    assert await asyncio.to_thread(held.wait, LONG)
+    clock.advance(LONG)
+    with pytest.raises(StoreUnavailable, match="within 1 ms"):
+        await hanging
+
+
+async def test_done_job_is_not_late_when_the_loop_is(bench: Bench, clock: FakeClock) -> None:
+    job = Job("work", False, False, asyncio.get_running_loop().create_future(), done=True)
+    clock.advance(LONG)
+    bench.worker._check(job, 0.001, CHECKS)
+    assert job.timer is not None
+    job.timer.cancel()
+    assert not job.future.done()
+
+
+async def test_jobs_go_ahead_of_those_behind(bench: Bench) -> None:
+    held = await bench.hold()
+    later = asyncio.gather(*(bench.worker.submit(number, LONG, behind=True) for number in range(GROUP + 5)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    ahead = asyncio.create_task(bench.worker.submit("ahead", LONG))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert bench.worker.is_waited_for
+    bench.go_on.set()
+    assert await later == [*range(GROUP + 5)]
+    await asyncio.gather(held, ahead)
+    assert bench.groups[1] == ["ahead", *range(GROUP - 1)]
+    assert bench.groups[2] == [*range(GROUP - 1, GROUP + 5)]
+
+
+async def test_full_queue_refuses_jobs_and_drains() -> None:
     bench = Bench(limit=3)
     held = await bench.hold()
     asked = [asyncio.create_task(bench.worker.submit(number, LONG)) for number in range(2)]
     await asyncio.sleep(0)
-    with pytest.raises(StoreUnavailable, match="3 operations are waiting for the disk"):
+    with pytest.raises(ResourceExhausted, match="too many operations wait"):
         await bench.worker.submit("one too many", LONG)
+    asked.append(asyncio.create_task(bench.worker.submit("lasting", LONG, lasting=True)))
+    asked.append(asyncio.create_task(bench.worker.submit("behind", LONG, behind=True)))
+    await asyncio.sleep(0)
     bench.go_on.set()
     await asyncio.gather(held, *asked)
     assert await bench.worker.submit("again", LONG) == "again"
     assert await bench.worker.stop(LONG)
+
+
+async def test_stop_runs_the_jobs_behind_too() -> None:
+    bench = Bench()
+    held = await bench.hold()
+    later = asyncio.gather(*(bench.worker.submit(number, LONG, behind=True) for number in range(3)))
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(bench.worker.stop(LONG))
+    await asyncio.sleep(0)
+    bench.go_on.set()
+    assert await later == [0, 1, 2]
+    assert await stopping
+    await held
 
 
 async def test_stop_runs_submitted_jobs_and_is_idempotent() -> None:

@@ -190,6 +190,7 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_idempotent_answers_total", state.idempotency.repeated, "repeated"
     yield "zcproto_idempotent_answers_total", state.idempotency.conflicts, "conflict"
     yield "zcproto_idempotent_answers_total", state.idempotency.lost, "lost"
+    yield "zcproto_idempotent_answers_total", state.idempotency.refused, "refused"
 
 
 def _errors(snapshot: Snapshot) -> Iterator[Reading]:

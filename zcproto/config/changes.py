@@ -57,7 +57,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             "url password_file ca_file certificate_file key_file timeout grace cleanup_interval"
         ),
     },
-    "idempotency": {Effect.RESTART: "keep max_bytes per_user"},
+    "idempotency": {Effect.RESTART: "keep max_bytes per_user running_per_user"},
     "freshness": {Effect.NEW_CONNECTIONS: "tolerance"},
     "limits": {
         Effect.NOW: "write_timeout login_failures partial_frame_bytes partial_frame_bytes_per_user",

@@ -265,6 +265,9 @@ class IdempotencyConfig(Settings):
     per_user: Annotated[int, whole(1, 1_000_000)] = 10_000
     """Keys of one user, beyond which the oldest are dropped: 16 requests a second, each with its own key, for
     the ten minutes that they are kept."""
+    running_per_user: Annotated[int, whole(1, 65_536)] = 256
+    """Requests with a key of one user that run at the same time. They go on when their connection has ended, and
+    each may wait for the store: without a limit one user could make all others wait."""
 
 
 class FreshnessConfig(Settings):

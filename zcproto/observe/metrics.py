@@ -153,7 +153,8 @@ zcproto_idempotent_requests_running gauge
     Requests with an idempotency key that are running.
 zcproto_idempotent_answers_total counter (result)
     Requests with an idempotency key that were not run. `result`: repeated (answered with the first result),
-    conflict (the key was used for another request), lost (the result of the first request is unknown).
+    conflict (the key was used for another request), lost (the result of the first request is unknown), refused
+    (too many requests of the user were running).
 
 # The store of sessions
 zcproto_store_state gauge (state)

@@ -202,6 +202,7 @@ async def build_state(
             breaker=None if sync is None else sync.breaker,
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
+            max_running=config.idempotency.running_per_user,
         ),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),

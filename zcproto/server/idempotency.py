@@ -6,6 +6,7 @@ are stored.
 Rules:
 - A run belongs to no connection. A caller that cancels, times out or disconnects ends its own wait and never the
   run, so that a retry can find out what happened.
+- The runs of one user are bounded, with a caller or without, and so are their operations that wait for the store.
 - All callers with one key get the same answer, which is stored before the first of them gets it.
 - An answer that guarantees that nothing was done (`NOT_RUN`) is not stored: the next caller runs the request.
   Every other answer is, errors included: a request that failed half-way must not be repeated automatically.
@@ -19,7 +20,7 @@ It must not know: connections, frames, how a method is run.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -27,15 +28,25 @@ from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from zcproto.common.clock import Clock
-from zcproto.errors import CallError, Code, FailedPrecondition, Unavailable, UnknownError
+from zcproto.errors import (
+    CallError,
+    Code,
+    FailedPrecondition,
+    ResourceExhausted,
+    Unavailable,
+    UnknownError,
+)
 from zcproto.server.eager import EagerTasks
-from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
+from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers, too_many_requests
 from zcproto.stores.base import Claim, ClaimState, StoreUnavailable
 from zcproto.stores.operations import CircuitBreaker
 from zcproto.wire.message import encode_body
 
 DEFAULT_KEEP_MS: Final = 600_000
 """Longer than a client retries, and than a person who retries by hand."""
+
+DEFAULT_RUNNING: Final = 256
+"""Twice what one connection can have in flight, and a small part of what may wait for a store."""
 
 NOT_RUN: Final = frozenset(
     {
@@ -116,7 +127,8 @@ class IdempotencyCache:
     in memory within `limits` (a store has its own limits).
 
     Counters for operators: callers that got a stored answer or joined a run (`repeated`), that used a key for
-    another request (`conflicts`), and whose outcome is unknown (`lost`).
+    another request (`conflicts`), whose outcome is unknown (`lost`), and who had `max_running` runs in progress
+    (`refused`).
     """
 
     def __init__(
@@ -127,6 +139,7 @@ class IdempotencyCache:
         breaker: CircuitBreaker | None = None,
         keep_ms: int = DEFAULT_KEEP_MS,
         limits: AnswerLimits = DEFAULT_LIMITS,
+        max_running: int = DEFAULT_RUNNING,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._tasks = tasks
@@ -134,8 +147,10 @@ class IdempotencyCache:
         self._breaker = breaker
         self._keep_ms = keep_ms
         self._limits = limits
+        self._max_running = max_running
         self._sleep = sleep
         self._running: dict[Name, _KeyedRun] = {}
+        self._running_of: Counter[str] = Counter()
         self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
         # Answers in memory, to be written to the store; and claims that it may hold, with their end, though
         # nothing runs.
@@ -147,6 +162,7 @@ class IdempotencyCache:
         self.repeated = 0
         self.conflicts = 0
         self.lost = 0
+        self.refused = 0
 
     @property
     def running(self) -> int:
@@ -166,6 +182,7 @@ class IdempotencyCache:
             "repeated": self.repeated,
             "conflicts": self.conflicts,
             "lost": self.lost,
+            "refused": self.refused,
         }
 
     async def wait_idle(self) -> None:
@@ -192,6 +209,10 @@ class IdempotencyCache:
                 return answer_error(self._conflict())
             self.repeated += 1
             return Waiting(run, on_answer)
+        if self._running_of[user] >= self._max_running:
+            self.refused += 1
+            return answer_error(too_many_requests("of this user "))
+        self._running_of[user] += 1
         run = self._running[name] = _KeyedRun(digest)
         self._no_runs.clear()
         try:
@@ -218,6 +239,10 @@ class IdempotencyCache:
 
     def _ended(self, name: Name) -> None:
         del self._running[name]
+        user = name[0]
+        self._running_of[user] -= 1
+        if not self._running_of[user]:
+            del self._running_of[user]
         if not self._running:
             self._no_runs.set()
 
@@ -313,7 +338,7 @@ class IdempotencyCache:
         if breaker is not None:
             try:
                 await breaker.call(breaker.store.keep_answer(*name, data, wall, self._keep_ms))
-            except (StoreUnavailable, asyncio.CancelledError):
+            except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
                 self._memory.claim(*name, digest, wall, self._keep_ms)
                 _remember(self._unsaved, name)
             else:
@@ -327,7 +352,7 @@ class IdempotencyCache:
             return
         try:
             await breaker.call(breaker.store.release_claim(*name))
-        except (StoreUnavailable, asyncio.CancelledError):
+        except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
             _remember(self._idle_claims, (name, until))
 
     async def _save(self, breaker: CircuitBreaker) -> None:
@@ -341,7 +366,7 @@ class IdempotencyCache:
                         breaker.store.keep_answer(*name, entry.answer, wall, entry.until - wall)
                     )
                 self._unsaved.pop(name, None)
-        except StoreUnavailable:
+        except (StoreUnavailable, ResourceExhausted):
             pass  # retried at the next claim
         finally:
             self._is_saving = False

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -26,6 +27,9 @@ from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
 
 CONNECTIONS_PER_TURN: Final = 100
+
+ABANDONED_S: Final = 2.0
+"""How long a drain waits for requests with an idempotency key after their callers have gone."""
 
 PART_BITS: Final = 4
 """One read is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles."""
@@ -162,10 +166,15 @@ class ServerState:
         self.registry.observers.append(self._session_ended)
 
     async def wait_drained(self) -> None:
-        """Wait until no connection is left and no request with an idempotency key runs."""
+        """Wait until no connection is left, then a moment for requests with an idempotency key.
+
+        No caller waits for these any more. An answer that is stored soon still serves a retry.
+        """
         if self.connections:
             await self._drained.wait()
-        await self.idempotency.wait_idle()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABANDONED_S):
+                await self.idempotency.wait_idle()
 
     async def announce(self, body: bytes | None) -> None:
         """Send an event to every connection, some in each turn of the loop. None ends the announcement."""

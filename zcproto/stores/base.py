@@ -6,6 +6,7 @@ Rules:
 - Each operation is atomic, also between processes that share the store.
 - An operation that fails raises StoreUnavailable within the store's timeout. It may have taken effect
   nevertheless, so repeating any operation must be harmless. No operation blocks the event loop.
+- An operation that is refused because too many wait raises ResourceExhausted. It has no effect; the store is well.
 - Times are passed in as `wall`, in milliseconds. A store reads no clock to decide about a session.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
-from zcproto.errors import Code, ZcprotoError
+from zcproto.errors import Code, ResourceExhausted, ZcprotoError
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 
 MAX_LISTED: Final = 10_000
@@ -24,6 +25,8 @@ MAX_LISTED: Final = 10_000
 
 CLOCK_SKEW_MS: Final = 10_000
 """Between processes that share a store, and between them and the store."""
+
+_RETRY_MS: Final = 250
 
 NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 
@@ -42,6 +45,13 @@ class DamagedRecord(StoreUnavailable):
 
 Notice = Callable[..., object]
 """Called with the name of a notice for the operator, and its values as keywords. Must not raise."""
+
+
+def too_many_operations() -> ResourceExhausted:
+    """Return the error for an operation that is refused although the store is well."""
+    return ResourceExhausted(
+        "too many operations wait for the session store; retry later", {"retry_after_ms": _RETRY_MS}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,10 @@ class SessionStore(Protocol):
     @property
     def shared(self) -> bool:
         """Whether other processes write to it too, so that unknown tokens have to be looked up in it."""
+
+    @property
+    def keeps_time(self) -> bool:
+        """Whether each operation ends within the timeout, measured where a busy event loop does not count."""
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store. `on_change` is called for changes by other processes, never for those of this one.

@@ -1,8 +1,8 @@
 """Runs operations on a session store.
 
-Decides: that each operation ends within the store's timeout, that during an outage operations fail
-at once, and that an operation goes on when its caller has gone. Whether the store may be called is decided by
-StoreHealth.
+Decides: that each operation ends within the store's timeout, however busy the event loop is; that during an outage
+operations fail at once; and that an operation goes on when its caller has gone. Whether the store may be called is
+decided by StoreHealth.
 
 It must not know: what an operation is for, what is done about an outage.
 """
@@ -13,9 +13,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from zcproto.errors import CallError, Unavailable
+from zcproto.errors import CallError, ResourceExhausted, Unavailable
 from zcproto.observe.histogram import WAITED_S, Histogram
 from zcproto.observe.log import get_logger
 from zcproto.sessions.health import StoreHealth
@@ -32,12 +33,57 @@ UPKEEP: Final = "zcproto-store-upkeep"
 
 _TASK: Final = "zcproto-store"
 
+_TURNS: Final = 4
+"""The parts of a LoopTimeout."""
+
 T = TypeVar("T")
 
 Call = Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]]
 """`CircuitBreaker.call`, or `CircuitBreaker.attempt` for probes."""
 
 log = get_logger("zcproto.store")
+
+
+class LoopTimeout:
+    """A timeout for `async with` that counts only time in which the event loop ran.
+
+    A loop that was blocked reads what has arrived meanwhile before an operation counts as late: the timeout is
+    divided, and a late timer counts for one part.
+    """
+
+    __slots__ = ("_due", "_left", "_part", "_scope", "_timer")
+
+    def __init__(self, seconds: float) -> None:
+        self._part = seconds / _TURNS
+        self._left = _TURNS
+
+    async def __aenter__(self) -> None:
+        self._scope = asyncio.timeout(None)
+        await self._scope.__aenter__()
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + self._part
+        self._timer = loop.call_at(self._due, self._tick)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+        await self._scope.__aexit__(kind, error, traceback)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._left -= 1
+        if self._left:
+            now = loop.time()
+            self._due += self._part
+            if self._due <= now:  # the loop was blocked
+                self._due = now + self._part
+            self._timer = loop.call_at(self._due, self._tick)
+        else:
+            self._scope.reschedule(loop.time())
 
 
 @dataclass(eq=False)
@@ -74,7 +120,10 @@ class CircuitBreaker:
         )
 
     async def call(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Run an operation and return its result. Raises StoreUnavailable."""
+        """Run an operation and return its result.
+
+        Raises StoreUnavailable, or ResourceExhausted if too many wait, which is not counted as a failure.
+        """
         if not self.health.is_healthy:
             operation.close()
             raise StoreUnavailable("it is out; calls are suspended until a probe succeeds")
@@ -95,9 +144,11 @@ class CircuitBreaker:
 
     async def attempt(self, operation: Awaitable[T], within: float | None = None) -> T:
         """Run an operation whatever the health, for probes. The outcome is not counted."""
+        if within is None and self.store.keeps_time:
+            return await operation
         limit = self.timeout if within is None else within
         try:
-            async with asyncio.timeout(limit):
+            async with LoopTimeout(limit):
                 return await operation
         except TimeoutError:
             raise StoreUnavailable(f"no answer within {limit * 1000:.0f} ms") from None
@@ -144,8 +195,8 @@ class BackgroundTasks:
                 await asyncio.sleep(interval)
                 try:
                     await work()
-                except StoreUnavailable:
-                    continue  # the breaker has counted it; the next round comes after the outage
+                except (StoreUnavailable, ResourceExhausted):
+                    continue  # the next round comes after the outage, or when fewer wait
                 except Exception as error:
                     log.error("store.upkeep_failed", what=work.__name__, exc_info=error)
 

@@ -25,7 +25,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.errors import Code
+from zcproto.errors import Code, ResourceExhausted
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import NEVER
@@ -356,7 +356,7 @@ class Revoker:
                     repeat.times.pop()
                 if not repeat.times:
                     self._repeats.remove(repeat)
-        except StoreUnavailable:
+        except (StoreUnavailable, ResourceExhausted):
             await asyncio.sleep(RETRY_PAUSE_S)
             raise
         finally:

@@ -389,7 +389,7 @@ class StoredSessionService(SessionService):
             try:
                 listed = await self._call(self._store.list(user))
                 records |= {record.id: record for record in listed}
-            except StoreUnavailable as error:
+            except (StoreUnavailable, ResourceExhausted) as error:
                 failed = error
         ids = [record.id for record in records.values() if record.key == key]
         wall = self._clock.wall()

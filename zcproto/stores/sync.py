@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.errors import Code, ConfigError
+from zcproto.errors import Code, ConfigError, ResourceExhausted
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import HealthAlert, StoreHealth
@@ -151,7 +151,7 @@ class StoreSync:
         try:
             async with asyncio.timeout(CLOSE_LIMIT_S):
                 await self.write_uses()
-        except (StoreUnavailable, TimeoutError):
+        except (StoreUnavailable, ResourceExhausted, TimeoutError):
             log.warning("store.uses_not_written", reason=self.breaker.reason)
         await self.pending.close()
         await self.store.close()
@@ -394,7 +394,7 @@ class ChangeTracker:
                     break
                 try:
                     await work
-                except StoreUnavailable:
+                except (StoreUnavailable, ResourceExhausted):
                     await asyncio.sleep(RETRY_PAUSE_S)
         finally:
             self._is_checking = False

@@ -4,11 +4,14 @@ Decides: which jobs form a group, and when a job is given up.
 
 Rules:
 - Jobs submitted in one turn of the loop form one group, and so do jobs submitted while the thread is busy.
-- A job fails after its timeout, whatever the thread does. A job that has not begun by then is not run, unless it is
-  a lasting one.
+- The time of a job is counted from when the thread begins it. While the thread hangs in one group for longer than
+  the timeout, all jobs fail. Time in which the event loop did not run does not count.
+- A job that waits although the thread works is refused after some timeouts: the caller comes too often, the disk is
+  well. A job that has not begun when it ends is not run, unless it is a lasting one.
 - A busy event loop takes the interpreter back from the thread within microseconds, again and again. So when an
   answer is late the loop sleeps for a moment, repeatedly but not without limit.
-- The queue is bounded. If the thread hangs, jobs fail at once when it is full.
+- Jobs submitted as `behind` wait until no others do. Both queues are bounded: a job for a full one is refused,
+  unless it is a lasting one, of which each follows a job that was admitted.
 
 It must not know: what the jobs do.
 """
@@ -17,18 +20,26 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, Final
 
-from zcproto.stores.base import StoreUnavailable
+from zcproto.common.clock import system_clock
+from zcproto.stores.base import StoreUnavailable, too_many_operations
 
 GROUP: Final = 256
 """Jobs in one group: a few milliseconds of work."""
 
 THREAD_NAME: Final = "zcproto-store"
+
+CHECKS: Final = 4
+"""How often a job is checked within its timeout. A loop that was blocked gets that many turns to read answers."""
+
+PATIENCE: Final = 8
+"""Timeouts that a job may wait for a thread that works."""
 
 _LATE_S: Final = 0.015
 _AGAIN_S: Final = 0.005
@@ -43,8 +54,12 @@ class Job:
 
     work: Any
     lasting: bool
+    behind: bool
     future: asyncio.Future[Any]
+    timer: asyncio.TimerHandle | None = None
     given_up: bool = False
+    begun: bool = False
+    done: bool = False
     result: Any = None
     error: BaseException | None = None
 
@@ -68,32 +83,38 @@ class Worker:
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[list[Job] | None] = SimpleQueue()
+        self._behind: deque[Job] = deque()
         self._next: list[Job] = []
-        self._waiting = 0
+        self._waiting = [0, 0]  # jobs ahead, jobs behind
         self._groups = 0
+        self._lock = Lock()  # for `begun` and `given_up`: a job is either run or given up
         self._is_group = False  # written by the thread
+        self._busy_since: float | None = None  # likewise
         self._watched: asyncio.TimerHandle | None = None
         self._stopping = False
         self._has_ended = self._loop.create_future()
         self._thread = Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
-    async def submit(self, work: Any, within: float, *, lasting: bool = False) -> Any:
-        """Run a job and return its result. Raises StoreUnavailable after `within` seconds or at a full queue."""
+    async def submit(self, work: Any, within: float, *, lasting: bool = False, behind: bool = False) -> Any:
+        """Run a job and return its result.
+
+        Raises StoreUnavailable if the thread takes longer than `within` seconds, ResourceExhausted at a full queue.
+        """
         if self._stopping:
             raise StoreUnavailable("it is closed")
-        if self._waiting >= self._limit:
-            raise StoreUnavailable(f"{self._waiting} operations are waiting for the disk")
-        job = Job(work, lasting, self._loop.create_future())
-        self._waiting += 1
+        if self._waiting[behind] >= self._limit and not lasting:
+            raise too_many_operations()
+        job = Job(work, lasting, behind, self._loop.create_future())
+        self._waiting[behind] += 1
         self._next.append(job)
         if len(self._next) == 1:
             self._loop.call_soon(self._flush)
-        timer = self._loop.call_later(within, self._give_up, job, within)
+        job.timer = self._loop.call_later(within / CHECKS, self._check, job, within, 1)
         try:
             return await job.future
         finally:
-            timer.cancel()
+            job.timer.cancel()
             job.given_up = True
 
     async def stop(self, within: float) -> bool:
@@ -110,14 +131,15 @@ class Worker:
     def _flush(self) -> None:
         if self._next:
             jobs, self._next = self._next, []
-            self._queue.put(jobs)
+            self._behind.extend(job for job in jobs if job.behind)
+            self._queue.put([job for job in jobs if not job.behind])
             if self._watched is None:
                 self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
 
     def _watch(self, groups: int, pauses: int) -> None:
         """Pause if no group was finished since the last check."""
         self._watched = None
-        if not self._waiting or pauses == _MAX_PAUSES:
+        if not any(self._waiting) or pauses == _MAX_PAUSES:
             return
         if groups != self._groups:
             self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
@@ -125,17 +147,32 @@ class Worker:
         time.sleep(_PAUSE_S)
         self._watched = self._loop.call_later(_AGAIN_S, self._watch, groups, pauses + 1)
 
-    def _give_up(self, job: Job, within: float) -> None:
-        job.given_up = True
-        if not job.future.done():
-            job.future.set_exception(
-                StoreUnavailable(f"the disk did not answer within {within * 1000:.0f} ms")
-            )
+    def _check(self, job: Job, within: float, checks: int) -> None:
+        """Give up a job if the thread hangs, or if it has waited too long for a thread that works."""
+        now = system_clock.now()
+        if checks >= CHECKS and not job.done:
+            busy_since = self._busy_since
+            if busy_since is not None and now - busy_since >= within:
+                job.given_up = True
+                job.future.set_exception(
+                    StoreUnavailable(f"the disk did not answer within {within * 1000:.0f} ms")
+                )
+                return
+            if checks >= CHECKS * PATIENCE and self._give_up(job):
+                job.future.set_exception(too_many_operations())
+                return
+        job.timer = self._loop.call_later(within / CHECKS, self._check, job, within, checks + 1)
+
+    def _give_up(self, job: Job) -> bool:
+        """Keep a job from being run. Return False if that is too late, or if it must be run."""
+        with self._lock:
+            job.given_up = not job.begun and not job.lasting
+        return job.given_up
 
     def _deliver(self, jobs: Sequence[Job]) -> None:
-        self._waiting -= len(jobs)
         self._groups += 1
         for job in jobs:
+            self._waiting[job.behind] -= 1
             if job.future.done():
                 continue
             if job.error is not None:
@@ -148,7 +185,7 @@ class Worker:
     @property
     def is_waited_for(self) -> bool:
         """Whether more than one job is to be done."""
-        return self._is_group or not self._queue.empty()
+        return self._is_group or bool(self._behind) or not self._queue.empty()
 
     def _run(self) -> None:
         try:
@@ -156,30 +193,48 @@ class Worker:
                 for start in range(0, len(jobs), GROUP):
                     group = jobs[start : start + GROUP]
                     self._is_group = len(jobs) > 1
-                    self._perform([job for job in group if job.lasting or not job.given_up])
+                    with self._lock:
+                        for job in group:
+                            job.begun = job.lasting or not job.given_up
+                    self._busy_since = system_clock.now()
+                    self._perform([job for job in group if job.begun])
+                    self._busy_since = None
+                    for job in group:
+                        job.done = True
                     self._call(self._deliver, group)
-                del jobs, group  # do not keep them alive while waiting
+                jobs = group = []  # do not keep them alive while waiting
         finally:
             self._finish()
             self._call(self._has_ended.set_result, None)
 
     def _take(self) -> list[Job] | None:
-        """Return the next group; None at the end."""
-        while self._queue.empty() and self._idle():
+        """Return the next group, maybe an empty one; None at the end."""
+        while not self._behind and self._queue.empty() and self._is_idle_useful():
             pass
-        jobs = self._queue.get()
-        if jobs is None:
-            return None
+        jobs: list[Job] = []
+        block = not self._behind
         while len(jobs) < GROUP:
             try:
-                more = self._queue.get_nowait()
+                more = self._queue.get(block)
             except Empty:
                 break
+            block = False
             if more is None:
+                if not jobs and not self._behind:
+                    return None
                 self._queue.put(None)
                 break
             jobs += more
+        while self._behind and len(jobs) < GROUP:
+            jobs.append(self._behind.popleft())
         return jobs
+
+    def _is_idle_useful(self) -> bool:
+        self._busy_since = system_clock.now()
+        try:
+            return self._idle()
+        finally:
+            self._busy_since = None
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         try:

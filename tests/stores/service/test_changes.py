@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.stores.faulty import FAILS
+from tests.stores.faulty import BUSY, FAILS
 from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWithOtherFind, raw
 from zcproto.errors import Code
 from zcproto.sessions import Session
@@ -79,14 +79,15 @@ async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
     assert other.ended == []
 
 
-async def test_failed_check_is_repeated(start_process: StartProcess) -> None:
+@pytest.mark.parametrize("mode", [FAILS, BUSY])
+async def test_failed_check_is_repeated(start_process: StartProcess, mode: str) -> None:
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
     opened = await one.open()
     await other.find(opened.token)
     other.use(opened)
     await one.revoke(opened)
-    other.store.modes["get"] = FAILS
+    other.store.modes["get"] = mode
     other.store.report_change(raw(opened))
     while "get" not in other.store.calls:  # noqa: ASYNC110
         await asyncio.sleep(0)

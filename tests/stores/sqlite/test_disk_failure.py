@@ -13,7 +13,7 @@ import pytest
 from tests.stores.contract import FIVE, KEEP, LEASE, WALL, digest, ended, opened, rotation, session
 from tests.stores.sqlite.disk import Disk
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file
-from zcproto.errors import Code
+from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores import worker
 from zcproto.stores.base import Claim, ClaimState, Created, StoreUnavailable
@@ -273,13 +273,13 @@ async def test_cancelled_operation_that_had_not_begun_is_not_done(harness: Sqlit
     assert await store.list() == [session(1)]
 
 
-async def test_queue_is_bounded(harness: SqliteHarness, disk: Disk) -> None:
+async def test_full_queue_refuses_operations(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect, queue=10)
     disk.hang()
     try:
         waiting = [asyncio.create_task(store.create(session(number), FIVE)) for number in range(10)]
         assert await asyncio.to_thread(disk.reached.wait, 10)
-        with pytest.raises(StoreUnavailable, match="10 operations are waiting for the disk"):
+        with pytest.raises(ResourceExhausted, match="too many operations wait"):
             await store.ping()
     finally:
         disk.go_on.set()

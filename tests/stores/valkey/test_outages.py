@@ -11,7 +11,7 @@ import pytest
 
 from tests.stores.contract import FIVE, WALL, ended, session
 from tests.stores.valkey.server_process import PROGRAMS, Proxy, ServerProcess, running, until
-from zcproto.errors import Code, ConfigError
+from zcproto.errors import Code, ConfigError, ResourceExhausted
 from zcproto.sessions.record import UserLimit
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
 from zcproto.stores.valkey.store import ValkeyStore
@@ -161,9 +161,8 @@ async def test_hung_server_with_many_concurrent_operations(server: ServerProcess
         results = await asyncio.gather(
             *(here.store.find(bytes([number % 256]) * 32) for number in range(9_000)), return_exceptions=True
         )
-        assert {type(result) for result in results} == {StoreUnavailable}
+        assert {type(result) for result in results} == {StoreUnavailable, ResourceExhausted}
         assert loop.time() - begin < 20  # in sequence they would take half an hour
-        assert any("too many" in result.reason for result in results if isinstance(result, StoreUnavailable))
         server.go_on()
         assert await here.store.count() == 0
 

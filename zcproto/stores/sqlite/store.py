@@ -32,7 +32,7 @@ EXPIRE_S: Final = 0.05
 """The longest slice of `expire` while no other operation waits."""
 
 QUEUE: Final = 8_192
-"""Operations that may wait for the thread."""
+"""Operations of sessions that may wait for the thread, and as many for answers behind them."""
 
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ class SqliteStore:
     connect: Connect = sqlite3.connect
     queue: int = QUEUE
     shared = False
+    keeps_time = True
     _worker: Worker | None = field(default=None, init=False)
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
@@ -150,24 +151,31 @@ class SqliteStore:
 
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
         return await self._do(
-            Operation(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms))
+            Operation(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms)),
+            behind=True,
         )
 
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         keeping = Operation(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms))
-        await self._do(keeping, lasting=True)
+        await self._do(keeping, lasting=True, behind=True)
 
     async def release_claim(self, user: str, key: str) -> None:
-        await self._do(Operation(lambda rows: rows.answers.release(user, key)), lasting=True)
+        releasing = Operation(lambda rows: rows.answers.release(user, key))
+        await self._do(releasing, lasting=True, behind=True)
 
     async def _do(
-        self, work: Operation[T] | Callable[[], T], *, within: float | None = None, lasting: bool = False
+        self,
+        work: Operation[T] | Callable[[], T],
+        *,
+        within: float | None = None,
+        lasting: bool = False,
+        behind: bool = False,
     ) -> T:
         """Run an operation or a function in the thread, and return its result."""
         if self._worker is None:
             raise StoreUnavailable("it is not open")
         job = work if isinstance(work, Operation) else partial(self._database.attempt, work)
-        result: T = await self._worker.submit(job, within or self.timeout, lasting=lasting)
+        result: T = await self._worker.submit(job, within or self.timeout, lasting=lasting, behind=behind)
         return result
 
 

@@ -31,7 +31,16 @@ from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
-from zcproto.stores.base import CLOCK_SKEW_MS, Change, ChangeKind, DamagedRecord, Notice, StoreUnavailable
+from zcproto.stores.base import (
+    CLOCK_SKEW_MS,
+    Change,
+    ChangeKind,
+    DamagedRecord,
+    Notice,
+    StoreUnavailable,
+    too_many_operations,
+)
+from zcproto.stores.operations import LoopTimeout
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
 from zcproto.stores.valkey.sentinels import Sentinels
@@ -48,6 +57,15 @@ CLUSTER_SHARDS: Final = 16
 _DAMAGE: Final = re.compile(r"WRONGTYPE|(?<!@)user_script:\d|not an integer")
 """Errors of a command or a script that met a key of another type or content."""
 
+MAX_OPERATIONS: Final = 4_096
+"""Operations in progress, and as many that wait behind them; more are refused."""
+
+ANSWERS_AT_ONCE: Final = 256
+"""Operations on answers that are sent; the others wait, so that session operations go ahead of them."""
+
+LASTING: Final = frozenset({"ping", "end", "end_user", "_end_some", "keep_answer", "release_claim"})
+"""Operations that are never refused. Each follows one that was admitted, or ends sessions."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="ValkeyClient")
@@ -56,12 +74,19 @@ S = TypeVar("S", bound="ValkeyClient")
 def operation(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """Apply the store's timeout to a method, and raise StoreUnavailable for every failure of the servers."""
+    """Apply the store's timeout to a method, and raise StoreUnavailable for every failure of the servers.
+
+    Raises ResourceExhausted if too many are in progress.
+    """
+    is_lasting = method.__name__ in LASTING
 
     @wraps(method)
     async def limited(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._in_progress >= MAX_OPERATIONS and not is_lasting:
+            raise too_many_operations()
+        self._in_progress += 1
         try:
-            async with asyncio.timeout(self._timeout):
+            async with LoopTimeout(self._timeout):
                 return await method(self, *args, **kwargs)
         except TimeoutError:
             reason = f"no answer within {self._timeout * 1000:.0f} ms"
@@ -79,9 +104,31 @@ def operation(
             if _DAMAGE.search(reason):
                 self._report_damage(method.__name__, reason)
                 raise DamagedRecord(self._hide_password(reason)) from error
+        finally:
+            self._in_progress -= 1
         raise StoreUnavailable(self._hide_password(reason))
 
     return limited
+
+
+def behind(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Let an operation wait while too many of its kind are in progress. Its timeout begins after that."""
+    is_lasting = method.__name__ in LASTING
+
+    @wraps(method)
+    async def queued(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._waiting_behind >= MAX_OPERATIONS and not is_lasting:
+            raise too_many_operations()
+        self._waiting_behind += 1
+        try:
+            async with self._behind:
+                return await method(self, *args, **kwargs)
+        finally:
+            self._waiting_behind -= 1
+
+    return queued
 
 
 class ValkeyClient:
@@ -96,6 +143,7 @@ class ValkeyClient:
     """
 
     shared = True
+    keeps_time = True
 
     def __init__(
         self,
@@ -128,6 +176,9 @@ class ValkeyClient:
         self._on_notice = on_notice
         self._marks: dict[int, bytes] = {}
         self._is_emptied = self._is_flushed = False
+        self._in_progress = 0
+        self._waiting_behind = 0
+        self._behind = asyncio.Semaphore(ANSWERS_AT_ONCE)
         self._servers: ValkeyConnection | Cluster | None = None
         self._on_change: Callable[[Change], None] = _ignore
 

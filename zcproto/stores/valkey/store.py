@@ -33,7 +33,7 @@ from zcproto.stores.base import (
     NotRotated,
     Repeated,
 )
-from zcproto.stores.valkey.client import ValkeyClient, operation
+from zcproto.stores.valkey.client import ValkeyClient, behind, operation
 from zcproto.stores.valkey.scripts import (
     DAY_MS,
     ID_TEXT_SIZE,
@@ -302,6 +302,7 @@ class ValkeyStore(ValkeyClient):
 
     # --- answers -----------------------------------------------------------------------------------
 
+    @behind
     @operation
     async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
         tag, digest, until = tag_of(user), key_digest(key), min(wall + lease_ms, LAST_MS)
@@ -318,6 +319,7 @@ class ValkeyStore(ValkeyClient):
             return Claim(ClaimState.RUNNING, until=int(answer))
         return Claim(ClaimState(state.decode()), answer)
 
+    @behind
     @operation
     async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
         check_size(answer, self._answers)
@@ -328,6 +330,7 @@ class ValkeyStore(ValkeyClient):
         )
         await self._trim(tag, wall, count, size)
 
+    @behind
     @operation
     async def release_claim(self, user: str, key: str) -> None:
         await self._run("release", tag_of(user), key_digest(key), DAY_MS)
