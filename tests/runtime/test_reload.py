@@ -135,6 +135,21 @@ def test_reload_applies_login_throttle(serve: Serve) -> None:
         assert client.refused("session.open", params).code == Code.RESOURCE_EXHAUSTED
 
 
+def test_reload_applies_request_limits_to_open_connections(serve: Serve) -> None:
+    server = serve()
+    with server.client("ada") as noisy, server.client("eve") as other:
+        noisy.echo()
+        server.reload(limits__requests_per_user=1)
+        noisy.echo()
+        noisy.echo()
+        refused = noisy.refused("echo")
+        assert refused.code == Code.RESOURCE_EXHAUSTED
+        assert 0 < refused.details["retry_after_ms"] <= 1_000
+        other.echo()
+        server.reload(limits__requests_per_user=0)
+        noisy.echo()
+
+
 def test_reload_keeps_max_frame_of_existing_connections(serve: Serve) -> None:
     server = serve(limits__max_frame_bytes=200_000)
     with server.client("ada") as old:

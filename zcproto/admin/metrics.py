@@ -24,6 +24,7 @@ from zcproto.errors import Code
 from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import process_readings
+from zcproto.server.request_limits import LIMIT_NAMES
 from zcproto.sessions import EndReason
 from zcproto.sessions.health import HealthState
 from zcproto.stores.pending import LIMIT as PENDING_LIMIT
@@ -79,6 +80,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         parts.listener,
         parts.state.registry,
     )
+    requests = parts.state.request_limits
     rows: list[tuple[str, int, int | None]] = [
         ("limits.max_connections", limits.max_connections, listener.connections),
         ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
@@ -94,6 +96,12 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.max_depth", limits.max_depth, None),
         ("limits.write_buffer_bytes", limits.write_buffer_bytes, None),
         ("limits.login_failures", limits.login_failures, None),
+        ("limits.requests_per_user", limits.requests_per_user, None),
+        ("limits.requests_per_address", limits.requests_per_address, None),
+        ("limits.public_requests_per_address", limits.public_requests_per_address, None),
+        ("limits.running_per_user", limits.running_per_user, requests.most_running_per_user),
+        ("limits.running_per_address", limits.running_per_address, requests.most_running_per_address),
+        ("idempotency.running_per_user", config.idempotency.running_per_user, None),
         ("tls.max_handshakes", config.tls.max_handshakes, parts.acceptor.handshakes_in_progress),
         ("tls.max_pending", config.tls.max_pending, parts.acceptor.pending.shares.used),
         ("sessions.per_user", config.sessions.per_user, None),
@@ -186,6 +194,8 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_method_duration_seconds", method.durations, name
         if any(method.waits.counts):
             yield "zcproto_method_wait_seconds", method.waits, name
+    for name in LIMIT_NAMES:
+        yield "zcproto_requests_limited_total", state.request_limits.refused[name], name
     yield "zcproto_idempotent_requests_running", state.idempotency.running
     yield "zcproto_idempotent_answers_total", state.idempotency.repeated, "repeated"
     yield "zcproto_idempotent_answers_total", state.idempotency.conflicts, "conflict"

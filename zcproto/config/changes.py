@@ -60,7 +60,10 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "idempotency": {Effect.RESTART: "keep max_bytes per_user running_per_user"},
     "freshness": {Effect.NEW_CONNECTIONS: "tolerance"},
     "limits": {
-        Effect.NOW: "write_timeout login_failures partial_frame_bytes partial_frame_bytes_per_user",
+        Effect.NOW: (
+            "write_timeout login_failures requests_per_user requests_per_address public_requests_per_address"
+            " running_per_user running_per_address partial_frame_bytes partial_frame_bytes_per_user"
+        ),
         Effect.NEW_CONNECTIONS: (
             "max_connections connections_per_address ipv4_network_bits ipv6_network_bits max_frame_bytes"
             " max_frame_bytes_before_session max_streams max_depth idle_timeout write_buffer_bytes"

@@ -310,6 +310,19 @@ class LimitsConfig(Settings):
     """Bytes waiting for a client that reads slowly, beyond which the server stops reading from it."""
     write_timeout: Annotated[float, duration("100ms", "10m")] = 20.0
     """How long a client may read nothing of the waiting bytes before it is disconnected."""
+    requests_per_user: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
+    """Requests a second of one user with a session, on average; twice as many at once. More are refused. Set it
+    where users can harm each other: one flat out takes half of the server from all others."""
+    requests_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
+    """Requests a second of one address, counted alike. Many users may share an address."""
+    public_requests_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 1000
+    """Requests a second without a session of one address, counted alike: a client has one or two. Logins have
+    limits of their own."""
+    running_per_user: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
+    """Requests in progress of one user: those that wait for something. Requests with a key also have
+    idempotency.running_per_user."""
+    running_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
+    """Requests in progress of one address. Many users may share an address."""
     login_failures: Annotated[int, whole(1, 100)] = 5
     """Failed logins before delays begin: a person mistypes a few times, a program keeps guessing."""
 

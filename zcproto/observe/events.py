@@ -180,6 +180,8 @@ connection.refused info (peer connection code reason) by peer, limit per code
     A connection was ended because of invalid input.
 connection.aborted info (peer connection reason) by peer, limit per reason
     A connection was reset because its peer does not read.
+request.limited info (peer user what) by peer, limit per address
+    A request was refused: a limit of requests a second or in progress of `limits` is reached.
 connection.certificate_revoked warning (peer connection) by peer, limit per address
     A connection was closed because its client certificate was revoked.
 request.failed error (what incident exc_info peer connection) by peer, limit per method

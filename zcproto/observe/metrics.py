@@ -149,6 +149,9 @@ zcproto_frames_refused_total counter (reason code)
     Frames refused before they became a call. `reason`: token, stale, stale_dropped (without answer; counted
     when the connection ends), malformed, deadline (already passed), key_not_proved, max_streams, draining,
     too_large_without_session.
+zcproto_requests_limited_total counter (limit)
+    Requests refused because a user or an address sent too many. `limit`: the key in the section `limits`:
+    requests_per_user, requests_per_address, public_requests_per_address, running_per_user, running_per_address.
 zcproto_idempotent_requests_running gauge
     Requests with an idempotency key that are running.
 zcproto_idempotent_answers_total counter (result)

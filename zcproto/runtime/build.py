@@ -59,6 +59,7 @@ from zcproto.server.listener import Listener
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
+from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.server.state import ServerState, SessionConnections, log
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
@@ -204,6 +205,7 @@ async def build_state(
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             max_running=config.idempotency.running_per_user,
         ),
+        request_limits=RequestLimits(request_settings(config)),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),
     )
@@ -327,6 +329,18 @@ def partial_frame_limits(config: Config) -> PartialFrameLimits:
     limits = config.limits
     per_user = max(limits.partial_frame_bytes_per_user, limits.max_frame_bytes + LENGTH_SIZE)
     return PartialFrameLimits(max(limits.partial_frame_bytes, per_user), per_user)
+
+
+def request_settings(config: Config) -> RequestSettings:
+    """Return the limits of requests."""
+    limits = config.limits
+    return RequestSettings(
+        per_user=limits.requests_per_user,
+        per_address=limits.requests_per_address,
+        public_per_address=limits.public_requests_per_address,
+        running_per_user=limits.running_per_user,
+        running_per_address=limits.running_per_address,
+    )
 
 
 def session_settings(config: Config) -> SessionSettings:

@@ -26,7 +26,12 @@ from zcproto.config.changes import TAKES_EFFECT, ConfigChange, Effect, changes_b
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
 from zcproto.runtime.alert_sources import watch_rates
-from zcproto.runtime.build import connection_settings, partial_frame_limits, session_settings
+from zcproto.runtime.build import (
+    connection_settings,
+    partial_frame_limits,
+    request_settings,
+    session_settings,
+)
 from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
 
@@ -133,6 +138,7 @@ def _apply(parts: Parts, new: Config) -> None:
     if settings != state.registry.settings:
         state.registry.reconfigure(settings)
     state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
+    state.request_limits.reconfigure(request_settings(new))
     parts.login.throttle.reconfigure(limits.login_failures)
     parts.acceptor.handshake_timeout = new.tls.handshake_timeout
     parts.acceptor.client_pins = parse_pins(new.tls.client_pins)

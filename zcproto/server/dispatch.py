@@ -2,8 +2,8 @@
 
     request -> access -> parameters -> method -> answer
 
-Decides: who may call a method, and which answer an exception becomes. Calls of a method without
-checked parameters are inlined in `ServerProtocol._process`.
+Decides: who may call a method, and which answer an exception becomes. Calls with a session of a method without
+checked parameters are inlined in `ServerProtocol._process`, unless requests with a session are limited.
 
 Rules:
 - A method runs in the turn of the loop in which its request arrives, until it first waits.
@@ -28,7 +28,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.errors import CallError, Cancelled, Code
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
-from zcproto.server.state import PART_BITS, ServerState
+from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
 SENT_AT_ONCE: Final = 4_096
@@ -82,6 +82,14 @@ class Dispatcher(asyncio.Protocol):
     def _run(self, request: Request, method: Method | None) -> None:
         """Run a request's method until it returns or waits."""
         state = self._state
+        limits, session = state.request_limits, request.session
+        if session is None or limits.checks_sessions:
+            user = None if session is None else session.user
+            excess = limits.check(user, self.peer, request.method, state.clock.now())
+            if excess is not None:
+                log.info("request.limited", peer=self.peer, user=user, what=request.method)
+                self._answer_exception(request, excess)
+                return
         refusal = _refusal(request, method)
         if refusal is not None:
             self._fail(request, *refusal)
@@ -171,8 +179,14 @@ class Dispatcher(asyncio.Protocol):
         if isinstance(worker, Waiting):
             return
         method = self._state.methods[request.method]
+        limits = self._state.request_limits if self._state.request_limits.counts_running else None
+        user, peer = None if request.session is None else request.session.user, self.peer
+        if limits is not None:
+            limits.begin(user, peer)
 
         def done(result: Any, error: BaseException | None) -> None:
+            if limits is not None:
+                limits.end(user, peer)
             method.waits.add(self.now() - now)
             if self._workers is not None:
                 self._workers.pop(request, None)

@@ -165,6 +165,7 @@ class ServerProtocol(Dispatcher):
         state = self._state
         methods = state.methods
         timed = wall >> PART_BITS != state.timed_part
+        checked = timed or state.request_limits.checks_sessions
         requests = 0
         for event in events:
             if event.__class__ is tuple:
@@ -174,9 +175,10 @@ class ServerProtocol(Dispatcher):
                 if (
                     method is None
                     or not method.is_unchecked
-                    or (not method.public if session is None else method.operator)
+                    or session is None
+                    or method.operator
                     or (meta is not NO_META and meta.idempotency_key is not None)
-                    or timed
+                    or checked
                 ):
                     if timed:
                         self._run_timed(Request(*event), method, wall)

@@ -22,6 +22,7 @@ from zcproto.observe.log import LogBatch, get_logger
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
+from zcproto.server.request_limits import RequestLimits
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
@@ -140,6 +141,7 @@ class ServerState:
     )
     methods: dict[str, Method] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    request_limits: RequestLimits = field(default_factory=RequestLimits)
     timed_part: int = -1
     """The interval of wall time that has had its timed read."""
     connections: set[Connection] = field(default_factory=set)

@@ -1,0 +1,174 @@
+"""Limits of what one user and one address may request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from tests.server.protocol_harness import Harness, Peer
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.server.request_limits import BURST_S, RequestLimits, RequestRate, RequestSettings
+from zcproto.wire.frame import Kind
+
+RATE = 4
+BURST = int(RATE * BURST_S)
+"""Requests that a full bucket admits at once."""
+
+
+# --- a rate ----------------------------------------------------------------------------------------------
+
+
+def test_bucket_admits_a_burst_then_the_rate() -> None:
+    rate = RequestRate(RATE)
+    assert [rate.admit("ada", 100.0) for _ in range(BURST + 1)] == [*(BURST * [0]), 250]
+    assert rate.admit("bob", 100.0) == 0
+    assert rate.admit("ada", 100.125) == 125
+    assert rate.admit("ada", 100.25) == 0
+    assert rate.admit("ada", 100.25) == 250
+
+
+def test_bucket_is_full_again_after_the_time_of_a_burst() -> None:
+    rate = RequestRate(RATE)
+    for now in (100.0, 100.0 + BURST_S, 1_000.0):
+        assert [rate.admit("ada", now) for _ in range(BURST + 1)] == [*(BURST * [0]), 250]
+
+
+def test_rate_of_zero_admits_everything_and_counts_nothing() -> None:
+    rate = RequestRate(0)
+    assert not any(rate.admit("ada", 100.0) for _ in range(10_000))
+    assert len(rate) == 0
+
+
+def test_full_table_drops_full_buckets_and_then_shares_one() -> None:
+    rate = RequestRate(RATE, max_keys=2)
+    for key in ("ada", "bob"):
+        assert rate.admit(key, 100.0) == 0
+    shared = [rate.admit(f"user{number}", 100.0) for number in range(BURST + 1)]
+    assert shared == [*(BURST * [0]), 250]
+    assert [rate.admit("ada", 100.0) for _ in range(BURST)] == [*((BURST - 1) * [0]), 250]
+    assert rate.admit("carol", 100.0 + BURST_S) == 0
+    assert len(rate) <= 3
+
+
+# --- all limits --------------------------------------------------------------------------------------------
+
+
+def check(
+    limits: RequestLimits, user: str | None, peer: str = "192.0.2.1", method: str = "pay"
+) -> ResourceExhausted | None:
+    return limits.check(user, peer, method, 100.0)
+
+
+def test_each_limit_refuses_with_its_message_and_a_delay() -> None:
+    for name, settings, user in (
+        ("requests_per_user", RequestSettings(per_user=1), "ada"),
+        ("requests_per_address", RequestSettings(per_address=1), "ada"),
+        ("requests_per_address", RequestSettings(per_address=1), None),
+        ("public_requests_per_address", RequestSettings(public_per_address=1), None),
+    ):
+        limits = RequestLimits(settings)
+        assert [check(limits, user) for _ in range(2)] == [None, None]
+        error = check(limits, user)
+        assert error is not None
+        assert error.details == {"retry_after_ms": 1_000}
+        assert limits.refused == {name: 1}
+
+
+def test_addresses_of_one_ipv6_site_share_a_bucket() -> None:
+    limits = RequestLimits(RequestSettings(public_per_address=1))
+    assert check(limits, None, "2001:db8::1") is None
+    assert check(limits, None, "2001:db8::2") is None
+    assert check(limits, None, "2001:db8::3") is not None
+    assert check(limits, None, "2001:db8:0:1::1") is None
+
+
+def test_logins_are_not_limited_here() -> None:
+    limits = RequestLimits(RequestSettings(1, 1, 1, 1, 1))
+    assert not any(check(limits, None, method="session.open") for _ in range(100))
+
+
+def test_requests_in_progress_are_limited_until_they_end() -> None:
+    for settings, name in (
+        (RequestSettings(running_per_user=2), "running_per_user"),
+        (RequestSettings(running_per_address=2), "running_per_address"),
+    ):
+        limits = RequestLimits(settings)
+        assert limits.counts_running
+        for _ in range(2):
+            assert check(limits, "ada") is None
+            limits.begin("ada", "192.0.2.1")
+        assert (limits.most_running_per_user, limits.most_running_per_address) == (2, 2)
+        assert check(limits, "ada") is not None
+        assert limits.refused == {name: 1}
+        limits.end("ada", "192.0.2.1")
+        assert check(limits, "ada") is None
+        limits.end("ada", "192.0.2.1")
+        assert (limits.most_running_per_user, limits.most_running_per_address) == (0, 0)
+
+
+# --- over connections ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    loop = asyncio.new_event_loop()
+    harness = Harness(loop)
+    yield harness
+    for future in harness.futures:
+        if not future.done():
+            future.set_result(None)
+    assert loop.run_until_complete(harness.state.tasks.close(1.0)) == 0
+    loop.close()
+
+
+def visitor(harness: Harness, user: str) -> Peer:
+    peer = harness.connect()
+    peer.login(user)
+    return peer
+
+
+def codes(peer: Peer, method: str, count: int) -> list[int]:
+    """Send requests in one read; return the codes of their answers, 0 for a result."""
+    peer.send(*(peer.request(stream, method) for stream in range(1, count + 1)))
+    return [answer.error.code if answer.kind is Kind.ERROR else 0 for answer in peer.answers()]
+
+
+def test_noisy_user_is_refused_and_others_are_served(harness: Harness) -> None:
+    harness.state.request_limits.reconfigure(RequestSettings(per_user=RATE))
+    noisy, again, other = visitor(harness, "ada"), visitor(harness, "ada"), visitor(harness, "bob")
+    harness.advance(BURST_S)
+    assert codes(noisy, "context.join", BURST) == BURST * [0]
+    assert codes(again, "context.join", 2) == 2 * [Code.RESOURCE_EXHAUSTED]
+    assert codes(other, "context.join", 2) == [0, 0]
+    assert harness.state.request_limits.refused == {"requests_per_user": 2}
+    assert harness.state.counters.errors[Code.RESOURCE_EXHAUSTED] == 2
+    harness.advance(1 / RATE)
+    assert codes(again, "context.join", 2) == [0, Code.RESOURCE_EXHAUSTED]
+
+
+def test_requests_without_a_session_are_limited_per_address(harness: Harness) -> None:
+    harness.state.request_limits.reconfigure(RequestSettings(public_per_address=RATE))
+    harness.app.method("hello", public=True)(lambda: "hello")
+    harness.state.add_methods(harness.app)
+    known = visitor(harness, "ada")
+    assert codes(harness.connect(), "hello", BURST) == BURST * [0]
+    assert codes(harness.connect(), "hello", 1) == [Code.RESOURCE_EXHAUSTED]
+    assert codes(harness.connect(), "unknown", 1) == [Code.RESOURCE_EXHAUSTED]
+    assert codes(known, "hello", 5) == 5 * [0]
+
+
+def test_requests_that_wait_are_limited_per_user_until_they_end(harness: Harness) -> None:
+    harness.state.request_limits.reconfigure(RequestSettings(running_per_user=2))
+    first, second = visitor(harness, "ada"), visitor(harness, "ada")
+    assert codes(first, "wait", 1) == []
+    assert codes(second, "wait", 2) == [Code.RESOURCE_EXHAUSTED]
+    assert codes(visitor(harness, "bob"), "wait", 2) == []
+    harness.futures[0].set_result("done")
+    harness.turn()
+    assert [answer.value for answer in first.answers()] == ["done"]
+    second.lose()
+    harness.turn()
+    assert harness.state.request_limits.most_running_per_user == 2  # bob's
+    assert codes(first, "wait", 3) == [Code.RESOURCE_EXHAUSTED]
