@@ -21,7 +21,6 @@ from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server import listener
 from zcproto.server.listener import Listener, bind
-from zcproto.tls.server import TlsAcceptor
 
 Serve = Callable[..., ServerThread]
 
@@ -271,21 +270,24 @@ def test_connections_wait_in_the_backlog_while_all_places_are_taken(serve: Serve
     server.until_left()
 
 
-def test_many_connections_are_accepted_per_turn_while_handshakes_wait(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accepts_per_turn_double_while_connections_wait(serve: Serve) -> None:
     server = serve()
-    parts = server.server.parts
-    monkeypatch.setattr(TlsAcceptor, "is_busy", True)
+    ports = server.server.parts.listener
     waiting: list[socket.socket] = []
 
-    def accept() -> int:
-        waiting.extend(server.tcp() for _ in range(listener.ACCEPTS_PER_TURN + 6))
-        parts.listener._accept(parts.listener._sockets[0], socket.AF_INET)
-        return parts.listener.connections
+    def accept() -> list[int]:
+        waiting.extend(server.tcp() for _ in range(200))
+        accepted = [0]
+        while accepted[-1] < len(waiting):
+            ports._accept(ports._sockets[0], socket.AF_INET)
+            accepted.append(ports.connections)
+        ports._accept(ports._sockets[0], socket.AF_INET)
+        waiting.extend(server.tcp() for _ in range(2))
+        ports._accept(ports._sockets[0], socket.AF_INET)
+        return [*accepted, ports.connections]
 
-    assert server.in_loop(accept) == listener.ACCEPTS_PER_TURN
-    server.until(lambda: parts.listener.connections == len(waiting))
+    assert server.in_loop(accept) == [0, 1, 3, 7, 15, 31, 63, 127, 191, 200, 201]
+    server.until(lambda: ports.connections == len(waiting))
     for each in waiting:
         reset(each)
     server.until_left()

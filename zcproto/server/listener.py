@@ -34,8 +34,7 @@ from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096
 ACCEPTS_PER_TURN: Final = 64
-"""Connections accepted per turn of a loop whose turns are long because of handshakes. One per turn would leave
-clients in the backlog behind a flood."""
+"""Most connections accepted per turn of the loop. With one, clients would wait in the backlog behind a flood."""
 
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
@@ -121,6 +120,7 @@ class AcceptLoop:
         self._loop = loop
         self._sockets: list[socket.socket] = []
         self._accepting = False
+        self._batch = 1
         self._closed = False
         self._adopting: dict[Opening, asyncio.BaseProtocol] = {}  # held here until the loop has them
 
@@ -157,10 +157,6 @@ class AcceptLoop:
         """Whether to leave further connections in the backlog until `_resume` is called."""
         return False
 
-    def _accepts_now(self) -> int:
-        """Return how many connections to accept before the loop serves others."""
-        return 1
-
     def _admit(self, connection: socket.socket, address: Any) -> None:
         """Adopt an accepted connection, or close it."""
         raise NotImplementedError
@@ -169,10 +165,13 @@ class AcceptLoop:
         """Count an accept that failed because the system has no descriptor or memory left."""
 
     def _accept(self, listening: socket.socket, family: int) -> None:
-        # The loop calls again while there are more, and serves others in between.
-        left = self._accepts_now()
-        while left and self._accept_one(listening, family):
-            left -= 1
+        # The loop calls again while there are more, and serves others in between. The batch doubles while it is
+        # not enough: trying for one more than there are costs a system call.
+        for _ in range(self._batch):
+            if not self._accept_one(listening, family):
+                self._batch = 1
+                return
+        self._batch = min(2 * self._batch, ACCEPTS_PER_TURN)
 
     def _accept_one(self, listening: socket.socket, family: int) -> bool:
         """Accept and admit a connection. Return False if no connection waits, or accepting is paused."""
@@ -278,9 +277,6 @@ class Listener(AcceptLoop):
 
     def _is_full(self) -> bool:
         return self._acceptor.pending.is_full
-
-    def _accepts_now(self) -> int:
-        return ACCEPTS_PER_TURN if self._acceptor.is_busy else 1
 
     def _exhausted(self) -> None:
         self._state.counters.accept_failed += 1

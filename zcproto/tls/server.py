@@ -99,11 +99,6 @@ class TlsAcceptor:
         """Handshakes that hold a slot: begun with a complete ClientHello, and not ended."""
         return self.slots.used
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether handshakes wait for a later turn."""
-        return self._turn_planned
-
     def set_limits(self, handshakes: int, pending: int, network_bits: tuple[int, int]) -> None:
         """Limit handshakes and pending connections, and set the prefix lengths of IPv4 and IPv6 networks."""
         self.slots.limit = handshakes
