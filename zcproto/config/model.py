@@ -90,7 +90,8 @@ class TlsConfig(Settings):
     max_pending: Annotated[int, whole(1, 1_000_000)] = 4096
     """Connections without a complete ClientHello, or that wait for their handshake. They are shared between
     networks as above. Beyond its share a new connection replaces the oldest one that sent no complete ClientHello.
-    Each takes about 5 KiB: 20 MB at the default."""
+    Each takes about 5 KiB, and up to 16 KiB of half a ClientHello. Raise it if a load balancer without PROXY
+    protocol forwards all clients from one address."""
     client_auth: Annotated[str, one_of("off", "optional", "required")] = "off"
     """Whether clients present certificates. "optional": a client with a certificate may open sessions with
     it; "required": connections without one are refused. By default users open sessions with keys, which need
