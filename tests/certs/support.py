@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,33 @@ def build(
     for extension in extensions:
         builder = builder.add_extension(extension, critical=False)
     return builder.sign(signer or key, algorithm)
+
+
+def constrained(authority: x509.Certificate, key: Any, names: Sequence[str]) -> x509.Certificate:
+    """Return this authority as earlier versions issued it: constrained to DNS names, for any address."""
+    builder = x509.CertificateBuilder(
+        authority.issuer,
+        authority.subject,
+        authority.public_key(),
+        x509.random_serial_number(),
+        authority.not_valid_before_utc,
+        authority.not_valid_after_utc,
+    )
+    for extension in authority.extensions:
+        if not isinstance(extension.value, x509.NameConstraints):
+            builder = builder.add_extension(extension.value, extension.critical)
+    addresses = [x509.IPAddress(ip_network(network)) for network in ("0.0.0.0/0", "::/0")]
+    constraints = x509.NameConstraints([*map(x509.DNSName, names), *addresses], None)
+    return builder.add_extension(constraints, critical=True).sign(key, hashes.SHA256())
+
+
+def constrain(folder: Path, *names: str) -> x509.Certificate:
+    """Replace the authority of a folder by one that is constrained to these DNS names."""
+    path = folder / "ca.crt"
+    key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    certificate = constrained(x509.load_pem_x509_certificate(path.read_bytes()), key, names)
+    path.write_bytes(pem(certificate))
+    return certificate
 
 
 def pin_of(certificate: x509.Certificate) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import rsa
 
-from tests.certs.support import DAY, NOW, build, der, ensure, openssl, pem, pem_of, pem_of_key
+from tests.certs.support import DAY, NOW, build, constrain, der, ensure, openssl, pem, pem_of, pem_of_key
 from zcproto.certs import authority, pair, profile
 from zcproto.errors import CertificateError
 
@@ -203,22 +202,29 @@ def test_copied_folder_keeps_working(made: Path, tmp_path: Path) -> None:
 # --- what it may issue for
 
 
-def test_authority_is_constrained_to_the_known_names(made: Path) -> None:
-    assert profile.permitted_names(read(made / "ca.crt")) == ("localhost", "zcp.example.com")
+def test_new_authority_has_no_name_constraints(made: Path) -> None:
+    assert not profile.has_constraints(read(made / "ca.crt"))
+
+
+@pytest.fixture
+def constrained_folder(made: Path) -> Path:
+    """A folder that an earlier version created."""
+    constrain(made, "localhost", "zcp.example.com")
+    return made
 
 
 @pytest.mark.parametrize("name", ["new.example", "*.example.com"])
 def test_configured_name_outside_constraints_reissues_the_authority_and_is_reported(
-    made: Path, name: str
+    constrained_folder: Path, name: str
 ) -> None:
+    made = constrained_folder
     old = read(made / "ca.crt")
     sentences: list[str] = []
     pairs = ensure(made, names=["zcp.example.com", name], progress=sentences.append)
     new = read(made / "ca.crt")
     assert new.public_key() == old.public_key()
     assert new.subject == old.subject
-    base = name.removeprefix("*.")
-    assert set(profile.permitted_names(new) or ()) == {"localhost", "zcp.example.com", base}
+    assert not profile.has_constraints(new)
     assert all(name in pair.names for pair in pairs)
     assert sentences[1] == (
         f"ATTENTION: {made}/ca.crt was reissued because the old one is not valid for {name}. Clients that have"
@@ -238,7 +244,8 @@ def openssl_accepts(folder: Path, now: datetime) -> None:
         openssl(*strict, "-CAfile", folder / "ca.crt", folder / name)
 
 
-def test_host_name_outside_constraints_is_left_out_and_reported(made: Path) -> None:
+def test_host_name_outside_constraints_is_left_out_and_reported(constrained_folder: Path) -> None:
+    made = constrained_folder
     before, sentences = (made / "ca.crt").read_bytes(), list[str]()
     arguments: dict[str, Any] = {"host_names": ["localhost", "box", "box.lan", "10.0.0.7"]}
     pairs = ensure(made, **arguments, progress=sentences.append)
@@ -261,22 +268,14 @@ def test_authority_that_permits_none_of_the_names_is_reissued(tmp_path: Path) ->
     folder, sentences = tmp_path / "certs", list[str]()
     arguments: dict[str, Any] = {"names": [], "key_types": ["ecdsa-p256"]}
     ensure(folder, **arguments, host_names=["a.lan"])
+    constrain(folder, "a.lan")
     (one,) = ensure(folder, **arguments, host_names=["b.lan"], progress=sentences.append)
     assert one.names == ("b.lan",)
     assert "ATTENTION" in sentences[1]
 
 
-def without_constraints(folder: Path) -> x509.Certificate:
-    """Makes the authority of this folder as an earlier version made it."""
-    key = pair.read_private_key(folder / "ca.key")
-    assert isinstance(key, rsa.RSAPrivateKey)
-    certificate = profile.authority_certificate(key, authority.SERVER.title, NOW)
-    (folder / "ca.crt").write_bytes(pem(certificate))
-    return certificate
-
-
 def test_authority_without_constraints_is_kept_for_any_name(made: Path) -> None:
-    old = without_constraints(made)
+    old = read(made / "ca.crt")
     sentences: list[str] = []
     changes: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost", "box"]}
     assert "box" in ensure(made, **changes, progress=sentences.append)[0].names
@@ -285,20 +284,35 @@ def test_authority_without_constraints_is_kept_for_any_name(made: Path) -> None:
     ensure(made, **changes, now=NOW + 3600 * DAY)
     renewed = read(made / "ca.crt")
     assert renewed != old
-    assert profile.permitted_names(renewed) is None
+    assert not profile.has_constraints(renewed)
 
 
-def test_renewed_authority_permits_old_and_configured_names(made: Path) -> None:
-    later = NOW + 3600 * DAY
-    ensure(made, names=[], host_names=["localhost", "box"], now=later)
-    assert profile.permitted_names(read(made / "ca.crt")) == ("localhost", "box", "zcp.example.com")
+def test_constrained_authority_is_renewed_without_constraints(constrained_folder: Path) -> None:
+    made, later = constrained_folder, NOW + 3600 * DAY
+    ensure(made, now=later)
+    assert not profile.has_constraints(read(made / "ca.crt"))
     openssl_accepts(made, later)
 
 
-def test_leaf_with_a_name_outside_a_new_authority_is_reissued(made: Path) -> None:
-    """A lost ca.crt takes with it which names it permitted."""
-    ensure(made, host_names=["localhost", "old.zcp.example.com"])
-    (made / "ca.crt").unlink()
+def test_clients_with_a_constrained_authority_accept_what_its_successor_issues(
+    constrained_folder: Path, tmp_path: Path
+) -> None:
+    made, old = constrained_folder, tmp_path / "ca-old.crt"
+    assert ensure(made) == ensure(made)  # nothing is issued only because of the constraints
+    (made / "ca.crt").rename(old)
+    for path in made.glob("server*.crt"):
+        path.unlink()
+    ensure(made)
+    assert not profile.has_constraints(read(made / "ca.crt"))
+    openssl_accepts(made, NOW)
+    at = ("-attime", str(int(NOW.timestamp())))
+    for name in ("server.crt", "server-ecdsa.crt"):
+        openssl("verify", "-x509_strict", "-purpose", "sslserver", *at, "-CAfile", old, made / name)
+
+
+def test_leaf_with_a_name_outside_constraints_is_reissued(constrained_folder: Path) -> None:
+    made = constrained_folder
+    constrain(made, "localhost", "new.example")
     sentences: list[str] = []
     arguments: dict[str, Any] = {"names": ["new.example"], "host_names": ["localhost"]}
     for name in ("server.crt", "server-ecdsa.crt"):
@@ -308,16 +322,18 @@ def test_leaf_with_a_name_outside_a_new_authority_is_reissued(made: Path) -> Non
     openssl_accepts(made, NOW)
 
 
-def test_permitted_name_does_not_reissue_the_authority(made: Path) -> None:
-    (made / "ca.crt").unlink()
+def test_unconfigured_name_outside_constraints_does_not_reissue_the_authority(made: Path) -> None:
+    authority = constrain(made, "localhost")
     sentences: list[str] = []
     ensure(made, names=[], progress=sentences.append)
+    assert read(made / "ca.crt") == authority
     reason = "(the authority may not issue for its name zcp.example.com)"
-    assert [reason in sentence for sentence in sentences] == [False, True, True]
+    assert [reason in sentence for sentence in sentences] == [True, True]
     openssl_accepts(made, NOW)
 
 
-def test_authority_without_key_cannot_be_extended_for_more_names(made: Path) -> None:
+def test_authority_without_key_cannot_be_extended_for_more_names(constrained_folder: Path) -> None:
+    made = constrained_folder
     (made / "ca.key").unlink()
     before = (made / "ca.crt").read_bytes()
     with pytest.raises(
@@ -328,8 +344,9 @@ def test_authority_without_key_cannot_be_extended_for_more_names(made: Path) -> 
 
 
 def test_failed_extension_of_the_authority_prevents_start(
-    made: Path, monkeypatch: pytest.MonkeyPatch
+    constrained_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = constrained_folder
     before = {path.name: path.read_bytes() for path in made.iterdir()}
     with monkeypatch.context() as patch:
         fail_to_write(patch, "ca.crt")

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from tests.certs.support import DAY, NOW, ensure, settings
+from tests.certs.support import DAY, NOW, constrain, ensure, settings
 from tests.killed_child import lines_of_killed_child
 from zcproto.certs import keys, managed, profile, rollover
 from zcproto.certs.managed import ManagedCertificates, ManagedSettings, renew, rotate
@@ -236,6 +236,7 @@ def test_crash_at_any_step_of_the_first_run_is_repaired_by_the_next(tmp_path: Pa
 def test_crash_while_the_authority_is_reissued_leaves_verifiable_leaves(made: Path, tmp_path: Path) -> None:
     wider = settings(key_types=["ecdsa-p256"], names=[*ONE.names, "new.example"])
     widened = set()
+    constrain(made, "localhost", ONE.names[0])
     for machine in stops():
         folder = tmp_path / str(machine.last)
         shutil.copytree(made, folder)

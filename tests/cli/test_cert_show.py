@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from tests.certs.support import build, constrain, pem
 from tests.cli.cert_helpers import (
     CONFIG,
     DAY,
@@ -96,6 +98,7 @@ def test_show_as_json_is_complete(made: Path, capsys: Capture) -> None:
         "key": str(made / "server-ecdsa.key"),
         "status": "ok",
         "problem": None,
+        "note": None,
     }
     assert (ca["use"], ca["status"], ca["certificate"]) == ("ca", "ok", str(made / "ca.crt"))
 
@@ -149,6 +152,28 @@ def test_show_reports_an_unreadable_ca_separately(made: Path, capsys: Capture) -
     (made / "ca.crt").write_bytes(b"x")
     rows = data_of(capsys, "show", "--json", code=2)["certificates"]
     assert [row["status"] for row in rows] == ["ok", "problem"]
+
+
+def test_show_notes_a_constrained_ca_until_it_is_renewed_with_the_same_key(
+    made: Path, capsys: Capture
+) -> None:
+    pin = pin_by_hand(constrain(made, "localhost", "zcp.example.com"))
+    assert run("show") == 0
+    out = capsys.readouterr().out
+    assert f"NOTE: {made / 'ca.crt'}: has name constraints, which clients with BoringSSL" in out
+    assert "move it away (keep ca.key) and run zcproto cert renew" in out
+    (made / "ca.crt").rename(made / "old.crt")
+    assert run("renew") == 0
+    assert pin_by_hand(leaf(made / "ca.crt")) == pin
+    assert [row["note"] for row in data_of(capsys, "show", "--json")["certificates"]] == [None, None]
+
+
+def test_show_reports_unparsable_constraints_as_no_note(made: Path, capsys: Capture) -> None:
+    key = serialization.load_pem_private_key((made / "ca.key").read_bytes(), None)
+    bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")
+    (made / "ca.crt").write_bytes(pem(build(key, extensions=[bad])))
+    (row,) = [row for row in data_of(capsys, "show", "--json", code=2)["certificates"] if row["use"] == "ca"]
+    assert row["note"] is None
 
 
 def test_show_lists_external_sites(

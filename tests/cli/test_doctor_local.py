@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.certs.support import constrain
 from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
 from tests.cli.helpers import fill, new_session
 from tests.helpers import free_port
@@ -187,6 +188,13 @@ def test_low_file_limit_is_a_warning(
 def test_unreadable_certificate_is_a_fault(folder: Path, doctor: Doctor) -> None:
     (folder / "certs" / "server-ecdsa.crt").write_text("not a certificate")
     assert doctor().faults == ["certificate"]
+
+
+def test_constrained_ca_is_a_warning(folder: Path, doctor: Doctor) -> None:
+    constrain(folder / "certs", "localhost")
+    found = doctor().one("certificate", "warning")
+    assert "ca.crt: has name constraints, which clients with BoringSSL (gRPC, Android), Mbed TLS" in found
+    assert "| if you have such clients, move it away (keep ca.key) and run zcproto cert renew" in found
 
 
 def test_key_of_another_certificate_is_a_fault(folder: Path, doctor: Doctor) -> None:

@@ -19,6 +19,27 @@ SOURCES = Path(__file__).parent / "programs"
 TIMEOUT_S = 30.0
 """A program that runs longer is killed."""
 
+CRATES = Path("/usr/share/cargo/registry")
+"""The crates of Debian's packages."""
+
+CARGO_CONFIG = f"""
+[source.crates-io]
+replace-with = "debian"
+[source.debian]
+directory = "{CRATES}"
+"""
+CARGO_MANIFEST = """
+[package]
+name = "welcome"
+version = "0.1.0"
+edition = "2021"
+[[bin]]
+name = "welcome"
+path = "main.rs"
+[dependencies]
+rustls = { version = "0.23", default-features = false, features = ["ring", "std"] }
+"""
+
 HEADER_START = 8
 """Size of a frame's length, version, kind and flags."""
 
@@ -93,12 +114,39 @@ class Programs:
             self._build(["javac", "-Xlint:all", "-Werror", "-d", self._folder, SOURCES / "Welcome.java"])
         return ["java", "-XX:TieredStopAtLevel=1", "-Xshare:auto", "-cp", self._folder, "Welcome"]
 
+    def c(self, name: str, *libraries: str) -> list[str | Path]:
+        """Build a program in C."""
+        program = self._folder / name
+        if not program.exists():
+            flags = ["-Wall", "-Wextra", "-Werror", *(f"-l{library}" for library in libraries)]
+            self._build(["cc", "-o", program, SOURCES / f"{name}.c", *flags])
+        return [program]
+
+    def rust(self) -> list[str | Path]:
+        """Build the Rust program with Debian's packages of the crates, without downloads."""
+        folder = self._folder / "welcome-rust"
+        if not folder.exists():
+            (folder / ".cargo").mkdir(parents=True)
+            (folder / ".cargo" / "config.toml").write_text(CARGO_CONFIG)
+            (folder / "Cargo.toml").write_text(CARGO_MANIFEST)
+            shutil.copy(SOURCES / "welcome.rs", folder / "main.rs")
+        program = folder / "target" / "debug" / "welcome"
+        if not program.exists():
+            self._build(["cargo", "build", "--offline", "--quiet"], folder=folder)
+        return [program]
+
     def node(self) -> list[str | Path]:
         return ["node", SOURCES / "welcome.mjs"]
 
-    def _build(self, command: Sequence[str | Path], changes: dict[str, str] | None = None) -> None:
+    def _build(
+        self,
+        command: Sequence[str | Path],
+        changes: dict[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         done = subprocess.run(
             [*map(str, command)],
+            cwd=folder,
             env={**os.environ, **(changes or {})},
             capture_output=True,
             text=True,
@@ -118,8 +166,14 @@ def is_address(name: str) -> bool:
 
 
 def needs(*commands: str) -> pytest.MarkDecorator:
-    """Skip a test before its fixtures are set up if a command is not installed."""
-    missing = [command for command in commands if shutil.which(command) is None]
+    """Skip a test before its fixtures are set up if a command is not installed, or an absolute path is missing."""
+    missing = [
+        command
+        for command in commands
+        if (
+            not any(Path("/").glob(command[1:])) if command.startswith("/") else shutil.which(command) is None
+        )
+    ]
     return pytest.mark.skipif(
         bool(missing), reason=f"not installed (.ci/run installs it): {', '.join(missing)}"
     )

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.certs.support import build, pem
 from tests.interop.conftest import CERTIFICATES, NAMES
-from tests.interop.support import is_address, needs, run_command
+from tests.interop.support import SOURCES, is_address, needs, run_command
 
 OTHER_NAMES = ["other.example", "com", "sub.zcp.example.com", "192.0.2.8", "2001:db8::8"]
 SERVER_AUTH = "1.3.6.1.5.5.7.3.1"
@@ -109,6 +109,70 @@ def test_gnutls_refuses_wrong_name_and_untrusted_authority(
     verified, output = gnutls_verifies(other_ca, managed_certs / file, "localhost")
     assert not verified
     assert "The certificate issuer is unknown" in output
+
+
+# --- Botan -----------------------------------------------------------------------------------------------
+
+
+@needs("botan")
+@files
+def test_botan_accepts_chain_and_refuses_untrusted_authority(
+    managed_certs: Path, other_ca: Path, file: str
+) -> None:
+    code, output = run_command(["botan", "cert_verify", managed_certs / file, managed_certs / "ca.crt"])
+    assert (code, output.strip()) == (0, "Certificate passes validation checks")
+    _, output = run_command(["botan", "cert_verify", managed_certs / file, other_ca])
+    assert "Certificate issuer not found" in output
+
+
+# --- NSS -------------------------------------------------------------------------------------------------
+
+
+def nss_verifies(ca_file: Path, certificate: Path, database: Path) -> tuple[bool, str]:
+    """Verify as a client of a server does (usage 1), which requires keyEncipherment of an RSA certificate."""
+    database.mkdir()
+    code, output = run_command(["certutil", "-N", "-d", database, "--empty-password"])
+    assert code == 0, output
+    code, output = run_command(
+        ["certutil", "-A", "-d", database, "-n", "ca", "-t", "C,,", "-a", "-i", ca_file]
+    )
+    assert code == 0, output
+    code, output = run_command(["vfychain", "-d", database, "-u", "1", "-pp", "-a", certificate])
+    return code == 0 and "Chain is good!" in output, output
+
+
+@needs("certutil", "vfychain")
+@files
+def test_nss_accepts_chain_and_refuses_untrusted_authority(
+    managed_certs: Path, other_ca: Path, file: str, tmp_path: Path
+) -> None:
+    verified, output = nss_verifies(managed_certs / "ca.crt", managed_certs / file, tmp_path / "trusted")
+    assert verified, output
+    verified, output = nss_verifies(other_ca, managed_certs / file, tmp_path / "other")
+    assert not verified
+    assert "Peer's Certificate issuer is not recognized" in output
+
+
+# --- BoringSSL -------------------------------------------------------------------------------------------
+
+
+def grpc_call(ca_file: Path, certificate: Path, name: str) -> tuple[int, str]:
+    program = SOURCES / "grpc_call.py"
+    return run_command([sys.executable, program, certificate, certificate.with_suffix(".key"), name, ca_file])
+
+
+@files
+def test_grpc_accepts_names_and_refuses_wrong_name_and_untrusted_authority(
+    managed_certs: Path, other_ca: Path, file: str
+) -> None:
+    for name in names_in(managed_certs / file):
+        assert grpc_call(managed_certs / "ca.crt", managed_certs / file, name) == (0, "accepted")
+    code, output = grpc_call(managed_certs / "ca.crt", managed_certs / file, "other.example")
+    assert code == 3
+    assert "Hostname Verification Check failed" in output
+    code, output = grpc_call(other_ca, managed_certs / file, "localhost")
+    assert code == 3
+    assert "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate" in output
 
 
 # --- pkilint ---------------------------------------------------------------------------------------------

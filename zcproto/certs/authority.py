@@ -8,10 +8,10 @@ Rules:
   they expire, and the error explains how to recover.
 - The certificate is renewed with the same key before a leaf could outlive it. Clients that have the old file trust
   it until it expires.
-- A server authority can issue only for the names known when it was created. A configured name beyond them requires
-  a new certificate for the same key, and every client needs the new file; this is reported prominently. A host name
-  beyond them does not justify that, and the caller leaves it out. An authority created without such constraints is
-  renewed without them.
+- A server authority of an earlier version can issue only for the names known when it was created. A configured name
+  beyond them requires a new certificate for the same key, and every client needs the new file; this is reported
+  prominently. A host name beyond them does not justify that, and the caller leaves it out. New certificates have no
+  such constraints.
 - A certificate that was not created here is never replaced.
 
 Must not know: leaves. The caller holds the folder's lock.
@@ -89,7 +89,7 @@ class Names:
     configured: tuple[str, ...]
     """The authority is reissued if it does not permit them."""
     host: tuple[str, ...]
-    """Permitted when the authority is created, but not worth reissuing it."""
+    """Not worth reissuing the authority."""
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -169,12 +169,12 @@ class AuthorityFolder:
         if certificate is None:
             if key is None:
                 raise CertificateError(problem)
-            return self._renew(key, None)
+            return self._renew(key)
         if key is None:
             return Authority(certificate, None, problem)
         missing = () if self._names is None else self._names.missing_from(certificate)
         if missing:
-            extended = self._renew(key, certificate)
+            extended = self._renew(key)
             self._progress(
                 f"ATTENTION: {self._certificate_path} was reissued because the old one is not valid for"
                 f" {', '.join(missing)}. Clients that have the old file refuse this server from now on: give them"
@@ -184,7 +184,7 @@ class AuthorityFolder:
         if certificate.not_valid_before_utc <= self._now <= certificate.not_valid_after_utc - leaf_lifetime:
             return Authority(certificate, key)
         try:
-            return self._renew(key, certificate)
+            return self._renew(key)
         except CertificateError as error:
             if self._now > certificate.not_valid_after_utc:
                 raise
@@ -194,7 +194,7 @@ class AuthorityFolder:
 
     def create(self, key: keys.PrivateKey) -> Authority:
         """Create the authority with this key."""
-        certificate = self._issue(key, None, key)
+        certificate = self._issue(key, key)
         self._progress(f"Created the certificate authority {self._certificate_path}. {self._kind.created}")
         return Authority(certificate, key)
 
@@ -267,26 +267,17 @@ class AuthorityFolder:
                 f" or {self._kind.use_another}"
             )
 
-    def _renew(self, key: keys.PrivateKey, old: x509.Certificate | None) -> Authority:
-        certificate = self._issue(key, old, None)
+    def _renew(self, key: keys.PrivateKey) -> Authority:
+        certificate = self._issue(key, None)
         self._progress(
             f"Renewed {self._certificate_path} with its key, until {certificate.not_valid_after_utc:%Y-%m-%d}."
         )
         return Authority(certificate, key)
 
-    def _issue(
-        self, key: keys.PrivateKey, old: x509.Certificate | None, new_key: keys.PrivateKey | None
-    ) -> x509.Certificate:
-        certificate = profile.authority_certificate(key, self._kind.title, self._now, self._permitted(old))
+    def _issue(self, key: keys.PrivateKey, new_key: keys.PrivateKey | None) -> x509.Certificate:
+        certificate = profile.authority_certificate(key, self._kind.title, self._now)
         install(certificate, self._certificate_path, new_key, self._key_path)
         return certificate
-
-    def _permitted(self, old: x509.Certificate | None) -> tuple[str, ...] | None:
-        """Return the names to permit: those required now, then those of the old certificate if there is room."""
-        if self._names is None:
-            return None
-        permitted = () if old is None else profile.permitted_names(old)
-        return None if permitted is None else profile.permitted_for((*self._names.all, *permitted))
 
 
 def install(

@@ -3,10 +3,10 @@
 Rules: certificates of version 3, lists of version 2, SHA-256, random serial numbers of 159 bits. Validity starts
 an hour ago, because the peer's clock may be behind.
 
-Server authority: RSA, because clients that support only RSA could not verify anything else. It may issue only for
-the DNS names known when it was created, and for any address (RFC 5280 section 4.2.1.10), so a thief of its key
-cannot impersonate other hosts to the clients that trust it. Addresses change often and users do not type them, so
-they are unrestricted.
+Server authority: RSA, because clients that support only RSA could not verify anything else. It has no name
+constraints (RFC 5280 section 4.2.1.10), because many verifiers cannot read them: Mbed TLS refuses the critical
+extension, BoringSSL refuses constraints on addresses, and wolfSSL applies constraints on DNS names to addresses.
+Authorities of earlier versions have them; `permits` respects them, and clients keep trusting such an authority.
 
 Client authority: ECDSA P-256, because only this server verifies what it signs, a device signs with such a key in a
 millisecond, and a certificate, sent in each handshake, takes half the bytes of an RSA one. It is separate from the
@@ -25,12 +25,12 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
-from ipaddress import ip_network
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID, ObjectIdentifier
 
 from zcproto.certs.issued import UNSPECIFIED, Issued
 from zcproto.certs.keys import PrivateKey
@@ -50,10 +50,6 @@ CRL_LIFETIME = timedelta(days=365)
 """A server refuses every client once the list has expired. Only servers that already have the list use it, so it
 may live long enough for a folder that was not writable for months, or for a copy on another machine."""
 
-MAX_PERMITTED = 200
-"""Names in the constraints of an authority: twice as many as a certificate holds."""
-
-_ANY_ADDRESS = tuple(x509.IPAddress(ip_network(network)) for network in ("0.0.0.0/0", "::/0"))
 _MAX_COMMON_NAME = 64  # RFC 5280 appendix A.1, ub-common-name
 
 
@@ -68,31 +64,22 @@ def authority_name(public_key: CertificatePublicKeyTypes, title: str) -> x509.Na
     return _common_name(f"{title} {hashlib.sha256(info).hexdigest()[:16]}")
 
 
-def authority_certificate(
-    key: PrivateKey, title: str, now: datetime, permitted: Sequence[str] | None = None
-) -> x509.Certificate:
-    """Issue a root certificate that can sign only leaves and revocation lists.
-
-    With `permitted` it can issue only for these DNS names and the names below them.
-    """
+def authority_certificate(key: PrivateKey, title: str, now: datetime) -> x509.Certificate:
+    """Issue a root certificate that can sign only leaves and revocation lists."""
     public_key = key.public_key()
     name, start = authority_name(public_key, title), now.replace(microsecond=0)
-    builder = (
+    return (
         _builder(name, name, public_key, start, start + AUTHORITY_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .sign(key, hashes.SHA256())
     )
-    if permitted is not None:
-        constraints = x509.NameConstraints([*map(x509.DNSName, permitted), *_ANY_ADDRESS], None)
-        builder = builder.add_extension(constraints, critical=True)
-    return builder.sign(key, hashes.SHA256())
 
 
-def permitted_for(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the DNS names that an authority has to permit to issue for `names`, without duplicates."""
-    bases = (name.removeprefix("*.") for name in names if not is_address(name))
-    return tuple(dict.fromkeys(("localhost", *bases)))[:MAX_PERMITTED]
+def has_constraints(authority: x509.Certificate) -> bool:
+    """Return True if this authority has name constraints, which some verifiers cannot read."""
+    return any(extension.oid == ExtensionOID.NAME_CONSTRAINTS for extension in authority.extensions)
 
 
 @lru_cache(maxsize=8)
@@ -156,7 +143,7 @@ def client_certificate(
 def _server_subject(names: Sequence[str]) -> x509.Name:
     if all(map(is_address, names)):
         # Without a DNS name in the SubjectAltName, OpenSSL and GnuTLS treat the common name as one, and an
-        # address there would violate the constraints of the authority.
+        # address there would violate the constraints of an authority that has them.
         return x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "zcproto")])
     return _common_name(next((name for name in names if len(name) <= _MAX_COMMON_NAME), "zcproto"))
 
@@ -168,11 +155,12 @@ def _sign_leaf(
     purpose: ObjectIdentifier,
     authority_key: PrivateKey,
 ) -> x509.Certificate:
+    is_rsa_server = purpose == ExtendedKeyUsageOID.SERVER_AUTH and isinstance(public_key, rsa.RSAPublicKey)
     return (
         builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        # In TLS 1.3 all keys only sign, RSA keys included (RFC 8446 section 4.4.2.2).
-        .add_extension(_usage(digital_signature=True), critical=True)
+        # In TLS 1.3 all keys only sign (RFC 8446 section 4.4.2.2), but NSS requires keyEncipherment of RSA servers.
+        .add_extension(_usage(digital_signature=True, key_encipherment=is_rsa_server), critical=True)
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(_authority_key_identifier(authority_key), critical=False)
@@ -234,12 +222,16 @@ def _builder(
 
 
 def _usage(
-    *, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
+    *,
+    digital_signature: bool = False,
+    key_encipherment: bool = False,
+    key_cert_sign: bool = False,
+    crl_sign: bool = False,
 ) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=digital_signature,
         content_commitment=False,
-        key_encipherment=False,
+        key_encipherment=key_encipherment,
         data_encipherment=False,
         key_agreement=False,
         key_cert_sign=key_cert_sign,

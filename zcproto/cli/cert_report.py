@@ -15,7 +15,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from zcproto.certs import authority, client_ca, keys, lifecycle, pair, rollover
+from zcproto.certs import authority, client_ca, keys, lifecycle, pair, profile, rollover
 from zcproto.certs.examine import is_self_signed
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
@@ -61,6 +61,8 @@ class CertificateRow:
     status: str
     problem: str = ""
     """Why it cannot be used, and the remedy."""
+    note: str = ""
+    """What some clients do not accept, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,10 @@ class _Reader:
         elif problem:
             status = PROBLEM
         key_type = "" if leaf is None else type_of(leaf)
-        return CertificateRow(use, site, certificate, key, leaf, key_type, due, status, problem)
+        note = (
+            _constraints_note(leaf, certificate) if use == "ca" and leaf is not None and not problem else ""
+        )
+        return CertificateRow(use, site, certificate, key, leaf, key_type, due, status, problem, note)
 
 
 def _key_problem(certificate: x509.Certificate, path: Path, key: Path) -> str:
@@ -233,6 +238,19 @@ def _key_problem(certificate: x509.Certificate, path: Path, key: Path) -> str:
     except (CertificateError, *pair.UNREADABLE) as error:
         return f"{error}; until then nothing can be issued"
     return f"{key}: does not belong to {path}, so nothing can be issued; restore the right key"
+
+
+def _constraints_note(authority: x509.Certificate, path: Path) -> str:
+    try:
+        if not profile.has_constraints(authority):
+            return ""
+    except pair.UNREADABLE:
+        return ""
+    return (
+        f"{path}: has name constraints, which clients with BoringSSL (gRPC, Android), Mbed TLS or wolfSSL refuse;"
+        " if you have such clients, move it away (keep ca.key) and run zcproto cert renew: it is issued again with"
+        " the same key, and other clients may keep the old file"
+    )
 
 
 def _crls(config: Config) -> Iterator[tuple[Path, x509.CertificateRevocationList]]:
@@ -271,6 +289,7 @@ def as_text(found: Report, now: datetime) -> str:
         parts.append("Certificates that are not made yet are issued when the server starts.")
     problems = [row.problem for row in found.rows if row.problem] + list(found.problems)
     parts += [f"PROBLEM: {escape_text(problem)}" for problem in problems]
+    parts += [f"NOTE: {escape_text(row.note)}" for row in found.rows if row.note]
     return "\n\n".join(parts)
 
 
@@ -419,6 +438,7 @@ def _row_data(row: CertificateRow, now: datetime) -> dict[str, Any]:
         "key": row.key and str(row.key),
         "status": row.status,
         "problem": row.problem or None,
+        "note": row.note or None,
     }
 
 

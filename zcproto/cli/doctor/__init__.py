@@ -244,6 +244,9 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
             yield state, problem, cure or "start the server, which renews managed ones; replace external ones"
         elif row.leaf is not None:
             yield _good(row, now)
+            if row.note:
+                problem, _, cure = row.note.partition("; ")
+                yield WARNING, problem, cure
 
 
 def _good(row: cert_report.CertificateRow, now: datetime) -> Result:
