@@ -125,7 +125,6 @@ def test_plaintext_http_byte_by_byte_gets_one_400(server: ServerThread, failures
             "unsupported_version",
         ),
         ({"suites": [AES_128], "alpn": ["h2"]}, HANDSHAKE_FAILURE, "no_shared_suite"),
-        ({"padding": 17_000}, ILLEGAL_PARAMETER, "client_hello_too_large"),
     ],
 )
 def test_missing_offer_is_refused_with_its_alert(

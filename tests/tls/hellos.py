@@ -75,9 +75,19 @@ def in_records(message: bytes, size: int = 2**14, version: bytes = b"\3\1") -> b
     return b"".join(b"\x16" + version + vector(part, 2) for part in parts)
 
 
+def message_of(records: bytes) -> bytes:
+    """Return the handshake message in records."""
+    message = b""
+    while records:
+        end = 5 + int.from_bytes(records[3:5], "big")
+        message += records[5:end]
+        records = records[end:]
+    return message
+
+
 def with_suites(hello: bytes, *numbers: int) -> bytes:
-    """Return a captured ClientHello (one record) with other suites and corrected lengths."""
-    body = hello[9:]
+    """Return a captured ClientHello with other suites and corrected lengths."""
+    body = message_of(hello)[4:]
     at = 34
     at += 1 + body[at]
     old = int.from_bytes(body[at : at + 2], "big")
@@ -86,8 +96,8 @@ def with_suites(hello: bytes, *numbers: int) -> bytes:
 
 
 def with_extension(hello: bytes, kind: int, content: bytes) -> bytes:
-    """Return a captured ClientHello (one record) with other content of one extension, moved to the front."""
-    body = hello[9:]
+    """Return a captured ClientHello with other content of one extension, moved to the front."""
+    body = message_of(hello)[4:]
     at = 34
     at += 1 + body[at]
     at += 2 + int.from_bytes(body[at : at + 2], "big")
@@ -100,3 +110,14 @@ def with_extension(hello: bytes, kind: int, content: bytes) -> bytes:
             listed += rest[:end]
         rest = rest[end:]
     return in_records(b"\1" + vector(head + vector(listed, 2), 3))
+
+
+def with_last_extension(hello: bytes, kind: int, content: bytes) -> bytes:
+    """Return a captured ClientHello with one more extension at the end, where `pre_shared_key` has to be."""
+    body = message_of(hello)[4:]
+    at = 34
+    at += 1 + body[at]
+    at += 2 + int.from_bytes(body[at : at + 2], "big")
+    at += 1 + body[at]
+    listed = body[at + 2 :] + struct.pack("!H", kind) + vector(content, 2)
+    return in_records(b"\1" + vector(body[:at] + vector(listed, 2), 3))

@@ -13,6 +13,7 @@ def test_alert_numbers_match_rfc_8446() -> None:
     """RFC 8446 section 6."""
     assert {alert.name: alert.value for alert in AlertDescription} == {
         "UNEXPECTED_MESSAGE": 10,
+        "RECORD_OVERFLOW": 22,
         "HANDSHAKE_FAILURE": 40,
         "ILLEGAL_PARAMETER": 47,
         "DECODE_ERROR": 50,

@@ -11,7 +11,19 @@ import pytest
 
 from tests.conftest import ServerPairs
 from tests.helpers import NOW, FakeTimers
-from tests.tls.hellos import AES_128, Hello, alpn, in_records, with_suites
+from tests.tls.hellos import (
+    AES_128,
+    AES_256,
+    CHACHA20,
+    KEY_SHARE,
+    Hello,
+    alpn,
+    in_records,
+    vector,
+    with_extension,
+    with_last_extension,
+    with_suites,
+)
 from tests.tls.support import (
     ALERT,
     DATA,
@@ -26,7 +38,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.client_hello import AlertDescription, alert_record
 from zcproto.tls.context import SUITES, SiteContexts, client_context, server_context
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.server import PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
+from zcproto.tls.server import MAX_LARGE_HELLOS, MAX_QUEUED, PLAINTEXT_ANSWER, TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME, TlsPhase
 
 TIMEOUT = 5.0
@@ -286,7 +298,8 @@ REFUSED: list[tuple[str, bytes, TlsFailure, bytes]] = [
     ("alert first", alert_record(AlertDescription.DECODE_ERROR), TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
     ("data first", b"\x17\3\3\0\5hello", TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
     ("malformed", in_records(b"\1\0\0\0"), TlsFailure.MALFORMED_CLIENT_HELLO, b"\x32"),
-    ("large", b"\x16\3\1\x40\0", TlsFailure.CLIENT_HELLO_TOO_LARGE, b"\x2f"),
+    ("type 24", b"\x18\3\3\0\1\0", TlsFailure.UNEXPECTED_MESSAGE, b"\x0a"),
+    ("large", b"\x16\3\1\0\4\1\2\1\x45", TlsFailure.CLIENT_HELLO_TOO_LARGE, b"\x2f"),
     ("alpn", Hello().with_extension(16, alpn(b"h2")).bytes(), TlsFailure.NO_APPLICATION_PROTOCOL, b"\x78"),
 ]
 
@@ -303,12 +316,126 @@ def test_invalid_hello_is_answered_and_counted(
     is_refused(tls_pair, failure)
 
 
-@pytest.mark.parametrize("more", [b"\x17\3\3\0\1x", Hello().bytes() * 300, b"\x14\3\3\0\1\1", b"x" * 65_000])
-def test_data_in_same_read_after_hello_is_refused(tls_pair: TlsPair, more: bytes) -> None:
-    """It must never reach a BIO, which would keep its size."""
-    tls_pair.raw.deliver(tls_pair.step() + more)
-    assert bytes(tls_pair.raw.sent) == alert_record(AlertDescription.UNEXPECTED_MESSAGE)
-    is_refused(tls_pair, TlsFailure.UNEXPECTED_MESSAGE)
+@pytest.mark.parametrize("more", [b"\x17\3\3\0\1x" * 200, Hello().bytes() * 300, b"x" * 65_000])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_data_after_hello_is_refused_without_early_data(
+    tls_pair: TlsPair, more: bytes, at_once: bool
+) -> None:
+    """It reaches OpenSSL only in pieces of a record, because a BIO keeps its size."""
+    hello = tls_pair.step()
+    for data in [hello + more] if at_once else [hello, more]:
+        tls_pair.raw.deliver(data)
+    assert tls_pair.phase is TlsPhase.CLOSING
+    assert sum(tls_pair.failures.values()) == 1
+    tls_pair.hear()
+    tls_pair.step()
+    with pytest.raises(ssl.SSLError, match="alert"):
+        tls_pair.client.read(1)
+
+
+EARLY = b"\x17\3\3\0\x40" + bytes(64)
+"""A record of early data, which the server cannot decrypt."""
+
+
+def offering_early_data(hello: bytes, *, retry: bool = False) -> bytes:
+    """Return a captured hello that offers early data; with `retry` its only group needs a HelloRetryRequest."""
+    identity = vector(vector(b"ticket", 2) + bytes(4), 2)
+    psk = identity + vector(vector(bytes(48), 1), 2)
+    hello = with_extension(hello, KEY_SHARE, vector(b"", 2)) if retry else hello
+    hello = with_extension(with_extension(hello, 45, b"\1\1"), 42, b"")
+    return with_last_extension(hello, 41, psk)
+
+
+@pytest.mark.parametrize("wait", ["none", "queued", "started"])
+@pytest.mark.parametrize("retry", [False, True])
+def test_early_data_after_hello_is_skipped(
+    timers: FakeTimers,
+    server_tls: ssl.SSLContext,
+    client_tls: ssl.SSLContext,
+    wait: str,
+    retry: bool,
+) -> None:
+    """RFC 8446 section 4.2.10: in the same segment, while the handshake waits for its turn, and after it began."""
+    pair = TlsPair(timers, server_tls, client_tls)
+    hello, early = offering_early_data(pair.step(), retry=retry), EARLY * 100
+    if wait == "queued":
+        pair.acceptor.set_limits(0, 10, (24, 48))
+    pair.raw.deliver(hello + early if wait == "none" else hello)
+    if wait != "none":
+        pair.raw.deliver(early)
+    if wait == "queued":
+        pair.acceptor.set_limits(1, 10, (24, 48))
+        timers.run()
+    assert pair.failures == {}
+    assert pair.phase is TlsPhase.HANDSHAKE
+    sent = bytes(pair.raw.sent)
+    assert sent[:3] == b"\x16\3\3"
+    assert sent[5] == 2  # ServerHello
+    assert (sent[11:15] == b"\xcf\x21\xad\x74") is retry  # the random of a HelloRetryRequest
+
+
+def test_queued_data_without_early_data_is_refused(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    pair.acceptor.set_limits(0, 10, (24, 48))
+    pair.raw.deliver(pair.step())
+    pair.raw.deliver(EARLY * 400)
+    assert pair.failures == {}
+    pair.acceptor.set_limits(1, 10, (24, 48))
+    timers.run()
+    is_refused(pair, TlsFailure.BAD_RECORD)
+
+
+def test_data_of_a_queued_hello_is_bounded(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    pair.acceptor.slots.limit = 0
+    pair.raw.deliver(pair.step())
+    while pair.phase is TlsPhase.HELLO:
+        pair.raw.deliver(EARLY * 100)
+        assert len(pair.server._queued) <= MAX_QUEUED
+    assert bytes(pair.raw.sent) == alert_record(AlertDescription.UNEXPECTED_MESSAGE)
+    is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
+
+
+def test_hello_of_maximum_size_completes_handshake(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    """The client does not send one itself: the answer shows that OpenSSL read it whole."""
+    pair = TlsPair(timers, server_tls, client_tls)
+    hello = with_suites(pair.step(), *[AES_256] * 32_766, CHACHA20)
+    pair.raw.deliver(with_extension(hello, 0x1A1A, bytes(60_000)))
+    assert pair.failures == {}
+    assert pair.phase is TlsPhase.HANDSHAKE
+    assert bytes(pair.raw.sent)[:1] == b"\x16"
+
+
+def test_large_hellos_are_bounded_in_number(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    acceptor = TlsPair(timers, server_tls, client_tls).acceptor
+    start = in_records(b"\1" + (100_000).to_bytes(3, "big") + bytes(50_000))
+    pairs = [TlsPair(timers, server_tls, client_tls, acceptor=acceptor) for _ in range(MAX_LARGE_HELLOS + 1)]
+    for pair in pairs:
+        pair.raw.deliver(start)
+    assert [pair.phase for pair in pairs[:-1]] == [TlsPhase.HELLO] * MAX_LARGE_HELLOS
+    assert pairs[-1].phase is TlsPhase.CLOSING
+    assert pairs[-1].failures == {TlsFailure.CLIENT_HELLO_TOO_LARGE: 1}
+    acceptor.slots.limit = 0
+    early = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    early.raw.deliver(early.step())
+    early.raw.deliver(EARLY * 400)
+    assert early.phase is TlsPhase.CLOSING
+    acceptor.slots.limit = 10
+    usual = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    usual.raw.deliver(usual.step())
+    assert usual.phase is TlsPhase.HANDSHAKE
+    pairs[0].server.connection_lost(None)
+    again = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
+    again.raw.deliver(start)
+    assert again.phase is TlsPhase.HELLO
 
 
 def test_plaintext_answer_is_valid_http() -> None:
@@ -317,18 +444,6 @@ def test_plaintext_answer_is_valid_http() -> None:
     assert f"Content-Length: {len(body)}".encode() in head
     assert b"Connection: close" in head
     assert b"TLS" in body
-
-
-def test_data_while_hello_is_queued_is_refused(
-    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
-) -> None:
-    pair = TlsPair(timers, server_tls, client_tls)
-    pair.acceptor.slots.limit = 0
-    pair.raw.deliver(pair.step())
-    assert pair.phase is TlsPhase.HELLO
-    pair.raw.deliver(b"\x17\3\3\0\1x")
-    assert bytes(pair.raw.sent) == alert_record(AlertDescription.UNEXPECTED_MESSAGE)
-    is_refused(pair, TlsFailure.UNEXPECTED_MESSAGE)
 
 
 # --- refused by OpenSSL ---------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ before the handshake begins, so the right context is used from the start.
 Every input gives a verdict, or None ("more bytes needed"). A hello can arrive in pieces and in several records
 (RFC 8446 section 5.1); with a post-quantum key share it exceeds one segment. Each byte is read once, however it
 is split, and passed to OpenSSL unchanged. If several alerts apply, the order is 70, 40, 120.
+
+Records after the hello are not judged: they may be early data, which OpenSSL skips (RFC 8446 section 4.2.10).
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from typing import Final, NamedTuple
 
 from zcproto.tls.failure import TlsFailure
 
-MAX_SIZE: Final = 16_384
-"""Maximum bytes of a ClientHello, record headers included. Browsers with post-quantum shares send about 2,000."""
+MAX_MESSAGE: Final = 131_396
+"""Maximum bytes of a ClientHello, as in OpenSSL (CLIENT_HELLO_MAX_LENGTH): all vectors of maximum size."""
+
+MAX_SIZE: Final = MAX_MESSAGE + 8_192
+"""Maximum bytes of its records. Browsers with post-quantum shares send about 2,000."""
 
 MAX_NAME: Final = 255
 """Maximum bytes of a server name, as in OpenSSL (TLSEXT_MAXLEN_host_name)."""
@@ -63,6 +68,7 @@ class AlertDescription(IntEnum):
     """The alert descriptions of RFC 8446 section 6 that a server needs before the handshake begins."""
 
     UNEXPECTED_MESSAGE = 10
+    RECORD_OVERFLOW = 22
     HANDSHAKE_FAILURE = 40
     ILLEGAL_PARAMETER = 47
     DECODE_ERROR = 50
@@ -95,8 +101,10 @@ class Accepted(NamedTuple):
 ACCEPTED: Final = Accepted(None)
 _MALFORMED: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.DECODE_ERROR)
 _NO_NAME: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.UNRECOGNIZED_NAME)
-_TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, AlertDescription.ILLEGAL_PARAMETER)
-_UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE)
+_RECORD_TOO_LARGE: Final = Refusal(TlsFailure.RECORD_TOO_LARGE, AlertDescription.RECORD_OVERFLOW)
+_NOT_TLS: Final = Refusal(TlsFailure.NOT_TLS, None)
+TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, AlertDescription.ILLEGAL_PARAMETER)
+UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE)
 _NO_TLS_1_3: Final = Refusal(TlsFailure.UNSUPPORTED_VERSION, AlertDescription.PROTOCOL_VERSION)
 _NO_SUITE: Final = Refusal(TlsFailure.NO_SHARED_SUITE, AlertDescription.HANDSHAKE_FAILURE)
 _NO_PROTOCOL: Final = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL)
@@ -185,14 +193,15 @@ class ClientHelloReader:
     `raw` holds all received bytes: at most MAX_SIZE while more are needed.
     """
 
-    __slots__ = ("_at", "_judge", "_left", "_message", "raw")
+    __slots__ = ("_at", "_header", "_judge", "_left", "_size", "raw")
 
     def __init__(self, judge: ClientHelloJudge) -> None:
         self._judge = judge
         self.raw = bytearray()
         self._at = 0  # position in `raw` of the next byte to read
-        self._left = 0  # bytes of the current record not yet in `_message`
-        self._message = bytearray()
+        self._left = 0  # bytes of the current record not yet read
+        self._header = bytearray()
+        self._size = 0  # bytes of the message read, header included
 
     def feed(self, data: bytes | memoryview) -> Accepted | Refusal | None:
         """Add received bytes. Return the verdict, or None if more bytes are needed. Do not call it after a
@@ -204,10 +213,9 @@ class ClientHelloReader:
         """Read the received records, one after the other."""
         raw = self.raw
         if raw[0] not in _RECORD_TYPES:
-            return _judge_plaintext(raw)
+            return _judge_other(raw)
         if len(raw) > 1 and raw[1] != 3:
-            return Refusal(TlsFailure.NOT_TLS, None)
-        message = self._message
+            return _NOT_TLS
         while True:
             if not self._left:
                 if len(raw) - self._at < _RECORD_HEADER:
@@ -215,48 +223,60 @@ class ClientHelloReader:
                 refusal = self._read_record_header()
                 if refusal is not None:
                     return refusal
-            part = raw[self._at : self._at + self._left]
-            message += part
-            self._at += len(part)
-            self._left -= len(part)
-            verdict = self._judge_message(message)
+            arrived = min(self._left, len(raw) - self._at)
+            if self._size < _MESSAGE_HEADER:
+                self._header += raw[self._at : self._at + min(arrived, _MESSAGE_HEADER - self._size)]
+            self._at += arrived
+            self._left -= arrived
+            self._size += arrived
+            verdict = self._judge_message()
             if verdict is not None or self._left:
                 return verdict
 
     def _read_record_header(self) -> Refusal | None:
         raw, at = self.raw, self._at
         if raw[at] != _HANDSHAKE_RECORD:
-            return _UNEXPECTED
+            return UNEXPECTED
         length = raw[at + 3] << 8 | raw[at + 4]
         if not 0 < length <= 2**14:  # RFC 8446 section 5.1: no empty handshake records
-            return _MALFORMED
+            return _RECORD_TOO_LARGE if length else _MALFORMED
         self._at = at + _RECORD_HEADER
         self._left = length
-        return _TOO_LARGE if self._at + length > MAX_SIZE else None
+        return TOO_LARGE if self._at + length > MAX_SIZE else None
 
-    def _judge_message(self, message: bytearray) -> Accepted | Refusal | None:
-        if message and message[0] != _CLIENT_HELLO:
-            return _UNEXPECTED
-        if len(message) < _MESSAGE_HEADER:
+    def _judge_message(self) -> Accepted | Refusal | None:
+        header, size = self._header, self._size
+        if header and header[0] != _CLIENT_HELLO:
+            return UNEXPECTED
+        if size < _MESSAGE_HEADER:
             return None
-        wanted = _MESSAGE_HEADER + (message[1] << 16 | message[2] << 8 | message[3])
-        if wanted > MAX_SIZE:
-            return _TOO_LARGE
-        if len(message) < wanted:
+        length = int.from_bytes(header[1:])
+        if length > MAX_MESSAGE:
+            return TOO_LARGE
+        if size < _MESSAGE_HEADER + length:
             return None
-        # Nothing may follow before the server has answered, neither in the record nor after it.
-        if len(message) > wanted or self._left or self._at < len(self.raw):
-            return _UNEXPECTED
-        return self._judge.judge_hello(message, _MESSAGE_HEADER)
+        if size > _MESSAGE_HEADER + length or self._left:  # no message may share its last record
+            return UNEXPECTED
+        return self._judge.judge_hello(self._message(), _MESSAGE_HEADER)
+
+    def _message(self) -> bytes:
+        """Return the message without the headers of its records."""
+        raw, at, parts = self.raw, 0, []
+        while at < self._at:
+            end = at + _RECORD_HEADER + (raw[at + 3] << 8 | raw[at + 4])
+            parts.append(raw[at + _RECORD_HEADER : end])
+            at = end
+        return b"".join(parts)
 
 
-def _judge_plaintext(data: bytearray) -> Refusal | None:
+def _judge_other(data: bytearray) -> Refusal | None:
+    """Judge data whose first byte is not a known record type."""
     if data.startswith(_HTTP_METHODS):
         return Refusal(TlsFailure.PLAINTEXT_HTTP, None)
     head = bytes(data[:_LONGEST_HTTP_METHOD])
-    if any(method.startswith(head) for method in _HTTP_METHODS):
+    if len(head) == 1 or any(method.startswith(head) for method in _HTTP_METHODS):
         return None
-    return Refusal(TlsFailure.NOT_TLS, None)
+    return UNEXPECTED if head[1] == 3 else _NOT_TLS
 
 
 def _judge_hello(

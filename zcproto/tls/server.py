@@ -21,9 +21,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from zcproto.common.deadlines import DeadlineWheel, Timers
 from zcproto.common.network import network_of
 from zcproto.tls.client_hello import (
+    MAX_SIZE,
     SUITE_IDS,
+    TOO_LARGE,
+    UNEXPECTED,
     Accepted,
-    AlertDescription,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,
@@ -33,7 +35,7 @@ from zcproto.tls.context import SiteContexts, suites_are_allowed
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pending import NetworkShares, PendingHandshakes
 from zcproto.tls.pins import pins_match
-from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
+from zcproto.tls.transport import RECORD_SIZE, ReceiveBuffer, TlsPhase, TlsTransport
 
 PLAINTEXT_ANSWER: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 30\r\n"
@@ -41,6 +43,14 @@ PLAINTEXT_ANSWER: Final = (
 )
 TURN_BUDGET: Final = 0.005
 """Seconds of handshake signing per turn of the loop, so that established connections are served in between."""
+
+MAX_QUEUED: Final = MAX_SIZE + 32_768
+"""Bytes of a connection that wait for its handshake: the ClientHello, then early data. OpenSSL skips up to 16,384
+bytes of early data (RFC 8446 section 4.2.10)."""
+
+LARGE_HELLO: Final = 16_384
+MAX_LARGE_HELLOS: Final = 64
+"""Connections whose ClientHello may exceed LARGE_HELLO at a time, so that incomplete ones cannot fill memory."""
 
 BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 """Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
@@ -84,6 +94,7 @@ class TlsAcceptor:
     slots: NetworkShares = field(init=False, default_factory=NetworkShares)
     handshakes_completed: int = field(init=False, default=0)
     _network_bits: tuple[int, int] = field(init=False, default=(24, 48))
+    large_hellos: set[TlsServerTransport] = field(init=False, default_factory=set)
     _turn_planned: bool = field(init=False, default=False)
     _window_ends: float = field(init=False, default=0.0)
     _spent: float = field(init=False, default=0.0)
@@ -127,6 +138,7 @@ class TlsAcceptor:
 
     def left(self, transport: TlsServerTransport) -> None:
         """Release the place or the slot of a connection whose handshake has ended, or never began."""
+        self.large_hellos.discard(transport)
         if self.pending.leave(transport):
             self.on_room()
         else:
@@ -157,6 +169,15 @@ class TlsAcceptor:
             self._turn_planned = False
             self._plan_turn()
 
+    def admits_large_hello(self, transport: TlsServerTransport) -> bool:
+        """Count a connection with a large hello until its handshake ends. Return False if there are too many."""
+        large = self.large_hellos
+        if transport not in large:
+            if len(large) >= MAX_LARGE_HELLOS:
+                return False
+            large.add(transport)
+        return True
+
     def report(self, failure: TlsFailure, peer: str) -> None:
         self.failures[failure] += 1
         self.on_failure(failure, peer)
@@ -165,7 +186,7 @@ class TlsAcceptor:
 class TlsServerTransport(TlsTransport):
     """One connection of a TlsAcceptor; failures are reported with the address `peer`."""
 
-    __slots__ = ("_acceptor", "_hello", "_in_handshake", "network")
+    __slots__ = ("_acceptor", "_hello", "_in_handshake", "_queued", "network")
 
     reads_while_writing_is_paused = False
 
@@ -174,6 +195,7 @@ class TlsServerTransport(TlsTransport):
         self._acceptor = acceptor
         # None before the first byte; replaced by its verdict while the connection waits for a slot.
         self._hello: ClientHelloReader | Accepted | None = None
+        self._queued = b""  # received before the handshake is started
         self._enter_handshake()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -187,7 +209,7 @@ class TlsServerTransport(TlsTransport):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._leave_handshake()
-        self._hello = None
+        self._hello, self._queued = None, b""
         self._acceptor.on_closed(self.peer)
 
     def _note(self, failure: TlsFailure) -> None:
@@ -223,8 +245,12 @@ class TlsServerTransport(TlsTransport):
             self._handshake()
             return
         hello = self._hello
-        if isinstance(hello, Accepted):  # nothing may follow before the server's flight
-            self._refuse(Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE))
+        if isinstance(hello, Accepted):  # early data; OpenSSL skips it, or refuses it if it was not offered
+            self._queued += data
+            if len(self._queued) > MAX_QUEUED:
+                self._refuse(UNEXPECTED)
+            elif len(self._queued) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
+                self._refuse(TOO_LARGE)
             return
         received = bytes(data)
         verdict = self._acceptor.judge.judge_record(received) if hello is None else None
@@ -232,19 +258,20 @@ class TlsServerTransport(TlsTransport):
             if hello is None:
                 hello = self._hello = ClientHelloReader(self._acceptor.judge)
             verdict = hello.feed(received)
+            if len(hello.raw) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
+                verdict = TOO_LARGE
             if verdict is None:
                 return
             received = bytes(hello.raw)
         if isinstance(verdict, Refusal):
             self._refuse(verdict)
             return
-        self._incoming = ssl.MemoryBIO()
-        self._incoming.write(received)
+        self._queued = received
         self._hello = verdict
         self._acceptor.schedule(self)
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._hello = None
+        self._hello, self._queued = None, b""
         if refusal.alert is not None:
             self._raw.write(alert_record(refusal.alert))
         elif refusal.failure is TlsFailure.PLAINTEXT_HTTP:
@@ -257,11 +284,15 @@ class TlsServerTransport(TlsTransport):
         """Let OpenSSL answer the ClientHello. Called by the acceptor."""
         self._phase = TlsPhase.HANDSHAKE
         hello, self._hello = self._hello, None
+        received, self._queued = self._queued, b""
         assert isinstance(hello, Accepted)
         context = self._acceptor.contexts.choose(hello.server_name)
-        self._outgoing = ssl.MemoryBIO()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._handshake()
+        for start in range(0, len(received), RECORD_SIZE):
+            if self._phase is TlsPhase.HANDSHAKE:
+                self._incoming.write(received[start : start + RECORD_SIZE])
+                self._handshake()
 
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
