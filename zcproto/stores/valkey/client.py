@@ -221,19 +221,19 @@ class ValkeyClient:
         """Examine the server that has this key."""
         call = self._connected.call
         found = []
-        seconds, _ = await call(key, "TIME")
-        apart_s = abs(int(seconds) - wall // 1000)
-        if apart_s > CLOCK_SKEW_MS // 1000:
-            found.append(
-                f"the clock of the store and this one are {apart_s} s apart: check NTP on both machines"
-            )
         wanted = "appendonly", "appendfsync", "maxmemory-policy", "min-replicas-to-write"
         try:
+            seconds, _ = await call(key, "TIME")
+            apart_s = abs(int(seconds) - wall // 1000)
+            if apart_s > CLOCK_SKEW_MS // 1000:
+                found.append(
+                    f"the clock of the store and this one are {apart_s} s apart: check NTP on both machines"
+                )
             settings = await call(key, "CONFIG", "GET", *wanted)
             replication = (await call(key, "INFO", "replication")).decode()
         except ResponseError:
             names = ", ".join(wanted)
-            return [*found, f"the server does not show its configuration: check {names}"]
+            return [*found, f"the server does not show its clock or configuration: check NTP, {names}"]
         values = {name.decode(): value.decode() for name, value in settings.items()}
         if values.get("appendonly") != "yes":
             found.append("appendonly is off: a restart of the server loses sessions and revocations")
