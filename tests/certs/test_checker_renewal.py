@@ -49,6 +49,28 @@ def test_checker_rests_between_slow_steps(tmp_path: Path) -> None:
     assert len(rests) == 3  # after loading, before building the context, before its handshake
 
 
+def test_damaged_key_is_replaced_with_a_notice_of_both_pins(tmp_path: Path) -> None:
+    harness = managed_harness(tmp_path)
+    harness.check()
+    old = harness.served
+    old.key.write_bytes(b"junk")
+    harness.restart()
+    outcome = harness.check()
+    (notice,) = [each for each in outcome.notices if each.kind is NoticeKind.KEY_REPLACED]
+    assert notice.path == str(old.key)
+    assert notice.pins == (old.pin, harness.served.pin)
+    assert f"its pin was {old.pin} and is now {harness.served.pin}." in notice.message
+
+
+def test_damaged_key_without_repair_prevents_a_start(tmp_path: Path) -> None:
+    harness = managed_harness(tmp_path, repair=False)
+    harness.check()
+    harness.served.key.write_bytes(b"junk")
+    harness.restart()
+    with pytest.raises(CertificateError, match="restore the key from a backup"):
+        harness.check()
+
+
 def test_first_check_issues_certificates(tmp_path: Path) -> None:
     harness = managed_harness(tmp_path)
     assert harness.checker.status(harness.now) == ()

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key
+from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key, settings
 from tests.certs.test_authority import fail_to_write, read
 from zcproto.certs import managed, names
-from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.managed import ManagedSettings, ReplacedKey
 from zcproto.certs.pair import CertificatePair, load_pair
 from zcproto.errors import CertificateError
 
@@ -264,6 +264,49 @@ def test_damaged_half_of_a_pair_is_set_aside_and_replaced(made: Path, name: str,
     assert len(ensure(made, progress=sentences.append)) == 2
     assert (made / f"{name}.aside").read_bytes() == junk
     assert sentences[0].endswith(f"It was set aside as {made}/{name}.aside.")
+
+
+@pytest.mark.parametrize("junk", [b"junk", None])
+def test_replaced_key_is_reported_with_both_pins(made: Path, junk: bytes | None) -> None:
+    old = load_pair(made / "server.crt", made / "server.key", NOW).pin
+    spoil(made / "server.key", junk)
+    found = managed.ensure(made, settings(), NOW)
+    (replaced,) = found.replaced_keys
+    assert replaced == ReplacedKey(made / "server.key", old, found.pairs[0].pin)
+    assert old != found.pairs[0].pin
+    assert managed.ensure(made, settings(), NOW).replaced_keys == ()
+
+
+def test_replaced_key_of_a_lost_certificate_has_no_old_pin(made: Path) -> None:
+    for name in ("server.crt", "server.key"):
+        (made / name).write_bytes(b"junk")
+    (replaced,) = managed.ensure(made, settings(), NOW).replaced_keys
+    assert replaced.old_pin == ""
+
+
+def test_damaged_certificate_keeps_its_key_without_a_report(made: Path) -> None:
+    (made / "server.crt").write_bytes(b"junk")
+    assert managed.ensure(made, settings(repair=False), NOW).replaced_keys == ()
+
+
+@pytest.mark.parametrize("junk", [b"junk", None, "the other"])
+def test_without_repair_a_damaged_or_lost_key_is_refused_and_kept(
+    made: Path, junk: bytes | str | None
+) -> None:
+    spoil(made / "server.key", (made / "server-ecdsa.key").read_bytes() if isinstance(junk, str) else junk)
+    before = bytes_of(made)
+    with pytest.raises(CertificateError, match=r"server\.key.*restore the key.*certificates\.repair = true"):
+        managed.ensure(made, settings(repair=False), NOW)
+    assert bytes_of(made) == before
+
+
+def test_first_run_without_repair_creates_everything(tmp_path: Path) -> None:
+    found = managed.ensure(tmp_path / "certs", settings(repair=False), NOW)
+    assert (len(found.pairs), found.replaced_keys) == (2, ())
+
+
+def spoil(path: Path, junk: bytes | None) -> None:
+    path.unlink() if junk is None else path.write_bytes(junk)
 
 
 def test_stray_key_of_another_type_is_set_aside(made: Path, ec_key: Any) -> None:

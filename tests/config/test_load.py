@@ -33,6 +33,7 @@ names = []
 lifetime = "90d"
 renew_before = "30d"
 renew_key = false
+repair = true
 certificate = []
 key = []
 alert_days = [30, 14, 7, 3, 1]

@@ -42,6 +42,7 @@ DEFAULTS = {
     "certificates.lifetime": 7_776_000.0,
     "certificates.renew_before": 2_592_000.0,
     "certificates.renew_key": False,
+    "certificates.repair": True,
     "certificates.announce_key": 604_800.0,
     "certificates.certificate": (),
     "certificates.key": (),

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers import WALL, FakeClock
 from zcproto.alerts import AlertKind, Severity
+from zcproto.alerts.alert import CATALOGUE, Ending
 from zcproto.alerts.service import ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.config.model import AlertsConfig
@@ -113,6 +114,12 @@ def test_certificate_expiry_severity_increases(alerts: ServerAlerts, days: int, 
     assert open_now(alerts) == []
 
 
+def test_replaced_key_is_an_alert_that_ends_when_quiet(alerts: ServerAlerts) -> None:
+    on_certificate_notice(alerts, notice(NoticeKind.KEY_REPLACED, "/server.key"))
+    assert open_now(alerts) == [(AlertKind.CERTIFICATE_KEY_REPLACED, "/server.key", Severity.ERROR)]
+    assert CATALOGUE[AlertKind.CERTIFICATE_KEY_REPLACED].ending is Ending.QUIET
+
+
 @pytest.mark.requirement("expiry_alerts")
 def test_each_expiry_threshold_sends_a_message(alerts: ServerAlerts) -> None:
     for days in (30, 14, 7, 3, 1, 0):
@@ -144,7 +151,7 @@ def test_every_certificate_notice_is_classified(alerts: ServerAlerts) -> None:
         before = sum(alerts.center.raised.values())
         on_certificate_notice(alerts, notice(kind, days=5))
         is_raised[kind] = sum(alerts.center.raised.values()) > before
-    bad = {NoticeKind.EXPIRY, NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD}
+    bad = {NoticeKind.EXPIRY, NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD, NoticeKind.KEY_REPLACED}
     assert {kind for kind, raised in is_raised.items() if raised} == bad
 
 

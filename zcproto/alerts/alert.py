@@ -63,6 +63,7 @@ class AlertKind(Enum):
     CERTIFICATE_RENEWAL = "certificate.renewal_failed"
     CERTIFICATE_FILES = "certificate.files_bad"
     CERTIFICATE_NOT_USED = "certificate.not_used"
+    CERTIFICATE_KEY_REPLACED = "certificate.key_replaced"
     TLS_FAILURES = "tls.failures"
     SESSIONS_REVOKED = "session.revoked"
     REVOCATION_RATE = "session.revocation_rate"
@@ -115,6 +116,11 @@ certificate.files_bad: error, ends resolved; file
 certificate.not_used: error, ends resolved
     New certificates failed the test handshake. The old ones are still served.
     Cure: `zcproto cert check FILE`; the message names the file.
+certificate.key_replaced: error, ends quiet; file
+    A managed key was damaged or lost and has been replaced, so the pin has changed. Clients that pin the old key
+    refuse the server. The message has both pins.
+    Cure: Give clients the new pin, or restore the key and its certificate from a backup. `certificates.repair =
+    false` refuses to start instead.
 tls.failures: warning, ends rate; cause
     Many TLS connections failed for one cause within `alerts.rate_window`: more than `alerts.tls_failures`, or
     ten times as many for causes that any scanner produces.

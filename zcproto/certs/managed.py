@@ -11,6 +11,8 @@ Rules:
   the server does not start.
 - It is renewed when it is due or lacks a host name. If that fails, the old certificate remains in use and the
   failure is reported.
+- A key that is damaged, lost or of another certificate is replaced. That changes the pin, so both are reported.
+  Without `repair` it is a CertificateError, and the files remain unchanged.
 - A renewal keeps the key, so that pins remain valid. With `renew_key` the next key is announced before the renewal
   and used at it. A certificate never expires while it waits for a key: if it is too late to announce one before the
   renewal, the renewal keeps the old key, and the new key follows after its full announcement.
@@ -45,6 +47,8 @@ from zcproto.tls.pins import key_pin
 
 ANNOUNCE_KEY = timedelta(days=7)
 
+_RESTORE = "restore the key from a backup, or set certificates.repair = true to replace it with a new one"
+
 _FIRST_YEAR, _LAST_YEAR = 1951, 9900  # what X.509 can express, with room for the lifetime of an authority
 
 
@@ -64,6 +68,8 @@ class ManagedSettings:
     """Whether a renewal uses a new key."""
     announce_key: timedelta = ANNOUNCE_KEY
     """How long a new key is announced before it is used."""
+    repair: bool = True
+    """Whether a damaged or lost key is replaced."""
     host_names: Sequence[str] | None = None
     """Names of the machine, which change with its networks; None to detect them."""
 
@@ -82,6 +88,16 @@ class ManagedSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplacedKey:
+    """A key that was damaged, lost or of another certificate, and was replaced."""
+
+    path: Path
+    old_pin: str
+    """Empty if the certificate was damaged or lost as well."""
+    new_pin: str
+
+
+@dataclass(frozen=True, slots=True)
 class ManagedCertificates:
     """The managed certificates after a renewal run."""
 
@@ -95,6 +111,7 @@ class ManagedCertificates:
     """What failed and has to be retried, as sentences. The certificates can be served nevertheless."""
     next_change: datetime
     """When the next run is due, if nothing else happens."""
+    replaced_keys: tuple[ReplacedKey, ...] = ()
 
     def report(self) -> dict[str, Any]:
         """Return the result as data for JSON, with times as RFC 3339 in UTC."""
@@ -232,6 +249,8 @@ class _Plan:
 
     key_type: str
     leaf: Leaf
+    is_key_lost: bool = False
+    """Whether there was a key that cannot be used any more."""
     next_key: NextKey | None = None
     """The key that is announced."""
     announce_from: datetime | None = None
@@ -273,6 +292,7 @@ class RenewalRun:
         self._progress = progress
         self._task = task
         self._new_pins: list[str] = []
+        self._replaced_keys: list[ReplacedKey] = []
         self._problems: list[str] = []
 
     def result(self) -> ManagedCertificates:
@@ -280,7 +300,7 @@ class RenewalRun:
         files.make_folder(self._directory)
         with files.locked(self._directory, self._progress):
             found = self._folder.load(settings.lifetime)
-            plans = [_Plan(key_type, self._find(key_type, found)) for key_type in settings.key_types]
+            plans = [self._find(key_type, found) for key_type in settings.key_types]
             next_keys = rollover.find(self._directory, settings.key_types, self._now, self._progress)
             for plan in plans:
                 self._decide(plan, next_keys.get(plan.key_type), found)
@@ -301,21 +321,35 @@ class RenewalRun:
             next_change=min(
                 self._next_change(one, plan, issuer) for one, plan in zip(pairs, plans, strict=True)
             ),
+            replaced_keys=tuple(self._replaced_keys),
         )
 
     # --- what exists
 
-    def _find(self, key_type: str, issuer: Authority | None) -> Leaf:
-        """Return the certificate of this type, after repairing what an interruption left."""
+    def _find(self, key_type: str, issuer: Authority | None) -> _Plan:
+        """Return the plan for the certificate of this type, after repairing what an interruption left."""
         paths = rollover.pair_paths(self._directory, key_type)
+        existed = any(path.exists() for path in paths)
+        if not self._settings.repair and paths[1].exists():
+            try:
+                pair.read_private_key(paths[1])
+            except files.DamagedFileError as error:
+                raise CertificateError(f"{error}; {_RESTORE}") from error
         remedy = 'move it away, or set certificates.mode = "files" to use it'
         leaf = self._folder.find_leaf(*paths, issuer, remedy)
+        is_key_lost = existed and (
+            leaf.key is None or (leaf.certificate is not None and not leaf.is_matching)
+        )
+        if is_key_lost and not self._settings.repair:
+            raise CertificateError(
+                f"{leaf.key_path}: is missing or does not belong to {leaf.certificate_path}; {_RESTORE}"
+            )
         if leaf.key is None or leaf.is_matching or keys.key_type_of(leaf.key) == key_type:
-            return leaf
+            return _Plan(key_type, leaf, is_key_lost)
         # The key would be overwritten, and may be needed elsewhere.
         aside = files.set_aside(leaf.key_path)
         self._progress(f"{leaf.key_path} is a key of another type. It was set aside as {aside}.")
-        return replace(leaf, key=None)
+        return _Plan(key_type, replace(leaf, key=None), is_key_lost)
 
     # --- what to do
 
@@ -456,6 +490,9 @@ class RenewalRun:
             f" SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()};"
             f" pin {key_pin(key.public_key())}."
         )
+        if plan.is_key_lost:
+            old_pin = "" if leaf.certificate is None else key_pin(leaf.certificate.public_key())
+            self._replaced_keys.append(ReplacedKey(leaf.key_path, old_pin, key_pin(key.public_key())))
         host_names = self._settings.host_names or ()
         left_out = [name for name in host_names if not profile.permits(issuer.certificate, name)]
         if left_out:

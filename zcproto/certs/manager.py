@@ -51,7 +51,9 @@ SOON: Final = 0.1
 REST: Final = 0.002
 """Seconds for which the thread sleeps between steps of some milliseconds."""
 
-_WARNINGS: Final = frozenset({NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD, NoticeKind.EXPIRY})
+_WARNINGS: Final = frozenset(
+    {NoticeKind.RENEWAL_FAILED, NoticeKind.FILES_BAD, NoticeKind.KEY_REPLACED, NoticeKind.EXPIRY}
+)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_WALL: Final = 253_370_764_800_000  # the year 9999, the last that a datetime can express
 

@@ -26,6 +26,8 @@ class NoticeKind(enum.Enum):
     """A certificate that was issued just now is served."""
     KEY_ROTATED = "key_rotated"
     """A certificate that was issued just now has another key than the one before it."""
+    KEY_REPLACED = "key_replaced"
+    """A key that was damaged or lost has been replaced."""
     NEXT_PINS = "next_pins"
     """The pins of next keys are announced, or their time has changed."""
     RENEWAL_FAILED = "renewal_failed"
@@ -50,7 +52,8 @@ class Notice:
     message: str
     """A sentence."""
     pins: tuple[str, ...] = ()
-    """LOADED, RENEWED, KEY_ROTATED, NEXT_PINS: the pins of the keys."""
+    """LOADED, RENEWED, KEY_ROTATED, NEXT_PINS: the pins of the keys. KEY_REPLACED: the old one, if known, and the
+    new one."""
     not_after: datetime | None = None
     """LOADED, RENEWED, EXPIRY, EXPIRY_ENDED: the expiry, aware, in UTC."""
     days: int | None = None
@@ -72,6 +75,15 @@ def renewed(one: CertificatePair) -> Notice:
 def rotated(one: CertificatePair) -> Notice:
     message = f"{one.certificate} has a new key, pin {one.pin}."
     return Notice(NoticeKind.KEY_ROTATED, str(one.certificate), message, pins=(one.pin,))
+
+
+def key_replaced(path: str, old_pin: str, new_pin: str) -> Notice:
+    message = (
+        f"{path} was damaged or lost and has been replaced:"
+        f" its pin was {old_pin or 'not readable'} and is now {new_pin}."
+        " Clients that pin the old key refuse this server: give them the new pin, or restore the old key."
+    )
+    return Notice(NoticeKind.KEY_REPLACED, path, message, pins=(*filter(None, [old_pin]), new_pin))
 
 
 def expiry(path: str, not_after: datetime, left: timedelta, days: int, *, ended: bool = False) -> Notice:

@@ -61,6 +61,7 @@ def managed_site(config: Config) -> ManagedSite | None:
         renew_before=timedelta(seconds=certificates.renew_before),
         renew_key=certificates.renew_key,
         announce_key=timedelta(seconds=certificates.announce_key),
+        repair=certificates.repair,
     )
     return ManagedSite(certificates.directory, settings)
 

@@ -211,6 +211,7 @@ class ManagedSource(SiteSource):
         issued = [one for one in found.pairs if one.leaf_sha256 not in existing]
         happened = [notices.renewed(one) for one in issued]
         happened += [notices.rotated(one) for one in issued if one.pin != known.get(one.key_type, one).pin]
+        happened += [notices.key_replaced(str(it.path), it.old_pin, it.new_pin) for it in found.replaced_keys]
         happened += self._take({one.key_type: one for one in found.pairs}, issued=issued)
         self._read_authority()
         happened += self._announced(found.next_pins)

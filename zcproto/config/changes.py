@@ -43,7 +43,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     },
     "certificates": {
         Effect.NEW_CONNECTIONS: (
-            "directory mode key_types names lifetime renew_before renew_key announce_key certificate key"
+            "directory mode key_types names lifetime renew_before renew_key announce_key repair certificate key"
             " key_passphrase_file key_passphrase_variable watch_interval alert_days site"
         ),
     },

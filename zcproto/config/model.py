@@ -177,6 +177,9 @@ class CertificatesConfig(Settings):
     announce_key: Annotated[float, duration("0s", "396d")] = 7 * 86_400.0
     """How long the pin of a new key is announced to clients before the key is used: a client that connects
     once a week still learns it in time. At most the time until the certificate's renewal counts."""
+    repair: Annotated[bool, FLAG] = True
+    """Whether a managed key that is damaged or lost is replaced. The server stays available, but clients that
+    pin the old key refuse it. With false it does not start until the key is restored."""
     certificate: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = ()
     """With mode = "files": files of certificate chains, one for each type of key."""
     key: Annotated[tuple[Path, ...], list_of(FILE_PATH, 0, 2)] = ()

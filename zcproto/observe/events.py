@@ -298,6 +298,8 @@ certificate.renewed info (file message pins days_left threshold_days), limit per
     A certificate was issued or renewed.
 certificate.key_rotated info (file message pins days_left threshold_days), limit per event
     A certificate was renewed with a new key.
+certificate.key_replaced warning (file message pins days_left threshold_days), limit per event
+    A managed key was damaged or lost and has been replaced; the message has the old and the new pin.
 certificate.next_pins info (file message pins days_left threshold_days), limit per event
     Pins of future keys are announced to clients.
 certificate.renewal_failed warning (file message pins days_left threshold_days), limit per event
