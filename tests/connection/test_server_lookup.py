@@ -149,6 +149,17 @@ def test_refuse_all_skips_lookup_and_keeps_connection(looks_up: bool) -> None:
     assert pair.get(pair.request(1)).session is not None
 
 
+def test_session_in_use_is_refused_once_the_registry_is_not_trusted() -> None:
+    pair = ConnectionPair(small_registry(), ConnectionSettings(looks_up=True))
+    pair.login()
+    assert pair.get(pair.request(1)).session is not None
+    pair.registry.trusted_until = pair.clock.wall()  # the process was stopped, and no timer has run since
+    for stream in (1, 2):
+        assert pair.refused(pair.request(stream)).code == Code.UNAVAILABLE
+    pair.registry.trusted_until += 1
+    assert pair.get(pair.request(1)).session is not None
+
+
 def test_repr_of_token_unknown_hides_token(pair: ConnectionPair) -> None:
     unknown, _ = receive_until_lookup(pair, pair.request(1, token=b"secret" + b"x" * 26))
     assert repr(unknown) == f"TokenUnknown(code={Code.UNAUTHENTICATED!r})"

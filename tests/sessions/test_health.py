@@ -259,6 +259,15 @@ def test_no_grace_without_known_sessions(watch: Watch) -> None:
     assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER, HealthAlert.ENDED]
 
 
+def test_grace_ended_early_refuses_all_once(watch: Watch) -> None:
+    watch.health.end_grace()  # without an outage
+    assert watch.alerts == []
+    watch.outage()
+    for _ in range(2):
+        watch.health.end_grace()
+        assert watch.alerts == [HealthAlert.BEGAN, HealthAlert.GRACE_OVER]
+
+
 # --- retry delay and alerts ------------------------------------------------------------------
 
 

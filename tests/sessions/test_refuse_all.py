@@ -25,6 +25,21 @@ def test_refuse_all_refuses_every_token() -> None:
     assert harness.code(b"x" * 32) is Code.UNAUTHENTICATED
 
 
+def test_distrusted_registry_refuses_every_token() -> None:
+    harness = RegistryHarness()
+    opened = harness.open()
+    registry, before = harness.registry, harness.registry.generation
+    registry.trusted_until = WALL + 1
+    assert not isinstance(registry.check(opened.token, WALL), Code)
+    for token in (opened.token, b"x" * 32):
+        assert registry.check(token, WALL + 1) is Code.UNAVAILABLE
+    registry.distrust()
+    assert registry.generation > before
+    assert registry.check(opened.token, WALL) is Code.UNAVAILABLE
+    registry.trusted_until = WALL + 2
+    assert not isinstance(registry.check(opened.token, WALL), Code)
+
+
 def test_session_revoked_while_refusing_stays_revoked() -> None:
     harness = RegistryHarness()
     opened = harness.open()

@@ -184,6 +184,7 @@ class ServerConnection:
                 and -tolerance <= wall - timestamp <= tolerance
                 and token == self._token
                 and wall < self._recheck_at
+                and wall < self.registry.trusted_until
                 and self.registry.generation == self._seen_generation
                 and (self._session is not None or length <= settings.max_frame_before_session)
                 and not (self._held or self._lingering or self._stale_in_a_row)
@@ -252,6 +253,7 @@ class ServerConnection:
                 if (
                     token != self._token
                     or wall >= self._recheck_at
+                    or wall >= registry.trusted_until
                     or registry.generation != self._seen_generation
                 ):
                     joined = self._session_of(token, wall, now)

@@ -244,6 +244,8 @@ store.degraded error (reason sessions pending), limit per event
     The store is unavailable: known sessions stay valid, new ones are refused.
 store.grace_over error (reason), limit per event
     The outage exceeds store.grace: every token is refused.
+store.stalled warning (seconds), limit per event
+    The server did not run for a while: no token is accepted until the store has answered.
 store.recovered warning (seconds replayed), limit per event
     The store is available again.
 store.emptied error (sessions), limit per event

@@ -145,6 +145,11 @@ class StoreHealth:
         if not grace or not self._grace_s:
             self._end_grace()
 
+    def end_grace(self) -> None:
+        """End the grace of an outage early: changes to known sessions may have been missed."""
+        if self.state is not HealthState.HEALTHY and not self.grace_over:
+            self._end_grace()
+
     def handle_time(self, now: float) -> bool:
         """Handle due timers. Return True if the caller must probe the store now and report the result."""
         if self._grace_ends_at() <= now:

@@ -49,6 +49,9 @@ class Lifecycle:
         self._live = 0
         self.generation = 0
         self.closed = False  # refuse every token; see `SessionRegistry.refuse_all`
+        self.trusted_until = (
+            NEVER  # a time from which on every token is refused; see `SessionRegistry.distrust`
+        )
         self.observers: list[Observer] = []
         self.opened = self.refreshed = self.expired = self.revoked = self.replaced = 0
         self.refresh_reused = self.checks_refused = self.sweeps = 0

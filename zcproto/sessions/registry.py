@@ -4,7 +4,8 @@ Decides the number of sessions per user, the result of a check, the effect of a 
 sessions of others. How sessions end is in lifecycle.py.
 
 Rules:
-- A caller may reuse a Session while `generation` is unchanged and `wall` is below its `valid_until`.
+- A caller may reuse a Session while `generation` is unchanged and `wall` is below its `valid_until` and
+  `trusted_until`.
 - A lapsed session never prevents a login.
 - A refresh token works once. Reuse of a spent one, however old, ends the whole session, except when the same client
   repeats the last one within the grace (zcp1.md, section 9.6; RFC 9700 section 4.14.2). Every spent refresh
@@ -85,7 +86,7 @@ class SessionRegistry(Exchange):
             record = self._read(self._bytes, slot * RECORD_SIZE)
             expires_at, last_used_at, user, state, flags, session_id = record
             idle_at = last_used_at + self._idle
-            if state == LIVE and wall < expires_at and wall < idle_at:
+            if state == LIVE and wall < expires_at and wall < idle_at and wall < self.trusted_until:
                 if wall > last_used_at and not flags & BOUND:
                     self._last_used_at[slot] = wall
                     idle_at = wall + self._idle
@@ -99,7 +100,9 @@ class SessionRegistry(Exchange):
                     expires_at - self._tenth,
                 )
         self.checks_refused += 1
-        return Code.UNAVAILABLE if self.closed else self._refusal(slot, wall)
+        if self.closed or wall >= self.trusted_until:
+            return Code.UNAVAILABLE
+        return self._refusal(slot, wall)
 
     def touch(self, session: Session, wall: int) -> None:
         """Count a session as used now. Ignored if the clock has gone back.
@@ -134,6 +137,11 @@ class SessionRegistry(Exchange):
         """Check tokens normally again."""
         self.closed = False
         self._tokens = self._table.tokens
+
+    def distrust(self) -> None:
+        """Refuse every token with UNAVAILABLE until `trusted_until` is set again."""
+        self.trusted_until = 0
+        self.generation += 1
 
     # Opening and refreshing
 

@@ -28,6 +28,9 @@ CLOCK_SKEW_MS: Final = 10_000
 
 _RETRY_MS: Final = 250
 
+HEARTBEAT_S: Final = 0.4
+"""How often a shared store is asked for its role; with the timeout, an outage is detected well within a second."""
+
 NO_LIMIT: Final = UserLimit(2**31 - 1, "refuse", None)
 
 

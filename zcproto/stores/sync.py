@@ -6,6 +6,8 @@ Decides:
 - When last uses are written, and when expired entries are removed.
 - A session changed by another process is dropped from the registry if no connection uses it. Otherwise the store
   is asked for it within the second. If both still disagree about its token, the session is ended.
+- After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
+  answered and all changes it reported are applied. An outage has no grace then.
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
   else, so that their users notice nothing. After the grace period it does not, because tokens are refused then.
 
@@ -19,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import KW_ONLY, dataclass
 from itertools import islice
+from math import isfinite
 from typing import Any, Final
 
 from zcproto.common.clock import Clock
@@ -29,10 +32,11 @@ from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import HealthAlert, StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
-from zcproto.stores.base import NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
+from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import RETRY_PAUSE_S, OnEvent, Revoker, end_here
+from zcproto.stores.stall import StallWatch
 
 SLOTS: Final = 2_000
 """Sessions looked at in one turn of the event loop, about a millisecond."""
@@ -87,6 +91,7 @@ class StoreSync:
     grace: float
     cleanup_interval: float
     keep_ended_ms: int
+    heartbeat: float = HEARTBEAT_S
     on_event: OnEvent = lambda event, values: None
 
     def __post_init__(self) -> None:
@@ -106,6 +111,9 @@ class StoreSync:
             self.on_event,
         )
         self.changes = ChangeTracker(self.revoker, self.is_used)
+        self.stalls = StallWatch(
+            self.registry, self.wheel, self.clock, self.heartbeat + self.timeout, self._stalled
+        )
         self._is_open = False
         self._is_loaded = False
         self._touched_until = 0
@@ -136,6 +144,8 @@ class StoreSync:
             await self.pending.close()
             await self.store.close()
             raise
+        if self.store.shared and isfinite(self.heartbeat):
+            self.stalls.resume()
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
         self.tasks.repeat(self.cleanup_interval, self.clean)
         if self.store.shared:
@@ -147,6 +157,7 @@ class StoreSync:
         self.tasks.is_stopping = True
         self.wheel.discard(self)
         self.wheel.discard(self.revoker)
+        self.stalls.stop()
         await self.tasks.stop(2 * self.breaker.timeout)
         try:
             async with asyncio.timeout(CLOSE_LIMIT_S):
@@ -183,6 +194,24 @@ class StoreSync:
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
             self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
         self._set_deadlines()
+
+    def _stalled(self, seconds: float) -> None:
+        log.warning("store.stalled", seconds=round(seconds, 3))
+        self.tasks.run_in_background(self._regain_trust())
+
+    async def _regain_trust(self) -> None:
+        """Wait until the store has answered and all reported changes are applied; in an outage, end the grace."""
+        while self.health.is_healthy:
+            try:
+                await self.breaker.call(self.store.ping())  # its answer comes after the changes until now
+                await self.changes.checked.wait()
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(RETRY_PAUSE_S)
+        if not self.health.is_healthy:
+            self.health.end_grace()
+        if not self.tasks.is_stopping:
+            self.stalls.resume()
 
     async def _probe(self) -> None:
         """Check whether the store is back."""
@@ -311,7 +340,9 @@ class ChangeTracker:
         self._is_emptied = False
         self._to_check: dict[bytes, int] = {}  # with the number of the change that made it necessary
         self._to_restore: dict[bytes, int] = {}
-        self._is_checking = False
+        self.checked = asyncio.Event()
+        """Set while no change waits to be applied, or during an outage."""
+        self.checked.set()
         self._changed_at: OrderedDict[bytes, int] = OrderedDict()
         self._all_changed_at = 0
         self.count = 0
@@ -376,8 +407,8 @@ class ChangeTracker:
     def start_checking(self) -> None:
         # After an outage everything is checked, so nothing is started during one.
         tasks = self._revoker.tasks
-        if not self._is_checking and self._breaker.health.is_healthy and not tasks.is_stopping:
-            self._is_checking = True
+        if self.checked.is_set() and self._breaker.health.is_healthy and not tasks.is_stopping:
+            self.checked.clear()
             tasks.run_in_background(self._check_changed())
 
     async def _check_changed(self) -> None:
@@ -397,7 +428,7 @@ class ChangeTracker:
                 except (StoreUnavailable, ResourceExhausted):
                     await asyncio.sleep(RETRY_PAUSE_S)
         finally:
-            self._is_checking = False
+            self.checked.set()
 
     async def check_all(self, call: Call) -> None:
         """Drop the sessions that are not in use and check the others; or restore all if the store lost them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class SessionProcess:
         *,
         pending_limit: int = 1_000,
         grace: float = GRACE,
+        heartbeat: float = inf,
         **settings: Any,
     ) -> None:
         self.clock = clock
@@ -63,6 +65,7 @@ class SessionProcess:
             random=lambda: 0.5,
             timeout=TIMEOUT,
             grace=grace,
+            heartbeat=heartbeat,
             cleanup_interval=3_600.0,
             keep_ended_ms=self.settings.dead_keep_ms,
         )

@@ -33,14 +33,12 @@ from redis.exceptions import (
 )
 
 from zcproto.errors import ConfigError
-from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.base import HEARTBEAT_S, StoreUnavailable
 from zcproto.stores.valkey.link import LAST_CHECK_S, Link, Target
 from zcproto.stores.valkey.sentinels import Sentinels
 from zcproto.stores.valkey.url import Address
 
 OPEN_TIMEOUT_S: Final = 2.0
-HEARTBEAT_S: Final = 0.4
-"""How often a server is asked for its role; with the timeout, an outage is detected well within a second."""
 MIN_MAJOR: Final = 7
 
 _MIN_PAUSE_S: Final = 0.05

@@ -1,0 +1,139 @@
+"""A process that did not run for a while accepts no token before the store has answered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.stores.faulty import FAILS, WORKS
+from tests.stores.service.harness import (
+    TIMEOUT,
+    FaultyStoreView,
+    SessionProcess,
+    StartProcess,
+    events,
+    raw,
+)
+from zcproto.errors import Code
+from zcproto.sessions.health import MAX_DELAY_S, HealthState
+from zcproto.stores.base import HEARTBEAT_S
+
+LIMIT = HEARTBEAT_S + TIMEOUT
+
+
+async def run_for(process: SessionProcess, seconds: float) -> None:
+    for _ in range(round(seconds / 0.05)):
+        await process.advance(0.05)
+
+
+@pytest.mark.parametrize("grace", [0.0, 300.0])
+async def test_session_revoked_during_a_stall_is_never_accepted(
+    start_process: StartProcess, grace: float, log: list[dict[str, object]]
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S, grace=grace)
+    revoked, unused, kept = await one.open(), await one.open(), await one.open()
+    for each in (revoked, unused, kept):
+        await other.find(each.token)
+    other.use(revoked)
+    other.use(kept)
+    await run_for(other, 2.0)
+    assert other.is_valid(revoked)
+    await one.revoke(revoked)
+    await one.revoke(unused)
+    generation = other.registry.generation
+    other.clock.advance(LIMIT)  # the first request comes before any timer
+    for each in (revoked, unused, kept):
+        assert other.check(each.token) is Code.UNAVAILABLE
+    other.store.late["ping"] = asyncio.Event()
+    other.timers.advance(other.clock.now() - other.timers.time())
+    await asyncio.sleep(0.01)
+    assert other.check(kept.token) is Code.UNAVAILABLE
+    assert other.registry.generation > generation  # connections check their sessions again
+    other.store.report_change(raw(revoked))
+    other.store.report_change(raw(unused))
+    other.store.late.pop("ping").set()
+    await other.settle()
+    assert other.is_valid(kept)
+    assert await other.find(revoked.token) is Code.TOKEN_REVOKED
+    assert await other.find(unused.token) is Code.TOKEN_REVOKED
+    assert events(log).count("store.stalled") == 1
+    await run_for(other, 2.0)
+    assert other.is_valid(kept)
+    assert other.state is HealthState.HEALTHY
+
+
+async def test_changes_are_applied_before_trust_returns(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store), heartbeat=HEARTBEAT_S)
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    await one.revoke(opened)
+    other.store.late["get"] = asyncio.Event()
+    other.store.report_change(raw(opened))
+    other.clock.advance(LIMIT)
+    other.timers.advance(other.clock.now() - other.timers.time())
+    await asyncio.sleep(0.01)
+    assert {*other.store.calls[-2:]} == {"get", "ping"}
+    assert other.check(opened.token) is Code.UNAVAILABLE
+    other.store.late.pop("get").set()
+    await other.settle()
+    assert other.check(opened.token) is Code.TOKEN_REVOKED
+
+
+async def test_machine_that_slept_is_noticed_by_the_wall_clock(start_process: StartProcess) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    opened = await process.open()
+    process.use(opened)
+    process.clock.wall_ms += 60_000
+    assert process.check(opened.token) is Code.UNAVAILABLE
+    await process.advance(0.2)
+    assert process.is_valid(opened)
+
+
+async def test_stall_is_noticed_although_the_wall_clock_went_back(start_process: StartProcess) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    await process.advance(0.1)
+    process.store.calls.clear()
+    process.clock.wall_ms -= 60_000
+    await process.advance(LIMIT)
+    assert process.store.calls == ["ping"]
+
+
+async def test_failing_store_after_a_stall_has_no_grace(start_process: StartProcess) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    opened = await process.open()
+    process.use(opened)
+    process.store.mode = FAILS
+    await process.advance(LIMIT)
+    assert process.state is not HealthState.HEALTHY
+    assert process.registry.closed
+    process.store.mode = WORKS
+    await run_for(process, MAX_DELAY_S)
+    assert process.is_valid(opened)
+
+
+async def test_stall_during_an_outage_ends_the_grace(start_process: StartProcess) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    opened = await process.open()
+    process.use(opened)
+    await process.outage()
+    await run_for(process, 2.0)
+    assert process.is_valid(opened)
+    for _ in range(2):
+        await process.advance(LIMIT)
+        assert process.check(opened.token) is Code.UNAVAILABLE
+    await run_for(process, 1.0)
+    assert process.check(opened.token) is Code.UNAVAILABLE
+    process.store.mode = WORKS
+    await run_for(process, 2 * MAX_DELAY_S)
+    assert process.is_valid(opened)
+
+
+async def test_process_with_its_own_store_is_trusted_after_a_stall(start_process: StartProcess) -> None:
+    process = await start_process(heartbeat=HEARTBEAT_S)
+    opened = await process.open()
+    process.clock.advance(10 * LIMIT)
+    assert process.is_valid(opened)
