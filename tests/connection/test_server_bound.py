@@ -11,7 +11,7 @@ from zcproto.connection.events import KeyWanted, Request, SessionJoined
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession
-from zcproto.wire.frame import NO_TOKEN, REQUEST
+from zcproto.wire.frame import LENGTH_SIZE, NO_TOKEN, REQUEST
 from zcproto.wire.message import encode_request
 
 LAPTOP = "device:laptop"
@@ -119,6 +119,23 @@ def test_oversized_attach_is_refused_for_its_token(pair: ConnectionPair) -> None
     params = {"signature": bytes(pair.settings.max_frame_before_session)}
     error = refused(pair, pair.request(1, "session.attach", params, token=opened.token))
     assert (error.code, error.details) == (Code.UNAUTHENTICATED, {"attach": True})
+
+
+@pytest.mark.parametrize(("beyond", "accepted"), [(0, True), (1, False)])
+def test_attach_may_be_as_large_as_a_frame_before_a_session(
+    pair: ConnectionPair, beyond: int, accepted: bool
+) -> None:
+    opened = bound(pair)
+    pair.login("bob")  # raises the frame limit
+
+    def attach_of(size: int) -> bytes:
+        return pair.request(1, "session.attach", {"signature": bytes(size)}, token=opened.token)
+
+    limit = pair.settings.max_frame_before_session
+    rest = len(attach_of(limit // 2)) - LENGTH_SIZE - limit // 2
+    events = pair.send(attach_of(limit - rest + beyond))
+    assert isinstance(events[0], KeyWanted)
+    assert (len(events) == 2) is accepted
 
 
 def test_ended_bound_token_is_refused_as_revoked(pair: ConnectionPair) -> None:

@@ -69,6 +69,16 @@ def test_dropped_sessions_and_tombstones_leave_both_indexes() -> None:
     assert entries(harness) == (2, 2, 2)
 
 
+def test_only_bound_sessions_have_a_key_in_the_table() -> None:
+    harness = RegistryHarness()
+    harness.open()
+    assert len(harness.table.keys) == 0
+    bound = harness.open(bound=True)
+    assert len(harness.table.keys) == 1
+    harness.registry.revoke(bound.session.id, user=None, reason="test")
+    assert len(harness.table.keys) == 0
+
+
 def test_full_table_of_sessions_and_tombstones_stays_within_its_capacity() -> None:
     harness = RegistryHarness(max_sessions=4, dead_limit=3, per_user=4)
     opened = [harness.open() for _ in range(4)]

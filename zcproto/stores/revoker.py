@@ -6,7 +6,7 @@ Rules:
 - A revocation is durable, in the store or in the file, before its caller gets an answer.
 - Pending revocations reach the store before anything else does.
 - After every gap in the connection to a shared store, recent revocations and rotations are repeated before any
-  session is checked: a failover may have lost them although they were acknowledged.
+  session is checked: a failover may have lost them although they were acknowledged (REPEAT in spec/store.pml).
 - A rotation is repeated only if the store has the refresh token that it spent, else it would look like theft. Those
   of several processes may depend on each other, so all processes repeat theirs for some seconds.
 - Sessions that may have been created although no client got their tokens ("orphans") are ended.
