@@ -124,8 +124,8 @@ class ClientProtocol(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        pending = self._pending
-        for event in self.conversation.receive_data(data, self._clock.wall(), self._wheel.now()):
+        pending, now = self._pending, self._wheel.now()
+        for event in self.conversation.receive_data(data, self._clock.wall(), now):
             if event.__class__ is ResponseReceived:
                 call = pending.pop(event.stream, None)
                 if call is not None:
@@ -144,7 +144,7 @@ class ClientProtocol(asyncio.Protocol):
         if self.draining and not pending:
             self.close("the server is going away")
             return
-        delay = self.conversation.reading_delay(self._wheel.now())
+        delay = self.conversation.reading_delay(now)
         if delay:
             self._pause_reading(max(delay, MIN_READING_PAUSE))
 
