@@ -34,7 +34,8 @@ from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 BACKLOG: Final = 4_096
 ACCEPTS_PER_TURN: Final = 64
-"""Most connections accepted per turn of the loop. With one, clients would wait in the backlog behind a flood."""
+"""Most connections accepted on the TLS port per turn of the loop. With one, clients would wait in the backlog
+behind a flood. Ports with few places accept one: between two turns, connections that have ended free theirs."""
 
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
@@ -114,10 +115,14 @@ class AddressCounts:
 
 
 class AcceptLoop:
-    """Accept connections of some listening sockets in one event loop. Subclasses decide in `_admit`."""
+    """Accept connections of some listening sockets in one event loop, at most `max_batch` per turn of it.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    Subclasses decide in `_admit`.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_batch: int = 1) -> None:
         self._loop = loop
+        self._max_batch = max_batch
         self._sockets: list[socket.socket] = []
         self._accepting = False
         self._batch = 1
@@ -171,7 +176,7 @@ class AcceptLoop:
             if not self._accept_one(listening, family):
                 self._batch = 1
                 return
-        self._batch = min(2 * self._batch, ACCEPTS_PER_TURN)
+        self._batch = min(2 * self._batch, self._max_batch)
 
     def _accept_one(self, listening: socket.socket, family: int) -> bool:
         """Accept and admit a connection. Return False if no connection waits, or accepting is paused."""
@@ -222,7 +227,7 @@ class Listener(AcceptLoop):
     def __init__(
         self, acceptor: TlsAcceptor, state: ServerState, loop: asyncio.AbstractEventLoop, config: Config
     ) -> None:
-        super().__init__(loop)
+        super().__init__(loop, ACCEPTS_PER_TURN)
         self.addresses: list[tuple[str, int]] = []
         """Host and port of each listening socket; kept after the end."""
         self._acceptor = acceptor
