@@ -47,7 +47,6 @@ ANNOTATIONS: Final = __future__.annotations.compiler_flag
 
 COUNTING: Final = {
     "timed = wall >> PART_BITS != state.timed_part": "timed = False",
-    "    or timed\n": "\n",
     "requests += 1": "pass",
     "method.calls += 1": "pass",
     "state.counters.requests += requests": "pass",
