@@ -14,10 +14,11 @@
  * Property: later than BOUND ticks after an advance was acknowledged, no node accepts an earlier token. So a revoked family is
  * refused by all, and two nodes do not disagree about the good token of a family.
  *
- * Rules (each can be left out):
+ * Rules (each can be left out), and the modules of zcproto/stores that implement them:
  *   WATCH_ROLE  a heartbeat checks that the server is still the primary. Without it the server only has to answer.
- *   REPEAT      a node that changes to another server first repeats the advances in its memory.
- *   DISTRUST    a node that was paused accepts nothing before the store has answered.
+ *               (valkey/servers.py, valkey/sentinels.py)
+ *   REPEAT      a node that changes to another server first repeats the advances in its memory. (revoker.py)
+ *   DISTRUST    a node that was paused accepts nothing before the store has answered. (stall.py, sync.py)
  *
  * Not modelled: limits of sessions per user, the grace of an outage, the file of pending revocations, two faults at
  * the same time, such as the loss of the only node that remembers an advance which the failover lost.

@@ -9,12 +9,29 @@ from pathlib import Path
 
 import pytest
 
-MODEL = Path(__file__).parents[2] / "spec" / "store.pml"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "spec" / "store.pml"
 RULES = ("WATCH_ROLE", "REPEAT", "DISTRUST")
 
-pytestmark = pytest.mark.skipif(
+with_spin = pytest.mark.skipif(
     not (shutil.which("spin") and shutil.which("gcc")), reason="spin or gcc is not installed"
 )
+
+
+def test_each_rule_of_the_model_is_named_by_the_code_that_implements_it() -> None:
+    source = MODEL.read_text()
+    assert set(re.findall(r"#ifdef (\w+)", source)) == set(RULES)
+    listed = re.findall(r"^ \*   ([A-Z_]+)  ([^(]+)\(([^)]+)\)", source, re.MULTILINE)
+    modules = {
+        (rule, f"zcproto/stores/{module}") for rule, _, names in listed for module in names.split(", ")
+    }
+    assert {rule for rule, _ in modules} == set(RULES)
+    references = {
+        (rule, str(path.relative_to(ROOT)))
+        for path in (ROOT / "zcproto").rglob("*.py")
+        for rule in re.findall(r"\(([A-Z_]+)\s+in\s+spec/store\.pml\)", path.read_text())
+    }
+    assert references == modules
 
 
 def search(folder: Path, *rules: str) -> str:
@@ -25,6 +42,7 @@ def search(folder: Path, *rules: str) -> str:
     return report
 
 
+@with_spin
 def test_superseded_token_is_refused_within_the_bound(tmp_path: Path) -> None:
     report = search(tmp_path, *RULES)
     assert "errors: 0" in report
@@ -33,6 +51,7 @@ def test_superseded_token_is_refused_within_the_bound(tmp_path: Path) -> None:
     assert "unreached in proctype" in report
 
 
+@with_spin
 @pytest.mark.parametrize("rule", RULES)
 def test_superseded_token_is_accepted_later_without_each_rule(tmp_path: Path, rule: str) -> None:
     report = search(tmp_path, *(each for each in RULES if each != rule))

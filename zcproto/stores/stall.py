@@ -5,7 +5,8 @@ Decides: for how long the registry is trusted. What happens after a stall is up 
 Rules:
 - Trust is extended several times within its limit. It ends by the wall clock, which requests are checked against
   before the event loop has run a timer, and which advances while a machine sleeps.
-- After a stall nothing is trusted until `resume`, because revocations by other processes were not received.
+- After a stall nothing is trusted until `resume`, because revocations by other processes were not received
+  (DISTRUST in spec/store.pml).
 - A step of the wall clock looks like a stall. That costs one question to the store.
 
 It must not know: the store.

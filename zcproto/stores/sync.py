@@ -7,7 +7,7 @@ Decides:
 - A session changed by another process is dropped from the registry if no connection uses it. Otherwise the store
   is asked for it within the second. If both still disagree about its token, the session is ended.
 - After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
-  answered and all changes it reported are applied. An outage has no grace then.
+  answered and all changes it reported are applied. An outage has no grace then (DISTRUST in spec/store.pml).
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
   else, so that their users notice nothing. After the grace period it does not, because tokens are refused then.
 

@@ -6,7 +6,7 @@ Rules:
 - All sentinels are asked. The answer with the highest configuration epoch counts: a sentinel that was cut off
   reports the primary of an earlier one.
 - `GET-MASTER-ADDR-BY-NAME` reports the new primary as soon as it is promoted, before `+switch-master` is published.
-  The old primary calls itself a primary for about ten more seconds.
+  The old primary calls itself a primary for about ten more seconds (WATCH_ROLE in spec/store.pml).
 - Connections to sentinels are kept, because the question is repeated at every heartbeat.
 
 It must not know: what is stored.

@@ -8,7 +8,7 @@ Rules:
 - Every reconnection is reported, because changes during the gap were not.
 - A server that is not a primary is not used. Its role is read at every heartbeat, and the sentinels are asked
   whether it is still their primary: after a failover the old one accepts writes, which are lost, for about ten
-  seconds.
+  seconds (WATCH_ROLE in spec/store.pml).
 
 It must not know: sessions, the content of scripts.
 """
