@@ -1,32 +1,35 @@
 """Measure what the tests detect: `python -m tests.mutation sessions auth --sample 100`.
 
-Each mutant is a small fault in a copy of this tree (see mutants.py). The tests that mirror its module have to fail:
-first `tests/ROOM/test_*MODULE*.py`, then all tests of the room. A mutant that no test detects is a gap, unless
-`equivalent.toml` states why it changes nothing that a test could detect.
+Each mutant is a small fault in a copy of this tree (see mutants.py). One of the tests of its room that execute the
+changed statement has to fail (see forks.py). A mutant that no test detects is a gap, unless `equivalent.toml`
+states why it changes nothing that a test could detect.
 
-The result is the same for the same seed and the same tree. It is not part of `python -m tests`: a mutant takes
-seconds, and a sample of 1,000 some hours.
+The same seed chooses the same sample, and most of it again after a module has changed. Run a large sample in parts:
+`--results FILE` appends what is found and does not repeat what is detected. It is not part of `python -m tests`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
+import itertools
+import json
 import os
-import random
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from tests.mutation.forks import OPTIONS, SOCKET, Result
 from tests.mutation.mutants import Mutant, mutants_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,9 +53,6 @@ ALSO = {
 """Tests outside of a room that mirror it too."""
 
 BAR = 98.0
-_TIMEOUT_FACTOR = 4.0
-_LEAST_TIMEOUT_S = 30.0
-_BROKEN = b'raise SystemExit("a module that the tests have to import")\n'
 
 
 class Equivalent(NamedTuple):
@@ -82,135 +82,107 @@ def modules_of(names: Iterable[str]) -> list[str]:
     return sorted(path.relative_to(ROOT / "zcproto").as_posix() for path in found)
 
 
-def mirrored(module: str) -> tuple[list[str], list[str]]:
-    """Return the tests of this module, which may not exist, and all tests of its room."""
-    room, name = module.split("/", maxsplit=1)[0], Path(module).stem
-    folder = ROOT / "tests" / room
-    own = sorted(folder.rglob(f"test_*{name}*.py"))
-    wide = [f"tests/{room}", *(f"tests/{path}" for path in ALSO.get(room, ()))]
-    return [path.relative_to(ROOT).as_posix() for path in own], wide
-
-
-class Workplace:
-    """A copy of the tree whose modules are mutated, one at a time.
+class Room:
+    """The tests of one room, in a copy of the tree whose modules are mutated one at a time.
 
     Python takes compiled code for current if the size and the time (in seconds) of its source are the same, and
     most mutants have the size of the module. Each version of a module therefore gets a time of its own. The copy
     has its own folder of compiled code: `tests/__init__.py` would choose one only if Python may not write any.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, name: str, folder: Path) -> None:
         files = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
             check=True,
             capture_output=True,
         )
-        for name in filter(None, files.stdout.decode().split("\0")):
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
+        for file in filter(None, files.stdout.decode().split("\0")):
+            if (ROOT / file).is_file():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, folder / file)
         self._version = int(time.time())
-        self._durations: dict[tuple[str, ...], float] = {}
-        self._imported: set[tuple[str, tuple[str, ...]]] = set()
-        self._environment = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
-            "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'clients' / 'conformance'}",
-            "PYTHONPYCACHEPREFIX": str(folder / ".bytecode"),
-            "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
-        }
+        ours, theirs = socket.socketpair()
+        with theirs:
+            tests = [f"tests/{path}" for path in (name, *ALSO.get(name, ()))]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", *OPTIONS, f"--basetemp={folder}/.tmp", *tests],
+                cwd=folder,
+                env={
+                    **{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"},
+                    "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'clients' / 'conformance'}",
+                    "PYTHONPYCACHEPREFIX": str(folder / ".bytecode"),
+                    SOCKET: str(theirs.fileno()),
+                },
+                pass_fds=[theirs.fileno()],
+                stdout=subprocess.DEVNULL,
+            )
+        with ours:
+            self._stream = ours.makefile("rw", encoding="utf-8")
 
-    def _write(self, module: str, source: bytes) -> None:
-        path = self.folder / "zcproto" / module
-        path.write_bytes(source)
-        self._version += 2
-        os.utime(path, (self._version, self._version))
+    def __enter__(self) -> Self:
+        return self
 
-    def passes(self, tests: list[str], timeout_s: float) -> tuple[bool, str]:
-        """Run tests. Return whether they passed in time, and their output."""
-        options = [
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not slow",
-            "--hypothesis-seed=0",
-            "--no-header",
-        ]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=self.folder,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that servers that the tests started end with them
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return False, f"no result within {timeout_s:.0f} s"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return process.returncode == 0, output.decode(errors="replace")
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self._process.wait()
 
-    def prepare(self, module: str, tests: list[str]) -> None:
-        """Check that the tests pass as they are, and fail if the module cannot be imported."""
-        key = tuple(tests)
-        if key not in self._durations:
-            began = time.monotonic()
-            passed, output = self.passes(tests, 3600.0)
-            if not passed:
-                raise SystemExit(
-                    f"{' '.join(tests)}: fail without a mutant; mend them first\n{output[-3000:]}"
-                )
-            self._durations[key] = time.monotonic() - began
-        if (module, key) not in self._imported:
-            source = (self.folder / "zcproto" / module).read_bytes()
-            self._write(module, _BROKEN)
-            passed, _ = self.passes(tests, 3600.0)
-            self._write(module, source)
-            if passed:
-                raise SystemExit(f"{' '.join(tests)}: do not import zcproto/{module}; see ALSO")
-            self._imported.add((module, key))
+    def _read(self) -> Result:
+        line = self._stream.readline()
+        if not line:
+            raise SystemExit("the process of the tests ended; run them with pytest for the reason")
+        return Result(*json.loads(line))
 
-    def detects(self, mutant: Mutant) -> bool:
-        """Return whether a test that mirrors the module fails with this mutant."""
-        source = (self.folder / "zcproto" / mutant.module).read_bytes()
-        for tests in filter(None, mirrored(mutant.module)):
-            self.prepare(mutant.module, tests)
-            timeout_s = max(_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR * self._durations[tuple(tests)])
-            self._write(mutant.module, mutant.apply(source))
-            try:
-                if not self.passes(tests, timeout_s)[0]:
-                    return True
-            finally:
-                self._write(mutant.module, source)
-        return False
+    def measure(self) -> None:
+        result = self._read()
+        if result.outcome != "passed":
+            raise SystemExit(f"{result.test}: {result.outcome} without a mutant; mend it first")
+
+    def examine(self, mutant: Mutant) -> Result:
+        self._version += 4
+        request = (mutant.module, mutant.start, mutant.end, mutant.replacement.decode(), self._version)
+        print(json.dumps(request), file=self._stream, flush=True)
+        return self._read()
 
 
-def run(mutants: list[Mutant], workers: int, report: bool = True) -> list[Mutant]:
-    """Return the mutants that no test detects."""
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder, ThreadPoolExecutor(workers) as pool:
-        workplaces: SimpleQueue[Workplace] = SimpleQueue()
-        for number in range(workers):
-            workplaces.put(Workplace(Path(folder) / str(number)))
+@functools.cache
+def source_of(module: str) -> bytes:
+    return (ROOT / "zcproto" / module).read_bytes()
 
-        def is_detected(mutant: Mutant) -> bool:
-            workplace = workplaces.get()
-            try:
-                detected = workplace.detects(mutant)
-            finally:
-                workplaces.put(workplace)
-            if report:
-                print("detected  " if detected else "UNDETECTED", mutant, flush=True)
-            return detected
 
-        results = list(pool.map(is_detected, mutants))
-    return [mutant for mutant, detected in zip(mutants, results, strict=True) if not detected]
+def key_of(mutant: Mutant) -> str:
+    """Return a text that is the same as long as the module is."""
+    return f"{hashlib.sha256(source_of(mutant.module)).hexdigest()[:16]} {mutant.start} {mutant}"
+
+
+def choose(mutants: Iterable[Mutant], seed: int, size: int) -> list[Mutant]:
+    """Return a sample that hardly changes while modules are edited."""
+    order: dict[Mutant, bytes] = {}
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for mutant in mutants:
+        name = (mutant.module, mutant.text, mutant.change)
+        order[mutant] = hashlib.sha256(f"{seed} {seen[name]} {' '.join(name)}".encode()).digest()
+        seen[name] += 1
+    compiling = (
+        each for each in sorted(order, key=order.__getitem__) if each.compiles(source_of(each.module))
+    )
+    return sorted(itertools.islice(compiling, size or None))
+
+
+def run(mutants: list[Mutant], workers: int, record: Callable[[Mutant, Result], object]) -> None:
+    """Examine mutants, the rooms concurrently."""
+    rooms: dict[str, list[Mutant]] = defaultdict(list)
+    for mutant in mutants:
+        rooms[mutant.module.split("/")[0]].append(mutant)
+
+    def examine(name: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="mutation-") as folder, Room(name, Path(folder)) as room:
+            room.measure()
+            for mutant in rooms[name]:
+                record(mutant, room.examine(mutant))
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(examine, rooms))
 
 
 def main(arguments: list[str]) -> int:
@@ -218,32 +190,75 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", default=ROOMS, help="rooms or modules: auth, auth/throttle (all)")
     parser.add_argument("--seed", type=int, default=1, help="chooses the sample (1)")
     parser.add_argument("--sample", type=int, default=1_000, help="number of mutants, 0 for all (1000)")
-    parser.add_argument("--match", default="", help="only mutants whose description contains this text")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="concurrent runs (one per CPU)"
+        "--match", default="", help="only those of the sample whose description contains this"
+    )
+    parser.add_argument(
+        "--results", type=Path, help="file to append results to; what it detects is not repeated"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="concurrent rooms (one per CPU)"
     )
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="report the results of the file and run nothing"
+    )
     chosen = parser.parse_args(arguments)
 
     equivalent = {each[:3] for each in read_equivalent()}
-    mutants = [
-        mutant
-        for module in modules_of(chosen.names)
-        for mutant in mutants_of(module, (ROOT / "zcproto" / module).read_bytes())
-        if (module, mutant.text, mutant.change) not in equivalent and chosen.match in str(mutant)
-    ]
-    if 0 < chosen.sample < len(mutants):
-        mutants = sorted(random.Random(chosen.seed).sample(mutants, chosen.sample))
+    mutants = choose(
+        (
+            mutant
+            for module in modules_of(chosen.names)
+            for mutant in mutants_of(module, source_of(module))
+            if (module, mutant.text, mutant.change) not in equivalent
+        ),
+        chosen.seed,
+        chosen.sample,
+    )
+    mutants = [each for each in mutants if chosen.match in str(each)]
     if chosen.list or not mutants:
         print(*mutants, f"{len(mutants)} mutants", sep="\n")
         return 0
-    undetected = run(mutants, chosen.workers)
-    share = 100.0 * (1 - len(undetected) / len(mutants))
-    print(*(f"UNDETECTED {mutant}" for mutant in undetected), sep="\n")
-    print(
-        f"{len(mutants) - len(undetected)} of {len(mutants)} mutants detected: {share:.1f}%, bar {BAR:.0f}%"
-    )
-    return 0 if share >= BAR else 1
+    results: dict[str, Result] = {}
+    if chosen.results and chosen.results.exists():
+        for line in chosen.results.read_text(encoding="utf-8").splitlines():
+            key, *result = json.loads(line)
+            results[key] = Result(*result)
+
+    def record(mutant: Mutant, result: Result) -> None:
+        results[key_of(mutant)] = result
+        print(f"{result.outcome:9}", mutant, flush=True)
+        if chosen.results:
+            with chosen.results.open("a", encoding="utf-8") as file:
+                print(json.dumps((key_of(mutant), *result)), file=file)
+
+    if not chosen.report:
+        undetected = ("", "passed")
+        run(
+            [each for each in mutants if results.get(key_of(each), ("",))[0] in undetected],
+            chosen.workers,
+            record,
+        )
+    return report([(mutant, results[key_of(mutant)]) for mutant in mutants if key_of(mutant) in results])
+
+
+def report(results: list[tuple[Mutant, Result]]) -> int:
+    """Print mutants that no test detects and the numbers of each room. Return the exit status."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for mutant, result in results:
+        for name in (mutant.module.split("/")[0], "all"):
+            counts[name][result.outcome] += 1
+        if result.outcome != "failed":
+            print("UNDETECTED" if result.outcome == "passed" else "timed out ", mutant, result.test)
+    share = 100.0
+    for name, count in sorted(counts.items()):
+        share = 100.0 * (1 - count["passed"] / count.total())
+        numbers = (
+            f"{count.total():5} mutants, {count['timed out']:3} timed out, {count['passed']:3} undetected"
+        )
+        print(f"{name:10} {numbers}: {share:5.1f}%")
+    return 0 if 100.0 * (1 - counts["all"]["passed"] / max(1, len(results))) >= BAR else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ entries, annotations, decorators and docstrings are not mutated: no test should 
 from __future__ import annotations
 
 import ast
+import bisect
 from typing import NamedTuple
 
 _COMPARE: dict[type[ast.cmpop], str] = {
@@ -53,23 +54,22 @@ class Mutant(NamedTuple):
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.replacement + source[self.end :]
 
+    def compiles(self, source: bytes) -> bool:
+        try:
+            compile(self.apply(source), "mutant", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            return False
+        return True
+
     def __str__(self) -> str:
         return f"{self.module}:{self.line}: {self.change}   in: {self.text}"
 
 
 def mutants_of(module: str, source: bytes) -> list[Mutant]:
-    """Return all mutants of a module that still parse, in the order of their position."""
+    """Return all mutants of a module in the order of their position. A few do not compile."""
     finder = _Finder(module, source)
     finder.visit(ast.parse(source))
-    return sorted({each for each in finder.found if _parses(each.apply(source))}, key=lambda each: each[1:])
-
-
-def _parses(source: bytes) -> bool:
-    try:
-        compile(source, "mutant", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError):
-        return False
-    return True
+    return sorted(set(finder.found), key=lambda each: each[1:])
 
 
 class _Finder(ast.NodeVisitor):
@@ -82,7 +82,7 @@ class _Finder(ast.NodeVisitor):
         self.found: list[Mutant] = []
 
     def add(self, start: int, end: int, replacement: bytes) -> None:
-        line = next(n for n, begin in enumerate(self.starts) if begin > start)
+        line = bisect.bisect_right(self.starts, start)
         old = " ".join(self.source[start:end].decode().split())
         change = f"{old} -> {' '.join(replacement.decode().split())}"
         text = self.lines[line - 1].decode().strip()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import CodeType
+
 import pytest
 
-from tests.mutation.__main__ import ROOT, mirrored, modules_of, read_equivalent, run
+from tests.mutation.__main__ import ROOT, choose, modules_of, read_equivalent, run
+from tests.mutation.forks import Result, changed_functions, statement_lines
 from tests.mutation.mutants import Mutant, mutants_of
 
 
@@ -72,17 +75,62 @@ def test_equivalent_mutants_exist_and_have_a_reason() -> None:
         assert each.reason.endswith(".")
 
 
-def test_module_has_its_own_tests_and_those_of_its_room() -> None:
-    own, wide = mirrored("auth/throttle.py")
-    assert own == ["tests/auth/test_throttle.py"]
-    assert wide == ["tests/auth"]
+def test_most_of_a_sample_remains_when_a_module_changes() -> None:
+    source = (ROOT / "zcproto/sessions/token.py").read_bytes()
+    mutants = mutants_of("sessions/token.py", source)
+    before = choose(mutants, seed=1, size=8)
+    assert len(before) == 8
+    assert before == choose(mutants, seed=1, size=8)
+    assert before != choose(mutants, seed=2, size=8)
+    rest = [each for each in mutants if each != before[0]]
+    assert len(set(before) & set(choose(rest, seed=1, size=8))) == 7
+
+
+SOURCE = """
+LIMIT = 1 + len("a")
+class Table:
+    size = 2
+    def find(self, key=3):
+        return [each for each in key if
+                each > 4]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ("each > 4", "each < 4", ["find"]),
+        ("key=3", "key=5", None),
+        ("size = 2", "size = 5", None),
+        ("size = 2", "size = True", None),
+        ("1 + len", "1 - len", None),
+        ("", "", []),
+    ],
+)
+def test_only_code_of_functions_is_replaced_in_a_fork(old: str, new: str, names: list[str] | None) -> None:
+    def compiled(source: str) -> CodeType:
+        return compile(source, "module.py", "exec", dont_inherit=True)
+
+    pairs = changed_functions(compiled(SOURCE), compiled(SOURCE.replace(old, new)))
+    assert (None if pairs is None else [after.co_name for _, after in pairs]) == names
+
+
+@pytest.mark.parametrize(
+    ("line", "lines"), [(2, range(2, 3)), (3, range(3, 4)), (5, range(5, 6)), (7, range(6, 8))]
+)
+def test_tests_are_chosen_by_the_innermost_statement(line: int, lines: range) -> None:
+    assert statement_lines(SOURCE.encode(), line) == lines
 
 
 @pytest.mark.slow
-def test_undetected_mutants_are_returned() -> None:
+def test_undetected_mutants_are_reported() -> None:
     """Mutants of equal size follow each other within a second: stale bytecode would hide the second."""
-    module = "sessions/token.py"
+    module = "wire/frame.py"
     source = (ROOT / "zcproto" / module).read_bytes()
-    good = next(each for each in mutants_of(module, source))
+    good = next(each for each in mutants_of(module, source) if each.change == "length > limit -> True")
+    constant = next(each for each in mutants_of(module, source) if each.change == "4 -> 5")
     same = Mutant(module, 1, "", "none", 0, 1, source[:1])
-    assert run([same, good, same], 1, report=False) == [same, same]
+    results: list[tuple[Mutant, Result]] = []
+    run([same, good, constant, same], 1, lambda *result: results.append(result))
+    assert [mutant for mutant, _ in results] == [same, good, constant, same]
+    assert [result.outcome for _, result in results] == ["passed", "failed", "failed", "passed"]

@@ -198,6 +198,22 @@ def test_declared_length_allocates_no_memory() -> None:
     assert peak < 4096
 
 
+@pytest.mark.parametrize(("size", "is_on_heap"), [(131_071, True), (131_072, False)])
+def test_incomplete_frame_of_128_kib_is_kept_outside_the_heap(size: int, is_on_heap: bool) -> None:
+    frame = request(size - HEADER_SIZE)
+    assert len(frame) == size
+    decoder = FrameDecoder(Side.SERVER, MIB)
+    first, last = frame[:-1], frame[-1:]
+    tracemalloc.start()
+    decoder.feed(first)
+    assert decoder.next_frame() is None
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert (kept > 100_000) is is_on_heap
+    decoder.feed(last)
+    assert decoder.next_frame() is not None
+
+
 def test_remaining_frames_of_a_read_can_be_read_later() -> None:
     decoder = FrameDecoder(Side.SERVER, MIB)
     decoder.feed(request(5, stream=1) + request(5, stream=2) + request(5, stream=3)[:20])

@@ -46,6 +46,10 @@ def test_frame_without_body_is_68_bytes() -> None:
     assert int.from_bytes(data[:4], "big") == MIN_LENGTH == 64
 
 
+def test_stream_field_holds_32_bits() -> None:
+    assert encode_frame(REQUEST, wire.MAX_STREAM, 5, SALT, 1, NO_TOKEN)[8:12] == b"\xff" * 4
+
+
 def test_kind_numbers_match_specification() -> None:
     assert {kind.name: kind.value for kind in Kind} == document("tables")["kinds"]
 
