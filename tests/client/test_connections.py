@@ -10,7 +10,6 @@ import pytest
 from tests.client.helpers import (
     ScriptedServer,
     client_of,
-    cut,
     fail,
     now,
     numbers,
@@ -18,7 +17,7 @@ from tests.client.helpers import (
     silence,
     turns,
 )
-from zcproto.client.connections import IDLE_REASONS
+from zcproto.client.connections import IDLE_REASONS, STABLE_AFTER
 from zcproto.client.dial import _resources
 from zcproto.errors import (
     CannotConnect,
@@ -122,30 +121,47 @@ async def test_reconnect_jitter_may_be_zero() -> None:
 
 
 @scripted
-async def test_success_resets_the_backoff() -> None:
+async def test_connection_that_lasts_resets_the_backoff() -> None:
     server = ScriptedServer()
     async with client_of(server, random=numbers(0.999_999)) as client:
         server.refuse = [CannotConnect("refused")] * 5
         await server.lose()
         await client.call("echo")
-        await turns()
+        await asyncio.sleep(STABLE_AFTER)
         lost_at = now()
         await server.lose()
         await client.call("echo")
         assert server.dialled[-1] - lost_at == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize("goes_away", [False, True])
 @scripted
-async def test_connection_without_an_answer_does_not_reset_the_backoff() -> None:
+async def test_answered_connection_that_ends_early_does_not_reset_the_backoff(goes_away: bool) -> None:
     server = ScriptedServer()
-    server.script("session.info", cut, cut, cut)
     async with client_of(server, random=numbers(0.999_999)) as client:
+        lost_at = []
+        for _ in range(4):
+            await client.call("echo")
+            await turns()
+            lost_at.append(now())
+            if goes_away:
+                server.link.go_away("draining", 0)
+            await server.lose()
+        await client.call("echo")
+    pauses = [again - lost for lost, again in zip(lost_at, server.dialled[1:], strict=True)]
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8], rel=1e-3)
+
+
+@scripted
+async def test_goaway_before_the_connection_is_used_does_not_reset_the_backoff() -> None:
+    server = ScriptedServer()
+    async with client_of(server, random=numbers(0.999_999)) as client:
+        await asyncio.sleep(STABLE_AFTER)
+        server.on_welcome = [lambda link: link.go_away("draining", 0)] * 3
         lost_at = now()
         await server.lose()
-        await asyncio.sleep(60)
-        await client.call("echo")
-    pauses = [later - earlier for earlier, later in itertools.pairwise([lost_at, *server.dialled[1:]])]
-    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8], rel=1e-3)
+        await client.call("echo", timeout=None)
+    assert server.dialled[-1] - lost_at == pytest.approx(0.1 + 0.4 + 1.6 + 6.4, rel=1e-3)
 
 
 @pytest.mark.parametrize("failure", ["disconnected", "handshake_timeout", "connection_reset", "truncated"])

@@ -18,7 +18,7 @@ SLOW = {
     f"scripted/{name}"
     for name in (
         *("reconnect-backoff", "truncated-everywhere", "revoked-token", "replaced-session", "retry-after"),
-        "keepalive",
+        *("keepalive", "reconnect-backoff-after-answers"),
     )
 }
 """Scenarios that wait for half a second or more."""

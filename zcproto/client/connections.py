@@ -4,7 +4,8 @@ Decides: when to connect and reconnect.
 
 Rules:
 - After a loss, reconnect automatically with growing, jittered delays; after GOAWAY, when the server asked for it;
-  after an idle close, when the next call needs it.
+  after an idle close, when the next call needs it. The delays start again once a connection has lasted
+  STABLE_AFTER: a server that answers and ends each one must not make its clients reconnect many times a second.
 - After the server has ended the session, do not reconnect until the application asks for a session.
 - Concurrent callers share one attempt.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass, field
+from math import inf
 from typing import Final
 
 from zcproto.client.protocol import ClientProtocol
@@ -23,6 +25,9 @@ from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoErr
 
 IDLE_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
 """The server's reasons to close an unused connection: a new one would be closed again."""
+
+STABLE_AFTER: Final = 5.0
+"""Seconds after which a connection counts as a success."""
 
 
 @dataclass(eq=False, repr=False)
@@ -46,6 +51,7 @@ class ConnectionManager:
     _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
     _connecting: asyncio.Task[None] | None = field(default=None, init=False)
     _not_before: float = field(default=0.0, init=False)
+    _stable_at: float = field(default=inf, init=False)  # when `current` counts as a success
     _was_connected: bool = field(default=False, init=False)
     _closed: bool = field(default=False, init=False)
 
@@ -92,6 +98,7 @@ class ConnectionManager:
                 continue
             self._was_connected = True
             self.current = connection
+            self._stable_at = self._loop.time() + STABLE_AFTER
             self.on_connected(connection)
             return
 
@@ -109,7 +116,7 @@ class ConnectionManager:
             self.current = None
             self._older.add(connection)
         if event.reason not in IDLE_REASONS:
-            self._reconnect(connection, min(event.retry_after_ms, MAX_RETRY_AFTER_MS))
+            self._reconnect(min(event.retry_after_ms, MAX_RETRY_AFTER_MS))
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
         self._older.add(connection)
@@ -118,12 +125,13 @@ class ConnectionManager:
             return
         self.current = None
         self.last_error = error
-        self._reconnect(connection, 0)
+        self._reconnect(0)
 
-    def _reconnect(self, connection: ClientProtocol, retry_after_ms: int) -> None:
+    def _reconnect(self, retry_after_ms: int) -> None:
         """Delay the next attempt to connect, and start it now if it is wanted."""
-        if connection.answered:
+        if self._loop.time() >= self._stable_at:
             self._backoff.reset()
+        self._stable_at = inf
         self._delay(self._backoff.next(retry_after_ms))
         if self._was_connected and not self._closed and self.is_wanted():
             self._start()

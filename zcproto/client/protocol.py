@@ -76,9 +76,9 @@ class PendingCall(asyncio.Future[Any]):
 class ClientProtocol(asyncio.Protocol):
     """One connection to a server.
 
-    `ready`: a request may be sent now; await `wait_ready` otherwise. `error`: why the connection ended. `answered`:
-    a request was answered here. `proved`: a device has proved its key here. `unanswered_not_run`, after the end:
-    requests without an answer were certainly not run, because the server closed in order after GOAWAY.
+    `ready`: a request may be sent now; await `wait_ready` otherwise. `error`: why the connection ended. `proved`:
+    a device has proved its key here. `unanswered_not_run`, after the end: requests without an answer were certainly
+    not run, because the server closed in order after GOAWAY.
     """
 
     _owner: ConnectionOwner | None
@@ -95,7 +95,6 @@ class ClientProtocol(asyncio.Protocol):
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
     draining: bool = field(default=False, init=False)
-    answered: bool = field(default=False, init=False)
     proved: bool = field(default=False, init=False)
     unanswered_not_run: bool = field(default=False, init=False)
     error: ConnectionClosed | None = field(default=None, init=False)
@@ -132,7 +131,6 @@ class ClientProtocol(asyncio.Protocol):
                     self._wheel.discard(call)
                     if not call.done():  # its task may have been cancelled in this turn
                         call.set_result(event.value)
-                self.answered = True
             else:
                 self._handle(event)
                 if self.error is not None:
@@ -186,7 +184,6 @@ class ClientProtocol(asyncio.Protocol):
 
     def _handle(self, event: ClientEvent) -> None:
         if isinstance(event, ErrorReceived):
-            self.answered = True
             call = self._pending.pop(event.stream, None)
             if call is not None:
                 self._wheel.discard(call)

@@ -357,7 +357,7 @@ describe("connections", () => {
     await assert.rejects(client.call("echo"), ConnectionClosed);
   });
 
-  test("reconnect backs off with full jitter up to 30 s and resets after a success", async () => {
+  test("reconnect backs off with full jitter up to 30 s until a connection has lasted", async () => {
     client = await server.connect();
     server.connectErrors = Array.from({ length: 12 }, () => new CannotConnect("no"));
     const left = () => server.connectErrors.length;
@@ -374,10 +374,16 @@ describe("connections", () => {
     assert.deepEqual(delays, [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 15_000, 15_000, 15_000, 15_000]);
     await client.call("echo");
     server.last.end();
-    await server.clock.advance(49);
+    await server.clock.advance(14_999);
     assert.equal(server.connections.length, 2);
     await server.clock.advance(1);
     assert.equal(server.connections.length, 3);
+    await server.clock.advance(5_000);
+    server.last.end();
+    await server.clock.advance(49);
+    assert.equal(server.connections.length, 3);
+    await server.clock.advance(1);
+    assert.equal(server.connections.length, 4);
   });
 
   test("timed out call reports why the reconnect failed", async () => {

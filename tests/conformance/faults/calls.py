@@ -255,6 +255,14 @@ GOAWAY: Final[dict[str, Fault]] = {
         "always reconnects at once",
         ("zcproto.client.retry:Backoff.next", "self._random() * self._ceiling", "0"),
     ),
+    "reconnect-backoff-after-answers": fault(
+        "resets its backoff with every connection",
+        (
+            "zcproto.client.connections:ConnectionManager._reconnect",
+            "self._loop.time() >= self._stable_at",
+            "True",
+        ),
+    ),
     "unavailable": fault("gives up at UNAVAILABLE", _then("UNAVAILABLE", "RAISE")),
     "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", _then("RESOURCE_EXHAUSTED", "RAISE")),
     "retry-after": fault(

@@ -170,6 +170,28 @@ async def _(harness: Harness) -> None:
     raise CheckFailed(f"the client connected {_MANY} times in {_MANY_SECONDS:g} s")
 
 
+@scenario(
+    "reconnect-backoff-after-answers",
+    "11.2: a client whose connections end soon after a response reconnects ever more slowly",
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    connection = peer.connection
+    until = asyncio.get_running_loop().time() + _MANY_SECONDS
+    for _ in range(_MANY):
+        await connection.truncate_and_wait()
+        call = await peer.client.call("echo", {}, idempotency_key="again")
+        try:
+            async with asyncio.timeout_at(until):
+                connection = await harness.next_welcomed()
+        except TimeoutError:
+            await call.cancel()
+            return
+        connection.respond(await connection.expect_request("echo"), "answered")
+        await call.expect_result("answered")
+    raise CheckFailed(f"the client connected {_MANY} times in {_MANY_SECONDS:g} s")
+
+
 # --- errors with retry_after_ms ---------------------------------------------------------------------
 
 

@@ -83,8 +83,6 @@ export class ConnectionDriver {
   ready = false;
   /** Whether GOAWAY was received. */
   draining = false;
-  /** Whether any response was received. */
-  hasResponded = false;
   /** Whether the session was attached to this connection. */
   attached = false;
   /**
@@ -218,11 +216,9 @@ export class ConnectionDriver {
   #handle(event: ClientEvent): void {
     switch (event.type) {
       case "response":
-        this.hasResponded = true;
         this.#removePending(event.stream)?.succeed(event.value);
         break;
       case "error":
-        this.hasResponded = true;
         this.#removePending(event.stream)?.fail(
           CallError.fromWire(event.code, escapeText(event.message, MAX_MESSAGE), event.details),
         );

@@ -4,7 +4,8 @@
  * Decides: when to connect and reconnect. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
  * server requested it; after a close for idleness with the next call; and not at all once the session was revoked or
  * replaced.
- * Rules: all callers that wait for a connection share one attempt.
+ * Rules: all callers that wait for a connection share one attempt. The delays start again once a connection has lasted
+ * STABLE_AFTER_MS: a server that answers and ends each connection must not make its clients reconnect many times a second.
  * Must not know: calls, retries and sessions.
  */
 
@@ -17,6 +18,9 @@ import { isTransient, MAX_RETRY_AFTER_MS } from "./retry.js";
 
 /** Reasons of GOAWAY for an unused connection: a new one would be closed for the same reason. */
 const IDLE_REASONS: ReadonlySet<string> = new Set(["idle", "no_session"]);
+
+/** How long a connection must last to count as a success. */
+const STABLE_AFTER_MS = 5_000;
 
 export interface ConnectionManagerOptions {
   readonly clock: Clock;
@@ -41,6 +45,8 @@ export class ConnectionManager implements ConnectionListener {
   readonly #closing = new AbortController();
   #connecting: Promise<void> | undefined;
   #notBefore = Number.NEGATIVE_INFINITY;
+  /** When the current connection counts as a success. */
+  #stableAt = Number.POSITIVE_INFINITY;
   #hasConnected = false;
 
   constructor(options: ConnectionManagerOptions) {
@@ -93,6 +99,7 @@ export class ConnectionManager implements ConnectionListener {
         }
         this.#hasConnected = true;
         this.current = connection;
+        this.#stableAt = clock.now() + STABLE_AFTER_MS;
         onConnection(connection);
         return;
       } catch (error) {
@@ -127,12 +134,7 @@ export class ConnectionManager implements ConnectionListener {
     if (IDLE_REASONS.has(event.reason)) {
       return;
     }
-    const { backoff } = this.#options;
-    if (connection.hasResponded) {
-      backoff.reset();
-    }
-    this.#delayNextAttempt(backoff.next(Math.min(event.retryAfterMs, MAX_RETRY_AFTER_MS)));
-    this.#reconnect();
+    this.#reconnect(Math.min(event.retryAfterMs, MAX_RETRY_AFTER_MS));
   }
 
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void {
@@ -144,15 +146,17 @@ export class ConnectionManager implements ConnectionListener {
     }
     this.current = undefined;
     this.lastError = error;
-    const { backoff } = this.#options;
-    if (connection.hasResponded) {
-      backoff.reset();
-    }
-    this.#delayNextAttempt(backoff.next());
     this.#reconnect();
   }
 
-  #reconnect(): void {
+  /** Delay the next attempt to connect, and start it now if it is wanted. */
+  #reconnect(retryAfterMs = 0): void {
+    const { clock, backoff } = this.#options;
+    if (clock.now() >= this.#stableAt) {
+      backoff.reset();
+    }
+    this.#stableAt = Number.POSITIVE_INFINITY;
+    this.#delayNextAttempt(backoff.next(retryAfterMs));
     if (this.#hasConnected && !this.#closing.signal.aborted && this.#options.isWanted()) {
       void this.#start();
     }
