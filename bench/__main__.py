@@ -18,6 +18,7 @@ CANNOT: Final = 2
 INTERRUPTED: Final = 130
 
 SCENARIOS: Final = {
+    "attacks": "Silent connections, floods and half frames: the others notice nothing.",
     "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",
     "hostile": "Clients of hostile servers: their memory and CPU stay bounded.",
     "kills": "Kill a server again and again: nothing acknowledged is lost.",

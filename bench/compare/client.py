@@ -29,8 +29,9 @@ NO_TOKEN: Final = bytes(32)
 class Connection:
     """One connection, one session."""
 
-    def __init__(self, port: int, context: ssl.SSLContext) -> None:
-        self.tls = connect_tls(port, context)
+    def __init__(self, port: int, context: ssl.SSLContext, source: str = "") -> None:
+        """`source` is the address of this side; without one the system chooses it."""
+        self.tls = connect_tls(port, context, source=source)
         self.counter = 0
         self.stream = 0
         self.token = NO_TOKEN
@@ -49,8 +50,8 @@ class Connection:
             raise ZcprotoError(f"no session for {user}: {msgpack.unpackb(body)}")
         self.token = msgpack.unpackb(body)["token"]
 
-    def frame(self, method: str, params: dict[str, Any]) -> bytes:
-        body = msgpack.packb([method, params])
+    def frame(self, method: str, params: dict[str, Any], *meta: dict[str, Any]) -> bytes:
+        body = msgpack.packb([method, params, *meta])
         self.counter += 1
         self.stream += 1
         now = time.time_ns() // 1_000_000
@@ -88,9 +89,11 @@ class Connection:
         self.tls.close()
 
 
-def connect_tls(port: int, context: ssl.SSLContext, timeout: float | None = None) -> ssl.SSLSocket:
+def connect_tls(
+    port: int, context: ssl.SSLContext, timeout: float | None = None, source: str = ""
+) -> ssl.SSLSocket:
     """`timeout` is of each step, in seconds; with one, steps cost this side more."""
-    raw = socket.create_connection((HOST, port), timeout)
+    raw = socket.create_connection((HOST, port), timeout, (source, 0) if source else None)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return context.wrap_socket(raw, server_hostname=NAME)
 

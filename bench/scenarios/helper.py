@@ -16,7 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Final, Self
 
 from bench.stage import bench_environment
@@ -114,11 +116,18 @@ async def _serve(pipe: Connection, factory: type, arguments: tuple[Any, ...]) ->
             task.cancel()
 
 
+def _lower_priority(niceness: int) -> None:
+    """Lower the priority of this process and, where Linux schedules sessions as groups, of its session."""
+    os.nice(niceness)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(os.nice(0)))
+
+
 def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(descriptor)
     module, name, arguments, niceness = pipe.recv()
-    os.nice(niceness)
+    _lower_priority(niceness)
     gc.disable()  # nothing here makes cycles that matter, and a collection would walk 10,000 connections
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(pipe, getattr(importlib.import_module(module), name), arguments))

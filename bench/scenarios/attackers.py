@@ -1,0 +1,284 @@
+"""The attackers of a server, and the clients that they must not harm.
+
+Each class runs in a process of its own (`helper`). Attackers run at a lower priority: the server has one processor,
+all its clients share another, and the latency of the others must be the server's and not the machine's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import secrets
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgpack
+
+from bench.compare.client import RESPONSE, Connection, context_for
+from bench.scenarios.harness import LAST_ANSWERS_S, cause_of
+from bench.scenarios.sessions import open_session
+from bench.stage import HOST, NAME
+from zcproto.errors import Code, ZcprotoError
+from zcproto.load.caller import LoadTarget
+from zcproto.load.pacer import Pacer, poisson_times
+from zcproto.load.plan import Credential
+from zcproto.load.record import Latencies
+from zcproto.tls.client import ALPN
+from zcproto.tls.proxy import SIGNATURE
+
+HELD: Final = 1_000
+"""Connections that an attacker holds open; beyond it the oldest is reset."""
+
+AT_ONCE: Final = 64
+"""Connections opened between two looks at the clock, without a rate."""
+
+TURN_S: Final = 0.01
+IN_FLIGHT: Final = 100
+"""Requests sent in one write on a connection, before their answers are read."""
+
+LARGE_FRAME: Final = 1_048_576
+THREADS: Final = 16
+
+_BIND_ADDRESS_NO_PORT: Final = 24  # IP_BIND_ADDRESS_NO_PORT: `connect` finds the port, once for each peer
+_RESET: Final = struct.pack("ii", 1, 0)
+
+
+def client_hello() -> bytes:
+    """Return the first bytes of an OpenSSL client."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols([ALPN])
+    outgoing = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=NAME).do_handshake()
+    return outgoing.read()
+
+
+def first_bytes(name: str) -> bytes:
+    """Return what the connections of one kind of flood send, and then nothing more."""
+    hello = client_hello()
+    return {
+        "nothing": b"",
+        "half a ClientHello": hello[: len(hello) // 2],
+        "half a PROXY header": SIGNATURE + b"\x21",
+        "a ClientHello": hello,
+    }[name]
+
+
+class Sockets:
+    """Open connections from one address, at a rate or, with rate 0, as fast as the system allows."""
+
+    def __init__(self, port: int, source: str, first: str, rate: float) -> None:
+        self._port = port
+        self._source = source
+        self._first = first_bytes(first)
+        self._rate = rate
+        self._held: deque[socket.socket] = deque()
+        self._counts: Counter[str] = Counter()
+        self._flood: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        self._flood = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        began, made = time.monotonic(), 0
+        while True:
+            due = int((time.monotonic() - began) * self._rate) - made if self._rate else AT_ONCE
+            for _ in range(due):
+                made += 1
+                self._open()
+            await asyncio.sleep(TURN_S if self._rate else 0)
+
+    def _open(self) -> None:
+        one = socket.socket()
+        one.setblocking(False)
+        one.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)  # no TIME_WAIT: ports would run out
+        one.bind((self._source, 0))
+        error = one.connect_ex((HOST, self._port))
+        if error not in (0, errno.EINPROGRESS):
+            self._counts[errno.errorcode[error]] += 1
+            one.close()
+            return
+        self._counts["connects"] += 1
+        if self._first:
+            with suppress(OSError):  # not accepted yet, or reset
+                one.send(self._first)
+        self._held.append(one)
+        if len(self._held) > HELD:
+            self._held.popleft().close()
+
+    async def end(self) -> Counter[str]:
+        if self._flood is not None:
+            self._flood.cancel()
+        for one in self._held:
+            one.close()
+        return self._counts
+
+
+class Requests:
+    """Send requests flat out on some connections of one address, and read their answers.
+
+    They have a session if `user` is given, and an idempotency key each if they are `keyed`.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        ca_file: Path,
+        source: str,
+        connections: int,
+        method: str,
+        user: Credential | None = None,
+        keyed: bool = False,
+    ) -> None:
+        self._target = (port, context_for(ca_file, ALPN), source)
+        self._connections = connections
+        self._method = method
+        self._user = user
+        self._keyed = keyed
+        self._counts: Counter[str] = Counter()
+        self._made: list[Connection] = []
+        self._threads: list[threading.Thread] = []
+        self._ended = False
+
+    async def begin(self) -> None:
+        for number in range(self._connections):
+            connection = Connection(*self._target)
+            if self._user is not None and not number:
+                connection.open_session(*self._user)
+            elif self._user is not None:
+                connection.token = self._made[0].token
+            self._made.append(connection)
+            self._threads.append(threading.Thread(target=self._run, args=(connection,), daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, connection: Connection) -> None:
+        counts = Counter[str]()
+        with suppress(OSError, ZcprotoError):
+            while not self._ended:
+                connection.send([connection.frame(self._method, {}, *self._meta()) for _ in range(IN_FLIGHT)])
+                for _ in range(IN_FLIGHT):
+                    kind, _, _, body = connection.receive()
+                    counts["answered" if kind == RESPONSE else Code(msgpack.unpackb(body)[0]).name] += 1
+        self._counts += counts
+
+    def _meta(self) -> list[dict[str, str]]:
+        return [{"idempotency_key": secrets.token_hex(8)}] if self._keyed else []
+
+    async def end(self) -> Counter[str]:
+        self._ended = True
+        for connection in self._made:
+            with suppress(OSError):
+                connection.tls.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
+        return self._counts
+
+
+class Frames:
+    """Send all but the last byte of a large frame on each of many connections, of one user or of several."""
+
+    def __init__(
+        self, port: int, ca_file: Path, source: str, connections: int, users: Sequence[Credential]
+    ) -> None:
+        self._target = (port, context_for(ca_file, ALPN), source)
+        self._connections = connections
+        self._users = users
+        self._made: list[Connection] = []
+        self._counts: Counter[str] = Counter()
+
+    async def begin(self) -> None:
+        """Send all of them; the connections stay open until `end`."""
+        tokens = []
+        for user in self._users:
+            self._made.append(Connection(*self._target))
+            self._made[-1].open_session(*user)
+            tokens.append(self._made[-1].token)
+        with ThreadPoolExecutor(THREADS) as threads:
+            work = (tokens[number % len(tokens)] for number in range(self._connections))
+            await asyncio.to_thread(lambda: [*threads.map(self._send, work)])
+
+    def _send(self, token: bytes) -> None:
+        try:
+            connection = Connection(*self._target)
+            self._made.append(connection)
+            connection.token = token
+            connection.send([connection.frame("echo", {})])
+            connection.receive()  # a large frame needs a session that is known on this connection
+            connection.send([connection.frame("echo", {"data": bytes(LARGE_FRAME - 200)})[:-1]])
+        except (OSError, ZcprotoError):
+            self._counts["cut while sending"] += 1
+        else:
+            self._counts["sent"] += 1
+
+    async def end(self) -> Counter[str]:
+        for connection in self._made:
+            connection.close()
+        self._made.clear()
+        return self._counts
+
+
+@dataclass(slots=True)
+class Logins:
+    """What became of clients that each connected and opened a session. Latency is from when one was due."""
+
+    begun: int = 0
+    opened: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    latency: Latencies = field(default_factory=Latencies)
+    lag: Latencies = field(default_factory=Latencies)
+
+
+class Newcomers:
+    """Clients that connect in an open loop, open a session, send one request and leave."""
+
+    def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float) -> None:
+        self._target = LoadTarget(HOST, HOST, port, ca_file)
+        self._users = users
+        self._rate = rate
+        self._pacer = Pacer(asyncio.get_running_loop())
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def load(self, seconds: float) -> Logins:
+        logins = Logins()
+
+        def begin(due: float) -> None:
+            logins.lag.add(time.monotonic() - due)
+            user = self._users[logins.begun % len(self._users)]
+            logins.begun += 1
+            task = asyncio.create_task(self._log_in(logins, user, due))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        order = random.Random(1)  # noqa: S311 - no secret
+        await self._pacer.run(poisson_times(self._rate, seconds, order), begin)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LAST_ANSWERS_S)
+        logins.failed += Counter({"no answer": len(self._tasks)})
+        return logins
+
+    async def _log_in(self, logins: Logins, user: Credential, due: float) -> None:
+        try:
+            caller = await self._target.caller()
+            try:
+                caller.token = (await open_session(caller, user)).token
+                logins.latency.add(time.monotonic() - due)
+                await caller.call("echo", {})
+                logins.opened += 1
+                await caller.call("session.close", {})
+            finally:
+                await caller.disconnect()
+        except ZcprotoError as error:
+            logins.failed[cause_of(error)] += 1
