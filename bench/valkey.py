@@ -1,8 +1,7 @@
-"""A Valkey server that can be hurt, and a link to it that can be slow or cut."""
+"""A Valkey server that can be hurt."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 import signal
@@ -103,69 +102,3 @@ class Valkey:
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
-
-
-class Link:
-    """A TCP link on loopback to the server. `delay_s` is added each way."""
-
-    def __init__(self, socket: Path) -> None:
-        self._socket = socket
-        self._server: asyncio.Server | None = None
-        self._pumps: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._is_cut = False
-        self.delay_s = 0.0
-
-    @property
-    def url(self) -> str:
-        assert self._server is not None
-        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        self.cut()
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-
-    def cut(self) -> None:
-        """Reset all connections, and refuse new ones."""
-        self._is_cut = True
-        for writer in self._writers:
-            writer.transport.abort()
-
-    def restore(self) -> None:
-        self._is_cut = False
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._is_cut:
-            writer.transport.abort()
-            return
-        try:
-            there_reader, there_writer = await asyncio.open_unix_connection(self._socket)
-        except OSError:  # the server does not run
-            writer.transport.abort()
-            return
-        self._writers |= {writer, there_writer}
-        for source, sink in ((reader, there_writer), (there_reader, writer)):
-            pump = asyncio.create_task(self._pump(source, sink))
-            self._pumps.add(pump)
-            pump.add_done_callback(self._pumps.discard)
-
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(65_536):
-                if self.delay_s:
-                    await asyncio.sleep(self.delay_s)
-                sink.write(data)
-                await sink.drain()
-        except OSError:
-            pass  # one side is gone, and the other follows
-        finally:
-            self._writers.discard(sink)
-            sink.transport.abort()

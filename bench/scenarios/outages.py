@@ -27,12 +27,13 @@ from typing import Final, NamedTuple
 import click
 
 from bench.command import COUNT, RATE, SECONDS, measurement, progress
+from bench.proxy import Proxy
 from bench.report import Report, Row
 from bench.scenarios.harness import AT_ONCE, OpenLoop, for_each, until
 from bench.scenarios.outage_churn import CALLS_PER_VICTIM, Churn, Phase, Victims, Waits, added
 from bench.scenarios.sessions import Broken, ClientSession, check, open_session
 from bench.stage import ECDSA_ONLY, Server, Stage, room_for
-from bench.valkey import Link, Valkey
+from bench.valkey import Valkey
 from zcproto.common.process import new_event_loop
 from zcproto.load.caller import Caller, LoadTarget, Operator
 from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
@@ -59,7 +60,7 @@ class Store(NamedTuple):
     """What an outage is done to."""
 
     valkey: Valkey
-    link: Link
+    link: Proxy
 
 
 Act = Callable[[Store], None]
@@ -85,7 +86,7 @@ def _on_valkey(act: Callable[[Valkey], None]) -> Act:
     return lambda store: act(store.valkey)
 
 
-def _on_link(act: Callable[[Link], None]) -> Act:
+def _on_link(act: Callable[[Proxy], None]) -> Act:
     return lambda store: act(store.link)
 
 
@@ -96,7 +97,7 @@ _kill, _start, _delete_data = (
 )
 _hang, _resume = _on_valkey(Valkey.hang), _on_valkey(Valkey.resume)
 _become_replica, _become_primary = _on_valkey(Valkey.become_replica), _on_valkey(Valkey.become_primary)
-_cut, _restore = _on_link(Link.cut), _on_link(Link.restore)
+_cut, _restore = _on_link(Proxy.isolate), _on_link(Proxy.restore)
 
 OUTAGES: Final = {
     "killed": Outage("killed", [_kill], [_start]),
@@ -321,7 +322,7 @@ class Run:
     async def conduct(self) -> OutageOutcome:
         self._folder.mkdir()
         with Valkey(self._folder / "valkey") as valkey:
-            async with Link(valkey.socket) as link:
+            async with Proxy(valkey.socket) as link:
                 url = link.url if self._outage.by_link else valkey.url
                 async with self._node("one", url) as one, self._node("other", url) as other:
                     progress(f"{self._outage.title}: opening {self._plan.sessions:,} sessions ...")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores.sqlite.disk import Disk
+from bench.disk import Disk
 from tests.stores.sqlite.harness import SqliteHarness
 
 

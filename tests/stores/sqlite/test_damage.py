@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.disk import Disk
 from tests.stores.contract import FIVE, loaded, opened, session
-from tests.stores.sqlite.disk import Disk
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file, mode
 from zcproto.stores.base import Created, StoreUnavailable
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from bench.disk import Disk
 from tests.stores.contract import FIVE, KEEP, LEASE, WALL, digest, ended, opened, rotation, session
-from tests.stores.sqlite.disk import Disk
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions.record import SessionRecord

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.disk import Disk
 from tests.stores.contract import FIVE, LEASE, WALL, digest, ended, opened, rotation, session
-from tests.stores.sqlite.disk import Disk
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file, mode
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import SessionRecord

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.disk import Disk
 from tests.stores.contract import (
     FIVE,
     KEEP,
@@ -21,7 +22,6 @@ from tests.stores.contract import (
     opened,
     session,
 )
-from tests.stores.sqlite.disk import Disk
 from tests.stores.sqlite.harness import SqliteHarness
 from zcproto.errors import Code
 from zcproto.stores import worker

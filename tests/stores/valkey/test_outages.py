@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from bench.proxy import FROM_SERVER, TO_SERVER, Proxy
 from tests.stores.contract import FIVE, WALL, ended, session
-from tests.stores.valkey.server_process import PROGRAMS, Proxy, ServerProcess, running, until
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, until
 from zcproto.errors import Code, ConfigError, ResourceExhausted
 from zcproto.sessions.record import UserLimit
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
@@ -33,10 +34,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerPro
 
 @pytest.fixture
 async def proxy(server: ServerProcess) -> AsyncIterator[Proxy]:
-    proxy = Proxy(server.port)
-    await proxy.start()
-    yield proxy
-    await proxy.close()
+    async with Proxy(server.port) as proxy:
+        yield proxy
 
 
 class Open:
@@ -168,49 +167,50 @@ async def test_hung_server_with_many_concurrent_operations(server: ServerProcess
 
 
 async def test_slow_network_fails_operations_within_the_timeout(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
+    async with Open(proxy.url) as here:
         store = here.store
         await store.create(session(), FIVE)
-        proxy.delay = 2.0
+        proxy.delay_s = 2.0
         for operation in list(every_operation(store).values())[:4]:
             reason, _ = await refused(operation)
             assert "250 ms" in reason
-        proxy.delay = 0.0
+        proxy.delay_s = 0.0
         assert await store.find(session().token_digest) == session()
         assert here.changes == [ALL]
 
 
 async def test_delay_below_the_timeout_is_not_an_outage(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
-        proxy.delay = 0.05
+    async with Open(proxy.url) as here:
+        proxy.delay_s = 0.05
         await asyncio.gather(*(here.store.create(session(n, f"user-{n}"), FIVE) for n in range(20)))
         assert await here.store.count() == 20
         assert here.changes == []
 
 
 async def test_network_that_drops_all_packets_is_an_outage(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
+    async with Open(proxy.url) as here:
         store = here.store
         await store.create(session(), FIVE)
-        proxy.silent = True
+        proxy.hold(TO_SERVER, FROM_SERVER)
         await refused(store.count)
         await refused(store.count)
-        proxy.silent = False
+        proxy.release()
+        await until(lambda: is_back(store))
         assert await store.find(session().token_digest) == session()
         assert here.changes == [ALL]
 
 
 async def test_silent_network_is_detected_without_an_operation(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
+    async with Open(proxy.url) as here:
         connections = proxy.accepted
-        proxy.silent = True
+        proxy.hold(TO_SERVER, FROM_SERVER)
         assert await until(lambda: proxy.accepted > connections) < 1.0
-        proxy.silent = False
+        proxy.release()
         await until(lambda: here.changes == [ALL])
 
 
 async def test_reconnect_after_the_connection_was_cut(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
+    async with Open(proxy.url) as here:
         store = here.store
         await store.create(session(), FIVE)
         for number in range(1, 4):
@@ -224,7 +224,7 @@ async def test_reconnect_after_the_connection_was_cut(server: ServerProcess, pro
 
 
 async def test_reconnect_after_the_network_was_down(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(f"redis://127.0.0.1:{proxy.port}") as here:
+    async with Open(proxy.url) as here:
         proxy.refuses = True
         proxy.cut()
         for _ in range(5):

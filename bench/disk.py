@@ -67,7 +67,7 @@ class Disk:
 class _Connection(sqlite3.Connection):
     disk: Disk | None = None
 
-    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:  # type: ignore[override]
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
         if self.disk is not None:
             self.disk.meet(self, sql)
         return super().execute(sql, *arguments)
