@@ -396,9 +396,8 @@ class ServerConnection:
         """Refuse a request because of the connection's state or limits, before decoding its body."""
         settings = self.settings
         if session is None and length > settings.max_frame_before_session:
-            self._refuse("too_large_without_session", stream, token, refusals.NEEDS_SESSION, wall)
-            return True
-        if self.state is State.DRAINING:
+            reason, body = "too_large_without_session", refusals.NEEDS_SESSION
+        elif self.state is State.DRAINING:
             reason, body = "draining", refusals.draining(settings.retry_draining_ms)
         elif len(self._held) + self._lingering >= settings.max_streams:
             reason, body = "max_streams", refusals.too_many_requests(settings.retry_busy_ms)
