@@ -320,8 +320,8 @@ class LimitsConfig(Settings):
     requests_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
     """Requests a second of one address, counted alike. Many users may share an address."""
     public_requests_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 1000
-    """Requests a second without a session of one address, counted alike: a client has one or two. Logins have
-    limits of their own."""
+    """Requests a second without a session of one address, also by HTTP, counted alike: a client has one or two.
+    Logins have limits of their own."""
     running_per_user: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
     """Requests in progress of one user: those that wait for something. Requests with a key also have
     idempotency.running_per_user."""

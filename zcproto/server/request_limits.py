@@ -4,7 +4,7 @@ Decides: which requests are refused, and when their callers may retry.
 
 Rules:
 - A rate is a token bucket that holds the requests of BURST_S seconds. A refused request takes nothing from it.
-- Requests without a session count for their address, those with one for their user too.
+- Requests without a session, and all by HTTP, count for their address, those with one for their user too.
 - Logins and refreshes are left to their own limits: a client that is refused here must still get its session.
 - The tables are bounded. When one is full of keys in use, further keys share a bucket.
 
