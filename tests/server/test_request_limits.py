@@ -41,6 +41,28 @@ def test_rate_of_zero_admits_everything_and_counts_nothing() -> None:
     assert len(rate) == 0
 
 
+def test_charge_takes_tokens_that_return_with_time() -> None:
+    rate = RequestRate(RATE)
+    assert rate.left("ada", 100.0) == BURST
+    rate.charge("ada", 3, 100.0)
+    assert rate.left("ada", 100.0) == BURST - 3
+    rate.charge("ada", 1_000, 100.0)
+    assert [rate.left("ada", now) for now in (100.0, 100.25, 1_000.0)] == [0, 1, BURST]
+    assert rate.left("bob", 100.0) == BURST
+    unlimited = RequestRate(0)
+    unlimited.charge("ada", 1_000, 100.0)
+    assert len(unlimited) == 0
+
+
+def test_charge_counts_in_a_full_table() -> None:
+    rate = RequestRate(RATE, max_keys=1)
+    for _ in range(BURST):
+        rate.charge("ada", 1, 100.0)
+        rate.charge("bob", 1, 100.0)
+    assert rate.left("ada", 100.0) == 0
+    assert len(rate) == 2
+
+
 def test_full_table_drops_full_buckets_and_then_shares_one() -> None:
     rate = RequestRate(RATE, max_keys=2)
     for key in ("ada", "bob"):

@@ -71,6 +71,20 @@ class RequestRate:
         full_at[key] = full if wait > 0 else full + step
         return ceil(wait * 1000) if wait > 0 else 0
 
+    def charge(self, key: str, cost: int, now: float) -> None:
+        """Take tokens, or all that are left."""
+        step = self._step
+        if step:
+            full = self._full_at.pop(key, None)
+            if full is None:
+                key = self._new_key(key, now)
+                full = self._full_at.pop(key, now)
+            self._full_at[key] = min(max(full, now) + cost * step, now + max(BURST_S, step))
+
+    def left(self, key: str, now: float) -> float:
+        """Return how many of the tokens of BURST_S a key has left."""
+        return (BURST_S - max(self._full_at.get(key, now) - now, 0.0)) * self.per_second
+
     def _new_key(self, key: str, now: float) -> str:
         while len(self._full_at) >= self._max_keys:
             oldest, full = next(iter(self._full_at.items()))
