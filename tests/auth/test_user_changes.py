@@ -81,6 +81,40 @@ def test_removing_a_user_keeps_the_rest_of_the_file(path: Path, written: UserFil
     assert written.add("alice")
 
 
+def entry(name: str) -> str:
+    return f'[users.{name}]\nkey_sha256 = "{DIGEST}"\n'
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (entry("a"), ""),
+        (entry("a").rstrip(), ""),
+        (entry("a") + "\n", "\n"),
+        ("\n" + entry("a"), ""),
+        ("# Ours\n\n\n" + entry("a"), "# Ours\n\n"),
+        (entry("a") + "\n" + entry("b"), "\n" + entry("b")),
+        (entry("b") + entry("a") + "# The end.", entry("b") + "# The end."),
+        (entry("b") + "\n" + entry("a") + entry("c"), entry("b") + entry("c")),
+    ],
+)
+def test_removing_a_user_removes_one_empty_line_above(
+    path: Path, users: UserFile, before: str, after: str
+) -> None:
+    write(path, before)
+    users.load()
+    users.remove("a")
+    assert path.read_text() == after
+
+
+def test_change_keeps_the_empty_line_above_and_completes_the_last_line(path: Path, users: UserFile) -> None:
+    write(path, f"{entry('b')}\n{entry('a').rstrip()}")
+    users.load()
+    users.disable("a")
+    assert path.read_text().startswith(f"{entry('b')}\n[users.a]\n")
+    assert path.read_text().endswith("\n")
+
+
 @pytest.mark.parametrize("name", ["alice", "bob the builder", "carol"])
 def test_new_key_replaces_the_old_one(path: Path, written: UserFile, name: str) -> None:
     old = written.entries.get(name)

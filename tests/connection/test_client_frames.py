@@ -95,6 +95,9 @@ def test_flood_of_unrequested_frames_delays_reading(harness: ClientHarness, kind
         harness.receive_frame(head, stream, b"" if kind == "ping" else body)
     delay = harness.client.reading_delay(harness.now)
     assert delay == pytest.approx(100 * cost / UNREQUESTED_PER_S, rel=0.05)
+    harness.receive_frame(head, stream, b"" if kind == "ping" else body)
+    assert harness.client.reading_delay(harness.now) - delay == pytest.approx(cost / UNREQUESTED_PER_S)
+    delay = harness.client.reading_delay(harness.now)
     harness.now += delay
     assert harness.client.reading_delay(harness.now) == pytest.approx(0.0, abs=1e-9)
     harness.now += UNREQUESTED_BURST / UNREQUESTED_PER_S
@@ -120,7 +123,7 @@ def test_after_goaway_new_requests_are_refused_and_answers_arrive(harness: Clien
     body = encode_body({"reason": "draining", "retry_after_ms": 1_000, "elsewhere": []})
     assert harness.receive_frame(GOAWAY, 0, body) == [GoAwayReceived("draining", 1_000)]
     assert harness.client.state is State.DRAINING
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="accepts no new requests"):
         harness.request()
     harness.client.cancel(stream, WALL)
     harness.client.ping(WALL)

@@ -32,7 +32,7 @@ def test_salt_is_available_after_welcome() -> None:
 
 def test_nothing_is_sent_before_welcome() -> None:
     harness = ClientHarness()
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="has not sent its WELCOME"):
         harness.request()
     harness.client.ping(harness.wall)
     assert harness.client.data_to_send() == b""

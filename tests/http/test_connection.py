@@ -46,6 +46,7 @@ GOOD: dict[str, tuple[bytes, list[str]]] = {
         post(b"1\r\nx\r\n" * 10 + b"0\r\n\r\n", "Transfer-Encoding: chunked"),
         ["POST /p ? b'xxxxxxxxxx'"],
     ),
+    "as many fields as allowed": (head("Host: a", *(f"X{n}: y" for n in range(9))), ["GET / ? b''"]),
     "no host in HTTP/1.0": (head(first="GET / HTTP/1.0"), ["GET / ? b''"]),
     "an empty host": (head("Host:"), ["GET / ? b''"]),
     "an address as host": (head("Host: [::1]:7443"), ["GET / ? b''"]),
@@ -149,6 +150,13 @@ def test_invalid_request_gets_its_status_for_every_split_and_closes(name: str) -
         assert answer.one("strict-transport-security") == HSTS
         assert conversation.connection.closing
         assert not conversation.connection.wants_data
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("another method", "not implemented"), ("too many fields", "too many header fields")]
+)
+def test_refusal_states_its_reason(name: str, text: str) -> None:
+    assert Conversation().feed(BAD[name][1]).answer.body.decode().strip() == text
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -447,3 +455,9 @@ def test_buffer_of_head_is_bounded(size: int) -> None:
         most = max(most, len(connection._buffer))
     assert most <= 1_000 + size
     assert len(connection._buffer) == 0
+
+
+def test_closed_connection_holds_no_part_of_a_body() -> None:
+    conversation = Conversation().feed(BAD["chunks too large"][1])
+    assert conversation.connection.closing
+    assert len(conversation.connection._body) == 0

@@ -1,8 +1,8 @@
 """A pytest plugin that imports the tests once and runs those that concern a mutant in a fork.
 
 It first runs all collected tests and records the lines of `zcproto` that each executes. It then reads mutants from
-a socket and answers which test fails. In the fork, the mutant replaces the code of a function. If code that runs
-during an import changes, or no test fails in the fork, a fresh interpreter runs the same tests.
+a socket and answers which test fails. In the fork, the mutant replaces the code of a function. A fresh interpreter
+runs the tests if the import of a module executes the changed code.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ settings.register_profile(
     phases=(Phase.explicit, Phase.generate),  # do not shrink: one failure is enough
     suppress_health_check=[HealthCheck.too_slow],
 )
+_recorder = coverage.Coverage(data_file=None, config_file=False, include=[f"{PACKAGE}/*"])
+if SOCKET in os.environ:
+    _recorder.start()  # for the lines that an import executes
 
 
 class Result(NamedTuple):
@@ -91,10 +94,15 @@ def statement_lines(source: bytes, line: int) -> range:
 class Forks:
     """The collected tests, the lines that they execute, and forks that run some of them."""
 
+    is_recording = False
+
     def __init__(self, session: pytest.Session) -> None:
         self.session = session
         self.items = {item.nodeid: item for item in session.items}
         self.lines: dict[str, dict[int, set[str]]] = {}
+        _recorder.stop()
+        data = _recorder.get_data()
+        self.imported = {path: set(data.lines(path) or ()) for path in data.measured_files()}
         self.durations: dict[str, float] = {}
         self.functions: dict[tuple[str, CodeType], list[FunctionType]] = defaultdict(list)
         gc.unfreeze()  # the objects that tests/conftest.py has hidden from collections
@@ -133,19 +141,23 @@ class Forks:
             (function, new) for old, new in pairs or () for function in self.functions[str(path), old]
         ]
         lines = self.lines.get(str(path), {})
+        is_imported = not replaced
         if replaced:
             statement = statement_lines(source, source.count(b"\n", 0, start) + 1)
             chosen = set().union(*(lines.get(line, ()) for line in statement))
+            is_imported = not self.imported[str(path)].isdisjoint(statement)
         else:
             chosen = set().union(*lines.values())
         tests = sorted(chosen or self.items, key=lambda test: (self.durations[test], test))
         try:
             path.write_bytes(changed)  # for subprocesses of the tests
             os.utime(path, (version, version))
-            result = (
-                self.judge(tests, lambda each: self.fork(each, replaced)) if replaced else Result("passed")
-            )
-            return self.judge(tests, self.run_fresh) if result.outcome == "passed" else result
+            result = Result("passed")
+            if replaced:
+                result = self.judge(tests, lambda each: self.fork(each, replaced))
+            if is_imported and result.outcome == "passed":
+                result = self.judge(tests, self.run_fresh)
+            return result
         finally:
             path.write_bytes(source)
             os.utime(path, (version + 1, version + 1))
@@ -189,9 +201,8 @@ class Forks:
             os.waitpid(child, 0)
 
     def _run_tests(self, tests: list[str], writer: int, report: str) -> None:
-        global _recorder  # noqa: PLW0603
+        Forks.is_recording = bool(report)
         if report:
-            _recorder = coverage.Coverage(data_file=None, config_file=False, include=[f"{PACKAGE}/*"])
             _recorder.start()
         else:
             resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
@@ -201,7 +212,7 @@ class Forks:
         for number, (item, following) in enumerate(zip(items, [*items[1:], None], strict=True)):
             os.write(writer, b"%8d" % number)
             began = time.monotonic()
-            if _recorder:
+            if report:
                 _recorder.switch_context(item.nodeid)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             durations[item.nodeid] = time.monotonic() - began
@@ -211,7 +222,7 @@ class Forks:
             if self.session.testsfailed:
                 failed.append(item.nodeid)
                 self.session.testsfailed = 0
-        if _recorder:
+        if report:
             _recorder.stop()
             data = _recorder.get_data()
             lines = {path: data.contexts_by_lineno(path) for path in data.measured_files()}
@@ -247,20 +258,17 @@ class Forks:
         return Result("failed", test if test in self.items else tests[0])
 
 
-_recorder: coverage.Coverage | None = None
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
 ) -> Iterator[None]:
     """Attribute what a shared fixture executes to all tests that use it."""
-    if _recorder and fixturedef.scope != "function":
+    if Forks.is_recording and fixturedef.scope != "function":
         _recorder.switch_context(fixturedef.argname)
     try:
         return (yield)
     finally:
-        if _recorder and fixturedef.scope != "function":
+        if Forks.is_recording and fixturedef.scope != "function":
             _recorder.switch_context(os.environ["PYTEST_CURRENT_TEST"].rsplit(" ", 1)[0])
 
 

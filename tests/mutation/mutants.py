@@ -176,7 +176,8 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Return(self, node: ast.Return) -> None:
-        if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
+        is_inverted = isinstance(node.value, ast.Constant) and isinstance(node.value.value, bool | None)
+        if node.value is not None and not is_inverted:
             self.replace(node.value, "None")
         self.generic_visit(node)
 
@@ -206,6 +207,14 @@ class _Finder(ast.NodeVisitor):
         for default in (*node.defaults, *node.kw_defaults):
             if default is not None:
                 self.visit(default)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "init":  # of a field: it would only add a parameter to the constructor
+            self.visit(node.value)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for statement in node.body:
+            self.visit(statement)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         if node.name != "__repr__":

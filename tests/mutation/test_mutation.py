@@ -47,6 +47,8 @@ def test_faults_of_each_kind_are_made(source: str, expected: set[str]) -> None:
         "assert a < 1",
         "a: Literal[1]",
         "@call(1)\ndef f(): ...",
+        "@dataclass(slots=True)\nclass C: ...",
+        "a: int = field(init=False)",
         "log.info(a, b)",
         'x = "a" + b',
     ],
