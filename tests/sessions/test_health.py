@@ -177,6 +177,12 @@ def test_probes_use_backoff_with_jitter(random: float, part: float) -> None:
     assert delays == pytest.approx([ceiling * part for ceiling in ceilings])
 
 
+def test_outage_soon_after_the_machine_booted_is_probed(watch: Watch) -> None:
+    watch.now = STEADY_S - 1
+    watch.outage()
+    assert watch.health.next_deadline() - watch.now == pytest.approx(FIRST_DELAY_S * 0.75)
+
+
 def test_probe_waits_for_its_time(watch: Watch) -> None:
     watch.outage()
     due = watch.health.next_deadline()
