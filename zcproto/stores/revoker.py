@@ -241,12 +241,15 @@ class Revoker:
     async def _end_again(self, call: Call, revocations: Sequence[Revocation]) -> list[Revocation]:
         """Apply revocations. Return those of single sessions that the store had no live session for."""
         found = set()
-        ids: dict[tuple[Code, int], list[bytes]] = {}
+        by_code: dict[Code, list[Revocation]] = {}
         for revocation in revocations:
             if revocation.id:
-                ids.setdefault((revocation.code, revocation.wall), []).append(revocation.id)
-        for (code, wall), group in ids.items():
-            found.update(await self._end_ids(call, group, code, wall))
+                by_code.setdefault(revocation.code, []).append(revocation)
+        for code, group in by_code.items():
+            wall = max(
+                revocation.wall for revocation in group
+            )  # few operations, and some tombstones live longer
+            found.update(await self._end_ids(call, [revocation.id for revocation in group], code, wall))
         for revocation in revocations:
             if not revocation.id:
                 try:
@@ -298,11 +301,12 @@ class Revoker:
         return [*{each.key: each for each in (*known, *self._ended.values())}.values()]
 
     async def _rotate_again(self, call: Call) -> int:
-        """Repeat the rotations that the store has lost. Return how many are remembered."""
+        """Repeat the rotations that the store has lost, of sessions that live. Return how many are remembered."""
         rotations = self._rotations.values()
         chains: dict[bytes, list[Rotation]] = {}
         for rotation in rotations:
-            chains.setdefault(rotation.id, []).append(rotation)
+            if self.registry.ended(rotation.id) is None:
+                chains.setdefault(rotation.id, []).append(rotation)
         each = list(chains.values())
         for first in range(0, len(each), ROTATED_AT_ONCE):
             some = each[first : first + ROTATED_AT_ONCE]

@@ -196,6 +196,23 @@ async def test_spent_token_used_before_the_rotation_is_repeated_ends_the_session
     assert one.store.records == []
 
 
+async def test_many_revocations_are_repeated_in_few_operations(start_process: StartProcess) -> None:
+    one = await start_process(shared=True)
+    opened = [await one.open(f"user-{n}") for n in range(300)]
+    for each in opened:
+        await one.refresh(each)
+    records = one.store.records
+    for each in opened:
+        one.clock.advance(0.001)
+        assert await one.revoke(each, user=None)
+    one.store.calls.clear()
+    await fail_over(records, one)
+    assert one.store.records == []
+    assert one.store.calls.count("end") == 2
+    assert "get" not in one.store.calls  # no rotation of an ended session is repeated
+    assert "rotate" not in one.store.calls
+
+
 async def test_repetition_continues_after_a_failure(start_process: StartProcess) -> None:
     one, other = await two_processes(start_process)
     opened = await one.open()
