@@ -201,6 +201,33 @@ def test_flapping_store_is_probed_less_often(watch: Watch, healthy_s: float, fir
     assert delay == pytest.approx(FIRST_DELAY_S * 0.75 * (1 if first else 2**4))
 
 
+def test_new_connection_hastens_the_next_probe(watch: Watch) -> None:
+    watch.health.hasten_probe(watch.now)
+    assert watch.health.next_deadline() == NEVER
+    watch.outage()
+    for _ in range(4):
+        watch.probe()
+        watch.health.probe_failed(watch.now)
+    assert watch.health.next_deadline() - watch.now > 1.0
+    watch.health.hasten_probe(watch.now)
+    due = watch.health.next_deadline()
+    assert due - watch.now == pytest.approx(FIRST_DELAY_S * 0.75)
+    watch.health.hasten_probe(due - 0.001)
+    assert watch.health.next_deadline() == due
+
+
+def test_new_connection_during_a_probe_hastens_the_one_after_it(watch: Watch) -> None:
+    watch.outage()
+    for _ in range(4):
+        watch.probe()
+        watch.health.probe_failed(watch.now)
+    watch.probe()
+    watch.health.hasten_probe(watch.now)
+    assert watch.health.next_deadline() == NOW + GRACE  # one probe at a time
+    watch.health.probe_failed(watch.now)
+    assert watch.health.next_deadline() - watch.now == pytest.approx(FIRST_DELAY_S * 0.75)
+
+
 # --- the grace ----------------------------------------------------------------------------------------------
 
 

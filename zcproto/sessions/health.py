@@ -12,7 +12,8 @@ Rules:
 - Known sessions stay valid for the grace, counted from the beginning of the outage on the monotonic clock. Then all
   are refused until a probe succeeds.
 - Probes use exponential backoff with jitter. It is reset only after a healthy minute, so a flapping store is probed
-  less and less often.
+  less and less often. A new connection shortens the wait to that of a first probe: the sooner an outage ends, the
+  sooner revocations made meanwhile reach all servers.
 - One alert each when an outage begins, when the grace is over, and when the outage ends.
 
 Time and randomness are arguments. It must not know: the store, sessions, the delivery of alerts.
@@ -172,6 +173,12 @@ class StoreHealth:
         self.grace_over = False
         self._on_alert(HealthAlert.ENDED)
 
+    def hasten_probe(self, now: float) -> None:
+        """Plan the next probes soon, because the store can be reached again."""
+        self._ceiling = FIRST_DELAY_S
+        if self.state is HealthState.DEGRADED:
+            self._probe_at = min(self._probe_at, now + self._jitter(FIRST_DELAY_S))
+
     def next_deadline(self) -> float:
         """Return the latest time for the next call of `handle_time`, or NEVER."""
         return min(self._probe_at, self._grace_ends_at())
@@ -187,8 +194,11 @@ class StoreHealth:
         self.state = next_state(self.state, given)
 
     def _plan_probe(self, now: float) -> None:
-        self._probe_at = now + self._ceiling * (1 + self._random()) / 2
+        self._probe_at = now + self._jitter(self._ceiling)
         self._ceiling = min(self._ceiling * 2, MAX_DELAY_S)
+
+    def _jitter(self, delay_s: float) -> float:
+        return delay_s * (1 + self._random()) / 2
 
     def _grace_ends_at(self) -> float:
         if self.state is HealthState.HEALTHY or self.grace_over:

@@ -193,6 +193,8 @@ class StoreSync:
             seconds, replayed = round(self.clock.now() - health.since, 3), self.revoker.replayed
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
             self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
+            if self.store.shared:
+                self.tasks.run_in_background(self.examine())  # after a failover it is another server
         self._set_deadlines()
 
     def _stalled(self, seconds: float) -> None:
@@ -212,6 +214,12 @@ class StoreSync:
             self.health.end_grace()
         if not self.tasks.is_stopping:
             self.stalls.resume()
+
+    def _changed(self, change: Change) -> None:
+        self.changes.handle(change)
+        if change.kind is not ChangeKind.SESSION and not self.health.is_healthy:  # a new connection
+            self.health.hasten_probe(self.clock.now())
+            self._set_deadlines()
 
     async def _probe(self) -> None:
         """Check whether the store is back."""
@@ -241,7 +249,7 @@ class StoreSync:
         if self._is_open:
             await attempt(self.store.ping())
         else:
-            await attempt(self.store.open(self.changes.handle), OPEN_LIMIT_S)
+            await attempt(self.store.open(self._changed), OPEN_LIMIT_S)
             self._is_open = True
         self.revoker.begin_replay()
         await self.revoker.replay(attempt)

@@ -11,7 +11,7 @@ from tests.stores.faulty import DAMAGED, FAILS, FAILS_AFTER, HANGS, HANGS_AFTER,
 from tests.stores.service.harness import GRACE, HOUR_MS, SessionProcess, StartProcess, events, refused
 from zcproto.errors import Code, ConfigError, Unavailable
 from zcproto.sessions import EndReason
-from zcproto.sessions.health import FAILURES, MAX_DELAY_S, HealthState
+from zcproto.sessions.health import FAILURES, FIRST_DELAY_S, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 
 
@@ -72,6 +72,19 @@ async def test_tokens_are_refused_after_the_grace_until_recovery(
     assert process.is_valid(opened)
     names = [event for event in events(log) if event.startswith("store.")]
     assert names == ["store.degraded", "store.grace_over", "store.recovered"]
+
+
+async def test_new_connection_ends_an_outage_before_the_next_probe(start_process: StartProcess) -> None:
+    process = await start_process(shared=True)
+    await process.outage()
+    for _ in range(3):
+        await process.advance(MAX_DELAY_S)
+    process.store.mode = WORKS
+    await process.advance(2 * FIRST_DELAY_S)
+    assert process.state is HealthState.DEGRADED
+    process.store.report_all_changed()
+    await process.advance(FIRST_DELAY_S)
+    assert process.state is HealthState.HEALTHY
 
 
 async def test_wall_clock_jump_does_not_end_the_grace(start_process: StartProcess) -> None:

@@ -42,7 +42,6 @@ OPEN_TIMEOUT_S: Final = 2.0
 MIN_MAJOR: Final = 7
 
 _MIN_PAUSE_S: Final = 0.05
-_MAX_PAUSE_S: Final = 1.0
 _REDIRECTS: Final = 16
 _REDIRECT_PAUSE_S: Final = 0.01
 
@@ -210,7 +209,7 @@ class ValkeyConnection:
                 await self.link()
             except (StoreUnavailable, ConfigError):
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, _MAX_PAUSE_S)
+                pause = min(2 * pause, HEARTBEAT_S)
 
     async def _await_loss(self, link: Link) -> None:
         """Wait until the connection is lost, or check after one heartbeat whether it is to the primary."""
