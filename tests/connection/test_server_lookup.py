@@ -155,7 +155,8 @@ def test_session_in_use_is_refused_once_the_registry_is_not_trusted() -> None:
     assert pair.get(pair.request(1)).session is not None
     pair.registry.trusted_until = pair.clock.wall()  # the process was stopped, and no timer has run since
     for stream in (1, 2):
-        assert pair.refused(pair.request(stream)).code == Code.UNAVAILABLE
+        answer = pair.refused(pair.request(stream))
+        assert (answer.code, answer.error.details) == (Code.UNAVAILABLE, {"retry_after_ms": 50})
     pair.registry.trusted_until += 1
     assert pair.get(pair.request(1)).session is not None
 

@@ -18,6 +18,9 @@ TOKEN_ERRORS: Final = {
         Code.UNAVAILABLE, "no token can be checked just now: try again", {"retry_after_ms": 1_000}
     ),
 }
+STALLED: Final = encode_error(
+    Code.UNAVAILABLE, "no token can be checked for a moment: try again", {"retry_after_ms": 50}
+)
 LOOKED_UP: Final = {TOKEN_ERRORS[code]: code for code in (Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED)}
 """Refusals that require a lookup first, if `looks_up` is set."""
 
@@ -30,6 +33,11 @@ NEEDS_CERTIFICATE: Final = encode_error(
 NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
+
+
+def of_token(code: Code, *, is_closed: bool) -> bytes:
+    """Return the refusal of a token. Unless the registry is closed, the store answers within milliseconds."""
+    return STALLED if code is Code.UNAVAILABLE and not is_closed else TOKEN_ERRORS[code]
 
 
 def draining(retry_after_ms: int) -> bytes:
