@@ -19,6 +19,7 @@ INTERRUPTED: Final = 130
 
 SCENARIOS: Final = {
     "attacks": "Silent connections, floods and half frames: the others notice nothing.",
+    "failover": "Failovers of Valkey and paused servers: no dead token is accepted again.",
     "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",
     "hostile": "Clients of hostile servers: their memory and CPU stay bounded.",
     "kills": "Kill a server again and again: nothing acknowledged is lost.",

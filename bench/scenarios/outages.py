@@ -16,6 +16,8 @@ on a new one: revoked sessions must be refused, all others accepted.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -35,6 +37,7 @@ from bench.scenarios.sessions import Broken, ClientSession, check, open_session
 from bench.stage import ECDSA_ONLY, Server, Stage, room_for
 from bench.valkey import Valkey
 from zcproto.common.process import new_event_loop
+from zcproto.errors import Unavailable
 from zcproto.load.caller import Caller, LoadTarget, Operator
 from zcproto.load.demo.run import SERVER_SPARE, SPARE_CONNECTIONS, temporary_home
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, require_open_files
@@ -279,6 +282,13 @@ class Node:
             self._target.close()
         await asyncio.to_thread(stack.close)
 
+    def stop(self) -> None:
+        """Stop its process, so that it hangs."""
+        os.kill(self._server.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self._server.pid, signal.SIGCONT)
+
     async def callers(self, count: int) -> list[Caller]:
         """Return new connections, without sessions."""
         assert self._target is not None
@@ -292,7 +302,10 @@ class Node:
 
     async def is_healthy(self) -> bool:
         assert self._operator is not None
-        stats = await self._operator.call("server.stats", {})
+        try:
+            stats = await self._operator.call("server.stats", {})
+        except Unavailable:  # after a pause, or without a grace
+            return False
         self._longest_pause = max(self._longest_pause, float(stats["longest_pause_s"]))
         return bool(stats["store"]["state"] == "healthy")
 
