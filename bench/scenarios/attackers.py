@@ -181,7 +181,7 @@ class Requests:
         self._ended = True
         for connection in self._made:
             with suppress(OSError):
-                connection.tls.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(connection.tls, socket.SHUT_RDWR)  # the threads still read by TLS
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
         return self._counts

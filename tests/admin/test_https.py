@@ -60,6 +60,19 @@ def test_unknown_path_or_method_is_refused(shared: ServerThread) -> None:
     assert (refused.status, refused.one("allow")) == (405, "GET, HEAD")
 
 
+def test_requests_beyond_the_limit_of_their_address_get_429(serve: Serve) -> None:
+    server = serve(limits__public_requests_per_address=1)
+    request = GET.replace(b"GET /", b"GET /healthz")
+    last = request.replace(b"Host: a", b"Host: a\r\nConnection: close")
+    received = exchange(server, 30 * request + last)
+    refused = [answer for answer in received if answer.status == 429]
+    assert [answer.status for answer in received[:2]] == [200, 200]
+    assert refused
+    assert refused[0].one("retry-after") == "1"
+    assert b"too many requests" in refused[0].body
+    assert server.server.state.request_limits.refused == {"public_requests_per_address": len(refused)}
+
+
 # --- readiness -------------------------------------------------------------------------------------------
 
 

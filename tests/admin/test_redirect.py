@@ -16,6 +16,7 @@ from tests.server.helpers import ServerThread, eventually, read_to_end
 from zcproto.admin.https import MAX_REDIRECT_CONNECTIONS, PER_ADDRESS, Redirects, has_name, host_of
 from zcproto.errors import ConfigError
 from zcproto.http.messages import HttpRequest, HttpResponse
+from zcproto.server.request_limits import RequestSettings
 
 NAMES = ("localhost", "a.example", "*.b.example", "Mixed.Example", "127.0.0.1", "::1")
 
@@ -159,6 +160,14 @@ def test_redirect_has_no_hsts_and_closes_the_connection(server: ServerThread, po
 def test_second_request_is_not_read(server: ServerThread, port: int) -> None:
     request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
     assert exchange(port, request * 50).status == 308
+
+
+def test_requests_count_for_the_limit_of_their_address(server: ServerThread, port: int) -> None:
+    limits = server.server.state.request_limits
+    server.in_loop(lambda: limits.reconfigure(RequestSettings(public_per_address=1)))
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert exchange(port, request).status == 308
+    assert any(exchange(port, request).status == 429 for _ in range(50))
 
 
 def test_response_survives_further_input(server: ServerThread, port: int) -> None:

@@ -76,6 +76,7 @@ DEFAULTS = {
     "freshness.tolerance": 30.0,
     "limits.max_connections": 20_000,
     "limits.connections_per_address": 1_000,
+    "limits.failed_handshakes_per_network": 200,
     "limits.ipv4_network_bits": 24,
     "limits.ipv6_network_bits": 48,
     "limits.max_frame_bytes": 1_048_576,

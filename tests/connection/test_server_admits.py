@@ -36,7 +36,7 @@ def test_rejected_session_looks_like_unknown_token_each_time(pair: ConnectionPai
         unknown = pair.answer()
         assert refused.error == unknown.error
         assert refused.error.code == Code.UNAUTHENTICATED
-    assert list(pair.server.session_ids) == []
+    assert list(pair.server.sessions) == []
     assert admission.checked_users == ["ada", "ada"]
 
 

@@ -58,7 +58,7 @@ def test_bound_token_without_key_proof_is_refused_for_any_method(
     for stream in (1, 2):
         error = refused(pair, pair.request(stream, method, token=opened.token))
         assert (error.code, error.details) == (Code.UNAUTHENTICATED, details)
-    assert list(pair.server.session_ids) == []
+    assert list(pair.server.sessions) == []
 
 
 def test_attach_is_refused_for_token_bound_to_certificate(pair: ConnectionPair) -> None:

@@ -153,7 +153,7 @@ def test_incomplete_frame_does_not_restart_idle_timeout(idle_pair: ConnectionPai
 
 def test_sent_event_does_not_restart_idle_timeout(idle_pair: ConnectionPair) -> None:
     idle_pair.clock.advance(299)
-    (session_id,) = idle_pair.server.session_ids
+    (session_id,) = idle_pair.server.sessions
     idle_pair.server.send_event(session_id, "pins.next", {}, idle_pair.clock.wall())
     idle_pair.answers()
     idle_pair.clock.advance(1)

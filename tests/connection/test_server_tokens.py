@@ -41,7 +41,7 @@ def test_first_frame_of_session_joins_connection(pair: ConnectionPair) -> None:
     assert isinstance(request, Request)
     assert request.session is not None
     assert request.session.user == "ada"
-    assert list(pair.server.session_ids) == [opened.session.id]
+    assert list(pair.server.sessions) == [opened.session.id]
     assert pair.get(pair.request(1, token=opened.token)).session is request.session
 
 
@@ -54,7 +54,7 @@ def test_connection_can_carry_many_sessions(pair: ConnectionPair) -> None:
     sessions = [pair.open_session(f"user{n}") for n in range(5)]
     for opened in sessions:
         pair.send(pair.request(1, token=opened.token))
-    assert set(pair.server.session_ids) == {opened.session.id for opened in sessions}
+    assert set(pair.server.sessions) == {opened.session.id for opened in sessions}
     for _ in range(3):
         for opened in sessions:
             request = pair.get(pair.request(1, token=opened.token))
@@ -95,7 +95,7 @@ def test_requests_without_token_are_not_looked_up_in_registry(pair: ConnectionPa
 def test_unknown_token_is_refused_for_any_method(pair: ConnectionPair, method: str) -> None:
     answer = pair.refused(pair.request(4, method, token=b"?" * 32))
     assert (answer.stream, answer.code, answer.token) == (4, Code.UNAUTHENTICATED, b"?" * 32)
-    assert list(pair.server.session_ids) == []
+    assert list(pair.server.sessions) == []
 
 
 @pytest.mark.parametrize("bit", [0, 7, 128, 255])
@@ -214,7 +214,7 @@ def test_refresh_gives_new_token_and_revokes_old_one(pair: ConnectionPair) -> No
     joined, request = pair.send(pair.request(1, token=again.token))
     assert joined == SessionJoined(opened.session.id)
     assert isinstance(request, Request)
-    assert list(pair.server.session_ids) == [opened.session.id]
+    assert list(pair.server.sessions) == [opened.session.id]
 
 
 def test_refused_token_is_not_remembered(pair: ConnectionPair) -> None:
@@ -257,7 +257,7 @@ def test_session_closed_by_request_refuses_next_request_of_same_read(pair: Conne
     assert list(events) == []
     kinds = [(answer.kind, answer.stream) for answer in pair.answers() if answer.kind is not Kind.EVENT]
     assert kinds == [(Kind.RESPONSE, 1), (Kind.ERROR, 2), (Kind.ERROR, 3)]
-    assert list(pair.server.session_ids) == []
+    assert list(pair.server.sessions) == []
     assert pair.refused(pair.request(4, token=opened.token)).code == Code.TOKEN_REVOKED
 
 
@@ -287,7 +287,7 @@ def test_session_revoked_while_joining_is_refused(pair: ConnectionPair) -> None:
     revoked, *refusals = pair.answers()
     assert revoked.event[0] == "session.revoked"
     assert [answer.code for answer in refusals] == [Code.TOKEN_REVOKED] * 2
-    assert list(pair.server.session_ids) == []
+    assert list(pair.server.sessions) == []
 
 
 def test_revoking_another_session_while_joining_has_no_effect(pair: ConnectionPair) -> None:
@@ -319,7 +319,7 @@ def test_session_revoked_event_has_token_of_its_session(pair: ConnectionPair) ->
     assert answer.event == ("session.revoked", {"reason": "revoked by its user"})
     assert (answer.stream, answer.token) == (0, first.token)
     assert ended == [(first.session.id, Code.TOKEN_REVOKED, "revoked by its user")]
-    assert list(pair.server.session_ids) == [second.session.id]
+    assert list(pair.server.sessions) == [second.session.id]
     pair.get(pair.request(1, token=second.token))
 
 
@@ -330,7 +330,7 @@ def test_events_of_sessions_not_joined_are_not_sent(pair: ConnectionPair) -> Non
     assert not pair.server.send_event(other.session.id, "pins.next", {}, pair.clock.wall())
     pair.server.leave(other.session.id, pair.clock.now())
     assert pair.answers() == []
-    assert len(list(pair.server.session_ids)) == 1
+    assert len(list(pair.server.sessions)) == 1
 
 
 def test_event_has_token_of_joined_session(pair: ConnectionPair) -> None:
@@ -358,7 +358,7 @@ def test_closed_connection_sends_no_event(pair: ConnectionPair) -> None:
     assert not pair.server.send_event(opened.session.id, "pins.next", {}, pair.clock.wall())
     pair.server.session_revoked(opened.session.id, "x", pair.clock.wall(), pair.clock.now())
     assert pair.answers() == []
-    assert list(pair.server.session_ids) == []
+    assert list(pair.server.sessions) == []
 
 
 def test_repr_hides_token_and_params(pair: ConnectionPair) -> None:

@@ -474,7 +474,7 @@ class BothEnds(RuleBasedStateMachine):
         if server.state is not State.CLOSED:
             assert server.in_flight + server._lingering == len(self.held) <= MAX_STREAMS
             assert server._decoder.buffered <= 4_000 + LENGTH_SIZE
-            assert len(list(server.session_ids)) <= len(self.sessions)
+            assert len(list(server.sessions)) <= len(self.sessions)
             assert server.next_deadline() <= self.now + IDLE_S
         if client.state is not State.CLOSED:
             assert client._decoder.buffered <= 16_384 + LENGTH_SIZE

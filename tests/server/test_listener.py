@@ -17,10 +17,12 @@ import pytest
 
 from tests.server.helpers import ServerThread, bystander, eventually, read_to_end, reset
 from tests.tls.support import captured_hello
+from zcproto.common.clock import Clock
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server import listener
 from zcproto.server.listener import Listener, bind
+from zcproto.tls.failure import TlsFailure
 
 Serve = Callable[..., ServerThread]
 
@@ -216,6 +218,47 @@ def test_silent_connections_are_displaced_at_the_total_limit(serve: Serve) -> No
             refused_at_accept(server)
         assert read_to_end(silent) == (b"", "FIN")
         silent.close()
+        client.echo()
+    server.until_left()
+
+
+class StoppedClock:
+    """The wall time of a clock, and a monotonic time that a test sets."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.wall = clock.wall
+        self.seconds = clock.now()
+
+    def now(self) -> float:
+        return self.seconds
+
+
+def reset_at_accept(server: ServerThread) -> None:
+    with pytest.raises(ConnectionResetError), server.tcp() as connection:  # perhaps before `connect` returns
+        connection.recv(1)
+
+
+def test_network_whose_handshakes_fail_is_reset_at_accept_and_others_log_in(serve: Serve) -> None:
+    server = serve(server__host=["127.0.0.1", "::1"], limits__failed_handshakes_per_network=10)
+    parts = server.server.parts
+    clock = parts.state.clock = StoppedClock(parts.state.clock)
+    failures = parts.acceptor.failures
+    for failed in range(1, 21):
+        reset(server.tcp())
+        server.until(lambda failed=failed: failures[TlsFailure.DISCONNECTED] == failed)
+    for _ in range(3):
+        reset_at_accept(server)
+    assert server.stats["refused_flooding"] == 3
+    with server.client("ada", host="::1") as client:
+        client.echo()
+    clock.seconds += 0.25  # two connections may be in their handshake
+    waiting = [server.tcp(), server.tcp()]
+    server.until(lambda: counts(server) == (0, 0, 2))
+    reset_at_accept(server)
+    for each in waiting:
+        reset(each)
+    clock.seconds += 1.0
+    with server.client("ada") as client:
         client.echo()
     server.until_left()
 

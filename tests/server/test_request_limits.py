@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.server.protocol_harness import Harness, Peer
+from zcproto.app.app import Context
 from zcproto.errors import Code, ResourceExhausted
+from zcproto.server.idempotency import IdempotencyCache
+from zcproto.server.protocol import MOST_SLOW_DOWN_S, SLOW_DOWN_S
 from zcproto.server.request_limits import BURST_S, RequestLimits, RequestRate, RequestSettings
 from zcproto.wire.frame import Kind
 
@@ -39,6 +42,28 @@ def test_rate_of_zero_admits_everything_and_counts_nothing() -> None:
     rate = RequestRate(0)
     assert not any(rate.admit("ada", 100.0) for _ in range(10_000))
     assert len(rate) == 0
+
+
+def test_charge_takes_tokens_that_return_with_time() -> None:
+    rate = RequestRate(RATE)
+    assert rate.left("ada", 100.0) == BURST
+    rate.charge("ada", 3, 100.0)
+    assert rate.left("ada", 100.0) == BURST - 3
+    rate.charge("ada", 1_000, 100.0)
+    assert [rate.left("ada", now) for now in (100.0, 100.25, 1_000.0)] == [0, 1, BURST]
+    assert rate.left("bob", 100.0) == BURST
+    unlimited = RequestRate(0)
+    unlimited.charge("ada", 1_000, 100.0)
+    assert len(unlimited) == 0
+
+
+def test_charge_counts_in_a_full_table() -> None:
+    rate = RequestRate(RATE, max_keys=1)
+    for _ in range(BURST):
+        rate.charge("ada", 1, 100.0)
+        rate.charge("bob", 1, 100.0)
+    assert rate.left("ada", 100.0) == 0
+    assert len(rate) == 2
 
 
 def test_full_table_drops_full_buckets_and_then_shares_one() -> None:
@@ -146,6 +171,62 @@ def test_noisy_user_is_refused_and_others_are_served(harness: Harness) -> None:
     assert harness.state.counters.errors[Code.RESOURCE_EXHAUSTED] == 2
     harness.advance(1 / RATE)
     assert codes(again, "context.join", 2) == [0, Code.RESOURCE_EXHAUSTED]
+
+
+def test_peer_over_a_limit_is_not_read_from_for_a_time_for_each_refused_request(harness: Harness) -> None:
+    harness.state.request_limits.reconfigure(RequestSettings(per_user=RATE))
+    noisy = visitor(harness, "ada")
+    harness.advance(BURST_S)
+    assert codes(noisy, "context.join", BURST + 10).count(Code.RESOURCE_EXHAUSTED) == 10
+    assert not noisy.transport.reading
+    harness.advance(9 * SLOW_DOWN_S)
+    assert not noisy.transport.reading
+    harness.advance(2 * SLOW_DOWN_S)
+    assert noisy.transport.reading
+    refused = 2 * round(MOST_SLOW_DOWN_S / SLOW_DOWN_S)
+    noisy.send(*(noisy.request(stream, "context.join") for stream in range(1, refused + 1)))
+    harness.turn()
+    assert len(noisy.answers()) == refused
+    harness.advance(MOST_SLOW_DOWN_S - 0.1)
+    assert not noisy.transport.reading
+    harness.advance(0.2)
+    assert noisy.transport.reading
+
+
+def test_connection_of_several_users_is_not_slowed_down(harness: Harness) -> None:
+    harness.state.request_limits.reconfigure(RequestSettings(per_user=RATE))
+    shared = visitor(harness, "ada")
+    shared.login("bob")
+    harness.advance(BURST_S)
+    assert codes(shared, "context.join", BURST + 1)[-1] == Code.RESOURCE_EXHAUSTED
+    assert shared.transport.reading
+
+
+def test_user_with_too_many_keyed_requests_is_slowed_down(harness: Harness) -> None:
+    harness.state.idempotency = IdempotencyCache(harness.state.tasks, harness.clock, max_running=1)
+    keyed = visitor(harness, "ada")
+    requests = [keyed.request(stream, "wait", None, idempotency_key=f"key {stream}") for stream in (1, 2)]
+    keyed.send(*requests)
+    assert [answer.error.code for answer in keyed.answers()] == [Code.RESOURCE_EXHAUSTED]
+    assert not keyed.transport.reading
+    keyed.lose()
+    harness.futures[0].set_result("done")
+    harness.turn()
+    assert len(harness.state.wheel) == 0
+
+
+def test_method_that_ends_its_connection_and_refuses_is_not_slowed_down(harness: Harness) -> None:
+    @harness.app.method("refuse")
+    def refuse(context: Context) -> None:
+        context.caller.close("by a method")
+        raise ResourceExhausted("no more of these today")
+
+    harness.state.add_methods(harness.app)
+    peer = visitor(harness, "ada")
+    peer.send(peer.request(1, "refuse", None, idempotency_key="key"))
+    assert peer.transport.closed
+    peer.lose()
+    assert len(harness.state.wheel) == 0
 
 
 def test_requests_without_a_session_are_limited_per_address(harness: Harness) -> None:

@@ -233,6 +233,37 @@ def test_displaced_connection_is_reset_and_counted(
     assert len(acceptor.wheel) == 0
 
 
+def test_connection_that_fails_before_its_handshake_ends_is_reported_once(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    wasted: list[tuple[str, bool]] = []
+    pairs = [
+        TlsPair(timers, server_tls, client_tls, on_wasted=lambda *call: wasted.append(call)) for _ in "abcd"
+    ]
+    silent, half, begun, opened = pairs
+    network = silent.acceptor.network_of(PEER)
+    silent.server.drop()
+    half.raw.deliver(half.step()[:100])
+    half.raw.deliver_eof()
+    begun.raw.deliver(begun.step())
+    begun.raw.lose(ConnectionResetError())
+    opened.agree().raw.lose(ConnectionResetError())
+    timers.run()
+    assert wasted == [(network, False), (network, False), (network, True)]
+
+
+def test_handshake_that_waits_for_a_slot_in_vain_is_not_reported(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    wasted: list[tuple[str, bool]] = []
+    pair = TlsPair(timers, server_tls, client_tls, on_wasted=lambda *call: wasted.append(call))
+    pair.acceptor.set_limits(0, 10, (24, 48))
+    pair.raw.deliver(pair.step())
+    timers.advance(pair.acceptor.handshake_timeout + 1)
+    assert pair.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
+    assert wasted == []
+
+
 @pytest.mark.parametrize(
     ("peer", "network"),
     [("192.0.2.77", "192.0.2.0/24"), ("2001:db8:1:2::3", "2001:db8:1::/48"), ("", ""), ("a name", "a name")],

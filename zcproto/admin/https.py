@@ -1,7 +1,8 @@
 """The HTTPS side of a server: HTTP on the TLS port, and the port without TLS that redirects to it.
 
 Decides: the header fields and limits of both, which requests are redirected and which are refused,
-and how both end with the server. Their resources are in resources.py.
+and how both end with the server. Their resources are in resources.py. Requests to both count against the limits of
+their address (request_limits.py).
 
 Rules of the port without TLS, which is off unless `http.redirect_port` is set:
 - GET and HEAD for a name of the server's certificates get 308, for any other name 421.
@@ -16,6 +17,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from math import ceil
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
@@ -24,7 +26,7 @@ from zcproto.common.network import plain_address
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
-from zcproto.http.messages import HttpRequest, HttpResponse, Peer, Router, text_response
+from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, Router, text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
 from zcproto.server.listener import AcceptLoop, AddressCounts, bind
 from zcproto.server.state import ServerState, log
@@ -59,7 +61,11 @@ class HttpSide:
         self.redirect: RedirectListener | None = None
         self.router = Router()
         self.endpoint = HttpEndpoint(
-            state, self.router.find, SecurityHeaders(hsts_of(config.http)), _limits(config), _tls_peer
+            state,
+            limited(state, self.router.find),
+            SecurityHeaders(hsts_of(config.http)),
+            _limits(config),
+            _tls_peer,
         )
 
     def reconfigure(self, config: Config) -> None:
@@ -103,6 +109,22 @@ class HttpSide:
         if self.redirect is not None:
             self.redirect.close()
         self.endpoint.close()
+
+
+Find = Callable[[HttpRequest], Handler | HttpResponse]
+
+
+def limited(state: ServerState, find: Find) -> Find:
+    """Refuse requests beyond the limits of their address with 429; use `find` for the others."""
+
+    def admit(request: HttpRequest) -> Handler | HttpResponse:
+        refusal = state.request_limits.check(None, request.peer.address, "http", state.clock.now())
+        if refusal is None:
+            return find(request)
+        seconds = ceil(refusal.details["retry_after_ms"] / 1000)
+        return text_response(429, str(refusal), headers=(("Retry-After", str(seconds)),))
+
+    return admit
 
 
 def _limits(config: Config) -> HttpLimits:
@@ -178,7 +200,11 @@ class RedirectListener(AcceptLoop):
         self.listen_on(sockets)
         self.state = state
         self.endpoint = HttpEndpoint(
-            state, Redirects(names, https_port).find, SecurityHeaders(None), REDIRECT_LIMITS, _plain_peer
+            state,
+            limited(state, Redirects(names, https_port).find),
+            SecurityHeaders(None),
+            REDIRECT_LIMITS,
+            _plain_peer,
         )
         self._counts = AddressCounts()
         self.open: set[LingeringProtocol] = set()

@@ -84,6 +84,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
     rows: list[tuple[str, int, int | None]] = [
         ("limits.max_connections", limits.max_connections, listener.connections),
         ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
+        ("limits.failed_handshakes_per_network", limits.failed_handshakes_per_network, None),
         ("limits.partial_frame_bytes", limits.partial_frame_bytes, parts.state.partial_frames.bytes),
         (
             "limits.partial_frame_bytes_per_user",
@@ -132,6 +133,7 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_connections_refused_total", counters.refused_full, "full"
     yield "zcproto_connections_refused_total", counters.refused_per_address, "per_address"
     yield "zcproto_connections_refused_total", counters.refused_per_network, "per_network"
+    yield "zcproto_connections_refused_total", counters.refused_flooding, "flooding"
     yield "zcproto_connections_refused_total", counters.accept_failed, "exhausted"
     yield "zcproto_write_pauses_total", counters.write_pauses
     yield "zcproto_slow_readers", snapshot.slow_readers

@@ -65,8 +65,9 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " running_per_user running_per_address partial_frame_bytes partial_frame_bytes_per_user"
         ),
         Effect.NEW_CONNECTIONS: (
-            "max_connections connections_per_address ipv4_network_bits ipv6_network_bits max_frame_bytes"
-            " max_frame_bytes_before_session max_streams max_depth idle_timeout write_buffer_bytes"
+            "max_connections connections_per_address failed_handshakes_per_network ipv4_network_bits"
+            " ipv6_network_bits max_frame_bytes max_frame_bytes_before_session max_streams max_depth idle_timeout"
+            " write_buffer_bytes"
         ),
     },
     "http": {

@@ -294,6 +294,10 @@ class LimitsConfig(Settings):
     network that is routed on the internet, so an attacker who has one uses all its addresses."""
     ipv6_network_bits: Annotated[int, whole(16, 64)] = 48
     """The prefix length of an IPv6 network. A /48 is what one site usually gets."""
+    failed_handshakes_per_network: Annotated[int, whole(1, 1_000_000, "no limit")] = 200
+    """Connections a second of one network that end before their handshake is complete, on average; twice as many at
+    once. One whose handshake had begun counts as four. Beyond the limit new connections of the network are reset at
+    once: clients that complete their handshakes reach it only behind an address that floods."""
     max_frame_bytes: Annotated[int, whole(1024, 67_108_864)] = 1_048_576
     """The largest frame of a connection with a session, in bytes. It is held in memory as a whole."""
     max_frame_bytes_before_session: Annotated[int, whole(512, 67_108_864)] = 16_384
@@ -320,8 +324,8 @@ class LimitsConfig(Settings):
     requests_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
     """Requests a second of one address, counted alike. Many users may share an address."""
     public_requests_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 1000
-    """Requests a second without a session of one address, counted alike: a client has one or two. Logins have
-    limits of their own."""
+    """Requests a second without a session of one address, also by HTTP, counted alike: a client has one or two.
+    Logins have limits of their own."""
     running_per_user: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
     """Requests in progress of one user: those that wait for something. Requests with a key also have
     idempotency.running_per_user."""

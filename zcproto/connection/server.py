@@ -154,7 +154,7 @@ class ServerConnection:
     _session: Session | None = field(default=None, init=False)
     _seen_generation: int = field(init=False)
     _recheck_at: int = field(default=ALWAYS, init=False)
-    _sessions: JoinedSessions = field(default_factory=JoinedSessions, init=False)
+    sessions: JoinedSessions = field(default_factory=JoinedSessions, init=False)
     _proved: frozenset[str] = field(default=frozenset(), init=False)  # keys of bound sessions usable here
     _open_deadline: float = field(init=False)
     _held: dict[int, Request] = field(default_factory=dict, init=False)
@@ -310,7 +310,7 @@ class ServerConnection:
             self._began = now
         in_steps = -(-buffered // REPORTED_STEP) * REPORTED_STEP
         self._reported = min(in_steps, self._decoder.expected) if buffered >= REPORTED_FROM else 0
-        user = next((joined.user for joined in self._sessions.values()), "")
+        user = next((joined.user for joined in self.sessions.values()), "")
         return FrameBuffered(self._reported, self._began, user)
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
@@ -339,7 +339,7 @@ class ServerConnection:
         session = registry.check(token, wall)
         if isinstance(session, Code):
             return refusals.of_token(session, is_closed=registry.closed)
-        known = self._sessions.get(session.id)
+        known = self.sessions.get(session.id)
         is_known = known is not None and known.token == token
         if not is_known and self.admits is not None and not self.admits(session):
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
@@ -396,9 +396,8 @@ class ServerConnection:
         """Refuse a request because of the connection's state or limits, before decoding its body."""
         settings = self.settings
         if session is None and length > settings.max_frame_before_session:
-            self._refuse("too_large_without_session", stream, token, refusals.NEEDS_SESSION, wall)
-            return True
-        if self.state is State.DRAINING:
+            reason, body = "too_large_without_session", refusals.NEEDS_SESSION
+        elif self.state is State.DRAINING:
             reason, body = "draining", refusals.draining(settings.retry_draining_ms)
         elif len(self._held) + self._lingering >= settings.max_streams:
             reason, body = "max_streams", refusals.too_many_requests(settings.retry_busy_ms)
@@ -476,28 +475,24 @@ class ServerConnection:
 
     # --- sessions -------------------------------------------------------------------------------
 
-    @property
-    def session_ids(self) -> Iterator[str]:
-        return iter(self._sessions)
-
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session opened, refreshed or used here, and apply the limits of a connection with a session."""
-        if self._sessions.join(session, token, wall, now):
+        if self.sessions.join(session, token, wall, now):
             self.deadline_moved = True
         self._open_deadline = NEVER
         self._decoder.limit = self.settings.max_frame
 
     def leave(self, session_id: str, now: float) -> None:
         """Remove an ended session. Without any session, the limits of a new connection apply again."""
-        self._sessions.pop(session_id, None)
-        if not self._sessions and self._open_deadline == NEVER:
+        self.sessions.pop(session_id, None)
+        if not self.sessions and self._open_deadline == NEVER:
             self._decoder.limit = self.settings.max_frame_before_session
             self._open_deadline = now + self.settings.open_timeout_s
             self.deadline_moved = True
 
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
         """Send `session.revoked` for a session used here, and remove it."""
-        known = self._sessions.get(session_id)
+        known = self.sessions.get(session_id)
         if known is not None and self.state is not _CLOSED:
             self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
         self.leave(session_id, now)
@@ -507,7 +502,7 @@ class ServerConnection:
 
         Raises MessageError if the data cannot be encoded or is too large.
         """
-        known = self._sessions.get(session_id)
+        known = self.sessions.get(session_id)
         if known is None or self.state is _CLOSED:
             return False
         body = encode_body([name, data])
@@ -553,7 +548,7 @@ class ServerConnection:
         if self.state is _CLOSED:
             return NEVER
         idle_at = self._last_frame + self.settings.idle_timeout_s
-        earliest = min(self._open_deadline, self._sessions.expiring_at, idle_at)
+        earliest = min(self._open_deadline, self.sessions.expiring_at, idle_at)
         if not self._held:
             return earliest
         return min(earliest, *(request.deadline for request in self._held.values()))
@@ -566,8 +561,8 @@ class ServerConnection:
         for request in [held for held in self._held.values() if held.deadline <= now]:
             self._answer_early(request, refusals.DEADLINE_EXCEEDED, wall)
             events.append(RequestEnded(request, Code.DEADLINE_EXCEEDED))
-        if self._sessions.expiring_at <= now:
-            for joined in self._sessions.take_expiring(now):
+        if self.sessions.expiring_at <= now:
+            for joined in self.sessions.take_expiring(now):
                 body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
                 self._send(EVENT, 0, joined.token, body, wall)
         reason = None

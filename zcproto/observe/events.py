@@ -170,6 +170,8 @@ connection.refused_per_address info (peer balancer limit) by peer, limit per add
     A connection was refused: limits.connections_per_address is reached.
 connection.refused_per_network info (peer balancer limit) by peer, limit per address
     A connection was refused: the share of its network in tls.max_pending waits for handshakes.
+connection.refused_flooding info (peer balancer limit) by peer, limit per address
+    A connection was refused: limits.failed_handshakes_per_network is reached.
 tls.failed info (cause peer) by peer, limit per cause
     A TLS handshake or connection failed.
 connection.opened debug (peer connection) by peer, limit debugging

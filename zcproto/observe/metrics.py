@@ -73,7 +73,8 @@ zcproto_connections_ended_total counter (reason)
     zcproto_tls_failures_total.
 zcproto_connections_refused_total counter (reason)
     Connections refused at accept. `reason`: full (limits.max_connections), per_address
-    (limits.connections_per_address), per_network (its share of tls.max_pending waits for handshakes), exhausted
+    (limits.connections_per_address), per_network (its share of tls.max_pending waits for handshakes),
+    flooding (limits.failed_handshakes_per_network), exhausted
     (no descriptor or memory left; retried).
 zcproto_write_pauses_total counter
     Times that reading from a peer was paused because it reads too slowly.

@@ -77,6 +77,10 @@ class Dispatcher(asyncio.Protocol):
         """Send what is queued at the end of this turn of the loop."""
         raise NotImplementedError
 
+    def _slow_down(self) -> None:
+        """Run no further request of a peer for a moment, because it exceeds a limit."""
+        raise NotImplementedError
+
     # --- methods -------------------------------------------------------------------------------------
 
     def _run(self, request: Request, method: Method | None) -> None:
@@ -89,6 +93,7 @@ class Dispatcher(asyncio.Protocol):
             if excess is not None:
                 log.info("request.limited", peer=self.peer, user=user, what=request.method)
                 self._answer_exception(request, excess)
+                self._slow_down()
                 return
         refusal = _refusal(request, method)
         if refusal is not None:
@@ -162,6 +167,8 @@ class Dispatcher(asyncio.Protocol):
         outcome = state.idempotency.submit(session.user, key, digest, execute, error_answer, later)
         if isinstance(outcome, Answer):
             self._answer(request, outcome)
+            if outcome.code == Code.RESOURCE_EXHAUSTED:
+                self._slow_down()
         else:
             self._hold(request, outcome)
 

@@ -7,6 +7,8 @@
 Rules:
 - A connection beyond a limit is closed at accept, without a byte. If dropping a silent connection makes room for
   it, that one is closed instead (see `zcproto/tls/pending.py`).
+- Connections of a network of which too many failed before are reset before any work is done for them: the server
+  must refuse faster than an attacker connects, or others wait in the backlog behind the refused ones.
 - While all places of pending connections are taken by clients that wait for a slot, nothing is accepted: the rest
   wait in the kernel's backlog, which costs this process no memory.
 - A connection from a listed load balancer counts as the balancer's, without a limit, until its PROXY header names
@@ -19,6 +21,7 @@ import asyncio
 import errno
 import os
 import socket
+import struct
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
@@ -28,6 +31,7 @@ from typing import Any, Final
 from zcproto.common.network import AddressSet, network_of, plain_address
 from zcproto.config import Config
 from zcproto.errors import ConfigError
+from zcproto.server.request_limits import RequestRate
 from zcproto.server.state import ServerState, log
 from zcproto.tls.proxy import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
@@ -39,6 +43,12 @@ behind a flood. Ports with few places accept one: between two turns, connections
 
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
+
+HANDSHAKE_COST: Final = 4
+"""What a handshake that begins and is not completed counts as, in connections that send no ClientHello."""
+
+_RESET: Final = struct.pack("ii", 1, 0)
+"""Close by a reset (SO_LINGER): the kernel keeps nothing of the connection."""
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -232,6 +242,8 @@ class Listener(AcceptLoop):
         """Host and port of each listening socket; kept after the end."""
         self._acceptor = acceptor
         self._state = state
+        self._wasted = RequestRate(0)
+        """The rate of connections that end before their handshake is complete, by network."""
         self._set_limits(config)
         self._counts = AddressCounts()
         self.connections = 0
@@ -239,6 +251,7 @@ class Listener(AcceptLoop):
         self._empty = asyncio.Event()
         acceptor.on_room = self._resume
         acceptor.on_closed = self._connection_closed
+        acceptor.on_wasted = self._connection_wasted
         acceptor.on_forwarded = self._connection_forwarded
 
     def reconfigure(self, config: Config) -> None:
@@ -252,6 +265,7 @@ class Listener(AcceptLoop):
             config.tls.max_pending,
             (config.limits.ipv4_network_bits, config.limits.ipv6_network_bits),
         )
+        self._wasted.set_rate(config.limits.failed_handshakes_per_network)
         self._max_connections = config.limits.max_connections
         self._per_address = config.limits.connections_per_address
         self.balancers = AddressSet(config.server.proxy_protocol_from)
@@ -288,18 +302,23 @@ class Listener(AcceptLoop):
 
     def _admit(self, connection: socket.socket, address: Any) -> None:
         client = plain_address(address[0])
+        network = self._acceptor.network_of(client)
+        is_forwarded = self._has_balancers and self.balancers.contains(client)
+        if not is_forwarded and self._refuse_flooding(network, client):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            connection.close()
+            return
         pending = self._acceptor.pending
         if self.connections >= self._max_connections and not pending.drop_oldest():
             self._state.counters.refused_full += 1
             log.info("connection.refused_full", limit=self._max_connections)
             connection.close()
             return
-        is_forwarded = self._has_balancers and self.balancers.contains(client)
         if not self._counts.add(client, 0 if is_forwarded else self._per_address):
             self._refuse_address(client)
             connection.close()
             return
-        if not pending.make_room(self._acceptor.network_of(client)):
+        if not pending.make_room(network):
             self._refuse_network(client)
             self._counts.remove(client)
             connection.close()
@@ -312,6 +331,19 @@ class Listener(AcceptLoop):
             transport = TlsServerTransport(self._acceptor, client)
         self._adopt(connection, transport)
 
+    def _refuse_flooding(self, network: str, address: str, balancer: str | None = None) -> bool:
+        """Return whether a connection must be refused because too many others of its network have failed."""
+        limit = self._wasted.per_second
+        left = self._wasted.left(network, self._state.clock.now())
+        if left >= limit or not limit:
+            return False
+        acceptor = self._acceptor
+        if left >= acceptor.pending.shares.of(network) + acceptor.slots.of(network) + 1:
+            return False
+        self._state.counters.refused_flooding += 1
+        log.info("connection.refused_flooding", peer=address, balancer=balancer, limit=limit)
+        return True
+
     def _refuse_address(self, address: str, balancer: str | None = None) -> None:
         self._state.counters.refused_per_address += 1
         log.info("connection.refused_per_address", peer=address, balancer=balancer, limit=self._per_address)
@@ -323,15 +355,21 @@ class Listener(AcceptLoop):
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
         """Reassign the connection to the forwarded client. Return False if it is over its limit."""
+        network = self._acceptor.network_of(client)
+        if self._refuse_flooding(network, client, balancer):
+            return False
         if not self._counts.add(client, self._per_address):
             self._refuse_address(client, balancer=balancer)
             return False
-        if not self._acceptor.pending.make_room(self._acceptor.network_of(client)):
+        if not self._acceptor.pending.make_room(network):
             self._refuse_network(client, balancer=balancer)
             self._counts.remove(client)
             return False
         self._counts.remove(balancer)
         return True
+
+    def _connection_wasted(self, network: str, begun: bool) -> None:
+        self._wasted.charge(network, HANDSHAKE_COST if begun else 1, self._state.clock.now())
 
     def _connection_closed(self, address: str) -> None:
         self.connections -= 1

@@ -8,6 +8,9 @@ Decides: back-pressure, and how a connection ends. What is allowed on the wire i
 
 Rules:
 - A peer that does not read is not read from, and its requests are not run. The same holds during a token lookup.
+- A peer is not read from for SLOW_DOWN_S after each request that a limit refused: one that ignores `retry_after_ms`
+  must not cost more than one that is served. Connections that several users share are not slowed down.
+- A connection that sends many requests at once gets a slice of each turn of the loop.
 - What a read causes is sent in one write.
 - A closed connection keeps no references.
 """
@@ -52,6 +55,12 @@ WRITE_BUFFER_HARD_FACTOR: Final = 4
 TAKEN_AT_LEAST: Final = 16_384
 """Bytes that a slow peer must read in each `write_timeout`; less counts as not reading."""
 
+REQUESTS_PER_TURN: Final = 128
+"""Requests of one connection that are run in one turn of the loop: as many as it may have in flight by default."""
+
+SLOW_DOWN_S: Final = 0.01
+MOST_SLOW_DOWN_S: Final = 2.0
+
 CUT_FRAME: Final = "too many incomplete frames; send fewer large frames at once, or send them faster"
 
 
@@ -62,6 +71,7 @@ class ServerProtocol(Dispatcher):
         "_flush_planned",
         "_lookup",
         "_paused_since",
+        "_slow_until",
         "_suspended",
         "_transport",
         "_unread",
@@ -72,9 +82,10 @@ class ServerProtocol(Dispatcher):
     def __init__(self, state: ServerState) -> None:
         super().__init__(state)
         self._transport: TlsServerTransport | None = None
-        self._suspended: Iterator[ServerEvent] | None = None  # until the peer reads or a token lookup ends
+        self._suspended: Iterator[ServerEvent] | None = None  # until they may go on
         self._lookup: EagerWorker | None = None
         self._paused_since: float | None = None  # or since the peer last read its least
+        self._slow_until: float | None = None
         self._unread = 0  # bytes that waited for the peer then, and those added since
         self._flush_planned = False
         self.suppress_revoked_event = False  # while its own request revokes sessions
@@ -148,14 +159,33 @@ class ServerProtocol(Dispatcher):
         self._continue()
 
     def _continue(self) -> None:
-        """Process the suspended events and read again, unless the peer or a lookup must still be awaited."""
+        """Process the suspended events and read again, unless something must still be awaited."""
         if self._paused_since is None and self._lookup is None:
             suspended, self._suspended = self._suspended, None
             if suspended is not None:
                 self._process(suspended, self.wall())
         if self._paused_since is None and self._transport is not None:
-            if self._lookup is None:
+            if self._suspended is None and self._slow_until is None:
                 self._transport.resume_reading()
+            self._set_deadline()
+
+    def _wait_turn(self, events: Iterator[ServerEvent]) -> None:
+        """Let the other connections have their turn before these events."""
+        if self._connection is not None and self._transport is not None:
+            self._suspended = events
+            self._transport.pause_reading()
+            self._state.call_soon(self._continue)
+
+    def _slow_down(self) -> None:
+        connection, transport = self._connection, self._transport
+        if connection is None or transport is None:
+            return
+        if len({joined.user for joined in connection.sessions.values()}) > 1:
+            return
+        now, until = self.now(), self._slow_until
+        self._slow_until = min((until or now) + SLOW_DOWN_S, now + MOST_SLOW_DOWN_S)
+        if until is None:
+            transport.pause_reading()
             self._set_deadline()
 
     # --- requests ------------------------------------------------------------------------------------
@@ -204,6 +234,9 @@ class ServerProtocol(Dispatcher):
                             self._connection.respond_at_once(stream, token, body, wall)
                 if self._paused_since is not None:
                     self._suspended = events
+                    break
+                if requests == REQUESTS_PER_TURN:
+                    self._wait_turn(events)
                     break
             elif event.__class__ is SessionJoined:
                 state.session_connections.join(event.session_id, self)
@@ -397,6 +430,8 @@ class ServerProtocol(Dispatcher):
         deadline = self._connection.next_deadline()
         if self._paused_since is not None:
             deadline = min(deadline, self._paused_since + self._state.write_timeout)
+        if self._slow_until is not None:
+            deadline = min(deadline, self._slow_until)
         self._state.wheel.set(self, deadline)
 
     def handle_deadline(self, now: float) -> None:
@@ -411,6 +446,9 @@ class ServerProtocol(Dispatcher):
             self._paused_since, self._unread = now, unread
         wall = self.wall()
         self._process(iter(self._connection.handle_timeout(wall, now)), wall)
+        if self._slow_until is not None and now >= self._slow_until:
+            self._slow_until = None
+            self._continue()
         self._set_deadline()
 
     # --- the end -----------------------------------------------------------------------------------------
@@ -461,7 +499,7 @@ class ServerProtocol(Dispatcher):
         if is_on("debug"):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
         state.counters.dropped_stale += connection.dropped_stale
-        for session_id in connection.session_ids:
+        for session_id in connection.sessions:
             state.session_connections.leave(session_id, self)
         connection.end()
         self._suspended = None

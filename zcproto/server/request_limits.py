@@ -4,7 +4,7 @@ Decides: which requests are refused, and when their callers may retry.
 
 Rules:
 - A rate is a token bucket that holds the requests of BURST_S seconds. A refused request takes nothing from it.
-- Requests without a session count for their address, those with one for their user too.
+- Requests without a session, and all by HTTP, count for their address, those with one for their user too.
 - Logins and refreshes are left to their own limits: a client that is refused here must still get its session.
 - The tables are bounded. When one is full of keys in use, further keys share a bucket.
 
@@ -70,6 +70,20 @@ class RequestRate:
         wait = full + step - now - max(BURST_S, step)
         full_at[key] = full if wait > 0 else full + step
         return ceil(wait * 1000) if wait > 0 else 0
+
+    def charge(self, key: str, cost: int, now: float) -> None:
+        """Take tokens, or all that are left."""
+        step = self._step
+        if step:
+            full = self._full_at.pop(key, None)
+            if full is None:
+                key = self._new_key(key, now)
+                full = self._full_at.pop(key, now)
+            self._full_at[key] = min(max(full, now) + cost * step, now + max(BURST_S, step))
+
+    def left(self, key: str, now: float) -> float:
+        """Return how many of the tokens of BURST_S a key has left."""
+        return (BURST_S - max(self._full_at.get(key, now) - now, 0.0)) * self.per_second
 
     def _new_key(self, key: str, now: float) -> str:
         while len(self._full_at) >= self._max_keys:

@@ -49,6 +49,7 @@ class Counters:
     connections_ended: Counter[str] = field(default_factory=Counter)
     refused_per_address: int = 0
     refused_per_network: int = 0
+    refused_flooding: int = 0
     refused_full: int = 0
     accept_failed: int = 0
     dropped_stale: int = 0

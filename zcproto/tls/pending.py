@@ -43,6 +43,10 @@ class NetworkShares:
     def has_room(self, network: str) -> bool:
         return self._by_network.get(network, 0) < self.limit - self.used
 
+    def of(self, network: str) -> int:
+        """Return the places that a network uses."""
+        return self._by_network.get(network, 0)
+
     def add(self, network: str) -> None:
         self.used += 1
         self._by_network[network] = self._by_network.get(network, 0) + 1

@@ -69,6 +69,8 @@ class TlsAcceptor:
         on_failure: called with the cause and the peer's address; `failures` counts the causes.
         on_room: called when a connection is no longer pending: its handshake has begun, or it is closed.
         on_closed: called with the peer's address when a connection is gone.
+        on_wasted: called with the network of a connection that ends before its handshake is complete, and whether
+            the handshake had begun.
         on_forwarded: called with the addresses of a load balancer and its client; returns True to accept the
             connection as the client's.
         perf_counter: measures the time of handshakes.
@@ -85,6 +87,7 @@ class TlsAcceptor:
     on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None
     on_room: Callable[[], None] = lambda: None
     on_closed: Callable[[str], None] = lambda peer: None
+    on_wasted: Callable[[str, bool], None] = lambda network, begun: None
     on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True
     perf_counter: Callable[[], float] = time.perf_counter
     judge: ClientHelloJudge = field(init=False)
@@ -214,6 +217,10 @@ class TlsServerTransport(TlsTransport):
 
     def _note(self, failure: TlsFailure) -> None:
         super()._note(failure)
+        if self._in_handshake and not (
+            failure is TlsFailure.HANDSHAKE_TIMEOUT and isinstance(self._hello, Accepted)
+        ):
+            self._acceptor.on_wasted(self.network, self._phase is TlsPhase.HANDSHAKE)
         self._acceptor.report(failure, self.peer)
 
     def _linger(self) -> None:
@@ -232,8 +239,8 @@ class TlsServerTransport(TlsTransport):
 
     def drop(self) -> None:
         """Reset a silent connection to make room for another."""
-        self._leave_handshake()
         self._note(TlsFailure.DISPLACED)
+        self._leave_handshake()
         self._phase = TlsPhase.CLOSING
         self.abort()
 

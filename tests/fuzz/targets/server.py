@@ -150,7 +150,7 @@ class HostileClient:
                 assert number == len(answers) - 1
                 assert server.state is State.CLOSED
         assert server.in_flight + server._lingering <= SETTINGS.max_streams
-        assert len(list(server.session_ids)) <= len(self.tokens)
+        assert len(list(server.sessions)) <= len(self.tokens)
         if server.state is State.CLOSED:
             assert server.next_deadline() == NEVER
             assert not self.pair.timeout()
