@@ -279,6 +279,18 @@ def test_malformed_body_is_refused_after_other_requests(pair: ConnectionPair) ->
     assert (answer.stream, answer.code) == (3, Code.INVALID_ARGUMENT)
 
 
+def test_refused_frames_and_pings_are_counted_for_the_edge(pair: ConnectionPair) -> None:
+    pair.server.next_deadline()
+    for stream in (3, 5):
+        pair.refused(pair.frame(REQUEST, stream, b"\x92\xa4echo"))
+    assert pair.server.wasted == 2
+    assert pair.server.deadline_moved
+    pair.server.next_deadline()
+    assert pair.send(pair.ping()) == []
+    assert pair.server.wasted == 3
+    assert pair.server.deadline_moved
+
+
 def test_held_request_fails_at_its_deadline(pair: ConnectionPair) -> None:
     request = pair.hold(pair.request(1, meta={"deadline_ms": 1_500}))
     assert request.deadline == NOW + 1.5

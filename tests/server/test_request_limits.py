@@ -9,11 +9,12 @@ import pytest
 
 from tests.server.protocol_harness import Harness, Peer
 from zcproto.app.app import Context
+from zcproto.common.deadlines import TICKS_PER_SECOND
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.server.idempotency import IdempotencyCache
-from zcproto.server.protocol import MOST_SLOW_DOWN_S, SLOW_DOWN_S
+from zcproto.server.protocol import MAX_WASTED, MOST_SLOW_DOWN_S, SLOW_DOWN_S
 from zcproto.server.request_limits import BURST_S, RequestLimits, RequestRate, RequestSettings
-from zcproto.wire.frame import Kind
+from zcproto.wire.frame import PING, Kind
 
 RATE = 4
 BURST = int(RATE * BURST_S)
@@ -177,11 +178,11 @@ def test_peer_over_a_limit_is_not_read_from_for_a_time_for_each_refused_request(
     harness.state.request_limits.reconfigure(RequestSettings(per_user=RATE))
     noisy = visitor(harness, "ada")
     harness.advance(BURST_S)
-    assert codes(noisy, "context.join", BURST + 10).count(Code.RESOURCE_EXHAUSTED) == 10
+    assert codes(noisy, "context.join", BURST + 50).count(Code.RESOURCE_EXHAUSTED) == 50
     assert not noisy.transport.reading
-    harness.advance(9 * SLOW_DOWN_S)
+    harness.advance(49 * SLOW_DOWN_S)
     assert not noisy.transport.reading
-    harness.advance(2 * SLOW_DOWN_S)
+    harness.advance(SLOW_DOWN_S + 1 / TICKS_PER_SECOND)
     assert noisy.transport.reading
     refused = 2 * round(MOST_SLOW_DOWN_S / SLOW_DOWN_S)
     noisy.send(*(noisy.request(stream, "context.join") for stream in range(1, refused + 1)))
@@ -193,21 +194,44 @@ def test_peer_over_a_limit_is_not_read_from_for_a_time_for_each_refused_request(
     assert noisy.transport.reading
 
 
+def test_peer_with_frames_that_become_no_requests_is_slowed_down(harness: Harness) -> None:
+    peer = visitor(harness, "ada")
+    peer.token = bytes(31) + b"?"
+    peer.send(*(peer.request(stream, "context.join") for stream in range(1, 51)))
+    assert {answer.error.code for answer in peer.answers()} == {Code.UNAUTHENTICATED}
+    assert not peer.transport.reading
+    harness.advance(49 * SLOW_DOWN_S)
+    assert not peer.transport.reading
+    harness.advance(SLOW_DOWN_S + 1 / TICKS_PER_SECOND)
+    assert peer.transport.reading
+    assert not harness.contexts
+
+
+def test_peer_that_sends_pings_flat_out_is_slowed_down(harness: Harness) -> None:
+    peer = visitor(harness, "ada")
+    peer.send(*(peer.frame(PING) for _ in range(MAX_WASTED - 1)))
+    assert peer.transport.reading
+    peer.send(peer.frame(PING))
+    assert not peer.transport.reading
+    assert [answer.kind for answer in peer.answers()] == MAX_WASTED * [Kind.PONG]
+
+
 def test_connection_of_several_users_is_not_slowed_down(harness: Harness) -> None:
     harness.state.request_limits.reconfigure(RequestSettings(per_user=RATE))
     shared = visitor(harness, "ada")
     shared.login("bob")
     harness.advance(BURST_S)
-    assert codes(shared, "context.join", BURST + 1)[-1] == Code.RESOURCE_EXHAUSTED
+    assert codes(shared, "context.join", BURST + MAX_WASTED).count(Code.RESOURCE_EXHAUSTED) == MAX_WASTED
     assert shared.transport.reading
 
 
 def test_user_with_too_many_keyed_requests_is_slowed_down(harness: Harness) -> None:
     harness.state.idempotency = IdempotencyCache(harness.state.tasks, harness.clock, max_running=1)
     keyed = visitor(harness, "ada")
-    requests = [keyed.request(stream, "wait", None, idempotency_key=f"key {stream}") for stream in (1, 2)]
-    keyed.send(*requests)
-    assert [answer.error.code for answer in keyed.answers()] == [Code.RESOURCE_EXHAUSTED]
+    for stream in range(1, MAX_WASTED + 2):  # the first one runs
+        assert keyed.transport.reading
+        keyed.send(keyed.request(stream, "wait", None, idempotency_key=f"key {stream}"))
+    assert [answer.error.code for answer in keyed.answers()] == MAX_WASTED * [Code.RESOURCE_EXHAUSTED]
     assert not keyed.transport.reading
     keyed.lose()
     harness.futures[0].set_result("done")

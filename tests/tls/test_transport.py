@@ -16,6 +16,7 @@ from tests.tls.support import ALERT, HANDSHAKE, Forger, RecordingProtocol, TlsPa
 from zcproto.errors import TlsError
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
+from zcproto.tls.server import READ_BUDGET
 from zcproto.tls.transport import MAX_BARREN_BYTES, RECORD_SIZE, ReceiveBuffer, TlsPhase, TlsTransport
 
 MIB = 1_048_576
@@ -86,6 +87,28 @@ def test_pausing_at_each_piece_delivers_one_at_a_time(agreed: TlsPair) -> None:
         heard.append(len(agreed.protocol.received))
     assert heard == [RECORD_SIZE, 2 * RECORD_SIZE, 3 * RECORD_SIZE, 60_000]
     assert agreed.protocol.received == data
+
+
+@pytest.mark.parametrize(
+    ("cost", "closes", "reads"), [(READ_BUDGET, False, False), (0.0, False, True), (READ_BUDGET, True, True)]
+)
+def test_read_that_takes_long_lets_others_have_their_turn(
+    agreed: TlsPair, cost: float, closes: bool, reads: bool
+) -> None:
+    seconds = [100.0]
+    agreed.acceptor.perf_counter = lambda: seconds[0]
+
+    def work(protocol: RecordingProtocol, data: bytes) -> None:
+        seconds[0] += cost
+        if closes:
+            protocol.transport.close()
+
+    agreed.protocol.actions["data"] = work
+    agreed.say(pattern(60_000))
+    assert agreed.raw.is_reading() == reads
+    agreed.timers.run()
+    assert agreed.raw.is_reading()
+    assert len(agreed.protocol.received) == (RECORD_SIZE if closes else 60_000)
 
 
 def test_buffered_data_precedes_later_data(agreed: TlsPair) -> None:

@@ -129,7 +129,7 @@ class ServerConnection:
         admits: called when a token is first used here; False refuses it like an unknown one.
         refused: counts frames refused before they became requests, by cause and code; connections may share it.
 
-    Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier than at its last call.
+    Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier, or `wasted` grew.
     """
 
     settings: ConnectionSettings
@@ -142,6 +142,7 @@ class ServerConnection:
     refused: dict[tuple[str, int], int] = field(default_factory=dict)
     state: State = field(default=State.OPEN, init=False)
     deadline_moved: bool = field(default=True, init=False)
+    wasted: int = field(default=0, init=False)  # refused frames and PINGs, until the edge resets it
     dropped_stale: int = field(default=0, init=False)
     _decoder: FrameDecoder = field(init=False)
     _reported: int = field(default=0, init=False)  # bytes of an incomplete frame
@@ -233,14 +234,15 @@ class ServerConnection:
                         )
                         return
                     continue
-                if self._stale_in_a_row:
-                    self._stale_in_a_row = 0
+                self._stale_in_a_row = 0
                 if head != REQUEST:
                     if body:
                         yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
                         return
                     if head == PING:
                         self._send(PONG, 0, token, b"", wall)
+                        self.wasted += 1
+                        self.deadline_moved = True
                     elif head == CANCEL:
                         held = self._held.get(stream)
                         if held is not None and held.token == token:
@@ -410,6 +412,8 @@ class ServerConnection:
         """Answer a frame with an ERROR before it becomes a request, and count it."""
         cause = (reason, code_in(body))
         self.refused[cause] = self.refused.get(cause, 0) + 1
+        self.wasted += 1
+        self.deadline_moved = True
         self._send(ERROR, stream, token, body, wall)
 
     # --- answers --------------------------------------------------------------------------------

@@ -77,9 +77,11 @@ class Dispatcher(asyncio.Protocol):
         """Send what is queued at the end of this turn of the loop."""
         raise NotImplementedError
 
-    def _slow_down(self) -> None:
-        """Run no further request of a peer for a moment, because it exceeds a limit."""
-        raise NotImplementedError
+    def _count_refusal(self) -> None:
+        """Count a request that was refused because of a limit, like a frame that the connection refused."""
+        if self._connection is not None:
+            self._connection.wasted += 1
+            self._connection.deadline_moved = True
 
     # --- methods -------------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Dispatcher(asyncio.Protocol):
             if excess is not None:
                 log.info("request.limited", peer=self.peer, user=user, what=request.method)
                 self._answer_exception(request, excess)
-                self._slow_down()
+                self._count_refusal()
                 return
         refusal = _refusal(request, method)
         if refusal is not None:
@@ -168,7 +170,7 @@ class Dispatcher(asyncio.Protocol):
         if isinstance(outcome, Answer):
             self._answer(request, outcome)
             if outcome.code == Code.RESOURCE_EXHAUSTED:
-                self._slow_down()
+                self._count_refusal()
         else:
             self._hold(request, outcome)
 

@@ -8,8 +8,9 @@ Decides: back-pressure, and how a connection ends. What is allowed on the wire i
 
 Rules:
 - A peer that does not read is not read from, and its requests are not run. The same holds during a token lookup.
-- A peer is not read from for SLOW_DOWN_S after each request that a limit refused: one that ignores `retry_after_ms`
-  must not cost more than one that is served. Connections that several users share are not slowed down.
+- After MAX_WASTED frames that were refused, or were PINGs, a peer is not read from for a time that grows with their
+  number: a peer that ignores `retry_after_ms` must not cost more than one that is served. Connections that several
+  users share are not slowed down.
 - A connection that sends many requests at once gets a slice of each turn of the loop.
 - What a read causes is sent in one write.
 - A closed connection keeps no references.
@@ -58,7 +59,10 @@ TAKEN_AT_LEAST: Final = 16_384
 REQUESTS_PER_TURN: Final = 128
 """Requests of one connection that are run in one turn of the loop: as many as it may have in flight by default."""
 
-SLOW_DOWN_S: Final = 0.01
+MAX_WASTED: Final = 16
+SLOW_DOWN_S: Final = 0.002
+"""Seconds for each refused frame or PING."""
+
 MOST_SLOW_DOWN_S: Final = 2.0
 
 CUT_FRAME: Final = "too many incomplete frames; send fewer large frames at once, or send them faster"
@@ -176,17 +180,13 @@ class ServerProtocol(Dispatcher):
             self._transport.pause_reading()
             self._state.call_soon(self._continue)
 
-    def _slow_down(self) -> None:
-        connection, transport = self._connection, self._transport
-        if connection is None or transport is None:
-            return
-        if len({joined.user for joined in connection.sessions.values()}) > 1:
-            return
-        now, until = self.now(), self._slow_until
-        self._slow_until = min((until or now) + SLOW_DOWN_S, now + MOST_SLOW_DOWN_S)
-        if until is None:
-            transport.pause_reading()
-            self._set_deadline()
+    def _slow_down(self, connection: ServerConnection) -> None:
+        """Read nothing from a peer for a time that grows with its refused frames and PINGs."""
+        wasted, connection.wasted = connection.wasted, 0
+        if self._transport is not None and len({each.user for each in connection.sessions.values()}) <= 1:
+            now = self.now()
+            self._slow_until = min((self._slow_until or now) + wasted * SLOW_DOWN_S, now + MOST_SLOW_DOWN_S)
+            self._transport.pause_reading()
 
     # --- requests ------------------------------------------------------------------------------------
 
@@ -266,6 +266,8 @@ class ServerProtocol(Dispatcher):
             else:
                 self._write(data)
         if connection.deadline_moved:
+            if connection.wasted >= MAX_WASTED:
+                self._slow_down(connection)
             self._set_deadline()
 
     @property

@@ -52,6 +52,9 @@ LARGE_HELLO: Final = 16_384
 MAX_LARGE_HELLOS: Final = 64
 """Connections whose ClientHello may exceed LARGE_HELLO at a time, so that incomplete ones cannot fill memory."""
 
+READ_BUDGET: Final = 0.001
+"""Seconds that a full read may take before the connection waits for its next turn."""
+
 BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 """Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
 
@@ -243,6 +246,14 @@ class TlsServerTransport(TlsTransport):
         self._leave_handshake()
         self._phase = TlsPhase.CLOSING
         self.abort()
+
+    def _read_parts(self, nbytes: int) -> None:
+        began = self._acceptor.perf_counter()
+        super()._read_parts(nbytes)
+        # libuv reads up to 32 times in a turn while the buffer is filled; others would wait for all the requests.
+        if self._acceptor.perf_counter() - began > READ_BUDGET and self._phase is TlsPhase.OPEN:
+            self._raw.pause_reading()
+            self._acceptor.timers.call_soon(self._resume_raw_reading)
 
     # --- the ClientHello ------------------------------------------------------------------------
 

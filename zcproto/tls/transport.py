@@ -137,7 +137,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 self._read_records(nbytes)
             else:
                 self._received_outside_open(self._view[:nbytes])
-            return
+        else:
+            self._read_parts(nbytes)
+
+    def _read_parts(self, nbytes: int) -> None:
+        """Process more bytes than a MemoryBIO may get at a time."""
         for start in range(0, nbytes, RECORD_SIZE):
             size = min(RECORD_SIZE, nbytes - start)
             if self._phase is not _OPEN:
