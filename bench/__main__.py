@@ -23,6 +23,7 @@ SCENARIOS: Final = {
     "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",
     "hostile": "Clients of hostile servers: their memory and CPU stay bounded.",
     "kills": "Kill a server again and again: nothing acknowledged is lost.",
+    "matrix": "Every operation of a session, under every fault, with every store.",
     "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
     "reloads": "Reload the configuration under load: no request fails.",
     "rotation": "Replace certificates once a second under load: no request fails.",

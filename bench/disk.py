@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ class Disk:
         self.times = 1_000_000
         """How many more writes fail."""
         self.at: tuple[str, ...] = WRITES
-        """The beginnings of the statements that fail or hang."""
+        """The beginnings of the statements that fail, hang or are slow."""
+        self.delay_s = 0.0
         self.before: Callable[[sqlite3.Connection], object] | None = None
         """Called once in the thread of the store, before its next statement."""
         self.go_on = threading.Event()
@@ -57,6 +59,8 @@ class Disk:
         if not self.go_on.is_set():
             self.reached.set()
             assert self.go_on.wait(30), "the test never let it go on"
+        if self.delay_s:
+            time.sleep(self.delay_s)
         if self.error is not None and self.times:
             self.times -= 1
             error = sqlite3.OperationalError("made for this test")

@@ -102,8 +102,8 @@ class Proxy:
                 sink.write(data)
                 await sink.drain()
             await flow.wait()
-        except OSError:
-            pass  # one side is gone, and the other follows
+        except (OSError, RuntimeError):
+            pass  # one side is gone, and the other follows; uvloop raises RuntimeError for a closed transport
         finally:
             self._writers.discard(sink)
             sink.transport.abort()

@@ -16,12 +16,12 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final, Self
 
-from bench.stage import bench_environment
+from bench.stage import CLIENT_CPU, bench_environment
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.processes import module_command, on_processor
@@ -33,15 +33,21 @@ END_S: Final = 5.0
 class Helper:
     """The process, as its parent sees it: an async context manager."""
 
-    def __init__(self, factory: type, *arguments: Any, niceness: int = 0) -> None:
-        """`factory(*arguments)` is called in the process, in its event loop."""
+    def __init__(
+        self, factory: type, *arguments: Any, niceness: int = 0, processor: int | None = CLIENT_CPU
+    ) -> None:
+        """`factory(*arguments)` is called in the process, in its event loop.
+
+        The process is bound to one processor, unless `processor` is None.
+        """
+        self._processor = processor
         self._start = (factory.__module__, factory.__name__, arguments, niceness)
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Any]] = {}
 
     async def __aenter__(self) -> Self:
         parent, child = socket.socketpair()
-        with child, on_processor(1):
+        with child, nullcontext() if self._processor is None else on_processor(self._processor):
             self._process = subprocess.Popen(  # noqa: ASYNC220 - starting it takes a millisecond
                 module_command(__name__, str(child.fileno())),
                 pass_fds=[child.fileno()],
@@ -62,6 +68,10 @@ class Helper:
             self._process.kill()
             self._process.wait()
         self._fail_all()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
+        self._process.send_signal(number)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the object. Raises ZcprotoError if the process dies."""

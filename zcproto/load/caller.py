@@ -66,19 +66,32 @@ class Caller(FrameConnection):
                 raise ConnectionClosed(f"{escape_text(host)}:{port}: {reason}") from error
             raise
 
-    def submit(self, method: str, params: dict[str, Any], done: Done, token: bytes | None = None) -> int:
+    def submit(
+        self,
+        method: str,
+        params: dict[str, Any],
+        done: Done,
+        token: bytes | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> int:
         """Send a request, with `token` instead of the connection's own if given, and return its stream.
 
         Raises like `ClientConnection.request`.
         """
         token = self.token if token is None else token
-        stream = self.conversation.request(method, params, token=token, wall=system_clock.wall())
+        stream = self.conversation.request(method, params, token=token, meta=meta, wall=system_clock.wall())
         self.requests += 1
         self._calls[stream] = done
         self.flush()
         return stream
 
-    async def call(self, method: str, params: dict[str, Any], token: bytes | None = None) -> Any:
+    async def call(
+        self,
+        method: str,
+        params: dict[str, Any],
+        token: bytes | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> Any:
         """Send a request and return its answer. Raises CallError or ConnectionClosed."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -90,7 +103,7 @@ class Caller(FrameConnection):
             else:
                 answer.set_exception(error)
 
-        self.submit(method, params, done, token)
+        self.submit(method, params, done, token, meta)
         try:
             async with asyncio.timeout(TIMEOUT):
                 return await answer
