@@ -295,9 +295,9 @@ class LimitsConfig(Settings):
     ipv6_network_bits: Annotated[int, whole(16, 64)] = 48
     """The prefix length of an IPv6 network. A /48 is what one site usually gets."""
     failed_handshakes_per_network: Annotated[int, whole(1, 1_000_000, "no limit")] = 200
-    """Connections a second of one network that end before their handshake is complete, on average; twice as many at
-    once. One whose handshake had begun counts as four. Beyond the limit new connections of the network are reset at
-    once: clients that complete their handshakes reach it only behind an address that floods."""
+    """Connections a second of one network that end before their handshake is complete, on average; twice as many
+    at once. One whose handshake had begun counts as four. Beyond it new connections of the network are reset. Set 0
+    if a load balancer without PROXY protocol forwards all clients from one address."""
     max_frame_bytes: Annotated[int, whole(1024, 67_108_864)] = 1_048_576
     """The largest frame of a connection with a session, in bytes. It is held in memory as a whole."""
     max_frame_bytes_before_session: Annotated[int, whole(512, 67_108_864)] = 16_384
