@@ -151,9 +151,10 @@ def test_refuse_all_skips_lookup_and_keeps_connection(looks_up: bool) -> None:
 
 def test_session_in_use_is_refused_once_the_registry_is_not_trusted() -> None:
     pair = ConnectionPair(small_registry(), ConnectionSettings(looks_up=True))
+    pair.registry.trusted_until = pair.clock.wall() + 500
     pair.login()
     assert pair.get(pair.request(1)).session is not None
-    pair.registry.trusted_until = pair.clock.wall()  # the process was stopped, and no timer has run since
+    pair.clock.advance(0.5)  # the process was stopped, and no timer has run since
     for stream in (1, 2):
         answer = pair.refused(pair.request(stream))
         assert (answer.code, answer.error.details) == (Code.UNAVAILABLE, {"retry_after_ms": 50})

@@ -236,7 +236,7 @@ class ServerThread:
                 "wheel": len(server.parts.state.wheel),
                 "handlers": state.tasks.running,
                 "handshakes": server.parts.acceptor.handshakes_in_progress,
-                "pending": server.parts.acceptor.pending.shares.used,
+                "pending": server.parts.acceptor.pending.places,
                 "http": 0 if server.parts.http is None else len(server.parts.http.endpoint.connections),
             }
 

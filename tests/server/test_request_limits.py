@@ -81,10 +81,8 @@ def test_full_table_drops_full_buckets_and_then_shares_one() -> None:
 # --- all limits --------------------------------------------------------------------------------------------
 
 
-def check(
-    limits: RequestLimits, user: str | None, peer: str = "192.0.2.1", method: str = "pay"
-) -> ResourceExhausted | None:
-    return limits.check(user, peer, method, 100.0)
+def check(limits: RequestLimits, user: str | None, peer: str = "192.0.2.1") -> ResourceExhausted | None:
+    return limits.check(user, peer, 100.0)
 
 
 def test_each_limit_refuses_with_its_message_and_a_delay() -> None:
@@ -108,11 +106,6 @@ def test_addresses_of_one_ipv6_site_share_a_bucket() -> None:
     assert check(limits, None, "2001:db8::2") is None
     assert check(limits, None, "2001:db8::3") is not None
     assert check(limits, None, "2001:db8:0:1::1") is None
-
-
-def test_logins_are_not_limited_here() -> None:
-    limits = RequestLimits(RequestSettings(1, 1, 1, 1, 1))
-    assert not any(check(limits, None, method="session.open") for _ in range(100))
 
 
 def test_requests_in_progress_are_limited_until_they_end() -> None:
@@ -262,6 +255,14 @@ def test_requests_without_a_session_are_limited_per_address(harness: Harness) ->
     assert codes(harness.connect(), "hello", 1) == [Code.RESOURCE_EXHAUSTED]
     assert codes(harness.connect(), "unknown", 1) == [Code.RESOURCE_EXHAUSTED]
     assert codes(known, "hello", 5) == 5 * [0]
+
+
+def test_logins_and_refreshes_are_not_limited_here(harness: Harness) -> None:
+    harness.state.request_limits.reconfigure(RequestSettings(1, 1, 1, 1, 1))
+    known = visitor(harness, "ada")
+    for method in ("session.open", "session.refresh"):  # the harness has neither
+        assert codes(harness.connect(), method, 100) == 100 * [Code.UNAUTHENTICATED]
+        assert codes(known, method, 100) == 100 * [Code.UNIMPLEMENTED]
 
 
 def test_requests_that_wait_are_limited_per_user_until_they_end(harness: Harness) -> None:

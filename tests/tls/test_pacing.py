@@ -24,8 +24,6 @@ class Stopwatch:
 class Step:
     """A fake expensive step of a handshake."""
 
-    network = "192.0.2.0/24"
-
     def __init__(self, watch: Stopwatch, cost: float, fault: Exception | None = None) -> None:
         self.watch = watch
         self.cost = cost
@@ -51,7 +49,7 @@ def acceptor(timers: FakeTimers, server_tls: ssl.SSLContext, watch: Stopwatch) -
 
 def schedule(acceptor: TlsAcceptor, *steps: Step) -> None:
     for step in steps:
-        acceptor.pending.join(step)  # type: ignore[arg-type]
+        acceptor.pending.join(step, acceptor.network_of("192.0.2.1"))  # type: ignore[arg-type]
         acceptor.schedule(step)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections import Counter
 from typing import Any, TypeAlias
 
 import pytest
@@ -11,7 +12,7 @@ from tests.helpers import FakeTimers, MockTransport
 from tests.tls.support import PEER, RecordingProtocol, TlsPair, new_acceptor
 from tests.tls.test_proxy import CLIENT, HEADER
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.pending import NetworkShares, PendingHandshakes
+from zcproto.tls.pending import ENDED, KEPT_NETWORKS, READY, SILENT, SLOT, Network, PendingHandshakes
 from zcproto.tls.proxy import ForwardedTransport
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import TlsPhase
@@ -24,14 +25,16 @@ Pending: TypeAlias = "PendingHandshakes[FakeConnection]"
 
 
 class FakeConnection:
-    def __init__(self, pending: Pending, network: str) -> None:
+    network: Network[FakeConnection]
+    stage: int
+
+    def __init__(self, pending: Pending) -> None:
         self.pending = pending
-        self.network = network
         self.was_dropped = False
 
     def drop(self) -> None:
         self.was_dropped = True
-        assert self.pending.leave(self)
+        assert self.pending.leave(self) == SILENT
 
 
 @pytest.fixture
@@ -41,74 +44,89 @@ def pending() -> Pending:
 
 def join(pending: Pending, network: str, *, ready: bool = False) -> FakeConnection | None:
     """Return a new connection; None if it was refused."""
-    if not pending.make_room(network):
+    if not pending.make_room(pending.network(network)):
         return None
-    connection = FakeConnection(pending, network)
-    pending.join(connection)
+    connection = FakeConnection(pending)
+    pending.join(connection, pending.network(network))
     if ready:
         pending.become_ready(connection)
     return connection
 
 
+def joined(pending: Pending, network: str, *, ready: bool = False) -> FakeConnection:
+    connection = join(pending, network, ready=ready)
+    assert connection is not None
+    return connection
+
+
 @pytest.mark.parametrize(("networks", "each"), [(1, 60), (2, 40), (3, 30), (5, 20)])
-def test_network_gets_as_many_places_as_it_leaves_free(networks: int, each: int) -> None:
-    shares = NetworkShares()
-    shares.limit = 120
+@pytest.mark.parametrize("places", [True, False])
+def test_network_gets_as_many_places_or_slots_as_it_leaves_free(
+    pending: Pending, networks: int, each: int, places: bool
+) -> None:
     names = [str(number) for number in range(networks)]
-    counts = dict.fromkeys(names, 0)
-    while any(shares.has_room(name) for name in names):
-        for name in filter(shares.has_room, names):
-            shares.add(name)
-            counts[name] += 1
+    counts: Counter[str] = Counter()
+    taken: list[FakeConnection] = []
+
+    def take(name: str) -> bool:
+        connection = join(pending, name, ready=True)
+        if connection is None or not (places or pending.has_slot(connection.network)):
+            return False
+        taken.append(connection)
+        if not places:
+            pending.take_slot(connection)
+        counts[name] += 1
+        return True
+
+    if places:
+        pending.max_places = 120
+    else:
+        pending.max_slots = 120
+    while [name for name in names if take(name)]:
+        pass
     assert set(counts.values()) == {each}
-    assert shares.has_room("another")
-    for name in names:
-        for _ in range(counts[name]):
-            shares.remove(name)
-    assert shares.used == 0
-    assert shares.has_room(names[0])
+    assert take("another")
+    for connection in taken:
+        assert pending.leave(connection) == (READY if places else SLOT)
+        assert pending.leave(connection) == ENDED
+    assert pending.slots == 0
+    assert take(names[0])
 
 
 def test_flooding_network_displaces_its_own_oldest_silent_connection(
     pending: Pending,
 ) -> None:
-    pending.shares.limit = 8
-    honest = join(pending, "honest")
-    flood = [join(pending, "flood") for _ in range(20)]
-    assert honest is not None
+    pending.max_places = 8
+    honest = joined(pending, "honest")
+    flood = [joined(pending, "flood") for _ in range(20)]
     assert not honest.was_dropped, "older, but of another network"
-    assert [each.was_dropped for each in flood if each] == [True] * 16 + [False] * 4
+    assert [each.was_dropped for each in flood] == [True] * 16 + [False] * 4
     assert join(pending, "honest") is not None
-    assert pending.shares.used == 6
+    assert pending.places == 6
 
 
 def test_total_limit_displaces_the_oldest_silent_connection_of_all(
     pending: Pending,
 ) -> None:
-    pending.shares.limit = 3
-    first, second, third, fourth = [join(pending, network) for network in "abcd"]
-    assert [each.was_dropped for each in (first, second, third, fourth) if each] == [
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert pending.shares.used == 3
+    pending.max_places = 3
+    first, *others = [joined(pending, network) for network in "abcd"]
+    assert first.was_dropped
+    assert not any(each.was_dropped for each in others)
+    assert pending.places == 3
 
 
 def test_connection_waiting_for_a_slot_is_never_displaced(pending: Pending) -> None:
-    pending.shares.limit = 4
-    ready = [join(pending, "a", ready=True), join(pending, "a", ready=True)]
+    pending.max_places = 4
+    ready = [joined(pending, "a", ready=True), joined(pending, "a", ready=True)]
     assert join(pending, "a") is None, "the share of its network is taken"
-    ready += [join(pending, "b", ready=True), join(pending, "c", ready=True)]
+    ready += [joined(pending, "b", ready=True), joined(pending, "c", ready=True)]
     assert pending.is_full
     assert join(pending, "d") is None
     assert not pending.drop_oldest()
-    assert not any(each.was_dropped for each in ready if each)
+    assert not any(each.was_dropped for each in ready)
     # A place becomes free, and a silent connection can be displaced again.
-    assert ready[0] is not None
-    assert pending.leave(ready[0])
-    assert not pending.leave(ready[0])
+    assert pending.leave(ready[0]) == READY
+    assert pending.leave(ready[0]) == ENDED
     assert join(pending, "d") is not None
     assert not pending.is_full
     assert join(pending, "e") is not None
@@ -116,32 +134,40 @@ def test_connection_waiting_for_a_slot_is_never_displaced(pending: Pending) -> N
 
 
 def test_slots_go_to_networks_in_turn_and_oldest_first(pending: Pending) -> None:
-    slots = NetworkShares()
-    waiting = [join(pending, network, ready=True) for network in "aaab"]
+    waiting = [joined(pending, network, ready=True) for network in "aaab"]
     order = []
-    while (connection := pending.next_ready(slots)) is not None:
+    while (connection := pending.next_ready()) is not None:
         pending.end_turn(connection.network)
         pending.leave(connection)
-        order.append(waiting.index(connection))  # type: ignore[arg-type]
+        order.append(waiting.index(connection))
         pending.end_turn(connection.network)
     assert order == [0, 3, 1, 2]
-    assert pending.shares.used == 0
+    assert pending.places == 0
 
 
 def test_network_over_its_share_of_slots_is_passed_over(pending: Pending) -> None:
-    slots = NetworkShares()
-    slots.limit = 4
-    slots.add("a")
-    slots.add("a")
-    blocked, other = join(pending, "a", ready=True), join(pending, "b", ready=True)
-    assert pending.next_ready(slots) is other
-    assert other is not None
+    pending.max_slots = 4
+    running = [joined(pending, "a"), joined(pending, "a")]
+    for each in running:
+        pending.take_slot(each)
+    blocked, other = joined(pending, "a", ready=True), joined(pending, "b", ready=True)
+    assert pending.next_ready() is other
     pending.leave(other)
-    assert pending.next_ready(slots) is None
-    slots.remove("a")
-    assert pending.next_ready(slots) is blocked
-    slots.limit = 1
-    assert pending.next_ready(slots) is None
+    assert pending.next_ready() is None
+    assert pending.leave(running[0]) == SLOT
+    assert pending.next_ready() is blocked
+    pending.max_slots = 1
+    assert pending.next_ready() is None
+
+
+def test_table_of_networks_is_bounded_and_keeps_those_in_use(pending: Pending) -> None:
+    silent, ready, running = joined(pending, "a"), joined(pending, "b", ready=True), joined(pending, "c")
+    pending.take_slot(running)
+    used = [each.network for each in (silent, ready, running)]
+    for number in range(10 * KEPT_NETWORKS):
+        pending.leave(joined(pending, f"network {number}"))
+        assert len(pending._networks) <= KEPT_NETWORKS + 2 * len(used)
+    assert [pending.network(name) for name in "abc"] == used
 
 
 # --- connections ----------------------------------------------------------------------------------------
@@ -194,7 +220,7 @@ def test_handshakes_of_flooding_networks_leave_slots_for_others(
     timers.run()
     assert acceptor.handshakes_in_progress == 17
     timers.advance(acceptor.handshake_timeout + 1)
-    assert acceptor.handshakes_in_progress == acceptor.pending.shares.used == 0
+    assert acceptor.handshakes_in_progress == acceptor.pending.places == 0
 
 
 def test_raised_limit_starts_waiting_handshakes(
@@ -209,21 +235,40 @@ def test_raised_limit_starts_waiting_handshakes(
     assert pair.phase is TlsPhase.HANDSHAKE
 
 
+def test_room_is_reported_when_a_waiting_connection_gets_its_slot_or_is_closed(
+    timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    pair = TlsPair(timers, server_tls, client_tls)
+    acceptor, room = pair.acceptor, []
+    acceptor.on_room = lambda: room.append(acceptor.pending.places)
+    acceptor.set_limits(1, 2, (24, 48))
+    hello = pair.step()
+    pair.raw.deliver(hello)
+    assert room == []
+    waiting = [connect(acceptor, timers, FLOOD[number]) for number in range(2)]
+    for _, raw in waiting:
+        raw.deliver(hello)
+    assert acceptor.pending.is_full
+    waiting[0][1].lose()
+    assert room == [1]
+    pair.raw.lose()
+    timers.run()
+    assert room == [1, 0]
+
+
 @pytest.mark.parametrize("is_adopted", [True, False])
 def test_displaced_connection_is_reset_and_counted(
     timers: FakeTimers, server_tls: ssl.SSLContext, is_adopted: bool
 ) -> None:
     log: list[Any] = []
-    room: list[int] = []
     acceptor = new_acceptor(timers, server_tls, RecordingProtocol, log)
-    acceptor.on_room = lambda: room.append(acceptor.pending.shares.used)
     acceptor.set_limits(1, 1, (24, 48))
     server, raw = TlsServerTransport(acceptor, PEER), MockTransport(timers)
     if is_adopted:
         raw.connect(server)
         raw.deliver(b"\x16\x03\x01")
     assert acceptor.pending.make_room(acceptor.network_of(PEER))
-    assert (acceptor.pending.shares.used, room) == (0, [0])
+    assert acceptor.pending.places == 0
     if not is_adopted:
         raw.connect(server)
     timers.run()
@@ -238,10 +283,16 @@ def test_connection_that_fails_before_its_handshake_ends_is_reported_once(
 ) -> None:
     wasted: list[tuple[str, bool]] = []
     pairs = [
-        TlsPair(timers, server_tls, client_tls, on_wasted=lambda *call: wasted.append(call)) for _ in "abcd"
+        TlsPair(
+            timers,
+            server_tls,
+            client_tls,
+            on_wasted=lambda network, begun: wasted.append((network.name, begun)),
+        )
+        for _ in "abcd"
     ]
     silent, half, begun, opened = pairs
-    network = silent.acceptor.network_of(PEER)
+    network = silent.acceptor.network_of(PEER).name
     silent.server.drop()
     half.raw.deliver(half.step()[:100])
     half.raw.deliver_eof()
@@ -255,7 +306,7 @@ def test_connection_that_fails_before_its_handshake_ends_is_reported_once(
 def test_handshake_that_waits_for_a_slot_in_vain_is_not_reported(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
-    wasted: list[tuple[str, bool]] = []
+    wasted: list[tuple[Any, bool]] = []
     pair = TlsPair(timers, server_tls, client_tls, on_wasted=lambda *call: wasted.append(call))
     pair.acceptor.set_limits(0, 10, (24, 48))
     pair.raw.deliver(pair.step())
@@ -272,10 +323,10 @@ def test_peer_counts_for_its_network(
     timers: FakeTimers, server_tls: ssl.SSLContext, peer: str, network: str
 ) -> None:
     acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [])
-    assert acceptor.network_of(peer) == network
+    assert acceptor.network_of(peer) is acceptor.pending.network(network)
     acceptor.set_limits(1, 1, (32, 64))
-    assert acceptor.network_of("192.0.2.77") == "192.0.2.77"
-    assert acceptor.network_of("2001:db8:1:2::3") == "2001:db8:1:2::/64"
+    for each, other in (("192.0.2.77", "192.0.2.77"), ("2001:db8:1:2::3", "2001:db8:1:2::/64")):
+        assert acceptor.network_of(each) is acceptor.pending.network(other)
 
 
 def test_half_proxy_headers_are_displaced_and_header_moves_connection_to_client_network(
@@ -297,5 +348,5 @@ def test_half_proxy_headers_are_displaced_and_header_moves_connection_to_client_
     assert pair.raw.aborted
     half[-1][1].deliver(HEADER[20:])
     assert half[-1][0].peer == CLIENT
-    assert half[-1][0].network == pair.acceptor.network_of(CLIENT)
-    assert pending.shares.used == 2
+    assert half[-1][0].network is pair.acceptor.network_of(CLIENT)
+    assert pending.places == 2

@@ -391,7 +391,7 @@ def test_data_of_a_queued_hello_is_bounded(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
     pair = TlsPair(timers, server_tls, client_tls)
-    pair.acceptor.slots.limit = 0
+    pair.acceptor.pending.max_slots = 0
     pair.raw.deliver(pair.step())
     while pair.phase is TlsPhase.HELLO:
         pair.raw.deliver(EARLY * 100)
@@ -423,12 +423,12 @@ def test_large_hellos_are_bounded_in_number(
     assert [pair.phase for pair in pairs[:-1]] == [TlsPhase.HELLO] * MAX_LARGE_HELLOS
     assert pairs[-1].phase is TlsPhase.CLOSING
     assert pairs[-1].failures == {TlsFailure.CLIENT_HELLO_TOO_LARGE: 1}
-    acceptor.slots.limit = 0
+    acceptor.pending.max_slots = 0
     early = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
     early.raw.deliver(early.step())
     early.raw.deliver(EARLY * 400)
     assert early.phase is TlsPhase.CLOSING
-    acceptor.slots.limit = 10
+    acceptor.pending.max_slots = 10
     usual = TlsPair(timers, server_tls, client_tls, acceptor=acceptor)
     usual.raw.deliver(usual.step())
     assert usual.phase is TlsPhase.HANDSHAKE
@@ -625,10 +625,10 @@ def test_connection_lost_before_connection_made_leaves_nothing(
     log: list[Any] = []
     acceptor = new_acceptor(timers, server_tls, RecordingProtocol, log)
     transport = TlsServerTransport(acceptor, PEER)
-    assert acceptor.pending.shares.used == 1
+    assert acceptor.pending.places == 1
     transport.abort()
     transport.connection_lost(OSError())
-    assert acceptor.pending.shares.used == 0
+    assert acceptor.pending.places == 0
     assert log == [(TlsFailure.DISCONNECTED, PEER), "closed"]
 
 
@@ -655,17 +655,17 @@ def test_handshake_counts_from_complete_hello(
     hellos = [pair.step() for pair in pairs]
     for pair, hello in zip(pairs, hellos, strict=True):
         pair.raw.deliver(hello[:-1])
-    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (5, 0)
+    assert (acceptor.pending.places, acceptor.handshakes_in_progress) == (5, 0)
     for pair, hello in zip(pairs[:4], hellos, strict=False):
         pair.raw.deliver(hello[-1:])
-    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (1, 4)
+    assert (acceptor.pending.places, acceptor.handshakes_in_progress) == (1, 4)
     pairs[0].hear()
     pairs[0].raw.deliver(pairs[0].step())
     pairs[1].raw.deliver(b"garbage!")
     pairs[2].raw.lose()
-    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (1, 1)
+    assert (acceptor.pending.places, acceptor.handshakes_in_progress) == (1, 1)
     timers.advance(TIMEOUT + 1)
-    assert (acceptor.pending.shares.used, acceptor.handshakes_in_progress) == (0, 0)
+    assert (acceptor.pending.places, acceptor.handshakes_in_progress) == (0, 0)
     assert acceptor.handshakes_completed == 1
 
 

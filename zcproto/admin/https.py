@@ -118,7 +118,7 @@ def limited(state: ServerState, find: Find) -> Find:
     """Refuse requests beyond the limits of their address with 429; use `find` for the others."""
 
     def admit(request: HttpRequest) -> Handler | HttpResponse:
-        refusal = state.request_limits.check(None, request.peer.address, "http", state.clock.now())
+        refusal = state.request_limits.check(None, request.peer.address, state.clock.now())
         if refusal is None:
             return find(request)
         seconds = ceil(refusal.details["retry_after_ms"] / 1000)

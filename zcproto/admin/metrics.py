@@ -104,7 +104,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.running_per_address", limits.running_per_address, requests.most_running_per_address),
         ("idempotency.running_per_user", config.idempotency.running_per_user, None),
         ("tls.max_handshakes", config.tls.max_handshakes, parts.acceptor.handshakes_in_progress),
-        ("tls.max_pending", config.tls.max_pending, parts.acceptor.pending.shares.used),
+        ("tls.max_pending", config.tls.max_pending, parts.acceptor.pending.places),
         ("sessions.per_user", config.sessions.per_user, None),
         ("idempotency.per_user", config.idempotency.per_user, None),
         (
@@ -143,7 +143,7 @@ def _connections(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_tls_handshakes_in_progress", acceptor.handshakes_in_progress
     pending = acceptor.pending
     yield "zcproto_tls_handshakes_pending", pending.silent, "silent"
-    yield "zcproto_tls_handshakes_pending", pending.shares.used - pending.silent, "ready"
+    yield "zcproto_tls_handshakes_pending", pending.waiting, "ready"
     for failure, count in acceptor.failures.items():
         yield "zcproto_tls_failures_total", count, failure.value
 

@@ -127,7 +127,7 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
         "handshakes": {
             "completed": acceptor.handshakes_completed,
             "in_progress": acceptor.handshakes_in_progress,
-            "pending": acceptor.pending.shares.used,
+            "pending": acceptor.pending.places,
             "failed": _by_cause(acceptor.failures),
         },
         "certificates": certificate_report(snapshot.certificates),
@@ -194,7 +194,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "store": snapshot.store_report,
         "handshakes_completed": acceptor.handshakes_completed,
         "handshakes_in_progress": acceptor.handshakes_in_progress,
-        "handshakes_pending": acceptor.pending.shares.used,
+        "handshakes_pending": acceptor.pending.places,
         "tls_failures": _by_cause(acceptor.failures),
         "cpu_s": snapshot.cpu_s,
         "rss_bytes": snapshot.rss_bytes,

@@ -10,11 +10,13 @@ more buckets than ticks ahead.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Callable
 from math import ceil, inf
 from typing import Any, Final, Protocol
 
 TICKS_PER_SECOND: Final = 64
+NEVER: Final = sys.maxsize
 ENTRIES_PER_TURN: Final = 64
 """Entries handled before the event loop gets a turn, when thousands are due at once."""
 
@@ -44,7 +46,7 @@ class DeadlineWheel:
         self._timers = timers
         self._buckets: dict[int, set[Timed]] = {}
         self._heap: list[int] = []  # the ticks of the buckets
-        self._armed_tick = 0
+        self._armed_tick = NEVER
         self._timer: Any = None
 
     def __len__(self) -> int:
@@ -56,11 +58,11 @@ class DeadlineWheel:
 
     def set(self, entry: Timed, deadline: float) -> None:
         """Call `entry.handle_deadline` at `deadline` or slightly later. Replaces an earlier deadline."""
-        if deadline == inf:
-            self.discard(entry)
-            return
         ahead = deadline - self._timers.time()
         if ahead > 10:
+            if deadline == inf:
+                self.discard(entry)
+                return
             tick = ceil(deadline) * TICKS_PER_SECOND
         elif ahead > 1:
             tick = ceil(deadline * 8) * (TICKS_PER_SECOND // 8)
@@ -79,7 +81,7 @@ class DeadlineWheel:
         else:
             bucket.add(entry)
         entry.deadline_tick = tick
-        if self._timer is None or tick < self._armed_tick:
+        if tick < self._armed_tick:
             self._arm()
 
     def discard(self, entry: Timed) -> None:
@@ -100,6 +102,7 @@ class DeadlineWheel:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._armed_tick = NEVER
         return waiting
 
     def _arm(self) -> None:
@@ -108,8 +111,8 @@ class DeadlineWheel:
             self._timer = None
         while self._heap and not self._buckets[self._heap[0]]:
             del self._buckets[heapq.heappop(self._heap)]
+        self._armed_tick = self._heap[0] if self._heap else NEVER
         if self._heap:
-            self._armed_tick = self._heap[0]
             self._timer = self._timers.call_at(self._armed_tick / TICKS_PER_SECOND, self._turn)
 
     def _turn(self) -> None:

@@ -185,7 +185,6 @@ class ServerConnection:
                 and -tolerance <= wall - timestamp <= tolerance
                 and token == self._token
                 and wall < self._recheck_at
-                and wall < self.registry.trusted_until
                 and self.registry.generation == self._seen_generation
                 and (self._session is not None or length <= settings.max_frame_before_session)
                 and not (self._held or self._lingering or self._stale_in_a_row)
@@ -255,7 +254,6 @@ class ServerConnection:
                 if (
                     token != self._token
                     or wall >= self._recheck_at
-                    or wall >= registry.trusted_until
                     or registry.generation != self._seen_generation
                 ):
                     joined = self._session_of(token, wall, now)
@@ -353,7 +351,9 @@ class ServerConnection:
         self._token = token
         self._session = session
         # Half of the remaining time, so that a session in use is touched before it would count as idle.
-        self._recheck_at = wall + min(TOUCH_INTERVAL_MS, (session.valid_until - wall) // 2)
+        self._recheck_at = min(
+            wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, registry.trusted_until
+        )
         if is_known:
             return None
         self.join(session, token, wall, now)

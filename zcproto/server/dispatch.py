@@ -28,6 +28,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.errors import CallError, Cancelled, Code
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
+from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
@@ -89,9 +90,9 @@ class Dispatcher(asyncio.Protocol):
         """Run a request's method until it returns or waits."""
         state = self._state
         limits, session = state.request_limits, request.session
-        if session is None or limits.checks_sessions:
+        if (session is None or limits.checks_sessions) and not request.method.startswith(UNLIMITED):
             user = None if session is None else session.user
-            excess = limits.check(user, self.peer, request.method, state.clock.now())
+            excess = limits.check(user, self.peer, state.clock.now())
             if excess is not None:
                 log.info("request.limited", peer=self.peer, user=user, what=request.method)
                 self._answer_exception(request, excess)

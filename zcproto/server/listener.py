@@ -33,6 +33,7 @@ from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server.request_limits import RequestRate
 from zcproto.server.state import ServerState, log
+from zcproto.tls.pending import Network
 from zcproto.tls.proxy import ForwardedTransport
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
@@ -40,6 +41,8 @@ BACKLOG: Final = 4_096
 ACCEPTS_PER_TURN: Final = 64
 """Most connections accepted on the TLS port per turn of the loop. With one, clients would wait in the backlog
 behind a flood. Ports with few places accept one: between two turns, connections that have ended free theirs."""
+
+BATCH_GROWTH: Final = 1.125
 
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
@@ -135,7 +138,7 @@ class AcceptLoop:
         self._max_batch = max_batch
         self._sockets: list[socket.socket] = []
         self._accepting = False
-        self._batch = 1
+        self._batch = 1.0
         self._closed = False
         self._adopting: dict[Opening, asyncio.BaseProtocol] = {}  # held here until the loop has them
 
@@ -180,34 +183,30 @@ class AcceptLoop:
         """Count an accept that failed because the system has no descriptor or memory left."""
 
     def _accept(self, listening: socket.socket, family: int) -> None:
-        # The loop calls again while there are more, and serves others in between. The batch doubles while it is
-        # not enough: trying for one more than there are costs a system call.
-        for _ in range(self._batch):
-            if not self._accept_one(listening, family):
-                self._batch = 1
-                return
-        self._batch = min(2 * self._batch, self._max_batch)
-
-    def _accept_one(self, listening: socket.socket, family: int) -> bool:
-        """Accept and admit a connection. Return False if no connection waits, or accepting is paused."""
-        if self._is_full():
-            self._pause()
-            return False
-        try:
-            # The private half of `socket.accept`, in all versions of CPython; no stub names it.
-            descriptor, address = listening._accept()  # type: ignore[attr-defined]
-        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-            return False
-        except OSError as error:
-            if error.errno not in _EXHAUSTED:
-                raise
-            self._exhausted()
-            log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
-            self._pause()
-            self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
-            return False
-        self._admit(PlainSocket(family, socket.SOCK_STREAM, 0, descriptor), address)
-        return True
+        # The loop calls again while there are more, and serves others in between. The batch grows while it is not
+        # enough, and slowly: trying for one more than there are costs a system call.
+        for _ in range(int(self._batch)):
+            if self._is_full():
+                self._pause()
+                break
+            try:
+                # The private half of `socket.accept`, in all versions of CPython; no stub names it.
+                descriptor, address = listening._accept()  # type: ignore[attr-defined]
+            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                break
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                self._exhausted()
+                log.error("listener.exhausted", reason=error.strerror, retry_after_s=PAUSE_WHEN_EXHAUSTED)
+                self._pause()
+                self._loop.call_later(PAUSE_WHEN_EXHAUSTED, self._resume)
+                break
+            self._admit(PlainSocket(family, socket.SOCK_STREAM, 0, descriptor), address)
+        else:
+            self._batch = min(self._batch * BATCH_GROWTH, self._max_batch)
+            return
+        self._batch = max(self._batch / 2, 1.0)
 
     def _adopt(self, connection: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         """Hand a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
@@ -304,7 +303,8 @@ class Listener(AcceptLoop):
         client = plain_address(address[0])
         network = self._acceptor.network_of(client)
         is_forwarded = self._has_balancers and self.balancers.contains(client)
-        if not is_forwarded and self._refuse_flooding(network, client):
+        has_failures = network.name in self._wasted.full_at
+        if has_failures and not is_forwarded and self._refuse_flooding(network, client):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             connection.close()
             return
@@ -325,20 +325,16 @@ class Listener(AcceptLoop):
             return
         self.connections += 1
         # From here on it is pending.
-        if is_forwarded:
-            transport: TlsServerTransport = ForwardedTransport(self._acceptor, client)
-        else:
-            transport = TlsServerTransport(self._acceptor, client)
-        self._adopt(connection, transport)
+        kind = ForwardedTransport if is_forwarded else TlsServerTransport
+        self._adopt(connection, kind(self._acceptor, client, network))
 
-    def _refuse_flooding(self, network: str, address: str, balancer: str | None = None) -> bool:
+    def _refuse_flooding(
+        self, network: Network[TlsServerTransport], address: str, balancer: str | None = None
+    ) -> bool:
         """Return whether a connection must be refused because too many others of its network have failed."""
         limit = self._wasted.per_second
-        left = self._wasted.left(network, self._state.clock.now())
-        if left >= limit or not limit:
-            return False
-        acceptor = self._acceptor
-        if left >= acceptor.pending.shares.of(network) + acceptor.slots.of(network) + 1:
+        left = self._wasted.left(network.name, self._state.clock.now())
+        if left >= limit or not limit or left >= network.connections + 1:
             return False
         self._state.counters.refused_flooding += 1
         log.info("connection.refused_flooding", peer=address, balancer=balancer, limit=limit)
@@ -350,8 +346,8 @@ class Listener(AcceptLoop):
 
     def _refuse_network(self, address: str, balancer: str | None = None) -> None:
         self._state.counters.refused_per_network += 1
-        shares = self._acceptor.pending.shares
-        log.info("connection.refused_per_network", peer=address, balancer=balancer, limit=shares.limit)
+        limit = self._acceptor.pending.max_places
+        log.info("connection.refused_per_network", peer=address, balancer=balancer, limit=limit)
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
         """Reassign the connection to the forwarded client. Return False if it is over its limit."""
@@ -368,8 +364,8 @@ class Listener(AcceptLoop):
         self._counts.remove(balancer)
         return True
 
-    def _connection_wasted(self, network: str, begun: bool) -> None:
-        self._wasted.charge(network, HANDSHAKE_COST if begun else 1, self._state.clock.now())
+    def _connection_wasted(self, network: Network[TlsServerTransport], begun: bool) -> None:
+        self._wasted.charge(network.name, HANDSHAKE_COST if begun else 1, self._state.clock.now())
 
     def _connection_closed(self, address: str) -> None:
         self.connections -= 1

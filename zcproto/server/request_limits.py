@@ -34,23 +34,26 @@ LIMIT_NAMES: Final = (
 )
 """The keys in `[limits]`."""
 
+UNLIMITED: Final = "session."
+"""Methods that begin with this are not counted."""
+
 _RUNNING: Final = {"retry_after_ms": 250}
 _SHARED: Final = ""
-_SESSION_METHODS: Final = "session."
 
 
 class RequestRate:
     """A token bucket for each key. `per_second` is 0 for no limit."""
 
-    __slots__ = ("_full_at", "_max_keys", "_step", "per_second")
+    __slots__ = ("_max_keys", "_step", "full_at", "per_second")
 
     def __init__(self, per_second: int, max_keys: int = MAX_KEYS) -> None:
-        self._full_at: dict[str, float] = {}  # when each bucket will be full again; the last used one last
+        self.full_at: dict[str, float] = {}
+        """When each bucket will be full again, the last used one last. Those without an entry are full."""
         self._max_keys = max_keys
         self.set_rate(per_second)
 
     def __len__(self) -> int:
-        return len(self._full_at)
+        return len(self.full_at)
 
     def set_rate(self, per_second: int) -> None:
         """Apply another rate. Buckets stay as they are."""
@@ -59,7 +62,7 @@ class RequestRate:
 
     def admit(self, key: str, now: float) -> int:
         """Count a request and return 0, or return the milliseconds until one is admitted."""
-        step, full_at = self._step, self._full_at
+        step, full_at = self._step, self.full_at
         if not step:
             return 0
         full = full_at.pop(key, None)
@@ -75,22 +78,22 @@ class RequestRate:
         """Take tokens, or all that are left."""
         step = self._step
         if step:
-            full = self._full_at.pop(key, None)
+            full = self.full_at.pop(key, None)
             if full is None:
                 key = self._new_key(key, now)
-                full = self._full_at.pop(key, now)
-            self._full_at[key] = min(max(full, now) + cost * step, now + max(BURST_S, step))
+                full = self.full_at.pop(key, now)
+            self.full_at[key] = min(max(full, now) + cost * step, now + max(BURST_S, step))
 
     def left(self, key: str, now: float) -> float:
         """Return how many of the tokens of BURST_S a key has left."""
-        return (BURST_S - max(self._full_at.get(key, now) - now, 0.0)) * self.per_second
+        return (BURST_S - max(self.full_at.get(key, now) - now, 0.0)) * self.per_second
 
     def _new_key(self, key: str, now: float) -> str:
-        while len(self._full_at) >= self._max_keys:
-            oldest, full = next(iter(self._full_at.items()))
+        while len(self.full_at) >= self._max_keys:
+            oldest, full = next(iter(self.full_at.items()))
             if full > now:
                 return _SHARED
-            del self._full_at[oldest]
+            del self.full_at[oldest]
         return key
 
 
@@ -137,10 +140,8 @@ class RequestLimits:
     def most_running_per_address(self) -> int:
         return max(self._running_addresses.values(), default=0)
 
-    def check(self, user: str | None, peer: str, method: str, now: float) -> ResourceExhausted | None:
+    def check(self, user: str | None, peer: str, now: float) -> ResourceExhausted | None:
         """Count a request. Return the error if it must be refused. `user` is None without a session."""
-        if method.startswith(_SESSION_METHODS):
-            return None
         settings, network = self._settings, network_of(peer)
         if user is not None:
             if settings.running_per_user and self._running_users[user] >= settings.running_per_user:

@@ -50,7 +50,10 @@ class StallWatch:
 
     def resume(self) -> None:
         """Trust the registry from now on."""
+        before = self._wall
         self._wall, self._now = self._clock.wall(), self._clock.now()
+        if self._wall < before:  # what connections reuse until the old time must be checked again
+            self._registry.generation += 1
         self._registry.trusted_until = self._wall + round(self._limit * MS_PER_SECOND)
         self._wheel.set(self, self._now + self._limit / _EXTENSIONS)
 

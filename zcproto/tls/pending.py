@@ -1,10 +1,12 @@
-"""Hold the connections whose handshake has not begun, and share what is limited between networks.
+"""Hold the connections whose handshake has not ended, and share what is limited between networks.
 
     accepted -> silent -> ready (complete ClientHello, no slot free) -> slot (handshake runs) -> open
 
+Silent and ready connections take places. Places and slots are limited.
+
 Rules:
 - A network gets at most as many places as it leaves free: half of them if it is alone, a third each beside one
-  other, and so on. Others always find a free place, and no place is reserved in vain.
+  other, and so on. Others always find a free place, and no place is reserved in vain. The same holds for slots.
 - If a network, or all together, take all places, their oldest silent connection is dropped for the new one. A
   client needs one round trip for its ClientHello, so only flooders stay silent long enough to be the oldest.
 - Slots go to the networks in turn, oldest connection first.
@@ -15,13 +17,23 @@ It must not know: why a connection is silent (no PROXY header, half a ClientHell
 from __future__ import annotations
 
 import sys
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+KEPT_NETWORKS: Final = 1_024
+"""Networks without a pending connection that are kept, because most have the next one soon."""
+
+# The stages of a connection. Plain numbers: members of an enumeration are slow to look up.
+ENDED: Final = 0
+SILENT: Final = 1
+READY: Final = 2
+SLOT: Final = 3
 
 
 class PendingConnection(Protocol):
-    """A connection whose handshake has not begun. `network` stays the same from `join` to `leave`."""
+    """A connection of `PendingHandshakes`, which sets `network` and `stage`."""
 
-    network: str
+    network: Network[Any]
+    stage: int
 
     def drop(self) -> None:
         """Leave, and close the connection."""
@@ -30,120 +42,132 @@ class PendingConnection(Protocol):
 C = TypeVar("C", bound=PendingConnection)
 
 
-class NetworkShares:
-    """A number of places, shared between networks. `limit` may change; places in use are kept."""
+class Network(Generic[C]):
+    """The pending connections of one network, oldest first, and the slots that it has taken."""
 
-    __slots__ = ("_by_network", "limit", "used")
+    __slots__ = ("name", "ready", "silent", "slots")
 
-    def __init__(self) -> None:
-        self.limit = sys.maxsize
-        self.used = 0
-        self._by_network: dict[str, int] = {}
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # Dictionaries keep the order and delete in constant time.
+        self.silent: dict[C, None] = {}
+        self.ready: dict[C, None] = {}
+        self.slots = 0
 
-    def has_room(self, network: str) -> bool:
-        return self._by_network.get(network, 0) < self.limit - self.used
-
-    def of(self, network: str) -> int:
-        """Return the places that a network uses."""
-        return self._by_network.get(network, 0)
-
-    def add(self, network: str) -> None:
-        self.used += 1
-        self._by_network[network] = self._by_network.get(network, 0) + 1
-
-    def remove(self, network: str) -> None:
-        self.used -= 1
-        left = self._by_network[network] - 1
-        if left:
-            self._by_network[network] = left
-        else:
-            del self._by_network[network]
+    @property
+    def connections(self) -> int:
+        """The connections whose handshake has not ended."""
+        return len(self.silent) + len(self.ready) + self.slots
 
 
 class PendingHandshakes(Generic[C]):
-    """The silent and the ready connections; `shares` counts both."""
+    """All networks. Both limits may change; places and slots in use are kept."""
 
-    __slots__ = ("_ready", "_silent", "_silent_of", "shares")
+    __slots__ = ("_networks", "_ready", "_silent", "_tidy_at", "max_places", "max_slots", "slots", "waiting")
 
     def __init__(self) -> None:
-        self.shares = NetworkShares()
-        # Dictionaries keep the order and delete in constant time. All but `_silent` are by network.
+        self.max_places = self.max_slots = sys.maxsize
+        self.slots = 0
+        """Slots in use."""
+        self.waiting = 0
+        """Ready connections."""
         self._silent: dict[C, None] = {}
-        self._silent_of: dict[str, dict[C, None]] = {}
-        self._ready: dict[str, dict[C, None]] = {}
+        self._ready: dict[Network[C], None] = {}  # in turn
+        self._networks: dict[str, Network[C]] = {}
+        self._tidy_at = KEPT_NETWORKS
 
     @property
     def silent(self) -> int:
         return len(self._silent)
 
     @property
+    def places(self) -> int:
+        """Places in use."""
+        return len(self._silent) + self.waiting
+
+    @property
     def is_full(self) -> bool:
         """Whether all places are taken by connections that are not dropped."""
-        return self.shares.used >= self.shares.limit and not self._silent
+        return self.waiting >= self.max_places
 
-    def make_room(self, network: str) -> bool:
+    def network(self, name: str) -> Network[C]:
+        return self._networks.get(name) or self._new_network(name)
+
+    def _new_network(self, name: str) -> Network[C]:
+        networks = self._networks
+        if len(networks) >= self._tidy_at:
+            for idle in [each for each, network in networks.items() if not network.connections]:
+                del networks[idle]
+            self._tidy_at = 2 * len(networks) + KEPT_NETWORKS
+        network = networks[name] = Network(name)
+        return network
+
+    def make_room(self, network: Network[C]) -> bool:
         """Drop a silent connection if one more of this network needs it. Return False if none can be dropped."""
-        shares = self.shares
-        if shares.has_room(network):
+        free = self.max_places - len(self._silent) - self.waiting
+        if len(network.silent) + len(network.ready) < free:
             return True
-        if shares.used >= shares.limit:
-            return self.drop_oldest()
-        return _drop_first(self._silent_of.get(network))
+        return self.drop_oldest() if free <= 0 else _drop_first(network.silent)
 
     def drop_oldest(self) -> bool:
         """Drop the oldest silent connection of all. Return False if none is silent."""
         return _drop_first(self._silent)
 
-    def join(self, connection: C) -> None:
-        """Add a silent connection, after `make_room`."""
-        self.shares.add(connection.network)
-        self._silent[connection] = None
-        self._silent_of.setdefault(connection.network, {})[connection] = None
+    def join(self, connection: C, network: Network[C]) -> None:
+        """Add a silent connection of a network, after `make_room`."""
+        connection.network = network
+        connection.stage = SILENT
+        self._silent[connection] = network.silent[connection] = None
 
     def become_ready(self, connection: C) -> None:
         """Queue a silent connection for a slot."""
-        del self._silent[connection]
-        _discard(self._silent_of, connection)
-        self._ready.setdefault(connection.network, {})[connection] = None
+        self.leave(connection)
+        connection.stage = READY
+        self.waiting += 1
+        self._ready[connection.network] = connection.network.ready[connection] = None
 
-    def leave(self, connection: C) -> bool:
-        """Remove a connection. Return False if it is not pending."""
-        if connection in self._silent:
-            del self._silent[connection]
-            _discard(self._silent_of, connection)
-        elif connection in self._ready.get(connection.network, ()):
-            _discard(self._ready, connection)
-        else:
-            return False
-        self.shares.remove(connection.network)
-        return True
+    def has_slot(self, network: Network[C]) -> bool:
+        """Whether the network may have one more slot."""
+        return network.slots < self.max_slots - self.slots
 
-    def next_ready(self, slots: NetworkShares) -> C | None:
+    def take_slot(self, connection: C) -> None:
+        """Move a silent or ready connection to a slot."""
+        self.leave(connection)
+        connection.stage = SLOT
+        connection.network.slots += 1
+        self.slots += 1
+
+    def leave(self, connection: C) -> int:
+        """Release the place or slot of a connection. Return its stage until now."""
+        stage, network = connection.stage, connection.network
+        connection.stage = ENDED
+        if stage == SILENT:
+            del self._silent[connection], network.silent[connection]
+        elif stage == SLOT:
+            network.slots -= 1
+            self.slots -= 1
+        elif stage == READY:
+            self.waiting -= 1
+            del network.ready[connection]
+            if not network.ready:
+                del self._ready[network]
+        return stage
+
+    def next_ready(self) -> C | None:
         """Return the connection that gets the next slot; None if no network may have one more."""
-        if slots.used >= slots.limit:
-            return None
-        # Each network passed over has at least as many slots as are free, so there are few.
-        for network, connections in self._ready.items():
-            if slots.has_room(network):
-                return next(iter(connections))
+        for network in self._ready:
+            if self.has_slot(network):
+                return next(iter(network.ready))
         return None
 
-    def end_turn(self, network: str) -> None:
+    def end_turn(self, network: Network[C]) -> None:
         """Let the other networks have a slot first."""
-        connections = self._ready.pop(network, None)
-        if connections is not None:
-            self._ready[network] = connections
+        if network in self._ready:
+            self._ready[network] = self._ready.pop(network)
 
 
-def _discard(groups: dict[str, dict[C, None]], connection: C) -> None:
-    group = groups[connection.network]
-    del group[connection]
-    if not group:
-        del groups[connection.network]
-
-
-def _drop_first(connections: dict[C, None] | None) -> bool:
-    if not connections:
-        return False
-    next(iter(connections)).drop()
-    return True
+def _drop_first(connections: dict[C, None]) -> bool:
+    for connection in connections:
+        connection.drop()
+        return True
+    return False

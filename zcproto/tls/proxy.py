@@ -21,6 +21,7 @@ import struct
 from typing import Final, NamedTuple
 
 from zcproto.tls.failure import TlsFailure
+from zcproto.tls.pending import Network
 from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 
 MAX_SIZE: Final = 4_096
@@ -109,8 +110,10 @@ class ForwardedTransport(TlsServerTransport):
 
     __slots__ = ("_header",)
 
-    def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
-        super().__init__(acceptor, peer)
+    def __init__(
+        self, acceptor: TlsAcceptor, peer: str, network: Network[TlsServerTransport] | None = None
+    ) -> None:
+        super().__init__(acceptor, peer, network)
         self._header: ProxyHeaderReader | None = ProxyHeaderReader()
 
     def _received_in_handshake(self, data: memoryview) -> None:
@@ -131,6 +134,6 @@ class ForwardedTransport(TlsServerTransport):
                 self.abort()
                 return
             self.peer = client
-            self._enter_handshake()
+            self._acceptor.pending.join(self, self._acceptor.network_of(client))
         if rest:
             super()._received_in_handshake(memoryview(rest))

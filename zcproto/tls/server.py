@@ -33,7 +33,7 @@ from zcproto.tls.client_hello import (
 )
 from zcproto.tls.context import SiteContexts, suites_are_allowed
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.pending import NetworkShares, PendingHandshakes
+from zcproto.tls.pending import ENDED, READY, SLOT, Network, PendingHandshakes
 from zcproto.tls.pins import pins_match
 from zcproto.tls.transport import RECORD_SIZE, ReceiveBuffer, TlsPhase, TlsTransport
 
@@ -70,7 +70,7 @@ class TlsAcceptor:
         client_pins: pins, from `parse_pins`, that a presented client certificate must match; empty accepts every
             certificate that the context trusts.
         on_failure: called with the cause and the peer's address; `failures` counts the causes.
-        on_room: called when a connection is no longer pending: its handshake has begun, or it is closed.
+        on_room: called when a connection that waited for a slot has got it, or is closed.
         on_closed: called with the peer's address when a connection is gone.
         on_wasted: called with the network of a connection that ends before its handshake is complete, and whether
             the handshake had begun.
@@ -90,14 +90,13 @@ class TlsAcceptor:
     on_failure: Callable[[TlsFailure, str], None] = lambda failure, peer: None
     on_room: Callable[[], None] = lambda: None
     on_closed: Callable[[str], None] = lambda peer: None
-    on_wasted: Callable[[str, bool], None] = lambda network, begun: None
+    on_wasted: Callable[[Network[TlsServerTransport], bool], None] = lambda network, begun: None
     on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True
     perf_counter: Callable[[], float] = time.perf_counter
     judge: ClientHelloJudge = field(init=False)
     buffer: ReceiveBuffer = field(init=False, default_factory=ReceiveBuffer)
     failures: dict[TlsFailure, int] = field(init=False, default_factory=lambda: dict.fromkeys(TlsFailure, 0))
     pending: PendingHandshakes[TlsServerTransport] = field(init=False, default_factory=PendingHandshakes)
-    slots: NetworkShares = field(init=False, default_factory=NetworkShares)
     handshakes_completed: int = field(init=False, default=0)
     _network_bits: tuple[int, int] = field(init=False, default=(24, 48))
     large_hellos: set[TlsServerTransport] = field(init=False, default_factory=set)
@@ -114,17 +113,17 @@ class TlsAcceptor:
     @property
     def handshakes_in_progress(self) -> int:
         """Handshakes that hold a slot: begun with a complete ClientHello, and not ended."""
-        return self.slots.used
+        return self.pending.slots
 
     def set_limits(self, handshakes: int, pending: int, network_bits: tuple[int, int]) -> None:
         """Limit handshakes and pending connections, and set the prefix lengths of IPv4 and IPv6 networks."""
-        self.slots.limit = handshakes
-        self.pending.shares.limit = pending
+        self.pending.max_slots = handshakes
+        self.pending.max_places = pending
         self._network_bits = network_bits
         self._plan_turn()
 
-    def network_of(self, peer: str) -> str:
-        return network_of(peer, *self._network_bits)
+    def network_of(self, peer: str) -> Network[TlsServerTransport]:
+        return self.pending.network(network_of(peer, *self._network_bits))
 
     def schedule(self, transport: TlsServerTransport) -> None:
         """Begin a handshake now if budget and slots allow it, otherwise in a later turn."""
@@ -132,8 +131,9 @@ class TlsAcceptor:
         if now >= self._window_ends:
             self._window_ends = now + BUDGET_WINDOW
             self._spent = 0.0
-        if not self._turn_planned and self._spent < TURN_BUDGET and self.slots.has_room(transport.network):
-            self._begin(transport)
+        if not self._turn_planned and self._spent < TURN_BUDGET and self.pending.has_slot(transport.network):
+            self.pending.take_slot(transport)
+            transport.start_handshake()
             ended = self.perf_counter()
             self._spent += ended - now
             if self._spent >= TURN_BUDGET:  # a slow signature may have outlasted the window
@@ -145,20 +145,13 @@ class TlsAcceptor:
     def left(self, transport: TlsServerTransport) -> None:
         """Release the place or the slot of a connection whose handshake has ended, or never began."""
         self.large_hellos.discard(transport)
-        if self.pending.leave(transport):
+        if self.pending.leave(transport) == READY:
             self.on_room()
-        else:
-            self.slots.remove(transport.network)
+        elif self.pending.waiting:
             self._plan_turn()
 
-    def _begin(self, transport: TlsServerTransport) -> None:
-        self.pending.leave(transport)
-        self.slots.add(transport.network)
-        self.on_room()
-        transport.start_handshake()
-
     def _plan_turn(self) -> None:
-        if not self._turn_planned and self.pending.next_ready(self.slots) is not None:
+        if not self._turn_planned and self.pending.next_ready() is not None:
             self._turn_planned = True
             self.timers.call_soon(self._turn)
 
@@ -166,9 +159,11 @@ class TlsAcceptor:
         """Begin handshakes of ready connections up to the budget of one turn."""
         turn_ends = self.perf_counter() + TURN_BUDGET
         try:
-            while (transport := self.pending.next_ready(self.slots)) is not None:
+            while (transport := self.pending.next_ready()) is not None:
                 self.pending.end_turn(transport.network)
-                self._begin(transport)
+                self.pending.take_slot(transport)
+                self.on_room()
+                transport.start_handshake()
                 if self.perf_counter() >= turn_ends:
                     break
         finally:  # a handshake that raises must not stop the others
@@ -192,17 +187,22 @@ class TlsAcceptor:
 class TlsServerTransport(TlsTransport):
     """One connection of a TlsAcceptor; failures are reported with the address `peer`."""
 
-    __slots__ = ("_acceptor", "_hello", "_in_handshake", "_queued", "network")
+    __slots__ = ("_acceptor", "_hello", "_queued", "network", "stage")
+
+    network: Network[TlsServerTransport]
+    stage: int
 
     reads_while_writing_is_paused = False
 
-    def __init__(self, acceptor: TlsAcceptor, peer: str) -> None:
+    def __init__(
+        self, acceptor: TlsAcceptor, peer: str, network: Network[TlsServerTransport] | None = None
+    ) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
         # None before the first byte; replaced by its verdict while the connection waits for a slot.
         self._hello: ClientHelloReader | Accepted | None = None
         self._queued = b""  # received before the handshake is started
-        self._enter_handshake()
+        acceptor.pending.join(self, network or acceptor.network_of(peer))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -220,24 +220,16 @@ class TlsServerTransport(TlsTransport):
 
     def _note(self, failure: TlsFailure) -> None:
         super()._note(failure)
-        if self._in_handshake and not (
-            failure is TlsFailure.HANDSHAKE_TIMEOUT and isinstance(self._hello, Accepted)
-        ):
-            self._acceptor.on_wasted(self.network, self._phase is TlsPhase.HANDSHAKE)
+        if self.stage != ENDED and not (failure is TlsFailure.HANDSHAKE_TIMEOUT and self.stage == READY):
+            self._acceptor.on_wasted(self.network, self.stage == SLOT)
         self._acceptor.report(failure, self.peer)
 
     def _linger(self) -> None:
         self._leave_handshake()
         super()._linger()
 
-    def _enter_handshake(self) -> None:
-        self._in_handshake = True
-        self.network = self._acceptor.network_of(self.peer)
-        self._acceptor.pending.join(self)
-
     def _leave_handshake(self) -> None:
-        if self._in_handshake:
-            self._in_handshake = False
+        if self.stage != ENDED:
             self._acceptor.left(self)
 
     def drop(self) -> None:
@@ -307,6 +299,10 @@ class TlsServerTransport(TlsTransport):
         context = self._acceptor.contexts.choose(hello.server_name)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        if len(received) <= RECORD_SIZE:
+            self._incoming.write(received)
+            self._handshake()
+            return
         for start in range(0, len(received), RECORD_SIZE):
             if self._phase is TlsPhase.HANDSHAKE:
                 self._incoming.write(received[start : start + RECORD_SIZE])
@@ -320,7 +316,7 @@ class TlsServerTransport(TlsTransport):
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
             self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
-        certificate = self.peer_certificate()
+        certificate = self._tls.getpeercert(binary_form=True)
         if certificate is not None:
             if not _is_for_clients(certificate):
                 self._end_for(TlsFailure.CERTIFICATE_UNTRUSTED)

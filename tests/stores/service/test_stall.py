@@ -102,6 +102,21 @@ async def test_stall_is_noticed_although_the_wall_clock_went_back(start_process:
     assert process.store.calls == ["ping"]
 
 
+async def test_connections_check_their_sessions_again_after_the_wall_clock_went_back(
+    start_process: StartProcess,
+) -> None:
+    process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    await process.advance(LIMIT / 4)
+    generation = process.registry.generation
+    process.clock.wall_ms -= 60_000
+    await process.advance(LIMIT / 4)
+    assert process.registry.generation > generation
+    assert process.registry.trusted_until <= process.clock.wall() + LIMIT * 1000
+    generation = process.registry.generation
+    await run_for(process, LIMIT)
+    assert process.registry.generation == generation
+
+
 async def test_failing_store_after_a_stall_has_no_grace(start_process: StartProcess) -> None:
     process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
     opened = await process.open()
