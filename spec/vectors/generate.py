@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from makers import (
+    arrival,
     bodies,
     bodies_invalid,
     conversation,
@@ -51,6 +52,7 @@ def documents() -> dict[str, dict[str, Any]]:
         made[name] = _document("frames", module.SUBJECT, module.NOTES, module.vectors())
     for name, module in TEXTS.items():
         made[name] = _document(name, module.SUBJECT, module.NOTES, module.vectors())
+    made["arrival"] = _document("arrival", arrival.SUBJECT, arrival.NOTES, arrival.vectors())
     made["conversation"] = _document("conversation", conversation.SUBJECT, {}, as_json())
     made["tables"] = {
         "$schema": "schema.json",

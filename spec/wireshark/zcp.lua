@@ -525,8 +525,8 @@ local function judge(conversation, flow, source, pinfo, raw)
         flow.counter = counter
     end
     if conversation.clock and conversation.tolerance then
-        -- The server's clock when this frame was captured. Both are in milliseconds; floats are precise enough.
-        local passed = math.floor((pinfo.abs_ts - conversation.clock.at) * 1000 + 0.5)
+        -- The server's clock when this header was captured. Both are in milliseconds; floats are precise enough.
+        local passed = math.floor((flow.arrived - conversation.clock.at) * 1000 + 0.5)
         local off = as_float(timestamp) - (as_float(conversation.clock.timestamp) + passed)
         if math.abs(off) > conversation.tolerance then
             say(e.stale, string.format("the timestamp is off by about %.0f ms", off))
@@ -611,13 +611,16 @@ local function take(chunk, pinfo)
         if flow.wanted then
             collect(flow.wanted)
         end
+        if flow.have >= HEADER and not flow.arrived then
+            flow.arrived = pinfo.abs_ts
+        end
         part.size, part.started = at - part.at, flow.started
         if flow.wanted and flow.have == flow.wanted then
             local raw = table.concat(flow.pieces)
             part.frame = judge(conversation, flow, source, pinfo, raw)
             part.raw = not whole and raw or nil
             flow.started.complete_in = pinfo.number
-            flow.pieces, flow.have, flow.wanted = {}, 0, nil
+            flow.pieces, flow.have, flow.wanted, flow.arrived = {}, 0, nil, nil
         else
             part.have, part.wanted = flow.have, flow.wanted
         end

@@ -66,6 +66,7 @@ max_frame_bytes = 1048576
 max_frame_bytes_before_session = 16384
 partial_frame_bytes = 67108864
 partial_frame_bytes_per_user = 16777216
+frame_timeout = "5m"
 max_streams = 128
 max_depth = 32
 idle_timeout = "5m"

@@ -86,6 +86,7 @@ DEFAULTS = {
     "limits.max_streams": 128,
     "limits.max_depth": 32,
     "limits.idle_timeout": 300.0,
+    "limits.frame_timeout": 300.0,
     "limits.write_buffer_bytes": 1_048_576,
     "limits.write_timeout": 20.0,
     "limits.requests_per_user": 0,

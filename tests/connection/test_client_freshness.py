@@ -44,12 +44,37 @@ def test_timestamp_at_edge_of_tolerance_is_fresh(harness: ClientHarness, off: in
 
 
 @pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 2**64 - 1])
-def test_stale_answer_is_dropped_and_counted(harness: ClientHarness, timestamp: int) -> None:
-    stream = harness.request()
-    assert harness.receive_frame(RESPONSE, stream, b"\xc0", timestamp=timestamp) == []
-    assert harness.client.dropped_stale == 1
-    assert harness.client.in_flight == 1
-    assert harness.receive_frame(RESPONSE, stream, b"\xc0") == [ResponseReceived(stream, None)]
+@pytest.mark.parametrize(
+    ("head", "body"), [(RESPONSE, b"\xc0"), (RESPONSE, b"\xc1"), (ERROR, encode_error(5, "")), (ERROR, b"")]
+)
+def test_stale_answer_fails_its_call_with_data_loss(
+    harness: ClientHarness, head: int, body: bytes, timestamp: int
+) -> None:
+    stream, other = harness.request(), harness.request()
+    (event,) = harness.receive_frame(head, stream, body, timestamp=timestamp)
+    assert isinstance(event, ErrorReceived)
+    assert (event.stream, event.code, event.details) == (stream, Code.DATA_LOSS, {})
+    assert (harness.client.dropped_stale, harness.client.in_flight) == (0, 1)
+    assert harness.receive_frame(RESPONSE, stream, b"\xc0") == []
+    assert harness.receive_frame(RESPONSE, other, b"\xc0") == [ResponseReceived(other, None)]
+
+
+def test_stale_answer_to_nothing_is_dropped_and_counted(harness: ClientHarness) -> None:
+    harness.request()
+    assert harness.receive_stale(RESPONSE, 9, b"\xc0") == []
+    assert (harness.client.dropped_stale, harness.client.in_flight) == (1, 1)
+
+
+def test_stale_answer_shows_no_accepted_token(harness: ClientHarness) -> None:
+    stream = harness.request(token=TOKEN)
+    assert isinstance(harness.receive_stale(RESPONSE, stream, b"\xc0")[0], ErrorReceived)
+    assert not harness.client.has_session
+
+
+def test_stale_answers_count_as_consecutive(harness: ClientHarness) -> None:
+    for _ in range(9):
+        harness.receive_stale(RESPONSE, harness.request(), b"\xc0")
+    assert ended(harness.receive_stale(RESPONSE, harness.request(), b"\xc0")).code is Code.STALE_TIMESTAMP
 
 
 def test_client_tolerance_is_configurable() -> None:
@@ -87,7 +112,7 @@ def test_tenth_consecutive_stale_frame_closes_connection(harness: ClientHarness)
         assert harness.receive_stale() == []
     event = ended(harness.receive_stale())
     assert event.code is Code.STALE_TIMESTAMP
-    assert harness.client.dropped_stale == 10
+    assert harness.client.dropped_stale == 9
 
 
 def test_fresh_frame_resets_count_of_consecutive_stale_frames(harness: ClientHarness) -> None:

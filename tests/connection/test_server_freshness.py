@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import SALT, WALL, ConnectionPair, FakeClock
-from zcproto.connection.events import ConnectionEnded, Request
+from zcproto.connection.events import ConnectionEnded, Request, RequestEnded
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, SessionRegistry
@@ -123,7 +123,7 @@ def test_stale_request_is_refused_with_server_time(pair: ConnectionPair, timesta
     assert pair.server.dropped_stale == 0
 
 
-@pytest.mark.parametrize("kind", ["cancel", "ping", "pong"])
+@pytest.mark.parametrize("kind", ["ping", "pong"])
 @pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 2**64 - 1])
 def test_stale_frame_of_other_kind_is_dropped_and_counted(
     pair: ConnectionPair, kind: str, timestamp: int
@@ -133,6 +133,22 @@ def test_stale_frame_of_other_kind_is_dropped_and_counted(
     assert pair.answers() == []
     assert pair.server.dropped_stale == 1
     assert pair.server.in_flight == 1
+
+
+@pytest.mark.parametrize("timestamp", [WALL - 30_001, WALL + 30_001, 0, 2**64 - 1])
+def test_stale_cancel_is_honoured(pair: ConnectionPair, timestamp: int) -> None:
+    request = pair.hold(pair.request(1))
+    assert pair.send(frame_of_kind(pair, "cancel", timestamp=timestamp)) == [
+        RequestEnded(request, Code.CANCELLED)
+    ]
+    (answer,) = pair.answers()
+    assert (answer.stream, answer.code) == (1, Code.CANCELLED)
+    assert (pair.server.dropped_stale, pair.server.in_flight) == (0, 0)
+
+
+def test_stale_cancel_with_body_is_fatal(pair: ConnectionPair) -> None:
+    pair.hold(pair.request(1))
+    assert pair.fatal(pair.frame(CANCEL, 1, b"\xc0", timestamp=0)).code == Code.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize(("wall", "timestamp"), [(0, 0), (0, 30_000), (10, 0), (30_000, 0)])
@@ -184,7 +200,7 @@ def test_dropped_stale_frames_count_as_consecutive(pair: ConnectionPair, kind: s
     for _ in range(9):
         assert pair.send(frame_of_kind(pair, kind, timestamp=0)) == []
     assert pair.fatal(pair.request(1, timestamp=0)).code == Code.STALE_TIMESTAMP
-    assert pair.server.dropped_stale == 9
+    assert pair.server.dropped_stale == (0 if kind == "cancel" else 9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

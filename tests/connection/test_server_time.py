@@ -141,12 +141,12 @@ def test_any_received_frame_restarts_idle_timeout(idle_pair: ConnectionPair, kin
     assert_closes(idle_pair, "idle")
 
 
-def test_incomplete_frame_does_not_restart_idle_timeout(idle_pair: ConnectionPair) -> None:
+def test_incomplete_header_does_not_restart_idle_timeout(idle_pair: ConnectionPair) -> None:
     data = idle_pair.request(1, params={"a": "x" * 400})
-    for at in range(300):
+    for at in range(60):
         assert idle_pair.send(data[at : at + 1]) == []
-        idle_pair.clock.advance(1)
-        if at < 299:
+        idle_pair.clock.advance(5)
+        if at < 59:
             assert_stays_open(idle_pair)
     assert_closes(idle_pair, "idle")
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.helpers import WALL, ConnectionPair, small_registry
 from zcproto.connection.events import Request, SessionJoined
-from zcproto.connection.server import JoinedSession, ServerConnection
+from zcproto.connection.joined_sessions import JoinedSession
+from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession

@@ -63,7 +63,8 @@ class Harness:
         self.outcomes: list[Vector] = []
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, wall: int | None = None) -> None:
+        self.wall = self.wall if wall is None else wall
         for event in with_requests(self.server.receive_data(data, self.wall, NOW)):
             self._collect()
             match event:
@@ -153,6 +154,21 @@ def test_server_produces_expected_outcome_of_vector(name: str) -> None:
         assert harness.outcomes == seen, division
         assert harness.server._decoder.buffered == left or harness.outcomes[-1]["fatal"]
         assert harness.server.dropped_stale == dropped
+
+
+SLOW_VECTORS = {
+    vector["name"]: vector for vector in document("arrival")["vectors"] if vector["receiver"] == "server"
+}
+
+
+@pytest.mark.parametrize("name", SLOW_VECTORS)
+def test_server_judges_slow_frames_of_vector_at_their_headers(name: str) -> None:
+    vector = SLOW_VECTORS[name]
+    pieces = vector["pieces"]
+    harness = Harness({**vector, "context": {**vector["context"], "now": pieces[0]["now"]}})
+    for piece in pieces:
+        harness.feed(bytes.fromhex(piece["bytes"]), int(piece["now"]))
+    assert harness.outcomes == [visible_fields(outcome) for outcome in vector["expect"]]
 
 
 def test_frames_after_fatal_vector_are_ignored() -> None:

@@ -27,7 +27,9 @@ ORDER = [State.OPEN, State.DRAINING, State.CLOSED]
 def new_pair() -> ConnectionPair:
     return ConnectionPair(
         small_registry(lifetime_ms=600_000, idle_timeout_ms=120_000),
-        ConnectionSettings(max_streams=MAX_STREAMS, idle_timeout_s=60.0, open_timeout_s=10.0),
+        ConnectionSettings(
+            max_streams=MAX_STREAMS, idle_timeout_s=60.0, frame_timeout_s=60.0, open_timeout_s=10.0
+        ),
     )
 
 

@@ -67,7 +67,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         Effect.NEW_CONNECTIONS: (
             "max_connections connections_per_address failed_handshakes_per_network ipv4_network_bits"
             " ipv6_network_bits max_frame_bytes max_frame_bytes_before_session max_streams max_depth idle_timeout"
-            " write_buffer_bytes"
+            " frame_timeout write_buffer_bytes"
         ),
     },
     "http": {

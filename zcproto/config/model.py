@@ -314,6 +314,9 @@ class LimitsConfig(Settings):
     """How deep the body of a frame may nest. 32 is the protocol's limit; opening a session takes 2."""
     idle_timeout: Annotated[float, duration("100ms", "24h")] = 300.0
     """A connection that is silent for this long is closed. Clients learn the timeout and ping in time."""
+    frame_timeout: Annotated[float, duration("1s", "24h")] = 300.0
+    """How long a frame may take from its header to its last byte; then its connection is closed, so that no request
+    is held back and run hours later. At the default, 1 MiB needs 3.5 KB a second."""
     write_buffer_bytes: Annotated[int, whole(16_384, 1_073_741_824)] = 1_048_576
     """Bytes waiting for a client that reads slowly, beyond which the server stops reading from it."""
     write_timeout: Annotated[float, duration("100ms", "10m")] = 20.0

@@ -7,8 +7,10 @@ Rules where the specification leaves the choice to the client:
 - A client has no ERROR frame to send. After an error of the server it ends the connection and reports the reason.
 - A RESPONSE or ERROR with an undecodable body fails its own call with INTERNAL, because it may have run. An
   undecodable WELCOME, GOAWAY, EVENT or ERROR on stream 0 ends the connection.
-- A stale frame is dropped and counted, and the tenth in a row ends the connection. ERROR STALE_TIMESTAMP is
-  processed whatever its timestamp, because it corrects the clock offset.
+- A frame is judged by the clock at the arrival of its header, so a large one on a slow link is not stale.
+- A stale answer fails its call with DATA_LOSS; any other stale frame is dropped and counted. The tenth in a row
+  ends the connection. ERROR STALE_TIMESTAMP is processed whatever its timestamp: it corrects the clock offset.
+- The bytes of an incomplete frame count as a sign of life, until it has taken FRAME_TIMEOUT.
 - Until a RESPONSE shows that the server accepted a token here, the frame limit of a connection without a session
   applies to requests.
 - At most one PONG waits to be sent. It answers all PINGs that arrive until then, so that a server that sends PINGs
@@ -51,6 +53,7 @@ from zcproto.wire.frame import (
     EVENT,
     GOAWAY,
     HEADER,
+    HEADER_SIZE,
     MAX_STREAM,
     MIN_LENGTH,
     NO_TOKEN,
@@ -87,6 +90,9 @@ OPENING_METHODS: Final = frozenset({"session.open", "session.refresh"})
 PONG_TIMEOUT: Final = 10.0
 """Seconds of silence after a PING until the connection is considered dead."""
 
+FRAME_TIMEOUT: Final = 300.0
+"""Seconds from the header of a frame to its last byte, until the connection is considered dead."""
+
 MIN_KEEPALIVE_INTERVAL: Final = 0.25
 """Seconds. Prevents a server with a tiny idle timeout from causing a flood of PINGs."""
 
@@ -98,10 +104,13 @@ UNREQUESTED_BURST: Final = 8_000
 
 _UNREQUESTED_BYTES: Final = 2_048
 
+STALE_ANSWER: Final = "the answer was delayed for too long; check whether the request took effect"
+
 DEAD_TOKEN_CODES: Final = frozenset(
     {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED}
 )
 
+_ANSWERS: Final = frozenset({RESPONSE, ERROR})
 _OPENING: Final = b""  # in place of a token: the request has none and its result contains one
 _pack_header = HEADER.pack
 
@@ -136,6 +145,7 @@ class ClientConnection:
     _decoder: FrameDecoder = field(init=False)
     _counter: int = field(default=0, init=False)  # of the last frame sent; the first has 1
     _last_counter: int = field(default=0, init=False)  # WELCOME is frame 0
+    _partial: tuple[int, float] | None = field(default=None, init=False)  # of a header: wall, now
     _stale_in_a_row: int = field(default=0, init=False)
     _next_stream: int = field(default=1, init=False)
     _in_flight: dict[int, bytes] = field(default_factory=dict, init=False)  # stream -> token of its request
@@ -168,6 +178,14 @@ class ClientConnection:
         next_frame = decoder.next_frame
         in_flight = self._in_flight
         decoder.feed(data)
+        judged_at = wall
+        if self._partial is not None:
+            if decoder.expected:
+                if now >= self._partial[1] + FRAME_TIMEOUT:
+                    yield self._end_with(None, "a frame of the server took too long to arrive")
+                self._last_heard = now
+                return
+            judged_at, self._partial = self._partial[0], None
         while True:
             try:
                 frame = next_frame()
@@ -175,6 +193,8 @@ class ClientConnection:
                 yield self._end_with(error.code, error.reason)
                 return
             if frame is None:
+                if decoder.buffered >= HEADER_SIZE:
+                    self._partial = wall, now
                 if self._owes_pong is not None and not self.is_output_blocked:
                     self._send_pong(wall)
                 return
@@ -188,13 +208,17 @@ class ClientConnection:
                 continue
             self._last_counter = counter
             tolerance = self.tolerance_ms
-            is_fresh = -tolerance <= wall + self.clock_offset_ms - timestamp <= tolerance
+            is_fresh = -tolerance <= judged_at + self.clock_offset_ms - timestamp <= tolerance
+            judged_at = wall
             if not (is_fresh or self._corrects_clock(head, body)):
-                self.dropped_stale += 1
                 self._stale_in_a_row += 1
                 if self._stale_in_a_row >= MAX_STALE_IN_A_ROW:
                     yield self._end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row")
                     return
+                if head in _ANSWERS and in_flight.pop(stream, None) is not None:
+                    yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+                else:
+                    self.dropped_stale += 1
                 continue
             self._stale_in_a_row = 0
             self._last_heard = now

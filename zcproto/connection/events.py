@@ -68,7 +68,7 @@ class SessionJoined(NamedTuple):
 
 
 class FrameBuffered(NamedTuple):
-    """The connection now holds up to `size` bytes of an incomplete frame that began at `began`; 0: it holds none.
+    """The connection now holds up to `size` bytes of a frame whose header arrived at `began`; 0: it holds none.
 
     `user` is the user of the connection's first session, or empty without one.
     """
@@ -99,6 +99,7 @@ class GoAwayReason(StrEnum):
     DRAINING = "draining"
     IDLE = "idle"
     NO_SESSION = "no_session"
+    SLOW_FRAME = "slow_frame"
 
 
 class ConnectionEnded(NamedTuple):

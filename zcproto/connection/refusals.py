@@ -32,6 +32,7 @@ NEEDS_CERTIFICATE: Final = encode_error(
 )
 NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
+SLOW_FRAME: Final = encode_error(Code.CANCELLED, "a frame of this connection took too long to arrive")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 
 

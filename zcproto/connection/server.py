@@ -9,6 +9,7 @@ Rules:
   permissions (a session opened, closed or revoked) applies to the next frame of the same read.
 - The edge must take all events of one call before the next call, and may pause in between while the peer does not
   read.
+- A frame is judged by the clock at the arrival of its header, so a large one on a slow link is not stale.
 
 It must not know: sockets, TLS, clocks, handlers.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from zcproto.connection import refusals
 from zcproto.connection.events import (
@@ -33,6 +34,7 @@ from zcproto.connection.events import (
     SessionJoined,
     TokenUnknown,
 )
+from zcproto.connection.joined_sessions import JoinedSessions
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
@@ -80,46 +82,6 @@ _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
 
 
-class JoinedSession(NamedTuple):
-    """A live session used on a connection. `expiring_at` is monotonic seconds, NEVER after its event."""
-
-    token: bytes
-    user: str
-    expires_at: int
-    expiring_at: float
-
-    def __repr__(self) -> str:
-        return f"JoinedSession(expires_at={self.expires_at})"
-
-
-class JoinedSessions(dict[str, JoinedSession]):
-    """The live sessions of a connection by id. `expiring_at` is the earliest of theirs."""
-
-    __slots__ = ("expiring_at",)
-
-    def __init__(self) -> None:
-        self.expiring_at = NEVER
-
-    def join(self, session: Session, token: bytes, wall: int, now: float) -> bool:
-        """Add or replace a session. Return True if `expiring_at` became earlier."""
-        expiring_at = now + max(0, session.expiring_at - wall) / MS
-        self[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
-        if expiring_at >= self.expiring_at:
-            return False
-        self.expiring_at = expiring_at
-        return True
-
-    def take_expiring(self, now: float) -> Iterator[JoinedSession]:
-        """Yield the sessions that are about to expire, each once."""
-        self.expiring_at = NEVER
-        for session_id, joined in self.items():
-            if joined.expiring_at <= now:
-                self[session_id] = joined._replace(expiring_at=NEVER)
-                yield joined
-            elif joined.expiring_at < self.expiring_at:
-                self.expiring_at = joined.expiring_at
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class ServerConnection:
     """The connection of one client.
@@ -145,8 +107,8 @@ class ServerConnection:
     wasted: int = field(default=0, init=False)  # refused frames and PINGs, until the edge resets it
     dropped_stale: int = field(default=0, init=False)
     _decoder: FrameDecoder = field(init=False)
+    _partial: tuple[int, float] | None = field(default=None, init=False)  # of a header: wall, now
     _reported: int = field(default=0, init=False)  # bytes of an incomplete frame
-    _began: float = field(default=0.0, init=False)  # when the incomplete frame began
     _counter: int = field(default=0, init=False)  # of the next frame sent; WELCOME is frame 0
     _last_counter: int = field(default=0, init=False)  # the first client frame has 1 or more
     _last_frame: float = field(init=False)
@@ -211,9 +173,16 @@ class ServerConnection:
         own_salt = self.salt
         decoder = self._decoder
         frames: Iterable[RawFrame]
+        judged_at = wall
         if header is None:
             decoder.feed(data)
             frames = decoder.frames()
+            if self._partial is not None:
+                if decoder.expected:
+                    if self._reported < decoder.buffered >= REPORTED_FROM:
+                        yield self._frame_buffered(now)
+                    return
+                judged_at, self._partial = self._partial[0], None
         else:
             frames = ((*header, data[HEADER_SIZE:]),)
         try:
@@ -226,14 +195,18 @@ class ServerConnection:
                     return
                 self._last_counter = counter
                 self._last_frame = now
-                if not -tolerance <= wall - timestamp <= tolerance:
+                if not -tolerance <= judged_at - timestamp <= tolerance:
                     if self._refuse_stale(head, stream, token, wall):
                         yield self.end_with(
                             Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall
                         )
                         return
-                    continue
-                self._stale_in_a_row = 0
+                    if head != CANCEL:  # not a replay, because its counter is new; cancelling is safe
+                        judged_at = wall
+                        continue
+                else:
+                    self._stale_in_a_row = 0
+                judged_at = wall
                 if head != REQUEST:
                     if body:
                         yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
@@ -299,19 +272,21 @@ class ServerConnection:
                 if self.state is _CLOSED:  # ended by the edge
                     return
             buffered = decoder.buffered
-            if self._reported < buffered >= REPORTED_FROM or (self._reported and self._last_frame == now):
-                yield self._frame_buffered(buffered, now)
+            if buffered >= HEADER_SIZE:
+                self._partial = wall, now
+                self.deadline_moved = True
+            if self._reported or buffered >= REPORTED_FROM:
+                yield self._frame_buffered(now)
         except ProtocolError as error:
             yield self.end_with(error.code, error.reason, wall)
 
-    def _frame_buffered(self, buffered: int, now: float) -> FrameBuffered:
+    def _frame_buffered(self, now: float) -> FrameBuffered:
         """Report an incomplete frame: what it holds, in whole steps, and at most its size."""
-        if not self._reported or self._last_frame == now:
-            self._began = now
+        buffered = self._decoder.buffered
         in_steps = -(-buffered // REPORTED_STEP) * REPORTED_STEP
         self._reported = min(in_steps, self._decoder.expected) if buffered >= REPORTED_FROM else 0
         user = next((joined.user for joined in self.sessions.values()), "")
-        return FrameBuffered(self._reported, self._began, user)
+        return FrameBuffered(self._reported, self._partial[1] if self._partial else now, user)
 
     def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
         """Refuse a stale frame. Return True if the limit of consecutive ones is reached."""
@@ -320,7 +295,7 @@ class ServerConnection:
             return True
         if head == REQUEST:
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
-        else:
+        elif head != CANCEL:
             self.dropped_stale += 1
         return False
 
@@ -551,11 +526,16 @@ class ServerConnection:
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        idle_at = self._last_frame + self.settings.idle_timeout_s
-        earliest = min(self._open_deadline, self.sessions.expiring_at, idle_at)
+        earliest = min(self._open_deadline, self.sessions.expiring_at, self._silent_at())
         if not self._held:
             return earliest
         return min(earliest, *(request.deadline for request in self._held.values()))
+
+    def _silent_at(self) -> float:
+        """Return when silence ends the connection. An incomplete frame has a limit of its own."""
+        if self._partial is not None:
+            return self._partial[1] + self.settings.frame_timeout_s
+        return self._last_frame + self.settings.idle_timeout_s
 
     def handle_timeout(self, wall: int, now: float) -> list[ServerEvent]:
         """Handle due timers. An early call does nothing."""
@@ -572,8 +552,13 @@ class ServerConnection:
         reason = None
         if self._open_deadline <= now:
             reason = GoAwayReason.NO_SESSION
-        elif self._last_frame + self.settings.idle_timeout_s <= now:
-            if self._held:
+        elif self._silent_at() <= now:
+            if self._partial is not None:
+                reason = GoAwayReason.SLOW_FRAME
+                for request in [*self._held.values()]:  # unanswered, they would count as not run
+                    self._answer_early(request, refusals.SLOW_FRAME, wall)
+                    events.append(RequestEnded(request, Code.CANCELLED))
+            elif self._held:
                 self._last_frame = now  # requests in flight count as activity
             else:
                 reason = GoAwayReason.IDLE

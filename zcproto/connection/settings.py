@@ -30,6 +30,8 @@ class ConnectionSettings:
     max_depth: int = DEFAULT_MAX_DEPTH
     tolerance_ms: int = 30_000
     idle_timeout_s: float = 300.0
+    frame_timeout_s: float = 300.0
+    """Longest time from the header of a frame to its last byte."""
     open_timeout_s: float = 10.0
     max_stale_in_a_row: int = 10
     retry_busy_ms: int = 100

@@ -69,8 +69,8 @@ zcproto_connections gauge
 zcproto_connections_opened_total counter
     ZCP/1 connections opened.
 zcproto_connections_ended_total counter (reason)
-    ZCP/1 connections ended. `reason`: a rule of the server, a protocol code, or a cause of
-    zcproto_tls_failures_total.
+    ZCP/1 connections ended. `reason`: a rule of the server, such as idle, no_session or slow_frame
+    (limits.frame_timeout), a protocol code, or a cause of zcproto_tls_failures_total.
 zcproto_connections_refused_total counter (reason)
     Connections refused at accept. `reason`: full (limits.max_connections), per_address
     (limits.connections_per_address), per_network (its share of tls.max_pending waits for handshakes),

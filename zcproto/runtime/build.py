@@ -318,6 +318,7 @@ def connection_settings(config: Config) -> ConnectionSettings:
         max_depth=limits.max_depth,
         tolerance_ms=to_ms(config.freshness.tolerance),
         idle_timeout_s=limits.idle_timeout,
+        frame_timeout_s=limits.frame_timeout,
         open_timeout_s=config.sessions.open_timeout,
         # Independent of http.hsts, which is for browsers: these clients use TLS only.
         sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),

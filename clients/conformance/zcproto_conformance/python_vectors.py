@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -80,7 +80,8 @@ def sign(step: Mapping[str, Any]) -> Any:
 def decode(step: Mapping[str, Any]) -> Any:
     pieces = [bytes.fromhex(piece) for piece in step["pieces"]]
     if step["receiver"] == "client":
-        return _run_connection(pieces, step["context"])
+        context = step["context"]
+        return _run_connection(pieces, context, step.get("times", [context["now"]] * len(pieces)))
     return _decode(pieces, step["context"])
 
 
@@ -152,7 +153,7 @@ def _dropped(connection: ClientConnection) -> int:
     return connection.dropped_stale + connection.dropped_unknown
 
 
-def _run_connection(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
+def _run_connection(pieces: list[bytes], context: Mapping[str, Any], times: Sequence[str]) -> list[Outcome]:
     connection = ClientConnection(
         max_frame=context["limit"], tolerance_ms=context["tolerance_ms"], max_depth=context["max_depth"]
     )
@@ -164,8 +165,8 @@ def _run_connection(pieces: list[bytes], context: Mapping[str, Any]) -> list[Out
         connection.state = State.OPEN
     connection._in_flight = dict.fromkeys(context["in_flight"], token)
     events: dict[int, ClientEvent] = {}  # by the number of their frame, from 1
-    for piece in pieces:
-        for event in connection.receive_data(piece, int(context["now"]), 0.0):
+    for piece, now in zip(pieces, times, strict=True):
+        for event in connection.receive_data(piece, int(now), 0.0):
             events.setdefault(len(decoder.returned), event)  # one more for an error in the next header
     outcomes: list[Outcome] = []
     after = [*(dropped for _, dropped in decoder.returned[1:]), _dropped(connection)]
@@ -185,7 +186,10 @@ def _outcome(frame: RawFrame, event: ClientEvent | None, max_depth: int) -> Outc
     if isinstance(event, ConnectionEnded) and not (frame[1] == ERROR and event.code != Code.PROTOCOL_ERROR):
         return {"result": "error", "code": event.code, "fatal": True}
     try:
-        return _frame(frame, max_depth)
+        outcome = _frame(frame, max_depth)
     except MessageError:
         code = event.code if isinstance(event, ErrorReceived | ConnectionEnded) else None
         return {"result": "error", "code": code, "fatal": isinstance(event, ConnectionEnded)}
+    if isinstance(event, ErrorReceived) and outcome["message"].get("code") != event.code:  # stale
+        return {"result": "error", "code": event.code, "fatal": False}
+    return outcome

@@ -21,7 +21,7 @@ from zcproto_conformance.program import StepFailed
 Vector = dict[str, Any]
 
 FRAME_FILES: Final = ("frames", "headers", "freshness", "streams", "bodies", "bodies-invalid", "segments")
-FILES: Final = (*FRAME_FILES, "text", "signatures", "conversation", "tables")
+FILES: Final = (*FRAME_FILES, "arrival", "text", "signatures", "conversation", "tables")
 _FIELD_ENDS: Final = (1, 3, 4, 5, 6, 8, 12, 20, 28, 36, 67, 68, 69)
 """Offsets of the ends of header fields, and some within fields."""
 
@@ -51,7 +51,7 @@ def _of_file(name: str, document: dict[str, Any]) -> Iterator[Check]:
         for number, vector in enumerate(_as_frames(document["vectors"]), 1):
             yield Check(f"{VECTORS}/conversation/{number}", f"3: {vector['title']}", _frames(vector))
         return
-    makers = {"text": _text, "signatures": _signature}
+    makers = {"arrival": _arrival, "text": _text, "signatures": _signature}
     make = makers.get(name, _frames)
     for vector in document["vectors"]:
         yield Check(f"{VECTORS}/{name}/{vector['name']}", vector["summary"], make(vector))
@@ -115,6 +115,24 @@ def _frames(vector: Vector) -> Scenario:
         for outcome in vector["expect"]:
             if outcome["result"] == "frame":
                 await _check_encoding(harness, outcome, vector)
+
+    return scenario
+
+
+def _arrival(vector: Vector) -> Scenario:
+    """Check frames that arrive slowly: the pieces are fixed, and each has its time."""
+    pieces = vector["pieces"]
+    times = [piece["now"] for piece in pieces]
+
+    async def scenario(harness: Harness) -> None:
+        step = await harness.begin_step(
+            "decode",
+            receiver=vector["receiver"],
+            context={**vector["context"], "now": times[0]},
+            pieces=[piece["bytes"] for piece in pieces],
+            times=times,
+        )
+        judge(await _decoded(harness, step), vector)
 
     return scenario
 

@@ -11,7 +11,16 @@ import type { ClientEvent } from "../src/connection/events.js";
 import { Code, ProtocolError } from "../src/errors.js";
 import { decodeBody, encodeBody, Float, MessageError } from "../src/wire/body.js";
 import { FrameDecoder } from "../src/wire/decoder.js";
-import { encodeFrame, type Frame, Kind, NO_TOKEN, type Side, tokenBytes } from "../src/wire/frame.js";
+import {
+  encodeFrame,
+  type Frame,
+  HEADER_SIZE,
+  Kind,
+  LENGTH_SIZE,
+  NO_TOKEN,
+  type Side,
+  tokenBytes,
+} from "../src/wire/frame.js";
 import { isInt, isMap, isTraceparent } from "../src/wire/message.js";
 import { type Json, typed } from "./typed.js";
 
@@ -33,23 +42,30 @@ const WITHOUT_BODY: ReadonlySet<number> = new Set([Kind.CANCEL, Kind.PING, Kind.
 const METHOD = /^[a-z0-9_.]{1,128}$/;
 
 /** Return the outcomes of bytes that arrive in pieces. */
-export function outcomesOf(receiver: Side, context: Context, pieces: readonly Buffer[]): Outcome[] {
-  return receiver === "client" ? asClient(context, pieces) : asServer(context, pieces);
+export function outcomesOf(
+  receiver: Side,
+  context: Context,
+  pieces: readonly Buffer[],
+  times: readonly string[] = pieces.map(() => context.now),
+): Outcome[] {
+  return receiver === "client" ? asClient(context, pieces, times.map(BigInt)) : asServer(context, pieces);
 }
 
 // --- receiver "client": through a ClientConnection ---------------------------------------------------
 
-function asClient(context: Context, pieces: readonly Buffer[]): Outcome[] {
-  const now = BigInt(context.now);
+function asClient(context: Context, pieces: readonly Buffer[], times: readonly bigint[]): Outcome[] {
   const inPieces = connectionIn(context);
-  const events: ClientEvent[] = pieces.flatMap((piece) => inPieces.receiveData(piece, now, 0));
+  const events: ClientEvent[] = pieces.flatMap((piece, index) => inPieces.receiveData(piece, times[index] ?? 0n, 0));
   // Once more frame by frame, for the outcome of each.
   const byFrame = connectionIn(context);
   const eventsByFrame: ClientEvent[] = [];
   const outcomes: Outcome[] = [];
   const { frames, left, fault } = framesOf(new FrameDecoder("client", context.limit), pieces);
+  let end = 0;
   for (const frame of frames) {
     const before = byFrame.droppedStale + byFrame.droppedUnknown;
+    const now = timeOf(end + HEADER_SIZE, pieces, times);
+    end += LENGTH_SIZE + frame.length;
     const eventsOfFrame = byFrame.receiveData(bytesOf(frame), now, 0);
     eventsByFrame.push(...eventsOfFrame);
     const [event] = eventsOfFrame;
@@ -59,7 +75,7 @@ function asClient(context: Context, pieces: readonly Buffer[]): Outcome[] {
       outcomes.push(isFatalError ? frameOutcome(frame, context.max_depth) : errorOutcome(event.code ?? 0, true));
       break;
     }
-    if (event?.type === "error" && !isValidBody(frame, context.max_depth)) {
+    if (event?.type === "error" && event.code !== messageOf(frame, context.max_depth)?.["code"]) {
       outcomes.push(errorOutcome(event.code, false));
     } else if (byFrame.droppedStale + byFrame.droppedUnknown > before) {
       outcomes.push({ result: "dropped" });
@@ -79,6 +95,16 @@ function asClient(context: Context, pieces: readonly Buffer[]): Outcome[] {
     throw new Error("the events depend on how the bytes are split");
   }
   return outcomes;
+}
+
+/** Return the time at which a number of bytes have arrived. */
+function timeOf(count: number, pieces: readonly Buffer[], times: readonly bigint[]): bigint {
+  let arrived = 0;
+  const index = pieces.findIndex((piece) => {
+    arrived += piece.length;
+    return arrived >= count;
+  });
+  return times[index] ?? 0n;
 }
 
 /** Return a connection in the state of a context. */

@@ -185,7 +185,8 @@ function runVectorStep(step: Step): Promise<Json> | undefined {
     case "decode": {
       const pieces = (step["pieces"] as readonly string[]).map((piece) => Buffer.from(piece, "hex"));
       const context = step["context"] as unknown as Context;
-      return Promise.resolve(outcomesOf(step["receiver"] as Side, context, pieces));
+      const times = step["times"] as readonly string[] | undefined;
+      return Promise.resolve(outcomesOf(step["receiver"] as Side, context, pieces, times));
     }
     case "encode": {
       const frame = encodeFrame(

@@ -4,17 +4,18 @@ import assert from "node:assert/strict";
 import { beforeEach, describe, test } from "node:test";
 import {
   ClientConnection,
+  FRAME_TIMEOUT_MS,
   MAX_FRAME_BEFORE_SESSION,
   MAX_SERVER_TIME,
-  PONG_TIMEOUT_MS,
 } from "../src/connection/connection.js";
 import type { ClientEvent } from "../src/connection/events.js";
 import { UNREQUESTED_BURST, UNREQUESTED_PER_S } from "../src/connection/flood_limit.js";
+import { PONG_TIMEOUT_MS } from "../src/connection/keepalive.js";
 import { type Input, nextState, type State, TRANSITIONS } from "../src/connection/state.js";
 import { Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable } from "../src/errors.js";
 import { encodeBody } from "../src/wire/body.js";
 import { FrameDecoder } from "../src/wire/decoder.js";
-import { encodeFrame, type Frame, Kind, NO_TOKEN, type Token } from "../src/wire/frame.js";
+import { encodeFrame, type Frame, HEADER_SIZE, Kind, NO_TOKEN, type Token } from "../src/wire/frame.js";
 import { tokenNumber, tokenText, WALL, WELCOME } from "./support/fake.js";
 
 const SALT = 0xa1b2c3d4e5f60718n;
@@ -304,6 +305,48 @@ describe("freshness", () => {
       assert.deepEqual(peer.receive(Kind.PING, 0, undefined, { time }), []);
     }
     assert.equal(peer.client.droppedStale, 3);
+  });
+
+  test("stale response fails its call with DATA_LOSS and others continue", () => {
+    for (const [kind, body] of [
+      [Kind.RESPONSE, 1],
+      [Kind.ERROR, [5, "gone"]],
+    ] as const) {
+      const stream = peer.request();
+      const other = peer.request();
+      const [event] = peer.receive(kind, stream, body, { time: 0n });
+      assert.equal(event?.type === "error" && event.code, Code.DATA_LOSS);
+      assert.equal(peer.client.inFlight, 1);
+      assert.deepEqual(peer.receive(Kind.RESPONSE, stream, 1, { time: 0n }), []);
+      assert.deepEqual(peer.receive(Kind.RESPONSE, other, 1), [{ type: "response", stream: other, value: 1 }]);
+    }
+    assert.equal(peer.client.droppedStale, 2);
+  });
+
+  test("frame is judged at the last byte of its header, wherever it is cut", () => {
+    for (let cut = 1; cut < HEADER_SIZE + 5; cut++) {
+      const fresh = cut >= HEADER_SIZE;
+      const data = peer.frame(Kind.RESPONSE, peer.request(), "abcd");
+      assert.deepEqual(peer.receiveBytes(data.subarray(0, cut)), []);
+      peer.wall += 31_000n;
+      const next = peer.frame(Kind.RESPONSE, peer.request(), "next");
+      const [event, second] = peer.receiveBytes(Buffer.concat([data.subarray(cut), next]));
+      assert.equal(event?.type === "error" ? event.code : undefined, fresh ? undefined : Code.DATA_LOSS);
+      assert.equal(second?.type, "response");
+    }
+  });
+
+  test("bytes of an incomplete frame keep the connection alive for a limited time", () => {
+    const data = peer.frame(Kind.RESPONSE, peer.request(), "x".repeat(1_000));
+    peer.receiveBytes(data.subarray(0, HEADER_SIZE));
+    let at = HEADER_SIZE;
+    for (; peer.now + 5_000 < FRAME_TIMEOUT_MS; at++) {
+      peer.now += 5_000;
+      assert.deepEqual(peer.receiveBytes(data.subarray(at, at + 1)), []);
+      assert.equal(peer.client.handleTimeout(peer.wall, peer.now), undefined);
+    }
+    peer.now = FRAME_TIMEOUT_MS;
+    assert.equal(endCode(peer.receiveBytes(data.subarray(at, at + 1))), undefined);
   });
 
   test("tenth consecutive stale frame ends the connection, a fresh one resets the count", () => {

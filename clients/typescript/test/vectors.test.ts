@@ -14,7 +14,7 @@ import { decodeBody, encodeBody } from "../src/wire/body.js";
 import { encodeFrame, Kind, NO_TOKEN, tokenBytes, tokenFromText, tokenToText } from "../src/wire/frame.js";
 import { encodeRequest, isTraceparent, type Meta, type Params } from "../src/wire/message.js";
 import { ROOT } from "./support/server.js";
-import { FRAME_FILES, type Vector, vectorFile } from "./support/vectors.js";
+import { FRAME_FILES, type SlowVector, type Vector, vectorFile } from "./support/vectors.js";
 
 const CUT_EVERYWHERE = 700; // bytes; longer ones are cut near field boundaries and at the end
 
@@ -113,6 +113,17 @@ for (const file of FRAME_FILES) {
     }
   });
 }
+
+describe("arrival.json", () => {
+  for (const { name, receiver, context, pieces, expect } of vectorFile<SlowVector>("arrival").vectors) {
+    test(name, () => {
+      const times = pieces.map(({ now }) => now);
+      const data = pieces.map(({ bytes }) => Buffer.from(bytes, "hex"));
+      const actual = outcomesOf(receiver, { ...context, now: times[0] ?? "" }, data, times);
+      check(actual, { name, receiver, context, bytes: "", expect });
+    });
+  }
+});
 
 test("accepted frames are encoded identically", () => {
   let count = 0;

@@ -19,6 +19,7 @@ ECHO = fixarray(pack("echo"), fixmap())
 GOOD = Frame(KINDS["REQUEST"], stream=1, token=TOKEN, body=ECHO, counter=8)
 STALE = GOOD.but(timestamp=NOW - TOLERANCE_MS - 1)
 STALE_ERROR = refused("STALE_TIMESTAMP", "freshness", 1)
+LOST = refused("DATA_LOSS", "freshness", 1)
 REPLAYED = refused("REPLAYED", "freshness")
 
 
@@ -245,11 +246,13 @@ def _other_kinds() -> list[Json]:
             dropped("stale timestamp"),
             in_flight=[1],
         )
-        for kind, stream in (("PING", 0), ("PONG", 0), ("CANCEL", 1))
+        for kind, stream in (("PING", 0), ("PONG", 0))
     ]
+    cancel = Frame(KINDS["CANCEL"], stream=1, token=TOKEN, counter=8, timestamp=STALE.timestamp)
     ping = Frame(KINDS["PING"], counter=8)
     return [
         *made,
+        _fault("stale-cancel", "A stale CANCEL is honoured.", cancel, accepted(cancel), in_flight=[1]),
         _fault("ping-counter-equal", "PING is judged like any frame.", ping.but(counter=7), REPLAYED),
         _fault(
             "ping-salt-of-another-connection",
@@ -311,10 +314,9 @@ def _order() -> list[Json]:
         ),
         _fault(
             "order-timestamp-before-empty-body",
-            "CANCEL with a body, and stale.",
-            cancel.but(timestamp=0),
+            "PING with a body, and stale.",
+            Frame(KINDS["PING"], counter=8, timestamp=0, body=b"\xc0"),
             dropped("stale timestamp"),
-            in_flight=[1],
             **order,
         ),
     ]
@@ -322,6 +324,7 @@ def _order() -> list[Json]:
 
 def _at_the_client() -> list[Json]:
     answer = Frame(KINDS["RESPONSE"], stream=1, token=TOKEN, body=pack(None), counter=8)
+    error = answer.but(kind=KINDS["ERROR"], body=pack([5, "no such thing"]))
     details = {"server_time": NOW + 3_600_000}
     correction = Frame(
         KINDS["ERROR"],
@@ -360,10 +363,27 @@ def _at_the_client() -> list[Json]:
         ),
         vector(
             "client-stale-response",
-            "A client checks the timestamp too.",
+            "A client checks the timestamp too: the call fails.",
+            "client",
+            answer.but(timestamp=STALE.timestamp),
+            LOST,
+            **known,
+        ),
+        vector(
+            "client-stale-error",
+            "A stale ERROR fails the call as well.",
+            "client",
+            error.but(timestamp=STALE.timestamp),
+            LOST,
+            **known,
+        ),
+        vector(
+            "client-stale-response-to-nothing",
+            "A stale answer to nothing is dropped.",
             "client",
             answer.but(timestamp=STALE.timestamp),
             dropped("stale timestamp"),
+            in_flight=[],
             **known,
         ),
         vector(

@@ -92,6 +92,22 @@ def request(method: str, params: Any = None, meta: Json | None = None) -> Json:
     return message
 
 
+def slow(
+    name: str,
+    summary: str,
+    receiver: str,
+    pieces: Iterable[tuple[int, bytes]],
+    *expect: Json,
+    flags: Iterable[str] = (),
+    **context: Any,
+) -> Json:
+    """Return one vector whose bytes arrive in pieces, each at a time in milliseconds after NOW."""
+    made = vector(name, summary, receiver, b"", *expect, flags=flags, **context)
+    del made["bytes"], made["context"]["now"]
+    arrivals = [{"now": str(NOW + after), "bytes": data.hex()} for after, data in pieces]
+    return {key: made[key] for key in made if key != "expect"} | {"pieces": arrivals, "expect": list(expect)}
+
+
 def vector(
     name: str,
     summary: str,

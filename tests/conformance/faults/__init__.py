@@ -1,4 +1,4 @@
-"""Faulty clients: for each scripted scenario, the one fault that it exists to detect.
+"""Faulty clients: for each scripted scenario and some vectors, the one fault that they exist to detect.
 
     python -m tests.conformance.faults
 
@@ -26,7 +26,7 @@ _TABLES: Final = (
 
 FAULTS: Final[dict[str, Fault]] = {
     f"scripted/{name}": fault for table in _TABLES for name, fault in table.items()
-}
+} | {f"vectors/arrival/{name}": fault for name, fault in connections.ARRIVAL.items()}
 
 
 def fault_of(check: str) -> Fault:

@@ -13,8 +13,9 @@ from typing import Final
 import click
 
 from tests.conformance.faults import FAULTS
+from tests.wire.vectors import FOLDER
 from zcproto.common.clock import system_clock, system_entropy
-from zcproto_conformance import scenarios
+from zcproto_conformance import scenarios, vectors
 from zcproto_conformance.check import Check
 from zcproto_conformance.errors import CheckFailed, KitError
 from zcproto_conformance.harness import Fixtures
@@ -68,7 +69,8 @@ async def apply_fault(program: Program, check: Check) -> None:
 )
 def main(only: str, patience: float, jobs: int) -> None:
     """Check that each scripted scenario fails against a client with the fault it exists to detect."""
-    chosen = [check for check in scenarios.scripted() if fnmatch.fnmatchcase(check.name, only)]
+    checks = [*scenarios.scripted(), *(check for check in vectors.checks(FOLDER) if check.name in FAULTS)]
+    chosen = [check for check in checks if fnmatch.fnmatchcase(check.name, only)]
     without = [check.name for check in chosen if check.name not in FAULTS]
     if without:
         raise click.ClickException(f"no fault for {', '.join(without)}; add one to tests/conformance/faults")

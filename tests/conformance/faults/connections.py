@@ -391,11 +391,15 @@ FRESHNESS: Final[dict[str, Fault]] = {
         (f"{_CONNECTION}._send", "counter = self._counter + 1", "counter = min(self._counter + 1, 10)"),
     ),
     "stale-response": fault("accepts stale frames", (_RECEIVE, _STALE, "if False:")),
+    "stale-error": fault(
+        "drops a stale ERROR, so that its call waits for the timeout",
+        (_RECEIVE, "if head in _ANSWERS and", "if head == RESPONSE and"),
+    ),
     "timestamps-of-any-value": fault(
         "compares timestamps as signed numbers",
         (
             _RECEIVE,
-            "is_fresh = -tolerance <= wall + self.clock_offset_ms - timestamp <= tolerance",
+            "is_fresh = -tolerance <= judged_at + self.clock_offset_ms - timestamp <= tolerance",
             "is_fresh = abs(wall + self.clock_offset_ms - timestamp) <= tolerance or timestamp >= 2**63",
         ),
     ),
@@ -413,7 +417,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
     ),
     "clock-behind": fault(
         "compares timestamps with its own time",
-        (_RECEIVE, "wall + self.clock_offset_ms - timestamp", "wall - timestamp"),
+        (_RECEIVE, "judged_at + self.clock_offset_ms - timestamp", "judged_at - timestamp"),
     ),
     "clock-corrected": fault(
         "does not correct its clock",
@@ -431,3 +435,15 @@ FRESHNESS: Final[dict[str, Fault]] = {
         ),
     ),
 }
+
+ARRIVAL: Final[dict[str, Fault]] = {
+    "response-with-a-slow-body": fault(
+        "judges a frame when it is complete",
+        (_RECEIVE, "judged_at, self._partial = self._partial[0], None", "self._partial = None"),
+    ),
+    "response-behind-a-slow-one": fault(
+        "judges the frames behind a slow one by its clock",
+        (_RECEIVE, "judged_at = wall\n            if not", "if not"),
+    ),
+}
+"""By the name of a vector."""

@@ -24,7 +24,12 @@ from zcproto.wire.frame import ACCEPTED, LENGTH_SIZE, NO_TOKEN, PING, PONG, REQU
 from zcproto.wire.message import encode_body
 
 SETTINGS = ConnectionSettings(
-    max_frame=2_000, max_frame_before_session=600, max_streams=3, idle_timeout_s=60.0, open_timeout_s=10.0
+    max_frame=2_000,
+    max_frame_before_session=600,
+    max_streams=3,
+    idle_timeout_s=60.0,
+    frame_timeout_s=50.0,
+    open_timeout_s=10.0,
 )
 ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
 """Codes that close a connection; ten consecutive stale frames do so, too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from zcproto_conformance.check import SCRIPTED, Scenarios
-from zcproto_conformance.codes import STALE_TIMESTAMP
+from zcproto_conformance.codes import DATA_LOSS, NOT_FOUND, STALE_TIMESTAMP
 from zcproto_conformance.connection import TOLERANCE_MS, pack
 from zcproto_conformance.errors import expect
 from zcproto_conformance.harness import HOUR_MS, Harness
@@ -87,26 +87,35 @@ async def _(harness: Harness) -> None:
         await call.expect_result({"n": number})
 
 
-@scenario("stale-response", "7.3: a stale frame is dropped and the connection continues")
+@scenario("stale-response", "7.3: a stale RESPONSE fails its call with DATA_LOSS at once")
+async def _(harness: Harness) -> None:
+    peer = await harness.connect()
+    for offset_ms in (-_STALE_MS, _STALE_MS):
+        call = await peer.client.call("echo", {})
+        peer.connection.respond(await peer.connection.expect_request("echo"), "stale", offset_ms=offset_ms)
+        await call.expect_code(DATA_LOSS)
+    await peer.exchange()
+
+
+@scenario("stale-error", "7.3: a stale ERROR fails its call with DATA_LOSS, whatever its code")
 async def _(harness: Harness) -> None:
     peer = await harness.connect()
     call = await peer.client.call("echo", {})
     request = await peer.connection.expect_request("echo")
-    peer.connection.respond(request, "stale", offset_ms=-_STALE_MS)
-    peer.connection.respond(request, "from the future", offset_ms=_STALE_MS)
-    peer.connection.respond(request, "fresh")
-    await call.expect_result("fresh")
+    peer.connection.in_flight.clear()
+    peer.connection.send("ERROR", request.stream, pack([NOT_FOUND, "gone"]), offset_ms=-_STALE_MS)
+    await call.expect_code(DATA_LOSS)
+    await peer.exchange()
 
 
 @scenario("timestamps-of-any-value", "7.2: a timestamp may have any value, and never overflows")
 async def _(harness: Harness) -> None:
     peer = await harness.connect()
-    call = await peer.client.call("echo", {})
-    request = await peer.connection.expect_request("echo")
     for timestamp in (0, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1):
-        peer.connection.respond(request, timestamp, timestamp=timestamp)
-    peer.connection.respond(request, "fresh")
-    await call.expect_result("fresh")
+        call = await peer.client.call("echo", {})
+        peer.connection.respond(await peer.connection.expect_request("echo"), 1, timestamp=timestamp)
+        await call.expect_code(DATA_LOSS)
+    await peer.exchange()
 
 
 @scenario("ten-stale-frames", "7.3: the tenth consecutive stale frame ends the connection")

@@ -10,8 +10,10 @@
  * - On an error of the server a client only ends the connection and reports why: it has no ERROR to send.
  * - A RESPONSE or ERROR with an invalid body fails its call with INTERNAL (it may have run). An invalid WELCOME, GOAWAY,
  *   EVENT or ERROR on stream 0 ends the connection.
- * - A stale frame is dropped and counted; the tenth consecutive one ends the connection. ERROR STALE_TIMESTAMP is processed
- *   even if it is stale itself, since it corrects the clock offset.
+ * - A frame is judged by the clock at the arrival of its header, so a large one on a slow link is not stale.
+ * - A stale answer fails its call with DATA_LOSS; any other stale frame is dropped and counted. The tenth consecutive one ends
+ *   the connection. ERROR STALE_TIMESTAMP is processed even if it is stale itself, since it corrects the clock offset.
+ * - The bytes of an incomplete frame count as a sign of life, until it has taken FRAME_TIMEOUT_MS.
  * - Until a RESPONSE shows that the server accepted a token, frames are limited as on a connection without a session.
  * - At most one PONG waits to be sent. It answers all PINGs that arrive until then, so that a server that sends PINGs and
  *   reads nothing cannot fill the memory.
@@ -34,6 +36,7 @@ import { FrameDecoder } from "../wire/decoder.js";
 import {
   encodeFrame,
   type Frame,
+  HEADER_SIZE,
   Kind,
   MAX_STREAM,
   MIN_LENGTH,
@@ -55,17 +58,15 @@ import {
 import type { ClientEvent, ConnectionEnded } from "./events.js";
 import { FloodLimit } from "./flood_limit.js";
 import { Freshness, MAX_CONSECUTIVE_STALE } from "./freshness.js";
+import { Keepalive } from "./keepalive.js";
 import { nextState, type State } from "./state.js";
 import { readGoAway, readWelcome, type Welcome } from "./welcome.js";
 
 /** The largest `length` on a connection without a session, in both directions, whatever WELCOME allows. */
 export const MAX_FRAME_BEFORE_SESSION = 16_384;
 
-/** Milliseconds without a frame after a PING, after which the server counts as unreachable. */
-export const PONG_TIMEOUT_MS = 10_000;
-
-/** Lower bound, so that a server with a tiny idle timeout is not flooded with PINGs. */
-export const MIN_KEEPALIVE_INTERVAL_MS = 250;
+/** Milliseconds from the header of a frame to its last byte, after which the connection counts as lost. */
+export const FRAME_TIMEOUT_MS = 300_000;
 
 /** The largest accepted server time: timestamps derived from a larger one could exceed 64 bits. */
 export const MAX_SERVER_TIME = 2n ** 62n;
@@ -79,6 +80,7 @@ const INVALID_TOKEN_CODES: ReadonlySet<number> = new Set([
   Code.TOKEN_REVOKED,
   Code.SESSION_REPLACED,
 ]);
+const STALE_ANSWER = "the answer was delayed for too long; check whether the request took effect";
 const EMPTY = new Uint8Array(0);
 
 export interface ConnectionSettings {
@@ -112,16 +114,13 @@ export class ClientConnection {
   #freshness: Freshness | undefined; // set by WELCOME
   #counter = 0n; // of the last frame sent
   #staleCount = 0;
+  #partial: { readonly wall: bigint; readonly now: number } | undefined; // when the header of an incomplete frame arrived
   readonly #inFlight = new Map<number, Token>(); // stream -> the token of its request
   readonly #tokens = new Set<Token>(); // accepted by the server on this connection
   #out: Buffer[] = [];
   #pongOwed: Token | undefined; // the token of the latest PING without a PONG
   readonly #unrequested = new FloodLimit();
-  #lastReceived = 0;
-  #sentSinceCheck = false;
-  #keepaliveInterval = Number.POSITIVE_INFINITY;
-  #keepaliveAt = Number.POSITIVE_INFINITY;
-  #pongDeadline = Number.POSITIVE_INFINITY;
+  readonly #keepalive = new Keepalive();
 
   constructor({ maxFrame = 1_048_576, toleranceMs = 30_000, maxDepth = MAX_DEPTH }: ConnectionSettings = {}) {
     this.#maxFrame = maxFrame;
@@ -161,13 +160,23 @@ export class ClientConnection {
     }
     try {
       this.#decoder.feed(data);
+      let judgedAt = this.#partial?.wall ?? wall;
       for (let frame = this.#decoder.next(); frame !== undefined; frame = this.#decoder.next()) {
-        const event = this.#received(frame, wall, now);
+        const event = this.#received(frame, judgedAt, wall, now);
+        this.#partial = undefined;
+        judgedAt = wall;
         if (event !== undefined) {
           events.push(event);
           if (event.type === "ended") {
             break;
           }
+        }
+      }
+      if (this.#decoder.buffered >= HEADER_SIZE) {
+        this.#partial ??= { wall, now };
+        this.#keepalive.received(now);
+        if (now >= this.#partial.now + FRAME_TIMEOUT_MS) {
+          events.push(this.#endWith(undefined, "a frame of the server took too long to arrive"));
         }
       }
     } catch (error) {
@@ -182,12 +191,12 @@ export class ClientConnection {
     return events;
   }
 
-  #received(frame: Frame, wall: bigint, now: number): ClientEvent | undefined {
+  #received(frame: Frame, judgedAt: bigint, wall: bigint, now: number): ClientEvent | undefined {
     const freshness = this.#freshness;
     if (freshness === undefined) {
       return this.#receivedFirst(frame, wall, now);
     }
-    const serverTime = wall + this.clockOffset;
+    const serverTime = judgedAt + this.clockOffset;
     const verdict = freshness.check(frame.salt, frame.counter, frame.timestamp, serverTime);
     if (verdict !== "fresh") {
       if (verdict === "wrong_salt") {
@@ -197,12 +206,11 @@ export class ClientConnection {
         throw new ProtocolError(Code.REPLAYED, "nonce counter did not increase");
       }
       if (!this.#correctsClock(frame)) {
-        this.#countStale();
-        return undefined;
+        return this.#receivedStale(frame);
       }
     }
     this.#staleCount = 0;
-    this.#lastReceived = now;
+    this.#keepalive.received(now);
     if (!this.#inFlight.has(frame.stream)) {
       this.#unrequested.count(frame.body.length, now);
     }
@@ -214,12 +222,16 @@ export class ClientConnection {
     return this.#unrequested.delay(now);
   }
 
-  #countStale(): void {
-    this.droppedStale += 1;
+  #receivedStale({ kind, stream }: Frame): ClientEvent | undefined {
     this.#staleCount += 1;
     if (this.#staleCount >= MAX_CONSECUTIVE_STALE) {
       throw new ProtocolError(Code.STALE_TIMESTAMP, "ten consecutive stale frames");
     }
+    if ((kind === Kind.RESPONSE || kind === Kind.ERROR) && this.#inFlight.delete(stream)) {
+      return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ANSWER, details: {} };
+    }
+    this.droppedStale += 1;
+    return undefined;
   }
 
   #receivedResponse({ stream, body }: Frame): ClientEvent | undefined {
@@ -263,7 +275,7 @@ export class ClientConnection {
     if (frame.kind === Kind.PING) {
       this.#pongOwed = frame.token;
     } else {
-      this.#pongDeadline = Number.POSITIVE_INFINITY;
+      this.#keepalive.pongReceived();
     }
     return undefined;
   }
@@ -323,11 +335,7 @@ export class ClientConnection {
     this.#freshness = new Freshness(frame.salt, 0n, this.#toleranceMs);
     this.clockOffset = frame.timestamp - wall;
     this.#decoder.limit = this.#maxFrame;
-    this.#lastReceived = now;
-    if (welcome.idle_timeout_ms > 0) {
-      this.#keepaliveInterval = Math.max(welcome.idle_timeout_ms / 3, MIN_KEEPALIVE_INTERVAL_MS);
-      this.#keepaliveAt = now + this.#keepaliveInterval;
-    }
+    this.#keepalive.start(welcome.idle_timeout_ms, now);
     this.state = nextState(this.state, "welcome");
     return { type: "welcomed", welcome };
   }
@@ -455,37 +463,24 @@ export class ClientConnection {
    * Return when to call `handleTimeout`, or Infinity. It changes only with WELCOME and `handleTimeout`.
    */
   nextDeadline(): number {
-    return this.state === "closed" ? Number.POSITIVE_INFINITY : Math.min(this.#keepaliveAt, this.#pongDeadline);
+    return this.state === "closed" ? Number.POSITIVE_INFINITY : this.#keepalive.deadline;
   }
 
   /**
-   * Send a PING on an idle connection, and end the connection after a PING without a response.
-   *
-   * It checks the connection at intervals of a third of the server's idle timeout and sends a PING if nothing was sent or
-   * nothing was received since the last check, so that no silence lasts two thirds of it. Calling it early has no effect.
+   * Send a PING on an idle connection, and end the connection after a PING without a response. Calling it early has no
+   * effect.
    */
   handleTimeout(wall: bigint, now: number): ConnectionEnded | undefined {
     if (this.state === "closed") {
       return undefined;
     }
-    if (this.#pongDeadline <= now) {
-      if (this.#lastReceived <= this.#pongDeadline - PONG_TIMEOUT_MS) {
-        return this.#endWith(undefined, "the server does not respond");
-      }
-      this.#pongDeadline = Number.POSITIVE_INFINITY; // other frames were received since
+    const verdict = this.#keepalive.check(now);
+    if (verdict === "unreachable") {
+      return this.#endWith(undefined, "the server does not respond");
     }
-    if (this.#keepaliveAt <= now) {
-      const receivedSinceCheck = this.#lastReceived > this.#keepaliveAt - this.#keepaliveInterval;
-      if (!(this.#sentSinceCheck && receivedSinceCheck)) {
-        if (!this.isOutputBlocked) {
-          this.ping(wall);
-        }
-        if (this.#pongDeadline === Number.POSITIVE_INFINITY) {
-          this.#pongDeadline = now + PONG_TIMEOUT_MS;
-        }
-      }
-      this.#sentSinceCheck = false;
-      this.#keepaliveAt = now + this.#keepaliveInterval;
+    if (verdict === "ping" && !this.isOutputBlocked) {
+      this.ping(wall);
+      this.#keepalive.sentSinceCheck = false;
     }
     return undefined;
   }
@@ -521,7 +516,7 @@ export class ClientConnection {
 
   #send(kind: Kind, stream: number, token: Token, body: Uint8Array, wall: bigint): void {
     this.#counter += 1n;
-    this.#sentSinceCheck = true;
+    this.#keepalive.sentSinceCheck = true;
     const time = wall + this.clockOffset;
     // The local clock may have been set to any time; the field has 64 bits.
     const timestamp = time < 0n ? 0n : time > UINT64_MAX ? UINT64_MAX : time;

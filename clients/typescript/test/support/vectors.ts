@@ -16,6 +16,11 @@ export interface Vector {
   readonly expect: readonly Outcome[];
 }
 
+/** Bytes that arrive in pieces, each at a time of the receiver's clock. */
+export interface SlowVector extends Omit<Vector, "bytes"> {
+  readonly pieces: readonly { readonly now: string; readonly bytes: string }[];
+}
+
 export interface VectorFile<Kind> {
   readonly count: number;
   readonly vectors: readonly Kind[];
