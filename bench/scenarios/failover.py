@@ -112,7 +112,9 @@ class FailoverPlan(NamedTuple):
 class Outcome:
     """What some failovers have shown."""
 
+    wanted: int
     faults: int = 0
+    """Failovers, or pauses."""
     longest_s: float = 0.0
     """Until all servers were healthy, and used the new primary."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -135,7 +137,7 @@ class Outcome:
     def rows(self) -> list[Row]:
         done = self.counts
         return [
-            Row("faults", "failovers, or pauses", self.faults, at_least=1),
+            Row("faults", "failovers, or pauses", self.faults, equals=self.wanted),
             Row("longest_s", "longest, until all servers were healthy", self.longest_s, "s"),
             *(Row(kind, f"sessions {kind}", done[kind], at_least=1) for kind in ("opened", "refreshed", "ended")),
             Row("put_off", "calls put off", done["put off"]),
@@ -183,7 +185,7 @@ class Graveyard:
 
     def __init__(self) -> None:
         self.tokens: OrderedDict[bytes, Dead] = OrderedDict()
-        self.outcome = Outcome()
+        self.outcome = Outcome(0)
         self.resumed: dict[str, float] = {}
         """When a server went on after a pause (monotonic)."""
 
@@ -448,13 +450,15 @@ class Run:
                 ):
                     if not count:
                         continue
-                    outcome = outcomes[kind] = self._graveyard.outcome = Outcome()
-                    for number in range(count):
+                    outcome = outcomes[kind] = self._graveyard.outcome = Outcome(count)
+                    while outcome.faults < count:
                         await asyncio.sleep(BEFORE_S)
-                        await work(number)
+                        await work(outcome.faults)
                         await self._settle()
                         outcome.faults += 1
-                        progress(f"{kind}: {number + 1} of {count}, {outcome.summary()}")
+                        progress(f"{kind}: {outcome.faults} of {count}, {outcome.summary()}")
+            except ZcprotoError as error:  # the rest of the run would prove nothing
+                self._graveyard.outcome.failed[str(error)] += 1
             finally:
                 for task in running:
                     task.cancel()
@@ -540,8 +544,9 @@ class Run:
         graveyard.outcome.longest_s = max(graveyard.outcome.longest_s, time.monotonic() - began)
 
     async def _is_over(self, old: ServerProcess) -> bool:
-        if await asyncio.to_thread(self._valkeys.primary) is old:
-            return False
+        return await asyncio.to_thread(self._valkeys.primary) is not old and await self._are_healthy()
+
+    async def _are_healthy(self) -> bool:
         return all(await asyncio.gather(*(node.is_healthy() for node in self._nodes.values())))
 
     async def _in_order(self) -> None:
@@ -558,8 +563,12 @@ class Run:
         try:
             while self._steps:  # noqa: ASYNC110 - a few steps of milliseconds
                 await asyncio.sleep(PAUSE_S)
+            if not await until(self._are_healthy, IN_ORDER_S):
+                raise ZcprotoError(f"not all servers are healthy {IN_ORDER_S:g} s after a fault")
             await asyncio.sleep(NEWS_S)
             await for_each(self._users, lambda user: user.settle(self._callers))
+        except* CallError as errors:
+            raise ZcprotoError(f"after a fault a server answers {errors.exceptions[0]}") from errors
         finally:
             self._may_run.set()
 

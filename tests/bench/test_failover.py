@@ -20,6 +20,7 @@ from zcproto.errors import TokenRevoked, Unavailable
 def outcome(**changes: Any) -> Outcome:
     """A good outcome, but for the changes."""
     usual: dict[str, Any] = {
+        "wanted": 1,
         "faults": 1,
         "counts": Counter({"opened": 5, "refreshed": 4, "ended": 3}),
         "dead": 7,
