@@ -157,6 +157,9 @@ async def test_changes_of_a_new_server_are_reported(empty_cluster: ClusterOf) ->
         await until(lambda: changes == [ALL])  # it was not connected to the new one before
         await other.end([record.id], Code.TOKEN_REVOKED, WALL)
         await until(lambda: changes == [ALL, Change(ChangeKind.SESSION, record.id)])
+        empty_cluster.nodes[3].command("CONFIG", "RESETSTAT")
+        await until(lambda: is_done(store.ping))
+        assert b"cmdstat_ping:" in empty_cluster.nodes[3].command("INFO", "commandstats")
         empty_cluster.begin_move(slot, 3, source)
         empty_cluster.move_keys(slot, 3, source)
         empty_cluster.end_move(slot, source)

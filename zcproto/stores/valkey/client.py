@@ -206,9 +206,14 @@ class ValkeyClient:
 
     @operation
     async def ping(self) -> None:
-        await self._gather(
-            self._call("SET", self._shard_key(b"p", shard), b"", "PX", 1_000) for shard in range(self._shards)
-        )
+        servers = self._connected
+        keys = (self._shard_key(b"p", shard) for shard in range(self._shards))
+        calls = [self._call("SET", key, b"", "PX", 1_000) for key in keys]
+        if isinstance(
+            servers, Cluster
+        ):  # a server may have none of these keys, and report changes all the same
+            calls.append(servers.ping())
+        await self._gather(calls)
 
     @operation
     async def examine(self, wall: int) -> Sequence[str]:

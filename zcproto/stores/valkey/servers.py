@@ -327,6 +327,10 @@ class Cluster:
                 await asyncio.sleep(_REDIRECT_PAUSE_S)
         raise StoreUnavailable("the cluster is moving its keys; try again")
 
+    async def ping(self) -> None:
+        """Wait for an answer from every server. Raises like `call`."""
+        await asyncio.gather(*(each.call(b"", "PING") for each in list(self._connections.values())))
+
     def lose(self, reason: str) -> None:
         """Drop all connections and make new ones."""
         for connection in self._connections.values():
