@@ -173,7 +173,8 @@ store.emptied: error, ends quiet
     Cure: Find the reason: a restart without persistence, a memory limit with eviction, or who sent the command.
 store.misconfigured: warning, ends resolved
     The configuration of the servers of a shared store may lose sessions and revocations: persistence is off, keys
-    may be evicted, a failover may lose what no replica has, or the clocks differ. Checked at the start and hourly.
+    may be evicted, a failover may lose what no replica has, or the clocks differ. Checked at the start, hourly and
+    after an outage.
     Cure: The message lists the settings. `zcproto doctor` and `zcproto store check` repeat the check at once.
 store.revocations_not_kept: critical, ends quiet
     A revocation could be written neither to the store nor to the disk, because writing failed or too many are

@@ -157,6 +157,16 @@ async def test_misconfigured_store_is_reported_at_the_start_and_when_it_is_mende
     assert process.sync.problems == ()
 
 
+async def test_store_is_examined_after_an_outage(start_process: StartProcess) -> None:
+    process = await start_process(shared=True)
+    await process.settle()
+    assert process.sync.problems == ()
+    await process.outage()
+    process.store.problems = ["appendonly is off"]
+    await process.recover()
+    assert process.sync.problems == ("appendonly is off",)
+
+
 async def test_flushed_store_ends_its_sessions_and_is_reported(
     shared_process: SessionProcess, log: list[dict[str, Any]]
 ) -> None:
