@@ -57,6 +57,9 @@ class Helper:
         self._pipe = Connection(parent.detach())
         self._pipe.send(self._start)
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._receive)
+        os.set_blocking(
+            self._pipe.fileno(), True
+        )  # uvloop made it non-blocking; a large message comes in pieces
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -121,6 +124,7 @@ async def _serve(pipe: Connection, factory: type, arguments: tuple[Any, ...]) ->
 
         tasks: list[asyncio.Task[None]] = []
         loop.add_reader(pipe.fileno(), receive)
+        os.set_blocking(pipe.fileno(), True)
         await closed.wait()
         for task in tasks:
             task.cancel()
