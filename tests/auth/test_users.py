@@ -201,6 +201,12 @@ def test_faulty_file_is_unchanged_by_add(path: Path, users: UserFile) -> None:
     assert path.read_text() == "nonsense"
 
 
+def test_missing_folders_are_created(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "users.toml"
+    UserFile(path).add("alice")
+    assert path.is_file()
+
+
 def test_file_and_folder_are_private(path: Path, users: UserFile) -> None:
     old = os.umask(0)
     try:

@@ -125,6 +125,7 @@ def test_tests_are_chosen_by_the_innermost_statement(line: int, lines: range) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it runs tests of a room four times
 def test_undetected_mutants_are_reported() -> None:
     """Mutants of equal size follow each other within a second: stale bytecode would hide the second."""
     module = "wire/frame.py"
@@ -133,6 +134,6 @@ def test_undetected_mutants_are_reported() -> None:
     constant = next(each for each in mutants_of(module, source) if each.change == "4 -> 5")
     same = Mutant(module, 1, "", "none", 0, 1, source[:1])
     results: list[tuple[Mutant, Result]] = []
-    run([same, good, constant, same], 1, lambda *result: results.append(result))
-    assert [mutant for mutant, _ in results] == [same, good, constant, same]
-    assert [result.outcome for _, result in results] == ["passed", "failed", "failed", "passed"]
+    run([good, constant, same], 1, lambda *result: results.append(result))
+    assert [mutant for mutant, _ in results] == [good, constant, same]
+    assert [result.outcome for _, result in results] == ["failed", "failed", "passed"]

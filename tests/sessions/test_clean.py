@@ -40,6 +40,18 @@ def test_slice_stops_at_end_of_table() -> None:
         assert harness.registry.sweeps == sweeps
 
 
+def test_scanned_slot_that_needs_nothing_costs_one() -> None:
+    harness = RegistryHarness(refresh=True)
+    for number in range(30):
+        harness.open(f"user {number}")
+    harness.clean(WALL + HOUR)
+    assert harness.registry.lapsed == 30
+    sweeps = harness.registry.sweeps
+    for calls in range(1, 9):
+        harness.registry.clean(WALL + HOUR, CHUNK // 4)
+        assert harness.registry.sweeps == sweeps + calls // 4
+
+
 def test_empty_table_is_swept_at_once() -> None:
     harness = RegistryHarness()
     assert harness.registry.clean(WALL, 1) == 0

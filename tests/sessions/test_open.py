@@ -168,6 +168,14 @@ def test_total_number_of_sessions_is_limited() -> None:
     harness.open("one more")
 
 
+def test_session_found_expired_while_the_server_is_full_is_announced() -> None:
+    harness = RegistryHarness(max_sessions=1, refresh=True)
+    old = harness.open("alice")
+    with pytest.raises(ResourceExhausted):
+        harness.open("alice", WALL + HOUR)
+    assert harness.ended == [(old.session.id, Code.TOKEN_EXPIRED, "idle")]
+
+
 def test_tombstones_do_not_count_as_sessions() -> None:
     harness = RegistryHarness(max_sessions=1, dead_limit=600)
     for number in range(500):

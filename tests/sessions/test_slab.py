@@ -98,6 +98,19 @@ def test_trim_returns_at_most_eight_chunks() -> None:
     assert slab.size == CHUNK
 
 
+def test_returned_chunk_is_given_to_the_system() -> None:
+    slab = make()
+    slots = [slab.allocate() for _ in range(3 * CHUNK)]
+    slab.bytes[:] = b"x" * len(slab.bytes)
+    for slot in slots:
+        slab._link[slot] = slot  # valid links again
+        slab.free_slot(slot)
+    size = slab.record_size
+    assert slab.size == CHUNK
+    assert slab.bytes[CHUNK * size : 3 * CHUNK * size].tobytes() == bytes(2 * CHUNK * size)
+    assert slab.bytes[3 * CHUNK * size] == ord("x")
+
+
 def test_slots_are_unique_after_shrinking() -> None:
     slab = make()
     for slot in [slab.allocate() for _ in range(5 * CHUNK)]:
