@@ -15,7 +15,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.context import SiteContexts
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import TlsServerTransport
-from zcproto.tls.transport import LINGER_BYTES, LINGER_TIME, TlsPhase
+from zcproto.tls.transport import LINGER_TIME, TlsPhase
 
 # --- clean ----------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def test_sending_does_not_extend_linger_time(agreed: TlsPair, every: float) -> N
 
 def test_linger_byte_limit_resets_connection(agreed: TlsPair) -> None:
     agreed.server.close()
-    agreed.raw.deliver(bytes(LINGER_BYTES))
+    agreed.raw.deliver(bytes(4 * 1024 * 1024))
     assert not agreed.raw.aborted
     agreed.raw.deliver(b"x")
     assert agreed.raw.aborted

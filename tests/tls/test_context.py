@@ -81,8 +81,10 @@ def test_ecdsa_and_rsa_pairs_serve_both_kinds_of_client(
 def test_mismatched_key_is_refused(server_pairs: ServerPairs, ca: trustme.CA, tmp_path: Path) -> None:
     other = tmp_path / "other.key"
     ca.issue_cert("localhost").private_key_pem.write_to_path(other)
-    with pytest.raises(CertificateError, match=r"ECDSA\.pem: cannot be used with .*other\.key"):
+    with pytest.raises(CertificateError, match=r"ECDSA\.pem: cannot be used with .*other\.key: \w*MISMATCH"):
         server_context([(server_pairs.ecdsa.certificate, other)], ["zcp/1"])
+    with pytest.raises(CertificateError, match=r"other\.locked\.key: \w*MISMATCH"):
+        server_context([(server_pairs.ecdsa.certificate, locked(other, PASSPHRASE), PASSPHRASE)], ["zcp/1"])
 
 
 @pytest.mark.parametrize("missing", ["certificate", "key"])

@@ -103,6 +103,13 @@ def test_new_handshake_queues_behind_waiting_ones(
     assert steps[3].runs == 1
 
 
+def test_exactly_spent_budget_delays_the_next_handshake(acceptor: TlsAcceptor, watch: Stopwatch) -> None:
+    watch.seconds = 0.0  # so that the sum is exact
+    first, second = Step(watch, TURN_BUDGET), Step(watch, TURN_BUDGET)
+    schedule(acceptor, first, second)
+    assert (first.runs, second.runs) == (1, 0)
+
+
 def test_spent_budget_expires_with_window(
     acceptor: TlsAcceptor, watch: Stopwatch, timers: FakeTimers
 ) -> None:

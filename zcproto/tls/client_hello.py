@@ -248,9 +248,7 @@ class ClientHelloReader:
         header, size = self._header, self._size
         if header and header[0] != _CLIENT_HELLO:
             return UNEXPECTED
-        if size < _MESSAGE_HEADER:
-            return None
-        length = int.from_bytes(header[1:])
+        length = int.from_bytes(header[1:])  # of an incomplete header: at most the length
         if length > MAX_MESSAGE:
             return TOO_LARGE
         if size < _MESSAGE_HEADER + length:
