@@ -29,7 +29,7 @@ from bench.compare.client import RESPONSE, Connection, context_for
 from bench.scenarios.harness import LAST_ANSWERS_S, cause_of
 from bench.scenarios.sessions import open_session
 from bench.stage import HOST, NAME
-from zcproto.errors import Code, ZcprotoError
+from zcproto.errors import Code, ConnectionClosed, ZcprotoError
 from zcproto.load.caller import LoadTarget
 from zcproto.load.pacer import Pacer, poisson_times
 from zcproto.load.plan import Credential
@@ -160,19 +160,31 @@ class Requests:
             elif self._user is not None:
                 connection.token = self._made[0].token
             self._made.append(connection)
-            self._threads.append(threading.Thread(target=self._run, args=(connection,), daemon=True))
+            self._threads.append(threading.Thread(target=self._run, args=(number,), daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def _run(self, connection: Connection) -> None:
+    def _run(self, number: int) -> None:
+        """Send on a connection, and on a new one when the server has ended it."""
         counts = Counter[str]()
-        with suppress(OSError, ZcprotoError):
-            while not self._ended:
-                connection.send([connection.frame(self._method, {}, *self._meta()) for _ in range(IN_FLIGHT)])
-                for _ in range(IN_FLIGHT):
-                    kind, _, _, body = connection.receive()
-                    counts["answered" if kind == RESPONSE else Code(msgpack.unpackb(body)[0]).name] += 1
+        while not self._ended:
+            try:
+                self._send(self._made[number], counts)
+            except (OSError, ZcprotoError):
+                if not self._ended:
+                    counts["connections ended by the server"] += 1
+                    token, self._made[number] = self._made[number].token, Connection(*self._target)
+                    self._made[number].token = token
         self._counts += counts
+
+    def _send(self, connection: Connection, counts: Counter[str]) -> None:
+        while not self._ended:
+            connection.send([connection.frame(self._method, {}, *self._meta()) for _ in range(IN_FLIGHT)])
+            for _ in range(IN_FLIGHT):
+                kind, stream, _, body = connection.receive()
+                if not stream:
+                    raise ConnectionClosed("an error or GOAWAY")
+                counts["answered" if kind == RESPONSE else Code(msgpack.unpackb(body)[0]).name] += 1
 
     def _meta(self) -> list[dict[str, str]]:
         return [{"idempotency_key": secrets.token_hex(8)}] if self._keyed else []

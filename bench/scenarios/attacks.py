@@ -50,10 +50,12 @@ AT_ONCE_S: Final = 1.0
 P99_MS: Final = 200.0
 AT_ONCE_SHARE: Final = 0.95
 MAX_GROWTH_MIB: Final = 96.0
-MAX_KEPT_MIB: Final = 24.0
-"""Growth that may remain after an attack: connections and handshakes have used the heap."""
+MAX_KEPT_MIB: Final = 16.0
+"""Growth that may remain after an attack."""
 
-SETTLE_S: Final = 1.0
+SETTLE_S: Final = 2.5
+"""Seconds until the server has returned memory to the system."""
+
 LOOK_S: Final = 0.2
 PROXY: Final = "127.9.1.1"
 """The address of the load balancer that attacks with PROXY headers."""
@@ -213,9 +215,8 @@ def report(found: dict[str, Outcome]) -> Report:
         notes += counted(f"{name}: the attackers' counts", outcome.counts)
         notes += counted(f"{name}: logins that failed", outcome.logins.failed)
         notes += counted(f"{name}: requests that failed", outcome.served.failed)
-        refused = {
-            key: outcome.figures.stats[key] for key in outcome.figures.stats if key.startswith("refused_")
-        }
+        stats = outcome.figures.stats
+        refused = {key: count for key, count in stats.items() if key.startswith("refused_") and count}
         notes += counted(f"{name}: refused connections", refused)
     return Report({name: outcome.rows() for name, outcome in found.items()}, notes=notes)
 

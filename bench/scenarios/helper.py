@@ -57,9 +57,8 @@ class Helper:
         self._pipe = Connection(parent.detach())
         self._pipe.send(self._start)
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._receive)
-        os.set_blocking(
-            self._pipe.fileno(), True
-        )  # uvloop made it non-blocking; a large message comes in pieces
+        # uvloop made it non-blocking; a large message comes in pieces.
+        os.set_blocking(self._pipe.fileno(), True)
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -81,7 +81,7 @@ DEFAULTS = {
     "limits.ipv6_network_bits": 48,
     "limits.max_frame_bytes": 1_048_576,
     "limits.max_frame_bytes_before_session": 16_384,
-    "limits.partial_frame_bytes": 67_108_864,
+    "limits.partial_frame_bytes": 50_331_648,
     "limits.partial_frame_bytes_per_user": 16_777_216,
     "limits.max_streams": 128,
     "limits.max_depth": 32,

@@ -302,9 +302,9 @@ class LimitsConfig(Settings):
     """The largest frame of a connection with a session, in bytes. It is held in memory as a whole."""
     max_frame_bytes_before_session: Annotated[int, whole(512, 67_108_864)] = 16_384
     """The largest frame of a connection without a session, in bytes: opening a session takes under 1 KiB."""
-    partial_frame_bytes: Annotated[int, whole(65_536, 17_179_869_184)] = 67_108_864
+    partial_frame_bytes: Annotated[int, whole(65_536, 17_179_869_184)] = 50_331_648
     """Bytes of all incomplete frames. Beyond the limit the slowest frame of the user that holds the most is refused
-    and its connection closed; 64 MiB are 64 of the largest frames on their way at once."""
+    and its connection closed; 48 MiB are 48 of the largest frames on their way at once."""
     partial_frame_bytes_per_user: Annotated[int, whole(16_384, 17_179_869_184)] = 16_777_216
     """Bytes of the incomplete frames of one user, or of one address without a session. One frame of
     `max_frame_bytes` always fits."""

@@ -25,7 +25,7 @@ _LEAST_AGE: Final = 0.001
 class PartialFrameLimits:
     """Bounds of the bytes of incomplete frames."""
 
-    bytes: int = 67_108_864
+    bytes: int = 50_331_648
     owner_bytes: int = 16_777_216
 
 
