@@ -405,6 +405,8 @@ class StoredSessionService(SessionService):
     async def revoke_all(self, reason: EndReason) -> int:
         known = self._registry.revoke_all(reason)
         await self._write(Revocation(self._opened_until()))
+        if self.is_shared:
+            self.sync.changes.handle_all_ended()
         return known
 
     def _opened_until(self) -> int:

@@ -412,6 +412,15 @@ class ChangeTracker:
         else:
             self._registry.forget(change.id)
 
+    def handle_all_ended(self) -> None:
+        """Check sessions that were read while this process ended all in the store, which does not report them."""
+        self.count += 1
+        self._all_changed_at = self.count
+        self._to_check |= dict.fromkeys(
+            (record.id for record in self._registry.records(None, self._registry.kept)), self.count
+        )
+        self.start_checking()
+
     def start_checking(self) -> None:
         # After an outage everything is checked, so nothing is started during one.
         tasks = self._revoker.tasks

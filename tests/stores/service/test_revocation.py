@@ -155,6 +155,34 @@ async def test_concurrent_change_by_another_process_takes_effect(
     assert one.store.registry.kept == (0 if how == "ended" else 1)
 
 
+@pytest.mark.parametrize("is_read_first", [False, True])
+@pytest.mark.parametrize("is_opening", [False, True])
+async def test_session_read_while_all_are_revoked_is_not_accepted(
+    start_process: StartProcess, is_read_first: bool, is_opening: bool
+) -> None:
+    one = await start_process(shared=True)
+    process = await start_process(FaultyStoreView(one.store))
+    late = process.store.late
+    name = "create" if is_opening else "find"
+    late[name], late["end_all"] = asyncio.Event(), asyncio.Event()
+    opened = None if is_opening else await one.open()
+    reading = asyncio.ensure_future(process.open() if opened is None else process.find(opened.token))
+    while name not in process.store.calls:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    revoking = asyncio.ensure_future(process.sessions.revoke_all("asked for"))
+    while "end_all" not in process.store.calls:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for event, task in ((late[name], reading), (late["end_all"], revoking))[:: 1 if is_read_first else -1]:
+        event.set()
+        await asyncio.wait([task])
+    await process.settle()
+    assert len(process.registry) == 0
+    if opened is not None:
+        assert isinstance(await process.find(opened.token), Code)
+    elif not is_read_first:
+        assert isinstance(reading.exception(), TokenRevoked)
+
+
 async def test_revocation_of_a_cancelled_caller_is_finished(process: SessionProcess) -> None:
     opened = await process.open()
     process.store.gate = asyncio.Event()
