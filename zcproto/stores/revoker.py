@@ -129,6 +129,7 @@ class Revoker:
         self._rotations: Recent[bytes, Rotation] = Recent(keep_s, self.clock)
         self._repeats: list[_Repeat] = []
         self._is_repeating = False
+        self.on_repeated: Callable[[], None] = lambda: None
         self.replayed = 0
         self.deadline_tick = 0
 
@@ -330,6 +331,15 @@ class Revoker:
                 if isinstance(record, NotRotated) and record.reused:
                     self.end_reused(rotation.id)
 
+    def has_issued(self, record: SessionRecord) -> bool:
+        """Return whether the token of a session comes from a recent rotation of this process."""
+        return any(each.token_digest == record.token_digest for each in self._rotations.values())
+
+    def repeat_again(self) -> None:
+        """Repeat rotations in a second, and call `on_repeated`, unless that is planned."""
+        if not self._repeats:
+            self._schedule([], AFTER_GAP_S[:1])
+
     def _schedule(self, revocations: list[Revocation], times: Sequence[float]) -> None:
         now = self.clock.now()
         self._repeats.append(_Repeat([now + after_s for after_s in reversed(times)], revocations))
@@ -360,6 +370,7 @@ class Revoker:
                     repeat.times.pop()
                 if not repeat.times:
                     self._repeats.remove(repeat)
+            self.on_repeated()
         except (StoreUnavailable, ResourceExhausted):
             await asyncio.sleep(RETRY_PAUSE_S)
             raise

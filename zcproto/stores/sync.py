@@ -5,7 +5,8 @@ Decides:
 - A store that is not shared is loaded completely at the start and never asked about unknown tokens.
 - When last uses are written, and when expired entries are removed.
 - A session changed by another process is dropped from the registry if no connection uses it. Otherwise the store
-  is asked for it within the second. If both still disagree about its token, the session is ended.
+  is asked for it within the second. If both still disagree about its token when all processes have repeated their
+  rotations, the session is ended.
 - After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
   answered and all changes it reported are applied. An outage has no grace then (DISTRUST in spec/store.pml).
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
@@ -35,7 +36,7 @@ from zcproto.sessions.token import id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations
-from zcproto.stores.revoker import RETRY_PAUSE_S, OnEvent, Revoker, end_here
+from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker, end_here
 from zcproto.stores.stall import StallWatch
 
 SLOTS: Final = 2_000
@@ -348,6 +349,8 @@ class ChangeTracker:
         self._is_emptied = False
         self._to_check: dict[bytes, int] = {}  # with the number of the change that made it necessary
         self._to_restore: dict[bytes, int] = {}
+        self._disputed: dict[bytes, float] = {}  # with the time until which a rotation may be repeated
+        revoker.on_repeated = self._check_disputed
         self.checked = asyncio.Event()
         """Set while no change waits to be applied, or during an outage."""
         self.checked.set()
@@ -480,19 +483,43 @@ class ChangeTracker:
         """Update sessions in the registry from the store."""
 
         async def check(session_id: bytes) -> None:
-            if await self._agrees(call, session_id):
-                return
-            # A failover has lost a rotation, or the session was read before one of this process.
-            await self._revoker.rotate_session_again(call, session_id)
             if not await self._agrees(call, session_id):
-                # It cannot be decided which token is good, or the session has ended here.
-                await self._revoker.end_in_store(call, session_id)
+                # A failover has lost a rotation, or the session was read before one of this process.
+                await self._revoker.rotate_session_again(call, session_id)
+                if not await self._agrees(call, session_id):
+                    if self._registry.ended(session_id) is None and self._awaits_others(session_id):
+                        return
+                    if not await self._agrees(call, session_id, is_settled=True):
+                        # It cannot be decided which token is good, or the session has ended here.
+                        await self._revoker.end_in_store(call, session_id)
+            self._disputed.pop(session_id, None)
 
         await _process(self._to_check, ids, check)
 
-    async def _agrees(self, call: Call, session_id: bytes) -> bool:
-        """Update a session from the store. Return whether both agree about it."""
+    def _awaits_others(self, session_id: bytes) -> bool:
+        """Return whether another process may still repeat the rotation that the store has lost."""
+        now = self._revoker.clock.now()
+        until = self._disputed.setdefault(session_id, now + AFTER_GAP_S[-1])
+        if now < until:
+            self._revoker.repeat_again()
+        return now < until
+
+    def _check_disputed(self) -> None:
+        if self._disputed:
+            self._to_check |= dict.fromkeys(self._disputed, self.count)
+            self.start_checking()
+
+    async def _agrees(self, call: Call, session_id: bytes, *, is_settled: bool = False) -> bool:
+        """Update a session from the store. Return whether both agree about it.
+
+        Until it `is_settled`, a token that this process has issued is kept if the store has another, older one.
+        """
         found = await self.fetch(self._store.get, session_id, call)
+        known = self._registry.record(session_id)
+        if not is_settled and isinstance(found, SessionRecord) and known is not None:
+            is_older = found.token_digest != known.token_digest and found.expires_at < known.expires_at
+            if is_older and self._revoker.has_issued(known):
+                return False
         if found is None:
             wall = self._revoker.clock.wall()
             self._registry.end(session_id, Code.TOKEN_REVOKED, EndReason.ELSEWHERE, wall)

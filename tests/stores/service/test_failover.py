@@ -17,7 +17,7 @@ from tests.stores.service.harness import (
     refused,
 )
 from zcproto.errors import Code, TokenRevoked
-from zcproto.sessions import OpenedSession
+from zcproto.sessions import EndReason, OpenedSession
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores.revoker import AFTER_GAP_S, REPEATS_S
@@ -162,6 +162,41 @@ async def test_rotations_of_two_processes_are_repeated_in_their_order(start_proc
     assert "rotate" not in other.store.calls
 
 
+@pytest.mark.parametrize("rotates_too", [False, True])
+async def test_session_in_use_awaits_the_rotation_that_another_process_repeats(
+    start_process: StartProcess, rotates_too: bool
+) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    records = one.store.records
+    newest = await one.refresh(opened)
+    await other.find(newest.token)
+    other.use(newest)
+    if rotates_too:
+        other.clock.advance(1.0)
+        newest = await other.refresh(newest)
+    await fail_over(records, other, one)
+    for _ in AFTER_GAP_S:
+        assert await is_accepted(other, newest)
+        await other.advance(1.0)
+    for process in (one, other):
+        assert await is_accepted(process, newest)
+        assert not await is_accepted(process, opened)
+
+
+async def test_session_that_has_ended_is_not_disputed(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    await other.find(opened.token)
+    other.use(opened)
+    one.store.roll_back(one.store.records)
+    other.store.use_data_of(one.store)
+    other.registry.end(raw(opened), Code.TOKEN_REVOKED, EndReason.CLOSED, other.clock.wall())
+    other.store.report_change(raw(opened))
+    await other.settle()
+    assert one.store.records == []
+
+
 async def test_session_whose_lost_rotation_is_unknown_is_ended(start_process: StartProcess) -> None:
     one, other = await two_processes(start_process)
     opened = await one.open()
@@ -171,6 +206,9 @@ async def test_session_whose_lost_rotation_is_unknown_is_ended(start_process: St
     await other.find(opened.token)
     other.use(opened)
     await fail_over(records, other)  # the process that made the rotation has died
+    assert await is_accepted(other, again)  # until then it might have repeated the rotation
+    for _ in AFTER_GAP_S:
+        await other.advance(1.0)
     assert not await is_accepted(other, again)
     assert not await is_accepted(other, opened)
     assert other.store.records == []
