@@ -18,21 +18,24 @@ from makers import (
     arrival,
     bodies,
     bodies_invalid,
+    calls,
     conversation,
     frames,
     freshness,
     headers,
+    items,
     segments,
     signatures,
     streams,
     text,
 )
-from makers.conversation import as_json, as_text
-from makers.forms import CODES, KINDS
+from makers.conversation import as_json, as_text, steps, streaming_steps
+from makers.forms import CODES, KINDS, STREAM_KINDS
 
 HERE = Path(__file__).resolve().parent
 SPECIFICATION = HERE.parent / "zcp1.md"
-BEGIN, END = "<!-- conversation: begin (generated) -->\n", "<!-- conversation: end -->\n"
+EXAMPLES = {"conversation": steps, "streaming": streaming_steps}
+"""The conversations in the specification, between comments with these names."""
 SUBJECTS = {
     "frames": frames,
     "headers": headers,
@@ -53,7 +56,7 @@ def documents() -> dict[str, dict[str, Any]]:
     for name, module in TEXTS.items():
         made[name] = _document(name, module.SUBJECT, module.NOTES, module.vectors())
     made["arrival"] = _document("arrival", arrival.SUBJECT, arrival.NOTES, arrival.vectors())
-    made["conversation"] = _document("conversation", conversation.SUBJECT, {}, as_json())
+    made["conversation"] = _document("conversation", conversation.SUBJECT, {}, as_json(steps()))
     made["tables"] = {
         "$schema": "schema.json",
         "type": "tables",
@@ -64,11 +67,34 @@ def documents() -> dict[str, dict[str, Any]]:
     return made
 
 
+def streaming_documents() -> dict[str, dict[str, Any]]:
+    """Return the vector files of streams and calls, which an implementation without them does not need."""
+    above = "../schema.json"
+    return {
+        "streaming/items": _document("frames", items.SUBJECT, items.NOTES, items.vectors(), above),
+        "streaming/calls": _document("frames", calls.SUBJECT, calls.NOTES, calls.vectors(), above),
+        "streaming/conversation": _document(
+            "conversation", conversation.STREAMING_SUBJECT, {}, as_json(streaming_steps()), above
+        ),
+        "streaming/tables": {
+            "$schema": above,
+            "type": "tables",
+            "protocol": "zcp/1",
+            "kinds": STREAM_KINDS,
+            "codes": CODES,
+        },
+    }
+
+
 def _document(
-    kind: str, subject: str, notes: dict[str, str], vectors: list[dict[str, Any]]
+    kind: str,
+    subject: str,
+    notes: dict[str, str],
+    vectors: list[dict[str, Any]],
+    schema: str = "schema.json",
 ) -> dict[str, Any]:
     return {
-        "$schema": "schema.json",
+        "$schema": schema,
         "type": kind,
         "protocol": "zcp/1",
         "subject": subject,
@@ -80,11 +106,15 @@ def _document(
 
 def files() -> dict[Path, str]:
     """Every file that is generated, with what it must hold."""
-    made = {HERE / f"{name}.json": json.dumps(what, indent=1) + "\n" for name, what in documents().items()}
+    all_documents = documents() | streaming_documents()
+    made = {HERE / f"{name}.json": json.dumps(what, indent=1) + "\n" for name, what in all_documents.items()}
     specification = SPECIFICATION.read_text(encoding="utf-8")
-    before, _, rest = specification.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    made[SPECIFICATION] = f"{before}{BEGIN}\n{as_text()}\n{END}{after}"
+    for name, conversation_steps in EXAMPLES.items():
+        begin, end = f"<!-- {name}: begin (generated) -->\n", f"<!-- {name}: end -->\n"
+        before, _, rest = specification.partition(begin)
+        _, _, after = rest.partition(end)
+        specification = f"{before}{begin}\n{as_text(conversation_steps())}\n{end}{after}"
+    made[SPECIFICATION] = specification
     return made
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from makers.forms import KINDS, NO_TOKEN, NOW, TOKEN, Frame, pack
+from makers.forms import ALL_KINDS, NO_TOKEN, NOW, TOKEN, Frame, pack
 from makers.frames import OPENED, WELCOME
 from makers.shape import typed
 
 SUBJECT = "One conversation from WELCOME to the end. Each frame is valid after those before it."
-_NAMES = {code: name for name, code in KINDS.items()}
+STREAMING_SUBJECT = "A conversation with a stream of items and a call from the server."
+_NAMES = {code: name for name, code in ALL_KINDS.items()}
+_NUMBERED = {"OPEN": "stream", "ITEM": "stream", "CREDIT": "stream", "CALL": "call", "RESULT": "call"}
 _KEY = "c3RhbmRzIGZvciBhIGtleSBvZiAzMiBieXRlcy4uLi4"
 
 
@@ -25,11 +27,15 @@ class Step:
     value: Any = None
 
 
-def steps() -> list[Step]:
-    made: list[Step] = []
-    counters = {"server": -1, "client": 0}  # WELCOME has 0, the client begins with 1
+class Conversation:
+    """Frames in order, each side with its own counter."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._counters = {"server": -1, "client": 0}  # WELCOME has 0, the client begins with 1
 
     def add(
+        self,
         sender: str,
         kind: str,
         after_ms: int,
@@ -39,18 +45,22 @@ def steps() -> list[Step]:
         title: str = "",
         token: bytes = NO_TOKEN,
     ) -> None:
-        counters[sender] += 1
+        self._counters[sender] += 1
         body = pack(value[0]) if value else b""
         frame = Frame(
-            KINDS[kind],
+            ALL_KINDS[kind],
             stream=stream,
             body=body,
-            counter=counters[sender],
+            counter=self._counters[sender],
             timestamp=NOW + after_ms,
             token=token,
         )
-        made.append(Step(sender, title or kind, comment, frame, *value))
+        self.steps.append(Step(sender, title or kind, comment, frame, *value))
 
+
+def steps() -> list[Step]:
+    conversation = Conversation()
+    add = conversation.add
     add(
         "server",
         "WELCOME",
@@ -136,10 +146,76 @@ def steps() -> list[Step]:
         stream=4,
         token=TOKEN,
     )
-    return made
+    return conversation.steps
 
 
-def as_json() -> list[dict[str, Any]]:
+def streaming_steps() -> list[Step]:
+    """Return a conversation with a stream of items and a call from the server."""
+    conversation = Conversation()
+    add = conversation.add
+    of: dict[str, Any] = {"stream": 2, "token": TOKEN}
+    announced = {"streams": {"max_open": 64, "max_item": 65_536}, "calls": {"max": 32}}
+    add("server", "WELCOME", 0, "The server announces streams and calls.", WELCOME | announced)
+    add(
+        "client",
+        "REQUEST",
+        40,
+        "The client shows the token of a session, and registers a method of its own for it.",
+        ["session.handle", {"methods": ["approve"], "max": 4}],
+        stream=1,
+        title="REQUEST session.handle",
+        token=TOKEN,
+    )
+    add("server", "RESPONSE", 41, "From here on the server may call it.", {}, stream=1, token=TOKEN)
+    add(
+        "client",
+        "OPEN",
+        80,
+        "The client opens a stream and asks for two items.",
+        ["tokens", {"prompt": "hi"}, {"credit": [2, 65_536]}],
+        title="OPEN tokens",
+        **of,
+    )
+    add("server", "ITEM", 95, "The first item.", "Hel", **of)
+    add(
+        "server",
+        "ITEM",
+        96,
+        "The second. The credit is used up: the method waits.",
+        "lo",
+        **of,
+    )
+    add(
+        "server",
+        "CALL",
+        97,
+        "The server calls the client. Its numbers are independent of the client's: 2 is in flight in both.",
+        ["approve", {"tool": "shell"}, {"deadline_ms": 120_000}],
+        title="CALL approve",
+        **of,
+    )
+    add(
+        "client",
+        "CREDIT",
+        120,
+        "The application has taken both items: four items in total, two more.",
+        [4, 131_072],
+        **of,
+    )
+    add("server", "ITEM", 121, "The third.", "!", **of)
+    add(
+        "server",
+        "RESPONSE",
+        122,
+        "The method has returned: the end of the stream.",
+        {"tokens": 3},
+        **of,
+    )
+    add("client", "RESULT", 4_000, "A person has approved.", True, **of)
+    return conversation.steps
+
+
+def as_json(steps: list[Step]) -> list[dict[str, Any]]:
     return [
         {
             "from": step.sender,
@@ -150,14 +226,14 @@ def as_json() -> list[dict[str, Any]]:
             "body": typed(step.value) if step.frame.body else {"empty": True},
             "now": str(step.frame.timestamp),
         }
-        for step in steps()
+        for step in steps
     ]
 
 
-def as_text() -> str:
-    """Return the conversation as Markdown."""
+def as_text(steps: list[Step]) -> str:
+    """Return a conversation as Markdown."""
     parts = []
-    for number, step in enumerate(steps(), 1):
+    for number, step in enumerate(steps, 1):
         arrow = "S -> C" if step.sender == "server" else "C -> S"
         parts.append(f"**{number}. {arrow} {step.title}**\n\n{step.comment}\n\n```text\n{_dump(step)}\n```\n")
     return "\n".join(parts)
@@ -166,7 +242,8 @@ def as_text() -> str:
 def _dump(step: Step) -> str:
     frame = step.frame
     data = frame.encode()
-    stream = "the connection" if frame.stream == 0 else f"request {frame.stream}"
+    what = _NUMBERED.get(_NAMES[frame.kind], "request")
+    stream = "the connection" if frame.stream == 0 else f"{what} {frame.stream}"
     token = "none" if frame.token == bytes(32) else "the session's"
     lines = []
     for name, start, end, meaning in (

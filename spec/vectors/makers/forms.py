@@ -32,6 +32,19 @@ KINDS = {
     "EVENT": 0x09,
 }
 
+STREAM_KINDS = {
+    "OPEN": 0x10,
+    "ITEM": 0x11,
+    "END": 0x12,
+    "CREDIT": 0x13,
+    "ACCEPTED": 0x14,
+    "CALL": 0x18,
+    "RESULT": 0x19,
+    "FAILURE": 0x1A,
+    "WITHDRAW": 0x1B,
+}
+ALL_KINDS = KINDS | STREAM_KINDS
+
 CODES = {
     "CANCELLED": 1,
     "UNKNOWN": 2,

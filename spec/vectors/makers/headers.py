@@ -11,7 +11,7 @@ SUBJECT = "Frames with an invalid header. All are fatal, and refused before the 
 NOTES = {
     "boundary": "One past the largest or smallest value allowed; catches comparisons that are off by one.",
     "integer-width": "A length with the top bit set; catches signed integers and sums that overflow.",
-    "reserved": "Kinds reserved for later versions; catches receivers that skip unknown kinds.",
+    "reserved": "Kinds of streams and calls that were not announced; catches receivers that skip unknown kinds.",
     "order": "Two faults in one frame; catches checks in another order than the specification's.",
 }
 ECHO = fixarray(pack("echo"), fixmap())
@@ -97,9 +97,7 @@ def _kinds() -> list[Json]:
     for kind in range(0x10, 0x20):
         frame = Frame(kind, stream=1, token=TOKEN, body=ECHO)
         name = f"kind-{kind:02x}-reserved"
-        made.append(
-            _fault(name, f"Kind 0x{kind:02X} is reserved for later versions.", frame, flags=["reserved"])
-        )
+        made.append(_fault(name, f"Kind 0x{kind:02X} was not announced.", frame, flags=["reserved"]))
     made.append(
         _fault(
             "kind-10-reserved-to-the-client",

@@ -14,10 +14,10 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-from makers.forms import CODES, KINDS, LIMIT, NOW, SALT, TOKEN, TOLERANCE_MS, Frame
+from makers.forms import ALL_KINDS, CODES, LIMIT, NOW, SALT, TOKEN, TOLERANCE_MS, Frame
 
 Json = dict[str, Any]
-_KIND_NAMES = {code: name for name, code in KINDS.items()}
+_KIND_NAMES = {code: name for name, code in ALL_KINDS.items()}
 _SAFE_INT = 2**53 - 1
 
 
@@ -59,12 +59,12 @@ def accepted(frame: Frame, message: Json | None = None) -> Json:
     return outcome
 
 
-def refused(name: str, stage: str, stream: int = 0) -> Json:
+def refused(name: str, stage: str, stream: int = 0, details: Json | None = None) -> Json:
     """Return the outcome of a refused frame."""
     fatal = name in {"PROTOCOL_ERROR", "FRAME_TOO_LARGE", "REPLAYED"} or (
         name == "STALE_TIMESTAMP" and not stream
     )
-    return {
+    outcome: Json = {
         "result": "error",
         "code": CODES[name],
         "name": name,
@@ -72,6 +72,7 @@ def refused(name: str, stage: str, stream: int = 0) -> Json:
         "stream": stream,
         "stage": stage,
     }
+    return outcome if details is None else {**outcome, "details": typed(details)}
 
 
 def dropped(why: str) -> Json:
