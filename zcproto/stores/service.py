@@ -9,6 +9,7 @@ Rules:
 - One refresh of a session runs at a time; concurrent refreshes with the same token share one result. A rotation
   with an unknown outcome is repeated unchanged: a different one would make its refresh token look stolen. A refresh
   that another process has just made is answered with the same pair, which the store has in sealed form.
+  Either process remembers the rotation.
 - One look-up of a token runs at a time. An unknown token is not looked up again for a while, and an address that
   sends many unknown tokens has to wait.
 
@@ -32,7 +33,7 @@ from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegis
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
-from zcproto.stores.base import DamagedRecord, LimitReached, NotRotated, StoreUnavailable
+from zcproto.stores.base import DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
 from zcproto.stores.seal import open_pair, seal_pair
@@ -306,14 +307,21 @@ class StoredSessionService(SessionService):
             if isinstance(record, NotRotated):
                 self._undecided.pop(rotation.spent_digest, None)
                 raise self._not_rotated(rotation, record)
-            if isinstance(record, SessionRecord):
-                self.sync.revoker.remember_rotation(rotation)
-            else:
+            if isinstance(record, Repeated):
                 pair = open_pair(spent_token, record.record.token_digest, record.sealed)
                 if pair is None:
                     raise DamagedRecord("the pair of a recent refresh cannot be decrypted")
-                (token, refresh_token), record = pair, record.record
+                (token, refresh_token), sealed, record = pair, record.sealed, record.record
                 wall = record.last_used_at  # about when the other process made it: the grace begins there
+                rotation = replace(
+                    rotation,
+                    token_digest=record.token_digest,
+                    refresh_digest=record.refresh_digest,
+                    expires_at=record.expires_at,
+                    wall=wall,
+                    sealed=sealed,
+                )
+            self.sync.revoker.remember_rotation(rotation)
             if changes.has_changed(record.id, count):
                 found = await changes.fetch(self._store.get, record.id)
                 if not isinstance(found, SessionRecord) or found.token_digest != record.token_digest:

@@ -197,6 +197,20 @@ async def test_session_that_has_ended_is_not_disputed(start_process: StartProces
     assert one.store.records == []
 
 
+async def test_lost_rotation_is_repeated_by_the_process_that_answered_it_again(
+    start_process: StartProcess,
+) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    records = one.store.records
+    again = await one.refresh(opened)
+    assert (await other.refresh(opened)).token == again.token
+    await fail_over(records, other)  # the process that made the rotation has died
+    assert await is_accepted(other, again)
+    assert not await is_accepted(other, opened)
+    assert other.store.records[0].refresh_digest != records[0].refresh_digest
+
+
 async def test_session_whose_lost_rotation_is_unknown_is_ended(start_process: StartProcess) -> None:
     one, other = await two_processes(start_process)
     opened = await one.open()
