@@ -118,6 +118,7 @@ class ChangeKind(Enum):
     ALL = "all"  # anything may have changed: drop everything
     EMPTIED = "emptied"  # like ALL, and the store lost its data unexpectedly
     FLUSHED = "flushed"  # like ALL, and all data was deleted by a command
+    LOST = "lost"  # a connection is lost, so that changes are not reported until ALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class SessionStore(Protocol):
         """Write what was delayed and release all resources. Never raises."""
 
     async def ping(self) -> None:
-        """Check that the store can be written to."""
+        """Check that the store can be written to, and is not one that was replaced by a failover."""
 
     async def examine(self, wall: int) -> Sequence[str]:
         """Return what is wrong with the configuration of the store's servers, one sentence each."""

@@ -390,6 +390,10 @@ class ChangeTracker:
 
     def handle(self, change: Change) -> None:
         """Handle a change by another process, reported by the store."""
+        if change.kind is ChangeKind.LOST:
+            # If the store cannot be reached, the outage begins now, although no operation needs the store.
+            self._revoker.tasks.run_in_background(self._breaker.call(self._store.ping()))
+            return
         self.count += 1
         if change.kind is not ChangeKind.SESSION:
             self._all_changed_at = self.count

@@ -13,6 +13,7 @@ from zcproto.errors import Code, ConfigError, Unavailable
 from zcproto.sessions import EndReason
 from zcproto.sessions.health import FAILURES, FIRST_DELAY_S, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
+from zcproto.stores.base import Change, ChangeKind
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY])
@@ -85,6 +86,24 @@ async def test_new_connection_ends_an_outage_before_the_next_probe(start_process
     process.store.report_all_changed()
     await process.advance(FIRST_DELAY_S)
     assert process.state is HealthState.HEALTHY
+
+
+@pytest.mark.parametrize(("mode", "reports"), [(HANGS, 1), (FAILS, FAILURES)])
+async def test_lost_connection_begins_an_outage_without_an_operation(
+    start_process: StartProcess, mode: str, reports: int
+) -> None:
+    process = await start_process(shared=True, grace=0.0)
+    opened = await process.open()
+    process.store.on_change(Change(ChangeKind.LOST))
+    await process.settle()
+    assert process.is_valid(opened)
+    process.store.mode = mode
+    for _ in range(reports):
+        assert process.is_valid(opened)
+        process.store.on_change(Change(ChangeKind.LOST))
+        await process.settle()
+    assert process.state is HealthState.DEGRADED
+    assert process.check(opened.token) is Code.UNAVAILABLE
 
 
 async def test_wall_clock_jump_does_not_end_the_grace(start_process: StartProcess) -> None:

@@ -17,7 +17,7 @@ ALL = Change(ChangeKind.ALL)
 async def opened(url: str, **options: Any) -> AsyncIterator[tuple[ValkeyStore, list[Change]]]:
     changes: list[Change] = []
     store = ValkeyStore(url, **options)
-    await store.open(changes.append)
+    await store.open(lambda change: change.kind is ChangeKind.LOST or changes.append(change))
     try:
         yield store, changes
     finally:

@@ -182,7 +182,8 @@ async def test_reconnect_reports_that_all_may_have_changed(
     record = session()
     await here.store.create(record, FIVE)
     assert server.command("CLIENT", "KILL", "TYPE", "normal") >= 2
-    await until(lambda: here.changes == there.changes == [Change(ChangeKind.ALL)])
+    lost_and_all = [Change(ChangeKind.LOST), Change(ChangeKind.ALL)]
+    await until(lambda: here.changes == there.changes == lost_and_all)
     await there.store.end([record.id], Code.TOKEN_REVOKED, WALL)
     await until(lambda: here.is_reported(record))
 

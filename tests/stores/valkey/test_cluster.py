@@ -247,6 +247,7 @@ async def test_cluster_redirects_and_temporary_errors_are_retried(
             timeout=0.05,
             prepare=lambda link, was_flushed: asyncio.sleep(0),
             on_keys_changed=lambda keys: None,
+            on_lost=lambda: None,
             on_reconnected=lambda: None,
         ),
     )

@@ -39,15 +39,22 @@ async def proxy(server: ServerProcess) -> AsyncIterator[Proxy]:
 
 
 class Open:
-    """An open store, and the changes reported to it."""
+    """An open store, the changes reported to it, and how often its connection was reported as lost."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.store = ValkeyStore(url, **{"timeout": TIMEOUT, **options})
         self.changes: list[Change] = []
+        self.lost = 0
 
     async def __aenter__(self) -> Open:
-        await self.store.open(self.changes.append)
+        await self.store.open(self.handle)
         return self
+
+    def handle(self, change: Change) -> None:
+        if change.kind is ChangeKind.LOST:
+            self.lost += 1
+        else:
+            self.changes.append(change)
 
     async def __aexit__(self, *error: object) -> None:
         await self.store.close()
@@ -205,6 +212,8 @@ async def test_silent_network_is_detected_without_an_operation(server: ServerPro
         connections = proxy.accepted
         proxy.hold(TO_SERVER, FROM_SERVER)
         assert await until(lambda: proxy.accepted > connections) < 1.0
+        assert here.lost == 1
+        await until(lambda: here.lost > 1)  # reported until the server is reached
         proxy.release()
         await until(lambda: here.changes == [ALL])
 

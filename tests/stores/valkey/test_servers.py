@@ -86,6 +86,22 @@ async def test_planned_failover_drops_the_link_while_the_old_primary_is_up(tmp_p
             assert second.command("EXISTS", b"zcp:t:" + digest("token 2")) == 1
 
 
+async def test_ping_fails_at_a_primary_that_the_sentinels_have_replaced(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(running(PROGRAMS[0], tmp_path / name)) for name in ("first", "second")
+        )
+        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", first))
+        async with opened(f"valkey+sentinel://{sentinel.address}/sessions") as (store, changes):
+            sentinel.command("SENTINEL", "REMOVE", "sessions")
+            await store.ping()  # sentinels without an answer do not matter
+            sentinel.command("SENTINEL", "MONITOR", "sessions", "127.0.0.1", second.port, 1)
+            with pytest.raises(StoreUnavailable, match="another primary"):
+                await store.ping()
+            await store.ping()
+            assert len(changes) == 1
+
+
 async def test_sentinel_with_the_highest_epoch_counts(tmp_path: Path) -> None:
     with ExitStack() as stack:
         first, second = (

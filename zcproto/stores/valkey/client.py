@@ -206,6 +206,8 @@ class ValkeyClient:
 
     @operation
     async def ping(self) -> None:
+        # After a stall, the server may have been replaced: its answer must not count.
+        await self._connected.confirm()
         servers = self._connected
         keys = (self._shard_key(b"p", shard) for shard in range(self._shards))
         calls = [self._call("SET", key, b"", "PX", 1_000) for key in keys]
@@ -306,8 +308,7 @@ class ValkeyClient:
 
     def _make_servers(self) -> ValkeyConnection | Cluster:
         url = self._url
-        hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._reconnected)
-
+        hooks = Hooks(self._timeout, self._prepare, self._keys_changed, self._lost, self._reconnected)
         if url.kind is ServerKind.SENTINEL:
             return ValkeyConnection(Sentinels(url.addresses, url.service, self._target, self._timeout), hooks)
         if self._is_clustered:
@@ -355,6 +356,9 @@ class ValkeyClient:
             id = id_from_text(key[start + NODE_SIZE :].decode("ascii", "replace"))
             if id is not None and key[start : start + NODE_SIZE] != self._node:
                 self._on_change(Change(ChangeKind.SESSION, id))
+
+    def _lost(self) -> None:
+        self._on_change(Change(ChangeKind.LOST))
 
     def _reconnected(self) -> None:
         kind = ChangeKind.ALL

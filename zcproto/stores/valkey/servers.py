@@ -60,6 +60,8 @@ class Hooks:
     prepare: Callable[[Link, bool], Awaitable[None]]
     """The flag is True if all keys of the server were deleted deliberately meanwhile."""
     on_keys_changed: Callable[[list[bytes]], None]
+    on_lost: Callable[[], None]
+    """Called when a connection is lost, and again before each attempt to make a new one in the background."""
     on_reconnected: Callable[[], None]
     """Called before anything is sent on the new connection."""
 
@@ -205,6 +207,7 @@ class ValkeyConnection:
                 pause = _MIN_PAUSE_S
                 await self._await_loss(link)
                 continue
+            self._hooks.on_lost()
             try:
                 await self.link()
             except (StoreUnavailable, ConfigError):
@@ -217,15 +220,27 @@ class ValkeyConnection:
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._lost.wait()
-        try:
+        with suppress(TimeoutError, StoreUnavailable, ResponseError, ConfigError):  # any reply will do
             async with asyncio.timeout(self._hooks.timeout):
-                await check_server(link, clustered=self._clustered)
-                if await self._find() != self._target:
-                    raise NotPrimary("the sentinels report another primary")
+                await self._confirm(link)
+
+    async def confirm(self) -> None:
+        """Check that the server is the primary, without a time limit. Raises as `call` does."""
+        await self._confirm(await self.link())
+
+    async def _confirm(self, link: Link) -> None:
+        try:
+            await check_server(link, clustered=self._clustered)
+            found = self._target
+            # Sentinels that do not answer do not make the primary unusable.
+            with suppress(TimeoutError, StoreUnavailable, ResponseError, ConfigError):
+                async with asyncio.timeout(self._hooks.timeout / 2):
+                    found = await self._find()
+            if found != self._target:
+                raise NotPrimary("the sentinels report another primary")
         except NotPrimary as error:
             link.lose(error.reason)
-        except (TimeoutError, StoreUnavailable, ResponseError, ConfigError):
-            pass  # any reply will do; sentinels that do not answer do not make the primary unusable
+            raise
 
 
 async def check_server(link: Link, *, clustered: bool) -> None:
@@ -330,6 +345,10 @@ class Cluster:
     async def ping(self) -> None:
         """Wait for an answer from every server. Raises like `call`."""
         await asyncio.gather(*(each.call(b"", "PING") for each in list(self._connections.values())))
+
+    async def confirm(self) -> None:
+        """Check that the servers are primaries, as `ValkeyConnection.confirm` does."""
+        await asyncio.gather(*(connection.confirm() for connection in self._connections.values()))
 
     def lose(self, reason: str) -> None:
         """Drop all connections and make new ones."""
