@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.stores.contract import (
     DAY,
     EVICT_ONE,
+    EVICT_TWO,
     FIVE,
     KEEP_ENDED,
     LEASE,
@@ -143,23 +145,65 @@ async def test_damaged_session_is_removed_when_it_expires(
     assert server.command("KEYS", "zcp:s:*") == []
 
 
-async def test_damaged_index_of_a_user_fails_operations_of_this_user_only(
+async def test_damaged_index_of_a_user_is_rebuilt(
     store: ValkeyStore, server: ServerProcess, notices: Notices
 ) -> None:
     replace_by_list(server, user_key("alice"))
-    for operation in (
-        store.create(session(4), FIVE),
-        store.list("alice"),
-        store.end_user("alice", Code.TOKEN_REVOKED, WALL),
-    ):
-        with pytest.raises(DamagedRecord) as refused:
-            await operation
-        assert "WRONGTYPE" in refused.value.reason
-    assert [where for where, _ in notices] == ["create", "_list_user", "end_user"]
-    assert await store.find(ONE.token_digest) == ONE
-    assert await store.end([ONE.id], Code.TOKEN_REVOKED, WALL) == [ended(ONE)]
-    assert await store.create(session(5, "bob"), FIVE) == Created()
-    assert await store.end_all(Code.TOKEN_REVOKED, WALL) == 3
+    assert await store.list("alice") == [ONE, TWO]
+    assert [where for where, _ in notices] == ["_list_user"]
+    assert server.command("PTTL", user_key("alice")) > 0
+    replace_by_list(server, user_key("alice"))
+    assert await store.create(session(4), EVICT_TWO) == Created((ended(ONE, Code.SESSION_REPLACED),))
+    replace_by_list(server, user_key("alice"))
+    assert await store.end([TWO.id], Code.TOKEN_REVOKED, WALL) == [ended(TWO)]
+    assert await store.end_user("alice", Code.TOKEN_REVOKED, WALL) == [ended(session(4))]
+    assert await store.list() == [THREE]
+    assert await store.create(session(5), FIVE) == Created()
+
+
+async def test_index_is_rebuilt_from_many_sessions(
+    store: ValkeyStore, server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.stores.valkey.store._SCANNED", 3)
+    others = [session(number, f"user-{number}") for number in range(10, 200)]
+    for record in others:
+        await store.create(record, FIVE)
+    replace_by_list(server, user_key("alice"))
+    assert await store.list("alice") == [ONE, TWO]
+
+
+async def test_index_that_another_process_has_rebuilt_is_kept(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
+    assert not await store.rebuild_index(tag_of("alice"))
+    await store._write_index(tag_of("alice"), set())
+    assert await store.list("alice") == [ONE, TWO]
+
+
+async def test_damage_of_another_key_does_not_rebuild_the_index(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
+    server.command("DEL", "zcp:n")
+    server.command("RPUSH", "zcp:n", "x")
+    with pytest.raises(DamagedRecord):
+        await store.create(session(4), FIVE)
+    assert await store.list("alice") == [ONE, TWO]
+
+
+@pytest.mark.parametrize("content", [None, "", "nonsense"])
+async def test_damaged_mark_of_the_layout_names_itself(
+    store: ValkeyStore, server: ServerProcess, notices: Notices, content: str | None
+) -> None:
+    key = next(iter(server.command("KEYS", "zcp:v:*"))).decode()
+    server.command("DEL", key)
+    server.command(*(("RPUSH", key, "x") if content is None else ("SET", key, content)))
+    other = ValkeyStore(str(store._url), on_notice=notices)
+    with pytest.raises(StoreUnavailable, match=f"the key {re.escape(key)} is damaged: delete it"):
+        await other.open(lambda change: None)
+    assert {where for where, _ in notices} == {key}
+    server.command("DEL", key)
+    await other.open(lambda change: None)
+    await other.close()
 
 
 async def test_damaged_keys_of_requests_fail_requests_of_this_user_only(

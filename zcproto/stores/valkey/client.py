@@ -332,11 +332,22 @@ class ValkeyClient:
         """
         key, new = self._prefix + b"v:{%d}" % shard, b"%d %s" % (SCHEMA, self._entropy(16).hex().encode())
         try:
-            found = await link.call("GET", key) or await link.call("SET", key, new, "NX", "GET") or new
+            found = await link.call("GET", key)
+            if found is None:
+                found = await link.call("SET", key, new, "NX", "GET") or new
         except AskError:  # the slot is on another server of the cluster
             return
+        except ResponseError as error:
+            if _DAMAGE.search(str(error)) is None:
+                raise
+            found = b""
         version, _, mark = found.partition(b" ")
-        if not version.isdigit() or int(version) > SCHEMA:
+        if not version.isdigit():
+            self._report_damage(key.decode(), "it is not the mark of a layout")
+            raise StoreUnavailable(
+                f"the key {key.decode()} is damaged: delete it, and servers write it again"
+            )
+        if int(version) > SCHEMA:
             shown = escape_text(version.decode("latin-1"), 20)
             raise ConfigError(
                 [

@@ -5,7 +5,8 @@
 -- its own arguments. It returns a MessagePack array: its result, commands that the client has to send, and the damaged
 -- keys that it met.
 --
--- A damaged session counts as missing, so that scripts for many sessions do not fail because of one.
+-- A damaged session counts as missing, so that scripts for many sessions do not fail because of one. A damaged u:{TAG}
+-- is rebuilt from x:{N}.
 --
 -- Keys, after the prefix. TAG stands for a user: all keys of one user are in one slot of a cluster.
 --   s:{TAG}ID      a session, or its tombstone (an array, see KEPT below)
@@ -280,6 +281,23 @@ for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
   end
 end
 return answer(found)
+
+--@ index
+-- Write the index of a user again, of the sessions with these IDs, if its key has another type.
+local key = user_key(tag)
+local kind = redis.call('TYPE', key).ok
+if kind == 'zset' or kind == 'none' then
+  return answer(0)
+end
+redis.call('DEL', key)
+for _, id in ipairs(args[6]) do
+  local session = read(tag, id)
+  if session and session[STATE] == KEPT then
+    redis.call('ZADD', key, session[ORDER], id)
+    linger(redis.call, key, redis.call('PTTL', session_key(tag, id)))
+  end
+end
+return answer(1)
 
 --@ members no-writes
 -- Return a range of a sorted set as one string, which clients parse faster.

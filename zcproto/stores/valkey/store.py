@@ -16,8 +16,9 @@ scripts do, and under which keys, is in sessions.lua and answers.lua.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
@@ -29,6 +30,7 @@ from zcproto.stores.base import (
     Claim,
     ClaimState,
     Created,
+    DamagedRecord,
     LimitReached,
     NotRotated,
     Repeated,
@@ -60,8 +62,31 @@ _READ_BATCH: Final = 100
 _EXPIRED: Final = 200
 """Entries removed by one script, which blocks the server for about 2 ms."""
 
+_SCANNED: Final = 1_000
 _TRIMMED: Final = 16
 _TRIMS: Final = 64
+
+P = ParamSpec("P")
+T = TypeVar("T")
+U = TypeVar("U", SessionRecord, str)
+
+
+def mends_index(
+    method: Callable[Concatenate[ValkeyStore, U, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ValkeyStore, U, P], Coroutine[Any, Any, T]]:
+    """Rebuild the damaged index of a user whose name, or session, is the first argument, and try once more."""
+
+    @wraps(method)
+    async def mended(self: ValkeyStore, subject: U, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(self, subject, *args, **kwargs)
+        except DamagedRecord:
+            user = subject.user if isinstance(subject, SessionRecord) else subject
+            if not await self.rebuild_index(tag_of(user)):
+                raise
+            return await method(self, subject, *args, **kwargs)
+
+    return mended
 
 
 class ValkeyStore(ValkeyClient):
@@ -78,6 +103,7 @@ class ValkeyStore(ValkeyClient):
 
     # --- sessions ----------------------------------------------------------------------------------
 
+    @mends_index
     @operation
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         tag, id, wall = tag_of(record.user), id_text(record.id).encode(), record.created_at
@@ -210,6 +236,7 @@ class ValkeyStore(ValkeyClient):
         )
         return [ended_record(pair, code, wall) for group in groups for pair in group]
 
+    @mends_index
     @operation
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
         pairs = await self._run("finish_user", tag_of(user), int(code), time_text(wall))
@@ -235,10 +262,37 @@ class ValkeyStore(ValkeyClient):
         await self._call("ZREM", index, *members)  # members without a session would be found forever
         return len(ended), True
 
+    @mends_index
     @operation
     async def _list_user(self, user: str) -> list[SessionRecord]:
         found = [unpack_session(id, raw) for id, raw in await self._run("user", tag_of(user))]
         return [record for record in found if isinstance(record, SessionRecord)]
+
+    async def rebuild_index(self, tag: bytes) -> bool:
+        """Rebuild the index of a user from that of all users, in steps. Return False if it has the right type."""
+        if not await self._is_index_damaged(tag):
+            return False
+        ids, cursor = await self._scan_index(tag, 0)
+        while cursor:
+            more, cursor = await self._scan_index(tag, cursor)
+            ids |= more
+        await self._write_index(tag, ids)
+        return True
+
+    @operation
+    async def _is_index_damaged(self, tag: bytes) -> bool:
+        return await self._call("TYPE", self._prefix + b"u:{" + tag + b"}") not in (b"zset", b"none")
+
+    @operation
+    async def _scan_index(self, tag: bytes, cursor: int) -> tuple[set[bytes], int]:
+        """Return IDs of a user's sessions, and where to continue; 0 at the end."""
+        key = self._shard_key(b"x", self._shard(tag))
+        after, found = await self._call("ZSCAN", key, cursor, "MATCH", tag + b"*", "COUNT", _SCANNED)
+        return {member[TAG_SIZE:] for member in found[::2]}, int(after)
+
+    @operation
+    async def _write_index(self, tag: bytes, ids: set[bytes]) -> None:
+        await self._run("index", tag, list(ids))
 
     @operation
     async def _read_batch(self, members: list[bytes]) -> list[tuple[int, SessionRecord]]:
