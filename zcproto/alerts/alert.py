@@ -166,8 +166,8 @@ store.record_damaged: error, ends quiet; key or operation
     A key in a shared store has another type or content than a server wrote. A damaged session counts as missing:
     its user has to log in again. The index of a user (`u:`) is rebuilt. Operations that need another damaged key
     fail; all others continue.
-    Cure: Find what else writes to the store. Delete a damaged key. If it is an index (`x:`, `m:`), then run `zcproto
-    session revoke --all`: sessions that only the index led to could not be ended otherwise.
+    Cure: Find what else writes to the store. Delete a damaged key. If it is an index (`x:`, `m:`), then run
+    `zcproto session revoke --all`: sessions that only the index led to could not be ended otherwise.
 store.emptied: error, ends quiet
     A shared store lost its data. The servers write back the sessions that they know; after `FLUSHALL` or
     `FLUSHDB` they do not, and all sessions end.

@@ -26,7 +26,7 @@ from tests.stores.contract import (
 )
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, running, wait_for
 from zcproto.errors import Code, ResourceExhausted
-from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.record import EndedRecord, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import AnswerLimits
 from zcproto.stores.base import ClaimState, Created, LimitReached
@@ -74,6 +74,23 @@ def only(server: ServerProcess, kind: str) -> bytes:
     found: list[bytes] = server.command("KEYS", f"zcp:{kind}:*")
     assert len(found) == 1
     return found[0]
+
+
+async def test_very_many_sessions_end_in_several_scripts(store: ValkeyStore, server: ServerProcess) -> None:
+    many = [session(number) for number in range(600)]
+    for record in many:
+        await store.create(record, UserLimit(1_000, "refuse", None))
+    server.command("CONFIG", "RESETSTAT")
+    created = await store.create(session(600), UserLimit(301, "evict_oldest", None))
+    assert created == Created(tuple(ended(record, Code.SESSION_REPLACED) for record in many[:300]))
+    assert await store.list("alice") == [*many[300:], session(600)]
+    assert b"cmdstat_evalsha:calls=5," in server.command("INFO", "commandstats")  # two to end them
+    assert await store.create(session(601), UserLimit(1, "refuse", None)) == LimitReached()
+    server.command("CONFIG", "RESETSTAT")
+    last = [*many[300:], session(600)]
+    assert await store.end_user("alice", Code.TOKEN_REVOKED, WALL) == [ended(record) for record in last]
+    assert b"cmdstat_evalsha:calls=2," in server.command("INFO", "commandstats")
+    assert await store.list() == []
 
 
 async def do_everything(store: ValkeyStore) -> None:

@@ -63,7 +63,7 @@ MAX_OPERATIONS: Final = 4_096
 ANSWERS_AT_ONCE: Final = 256
 """Operations on answers that are sent; the others wait, so that session operations go ahead of them."""
 
-LASTING: Final = frozenset({"ping", "end", "end_user", "_end_some", "keep_answer", "release_claim"})
+LASTING: Final = frozenset({"ping", "end", "_end_user_some", "_end_some", "keep_answer", "release_claim"})
 """Operations that are never refused. Each follows one that was admitted, or ends sessions."""
 
 P = ParamSpec("P")

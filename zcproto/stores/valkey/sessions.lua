@@ -35,6 +35,7 @@ local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '
 local tag = args[5]
 
 local DAY, TAG_SIZE = 86400000, 20
+local AT_ONCE = 250  -- sessions ended in one script, which blocks the server for about 5 ms
 local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED, UNAVAILABLE = 0, 68, 69, 70, 16, 14
 
 -- A session: state, token, refresh, user, client, address, key, flags, created, last used, expires, refresh
@@ -174,7 +175,14 @@ if #ids >= per_user then
   for _, mate in ipairs(live) do
     lapsed[#lapsed + 1] = mate
   end
-  for n = 1, #lapsed + 1 - per_user do  -- more than one after the limit was lowered
+  local surplus = #lapsed + 1 - per_user  -- more than one after the limit was lowered
+  if surplus > AT_ONCE then  -- the client ends them first, in steps
+    for n = 1, surplus do
+      ended[n] = {lapsed[n][3], tag .. lapsed[n][1]}
+    end
+    return answer({'many', ended})
+  end
+  for n = 1, surplus do
     local id, other, code = unpack(lapsed[n])
     ended[n] = {code, finish(tag, id, other, code, wall)}
   end
@@ -343,16 +351,20 @@ end
 return answer(ended)
 
 --@ finish_user allow-oom
+-- End the oldest sessions of a user. Return them, and whether there may be more.
 local code, wall, ended = args[6], args[7], {}
-for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
+local ids = redis.call('ZRANGE', user_key(tag), 0, AT_ONCE - 1)
+for _, id in ipairs(ids) do
   local session, problem = read(tag, id)
   if problem == DAMAGED then
     bury(tag, id, wall)
   elseif session and session[STATE] == KEPT then
     ended[#ended + 1] = finish(tag, id, session, code, wall)
+  else
+    redis.call('ZREM', user_key(tag), id)
   end
 end
-return answer(ended)
+return answer({ended, #ids == AT_ONCE})
 
 --@ expire allow-oom
 -- Remove expired sessions of x and tombstones of m; in a cluster those in the arguments.

@@ -56,7 +56,10 @@ from zcproto.stores.valkey.scripts import (
 )
 
 BATCH: Final = 500
-"""Sessions in one script where a larger operation may be done in steps: some milliseconds of the server."""
+"""Sessions in one script where a larger operation may be done in steps: up to ten milliseconds of the server."""
+
+_ENDED: Final = 250
+"""Sessions ended in one script, which blocks the server for about 5 ms."""
 
 _READ_BATCH: Final = 100
 _EXPIRED: Final = 200
@@ -92,8 +95,8 @@ def mends_index(
 class ValkeyStore(ValkeyClient):
     """A store on Valkey or Redis servers.
 
-    `end_all`, `list` of all users and `touch` of many sessions are done in steps, each within the timeout. A step
-    that fails leaves the rest as it was.
+    `end_all`, `list` of all users, and whatever ends or touches very many sessions are done in steps, each within
+    the timeout. A step that fails leaves the rest as it was.
     """
 
     async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
@@ -104,8 +107,22 @@ class ValkeyStore(ValkeyClient):
     # --- sessions ----------------------------------------------------------------------------------
 
     @mends_index
-    @operation
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        evicted: list[EndedRecord] = []
+        while True:
+            state, ended = await self._create(record, limit)
+            if state != b"many":
+                break
+            for start in range(0, len(ended), _ENDED):  # the limit was lowered
+                evicted += await self._evict(ended[start : start + _ENDED], record.created_at)
+        if state == b"full":
+            return LimitReached()
+        evicted += [ended_record(pair, Code(code), record.created_at) for code, pair in ended]
+        return Created(tuple(evicted))
+
+    @operation
+    async def _create(self, record: SessionRecord, limit: UserLimit) -> tuple[bytes, list[tuple[int, Any]]]:
+        """Return what became of it, and the sessions that were ended, or have to be first, with their codes."""
         tag, id, wall = tag_of(record.user), id_text(record.id).encode(), record.created_at
         due = max(record.expires_at, record.refresh_expires_at)
         ms = ttl_for(due - wall)
@@ -118,9 +135,15 @@ class ValkeyStore(ValkeyClient):
         state, ended = await self._run("create", tag, id, packed, ms, time_text(wall), *limits, order)
         if self._is_clustered and state in (b"full", b"ended"):
             await self._retract_session(record, tag, id, with_pointers=state == b"full")
-        if state == b"full":
-            return LimitReached()
-        return Created(tuple(ended_record(pair, Code(code), wall) for code, pair in ended))
+        return state, ended
+
+    @operation
+    async def _evict(self, members: Sequence[tuple[int, bytes]], wall: int) -> list[EndedRecord]:
+        evicted = []
+        for code in dict(members):
+            same = [member for other, member in members if other == code]
+            evicted += await self._finish(same, Code(code), wall, None)
+        return evicted
 
     async def _announce_session(self, record: SessionRecord, tag: bytes, id: bytes, due: int, ms: int) -> int:
         """In a cluster: write the keys that lead to a new session. Return its place in the order of opening."""
@@ -237,10 +260,18 @@ class ValkeyStore(ValkeyClient):
         return [ended_record(pair, code, wall) for group in groups for pair in group]
 
     @mends_index
-    @operation
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
-        pairs = await self._run("finish_user", tag_of(user), int(code), time_text(wall))
-        return [ended_record(pair, code, wall) for pair in pairs]
+        ended: list[EndedRecord] = []
+        more = True
+        while more:
+            pairs, more = await self._end_user_some(user, code, wall)
+            ended += [ended_record(pair, code, wall) for pair in pairs]
+        return ended
+
+    @operation
+    async def _end_user_some(self, user: str, code: Code, wall: int) -> tuple[list[list[bytes]], bool]:
+        pairs, more = await self._run("finish_user", tag_of(user), int(code), time_text(wall))
+        return pairs, bool(more)
 
     async def end_all(self, code: Code, wall: int) -> int:
         count = 0
