@@ -23,7 +23,7 @@ import uvloop
 
 from zcproto.app.app import App, default_app
 from zcproto.auth import Authenticator, CallableAuthenticator, Identity
-from zcproto.common.clock import SystemClock
+from zcproto.common.clock import Clock, SystemClock
 from zcproto.config import Config, load_config
 from zcproto.runtime.reload import Reloaded
 from zcproto.runtime.server import Server
@@ -260,6 +260,17 @@ def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.002)
+
+
+class StoppedClock:
+    """The wall time of a clock, and a monotonic time that a test sets."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.wall = clock.wall
+        self.seconds = clock.now()
+
+    def now(self) -> float:
+        return self.seconds
 
 
 class Frame(NamedTuple):

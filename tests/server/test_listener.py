@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import ServerThread, bystander, eventually, read_to_end, reset
+from tests.server.helpers import ServerThread, StoppedClock, bystander, eventually, read_to_end, reset
 from tests.tls.support import captured_hello
-from zcproto.common.clock import Clock
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.server import listener
@@ -220,17 +219,6 @@ def test_silent_connections_are_displaced_at_the_total_limit(serve: Serve) -> No
         silent.close()
         client.echo()
     server.until_left()
-
-
-class StoppedClock:
-    """The wall time of a clock, and a monotonic time that a test sets."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.wall = clock.wall
-        self.seconds = clock.now()
-
-    def now(self) -> float:
-        return self.seconds
 
 
 def reset_at_accept(server: ServerThread) -> None:

@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import free_port
-from tests.server.helpers import KEY, TIMEOUT, Client, ServerThread, client_context, eventually, read_to_end
+from tests.server.helpers import (
+    KEY,
+    TIMEOUT,
+    Client,
+    ServerThread,
+    StoppedClock,
+    client_context,
+    eventually,
+    read_to_end,
+)
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
 
@@ -98,6 +107,24 @@ def test_missing_proxy_header_times_out(serve: Serve) -> None:
         assert read_to_end(raw)[0] == b""
     server.until_left()
     assert server.stats["tls_failures"] == {"handshake_timeout": 1}
+
+
+def test_flood_of_failed_handshakes_refuses_the_client_and_not_its_balancer(serve: Serve) -> None:
+    server = serve(server__proxy_protocol_from=["127.0.0.1"], limits__failed_handshakes_per_network=1)
+    parts = server.server.parts
+    parts.state.clock = StoppedClock(parts.state.clock)
+    for failed in range(2):
+        with server.tcp() as flooding:
+            flooding.sendall(header("198.51.100.9") + b"no TLS")
+            read_to_end(flooding)
+        server.until(lambda failed=failed: sum(parts.acceptor.failures.values()) == failed + 1)
+    with server.tcp() as refused:
+        refused.sendall(header("198.51.100.9"))
+        assert read_to_end(refused)[0] == b""
+    assert server.stats["refused_flooding"] == 1
+    with BehindBalancer(server, header("203.0.113.5")) as client:
+        client.open_session("ada")
+    server.until_left()
 
 
 def test_address_limit_counts_the_forwarded_client(server: ServerThread) -> None:
