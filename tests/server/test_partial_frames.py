@@ -127,6 +127,25 @@ def test_connection_that_ends_meanwhile_is_not_cut(harness: Harness) -> None:
     assert peer.answers() == []
 
 
+def test_frame_that_never_completes_closes_its_connection_and_is_counted(harness: Harness) -> None:
+    peer = harness.connect()
+    peer.login()
+    peer.send(peer.request(2, "wait"))
+    harness.advance(100.0)
+    peer.send(unfinished(peer, 10_000))
+    harness.advance(299.0)
+    assert not peer.transport.closed
+    assert harness.state.partial_frames.bytes > 10_000
+    harness.advance(2.0)
+    *_, cancelled, goaway = peer.answers()
+    assert (cancelled.stream, cancelled.code) == (2, Code.CANCELLED)
+    assert (goaway.kind, goaway.value["reason"]) == (Kind.GOAWAY, "slow_frame")
+    assert ended(harness) == {"slow_frame": 1}
+    assert harness.state.partial_frames.bytes == 0
+    peer.lose()
+    nothing_left(harness)
+
+
 # --- a server --------------------------------------------------------------------------------------------
 
 
