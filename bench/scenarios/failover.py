@@ -25,7 +25,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -321,14 +321,19 @@ class UserChurn:
         spent = session.refresh_token
         await refresh(self._caller(), session)
         self._graveyard.add(session.replaced, session.name, "refreshed")
+        self._doubt(session)
         params = {"refresh_token": spent, "client": OTHER_CLIENT}
         try:
-            await self._end([session], "reused", "session.refresh", params, NO_TOKEN)
+            opened = await self._caller().call("session.refresh", params, NO_TOKEN)
         except CallError as error:
             if error.code is not Code.TOKEN_REVOKED:
                 raise
             self._bury(session, "ended by a spent refresh token")
             self._count("ended")
+        else:  # that server has not left the old primary; only one of both pairs stays good
+            other = replace(session)
+            other.update(opened)
+            self._unsure.append(other)
 
     async def _end(
         self, sessions: Sequence[ClientSession], why: str, method: str, params: dict[str, Any], token: bytes
@@ -354,6 +359,8 @@ class UserChurn:
             good[where] = [each for each in tried if await is_accepted(caller, each.token)]
             if len(good[where]) > SESSIONS_PER_USER:
                 outcome.above_limit.append(f"{self._credential.user} on {where}")
+            if len({each.id for each in good[where]}) < len(good[where]):
+                outcome.disagreed.append(f"two tokens of a session of {self._credential.user} on {where}")
         for session in tried:
             refused = [where for where, sessions in good.items() if session not in sessions]
             if not refused:
