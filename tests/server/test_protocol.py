@@ -103,6 +103,15 @@ def test_active_connection_is_kept(harness: Harness, peer: Peer) -> None:
     assert {answer.kind for answer in peer.answers()} == {Kind.PONG}
 
 
+def test_answered_request_is_not_in_flight(harness: Harness, peer: Peer) -> None:
+    peer.send(peer.request(1, "wait"))
+    assert peer.protocol.in_flight == 1
+    harness.futures[0].set_result("done")
+    harness.turn()
+    assert [answer.stream for answer in peer.answers()] == [1]
+    assert peer.protocol.in_flight == 0
+
+
 def test_idle_time_counts_after_a_long_request(harness: Harness, peer: Peer) -> None:
     peer.send(peer.request(1, "wait"))
     harness.advance(5 * IDLE)
