@@ -45,6 +45,25 @@ def test_port_0_is_the_same_free_port_on_every_address(bound: list[socket.socket
     assert addresses[0][1] > 0
 
 
+def test_port_0_keeps_the_interface_of_a_link_local_address(
+    bound: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses = {
+        "127.0.0.1": (socket.AF_INET, ("127.0.0.1", 0)),
+        "fe80::1": (socket.AF_INET6, ("fe80::1", 0, 0, 7)),
+    }
+    monkeypatch.setattr(listener, "_addresses", lambda host, port: [addresses[host]])
+    create, asked = socket.create_server, []
+
+    def create_on_loopback(address: Any, **options: Any) -> socket.socket:
+        asked.append(address)
+        return create(("127.0.0.1", 0))
+
+    monkeypatch.setattr(socket, "create_server", create_on_loopback)
+    bound += bind(list(addresses), 0)
+    assert asked[1] == ("fe80::1", bound[0].getsockname()[1], 0, 7)
+
+
 def test_ipv6_socket_is_ipv6_only(bound: list[socket.socket]) -> None:
     bound += bind(["::"], 0)
     port = bound[0].getsockname()[1]

@@ -39,8 +39,10 @@ def test_session_is_valid_until_the_earlier_of_both_limits(
     opened = harness.open()
     assert opened.session.valid_until == WALL + valid_for
     assert harness.good(opened.token).valid_until == WALL + valid_for
+    assert opened.session.expiring_at == harness.good(opened.token).expiring_at == WALL + lifetime * 9 // 10
     refreshed = harness.refresh(opened.refresh_token, WALL + 1)
     assert refreshed.session.valid_until == WALL + 1 + valid_for
+    assert refreshed.session.expiring_at == WALL + 1 + lifetime * 9 // 10
     repeated = harness.refresh(opened.refresh_token, WALL + 2)
     assert (repeated.token, repeated.session.valid_until) == (refreshed.token, WALL + 1 + valid_for)
 
