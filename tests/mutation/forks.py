@@ -38,7 +38,7 @@ OPTIONS = (
     *("--hypothesis-profile=mutation", "--hypothesis-seed=0"),
 )
 SOCKET = "ZCPROTO_MUTATION_SOCKET"
-LEAST_TIMEOUT_S = 20.0
+LEAST_TIMEOUT_S = 10.0
 TIMEOUT_FACTOR = 5.0
 _MEMORY = 12 << 30  # address space; tables of sessions reserve much of it
 _IS_FUNCTION = 0x2  # inspect.CO_NEWLOCALS

@@ -120,6 +120,10 @@ class Harness:
             self.ran.append(n)
             return bytes(size)
 
+        @app.method("big.unchecked")
+        def big_unchecked(**unchecked: Any) -> bytes:
+            return big(len(self.ran) + 1)
+
         @app.method("wait")
         async def wait(context: Context) -> Any:
             self.contexts.append(context)

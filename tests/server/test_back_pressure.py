@@ -18,7 +18,6 @@ from tests.server.protocol_harness import (
 from zcproto.errors import Code
 from zcproto.server.protocol import (
     REQUESTS_PER_TURN,
-    TAKEN_AT_LEAST,
     WRITE_BUFFER_HARD_FACTOR,
     ServerProtocol,
 )
@@ -37,6 +36,14 @@ def test_back_pressure_stops_running_requests(harness: Harness, peer: Peer) -> N
     assert harness.ran == list(range(1, 11))
     assert peer.transport.reading
     assert [answer.stream for answer in peer.answers()] == list(range(1, 11))
+
+
+def test_back_pressure_stops_requests_with_unchecked_parameters(harness: Harness, peer: Peer) -> None:
+    peer.transport.stuck = True
+    peer.send(*(peer.request(n, "big.unchecked") for n in range(1, 11)))
+    assert harness.ran == [1, 2, 3]
+    peer.transport.drain()
+    assert harness.ran == list(range(1, 11))
 
 
 def test_back_pressure_resumes_as_the_peer_reads(harness: Harness, peer: Peer) -> None:
@@ -135,11 +142,11 @@ def test_peer_that_does_not_read_is_reset(harness: Harness, peer: Peer) -> None:
 def test_slow_steady_reader_is_kept(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
-    peer.transport.unread += 4 * TAKEN_AT_LEAST  # as if much had been written before
+    peer.transport.unread += 4 * 16_384  # as if much had been written before
     peer.protocol.pause_writing()
     for _ in range(4):
         harness.advance(WRITE_TIMEOUT - 1)
-        peer.transport.unread -= TAKEN_AT_LEAST
+        peer.transport.unread -= 16_384
         harness.advance(1)
         assert not peer.transport.aborted
     harness.advance(WRITE_TIMEOUT + 1)
@@ -149,7 +156,7 @@ def test_slow_steady_reader_is_kept(harness: Harness, peer: Peer) -> None:
 def test_dripping_reader_is_reset(harness: Harness, peer: Peer) -> None:
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
-    peer.transport.unread -= TAKEN_AT_LEAST - 1
+    peer.transport.unread -= 16_383
     harness.advance(WRITE_TIMEOUT + 1)
     assert peer.transport.aborted
 
@@ -158,8 +165,8 @@ def test_added_output_does_not_hide_reading(harness: Harness, peer: Peer) -> Non
     peer.send(peer.request(50, "wait"))
     peer.transport.stuck = True
     peer.send(*(peer.request(n, "big", {"n": n}) for n in range(1, 11)))
-    peer.transport.unread -= TAKEN_AT_LEAST
-    harness.futures[0].set_result(bytes(TAKEN_AT_LEAST))
+    peer.transport.unread -= 16_384
+    harness.futures[0].set_result(bytes(16_384))
     harness.turn()
     harness.advance(WRITE_TIMEOUT + 1)
     assert not peer.transport.aborted

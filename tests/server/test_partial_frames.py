@@ -11,6 +11,7 @@ from tests.server.helpers import eventually
 from tests.server.process import ServerProcess
 from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
 from zcproto.auth import UserFile
+from zcproto.config import Config
 from zcproto.errors import Code
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.wire.frame import Kind
@@ -31,6 +32,20 @@ def test_owner_over_its_bound_loses_its_slowest_frame() -> None:
     assert frames.hold("other", "ben", 10, 0.0, 10.0) == []
     assert frames.hold("new", "ada", 51, 10.0, 10.0) == ["slow"]
     assert (frames.bytes, frames.most) == (161, 151)
+
+
+def test_slowest_of_young_frames_is_found() -> None:
+    frames = frames_of()
+    assert frames.hold("quick", "ada", 100, 9.9, 10.0) == []
+    assert frames.hold("slow", "ada", 150, 9.0, 10.0) == []
+    assert frames.hold("new", "ada", 51, 10.0, 10.0) == ["slow"]
+
+
+def test_default_bounds_are_those_of_the_configuration() -> None:
+    limits = Config().limits
+    assert PartialFrameLimits() == PartialFrameLimits(
+        limits.partial_frame_bytes, limits.partial_frame_bytes_per_user
+    )
 
 
 def test_total_over_its_bound_costs_the_largest_owner_a_frame() -> None:

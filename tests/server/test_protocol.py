@@ -296,6 +296,7 @@ def test_drain_sends_goaway_and_waits_for_answers(harness: Harness, peer: Peer) 
     assert idle.transport.closed
     assert not peer.transport.closed
     late = harness.connect()
+    assert [answer.value["retry_after_ms"] for answer in late.greeted] == [1_000]
     assert late.transport.closed
     harness.in_loop(lambda: harness.futures[0].set_result(1))
     harness.turn()
