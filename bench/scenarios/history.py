@@ -6,7 +6,7 @@ Rules:
 - What was acknowledged is not lost: a session that nothing has ended is never refused, an answer stays the same, a
   last use is not forgotten.
 - What was ended is refused: by the server that acknowledged it within HERE_S, by others within ELSEWHERE_S of the
-  acknowledgement, or of the moment from which they reach the store again.
+  acknowledgement, or of the moment from which both reach the store again.
 - At most `per_user` sessions are live at any time, and at the end at most one token of each.
 - A request with a key runs at most once.
 - Until an operation that may end a session is acknowledged, both answers are right.
@@ -182,6 +182,9 @@ class History:
         if node == end.node:
             return end.acked + HERE_S
         since = end.acked
+        for cut_off in sorted(self.cut_offs):
+            if cut_off.node == end.node and cut_off.since <= end.acked:
+                since = max(since, cut_off.until)  # only then the store has it
         for cut_off in sorted(self.cut_offs):
             if cut_off.node == node and cut_off.since <= since + ELSEWHERE_S:
                 since = max(since, cut_off.until)

@@ -665,16 +665,14 @@ class Running:
 async def run_site(
     kind: str,
     made: Sequence[Round],
-    folder: Path,
-    pattern: Stage,
+    site: Site,
+    people: People,
     chance: random.Random,
     found: list[CellResult],
 ) -> None:
     """Carry out the rounds of one store, in a random order."""
     order = list(made)
     chance.shuffle(order)
-    people = People(kind, [operation for round in made for operation in round.operations], pattern)
-    site = Site(kind, folder, pattern)
     with ExitStack() as stack:
         await asyncio.to_thread(site.prepare, stack)
         try:
@@ -704,16 +702,21 @@ async def run_matrix(
     found: list[CellResult] = []
     slots = asyncio.Semaphore(jobs)
 
-    async def run_one(number: int, kind: str) -> None:
-        made = [round for round in rounds(only) if round.kind == kind]
-        if made:
-            async with slots:
-                chance = random.Random(f"{seed} {kind}")  # noqa: S311 - an order and moments, no secret
-                await run_site(kind, made, folder / str(number), pattern, chance, found)
+    wanted = {kind: [round for round in rounds(only) if round.kind == kind] for kind in reversed(stores)}
+    cells = {
+        kind: [each for round in made for each in round.operations] for kind, made in wanted.items() if made
+    }
+    people = {kind: People(kind, cells[kind], pattern) for kind in cells}  # before the folder is copied
+
+    async def run_one(kind: str) -> None:
+        async with slots:
+            site = Site(kind, folder / kind.replace(" ", "-"), pattern)
+            chance = random.Random(f"{seed} {kind}")  # noqa: S311 - an order and moments, no secret
+            await run_site(kind, wanted[kind], site, people[kind], chance, found)
 
     async with asyncio.TaskGroup() as group:
-        for number, kind in reversed([*enumerate(stores)]):
-            group.create_task(run_one(number, kind))
+        for kind in cells:
+            group.create_task(run_one(kind))
     return found
 
 

@@ -94,8 +94,18 @@ def test_server_that_was_cut_off_has_its_time_from_the_recovery_on() -> None:
     assert story(20.0 + ELSEWHERE_S + 0.1).broken
 
 
+def test_revocation_of_a_server_that_is_cut_off_reaches_others_after_its_recovery() -> None:
+    def story(at: float) -> Story:
+        made = Story().revoked(10.0, 10.1).tried(ACCEPTED, at, THERE)
+        made.history.cut_offs.append(CutOff(HERE, 9.0, 20.0))
+        return made
+
+    assert story(20.0 + ELSEWHERE_S - 0.1).broken == []
+    assert story(20.0 + ELSEWHERE_S + 0.1).broken
+
+
 @pytest.mark.parametrize(
-    "cut_off", [CutOff(HERE, 9.0, 20.0), CutOff(THERE, 16.0, 20.0), CutOff(THERE, 5.0, 9.0)]
+    "cut_off", [CutOff(HERE, 11.0, 20.0), CutOff(THERE, 16.0, 20.0), CutOff(THERE, 5.0, 9.0)]
 )
 def test_other_outages_do_not_extend_the_time(cut_off: CutOff) -> None:
     for node in (HERE, THERE):

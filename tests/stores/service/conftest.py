@@ -48,11 +48,16 @@ async def start_process(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Start
     entropy = CountedEntropy()
 
     async def start(
-        store: FaultyStore | None = None, *, shared: bool = False, starts: bool = True, **options: Any
+        store: FaultyStore | None = None,
+        *,
+        shared: bool = False,
+        starts: bool = True,
+        folder: Path = tmp_path,
+        **options: Any,
     ) -> SessionProcess:
         if store is None:
             store = FaultyStore(SessionSettings(per_user=1_000), entropy, shared=shared)
-        process = SessionProcess(tmp_path, store, clock, entropy, **options)
+        process = SessionProcess(folder, store, clock, entropy, **options)
         processes.append(process)
         if starts:
             await process.sync.start()
