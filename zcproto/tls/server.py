@@ -185,7 +185,10 @@ class TlsAcceptor:
 
 
 class TlsServerTransport(TlsTransport):
-    """One connection of a TlsAcceptor; failures are reported with the address `peer`."""
+    """One connection of a TlsAcceptor; failures are reported with the address `peer`.
+
+    `network` is that of the peer, if the caller has it.
+    """
 
     __slots__ = ("_acceptor", "_hello", "_queued", "network", "stage")
 
@@ -316,7 +319,7 @@ class TlsServerTransport(TlsTransport):
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
             self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
-        certificate = self._tls.getpeercert(binary_form=True)
+        certificate = self.peer_certificate()
         if certificate is not None:
             if not _is_for_clients(certificate):
                 self._end_for(TlsFailure.CERTIFICATE_UNTRUSTED)
