@@ -87,6 +87,20 @@ def test_connection_with_many_requests_lets_others_run_in_between(harness: Harne
     assert [answer.stream for answer in peer.answers()] == list(range(1, total + 1))
 
 
+def test_connection_with_slow_methods_waits_for_its_next_turn_sooner(harness: Harness, peer: Peer) -> None:
+    @harness.app.method("slow")
+    def slow(n: int) -> None:
+        harness.ran.append(n)
+        harness.clock.advance(0.001)
+
+    harness.state.add_methods(harness.app)
+    peer.send(*(peer.request(n, "slow", {"n": n}) for n in range(1, 41)))
+    assert len(harness.ran) == 16
+    harness.turn()
+    assert len(harness.ran) == 40
+    assert peer.transport.reading
+
+
 def test_connection_that_ends_in_its_slice_keeps_no_request(harness: Harness, peer: Peer) -> None:
     requests = [peer.request(n, "big", {"n": n, "size": 0}) for n in range(1, REQUESTS_PER_TURN)]
     peer.send(*requests, peer.request(500, "close.and.answer"), peer.request(501, "big", {"n": 501}))

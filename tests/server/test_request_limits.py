@@ -232,6 +232,19 @@ def test_user_with_too_many_keyed_requests_is_slowed_down(harness: Harness) -> N
     assert len(harness.state.wheel) == 0
 
 
+def test_peer_that_a_method_refuses_again_and_again_is_slowed_down(harness: Harness) -> None:
+    @harness.app.method("refuse")
+    def refuse() -> None:
+        raise ResourceExhausted("no more of these today")
+
+    harness.state.add_methods(harness.app)
+    peer = visitor(harness, "ada")
+    assert codes(peer, "refuse", MAX_WASTED - 1) == (MAX_WASTED - 1) * [Code.RESOURCE_EXHAUSTED]
+    assert peer.transport.reading
+    assert codes(peer, "refuse", 1) == [Code.RESOURCE_EXHAUSTED]
+    assert not peer.transport.reading
+
+
 def test_method_that_ends_its_connection_and_refuses_is_not_slowed_down(harness: Harness) -> None:
     @harness.app.method("refuse")
     def refuse(context: Context) -> None:

@@ -78,12 +78,6 @@ class Dispatcher(asyncio.Protocol):
         """Send what is queued at the end of this turn of the loop."""
         raise NotImplementedError
 
-    def _count_refusal(self) -> None:
-        """Count a request that was refused because of a limit, like a frame that the connection refused."""
-        if self._connection is not None:
-            self._connection.wasted += 1
-            self._connection.deadline_moved = True
-
     # --- methods -------------------------------------------------------------------------------------
 
     def _run(self, request: Request, method: Method | None) -> None:
@@ -96,7 +90,6 @@ class Dispatcher(asyncio.Protocol):
             if excess is not None:
                 log.info("request.limited", peer=self.peer, user=user, what=request.method)
                 self._answer_exception(request, excess)
-                self._count_refusal()
                 return
         refusal = _refusal(request, method)
         if refusal is not None:
@@ -170,8 +163,6 @@ class Dispatcher(asyncio.Protocol):
         outcome = state.idempotency.submit(session.user, key, digest, execute, error_answer, later)
         if isinstance(outcome, Answer):
             self._answer(request, outcome)
-            if outcome.code == Code.RESOURCE_EXHAUSTED:
-                self._count_refusal()
         else:
             self._hold(request, outcome)
 
@@ -290,6 +281,9 @@ class Dispatcher(asyncio.Protocol):
     def _fail(self, request: Request, code: int, body: bytes) -> None:
         if self._connection is not None and self._connection.fail(request, body, self.wall()):
             self._state.counters.errors[code] += 1
+            if code == Code.RESOURCE_EXHAUSTED:
+                self._connection.wasted += 1
+                self._connection.deadline_moved = True
 
 
 def _refusal(request: Request, method: Method | None) -> tuple[Code, bytes] | None:

@@ -57,7 +57,8 @@ TAKEN_AT_LEAST: Final = 16_384
 """Bytes that a slow peer must read in each `write_timeout`; less counts as not reading."""
 
 REQUESTS_PER_TURN: Final = 128
-"""Requests of one connection that are run in one turn of the loop: as many as it may have in flight by default."""
+TURN_MS: Final = 1
+"""A connection that has run so many requests, or for longer, waits for its next turn of the loop."""
 
 MAX_WASTED: Final = 16
 SLOW_DOWN_S: Final = 0.002
@@ -235,7 +236,9 @@ class ServerProtocol(Dispatcher):
                 if self._paused_since is not None:
                     self._suspended = events
                     break
-                if requests == REQUESTS_PER_TURN:
+                if not requests % 16 and (
+                    requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS
+                ):
                     self._wait_turn(events)
                     break
             elif event.__class__ is SessionJoined:
@@ -266,8 +269,6 @@ class ServerProtocol(Dispatcher):
             else:
                 self._write(data)
         if connection.deadline_moved:
-            if connection.wasted >= MAX_WASTED:
-                self._slow_down(connection)
             self._set_deadline()
 
     @property
@@ -427,9 +428,12 @@ class ServerProtocol(Dispatcher):
     # --- time --------------------------------------------------------------------------------------------
 
     def _set_deadline(self) -> None:
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
             return
-        deadline = self._connection.next_deadline()
+        if connection.wasted >= MAX_WASTED:
+            self._slow_down(connection)
+        deadline = connection.next_deadline()
         if self._paused_since is not None:
             deadline = min(deadline, self._paused_since + self._state.write_timeout)
         if self._slow_until is not None:

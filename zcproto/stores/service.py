@@ -19,7 +19,7 @@ It must not know: connections, frames, how the store works.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -54,6 +54,9 @@ MISSES_PER_ADDRESS: Final = 100
 
 MISSES_S: Final = 10.0
 ADDRESSES: Final = 4_096
+
+OPENINGS_PER_USER: Final = 32
+"""Sessions of one user that are opened at once: others would wait behind a user who logs in without end."""
 
 _RETRY_BUSY_MS: Final = 100
 _RETRY_FULL_MS: Final = 10_000
@@ -183,7 +186,8 @@ class StoredSessionService(SessionService):
         self.sync = sync
         self._store = sync.store
         self._call = sync.breaker.call
-        self._opening: set[asyncio.Task[None]] = set()
+        self._opening: dict[asyncio.Task[None], str] = {}
+        self._opening_of: Counter[str] = Counter()
         self._newest = 0
         self._refreshing: dict[bytes, asyncio.Task[OpenedSession]] = {}
         self._undecided: OrderedDict[bytes, tuple[Rotation, bytes, bytes]] = OrderedDict()
@@ -212,14 +216,20 @@ class StoredSessionService(SessionService):
                 "the server has reached its limit of sessions; retry later",
                 {"retry_after_ms": _RETRY_FULL_MS},
             )
+        if self._opening_of[user] >= OPENINGS_PER_USER:
+            raise ResourceExhausted(
+                "too many logins of this user at once; wait for one to end",
+                {"retry_after_ms": _RETRY_BUSY_MS},
+            )
         wall = self._clock.wall()
         self._newest = max(self._newest, wall)
         new = registry.new_session(
             user, operator=operator, client=client, address=address, wall=wall, key=key
         )
         creating = self.sync.tasks.spawn(self._create(new.record))
-        self._opening.add(creating)
-        creating.add_done_callback(self._opening.discard)
+        self._opening[creating] = user
+        self._opening_of[user] += 1
+        creating.add_done_callback(self._created)
         try:
             await asyncio.wait([creating])
         except asyncio.CancelledError:
@@ -233,6 +243,12 @@ class StoredSessionService(SessionService):
 
     def open_nowait(self, user: str, *, operator: bool, client: str, address: str, key: str = "") -> None:
         return None
+
+    def _created(self, creating: asyncio.Task[None]) -> None:
+        user = self._opening.pop(creating)
+        self._opening_of[user] -= 1
+        if not self._opening_of[user]:
+            del self._opening_of[user]
 
     async def _create(self, record: SessionRecord) -> None:
         changes, settings = self.sync.changes, self._registry.settings

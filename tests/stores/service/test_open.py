@@ -20,6 +20,7 @@ from tests.stores.service.harness import (
 from zcproto.errors import Code, ResourceExhausted, TokenRevoked
 from zcproto.sessions import OpenedSession, SessionSettings
 from zcproto.sessions.health import HealthState
+from zcproto.stores.service import OPENINGS_PER_USER
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -86,6 +87,24 @@ async def test_concurrent_openings_do_not_exceed_max_sessions(start_process: Sta
     outcomes = await asyncio.gather(*(process.open(f"u{n}") for n in range(6)), return_exceptions=True)
     assert sum(isinstance(outcome, OpenedSession) for outcome in outcomes) == 3
     assert sum(isinstance(outcome, ResourceExhausted) for outcome in outcomes) == 3
+
+
+async def test_user_who_logs_in_without_end_is_refused_and_others_are_served(
+    start_process: StartProcess,
+) -> None:
+    process = await start_process(per_user=2 * OPENINGS_PER_USER)
+    process.sync.breaker.timeout = 30.0  # for a slow machine
+    process.store.late["create"] = asyncio.Event()
+    waiting = [asyncio.ensure_future(process.open()) for _ in range(OPENINGS_PER_USER)]
+    await asyncio.sleep(0)
+    error = await refused(process.open(), ResourceExhausted)
+    assert error.details == {"retry_after_ms": 100}
+    other = asyncio.ensure_future(process.open("bob"))
+    await asyncio.sleep(0)
+    process.store.late["create"].set()
+    await asyncio.gather(other, *waiting)
+    assert (await process.open()).session.user == "ada"
+    assert not process.sessions._opening_of  # type: ignore[attr-defined]
 
 
 async def test_session_revoked_while_it_is_opened_is_not_returned(process: SessionProcess) -> None:
