@@ -51,6 +51,7 @@ TAGS = {"email": 0x81, "dns": 0x82, "uri": 0x86}
     ("kind", "entry", "user"),
     [
         ("dns", "ada", "ada"),
+        ("dns", "a", "a"),
         ("dns", "device-7.example.com", "device-7.example.com"),
         ("dns", "ADA.Example.COM", "ada.example.com"),
         ("dns", "xn--jrg-tna.example", "xn--jrg-tna.example"),

@@ -96,6 +96,16 @@ def test_encrypted_key_needs_its_passphrase(folder: Path, ec_key: Any, root_key:
         assert "passphrase" in reason
 
 
+def test_one_file_can_hold_certificate_and_encrypted_key(folder: Path, ec_key: Any, root_key: Any) -> None:
+    path = folder / "both.pem"
+    path.touch(0o600)
+    encrypted = pem_of_key(ec_key, encryption=serialization.BestAvailableEncryption(b"secret words"))
+    path.write_bytes(pem(leaf(ec_key, root_key)) + encrypted)
+    found = examine(path, None, NOW, passphrase=b"secret words")
+    assert (found.refused, found.warnings) == ([], [])
+    assert found.key is not None
+
+
 def test_key_is_not_in_the_repr(folder: Path, ec_key: Any, root_key: Any) -> None:
     assert "key=" not in repr(look(folder, [leaf(ec_key, root_key)], ec_key))
 
@@ -141,6 +151,15 @@ def test_wrong_permissions_are_reported_in_the_words_of_a_server(
     with pytest.raises(CertificateError) as refusal:
         load_pair(certificate_path, key_path, NOW)
     assert examine(certificate_path, key_path, NOW).refused == [str(refusal.value)]
+
+
+def test_file_given_as_key_must_be_private_whatever_it_holds(
+    folder: Path, ec_key: Any, root_key: Any
+) -> None:
+    certificate_path, key_path = write_pair(folder, [leaf(ec_key, root_key)], b"not a key")
+    key_path.chmod(0o644)
+    refused = "\n".join(examine(certificate_path, key_path, NOW).refused)
+    assert "others can read or change this file (mode 0644)" in refused
 
 
 def test_listable_folder_is_refused_for_one_file_with_both(folder: Path, ec_key: Any, root_key: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,7 @@ from zcproto.observe.events import LIMITS
 from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import CONNECTIONS_PER_TURN
+from zcproto.sessions import SessionSettings
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
 from zcproto.wire.message import encode_body
 
@@ -130,6 +132,37 @@ def test_connection_without_session_is_closed_soon(harness: Harness) -> None:
     assert peer.transport.closed
     assert ended(harness) == {"no_session": 1}
     nothing_left(harness)
+
+
+def test_session_that_joins_late_gets_its_expiring_event_in_time(harness: Harness) -> None:
+    peer = harness.connect()
+    tenth = SessionSettings().lifetime_ms // 10
+    wall = harness.clock.wall()
+    opened = harness.registry.open(
+        "ada", operator=False, client="", address="", wall=wall - 9 * tenth + 5_000
+    )
+    peer.protocol.join(opened.session, opened.token)
+    peer.send(peer.frame(PING))
+    harness.advance(4)
+    assert [answer.kind for answer in peer.answers()] == [Kind.PONG]
+    harness.advance(3)
+    assert [answer.kind for answer in peer.answers()] == [Kind.EVENT]
+
+
+def test_lookup_that_ends_at_once_delays_no_request(harness: Harness) -> None:
+    harness.state.settings = replace(harness.state.settings, looks_up=True)
+    peer = harness.connect()
+    peer.token = bytes(32 * [7])
+    peer.send(peer.request(1, "big", {"n": 1}), peer.frame(PING))
+    refused, pong = peer.answers()
+    assert (refused.error.code, pong.kind) == (Code.UNAUTHENTICATED, Kind.PONG)
+    assert peer.transport.reading
+
+
+def test_proof_after_the_end_does_nothing(peer: Peer) -> None:
+    peer.lose()
+    peer.protocol.prove("device:phone")
+    assert not peer.protocol.has_proved("device:phone")
 
 
 def test_late_deadline_callback_does_nothing(harness: Harness, peer: Peer) -> None:
