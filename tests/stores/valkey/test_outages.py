@@ -182,6 +182,7 @@ async def test_slow_network_fails_operations_within_the_timeout(server: ServerPr
             reason, _ = await refused(operation)
             assert "250 ms" in reason
         proxy.delay_s = 0.0
+        await until(lambda: is_back(store))
         assert await store.find(session().token_digest) == session()
         assert here.changes == [ALL]
 
