@@ -10,7 +10,7 @@ Rules:
   do not reset the count: otherwise a store that can be read but not written would never be detected.
 - Results that arrive during an outage belong to operations begun before it and are ignored.
 - Known sessions stay valid for the grace, counted from the beginning of the outage on the monotonic clock. Then all
-  are refused until a probe succeeds.
+  are refused until a probe succeeds (GRACE_ENDS in spec/store.pml).
 - Probes use exponential backoff with jitter. It is reset only after a healthy minute, so a flapping store is probed
   less and less often. A new connection shortens the wait to that of a first probe: the sooner an outage ends, the
   sooner revocations made meanwhile reach all servers.

@@ -161,6 +161,8 @@ class SessionStore(Protocol):
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         """Store a new session if the user's limit allows it; the current time is `record.created_at`.
 
+        The sessions that it replaces end in the same step (LIMIT in spec/store.pml).
+
         Creating the same record again neither adds a session nor revives one that has ended.
         """
 

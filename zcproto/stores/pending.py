@@ -3,7 +3,8 @@
 Decides: what survives a crash, and how many revocations may wait.
 
 Rules:
-- When `add` has returned, the revocation is on disk. If it raises, the revocation is still kept in memory.
+- When `add` has returned, the revocation is on disk (PENDING in spec/store.pml). If it raises, the revocation is
+  still kept in memory.
 - The oldest stay: when there is no room, a new one is refused.
 - One line each, with a checksum. A crash may truncate the last line, whose `add` has not returned. Any other line
   that is not as it was written is damage: the file is copied, and the lines that can be read are used.

@@ -206,7 +206,7 @@ class ValkeyClient:
 
     @operation
     async def ping(self) -> None:
-        # After a stall, the server may have been replaced: its answer must not count.
+        # After a stall, the server may have been replaced: its answer must not count (CONFIRM in spec/store.pml).
         await self._connected.confirm()
         servers = self._connected
         keys = (self._shard_key(b"p", shard) for shard in range(self._shards))
