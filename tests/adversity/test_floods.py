@@ -178,8 +178,8 @@ def test_maximal_length_is_refused_at_once(connect: Connect) -> None:
     assert ([frame.code for frame in frames], how) == ([Code.FRAME_TOO_LARGE], "close_notify")
 
 
-def test_dripping_frame_counts_as_idle(serve: Callable[..., ServerThread]) -> None:
-    server = serve(limits__idle_timeout="1s")
+def test_dripping_frame_ends_its_connection(serve: Callable[..., ServerThread]) -> None:
+    server = serve(limits__frame_timeout="1s")
     with server.client("ada") as client:
         for byte in client.request("echo", {"a": "b" * 1_000}):
             client.tls.sendall(bytes([byte]))
@@ -187,7 +187,7 @@ def test_dripping_frame_counts_as_idle(serve: Callable[..., ServerThread]) -> No
                 break
         else:
             raise AssertionError("the whole frame was accepted")
-        assert [frame.value["reason"] for frame in client.rest_until_closed()[0]] == ["idle"]
+        assert [frame.value["reason"] for frame in client.rest_until_closed()[0]] == ["slow_frame"]
 
 
 def test_repeated_msgpack_bombs_leave_no_memory(server: ServerThread, connect: Connect) -> None:
