@@ -98,6 +98,7 @@ class Client:
                     stale = True
                     if self._caller is caller:
                         self.close()
+                        caller.lost("its timestamps are stale")  # for calls in flight
                 elif self._device is not None and error.details.get("attach") and not attached:
                     attached = True
                     await self.attach(token)
@@ -249,6 +250,9 @@ class Cell:
                 return await work()
             except CallError as error:
                 if error.code not in LATER or "limit" in error.details or time.monotonic() > end:
+                    raise
+            except ConnectionClosed:
+                if time.monotonic() > end:
                     raise
             await asyncio.sleep(RETRY_PAUSE_S)
 
