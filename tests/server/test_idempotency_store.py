@@ -126,6 +126,18 @@ def finish_during_outage(harness: CacheHarness, store: FakeStore) -> None:
     harness.turn()
 
 
+def test_answer_is_written_when_the_store_is_back(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(store)
+    finish_during_outage(harness, store)
+    store.out = False
+    for _ in range(2):  # the second time all is written
+        harness.cache.save()
+        harness.turn()
+    assert another.call("again") == harness.call("again")
+    assert (another.slept, another.ran) == ([], 0)
+
+
 def test_expired_answer_is_not_written_later(make_harness: MakeHarness) -> None:
     store = FakeStore()
     harness = make_harness(store)

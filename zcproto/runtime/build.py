@@ -209,6 +209,8 @@ async def build_state(
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),
     )
+    if sync is not None:
+        sync.on_recovered = state.idempotency.save
     return state, sync
 
 

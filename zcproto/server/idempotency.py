@@ -310,9 +310,7 @@ class IdempotencyCache:
                 "the session store does not answer, so no request with an idempotency key is run: try again",
                 {"retry_after_ms": RETRY_MS},
             ) from error
-        if self._unsaved and not self._is_saving:
-            self._is_saving = True
-            self._tasks.start(self._save(breaker))
+        self.save()
         return claim
 
     def _conflict(self) -> CallError:
@@ -355,8 +353,13 @@ class IdempotencyCache:
         except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
             _remember(self._idle_claims, (name, until))
 
+    def save(self) -> None:
+        """Start to write the answers to the store that it failed to store. Call it when the store is back."""
+        if self._unsaved and not self._is_saving and self._breaker is not None:
+            self._is_saving = True
+            self._tasks.start(self._save(self._breaker))
+
     async def _save(self, breaker: CircuitBreaker) -> None:
-        """Write the answers to the store that it failed to store before."""
         try:
             while self._unsaved:
                 name = next(iter(self._unsaved))
@@ -367,7 +370,7 @@ class IdempotencyCache:
                     )
                 self._unsaved.pop(name, None)
         except (StoreUnavailable, ResourceExhausted):
-            pass  # retried at the next claim
+            pass  # retried at the next claim, or when the store is back
         finally:
             self._is_saving = False
 

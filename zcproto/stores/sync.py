@@ -119,6 +119,8 @@ class StoreSync:
         self._is_loaded = False
         self._touched_until = 0
         self.problems: tuple[str, ...] = ()
+        self.on_recovered: Callable[[], None] = lambda: None
+        """Called when an outage has ended."""
         self.deadline_tick = 0
 
     # --- start and stop ----------------------------------------------------------------------------
@@ -194,6 +196,7 @@ class StoreSync:
             seconds, replayed = round(self.clock.now() - health.since, 3), self.revoker.replayed
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
             self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
+            self.on_recovered()
             if self.store.shared:
                 self.tasks.run_in_background(self.examine())  # after a failover it is another server
         self._set_deadlines()

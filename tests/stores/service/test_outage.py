@@ -234,3 +234,13 @@ async def test_damaged_record_does_not_prolong_an_outage(
     assert process.state is HealthState.HEALTHY
     assert "revocations.not_kept" in events(log)
     assert len(process.pending) == 0
+
+
+async def test_end_of_an_outage_is_reported_once(process: SessionProcess) -> None:
+    ends: list[HealthState] = []
+    process.sync.on_recovered = lambda: ends.append(process.state)
+    await process.outage()
+    assert ends == []
+    await process.recover()
+    await process.advance(MAX_DELAY_S)
+    assert ends == [HealthState.HEALTHY]
