@@ -37,6 +37,14 @@ def pins(pairs: Iterable[CertificatePair]) -> list[str]:
 # --- the first run
 
 
+def test_result_can_be_reported_as_json(tmp_path: Path) -> None:
+    result = managed.ensure(tmp_path / "certs", settings(), NOW)
+    report = json.loads(json.dumps(result.report()))
+    assert [each["pin"] for each in report["certificates"]] == pins(result.pairs)
+    assert {each["not_after"][-1] for each in report["certificates"]} == {"Z"}
+    assert (report["next_pins"] is None) == (result.next_pins is None)
+
+
 @pytest.mark.requirement("first_run")
 def test_first_run_creates_an_authority_and_one_certificate_of_each_type(tmp_path: Path) -> None:
     folder = tmp_path / "home" / "certs"
@@ -126,6 +134,15 @@ def test_invalid_settings_are_refused_before_anything_is_created(
 def test_naive_time_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="aware"):
         ensure(tmp_path / "certs", now=NOW.replace(tzinfo=None))
+
+
+@pytest.mark.parametrize("year", [1951, 9900])
+def test_certificates_are_issued_in_every_year_that_x509_can_express(tmp_path: Path, year: int) -> None:
+    rsa, _ = ensure(tmp_path / str(year), now=NOW.replace(year=year))
+    assert rsa.not_after > NOW.replace(year=year)
+    for beyond in (1950, 9901):
+        with pytest.raises(CertificateError, match=f"in the year {beyond}"):
+            ensure(tmp_path / str(beyond), now=NOW.replace(year=beyond))
 
 
 # --- later runs

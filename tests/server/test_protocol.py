@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -149,12 +150,21 @@ def test_session_that_joins_late_gets_its_expiring_event_in_time(harness: Harnes
     assert [answer.kind for answer in peer.answers()] == [Kind.EVENT]
 
 
-def test_lookup_that_ends_at_once_delays_no_request(harness: Harness) -> None:
+def test_lookup_that_ends_at_once_delays_no_request(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    async def look_up(*arguments: Any) -> None:
+        found.append(arguments)
+
+    monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
     harness.state.settings = replace(harness.state.settings, looks_up=True)
     peer = harness.connect()
     peer.token = bytes(32 * [7])
     peer.send(peer.request(1, "big", {"n": 1}), peer.frame(PING))
     refused, pong = peer.answers()
+    assert found == [(peer.token, peer.protocol.peer, Code.UNAUTHENTICATED)]
     assert (refused.error.code, pong.kind) == (Code.UNAUTHENTICATED, Kind.PONG)
     assert peer.transport.reading
 
