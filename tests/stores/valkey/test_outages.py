@@ -361,7 +361,7 @@ async def test_reconnects_leave_one_connection(server: ServerProcess) -> None:
         clients = server.command("CLIENT", "LIST").splitlines()
         return sum(b"tracking" in line or b"lib-name=redis-py" in line for line in clients) - 1
 
-    async with Open(server.url) as here:
+    async with Open(server.url, timeout=1.0) as here:  # 300 sessions at once, on any machine
         await asyncio.gather(*(here.store.create(session(n, f"{n}"), FIVE) for n in range(300)))
         assert connections() == 1
         for _ in range(3):
