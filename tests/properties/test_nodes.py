@@ -71,6 +71,7 @@ class ModelSession:
     id: str
     user: str
     key: str
+    opened_at: int
     pairs: list[tuple[bytes, bytes]]
     spent: dict[bytes, Fact] = field(default_factory=dict)
     ended: Fact | None = None
@@ -165,7 +166,7 @@ class Nodes(RuleBasedStateMachine):
                 session.may_be_lost = True
             if registry.ended(session_id) is not None:
                 continue
-            is_pending = (session_id, None) in pending or (b"", session.user) in pending
+            is_pending = not pending.isdisjoint({(session_id, None, None), (b"", session.user, None)})
             if session.ended is not None and session.ended.node not in nodes and not is_pending:
                 session.ended, session.may_be_lost = None, True
             for token, fact in list(session.spent.items()):
@@ -219,11 +220,18 @@ class Nodes(RuleBasedStateMachine):
 
     @rule(number=NUMBERS, user=st.sampled_from(USERS), key=st.sampled_from(KEYS))
     def open(self, number: int, user: str, key: str) -> None:
-        began = self.now
+        began, clock = self.now, self.simulation.clocks[number]
+        wall = clock.wall()
 
         def done(node: Node, opened: OpenedSession) -> None:
             assert opened.refresh_token is not None
-            session = ModelSession(opened.session.id, user, key, [(opened.token, opened.refresh_token)])
+            session = ModelSession(
+                opened.session.id,
+                user,
+                key,
+                max(wall, clock.wall()),
+                [(opened.token, opened.refresh_token)],
+            )
             # A revocation of all sessions of a user ends those opened at the same time, by any of the clocks.
             session.may_be_lost = node.link.server is not self.store.primary or (
                 self.failed_over_at >= began
@@ -343,12 +351,12 @@ class Nodes(RuleBasedStateMachine):
         """Revoke all sessions of a user, or those bound to a key."""
         mine = [each for each in self.sessions if each.user == user and key in ("", each.key)]
         self.note_revoked(user)
-        began = self.now
+        wall = self.simulation.clocks[number].wall()
+        # A repetition after a failover does not end sessions opened later by the clocks of the nodes.
+        mine = [each for each in mine if each.opened_at <= wall]
 
         def done(node: Node, count: int) -> None:
             self.note_revoked(user)
-            if node.link.server is not self.store.primary or self.failed_over_at >= began:
-                return  # the old primary lacks sessions that were opened on the new one
             for session in mine:
                 session.ended = session.ended or self.fact(number, node)
 

@@ -49,22 +49,27 @@ _QUEUE: Final = 65_536
 _VERSION: Final = 1
 
 
+RevocationKey = tuple[bytes, str | None, str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Revocation:
     """The end of one session (`id`), of all sessions of `user`, or of all sessions.
 
     For a user or for all, it ends the sessions opened by `wall`. With an id, `user` is the session's user if known.
+    `bound_to` limits those of a user to a key. It is not written to the file.
     """
 
     wall: int
     id: bytes = b""
     user: str | None = None
     code: Code = Code.TOKEN_REVOKED
+    bound_to: str | None = None
 
     @property
-    def key(self) -> tuple[bytes, str | None]:
+    def key(self) -> RevocationKey:
         """What it ends: a later revocation with the same key replaces it."""
-        return self.id, None if self.id else self.user
+        return self.id, None if self.id else self.user, self.bound_to
 
 
 class PendingRevocations:
@@ -77,7 +82,7 @@ class PendingRevocations:
         self._path = path
         self._limit = limit
         self._file = _File(path)
-        self._entries: dict[tuple[bytes, str | None], Revocation] = {}
+        self._entries: dict[RevocationKey, Revocation] = {}
         self._worker: Worker | None = None
         self.damaged: list[Path] = []
 
@@ -90,7 +95,7 @@ class PendingRevocations:
 
     def get(self, session_id: bytes) -> Revocation | None:
         """Return the pending revocation of one session."""
-        return self._entries.get((session_id, None))
+        return self._entries.get((session_id, None, None))
 
     async def open(self) -> None:
         """Read the file. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
@@ -144,7 +149,7 @@ class _File:
         self._path = path
         self._locks: list[int] = []
         self._descriptor = -1
-        self._entries: dict[tuple[bytes, str | None], Revocation] = {}
+        self._entries: dict[RevocationKey, Revocation] = {}
         self._added: list[Revocation] = []
         self._lines = 0
         self._size = 0  # bytes of complete lines

@@ -7,6 +7,8 @@ Rules:
 - Pending revocations reach the store before anything else does.
 - After every gap in the connection to a shared store, recent revocations and rotations are repeated before any
   session is checked: a failover may have lost them although they were acknowledged (REPEAT in spec/store.pml).
+  Those of a user or a key list the user's sessions again: the old primary lacked what was opened on the new one.
+  Sessions opened after the revocation are kept, so the clocks of processes are trusted here.
 - A rotation is repeated only if the store has the refresh token that it spent, else it would look like theft. Those
   of several processes may depend on each other, so all processes repeat theirs for some seconds.
 - Sessions that may have been created although no client got their tokens ("orphans") are ended.
@@ -32,7 +34,7 @@ from zcproto.sessions.health import NEVER
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
 from zcproto.stores.base import CLOCK_SKEW_MS, MAX_LISTED, DamagedRecord, NotRotated, StoreUnavailable
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
-from zcproto.stores.pending import PendingRevocations, Revocation
+from zcproto.stores.pending import PendingRevocations, Revocation, RevocationKey
 
 MAX_ENDED: Final = 256
 """Sessions ended in one operation."""
@@ -46,6 +48,10 @@ AFTER_GAP_S: Final = REPEATS_S[:4]
 
 RECENT: Final = 16_384
 """Revocations, and rotations, of this process that can be repeated: 27 a second for ten minutes."""
+
+RECENT_LISTS: Final = 256
+"""Revocations of a user or a key that can be repeated. Each costs one list of the user's sessions. What needs them
+was acknowledged since the last heartbeat before a failover."""
 
 ROTATED_AT_ONCE: Final = 64
 
@@ -86,17 +92,18 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """The last values added, at most RECENT and none older than `keep_s`."""
+    """The last values added, at most `limit` and none older than `keep_s`."""
 
-    def __init__(self, keep_s: float, clock: Clock) -> None:
+    def __init__(self, keep_s: float, clock: Clock, limit: int = RECENT) -> None:
         self._keep_s = keep_s
+        self._limit = limit
         self._clock = clock
         self._added: OrderedDict[K, tuple[float, V]] = OrderedDict()
 
     def add(self, key: K, value: V) -> None:
         self._added.pop(key, None)
         self._added[key] = self._clock.now(), value
-        if len(self._added) > RECENT:
+        if len(self._added) > self._limit:
             self._added.popitem(last=False)
 
     def values(self) -> list[V]:
@@ -125,7 +132,8 @@ class Revoker:
         self._orphans: OrderedDict[bytes, None] = OrderedDict()
         self._replayed: list[Revocation] = []  # those of a user or of all users
         keep_s = self.keep_ended_ms / MS_PER_SECOND
-        self._ended: Recent[tuple[bytes, str | None], Revocation] = Recent(keep_s, self.clock)
+        self._ended: Recent[RevocationKey, Revocation] = Recent(keep_s, self.clock)
+        self._lists: Recent[RevocationKey, Revocation] = Recent(keep_s, self.clock, RECENT_LISTS)
         self._rotations: Recent[bytes, Rotation] = Recent(keep_s, self.clock)
         self._repeats: list[_Repeat] = []
         self._is_repeating = False
@@ -160,11 +168,7 @@ class Revoker:
                 # Only a probe replays the file, so there has to be one.
                 breaker.health.begin_outage(self.clock.now())
             else:
-                if not revocation.id and revocation.user is None:
-                    # A session opened since must not be ended, so clocks are trusted here.
-                    self._remember(replace(revocation, wall=revocation.wall - CLOCK_SKEW_MS))
-                elif revocation.id:
-                    self._remember(revocation)
+                self.remember(revocation)
                 self.apply_ended(ended)
                 if writing is not None:
                     self.tasks.run_in_background(self._remove_pending([revocation]))
@@ -194,18 +198,24 @@ class Revoker:
     def apply_ended(self, ended: Iterable[EndedRecord]) -> None:
         """End sessions here that this process has ended in the store, and remember them."""
         for each in ended:
-            self._remember(Revocation(each.ended_at, each.id, code=each.code))
+            self.remember(Revocation(each.ended_at, each.id, code=each.code))
             end_here(self.registry, each)
 
     def end_reused(self, session_id: bytes) -> None:
         """End a session here that the store has ended because a spent refresh token was shown."""
         wall = self.clock.wall()
-        self._remember(Revocation(wall, session_id))
+        self.remember(Revocation(wall, session_id))
         self.registry.end(session_id, Code.TOKEN_REVOKED, EndReason.REFRESH_REUSED, wall)
 
-    def _remember(self, revocation: Revocation) -> None:
-        if self._store.shared:
-            self._ended.add(revocation.key, revocation)
+    def remember(self, revocation: Revocation) -> None:
+        """Remember a revocation that the store has acknowledged."""
+        if not self._store.shared:
+            return
+        if not revocation.id:
+            # A session opened since must not be ended, so clocks are trusted here.
+            revocation = replace(revocation, wall=revocation.wall - CLOCK_SKEW_MS)
+        recent = self._ended if revocation.id or revocation.user is None else self._lists
+        recent.add(revocation.key, revocation)
 
     def remember_rotation(self, rotation: Rotation) -> None:
         """Remember a rotation that the store has made."""
@@ -274,11 +284,15 @@ class Revoker:
         await self._end_ids(call, [session_id], code, self.clock.wall())
 
     async def _end_opened_before(self, call: Call, revocation: Revocation) -> None:
-        """End the sessions of a user, or of all users, that were opened before the revocation."""
+        """End the sessions of a user, a key, or all users that were opened before the revocation."""
         until = revocation.wall + (CLOCK_SKEW_MS if self._store.shared else 0)
         while True:
             records = await call(self._store.list(revocation.user))
-            ids = [record.id for record in records if record.created_at <= until]
+            ids = [
+                record.id
+                for record in records
+                if record.created_at <= until and revocation.bound_to in (None, record.key)
+            ]
             await self._end_ids(call, ids, revocation.code, revocation.wall)
             if len(ids) < MAX_LISTED or revocation.user is not None:
                 return
@@ -299,7 +313,8 @@ class Revoker:
         """Return the revocations of this process, and those that it knows of other processes."""
         ended = self.registry.ended_since(self.clock.wall() - self.keep_ended_ms)
         known = [Revocation(each.ended_at, each.id, code=each.code) for each in ended]
-        return [*{each.key: each for each in (*known, *self._ended.values())}.values()]
+        recent = (*known, *self._ended.values(), *self._lists.values())
+        return [*{each.key: each for each in recent}.values()]
 
     async def _rotate_again(self, call: Call) -> int:
         """Repeat the rotations that the store has lost, of sessions that live. Return how many are remembered."""

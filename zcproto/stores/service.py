@@ -408,11 +408,13 @@ class StoredSessionService(SessionService):
         registry = self._registry
         records = {record.id: record for record in registry.records(user, registry.kept)}
         registry.revoke_key(user, key, reason)
+        opened_until = self._opened_until()
         failed: Exception | None = None
         if self.is_shared:
             try:
                 listed = await self._call(self._store.list(user))
                 records |= {record.id: record for record in listed}
+                self.sync.revoker.remember(Revocation(opened_until, user=user, bound_to=key))
             except (StoreUnavailable, ResourceExhausted) as error:
                 failed = error
         ids = [record.id for record in records.values() if record.key == key]

@@ -20,6 +20,7 @@ from zcproto.errors import Code, TokenRevoked
 from zcproto.sessions import EndReason, OpenedSession
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.record import SessionRecord
+from zcproto.stores import revoker
 from zcproto.stores.revoker import AFTER_GAP_S, REPEATS_S
 
 
@@ -70,6 +71,7 @@ async def test_revocations_of_a_user_and_of_all_are_repeated(start_process: Star
     bob = await one.open("bob")
     before = one.store.records
     await other.sessions.revoke_user("ada", "asked for")
+    one.clock.advance(1)
     ada = await one.open("ada")
     await fail_over([*before, *one.store.records], one, other)
     assert ids(one) == {raw(ada), raw(bob)}  # one was opened since
@@ -81,6 +83,41 @@ async def test_revocations_of_a_user_and_of_all_are_repeated(start_process: Star
         await fail_over([*before, *one.store.records], other, one)
         assert ids(one) == {raw(ada)}
         one.clock.advance(60)
+
+
+@pytest.mark.parametrize("key", ["", "device:phone"])
+async def test_revocation_sent_to_old_primary_ends_sessions_opened_before_on_the_new_one(
+    start_process: StartProcess, key: str
+) -> None:
+    one, other = await two_processes(start_process)
+    moved = [await other.open("ada", key=key), await other.open("ben", key=key)]
+    another_key = await other.open("ada", key="device:tablet")
+    on_new_primary = one.store.records
+    one.store.roll_back([])
+    if key:
+        assert await one.sessions.revoke_key("ada", key, "removed") == 0
+    else:
+        assert await one.sessions.revoke_user("ada", "all") == 0
+    other.store.use_data_of(one.store)
+    other.clock.advance(1)
+    since = await other.open("ada", key=key)
+    await fail_over([*on_new_primary, *other.store.records], one, other)
+    kept = [moved[1], since, *([another_key] if key else [])]
+    assert ids(one) == {raw(each) for each in kept}
+    for process in (one, other):
+        assert not await is_accepted(process, moved[0])
+
+
+async def test_revocations_of_users_that_are_repeated_are_bounded(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revoker, "RECENT_LISTS", 2)
+    one = await start_process(shared=True)
+    for user in ("ada", "ben", "eve"):
+        await one.sessions.revoke_user(user, "all")
+    one.store.calls.clear()
+    await fail_over([], one)
+    assert one.store.calls.count("list") == 2
 
 
 async def test_eviction_lost_by_failover_is_repeated(start_process: StartProcess) -> None:
