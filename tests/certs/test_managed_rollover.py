@@ -116,13 +116,16 @@ def test_expired_certificate_is_renewed_at_once_and_the_new_key_follows(made: Pa
     assert renewed.next_pins.use_from == NOW.replace(microsecond=0) + 207 * DAY
 
 
-def test_renewal_waits_briefly_for_a_key_announced_late(made: Path) -> None:
-    managed.ensure(made, KEEPS, NOW)
-    announced = managed.ensure(made, KEEPS, DUE - 2 * DAY)
+@pytest.mark.parametrize("late", [-2 * DAY, DAY / 2])
+def test_renewal_waits_briefly_for_a_key_announced_late(made: Path, late: timedelta) -> None:
+    """It waits for up to a quarter of the 30 days that the certificate is still valid."""
+    first = managed.ensure(made, KEEPS, NOW)
+    announced = managed.ensure(made, KEEPS, DUE + late)
+    assert announced.pairs == first.pairs
     assert announced.next_pins is not None
-    assert announced.next_pins.use_from == announced.next_change == DUE + 5 * DAY
-    assert managed.ensure(made, KEEPS, DUE + 4 * DAY) == announced
-    assert managed.ensure(made, KEEPS, DUE + 5 * DAY).new_pins == announced.next_pins.pins
+    assert announced.next_pins.use_from == announced.next_change == DUE + late + 7 * DAY
+    assert managed.ensure(made, KEEPS, DUE + late + 6 * DAY) == announced
+    assert managed.ensure(made, KEEPS, DUE + late + 7 * DAY).new_pins == announced.next_pins.pins
 
 
 def test_certificate_never_expires_while_waiting_for_a_key(made: Path) -> None:

@@ -548,10 +548,6 @@ def test_pin_stays_with_the_key(rsa_key: Any, other_rsa_key: Any) -> None:
 def test_matching_bytes_are_recognized(rsa_key: Any, other_rsa_key: Any) -> None:
     assert pair.match(pem(build(rsa_key)), pem_of_key(rsa_key))
     assert not pair.match(pem(build(rsa_key)), pem_of_key(other_rsa_key))
-    edwards = ed25519.Ed25519PrivateKey.generate()
-    assert not pair.match(pem(build(rsa_key)), pem_of_key(edwards))
-    assert not pair.match(pem(build(edwards, signer=rsa_key)), pem_of_key(edwards)), (
-        "not a type that is served"
-    )
+    assert not pair.match(pem(build(rsa_key)), pem_of_key(ed25519.Ed25519PrivateKey.generate()))
     assert not pair.match(pem(build(rsa_key)), b"")
     assert not pair.match(b"", pem_of_key(rsa_key))

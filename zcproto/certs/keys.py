@@ -60,7 +60,7 @@ def weakness(key: object) -> str | None:
     return f"the key is {key_type}; use RSA of {MIN_RSA_BITS} bits or more, or ECDSA on P-256, P-384 or P-521"
 
 
-def belongs(key: PrivateKey, public_key: object) -> bool:
+def belongs(key: object, public_key: object) -> bool:
     """Return True if signatures of `key` verify with `public_key`.
 
     A comparison of the public numbers would accept a key whose private half is damaged. For ECDSA a signature is

@@ -190,7 +190,7 @@ def match(certificate_pem: bytes, key_pem: bytes) -> bool:
         public_key = certificate.public_key()
     except UNREADABLE:
         return False
-    return isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) and belongs(key, public_key)
+    return belongs(key, public_key)
 
 
 def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
