@@ -18,6 +18,7 @@ from tests.client.helpers import (
     client_of,
     cut,
     fail,
+    now,
     numbers,
     refreshable,
     scripted,
@@ -222,8 +223,10 @@ async def test_attach_without_answer_ends_at_the_timeout() -> None:
     async with device_client(server) as client:
         server.proved.clear()
         server.script("session.attach", silence, silence)
+        began = now()
         with pytest.raises(DeadlineExceeded, match="no answer within the call's timeout"):
             await client.call("echo", timeout=2)
+        assert now() - began == pytest.approx(2)
         with pytest.raises(DeadlineExceeded):
             await client.call("echo", timeout=None)  # attach has its own timeout
 

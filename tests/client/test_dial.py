@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.client.helpers import LoopClock
 from tests.conftest import ServerPairs
+from tests.helpers import WALL
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.client.client import connect
+from zcproto.client.client import Client, connect
 from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _cause, _resources
-from zcproto.client.known_hosts import KnownHosts
+from zcproto.client.known_hosts import FILE_NAME, KnownHosts
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
 
@@ -218,6 +220,19 @@ async def test_known_sts_host_refuses_verify_false(
     assert server.stats["connections_opened"] == before
     async with connect_to(server, host="127.0.0.1", verify=False):
         pass  # an address has no policy (RFC 6797 section 8.1.1)
+
+
+async def test_sts_policy_expires_when_the_clock_is_set(home: Path) -> None:
+    KnownHosts(home / FILE_NAME).learn("localhost", {"max_age": 60, "include_subdomains": False}, WALL)
+    clock = LoopClock()
+    client = Client("localhost:1", ConnectOptions(verify=False), clock=clock)
+    clock.wall_ms += 59_000
+    with pytest.raises(TlsError):
+        await client
+    client = Client("localhost:1", ConnectOptions(verify=False), clock=clock)
+    clock.wall_ms += 2_000
+    with pytest.raises(CannotConnect):
+        await client
 
 
 async def test_sts_policy_is_learned_over_a_pinned_connection(

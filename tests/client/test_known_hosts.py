@@ -106,8 +106,11 @@ def test_changed_policy_is_written_at_once(hosts: KnownHosts) -> None:
     assert not is_refused(hosts, "a.example", WALL + 61_000)
 
 
-def test_short_policy_is_extended_before_expiry(hosts: KnownHosts) -> None:
+def test_short_policy_is_extended_in_its_second_half(hosts: KnownHosts) -> None:
     hosts.learn("a.example", sts(60), WALL)
+    first = hosts.path.stat().st_ino
+    hosts.learn("a.example", sts(60), WALL + 29_000)
+    assert hosts.path.stat().st_ino == first
     hosts.learn("a.example", sts(60), WALL + 40_000)
     assert is_refused(hosts, "a.example", WALL + 90_000)
     hosts.learn("a.example", sts(60), WALL + 200_000)

@@ -21,6 +21,7 @@ from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import EventReceived, GoAwayReceived
+from zcproto.connection.state import State
 from zcproto.errors import Code, ConnectionClosed, DeadlineExceeded, InvalidArgument
 from zcproto.wire.frame import ERROR, EVENT, NO_TOKEN, PING, RESPONSE, WELCOME
 from zcproto.wire.message import encode_body, encode_error
@@ -135,6 +136,14 @@ async def test_message_of_an_error_is_escaped_and_truncated() -> None:
         await call
     assert caught.value.message.startswith("a\\x1b[31m\\nb\\u202eccc")
     assert len(caught.value.message) < 1_050
+
+
+@scripted
+async def test_ping_is_answered_at_once() -> None:
+    ends = Ends()
+    ends.link.send(PING)
+    await turns()
+    assert ends.server.writes == 1
 
 
 @scripted
@@ -276,6 +285,7 @@ async def test_close_sends_queued_data_first() -> None:
         await call
     await ends.protocol.gone
     assert ends.server.writes == 1
+    assert ends.protocol.conversation.state is State.CLOSED
     ends.protocol.close("again")
     ends.protocol.abort()
 

@@ -270,6 +270,32 @@ async def test_token_is_presented_again_after_a_lost_answer() -> None:
         assert server.methods == ["session.open", "session.info", "session.info"]
 
 
+@scripted
+async def test_call_that_can_be_sent_only_when_its_session_expires_opens_another() -> None:
+    server = ScriptedServer()
+    server.session = {"expires_at": lambda number: server.wall() + 5_000 * number}
+    async with client_of(server) as client:
+        server.link.pause()
+        call = asyncio.create_task(client.call("echo", x=1))
+        asyncio.get_running_loop().call_at(now() + 5, server.link.resume)
+        assert await call == {"x": 1}
+    assert [request.token for request in server.calls()] == [token(2)]
+
+
+@pytest.mark.parametrize("code", [Code.INVALID_ARGUMENT, Code.NOT_FOUND])
+@scripted
+async def test_error_of_a_method_before_the_token_is_accepted_is_raised(code: Code) -> None:
+    server = ScriptedServer()
+    async with client_of(server) as client:
+        server.script("session.info", silence)
+        await server.lose()
+        await asyncio.sleep(1)
+        server.script("echo", fail(code))
+        with pytest.raises(CallError):
+            await client.call("echo")
+    assert server.methods == ["session.open", "session.info", "echo", "session.close"]
+
+
 # --- large requests ----------------------------------------------------------------------------------
 
 

@@ -235,6 +235,15 @@ async def test_lost_refresh_is_retried_with_the_same_token() -> None:
 
 
 @scripted
+async def test_lost_early_refresh_is_retried_until_it_is_answered() -> None:
+    server = hourly_server(cut, fail(Code.UNAVAILABLE))
+    async with client_of(server):
+        await asyncio.sleep(AFTER_REFRESH_S)
+        first, _, last = server.calls("session.refresh")
+        assert last.at - first.at < 2
+
+
+@scripted
 async def test_refresh_token_is_not_reused_after_the_grace() -> None:
     server = hourly_server()
 
@@ -404,3 +413,4 @@ async def test_close_during_renewal_fails_waiting_calls() -> None:
     await client.close()
     with pytest.raises(ConnectionClosed, match="closed"):
         await call
+    assert server.link.cancelled == [request.stream for request in server.calls("session.refresh")]
