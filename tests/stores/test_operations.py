@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from tests.stores.memory_store import MemoryStore
 from zcproto.errors import ResourceExhausted, Unavailable
 from zcproto.sessions.health import FAILURES, StoreHealth
 from zcproto.stores.base import StoreUnavailable, too_many_operations
-from zcproto.stores.operations import CircuitBreaker
+from zcproto.stores.operations import BackgroundTasks, CircuitBreaker
 
 
 @pytest.fixture
@@ -122,3 +123,24 @@ async def test_store_that_keeps_time_is_not_timed_again(
     monkeypatch.setattr(MemoryStore, "keeps_time", True)
     breaker.timeout = 0.0
     assert await breaker.call(asyncio.sleep(0.001, "late")) == "late"
+
+
+async def test_failure_of_a_task_whose_caller_is_gone_is_not_reported() -> None:
+    reports: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
+    tasks, gate = BackgroundTasks(), asyncio.Event()
+
+    async def fail() -> None:
+        await gate.wait()
+        raise StoreUnavailable("too late")
+
+    caller = asyncio.create_task(tasks.finish(fail()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    del caller  # its traceback refers to the task
+    gate.set()
+    await asyncio.wait(tasks.running.copy())
+    await asyncio.sleep(0)
+    gc.collect()
+    assert reports == []

@@ -268,9 +268,11 @@ async def test_hung_disk_fails_within_the_timeout(
     monkeypatch.setattr(module.os, "fsync", hang)
     with pytest.raises(StoreUnavailable, match="within 20 ms"):
         await pending.add(ADA, 0.02)
-    assert pending.entries == [ADA]
+    with pytest.raises(StoreUnavailable, match="within 20 ms"):
+        await pending.add(one(1), 0.02)
+    assert pending.entries == [ADA, one(1)]
     gate.set()
-    assert await reopened(pending, path) == [ADA]
+    assert await reopened(pending, path) == [ADA, one(1)]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])

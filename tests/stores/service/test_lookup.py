@@ -94,7 +94,10 @@ async def test_address_with_many_unknown_tokens_is_limited(shared_process: Sessi
     assert isinstance(await shared_process.find(opened.token, "192.0.2.8"), Session)
     await shared_process.find(next(numbers).to_bytes(32, "big"), "192.0.2.8")
     shared_process.clock.advance(MISSES_S)
-    await shared_process.find(next(numbers).to_bytes(32, "big"))
+    for _ in range(MISSES_PER_ADDRESS):
+        await shared_process.find(next(numbers).to_bytes(32, "big"))
+    await refused(shared_process.find(next(numbers).to_bytes(32, "big")), ResourceExhausted)
+    assert shared_process.sessions.statistics()["misses"] == 2 * MISSES_PER_ADDRESS + 1
     await shared_process.find(next(numbers).to_bytes(32, "big"), "192.0.2.9")
 
 

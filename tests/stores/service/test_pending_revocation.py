@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,17 @@ async def test_revoke_all_during_an_outage_applies_after_it(
     opened = [await process.open(f"u{n % 3}") for n in range(30)]
     await process.outage()
     assert await process.sessions.revoke_all("all") == 30
+    end = process.store.end
+    sizes: list[int] = []
+
+    async def sized(ids: Sequence[bytes], *rest: Any) -> Any:
+        sizes.append(len(ids))
+        return await end(ids, *rest)
+
+    monkeypatch.setattr(process.store, "end", sized)
     await process.recover()
+    assert sum(sizes) == 30
+    assert max(sizes) == 7
     assert process.store.registry.kept == 0
     assert not any(process.is_valid(each) for each in opened)
 
