@@ -87,6 +87,12 @@ class Transport:
     def set_write_buffer_limits(self, high: int) -> None:
         """Do nothing: nothing is buffered."""
 
+    def pause_reading(self) -> None:
+        """Do nothing: a read that took long ends a turn of the loop, and each read here is one."""
+
+    def resume_reading(self) -> None:
+        """Do nothing, likewise."""
+
     def write(self, data: bytes) -> None:
         self.last = data
 
