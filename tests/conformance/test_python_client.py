@@ -17,7 +17,7 @@ EVERY = 8
 SLOW = {
     f"scripted/{name}"
     for name in (
-        *("reconnect-backoff", "truncated-everywhere", "revoked-token", "replaced-session", "retry-after"),
+        *("reconnect-backoff", "revoked-token", "replaced-session", "retry-after"),
         *("keepalive", "reconnect-backoff-after-answers"),
     )
 }
