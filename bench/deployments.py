@@ -6,7 +6,6 @@ All methods block; each returns when its effect is there. Replicas have all writ
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,8 +16,8 @@ import redis
 from redis.crc import key_slot
 
 from bench.server_process import ServerProcess
-from bench.valkey import VALKEY
-from zcproto.errors import ConfigError, ZcprotoError
+from bench.valkey import DEAD_PORT, VALKEY, require_program
+from zcproto.errors import ZcprotoError
 from zcproto.stores.valkey.scripts import tag_of
 
 SERVICE: Final = "sessions"
@@ -30,7 +29,6 @@ CLUSTERED: Final = (
 )
 SHARDS: Final = 3
 SLOTS: Final = 16_384
-_DEAD_PORT: Final = 1
 _POLL_S: Final = 0.02
 
 
@@ -40,8 +38,7 @@ class Deployment:
     can_fail_over = False
 
     def __init__(self, folder: Path) -> None:
-        if shutil.which(VALKEY) is None:
-            raise ConfigError([f"{VALKEY} is not installed; on Debian: apt install {VALKEY}"])
+        require_program()
         self._folder = folder
         self.data: list[ServerProcess] = []
         """The servers that are hurt: a primary, and its replica if it has one."""
@@ -132,7 +129,7 @@ class Deployment:
         self._configure("maxmemory", 0)
 
     def make_read_only(self) -> None:
-        self.data[0].command("REPLICAOF", "127.0.0.1", _DEAD_PORT)
+        self.data[0].command("REPLICAOF", "127.0.0.1", DEAD_PORT)
 
     def make_writable(self) -> None:
         self.data[0].command("REPLICAOF", "NO", "ONE")
@@ -208,10 +205,7 @@ class WithSentinel(WithReplica):
         for number in range(3):
             sentinel = self._new(
                 f"sentinel-{number}",
-                "--sentinel",
-                f"sentinel monitor {SERVICE} 127.0.0.1 {first.port} 2",
-                f"sentinel down-after-milliseconds {SERVICE} 600",
-                f"sentinel failover-timeout {SERVICE} 1000",
+                *monitor(first.port, quorum=2, down_after_ms=600, failover_timeout_ms=1_000),
             )
             self._others.append(sentinel)
 
@@ -231,8 +225,8 @@ class WithSentinel(WithReplica):
 
     def _agrees(self, sentinel: ServerProcess, primary: ServerProcess) -> bool:
         """Return whether a sentinel monitors this primary, and knows of its replica and of the other sentinels."""
-        about = _pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))
-        replicas = [_pairs(each) for each in sentinel.command("SENTINEL", "REPLICAS", SERVICE)]
+        about = pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))
+        replicas = [pairs(each) for each in sentinel.command("SENTINEL", "REPLICAS", SERVICE)]
         return (
             about[b"port"] == str(primary.port).encode()
             and about[b"flags"] == b"master"
@@ -264,9 +258,7 @@ class WithSentinel(WithReplica):
 
     def primary(self) -> ServerProcess | None:
         """Return the primary that the sentinels agree about; the old one calls itself a primary for ten seconds."""
-        ports = {
-            _pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))[b"port"] for sentinel in self._others
-        }
+        ports = {pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))[b"port"] for sentinel in self._others}
         found = [server for server in self.data if {str(server.port).encode()} == ports]
         return found[0] if found else None
 
@@ -349,7 +341,18 @@ def _role(server: ServerProcess) -> Sequence[Any]:
     return (b"unknown",)
 
 
-def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+def monitor(port: int, *, quorum: int, down_after_ms: int, failover_timeout_ms: int) -> Sequence[str]:
+    """Return the arguments of a sentinel that monitors the primary on a port."""
+    return (
+        "--sentinel",
+        f"sentinel monitor {SERVICE} 127.0.0.1 {port} {quorum}",
+        f"sentinel down-after-milliseconds {SERVICE} {down_after_ms}",
+        f"sentinel failover-timeout {SERVICE} {failover_timeout_ms}",
+    )
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Return the fields of a reply in which names and values alternate."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
 
 import redis
 
+from bench.deployments import SERVICE, monitor, pairs
 from bench.server_process import ServerProcess
-from bench.valkey import VALKEY
-from zcproto.errors import ConfigError
+from bench.valkey import DEAD_PORT, VALKEY, require_program
 from zcproto.load.processes import uninterrupted
 
-SERVICE: Final = "sessions"
 LOOPBACK: Final = "127.0.0.1"
 DOWN_AFTER_MS: Final = 1_000
 """Without an answer, after which a sentinel considers the primary down."""
@@ -23,25 +20,22 @@ DOWN_AFTER_MS: Final = 1_000
 FAILOVER_MS: Final = 4_000
 """Twice this time passes before a sentinel begins another failover."""
 
-_DEAD_PORT: Final = 1
-
 
 class ReplicatedValkey:
     """A primary, its replicas, and the sentinels, as a context manager."""
 
     def __init__(self, folder: Path, servers: int = 3, sentinels: int = 3) -> None:
-        if shutil.which(VALKEY) is None:
-            raise ConfigError([f"{VALKEY} is not installed; on Debian: apt install {VALKEY}"])
+        require_program()
         options = ("--appendonly", "yes", "--appendfsync", "no")
         self._servers = [ServerProcess(VALKEY, folder / f"valkey-{n}", *options) for n in range(servers)]
-        monitor = (
-            "--sentinel",
-            f"sentinel monitor {SERVICE} {LOOPBACK} {self._servers[0].port} {sentinels // 2 + 1}",
-            f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER_MS}",
-            f"sentinel failover-timeout {SERVICE} {FAILOVER_MS}",
+        monitoring = monitor(
+            self._servers[0].port,
+            quorum=sentinels // 2 + 1,
+            down_after_ms=DOWN_AFTER_MS,
+            failover_timeout_ms=FAILOVER_MS,
         )
         self._sentinels = [
-            ServerProcess(VALKEY, folder / f"sentinel-{n}", *monitor) for n in range(sentinels)
+            ServerProcess(VALKEY, folder / f"sentinel-{n}", *monitoring) for n in range(sentinels)
         ]
         self._stack = ExitStack()
 
@@ -84,8 +78,8 @@ class ReplicatedValkey:
             return False
 
     def _is_in_order(self, sentinel: ServerProcess, port: bytes) -> bool:
-        about = _pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))
-        replicas = [_pairs(each) for each in sentinel.command("SENTINEL", "REPLICAS", SERVICE)]
+        about = pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))
+        replicas = [pairs(each) for each in sentinel.command("SENTINEL", "REPLICAS", SERVICE)]
         good = [
             each
             for each in replicas
@@ -106,13 +100,9 @@ class ReplicatedValkey:
         primary = self.primary()
         for server in self._servers:
             if server is not primary:
-                server.command("REPLICAOF", LOOPBACK, _DEAD_PORT)
+                server.command("REPLICAOF", LOOPBACK, DEAD_PORT)
 
 
 def _primary_port(sentinel: ServerProcess) -> int:
     _, port = sentinel.command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
     return int(port)
-
-
-def _pairs(reply: Sequence[bytes]) -> dict[bytes, bytes]:
-    return dict(zip(reply[::2], reply[1::2], strict=True))

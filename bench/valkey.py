@@ -17,7 +17,14 @@ from zcproto.load.processes import uninterrupted
 
 VALKEY: Final = "valkey-server"
 _START_S: Final = 10.0
-_DEAD_PORT: Final = 1
+DEAD_PORT: Final = 1
+"""Where nothing listens: a replica of it gets no writes."""
+
+
+def require_program(name: str = VALKEY) -> None:
+    """Raise ConfigError unless a program of this name is installed."""
+    if not shutil.which(name):
+        raise ConfigError([f"{name} is not installed; on Debian: apt install {name}"])
 
 
 class Valkey:
@@ -35,8 +42,7 @@ class Valkey:
         return f"unix://{self.socket}"
 
     def __enter__(self) -> Self:
-        if shutil.which(self._program) is None:
-            raise ConfigError([f"{self._program} is not installed; on Debian: apt install {self._program}"])
+        require_program(self._program)
         self._folder.mkdir(exist_ok=True)
         try:
             with uninterrupted():
@@ -89,7 +95,7 @@ class Valkey:
 
     def become_replica(self) -> None:
         """Refuse writes, as a primary that was made a replica."""
-        self.command("REPLICAOF", "127.0.0.1", _DEAD_PORT)
+        self.command("REPLICAOF", "127.0.0.1", DEAD_PORT)
 
     def become_primary(self) -> None:
         self.command("REPLICAOF", "NO", "ONE")
