@@ -149,6 +149,7 @@ class Deployment:
         _wait(self._begin_failover, "no failover begins")
 
     def _begin_failover(self) -> bool:
+        """Begin a planned failover; return whether it has begun. Where one `can_fail_over`."""
         raise NotImplementedError
 
     def kill_primary(self) -> None:

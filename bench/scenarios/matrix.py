@@ -577,7 +577,9 @@ class Running:
     async def conduct(self) -> list[CellResult]:
         try:
             await self._conduct()
-        except Exception as error:
+        except Exception as error:  # fails the cells of this round; the others still run
+            if not self._cells:
+                raise  # no cell would show it
             for cell in self._cells:
                 cell.history.faults.append(f"{type(error).__name__}: {error}")
             await self._site.repair()

@@ -194,6 +194,7 @@ class Cell:
         """Do what else has to be done before the fault."""
 
     async def act(self, place: Place) -> bool:
+        """Do the operation of this kind of cell once. Return whether it is settled."""
         raise NotImplementedError
 
     async def first_attempt(self) -> None:
