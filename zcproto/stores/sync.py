@@ -10,7 +10,8 @@ Decides:
 - After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
   answered and all changes it reported are applied. An outage has no grace then (DISTRUST in spec/store.pml).
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
-  else, so that their users notice nothing. After the grace period it does not, because tokens are refused then.
+  else, so that their users notice nothing. After the grace period it does not, because tokens are refused then;
+  revocations are repeated all the same, because other processes may still restore sessions.
 
 It must not know: connections (except whether one uses a session), how a call is answered.
 """
@@ -459,7 +460,8 @@ class ChangeTracker:
 
     async def check_all(self, call: Call) -> None:
         """Drop the sessions that are not in use and check the others; or restore all if the store lost them."""
-        emptied, used = self._is_emptied and not self._registry.closed, []
+        was_emptied, used = self._is_emptied, []
+        emptied = was_emptied and not self._registry.closed
 
         def is_kept(session_id: bytes) -> bool:
             is_used = self._is_used(id_text(session_id))
@@ -481,9 +483,9 @@ class ChangeTracker:
             for first in range(0, len(used), MAX_CHECKS):
                 await work(call, used[first : first + MAX_CHECKS])
         except BaseException:
-            self._all_changed, self._is_emptied = True, self._is_emptied or emptied
+            self._all_changed, self._is_emptied = True, self._is_emptied or was_emptied
             raise
-        if emptied:
+        if was_emptied:
             self._revoker.repeat_after_loss()
 
     async def _check(self, call: Call, ids: Iterable[bytes]) -> None:

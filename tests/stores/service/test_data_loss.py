@@ -76,7 +76,10 @@ async def test_revocation_is_repeated_after_another_process_restored_the_session
     assert not any(other.is_valid(each) for each in (before, meanwhile, of_user))
 
 
-async def test_revocations_are_repeated_for_late_restorations(start_process: StartProcess) -> None:
+@pytest.mark.parametrize("outage_s", [0.0, GRACE + 1])
+async def test_revocations_are_repeated_for_late_restorations(
+    start_process: StartProcess, outage_s: float
+) -> None:
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
     opened = [await one.open(), await one.open("bob"), await one.open("bob")]
@@ -86,6 +89,7 @@ async def test_revocations_are_repeated_for_late_restorations(start_process: Sta
     await one.outage()
     await one.revoke(opened[0])
     await one.sessions.revoke_user("bob", "all")
+    await one.advance(outage_s)
     one.store.lose_all()
     report_data_loss(one)
     await one.recover()
