@@ -475,3 +475,16 @@ async def test_closed_client_does_not_connect() -> None:
     with pytest.raises(ConnectionClosed, match="closed"):
         await client.call("echo")
     assert len(server.links) == 1
+
+
+@scripted
+async def test_call_waiting_for_a_connection_does_not_dial_after_close() -> None:
+    server = ScriptedServer()
+    client = await client_of(server, user=None)
+    await server.lose()
+    closing: list[asyncio.Task[None]] = []
+    server.on_welcome = [lambda link: closing.append(asyncio.create_task(client.close()))]
+    with pytest.raises(ConnectionClosed, match="this client is closed"):
+        await client.call("echo")
+    await closing[0]
+    assert len(server.dialled) == 2

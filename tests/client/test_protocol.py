@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import EventReceived, GoAwayReceived
 from zcproto.connection.state import State
 from zcproto.errors import Code, ConnectionClosed, DeadlineExceeded, InvalidArgument
-from zcproto.wire.frame import ERROR, EVENT, NO_TOKEN, PING, RESPONSE, WELCOME
+from zcproto.wire.frame import ERROR, EVENT, NO_TOKEN, PING, RESPONSE, WELCOME, encode_frame
 from zcproto.wire.message import encode_body, encode_error
 
 FOREVER = float("inf")
@@ -170,6 +171,32 @@ async def test_reading_pauses_during_a_flood() -> None:
     assert ends.link.reading == [False, True]
     ends.link.send(EVENT, 0, body)
     assert ends.link.reading == [False, True]
+
+
+@scripted
+async def test_flood_that_ends_the_connection_does_not_pause_reading() -> None:
+    ends = Ends()
+    body = encode_body(["a", bytes(100_000)])
+    wall, salt = ends.server.wall(), ends.link.salt
+    counters = [*range(1, 200), 1]  # the last one is replayed
+    flood = [encode_frame(EVENT, 0, wall, salt, counter, NO_TOKEN, body) for counter in counters]
+    ends.protocol.data_received(b"".join(flood))
+    assert ends.protocol.error is not None
+    assert ends.link.reading == []
+
+
+@scripted
+async def test_connection_that_is_gone_has_no_certificate() -> None:
+    class FakeTls:
+        def getpeercert(self, *, binary_form: bool) -> bytes:
+            return b"certificate"
+
+    ends = Ends()
+    ends.link.get_extra_info = {"ssl_object": FakeTls()}.get  # type: ignore[method-assign, assignment]
+    assert ends.protocol.leaf == sha256(b"certificate").digest()
+    ends.link.cut()
+    await ends.protocol.gone
+    assert ends.protocol.leaf == b""
 
 
 @scripted

@@ -23,7 +23,7 @@ from tests.stores.contract.helpers import (
 )
 from zcproto.errors import Code
 from zcproto.sessions.record import SessionRecord, UserLimit
-from zcproto.stores.base import Created, LimitReached, SessionStore
+from zcproto.stores.base import NO_LIMIT, Created, LimitReached, SessionStore
 
 
 class LimitContract:
@@ -147,6 +147,12 @@ class LimitContract:
         gone = tuple(ended(record, Code.TOKEN_EXPIRED, WALL + 1) for record in lapsed[:3])
         assert await store.create(new, limit) == Created(gone)
         assert await store.list("alice") == [live, lapsed[3], new]
+
+    async def test_no_limit_admits_a_session_beside_others(self, store: SessionStore) -> None:
+        records = [session(number) for number in range(6)]
+        results = [await store.create(record, NO_LIMIT) for record in records]
+        assert results == 6 * [Created()]
+        assert await store.list("alice") == records
 
     async def test_fifty_concurrent_openings_get_five_sessions(self, store: SessionStore) -> None:
         results = await asyncio.gather(*(store.create(session(number), FIVE) for number in range(50)))

@@ -113,6 +113,13 @@ class RefreshContract:
         assert await store.rotate(late) == NotRotated(Code.TOKEN_EXPIRED)
         assert await store.find(late.token_digest) is None
 
+    async def test_spent_refresh_token_of_an_expired_session_is_expired(self, store: SessionStore) -> None:
+        record = session()
+        await opened(store, record)
+        await store.rotate(rotation(record))
+        late = rotation(record, 2, WALL + 31 * DAY)
+        assert await store.rotate(late) == NotRotated(Code.TOKEN_EXPIRED)
+
     async def test_expired_refresh_token_of_a_live_session_is_refused(self, store: SessionStore) -> None:
         record = session(refresh_expires_at=WALL + MINUTE)
         await opened(store, record)

@@ -20,6 +20,7 @@ from zcproto.errors import Code, TokenRevoked
 from zcproto.sessions import EndReason, OpenedSession
 from zcproto.sessions.health import MAX_DELAY_S, HealthState
 from zcproto.sessions.record import SessionRecord
+from zcproto.sessions.token import digest_of
 from zcproto.stores import revoker
 from zcproto.stores.revoker import AFTER_GAP_S, REPEATS_S
 
@@ -174,6 +175,20 @@ async def test_rotation_lost_by_failover_is_repeated(start_process: StartProcess
         assert await is_accepted(process, again)
         assert not await is_accepted(process, opened)
     assert await is_accepted(other, await other.refresh(again))
+
+
+async def test_lost_rotation_of_a_session_that_is_checked_is_repeated_at_once(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    opened = await one.open()
+    records = one.store.records
+    again = await one.refresh(opened)
+    one.use(again)
+    one.store.roll_back(records)
+    one.store.report_change(raw(opened))
+    await one.settle()
+    assert [record.token_digest for record in one.store.records] == [digest_of(again.token)]
 
 
 async def test_rotations_of_two_processes_are_repeated_in_their_order(start_process: StartProcess) -> None:

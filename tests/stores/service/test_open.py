@@ -82,6 +82,13 @@ async def test_full_server_refuses_without_calling_the_store(start_process: Star
     assert process.store.calls == calls
 
 
+async def test_login_refused_during_an_outage_leaves_nothing_to_end_after_it(process: SessionProcess) -> None:
+    await process.outage()
+    await refused(process.open())
+    await process.recover()
+    assert "end" not in process.store.calls
+
+
 async def test_concurrent_openings_do_not_exceed_max_sessions(start_process: StartProcess) -> None:
     process = await start_process(max_sessions=3)
     outcomes = await asyncio.gather(*(process.open(f"u{n}") for n in range(6)), return_exceptions=True)

@@ -87,6 +87,20 @@ async def test_pending_revocations_are_replayed_before_loading(start_process: St
     assert one.store.calls == ["open", "end"]
 
 
+async def test_replayed_sessions_are_remembered_as_long_as_the_latest_revocation(
+    process: SessionProcess,
+) -> None:
+    opened = [await process.open(), await process.open()]
+    await process.outage()
+    for each in opened:
+        process.clock.advance(60)
+        await process.revoke(each)
+    revoked_at = process.clock.wall()
+    await process.recover()
+    ended = [process.store.registry.ended(raw(each)) for each in opened]
+    assert [each and each.ended_at for each in ended] == 2 * [revoked_at]
+
+
 async def test_revoke_all_during_an_outage_applies_after_it(
     start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

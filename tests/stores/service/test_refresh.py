@@ -103,6 +103,16 @@ async def test_session_of_another_process_is_refreshed_here(start_process: Start
     assert await other.find(opened.token) is Code.TOKEN_REVOKED
 
 
+async def test_refresh_of_another_process_session_makes_room_in_a_full_registry(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store), max_sessions=1)
+    await other.open("bob")
+    again = await other.refresh(await one.open("ada"))
+    assert other.is_valid(again)
+
+
 async def test_refresh_repeated_on_another_node_returns_the_same_pair(start_process: StartProcess) -> None:
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))

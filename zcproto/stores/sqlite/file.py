@@ -140,7 +140,10 @@ class DatabaseFile:
     # --- opening and closing -----------------------------------------------------------------------
 
     def open(self) -> None:
-        """Lock and open the file. Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix."""
+        """Lock and open the file; `close` it also after a failure.
+
+        Raises StoreUnavailable, or ConfigError for a fault that retrying cannot fix.
+        """
         if sqlite3.sqlite_version_info < MIN_SQLITE:
             raise ConfigError(
                 [
@@ -154,14 +157,10 @@ class DatabaseFile:
             self._take_lock()
             self._reopen()
         except OSError as error:
-            self.close()
             message = f"{self._shown}: cannot be opened: {error.strerror or error}"
             if error.errno in _PERMANENT:
                 raise ConfigError([f"{message}; check the folder and its owner"]) from error
             raise StoreUnavailable(message) from error
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Close the file and release the lock. A failure will show, and be reported, at the next start."""
