@@ -15,8 +15,10 @@ from zcproto.wire.frame import (
     MIN_LENGTH,
     NO_TOKEN,
     REQUEST,
+    Accepted,
     Kind,
     Side,
+    accepted_with_streams,
     check_head,
     check_length,
     encode_frame,
@@ -51,7 +53,9 @@ def test_stream_field_holds_32_bits() -> None:
 
 
 def test_kind_numbers_match_specification() -> None:
-    assert {kind.name: kind.value for kind in Kind} == document("tables")["kinds"]
+    kinds = document("tables")["kinds"] | document("streaming/tables")["kinds"]
+    del kinds["ACCEPTED"]  # reserved: fatal, like an unknown kind
+    assert {kind.name: kind.value for kind in Kind} == kinds
 
 
 def test_code_numbers_match_specification() -> None:
@@ -64,8 +68,25 @@ def test_every_kind_has_a_head_constant() -> None:
 
 
 def test_only_ping_and_pong_are_accepted_by_both_sides() -> None:
-    assert ACCEPTED[Side.SERVER] & ACCEPTED[Side.CLIENT] == {wire.PING, wire.PONG}
-    assert ACCEPTED[Side.SERVER] | ACCEPTED[Side.CLIENT] == {head_of(kind) for kind in Kind}
+    server, client = (ACCEPTED[side].heads for side in (Side.SERVER, Side.CLIENT))
+    assert server & client == {wire.PING, wire.PONG}
+    assert server | client == {head_of(kind) for kind in Kind if kind < Kind.OPEN}
+
+
+def test_item_and_credit_are_accepted_by_both_sides_with_streams() -> None:
+    server, client = (accepted_with_streams(side, 1_000).heads for side in (Side.SERVER, Side.CLIENT))
+    assert server & client == {wire.PING, wire.PONG, wire.ITEM, wire.CREDIT}
+    assert server | client == {head_of(kind) for kind in Kind if kind < Kind.CALL}
+
+
+@pytest.mark.parametrize("side", Side)
+def test_item_longer_than_max_item_is_frame_too_large(side: Side) -> None:
+    accepted = accepted_with_streams(side, 1_000)
+    check_head(wire.ITEM, 1, 1_000, accepted)
+    check_head(wire.CREDIT, 1, 1_001, accepted)
+    with pytest.raises(ProtocolError) as caught:
+        check_head(wire.ITEM, 1, 1_001, accepted)
+    assert caught.value.code is Code.FRAME_TOO_LARGE
 
 
 @pytest.mark.parametrize("length", [0, 1, 63])
@@ -102,9 +123,15 @@ STREAMS = {
 """Streams (0 or another) on which each side may receive a kind, written independently of the code."""
 
 
-def is_accepted(head: int, stream: int, receiver: Side) -> bool:
+OF_STREAMS = {
+    Side.SERVER: {Kind.OPEN: {1}, Kind.ITEM: {1}, Kind.END: {1}, Kind.CREDIT: {1}},
+    Side.CLIENT: {Kind.ITEM: {1}, Kind.CREDIT: {1}},
+}
+
+
+def is_accepted(head: int, stream: int, receiver: Side, accepted: Accepted | None = None) -> bool:
     try:
-        check_head(head, stream, receiver)
+        check_head(head, stream, 64, accepted or ACCEPTED[receiver])
     except ProtocolError as error:
         if error.code is not Code.PROTOCOL_ERROR:
             raise
@@ -118,6 +145,10 @@ def test_only_listed_kinds_are_accepted_on_their_streams(receiver: Side, stream:
     for kind in range(256):
         allowed = stream in STREAMS[receiver].get(kind, set())  # type: ignore[call-overload]
         assert is_accepted(0x01000000 | kind << 16, stream, receiver) is allowed, hex(kind)
+        announced = {**STREAMS[receiver], **OF_STREAMS[receiver]}
+        allowed = stream in announced.get(kind, set())  # type: ignore[call-overload]
+        accepted = accepted_with_streams(receiver, 64)
+        assert is_accepted(0x01000000 | kind << 16, stream, receiver, accepted) is allowed, hex(kind)
 
 
 @pytest.mark.parametrize("receiver", Side)
@@ -144,5 +175,5 @@ def test_flags_are_refused(kind: Kind, stream: int) -> None:
 )
 def test_header_is_checked_in_order_version_kind_flags_stream(head: int, stream: int, reason: str) -> None:
     with pytest.raises(ProtocolError) as caught:
-        check_head(head, stream, Side.SERVER)
+        check_head(head, stream, 64, ACCEPTED[Side.SERVER])
     assert caught.value.reason == reason

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
 from typing import Any, Final, NamedTuple
 
+from zcproto.connection.credit import ItemQueue, SendCredit
 from zcproto.errors import Code
 from zcproto.sessions import Session
 from zcproto.wire.message import RequestMeta
@@ -41,6 +42,49 @@ class Request:
 
     def __repr__(self) -> str:
         return f"Request(stream={self.stream}, method={self.method!r})"
+
+
+class StreamState(Enum):
+    """The states of zcp1.md, section 18.10."""
+
+    NONE = "none"
+    OPEN = "open"
+    HALF = "half"
+    LINGER = "linger"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class ServerStream(Request):
+    """A stream of items.
+
+    `credit` is what the client allows. `items` are the client's, None if the method takes none. `waits_until`: an
+    item waits for credit, at most until then; NEVER if none waits.
+    """
+
+    credit: SendCredit = field(default_factory=lambda: SendCredit((0, 0)))
+    items: ItemQueue | None = None
+    waits_until: float = NEVER
+    is_answered: bool = False
+
+    @property
+    def state(self) -> StreamState:
+        if self.lingers:
+            return StreamState.LINGER
+        if self.is_answered or not self.held:
+            return StreamState.NONE
+        return StreamState.HALF if self.items is None or self.items.has_ended else StreamState.OPEN
+
+
+class CreditReceived(NamedTuple):
+    """The client raised the credit of a stream that waits for it."""
+
+    stream: ServerStream
+
+
+class ItemsReceived(NamedTuple):
+    """An item or the end of the items has arrived for a method that takes them."""
+
+    stream: ServerStream
 
 
 class KeyWanted(NamedTuple):
@@ -110,7 +154,16 @@ class ConnectionEnded(NamedTuple):
 
 
 ServerEvent = (
-    RawRequest | RequestEnded | SessionJoined | KeyWanted | TokenUnknown | FrameBuffered | ConnectionEnded
+    RawRequest
+    | ServerStream
+    | CreditReceived
+    | ItemsReceived
+    | RequestEnded
+    | SessionJoined
+    | KeyWanted
+    | TokenUnknown
+    | FrameBuffered
+    | ConnectionEnded
 )
 
 

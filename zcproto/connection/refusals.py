@@ -32,6 +32,19 @@ NEEDS_CERTIFICATE: Final = encode_error(
 )
 NEEDS_SESSION: Final = encode_error(Code.UNAUTHENTICATED, "no session: call session.open first")
 CANCELLED: Final = encode_error(Code.CANCELLED, "cancelled by the caller")
+LEFT: Final = encode_error(Code.CANCELLED, "cancelled by the caller", {"reason": "caller"})
+WRONG_TOKEN: Final = encode_error(
+    Code.CANCELLED, "frames of a stream carry the token of its OPEN", {"reason": "wrong_token"}
+)
+SLOW: Final = encode_error(
+    Code.CANCELLED, "an item has waited too long for credit: read faster", {"reason": "slow"}
+)
+SESSION_ENDED: Final = {
+    code: encode_error(Code.CANCELLED, "the session of this stream has ended", {"reason": code.name.lower()})
+    for code in (Code.TOKEN_EXPIRED, Code.TOKEN_REVOKED, Code.SESSION_REPLACED)
+}
+"""Cuts of streams: their code is CANCELLED, because the method has run."""
+
 SLOW_FRAME: Final = encode_error(Code.CANCELLED, "a frame of this connection took too long to arrive")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 
@@ -49,6 +62,16 @@ def draining(retry_after_ms: int) -> bytes:
 def too_many_requests(retry_after_ms: int) -> bytes:
     message = "too many requests in flight on this connection"
     return encode_error(Code.RESOURCE_EXHAUSTED, message, {"retry_after_ms": retry_after_ms})
+
+
+def too_many_streams(limit: int) -> bytes:
+    message = "too many streams on this connection: close some, or open another connection"
+    return encode_error(Code.RESOURCE_EXHAUSTED, message, {"limit": limit})
+
+
+def stale_on_stream(server_time: int) -> bytes:
+    message = "a frame of this stream was delayed for too long"
+    return encode_error(Code.CANCELLED, message, {"reason": "stale", "server_time": server_time})
 
 
 def stale(server_time: int) -> bytes:

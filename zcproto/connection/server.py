@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from zcproto.connection import refusals
+from zcproto.connection.credit import SendCredit
 from zcproto.connection.events import (
     NEVER,
     ConnectionEnded,
@@ -29,12 +30,14 @@ from zcproto.connection.events import (
     KeyWanted,
     RawRequest,
     Request,
-    RequestEnded,
     ServerEvent,
+    ServerStream,
     SessionJoined,
     TokenUnknown,
 )
 from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.server_output import ServerOutput
+from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
@@ -43,23 +46,31 @@ from zcproto.sessions.session import DEVICE_KEY
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CANCEL,
+    CREDIT,
     ERROR,
     EVENT,
-    GOAWAY,
     HEADER,
     HEADER_SIZE,
-    MIN_LENGTH,
+    ITEM,
     NO_TOKEN,
+    OPEN,
     PING,
     PONG,
     REQUEST,
-    RESPONSE,
     WELCOME,
     RawFrame,
     RawHeader,
     Side,
 )
-from zcproto.wire.message import NO_META, MessageError, code_in, decode_request, encode_body, encode_error
+from zcproto.wire.message import (
+    NO_META,
+    MessageError,
+    code_in,
+    decode_open,
+    decode_request,
+    encode_body,
+    encode_error,
+)
 
 MS: Final = 1000
 ALWAYS: Final = 2**64
@@ -67,6 +78,9 @@ ALWAYS: Final = 2**64
 
 TOUCH_INTERVAL_MS: Final = 1_000
 """Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
+
+PEER_SILENT: Final = "peer_silent"
+"""Reason of the end of a connection with streams whose client does not answer a PING."""
 
 ATTACH: Final = "session.attach"
 """The only method allowed with a bound token whose key is not proved."""
@@ -83,7 +97,7 @@ _READING: Final = frozenset({State.OPEN, State.DRAINING})
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class ServerConnection:
+class ServerConnection(ServerOutput):
     """The connection of one client.
 
     Args:
@@ -122,10 +136,12 @@ class ServerConnection:
     _open_deadline: float = field(init=False)
     _held: dict[int, Request] = field(default_factory=dict, init=False)
     _lingering: int = field(default=0, init=False)  # answered early, with their handlers still running
+    _streams: ServerStreams | None = field(default=None, init=False)  # once there was an OPEN
     _out: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self, wall: int, now: float) -> None:
         self._decoder = FrameDecoder(Side.SERVER, self.settings.max_frame_before_session)
+        self._decoder.accepted = self.settings.accepted
         self._last_frame = now
         self._seen_generation = self.registry.generation
         self._open_deadline = now + self.settings.open_timeout_s
@@ -196,19 +212,19 @@ class ServerConnection:
                 self._last_counter = counter
                 self._last_frame = now
                 if not -tolerance <= judged_at - timestamp <= tolerance:
-                    if self._refuse_stale(head, stream, token, wall):
-                        yield self.end_with(
-                            Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall
-                        )
-                        return
+                    ended = self._refuse_stale(head, stream, token, wall)
+                    if ended is not None:
+                        yield ended
+                        if self.state is _CLOSED:
+                            return
                     if head != CANCEL:  # not a replay, because its counter is new; cancelling is safe
                         judged_at = wall
                         continue
                 else:
                     self._stale_in_a_row = 0
                 judged_at = wall
-                if head != REQUEST:
-                    if body:
+                if head != REQUEST and head != OPEN:
+                    if body and head != ITEM and head != CREDIT:
                         yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
                         return
                     if head == PING:
@@ -218,8 +234,12 @@ class ServerConnection:
                     elif head == CANCEL:
                         held = self._held.get(stream)
                         if held is not None and held.token == token:
-                            self._answer_early(held, refusals.CANCELLED, wall)
-                            yield RequestEnded(held, Code.CANCELLED)
+                            is_stream = isinstance(held, ServerStream)
+                            yield self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall)
+                    elif head >= ITEM:
+                        event = self._receive_on_stream(head, stream, token, body, wall, now)
+                        if event is not None:
+                            yield event
                     continue
                 if self._held and stream in self._held:
                     yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
@@ -245,7 +265,7 @@ class ServerConnection:
                             if registry.generation != self._seen_generation:  # the session may have ended
                                 joined = self._session_of(token, wall, now)
                         if isinstance(joined, KeyWanted):
-                            request = self._attaching(joined, length, stream, token, body, wall)
+                            request = self._attaching(joined, head, length, stream, token, body, wall)
                             if request is not None:
                                 yield request
                                 if self.state is _CLOSED:  # ended by the edge
@@ -257,10 +277,14 @@ class ServerConnection:
                 session = self._session
                 if (
                     self._held or self._lingering or session is None or self.state is _DRAINING
-                ) and self._is_refused(length, stream, token, session, wall):
+                ) and self._is_refused(head, length, stream, token, session, wall):
                     continue
+                credit = None
                 try:
-                    method, params, meta = decode_request(body, max_depth)
+                    if head == REQUEST:
+                        method, params, meta = decode_request(body, max_depth)
+                    else:
+                        method, params, meta, credit = decode_open(body, max_depth)
                 except MessageError as error:
                     malformed = encode_error(Code.INVALID_ARGUMENT, str(error))
                     self._refuse("malformed", stream, token, malformed, wall)
@@ -268,7 +292,12 @@ class ServerConnection:
                 if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
                     self._refuse("deadline", stream, token, refusals.DEADLINE_EXCEEDED, wall)
                     continue
-                yield stream, token, session, method, params, meta
+                if credit is None:
+                    yield stream, token, session, method, params, meta
+                else:
+                    opened = ServerStream(stream, token, session, method, params, meta)
+                    opened.credit = SendCredit(credit)
+                    yield opened
                 if self.state is _CLOSED:  # ended by the edge
                     return
             buffered = decoder.buffered
@@ -288,16 +317,30 @@ class ServerConnection:
         user = next((joined.user for joined in self.sessions.values()), "")
         return FrameBuffered(self._reported, self._partial[1] if self._partial else now, user)
 
-    def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> bool:
-        """Refuse a stale frame. Return True if the limit of consecutive ones is reached."""
+    def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> ServerEvent | None:
+        """Refuse a stale frame. Return what ends: the connection at the limit of consecutive ones, or a stream."""
         self._stale_in_a_row += 1
         if self._stale_in_a_row >= self.settings.max_stale_in_a_row:
-            return True
-        if head == REQUEST:
+            return self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall)
+        held = self._held.get(stream) if head >= ITEM else None
+        if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
+            return self._cut(held, refusals.stale_on_stream(wall), wall)
+        if head in (REQUEST, OPEN):
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
         elif head != CANCEL:
             self.dropped_stale += 1
-        return False
+        return None
+
+    def _receive_on_stream(
+        self, head: int, stream: int, token: bytes, body: bytes, wall: int, now: float
+    ) -> ServerEvent | None:
+        """Process an ITEM, END or CREDIT. Raises ProtocolError if it ends the connection."""
+        held = self._held.get(stream)
+        outcome = self.streams(now).receive(head, held, token, body)
+        if not isinstance(outcome, bytes):
+            return outcome
+        assert held is not None, "only a stream in flight can be cut"
+        return self._cut(held, outcome, wall)
 
     def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
         """Check a token that differs from the last one or must be checked again.
@@ -335,20 +378,21 @@ class ServerConnection:
         return SessionJoined(session.id)
 
     def _attaching(
-        self, wanted: KeyWanted, length: int, stream: int, token: bytes, body: bytes, wall: int
+        self, wanted: KeyWanted, head: int, length: int, stream: int, token: bytes, body: bytes, wall: int
     ) -> RawRequest | None:
         """Return a `session.attach` request for a token whose key is not proved; refuse any other.
 
         A body too large for a connection without a session is not decoded.
         """
         refusal = refusals.NEEDS_ATTACH if wanted.key.startswith(DEVICE_KEY) else refusals.NEEDS_CERTIFICATE
-        if refusal is refusals.NEEDS_ATTACH and length <= self.settings.max_frame_before_session:
+        is_small = head == REQUEST and length <= self.settings.max_frame_before_session
+        if refusal is refusals.NEEDS_ATTACH and is_small:
             try:
                 method, params, meta = decode_request(body, self.settings.max_depth)
             except MessageError:
                 method = ""
             if method == ATTACH:
-                if self._is_refused(length, stream, token, wanted.session, wall):
+                if self._is_refused(head, length, stream, token, wanted.session, wall):
                     return None
                 if meta.deadline_ms is None or meta.deadline_ms > 0:
                     return stream, token, wanted.session, method, params, meta
@@ -369,15 +413,21 @@ class ServerConnection:
             self._proved -= {key}
             self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
 
-    def _is_refused(self, length: int, stream: int, token: bytes, session: Session | None, wall: int) -> bool:
+    def _is_refused(
+        self, head: int, length: int, stream: int, token: bytes, session: Session | None, wall: int
+    ) -> bool:
         """Refuse a request because of the connection's state or limits, before decoding its body."""
         settings = self.settings
         if session is None and length > settings.max_frame_before_session:
             reason, body = "too_large_without_session", refusals.NEEDS_SESSION
+        elif session is None and head == OPEN:
+            reason, body = "token", refusals.NEEDS_SESSION
         elif self.state is State.DRAINING:
             reason, body = "draining", refusals.draining(settings.retry_draining_ms)
         elif len(self._held) + self._lingering >= settings.max_streams:
             reason, body = "max_streams", refusals.too_many_requests(settings.retry_busy_ms)
+        elif head == OPEN and self._streams is not None and self._streams.is_full:
+            reason, body = "max_open", refusals.too_many_streams(self._streams.max_open)
         else:
             return False
         self._refuse(reason, stream, token, body, wall)
@@ -390,67 +440,6 @@ class ServerConnection:
         self.wasted += 1
         self.deadline_moved = True
         self._send(ERROR, stream, token, body, wall)
-
-    # --- answers --------------------------------------------------------------------------------
-
-    def hold(self, request: Request, now: float) -> None:
-        """Keep a request in flight to answer it in a later turn."""
-        request.held = True
-        self._held[request.stream] = request
-        if request.meta.deadline_ms is not None:
-            request.deadline = now + request.meta.deadline_ms / MS
-            self.deadline_moved = True
-
-    def respond_at_once(self, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        """Answer the last yielded request, which is not held, with an encoded result."""
-        if self.state is _CLOSED:
-            return
-        # `_send` inlined: half of all frames pass here.
-        counter = self._counter
-        self._counter = counter + 1
-        self._out.append(
-            _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token) + body
-        )
-
-    def respond(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded result. Return False if it was already answered or the end came
-        first."""
-        if (request.held and not self._release(request)) or self.state is _CLOSED:
-            return False
-        self._send(RESPONSE, request.stream, request.token, body, wall)
-        return True
-
-    def fail(self, request: Request, body: bytes, wall: int) -> bool:
-        """Answer a request with an encoded error. Return False if it was already answered or the end came first."""
-        if (request.held and not self._release(request)) or self.state is _CLOSED:
-            return False
-        self._send(ERROR, request.stream, request.token, body, wall)
-        return True
-
-    def _release(self, request: Request) -> bool:
-        if self.is_held(request):
-            del self._held[request.stream]
-            return True
-        if request.lingers:
-            request.lingers = False
-            self._lingering -= 1
-        return False
-
-    def _answer_early(self, request: Request, body: bytes, wall: int) -> None:
-        del self._held[request.stream]
-        # The handler may still run for a while; it counts against max_streams until it has ended.
-        request.lingers = True
-        self._lingering += 1
-        self._send(ERROR, request.stream, request.token, body, wall)
-
-    def is_held(self, request: Request) -> bool:
-        """Return True if a held request has not been answered."""
-        return self._held.get(request.stream) is request
-
-    @property
-    def in_flight(self) -> int:
-        """Return the number of unanswered requests."""
-        return len(self._held)
 
     # --- sessions -------------------------------------------------------------------------------
 
@@ -476,48 +465,11 @@ class ServerConnection:
             self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
         self.leave(session_id, now)
 
-    def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
-        """Send an event of a session. Return False if the session is not used on this connection.
-
-        Raises MessageError if the data cannot be encoded or is too large.
-        """
-        known = self.sessions.get(session_id)
-        if known is None or self.state is _CLOSED:
-            return False
-        body = encode_body([name, data])
-        if len(body) > self.settings.max_body:
-            raise MessageError(f"the event has {len(body)} bytes")
-        self._send(EVENT, 0, known.token, body, wall)
-        return True
-
-    def announce(self, body: bytes, wall: int) -> None:
-        """Send an event of the server itself (its encoded body), with a zero token."""
-        if self.state is not _CLOSED:
-            self._send(EVENT, 0, NO_TOKEN, body, wall)
-
     # --- the end --------------------------------------------------------------------------------
-
-    def go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
-        """Send GOAWAY: requests in flight are still answered, new ones get UNAVAILABLE."""
-        if self.state is State.OPEN:
-            self.state = next_state(self.state, Input.GOAWAY)
-            self._send_go_away(reason, retry_after_ms, wall)
 
     def end(self) -> None:
         """End the connection: the transport is gone, or will be closed after queued output."""
         self.state = next_state(self.state, Input.END)
-
-    def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
-        body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
-        self._send(GOAWAY, 0, NO_TOKEN, body, wall)
-
-    def end_with(
-        self, code: Code, reason: str, wall: int, details: dict[str, Any] | None = None
-    ) -> ConnectionEnded:
-        """End the connection with a fatal error (zcp1.md, section 10.3)."""
-        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
-        self.state = next_state(self.state, Input.FATAL)
-        return ConnectionEnded(code, reason)
 
     # --- time -----------------------------------------------------------------------------------
 
@@ -527,6 +479,8 @@ class ServerConnection:
         if self.state is _CLOSED:
             return NEVER
         earliest = min(self._open_deadline, self.sessions.expiring_at, self._silent_at())
+        if self._streams is not None:
+            earliest = min(earliest, self._streams.next_deadline())
         if not self._held:
             return earliest
         return min(earliest, *(request.deadline for request in self._held.values()))
@@ -535,6 +489,8 @@ class ServerConnection:
         """Return when silence ends the connection. An incomplete frame has a limit of its own."""
         if self._partial is not None:
             return self._partial[1] + self.settings.frame_timeout_s
+        if self._streams is not None and self._streams.pinged_at > self._last_frame:
+            return self._streams.pinged_at + PONG_TIMEOUT_S
         return self._last_frame + self.settings.idle_timeout_s
 
     def handle_timeout(self, wall: int, now: float) -> list[ServerEvent]:
@@ -543,8 +499,13 @@ class ServerConnection:
         if self.state is _CLOSED:
             return events
         for request in [held for held in self._held.values() if held.deadline <= now]:
-            self._answer_early(request, refusals.DEADLINE_EXCEEDED, wall)
-            events.append(RequestEnded(request, Code.DEADLINE_EXCEEDED))
+            events.append(self._cut(request, refusals.DEADLINE_EXCEEDED, wall))
+        streams = self._streams
+        if streams is not None and streams.in_flight:
+            events += [
+                self._cut(stream, refusals.SLOW, wall) for stream in streams.take_slow(self._held, now)
+            ]
+            streams.touch(self._held, self.sessions, self.registry, wall, now)
         if self.sessions.expiring_at <= now:
             for joined in self.sessions.take_expiring(now):
                 body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
@@ -556,8 +517,13 @@ class ServerConnection:
             if self._partial is not None:
                 reason = GoAwayReason.SLOW_FRAME
                 for request in [*self._held.values()]:  # unanswered, they would count as not run
-                    self._answer_early(request, refusals.SLOW_FRAME, wall)
-                    events.append(RequestEnded(request, Code.CANCELLED))
+                    events.append(self._cut(request, refusals.SLOW_FRAME, wall))
+            elif streams is not None and streams.pinged_at > self._last_frame:
+                self.end()
+                return [*events, ConnectionEnded(None, PEER_SILENT)]
+            elif streams is not None and streams.in_flight:
+                self._send(PING, 0, NO_TOKEN, b"", wall)
+                streams.pinged_at = now
             elif self._held:
                 self._last_frame = now  # requests in flight count as activity
             else:
@@ -568,18 +534,3 @@ class ServerConnection:
             self.state = next_state(self.state, Input.END)
             events.append(ConnectionEnded(None, reason))
         return events
-
-    # --- output ---------------------------------------------------------------------------------
-
-    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        counter = self._counter
-        self._counter = counter + 1
-        self._out.append(
-            _pack_header(MIN_LENGTH + len(body), head, stream, wall, self.salt, counter, token) + body
-        )
-
-    def data_to_send(self) -> bytes:
-        """Return and clear the queued output."""
-        data = b"".join(self._out)
-        self._out.clear()
-        return data

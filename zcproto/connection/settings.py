@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from zcproto.errors import Code, ProtocolError
-from zcproto.wire.frame import MIN_LENGTH, VERSION
+from zcproto.wire.frame import ACCEPTED, MIN_LENGTH, VERSION, Accepted, Side, accepted_with_streams
 from zcproto.wire.message import DEFAULT_MAX_DEPTH, MessageError, decode_map, encode_body
 
 
@@ -17,6 +17,23 @@ class TransportSecurityPolicy:
 
     max_age_s: int = 31_536_000
     include_subdomains: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """Limits of streams (zcp1.md, section 18). Lengths are in bytes."""
+
+    max_open: int = 64
+    """Streams in flight on one connection."""
+    max_item: int = 65_536
+    """The largest `length` of an ITEM, in both directions."""
+    window_items: int = 32
+    window_bytes: int = 65_536
+    """What the server grants beyond what a method has taken."""
+    write_bytes: int = 65_536
+    """ITEM bytes that may wait for one client."""
+    stall_timeout_s: float = 300.0
+    """Longest time that an item waits for credit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +56,14 @@ class ConnectionSettings:
     looks_up: bool = False
     """Unknown tokens may be valid in a shared store and must be looked up."""
     sts: TransportSecurityPolicy = TransportSecurityPolicy()
+    streams: StreamLimits | None = None
+    """None: no streams."""
     welcome_body: bytes = field(init=False, repr=False)
+    accepted: Accepted = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Encoded once, because it is the same on every connection.
-        welcome = {
+        welcome: dict[str, Any] = {
             "server": self.server,
             "versions": [VERSION],
             "max_frame": self.max_frame,
@@ -52,6 +72,11 @@ class ConnectionSettings:
             "tolerance_ms": self.tolerance_ms,
             "sts": {"max_age": self.sts.max_age_s, "include_subdomains": self.sts.include_subdomains},
         }
+        accepted = ACCEPTED[Side.SERVER]
+        if self.streams is not None:
+            welcome["streams"] = {"max_open": self.streams.max_open, "max_item": self.streams.max_item}
+            accepted = accepted_with_streams(Side.SERVER, self.streams.max_item)
+        object.__setattr__(self, "accepted", accepted)
         object.__setattr__(self, "welcome_body", encode_body(welcome))
 
     @property
@@ -69,6 +94,8 @@ _TYPES: Final = {
     "tolerance_ms": int,
     "sts": dict,
 }
+_OPTIONAL: Final = {"streams": {"max_open": 0, "max_item": MIN_LENGTH}, "calls": {"max": 0}}
+"""Maps that announce a feature, each key with its least value."""
 _LEAST: Final = {"max_frame": MIN_LENGTH, "max_streams": 1, "idle_timeout_ms": 0, "tolerance_ms": 0}
 
 
@@ -92,6 +119,13 @@ def read_welcome(body: bytes, max_depth: int) -> dict[str, Any]:
         raise ProtocolError(
             Code.PROTOCOL_ERROR, "WELCOME: sts.include_subdomains is missing or of the wrong type"
         )
+    for feature, keys in _OPTIONAL.items():
+        if feature in welcome:
+            limits = welcome[feature]
+            if limits.__class__ is not dict or not all(
+                limits.get(key).__class__ is int and limits[key] >= least for key, least in keys.items()
+            ):
+                raise ProtocolError(Code.PROTOCOL_ERROR, f"WELCOME: {feature} cannot be read")
     if not any(version.__class__ is int and version == VERSION for version in welcome["versions"]):
         raise ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not speak version 1")
     return welcome

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from zcproto.wire.frame import (
+    ACCEPTED,
     HEADER,
     HEADER_SIZE,
     LENGTH_SIZE,
@@ -49,8 +50,8 @@ class FrameDecoder:
     """Decode frames from a byte stream: `feed` received bytes, then read frames until None.
 
     `limit` is the largest accepted `length`, in bytes. A new value applies from the next frame on; a frame whose
-    length was already accepted is still decoded. Do not use the decoder after a ProtocolError: the stream cannot be
-    resynchronised.
+    length was already accepted is still decoded. `accepted` is what the peer may send. Do not use the decoder after
+    a ProtocolError: the stream cannot be resynchronised.
     """
 
     __slots__ = (
@@ -60,14 +61,14 @@ class FrameDecoder:
         "_filled",
         "_missing",
         "_partial",
-        "_receiver",
         "_usual",
+        "accepted",
         "limit",
     )
 
     def __init__(self, receiver: Side, limit: int) -> None:
         self.limit = limit
-        self._receiver = receiver
+        self.accepted = ACCEPTED[receiver]
         self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # the common kind costs one comparison
         self._data = b""
         self._at = 0
@@ -146,7 +147,7 @@ class FrameDecoder:
                     check_length(length, self.limit)
                 self._accepted_before = None
             if head != usual or not stream:
-                check_head(head, stream, self._receiver)
+                check_head(head, stream, length, self.accepted)
             end = at + LENGTH_SIZE + length
             if end > size:
                 self._keep(at, end - size)

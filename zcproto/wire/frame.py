@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from enum import Enum, IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from zcproto.errors import Code, ProtocolError
 
@@ -55,6 +55,14 @@ class Kind(IntEnum):
     PONG = 0x07
     GOAWAY = 0x08
     EVENT = 0x09
+    OPEN = 0x10
+    ITEM = 0x11
+    END = 0x12
+    CREDIT = 0x13
+    CALL = 0x18
+    RESULT = 0x19
+    FAILURE = 0x1A
+    WITHDRAW = 0x1B
 
 
 class Side(Enum):
@@ -78,17 +86,45 @@ PING: Final = head_of(Kind.PING)
 PONG: Final = head_of(Kind.PONG)
 GOAWAY: Final = head_of(Kind.GOAWAY)
 EVENT: Final = head_of(Kind.EVENT)
+OPEN: Final = head_of(Kind.OPEN)
+ITEM: Final = head_of(Kind.ITEM)
+END: Final = head_of(Kind.END)
+CREDIT: Final = head_of(Kind.CREDIT)
+CALL: Final = head_of(Kind.CALL)
+RESULT: Final = head_of(Kind.RESULT)
+FAILURE: Final = head_of(Kind.FAILURE)
+WITHDRAW: Final = head_of(Kind.WITHDRAW)
+
+MAX_LENGTH: Final = 2**32 - 1
+
+
+class Accepted(NamedTuple):
+    """The heads that one end may receive, and the largest `length` of an ITEM."""
+
+    heads: frozenset[int]
+    max_item: int = MAX_LENGTH
+
 
 ACCEPTED: Final = {
-    Side.SERVER: frozenset({REQUEST, CANCEL, PING, PONG}),
-    Side.CLIENT: frozenset({WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT}),
+    Side.SERVER: Accepted(frozenset({REQUEST, CANCEL, PING, PONG})),
+    Side.CLIENT: Accepted(frozenset({WELCOME, RESPONSE, ERROR, PING, PONG, GOAWAY, EVENT})),
 }
-"""Heads that each side may receive."""
+"""What each side may receive if the server has not announced streams."""
 
-ON_A_STREAM: Final = frozenset({REQUEST, RESPONSE, CANCEL})
+_OF_STREAMS: Final = {
+    Side.SERVER: frozenset({OPEN, ITEM, END, CREDIT}),
+    Side.CLIENT: frozenset({ITEM, CREDIT}),
+}
+
+ON_A_STREAM: Final = frozenset({REQUEST, RESPONSE, CANCEL, OPEN, ITEM, END, CREDIT})
 """Heads whose stream is never 0. ERROR may have any stream; all others have stream 0."""
 
-WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG})
+WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG, END})
+
+
+def accepted_with_streams(receiver: Side, max_item: int) -> Accepted:
+    """Return what a side may receive once the server has announced streams."""
+    return Accepted(ACCEPTED[receiver].heads | _OF_STREAMS[receiver], max_item)
 
 
 def encode_frame(
@@ -106,12 +142,12 @@ def check_length(length: int, limit: int) -> None:
         raise ProtocolError(Code.FRAME_TOO_LARGE, "frame longer than the limit")
 
 
-def check_head(head: int, stream: int, receiver: Side) -> None:
-    """Validate version, kind, flags and stream, in this order. Raises ProtocolError."""
+def check_head(head: int, stream: int, length: int, accepted: Accepted) -> None:
+    """Validate version, kind, flags, stream and the length of an ITEM, in this order. Raises ProtocolError."""
     if head >> 24 != VERSION:
         raise ProtocolError(Code.PROTOCOL_ERROR, "unsupported frame version")
     bare_head = head & 0xFFFF0000
-    if bare_head not in ACCEPTED[receiver]:
+    if bare_head not in accepted.heads:
         raise ProtocolError(Code.PROTOCOL_ERROR, "frame kind not allowed here")
     if head & 0xFFFF:
         raise ProtocolError(Code.PROTOCOL_ERROR, "frame flags set")
@@ -119,3 +155,5 @@ def check_head(head: int, stream: int, receiver: Side) -> None:
         return
     if (bare_head in ON_A_STREAM) != (stream != 0):
         raise ProtocolError(Code.PROTOCOL_ERROR, "stream does not fit the frame kind")
+    if bare_head == ITEM and length > accepted.max_item:
+        raise ProtocolError(Code.FRAME_TOO_LARGE, "item longer than the limit")

@@ -141,6 +141,47 @@ def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:
     return RequestMeta(deadline_ms, key, parse_traceparent(meta.get("traceparent")))
 
 
+MAX_CREDIT: Final = 2**53 - 1
+"""Largest number in a credit: every language represents it exactly."""
+
+Credit = tuple[int, int]
+"""Items and bytes that a peer may send on a stream, as totals since OPEN."""
+
+
+def decode_open(
+    body: bytes, max_depth: int = DEFAULT_MAX_DEPTH
+) -> tuple[str, dict[str, Any], RequestMeta, Credit]:
+    """Return method, params, meta and the client's first credit of an OPEN. Raises MessageError."""
+    method, params, meta = decode_request(body, max_depth)
+    if meta is NO_META:
+        return method, params, meta, (0, 0)
+    if meta.idempotency_key is not None:
+        raise MessageError("meta.idempotency_key cannot be used with a stream: its output is not kept")
+    # A second decode, so that requests do not pay for the key.
+    credit = _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)[2].get("credit")
+    if credit is None:
+        return method, params, meta, (0, 0)
+    if not _is_credit(credit):
+        raise MessageError("meta.credit must be two ints from 0 to 2^53 - 1")
+    return method, params, meta, (credit[0], credit[1])
+
+
+def decode_credit(body: bytes) -> Credit:
+    """Return the items and bytes of a CREDIT. Raises MessageError."""
+    credit = decode_body(body)
+    if not _is_credit(credit):
+        raise MessageError("credit must be two ints from 0 to 2^53 - 1")
+    return credit[0], credit[1]
+
+
+def _is_credit(value: Any) -> bool:
+    return (
+        value.__class__ is list
+        and len(value) == 2
+        and all(number.__class__ is int and 0 <= number <= MAX_CREDIT for number in value)
+    )
+
+
 _HEX: Final = frozenset("0123456789abcdef")
 
 

@@ -23,7 +23,7 @@ from zcproto.wire.frame import (
 from zcproto.wire.message import encode_body, encode_error
 
 ORDER = [State.AWAITING_WELCOME, State.OPEN, State.DRAINING, State.CLOSED]
-HEADS = (*sorted(ACCEPTED[Side.CLIENT]), REQUEST, 0x01030001, 0x02030000)
+HEADS = (*sorted(ACCEPTED[Side.CLIENT].heads), REQUEST, 0x01030001, 0x02030000)
 METHODS = ("echo", "session.open", "session.refresh", "session.info")
 BODIES = (
     encode_error(1, "cancelled"),
@@ -123,7 +123,7 @@ class HostileServer:
             assert counter == self.counter
             assert salt == client.salt
             assert (head in ON_A_STREAM) is (stream > 0)
-            assert body if head == REQUEST else head in ACCEPTED[Side.SERVER] and not body
+            assert body if head == REQUEST else head in ACCEPTED[Side.SERVER].heads and not body
             assert 0 <= timestamp < 2**64
         assert not client.queued_bytes
         assert client.in_flight == len(self.pending) <= WELCOME_MAP["max_streams"]

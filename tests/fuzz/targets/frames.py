@@ -5,7 +5,16 @@ from __future__ import annotations
 from tests.fuzz.target import Target, divisions
 from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH, RawFrame, Side, check_head, encode_frame
+from zcproto.wire.frame import (
+    ACCEPTED,
+    HEADER_SIZE,
+    LENGTH_SIZE,
+    MIN_LENGTH,
+    RawFrame,
+    Side,
+    check_head,
+    encode_frame,
+)
 
 SIDES = (Side.SERVER, Side.CLIENT)
 LIMITS = (300, 16_384)
@@ -51,7 +60,7 @@ def check(data: bytes) -> None:
     for length, head, number, *_, body in frames:
         assert MIN_LENGTH <= length <= limit
         assert len(body) == length - MIN_LENGTH
-        check_head(head, number, side)
+        check_head(head, number, length, ACCEPTED[side])
     if fault is None:
         assert decoder.buffered == len(stream) - taken < LENGTH_SIZE + limit
     for pieces in divisions(stream):

@@ -35,7 +35,7 @@ ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
 """Codes that close a connection; ten consecutive stale frames do so, too."""
 
 ORDER = [State.OPEN, State.DRAINING, State.CLOSED]
-HEADS = (*sorted(ACCEPTED[Side.SERVER]), 0x01030000, 0x01020001, 0x02020000, 0x01FF0000)
+HEADS = (*sorted(ACCEPTED[Side.SERVER].heads), 0x01030000, 0x01020001, 0x02020000, 0x01FF0000)
 METHODS = ("echo", "server.info", "session.open", "NOT ONE")
 DEADLINES = (None, 0, 1, 5_000, 2**63)
 SECONDS = (0.0, 0.001, 0.5, 4.0, 15.0, 61.0)

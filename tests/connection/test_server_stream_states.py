@@ -1,0 +1,255 @@
+"""Test every state of a stream at the server with every input (zcp1.md, section 18.10)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from tests.helpers import NOW, SALT, WALL, Answer, small_registry
+from zcproto.connection.events import ConnectionEnded, ServerEvent, ServerStream, StreamState
+from zcproto.connection.server import ServerConnection
+from zcproto.connection.settings import ConnectionSettings, StreamLimits
+from zcproto.errors import Code
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import (
+    CANCEL,
+    CREDIT,
+    END,
+    ITEM,
+    NO_TOKEN,
+    OPEN,
+    REQUEST,
+    Kind,
+    Side,
+    accepted_with_streams,
+    encode_frame,
+)
+from zcproto.wire.message import encode_body, encode_error, encode_request
+
+NONE, OPENED, HALF, LINGER = StreamState.NONE, StreamState.OPEN, StreamState.HALF, StreamState.LINGER
+LIMITS = StreamLimits(max_open=4, max_item=1_000, window_items=4, window_bytes=1_000, stall_timeout_s=60)
+LARGE = 10_000
+
+
+class StreamPair:
+    """A server and a scripted client with one session."""
+
+    def __init__(self, limits: StreamLimits = LIMITS) -> None:
+        registry = small_registry(idle_timeout_ms=None)
+        self.registry = registry
+        self.opened = registry.open("ada", operator=False, client="", address="", wall=WALL)
+        settings = ConnectionSettings(streams=limits, max_streams=8)
+        self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
+        self.server.join(self.opened.session, self.opened.token, WALL, NOW)
+        self.wall, self.now = WALL, NOW
+        self._counter = itertools.count(1)
+        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+        self._decoder.accepted = accepted_with_streams(Side.CLIENT, limits.max_item)
+        self.sent()
+
+    def frame(
+        self, head: int, stream: int = 1, body: bytes = b"", *, token: bytes | None = None, late_ms: int = 0
+    ) -> bytes:
+        token = self.opened.token if token is None else token
+        return encode_frame(head, stream, self.wall - late_ms, SALT, next(self._counter), token, body)
+
+    def receive(self, data: bytes) -> list[ServerEvent]:
+        return list(self.server.receive_data(data, self.wall, self.now))
+
+    def open(
+        self, stream: int = 1, *, takes_items: bool = False, credit: tuple[int, int] = (LARGE, LARGE)
+    ) -> ServerStream:
+        body = encode_request("tokens", {}, {"credit": credit})
+        events = self.receive(self.frame(OPEN, stream, body))
+        opened = events[-1]
+        assert isinstance(opened, ServerStream)
+        if takes_items:
+            self.server.streams(self.now).take_items(opened)
+        self.server.hold(opened, self.now)
+        return opened
+
+    def sent(self) -> list[Answer]:
+        self._decoder.feed(self.server.data_to_send())
+        return [Answer(frame) for frame in self._decoder.frames()]
+
+    @property
+    def allowance(self) -> int:
+        return self.server.streams(self.now).allowance
+
+
+class Case(NamedTuple):
+    """What an input causes: the next state, the frames that are sent, and the change of the allowance."""
+
+    next: StreamState | None  # None: the connection ends
+    sent: tuple[Kind, ...] = ()
+    allowance: int = 0
+
+
+class Row:
+    """A stream in a state: four items granted, one of them received, and credit for 10,000."""
+
+    def __init__(self, state: str) -> None:
+        self.pair = pair = StreamPair()
+        self.stream: ServerStream | None = None
+        if state != "none":
+            self.stream = pair.open(takes_items=state != "half without items")
+            pair.server.grant(self.stream, WALL)
+        if state in ("open", "half", "linger"):
+            pair.receive(pair.frame(ITEM, body=encode_body(1)))
+        if state == "half":
+            pair.receive(pair.frame(END))
+        if state == "half after end":
+            pair.receive(pair.frame(ITEM, body=encode_body(1)) + pair.frame(END))
+        if state == "linger":
+            pair.receive(pair.frame(CANCEL))
+        pair.sent()
+
+
+def frame(head: int, body: bytes = b"", **fields: int | bytes) -> Callable[[Row], list[ServerEvent]]:
+    return lambda row: row.pair.receive(row.pair.frame(head, body=body, **fields))  # type: ignore[arg-type]
+
+
+def respond(row: Row) -> list[ServerEvent]:
+    assert row.stream is not None
+    row.pair.server.respond(row.stream, encode_body(None), WALL)
+    return []
+
+
+def fail(row: Row) -> list[ServerEvent]:
+    assert row.stream is not None
+    row.pair.server.fail(row.stream, encode_error(Code.NOT_FOUND, ""), WALL)
+    return []
+
+
+def produce(row: Row) -> list[ServerEvent]:
+    assert row.stream is not None
+    if row.stream.credit.may_send:
+        row.pair.server.send_item(row.stream, encode_body("x"), WALL)
+    return []
+
+
+def take(row: Row) -> list[ServerEvent]:
+    assert row.stream is not None
+    if row.stream.items is not None and row.stream.items.held:
+        row.stream.items.take()
+    row.pair.server.grant(row.stream, WALL)
+    return []
+
+
+def end_session(row: Row) -> list[ServerEvent]:
+    pair = row.pair
+    session_id = pair.opened.session.id
+    pair.server.leave(session_id, NOW)
+    return [*pair.server.cut_streams(session_id, Code.TOKEN_EXPIRED, WALL)]
+
+
+def stall(row: Row) -> list[ServerEvent]:
+    streams = row.pair.server.streams(NOW)
+    if row.stream is not None and row.stream.state in (OPENED, HALF):
+        streams.wait_for_credit(row.stream, NOW)
+    row.pair.now += LIMITS.stall_timeout_s
+    return row.pair.server.handle_timeout(WALL, row.pair.now)
+
+
+INPUTS = {
+    "open": frame(OPEN, encode_request("tokens", {})),
+    "request": frame(REQUEST, encode_request("echo", {})),
+    "item": frame(ITEM, encode_body(2)),
+    "end": frame(END),
+    "credit": frame(CREDIT, encode_body([LARGE + 1, LARGE])),
+    "credit equal": frame(CREDIT, encode_body([LARGE, LARGE])),
+    "credit lower": frame(CREDIT, encode_body([LARGE - 1, LARGE + 1])),
+    "credit undecodable": frame(CREDIT, b"\xc1"),
+    "cancel": frame(CANCEL),
+    "stale item": frame(ITEM, encode_body(2), late_ms=30_001),
+    "stale end": frame(END, late_ms=30_001),
+    "stale credit": frame(CREDIT, encode_body([LARGE + 1, LARGE]), late_ms=30_001),
+    "stale cancel": frame(CANCEL, late_ms=30_001),
+    "item with another token": frame(ITEM, encode_body(2), token=NO_TOKEN),
+    "end with another token": frame(END, token=NO_TOKEN),
+    "credit with another token": frame(CREDIT, encode_body([0, 0]), token=NO_TOKEN),
+    "cancel with another token": frame(CANCEL, token=NO_TOKEN),
+    "produce": produce,
+    "take": take,
+    "return": respond,
+    "raise": fail,
+    "session ends": end_session,
+    "stall": stall,
+}
+NEEDS_STREAM = {"produce", "take", "return", "raise", "stall"}
+CUT = (Kind.ERROR,)
+FATAL = Case(None, (Kind.ERROR,))
+
+
+def in_flight(state: StreamState, allowed: int) -> dict[str, Case]:
+    """Return the rows that OPEN and HALF share. `allowed` items may still arrive."""
+    cut = Case(LINGER, CUT, allowed)
+    return {
+        "open": FATAL,
+        "request": FATAL,
+        "credit": Case(state),
+        "credit equal": Case(state),
+        "credit lower": FATAL,
+        "credit undecodable": FATAL,
+        "cancel": cut,
+        "stale item": cut,
+        "stale end": cut,
+        "stale credit": cut,
+        "stale cancel": cut,
+        "item with another token": cut,
+        "end with another token": cut,
+        "credit with another token": Case(state),
+        "cancel with another token": Case(state),
+        "produce": Case(state, (Kind.ITEM,)),
+        "take": Case(state),
+        "return": Case(NONE, (Kind.RESPONSE,), allowed),
+        "raise": Case(NONE, (Kind.ERROR,), allowed),
+        "session ends": cut,
+        "stall": cut,
+    }
+
+
+def not_in_flight(state: StreamState, allowance: int) -> dict[str, Case]:
+    """Return the rows of NONE and LINGER."""
+    return {
+        **dict.fromkeys(INPUTS, Case(state)),
+        "item": Case(state, (), -1) if allowance else FATAL,
+        "item with another token": Case(state, (), -1) if allowance else FATAL,
+    }
+
+
+TABLE: dict[str, dict[str, Case]] = {
+    "none": not_in_flight(NONE, 0),
+    "open": {**in_flight(OPENED, 3), "item": Case(OPENED), "end": Case(HALF), "take": Case(OPENED)},
+    "half": {**in_flight(HALF, 0), "item": FATAL, "end": FATAL},
+    "half without items": {**in_flight(HALF, 0), "item": FATAL, "end": Case(HALF)},
+    "half after end": {**in_flight(HALF, 0), "item": FATAL, "end": FATAL},
+    "linger": {**not_in_flight(LINGER, 3), "return": Case(NONE), "raise": Case(NONE)},
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "given"),
+    [(state, given) for state in TABLE for given in INPUTS if state != "none" or given not in NEEDS_STREAM],
+)
+def test_state_and_input_give_next_state_and_action(state: str, given: str) -> None:
+    row = Row(state)
+    before = row.pair.allowance
+    expected = TABLE[state][given]
+    events = INPUTS[given](row)
+    sent = [answer for answer in row.pair.sent() if answer.kind is not Kind.PING]
+    if expected.next is None:
+        assert isinstance(events[-1], ConnectionEnded)
+        assert sent[-1].stream == 0
+        return
+    assert tuple(answer.kind for answer in sent) == expected.sent
+    assert (NONE if row.stream is None else row.stream.state) is expected.next
+    assert row.pair.allowance - before == expected.allowance
+
+
+def test_every_input_is_listed_for_every_state() -> None:
+    for state, cases in TABLE.items():
+        assert cases.keys() == INPUTS.keys(), state

@@ -1,0 +1,216 @@
+"""Hold the requests in flight at a server, and make the frames that it sends (sans-IO).
+
+The part of `ServerConnection` that its edge calls: answers, items, events and the end. What may arrive is decided by
+`server.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from zcproto.connection import refusals
+from zcproto.connection.events import ConnectionEnded, GoAwayReason, Request, RequestEnded, ServerStream
+from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.server_streams import ServerStreams
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.connection.state import Input, State, next_state
+from zcproto.errors import Code
+from zcproto.wire.frame import CREDIT, ERROR, EVENT, GOAWAY, HEADER, ITEM, MIN_LENGTH, NO_TOKEN, RESPONSE
+from zcproto.wire.message import MessageError, code_in, encode_body, encode_error
+
+_pack_header = HEADER.pack
+_CLOSED: Final = State.CLOSED
+MS: Final = 1000
+
+
+class ServerOutput:
+    """The output of one connection. Its fields are those of `ServerConnection`."""
+
+    __slots__ = (
+        "_counter",
+        "_held",
+        "_lingering",
+        "_out",
+        "_streams",
+        "deadline_moved",
+        "salt",
+        "sessions",
+        "settings",
+        "state",
+    )
+
+    settings: ConnectionSettings
+    salt: bytes
+    state: State
+    sessions: JoinedSessions
+    deadline_moved: bool
+    _counter: int
+    _held: dict[int, Request]
+    _lingering: int
+    _out: list[bytes]
+    _streams: ServerStreams | None
+
+    # --- answers --------------------------------------------------------------------------------
+
+    def hold(self, request: Request, now: float) -> None:
+        """Keep a request in flight to answer it in a later turn."""
+        request.held = True
+        self._held[request.stream] = request
+        if isinstance(request, ServerStream):
+            self.streams(now).in_flight += 1
+            self.deadline_moved = True
+        if request.meta.deadline_ms is not None:
+            request.deadline = now + request.meta.deadline_ms / MS
+            self.deadline_moved = True
+
+    def respond_at_once(self, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        """Answer the last yielded request, which is not held, with an encoded result."""
+        if self.state is _CLOSED:
+            return
+        # `_send` inlined: half of all frames pass here.
+        counter = self._counter
+        self._counter = counter + 1
+        self._out.append(
+            _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token) + body
+        )
+
+    def respond(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded result. Return False if it was already answered or the end came
+        first."""
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
+            return False
+        self._send(RESPONSE, request.stream, request.token, body, wall)
+        return True
+
+    def fail(self, request: Request, body: bytes, wall: int) -> bool:
+        """Answer a request with an encoded error. Return False if it was already answered or the end came first."""
+        if (request.held and not self._release(request)) or self.state is _CLOSED:
+            return False
+        self._send(ERROR, request.stream, request.token, body, wall)
+        return True
+
+    def _release(self, request: Request) -> bool:
+        if self.is_held(request):
+            self._remove(request, lingers=False)
+            return True
+        if request.lingers:
+            request.lingers = False
+            self._lingering -= 1
+            if isinstance(request, ServerStream) and self._streams is not None:
+                self._streams.lingering -= 1
+        return False
+
+    def _remove(self, request: Request, *, lingers: bool) -> None:
+        del self._held[request.stream]
+        if isinstance(request, ServerStream) and self._streams is not None:
+            self._streams.ended(request, lingers=lingers)
+
+    def _cut(self, request: Request, body: bytes, wall: int) -> RequestEnded:
+        """Answer a request in flight with an ERROR, although its method has not ended."""
+        self._remove(request, lingers=True)
+        # The handler may still run for a while; it counts against max_streams until it has ended.
+        request.lingers = True
+        self._lingering += 1
+        self._send(ERROR, request.stream, request.token, body, wall)
+        return RequestEnded(request, Code(code_in(body)))
+
+    def is_held(self, request: Request) -> bool:
+        """Return True if a held request has not been answered."""
+        return self._held.get(request.stream) is request
+
+    @property
+    def in_flight(self) -> int:
+        """Return the number of unanswered requests."""
+        return len(self._held)
+
+    # --- streams --------------------------------------------------------------------------------
+
+    def streams(self, now: float) -> ServerStreams:
+        """Return what the streams of this connection share."""
+        if self._streams is None:
+            assert self.settings.streams is not None, "announced"
+            self._streams = ServerStreams(self.settings.streams, now)
+        return self._streams
+
+    def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
+        """Cut the streams of a session that has ended."""
+        if self._streams is None or not self._streams.in_flight:
+            return []
+        body = refusals.SESSION_ENDED[code]
+        return [
+            self._cut(held, body, wall)
+            for held in [*self._held.values()]
+            if isinstance(held, ServerStream) and held.session is not None and held.session.id == session_id
+        ]
+
+    def send_item(self, stream: ServerStream, body: bytes, wall: int) -> None:
+        """Send an encoded item. Only while the stream is in flight and its credit allows it."""
+        length = MIN_LENGTH + len(body)
+        counter = self._counter
+        self._counter = counter + 1
+        stream.credit.count(length)
+        header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
+        self._out.append(header + body)
+
+    def grant(self, stream: ServerStream, wall: int) -> None:
+        """Send the credit that is due: call this when the method asks for an item, and when it has taken one."""
+        if stream.items is not None and not stream.is_answered and self.state is not _CLOSED:
+            granted = stream.items.next_grant()
+            if granted is not None:
+                self._send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def send_event(self, session_id: str, name: str, data: Any, wall: int) -> bool:
+        """Send an event of a session. Return False if the session is not used on this connection.
+
+        Raises MessageError if the data cannot be encoded or is too large.
+        """
+        known = self.sessions.get(session_id)
+        if known is None or self.state is _CLOSED:
+            return False
+        body = encode_body([name, data])
+        if len(body) > self.settings.max_body:
+            raise MessageError(f"the event has {len(body)} bytes")
+        self._send(EVENT, 0, known.token, body, wall)
+        return True
+
+    def announce(self, body: bytes, wall: int) -> None:
+        """Send an event of the server itself (its encoded body), with a zero token."""
+        if self.state is not _CLOSED:
+            self._send(EVENT, 0, NO_TOKEN, body, wall)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
+        """Send GOAWAY: requests in flight are still answered, new ones get UNAVAILABLE."""
+        if self.state is State.OPEN:
+            self.state = next_state(self.state, Input.GOAWAY)
+            self._send_go_away(reason, retry_after_ms, wall)
+
+    def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
+        body = encode_body({"reason": reason, "retry_after_ms": retry_after_ms})
+        self._send(GOAWAY, 0, NO_TOKEN, body, wall)
+
+    def end_with(
+        self, code: Code, reason: str, wall: int, details: dict[str, Any] | None = None
+    ) -> ConnectionEnded:
+        """End the connection with a fatal error (zcp1.md, section 10.3)."""
+        self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
+        self.state = next_state(self.state, Input.FATAL)
+        return ConnectionEnded(code, reason)
+
+    # --- frames ---------------------------------------------------------------------------------
+
+    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
+        counter = self._counter
+        self._counter = counter + 1
+        self._out.append(
+            _pack_header(MIN_LENGTH + len(body), head, stream, wall, self.salt, counter, token) + body
+        )
+
+    def data_to_send(self) -> bytes:
+        """Return and clear the queued output."""
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
