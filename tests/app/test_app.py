@@ -123,13 +123,20 @@ async def async_generator() -> AsyncIterator[int]:
         (uncheckable, "complex cannot be the type of a parameter"),
         (uncheckable_inside, "cannot be the type of a parameter"),
         (unresolvable, "cannot be resolved: name 'Missing'"),
-        (generator, "not yield it"),
-        (async_generator, "not yield it"),
+        (generator, "must be an async generator"),
     ],
 )
 def test_unservable_function_is_refused_at_registration(function: Callable[..., Any], reason: str) -> None:
     with pytest.raises(TypeError, match=reason):
         App().method("m")(function)
+
+
+def test_async_generator_is_a_stream() -> None:
+    app = App()
+    app.method("stream")(async_generator)
+    app.method("call")(lambda: 1)
+    assert [method.shape for method in app] == ["server", "unary"]
+    assert not any(method.is_unchecked for method in app)
 
 
 # --- arguments -------------------------------------------------------------------------------------------

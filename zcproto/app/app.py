@@ -8,7 +8,8 @@
         return " ".join(["hello", name] * times)
 
 Parameters are passed by name and checked against the annotations. A parameter annotated `Context` receives the
-context of the call. A plain function runs in the event loop and must not wait; an `async` one may.
+context of the call. A plain function runs in the event loop and must not wait; an `async` one may. An async
+generator is a server stream: it waits at `yield` until the client wants the next item.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class CallConnection(Protocol):
 
     @property
     def id(self) -> str: ...
+    @property
+    def stopping(self) -> asyncio.Event: ...
     def wall(self) -> int: ...
     def now(self) -> float: ...
     def peer_certificate(self) -> bytes | None: ...
@@ -55,7 +58,10 @@ class CallConnection(Protocol):
 class Context:
     """One call. A method gets it through a parameter annotated `Context`."""
 
-    __slots__ = ("_request", "caller")
+    __slots__ = ("_request", "caller", "result")
+
+    result: Any
+    """Set by a generator: the result of its stream, sent after the last item; None if it is not set."""
 
     def __init__(self, connection: CallConnection, request: Request) -> None:
         self.caller = connection
@@ -115,6 +121,11 @@ class Context:
         """Whether the result will be discarded: the caller cancelled, ran out of time or disconnected."""
         return self.caller.has_ended(self._request)
 
+    @property
+    def stopping(self) -> asyncio.Event:
+        """Set when the server begins to stop: a long stream should end, because it is cut after a while."""
+        return self.caller.stopping
+
     def wall(self) -> int:
         """Return the server's wall clock, milliseconds since the Unix epoch."""
         return self.caller.wall()
@@ -170,8 +181,8 @@ class Method:
             )
         if public and operator:
             raise ValueError(f"method {name}: choose public or operator, not both")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(f"method {name}: must return its result, not yield it")
+        if inspect.isgeneratorfunction(function):
+            raise TypeError(f"method {name}: a stream must be an async generator; write async def")
         try:
             signature = Signature(function, injected=Context)
         except TypeError as error:
@@ -183,13 +194,15 @@ class Method:
         self.doc = inspect.getdoc(function) or ""
         self.is_async = _is_async(function)
         self.may_wait = may_wait
+        self.shape = "server" if inspect.isasyncgenfunction(function) else "unary"
+        """Whether the method sends items: as `server.info` states it."""
         self.calls = 0
         self.durations = Histogram(QUICK_S)
         self.waits = Histogram(WAITED_S)
         self.params = signature.params
         self.bind = signature.bind
         self.context_name = signature.injected
-        self.is_unchecked = signature.is_unchecked and not may_wait
+        self.is_unchecked = signature.is_unchecked and not may_wait and self.shape == "unary"
 
 
 class App:

@@ -223,8 +223,8 @@ class ServerConnection(ServerOutput):
                 else:
                     self._stale_in_a_row = 0
                 judged_at = wall
-                if head != REQUEST and head != OPEN:
-                    if body and head != ITEM and head != CREDIT:
+                if head not in (REQUEST, OPEN):
+                    if body and head not in (ITEM, CREDIT):
                         yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
                         return
                     if head == PING:

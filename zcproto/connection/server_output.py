@@ -1,7 +1,7 @@
 """Hold the requests in flight at a server, and make the frames that it sends (sans-IO).
 
-The part of `ServerConnection` that its edge calls: answers, items, events and the end. What may arrive is decided by
-`server.py`.
+The part of `ServerConnection` that its edge calls: answers, items, events and the end. `server.py` decides what may
+arrive.
 """
 
 from __future__ import annotations

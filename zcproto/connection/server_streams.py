@@ -107,7 +107,10 @@ class ServerStreams:
             return None if head == CREDIT else refusals.WRONG_TOKEN
         if head == CREDIT:
             stream.credit.read(body)
-            return CreditReceived(stream) if stream.waits_until != NEVER and stream.credit.may_send else None
+            if stream.waits_until == NEVER or not stream.credit.may_send:
+                return None
+            stream.waits_until = NEVER
+            return CreditReceived(stream)
         if stream.items is None:
             if head == ITEM:
                 raise ProtocolError(Code.PROTOCOL_ERROR, "ITEM beyond the credit")

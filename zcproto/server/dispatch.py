@@ -22,7 +22,7 @@ from types import CoroutineType
 from typing import Any, Final
 
 from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
-from zcproto.connection.events import Request, RequestEnded
+from zcproto.connection.events import Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
 from zcproto.errors import CallError, Cancelled, Code
@@ -30,6 +30,7 @@ from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
+from zcproto.server.streams import StreamRunner
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
 SENT_AT_ONCE: Final = 4_096
@@ -48,11 +49,12 @@ class Dispatcher(asyncio.Protocol):
     Not an object of its own: it would cost every connection memory.
     """
 
-    __slots__ = ("_connection", "_number", "_state", "_workers", "peer")
+    __slots__ = ("_connection", "_number", "_state", "_streams", "_workers", "peer")
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._connection: ServerConnection | None = None
+        self._streams: StreamRunner | None = None
         self._workers: dict[Request, EagerWorker | Waiting] | None = None
         self._number = 0
         self.peer = ""
@@ -69,6 +71,10 @@ class Dispatcher(asyncio.Protocol):
 
     def wall(self) -> int:
         return self._state.clock.wall()
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        return self._state.stopping
 
     def _flush(self) -> None:
         """Send what is queued."""
@@ -100,6 +106,9 @@ class Dispatcher(asyncio.Protocol):
         if request.meta.idempotency_key is not None and not request.method.startswith(RESERVED_PREFIXES):
             self._run_once(request, method)  # never the protocol's methods: their answers may hold tokens
             return
+        if isinstance(request, ServerStream) and method.shape != "unary":
+            self._run_stream(request, method)
+            return
         try:
             arguments = method.bind(request.params)
             if method.context_name is not None:
@@ -118,6 +127,39 @@ class Dispatcher(asyncio.Protocol):
             self._answer_exception(request, error)
         else:
             self._answer_body(request, body)
+
+    def _run_stream(self, stream: ServerStream, method: Method) -> None:
+        """Run a generator until it waits, and send its items."""
+        connection = self._connection
+        assert connection is not None, "its conversation has just yielded the stream"
+        context = Context(self, stream)  # type: ignore[arg-type]  # ServerProtocol is one
+        worker = None
+        try:
+            arguments = method.bind(stream.params)
+            if method.context_name is not None:
+                arguments[method.context_name] = context
+            if self._streams is None:
+                self._streams = self._new_runner(connection)
+            connection.hold(stream, self.now())  # before its first step, which may send items
+            worker = self._state.tasks.start(
+                self._streams.produce(stream, method.function(**arguments), context)
+            )
+            body = b"" if worker is not None else encode_body(self._state.tasks.result)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            self._answer_exception(stream, error)
+            return
+        if worker is None:
+            self._answer_body(stream, body)
+            return
+        self._hold(stream, worker)
+        if not connection.is_held(stream):  # cut in its first step
+            worker.cancel()
+
+    def _new_runner(self, connection: ServerConnection) -> StreamRunner:
+        """Return what runs the streams of this connection."""
+        return StreamRunner(self._state, connection, self._flush_soon)
 
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """Run a request's method and record its duration."""
@@ -173,7 +215,8 @@ class Dispatcher(asyncio.Protocol):
             worker.cancel()
             return
         now = self.now()
-        connection.hold(request, now)
+        if not request.held:
+            connection.hold(request, now)
         if self._workers is None:
             self._workers = {}
         self._workers[request] = worker
@@ -207,17 +250,21 @@ class Dispatcher(asyncio.Protocol):
     def _stop(self, ended: RequestEnded) -> None:
         """Cancel the method of a request that has ended: cancelled, or past its deadline."""
         self._state.counters.errors[ended.code] += 1
-        assert self._workers is not None, "a request in flight has a worker"
-        worker = self._workers[ended.request]
+        worker = (self._workers or {}).get(ended.request)  # None: a stream in its first step
         if isinstance(worker, EagerWorker):
-            del self._workers[ended.request]
+            if self._workers is not None:
+                del self._workers[ended.request]
             worker.cancel()
         # A request with an idempotency key continues, and stays here until it has ended.
 
     def cancel_all(self) -> None:
         """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""
+        draining = {"reason": "draining", "retry_after_ms": self._state.settings.retry_draining_ms}
         for request, worker in list((self._workers or {}).items()):
-            self._answer_exception(request, Cancelled("the server stopped before the method returned"))
+            details = draining if isinstance(request, ServerStream) else None
+            self._answer_exception(
+                request, Cancelled("the server stopped before the method returned", details)
+            )
             worker.cancel()
         self._flush()
 
@@ -294,4 +341,8 @@ def _refusal(request: Request, method: Method | None) -> tuple[Code, bytes] | No
         return Code.UNIMPLEMENTED, UNIMPLEMENTED
     if method.operator and (request.session is None or not request.session.operator):
         return Code.PERMISSION_DENIED, OPERATORS_ONLY
+    if method.shape != "unary" and not isinstance(request, ServerStream):
+        return Code.FAILED_PRECONDITION, encode_error(
+            Code.FAILED_PRECONDITION, "this method is a stream: open it as one", {"shape": method.shape}
+        )
     return None

@@ -27,12 +27,14 @@ from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.auth.schemes import certificate_key
 from zcproto.connection.events import (
     ConnectionEnded,
+    CreditReceived,
     FrameBuffered,
     GoAwayReason,
     KeyWanted,
     Request,
     RequestEnded,
     ServerEvent,
+    ServerStream,
     SessionJoined,
     TokenUnknown,
 )
@@ -44,6 +46,7 @@ from zcproto.observe.log import is_on
 from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
 from zcproto.server.eager import EagerWorker
 from zcproto.server.state import PART_BITS, ServerState, log
+from zcproto.server.streams import StreamRunner
 from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
@@ -154,6 +157,8 @@ class ServerProtocol(Dispatcher):
     def pause_writing(self) -> None:
         self._state.counters.write_pauses += 1
         self._paused_since = self.now()
+        if self._streams is not None:
+            self._streams.is_blocked = True
         if self._transport is not None:
             self._unread = self._transport.get_write_buffer_size()
             self._transport.pause_reading()
@@ -161,6 +166,9 @@ class ServerProtocol(Dispatcher):
 
     def resume_writing(self) -> None:
         self._paused_since = None
+        if self._streams is not None:
+            self._streams.is_blocked = False
+            self._streams.flushed()
         self._continue()
 
     def _continue(self) -> None:
@@ -241,6 +249,20 @@ class ServerProtocol(Dispatcher):
                 ):
                     self._wait_turn(events)
                     break
+            elif event.__class__ is ServerStream:
+                requests += 1
+                self._run(event, methods.get(event.method))
+                if self._paused_since is not None:
+                    self._suspended = events
+                    break
+                if not requests % 16 and (
+                    requests >= REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS
+                ):
+                    self._wait_turn(events)
+                    break
+            elif event.__class__ is CreditReceived:
+                if self._streams is not None:
+                    self._streams.credit_received(event.stream)
             elif event.__class__ is SessionJoined:
                 state.session_connections.join(event.session_id, self)
             elif event.__class__ is TokenUnknown:
@@ -289,6 +311,14 @@ class ServerProtocol(Dispatcher):
             self._conversation_ended(
                 self._connection.end_with(Code.RESOURCE_EXHAUSTED, CUT_FRAME, self.wall(), details)
             )
+
+    def _new_runner(self, connection: ServerConnection) -> StreamRunner:
+        runner = super()._new_runner(connection)
+        runner.is_blocked = self._paused_since is not None
+        if self._transport is not None and connection.settings.streams is not None:
+            limit = min(connection.settings.streams.write_bytes, self._state.write_buffer_bytes)
+            self._transport.set_write_buffer_limits(high=limit)
+        return runner
 
     # --- sessions ------------------------------------------------------------------------------------
 
@@ -368,6 +398,8 @@ class ServerProtocol(Dispatcher):
         else:
             self._connection.session_revoked(session_id, reason, self.wall(), self.now())
             self._state.counters.events += 1
+        for ended in self._connection.cut_streams(session_id, code, self.wall()):
+            self._stop(ended)
         self._flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
@@ -418,6 +450,8 @@ class ServerProtocol(Dispatcher):
     def _flush_now(self) -> None:
         self._flush_planned = False
         self._flush()
+        if self._streams is not None:
+            self._streams.flushed()
         connection = self._connection
         if connection is not None:
             if connection.deadline_moved:
@@ -509,6 +543,7 @@ class ServerProtocol(Dispatcher):
             state.session_connections.leave(session_id, self)
         connection.end()
         self._suspended = None
+        self._streams = None
         if self._lookup is not None:
             self._lookup.cancel()
         workers, self._workers = self._workers, None

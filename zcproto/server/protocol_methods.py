@@ -311,7 +311,7 @@ def server_methods(state: ServerState) -> list[Method]:
             "time": context.wall(),
             "versions": [VERSION],
             "methods": [
-                {"name": name, "doc": method.doc, "params": method.params}
+                {"name": name, "doc": method.doc, "params": method.params, "shape": method.shape}
                 for name, method in sorted(state.methods.items())
                 if method.public or (session is not None and (session.operator or not method.operator))
             ],

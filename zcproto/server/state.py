@@ -147,6 +147,8 @@ class ServerState:
     """The interval of wall time that has had its timed read."""
     connections: set[Connection] = field(default_factory=set)
     draining: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when draining begins, for methods that run for long."""
     pins: tuple[str, ...] = ()
     """Pins of the served public keys, in the form that clients accept."""
     pins_next: dict[str, Any] | None = None

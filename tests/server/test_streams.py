@@ -1,0 +1,428 @@
+"""Tests of streams at the server's edge: generators, credit, room, cuts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers import Answer
+from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
+from zcproto.app.app import Context
+from zcproto.connection.events import GoAwayReason
+from zcproto.connection.settings import StreamLimits
+from zcproto.errors import Code, NotFound
+from zcproto.sessions import EndReason
+from zcproto.wire.frame import (
+    CANCEL,
+    CREDIT,
+    NO_TOKEN,
+    OPEN,
+    PING,
+    REQUEST,
+    Kind,
+    Side,
+    accepted_with_streams,
+)
+from zcproto.wire.message import decode_body, encode_body, encode_request
+
+__all__ = ["harness"]
+
+LIMITS = StreamLimits(max_open=4, max_item=1_000, write_bytes=20_000)
+PLENTY = (1_000, 1_000_000)
+
+
+class StreamPeer(Peer):
+    """A client that opens streams."""
+
+    def __init__(self, harness: Harness) -> None:
+        harness.state.settings = replace(harness.state.settings, streams=LIMITS)
+        self.closed: list[str] = []
+        self._add_methods(harness)
+        super().__init__(harness)
+        self._decoder.accepted = accepted_with_streams(Side.CLIENT, LIMITS.max_item)
+
+    def _add_methods(self, harness: Harness) -> None:
+        app = harness.app
+        self.futures = harness.futures
+
+        @app.method("count")
+        async def count(context: Context, n: int, size: int = 0) -> AsyncIterator[Any]:
+            try:
+                for number in range(n):
+                    yield bytes(size) if size else number
+                context.result = {"sent": n}
+            finally:
+                self.closed.append("count")
+
+        @app.method("ticks")
+        async def ticks() -> AsyncIterator[int]:
+            try:
+                for number in range(100):
+                    future = harness.loop.create_future()
+                    self.futures.append(future)
+                    await future
+                    yield number
+            finally:
+                self.closed.append("ticks")
+
+        @app.method("fail")
+        async def fail(kind: str) -> AsyncIterator[Any]:
+            for number in range(3):
+                yield number
+            if kind == "not_found":
+                raise NotFound("no such thing")
+            if kind == "key":
+                raise KeyError("x")
+            yield {"object": object(), "large": bytes(1_000)}[kind]
+
+        @app.method("stubborn")
+        async def stubborn() -> AsyncIterator[int]:
+            future = harness.loop.create_future()
+            self.futures.append(future)
+            try:
+                await future
+            except asyncio.CancelledError:
+                future = harness.loop.create_future()
+                self.futures.append(future)
+                await future
+            yield 1
+
+        @app.method("until.stopping")
+        async def until_stopping(context: Context) -> AsyncIterator[int]:
+            yield 1
+            await context.stopping.wait()
+
+        harness.state.add_methods(app)
+
+    def open(
+        self,
+        method: str,
+        params: dict[str, Any] | None = None,
+        *,
+        stream: int = 1,
+        credit: tuple[int, int] = PLENTY,
+        **meta: Any,
+    ) -> bytes:
+        return self.frame(OPEN, stream, encode_request(method, params, {"credit": credit, **meta}))
+
+    def credit(self, items: int, size: int = 1_000_000, stream: int = 1) -> bytes:
+        return self.frame(CREDIT, stream, encode_body([items, size]))
+
+    def turn(self) -> list[Answer]:
+        self.harness.turn()
+        return self.answers()
+
+
+@pytest.fixture
+def client(harness: Harness) -> StreamPeer:
+    peer = StreamPeer(harness)
+    peer.login()
+    return peer
+
+
+def kinds(answers: list[Answer]) -> list[Kind]:
+    return [answer.kind for answer in answers]
+
+
+def items(answers: list[Answer]) -> list[Any]:
+    return [decode_body(answer.body) for answer in answers if answer.kind is Kind.ITEM]
+
+
+def cut(answers: list[Answer], reason: str) -> bool:
+    """Return whether the last answer is CANCELLED with this reason."""
+    error = answers[-1].error
+    return error.code == Code.CANCELLED and error.details["reason"] == reason
+
+
+def test_stream_sends_its_items_and_then_its_result(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 3}))
+    *sent, response = client.answers()
+    assert items(sent) == [0, 1, 2]
+    assert response.kind is Kind.RESPONSE
+    assert response.value == {"sent": 3}
+    assert client.closed == ["count"]
+
+
+def test_stream_without_credit_starts_and_waits(client: StreamPeer) -> None:
+    client.send(client.frame(OPEN, 1, encode_request("count", {"n": 2})))
+    assert client.turn() == []
+    client.send(client.credit(1))
+    assert items(client.turn()) == [0]
+    client.send(client.credit(1))
+    assert client.turn() == []
+    client.send(client.credit(2))
+    assert kinds(client.turn()) == [Kind.ITEM, Kind.RESPONSE]
+
+
+def test_method_waits_at_its_yield_for_credit(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 10}, credit=(3, 100_000)))
+    assert items(client.turn()) == [0, 1, 2]
+    client.send(client.credit(5))
+    assert items(client.turn()) == [3, 4]
+
+
+def test_one_byte_of_credit_allows_one_item(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 10, "size": 900}, credit=(10, 1)))
+    assert len(items(client.turn())) == 1
+
+
+@pytest.mark.parametrize("credit", [(0, 100), (100, 0)])
+def test_credit_of_zero_items_or_bytes_allows_nothing(client: StreamPeer, credit: tuple[int, int]) -> None:
+    client.send(client.open("count", {"n": 10}, credit=credit))
+    assert client.turn() == []
+
+
+def test_request_of_streaming_method_is_refused_with_its_shape(client: StreamPeer) -> None:
+    client.send(client.request(1, "count", {"n": 1}))
+    (answer,) = client.answers()
+    assert (answer.code, answer.error.details) == (Code.FAILED_PRECONDITION, {"shape": "server"})
+    assert client.closed == []
+
+
+def test_open_of_unary_method_is_answered_once(client: StreamPeer) -> None:
+    client.send(client.open("big", {"n": 1, "size": 3}), client.open("wait", stream=2))
+    assert kinds(client.turn()) == [Kind.RESPONSE]
+    client.futures.pop().set_result(7)
+    (answer,) = client.turn()
+    assert (answer.stream, answer.value) == (2, 7)
+    assert client.protocol._connection is not None
+    assert client.protocol._connection.streams(0).in_flight == 0
+
+
+def test_unknown_method_and_wrong_params_of_open_are_refused(client: StreamPeer) -> None:
+    client.send(client.open("missing"), client.open("count", {"m": 1}, stream=2))
+    assert [answer.code for answer in client.answers()] == [Code.UNIMPLEMENTED, Code.INVALID_ARGUMENT]
+
+
+def test_open_without_token_is_unauthenticated(client: StreamPeer) -> None:
+    client.token = NO_TOKEN
+    client.send(client.open("server.info"))
+    assert [answer.code for answer in client.answers()] == [Code.UNAUTHENTICATED]
+
+
+def test_streams_beyond_max_open_are_refused_and_requests_go_on(client: StreamPeer) -> None:
+    client.send(*(client.open("ticks", stream=number) for number in range(1, 6)))
+    (answer,) = client.answers()
+    assert (answer.stream, answer.code, answer.error.details) == (5, Code.RESOURCE_EXHAUSTED, {"limit": 4})
+    client.send(client.request(9, "big", {"n": 1, "size": 1}))
+    assert kinds(client.answers()) == [Kind.RESPONSE]
+
+
+def test_open_beyond_max_streams_gets_its_answer(client: StreamPeer) -> None:
+    client.send(*(client.request(number, "wait") for number in range(1, 17)))
+    client.send(client.open("ticks", stream=20))
+    (answer,) = client.answers()
+    assert answer.error.details == {"retry_after_ms": 100}
+
+
+def test_cancel_while_method_waits_for_credit_closes_generator(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 10}, credit=(1, 100)))
+    client.send(client.frame(CANCEL, 1))
+    answers = client.answers()
+    assert cut(answers, "caller")
+    assert client.turn() == []
+    assert client.closed == ["count"]
+
+
+def test_cancel_while_method_awaits_cancels_it(client: StreamPeer) -> None:
+    client.send(client.open("ticks"))
+    client.send(client.frame(CANCEL, 1))
+    assert cut(client.turn(), "caller")
+    assert client.closed == ["ticks"]
+
+
+def test_method_that_ignores_cancellation_keeps_its_place(client: StreamPeer) -> None:
+    client.send(*(client.open("stubborn", stream=number) for number in range(1, 5)))
+    client.send(*(client.frame(CANCEL, number) for number in range(1, 5)))
+    assert len(client.turn()) == 4
+    client.send(client.open("count", {"n": 1}))
+    assert client.turn()[-1].code == Code.RESOURCE_EXHAUSTED
+    for future in client.futures[4:]:
+        future.set_result(None)
+    client.turn()
+    client.send(client.open("count", {"n": 1}))
+    assert kinds(client.turn()) == [Kind.ITEM, Kind.RESPONSE]
+
+
+def test_rapid_open_and_cancel_in_one_read_runs_at_most_max_open_methods(client: StreamPeer) -> None:
+    pairs = [(client.open("ticks", stream=n), client.frame(CANCEL, n)) for n in range(1, 101)]
+    client.send(*(frame for pair in pairs for frame in pair))
+    codes = [answer.code for answer in client.answers()]
+    assert (codes.count(Code.CANCELLED), codes.count(Code.RESOURCE_EXHAUSTED)) == (LIMITS.max_open, 96)
+    assert len(client.futures) == LIMITS.max_open
+    client.turn()
+    assert len(client.closed) == LIMITS.max_open
+
+
+def test_deadline_between_two_items_cuts_the_stream(client: StreamPeer) -> None:
+    client.send(client.open("ticks", deadline_ms=5_000))
+    client.futures.pop().set_result(None)
+    assert items(client.turn()) == [0]
+    client.harness.advance(5)
+    (answer,) = client.turn()
+    assert answer.code == Code.DEADLINE_EXCEEDED
+    assert client.closed == ["ticks"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("not_found", Code.NOT_FOUND),
+        ("key", Code.INTERNAL),
+        ("object", Code.INTERNAL),
+        ("large", Code.INTERNAL),
+    ],
+)
+def test_failing_method_sends_items_then_its_error(client: StreamPeer, kind: str, code: Code) -> None:
+    client.send(client.open("fail", {"kind": kind}))
+    answers = client.turn()
+    assert items(answers) == [0, 1, 2]
+    assert answers[-1].code == code
+
+
+def test_session_revoked_in_mid_stream_cuts_it_after_the_event(client: StreamPeer) -> None:
+    session = client.login()
+    client.send(client.open("ticks"))
+    state = client.harness.state
+    client.harness.in_loop(
+        lambda: client.protocol.session_ended(session.session.id, Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
+    )
+    event, error = client.turn()
+    assert event.event[0] == "session.revoked"
+    assert error.error.details == {"reason": "token_revoked"}
+    assert client.closed == ["ticks"]
+    assert state.counters.errors[Code.CANCELLED] == 1
+
+
+def test_expired_session_cuts_its_streams_only(client: StreamPeer) -> None:
+    first = client.login("ada")
+    client.send(client.open("ticks", stream=1))
+    client.login("bob")
+    client.send(client.open("ticks", stream=2))
+    client.harness.in_loop(
+        lambda: client.protocol.session_ended(first.session.id, Code.TOKEN_EXPIRED, EndReason.EXPIRED)
+    )
+    answers = client.turn()
+    assert [answer.stream for answer in answers] == [1]
+    assert cut(answers, "token_expired")
+    client.futures[-1].set_result(None)
+    assert [answer.stream for answer in client.turn()] == [2]
+
+
+def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 2}, credit=(1, 100)))
+    client.turn()
+    client.harness.advance(LIMITS.stall_timeout_s - 150)
+    client.send(client.frame(PING))
+    client.harness.advance(149)
+    assert kinds(client.turn()) == [Kind.PONG]
+    client.harness.advance(1)
+    assert cut(client.turn(), "slow")
+    assert client.closed == ["count"]
+
+
+def test_silent_client_with_a_stream_is_pinged_and_then_left(client: StreamPeer) -> None:
+    client.send(client.open("ticks"))
+    client.harness.advance(300)
+    assert kinds(client.turn()) == [Kind.PING]
+    client.harness.advance(9)
+    assert not client.transport.closed
+    client.harness.advance(1)
+    assert client.transport.closed
+    assert ended(client.harness) == {"peer_silent": 1}
+    client.turn()
+    assert client.closed == ["ticks"]
+
+
+def test_client_that_answers_the_ping_keeps_its_stream(client: StreamPeer) -> None:
+    client.send(client.open("ticks"))
+    client.harness.advance(300)
+    client.send(client.frame(PING))
+    client.harness.advance(299)
+    assert not client.transport.closed
+
+
+def test_stream_counts_as_use_of_its_session(client: StreamPeer) -> None:
+    client.send(client.open("ticks"))
+    state = client.harness.state
+    checked: list[bytes] = []
+    check = state.registry.check
+    state.registry.check = lambda token, wall: checked.append(token) or check(token, wall)  # type: ignore[method-assign, func-returns-value, assignment]
+    client.harness.advance(60)
+    assert checked == [client.token, client.token]
+
+
+def test_goaway_refuses_open_and_lets_streams_end(client: StreamPeer) -> None:
+    client.send(client.open("until.stopping"))
+    state = client.harness.state
+    state.draining = True
+    client.protocol.go_away(GoAwayReason.DRAINING)
+    client.send(client.open("count", {"n": 1}, stream=2))
+    assert [answer.stream for answer in client.answers()] == [1, 0, 2]
+    assert not client.transport.closed
+    client.harness.in_loop(state.stopping.set)
+    assert kinds(client.turn()) == [Kind.RESPONSE]
+    assert client.transport.closed
+
+
+def test_drain_timeout_cuts_streams(client: StreamPeer) -> None:
+    client.send(client.open("ticks"))
+    client.protocol.cancel_all()
+    (answer,) = client.turn()
+    assert answer.error.details == {"reason": "draining", "retry_after_ms": 1_000}
+
+
+def test_end_of_connection_cancels_its_streams(client: StreamPeer) -> None:
+    client.send(client.open("ticks"), client.open("count", {"n": 10}, stream=2, credit=(1, 1)))
+    client.lose()
+    nothing_left(client.harness)
+    assert sorted(client.closed) == ["count", "ticks"]
+
+
+# --- room -------------------------------------------------------------------------------------------------
+
+
+def test_items_for_a_client_that_does_not_read_are_bounded(client: StreamPeer) -> None:
+    client.transport.stuck = True
+    client.send(client.open("count", {"n": 1_000_000, "size": 900}, credit=(2**53 - 1, 2**53 - 1)))
+    for _ in range(20):
+        client.harness.turn()
+    assert client.transport.unread <= 2 * LIMITS.write_bytes
+    assert client.transport.paused
+    before = len(client.answers())
+    client.transport.drain(stuck=True)
+    client.harness.turn()
+    assert 0 < len(client.answers()) <= before + 2
+
+
+def test_large_credit_does_not_keep_other_streams_waiting(client: StreamPeer) -> None:
+    client.send(
+        client.open("count", {"n": 10_000}), client.open("count", {"n": 3}, stream=2), client.frame(PING)
+    )
+    answers = client.answers()
+    for _ in range(8):
+        answers += client.turn()
+    done = [(answer.kind, answer.stream) for answer in answers if answer.kind is not Kind.ITEM]
+    assert (Kind.RESPONSE, 2) in done
+    assert (Kind.RESPONSE, 1) not in done
+
+
+def test_all_items_arrive_in_order_over_many_turns(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 1_000}))
+    answers = client.answers()
+    for _ in range(100):
+        answers += client.turn()
+    assert items(answers) == [*range(1_000)]
+    assert answers[-1].value == {"sent": 1_000}
+
+
+def test_unread_stream_does_not_slow_others(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 10}, credit=(0, 0)))
+    client.send(
+        client.open("count", {"n": 3}, stream=2), client.frame(REQUEST, 3, encode_request("big", {"n": 1}))
+    )
+    assert [answer.stream for answer in client.turn()] == [2, 2, 2, 2, 3]

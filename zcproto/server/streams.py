@@ -1,0 +1,128 @@
+"""Runs the generators of one connection's streams: each item waits at its `yield` for credit and for room.
+
+    item -> encoded -> credit of the client? -> room in this connection? -> connection.send_item
+
+Rules:
+- Nothing is produced ahead: a generator goes on once its item has been queued.
+- At most `write_bytes` of items, and one item, are queued in one turn of the loop, and none while the client does
+  not read.
+- A stream that has sent its part of them lets the other streams, and the answers, have their turn.
+
+It must not know: TLS, what is allowed on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final
+
+from zcproto.app.app import Context
+from zcproto.connection.events import ServerStream
+from zcproto.connection.server import ServerConnection
+from zcproto.server.state import ServerState
+from zcproto.wire.frame import MIN_LENGTH
+from zcproto.wire.message import MessageError, encode_body
+
+STREAM_TURN_BYTES: Final = 16_384
+"""Most bytes of one stream in one turn of the loop, but for its last item."""
+
+
+class StreamRunner:
+    """The streams of one connection. Created with the first; `is_blocked` is whether the client does not read."""
+
+    __slots__ = (
+        "_connection",
+        "_flush_soon",
+        "_limits",
+        "_part",
+        "_queue",
+        "_room",
+        "_state",
+        "_turn",
+        "_waiting",
+        "is_blocked",
+    )
+
+    def __init__(
+        self, state: ServerState, connection: ServerConnection, flush_soon: Callable[[], None]
+    ) -> None:
+        assert connection.settings.streams is not None, "streams are announced"
+        self._state = state
+        self._connection = connection
+        self._flush_soon = flush_soon
+        self._limits = connection.settings.streams
+        self._part = min(STREAM_TURN_BYTES, self._limits.write_bytes)
+        self._room = self._limits.write_bytes  # not yet assigned to a stream, in this turn
+        self._turn = 0
+        self._waiting: dict[ServerStream, asyncio.Future[None]] = {}  # for credit
+        self._queue: deque[asyncio.Future[None]] = deque()  # for room
+        self.is_blocked = False
+
+    async def produce(self, stream: ServerStream, items: AsyncGenerator[Any, None], context: Context) -> Any:
+        """Send the items of a generator; return the result that its context holds."""
+        credit = stream.credit
+        send_item, wall = self._connection.send_item, self._state.clock.wall
+        max_size = self._limits.max_item - MIN_LENGTH
+        turn, room = -1, 0
+        try:
+            async for item in items:
+                body = encode_body(item)
+                if len(body) > max_size:
+                    raise MessageError(f"the item has {len(body)} bytes; at most {max_size} fit")
+                if not credit.may_send:
+                    if stream.is_answered:  # cut, and the generator has ignored its cancellation
+                        return None
+                    await self._wait_for_credit(stream)
+                if room <= 0 or turn != self._turn or self.is_blocked:
+                    await self._wait_for_room()
+                    turn, room = self._turn, self._part
+                send_item(stream, body, wall())
+                room -= MIN_LENGTH + len(body)
+                self._flush_soon()
+        finally:
+            await items.aclose()  # an item that was refused, or a cut, leaves it at its `yield`
+        return getattr(context, "result", None)
+
+    async def _wait_for_credit(self, stream: ServerStream) -> None:
+        while not stream.credit.may_send:
+            now = self._state.clock.now()
+            if self._connection.streams(now).wait_for_credit(stream, now):
+                self._connection.deadline_moved = True
+                self._flush_soon()
+            waiter = self._waiting[stream] = asyncio.get_running_loop().create_future()
+            try:
+                await waiter
+            finally:
+                del self._waiting[stream]
+
+    async def _wait_for_room(self) -> None:
+        """Wait until this stream may send its part."""
+        self._flush_soon()  # ends the turn
+        if self._room > 0 and not (self.is_blocked or self._queue):
+            self._room -= self._part
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._queue.append(waiter)
+        await waiter
+
+    def credit_received(self, stream: ServerStream) -> None:
+        """Let a stream go on that waits for credit."""
+        waiter = self._waiting.get(stream)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def flushed(self) -> None:
+        """Begin the next turn: let the streams go on that have waited longest, as far as there is room."""
+        if self.is_blocked:
+            return
+        self._turn += 1
+        self._room = self._limits.write_bytes
+        while self._queue and self._room > 0:
+            waiter = self._queue.popleft()
+            if not waiter.done():
+                self._room -= self._part
+                waiter.set_result(None)
+        if self._queue:
+            self._flush_soon()
