@@ -26,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION, ClientOutput
+from zcproto.connection.client_streams import ClientStreams
 from zcproto.connection.events import (
     NEVER,
     ClientEvent,
@@ -40,31 +42,23 @@ from zcproto.connection.settings import read_welcome
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import (
     Code,
-    ConnectionClosed,
-    InvalidArgument,
     ProtocolError,
-    ResourceExhausted,
-    Unavailable,
 )
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
-    CANCEL,
+    CREDIT,
     ERROR,
     EVENT,
     GOAWAY,
     HEADER,
     HEADER_SIZE,
-    MAX_STREAM,
-    MIN_LENGTH,
-    NO_TOKEN,
+    ITEM,
     PING,
-    PONG,
-    REQUEST,
     RESPONSE,
-    TOKEN_SIZE,
     WELCOME,
     RawFrame,
     Side,
+    accepted_with_streams,
 )
 from zcproto.wire.message import (
     DEFAULT_MAX_DEPTH,
@@ -73,19 +67,12 @@ from zcproto.wire.message import (
     decode_error,
     decode_event,
     decode_map,
-    encode_request,
 )
 
 MS: Final = 1000
-MAX_FRAME_BEFORE_SESSION: Final = 16_384
-"""Maximum `length` on a connection without a session, in both directions (zcp1.md, section 13)."""
-
 MAX_STALE_IN_A_ROW: Final = 10
 MAX_SERVER_TIME: Final = 2**62
 """Maximum clock of a server: timestamps derived from a later one could exceed 64 bits."""
-
-OPENING_METHODS: Final = frozenset({"session.open", "session.refresh"})
-"""Methods sent without a token, whose result contains one."""
 
 PONG_TIMEOUT: Final = 10.0
 """Seconds of silence after a PING until the connection is considered dead."""
@@ -111,12 +98,12 @@ DEAD_TOKEN_CODES: Final = frozenset(
 )
 
 _ANSWERS: Final = frozenset({RESPONSE, ERROR})
-_OPENING: Final = b""  # in place of a token: the request has none and its result contains one
+_ON_STREAMS: Final = frozenset({ITEM, CREDIT})
 _pack_header = HEADER.pack
 
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
-class ClientConnection:
+class ClientConnection(ClientOutput):
     """One connection to a server.
 
     Args:
@@ -149,6 +136,7 @@ class ClientConnection:
     _stale_in_a_row: int = field(default=0, init=False)
     _next_stream: int = field(default=1, init=False)
     _in_flight: dict[int, bytes] = field(default_factory=dict, init=False)  # stream -> token of its request
+    _streams: ClientStreams | None = field(default=None, init=False)  # once one was opened
     _tokens: set[bytes] = field(default_factory=set, init=False)  # accepted by the server on this connection
     _out: list[bytes] = field(default_factory=list, init=False)
     _owes_pong: bytes | None = field(default=None, init=False)  # token of the latest unanswered PING
@@ -216,6 +204,11 @@ class ClientConnection:
                     yield self._end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row")
                     return
                 if head in _ANSWERS and in_flight.pop(stream, None) is not None:
+                    if self._streams is not None:
+                        self._streams.end(stream)
+                    yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+                elif head in _ON_STREAMS and self._streams is not None and stream in self._streams:
+                    self.cancel(stream, wall)  # a lost item or credit would go unnoticed
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
                 else:
                     self.dropped_stale += 1
@@ -228,6 +221,8 @@ class ClientConnection:
                     self._count_unrequested(body, now)
                     self.dropped_unknown += 1
                     continue
+                if self._streams is not None:
+                    self._streams.end(stream)
                 try:
                     value = decode_body(body, self.max_depth)
                 except MessageError as error:
@@ -255,6 +250,13 @@ class ClientConnection:
         """Process a fresh frame other than RESPONSE. Raises ProtocolError if it ends the connection."""
         if head == ERROR:
             return self._received_error(stream, body, wall)
+        if head in _ON_STREAMS:
+            if stream not in self._in_flight:
+                self.dropped_unknown += 1
+                return None
+            if self._streams is None:
+                self._streams = ClientStreams()
+            return self._streams.receive(head, stream, body)
         if head == EVENT:
             try:
                 name, data = decode_event(body, self.max_depth)
@@ -302,6 +304,8 @@ class ClientConnection:
         if sent_with is None:
             self.dropped_unknown += 1
             return None
+        if self._streams is not None:
+            self._streams.end(stream)
         if code in DEAD_TOKEN_CODES:
             self._tokens.discard(sent_with)
         return ErrorReceived(stream, code, message, details)
@@ -341,6 +345,8 @@ class ClientConnection:
         self.salt = salt
         self.clock_offset_ms = timestamp - wall
         self._decoder.limit = self.max_frame
+        if "streams" in self.welcome:
+            self._decoder.accepted = accepted_with_streams(Side.CLIENT, self.welcome["streams"]["max_item"])
         self._last_heard = now
         idle_timeout_ms = self.welcome["idle_timeout_ms"]
         if idle_timeout_ms:
@@ -365,103 +371,7 @@ class ClientConnection:
         if server_time.__class__ is int and 0 <= server_time <= MAX_SERVER_TIME:
             self.clock_offset_ms = server_time - wall
 
-    # --- requests -------------------------------------------------------------------------------
-
-    def request(
-        self,
-        method: str,
-        params: Mapping[str, Any] | None,
-        *,
-        token: bytes = NO_TOKEN,
-        meta: Mapping[str, Any] | None = None,
-        wall: int,
-    ) -> int:
-        """Queue a REQUEST. Return its stream, which identifies the answer.
-
-        Methods that open a session are sent without a token, whatever `token` is.
-
-        Raises:
-            InvalidArgument: the request cannot be encoded, or is too large (details `size` and `limit`).
-            ResourceExhausted: the server's limit of requests in flight is reached.
-            Unavailable: before WELCOME or after GOAWAY.
-            ConnectionClosed: after the end.
-        """
-        in_flight = self._in_flight
-        if self.state is not State.OPEN:
-            self._refuse_request()
-        if len(in_flight) >= self.welcome["max_streams"]:
-            raise ResourceExhausted("too many requests in flight on this connection")
-        try:
-            body = encode_request(method, params, meta)
-        except MessageError as error:
-            raise InvalidArgument(str(error)) from error
-        size = MIN_LENGTH + len(body)
-        if size > MAX_FRAME_BEFORE_SESSION or size > self.welcome["max_frame"]:
-            self._check_size(size)
-        stream = self._next_stream
-        while stream in in_flight:
-            stream = 1 if stream == MAX_STREAM else stream + 1
-        self._next_stream = 1 if stream == MAX_STREAM else stream + 1
-        if method in OPENING_METHODS:
-            in_flight[stream] = _OPENING
-            token = NO_TOKEN
-        else:
-            in_flight[stream] = token
-        self._send(REQUEST, stream, token, body, wall)
-        return stream
-
-    def _refuse_request(self) -> None:
-        if self.state is State.DRAINING:
-            raise Unavailable("the server accepts no new requests on this connection; reconnect")
-        if self.state is State.CLOSED:
-            raise ConnectionClosed("the connection has ended")
-        raise Unavailable("the server has not sent its WELCOME yet")
-
-    def _check_size(self, size: int) -> None:
-        limit = self.send_limit
-        if size > limit:
-            raise InvalidArgument(
-                f"the request has {size} bytes; the server accepts at most {limit}",
-                {"size": size, "limit": limit},
-            )
-
-    @property
-    def send_limit(self) -> int:
-        """Return the maximum `length` that the server accepts now."""
-        max_frame: int = self.welcome["max_frame"]
-        return max_frame if self._tokens else min(max_frame, MAX_FRAME_BEFORE_SESSION)
-
-    @property
-    def has_session(self) -> bool:
-        """Return True if the server has accepted a token on this connection."""
-        return bool(self._tokens)
-
-    @property
-    def in_flight(self) -> int:
-        """Return the number of unanswered requests."""
-        return len(self._in_flight)
-
-    def _add_token(self, token: bytes, value: Any) -> None:
-        """Record the token that a RESPONSE shows to be accepted, or contains."""
-        accepted = value.get("token") if token == _OPENING and value.__class__ is dict else token
-        if isinstance(accepted, bytes) and len(accepted) == TOKEN_SIZE and accepted != NO_TOKEN:
-            self._tokens.add(accepted)
-
-    def session_ended(self, token: bytes) -> None:
-        """Apply the limits of a connection without a session again, if this was its session."""
-        self._tokens.discard(token)
-
-    def cancel(self, stream: int, wall: int) -> None:
-        """Queue a CANCEL. The request stays in flight until its answer arrives."""
-        token = self._in_flight.get(stream)
-        if token is not None and self.state is not State.CLOSED:
-            self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)
-
     # --- time -----------------------------------------------------------------------------------
-
-    def ping(self, wall: int) -> None:
-        if self.state in (State.OPEN, State.DRAINING):
-            self._send(PING, 0, NO_TOKEN, b"", wall)
 
     def next_deadline(self) -> float:
         """Return the latest time for the next `handle_timeout`, in monotonic seconds, or NEVER.
@@ -505,36 +415,6 @@ class ClientConnection:
     def _end_with(self, code: Code | None, reason: str) -> ConnectionEnded:
         self.state = next_state(self.state, Input.FATAL)
         return ConnectionEnded(code, reason)
-
-    # --- output ---------------------------------------------------------------------------------
-
-    def unblock_output(self, wall: int) -> None:
-        """Send what waited for the transport. Call this when it can send again."""
-        self.is_output_blocked = False
-        if self._owes_pong is not None and self.state is not State.CLOSED:
-            self._send_pong(wall)
-
-    def _send_pong(self, wall: int) -> None:
-        assert self._owes_pong is not None
-        self._send(PONG, 0, self._owes_pong, b"", wall)
-        self._owes_pong = None
-
-    def _send(self, head: int, stream: int, token: bytes, body: bytes, wall: int) -> None:
-        counter = self._counter + 1
-        self._counter = counter
-        self._sent_since_check = True
-        # Never negative, even if our clock goes back by more than the server's time.
-        timestamp = max(wall + self.clock_offset_ms, 0)
-        length = MIN_LENGTH + len(body)
-        self.queued_bytes += length
-        self._out.append(_pack_header(length, head, stream, timestamp, self.salt, counter, token) + body)
-
-    def data_to_send(self) -> bytes:
-        """Return and clear the queued output."""
-        data = b"".join(self._out)
-        self._out.clear()
-        self.queued_bytes = 0
-        return data
 
 
 def _code_of(code: int) -> Code:

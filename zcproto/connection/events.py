@@ -190,6 +190,18 @@ class ErrorReceived(NamedTuple):
     details: dict[str, Any]
 
 
+class ItemReceived(NamedTuple):
+    """An item waits in a stream."""
+
+    stream: int
+
+
+class CreditRaised(NamedTuple):
+    """The server allows more items on a stream."""
+
+    stream: int
+
+
 class GoAwayReceived(NamedTuple):
     """The server accepts no new requests on this connection; those in flight may still be answered."""
 
@@ -209,4 +221,13 @@ class EventReceived(NamedTuple):
         return f"EventReceived(name={self.name!r}, data={self.data!r})"
 
 
-ClientEvent = Welcomed | ResponseReceived | ErrorReceived | GoAwayReceived | EventReceived | ConnectionEnded
+ClientEvent = (
+    Welcomed
+    | ResponseReceived
+    | ErrorReceived
+    | ItemReceived
+    | CreditRaised
+    | GoAwayReceived
+    | EventReceived
+    | ConnectionEnded
+)
