@@ -22,13 +22,15 @@ from zcproto.client.credentials import Device
 from zcproto.client.dial import Dialer, acquire_resources, release_resources
 from zcproto.client.events import Event, EventStream
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, choose_credentials
-from zcproto.client.protocol import TIMED_OUT, ClientProtocol
-from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
+from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
+from zcproto.client.retry import SESSION_IS_OVER, Attempt, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, SessionManager
+from zcproto.client.streams import DEFAULT_WINDOW, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock, system_clock
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
+from zcproto.wire.message import Credit
 
 MAX_DEADLINE_MS: Final = 2**53
 NOT_OPEN: Final = "open the client first: async with connect(...) as client"
@@ -181,7 +183,7 @@ class Client:
         if not self._opened:
             raise RuntimeError(NOT_OPEN)
         deadline = self._deadline(timeout)
-        attempt: _Attempt | None = None
+        attempt: Attempt | None = None
         sessions = self._sessions
         while True:
             connection = self._connections.current
@@ -206,14 +208,73 @@ class Client:
                     connection.abandon(pending)
                     raise
             except CallError as error:
-                attempt = attempt or _Attempt(self._random)
+                attempt = attempt or Attempt(self._random)
                 await self._after_error(error, attempt, connection, token, deadline)
             except ConnectionClosed as error:
                 if self._closed or not (connection.unanswered_not_run or idempotency_key is not None):
                     raise
-                attempt = attempt or _Attempt(self._random)
+                attempt = attempt or Attempt(self._random)
                 # Delay the retry: the call itself may be what crashes the server.
                 await self._wait(attempt.backoff.next(), error, deadline)
+
+    def stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Stream:
+        """Open a stream of a method's items, with `async with`, or with `async for` alone.
+
+        `window` is how many items and bytes the server may send before the first is taken. `timeout` limits the
+        whole stream, `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early
+        cancels the method.
+
+        Raises like `call`, and Unimplemented if the server has no streams. A stream that has begun is never
+        opened again.
+        """
+        if not self._opened:
+            raise RuntimeError(NOT_OPEN)
+        request = StreamRequest(
+            method,
+            {**(params or {}), **named},
+            window,
+            self._deadline(timeout),
+            traceparent,
+            Attempt(self._random),
+        )
+        return Stream(self, request, item_timeout)
+
+    async def open_stream(self, request: StreamRequest) -> PendingStream:
+        """Open a stream; called by `Stream`."""
+        connection = await self._ready_before(request.deadline)
+        now, meta = self._loop.time(), None
+        if request.deadline != NEVER:
+            meta = {"deadline_ms": min(math.ceil((request.deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
+        if request.traceparent is not None:
+            meta = _meta(meta, None, request.traceparent)
+        self._sessions.used(now)
+        token = self._sessions.token
+        return connection.open_stream(
+            request.method, request.params, token, meta, request.window, request.deadline
+        )
+
+    async def after_stream_error(
+        self, error: CallError | ConnectionClosed, request: StreamRequest, pending: PendingStream
+    ) -> None:
+        """Wait until a stream may be opened again after an error; called by `Stream`."""
+        connection, attempt = pending.connection, request.attempt
+        if isinstance(error, CallError):
+            await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
+        elif self._closed or not connection.unanswered_not_run:
+            raise error
+        else:
+            await self._wait(attempt.backoff.next(), error, request.deadline)
 
     def _deadline(self, timeout: float | None) -> float:
         if timeout is UNSET:
@@ -221,7 +282,7 @@ class Client:
         return NEVER if timeout is None else self._loop.time() + timeout
 
     async def _after_error(
-        self, error: CallError, attempt: _Attempt, connection: ClientProtocol, token: bytes, deadline: float
+        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
     ) -> None:
         """Wait until a call may be sent again after an error; raise the error if it may not."""
         then = what_next(error)
@@ -250,7 +311,7 @@ class Client:
             raise error
 
     async def _attach(
-        self, error: CallError, attempt: _Attempt, connection: ClientProtocol, token: bytes, deadline: float
+        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
     ) -> None:
         """Prove the session's key after a call was refused without it. Raise the call's error without a device."""
         try:
@@ -314,23 +375,6 @@ class Client:
             self._options.on_event(Event(event.name, event.data))
         else:
             self.events.put(event.body)
-
-
-class _Attempt:
-    """The retries of one call so far. Created at the first error, because most calls have none."""
-
-    __slots__ = ("backoff", "done")
-
-    def __init__(self, random: Random) -> None:
-        self.backoff = Backoff(random)
-        self.done: set[Then] = set()
-
-    def once(self, then: Then) -> bool:
-        """Return True the first time."""
-        if then in self.done:
-            return False
-        self.done.add(then)
-        return True
 
 
 def _meta(

@@ -22,17 +22,21 @@ from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
 from zcproto.connection.client import ClientConnection
+from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.events import (
     ClientEvent,
     ConnectionEnded,
+    CreditRaised,
     ErrorReceived,
     EventReceived,
     GoAwayReceived,
+    ItemReceived,
     ResponseReceived,
     Welcomed,
 )
 from zcproto.connection.state import State
 from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, TlsError
+from zcproto.wire.message import Credit
 
 SENT_AT_ONCE: Final = 65_536
 """Bytes of requests in one turn of the loop that are written before its end, so that back-pressure applies before
@@ -70,6 +74,50 @@ class PendingCall(asyncio.Future[Any]):
     def handle_deadline(self, now: float) -> None:
         if self.connection.abandon(self) and not self.done():
             self.set_exception(DeadlineExceeded(TIMED_OUT))
+
+
+class PendingStream(PendingCall):
+    """The future answer to an OPEN, and the items that come before it. `half` is the stream on the wire."""
+
+    __slots__ = ("_waiter", "half")
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, connection: ClientProtocol, half: ClientStream
+    ) -> None:
+        super().__init__(loop, connection, half.number)
+        self.half = half
+        self._waiter: asyncio.Future[None] | None = None
+        self.add_done_callback(self._answered)
+
+    def _answered(self, _: object) -> None:
+        if not self.cancelled():
+            self.exception()  # mark it as retrieved: the stream may have been left
+        self.arrived()
+
+    def arrived(self) -> None:
+        """Wake the task that waits."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait for an item or the answer."""
+        if self.done():
+            return
+        self._waiter = self.get_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def take_item(self) -> Any:
+        """Return the next item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
+        return self.connection.take_item(self.half)
+
+    def leave(self) -> None:
+        """Cancel the stream on the server, unless it was answered, and drop its items."""
+        self.half.items.clear()
+        if self.connection.abandon(self):
+            self.cancel()
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -131,6 +179,10 @@ class ClientProtocol(asyncio.Protocol):
                     self._wheel.discard(call)
                     if not call.done():  # its task may have been cancelled in this turn
                         call.set_result(event.value)
+            elif event.__class__ is ItemReceived:
+                stream = pending.get(event.stream)
+                if stream is not None:
+                    stream.arrived()  # type: ignore[attr-defined]  # only streams have items
             else:
                 self._handle(event)
                 if self.error is not None:
@@ -201,6 +253,8 @@ class ClientProtocol(asyncio.Protocol):
                 self.welcomed.set_result(event.settings)
         elif isinstance(event, GoAwayReceived):
             self._go_away(event)
+        elif isinstance(event, CreditRaised | ItemReceived):
+            pass
         else:
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
@@ -233,7 +287,37 @@ class ClientProtocol(asyncio.Protocol):
         conversation = self.conversation
         stream = conversation.request(method, params, token=token, meta=meta, wall=self._clock.wall())
         call = PendingCall(self._loop, self, stream)
-        self._pending[stream] = call
+        self._add_pending(call, deadline)
+        return call
+
+    def open_stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None,
+        token: bytes,
+        meta: Mapping[str, Any] | None,
+        window: Credit,
+        deadline: float,
+    ) -> PendingStream:
+        """Open a stream. Only while `ready`. Raises like `ClientConnection.open_stream`."""
+        half = self.conversation.open_stream(
+            method, params, token=token, meta=meta, window=window, wall=self._clock.wall()
+        )
+        stream = PendingStream(self._loop, self, half)
+        self._add_pending(stream, deadline)
+        return stream
+
+    def take_item(self, half: ClientStream) -> Any:
+        """Return the next item of a stream, and send the credit that is due."""
+        try:
+            return self.conversation.take_item(half, self._clock.wall())
+        finally:
+            if self.conversation.queued_bytes:
+                self._flush_soon()
+
+    def _add_pending(self, call: PendingCall, deadline: float) -> None:
+        conversation = self.conversation
+        self._pending[call.stream] = call
         self._wheel.set(call, deadline)
         if conversation.in_flight >= self._max_streams:
             self.ready = False
@@ -241,7 +325,6 @@ class ClientProtocol(asyncio.Protocol):
             self._flush()
         else:
             self._flush_soon()
-        return call
 
     def abandon(self, call: PendingCall) -> bool:
         """Cancel a call on the server. Return False if it was answered already."""

@@ -101,3 +101,20 @@ class Backoff:
     def reset(self) -> None:
         """Start at 100 ms again, after a success."""
         self._ceiling = FIRST_DELAY
+
+
+class Attempt:
+    """The retries of one call so far. Calls create it at the first error, because most have none."""
+
+    __slots__ = ("backoff", "done")
+
+    def __init__(self, random: Random) -> None:
+        self.backoff = Backoff(random)
+        self.done: set[Then] = set()
+
+    def once(self, then: Then) -> bool:
+        """Return True the first time."""
+        if then in self.done:
+            return False
+        self.done.add(then)
+        return True

@@ -70,6 +70,9 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " frame_timeout write_buffer_bytes"
         ),
     },
+    "streams": {
+        Effect.NEW_CONNECTIONS: "max_open max_item_bytes window_items window_bytes write_bytes stall_timeout"
+    },
     "http": {
         Effect.NOW: "metrics allow",
         Effect.NEW_CONNECTIONS: (

@@ -338,6 +338,24 @@ class LimitsConfig(Settings):
     """Failed logins before delays begin: a person mistypes a few times, a program keeps guessing."""
 
 
+class StreamsConfig(Settings):
+    """Streams of items, which methods send while they run."""
+
+    max_open: Annotated[int, whole(1, 65_535, "no streams")] = 64
+    """Streams in flight on one connection. They also count against `limits.max_streams`: keep it lower than that, to
+    leave room for requests."""
+    max_item_bytes: Annotated[int, whole(1024, 1_048_576)] = 65_536
+    """The largest frame of an item, in bytes, in both directions."""
+    window_items: Annotated[int, whole(1, 65_535)] = 32
+    """Items of a client that may wait for a method, per stream."""
+    window_bytes: Annotated[int, whole(1024, 67_108_864)] = 65_536
+    """Bytes of these items."""
+    write_bytes: Annotated[int, whole(16_384, 67_108_864)] = 65_536
+    """Bytes of items that wait for a client that reads slowly, beyond which its methods wait."""
+    stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0
+    """How long an item may wait for a client to ask for it; then its stream is cancelled."""
+
+
 class AlertsConfig(Settings):
     """Where alerts are sent, beside the log, and at which thresholds."""
 
@@ -435,6 +453,7 @@ class Config(Settings):
     idempotency: IdempotencyConfig = IdempotencyConfig()
     freshness: FreshnessConfig = FreshnessConfig()
     limits: LimitsConfig = LimitsConfig()
+    streams: StreamsConfig = StreamsConfig()
     http: HttpConfig = HttpConfig()
     alerts: AlertsConfig = AlertsConfig()
     log: LogConfig = LogConfig()

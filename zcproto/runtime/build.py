@@ -41,7 +41,7 @@ from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction,
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.config import Config
-from zcproto.connection.settings import ConnectionSettings, TransportSecurityPolicy
+from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
 from zcproto.observe.loop_lag import LoopLag
 from zcproto.runtime.alert_sources import (
@@ -324,6 +324,22 @@ def connection_settings(config: Config) -> ConnectionSettings:
         open_timeout_s=config.sessions.open_timeout,
         # Independent of http.hsts, which is for browsers: these clients use TLS only.
         sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
+        streams=stream_limits(config),
+    )
+
+
+def stream_limits(config: Config) -> StreamLimits | None:
+    """Return the limits of streams; None if there are none."""
+    streams = config.streams
+    if not streams.max_open:
+        return None
+    return StreamLimits(
+        max_open=streams.max_open,
+        max_item=streams.max_item_bytes,
+        window_items=streams.window_items,
+        window_bytes=streams.window_bytes,
+        write_bytes=streams.write_bytes,
+        stall_timeout_s=streams.stall_timeout,
     )
 
 
