@@ -141,11 +141,10 @@ def test_break_out_of_the_short_form_cancels_the_method(
 def test_error_comes_after_the_items(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
         async with connect_to(server) as client:
-            got = []
-            with pytest.raises(NotFound):
-                async for item in client.stream("fail"):
-                    got.append(item)
-            assert got == [0, 1, 2]
+            async with client.stream("fail") as stream:
+                assert [await stream.receive() for _ in range(3)] == [0, 1, 2]
+                with pytest.raises(NotFound):
+                    await stream.receive()
 
     run(main())
 

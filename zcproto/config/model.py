@@ -342,8 +342,8 @@ class StreamsConfig(Settings):
     """Streams of items, which methods send while they run."""
 
     max_open: Annotated[int, whole(1, 65_535, "no streams")] = 64
-    """Streams in flight on one connection. They also count against `limits.max_streams`: keep it lower than that, to
-    leave room for requests."""
+    """Streams in flight on one connection. They also count against `limits.max_streams`; a lower limit than that
+    leaves room for requests."""
     max_item_bytes: Annotated[int, whole(1024, 1_048_576)] = 65_536
     """The largest frame of an item, in bytes, in both directions."""
     window_items: Annotated[int, whole(1, 65_535)] = 32
