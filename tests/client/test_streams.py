@@ -140,11 +140,10 @@ def test_break_out_of_the_short_form_cancels_the_method(
 
 def test_error_comes_after_the_items(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
-        async with connect_to(server) as client:
-            async with client.stream("fail") as stream:
-                assert [await stream.receive() for _ in range(3)] == [0, 1, 2]
-                with pytest.raises(NotFound):
-                    await stream.receive()
+        async with connect_to(server) as client, client.stream("fail") as stream:
+            assert [await stream.receive() for _ in range(3)] == [0, 1, 2]
+            with pytest.raises(NotFound):
+                await stream.receive()
 
     run(main())
 

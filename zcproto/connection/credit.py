@@ -112,15 +112,17 @@ class ItemQueue:
         return body
 
     def next_grant(self) -> Credit | None:
-        """Return the credit to send now, or None: half of the window must be used, or the peer out of credit."""
+        """Return the credit to send, or None until half of the window is used.
+
+        A peer without credit whose items were all taken has used all of it: there is no deadlock.
+        """
         if self.has_ended:
             return None
         items, size = self._granted
         window_items, window_bytes = self.window
         more_items = self._taken[0] + window_items - items
         more_bytes = self._taken[1] + window_bytes - size
-        is_starved = not self._bodies and (items <= self._received[0] or size <= self._received[1])
-        if not (is_starved or more_items * 2 >= window_items or more_bytes * 2 >= window_bytes):
+        if more_items * 2 < window_items and more_bytes * 2 < window_bytes:
             return None
         granted = items + max(more_items, 0), size + max(more_bytes, 0)
         if granted == self._granted:
