@@ -1,7 +1,7 @@
 """Test both ends of streams joined in memory with random schedules, against the rules of credit.
 
-Each end decides with its own numbers only. After every schedule all windows are drained, so a stream that stops for
-want of credit that nobody will send (a deadlock) fails the test.
+Each end decides with its own numbers only. After every schedule all windows are drained, so a stream that waits for
+credit that will never come (a deadlock) fails the test.
 """
 
 from __future__ import annotations

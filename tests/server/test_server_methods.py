@@ -50,6 +50,7 @@ def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
         assert info["methods"][0] == {
             "name": "news",
             "doc": "The latest news.",
+            "shape": "unary",
             "params": [{"name": "limit", "type": "int", "required": False}],
         }
         assert info["versions"] == [1]

@@ -329,7 +329,7 @@ def connection_settings(config: Config) -> ConnectionSettings:
 
 
 def stream_limits(config: Config) -> StreamLimits | None:
-    """Return the limits of streams; None if there are none."""
+    """Return the limits of streams; None if they are off."""
     streams = config.streams
     if not streams.max_open:
         return None
