@@ -207,7 +207,7 @@ class ClientConnection(ClientOutput):
                     if self._streams is not None:
                         self._streams.end(stream)
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
-                elif head in _ON_STREAMS and self._streams is not None and stream in self._streams:
+                elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
                     self.cancel(stream, wall)  # a lost item or credit would go unnoticed
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
                 else:

@@ -74,6 +74,11 @@ class ClientStreams(dict[int, ClientStream]):
         stream.credit.read(body)
         return CreditRaised(stream.number)
 
+    def is_read(self, number: int) -> bool:
+        """Return whether a stream is in flight and was not left."""
+        stream = self.get(number)
+        return stream is not None and stream.state is not ClientStreamState.LEAVING
+
     def end(self, number: int) -> None:
         """Forget a stream that was answered. What it holds can still be read."""
         stream = self.pop(number, None)

@@ -1,0 +1,190 @@
+"""The 95 edge cases of streams and calls, and the tests that cover each."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+CASES: dict[int, tuple[str, ...]] = {
+    1: (
+        "client/test_streams.py::test_server_without_streams_is_unimplemented",
+        "connection/test_client_stream_states.py::test_open_needs_streams_of_the_server_and_a_place",
+    ),
+    2: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    3: (),
+    4: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
+    5: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
+    6: (
+        "server/test_streams.py::test_open_of_unary_method_is_answered_once",
+        "client/test_streams.py::test_stream_of_a_unary_method_has_only_a_result",
+    ),
+    7: ("server/test_streams.py::test_request_of_streaming_method_is_refused_with_its_shape",),
+    8: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "server/test_streams.py::test_open_without_token_is_unauthenticated",
+    ),
+    9: ("server/test_streams.py::test_stream_without_credit_starts_and_waits",),
+    10: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    11: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    12: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    13: ("server/test_streams.py::test_streams_beyond_max_open_are_refused_and_requests_go_on",),
+    14: ("server/test_streams.py::test_open_beyond_max_streams_gets_its_answer",),
+    15: ("server/test_streams.py::test_method_waits_at_its_yield_for_credit",),
+    16: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "server/test_streams.py::test_one_byte_of_credit_allows_one_item",
+        "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
+    ),
+    17: ("server/test_streams.py::test_credit_of_zero_items_or_bytes_allows_nothing",),
+    18: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
+        "connection/test_client_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    19: ("connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",),
+    20: ("server/test_streams.py::test_items_for_a_client_that_does_not_read_are_bounded",),
+    21: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    22: ("connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",),
+    23: ("connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",),
+    24: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    25: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    26: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    27: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    28: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    29: (),
+    30: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    31: (),
+    32: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    33: (),
+    34: (),
+    35: (),
+    36: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    37: ("server/test_streams.py::test_cancel_while_method_waits_for_credit_closes_generator",),
+    38: (
+        "connection/test_client_stream_states.py::test_state_and_input_give_next_state_and_action",
+        "connection/test_stream_schedules.py::test_random_schedules_neither_overrun_nor_deadlock",
+    ),
+    39: ("server/test_streams.py::test_rapid_open_and_cancel_in_one_read_runs_at_most_max_open_methods",),
+    40: ("server/test_streams.py::test_method_that_ignores_cancellation_keeps_its_place",),
+    41: ("connection/test_client_stream_states.py::test_state_and_input_give_next_state_and_action",),
+    42: ("server/test_streams.py::test_deadline_between_two_items_cuts_the_stream",),
+    43: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    44: (
+        "server/test_streams.py::test_failing_method_sends_items_then_its_error",
+        "client/test_streams.py::test_error_comes_after_the_items",
+    ),
+    45: ("server/test_streams.py::test_failing_method_sends_items_then_its_error",),
+    46: ("server/test_streams.py::test_failing_method_sends_items_then_its_error",),
+    47: (
+        "server/test_streams.py::test_session_revoked_in_mid_stream_cuts_it_after_the_event",
+        "client/test_streams.py::test_revoked_session_cuts_the_stream",
+    ),
+    48: ("server/test_streams.py::test_expired_session_cuts_its_streams_only",),
+    49: (),
+    50: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    51: (),
+    52: (),
+    53: ("server/test_streams.py::test_stream_counts_as_use_of_its_session",),
+    54: (),
+    55: ("server/test_streams.py::test_goaway_refuses_open_and_lets_streams_end",),
+    56: ("server/test_streams.py::test_drain_timeout_cuts_streams",),
+    57: ("server/test_streams.py::test_goaway_refuses_open_and_lets_streams_end",),
+    58: (),
+    59: (),
+    60: (),
+    61: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    62: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    63: (
+        "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
+        "connection/test_client_stream_states.py::test_state_and_input_give_next_state_and_action",
+    ),
+    64: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    65: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
+    66: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
+    67: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
+    ),
+    68: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    69: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    70: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
+    ),
+    71: ("server/test_streams.py::test_unread_stream_does_not_slow_others",),
+    72: (),
+    73: (),
+    74: ("server/test_streams.py::test_item_that_waits_for_credit_too_long_cuts_the_stream",),
+    75: ("server/test_streams.py::test_silent_client_with_a_stream_is_pinged_and_then_left",),
+    76: (
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+        "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
+    ),
+    77: (),
+    78: (),
+    79: (
+        "client/test_streams.py::test_break_out_of_the_short_form_cancels_the_method",
+        "client/test_streams.py::test_leaving_early_cancels_the_method",
+    ),
+    80: ("client/test_streams.py::test_second_task_that_iterates_fails",),
+    81: (),
+    82: (),
+    83: (),
+    84: (),
+    85: (),
+    86: (),
+    87: (),
+    88: (),
+    89: (),
+    90: (),
+    91: (),
+    92: (),
+    93: (),
+    94: (),
+    95: (),
+}
+"""Case number -> tests. A case without a test is not implemented, or not yet tested."""
+
+WITHOUT_TEST = 32
+
+
+@cache
+def functions_of(file: str) -> frozenset[str]:
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    return frozenset(
+        node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+
+
+def test_all_cases_are_listed() -> None:
+    assert [*CASES] == [*range(1, 96)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tests_of_case_exist(case: int) -> None:
+    for name in CASES[case]:
+        file, function = name.split("::")
+        assert function in functions_of(file), name
+
+
+def test_number_of_cases_without_a_test_does_not_grow() -> None:
+    assert sum(not tests for tests in CASES.values()) == WITHOUT_TEST
