@@ -278,7 +278,7 @@ def test_both_clients_have_the_same_methods_and_options() -> None:
     }
     names = {name for name in vars(Client) if not name.startswith("_")}
     assert names <= {name for name in dir(BlockingClient) if not name.startswith("_")} | {"events"}
-    for name in ("call", "open", "close", "open_session"):
+    for name in ("call", "stream", "open", "close", "open_session"):
         twins = list(options(getattr(Client, name))), list(options(getattr(BlockingClient, name)))
         assert twins[0] == twins[1]
 

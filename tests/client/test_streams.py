@@ -11,8 +11,9 @@ import pytest
 
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
-from tests.server.helpers import ServerThread
+from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App, Context
+from zcproto.client.blocking import connect_blocking
 from zcproto.errors import (
     Cancelled,
     ConnectionClosed,
@@ -243,3 +244,17 @@ def test_closed_session_ends_the_stream_after_its_items(server: ServerThread, co
                 await stream.receive()
 
     run(main())
+
+
+def test_blocking_stream_yields_items_and_leaves_early(server: ServerThread, methods: Methods) -> None:
+    ca_file = server.home / "certs" / "ca.crt"
+    with connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client:
+        with client.stream("count", n=100, window=(3, 1_000)) as stream:
+            assert [number for number, _ in stream] == [*range(100)]
+            assert stream.result == {"sent": 100}
+        for number, _ in client.stream("count", n=1_000, pause=0.001):
+            if number == 3:
+                break
+        gc.collect()
+        client.call("add", a=1, b=2)
+        server.until(lambda: methods.closed == 2)

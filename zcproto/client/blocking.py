@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import threading
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
@@ -22,8 +23,10 @@ from zcproto.client.credentials import Device
 from zcproto.client.events import Event
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
+from zcproto.client.streams import DEFAULT_WINDOW, Stream
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConnectionClosed
+from zcproto.wire.message import Credit
 
 Result = TypeVar("Result")
 
@@ -164,6 +167,78 @@ class BlockingClient:
                 **named,
             )
         )
+
+    def stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> BlockingStream:
+        """Open a stream like `Client.stream`, with `with`, or with `for` alone."""
+        stream = self._client.stream(
+            method,
+            params,
+            window=window,
+            timeout=timeout,
+            item_timeout=item_timeout,
+            traceparent=traceparent,
+            **named,
+        )
+        return BlockingStream(self._wait, stream)
+
+
+class BlockingStream:
+    """A stream for programs without an event loop; otherwise like `Stream`."""
+
+    def __init__(self, wait: Callable[[Coroutine[Any, Any, Any]], Any], stream: Stream) -> None:
+        self._wait = wait
+        self._stream = stream
+        self._is_open = False
+
+    @property
+    def result(self) -> Any:
+        """The result of the method. Raises RuntimeError before the items have ended."""
+        return self._stream.result
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is going away."""
+        return self._stream.draining
+
+    def __enter__(self) -> Self:
+        self._wait(self._stream.__aenter__())
+        self._is_open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the stream unless it has ended. Idempotent."""
+        with contextlib.suppress(ConnectionClosed):
+            self._wait(self._stream.__aexit__())
+
+    def receive(self) -> Any:
+        """Return the next item. Raises EOFError after the last one."""
+        return self._wait(self._stream.receive())
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._is_open:  # the short form, without `with`
+            with self:
+                yield from self
+            return
+        while True:
+            try:
+                item = self.receive()
+            except EOFError:
+                return
+            yield item
 
 
 @accept_options(ConnectOptions)

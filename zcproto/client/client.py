@@ -248,10 +248,9 @@ class Client:
             traceparent,
             Attempt(self._random),
         )
-        return Stream(self, request, item_timeout)
+        return Stream(_Opener(self), request, item_timeout)
 
-    async def open_stream(self, request: StreamRequest) -> PendingStream:
-        """Open a stream; called by `Stream`."""
+    async def _open_stream(self, request: StreamRequest) -> PendingStream:
         connection = await self._ready_before(request.deadline)
         now, meta = self._loop.time(), None
         if request.deadline != NEVER:
@@ -264,10 +263,10 @@ class Client:
             request.method, request.params, token, meta, request.window, request.deadline
         )
 
-    async def after_stream_error(
+    async def _after_stream_error(
         self, error: CallError | ConnectionClosed, request: StreamRequest, pending: PendingStream
     ) -> None:
-        """Wait until a stream may be opened again after an error; called by `Stream`."""
+        """Wait until a stream that has not begun may be opened again; raise the error if it may not."""
         connection, attempt = pending.connection, request.attempt
         if isinstance(error, CallError):
             await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
@@ -375,6 +374,16 @@ class Client:
             self._options.on_event(Event(event.name, event.data))
         else:
             self.events.put(event.body)
+
+
+class _Opener:
+    """The client, as its streams use it."""
+
+    __slots__ = ("after_stream_error", "open_stream")
+
+    def __init__(self, client: Client) -> None:
+        self.open_stream = client._open_stream
+        self.after_stream_error = client._after_stream_error
 
 
 def _meta(

@@ -14,7 +14,7 @@ Must not know: when connections are made, which errors are retried.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
@@ -39,15 +39,14 @@ class StreamRequest:
 
 
 class StreamOpener(Protocol):
-    """The client, as its streams use it."""
+    """The client, as its streams use it: `after_stream_error` returns if a stream may be opened again."""
 
-    async def open_stream(self, request: StreamRequest) -> PendingStream:
-        """Open a stream on a connection with a valid session."""
-
-    async def after_stream_error(
-        self, error: CallError | ConnectionClosed, request: StreamRequest, pending: PendingStream
-    ) -> None:
-        """Wait until a stream that has not begun may be opened again; raise the error if it may not."""
+    @property
+    def open_stream(self) -> Callable[[StreamRequest], Awaitable[PendingStream]]: ...
+    @property
+    def after_stream_error(
+        self,
+    ) -> Callable[[CallError | ConnectionClosed, StreamRequest, PendingStream], Awaitable[None]]: ...
 
 
 class Stream:
