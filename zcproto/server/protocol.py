@@ -205,7 +205,7 @@ class ServerProtocol(Dispatcher):
         methods = state.methods
         timed = wall >> PART_BITS != state.timed_part
         checked = timed or state.request_limits.checks_sessions
-        requests = 0
+        requests = opened = 0
         for event in events:
             if event.__class__ is tuple:
                 requests += 1
@@ -250,14 +250,12 @@ class ServerProtocol(Dispatcher):
                     self._wait_turn(events)
                     break
             elif event.__class__ is ServerStream:
-                requests += 1
+                opened += 1
                 self._run(event, methods.get(event.method))
                 if self._paused_since is not None:
                     self._suspended = events
                     break
-                if not requests % 16 and (
-                    requests >= REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS
-                ):
+                if opened == REQUESTS_PER_TURN or (not opened % 16 and state.clock.wall() - wall > TURN_MS):
                     self._wait_turn(events)
                     break
             elif event.__class__ is CreditReceived:
@@ -279,6 +277,8 @@ class ServerProtocol(Dispatcher):
                 self._conversation_ended(cast("ConnectionEnded", event))
                 break
         state.counters.requests += requests
+        if opened:
+            state.counters.requests += opened
         connection = self._connection
         if connection is None:
             return
