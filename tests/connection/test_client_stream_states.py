@@ -19,7 +19,7 @@ from zcproto.connection.events import (
     ItemReceived,
     ResponseReceived,
 )
-from zcproto.errors import Code, ResourceExhausted, Unavailable, Unimplemented
+from zcproto.errors import Code, InvalidArgument, ResourceExhausted, Unavailable, Unimplemented
 from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
@@ -187,3 +187,20 @@ def test_taken_items_are_granted_again_and_items_outlive_the_answer() -> None:
     row.receive(RESPONSE, encode_body(None))
     assert row.client.take_item(row.stream, WALL) == 1
     assert row.harness.sent() == []
+
+
+@pytest.mark.parametrize(("value", "reason"), [(object(), "cannot be sent"), (bytes(1_000), "at most 1000")])
+def test_item_that_cannot_be_sent_is_refused_and_uses_no_credit(value: object, reason: str) -> None:
+    row = Row(OPENED)
+    with pytest.raises(InvalidArgument, match=reason):
+        row.client.send_item(row.stream, value, WALL)
+    assert row.stream.credit.may_send
+    assert row.harness.sent() == []
+
+
+def test_requests_beside_a_stream_are_cancelled_and_answered() -> None:
+    row = Row(OPENED)
+    number = row.harness.request()
+    row.client.cancel(number, WALL)
+    assert row.harness.receive_frame(RESPONSE, number, encode_body(1)) == [ResponseReceived(number, 1)]
+    assert row.stream.state is OPENED

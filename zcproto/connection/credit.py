@@ -53,8 +53,8 @@ class SendCredit:
 class ItemQueue:
     """The items that a peer has sent and the application has not taken.
 
-    `window` is how many items and bytes to grant beyond what was taken; its owner may lower it. `has_ended`: the
-    peer sends no more. Nothing is granted until `next_grant` is first called.
+    `window` is how many items and bytes to grant beyond what was taken, at least 1 of each; its owner may lower it.
+    `has_ended`: the peer sends no more. Nothing is granted until `next_grant` is first called.
     """
 
     __slots__ = ("_bodies", "_granted", "_received", "_taken", "has_ended", "window")
@@ -124,11 +124,8 @@ class ItemQueue:
         more_bytes = self._taken[1] + window_bytes - size
         if more_items * 2 < window_items and more_bytes * 2 < window_bytes:
             return None
-        granted = items + max(more_items, 0), size + max(more_bytes, 0)
-        if granted == self._granted:
-            return None
-        self._granted = granted
-        return granted
+        self._granted = items + max(more_items, 0), size + max(more_bytes, 0)
+        return self._granted
 
     def clear(self) -> None:
         """Discard what waits."""

@@ -1,0 +1,106 @@
+"""Test the places and timers of streams at the server: limits, waiting for credit, use of sessions, silence."""
+
+from __future__ import annotations
+
+from tests.connection.test_server_stream_states import LIMITS, StreamPair
+from tests.helpers import NOW, WALL
+from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Request, RequestEnded
+from zcproto.connection.server_streams import PONG_TIMEOUT_S, TOUCH_INTERVAL_S
+from zcproto.errors import Code
+from zcproto.wire.frame import CANCEL, CREDIT, OPEN, PONG, Kind
+from zcproto.wire.message import NO_META, encode_body, encode_request
+
+IDLE_S = 300.0
+
+
+def test_streams_beyond_max_open_are_refused_until_a_method_has_ended() -> None:
+    pair = StreamPair()
+    streams = [pair.open(number) for number in range(1, LIMITS.max_open + 1)]
+    one_more = encode_request("tokens", {})
+    assert pair.receive(pair.frame(OPEN, 9, one_more)) == []
+    (refused,) = pair.sent()
+    assert (refused.code, refused.error.details) == (Code.RESOURCE_EXHAUSTED, {"limit": LIMITS.max_open})
+    pair.receive(pair.frame(CANCEL, 1))
+    assert pair.receive(pair.frame(OPEN, 9, one_more)) == [], "its method still runs"
+    pair.server.respond(streams[0], encode_body(None), WALL)
+    pair.open(9)
+
+
+def test_credit_wakes_only_a_stream_that_waits_and_may_send() -> None:
+    pair = StreamPair()
+    stream = pair.open(credit=(1, 1_000))
+    assert pair.receive(pair.frame(CREDIT, body=encode_body([2, 1_000]))) == []
+    for _ in range(2):
+        pair.server.send_item(stream, encode_body("x"), WALL)
+    streams = pair.server.streams(NOW)
+    assert streams.wait_for_credit(stream, NOW)
+    assert not streams.wait_for_credit(stream, NOW + 1), "the next deadline is not earlier"
+    assert pair.receive(pair.frame(CREDIT, body=encode_body([2, 9_000]))) == []
+    assert pair.receive(pair.frame(CREDIT, body=encode_body([3, 9_000]))) == [CreditReceived(stream)]
+    assert stream.waits_until == NEVER
+
+
+def test_item_that_waits_too_long_cuts_its_stream_alone() -> None:
+    pair = StreamPair()
+    first, second, _third = pair.open(1), pair.open(2), pair.open(3)
+    pair.server.hold(Request(4, pair.opened.token, pair.opened.session, "m", {}, NO_META), NOW)
+    streams = pair.server.streams(NOW)
+    streams.wait_for_credit(first, NOW)
+    streams.wait_for_credit(second, NOW + 10)
+    assert pair.server.handle_timeout(WALL, NOW + LIMITS.stall_timeout_s - 1) == []
+    assert pair.server.handle_timeout(WALL, NOW + LIMITS.stall_timeout_s) == [
+        RequestEnded(first, Code.CANCELLED)
+    ]
+    (answer,) = pair.sent()
+    assert answer.error.details == {"reason": "slow"}
+    assert streams.slow_at == second.waits_until
+    assert pair.server.next_deadline() == second.waits_until
+
+
+def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
+    pair = StreamPair()
+    key = "device:laptop"
+    bound = pair.registry.open("ben", operator=False, client="", address="", wall=WALL, key=key)
+    ended = pair.registry.open("eve", operator=False, client="", address="", wall=WALL)
+    pair.server.prove(key)
+    for number, opened in enumerate((pair.opened, bound, ended), 1):
+        pair.server.join(opened.session, opened.token, WALL, NOW)
+        pair.open(number).session = opened.session
+    pair.registry.close(ended.session)
+
+    def last_used() -> set[int]:
+        ids = pair.opened.session.id, bound.session.id
+        return {pair.registry.info(each, later).last_used_at for each in ids}
+
+    later = WALL + 60_000
+    assert pair.server.next_deadline() == NOW + TOUCH_INTERVAL_S
+    pair.server.handle_timeout(later, NOW + TOUCH_INTERVAL_S - 1)
+    assert last_used() == {WALL}
+    pair.server.handle_timeout(later, NOW + TOUCH_INTERVAL_S)
+    assert last_used() == {later}
+    assert pair.server.next_deadline() == NOW + 2 * TOUCH_INTERVAL_S
+
+
+def test_silent_peer_with_a_stream_is_pinged_and_then_left() -> None:
+    pair = StreamPair()
+    pair.open()
+    assert pair.server.handle_timeout(WALL, NOW + IDLE_S) == []
+    assert [answer.kind for answer in pair.sent()] == [Kind.PING]
+    assert pair.server.handle_timeout(WALL, NOW + IDLE_S + PONG_TIMEOUT_S - 1) == []
+    assert pair.server.next_deadline() == NOW + IDLE_S + PONG_TIMEOUT_S
+    ended = pair.server.handle_timeout(WALL, NOW + IDLE_S + PONG_TIMEOUT_S)
+    assert ended == [ConnectionEnded(None, "peer_silent")]
+    assert pair.sent() == []
+
+
+def test_peer_that_answers_the_ping_keeps_its_stream() -> None:
+    pair = StreamPair()
+    pair.open()
+    pair.server.handle_timeout(WALL, NOW + IDLE_S)
+    pair.now = NOW + IDLE_S + 1
+    assert pair.receive(pair.frame(PONG, 0)) == []
+    pair.sent()
+    assert pair.server.handle_timeout(WALL, pair.now + IDLE_S - 1) == []
+    assert pair.sent() == []
+    pair.server.handle_timeout(WALL, pair.now + IDLE_S)
+    assert [answer.kind for answer in pair.sent()] == [Kind.PING]
