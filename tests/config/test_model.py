@@ -76,8 +76,6 @@ DEFAULTS = {
     "freshness.tolerance": 30.0,
     "streams.max_open": 64,
     "streams.max_item_bytes": 65_536,
-    "streams.window_items": 32,
-    "streams.window_bytes": 65_536,
     "streams.write_bytes": 65_536,
     "streams.stall_timeout": 300.0,
     "limits.max_connections": 20_000,

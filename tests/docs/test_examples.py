@@ -1,4 +1,4 @@
-"""The programs in the README and in docs/applications.md run as they are printed."""
+"""The programs in the README and in the guides for applications run as they are printed."""
 
 from __future__ import annotations
 
@@ -105,6 +105,17 @@ def test_application_guide_programs_run(folder: Path, port: int) -> None:
     with serving(folder, port, "-m", "zcproto", "serve", "shop:app"):
         assert run(folder, "buy.py") == "40\nonly 12 left; order fewer {'left': 12}\n"
         assert "welcome" in run(folder, "-m", "zcproto", "call", f"localhost:{port}", "greeting")
+
+
+def test_streams_guide_programs_run(folder: Path, port: int) -> None:
+    write_programs(ROOT / "docs" / "streams.md", folder, port)
+    with serving(folder, port, "-m", "zcproto", "serve", "talk:app"):
+        assert run(folder, "listen.py").splitlines() == [
+            *("to", "be", "or", "not"),
+            "{'words': 4}",
+            "a tick",
+            "the text has no words; send some",
+        ]
 
 
 def test_application_guide_test_passes(folder: Path, port: int) -> None:

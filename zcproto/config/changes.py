@@ -70,9 +70,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " frame_timeout write_buffer_bytes"
         ),
     },
-    "streams": {
-        Effect.NEW_CONNECTIONS: "max_open max_item_bytes window_items window_bytes write_bytes stall_timeout"
-    },
+    "streams": {Effect.NEW_CONNECTIONS: "max_open max_item_bytes write_bytes stall_timeout"},
     "http": {
         Effect.NOW: "metrics allow",
         Effect.NEW_CONNECTIONS: (

@@ -346,10 +346,6 @@ class StreamsConfig(Settings):
     leaves room for requests."""
     max_item_bytes: Annotated[int, whole(1024, 1_048_576)] = 65_536
     """The largest frame of an item, in bytes, in both directions."""
-    window_items: Annotated[int, whole(1, 65_535)] = 32
-    """Items of a client that may wait for a method, per stream."""
-    window_bytes: Annotated[int, whole(1024, 67_108_864)] = 65_536
-    """Bytes of these items."""
     write_bytes: Annotated[int, whole(16_384, 67_108_864)] = 65_536
     """Bytes of items that wait for a client that reads slowly, beyond which its methods wait."""
     stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0

@@ -69,8 +69,8 @@ zcproto_connections gauge
 zcproto_connections_opened_total counter
     ZCP/1 connections opened.
 zcproto_connections_ended_total counter (reason)
-    ZCP/1 connections ended. `reason`: a rule of the server, such as idle, no_session or slow_frame
-    (limits.frame_timeout), a protocol code, or a cause of zcproto_tls_failures_total.
+    ZCP/1 connections ended. `reason`: a rule of the server, such as idle, no_session, slow_frame
+    (limits.frame_timeout) or peer_silent (with streams), a protocol code, or a cause of zcproto_tls_failures_total.
 zcproto_connections_refused_total counter (reason)
     Connections refused at accept. `reason`: full (limits.max_connections), per_address
     (limits.connections_per_address), per_network (its share of tls.max_pending waits for handshakes),
@@ -148,8 +148,8 @@ zcproto_errors_total counter (code)
     Error frames sent, by the name of their code.
 zcproto_frames_refused_total counter (reason code)
     Frames refused before they became a call. `reason`: token, stale, stale_dropped (without answer; counted
-    when the connection ends), malformed, deadline (already passed), key_not_proved, max_streams, draining,
-    too_large_without_session.
+    when the connection ends), malformed, deadline (already passed), key_not_proved, max_streams, max_open
+    (streams.max_open), draining, too_large_without_session.
 zcproto_requests_limited_total counter (limit)
     Requests refused because a user or an address sent too many. `limit`: the key in the section `limits`:
     requests_per_user, requests_per_address, public_requests_per_address, running_per_user, running_per_address.
