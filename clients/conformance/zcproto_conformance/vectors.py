@@ -61,7 +61,9 @@ def _tables(document: dict[str, Any]) -> Scenario:
     async def scenario(harness: Harness) -> None:
         tables = await harness.step("tables")
         for table in ("kinds", "codes"):
-            actual = tables.get(table) if isinstance(tables, dict) else None
+            known = tables.get(table) if isinstance(tables, dict) else None
+            # Not every client has streams, so a client's further kinds are left out.
+            actual = {name: known.get(name) for name in document[table]} if isinstance(known, dict) else known
             expect(actual == document[table], f"{table}: {actual} instead of {document[table]}")
 
     return scenario

@@ -23,7 +23,7 @@ _ERROR: Final = f"{_CONNECTION}._received_error"
 _DECODER: Final = "zcproto.wire.decoder:FrameDecoder"
 _CHECK_LENGTH: Final = "zcproto.wire.frame:check_length"
 _CHECK_HEAD: Final = "zcproto.wire.frame:check_head"
-_HEAD_KIND: Final = "if bare_head not in ACCEPTED[receiver]:"
+_HEAD_KIND: Final = "if bare_head not in accepted.heads:"
 _HEAD_STREAM: Final = "if (bare_head in ON_A_STREAM) != (stream != 0):"
 _NONCE: Final = "if salt != self.salt or counter <= self._last_counter:"
 _STALE: Final = "if not (is_fresh or self._corrects_clock(head, body)):"
@@ -290,11 +290,11 @@ FRAMING: Final[dict[str, Fault]] = {
     "flag-set": fault("does not check flags", (_CHECK_HEAD, "if head & 0xFFFF:", "if False:")),
     "reserved-kind": fault(
         "ignores reserved kinds",
-        (_CHECK_HEAD, _HEAD_KIND, "if bare_head not in ACCEPTED[receiver] and bare_head < head_of(0x10):"),
+        (_CHECK_HEAD, _HEAD_KIND, "if bare_head not in accepted.heads and bare_head < head_of(0x10):"),
     ),
     "kind-of-client": fault(
         "ignores a kind that only clients may send",
-        (_CHECK_HEAD, _HEAD_KIND, "if bare_head not in ACCEPTED[receiver] and bare_head != CANCEL:"),
+        (_CHECK_HEAD, _HEAD_KIND, "if bare_head not in accepted.heads and bare_head != CANCEL:"),
     ),
     "response-on-stream-0": fault(
         "ignores a response on stream 0",
