@@ -96,7 +96,6 @@ SETTINGS: Final = {
     "sessions.per_user": PER_USER,
     # Longer than the hour by which a clock is set:
     "sessions.idle_timeout": "6h",
-    "idempotency.keep": "2h",
     "sessions.refresh_grace": "1m",
     "store.cleanup_interval": "1s",
     "limits.connections_per_address": 0,

@@ -344,6 +344,7 @@ class Client:
         host: str = "127.0.0.1",
         receive_buffer: int | None = None,
         context: ssl.SSLContext | None = None,
+        wall: Callable[[], int] = wall,
     ) -> None:
         context = context or contexts.get(ca_file)
         if context is None:
@@ -359,6 +360,7 @@ class Client:
         except BaseException:
             raw.close()
             raise
+        self._wall = wall
         self.counter = 0
         self.stream = 0
         self.token = NO_TOKEN
@@ -412,7 +414,7 @@ class Client:
             kind,
             flags,
             stream,
-            wall() if timestamp is None else timestamp,
+            self._wall() if timestamp is None else timestamp,
             self.salt if salt is None else salt,
             counter,
             self.token if token is None else token,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
 from tests.helpers import FakeClock
+from zcproto.common.clock import MonotonicClock
 from zcproto.errors import CallError, Cancelled, Code, InternalError
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import DEFAULT_RUNNING, Answer, IdempotencyCache, Waiting, request_digest
@@ -28,11 +30,17 @@ OTHER = request_digest("pay", {"amount": 6})
 
 
 class FakeStore:
-    """The part of a store for answers. It can be out, also after an operation has taken effect."""
+    """The part of a store for answers. It can be out, also after an operation has taken effect.
 
-    def __init__(self, shared: bool = False) -> None:
+    With `data_of` it is the store of another process with the same data.
+    """
+
+    def __init__(self, shared: bool = False, data_of: FakeStore | None = None) -> None:
         self.shared = shared
-        self.answers = Answers(AnswerLimits())
+        self.clock = FakeClock() if data_of is None else data_of.clock
+        time = MonotonicClock(self.clock).wall
+        self.answers = Answers(AnswerLimits(), time) if data_of is None else data_of.answers
+        self.others = set(self.answers._entries)  # requests that another process has claimed
         self.out = False
         self.is_full = False
         self.fails_after_the_effect = False
@@ -53,15 +61,15 @@ class FakeStore:
         if self.out:
             raise StoreUnavailable("no answer in time")
 
-    async def claim(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> Claim:
+    async def claim(self, user: str, key: str, digest: bytes, lease_ms: int) -> Claim:
         await self._turn("claim")
-        claim = self.answers.claim(user, key, digest, wall, lease_ms)
+        claim = self.answers.claim(user, key, digest, lease_ms)
         self._end()
-        return claim
+        return replace(claim, is_own=claim.is_own and (user, key) not in self.others)
 
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         await self._turn("keep")
-        self.answers.keep(user, key, answer, wall, keep_ms)
+        self.answers.keep(user, key, answer, keep_ms)
         self._end()
 
     async def release_claim(self, user: str, key: str) -> None:
@@ -91,7 +99,7 @@ class CacheHarness:
         max_running: int = DEFAULT_RUNNING,
     ) -> None:
         self.loop = loop
-        self.clock = FakeClock()
+        self.clock = FakeClock() if store is None else store.clock
         self.tasks = EagerTasks(loop)
         self.slept: list[float] = []
         self.while_asleep: Callable[[], object] = lambda: None

@@ -123,6 +123,15 @@ def test_answer_is_kept_for_the_configured_time_after_the_run(harness: CacheHarn
     assert harness.call("again").body == encode_body("again")
 
 
+@pytest.mark.parametrize("hours", [1, -1])
+def test_step_of_the_wall_clock_expires_no_answer(harness: CacheHarness, hours: int) -> None:
+    first = harness.call("paid")
+    harness.clock.wall_ms += hours * 3_600_000
+    assert harness.call("again") == first
+    harness.clock.advance(KEEP_MS / 1000)
+    assert harness.call("again").body == encode_body("again")
+
+
 # --- which answers are kept --------------------------------------------------------------------------------
 
 

@@ -95,6 +95,23 @@ def test_two_servers_run_a_request_once(
     assert shop.paid == [5, 6]
 
 
+@pytest.mark.parametrize("ahead_ms", [3_600_000, -3_600_000])
+def test_server_with_another_clock_runs_a_request_once(
+    shop: Shop, tmp_path: Path, certs: Path, store: ServerProcess, ahead_ms: int
+) -> None:
+    one, two = (
+        ServerThread(tmp_path / name, certs, shop.app, store__url=store.url) for name in ("one", "two")
+    )
+    two.clock.ahead_ms = ahead_ms
+    with one, two:
+        for number, (first, second) in enumerate([(one, two), (two, one)], 1):
+            for server in (first, second, first):
+                with server.client(wall=server.clock.wall) as client:
+                    client.open_session(f"user-{number}")
+                    assert pay(client) == {"number": number, "amount": 5}
+    assert shop.paid == [5, 5]
+
+
 def test_no_request_is_run_while_the_store_is_down(
     shop: Shop, tmp_path: Path, certs: Path, store: ServerProcess
 ) -> None:

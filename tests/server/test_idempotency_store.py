@@ -64,11 +64,11 @@ def test_claim_of_another_process_is_not_reused(make_harness: MakeHarness, share
     gate = killed.loop.create_future()
     killed.begin(wait=gate)
     killed.turn()
-    restarted = make_harness(store)
-    restarted.clock.advance(1)
-    store.out = True
+    seen_by_another = FakeStore(shared, data_of=store)
+    restarted = make_harness(seen_by_another)
+    seen_by_another.out = True
     assert code(restarted.call()) is Code.UNAVAILABLE
-    store.out = False
+    seen_by_another.out = False
     caller = restarted.begin()
     restarted.turn()
     assert restarted.ran == 0

@@ -182,11 +182,11 @@ class FaultyStore:
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
         return await self._do("expire", self.inner.expire(wall, keep_ended_ms, limit))
 
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        return await self._do("claim", self.inner.claim(user, key, request_digest, wall, lease_ms))
+    async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
+        return await self._do("claim", self.inner.claim(user, key, request_digest, lease_ms))
 
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        await self._do("keep_answer", self.inner.keep_answer(user, key, answer, wall, keep_ms))
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
+        await self._do("keep_answer", self.inner.keep_answer(user, key, answer, keep_ms))
 
     async def release_claim(self, user: str, key: str) -> None:
         await self._do("release_claim", self.inner.release_claim(user, key))

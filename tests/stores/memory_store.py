@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from zcproto.common.clock import MonotonicClock, system_clock
 from zcproto.errors import CallError, Code, ResourceExhausted
 from zcproto.sessions import EndReason
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
@@ -31,10 +32,17 @@ class MemoryStore:
 
     __slots__ = ("_answers", "_last", "_registry")
 
-    def __init__(self, registry: SessionRegistry, answers: AnswerLimits | None = None) -> None:
+    def __init__(
+        self,
+        registry: SessionRegistry,
+        answers: AnswerLimits | None = None,
+        time: Callable[[], int] | None = None,
+    ) -> None:
         self._registry = registry
         self._last: dict[bytes, Rotation] = {}  # the last rotation of a session, if it has a sealed pair
-        self._answers = Answers(answers or AnswerLimits(bytes=16 << 20))
+        self._answers = Answers(
+            answers or AnswerLimits(bytes=16 << 20), time or MonotonicClock(system_clock).wall
+        )
 
     @property
     def shared(self) -> bool:
@@ -144,14 +152,14 @@ class MemoryStore:
         registry.clean(wall, _SLOTS_EACH * limit)
         ended = kept - registry.kept
         removed = ended + (remembered + ended - registry.tombstones)
-        return removed + self._answers.expire(wall, limit - min(removed, limit))
+        return removed + self._answers.expire(limit - min(removed, limit))
 
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
+    async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
         """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted."""
-        return self._answers.claim(user, key, request_digest, wall, lease_ms)
+        return self._answers.claim(user, key, request_digest, lease_ms)
 
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        self._answers.keep(user, key, answer, wall, keep_ms)
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
+        self._answers.keep(user, key, answer, keep_ms)
 
     async def release_claim(self, user: str, key: str) -> None:
         self._answers.release(user, key)

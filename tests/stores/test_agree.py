@@ -24,8 +24,8 @@ STEPS = 400
 class Both:
     """Two stores that get the same operations."""
 
-    def __init__(self, stores: list[SessionStore], seed: int) -> None:
-        self.stores = stores
+    def __init__(self, seed: int) -> None:
+        self.stores: list[SessionStore] = []
         self.chance = random.Random(seed)
         self.wall = WALL
         self.asked = 0
@@ -80,9 +80,9 @@ class Both:
                     await self.ask("touch", uses)
             case "claim":
                 key = chance.choice("pqr")
-                await self.ask("claim", user, key, digest(chance.choice("xy")), self.wall, LEASE)
+                await self.ask("claim", user, key, digest(chance.choice("xy")), LEASE)
                 if chance.random() < 0.5:
-                    await self.ask("keep_answer", user, key, chance.randbytes(20), self.wall, LEASE)
+                    await self.ask("keep_answer", user, key, chance.randbytes(20), LEASE)
                 elif chance.random() < 0.5:
                     await self.ask("release_claim", user, key)
             case "all":
@@ -103,10 +103,12 @@ class Both:
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_memory_and_sqlite_return_the_same(tmp_path: Path, seed: int) -> None:
-    file = SqliteStore(tmp_path / "home" / "sessions.db", timeout=20.0)
+    both = Both(seed)
+    file = SqliteStore(tmp_path / "home" / "sessions.db", timeout=20.0, time=lambda: both.wall)
     await file.open(lambda change: None)
     settings = SessionSettings(idle_timeout_ms=IDLE, dead_keep_ms=1_000 * DAY, max_sessions=1_000)
-    both = Both([MemoryStore(SessionRegistry(settings, CountedEntropy())), file], seed)
+    memory = MemoryStore(SessionRegistry(settings, CountedEntropy()), time=lambda: both.wall)
+    both.stores += [memory, file]
     for number in range(STEPS):
         await both.step()
         if number % 50 == 0:

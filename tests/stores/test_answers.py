@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import pytest
 
-from tests.stores.contract import KEEP, LEASE, WALL, digest
+from tests.stores.contract import KEEP, LEASE, WALL, StoreTime, digest
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import ClaimState
 
 BODY = digest("body")
 
 
-def answered(answers: Answers, user: str, key: str, answer: bytes = b"x", wall: int = WALL) -> None:
-    assert answers.claim(user, key, BODY, wall, LEASE).state is ClaimState.NEW
-    answers.keep(user, key, answer, wall, KEEP)
+def answered(answers: Answers, user: str, key: str, answer: bytes = b"x") -> None:
+    assert answers.claim(user, key, BODY, LEASE).state is ClaimState.NEW
+    answers.keep(user, key, answer, KEEP)
 
 
 def test_entries_and_bytes_are_counted() -> None:
-    answers = Answers(AnswerLimits())
+    time = StoreTime()
+    answers = Answers(AnswerLimits(), time)
     answered(answers, "alice", "p", 10 * b"x")
     answered(answers, "bob", "p", 7 * b"x")
-    answers.claim("bob", "q", BODY, WALL, LEASE)
+    answers.claim("bob", "q", BODY, LEASE)
     assert (len(answers), answers.bytes) == (3, 17)
-    assert answers.expire(WALL + KEEP, 10) == 3
+    time.ms += KEEP
+    assert answers.expire(10) == 3
     assert (len(answers), answers.bytes) == (0, 0)
     assert answers._users == {}
 
 
 def test_new_answer_replaces_the_first() -> None:
-    answers = Answers(AnswerLimits())
+    answers = Answers(AnswerLimits(), StoreTime())
     answered(answers, "alice", "p", 10 * b"x")
-    answers.keep("alice", "p", 3 * b"y", WALL, KEEP)
-    assert answers.claim("alice", "p", BODY, WALL, LEASE).answer == b"yyy"
+    answers.keep("alice", "p", 3 * b"y", KEEP)
+    assert answers.claim("alice", "p", BODY, LEASE).answer == b"yyy"
     assert (len(answers), answers.bytes) == (1, 3)
 
 
 def test_on_change_is_called_for_every_change() -> None:
     reported: list[tuple[Key, Entry | None]] = []
-    answers = Answers(AnswerLimits(user_count=1), lambda key, entry: reported.append((key, entry)))
-    answers.claim("alice", "p", BODY, WALL, LEASE)
-    answers.keep("alice", "p", b"x", WALL, KEEP)
-    answers.claim("alice", "q", BODY, WALL, LEASE)
+    answers = Answers(
+        AnswerLimits(user_count=1), StoreTime(), lambda key, entry: reported.append((key, entry))
+    )
+    answers.claim("alice", "p", BODY, LEASE)
+    answers.keep("alice", "p", b"x", KEEP)
+    answers.claim("alice", "q", BODY, LEASE)
     answers.release("alice", "q")
     names = [(key[1], "gone" if entry is None else "there") for key, entry in reported]
     assert names == [
@@ -54,7 +58,7 @@ def test_on_change_is_called_for_every_change() -> None:
 
 
 def test_restored_entry_is_counted_without_on_change() -> None:
-    answers = Answers(AnswerLimits(), lambda key, entry: pytest.fail("nothing was changed"))
+    answers = Answers(AnswerLimits(), StoreTime(), lambda key, entry: pytest.fail("nothing was changed"))
     entry = Entry(BODY, WALL + KEEP)
     entry.running, entry.size = False, 9
     answers.restore(("alice", "p"), entry)
@@ -62,30 +66,32 @@ def test_restored_entry_is_counted_without_on_change() -> None:
     assert answers.entry("alice", "q") is None
     assert (len(answers), answers.bytes) == (1, 9)
     # The answer itself is stored elsewhere.
-    assert answers.claim("alice", "p", BODY, WALL, LEASE).answer == b""
+    assert answers.claim("alice", "p", BODY, LEASE).answer == b""
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3])
 def test_expire_removes_at_most_the_limit(limit: int) -> None:
-    answers = Answers(AnswerLimits())
+    time = StoreTime()
+    answers = Answers(AnswerLimits(), time)
     for key in ("p", "q", "r"):
-        answers.claim("alice", key, BODY, WALL, LEASE)
+        answers.claim("alice", key, BODY, LEASE)
     answered(answers, "alice", "s")
-    assert answers.expire(WALL + KEEP, limit) == limit
+    time.ms += KEEP
+    assert answers.expire(limit) == limit
     assert len(answers) == 4 - limit
 
 
 def test_user_evicts_no_answer_of_others() -> None:
-    answers = Answers(AnswerLimits(count=100, bytes=1_000, user_count=10, user_bytes=50))
+    answers = Answers(AnswerLimits(count=100, bytes=1_000, user_count=10, user_bytes=50), StoreTime())
     answered(answers, "bob", "p", 50 * b"x")
     for number in range(200):
         answered(answers, "mallory", f"{number}", (number % 51) * b"x")
-    assert answers.claim("bob", "p", BODY, WALL, LEASE).state is ClaimState.DONE
+    assert answers.claim("bob", "p", BODY, LEASE).state is ClaimState.DONE
     assert len(answers) <= 11
 
 
 def test_lowered_limit_evicts_answers() -> None:
-    answers = Answers(AnswerLimits(count=5, bytes=100, user_count=5, user_bytes=30))
+    answers = Answers(AnswerLimits(count=5, bytes=100, user_count=5, user_bytes=30), StoreTime())
     for number in range(9):  # stored under larger limits
         entry = Entry(BODY, WALL + KEEP)
         entry.running, entry.size = False, 20

@@ -16,6 +16,7 @@ from tests.stores.contract import (
     LEASE,
     WALL,
     StoreContract,
+    StoreTime,
     digest,
     loaded,
     rotation,
@@ -37,8 +38,11 @@ class MemoryHarness:
     durable = False
     bounded = True
 
+    def __init__(self) -> None:
+        self.time = StoreTime()
+
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
-        store = MemoryStore(registry(), answers)
+        store = MemoryStore(registry(), answers, self.time)
         await store.open(lambda change: None)
         return store
 
@@ -72,8 +76,8 @@ def test_no_operation_suspends() -> None:
     assert at_once(store.list()) == at_once(store.list("alice")) == [record]
     at_once(store.touch([(record.id, WALL + 1)]))
     at_once(store.rotate(wanted))
-    at_once(store.claim("alice", "k", digest("body"), WALL, LEASE))
-    at_once(store.keep_answer("alice", "k", b"answer", WALL, KEEP))
+    at_once(store.claim("alice", "k", digest("body"), LEASE))
+    at_once(store.keep_answer("alice", "k", b"answer", KEEP))
     at_once(store.release_claim("alice", "k"))
     at_once(store.expire(WALL, KEEP_ENDED, 10))
     assert at_once(store.end([record.id], Code.TOKEN_REVOKED, WALL)) != []

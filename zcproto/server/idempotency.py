@@ -27,7 +27,7 @@ from hashlib import sha256
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-from zcproto.common.clock import Clock
+from zcproto.common.clock import Clock, MonotonicClock
 from zcproto.errors import (
     CallError,
     Code,
@@ -98,10 +98,9 @@ AnswerError = Callable[[BaseException], Answer]
 
 @dataclass(slots=True, eq=False)
 class _KeyedRun:
-    """A request in progress. `until` is when its claim in the store ends."""
+    """A request in progress."""
 
     digest: bytes
-    until: int = 0
     waiting: dict[Waiting, None] = field(default_factory=dict)
 
 
@@ -143,7 +142,6 @@ class IdempotencyCache:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._tasks = tasks
-        self._clock = clock
         self._breaker = breaker
         self._keep_ms = keep_ms
         self._limits = limits
@@ -151,11 +149,12 @@ class IdempotencyCache:
         self._sleep = sleep
         self._running: dict[Name, _KeyedRun] = {}
         self._running_of: Counter[str] = Counter()
-        self._memory = Answers(self._limits)  # all answers without a store, else those it failed to store
-        # Answers in memory, to be written to the store; and claims that it may hold, with their end, though
-        # nothing runs.
+        # All answers without a store, else those it failed to store.
+        self._memory = Answers(limits, MonotonicClock(clock).wall)
+        # Answers in memory, to be written to the store; and requests that it may hold a claim of this process for,
+        # though nothing runs.
         self._unsaved: OrderedDict[Name, None] = OrderedDict()
-        self._idle_claims: OrderedDict[tuple[Name, int], None] = OrderedDict()
+        self._idle_claims: OrderedDict[Name, None] = OrderedDict()
         self._is_saving = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()
@@ -261,7 +260,7 @@ class IdempotencyCache:
         except (Exception, asyncio.CancelledError) as error:  # not one that stops the process
             answer = answer_error(error)
         if answer.code in NOT_RUN:
-            await self._release(name, run.until)
+            await self._release(name)
         else:
             await self._keep(name, run.digest, self._fit(answer, answer_error))
         return answer
@@ -277,11 +276,9 @@ class IdempotencyCache:
                 raise self._conflict()
             if claim.state is ClaimState.DONE:
                 return self._stored(claim.answer)
-            if claim.state is ClaimState.NEW:
-                return None
-            if (name, claim.until) in self._idle_claims:
-                del self._idle_claims[(name, claim.until)]
-                run.until = claim.until
+            is_idle = claim.is_own and name in self._idle_claims
+            if claim.state is ClaimState.NEW or is_idle:
+                self._idle_claims.pop(name, None)
                 return None
             if self._breaker is None or not self._breaker.store.shared:
                 self.lost += 1
@@ -296,16 +293,14 @@ class IdempotencyCache:
             pause = min(2 * pause, POLL_LAST_S)
 
     async def _claim_once(self, name: Name, run: _KeyedRun) -> Claim:
-        wall, breaker = self._clock.wall(), self._breaker
-        run.until = wall + self._keep_ms
-        self._memory.expire(wall, _SWEPT)
-        entry = self._memory.entry(*name)
-        if breaker is None or (entry is not None and wall < entry.until):
-            return self._memory.claim(*name, run.digest, wall, self._keep_ms)
+        breaker = self._breaker
+        self._memory.expire(_SWEPT)
+        if breaker is None or self._memory.entry(*name) is not None:
+            return self._memory.claim(*name, run.digest, self._keep_ms)
         try:
-            claim = await breaker.call(breaker.store.claim(*name, run.digest, wall, self._keep_ms))
+            claim = await breaker.call(breaker.store.claim(*name, run.digest, self._keep_ms))
         except StoreUnavailable as error:
-            _remember(self._idle_claims, (name, run.until))  # it may have been claimed nevertheless
+            _remember(self._idle_claims, name)  # it may have been claimed nevertheless
             raise Unavailable(
                 "the session store does not answer, so no request with an idempotency key is run: try again",
                 {"retry_after_ms": RETRY_MS},
@@ -332,18 +327,18 @@ class IdempotencyCache:
         return answer_error(UnknownError("this request was run, but its answer was too large to be kept"))
 
     async def _keep(self, name: Name, digest: bytes, answer: Answer) -> None:
-        data, wall, breaker = bytes([answer.code]) + answer.body, self._clock.wall(), self._breaker
+        data, breaker = bytes([answer.code]) + answer.body, self._breaker
         if breaker is not None:
             try:
-                await breaker.call(breaker.store.keep_answer(*name, data, wall, self._keep_ms))
+                await breaker.call(breaker.store.keep_answer(*name, data, self._keep_ms))
             except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
-                self._memory.claim(*name, digest, wall, self._keep_ms)
+                self._memory.claim(*name, digest, self._keep_ms)
                 _remember(self._unsaved, name)
             else:
                 return
-        self._memory.keep(*name, data, wall, self._keep_ms)
+        self._memory.keep(*name, data, self._keep_ms)
 
-    async def _release(self, name: Name, until: int) -> None:
+    async def _release(self, name: Name) -> None:
         breaker = self._breaker
         if breaker is None:
             self._memory.release(*name)
@@ -351,7 +346,7 @@ class IdempotencyCache:
         try:
             await breaker.call(breaker.store.release_claim(*name))
         except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
-            _remember(self._idle_claims, (name, until))
+            _remember(self._idle_claims, name)
 
     def save(self) -> None:
         """Start to write the answers to the store that it failed to store. Call it when the store is back."""
@@ -363,11 +358,10 @@ class IdempotencyCache:
         try:
             while self._unsaved:
                 name = next(iter(self._unsaved))
-                entry, wall = self._memory.entry(*name), self._clock.wall()
-                if entry is not None and entry.answer is not None and wall < entry.until:
-                    await breaker.call(
-                        breaker.store.keep_answer(*name, entry.answer, wall, entry.until - wall)
-                    )
+                entry = self._memory.entry(*name)
+                if entry is not None and entry.answer is not None:
+                    left_ms = self._memory.left_ms(entry)
+                    await breaker.call(breaker.store.keep_answer(*name, entry.answer, left_ms))
                 self._unsaved.pop(name, None)
         except (StoreUnavailable, ResourceExhausted):
             pass  # retried at the next claim, or when the store is back
@@ -375,10 +369,10 @@ class IdempotencyCache:
             self._is_saving = False
 
 
-def _remember(things: OrderedDict[Any, None], thing: Any) -> None:
-    things[thing] = None
-    if len(things) > MAX_REMEMBERED:
-        things.popitem(last=False)
+def _remember(names: OrderedDict[Name, None], name: Name) -> None:
+    names[name] = None
+    if len(names) > MAX_REMEMBERED:
+        names.popitem(last=False)
 
 
 def request_digest(method: str, params: Mapping[str, Any]) -> bytes:

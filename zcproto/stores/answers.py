@@ -8,7 +8,7 @@ Rules:
   evicts answers of others except by the total bound.
 - A running request is never evicted before its lease ends. If nothing else makes room, a new one is refused.
 
-It must not know: the requests, files, clocks.
+It must not know: the requests, files.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Entry:
     running: bool = True
     answer: bytes | None = None
     size: int = 0
+    is_own: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -82,16 +83,18 @@ class _Share:
 class Answers:
     """The table. `on_change` is called at every change with the key and the entry, or None if it was removed.
 
-    `read_answer` returns an answer that is stored elsewhere.
+    `time` returns milliseconds, and never jumps. `read_answer` returns an answer that is stored elsewhere.
     """
 
     def __init__(
         self,
         limits: AnswerLimits,
+        time: Callable[[], int],
         on_change: Callable[[Key, Entry | None], object] = lambda key, entry: None,
         read_answer: Callable[[Key], bytes] = lambda key: b"",
     ) -> None:
         self._limits = limits
+        self._time = time
         self._on_change = on_change
         self._read_answer = read_answer
         self._entries: dict[Key, Entry] = {}
@@ -104,25 +107,31 @@ class Answers:
         return len(self._entries)
 
     def entry(self, user: str, key: str) -> Entry | None:
-        return self._entries.get((user, key))
-
-    def claim(self, user: str, key: str, digest: bytes, wall: int, lease_ms: int) -> Claim:
-        """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted if too many requests are running."""
+        """Return a request that has not expired."""
         entry = self._entries.get((user, key))
-        if entry is not None and wall < entry.until:
+        return entry if entry is not None and self._time() < entry.until else None
+
+    def left_ms(self, entry: Entry) -> int:
+        """Return after how many milliseconds an entry expires."""
+        return entry.until - self._time()
+
+    def claim(self, user: str, key: str, digest: bytes, lease_ms: int) -> Claim:
+        """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted if too many requests are running."""
+        entry = self.entry(user, key)
+        if entry is not None:
             if not compare_digest(entry.digest, digest):
                 return Claim(ClaimState.CONFLICT)
             if entry.running:
-                return Claim(ClaimState.RUNNING, until=entry.until)
+                return Claim(ClaimState.RUNNING, is_own=entry.is_own)
             answer = self._read_answer((user, key)) if entry.answer is None else entry.answer
             return Claim(ClaimState.DONE, answer)
-        if entry is not None:
+        if (user, key) in self._entries:
             self._remove((user, key))
-        self._make_room(user, wall)
-        self._add((user, key), Entry(digest, min(wall + lease_ms, LAST_MS)))
+        self._make_room(user)
+        self._add((user, key), Entry(digest, self._until(lease_ms), is_own=True))
         return Claim(ClaimState.NEW)
 
-    def keep(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+    def keep(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         """Store an answer as in `SessionStore.keep_answer`; only with a claim, which has the request's digest.
 
         Raises ValueError for an answer that is never stored because of its size.
@@ -138,7 +147,7 @@ class Answers:
         while self.bytes + len(answer) > limits.bytes:
             self._remove(next(iter(self._done)))
         entry.running, entry.answer, entry.size = False, answer, len(answer)
-        entry.until = min(wall + keep_ms, LAST_MS)
+        entry.until = self._until(keep_ms)
         self._add((user, key), entry)
 
     def release(self, user: str, key: str) -> None:
@@ -146,9 +155,9 @@ class Answers:
         if (user, key) in self._running:
             self._remove((user, key))
 
-    def expire(self, wall: int, limit: int) -> int:
+    def expire(self, limit: int) -> int:
         """Remove at most `limit` expired entries among the oldest of each kind. Return how many."""
-        entries = self._entries
+        entries, wall = self._entries, self._time()
         past: list[Key] = []
         for kind in (self._running, self._done):
             for _, key in zip(range(limit), kind, strict=False):
@@ -172,10 +181,13 @@ class Answers:
             self._done[key] = share.done[key] = None
         self._entries[key] = entry
 
-    def _make_room(self, user: str, wall: int) -> None:
+    def _until(self, ms: int) -> int:
+        return min(self._time() + ms, LAST_MS)
+
+    def _make_room(self, user: str) -> None:
         limits, share = self._limits, self._users.get(user, _Share())
         if len(self._entries) >= limits.count or share.count >= limits.user_count:
-            self.expire(wall, _SWEPT)
+            self.expire(_SWEPT)
         while share.count >= limits.user_count:
             if not share.done:
                 raise too_many_requests("of this user ")

@@ -8,6 +8,8 @@ Rules:
   nevertheless, so repeating any operation must be harmless. No operation blocks the event loop.
 - An operation that is refused because too many wait raises ResourceExhausted. It has no effect; the store is well.
 - Times are passed in as `wall`, in milliseconds. A store reads no clock to decide about a session.
+- How long answers are kept is counted with the store's own clock, which setting a machine's clock does not change:
+  the clocks of processes that share a store may differ by more than an answer is kept.
 """
 
 from __future__ import annotations
@@ -107,8 +109,8 @@ class Claim:
     state: ClaimState
     answer: bytes = b""
     """DONE: the bytes that `keep_answer` was given."""
-    until: int = field(default=0, compare=False)
-    """RUNNING: when the claim ends, by which its owner recognizes it; 0 if the store does not report it."""
+    is_own: bool = field(default=False, compare=False)
+    """RUNNING: whether this process made the claim."""
 
 
 class ChangeKind(Enum):
@@ -215,14 +217,14 @@ class SessionStore(Protocol):
 
     # --- answers to requests with an idempotency key ----------------------------------------------
 
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
+    async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
         """Claim a request, in order to run it. NEW: the caller owns it until `lease_ms` have passed.
 
         Keys are per user. Expired entries count as absent. A full store evicts its oldest answers but never a
         running request; if that does not make room it raises ResourceExhausted.
         """
 
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         """Store the answer of a claimed request for `keep_ms`. Does nothing without a claim."""
 
     async def release_claim(self, user: str, key: str) -> None:

@@ -25,15 +25,15 @@ class AnswerLimitContract:
         """Return the states of requests without leaving a claim."""
         names = []
         for user, key in pairs:
-            claim = await store.claim(user, key, digest("another body"), WALL, LEASE)
+            claim = await store.claim(user, key, digest("another body"), LEASE)
             names.append("kept" if claim.state is ClaimState.CONFLICT else "gone")
             if claim.state is ClaimState.NEW:
                 await store.release_claim(user, key)
         return names
 
     async def answered(self, store: SessionStore, user: str, key: str, answer: bytes = b"x") -> None:
-        assert await store.claim(user, key, digest("body"), WALL, LEASE) == Claim(ClaimState.NEW)
-        await store.keep_answer(user, key, answer, WALL, KEEP)
+        assert await store.claim(user, key, digest("body"), LEASE) == Claim(ClaimState.NEW)
+        await store.keep_answer(user, key, answer, KEEP)
 
     async def test_oldest_answer_of_the_user_is_evicted(self, bounded: SessionStore) -> None:
         await self.answered(bounded, "bob", "b")
@@ -63,37 +63,37 @@ class AnswerLimitContract:
         ]
 
     async def test_answer_over_the_limit_raises_value_error(self, bounded: SessionStore) -> None:
-        await bounded.claim("alice", "k", digest("body"), WALL, LEASE)
+        await bounded.claim("alice", "k", digest("body"), LEASE)
         with pytest.raises(ValueError, match="too large"):
-            await bounded.keep_answer("alice", "k", 61 * b"x", WALL, KEEP)
-        await bounded.keep_answer("alice", "k", 60 * b"x", WALL, KEEP)
+            await bounded.keep_answer("alice", "k", 61 * b"x", KEEP)
+        await bounded.keep_answer("alice", "k", 60 * b"x", KEEP)
 
     async def test_running_requests_are_never_evicted(self, bounded: SessionStore) -> None:
         for key in "pqr":
-            await bounded.claim("alice", key, digest("body"), WALL, LEASE)
+            await bounded.claim("alice", key, digest("body"), LEASE)
         with pytest.raises(ResourceExhausted) as refused:
-            await bounded.claim("alice", "s", digest("body"), WALL, LEASE)
+            await bounded.claim("alice", "s", digest("body"), LEASE)
         assert refused.value.details is not None
         assert refused.value.details["retry_after_ms"] > 0
         for key in "pqr":
-            await bounded.claim("bob", key, digest("body"), WALL, LEASE)
+            await bounded.claim("bob", key, digest("body"), LEASE)
         with pytest.raises(ResourceExhausted):
-            await bounded.claim("carol", "p", digest("body"), WALL, LEASE)
+            await bounded.claim("carol", "p", digest("body"), LEASE)
         pairs = [(user, key) for user in ("alice", "bob") for key in "pqr"]
         assert await self.states(bounded, pairs) == 6 * ["kept"]
 
-    async def test_expired_entries_are_evicted_first(self, bounded: SessionStore) -> None:
+    async def test_expired_entries_are_evicted_first(self, bounded: SessionStore, harness: Harness) -> None:
         for key in "pqr":
-            await bounded.claim("alice", key, digest("body"), WALL, LEASE)
-        late = WALL + LEASE
-        assert await bounded.claim("alice", "s", digest("body"), late, LEASE) == Claim(ClaimState.NEW)
+            await bounded.claim("alice", key, digest("body"), LEASE)
+        harness.time.ms = WALL + LEASE
+        assert await bounded.claim("alice", "s", digest("body"), LEASE) == Claim(ClaimState.NEW)
 
     async def test_refused_claim_evicts_nothing_of_other_users(self, bounded: SessionStore) -> None:
         for key in "pqr":
-            await bounded.claim("alice", key, digest("body"), WALL, LEASE)
+            await bounded.claim("alice", key, digest("body"), LEASE)
         refused, allowed, created = await asyncio.gather(
-            bounded.claim("alice", "s", digest("body"), WALL, LEASE),
-            bounded.claim("bob", "s", digest("body"), WALL, LEASE),
+            bounded.claim("alice", "s", digest("body"), LEASE),
+            bounded.claim("bob", "s", digest("body"), LEASE),
             bounded.create(session(), FIVE),
             return_exceptions=True,
         )

@@ -74,13 +74,12 @@ class DurabilityContract:
         self, lasting: SessionStore, harness: Harness
     ) -> None:
         for key in ("running", "done", "released"):
-            await lasting.claim("alice", key, digest("body"), WALL, LEASE)
-        await lasting.keep_answer("alice", "done", b"answer", WALL, KEEP)
+            await lasting.claim("alice", key, digest("body"), LEASE)
+        await lasting.keep_answer("alice", "done", b"answer", KEEP)
         await lasting.release_claim("alice", "released")
         again = await harness.reopen(lasting)
         claims = [
-            await again.claim("alice", key, digest("body"), WALL, LEASE)
-            for key in ("running", "done", "released")
+            await again.claim("alice", key, digest("body"), LEASE) for key in ("running", "done", "released")
         ]
         assert claims == [Claim(ClaimState.RUNNING), Claim(ClaimState.DONE, b"answer"), Claim(ClaimState.NEW)]
 

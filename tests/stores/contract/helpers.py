@@ -51,6 +51,16 @@ DIGESTS = {
 }
 
 
+class StoreTime:
+    """The time that a store counts by how long answers are kept. Tests set `ms`."""
+
+    def __init__(self) -> None:
+        self.ms = WALL
+
+    def __call__(self) -> int:
+        return self.ms
+
+
 class Harness(Protocol):
     """Makes stores of one kind. All stores of one harness have the same data."""
 
@@ -58,6 +68,7 @@ class Harness(Protocol):
     """Whether sessions survive `reopen`."""
     bounded: bool
     """Whether the store enforces the limits of `answers`."""
+    time: StoreTime
 
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
         """Return an open and empty store, with the idle limit IDLE and tombstones kept for KEEP_ENDED."""

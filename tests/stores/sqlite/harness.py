@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.stores.contract import StoreTime
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore
@@ -23,12 +24,14 @@ class SqliteHarness:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.time = StoreTime()
         self.stores: list[SqliteStore] = []
         self.notices: list[tuple[str, dict[str, Any]]] = []
 
     def new(self, **options: Any) -> SqliteStore:
         """Return a store that is not open."""
-        store = SqliteStore(self.path, **({"timeout": LONG, "on_notice": self._notice} | options))
+        defaults = {"timeout": LONG, "on_notice": self._notice, "time": self.time}
+        store = SqliteStore(self.path, **(defaults | options))
         self.stores.append(store)
         return store
 

@@ -41,8 +41,8 @@ async def test_disk_failure_is_an_outage_and_recovers(
     # Changes of two tables need a transaction with several statements.
     results = await asyncio.gather(
         store.create(second, FIVE),
-        store.claim("alice", "k", digest("body"), WALL, LEASE),
-        store.keep_answer("alice", "k", b"answer", WALL, KEEP),
+        store.claim("alice", "k", digest("body"), LEASE),
+        store.keep_answer("alice", "k", b"answer", KEEP),
         return_exceptions=True,
     )
     for result in results:
@@ -51,7 +51,7 @@ async def test_disk_failure_is_an_outage_and_recovers(
     disk.mend()
     assert await store.create(third, FIVE) == Created()
     assert await store.list() == [first, third]
-    assert await store.claim("alice", "k", digest("body"), WALL, LEASE) == Claim(ClaimState.NEW)
+    assert await store.claim("alice", "k", digest("body"), LEASE) == Claim(ClaimState.NEW)
     assert harness.notices == []
     again = await harness.reopen(store)
     assert await again.list() == [first, third]
@@ -209,7 +209,7 @@ async def test_transaction_that_cannot_be_rolled_back_closes_the_file(
     disk.fail(sqlite3.SQLITE_FULL, "SQLITE_FULL", at=("COMMIT", "ROLLBACK"))
     results = await asyncio.gather(
         store.create(session(2), FIVE),
-        store.claim("alice", "k", digest("body"), WALL, LEASE),
+        store.claim("alice", "k", digest("body"), LEASE),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == 2 * [StoreUnavailable]

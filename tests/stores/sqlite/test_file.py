@@ -79,9 +79,9 @@ async def test_changes_are_on_disk_before_the_operation_returns(harness: SqliteH
     found = await (await copied("rotated")).get(record.id)
     assert isinstance(found, SessionRecord)
     assert found.token_digest == wanted.token_digest
-    await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    await store.claim("alice", "k", digest("body"), LEASE)
     claimed = await copied("claimed")
-    assert await claimed.claim("alice", "k", digest("body"), WALL, LEASE) == Claim(ClaimState.RUNNING)
+    assert await claimed.claim("alice", "k", digest("body"), LEASE) == Claim(ClaimState.RUNNING)
     await store.end([record.id], Code.TOKEN_REVOKED, WALL)
     assert not isinstance(await (await copied("ended")).get(record.id), SessionRecord)
     late = session(2)

@@ -16,6 +16,7 @@ from tests.stores.contract import (
     KEEP_ENDED,
     LEASE,
     WALL,
+    StoreTime,
     digest,
     ended,
     expire_all,
@@ -134,9 +135,10 @@ async def test_lookups_use_an_index(harness: SqliteHarness, disk: Disk) -> None:
 async def test_very_many_answers_are_removed_at_once(harness: SqliteHarness) -> None:
     store = await harness.opened(answers=AnswerLimits(user_count=5_000))
     keys = [f"key-{number}" for number in range(1_500)]
-    await asyncio.gather(*(store.claim("alice", key, digest("body"), WALL, LEASE) for key in keys))
+    await asyncio.gather(*(store.claim("alice", key, digest("body"), LEASE) for key in keys))
     await asyncio.gather(*(store.release_claim("alice", key) for key in keys[:10]))
-    assert await store.expire(WALL + LEASE, KEEP_ENDED, 5_000) == 1_490
+    harness.time.ms += LEASE
+    assert await store.expire(WALL, KEEP_ENDED, 5_000) == 1_490
 
 
 @pytest.mark.parametrize("why", ["another operation waits", "it takes long"])
@@ -246,6 +248,7 @@ def test_file_removed_before_end_all_was_rewritten(tmp_path: Path) -> None:
     file = SessionDatabase(
         tmp_path / "sessions.db",
         answers=AnswerLimits(),
+        time=StoreTime(),
         on_notice=lambda name, **values: notices.append(name),
     )
     file.open()
@@ -284,29 +287,30 @@ async def test_answers_are_bounded_after_a_failure_and_after_reopening(
     limits = AnswerLimits(count=3, bytes=100, user_count=3, user_bytes=100)
     store = await harness.opened(connect=disk.connect, answers=limits)
     for number in range(3):
-        await store.claim("alice", f"{number}", digest("body"), WALL, LEASE)
-        await store.keep_answer("alice", f"{number}", 30 * b"x", WALL + number, KEEP)
+        await store.claim("alice", f"{number}", digest("body"), LEASE)
+        await store.keep_answer("alice", f"{number}", 30 * b"x", KEEP)
+        harness.time.ms += 1
     disk.fail(sqlite3.SQLITE_FULL, "SQLITE_FULL", at=("BEGIN",))
     with pytest.raises(StoreUnavailable):
-        await store.claim("bob", "k", digest("body"), WALL, LEASE)  # one entry is removed and one written
+        await store.claim("bob", "k", digest("body"), LEASE)  # one entry is removed and one written
     disk.mend()
     await store.close()
     store = await harness.opened(answers=limits)
-    await store.claim("bob", "k", digest("body"), WALL, LEASE)
-    await store.keep_answer("bob", "k", 60 * b"y", WALL, KEEP)
-    states = [await store.claim("alice", f"{number}", digest("other"), WALL, 0) for number in range(3)]
+    await store.claim("bob", "k", digest("body"), LEASE)
+    await store.keep_answer("bob", "k", 60 * b"y", KEEP)
+    states = [await store.claim("alice", f"{number}", digest("other"), 0) for number in range(3)]
     assert [claim.state for claim in states] == [ClaimState.NEW, ClaimState.NEW, ClaimState.CONFLICT]
 
 
 async def test_answer_is_read_in_the_transaction_that_evicts_it(harness: SqliteHarness) -> None:
     limits = AnswerLimits(count=9, bytes=100, user_count=9, user_bytes=100)
     store = await harness.opened(answers=limits)
-    await store.claim("alice", "k", digest("body"), WALL, LEASE)
-    await store.keep_answer("alice", "k", 60 * b"x", WALL, KEEP)
-    await store.claim("bob", "k", digest("body"), WALL, LEASE)
+    await store.claim("alice", "k", digest("body"), LEASE)
+    await store.keep_answer("alice", "k", 60 * b"x", KEEP)
+    await store.claim("bob", "k", digest("body"), LEASE)
     claim, _ = await asyncio.gather(
-        store.claim("alice", "k", digest("body"), WALL, LEASE),
-        store.keep_answer("bob", "k", 60 * b"y", WALL, KEEP),
+        store.claim("alice", "k", digest("body"), LEASE),
+        store.keep_answer("bob", "k", 60 * b"y", KEEP),
     )
     assert claim == Claim(ClaimState.DONE, 60 * b"x")
-    assert await store.claim("alice", "k", digest("body"), WALL, LEASE) == Claim(ClaimState.NEW)
+    assert await store.claim("alice", "k", digest("body"), LEASE) == Claim(ClaimState.NEW)

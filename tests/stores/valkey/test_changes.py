@@ -95,8 +95,8 @@ async def test_operations_without_effect_on_others_are_not_reported(both: tuple[
     await there.store.touch([(record.id, WALL + 5)])
     await there.store.create(session(3), FIVE)
     await there.store.find(record.token_digest)
-    await there.store.claim("alice", "k", digest("body"), WALL, LEASE)
-    await there.store.keep_answer("alice", "k", b"", WALL, KEEP)
+    await there.store.claim("alice", "k", digest("body"), LEASE)
+    await there.store.keep_answer("alice", "k", b"", KEEP)
     await there.store.end([session(77).id], Code.TOKEN_REVOKED, WALL)
     assert await there.store.expire(WALL + 1, KEEP_ENDED, 10) == 1
     # Changes come in order: after this one no earlier one can follow.
@@ -168,11 +168,12 @@ async def test_concurrent_refreshes_through_two_processes_end_the_session(
 
 async def test_concurrent_claims_through_two_processes_give_one_new(both: tuple[Process, Process]) -> None:
     here, there = both
-    claims = [await each.store.claim("alice", "k", digest("body"), WALL, LEASE) for each in (here, there)]
+    claims = [await each.store.claim("alice", "k", digest("body"), LEASE) for each in (here, there)]
     assert [claim.state.value for claim in claims] == ["new", "running"]
-    assert claims[1].until == WALL + LEASE
-    await here.store.keep_answer("alice", "k", b"answer", WALL, KEEP)
-    assert (await there.store.claim("alice", "k", digest("body"), WALL, LEASE)).answer == b"answer"
+    assert not claims[1].is_own
+    assert (await here.store.claim("alice", "k", digest("body"), LEASE)).is_own
+    await here.store.keep_answer("alice", "k", b"answer", KEEP)
+    assert (await there.store.claim("alice", "k", digest("body"), LEASE)).answer == b"answer"
 
 
 async def test_reconnect_reports_that_all_may_have_changed(

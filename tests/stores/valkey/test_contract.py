@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.stores.contract import StoreContract
+from tests.stores.contract import StoreContract, StoreTime
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, SessionStore
@@ -22,10 +22,11 @@ class ValkeyHarness:
     def __init__(self, url: str, *, bounded: bool) -> None:
         self.url = url
         self.bounded = bounded
+        self.time = StoreTime()
         self.stores: list[ValkeyStore] = []
 
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
-        store = ValkeyStore(self.url, answers=answers, timeout=10.0)
+        store = ValkeyStore(self.url, answers=answers, time=self.time, timeout=10.0)
         self.stores.append(store)
         await store.open(self._hear)
         return store

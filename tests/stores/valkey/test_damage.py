@@ -211,8 +211,8 @@ async def test_damaged_keys_of_requests_fail_requests_of_this_user_only(
 ) -> None:
     server.command("SET", f"zcp:q:{{{tag_of('alice').decode()}}}", "x")
     with pytest.raises(DamagedRecord):
-        await store.claim("alice", "k", digest("body"), WALL, LEASE)
-    await store.claim("bob", "k", digest("body"), WALL, LEASE)
+        await store.claim("alice", "k", digest("body"), LEASE)
+    await store.claim("bob", "k", digest("body"), LEASE)
 
 
 async def test_server_that_refuses_writes_is_not_damage(

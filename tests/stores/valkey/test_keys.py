@@ -18,6 +18,7 @@ from tests.stores.contract import (
     MINUTE,
     ONE,
     WALL,
+    StoreTime,
     digest,
     ended,
     rotated,
@@ -56,9 +57,15 @@ def url_of(server: ServerProcess) -> str:
 
 
 @pytest.fixture
-async def store(server: ServerProcess) -> AsyncIterator[ValkeyStore]:
+def time() -> StoreTime:
+    return StoreTime()
+
+
+@pytest.fixture
+async def store(server: ServerProcess, time: StoreTime) -> AsyncIterator[ValkeyStore]:
     server.command("FLUSHALL")
-    store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(3 * 16, 100 * 16, 3, 60))
+    limits = AnswerLimits(3 * 16, 100 * 16, 3, 60)
+    store = ValkeyStore(url_of(server), timeout=5.0, answers=limits, time=time)
     await store.open(lambda change: pytest.fail(f"no other process changes this store: {change}"))
     yield store
     await store.close()
@@ -103,9 +110,9 @@ async def do_everything(store: ValkeyStore) -> None:
     await store.create(session(5, "bob"), EVICT_ONE)
     await store.end([session(3).id], Code.TOKEN_REVOKED, WALL)
     await store.touch([(record.id, WALL + DAY)])
-    await store.claim("alice", "running", digest("body"), WALL, LEASE)
-    await store.claim("alice", "done", digest("body"), WALL, LEASE)
-    await store.keep_answer("alice", "done", b"answer", WALL, KEEP)
+    await store.claim("alice", "running", digest("body"), LEASE)
+    await store.claim("alice", "done", digest("body"), LEASE)
+    await store.keep_answer("alice", "done", b"answer", KEEP)
     await store.ping()
 
 
@@ -146,15 +153,16 @@ async def test_stored_data_contains_no_token(store: ValkeyStore, server: ServerP
     record = session(token_digest=sha256(token).digest(), refresh_digest=sha256(spent).digest())
     await store.create(record, FIVE)
     await store.rotate(rotation(record, refresh_digest=sha256(refresh).digest()))
-    await store.claim("alice", "the key of a request", digest("body"), WALL, LEASE)
+    await store.claim("alice", "the key of a request", digest("body"), LEASE)
     dumped = b"".join(key + server.command("DUMP", key) for key in server.command("KEYS", "*"))
     assert sha256(refresh).digest() in dumped
     for secret in (token, refresh, spent, sha256(spent).digest(), b"the key of a request"):
         assert secret not in dumped
 
 
-async def test_expire_leaves_no_keys(store: ValkeyStore, server: ServerProcess) -> None:
+async def test_expire_leaves_no_keys(store: ValkeyStore, server: ServerProcess, time: StoreTime) -> None:
     await do_everything(store)
+    time.ms += 40 * DAY
     assert await store.create(session(6, "bob"), ONE) == LimitReached()
     while await store.expire(WALL + 40 * DAY, KEEP_ENDED, 1_000):
         pass
@@ -267,20 +275,20 @@ async def test_wrong_index_entries_are_corrected(store: ValkeyStore, server: Ser
 async def test_wrong_index_entries_of_answers_are_corrected(
     store: ValkeyStore, server: ServerProcess
 ) -> None:
-    await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    await store.claim("alice", "k", digest("body"), LEASE)
     running = only(server, "w")
     (member,) = server.command("ZRANGE", running, 0, -1)
-    await store.keep_answer("alice", "k", b"answer", WALL, KEEP)
+    await store.keep_answer("alice", "k", b"answer", KEEP)
     server.command("ZADD", running, WALL, member)  # it is not running any more
     (done,) = server.command("ZRANGE", only(server, "o"), 0, -1)
     server.command("ZADD", running, WALL, done)  # nor this
     server.command("ZADD", running, WALL, done[:-22] + 22 * b"x")  # never did
     assert await store.expire(WALL + 1, KEEP_ENDED, 10) == 0
     assert b"w" not in kinds(server)
-    claim = await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    claim = await store.claim("alice", "k", digest("body"), LEASE)
     assert (claim.state, claim.answer) == (ClaimState.DONE, b"answer")
     server.command("DEL", only(server, "a"))  # its time to live expired
-    claim = await store.claim("alice", "k", digest("body"), WALL, LEASE)
+    claim = await store.claim("alice", "k", digest("body"), LEASE)
     assert claim.state is ClaimState.NEW
 
 
@@ -289,24 +297,24 @@ async def test_wrong_index_entries_of_answers_are_corrected(
 
 async def test_answers_are_bounded_per_user(store: ValkeyStore) -> None:
     for key in "pqrs":
-        await store.claim("alice", key, digest("body"), WALL, LEASE)
-        await store.keep_answer("alice", key, 25 * b"x", WALL, KEEP)
-    states = [(await store.claim("alice", key, b"other", WALL, LEASE)).state for key in "sr"]
+        await store.claim("alice", key, digest("body"), LEASE)
+        await store.keep_answer("alice", key, 25 * b"x", KEEP)
+    states = [(await store.claim("alice", key, b"other", LEASE)).state for key in "sr"]
     assert states == 2 * [ClaimState.CONFLICT]
     with pytest.raises(ValueError, match="too large"):
-        await store.keep_answer("alice", "s", 61 * b"x", WALL, KEEP)
+        await store.keep_answer("alice", "s", 61 * b"x", KEEP)
 
 
 async def test_answers_are_bounded_in_total(store: ValkeyStore, server: ServerProcess) -> None:
     users = [f"user-{number}" for number in range(200)]
     for user in users:
-        await store.claim(user, "k", digest("body"), WALL, LEASE)
-        await store.keep_answer(user, "k", 10 * b"x", WALL, KEEP)
+        await store.claim(user, "k", digest("body"), LEASE)
+        await store.keep_answer(user, "k", 10 * b"x", KEEP)
     assert len(server.command("KEYS", "zcp:a:*")) <= 3 * 16
     refused = 0
     for user in users:
         try:
-            await store.claim(user, "another", digest("body"), WALL, LEASE)
+            await store.claim(user, "another", digest("body"), LEASE)
         except ResourceExhausted:
             refused += 1
     assert refused >= len(users) - 3 * 16
@@ -318,8 +326,8 @@ async def test_bytes_of_answers_are_bounded_in_total(server: ServerProcess) -> N
     store = ValkeyStore(url_of(server), timeout=5.0, answers=AnswerLimits(10_000, 16 * 100, 1_000, 60))
     await store.open(lambda change: None)
     for number in range(150):
-        await store.claim(f"user-{number}", "k", digest("body"), WALL, LEASE)
-        await store.keep_answer(f"user-{number}", "k", 50 * b"x", WALL, KEEP)
+        await store.claim(f"user-{number}", "k", digest("body"), LEASE)
+        await store.keep_answer(f"user-{number}", "k", 50 * b"x", KEEP)
     answers = server.command("KEYS", "zcp:a:*")
     assert 10 < len(answers) <= 32
     assert sum(int(server.command("GET", key)) for key in server.command("KEYS", "zcp:b:*")) == 50 * len(

@@ -76,8 +76,8 @@ def every_operation(store: ValkeyStore) -> dict[str, Callable[[], Awaitable[Any]
         "list of a user": lambda: store.list("carol"),
         "count": store.count,
         "expire": lambda: store.expire(WALL, 0, 10),
-        "claim": lambda: store.claim("carol", "k", b"", WALL, 1),
-        "keep_answer": lambda: store.keep_answer("carol", "k", b"", WALL, 1),
+        "claim": lambda: store.claim("carol", "k", b"", 1),
+        "keep_answer": lambda: store.keep_answer("carol", "k", b"", 1),
         "release_claim": lambda: store.release_claim("carol", "k"),
         "examine": lambda: store.examine(WALL),
     }

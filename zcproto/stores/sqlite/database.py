@@ -67,10 +67,17 @@ class SessionDatabase(DatabaseFile):
     """The sessions and answers in a database file."""
 
     def __init__(
-        self, path: Path, *, answers: AnswerLimits, on_notice: Notice, connect: Connect = sqlite3.connect
+        self,
+        path: Path,
+        *,
+        answers: AnswerLimits,
+        time: Callable[[], int],
+        on_notice: Notice,
+        connect: Connect = sqlite3.connect,
     ) -> None:
         super().__init__(path, on_notice=on_notice, connect=connect)
         self._limits = answers
+        self._time = time
         self._answers: Answers | None = None  # as in the file, without the answers themselves
         self._changed: dict[Key, Entry | None] = {}  # not written yet
         self._marks: list[tuple[int, int, int]] = []  # the rows of ended_all, oldest first
@@ -117,7 +124,9 @@ class SessionDatabase(DatabaseFile):
         if self._answers is not None:
             return self._answers
         self._changed.clear()
-        self._answers = answers = Answers(self._limits, self._changed.__setitem__, partial(_read_answer, db))
+        self._answers = answers = Answers(
+            self._limits, self._time, self._changed.__setitem__, partial(_read_answer, db)
+        )
         query = "SELECT user, key, digest, until, answer IS NULL, length(answer) FROM answers ORDER BY until"
         for user, key, digest, until, running, size in db.execute(query):
             answers.restore((text(user), text(key)), Entry(digest, until, bool(running), size=size or 0))
@@ -240,7 +249,7 @@ class SessionDatabase(DatabaseFile):
                 if gone < wanted or removed >= limit:
                     break
                 step = min(2 * step, _MOST_EXPIRED)
-        removed += answers.expire(wall, limit - removed)
+        removed += answers.expire(limit - removed)
         for statement in _answer_statements(self._changed):
             db.execute(*statement)
         db.execute("COMMIT")

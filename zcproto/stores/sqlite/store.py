@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final, TypeVar
 
-from zcproto.common.clock import system_clock
+from zcproto.common.clock import MonotonicClock, system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
@@ -43,13 +43,14 @@ class SqliteStore:
 
     `on_notice` is called with `store_damaged` (path, aside, reason) when a damaged file was renamed and replaced by
     an empty one, with `store_missing` (path) when the file was removed while in use, and with `store_close_failed`
-    (reason).
+    (reason). `time` counts how long answers are kept.
     """
 
     path: Path
     _: KW_ONLY
     timeout: float = TIMEOUT_S
     answers: AnswerLimits = DEFAULT_LIMITS
+    time: Callable[[], int] = field(default_factory=lambda: MonotonicClock(system_clock).wall)
     on_notice: Notice = lambda name, **values: None
     connect: Connect = sqlite3.connect
     queue: int = QUEUE
@@ -67,7 +68,7 @@ class SqliteStore:
                 loop.call_soon_threadsafe(partial(self.on_notice, name, **values))
 
         database = self._database = SessionDatabase(
-            self.path, answers=self.answers, on_notice=notify, connect=self.connect
+            self.path, answers=self.answers, time=self.time, on_notice=notify, connect=self.connect
         )
         self._worker = Worker(partial(_perform, database), database.sweep, database.close, limit=self.queue)
         try:
@@ -149,14 +150,12 @@ class SqliteStore:
 
         return self._database.expire(wall, keep_ended_ms, limit, is_enough)
 
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        return await self._do(
-            Operation(lambda rows: rows.answers.claim(user, key, request_digest, wall, lease_ms)),
-            behind=True,
-        )
+    async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
+        claiming = Operation(lambda rows: rows.answers.claim(user, key, request_digest, lease_ms))
+        return await self._do(claiming, behind=True)
 
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
-        keeping = Operation(lambda rows: rows.answers.keep(user, key, answer, wall, keep_ms))
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
+        keeping = Operation(lambda rows: rows.answers.keep(user, key, answer, keep_ms))
         await self._do(keeping, lasting=True, behind=True)
 
     async def release_claim(self, user: str, key: str) -> None:

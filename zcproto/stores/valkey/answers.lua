@@ -2,11 +2,22 @@
 -- the keys in sessions.lua.
 --
 -- q:{TAG} has for each request: its place in the order, whether it is running (1) or answered (0), when it expires,
--- the size of the answer, the digest of the request. The field "" has the next place, bytes and count.
+-- the size of the answer, the digest of the request, the NODE that runs it. The field "" has the next place, bytes and
+-- count.
 -- In the indexes w and o the place stands before TAG and DIGEST, so that of those that expire at the same time the
 -- oldest comes first. Places are counted for all users together, in a cluster for each user.
 
 local RUNNING = 1
+
+-- Return the time by which answers expire: that of the server, which all processes share, unless a test gives another.
+local function time(given)
+  local now = redis.call('TIME')
+  return given or string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000))
+end
+
+local function after(wall, ms)
+  return string.format('%.0f', wall + ms)
+end
 
 local function load(tag)
   local key = P .. 'q:{' .. tag .. '}'
@@ -53,7 +64,7 @@ end
 
 local function add(share, digest, running, until_, size, request, ms)
   local place = CLUSTERED and share.next or redis.call('INCR', P .. 'n')
-  redis.call('HSET', share.key, digest, cmsgpack.pack({place, running, until_, size, request}))
+  redis.call('HSET', share.key, digest, cmsgpack.pack({place, running, until_, size, request, NODE}))
   share.next, share.bytes, share.count = share.next + 1, share.bytes + size, share.count + 1
   elsewhere('ZADD', index(running), until_, member(share, digest, place))
   linger(elsewhere, index(running), ms)
@@ -90,14 +101,14 @@ local function totals(state, body)
 end
 
 --@ claim
-local digest, request, wall, until_, ms, most = unpack(args, 6, 11)
-local share = load(tag)
+local digest, request, given, lease, ms, most = unpack(args, 6, 11)
+local share, wall = load(tag), time(given)
 local known = entry(share, digest)
 if known and before(wall, known[3]) then
   if known[5] ~= request then
     return answer({'conflict', '', 0, 0})
   elseif known[2] == RUNNING then
-    return answer({'running', known[3], 0, 0})
+    return answer({'running', known[6] or '', 0, 0})
   end
   local body = redis.call('GET', body_key(share, digest))
   if body then
@@ -117,13 +128,13 @@ if share.count >= most then
     remove(share, done[1][1], done[1][2])
   end
 end
-add(share, digest, RUNNING, until_, 0, request, ms)
+add(share, digest, RUNNING, after(wall, lease), 0, request, ms)
 save(share, ms)
 return totals('new', '')
 
 --@ keep
-local digest, body, wall, until_, ms, most = unpack(args, 6, 11)
-local share = load(tag)
+local digest, body, given, keep, ms, most = unpack(args, 6, 11)
+local share, wall = load(tag), time(given)
 local known = entry(share, digest)
 if not known then
   return answer({'none', '', 0, 0})
@@ -138,7 +149,7 @@ if share.bytes + #body > most then
   end
 end
 redis.call('SET', body_key(share, digest), body, 'PX', ms)
-add(share, digest, 0, until_, #body, known[5], ms)
+add(share, digest, 0, after(wall, keep), #body, known[5], ms)
 save(share, ms)
 return totals('kept', '')
 
@@ -152,9 +163,14 @@ if known and known[2] == RUNNING then
 end
 return answer(0)
 
+--@ expired_answers no-writes
+-- Return members of an index.
+return answer(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', time(args[6]), 'LIMIT', 0, args[7]))
+
 --@ forget_answers allow-oom
 -- Remove expired requests; with `also_valid`, answered ones that have not expired too.
-local wall, limit, members, also_valid, ms = unpack(args, 6, 10)
+local given, limit, members, also_valid, ms = unpack(args, 6, 10)
+local wall = time(given)
 if not CLUSTERED and not also_valid then
   members = redis.call('ZRANGEBYSCORE', index(RUNNING), '-inf', wall, 'LIMIT', 0, limit)
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', index(0), '-inf', wall, 'LIMIT', 0, limit - #members)) do

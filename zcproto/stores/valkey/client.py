@@ -137,7 +137,7 @@ class ValkeyClient:
     `timeout` is in seconds, for each operation and for connecting. `password` replaces the one in the URL. With
     TLS, `ca_file` has the trusted authorities in place of the system's; `certificate_file` and `key_file` are for
     servers that require client certificates. `on_notice` is called with `store_record_damaged` (where, reason)
-    for a key of another type or content.
+    for a key of another type or content. `time` replaces the clock of the servers for answers, in tests.
 
     Raises ConfigError for a URL or a file that cannot be used.
     """
@@ -156,6 +156,7 @@ class ValkeyClient:
         timeout: float = TIMEOUT_S,
         prefix: str = PREFIX,
         answers: AnswerLimits = DEFAULT_LIMITS,
+        time: Callable[[], int] | None = None,
         entropy: Entropy = system_entropy,
         on_notice: Notice = lambda name, **values: None,
     ) -> None:
@@ -171,6 +172,7 @@ class ValkeyClient:
         if b"{" in self._prefix or b"}" in self._prefix:
             raise ConfigError(["store.prefix: it must not contain { or }, which divide keys among servers"])
         self._answers = answers
+        self._time = time
         self._node = entropy(NODE_SIZE // 2).hex().encode()
         self._entropy = entropy
         self._on_notice = on_notice

@@ -23,7 +23,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.token import id_text
-from zcproto.stores.answers import LAST_MS, check_size, too_many_requests
+from zcproto.stores.answers import check_size, too_many_requests
 from zcproto.stores.base import (
     CLOCK_SKEW_MS,
     MAX_LISTED,
@@ -351,7 +351,7 @@ class ValkeyStore(ValkeyClient):
                     most = min(_EXPIRED, limit - removed)
                     found, gone = await step(shard, wall, wall - keep_ended_ms, most)
                     removed += gone
-                    if found < most:
+                    if found < most or not gone:
                         break
         return removed
 
@@ -379,48 +379,55 @@ class ValkeyStore(ValkeyClient):
 
     async def _expire_answers(self, shard: int, wall: int, ended_before: int, most: int) -> tuple[int, int]:
         if not self._is_clustered:
-            found, gone = await self._run("forget_answers", b"", time_text(wall), most, [], False, DAY_MS)
+            found, gone = await self._run("forget_answers", b"", self._given_time, most, [], False, DAY_MS)
             return found, gone
-        members = await self._range(b"w", shard, wall, most)
-        members += await self._range(b"o", shard, wall, most - len(members))
-        return len(members), await self._forget_answers(members, wall, False)
+        members: list[bytes] = []
+        for kind in (b"w", b"o"):
+            key, left = self._shard_key(kind, shard), most - len(members)
+            past, _ = await self._run_for(key, "expired_answers", b"", self._given_time, left)
+            members += past
+        return len(members), await self._forget_answers(members, False)
 
     # --- answers -----------------------------------------------------------------------------------
 
+    @property
+    def _given_time(self) -> bytes | bool:
+        """The time for scripts on answers. False: that of their server."""
+        return False if self._time is None else time_text(self._time())
+
     @behind
     @operation
-    async def claim(self, user: str, key: str, request_digest: bytes, wall: int, lease_ms: int) -> Claim:
-        tag, digest, until = tag_of(user), key_digest(key), min(wall + lease_ms, LAST_MS)
-        times = time_text(wall), time_text(until), ttl_for(until - wall)
+    async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
+        tag, digest = tag_of(user), key_digest(key)
+        times = self._given_time, lease_ms, ttl_for(lease_ms)
         state, answer, count, size = await self._run(
             "claim", tag, digest, request_digest, *times, self._answers.user_count
         )
         if state == b"full":
             raise too_many_requests("of this user ")
-        if state == b"new" and not await self._trim(tag, wall, count, size):
+        if state == b"new" and not await self._trim(tag, count, size):
             await self._run("release", tag, digest, DAY_MS)
             raise too_many_requests()
         if state == b"running":
-            return Claim(ClaimState.RUNNING, until=int(answer))
+            return Claim(ClaimState.RUNNING, is_own=answer == self._node)
         return Claim(ClaimState(state.decode()), answer)
 
     @behind
     @operation
-    async def keep_answer(self, user: str, key: str, answer: bytes, wall: int, keep_ms: int) -> None:
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         check_size(answer, self._answers)
-        tag, until = tag_of(user), min(wall + keep_ms, LAST_MS)
-        times = time_text(wall), time_text(until), ttl_for(until - wall)
+        tag, times = tag_of(user), (self._given_time, keep_ms, ttl_for(keep_ms))
         _, _, count, size = await self._run(
             "keep", tag, key_digest(key), answer, *times, self._answers.user_bytes
         )
-        await self._trim(tag, wall, count, size)
+        await self._trim(tag, count, size)
 
     @behind
     @operation
     async def release_claim(self, user: str, key: str) -> None:
         await self._run("release", tag_of(user), key_digest(key), DAY_MS)
 
-    async def _trim(self, tag: bytes, wall: int, count: int, size: int) -> bool:
+    async def _trim(self, tag: bytes, count: int, size: int) -> bool:
         """Evict the oldest answers until all users together are within the limits. Return whether they are."""
         shard, shards, limits = self._shard(tag), self._shards, self._answers
         if self._is_clustered:
@@ -432,9 +439,9 @@ class ValkeyStore(ValkeyClient):
             if self._is_clustered:
                 members = await self._call("ZRANGE", self._shard_key(b"o", shard), 0, most - 1)
                 found = len(members)
-                await self._forget_answers(members, wall, True)
+                await self._forget_answers(members, True)
             else:
-                found, _ = await self._run("forget_answers", b"", time_text(wall), most, [], True, DAY_MS)
+                found, _ = await self._run("forget_answers", b"", self._given_time, most, [], True, DAY_MS)
             if not found:
                 break
             count, size = await self._answers_held(shard)
@@ -449,9 +456,9 @@ class ValkeyStore(ValkeyClient):
         )
         return running + done, int(size or 0)
 
-    async def _forget_answers(self, members: list[bytes], wall: int, also_valid: bool) -> int:
+    async def _forget_answers(self, members: list[bytes], also_valid: bool) -> int:
         results = await self._gather(
-            self._run("forget_answers", tag, time_text(wall), len(group), group, also_valid, DAY_MS)
+            self._run("forget_answers", tag, self._given_time, len(group), group, also_valid, DAY_MS)
             for tag, group in self._by_tag(members, PLACE_SIZE)
         )
         return sum(gone for _, gone in results)
