@@ -7,6 +7,7 @@ Rules:
 - Pending revocations reach the store before anything else does.
 - After every gap in the connection to a shared store, recent revocations and rotations are repeated before any
   session is checked: a failover may have lost them although they were acknowledged (REPEAT in spec/store.pml).
+  An operation on several servers of a cluster may be answered after that, so what came since is repeated, too.
   Those of a user or a key list the user's sessions again: the old primary lacked what was opened on the new one.
   Sessions opened after the revocation are kept, so the clocks of processes are trusted here.
 - A rotation is repeated only if the store has the refresh token that it spent, else it would look like theft. Those
@@ -81,10 +82,14 @@ log = get_logger("zcproto.store")
 
 
 class _Repeat(NamedTuple):
-    """Revocations to repeat with all rotations, and when: monotonic seconds, the next one last."""
+    """Revocations to repeat with those remembered `since` and with all rotations, and when: the next time last.
+
+    Times are in monotonic seconds.
+    """
 
     times: list[float]
     revocations: list[Revocation]
+    since: float
 
 
 K = TypeVar("K")
@@ -106,12 +111,12 @@ class Recent(Generic[K, V]):
         if len(self._added) > self._limit:
             self._added.popitem(last=False)
 
-    def values(self) -> list[V]:
-        """Return the values, oldest first."""
-        since = self._clock.now() - self._keep_s
-        while self._added and next(iter(self._added.values()))[0] < since:
+    def values(self, since: float = 0.0) -> list[V]:
+        """Return the values added since then, oldest first."""
+        expired = self._clock.now() - self._keep_s
+        while self._added and next(iter(self._added.values()))[0] < expired:
             self._added.popitem(last=False)
-        return [value for _, value in self._added.values()]
+        return [value for added_at, value in self._added.values() if added_at >= since]
 
 
 @dataclass(eq=False)
@@ -130,7 +135,6 @@ class Revoker:
     def __post_init__(self) -> None:
         self._store = self.breaker.store
         self._orphans: OrderedDict[bytes, None] = OrderedDict()
-        self._replayed: list[Revocation] = []  # those of a user or of all users
         keep_s = self.keep_ended_ms / MS_PER_SECOND
         self._ended: Recent[RevocationKey, Revocation] = Recent(keep_s, self.clock)
         self._lists: Recent[RevocationKey, Revocation] = Recent(keep_s, self.clock, RECENT_LISTS)
@@ -149,6 +153,7 @@ class Revoker:
         During an outage the revocation is written to the file. Raises Unavailable if that fails too.
         """
         breaker, timeout = self.breaker, self.breaker.timeout
+        self.remember(revocation)
         within = max(timeout, MIN_DISK_S)
         writing: asyncio.Task[None] | None = None
         if breaker.health.is_healthy:
@@ -168,7 +173,6 @@ class Revoker:
                 # Only a probe replays the file, so there has to be one.
                 breaker.health.begin_outage(self.clock.now())
             else:
-                self.remember(revocation)
                 self.apply_ended(ended)
                 if writing is not None:
                     self.tasks.run_in_background(self._remove_pending([revocation]))
@@ -207,15 +211,15 @@ class Revoker:
         self.remember(Revocation(wall, session_id))
         self.registry.end(session_id, Code.TOKEN_REVOKED, EndReason.REFRESH_REUSED, wall)
 
-    def remember(self, revocation: Revocation) -> None:
-        """Remember a revocation that the store has acknowledged."""
-        if not self._store.shared:
-            return
+    def remember(self, revocation: Revocation) -> Revocation:
+        """Remember a revocation by this process. Return it as it has to be repeated."""
         if not revocation.id:
             # A session opened since must not be ended, so clocks are trusted here.
             revocation = replace(revocation, wall=revocation.wall - CLOCK_SKEW_MS)
-        recent = self._ended if revocation.id or revocation.user is None else self._lists
-        recent.add(revocation.key, revocation)
+        if self._store.shared:
+            recent = self._ended if revocation.id or revocation.user is None else self._lists
+            recent.add(revocation.key, revocation)
+        return revocation
 
     def remember_rotation(self, rotation: Rotation) -> None:
         """Remember a rotation that the store has made."""
@@ -224,24 +228,19 @@ class Revoker:
 
     # --- after an outage -----------------------------------------------------------------------------
 
-    def begin_replay(self) -> None:
-        """Forget what an earlier probe has replayed."""
-        self.replayed = 0
-        self._replayed.clear()
-
     async def replay(self, call: Call) -> None:
         """Write the pending revocations to the store."""
         entries = self.pending.entries
         if not entries:
             return
-        unknown = await self._end_again(call, entries)
-        if unknown and self._store.shared:
+        uncertain = await self._end_again(call, entries)
+        uncertain += [self.remember(entry) for entry in entries if not entry.id]
+        if uncertain and self._store.shared:
             # The sessions may have ended before. Or the store lost them before this process started, in which case
             # another process may restore them.
-            self._schedule(unknown, REPEATS_S)
+            self._schedule(uncertain, REPEATS_S)
         await self._remove_pending(entries)
         self.replayed += len(entries)
-        self._replayed += [entry for entry in entries if not entry.id]
 
     async def _remove_pending(self, revocations: Sequence[Revocation]) -> None:
         try:
@@ -301,13 +300,14 @@ class Revoker:
 
     def repeat_after_loss(self) -> None:
         """Repeat all recent revocations for a while: other processes may restore the sessions."""
-        self._schedule([*self._replayed, *self._recent_revocations()], REPEATS_S)
+        self._schedule(self._recent_revocations(), REPEATS_S)
 
     async def repeat_after_gap(self, call: Call) -> None:
         """Repeat recent revocations and rotations now: a failover may have lost them."""
+        since = self.clock.now()
         await self._end_again(call, self._recent_revocations())
-        if await self._rotate_again(call):
-            self._schedule([], AFTER_GAP_S)
+        await self._rotate_again(call)
+        self._schedule([], (*AFTER_GAP_S, AFTER_GAP_S[-1] + self.breaker.timeout), since)
 
     def _recent_revocations(self) -> list[Revocation]:
         """Return the revocations of this process, and those that it knows of other processes."""
@@ -316,18 +316,16 @@ class Revoker:
         recent = (*known, *self._ended.values(), *self._lists.values())
         return [*{each.key: each for each in recent}.values()]
 
-    async def _rotate_again(self, call: Call) -> int:
-        """Repeat the rotations that the store has lost, of sessions that live. Return how many are remembered."""
-        rotations = self._rotations.values()
+    async def _rotate_again(self, call: Call) -> None:
+        """Repeat the rotations that the store has lost, of sessions that live."""
         chains: dict[bytes, list[Rotation]] = {}
-        for rotation in rotations:
+        for rotation in self._rotations.values():
             if self.registry.ended(rotation.id) is None:
                 chains.setdefault(rotation.id, []).append(rotation)
         each = list(chains.values())
         for first in range(0, len(each), ROTATED_AT_ONCE):
             some = each[first : first + ROTATED_AT_ONCE]
             await asyncio.gather(*(self._rotate_chain(call, chain) for chain in some))
-        return len(rotations)
 
     async def rotate_session_again(self, call: Call, session_id: bytes) -> None:
         """Repeat the rotations of a session that the store has lost."""
@@ -355,9 +353,9 @@ class Revoker:
         if not self._repeats:
             self._schedule([], AFTER_GAP_S[:1])
 
-    def _schedule(self, revocations: list[Revocation], times: Sequence[float]) -> None:
+    def _schedule(self, revocations: list[Revocation], times: Sequence[float], since: float = NEVER) -> None:
         now = self.clock.now()
-        self._repeats.append(_Repeat([now + after_s for after_s in reversed(times)], revocations))
+        self._repeats.append(_Repeat([now + after_s for after_s in reversed(times)], revocations, since))
         self.set_deadline()
 
     def set_deadline(self) -> None:
@@ -375,16 +373,17 @@ class Revoker:
 
     async def _repeat_due(self) -> None:
         try:
-            for repeat in list(self._repeats):
-                now = self.clock.now()
-                if repeat.times[-1] > now:
-                    continue
-                await self._end_again(self.breaker.call, repeat.revocations)
-                await self._rotate_again(self.breaker.call)
+            now = self.clock.now()
+            due = [repeat for repeat in self._repeats if repeat.times[-1] <= now]
+            since = min((repeat.since for repeat in due), default=NEVER)
+            revocations = [each for repeat in due for each in repeat.revocations]
+            revocations += self._ended.values(since) + self._lists.values(since)
+            await self._end_again(self.breaker.call, [*{each.key: each for each in revocations}.values()])
+            await self._rotate_again(self.breaker.call)
+            for repeat in due:
                 while repeat.times and repeat.times[-1] <= now:
                     repeat.times.pop()
-                if not repeat.times:
-                    self._repeats.remove(repeat)
+            self._repeats = [repeat for repeat in self._repeats if repeat.times]
             self.on_repeated()
         except (StoreUnavailable, ResourceExhausted):
             await asyncio.sleep(RETRY_PAUSE_S)

@@ -339,6 +339,8 @@ class StoredSessionService(SessionService):
                 )
             self.sync.revoker.remember_rotation(rotation)
             if changes.has_changed(record.id, count):
+                # In a cluster, a failover may have lost it while another server was awaited.
+                await self.sync.revoker.rotate_session_again(self._call, record.id)
                 found = await changes.fetch(self._store.get, record.id)
                 if not isinstance(found, SessionRecord) or found.token_digest != record.token_digest:
                     changes.apply(found)

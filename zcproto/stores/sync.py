@@ -256,7 +256,7 @@ class StoreSync:
         else:
             await attempt(self.store.open(self._changed), OPEN_LIMIT_S)
             self._is_open = True
-        self.revoker.begin_replay()
+        self.revoker.replayed = 0
         await self.revoker.replay(attempt)
         await self.revoker.end_orphans(attempt)
         if self.store.shared:

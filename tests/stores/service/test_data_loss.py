@@ -117,8 +117,9 @@ async def test_revocations_are_repeated_for_late_restorations(
     assert one.state is HealthState.HEALTHY
 
 
+@pytest.mark.parametrize("of_user", [False, True])
 async def test_process_started_after_the_loss_repeats_unknown_revocations(
-    start_process: StartProcess,
+    start_process: StartProcess, of_user: bool
 ) -> None:
     one = await start_process(shared=True)
     other = await start_process(FaultyStoreView(one.store))
@@ -126,7 +127,7 @@ async def test_process_started_after_the_loss_repeats_unknown_revocations(
     await other.find(opened.token)
     other.use(opened)
     await one.outage()
-    await one.revoke(opened)
+    await (one.sessions.revoke_user("ada", "all") if of_user else one.revoke(opened))
     one.store.lose_all()
     await one.recover()  # like a process started meanwhile, it does not know of the loss
     other.store.use_data_of(one.store)
@@ -135,6 +136,22 @@ async def test_process_started_after_the_loss_repeats_unknown_revocations(
     assert one.store.registry.kept == 1
     await one.advance(REPEATS_S[0])
     assert one.store.registry.kept == 0
+
+
+async def test_repeated_revocation_of_a_user_spares_sessions_opened_since(
+    start_process: StartProcess,
+) -> None:
+    process = await start_process(shared=True)
+    await process.open()
+    await process.outage()
+    await process.sessions.revoke_user("ada", "all")
+    process.store.lose_all()
+    report_data_loss(process)
+    await process.recover()
+    opened = await process.open()
+    await process.advance(REPEATS_S[0])
+    assert process.is_valid(opened)
+    assert process.store.registry.kept == 1
 
 
 async def test_refresh_restores_the_session_first(start_process: StartProcess) -> None:

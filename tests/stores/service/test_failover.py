@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,6 +24,8 @@ from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.token import digest_of
 from zcproto.stores import revoker
 from zcproto.stores.revoker import AFTER_GAP_S, REPEATS_S
+
+T = TypeVar("T")
 
 
 async def fail_over(records: Sequence[SessionRecord], *processes: SessionProcess) -> None:
@@ -107,6 +110,63 @@ async def test_revocation_sent_to_old_primary_ends_sessions_opened_before_on_the
     assert ids(one) == {raw(each) for each in kept}
     for process in (one, other):
         assert not await is_accepted(process, moved[0])
+
+
+async def run_turns() -> None:
+    """Let other tasks run until they wait."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def answer_after_gap(
+    process: SessionProcess, records: Sequence[SessionRecord], operation: str, work: Coroutine[Any, Any, T]
+) -> T:
+    """Complete a call after a failover. In a cluster an operation may still wait for another server then."""
+    process.store.late[operation] = asyncio.Event()
+    calling = asyncio.create_task(work)
+    while operation not in process.store.calls:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    process.store.roll_back(records)
+    process.store.report_all_changed()
+    await run_turns()
+    process.store.late.pop(operation).set()
+    result = await calling
+    await process.advance(AFTER_GAP_S[0])
+    return result
+
+
+async def test_revocation_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await other.open()
+    assert await answer_after_gap(one, one.store.records, "end", one.revoke(opened))
+    assert one.store.records == []
+
+
+async def test_revocation_of_a_user_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    await other.open()
+    revoking = one.sessions.revoke_user("ada", "all")
+    assert await answer_after_gap(one, one.store.records, "end_user", revoking) == 1
+    assert one.store.records == []
+
+
+async def test_eviction_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process, per_user=1, when_full="evict_oldest")
+    await other.open()
+    with pytest.raises(TokenRevoked):
+        await answer_after_gap(one, one.store.records, "create", one.open())
+    await one.advance(AFTER_GAP_S[0])
+    assert one.store.records == []
+
+
+async def test_rotation_answered_after_the_gap_is_repeated(start_process: StartProcess) -> None:
+    one, other = await two_processes(start_process)
+    opened = await one.open()
+    again = await answer_after_gap(one, one.store.records, "rotate", one.refresh(opened))
+    other.store.use_data_of(one.store)
+    for process in (one, other):
+        assert await is_accepted(process, again)
+        assert not await is_accepted(process, opened)
 
 
 async def test_revocations_of_users_that_are_repeated_are_bounded(
