@@ -198,7 +198,6 @@ class Worker:
                             job.begun = job.lasting or not job.given_up
                     self._busy_since = system_clock.now()
                     self._perform([job for job in group if job.begun])
-                    self._busy_since = None
                     for job in group:
                         job.done = True
                     self._call(self._deliver, group)

@@ -44,6 +44,16 @@ async def test_last_uses_are_written_with_delay(process: SessionProcess) -> None
     process.clock.wall_ms -= HOUR_MS
     process.store.calls.clear()
     await process.sync.write_uses()  # the clock was set back: written twice rather than never
+    assert process.store.calls == ["touch"]
+
+
+async def test_last_use_is_written_once(process: SessionProcess) -> None:
+    await process.open()
+    process.clock.advance(0.001)
+    await process.sync.write_uses()
+    process.store.calls.clear()
+    await process.sync.write_uses()
+    assert process.store.calls == []
 
 
 async def test_last_uses_that_failed_are_written_later(process: SessionProcess) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from redis.exceptions import ResponseError
 
 from zcproto.errors import ResourceExhausted
+from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.valkey import client
 from zcproto.stores.valkey.client import ValkeyClient, behind, operation
 
@@ -77,3 +79,14 @@ async def test_operations_on_answers_wait_for_each_other_and_not_before_sessions
     store.gate.set()
     await asyncio.gather(*later, keeping, opening)
     assert store.running == ["claim", "create", "claim", "claim", "keep"]
+
+
+async def test_password_in_an_error_of_the_server_is_hidden() -> None:
+    class RefusedStore(ValkeyClient):
+        @operation
+        async def count(self) -> int:
+            raise ResponseError("ERR AUTH hunter2 is not a command of this proxy")
+
+    with pytest.raises(StoreUnavailable, match=r"AUTH \*\*\* is not") as failed:
+        await RefusedStore("valkey://ann:hunter2@localhost").count()
+    assert "hunter2" not in str(failed.value)

@@ -10,12 +10,24 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from tests.stores.contract import FIVE, KEEP_ENDED, WALL, ended, rotated, rotation, session
+from tests.stores.contract import (
+    FIVE,
+    KEEP,
+    KEEP_ENDED,
+    LEASE,
+    WALL,
+    digest,
+    ended,
+    rotated,
+    rotation,
+    session,
+)
 from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, is_done, opened
 from tests.stores.valkey.server_process import PROGRAMS, free_port, running, until
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.base import Change, ChangeKind, Created, LimitReached, StoreUnavailable
+from zcproto.stores.answers import AnswerLimits
+from zcproto.stores.base import Change, ChangeKind, Claim, ClaimState, Created, LimitReached, StoreUnavailable
 from zcproto.stores.valkey.link import Target
 from zcproto.stores.valkey.scripts import tag_of
 from zcproto.stores.valkey.servers import Cluster, Hooks
@@ -74,6 +86,16 @@ async def test_limit_applies_to_concurrent_openings_in_a_cluster(empty_cluster: 
         assert await store.count() == 5  # refused openings leave nothing
         found = [await store.find(record.token_digest) for record in racing]
         assert sum(record is not None for record in found) == 5
+
+
+async def test_lowered_limit_of_answers_applies_at_once_in_a_cluster(empty_cluster: ClusterOf) -> None:
+    body = digest("body")
+    async with opened(empty_cluster.url, timeout=10.0) as (store, _):
+        for number in range(80):
+            await store.claim("alice", f"key {number}", body, WALL, LEASE)
+            await store.keep_answer("alice", f"key {number}", b"answer", WALL, KEEP)
+    async with opened(empty_cluster.url, timeout=10.0, answers=AnswerLimits(count=16)) as (store, _):
+        assert await store.claim("alice", "late", body, WALL, LEASE) == Claim(ClaimState.NEW)
 
 
 async def test_slot_moved_to_another_server(empty_cluster: ClusterOf) -> None:
@@ -198,6 +220,29 @@ async def test_failover_to_a_replica_in_a_cluster(empty_cluster: ClusterOf) -> N
         empty_cluster.nodes[primary].go_on()
 
 
+class ReplicaLink:
+    """A connection to a server of a cluster that became a replica."""
+
+    lost = ""
+    is_silent = False
+
+    async def call(self, *command: object) -> dict[bytes, bytes]:
+        return {b"version": b"8.1.1", b"mode": b"cluster", b"role": b"replica"}
+
+    def lose(self, reason: str) -> None:
+        self.lost = reason
+
+
+async def test_server_of_a_cluster_that_became_a_replica_is_dropped_by_the_check(
+    scripted_cluster: Cluster,
+) -> None:
+    link: Any = ReplicaLink()
+    scripted_cluster._connection(("seed", 7000))._link = link
+    with pytest.raises(StoreUnavailable, match="is a replica"):
+        await scripted_cluster.confirm()
+    assert link.lost
+
+
 class Scripted:
     """A server of a cluster with a script of replies."""
 
@@ -226,6 +271,21 @@ class Scripted:
 MOVING = redis.ResponseError("Script attempted to access a non local key in a cluster node")
 
 
+@pytest.fixture
+def scripted_cluster() -> Cluster:
+    return Cluster(
+        (("seed", 7000),),
+        lambda address: Target(*address),
+        Hooks(
+            timeout=0.05,
+            prepare=lambda link, was_flushed: asyncio.sleep(0),
+            on_keys_changed=lambda keys: None,
+            on_lost=lambda: None,
+            on_reconnected=lambda: None,
+        ),
+    )
+
+
 @pytest.mark.parametrize(
     "replies",
     [
@@ -238,19 +298,9 @@ MOVING = redis.ResponseError("Script attempted to access a non local key in a cl
     ids=["try again", "down", "moving", "ask", "moved"],
 )
 async def test_cluster_redirects_and_temporary_errors_are_retried(
-    replies: list[Exception], monkeypatch: Any
+    replies: list[Exception], scripted_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = Cluster(
-        (("seed", 7000),),
-        lambda address: Target(*address),
-        Hooks(
-            timeout=0.05,
-            prepare=lambda link, was_flushed: asyncio.sleep(0),
-            on_keys_changed=lambda keys: None,
-            on_lost=lambda: None,
-            on_reconnected=lambda: None,
-        ),
-    )
+    cluster = scripted_cluster
     first, second = Scripted(*replies, b"done"), Scripted(redis.exceptions.TryAgainError("later"), b"done")
     lines = {("seed", 7000): first, ("seed", 7001): second, ("other", 7001): second}
     monkeypatch.setattr(cluster, "_connection", lines.__getitem__)

@@ -102,6 +102,17 @@ async def test_ping_fails_at_a_primary_that_the_sentinels_have_replaced(tmp_path
             assert len(changes) == 1
 
 
+async def test_failed_open_leaves_no_connection_to_the_sentinels(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        primary = stack.enter_context(running(PROGRAMS[0], tmp_path / "primary"))
+        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", primary))
+        primary.kill()
+        store = ValkeyStore(f"valkey+sentinel://{sentinel.address}/sessions")
+        with pytest.raises(StoreUnavailable):
+            await store.open(lambda change: None)
+        await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
+
+
 async def test_sentinel_with_the_highest_epoch_counts(tmp_path: Path) -> None:
     with ExitStack() as stack:
         first, second = (
