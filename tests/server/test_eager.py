@@ -515,3 +515,28 @@ def test_custom_awaitable_is_driven_like_a_task(harness: TaskHarness) -> None:
         return await awaitable
 
     assert harness.outcome(coroutine(Pair())).result == "driven"  # type: ignore[arg-type]
+
+
+# --- tasks from the beginning ----------------------------------------------------------------------------
+
+
+def test_task_runs_from_the_next_turn_on_and_is_cancelled_by_close(loop: asyncio.AbstractEventLoop) -> None:
+    tasks, ended, ran = EagerTasks(loop), [], []
+
+    def forget(task: asyncio.Task[Any]) -> None:
+        tasks.forget_task(task)
+        ended.append(task)
+
+    async def work() -> None:
+        ran.append(asyncio.current_task())
+        await loop.create_future()
+
+    async def main() -> None:
+        task = tasks.start_task(work(), forget)
+        assert (ran, tasks.running) == ([], 1)
+        await asyncio.sleep(0)
+        assert ran == [task]
+        assert await tasks.close(1.0) == 0
+        assert ended == [task]
+
+    loop.run_until_complete(main())

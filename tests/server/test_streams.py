@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import tracemalloc
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -38,8 +40,9 @@ PLENTY = (1_000, 1_000_000)
 class StreamPeer(Peer):
     """A client that opens streams."""
 
-    def __init__(self, harness: Harness) -> None:
-        harness.state.settings = replace(harness.state.settings, streams=LIMITS)
+    def __init__(self, harness: Harness, limits: StreamLimits = LIMITS) -> None:
+        max_streams = max(harness.state.settings.max_streams, limits.max_open)
+        harness.state.settings = replace(harness.state.settings, streams=limits, max_streams=max_streams)
         self.closed: list[str] = []
         self._add_methods(harness)
         super().__init__(harness)
@@ -140,7 +143,7 @@ def cut(answers: list[Answer], reason: str) -> bool:
 
 def test_stream_sends_its_items_and_then_its_result(client: StreamPeer) -> None:
     client.send(client.open("count", {"n": 3}))
-    *sent, response = client.answers()
+    *sent, response = client.turn()
     assert items(sent) == [0, 1, 2]
     assert response.kind is Kind.RESPONSE
     assert response.value == {"sent": 3}
@@ -253,9 +256,9 @@ def test_rapid_open_and_cancel_in_one_read_runs_at_most_max_open_methods(client:
     client.send(*(frame for pair in pairs for frame in pair))
     codes = [answer.code for answer in client.answers()]
     assert (codes.count(Code.CANCELLED), codes.count(Code.RESOURCE_EXHAUSTED)) == (LIMITS.max_open, 96)
-    assert len(client.futures) == LIMITS.max_open
+    assert client.harness.state.tasks.running == LIMITS.max_open
     client.turn()
-    assert len(client.closed) == LIMITS.max_open
+    assert client.harness.state.tasks.running == 0
 
 
 def test_deadline_between_two_items_cuts_the_stream(client: StreamPeer) -> None:
@@ -425,4 +428,26 @@ def test_unread_stream_does_not_slow_others(client: StreamPeer) -> None:
     client.send(
         client.open("count", {"n": 3}, stream=2), client.frame(REQUEST, 3, encode_request("big", {"n": 1}))
     )
-    assert [answer.stream for answer in client.turn()] == [2, 2, 2, 2, 3]
+    assert [answer.stream for answer in client.turn()] == [3, 2, 2, 2, 2]
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def test_open_stream_that_waits_takes_little_memory(harness: Harness) -> None:
+    peer = StreamPeer(harness, replace(LIMITS, max_open=1_000))
+    peer.login()
+    count = 500
+    frames = [peer.open("ticks", stream=number) for number in range(1, count + 1)]
+    harness.futures = peer.futures = []
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for frame in frames:
+            peer.send(frame)
+        harness.turn()
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert harness.state.tasks.running == count
+    assert used / count < 2.5 * 1024

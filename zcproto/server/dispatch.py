@@ -25,12 +25,12 @@ from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
 from zcproto.connection.events import Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
-from zcproto.errors import CallError, Cancelled, Code
+from zcproto.errors import CallError, Cancelled, Code, InvalidArgument
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
-from zcproto.server.streams import StreamRunner
+from zcproto.server.streams import StreamRunner, StreamWorker
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
 SENT_AT_ONCE: Final = 4_096
@@ -55,7 +55,7 @@ class Dispatcher(asyncio.Protocol):
         self._state = state
         self._connection: ServerConnection | None = None
         self._streams: StreamRunner | None = None
-        self._workers: dict[Request, EagerWorker | Waiting] | None = None
+        self._workers: dict[Request, EagerWorker | StreamWorker | Waiting] | None = None
         self._number = 0
         self.peer = ""
 
@@ -129,37 +129,28 @@ class Dispatcher(asyncio.Protocol):
             self._answer_body(request, body)
 
     def _run_stream(self, stream: ServerStream, method: Method) -> None:
-        """Run a generator until it waits, and send its items."""
+        """Start a method that sends items."""
         connection = self._connection
         assert connection is not None, "its conversation has just yielded the stream"
-        context = Context(self, stream)  # type: ignore[arg-type]  # ServerProtocol is one
-        worker = None
         try:
             arguments = method.bind(stream.params)
-            if method.context_name is not None:
-                arguments[method.context_name] = context
-            if self._streams is None:
-                self._streams = self._new_runner(connection)
-            connection.hold(stream, self.now())  # before its first step, which may send items
-            worker = self._state.tasks.start(
-                self._streams.produce(stream, method.function(**arguments), context)
-            )
-            body = b"" if worker is not None else encode_body(self._state.tasks.result)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
+        except InvalidArgument as error:
             self._answer_exception(stream, error)
             return
-        if worker is None:
-            self._answer_body(stream, body)
-            return
-        self._hold(stream, worker)
-        if not connection.is_held(stream):  # cut in its first step
-            worker.cancel()
+        context = None
+        if method.context_name is not None:
+            context = arguments[method.context_name] = Context(self, stream)  # type: ignore[arg-type]  # ServerProtocol is one
+        if self._streams is None:
+            self._streams = self._new_runner(connection)
+        if self._workers is None:
+            self._workers = {}
+        connection.hold(stream, self.now())
+        work = self._streams.produce(stream, method.function(**arguments), context)
+        self._workers[stream] = StreamWorker(self._streams, stream, work)
 
     def _new_runner(self, connection: ServerConnection) -> StreamRunner:
         """Return what runs the streams of this connection."""
-        return StreamRunner(self._state, connection, self._flush_soon)
+        return StreamRunner(self._state, connection, self.peer, self._flush_soon, self._method_ended)
 
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """Run a request's method and record its duration."""
@@ -215,8 +206,7 @@ class Dispatcher(asyncio.Protocol):
             worker.cancel()
             return
         now = self.now()
-        if not request.held:
-            connection.hold(request, now)
+        connection.hold(request, now)
         if self._workers is None:
             self._workers = {}
         self._workers[request] = worker
@@ -232,28 +222,32 @@ class Dispatcher(asyncio.Protocol):
             if limits is not None:
                 limits.end(user, peer)
             method.waits.add(self.now() - now)
-            if self._workers is not None:
-                self._workers.pop(request, None)
-            if error is not None:
-                self._answer_exception(request, error)
-            else:
-                try:
-                    body = encode_body(result)
-                except MessageError as unsendable:
-                    self._answer_exception(request, unsendable)
-                else:
-                    self._answer_body(request, body)
-            self._flush_soon()
+            self._method_ended(request, result, error)
 
         worker.done = done
+
+    def _method_ended(self, request: Request, result: Any, error: BaseException | None) -> None:
+        """Answer a request whose method has waited."""
+        if self._workers is not None:
+            self._workers.pop(request, None)
+        if error is not None:
+            self._answer_exception(request, error)
+        else:
+            try:
+                body = encode_body(result)
+            except MessageError as unsendable:
+                self._answer_exception(request, unsendable)
+            else:
+                self._answer_body(request, body)
+        self._flush_soon()
 
     def _stop(self, ended: RequestEnded) -> None:
         """Cancel the method of a request that has ended: cancelled, or past its deadline."""
         self._state.counters.errors[ended.code] += 1
-        worker = (self._workers or {}).get(ended.request)  # None: a stream in its first step
-        if isinstance(worker, EagerWorker):
-            if self._workers is not None:
-                del self._workers[ended.request]
+        assert self._workers is not None, "a request in flight has a worker"
+        worker = self._workers[ended.request]
+        if not isinstance(worker, Waiting):
+            del self._workers[ended.request]
             worker.cancel()
         # A request with an idempotency key continues, and stays here until it has ended.
 

@@ -30,12 +30,14 @@ class EagerTasks:
         self._loop = loop
         self._idle: list[EagerWorker] = []
         self._workers: set[EagerWorker] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._context = contextvars.copy_context()  # of callbacks, which all share it
         self.result: Any = None
 
     @property
     def running(self) -> int:
         """The number of waiting coroutines."""
-        return len(self._workers) - len(self._idle)
+        return len(self._workers) - len(self._idle) + len(self._tasks)
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> EagerWorker | None:
         """Run the first step; its exceptions propagate.
@@ -66,6 +68,18 @@ class EagerTasks:
         worker.adopt(awaited, context)
         return worker
 
+    def start_task(
+        self, coroutine: Coroutine[Any, Any, Any], ended: Callable[[asyncio.Task[Any]], None]
+    ) -> asyncio.Task[Any]:
+        """Run a coroutine that is expected to wait, from the next turn on. `ended` must call `forget_task`."""
+        task = self._loop.create_task(coroutine, name="zcproto-stream")
+        task.add_done_callback(ended, context=self._context)
+        self._tasks.add(task)
+        return task
+
+    def forget_task(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+
     def _start_within_task(
         self, worker: EagerWorker, coroutine: Coroutine[Any, Any, Any], context: contextvars.Context
     ) -> EagerWorker | None:
@@ -81,9 +95,12 @@ class EagerTasks:
 
     async def close(self, limit: float) -> int:
         """Cancel everything and wait at most `limit` seconds; return how many have not ended."""
-        tasks = [worker.task for worker in self._workers]
+        tasks: list[asyncio.Task[Any]] = [worker.task for worker in self._workers]
         for worker in list(self._workers):
             worker.cancel()
+        for task in self._tasks:
+            task.cancel()
+            tasks.append(task)
         if tasks:
             await asyncio.wait(tasks, timeout=limit)
         return self.running

@@ -1,8 +1,9 @@
-"""Runs the generators of one connection's streams: each item waits at its `yield` for credit and for room.
+"""Runs the methods of one connection's streams: each item waits at its `yield` for credit and for room.
 
     item -> encoded -> credit of the client? -> room in this connection? -> connection.send_item
 
 Rules:
+- A stream is a task from the beginning: it takes less memory than a method that may end at once.
 - Nothing is produced ahead: a generator goes on once its item has been queued.
 - At most `write_bytes` of items, and one item, are queued in one turn of the loop, and none while the client does
   not read.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final
 
 from zcproto.app.app import Context
@@ -28,6 +29,39 @@ from zcproto.wire.message import MessageError, encode_body
 STREAM_TURN_BYTES: Final = 16_384
 """Most bytes of one stream in one turn of the loop, but for its last item."""
 
+Ended = Callable[[ServerStream, Any, BaseException | None], None]
+"""Called with the result of a stream's method, or with its exception."""
+
+
+class StreamWorker:
+    """The task of one stream's method."""
+
+    __slots__ = ("_limits", "_runner", "_stream", "task")
+
+    def __init__(self, runner: StreamRunner, stream: ServerStream, work: Coroutine[Any, Any, Any]) -> None:
+        state = runner.state
+        self._runner = runner
+        self._stream = stream
+        self._limits = state.request_limits if state.request_limits.counts_running else None
+        if self._limits is not None:
+            self._limits.begin(*self._owner())
+        self.task = state.tasks.start_task(work, self._task_ended)
+
+    def _owner(self) -> tuple[str | None, str]:
+        session = self._stream.session
+        return None if session is None else session.user, self._runner.peer
+
+    def cancel(self) -> None:
+        """Raise CancelledError in the method where it waits."""
+        self.task.cancel()
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._runner.state.tasks.forget_task(task)
+        if self._limits is not None:
+            self._limits.end(*self._owner())
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        self._runner.ended(self._stream, None if error is not None else task.result(), error)
+
 
 class StreamRunner:
     """The streams of one connection. Created with the first; `is_blocked` is whether the client does not read."""
@@ -39,19 +73,28 @@ class StreamRunner:
         "_part",
         "_queue",
         "_room",
-        "_state",
         "_turn",
         "_waiting",
+        "ended",
         "is_blocked",
+        "peer",
+        "state",
     )
 
     def __init__(
-        self, state: ServerState, connection: ServerConnection, flush_soon: Callable[[], None]
+        self,
+        state: ServerState,
+        connection: ServerConnection,
+        peer: str,
+        flush_soon: Callable[[], None],
+        ended: Ended,
     ) -> None:
         assert connection.settings.streams is not None, "streams are announced"
-        self._state = state
+        self.state = state
         self._connection = connection
+        self.peer = peer
         self._flush_soon = flush_soon
+        self.ended = ended
         self._limits = connection.settings.streams
         self._part = min(STREAM_TURN_BYTES, self._limits.write_bytes)
         self._room = self._limits.write_bytes  # not yet assigned to a stream, in this turn
@@ -60,25 +103,25 @@ class StreamRunner:
         self._queue: deque[asyncio.Future[None]] = deque()  # for room
         self.is_blocked = False
 
-    async def produce(self, stream: ServerStream, items: AsyncGenerator[Any, None], context: Context) -> Any:
+    async def produce(
+        self, stream: ServerStream, items: AsyncGenerator[Any, None], context: Context | None
+    ) -> Any:
         """Send the items of a generator; return the result that its context holds."""
-        credit = stream.credit
-        send_item, wall = self._connection.send_item, self._state.clock.wall
-        max_size = self._limits.max_item - MIN_LENGTH
         turn, room = -1, 0
         try:
             async for item in items:
                 body = encode_body(item)
-                if len(body) > max_size:
-                    raise MessageError(f"the item has {len(body)} bytes; at most {max_size} fit")
-                if not credit.may_send:
+                if len(body) > self._limits.max_item - MIN_LENGTH:
+                    limit = self._limits.max_item - MIN_LENGTH
+                    raise MessageError(f"the item has {len(body)} bytes; at most {limit} fit")
+                if not stream.credit.may_send:
                     if stream.is_answered:  # cut, and the generator has ignored its cancellation
                         return None
                     await self._wait_for_credit(stream)
                 if room <= 0 or turn != self._turn or self.is_blocked:
                     await self._wait_for_room()
                     turn, room = self._turn, self._part
-                send_item(stream, body, wall())
+                self._connection.send_item(stream, body, self.state.clock.wall())
                 room -= MIN_LENGTH + len(body)
                 self._flush_soon()
         finally:
@@ -87,7 +130,7 @@ class StreamRunner:
 
     async def _wait_for_credit(self, stream: ServerStream) -> None:
         while not stream.credit.may_send:
-            now = self._state.clock.now()
+            now = self.state.clock.now()
             if self._connection.streams(now).wait_for_credit(stream, now):
                 self._connection.deadline_moved = True
                 self._flush_soon()
