@@ -402,6 +402,35 @@ def test_items_for_a_client_that_does_not_read_are_bounded(client: StreamPeer) -
     assert 0 < len(client.answers()) <= before + 2
 
 
+def test_client_that_does_not_read_its_items_is_still_read(harness: Harness) -> None:
+    client = StreamPeer(harness, replace(LIMITS, write_bytes=5_000))
+    client.login()
+    client.transport.stuck = True
+    client.send(client.open("count", {"n": 1_000, "size": 900}))
+    client.turn()
+    assert (client.transport.paused, client.transport.reading) == (True, True)
+    client.send(client.frame(PING), client.frame(CANCEL, 1))
+    assert kinds(client.turn()) == [Kind.PONG, Kind.ERROR]
+    assert client.closed == ["count"]
+
+
+def test_client_that_does_not_read_its_answers_is_held_up_until_it_reads(harness: Harness) -> None:
+    client = StreamPeer(harness, replace(LIMITS, write_bytes=5_000))
+    client.login()
+    client.transport.stuck = True
+    client.send(client.open("count", {"n": 100, "size": 900}))
+    harness.turn()
+    client.send(*(client.request(number, "big", {"n": number}) for number in range(2, 6)))
+    assert not client.transport.reading
+    assert harness.ran == [2, 3]
+    client.transport.drain()
+    for _ in range(20):
+        harness.turn()
+    assert client.transport.reading
+    assert harness.ran == [2, 3, 4, 5]
+    assert items(client.answers()) == [bytes(900)] * 100
+
+
 def test_large_credit_does_not_keep_other_streams_waiting(client: StreamPeer) -> None:
     client.send(
         client.open("count", {"n": 10_000}), client.open("count", {"n": 3}, stream=2), client.frame(PING)

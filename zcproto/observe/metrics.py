@@ -77,7 +77,7 @@ zcproto_connections_refused_total counter (reason)
     flooding (limits.failed_handshakes_per_network), exhausted
     (no descriptor or memory left; retried).
 zcproto_write_pauses_total counter
-    Times that reading from a peer was paused because it reads too slowly.
+    Times that a peer read too slowly: its streams waited, or nothing was read from it.
 zcproto_slow_readers gauge
     Connections paused until their peer reads.
 zcproto_events_sent_total counter

@@ -8,6 +8,7 @@ Decides: back-pressure, and how a connection ends. What is allowed on the wire i
 
 Rules:
 - A peer that does not read is not read from, and its requests are not run. The same holds during a token lookup.
+- Items alone do not stop reading: they wait in their methods.
 - After MAX_WASTED frames that were refused, or were PINGs, a peer is not read from for a time that grows with their
   number: a peer that ignores `retry_after_ms` must not cost more than one that is served. Connections that several
   users share are not slowed down.
@@ -77,6 +78,7 @@ class ServerProtocol(Dispatcher):
 
     __slots__ = (
         "_flush_planned",
+        "_is_held_up",
         "_lookup",
         "_paused_since",
         "_slow_until",
@@ -91,6 +93,7 @@ class ServerProtocol(Dispatcher):
         super().__init__(state)
         self._transport: TlsServerTransport | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # until they may go on
+        self._is_held_up = False  # until the peer reads
         self._lookup: EagerWorker | None = None
         self._paused_since: float | None = None  # or since the peer last read its least
         self._slow_until: float | None = None
@@ -161,23 +164,32 @@ class ServerProtocol(Dispatcher):
             self._streams.is_blocked = True
         if self._transport is not None:
             self._unread = self._transport.get_write_buffer_size()
-            self._transport.pause_reading()
+            self._hold_up(self._unread)
         self._set_deadline()
 
     def resume_writing(self) -> None:
         self._paused_since = None
+        self._is_held_up = False
         if self._streams is not None:
             self._streams.is_blocked = False
             self._streams.flushed()
         self._continue()
 
+    def _hold_up(self, unread: int) -> None:
+        """Read nothing more from a peer that has not read its answers."""
+        # The transport of a connection with streams pauses earlier, for their items.
+        if self._streams is None or unread > self._state.write_buffer_bytes:
+            assert self._transport is not None, "a conversation ends before its transport"
+            self._is_held_up = True
+            self._transport.pause_reading()
+
     def _continue(self) -> None:
         """Process the suspended events and read again, unless something must still be awaited."""
-        if self._paused_since is None and self._lookup is None:
+        if not self._is_held_up and self._lookup is None:
             suspended, self._suspended = self._suspended, None
             if suspended is not None:
                 self._process(suspended, self.wall())
-        if self._paused_since is None and self._transport is not None:
+        if not self._is_held_up and self._transport is not None:
             if self._suspended is None and self._slow_until is None:
                 self._transport.resume_reading()
             self._set_deadline()
@@ -241,7 +253,7 @@ class ServerProtocol(Dispatcher):
                             self._answer_large(Request(*event), body)
                         elif self._connection is not None:
                             self._connection.respond_at_once(stream, token, body, wall)
-                if self._paused_since is not None:
+                if self._is_held_up:
                     self._suspended = events
                     break
                 if not requests % 16 and (
@@ -252,7 +264,7 @@ class ServerProtocol(Dispatcher):
             elif event.__class__ is ServerStream:
                 opened += 1
                 self._run(event, methods.get(event.method))
-                if self._paused_since is not None:
+                if self._is_held_up:
                     self._suspended = events
                     break
                 if opened == REQUESTS_PER_TURN or (not opened % 16 and state.clock.wall() - wall > TURN_MS):
@@ -437,9 +449,11 @@ class ServerProtocol(Dispatcher):
 
     def _check_write_buffer(self) -> None:
         assert self._transport is not None
-        limit = WRITE_BUFFER_HARD_FACTOR * self._state.write_buffer_bytes
-        if self._transport.get_write_buffer_size() > limit:
+        unread = self._transport.get_write_buffer_size()
+        if unread > WRITE_BUFFER_HARD_FACTOR * self._state.write_buffer_bytes:
             self.abort("write_buffer_full")
+        elif not self._is_held_up:
+            self._hold_up(unread)
 
     def _flush_soon(self) -> None:
         """Send the answers of one turn of the loop in one write."""
