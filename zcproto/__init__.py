@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zcproto.app.app import App, Context
+    from zcproto.app.clients import ConnectedClient
     from zcproto.client import (
         BlockingClient,
+        Call,
         Client,
         ClientSession,
         Device,
@@ -62,6 +64,7 @@ __all__ = [
     "AlreadyExists",
     "App",
     "BlockingClient",
+    "Call",
     "CallError",
     "Cancelled",
     "CannotConnect",
@@ -71,6 +74,7 @@ __all__ = [
     "Code",
     "Config",
     "ConfigError",
+    "ConnectedClient",
     "ConnectionClosed",
     "Context",
     "DataLoss",
@@ -106,9 +110,11 @@ __all__ = [
 _MODULES = {
     "App": "zcproto.app.app",
     "BlockingClient": "zcproto.client",
+    "Call": "zcproto.client",
     "Client": "zcproto.client",
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
+    "ConnectedClient": "zcproto.app.clients",
     "Context": "zcproto.app.app",
     "Device": "zcproto.client",
     "Event": "zcproto.client",

@@ -52,7 +52,13 @@ class Code(IntEnum):
 
 
 class ZcprotoError(Exception):
-    """The base of all exceptions of this package."""
+    """The base of all exceptions of this package.
+
+    `of_client` is whether a call from the server to a client failed with it. If the method that called lets it
+    pass, its own caller gets ABORTED: the codes of a client's answer do not apply to the caller.
+    """
+
+    of_client = False
 
 
 class ConfigError(ZcprotoError):

@@ -24,6 +24,7 @@ from zcproto.errors import Code
 from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import process_readings
+from zcproto.server.clients import RESULTS
 from zcproto.server.request_limits import LIMIT_NAMES
 from zcproto.sessions import EndReason
 from zcproto.sessions.health import HealthState
@@ -53,6 +54,7 @@ def readings(snapshot: Snapshot) -> Iterator[Reading]:
         _certificates,
         _sessions,
         _requests,
+        _calls,
         _errors,
         _store,
         _https,
@@ -102,6 +104,10 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.public_requests_per_address", limits.public_requests_per_address, None),
         ("limits.running_per_user", limits.running_per_user, requests.most_running_per_user),
         ("limits.running_per_address", limits.running_per_address, requests.most_running_per_address),
+        ("calls.max", config.calls.max, None),
+        ("calls.per_user", config.calls.per_user, parts.state.clients.most_in_flight),
+        ("calls.total", config.calls.total, parts.state.clients.in_flight),
+        ("calls.names_per_user", config.calls.names_per_user, None),
         ("idempotency.running_per_user", config.idempotency.running_per_user, None),
         ("tls.max_handshakes", config.tls.max_handshakes, parts.acceptor.handshakes_in_progress),
         ("tls.max_pending", config.tls.max_pending, parts.acceptor.pending.places),
@@ -203,6 +209,15 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_idempotent_answers_total", state.idempotency.conflicts, "conflict"
     yield "zcproto_idempotent_answers_total", state.idempotency.lost, "lost"
     yield "zcproto_idempotent_answers_total", state.idempotency.refused, "refused"
+
+
+def _calls(snapshot: Snapshot) -> Iterator[Reading]:
+    clients = snapshot.parts.state.clients
+    yield "zcproto_client_handlers", len(clients)
+    yield "zcproto_client_calls_in_flight", clients.in_flight
+    for result in RESULTS:
+        yield "zcproto_client_calls_total", clients.ended[result], result
+    yield "zcproto_client_answers_dropped_total", snapshot.counters.dropped_answers
 
 
 def _errors(snapshot: Snapshot) -> Iterator[Reading]:

@@ -28,13 +28,13 @@ from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
 from zcproto.alerts.service import try_sinks
-from zcproto.app.parameters import Signature
 from zcproto.auth import DeviceFile, RegisteredDevice, User, UserFile
 from zcproto.auth.directory import Directory
 from zcproto.certs import managed, rollover
 from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
+from zcproto.common.parameters import Signature
 from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level as current_level

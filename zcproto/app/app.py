@@ -19,8 +19,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, TypeVar
 
-from zcproto.app.parameters import Signature
+from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.auth.identity import Channel
+from zcproto.common.parameters import Signature
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import InvalidArgument, Unauthenticated
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
@@ -34,7 +35,7 @@ RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
 _MAX_SLEEP_MS: Final = 3_600_000
 
 
-class CallConnection(Protocol):
+class CallConnection(ClientConnections, Protocol):
     """The connection of a call, as its context uses it; implemented by `ServerProtocol`."""
 
     peer: str
@@ -52,6 +53,7 @@ class CallConnection(Protocol):
     def prove(self, key: str) -> None: ...
     def has_proved(self, key: str) -> bool: ...
     def join(self, session: Session, token: bytes) -> None: ...
+    def register(self, session: Session, methods: frozenset[str], most: int) -> None: ...
     def send_event(self, session_id: str, name: str, data: Any) -> bool: ...
 
 
@@ -125,6 +127,18 @@ class Context:
     def stopping(self) -> asyncio.Event:
         """Set when the server begins to stop: a long stream should end, because it is cut after a while."""
         return self.caller.stopping
+
+    @property
+    def client(self) -> ConnectedClient:
+        """The caller's client on this connection, to call methods that it handles for this session.
+
+            approved = await context.client.call("approve", tool="shell", timeout=120)
+
+        Raises Unauthenticated if the call has no session.
+        """
+        user = self.user
+        assert self._request.session is not None
+        return ConnectedClient(self.caller, self._request.session.id, user)
 
     def wall(self) -> int:
         """Return the server's wall clock, milliseconds since the Unix epoch."""

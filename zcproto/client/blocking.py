@@ -21,6 +21,7 @@ from zcproto.client.address import Address
 from zcproto.client.client import UNSET, Client
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event
+from zcproto.client.handlers import Function, Handler
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.streams import DEFAULT_WINDOW, Stream
@@ -144,6 +145,25 @@ class BlockingClient:
     def open_session(self) -> ClientSession:
         """Open a session like `Client.open_session`."""
         return self._wait(self._client.open_session())
+
+    def handler(self, name: str) -> Callable[[Function], Function]:
+        """Let the server call a function like `Client.handler`. It runs in a thread of its own, and may block.
+
+        A call that the server does not await any more cannot stop the thread; look at `call.cancelled`.
+        """
+
+        def register(function: Function) -> Function:
+            handler = Handler(name, function, in_thread=True)
+            if self._loop is None:
+                self._client.add_handler(handler)
+            else:
+                self._wait(self._add_handler(handler))
+            return function
+
+        return register
+
+    async def _add_handler(self, handler: Handler) -> None:
+        self._client.add_handler(handler)
 
     def call(
         self,

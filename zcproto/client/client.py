@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random as system_random
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import cache
 from importlib import metadata
 from typing import Any, Final, Self, Unpack
@@ -21,8 +21,10 @@ from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device
 from zcproto.client.dial import Dialer, acquire_resources, release_resources
 from zcproto.client.events import Event, EventStream
+from zcproto.client.handlers import Function, Handler, Handlers
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
+from zcproto.client.registration import Registrar
 from zcproto.client.retry import SESSION_IS_OVER, Attempt, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, SessionManager
 from zcproto.client.streams import DEFAULT_WINDOW, Stream, StreamRequest
@@ -54,6 +56,7 @@ class Client:
     ) -> None:
         self.address = parse_address(address)
         self.events = EventStream()
+        self._handlers = Handlers(options.max_calls)
         self._options = options
         self._credentials = choose_credentials(options)
         self._random = random
@@ -105,6 +108,7 @@ class Client:
             client=default_client() if self._options.client is None else self._options.client,
             random=self._random,
         )
+        self._registrar = Registrar(loop, self._sessions, self._handlers, self._random)
         try:
             if self._options.session and self._credentials is not None:
                 self._sessions.require()
@@ -122,6 +126,7 @@ class Client:
         if not self._opened:
             return
         try:
+            await self._registrar.close()
             await self._sessions.close(self._connections.current)
         finally:
             try:
@@ -363,10 +368,39 @@ class Client:
             if connection.ready and self._loop.time() < self._sessions.valid_until:
                 return connection
 
+    # --- calls of the server ------------------------------------------------------------------------
+
+    def handler(self, name: str) -> Callable[[Function], Function]:
+        """Let the server call a function, before or after connecting. It stays registered after a reconnect.
+
+            @client.handler("approve")
+            async def approve(call: Call, tool: str) -> bool: ...
+
+        Parameters are passed by name and checked against the annotations; one annotated `Call` receives the call.
+        Its exceptions are answered to the server: a CallError with its code, any other as INTERNAL. Raises
+        ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
+        """
+
+        def register(function: Function) -> Function:
+            self.add_handler(Handler(name, function))
+            return function
+
+        return register
+
+    def add_handler(self, handler: Handler) -> None:
+        """Add a handler, as the decorator `handler` does."""
+        if self._opened:
+            self._registrar.add(handler)
+        else:
+            self._handlers.add(handler)
+
     # --- events -----------------------------------------------------------------------------------
 
     def _connected(self, connection: ClientProtocol) -> None:
-        self._sessions.present(connection)
+        if not self._registrar.connected(connection):
+            self._sessions.present(connection)
+        if self._options.on_connected is not None:
+            self._options.on_connected()
 
     def _event_received(self, event: EventReceived) -> None:
         self._sessions.event_received(event, self._connections.current)

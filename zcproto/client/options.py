@@ -80,6 +80,12 @@ class ConnectOptions:
     on_event: Callable[[Event], object] | None = None
     """Called with each event of the server. Without it, events are queued in `client.events`."""
 
+    on_connected: Callable[[], object] | None = None
+    """Called after each connect, also after a reconnect; then handlers are registered again."""
+
+    max_calls: int = 16
+    """Calls of the server that run at once, for each session; more of them are refused."""
+
     home: str | Path | None = None
     """The folder that remembers hosts with an `sts` policy: by default ZCPROTO_HOME, or else ~/.zeroclaw."""
 

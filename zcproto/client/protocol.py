@@ -22,8 +22,11 @@ from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
 from zcproto.connection.client import ClientConnection
+from zcproto.connection.client_calls import ClientCall
 from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.events import (
+    CallReceived,
+    CallWithdrawn,
     ClientEvent,
     ConnectionEnded,
     CreditRaised,
@@ -35,7 +38,7 @@ from zcproto.connection.events import (
     Welcomed,
 )
 from zcproto.connection.state import State
-from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, TlsError
+from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, TlsError
 from zcproto.wire.message import Credit
 
 SENT_AT_ONCE: Final = 65_536
@@ -58,6 +61,14 @@ class ConnectionOwner(Protocol):
     def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None: ...
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None: ...
+
+
+class CallReceiver(Protocol):
+    """The handlers of a session, which run its calls."""
+
+    def call_received(self, connection: ClientProtocol, call: ClientCall) -> None: ...
+
+    def call_withdrawn(self, call: ClientCall) -> None: ...
 
 
 class PendingCall(asyncio.Future[Any]):
@@ -139,6 +150,7 @@ class ClientProtocol(asyncio.Protocol):
     _ready_waiters: deque[asyncio.Future[None]] | None = field(default=None, init=False)
     _flush_planned: bool = field(default=False, init=False)
     _paused: bool = field(default=False, init=False)
+    _writable: asyncio.Future[None] | None = field(default=None, init=False)  # while answers wait
     _max_streams: int = field(default=0, init=False)
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
@@ -191,12 +203,18 @@ class ClientProtocol(asyncio.Protocol):
             self._flush_soon()
         if not self.ready or self._ready_waiters:
             self._update_ready()
-        if self.draining and not pending:
-            self.close("the server is going away")
+        if self._close_if_drained():
             return
         delay = self.conversation.reading_delay(now)
         if delay:
             self._pause_reading(max(delay, MIN_READING_PAUSE))
+
+    def _close_if_drained(self) -> bool:
+        """Close if the server is going away and nothing is in flight. Return True if so."""
+        if not self.draining or self._pending or self.conversation.running_calls:
+            return False
+        self.close("the server is going away")
+        return True
 
     def _pause_reading(self, delay: float) -> None:
         """Read nothing for a time: the server floods this connection."""
@@ -231,6 +249,19 @@ class ClientProtocol(asyncio.Protocol):
         self.conversation.unblock_output(self._clock.wall())
         self._flush_soon()
         self._update_ready()
+        self._wake_answers()
+
+    async def wait_writable(self) -> None:
+        """Wait until the server reads, or the connection has ended."""
+        while self._paused and self.error is None:
+            if self._writable is None:
+                self._writable = self._loop.create_future()
+            await asyncio.wait([self._writable])
+
+    def _wake_answers(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None:
+            writable.set_result(None)
 
     # --- messages of the server -------------------------------------------------------------------
 
@@ -244,7 +275,13 @@ class ClientProtocol(asyncio.Protocol):
                     call.set_exception(CallError.from_wire(event.code, message, event.details))
         elif isinstance(event, EventReceived):
             assert self._owner is not None
+            if event.name == "session.revoked":
+                self.cancel_calls(event.token)
             self._owner.event_received(self, event)
+        elif isinstance(event, CallReceived):
+            event.call.session.receiver.call_received(self, event.call)
+        elif isinstance(event, CallWithdrawn):
+            event.call.session.receiver.call_withdrawn(event.call)
         elif isinstance(event, Welcomed):
             self._max_streams = event.settings["max_streams"]
             self._wheel.set(self, self.conversation.next_deadline())
@@ -307,6 +344,15 @@ class ClientProtocol(asyncio.Protocol):
         self._add_pending(stream, deadline)
         return stream
 
+    def handle(
+        self, methods: frozenset[str], most: int, receiver: CallReceiver, token: bytes, deadline: float
+    ) -> PendingCall:
+        """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
+        stream = self.conversation.handle(methods, most, receiver, token=token, wall=self._clock.wall())
+        call = PendingCall(self._loop, self, stream)
+        self._add_pending(call, deadline)
+        return call
+
     def take_item(self, half: ClientStream) -> Any:
         """Return the next item of a stream, and send the credit that is due."""
         try:
@@ -335,6 +381,34 @@ class ClientProtocol(asyncio.Protocol):
         self.conversation.cancel(call.stream, self._clock.wall())
         self._flush_soon()
         return True
+
+    # --- calls of the server ------------------------------------------------------------------------
+
+    def answer_call(self, call: ClientCall, result: Any) -> None:
+        """Answer a call of the server, unless it was withdrawn."""
+        self.conversation.answer_call(call, result, self._clock.wall())
+        self._flush_soon()
+
+    def fail_call(
+        self, call: ClientCall, code: Code, message: str, details: Mapping[str, Any] | None = None
+    ) -> None:
+        """Answer a call of the server with an error, unless it was withdrawn."""
+        self.conversation.fail_call(call, code, message, self._clock.wall(), details)
+        self._flush_soon()
+
+    def release_call(self, call: ClientCall) -> None:
+        """Record that the handler of a call has ended."""
+        self.conversation.release_call(call)
+        if self.error is None:
+            self._close_if_drained()
+
+    def cancel_calls(self, token: bytes) -> None:
+        """Cancel the handlers of a session that has ended."""
+        for call in self.conversation.cancel_calls(token, self._clock.wall()):
+            call.session.receiver.call_withdrawn(call)
+        self._flush_soon()
+
+    # --- readiness --------------------------------------------------------------------------------
 
     async def wait_ready(self) -> None:
         """Wait, in order of arrival, until a request may be sent or the connection takes no more requests."""
@@ -432,6 +506,9 @@ class ClientProtocol(asyncio.Protocol):
             self.welcomed.set_exception(_copy(error))
             self.welcomed.exception()  # mark it as retrieved: waiting is optional
         self._wake_all()
+        self._wake_answers()
+        for running in self.conversation.end_calls():
+            running.session.receiver.call_withdrawn(running)
         owner, self._owner = self._owner, None
         assert owner is not None
         owner.connection_ended(self, error)

@@ -133,6 +133,7 @@ class SessionManager:
     """Manages the session of one client.
 
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
+    `on_changed` is called with each new token.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -143,6 +144,7 @@ class SessionManager:
     credentials: Credentials | None
     client: str
     random: Random
+    on_changed: Callable[[], None] = field(default=lambda: None, init=False)
     session: ClientSession | None = field(default=None, init=False)
     token: bytes = field(default=NO_TOKEN, init=False)
     valid_until: float = field(default=NEVER, init=False)
@@ -270,7 +272,7 @@ class SessionManager:
         def presented(call: asyncio.Future[Any]) -> None:
             error = None if call.cancelled() else call.exception()
             if isinstance(error, CallError):
-                self._refused(token, error)
+                self.refused(token, error)
 
         call.add_done_callback(presented)
 
@@ -308,7 +310,8 @@ class SessionManager:
                 raise type(error)(error.message, error.details)
         return True
 
-    def _refused(self, token: bytes, error: CallError) -> None:
+    def refused(self, token: bytes, error: CallError) -> None:
+        """Handle the error that a request got which only shows the token."""
         if what_next(error) is Then.REOPEN:
             self.reopen(token)
         elif error.code is Code.UNAUTHENTICATED:
@@ -372,8 +375,8 @@ class SessionManager:
             method, params = self._next_request(connection)
             sent_at = self._loop.time()
             try:
-                result = await _answer(
-                    connection.request(method, params, NO_TOKEN, None, sent_at + ANSWER_TIMEOUT)
+                result = await answer(
+                    connection.request(method, params, self.token, None, sent_at + ANSWER_TIMEOUT)
                 )
             except ConnectionClosed:
                 lost += 1
@@ -441,8 +444,10 @@ class SessionManager:
         server_wall = self._clock.wall() + connection.conversation.clock_offset_ms
         session = ClientSession(result, server_wall=server_wall, now=now, jitter=self.random())
         connection.conversation.session_ended(self.token)
+        connection.cancel_calls(self.token)  # unless the refreshed session has taken them over
         self.session = session
         self.token = session.token_bytes
+        self.on_changed()
         self._wheel.set(self, session.refresh_at if session.can_refresh(now) else NEVER)
         if session.valid_until - now < MIN_REFRESH_INTERVAL:
             self._not_before = now + MIN_REFRESH_INTERVAL + self._backoff.next()
@@ -463,12 +468,12 @@ class SessionManager:
         self.session = None
         call = connection.request("session.close", None, token, None, self._loop.time() + CLOSE_TIMEOUT)
         try:
-            await _answer(call)
+            await answer(call)
         except ZcprotoError:
             return  # the session will expire on the server
 
 
-async def _answer(call: PendingCall) -> Any:
+async def answer(call: PendingCall) -> Any:
     try:
         return await call
     except asyncio.CancelledError:

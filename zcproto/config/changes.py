@@ -71,6 +71,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         ),
     },
     "streams": {Effect.NEW_CONNECTIONS: "max_open max_item_bytes write_bytes stall_timeout"},
+    "calls": {Effect.NOW: "per_user total names_per_user", Effect.NEW_CONNECTIONS: "max"},
     "http": {
         Effect.NOW: "metrics allow",
         Effect.NEW_CONNECTIONS: (

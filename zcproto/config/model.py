@@ -352,6 +352,19 @@ class StreamsConfig(Settings):
     """How long an item may wait for a client to ask for it; then its stream is cancelled."""
 
 
+class CallsConfig(Settings):
+    """Calls of the server to clients that handle methods."""
+
+    max: Annotated[int, whole(1, 65_535, "no calls")] = 32
+    """Calls in flight on one connection; the client may allow fewer."""
+    per_user: Annotated[int, whole(1, 1_000_000)] = 256
+    """Calls in flight to the clients of one user."""
+    total: Annotated[int, whole(1, 10_000_000)] = 16_384
+    """Calls in flight to all clients."""
+    names_per_user: Annotated[int, whole(1, 1_000_000)] = 4_096
+    """Names of methods that the clients of one user handle, together."""
+
+
 class AlertsConfig(Settings):
     """Where alerts are sent, beside the log, and at which thresholds."""
 
@@ -450,6 +463,7 @@ class Config(Settings):
     freshness: FreshnessConfig = FreshnessConfig()
     limits: LimitsConfig = LimitsConfig()
     streams: StreamsConfig = StreamsConfig()
+    calls: CallsConfig = CallsConfig()
     http: HttpConfig = HttpConfig()
     alerts: AlertsConfig = AlertsConfig()
     log: LogConfig = LogConfig()

@@ -26,10 +26,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from zcproto.connection.client_calls import MAX_BLOCKED_REFUSALS, ClientCalls, Refused
 from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION, ClientOutput
 from zcproto.connection.client_streams import ClientStreams
 from zcproto.connection.events import (
     NEVER,
+    CallReceived,
+    CallWithdrawn,
     ClientEvent,
     ConnectionEnded,
     ErrorReceived,
@@ -46,6 +49,7 @@ from zcproto.errors import (
 )
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
+    CALL,
     CREDIT,
     ERROR,
     EVENT,
@@ -56,8 +60,10 @@ from zcproto.wire.frame import (
     PING,
     RESPONSE,
     WELCOME,
+    WITHDRAW,
     RawFrame,
     Side,
+    accepted_with_calls,
     accepted_with_streams,
 )
 from zcproto.wire.message import (
@@ -99,6 +105,7 @@ DEAD_TOKEN_CODES: Final = frozenset(
 
 _ANSWERS: Final = frozenset({RESPONSE, ERROR})
 _ON_STREAMS: Final = frozenset({ITEM, CREDIT})
+_ON_CALLS: Final = frozenset({CALL, WITHDRAW})  # their numbers are the server's own
 _pack_header = HEADER.pack
 
 
@@ -137,6 +144,7 @@ class ClientConnection(ClientOutput):
     _next_stream: int = field(default=1, init=False)
     _in_flight: dict[int, bytes] = field(default_factory=dict, init=False)  # stream -> token of its request
     _streams: ClientStreams | None = field(default=None, init=False)  # once one was opened
+    _calls: ClientCalls | None = field(default=None, init=False)  # once there was a session.handle
     _tokens: set[bytes] = field(default_factory=set, init=False)  # accepted by the server on this connection
     _out: list[bytes] = field(default_factory=list, init=False)
     _owes_pong: bytes | None = field(default=None, init=False)  # token of the latest unanswered PING
@@ -206,10 +214,20 @@ class ClientConnection(ClientOutput):
                 if head in _ANSWERS and in_flight.pop(stream, None) is not None:
                     if self._streams is not None:
                         self._streams.end(stream)
+                    if self._calls is not None:
+                        self._calls.refreshing.pop(stream, None)
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
                 elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
                     self.cancel(stream, wall)  # a lost item or credit would go unnoticed
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
+                elif head in _ON_CALLS:
+                    try:
+                        late = self._received_call(head, stream, token, body, wall, is_fresh=False)
+                    except ProtocolError as error:
+                        yield self._end_with(error.code, error.reason)
+                        return
+                    if late is not None:
+                        yield late
                 else:
                     self.dropped_stale += 1
                 continue
@@ -229,10 +247,10 @@ class ClientConnection(ClientOutput):
                     yield ErrorReceived(stream, Code.INTERNAL, f"the answer cannot be read: {error}", {})
                     continue
                 if sent_with not in self._tokens:
-                    self._add_token(sent_with, value)
+                    self._add_token(stream, sent_with, value)
                 yield ResponseReceived(stream, value)
                 continue
-            if stream not in in_flight:
+            if stream not in in_flight or head in _ON_CALLS:
                 self._count_unrequested(body, now)
             try:
                 event = self._received_other(head, stream, token, body, wall)
@@ -257,6 +275,8 @@ class ClientConnection(ClientOutput):
             if self._streams is None:
                 self._streams = ClientStreams()
             return self._streams.receive(head, stream, body)
+        if head in _ON_CALLS:
+            return self._received_call(head, stream, token, body, wall, is_fresh=True)
         if head == EVENT:
             try:
                 name, data = decode_event(body, self.max_depth)
@@ -276,6 +296,37 @@ class ClientConnection(ClientOutput):
         else:
             self._pong_deadline = NEVER
         return None
+
+    def _received_call(
+        self, head: int, number: int, token: bytes, body: bytes, wall: int, *, is_fresh: bool
+    ) -> CallReceived | CallWithdrawn | None:
+        """Process a CALL or WITHDRAW. Raises ProtocolError if it ends the connection."""
+        calls = self._calls
+        if head == WITHDRAW:  # not a replay, because its counter is new; cancelling is safe
+            if body:
+                raise ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame has no body")
+            call = None if calls is None else calls.withdraw(number, token)
+            if calls is None or call is None:
+                self.dropped_unknown += 1
+                return None
+            self._count_blocked(calls)
+            self.fail_call(call, Code.CANCELLED, "the call was withdrawn", wall)
+            return CallWithdrawn(call)
+        if calls is None:
+            raise ProtocolError(Code.PROTOCOL_ERROR, "CALL without session.handle")
+        received = calls.receive(number, token, body, is_fresh=is_fresh, max_depth=self.max_depth)
+        if not isinstance(received, Refused):
+            return CallReceived(received)
+        self._count_blocked(calls)
+        self.refuse_call(number, token, received, wall)
+        return None
+
+    def _count_blocked(self, calls: ClientCalls) -> None:
+        """Count a FAILURE that the server causes. Raises ProtocolError if it reads none of many."""
+        if self.is_output_blocked:
+            calls.blocked_refusals += 1
+            if calls.blocked_refusals > MAX_BLOCKED_REFUSALS:
+                raise ProtocolError(Code.PROTOCOL_ERROR, "the server calls, but reads no answers")
 
     def _count_unrequested(self, body: bytes, now: float) -> None:
         left = self._unrequested - (now - self._unrequested_at) * UNREQUESTED_PER_S
@@ -306,6 +357,8 @@ class ClientConnection(ClientOutput):
             return None
         if self._streams is not None:
             self._streams.end(stream)
+        if self._calls is not None:
+            self._calls.refreshing.pop(stream, None)
         if code in DEAD_TOKEN_CODES:
             self._tokens.discard(sent_with)
         return ErrorReceived(stream, code, message, details)
@@ -347,6 +400,8 @@ class ClientConnection(ClientOutput):
         self._decoder.limit = self.max_frame
         if "streams" in self.welcome:
             self._decoder.accepted = accepted_with_streams(Side.CLIENT, self.welcome["streams"]["max_item"])
+        if "calls" in self.welcome:
+            self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
         self._last_heard = now
         idle_timeout_ms = self.welcome["idle_timeout_ms"]
         if idle_timeout_ms:

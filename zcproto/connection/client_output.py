@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from zcproto.connection.client_calls import ClientCall, ClientCalls, Refused
 from zcproto.connection.client_streams import ClientStream, ClientStreams, ClientStreamState
 from zcproto.connection.state import State
 from zcproto.errors import (
+    Code,
     ConnectionClosed,
     InvalidArgument,
     ResourceExhausted,
@@ -22,6 +24,7 @@ from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
     END,
+    FAILURE,
     HEADER,
     ITEM,
     MAX_STREAM,
@@ -31,14 +34,16 @@ from zcproto.wire.frame import (
     PING,
     PONG,
     REQUEST,
+    RESULT,
     TOKEN_SIZE,
 )
-from zcproto.wire.message import Credit, MessageError, encode_body, encode_request
+from zcproto.wire.message import Credit, MessageError, encode_body, encode_error, encode_request
 
 MAX_FRAME_BEFORE_SESSION: Final = 16_384
 """Maximum `length` on a connection without a session, in both directions (zcp1.md, section 13)."""
 
-OPENING_METHODS: Final = frozenset({"session.open", "session.refresh"})
+REFRESH: Final = "session.refresh"
+OPENING_METHODS: Final = frozenset({"session.open", REFRESH})
 """Methods sent without a token, whose result contains one."""
 
 _OPENING: Final = b""  # in place of a token: the request has none and its result contains one
@@ -49,6 +54,7 @@ class ClientOutput:
     """The output of one connection. Its fields are those of `ClientConnection`."""
 
     __slots__ = (
+        "_calls",
         "_counter",
         "_in_flight",
         "_next_stream",
@@ -73,6 +79,7 @@ class ClientOutput:
     salt: bytes
     state: State
     welcome: dict[str, Any]
+    _calls: ClientCalls | None
     _counter: int
     _in_flight: dict[int, bytes]
     _next_stream: int
@@ -96,7 +103,7 @@ class ClientOutput:
     ) -> int:
         """Queue a REQUEST. Return its stream, which identifies the answer.
 
-        Methods that open a session are sent without a token, whatever `token` is.
+        Methods that open a session are sent without a token; `session.refresh` replaces `token`.
 
         Raises:
             InvalidArgument: the request cannot be encoded, or is too large (details `size` and `limit`).
@@ -122,6 +129,8 @@ class ClientOutput:
         self._next_stream = 1 if stream == MAX_STREAM else stream + 1
         if method in OPENING_METHODS:
             in_flight[stream] = _OPENING
+            if self._calls is not None and method == REFRESH:
+                self._calls.refreshing[stream] = token
             token = NO_TOKEN
         else:
             in_flight[stream] = token
@@ -216,11 +225,13 @@ class ClientOutput:
         """Return the number of unanswered requests."""
         return len(self._in_flight)
 
-    def _add_token(self, token: bytes, value: Any) -> None:
+    def _add_token(self, stream: int, token: bytes, value: Any) -> None:
         """Record the token that a RESPONSE shows to be accepted, or contains."""
         accepted = value.get("token") if token == _OPENING and value.__class__ is dict else token
         if isinstance(accepted, bytes) and len(accepted) == TOKEN_SIZE and accepted != NO_TOKEN:
             self._tokens.add(accepted)
+            if self._calls is not None:
+                self._calls.refreshed(stream, accepted)
 
     def session_ended(self, token: bytes) -> None:
         """Apply the limits of a connection without a session again, if this was its session."""
@@ -238,11 +249,94 @@ class ClientOutput:
         if self.state in (State.OPEN, State.DRAINING):
             self._send(PING, 0, NO_TOKEN, b"", wall)
 
+    # --- calls of the server --------------------------------------------------------------------
+
+    def handle(self, methods: frozenset[str], most: int, receiver: object, *, token: bytes, wall: int) -> int:
+        """Queue `session.handle`, which lets the server call these methods, `most` at once. Return its stream.
+
+        Each call of them comes with the `receiver`. Raises as `request` does, and Unimplemented if the server
+        makes no calls.
+        """
+        if self.state is State.OPEN and "calls" not in self.welcome:
+            raise Unimplemented("this server makes no calls")
+        params = {"methods": sorted(methods), "max": most}
+        stream = self.request("session.handle", params, token=token, wall=wall)
+        if self._calls is None:
+            self._calls = ClientCalls()
+        self._calls.register(token, methods, most, receiver)
+        return stream
+
+    def handles(self, token: bytes) -> bool:
+        """Return whether methods were registered for the session of a token."""
+        return self._calls is not None and self._calls.handles(token)
+
+    @property
+    def running_calls(self) -> int:
+        """Return the number of calls of the server that await their answer."""
+        return 0 if self._calls is None else self._calls.running
+
+    def answer_call(self, call: ClientCall, value: Any, wall: int) -> None:
+        """Queue the RESULT of a call, unless it was withdrawn; a FAILURE if it cannot be sent."""
+        try:
+            body = encode_body(value)
+        except MessageError as error:
+            self.fail_call(call, Code.INTERNAL, f"the result of the handler: {error}", wall)
+            return
+        if MIN_LENGTH + len(body) > self.send_limit:
+            self.fail_call(call, Code.INTERNAL, "the result of the handler is too large", wall)
+        else:
+            self._answer_call(RESULT, call, body, wall)
+
+    def fail_call(
+        self,
+        call: ClientCall,
+        code: Code,
+        message: str,
+        wall: int,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Queue the FAILURE of a call, unless it was withdrawn. The protocol's own codes become UNKNOWN."""
+        if code > Code.UNAUTHENTICATED:
+            code = Code.UNKNOWN
+        try:
+            body = encode_error(code, message, details)
+        except MessageError:
+            body = b""
+        if not body or MIN_LENGTH + len(body) > self.send_limit:
+            body = encode_error(Code.INTERNAL, "the error of the handler cannot be sent")
+        self._answer_call(FAILURE, call, body, wall)
+
+    def _answer_call(self, head: int, call: ClientCall, body: bytes, wall: int) -> None:
+        assert self._calls is not None, "a call was received"
+        if self.state is not State.CLOSED and self._calls.answer(call):
+            self._send(head, call.number, call.token, body, wall)
+
+    def refuse_call(self, number: int, token: bytes, refused: Refused, wall: int) -> None:
+        """Queue the FAILURE of a CALL that is not run."""
+        self._send(FAILURE, number, token, encode_error(refused.code, refused.message), wall)
+
+    def release_call(self, call: ClientCall) -> None:
+        """Record that the handler of a call has ended: another one may run."""
+        call.session.running -= 1
+
+    def cancel_calls(self, token: bytes, wall: int) -> list[ClientCall]:
+        """End what is handled for a session. Answer its calls with CANCELLED, and return them."""
+        cancelled = [] if self._calls is None else self._calls.end_session(token)
+        for call in cancelled:
+            self.fail_call(call, Code.CANCELLED, "the session has ended", wall)
+        return cancelled
+
+    def end_calls(self) -> list[ClientCall]:
+        """End all calls of a connection that has ended; return them."""
+        return [] if self._calls is None else self._calls.end_all()
+
     # --- output ---------------------------------------------------------------------------------
 
     def unblock_output(self, wall: int) -> None:
         """Send what waited for the transport. Call this when it can send again."""
         self.is_output_blocked = False
+        if self._calls is not None:
+            self._calls.blocked_refusals = 0
         if self._owes_pong is not None and self.state is not State.CLOSED:
             self._send_pong(wall)
 

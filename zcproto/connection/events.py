@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, Final, NamedTuple
 
+from zcproto.connection.client_calls import ClientCall
 from zcproto.connection.credit import ItemQueue, SendCredit
-from zcproto.errors import Code
+from zcproto.connection.server_calls import ServerCall
+from zcproto.errors import CallError, Code
 from zcproto.sessions import Session
 from zcproto.wire.message import RequestMeta
 
@@ -87,6 +89,17 @@ class ItemsReceived(NamedTuple):
     stream: ServerStream
 
 
+class CallEnded(NamedTuple):
+    """A call to the client was answered, or its deadline has passed."""
+
+    call: ServerCall
+    value: Any
+    error: CallError | None
+
+    def __repr__(self) -> str:
+        return f"CallEnded(number={self.call.number}, error={self.error!r})"
+
+
 class KeyWanted(NamedTuple):
     """A frame's token is bound to a key that has not been proved on this connection.
 
@@ -158,6 +171,7 @@ ServerEvent = (
     | ServerStream
     | CreditReceived
     | ItemsReceived
+    | CallEnded
     | RequestEnded
     | SessionJoined
     | KeyWanted
@@ -202,6 +216,18 @@ class CreditRaised(NamedTuple):
     stream: int
 
 
+class CallReceived(NamedTuple):
+    """The server calls a method that this end handles."""
+
+    call: ClientCall
+
+
+class CallWithdrawn(NamedTuple):
+    """The server does not await the answer of a call any more. Stop its handler."""
+
+    call: ClientCall
+
+
 class GoAwayReceived(NamedTuple):
     """The server accepts no new requests on this connection; those in flight may still be answered."""
 
@@ -227,6 +253,8 @@ ClientEvent = (
     | ErrorReceived
     | ItemReceived
     | CreditRaised
+    | CallReceived
+    | CallWithdrawn
     | GoAwayReceived
     | EventReceived
     | ConnectionEnded

@@ -24,6 +24,7 @@ from zcproto.connection import refusals
 from zcproto.connection.credit import SendCredit
 from zcproto.connection.events import (
     NEVER,
+    CallEnded,
     ConnectionEnded,
     FrameBuffered,
     GoAwayReason,
@@ -36,6 +37,7 @@ from zcproto.connection.events import (
     TokenUnknown,
 )
 from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.server_calls import ServerCalls, read_answer
 from zcproto.connection.server_output import ServerOutput
 from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams
 from zcproto.connection.settings import ConnectionSettings
@@ -49,6 +51,7 @@ from zcproto.wire.frame import (
     CREDIT,
     ERROR,
     EVENT,
+    FAILURE,
     HEADER,
     HEADER_SIZE,
     ITEM,
@@ -57,6 +60,7 @@ from zcproto.wire.frame import (
     PING,
     PONG,
     REQUEST,
+    RESULT,
     WELCOME,
     RawFrame,
     RawHeader,
@@ -89,6 +93,7 @@ ATTACH: Final = "session.attach"
 REPORTED_FROM: Final = 4_096
 REPORTED_STEP: Final = 65_536
 
+_WITH_BODY: Final = frozenset({REQUEST, OPEN, ITEM, CREDIT, RESULT, FAILURE})
 _pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
@@ -120,6 +125,7 @@ class ServerConnection(ServerOutput):
     deadline_moved: bool = field(default=True, init=False)
     wasted: int = field(default=0, init=False)  # refused frames and PINGs, until the edge resets it
     dropped_stale: int = field(default=0, init=False)
+    dropped_answers: int = field(default=0, init=False)  # of calls that nothing waits for
     _decoder: FrameDecoder = field(init=False)
     _partial: tuple[int, float] | None = field(default=None, init=False)  # of a header: wall, now
     _reported: int = field(default=0, init=False)  # bytes of an incomplete frame
@@ -137,6 +143,7 @@ class ServerConnection(ServerOutput):
     _held: dict[int, Request] = field(default_factory=dict, init=False)
     _lingering: int = field(default=0, init=False)  # answered early, with their handlers still running
     _streams: ServerStreams | None = field(default=None, init=False)  # once there was an OPEN
+    _calls: ServerCalls | None = field(default=None, init=False)  # once there was a session.handle
     _out: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self, wall: int, now: float) -> None:
@@ -224,7 +231,7 @@ class ServerConnection(ServerOutput):
                     self._stale_in_a_row = 0
                 judged_at = wall
                 if head not in (REQUEST, OPEN):
-                    if body and head not in (ITEM, CREDIT):
+                    if body and head not in _WITH_BODY:
                         yield self.end_with(Code.PROTOCOL_ERROR, "this kind of frame has no body", wall)
                         return
                     if head == PING:
@@ -237,7 +244,10 @@ class ServerConnection(ServerOutput):
                             is_stream = isinstance(held, ServerStream)
                             yield self._cut(held, refusals.LEFT if is_stream else refusals.CANCELLED, wall)
                     elif head >= ITEM:
-                        event = self._receive_on_stream(head, stream, token, body, wall, now)
+                        if head >= RESULT:
+                            event: ServerEvent | None = self._receive_answer(head, stream, token, body)
+                        else:
+                            event = self._receive_on_stream(head, stream, token, body, wall, now)
                         if event is not None:
                             yield event
                     continue
@@ -322,6 +332,11 @@ class ServerConnection(ServerOutput):
         self._stale_in_a_row += 1
         if self._stale_in_a_row >= self.settings.max_stale_in_a_row:
             return self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall)
+        if head >= RESULT:  # the deadline of the call ends the waiting
+            if self._calls is not None:
+                self._calls.free(stream, token)
+            self.dropped_answers += 1
+            return None
         held = self._held.get(stream) if head >= ITEM else None
         if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
             return self._cut(held, refusals.stale_on_stream(wall), wall)
@@ -341,6 +356,17 @@ class ServerConnection(ServerOutput):
             return outcome
         assert held is not None, "only a stream in flight can be cut"
         return self._cut(held, outcome, wall)
+
+    def _receive_answer(self, head: int, number: int, token: bytes, body: bytes) -> CallEnded | None:
+        """Process a RESULT or FAILURE; None if it is dropped."""
+        call = None if self._calls is None else self._calls.free(number, token)
+        if call is None:
+            self.wasted += 1
+            self.deadline_moved = True
+        elif self._calls is not None and self._calls.settle(call):
+            return CallEnded(call, *read_answer(head, body, self.settings.max_depth))
+        self.dropped_answers += 1
+        return None
 
     def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
         """Check a token that differs from the last one or must be checked again.
@@ -481,6 +507,8 @@ class ServerConnection(ServerOutput):
         earliest = min(self._open_deadline, self.sessions.expiring_at, self._silent_at())
         if self._streams is not None:
             earliest = min(earliest, self._streams.next_deadline())
+        if self._calls is not None:
+            earliest = min(earliest, self._calls.next_deadline())
         if not self._held:
             return earliest
         return min(earliest, *(request.deadline for request in self._held.values()))
@@ -500,6 +528,7 @@ class ServerConnection(ServerOutput):
             return events
         for request in [held for held in self._held.values() if held.deadline <= now]:
             events.append(self._cut(request, refusals.DEADLINE_EXCEEDED, wall))
+        events += self.withdraw_overdue(wall, now)
         streams = self._streams
         if streams is not None and streams.in_flight:
             events += [
@@ -524,8 +553,8 @@ class ServerConnection(ServerOutput):
             elif streams is not None and streams.in_flight:
                 self._send(PING, 0, NO_TOKEN, b"", wall)
                 streams.pinged_at = now
-            elif self._held:
-                self._last_frame = now  # requests in flight count as activity
+            elif self._held or self.has_calls:
+                self._last_frame = now  # requests and calls in flight count as activity
             else:
                 reason = GoAwayReason.IDLE
         if reason is not None:

@@ -9,13 +9,33 @@ from __future__ import annotations
 from typing import Any, Final
 
 from zcproto.connection import refusals
-from zcproto.connection.events import ConnectionEnded, GoAwayReason, Request, RequestEnded, ServerStream
+from zcproto.connection.events import (
+    CallEnded,
+    ConnectionEnded,
+    GoAwayReason,
+    Request,
+    RequestEnded,
+    ServerStream,
+)
 from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.server_calls import ServerCall, ServerCalls
 from zcproto.connection.server_streams import ServerStreams
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
-from zcproto.errors import Code
-from zcproto.wire.frame import CREDIT, ERROR, EVENT, GOAWAY, HEADER, ITEM, MIN_LENGTH, NO_TOKEN, RESPONSE
+from zcproto.errors import Code, DeadlineExceeded, Unavailable
+from zcproto.wire.frame import (
+    CALL,
+    CREDIT,
+    ERROR,
+    EVENT,
+    GOAWAY,
+    HEADER,
+    ITEM,
+    MIN_LENGTH,
+    NO_TOKEN,
+    RESPONSE,
+    WITHDRAW,
+)
 from zcproto.wire.message import MessageError, code_in, encode_body, encode_error
 
 _pack_header = HEADER.pack
@@ -27,6 +47,7 @@ class ServerOutput:
     """The output of one connection. Its fields are those of `ServerConnection`."""
 
     __slots__ = (
+        "_calls",
         "_counter",
         "_held",
         "_lingering",
@@ -44,6 +65,7 @@ class ServerOutput:
     state: State
     sessions: JoinedSessions
     deadline_moved: bool
+    _calls: ServerCalls | None
     _counter: int
     _held: dict[int, Request]
     _lingering: int
@@ -158,6 +180,60 @@ class ServerOutput:
             granted = stream.items.next_grant()
             if granted is not None:
                 self._send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
+
+    # --- calls to the client --------------------------------------------------------------------
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call waits for its answer."""
+        return self._calls is not None and self._calls.is_waiting
+
+    def register(self, session_id: str, methods: frozenset[str], most: int) -> None:
+        """Set the methods that the client handles for a session used here, and how many of them at once."""
+        if self._calls is None:
+            self._calls = ServerCalls(self.settings.max_calls)
+        self._calls.register(session_id, methods, most)
+
+    def call(
+        self, session_id: str, method: str, body: bytes, *, timeout_s: float, wall: int, now: float
+    ) -> ServerCall:
+        """Send a CALL with the newest token of the session, and a body of `encode_call`.
+
+        Raises Unavailable if the client does not handle the method here, ResourceExhausted at a limit.
+        """
+        known = self.sessions.get(session_id)
+        if known is None or self._calls is None or self.state is _CLOSED:
+            raise Unavailable("the client handles no methods on this connection")
+        call = self._calls.begin(session_id, known.token, method, now + timeout_s)
+        self._send(CALL, call.number, call.token, body, wall)
+        self.deadline_moved = True
+        return call
+
+    def withdraw(self, call: ServerCall, wall: int) -> bool:
+        """Stop waiting for an answer. Return False if the call did not wait."""
+        assert self._calls is not None, "a call was made"
+        if not self._calls.settle(call):
+            return False
+        if call.is_in_flight and self.state is not _CLOSED:
+            self._send(WITHDRAW, call.number, call.token, b"", wall)
+        return True
+
+    def withdraw_overdue(self, wall: int, now: float) -> list[CallEnded]:
+        """Withdraw the calls whose time is over."""
+        if self._calls is None:
+            return []
+        overdue = self._calls.overdue(now)
+        for call in overdue:
+            self.withdraw(call, wall)
+        late = DeadlineExceeded("the client has not answered in time")
+        return [CallEnded(call, None, late) for call in overdue]
+
+    def withdraw_session(self, session_id: str, wall: int) -> list[ServerCall]:
+        """Withdraw the calls of a session that has ended; return them."""
+        ended = [] if self._calls is None else self._calls.end_session(session_id)
+        for call in ended:
+            self.withdraw(call, wall)
+        return ended
 
     # --- events ---------------------------------------------------------------------------------
 

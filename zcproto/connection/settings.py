@@ -7,7 +7,15 @@ from functools import lru_cache
 from typing import Any, Final
 
 from zcproto.errors import Code, ProtocolError
-from zcproto.wire.frame import ACCEPTED, MIN_LENGTH, VERSION, Accepted, Side, accepted_with_streams
+from zcproto.wire.frame import (
+    ACCEPTED,
+    MIN_LENGTH,
+    VERSION,
+    Accepted,
+    Side,
+    accepted_with_calls,
+    accepted_with_streams,
+)
 from zcproto.wire.message import DEFAULT_MAX_DEPTH, MessageError, decode_map, encode_body
 
 
@@ -58,6 +66,8 @@ class ConnectionSettings:
     sts: TransportSecurityPolicy = TransportSecurityPolicy()
     streams: StreamLimits | None = None
     """None: no streams."""
+    max_calls: int = 0
+    """Calls to the client in flight; 0: no calls."""
     welcome_body: bytes = field(init=False, repr=False)
     accepted: Accepted = field(init=False, repr=False)
 
@@ -76,6 +86,9 @@ class ConnectionSettings:
         if self.streams is not None:
             welcome["streams"] = {"max_open": self.streams.max_open, "max_item": self.streams.max_item}
             accepted = accepted_with_streams(Side.SERVER, self.streams.max_item)
+        if self.max_calls:
+            welcome["calls"] = {"max": self.max_calls}
+            accepted = accepted_with_calls(Side.SERVER, accepted)
         object.__setattr__(self, "accepted", accepted)
         object.__setattr__(self, "welcome_body", encode_body(welcome))
 

@@ -160,6 +160,17 @@ zcproto_idempotent_answers_total counter (result)
     conflict (the key was used for another request), lost (the result of the first request is unknown), refused
     (too many requests of the user were running).
 
+# Calls to clients
+zcproto_client_handlers gauge
+    Sessions whose clients handle calls, over all connections.
+zcproto_client_calls_total counter (result)
+    Calls to clients. `result`: answered, failed (by the client), deadline, withdrawn (the method was cancelled),
+    closed (the connection or the session ended); not sent: unavailable (no handler), limited, invalid.
+zcproto_client_calls_in_flight gauge
+    Methods that wait for the answer of a client.
+zcproto_client_answers_dropped_total counter
+    Answers of clients to no call, or too late. Counted when the connection ends.
+
 # The store of sessions
 zcproto_store_state gauge (state)
     1 for the current state of the session store, 0 for the others: healthy; degraded (unavailable and not

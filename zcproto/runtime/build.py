@@ -53,6 +53,7 @@ from zcproto.runtime.alert_sources import (
     watch_rates,
 )
 from zcproto.runtime.store_setup import NEAR_CACHE, build_store
+from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.listener import Listener
@@ -206,6 +207,7 @@ async def build_state(
             max_running=config.idempotency.running_per_user,
         ),
         request_limits=RequestLimits(request_settings(config)),
+        clients=RegisteredClients(call_limits(config)),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),
     )
@@ -325,6 +327,7 @@ def connection_settings(config: Config) -> ConnectionSettings:
         # Independent of http.hsts, which is for browsers: these clients use TLS only.
         sts=TransportSecurityPolicy(config.http.hsts_max_age_seconds, config.http.hsts_include_subdomains),
         streams=stream_limits(config),
+        max_calls=config.calls.max,
     )
 
 
@@ -339,6 +342,12 @@ def stream_limits(config: Config) -> StreamLimits | None:
         write_bytes=streams.write_bytes,
         stall_timeout_s=streams.stall_timeout,
     )
+
+
+def call_limits(config: Config) -> CallLimits:
+    """Return the limits of calls to clients, beside that of each connection."""
+    calls = config.calls
+    return CallLimits(calls.per_user, calls.total, calls.names_per_user)
 
 
 def partial_frame_limits(config: Config) -> PartialFrameLimits:

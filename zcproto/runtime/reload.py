@@ -27,6 +27,7 @@ from zcproto.errors import CertificateError, ConfigError
 from zcproto.observe.log import LogChange
 from zcproto.runtime.alert_sources import watch_rates
 from zcproto.runtime.build import (
+    call_limits,
     connection_settings,
     partial_frame_limits,
     request_settings,
@@ -139,6 +140,7 @@ def _apply(parts: Parts, new: Config) -> None:
         state.registry.reconfigure(settings)
     state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
     state.request_limits.reconfigure(request_settings(new))
+    state.clients.limits = call_limits(new)
     parts.login.throttle.reconfigure(limits.login_failures)
     parts.acceptor.handshake_timeout = new.tls.handshake_timeout
     parts.acceptor.client_pins = parse_pins(new.tls.client_pins)

@@ -30,6 +30,7 @@ from zcproto.admin.operations import Operations
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
 from zcproto.app.app import App, default_app
+from zcproto.app.clients import ConnectedClient
 from zcproto.auth import Authenticator
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
@@ -201,6 +202,14 @@ class Server:
     def pins(self) -> list[str]:
         """Pins of the public keys that are served, as clients take them."""
         return [pair.pin for pair in self.certificates]
+
+    def clients(self, *, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
+        """Return the clients that handle calls, those of a user, or those that handle a method: the newest first.
+
+        for client in server.clients(user="ada", handles="approve"):
+            return await client.call("approve", tool="shell")
+        """
+        return self.state.clients.find(user, handles)
 
     def summary(self) -> str:
         """Return one sentence on the load."""

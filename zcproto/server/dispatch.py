@@ -17,20 +17,32 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from types import CoroutineType
 from typing import Any, Final
 
 from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
-from zcproto.connection.events import Request, RequestEnded, ServerStream
+from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
-from zcproto.errors import CallError, Cancelled, Code, InvalidArgument
+from zcproto.errors import (
+    Aborted,
+    CallError,
+    Cancelled,
+    Code,
+    InvalidArgument,
+    Unavailable,
+    Unimplemented,
+    ZcprotoError,
+)
+from zcproto.server.calls import CallRunner
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.server.streams import StreamRunner, StreamWorker
+from zcproto.sessions import Session
 from zcproto.wire.message import MessageError, encode_body, encode_error
 
 SENT_AT_ONCE: Final = 4_096
@@ -49,12 +61,13 @@ class Dispatcher(asyncio.Protocol):
     Not an object of its own: it would cost every connection memory.
     """
 
-    __slots__ = ("_connection", "_number", "_state", "_streams", "_workers", "peer")
+    __slots__ = ("_calls", "_connection", "_number", "_state", "_streams", "_workers", "peer")
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._connection: ServerConnection | None = None
         self._streams: StreamRunner | None = None
+        self._calls: CallRunner | None = None
         self._workers: dict[Request, EagerWorker | StreamWorker | Waiting] | None = None
         self._number = 0
         self.peer = ""
@@ -83,6 +96,43 @@ class Dispatcher(asyncio.Protocol):
     def _flush_soon(self) -> None:
         """Send what is queued at the end of this turn of the loop."""
         raise NotImplementedError
+
+    def _has_room(self, size: int) -> bool:
+        """Return whether the peer reads fast enough for a frame of this size."""
+        raise NotImplementedError
+
+    # --- calls to the client -------------------------------------------------------------------------
+
+    def register(self, session: Session, methods: frozenset[str], most: int) -> None:
+        """Let methods of the server call these methods of the client. Raises ResourceExhausted at a limit."""
+        connection = self._connection
+        if connection is None:  # the method has ended its own connection
+            return
+        if not connection.settings.max_calls:
+            raise Unimplemented("this server makes no calls; its operator has set calls.max = 0")
+        self._state.clients.add(self, session, methods)
+        connection.register(session.id, methods, most)
+        if self._calls is None:
+            self._calls = CallRunner(self._state, connection, self._flush, self._flush_soon)
+
+    async def call_client(
+        self,
+        session_id: str,
+        method: str,
+        params: Mapping[str, Any],
+        timeout: float,  # noqa: ASYNC109  it is sent
+        traceparent: str | None,
+    ) -> Any:
+        """Call a method of the client, for a session, and return its result."""
+        if self._calls is None:
+            self._state.clients.count("unavailable")
+            raise Unavailable("the client handles no methods on this connection")
+        return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
+
+    def _settle(self, ended: CallEnded) -> None:
+        """Pass an answer to the method that waits for it."""
+        if self._calls is not None:
+            self._calls.settle(ended.call, ended.value, ended.error)
 
     # --- methods -------------------------------------------------------------------------------------
 
@@ -304,6 +354,8 @@ class Dispatcher(asyncio.Protocol):
         """Return the ERROR that an exception becomes."""
         if isinstance(error, asyncio.CancelledError):
             error = Cancelled("the server cancelled the method")
+        elif isinstance(error, ZcprotoError) and error.of_client:
+            error = Aborted(f"a call to a client failed: {error}")
         if not isinstance(error, CallError):
             return Answer(Code.INTERNAL, self._internal_error(request.method, error))
         details = error.details

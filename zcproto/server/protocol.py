@@ -27,6 +27,7 @@ from typing import Any, Final, cast
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.auth.schemes import certificate_key
 from zcproto.connection.events import (
+    CallEnded,
     ConnectionEnded,
     CreditReceived,
     FrameBuffered,
@@ -273,6 +274,8 @@ class ServerProtocol(Dispatcher):
             elif event.__class__ is CreditReceived:
                 if self._streams is not None:
                     self._streams.credit_received(event.stream)
+            elif event.__class__ is CallEnded:
+                self._settle(event)
             elif event.__class__ is SessionJoined:
                 state.session_connections.join(event.session_id, self)
             elif event.__class__ is TokenUnknown:
@@ -412,6 +415,9 @@ class ServerProtocol(Dispatcher):
             self._state.counters.events += 1
         for ended in self._connection.cut_streams(session_id, code, self.wall()):
             self._stop(ended)
+        if self._calls is not None:
+            self._calls.session_ended(session_id)
+            self._state.clients.remove(self, session_id)
         self._flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
@@ -449,11 +455,15 @@ class ServerProtocol(Dispatcher):
 
     def _check_write_buffer(self) -> None:
         assert self._transport is not None
-        unread = self._transport.get_write_buffer_size()
-        if unread > WRITE_BUFFER_HARD_FACTOR * self._state.write_buffer_bytes:
+        if not self._has_room(0):
             self.abort("write_buffer_full")
         elif not self._is_held_up:
-            self._hold_up(unread)
+            self._hold_up(self._transport.get_write_buffer_size())
+
+    def _has_room(self, size: int) -> bool:
+        assert self._transport is not None
+        limit = WRITE_BUFFER_HARD_FACTOR * self._state.write_buffer_bytes
+        return self._transport.get_write_buffer_size() + size <= limit
 
     def _flush_soon(self) -> None:
         """Send the answers of one turn of the loop in one write."""
@@ -470,7 +480,7 @@ class ServerProtocol(Dispatcher):
         if connection is not None:
             if connection.deadline_moved:
                 self._set_deadline()
-            if connection.state is State.DRAINING and not connection.in_flight:
+            if connection.state is State.DRAINING and not (connection.in_flight or connection.has_calls):
                 self.close(GoAwayReason.DRAINING)
 
     # --- time --------------------------------------------------------------------------------------------
@@ -515,7 +525,7 @@ class ServerProtocol(Dispatcher):
         state = self._state
         connection.go_away(reason, state.settings.retry_draining_ms, state.clock.wall())
         self._flush()
-        if not connection.in_flight:
+        if not (connection.in_flight or connection.has_calls):
             self.close(reason)
 
     def _conversation_ended(self, ended: ConnectionEnded) -> None:
@@ -553,11 +563,17 @@ class ServerProtocol(Dispatcher):
         if is_on("debug"):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
         state.counters.dropped_stale += connection.dropped_stale
+        state.counters.dropped_answers += connection.dropped_answers
         for session_id in connection.sessions:
             state.session_connections.leave(session_id, self)
+            if self._calls is not None:
+                state.clients.remove(self, session_id)
         connection.end()
         self._suspended = None
         self._streams = None
+        if self._calls is not None:
+            self._calls.close(reason)
+            self._calls = None
         if self._lookup is not None:
             self._lookup.cancel()
         workers, self._workers = self._workers, None

@@ -23,7 +23,7 @@ from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.session import BOUND, DEVICE_KEY, OPERATOR
 from zcproto.sessions.token import digest_of, id_text
 from zcproto.wire.frame import TOKEN_SIZE, VERSION
-from zcproto.wire.message import SIGNATURE_SIZE
+from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, SIGNATURE_SIZE
 
 CLIENT_MAX_LENGTH: Final = 128
 
@@ -31,6 +31,9 @@ LISTED: Final = 1_000
 """Sessions in one answer: at most 500 KB, which every client accepts."""
 
 REVOKED_AT_ONCE: Final = 1_000
+
+HANDLED_METHODS: Final = 256
+"""Names of methods in one `session.handle`."""
 
 _SHOWN: Final = ("id", "user", "created_at", "last_used_at", "expires_at", "client", "address", "bound")
 """The fields of a session that its user sees."""
@@ -170,6 +173,20 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             "bound": session.bound,
         }
 
+    def session_handle(context: Context, methods: list[str], max: int) -> dict[str, Any]:
+        """Let the server call these methods of this client for this session, at most `max` at once."""
+        if len(methods) > HANDLED_METHODS:
+            raise InvalidArgument(f"methods: at most {HANDLED_METHODS} names")
+        for name in methods:
+            if not (0 < len(name) <= METHOD_MAX_LENGTH and METHOD_ALPHABET.issuperset(name)):
+                raise InvalidArgument(
+                    f"methods: names have 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ ."
+                )
+        if max < 1:
+            raise InvalidArgument("max must be at least 1")
+        context.caller.register(_session_of(context), frozenset(methods), max)
+        return {}
+
     def session_info(context: Context) -> dict[str, Any]:
         """What the server knows of this session."""
         return _describe_info(registry.info(_session_of(context).id, context.wall()))
@@ -213,6 +230,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         Method("session.open", session_open, public=True, may_wait=True),
         Method("session.attach", session_attach),
         Method("session.refresh", session_refresh, public=True),
+        Method("session.handle", session_handle),
         Method("session.info", session_info),
         Method("session.list", session_list),
         Method("session.revoke", session_revoke),

@@ -19,6 +19,7 @@ from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger
+from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
@@ -53,6 +54,8 @@ class Counters:
     refused_full: int = 0
     accept_failed: int = 0
     dropped_stale: int = 0
+    dropped_answers: int = 0
+    """Answers of clients to no call, or too late; counted when the connection ends."""
     refused: dict[tuple[str, int], int] = field(default_factory=dict)
     """Frames that reached no method, by cause and by the code of their answer."""
     sessions_ended: Counter[EndReason] = field(default_factory=Counter)
@@ -155,6 +158,8 @@ class ServerState:
     """The data of the event `pins.next`, if a key is to change."""
     announcement: bytes | None = None
     """The body of an event for every connection; future ones get it after WELCOME."""
+    clients: RegisteredClients = field(default_factory=lambda: RegisteredClients(CallLimits()))
+    """The clients that handle calls."""
     revoked: int = 0
     """Sessions revoked by someone other than their owner."""
     on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None

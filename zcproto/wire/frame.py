@@ -116,15 +116,27 @@ _OF_STREAMS: Final = {
     Side.CLIENT: frozenset({ITEM, CREDIT}),
 }
 
-ON_A_STREAM: Final = frozenset({REQUEST, RESPONSE, CANCEL, OPEN, ITEM, END, CREDIT})
+_OF_CALLS: Final = {
+    Side.SERVER: frozenset({RESULT, FAILURE}),
+    Side.CLIENT: frozenset({CALL, WITHDRAW}),
+}
+
+ON_A_STREAM: Final = frozenset(
+    {REQUEST, RESPONSE, CANCEL, OPEN, ITEM, END, CREDIT, CALL, RESULT, FAILURE, WITHDRAW}
+)
 """Heads whose stream is never 0. ERROR may have any stream; all others have stream 0."""
 
-WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG, END})
+WITHOUT_BODY: Final = frozenset({CANCEL, PING, PONG, END, WITHDRAW})
 
 
 def accepted_with_streams(receiver: Side, max_item: int) -> Accepted:
     """Return what a side may receive once the server has announced streams."""
     return Accepted(ACCEPTED[receiver].heads | _OF_STREAMS[receiver], max_item)
+
+
+def accepted_with_calls(receiver: Side, accepted: Accepted) -> Accepted:
+    """Return what a side may receive once the server has announced calls, too."""
+    return accepted._replace(heads=accepted.heads | _OF_CALLS[receiver])
 
 
 def encode_frame(

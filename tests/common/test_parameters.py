@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, NewType, Optional, TypeVar, Union
 
 import pytest
 
-from zcproto.app.parameters import checker_for, describe, quoted
+from zcproto.common.parameters import checker_for, describe, quoted
 from zcproto.errors import FailedPrecondition, InvalidArgument
 
 SECRET = "hunter2-do-not-echo"

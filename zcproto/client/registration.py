@@ -1,0 +1,138 @@
+"""Keeps the handlers of a session registered on the current connection, and their session in use.
+
+    connected, session opened, handler added  ->  session.handle  ->  wait for the next change
+
+Decides: when `session.handle` is sent, and sent again after an error by the table in `retry.py`; that the session of
+a client which only waits for calls is renewed, and shown to the server before its idle timeout.
+
+Must not know: what handlers do, how sessions are opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from math import inf
+from typing import Final
+
+from zcproto.client.handlers import Handler, Handlers
+from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.client.retry import Backoff, Random, Then, retry_after_ms, what_next
+from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
+from zcproto.common.clock import MS_PER_SECOND
+from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, ZcprotoError
+from zcproto.wire.frame import NO_TOKEN
+
+log = logging.getLogger("zcproto.client")
+
+MIN_INTERVAL: Final = 1.0
+"""Seconds between two requests that only show the session."""
+
+
+class Registrar:
+    """Registers the handlers of one session. It does nothing while there are none."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sessions: SessionManager, handlers: Handlers, random: Random
+    ) -> None:
+        self._loop = loop
+        self._sessions = sessions
+        self._handlers = handlers
+        self._backoff = Backoff(random)
+        self._connection: ClientProtocol | None = None
+        self._sent: frozenset[str] = frozenset()  # on this connection
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        sessions.on_changed = self.changed
+
+    def connected(self, connection: ClientProtocol) -> bool:
+        """Use another connection. Return True if the session will be shown on it."""
+        self._connection, self._sent = connection, frozenset()
+        self.changed()
+        return bool(self._handlers.names) and "calls" in connection.conversation.welcome
+
+    def add(self, handler: Handler) -> None:
+        self._handlers.add(handler)
+        self.changed()
+
+    def changed(self) -> None:
+        """Look again whether the handlers are registered."""
+        self._changed.set()
+        if self._task is None and self._handlers.names:
+            self._task = self._loop.create_task(self._work(), name="zcproto-registration")
+
+    async def close(self) -> None:
+        """Stop, and cancel the handlers that run."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._handlers.close()
+
+    async def _work(self) -> None:
+        while True:
+            self._changed.clear()
+            delay = await self._step()
+            try:
+                async with asyncio.timeout(None if delay == inf else delay):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _step(self) -> float:
+        """Send what is due. Return the seconds until the next step, unless something changes before."""
+        sessions, connection = self._sessions, self._connection
+        if connection is None or connection.draining:
+            return inf
+        if "calls" not in connection.conversation.welcome:
+            log.warning("the server makes no calls; the handlers of this client are not used")
+            return inf
+        try:
+            await sessions.ensure()
+        except ZcprotoError:  # the next call of the application raises it
+            return inf
+        await connection.wait_ready()
+        if not connection.ready or connection is not self._connection or sessions.token == NO_TOKEN:
+            return inf
+        names, token = self._handlers.names, sessions.token
+        if not connection.conversation.handles(token):
+            self._sent = frozenset()
+        if names == self._sent and self._idle_left() > 0:
+            return max(self._idle_left(), MIN_INTERVAL)
+        try:
+            await answer(self._request(connection, names, token))
+        except ConnectionClosed:
+            return inf  # there will be another connection
+        except CallError as error:
+            return await self._after_error(error, connection, token)
+        self._sent = names
+        self._backoff.reset()
+        return max(self._idle_left(), MIN_INTERVAL)
+
+    def _request(self, connection: ClientProtocol, names: frozenset[str], token: bytes) -> PendingCall:
+        now = self._loop.time()
+        self._sessions.used(now)
+        deadline = now + ANSWER_TIMEOUT
+        if names == self._sent:
+            return connection.request("session.info", None, token, None, deadline)
+        self._handlers.user = "" if self._sessions.session is None else self._sessions.session.user
+        return connection.handle(names, self._handlers.most, self._handlers, token, deadline)
+
+    def _idle_left(self) -> float:
+        """Return the seconds until the session has to be shown: half of its idle timeout."""
+        session = self._sessions.session
+        if session is None or not session.idle_timeout_ms:
+            return self._sessions.valid_until - self._loop.time()
+        return self._sessions.valid_until - session.idle_timeout_ms / MS_PER_SECOND / 2 - self._loop.time()
+
+    async def _after_error(self, error: CallError, connection: ClientProtocol, token: bytes) -> float:
+        then = what_next(error)
+        if then is Then.ATTACH:
+            with suppress(CallError):  # the next attempt gets the same error
+                await self._sessions.attach(connection, token)
+        elif then not in (Then.LATER, Then.AT_ONCE):
+            self._sessions.refused(token, error)
+            if then is Then.RAISE and not isinstance(error, DeadlineExceeded):
+                log.warning("the server cannot call this client: %s", error)
+                return inf
+        return self._backoff.next(retry_after_ms(error.details))

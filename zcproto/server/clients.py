@@ -1,0 +1,135 @@
+"""The clients that handle calls, over all connections, and the limits that they share.
+
+    session.handle -> `add`;  the session or its connection ends -> `remove`
+    server.clients -> `find`: the newest registration first
+
+Rules:
+- The names that clients register, and the calls to them, are limited for each user.
+
+It must not know: what is on the wire, who calls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from zcproto.app.clients import ClientConnections, ConnectedClient
+from zcproto.errors import ResourceExhausted
+from zcproto.sessions import Session
+
+RESULTS: Final = (
+    "answered",
+    "failed",
+    "deadline",
+    "withdrawn",
+    "closed",
+    "unavailable",
+    "limited",
+    "invalid",
+)
+"""How calls end."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """Limits of calls to clients, beside that of each connection."""
+
+    per_user: int = 256
+    """Calls in flight to the clients of one user."""
+    total: int = 16_384
+    """Calls in flight to all clients."""
+    names_per_user: int = 4_096
+    """Names of methods that the clients of one user register."""
+
+
+class Registration(NamedTuple):
+    client: ConnectedClient
+    methods: frozenset[str]
+
+
+Key = tuple[ClientConnections, str]
+"""A connection and the id of a session."""
+
+
+class RegisteredClients:
+    """The clients that handle calls, and the calls to them that are in flight."""
+
+    def __init__(self, limits: CallLimits) -> None:
+        self.limits = limits
+        self.ended: Counter[str] = Counter()
+        """Calls that ended, by result."""
+        self._by_user: dict[str, dict[Key, Registration]] = {}
+        self._users: dict[Key, str] = {}
+        self._in_flight: Counter[str] = Counter()  # calls by user
+        self.in_flight = 0
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    @property
+    def most_in_flight(self) -> int:
+        """The calls in flight to the user who has most of them."""
+        return max(self._in_flight.values(), default=0)
+
+    # --- registration ----------------------------------------------------------------------------------
+
+    def add(self, connection: ClientConnections, session: Session, methods: frozenset[str]) -> None:
+        """Add or replace a registration. Raises ResourceExhausted if its user has too many names."""
+        key = connection, session.id
+        others = {each: found for each, found in self._by_user.get(session.user, {}).items() if each != key}
+        limit = self.limits.names_per_user
+        if sum(len(found.methods) for found in others.values()) + len(methods) > limit:
+            raise ResourceExhausted(
+                "the clients of this user handle too many methods; register fewer", {"limit": limit}
+            )
+        self.remove(connection, session.id)
+        if methods:
+            client = ConnectedClient(connection, session.id, session.user)
+            self._by_user.setdefault(session.user, {})[key] = Registration(client, methods)
+            self._users[key] = session.user
+
+    def remove(self, connection: ClientConnections, session_id: str) -> None:
+        """Remove the registration of a session on a connection, if there is one."""
+        key = connection, session_id
+        user = self._users.pop(key, None)
+        if user is not None:
+            registrations = self._by_user[user]
+            del registrations[key]
+            if not registrations:
+                del self._by_user[user]
+
+    def find(self, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
+        """Return the clients of a user, or of all users, that handle a method, or any: the newest first."""
+        users = self._by_user.values() if user is None else [self._by_user.get(user, {})]
+        return [
+            found.client
+            for registrations in users
+            for found in reversed(registrations.values())
+            if handles is None or handles in found.methods
+        ]
+
+    # --- calls -----------------------------------------------------------------------------------------
+
+    def count(self, result: str) -> None:
+        self.ended[result] += 1
+
+    @contextmanager
+    def in_flight_for(self, user: str) -> Iterator[None]:
+        """Count a call to a client of this user. Raises ResourceExhausted at a limit."""
+        limits = self.limits
+        for limit, calls in ((limits.per_user, self._in_flight[user]), (limits.total, self.in_flight)):
+            if calls >= limit:
+                raise ResourceExhausted("too many calls to clients; wait for some", {"limit": limit})
+        self._in_flight[user] += 1
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            self._in_flight[user] -= 1
+            if not self._in_flight[user]:
+                del self._in_flight[user]
