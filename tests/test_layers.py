@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stores": {"errors", "common", "sessions", "observe"},
     "alerts": {"errors", "common", "config", "observe"},
     # the edge
-    "app": {"errors", "wire", "connection", "sessions", "auth", "observe"},
+    "app": {"errors", "common", "wire", "connection", "sessions", "auth", "observe"},
     "server": {"app"} | BELOW_THE_EDGE,
     "admin": {"server", "app"} | BELOW_THE_EDGE,
     "runtime": {"admin", "server", "app"} | BELOW_THE_EDGE,

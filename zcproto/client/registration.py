@@ -2,8 +2,8 @@
 
     connected, session opened, handler added  ->  session.handle  ->  wait for the next change
 
-Decides: when `session.handle` is sent, and sent again after an error by the table in `retry.py`; that the session of
-a client which only waits for calls is renewed, and shown to the server before its idle timeout.
+Decides: when `session.handle` is sent, and sent again after an error by the table in `retry.py`; that the session
+of a client which only waits for calls is renewed, and shown to the server before its idle timeout.
 
 Must not know: what handlers do, how sessions are opened.
 """
