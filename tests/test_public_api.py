@@ -28,10 +28,12 @@ def test_public_names_are_fixed() -> None:
     own = {
         "App",
         "BlockingClient",
+        "Call",
         "Client",
         "ClientSession",
         "Code",
         "Config",
+        "ConnectedClient",
         "Context",
         "Device",
         "Event",

@@ -1,0 +1,377 @@
+"""Test every state of a call at the server with every input (zcp1.md, section 19.3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+
+from tests.helpers import NOW, SALT, WALL, small_registry
+from zcproto.connection.events import CallEnded, ConnectionEnded, GoAwayReason, ServerEvent
+from zcproto.connection.server import ServerConnection
+from zcproto.connection.server_calls import ServerCall, ServerCallState, encode_call
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.errors import (
+    Code,
+    DeadlineExceeded,
+    InternalError,
+    InvalidArgument,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+    UnknownError,
+    ZcprotoError,
+)
+from zcproto.wire.decoder import FrameDecoder
+from zcproto.wire.frame import (
+    CALL,
+    ERROR,
+    FAILURE,
+    NO_TOKEN,
+    PING,
+    REQUEST,
+    RESULT,
+    WITHDRAW,
+    RawFrame,
+    Side,
+    accepted_with_calls,
+    encode_frame,
+)
+from zcproto.wire.message import decode_request, encode_body, encode_error, encode_request
+
+NONE, WAITING, WITHDRAWN = ServerCallState.NONE, ServerCallState.WAITING, ServerCallState.WITHDRAWN
+SETTINGS = ConnectionSettings(max_calls=4)
+TIMEOUT = 30.0
+
+
+class CallPair:
+    """A server and a scripted client that handles `approve` for one session, three calls at once."""
+
+    def __init__(self, settings: ConnectionSettings = SETTINGS) -> None:
+        self.registry = registry = small_registry(idle_timeout_ms=None)
+        self.opened = registry.open("ada", operator=False, client="", address="", wall=WALL)
+        self.session_id = self.opened.session.id
+        self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
+        self.server.join(self.opened.session, self.opened.token, WALL, NOW)
+        self.server.register(self.session_id, frozenset({"approve"}), 3)
+        self.wall, self.now = WALL, NOW
+        self._counter = itertools.count(1)
+        self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
+        self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
+        self.sent()
+
+    def frame(
+        self, head: int, number: int = 1, body: bytes = b"", *, token: bytes | None = None, late_ms: int = 0
+    ) -> bytes:
+        token = self.opened.token if token is None else token
+        return encode_frame(head, number, self.wall - late_ms, SALT, next(self._counter), token, body)
+
+    def receive(self, data: bytes) -> list[ServerEvent]:
+        return list(self.server.receive_data(data, self.wall, self.now))
+
+    def call(self, method: str = "approve", timeout: float = TIMEOUT) -> ServerCall:
+        body = encode_call(method, {"tool": "shell"}, timeout, None, self.server.settings.max_body)
+        return self.server.call(
+            self.session_id, method, body, timeout_s=timeout, wall=self.wall, now=self.now
+        )
+
+    def sent(self) -> list[RawFrame]:
+        self._decoder.feed(self.server.data_to_send())
+        return [*self._decoder.frames()]
+
+    def heads(self) -> list[int]:
+        return [frame[1] for frame in self.sent()]
+
+
+class Case(NamedTuple):
+    """What an input causes: the next state, the outcome of the call, and the frames that are sent."""
+
+    next: ServerCallState | None  # None: the connection ends
+    outcome: object = None
+    sent: tuple[int, ...] = ()
+
+
+class Row:
+    """A call in a state; `freed`: it waits, although a stale answer has freed its number."""
+
+    def __init__(self, state: str) -> None:
+        self.pair = pair = CallPair()
+        self.call = pair.call()
+        if state == "freed":
+            pair.receive(pair.frame(RESULT, body=encode_body(1), late_ms=30_001))
+        if state == "withdrawn":
+            pair.server.withdraw(self.call, WALL)
+        if state == "none":
+            pair.receive(pair.frame(RESULT, body=encode_body(1)))
+        pair.sent()
+
+
+def frame(head: int, body: bytes, **fields: int | bytes) -> Callable[[Row], list[ServerEvent]]:
+    return lambda row: row.pair.receive(row.pair.frame(head, body=body, **fields))  # type: ignore[arg-type]
+
+
+def deadline(row: Row) -> list[ServerEvent]:
+    row.pair.now += TIMEOUT
+    return row.pair.server.handle_timeout(WALL, row.pair.now)
+
+
+def cancel(row: Row) -> list[ServerEvent]:
+    row.pair.server.withdraw(row.call, WALL)
+    return []
+
+
+def end_session(row: Row) -> list[ServerEvent]:
+    row.pair.server.withdraw_session(row.pair.session_id, WALL)
+    return []
+
+
+INPUTS = {
+    "result": frame(RESULT, encode_body(True)),
+    "result that cannot be read": frame(RESULT, b"\xc1"),
+    "failure": frame(FAILURE, encode_error(Code.PERMISSION_DENIED, "no")),
+    "failure that cannot be read": frame(FAILURE, encode_body("x")),
+    "failure of the protocol": frame(FAILURE, encode_error(Code.TOKEN_REVOKED, "no")),
+    "result with another token": frame(RESULT, encode_body(True), token=NO_TOKEN),
+    "stale result": frame(RESULT, encode_body(True), late_ms=30_001),
+    "stale failure": frame(FAILURE, encode_error(Code.NOT_FOUND, ""), late_ms=30_001),
+    "deadline": deadline,
+    "cancel": cancel,
+    "session ends": end_session,
+}
+WITHDRAWS = (WITHDRAW,)
+TABLE = {
+    "waiting": {
+        "result": Case(NONE, True),
+        "result that cannot be read": Case(NONE, InternalError),
+        "failure": Case(NONE, PermissionDenied),
+        "failure that cannot be read": Case(NONE, InternalError),
+        "failure of the protocol": Case(NONE, UnknownError),
+        "result with another token": Case(WAITING),
+        "stale result": Case(WAITING),
+        "stale failure": Case(WAITING),
+        "deadline": Case(WITHDRAWN, DeadlineExceeded, WITHDRAWS),
+        "cancel": Case(WITHDRAWN, None, WITHDRAWS),
+        "session ends": Case(WITHDRAWN, None, WITHDRAWS),
+    },
+    "freed": {
+        **dict.fromkeys(INPUTS, Case(WAITING)),
+        "deadline": Case(NONE, DeadlineExceeded),
+        "cancel": Case(NONE),
+        "session ends": Case(NONE),
+    },
+    "withdrawn": {
+        **dict.fromkeys(INPUTS, Case(NONE)),
+        "result with another token": Case(WITHDRAWN),
+        "deadline": Case(WITHDRAWN),
+        "cancel": Case(WITHDRAWN),
+        "session ends": Case(WITHDRAWN),
+    },
+    "none": dict.fromkeys(INPUTS, Case(NONE)),
+}
+
+
+@pytest.mark.parametrize(("state", "given"), [(state, given) for state in TABLE for given in INPUTS])
+def test_state_and_input_give_next_state_and_action(state: str, given: str) -> None:
+    row = Row(state)
+    events, expected = INPUTS[given](row), TABLE[state][given]
+    assert row.call.state is expected.next
+    assert tuple(row.pair.heads()) == expected.sent
+    outcomes = [
+        (event.call, event.value if event.error is None else type(event.error))
+        for event in events
+        if isinstance(event, CallEnded)
+    ]
+    assert len(outcomes) == len(events)
+    assert outcomes == ([] if expected.outcome is None else [(row.call, expected.outcome)])
+
+
+def test_call_has_the_newest_token_the_deadline_and_the_traceparent() -> None:
+    pair = CallPair()
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    newer = pair.registry.refresh(pair.opened.refresh_token, client="", address="", wall=WALL)
+    pair.server.join(newer.session, newer.token, WALL, NOW)
+    body = encode_call("approve", {"tool": "shell"}, 0.0015, trace, 1_000)
+    pair.server.call(pair.session_id, "approve", body, timeout_s=0.0015, wall=WALL, now=NOW)
+    ((_, head, number, _, _, _, token, body),) = pair.sent()
+    assert (head, number, token) == (CALL, 1, newer.token)
+    method, params, meta = decode_request(body)
+    assert (method, params, meta.deadline_ms, meta.traceparent) == ("approve", {"tool": "shell"}, 2, trace)
+
+
+def test_numbers_grow_and_skip_those_in_flight() -> None:
+    pair = CallPair()
+    calls = pair.server._calls
+    assert calls is not None
+    assert [pair.call().number, pair.call().number] == [1, 2]
+    pair.receive(pair.frame(RESULT, 1, encode_body(None)))
+    calls._next_number = 2**32 - 1
+    assert pair.call().number == 2**32 - 1
+    pair.receive(pair.frame(RESULT, 2**32 - 1, encode_body(None)))
+    assert pair.call().number == 1
+    assert pair.call().number == 3  # 2 is in flight
+    calls._next_number = 3
+    pair.receive(pair.frame(RESULT, 1, encode_body(None)))
+    calls._in_flight[2**32 - 1] = calls._in_flight[3]
+    calls._next_number = 2**32 - 1
+    assert pair.call().number == 1
+
+
+def expect(error: type[ZcprotoError], pair: CallPair, method: str = "approve") -> dict[str, object]:
+    with pytest.raises(error) as caught:
+        pair.call(method)
+    assert pair.sent() == []
+    return caught.value.details  # type: ignore[no-any-return,attr-defined]
+
+
+def test_method_that_is_not_registered_is_unavailable() -> None:
+    pair = CallPair()
+    expect(Unavailable, pair, "other")
+    pair.server.register(pair.session_id, frozenset(), 3)
+    expect(Unavailable, pair)
+    pair.server.register(pair.session_id, frozenset({"other"}), 3)
+    assert pair.call("other").number == 1
+    pair.server.leave(pair.session_id, NOW)
+    pair.sent()
+    expect(Unavailable, pair, "other")
+
+
+def test_session_that_registered_elsewhere_is_unavailable() -> None:
+    pair = CallPair()
+    other = pair.registry.open("bob", operator=False, client="", address="", wall=WALL)
+    pair.server.join(other.session, other.token, WALL, NOW)
+    pair.session_id = other.session.id
+    expect(Unavailable, pair)
+    fresh = ServerConnection(SETTINGS, pair.registry, salt=SALT, wall=WALL, now=NOW)
+    fresh.join(other.session, other.token, WALL, NOW)
+    fresh.data_to_send()
+    pair.server = fresh
+    expect(Unavailable, pair)
+    assert not fresh.has_calls
+    assert fresh.withdraw_session(pair.session_id, WALL) == []
+
+
+def test_ended_connection_is_unavailable_and_withdraws_nothing() -> None:
+    pair = CallPair()
+    call = pair.call()
+    pair.sent()
+    pair.server.end()
+    expect(Unavailable, pair)
+    assert pair.server.withdraw(call, WALL)
+    assert pair.sent() == []
+
+
+def test_calls_beyond_the_limit_of_the_client_or_the_server_are_refused() -> None:
+    pair = CallPair()
+    calls = [pair.call() for _ in range(3)]
+    pair.sent()
+    assert expect(ResourceExhausted, pair) == {"limit": 3}
+    pair.server.withdraw(calls[0], WALL)
+    pair.sent()
+    assert expect(ResourceExhausted, pair) == {"limit": 3}, "its number is in flight"
+    pair.receive(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
+    pair.receive(pair.frame(RESULT, 2, encode_body(1), late_ms=30_001))
+    pair.call()
+    pair.sent()
+    assert expect(ResourceExhausted, pair) == {"limit": 3}, "one waits for its deadline"
+    pair.server.register(pair.session_id, frozenset({"approve"}), 100)
+    pair.call()
+    pair.sent()
+    assert expect(ResourceExhausted, pair) == {"limit": 4}
+
+
+def test_calls_are_refused_while_an_ended_session_has_some_in_flight() -> None:
+    pair = CallPair(replace(SETTINGS, max_calls=1))
+    pair.call()
+    pair.server.withdraw_session(pair.session_id, WALL)
+    pair.sent()
+    pair.server.register(pair.session_id, frozenset({"approve"}), 3)
+    assert expect(ResourceExhausted, pair) == {"limit": 1}
+    pair.receive(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
+    pair.call()
+
+
+@pytest.mark.parametrize("params", [{"x": object()}, {"x": bytes(1_000)}])
+def test_params_that_cannot_be_sent_are_refused(params: dict[str, object]) -> None:
+    with pytest.raises(InvalidArgument):
+        encode_call("approve", params, 1.0, None, 1_000)
+
+
+def test_timeout_without_end_fits_the_wire() -> None:
+    assert decode_request(encode_call("m", {}, 1e300, None, 1_000))[2].deadline_ms == 2**53
+
+
+def test_deadlines_of_calls_are_deadlines_of_the_connection() -> None:
+    pair = CallPair(replace(SETTINGS, idle_timeout_s=10_000.0))
+    pair.server.next_deadline()
+    pair.call(timeout=20.0)
+    assert pair.server.deadline_moved
+    pair.call(timeout=10.0)
+    assert pair.server.next_deadline() == NOW + 10.0
+    assert pair.server.handle_timeout(WALL, NOW + 9.9) == []
+    pair.now += 10.0
+    assert [type(event) for event in pair.server.handle_timeout(WALL, pair.now)] == [CallEnded]
+    assert pair.server.next_deadline() == NOW + 20.0
+
+
+def test_connection_with_a_call_is_not_idle() -> None:
+    pair = CallPair(replace(SETTINGS, idle_timeout_s=10.0))
+    pair.call(timeout=15.0)
+    assert pair.server.handle_timeout(WALL, NOW + 10.0) == []
+    assert pair.server.next_deadline() == NOW + 15.0
+    assert len(pair.server.handle_timeout(WALL, NOW + 15.0)) == 1
+    assert pair.server.handle_timeout(WALL, NOW + 20.0) == [ConnectionEnded(None, GoAwayReason.IDLE)]
+
+
+def test_calls_go_on_after_goaway() -> None:
+    pair = CallPair()
+    first = pair.call()
+    pair.server.go_away(GoAwayReason.DRAINING, 1_000, WALL)
+    pair.call()
+    assert [event.call for event in pair.receive(pair.frame(RESULT, 1, encode_body(1)))] == [first]  # type: ignore[union-attr]
+    assert pair.server.has_calls
+
+
+def test_answers_that_answer_nothing_are_counted_and_slow_the_peer_down() -> None:
+    pair = CallPair()
+    call = pair.call()
+    pair.server.withdraw(call, WALL)
+    assert pair.receive(pair.frame(RESULT, 1, encode_body(1))) == []
+    assert (pair.server.dropped_answers, pair.server.wasted) == (1, 0)
+    assert pair.receive(pair.frame(RESULT, 1, encode_body(1))) == []
+    assert pair.receive(pair.frame(FAILURE, 7, b"")) == []
+    assert (pair.server.dropped_answers, pair.server.wasted) == (3, 2)
+
+
+def test_answers_without_registration_are_dropped() -> None:
+    registry = small_registry(idle_timeout_ms=None)
+    server = ServerConnection(SETTINGS, registry, salt=SALT, wall=WALL, now=NOW)
+    data = encode_frame(RESULT, 1, WALL, SALT, 1, NO_TOKEN, encode_body(1))
+    assert list(server.receive_data(data, WALL, NOW)) == []
+    data = encode_frame(RESULT, 1, WALL - 30_001, SALT, 2, NO_TOKEN, encode_body(1))
+    assert list(server.receive_data(data, WALL, NOW)) == []
+    assert server.dropped_answers == 2
+
+
+def test_ten_stale_answers_in_a_row_end_the_connection() -> None:
+    pair = CallPair()
+    events: list[ServerEvent] = []
+    for number in range(10):
+        events += pair.receive(pair.frame(RESULT, number + 1, encode_body(1), late_ms=30_001))
+    assert [type(event) for event in events] == [ConnectionEnded]
+    assert pair.heads() == [ERROR]
+
+
+def test_request_and_call_with_one_number_are_both_answered() -> None:
+    pair = CallPair()
+    call = pair.call()
+    (raw,) = pair.receive(pair.frame(REQUEST, 1, encode_request("echo", {})))
+    assert raw.__class__ is tuple
+    (ended,) = pair.receive(pair.frame(RESULT, 1, encode_body(7)))
+    assert isinstance(ended, CallEnded)
+    assert (ended.call, ended.value) == (call, 7)
+    assert "number=1" in repr(ended)
+    assert "7" not in repr(ended)
+    assert list(pair.server.receive_data(pair.frame(PING, 0), WALL, NOW)) == []
