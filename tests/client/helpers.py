@@ -20,20 +20,31 @@ from zcproto.connection.client import ClientConnection
 from zcproto.errors import Code, TlsError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
+    CALL,
     CANCEL,
     ERROR,
     EVENT,
+    FAILURE,
     GOAWAY,
     NO_TOKEN,
     PING,
     PONG,
     REQUEST,
     RESPONSE,
+    RESULT,
     WELCOME,
     Side,
+    accepted_with_calls,
     encode_frame,
 )
-from zcproto.wire.message import decode_request, encode_body, encode_error
+from zcproto.wire.message import (
+    decode_body,
+    decode_error,
+    decode_request,
+    encode_body,
+    encode_error,
+    encode_request,
+)
 
 P = ParamSpec("P")
 
@@ -184,7 +195,9 @@ class ServerLink(asyncio.Transport):
         self.gone = False
         self.reading: list[bool] = []
         self.paused = False
+        self.answers: list[tuple[int, Any]] = []
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
+        self._decoder.accepted = accepted_with_calls(Side.SERVER, self._decoder.accepted)
 
     # called by the client
 
@@ -242,6 +255,10 @@ class ServerLink(asyncio.Transport):
     def event(self, name: str, data: Any, token: bytes) -> None:
         self.send(EVENT, 0, encode_body([name, data]), token=token)
 
+    def call(self, number: int, method: str, params: dict[str, Any] | None = None, *, token: bytes) -> None:
+        """Call the client; `answers` will have the number and the result, or the code of the error."""
+        self.send(CALL, number, encode_request(method, params, {"deadline_ms": 30_000}), token=token)
+
     def fatal(self, code: Code) -> None:
         self.send(ERROR, 0, encode_error(code, "fatal"))
         self.close_cleanly()
@@ -268,6 +285,10 @@ class ServerLink(asyncio.Transport):
             assert salt == self.salt
             assert counter > self.last_counter
             self.last_counter = counter
+            if head == RESULT:
+                self.answers.append((stream, decode_body(body)))
+            elif head == FAILURE:
+                self.answers.append((stream, decode_error(body).code))
             if self.ended:
                 continue
             if head == REQUEST:

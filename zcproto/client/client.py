@@ -114,6 +114,7 @@ class Client:
                 self._sessions.require()
             await self._connections.get()  # within `connect_timeout`
             await self._ready_before(self._deadline(UNSET))
+            await self._registrar.settle()
         except BaseException:
             await self.close()
             raise
@@ -157,6 +158,7 @@ class Client:
             raise RuntimeError(NOT_OPEN)
         self._sessions.require()
         await self._ready_before(self._deadline(UNSET))
+        await self._registrar.settle()
         assert self._sessions.session is not None
         return self._sessions.session
 

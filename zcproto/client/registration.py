@@ -43,6 +43,7 @@ class Registrar:
         self._connection: ClientProtocol | None = None
         self._sent: frozenset[str] = frozenset()  # on this connection
         self._changed = asyncio.Event()
+        self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         sessions.on_changed = self.changed
 
@@ -59,8 +60,14 @@ class Registrar:
     def changed(self) -> None:
         """Look again whether the handlers are registered."""
         self._changed.set()
+        self._settled.clear()
         if self._task is None and self._handlers.names:
             self._task = self._loop.create_task(self._work(), name="zcproto-registration")
+
+    async def settle(self) -> None:
+        """Wait until the handlers are registered, or that has failed."""
+        if self._task is not None:
+            await self._settled.wait()
 
     async def close(self) -> None:
         """Stop, and cancel the handlers that run."""
@@ -73,6 +80,8 @@ class Registrar:
         while True:
             self._changed.clear()
             delay = await self._step()
+            if not self._changed.is_set():
+                self._settled.set()
             try:
                 async with asyncio.timeout(None if delay == inf else delay):
                     await self._changed.wait()
@@ -92,6 +101,7 @@ class Registrar:
         except ZcprotoError:  # the next call of the application raises it
             return inf
         await connection.wait_ready()
+        self._changed.clear()  # what follows reads everything again
         if not connection.ready or connection is not self._connection or sessions.token == NO_TOKEN:
             return inf
         names, token = self._handlers.names, sessions.token
