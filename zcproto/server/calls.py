@@ -128,5 +128,6 @@ class CallRunner:
     def close(self, reason: str) -> None:
         """Fail all calls: the connection has ended."""
         for call in [*self._waiting]:
+            self._connection.withdraw(call, self._state.clock.wall())
             self._state.clients.count("closed")
             self._wake(call, None, ConnectionClosed(reason))

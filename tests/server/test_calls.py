@@ -1,0 +1,386 @@
+"""Calls to clients at the server's edge: registration, limits, hand-over, the end of connections and sessions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers import Answer
+from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
+from zcproto.app.app import Context
+from zcproto.app.clients import ConnectedClient
+from zcproto.connection.events import GoAwayReason
+from zcproto.errors import (
+    Code,
+    ConnectionClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    ZcprotoError,
+)
+from zcproto.server.clients import CallLimits
+from zcproto.server.protocol_methods import HANDLED_METHODS, session_methods
+from zcproto.sessions import EndReason
+from zcproto.wire.frame import CALL, RESULT, WITHDRAW, Side, accepted_with_calls
+from zcproto.wire.message import decode_request, encode_body
+
+__all__ = ["harness"]
+
+
+class CallPeer(Peer):
+    """A client that handles calls, and a method that calls it."""
+
+    def __init__(self, harness: Harness, most: int = 8) -> None:
+        state = harness.state
+        state.settings = replace(state.settings, max_calls=most)
+        if "call" not in state.methods:
+            self.add_methods(harness)
+        super().__init__(harness)
+        self._decoder.accepted = accepted_with_calls(Side.CLIENT, self._decoder.accepted)
+
+    def add_methods(self, harness: Harness) -> None:
+        @harness.app.method("call")
+        async def call(context: Context, method: str = "approve", **params: Any) -> Any:
+            return await context.client.call(method, params)
+
+        unused: Any = None
+        harness.state.add_methods(harness.app)
+        harness.state.add_methods(
+            method for method in session_methods(harness.state, unused) if method.name == "session.handle"
+        )
+
+    def handle(self, *methods: str, most: int = 8, stream: int = 90) -> Answer:
+        self.send(self.request(stream, "session.handle", {"methods": [*methods], "max": most}))
+        (answer,) = self.answers()
+        return answer
+
+    def sent(self) -> list[int]:
+        """Return the heads of the frames that the server has sent."""
+        return [answer.raw[1] for answer in self.answers()]
+
+    def result(self, number: int, value: Any) -> bytes:
+        return self.frame(RESULT, number, encode_body(value))
+
+    def begin(self, **params: Any) -> asyncio.Task[Any]:
+        """Call this client from outside of a method."""
+        (client,) = self.harness.state.clients.find(handles="approve")
+        return self.begin_call(client, **params)
+
+    def begin_call(
+        self, client: ConnectedClient, method: str = "approve", **params: Any
+    ) -> asyncio.Task[Any]:
+        task = self.harness.loop.create_task(client.call(method, **params))
+        self.harness.turn()
+        return task
+
+    def fails(self, task: asyncio.Task[Any], error: type[ZcprotoError]) -> ZcprotoError:
+        self.harness.turn()
+        failure = task.exception()
+        assert isinstance(failure, error)
+        assert failure.of_client
+        return failure
+
+
+Connect = Callable[..., CallPeer]
+
+
+@pytest.fixture
+def client(harness: Harness) -> CallPeer:
+    peer = CallPeer(harness)
+    peer.opened = peer.login()  # type: ignore[attr-defined]
+    peer.handle("approve", "ask")
+    return peer
+
+
+# --- registration --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("methods", "most"),
+    [
+        ([f"m{number}" for number in range(HANDLED_METHODS + 1)], 1),
+        (["x" * 129], 1),
+        ([""], 1),
+        (["Approve"], 1),
+        (["approve"], 0),
+        (["approve"], -1),
+    ],
+)
+def test_malformed_registration_is_invalid(client: CallPeer, methods: list[str], most: int) -> None:
+    assert client.handle(*methods, most=most).error.code == Code.INVALID_ARGUMENT
+    assert client.harness.state.clients.find(handles="ask") != []
+
+
+def test_largest_registration_is_accepted(client: CallPeer) -> None:
+    names = [f"{number:0128}" for number in range(HANDLED_METHODS)]
+    assert client.handle(*names, most=2**63).value == {}
+    assert len(client.harness.state.clients.find(handles=names[0])) == 1
+
+
+def test_registration_is_replaced_and_withdrawn(client: CallPeer, harness: Harness) -> None:
+    find = harness.state.clients.find
+    assert client.handle("ask").value == {}
+    assert (len(find(handles="approve")), len(find(handles="ask")), len(find())) == (0, 1, 1)
+    client.handle()
+    assert find() == []
+    assert len(harness.state.clients) == 0
+
+
+def test_server_without_calls_is_unimplemented(harness: Harness) -> None:
+    peer = CallPeer(harness, most=0)
+    peer.login()
+    assert peer.handle("approve").error.code == Code.UNIMPLEMENTED
+
+
+def test_names_of_one_user_are_limited(client: CallPeer, harness: Harness) -> None:
+    harness.state.clients.limits = CallLimits(names_per_user=3)
+    other = CallPeer(harness)
+    other.login()
+    assert other.handle("a", "b").error.details["limit"] == 3
+    assert other.handle("a").value == {}
+    assert client.handle("a", "b").value == {}, "it replaces its own"
+    bob = CallPeer(harness)
+    bob.login("bob")
+    assert bob.handle("a", "b", "c").value == {}
+
+
+def test_clients_are_found_by_user_and_method_the_newest_first(harness: Harness) -> None:
+    peers = [CallPeer(harness) for _ in range(3)]
+    for peer, user in zip(peers, ("ada", "ada", "bob"), strict=True):
+        peer.login(user)
+        peer.handle("approve", "ask" if user == "bob" else "tell")
+    find = harness.state.clients.find
+    assert [client._connection for client in find("ada")] == [peers[1].protocol, peers[0].protocol]
+    assert [client.user for client in find(handles="ask")] == ["bob"]
+    assert len(find()) == 3
+    assert find("eve") == find("ada", "ask") == []
+    peers[0].handle("approve")
+    assert [client._connection for client in find("ada")] == [peers[0].protocol, peers[1].protocol]
+    assert "ada" in repr(find("ada")[0])
+
+
+# --- calls ---------------------------------------------------------------------------------------------
+
+
+def test_call_is_handed_over_at_once_and_its_result_returned(client: CallPeer, harness: Harness) -> None:
+    client.send(client.request(5, "call", {"tool": "sh"}))
+    (call,) = client.answers()
+    assert (call.raw[1], call.stream) == (CALL, 1)
+    method, params, meta = decode_request(call.body)
+    assert (method, params, meta.deadline_ms) == ("approve", {"tool": "sh"}, 30_000)
+    assert harness.state.clients.in_flight == harness.state.clients.most_in_flight == 1
+    client.send(client.result(1, True))
+    harness.turn()
+    (answer,) = client.answers()
+    assert (answer.stream, answer.value) == (5, True)
+    assert harness.state.clients.ended == {"answered": 1}
+    assert harness.state.clients.in_flight == harness.state.clients.most_in_flight == 0
+
+
+def test_method_without_session_has_no_client(harness: Harness) -> None:
+    peer = CallPeer(harness)
+
+    @harness.app.method("public", public=True)
+    async def public(context: Context) -> Any:
+        return await context.client.call("approve")
+
+    harness.state.add_methods(harness.app)
+    peer.send(peer.request(1, "public"))
+    assert peer.answers()[-1].error.code == Code.UNAUTHENTICATED
+    assert Unauthenticated.of_client is False
+
+
+def test_client_that_has_registered_nothing_is_unavailable(harness: Harness) -> None:
+    peer = CallPeer(harness)
+    peer.login()
+    peer.send(peer.request(5, "call"))
+    (answer,) = peer.answers()
+    assert answer.error.code == Code.ABORTED, "the method may have run: its caller must not repeat it"
+    assert "UNAVAILABLE" in answer.error.message
+    assert harness.state.clients.ended == {"unavailable": 1}
+
+
+def test_call_of_another_method_is_unavailable(client: CallPeer, harness: Harness) -> None:
+    (found,) = harness.state.clients.find()
+    client.fails(client.begin_call(found, "other"), Unavailable)
+    assert client.sent() == []
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "result"),
+    [
+        ({"timeout": 0.0}, DeadlineExceeded, "deadline"),
+        ({"timeout": -1.0}, DeadlineExceeded, "deadline"),
+        ({"x": object()}, InvalidArgument, "invalid"),
+        ({"x": bytes(1_048_576)}, InvalidArgument, "invalid"),
+    ],
+)
+def test_call_that_cannot_be_made_sends_nothing(
+    client: CallPeer, harness: Harness, params: dict[str, Any], error: type[ZcprotoError], result: str
+) -> None:
+    client.fails(client.begin(**params), error)
+    assert client.sent() == []
+    assert harness.state.clients.ended == {result: 1}
+
+
+def test_params_in_a_mapping_and_by_name_are_joined(client: CallPeer, harness: Harness) -> None:
+    (found,) = harness.state.clients.find()
+    task = harness.loop.create_task(found.call("approve", {"timeout": 1, "x": 1}, timeout=5.0, x=2))
+    harness.turn()
+    (call,) = client.answers()
+    assert decode_request(call.body)[1] == {"timeout": 1, "x": 2}
+    client.send(client.result(1, None))
+    harness.turn()
+    assert task.result() is None
+
+
+def test_calls_per_user_and_in_total_are_limited(client: CallPeer, harness: Harness) -> None:
+    bob = CallPeer(harness)
+    bob.login("bob")
+    bob.handle("tell")
+    (of_bob,) = harness.state.clients.find("bob")
+    harness.state.clients.limits = CallLimits(per_user=2, total=3)
+    tasks = [client.begin(), client.begin(), bob.begin_call(of_bob, "tell")]
+    assert client.fails(client.begin(), ResourceExhausted).details == {"limit": 2}  # type: ignore[attr-defined]
+    assert bob.fails(bob.begin_call(of_bob, "tell"), ResourceExhausted).details == {"limit": 3}  # type: ignore[attr-defined]
+    client.send(client.result(1, 1))
+    harness.turn()
+    assert tasks[0].result() == 1
+    tasks.append(bob.begin_call(of_bob, "tell"))
+    for task in tasks:
+        task.cancel()
+    harness.turn()
+    assert harness.state.clients.in_flight == 0
+    assert harness.state.clients.ended == {"limited": 2, "answered": 1, "withdrawn": 3}
+
+
+def test_client_that_does_not_read_is_not_called_beyond_the_buffer(client: CallPeer) -> None:
+    client.transport.stuck = True
+    tasks = [client.begin(x=bytes(15_000)) for _ in range(5)]
+    client.fails(client.begin(x=bytes(15_000)), ResourceExhausted)
+    assert not client.transport.aborted
+    client.transport.drain()
+    assert client.sent() == [CALL] * 5
+    for task in tasks:
+        task.cancel()
+    client.harness.turn()
+
+
+def test_deadline_fails_the_call_and_withdraws_it(client: CallPeer, harness: Harness) -> None:
+    task = client.begin(timeout=5.0)
+    assert client.sent() == [CALL]
+    harness.advance(6.0)
+    client.fails(task, DeadlineExceeded)
+    assert client.sent() == [WITHDRAW]
+    client.send(client.result(1, "late"))
+    assert client.sent() == []
+    client.lose()
+    assert harness.state.counters.dropped_answers == 1
+
+
+def test_cancelled_method_withdraws_its_call(client: CallPeer, harness: Harness) -> None:
+    task = client.begin()
+    task.cancel()
+    harness.turn()
+    assert task.cancelled()
+    assert client.sent() == [CALL, WITHDRAW]
+
+
+def test_answer_and_cancellation_in_one_turn_withdraw_nothing(client: CallPeer, harness: Harness) -> None:
+    task = client.begin()
+
+    def receive_and_cancel() -> None:
+        client.protocol.data_received(client.result(1, 1))
+        task.cancel()
+
+    harness.in_loop(receive_and_cancel)
+    harness.turn()
+    assert task.cancelled()
+    assert client.sent() == [CALL]
+    assert harness.state.clients.ended == {"answered": 1}
+
+
+def test_cancellation_before_the_answer_of_the_same_turn_drops_it(client: CallPeer, harness: Harness) -> None:
+    task = client.begin()
+
+    def cancel_and_receive() -> None:
+        task.cancel()
+        client.protocol.data_received(client.result(1, 1))
+
+    harness.in_loop(cancel_and_receive)
+    harness.turn()
+    assert task.cancelled()
+
+
+# --- the end of sessions and connections ---------------------------------------------------------------
+
+
+def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) -> None:
+    bob = harness.registry.open("bob", operator=False, client="", address="", wall=harness.clock.wall())
+    token, client.token = client.token, bob.token
+    client.handle("tell", stream=91)
+    client.token = token
+    task, of_bob = client.begin(), client.begin_call(harness.state.clients.find("bob")[0], "tell")
+    client.answers()
+    session = client.opened.session  # type: ignore[attr-defined]
+    client.protocol.session_ended(session.id, Code.TOKEN_REVOKED, EndReason.BY_OPERATOR)
+    client.fails(task, ConnectionClosed)
+    assert not of_bob.done()
+    answers = client.answers()
+    assert [answer.kind.name for answer in answers] == ["EVENT", "WITHDRAW"]
+    assert harness.state.clients.find(handles="approve") == []
+    client.lose()
+    client.fails(of_bob, ConnectionClosed)
+    assert harness.state.clients.ended == {"closed": 2}
+
+
+def test_lost_connection_fails_its_calls_and_forgets_the_client(client: CallPeer, harness: Harness) -> None:
+    found = harness.state.clients.find()[0]
+    task = client.begin()
+    client.lose()
+    client.fails(task, ConnectionClosed)
+    assert harness.state.clients.find() == []
+    client.fails(client.begin_call(found), Unavailable)
+    nothing_left(harness)
+
+
+def test_method_of_a_lost_connection_is_cancelled(client: CallPeer, harness: Harness) -> None:
+    client.send(client.request(5, "call"))
+    client.lose()
+    harness.turn()
+    nothing_left(harness)
+    assert harness.state.clients.ended == {"closed": 1}
+
+
+def test_registration_after_the_end_of_the_connection_is_nothing(client: CallPeer, harness: Harness) -> None:
+    session = client.opened.session  # type: ignore[attr-defined]
+    client.lose()
+    client.protocol.register(session, frozenset({"approve"}), 1)
+    assert len(harness.state.clients) == 0
+
+
+def test_draining_connection_waits_for_its_calls(client: CallPeer, harness: Harness) -> None:
+    task = client.begin()
+    client.protocol.go_away(GoAwayReason.DRAINING)
+    harness.turn()
+    assert not client.transport.closed
+    client.send(client.result(1, 1))
+    harness.turn()
+    assert task.result() == 1
+    assert client.transport.closed
+    assert ended(harness) == {"draining": 1}
+
+
+def test_draining_connection_waits_for_its_methods_too(client: CallPeer, harness: Harness) -> None:
+    client.send(client.request(5, "call"))
+    client.protocol.go_away(GoAwayReason.DRAINING)
+    client.send(client.result(1, 1))
+    harness.turn()
+    assert client.answers()[-1].value == 1
+    assert client.transport.closed
