@@ -107,6 +107,15 @@ PANELS: dict[str, list[Panel]] = {
             {rate("zcproto_http_responses_total", "status"): "{{status}}"},
         ),
         Panel("Events sent", "ops", {rate("zcproto_events_sent_total", "instance"): "{{instance}}"}),
+        Panel("Calls to clients", "ops", {rate("zcproto_client_calls_total", "result"): "{{result}}"}),
+        Panel(
+            "Clients that handle calls",
+            "short",
+            {
+                now("zcproto_client_handlers"): "registered {{instance}}",
+                now("zcproto_client_calls_in_flight"): "calls in flight {{instance}}",
+            },
+        ),
     ],
     "Sessions and logins": [
         Panel("Sessions", "short", {f"sum by (state) ({now('zcproto_sessions')})": "{{state}}"}),

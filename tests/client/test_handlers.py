@@ -55,7 +55,7 @@ class Methods:
                 except ZcprotoError as error:
                     self.errors.append(error)
                     raise
-            return "nobody"
+            return "no client"
 
         @self.app.method("ask.user.size")
         async def ask_size(size: int) -> int:
@@ -189,8 +189,8 @@ def test_calls_by_user_reach_the_newest_registration_then_the_other(
             async with second:
                 assert await bob.call("ask.user", user="ada", method="name") == "second"
             assert await bob.call("ask.user", user="ada", method="name") == "first"
-            assert await bob.call("ask.user", user="ada", method="other") == "nobody"
-            assert await bob.call("ask.user", user="bob", method="name") == "nobody"
+            assert await bob.call("ask.user", user="ada", method="other") == "no client"
+            assert await bob.call("ask.user", user="bob", method="name") == "no client"
 
     run(main())
 
@@ -217,7 +217,7 @@ def test_lost_connection_fails_the_call_in_the_method(
                 with pytest.raises(Aborted):
                     await call
             assert isinstance(methods.errors[0], ConnectionClosed)
-            assert await bob.call("ask.user", user="ada", method="wait") == "nobody"
+            assert await bob.call("ask.user", user="ada", method="wait") == "no client"
 
     run(main())
 

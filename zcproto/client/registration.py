@@ -31,7 +31,7 @@ MIN_INTERVAL: Final = 1.0
 
 
 class Registrar:
-    """Registers the handlers of one session. It does nothing while there are none."""
+    """Registers the handlers of one session. It does nothing without handlers."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sessions: SessionManager, handlers: Handlers, random: Random
