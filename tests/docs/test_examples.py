@@ -118,6 +118,18 @@ def test_streams_guide_programs_run(folder: Path, port: int) -> None:
         ]
 
 
+def test_calls_guide_programs_run(folder: Path, port: int) -> None:
+    write_programs(ROOT / "docs" / "calls.md", folder, port)
+    with serving(folder, port, "-m", "zcproto", "serve", "agent:app"):
+        assert run(folder, "desk.py").splitlines() == [
+            "connected",
+            "ada: shell 'ls'?",
+            "ran ls",
+            "ada: shell 'rm -r /'?",
+            "not approved; ask the person at the client",
+        ]
+
+
 def test_application_guide_test_passes(folder: Path, port: int) -> None:
     write_programs(ROOT / "docs" / "applications.md", folder, port)
     assert "1 passed" in run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py")

@@ -146,16 +146,49 @@ CASES: dict[int, tuple[str, ...]] = {
         "client/test_streams.py::test_leaving_early_cancels_the_method",
     ),
     80: ("client/test_streams.py::test_second_task_that_iterates_fails",),
-    81: (),
-    82: (),
-    83: (),
-    84: (),
-    85: (),
-    86: (),
-    87: (),
-    88: (),
-    89: (),
-    90: (),
+    81: (
+        "client/test_handlers.py::test_error_of_the_handler_is_raised_in_the_method_and_aborts_it",
+        "server/test_calls.py::test_client_that_has_registered_nothing_is_unavailable",
+        "connection/test_server_call_states.py::test_method_that_is_not_registered_is_unavailable",
+    ),
+    82: (
+        "connection/test_call_vectors.py::test_receiver_produces_expected_outcome_of_call_vector",
+        "connection/test_server_call_states.py::test_answers_that_answer_nothing_are_counted_and_slow_the_peer_down",
+    ),
+    83: (
+        "connection/test_call_vectors.py::test_receiver_produces_expected_outcome_of_call_vector",
+        "connection/test_client_call_states.py::test_call_that_is_not_possible_is_refused",
+    ),
+    84: (
+        "connection/test_server_call_states.py::test_state_and_input_give_next_state_and_action",
+        "server/test_calls.py::test_deadline_fails_the_call_and_withdraws_it",
+        "client/test_handlers.py::test_call_without_answer_ends_at_its_deadline",
+    ),
+    85: (
+        "connection/test_call_vectors.py::test_receiver_produces_expected_outcome_of_call_vector",
+        "connection/test_server_call_states.py::test_request_and_call_with_one_number_are_both_answered",
+    ),
+    86: (
+        "client/test_handlers.py::test_calls_beyond_the_limit_are_refused_in_the_server",
+        "connection/test_server_call_states.py::test_calls_beyond_the_limit_of_the_client_or_the_server_are_refused",
+    ),
+    87: (
+        "client/test_handlers.py::test_lost_connection_fails_the_call_in_the_method",
+        "server/test_calls.py::test_lost_connection_fails_its_calls_and_forgets_the_client",
+    ),
+    88: (
+        "client/test_handlers.py::test_calls_by_user_reach_the_newest_registration_then_the_other",
+        "server/test_calls.py::test_clients_are_found_by_user_and_method_the_newest_first",
+    ),
+    89: (
+        "client/test_handlers.py::test_revoked_session_fails_its_calls_and_cancels_the_handlers",
+        "client/test_registration.py::test_revoked_event_cancels_the_handlers",
+        "server/test_calls.py::test_ended_session_fails_its_calls_only",
+    ),
+    90: (
+        "client/test_handlers.py::test_result_of_the_largest_size_arrives_and_a_larger_one_fails",
+        "connection/test_client_call_states.py::test_largest_result_is_sent",
+    ),
     91: (),
     92: (),
     93: (),
@@ -164,7 +197,7 @@ CASES: dict[int, tuple[str, ...]] = {
 }
 """Case number -> tests. A case without a test is not implemented, or not yet tested."""
 
-WITHOUT_TEST = 32
+WITHOUT_TEST = 22
 
 
 @cache

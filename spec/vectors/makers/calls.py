@@ -119,6 +119,13 @@ def _at_the_client() -> list[Json]:
             calls=[1],
         ),
         _client("withdraw-of-nothing", "Ignored.", WITHDRAW, NOT_IN_FLIGHT),
+        _client(
+            "withdraw-with-another-token",
+            "Ignored: it withdraws no call of this session.",
+            WITHDRAW.but(token=OTHER_TOKEN),
+            NOT_IN_FLIGHT,
+            calls=[1],
+        ),
         _client("withdraw-with-a-body", "WITHDRAW has no body.", WITHDRAW.but(body=b"\xc0"), BODY, calls=[1]),
         _client("result-from-the-server", "The wrong side.", RESULT, HEADER),
         _client("failure-from-the-server", "The wrong side.", FAILURE, HEADER),
@@ -147,6 +154,12 @@ def _at_the_server() -> list[Json]:
             NOT_IN_FLIGHT,
         ),
         _server("result-of-nothing", "Dropped and counted.", RESULT, NOT_IN_FLIGHT, calls=[]),
+        _server(
+            "result-with-another-token",
+            "Dropped and counted: it answers no call of this session.",
+            RESULT.but(token=OTHER_TOKEN),
+            NOT_IN_FLIGHT,
+        ),
         _server("result-stale", "Dropped.", RESULT.but(timestamp=STALE), dropped("stale timestamp")),
         _server(
             "result-of-another-connection",
