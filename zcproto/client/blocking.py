@@ -21,7 +21,7 @@ from zcproto.client.address import Address
 from zcproto.client.client import UNSET, Client
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event
-from zcproto.client.handlers import Function, Handler
+from zcproto.client.handlers import Function
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.streams import DEFAULT_WINDOW, Stream
@@ -152,18 +152,15 @@ class BlockingClient:
         A call that the server does not await any more cannot stop the thread; look at `call.cancelled`.
         """
 
+        add = self._client.handler(name, in_thread=True)
+
+        async def add_in_loop(function: Function) -> Function:
+            return add(function)
+
         def register(function: Function) -> Function:
-            handler = Handler(name, function, in_thread=True)
-            if self._loop is None:
-                self._client.add_handler(handler)
-            else:
-                self._wait(self._add_handler(handler))
-            return function
+            return add(function) if self._loop is None else self._wait(add_in_loop(function))
 
         return register
-
-    async def _add_handler(self, handler: Handler) -> None:
-        self._client.add_handler(handler)
 
     def call(
         self,

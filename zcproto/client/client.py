@@ -372,29 +372,27 @@ class Client:
 
     # --- calls of the server ------------------------------------------------------------------------
 
-    def handler(self, name: str) -> Callable[[Function], Function]:
+    def handler(self, name: str, *, in_thread: bool = False) -> Callable[[Function], Function]:
         """Let the server call a function, before or after connecting. It stays registered after a reconnect.
 
             @client.handler("approve")
             async def approve(call: Call, tool: str) -> bool: ...
 
-        Parameters are passed by name and checked against the annotations; one annotated `Call` receives the call.
+        With `in_thread` it runs in a thread of its own, and may block. Parameters are passed by name and checked
+        against the annotations; one annotated `Call` receives the call.
         Its exceptions are answered to the server: a CallError with its code, any other as INTERNAL. Raises
         ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
         """
 
         def register(function: Function) -> Function:
-            self.add_handler(Handler(name, function))
+            handler = Handler(name, function, in_thread=in_thread)
+            if self._opened:
+                self._registrar.add(handler)
+            else:
+                self._handlers.add(handler)
             return function
 
         return register
-
-    def add_handler(self, handler: Handler) -> None:
-        """Add a handler, as the decorator `handler` does."""
-        if self._opened:
-            self._registrar.add(handler)
-        else:
-            self._handlers.add(handler)
 
     # --- events -----------------------------------------------------------------------------------
 
