@@ -39,7 +39,7 @@ def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
     app.method("restart", operator=True)(lambda: None)
     server = serve(app)
     public = ["news", "server.info", "session.open", "session.refresh"]
-    sessions = ["session.attach", "session.close", "session.info", "session.list", "session.revoke"]
+    sessions = [f"session.{name}" for name in ("attach", "close", "handle", "info", "list", "revoke")]
     ours = sorted([*public, *sessions, "shout"])
     for_operators = ["server.revoke", "server.sessions", "server.stats"]
     with server.client() as stranger, server.client("ada") as user, server.client("operator") as operator:
