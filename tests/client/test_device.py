@@ -129,6 +129,20 @@ async def test_reconnect_attaches_before_any_call() -> None:
 
 
 @scripted
+async def test_reconnect_attaches_before_handlers_are_registered() -> None:
+    server = BoundServer()
+    server.greeting["calls"] = {"max": 4}
+    client = device_client(server)
+    client.handler("ask")(lambda: 1)
+    async with client:
+        await server.lose()
+        await asyncio.sleep(1)
+    handled = ["session.handle", "session.attach", "session.handle"]
+    assert server.methods == ["session.open", *handled, "session.close"]
+    assert server.refused == []
+
+
+@scripted
 async def test_call_refused_without_proof_attaches_and_is_retried() -> None:
     server = BoundServer()
     async with device_client(server) as client:

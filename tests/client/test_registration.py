@@ -233,6 +233,36 @@ async def test_connection_that_drains_is_left_for_the_next() -> None:
         assert first.ended
 
 
+@scripted
+async def test_connecting_does_not_wait_for_a_registration_longer_than_its_timeout() -> None:
+    server = server_with_calls()
+    server.script("session.handle", silence)
+    began = now()
+    async with Asked(server, timeout=3.0).client:
+        assert now() == pytest.approx(began + 3.0, abs=0.1)
+
+
+@scripted
+async def test_refused_login_stops_registering() -> None:
+    server = server_with_calls()
+    async with Asked(server).client:
+        server.script("session.handle", fail(Code.TOKEN_EXPIRED))
+        server.script("session.open", fail(Code.UNAUTHENTICATED))
+        await server.lose()
+        await asyncio.sleep(60)
+        assert len(registrations(server)) == 2
+        assert len(server.calls("session.open")) == 2
+
+
+@scripted
+async def test_bound_session_proves_its_key_and_is_registered() -> None:
+    server = server_with_calls()
+    server.script("session.handle", fail(Code.UNAUTHENTICATED, attach=True))
+    async with Asked(server).client:
+        await asyncio.sleep(1)
+        assert len(registrations(server)) == 2
+
+
 # --- the session -------------------------------------------------------------------------------------
 
 

@@ -113,8 +113,9 @@ class Client:
             if self._options.session and self._credentials is not None:
                 self._sessions.require()
             await self._connections.get()  # within `connect_timeout`
-            await self._ready_before(self._deadline(UNSET))
-            await self._registrar.settle()
+            deadline = self._deadline(UNSET)
+            await self._ready_before(deadline)
+            await self._registrar.settle(deadline)
         except BaseException:
             await self.close()
             raise
@@ -157,8 +158,9 @@ class Client:
         if not self._opened:
             raise RuntimeError(NOT_OPEN)
         self._sessions.require()
-        await self._ready_before(self._deadline(UNSET))
-        await self._registrar.settle()
+        deadline = self._deadline(UNSET)
+        await self._ready_before(deadline)
+        await self._registrar.settle(deadline)
         assert self._sessions.session is not None
         return self._sessions.session
 

@@ -168,8 +168,6 @@ async def run_in_thread(function: Callable[..., Any], arguments: dict[str, Any])
     done: asyncio.Future[Any] = loop.create_future()
 
     def finish(result: Any, error: BaseException | None) -> None:
-        if done.done():
-            return
         if error is None:
             done.set_result(result)
         else:
@@ -189,6 +187,6 @@ async def run_in_thread(function: Callable[..., Any], arguments: dict[str, Any])
         await asyncio.wait([done])
     except asyncio.CancelledError:
         await asyncio.wait([done])
-        done.exception()  # mark it as retrieved
+        done.exception()  # mark it as retrieved: nothing awaits it
         raise
     return done.result()

@@ -64,10 +64,12 @@ class Registrar:
         if self._task is None and self._handlers.names:
             self._task = self._loop.create_task(self._work(), name="zcproto-registration")
 
-    async def settle(self) -> None:
-        """Wait until the handlers are registered, or that has failed."""
+    async def settle(self, deadline: float) -> None:
+        """Wait until the handlers are registered, that has failed, or the deadline has passed."""
         if self._task is not None:
-            await self._settled.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(None if deadline == inf else deadline):
+                    await self._settled.wait()
 
     async def close(self) -> None:
         """Stop, and cancel the handlers that run."""
@@ -82,11 +84,9 @@ class Registrar:
             delay = await self._step()
             if not self._changed.is_set():
                 self._settled.set()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(None if delay == inf else delay):
                     await self._changed.wait()
-            except TimeoutError:
-                continue
 
     async def _step(self) -> float:
         """Send what is due. Return the seconds until the next step, unless something changes before."""
@@ -110,6 +110,8 @@ class Registrar:
         if names == self._sent and self._idle_left() > 0:
             return max(self._idle_left(), MIN_INTERVAL)
         try:
+            if sessions.needs_proof(connection):
+                await sessions.attach(connection, token)
             await answer(self._request(connection, names, token))
         except ConnectionClosed:
             return inf  # there will be another connection

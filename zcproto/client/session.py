@@ -264,7 +264,7 @@ class SessionManager:
         if self.session is None or not connection.ready:
             return
         token = self.token
-        if self.session.bound and self._device is not None and not connection.proved:
+        if self._device is not None and self.needs_proof(connection):
             call = self._attach(connection, self._device)
         else:
             call = connection.request("session.info", None, token, None, self._loop.time() + ANSWER_TIMEOUT)
@@ -293,6 +293,12 @@ class SessionManager:
 
         call.add_done_callback(proved)
         return call
+
+    def needs_proof(self, connection: ClientProtocol) -> bool:
+        """Return whether the device of the session has to prove its key on a connection."""
+        return (
+            self._device is not None and not connection.proved and bool(self.session and self.session.bound)
+        )
 
     async def attach(self, connection: ClientProtocol, token: bytes) -> bool:
         """Prove the key of a token on a connection, if both are still in use. Return False without a device.
