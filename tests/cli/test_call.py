@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,12 @@ import click
 import pytest
 
 from tests.server.conftest import Serve, certs, serve, shared
-from tests.server.helpers import KEY, ServerThread
-from zcproto.app.app import App
+from tests.server.helpers import KEY, TIMEOUT, ServerThread
+from zcproto.app.app import App, Context
 from zcproto.cli import main
 from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, parse_params, to_json
 from zcproto.cli.output import json_text
+from zcproto.errors import FailedPrecondition
 
 __all__ = ["certs", "serve", "shared"]
 
@@ -170,6 +175,83 @@ def test_session_is_closed_after_the_call(serve: Serve, call: Callable[..., int]
     for _ in range(3):
         assert call("echo", server=server) == 0
     assert len(server.server.state.registry) == 0
+
+
+# --- methods that yield items ---------------------------------------------------------------------------
+
+
+def app_with_stream() -> tuple[App, threading.Event, threading.Event]:
+    """Return an app whose `count` yields items until a limit, and events: yield the last one, it has ended."""
+    app = App()
+    proceed, closed = threading.Event(), threading.Event()
+
+    @app.method("count")
+    async def count(context: Context, to: int) -> AsyncIterator[Any]:
+        try:
+            for number in range(to):
+                if number == to - 1:
+                    while not proceed.is_set():  # noqa: ASYNC110 - set by another thread
+                        await asyncio.sleep(0.005)
+                yield {"n": number, "data": b"\0"}
+            context.result = {"count": to}
+        finally:
+            closed.set()
+
+    @app.method("refuse")
+    def refuse(shape: str) -> None:
+        raise FailedPrecondition("not yet", {"shape": shape})
+
+    return app, proceed, closed
+
+
+def test_items_are_printed_one_per_line_then_the_result(
+    serve: Serve, call: Callable[..., int], capsys: Capture
+) -> None:
+    app, proceed, _ = app_with_stream()
+    proceed.set()
+    server = serve(app)
+    assert call("count", '{"to": 3}', server=server) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [*({"n": n, "data": {"base64": "AA=="}} for n in range(3)), {"count": 3}]
+    assert call("count", '{"to": 0}', server=server) == 0
+    assert capsys.readouterr().out == '{"count": 0}\n'
+
+
+def test_precondition_of_the_method_is_an_error(
+    serve: Serve, call: Callable[..., int], capsys: Capture
+) -> None:
+    app, _, _ = app_with_stream()
+    assert call("refuse", '{"shape": "round"}', server=serve(app)) == 1
+    assert "not yet" in capsys.readouterr().err
+
+
+def test_timeout_applies_to_the_whole_stream(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
+    app, _, closed = app_with_stream()
+    assert call("count", '{"to": 2}', "--timeout", "0.3", server=serve(app)) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line)["n"] for line in captured.out.splitlines()] == [0]
+    assert "DEADLINE_EXCEEDED" in captured.err
+    assert closed.wait(TIMEOUT)
+
+
+def test_ctrl_c_cancels_the_method_after_items_were_printed(serve: Serve, key_file: Path) -> None:
+    app, _, closed = app_with_stream()
+    server = serve(app)
+    arguments = ["call", f"127.0.0.1:{server.port}", "count", '{"to": 2}', "--user", "ada"]
+    arguments += ["--key-file", str(key_file), "--ca", str(server.home / "certs" / "ca.crt")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "zcproto", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert json.loads(process.stdout.readline())["n"] == 0  # while the method waits
+        assert not closed.is_set()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == b""
+        assert process.stderr.read() == b""
+    assert process.returncode == 130
+    assert closed.wait(TIMEOUT)
+    server.until(lambda: not server.server.state.registry)
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------

@@ -14,19 +14,20 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from zcproto.cli import Function, Instance, file_option, instance_options, number_option
+from zcproto.cli import Function, Instance, file_option, instance_options
 from zcproto.cli.output import json_text
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
-from zcproto.errors import ConfigError, ConnectionClosed, ProtocolError, TlsError
+from zcproto.errors import ConfigError, ConnectionClosed, FailedPrecondition, ProtocolError, TlsError
 
 if TYPE_CHECKING:
     from zcproto.client import Client
@@ -37,7 +38,10 @@ MAX_KEY = 4_096
 """Characters read from a key file: a key is much shorter, and a wrong file may be huge."""
 
 MAX_CONNECT_TIMEOUT = 10.0
+DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 2_000
+STREAM_SHAPES = frozenset({"server"})
+"""Methods that refuse a call with their shape, without being run, and are called again as a stream."""
 
 T = TypeVar("T")
 
@@ -131,22 +135,31 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
+@asynccontextmanager
+async def connected_client(
+    trust: TrustChoice, home: Home, address: str, **options: Any
+) -> AsyncIterator[Client]:
+    """Connect, and close at the end. Without a connection, end the command after a message."""
+    client = trust.make_client(home, address, **options)
+    try:
+        await client.open()
+    except (ConnectionClosed, ProtocolError, TlsError) as error:
+        click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
+        raise click.exceptions.Exit(EXIT_CANNOT_CONNECT) from error
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
 def call_once(
     trust: TrustChoice, home: Home, address: str, method: str, params: dict[str, Any], **options: Any
 ) -> Any:
     """Connect, call a method and return its result. Without a connection, end the command after a message."""
 
     async def work() -> Any:
-        client = trust.make_client(home, address, **options)
-        try:
-            await client.open()
-        except (ConnectionClosed, ProtocolError, TlsError) as error:
-            click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
-            raise click.exceptions.Exit(EXIT_CANNOT_CONNECT) from error
-        try:
+        async with connected_client(trust, home, address, **options) as client:
             return await client.call(method, params)
-        finally:
-            await client.close()
 
     return run(work())
 
@@ -165,8 +178,11 @@ def call_once(
 )
 @key_option("user")
 @trust_options
-@number_option(
-    "--timeout", click.FloatRange(0, 86_400, min_open=True), 30.0, "SECONDS", "The deadline of the call."
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, 86_400, min_open=True),
+    metavar="SECONDS",
+    help=f"The deadline of the call. [default: {DEFAULT_TIMEOUT:.0f}, and none for a method that yields items]",
 )
 @file_option(
     "--key-log",
@@ -181,7 +197,7 @@ def call(
     user: str | None,
     key_file: Path | None,
     trust: TrustChoice,
-    timeout: float,
+    timeout: float | None,
     key_log: Path | None,
 ) -> None:
     """Call METHOD of the server at HOST:PORT and print the result as JSON.
@@ -189,20 +205,44 @@ def call(
     JSON is an object with the params. Bytes are written {"base64": "..."}, both ways; in a result, floats that JSON
     cannot express are {"float": "nan"}, "inf" or "-inf".
 
+    The items of a method that yields some are printed as they come, each on its own line, then the result on the
+    last line. Ctrl-C cancels the method.
+
     \b
-    Exit codes: 0  the result is printed
-                1  the server answered with an error, or the connection was lost
-                2  wrong usage, or an unusable file; nothing was sent
-                3  no connection: no server there, or not a trusted one
+    Exit codes: 0    the result is printed
+                1    the server answered with an error, or the connection was lost
+                2    wrong usage, or an unusable file; nothing was sent
+                3    no connection: no server there, or not a trusted one
+                130  Ctrl-C
     """
     arguments = parse_params(params)
     key = read_key(key_file) if user is not None else None
     if user is None and key_file is not None:
         raise click.UsageError("--key-file goes with --user.")
-    options = {"user": user, "key": key, "timeout": timeout, "key_log_file": key_log}
-    options["connect_timeout"] = min(timeout, MAX_CONNECT_TIMEOUT)
-    result = call_once(trust, instance.home, address, method, arguments, **options)
-    click.echo(json_text(to_json(result), indent=2))
+    limit = DEFAULT_TIMEOUT if timeout is None else timeout
+    options = {"user": user, "key": key, "timeout": limit, "key_log_file": key_log}
+    options["connect_timeout"] = min(limit, MAX_CONNECT_TIMEOUT)
+
+    async def work() -> None:
+        async with connected_client(trust, instance.home, address, **options) as client:
+            try:
+                result = await client.call(method, arguments)
+            except FailedPrecondition as error:
+                if error.details.get("shape") not in STREAM_SHAPES:
+                    raise
+                await _print_stream(client, method, arguments, timeout)
+            else:
+                click.echo(json_text(to_json(result), indent=2))
+
+    run(work())
+
+
+async def _print_stream(client: Client, method: str, params: dict[str, Any], limit: float | None) -> None:
+    """Print each item on its own line as it comes, then the result."""
+    async with client.stream(method, params, timeout=limit) as stream:
+        async for item in stream:
+            click.echo(json_text(to_json(item)))
+        click.echo(json_text(to_json(stream.result)))
 
 
 def parse_params(text: str | None) -> dict[str, Any]:
