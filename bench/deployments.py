@@ -18,9 +18,17 @@ from redis.crc import key_slot
 from bench.server_process import ServerProcess
 from bench.valkey import DEAD_PORT, VALKEY, require_program
 from zcproto.errors import ZcprotoError
+from zcproto.load.processes import uninterrupted
 from zcproto.stores.valkey.scripts import tag_of
 
 SERVICE: Final = "sessions"
+SENTINELS: Final = 3
+DOWN_AFTER_MS: Final = 600
+"""Without an answer, after which a sentinel considers the primary down."""
+
+FAILOVER_MS: Final = 1_000
+"""Twice this time passes before a sentinel begins another failover."""
+
 SETTLE_S: Final = 45.0
 DURABLE: Final = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
 CLUSTERED: Final = (
@@ -33,7 +41,7 @@ _POLL_S: Final = 0.02
 
 
 class Deployment:
-    """One server. Subclasses add its replica."""
+    """One server. Subclasses add its replicas."""
 
     can_fail_over = False
 
@@ -41,10 +49,10 @@ class Deployment:
         require_program()
         self._folder = folder
         self.data: list[ServerProcess] = []
-        """The servers that are hurt: a primary, and its replica if it has one."""
+        """The servers that are hurt: a primary, and its replicas if it has any."""
         self._others: list[ServerProcess] = []
         self._dead: list[ServerProcess] = []
-        self._held_back: ServerProcess | None = None
+        self._held_back: list[ServerProcess] = []
 
     @property
     def url(self) -> str:
@@ -52,7 +60,8 @@ class Deployment:
 
     def __enter__(self) -> Self:
         try:
-            self._start_all()
+            with uninterrupted():
+                self._start_all()
             self.settle()
         except BaseException:
             self.__exit__()
@@ -77,12 +86,16 @@ class Deployment:
         return True
 
     def settle(self) -> None:
-        """Wait until there is one primary, and the replica has all its writes."""
+        """Wait until there is one primary, and the replicas have all its writes."""
         _wait(self._is_settled, f"{type(self).__name__} is not settled")
+
+    def is_settled(self) -> bool:
+        """Return whether there is one primary now, and the replicas have all its writes."""
+        return _holds(self._is_settled)
 
     def _is_settled(self) -> bool:
         roles = [_role(server) for server in self.data]
-        if sorted(role[0] for role in roles) != [b"master", b"slave"][: len(roles)]:
+        if sorted(role[0] for role in roles) != [b"master", *[b"slave"] * (len(roles) - 1)]:
             return False
         replicas = [role for role in roles if role[0] == b"slave"]
         primary = next(role for role in roles if role[0] == b"master")
@@ -92,13 +105,13 @@ class Deployment:
         """Return the server that is a primary; None unless there is exactly one."""
         running = [server for server in self.data if server.process is not None]
         found = [
-            server for server in running if server is not self._held_back and _role(server)[0] == b"master"
+            server for server in running if server not in self._held_back and _role(server)[0] == b"master"
         ]
         return found[0] if len(found) == 1 else None
 
-    def _replica(self) -> ServerProcess:
+    def _replicas(self) -> list[ServerProcess]:
         primary = self.primary()
-        return next(server for server in self.data if server is not primary)
+        return [server for server in self.data if server is not primary]
 
     # --- faults --------------------------------------------------------------------------------------
 
@@ -139,10 +152,18 @@ class Deployment:
             server.command("CONFIG", "SET", name, value)
 
     def hold_back(self) -> None:
-        """Keep further writes from the replica."""
-        replica = self._replica()
-        replica.stop()
-        self._held_back = replica
+        """Keep further writes from the replicas, also those that a stopped process would read when it goes on."""
+        self._held_back = self._replicas()
+        for replica in self._held_back:
+            replica.stop()
+        primary = next(server for server in self.data if server not in self._held_back)
+        primary.command("CLIENT", "KILL", "TYPE", "replica")
+
+    def let_go(self) -> None:
+        """Let replicas go on that were held back, without the writes of a primary that was hurt meanwhile."""
+        for replica in self._held_back:
+            replica.go_on()
+        self._held_back = []
 
     def fail_over(self) -> None:
         """Begin a planned failover."""
@@ -153,17 +174,16 @@ class Deployment:
         raise NotImplementedError
 
     def kill_primary(self) -> None:
-        """Kill the primary; its replica goes on, even if it was held back."""
-        primary, replica = self.primary(), self._replica()
+        """Kill the primary; its replicas go on, even if they were held back."""
+        primary = self.primary()
         assert primary is not None
         primary.kill()
-        replica.go_on()
-        self._held_back = None
+        self.let_go()
         self._dead = [primary]
 
     def repair(self) -> None:
         """Undo all faults."""
-        self._held_back, self._dead = None, []
+        self._held_back, self._dead = [], []
         for server in self.data:
             if server.process is None:
                 server.start()
@@ -192,7 +212,11 @@ class WithReplica(Deployment):
 
 
 class WithSentinel(WithReplica):
-    """A primary, a replica and three sentinels."""
+    """A primary, its replicas, and three sentinels that replace it."""
+
+    def __init__(self, folder: Path, replicas: int = 1) -> None:
+        super().__init__(folder)
+        self._replica_count = replicas
 
     @property
     def url(self) -> str:
@@ -200,15 +224,13 @@ class WithSentinel(WithReplica):
         return f"valkey+sentinel://{addresses}/{SERVICE}"
 
     def _start_all(self) -> None:
-        self.data = [self._new("a", *DURABLE)]
-        first = self.data[0]
-        self.data.append(self._new("b", *DURABLE, "--replicaof", f"127.0.0.1 {first.port}"))
-        for number in range(3):
-            sentinel = self._new(
-                f"sentinel-{number}",
-                *monitor(first.port, quorum=2, down_after_ms=600, failover_timeout_ms=1_000),
-            )
-            self._others.append(sentinel)
+        for number in range(1 + self._replica_count):
+            self.data.append(self._new(f"server-{number}", *DURABLE))
+        first = self.data[0].port
+        for replica in self.data[1:]:
+            replica.command("REPLICAOF", "127.0.0.1", first)
+        for number in range(SENTINELS):
+            self._others.append(self._new(f"sentinel-{number}", *_monitor(first)))
 
     def start(self) -> None:
         """Start both servers in the roles that they had last."""
@@ -225,14 +247,14 @@ class WithSentinel(WithReplica):
         )
 
     def _agrees(self, sentinel: ServerProcess, primary: ServerProcess) -> bool:
-        """Return whether a sentinel monitors this primary, and knows of its replica and of the other sentinels."""
-        about = pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))
-        replicas = [pairs(each) for each in sentinel.command("SENTINEL", "REPLICAS", SERVICE)]
+        """Return whether a sentinel monitors this primary, and knows of its replicas and of the other sentinels."""
+        about, port = _about(sentinel), str(primary.port).encode()
+        replicas = [_pairs(each) for each in sentinel.command("SENTINEL", "REPLICAS", SERVICE)]
         return (
-            about[b"port"] == str(primary.port).encode()
-            and about[b"flags"] == b"master"
-            and about[b"num-other-sentinels"] == b"2"
-            and [each[b"flags"] for each in replicas] == [b"slave"]
+            (about[b"port"], about[b"flags"]) == (port, b"master")
+            and int(about[b"num-other-sentinels"]) == SENTINELS - 1
+            and [(each[b"flags"], each[b"master-port"]) for each in replicas]
+            == [(b"slave", port)] * self._replica_count
         )
 
     def kill(self) -> None:
@@ -241,15 +263,12 @@ class WithSentinel(WithReplica):
 
     def kill_primary(self) -> None:
         super().kill_primary()
-        self._set_role(self._dead[0], self._replica_of(self._dead[0]))
+        self._set_role(self._dead[0], next(server for server in self.data if server is not self._dead[0]))
 
     def _note_roles(self) -> None:
         primary = self.primary()
         for server in self.data:
             self._set_role(server, primary if server is not primary else None)
-
-    def _replica_of(self, server: ServerProcess) -> ServerProcess:
-        return next(other for other in self.data if other is not server)
 
     @staticmethod
     def _set_role(server: ServerProcess, primary: ServerProcess | None) -> None:
@@ -259,7 +278,7 @@ class WithSentinel(WithReplica):
 
     def primary(self) -> ServerProcess | None:
         """Return the primary that the sentinels agree about; the old one calls itself a primary for ten seconds."""
-        ports = {pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))[b"port"] for sentinel in self._others}
+        ports = {_about(sentinel)[b"port"] for sentinel in self._others}
         found = [server for server in self.data if {str(server.port).encode()} == ports]
         return found[0] if found else None
 
@@ -319,10 +338,10 @@ class Cluster(WithReplica):
         if b"cluster_state:ok" not in server.command("CLUSTER", "INFO"):
             return False
         slots = [each for each in server.command("CLUSTER", "SLOTS") if each[0] == 0]
-        return bool(slots) and [node[1] for node in slots[0][2:]] == [primary.port, self._replica().port]
+        return bool(slots) and [node[1] for node in slots[0][2:]] == [primary.port, self._replicas()[0].port]
 
     def _begin_failover(self) -> bool:
-        self._replica().command("CLUSTER", "FAILOVER")
+        self._replicas()[0].command("CLUSTER", "FAILOVER")
         return True
 
 
@@ -342,27 +361,34 @@ def _role(server: ServerProcess) -> Sequence[Any]:
     return (b"unknown",)
 
 
-def monitor(port: int, *, quorum: int, down_after_ms: int, failover_timeout_ms: int) -> Sequence[str]:
+def _monitor(port: int) -> Sequence[str]:
     """Return the arguments of a sentinel that monitors the primary on a port."""
     return (
         "--sentinel",
-        f"sentinel monitor {SERVICE} 127.0.0.1 {port} {quorum}",
-        f"sentinel down-after-milliseconds {SERVICE} {down_after_ms}",
-        f"sentinel failover-timeout {SERVICE} {failover_timeout_ms}",
+        f"sentinel monitor {SERVICE} 127.0.0.1 {port} {SENTINELS // 2 + 1}",
+        f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER_MS}",
+        f"sentinel failover-timeout {SERVICE} {FAILOVER_MS}",
     )
 
 
-def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+def _about(sentinel: ServerProcess) -> dict[bytes, bytes]:
+    return _pairs(sentinel.command("SENTINEL", "MASTER", SERVICE))
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     """Return the fields of a reply in which names and values alternate."""
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _wait(condition: Callable[[], bool], fault: str) -> None:
     end = time.monotonic() + SETTLE_S
-    while True:
-        with suppress(redis.RedisError, OSError, KeyError):
-            if condition():
-                return
+    while not _holds(condition):
         if time.monotonic() > end:
             raise ZcprotoError(f"{fault} within {SETTLE_S:.0f} s")
         time.sleep(_POLL_S)
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    with suppress(redis.RedisError, OSError, KeyError):
+        return condition()
+    return False

@@ -28,9 +28,9 @@ import msgpack
 from bench.compare.client import RESPONSE, Connection, context_for
 from bench.scenarios.harness import LAST_ANSWERS_S, cause_of
 from bench.scenarios.sessions import open_session
+from bench.scenarios.storm_clients import Others
 from bench.stage import HOST, NAME
 from zcproto.errors import Code, ConnectionClosed, ZcprotoError
-from zcproto.load.caller import LoadTarget
 from zcproto.load.pacer import Pacer, poisson_times
 from zcproto.load.plan import Credential
 from zcproto.load.record import Latencies
@@ -253,32 +253,25 @@ class Logins:
     lag: Latencies = field(default_factory=Latencies)
 
 
-class Newcomers:
-    """Clients that connect in an open loop, open a session, send one request and leave."""
-
-    def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float) -> None:
-        self._target = LoadTarget(HOST, HOST, port, ca_file)
-        self._users = users
-        self._rate = rate
-        self._pacer = Pacer(asyncio.get_running_loop())
-        self._tasks: set[asyncio.Task[None]] = set()
+class Newcomers(Others):
+    """Clients that connect, open a session, send one request and leave."""
 
     async def load(self, seconds: float) -> Logins:
-        logins = Logins()
+        logins, tasks = Logins(), set[asyncio.Task[None]]()
 
         def begin(due: float) -> None:
             logins.lag.add(time.monotonic() - due)
             user = self._users[logins.begun % len(self._users)]
             logins.begun += 1
             task = asyncio.create_task(self._log_in(logins, user, due))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
         order = random.Random(1)  # noqa: S311 - no secret
-        await self._pacer.run(poisson_times(self._rate, seconds, order), begin)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=LAST_ANSWERS_S)
-        logins.failed += Counter({"no answer": len(self._tasks)})
+        await Pacer(asyncio.get_running_loop()).run(poisson_times(self._rate, seconds, order), begin)
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_ANSWERS_S)
+        logins.failed += Counter({"no answer": len(tasks)})
         return logins
 
     async def _log_in(self, logins: Logins, user: Credential, due: float) -> None:

@@ -33,6 +33,7 @@ from typing import Any, Final, NamedTuple
 import click
 
 from bench.command import RATE, measurement, progress
+from bench.deployments import WithSentinel
 from bench.report import Report, Row
 from bench.scenarios.harness import cause_of, for_each, until
 from bench.scenarios.outages import Node
@@ -44,7 +45,6 @@ from bench.scenarios.sessions import (
     refresh,
     with_retries,
 )
-from bench.sentinels import ReplicatedValkey
 from bench.server_process import ServerProcess
 from bench.stage import ECDSA_ONLY, Stage, room_for
 from zcproto.common.process import new_event_loop
@@ -418,7 +418,7 @@ class Run:
         self._plan = plan
         self._folder = folder
         self._graveyard = Graveyard()
-        self._valkeys = ReplicatedValkey(folder / "store")
+        self._valkeys = WithSentinel(folder / "store", replicas=2)
         self._nodes: dict[str, Node] = {}
         self._callers: dict[str, Caller] = {}
         self._triers: dict[str, list[Caller]] = {}
@@ -451,8 +451,12 @@ class Run:
             running = await self._start(credentials, iter(helpers))
             try:
                 for kind, work, count in (
-                    ("planned", self._plan_failover, self._plan.planned),
-                    ("unplanned", self._break_primary, self._plan.unplanned),
+                    ("planned", lambda _: self._fail_over(Way(None)), self._plan.planned),
+                    (
+                        "unplanned",
+                        lambda n: self._fail_over(UNPLANNED[n % len(UNPLANNED)]),
+                        self._plan.unplanned,
+                    ),
                     ("paused", self._pause, self._plan.paused),
                 ):
                     if not count:
@@ -507,21 +511,17 @@ class Run:
             finally:
                 self._steps -= 1
 
-    async def _plan_failover(self, number: int) -> None:
-        await self._fail_over(Way(None))
-
-    async def _break_primary(self, number: int) -> None:
-        await self._fail_over(UNPLANNED[number % len(UNPLANNED)])
-
     async def _fail_over(self, way: Way) -> None:
         outcome = self._graveyard.outcome
         old = await asyncio.to_thread(self._valkeys.primary)
+        assert old is not None
         if way.lags:
-            await asyncio.to_thread(self._valkeys.cut_replication)
+            await asyncio.to_thread(self._valkeys.hold_back)
             await asyncio.sleep(LAG_S)
         self._is_quiet = False
         began = time.monotonic()
         await asyncio.to_thread(self._valkeys.fail_over if way.begin is None else partial(way.begin, old))
+        self._valkeys.let_go()
         if not await until(partial(self._is_over, old), FAILED_OVER_S):
             raise ZcprotoError(f"no failover within {FAILED_OVER_S:g} s; see the logs in {self._folder}")
         outcome.longest_s = max(outcome.longest_s, time.monotonic() - began)
@@ -551,7 +551,8 @@ class Run:
         graveyard.outcome.longest_s = max(graveyard.outcome.longest_s, time.monotonic() - began)
 
     async def _is_over(self, old: ServerProcess) -> bool:
-        return await asyncio.to_thread(self._valkeys.primary) is not old and await self._are_healthy()
+        primary = await asyncio.to_thread(self._valkeys.primary)
+        return primary not in (None, old) and await self._are_healthy()
 
     async def _are_healthy(self) -> bool:
         return all(await asyncio.gather(*(node.is_healthy() for node in self._nodes.values())))
@@ -559,7 +560,7 @@ class Run:
     async def _in_order(self) -> None:
         async def in_order() -> bool:
             await asyncio.sleep(PAUSE_S)
-            return await asyncio.to_thread(self._valkeys.is_in_order)
+            return await asyncio.to_thread(self._valkeys.is_settled)
 
         if not await until(in_order, IN_ORDER_S):
             raise ZcprotoError(f"the servers are not in order after {IN_ORDER_S:g} s; see {self._folder}")

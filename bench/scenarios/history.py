@@ -191,11 +191,15 @@ class History:
         return since + ELSEWHERE_S
 
     def _broken_limit(self) -> Iterator[str]:
+        found = {
+            probe.token.session for probe in self.probes if probe.census and probe.verdict is Verdict.ACCEPTED
+        }
         for sent, done, opened in self._openings:
             live = [
                 other
                 for other in self.sessions
                 if other is not opened and other.opened <= sent and other.end.sent > done
+                if other in found or not other.may_be_lost
             ]
             if len(live) >= self._per_user:
                 yield f"{opened.name} was opened beside {len(live)} live ones"

@@ -7,6 +7,7 @@ acknowledged, and tries all its tokens on all servers all the time. What happene
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -162,8 +163,10 @@ class Cell:
         self.history = History(PER_USER)
         self.secrets: dict[Token, tuple[bytes, bytes]] = {}
         """The access and the refresh token."""
+        self.keys: list[str] = []
+        """The idempotency keys of its requests."""
         self._clients = {place.name: Client(place, means.device) for place in means.places}
-        self._probes: set[asyncio.Task[None]] = set()
+        self._probes: set[asyncio.Task[Verdict]] = set()
         self._watch: asyncio.Task[None] | None = None
         self.is_acting = self._is_settled = False
         self.last_error = "not tried"
@@ -175,9 +178,13 @@ class Cell:
     def client(self, place: Place | None = None) -> Client:
         return self._clients[(place or self.means.at).name]
 
+    def places(self, first: Place) -> list[Place]:
+        """Return all servers, beginning with this one."""
+        return [first, *(place for place in self.means.places if place is not first)]
+
     @property
     def others(self) -> list[Place]:
-        return [place for place in self.means.places if place is not self.means.at] or [self.means.at]
+        return self.places(self.means.at)[1:] or [self.means.at]
 
     # --- the steps of a cell -------------------------------------------------------------------------
 
@@ -229,10 +236,8 @@ class Cell:
     async def _retry(self) -> None:
         """Retry the operation, on the other servers first."""
         end = time.monotonic() + RETRY_S
-        order = [*self.others, self.means.at]
-        turn = 0
-        while not await self._attempt(order[turn % len(order)]):
-            turn += 1
+        order = itertools.cycle([*self.others, self.means.at])
+        while not await self._attempt(next(order)):
             if time.monotonic() > end:
                 self.history.faults.append(
                     f"the operation did not succeed within {RETRY_S:g} s after the fault: {self.last_error}"
@@ -291,13 +296,10 @@ class Cell:
     async def _try_all_the_time(self) -> None:
         while True:
             for pair in self._pairs(self.history.tokens):
-                task = asyncio.create_task(self._probe(*pair))
+                task = asyncio.create_task(self._try(*pair))
                 self._probes.add(task)
                 task.add_done_callback(self._probes.discard)
             await asyncio.sleep(PROBE_PAUSE_S)
-
-    async def _probe(self, token: Token, place: Place) -> None:
-        await self._try(token, place)
 
     async def _try(self, token: Token, place: Place, census: str = "") -> Verdict:
         sent = time.monotonic()
@@ -356,11 +358,6 @@ class Cell:
             acknowledge(end, client.place.name, time.monotonic())
 
     @property
-    def keys(self) -> list[str]:
-        """The idempotency keys of its requests."""
-        return []
-
-    @property
     def ends(self) -> list[End]:
         return [session.end for session in self.history.sessions]
 
@@ -382,9 +379,8 @@ class Open(Cell):
     name = "open"
 
     async def act(self, place: Place) -> bool:
-        places = [place, *(other for other in self.means.places if other is not place)]
         outcomes = await asyncio.gather(
-            *(self.open(self.client(each)) for each in (*places, place)), return_exceptions=True
+            *(self.open(self.client(each)) for each in (*self.places(place), place)), return_exceptions=True
         )
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if len(errors) < len(outcomes):
@@ -557,17 +553,11 @@ class Run(Cell):
 
     name = "idempotent run"
 
-    @property
-    def key(self) -> str:
-        return f"run-{self.means.user.user}"
-
-    @property
-    def keys(self) -> list[str]:
-        return [self.key]
+    async def prepare_more(self) -> None:
+        self.keys.append(f"run-{self.means.user.user}")
 
     async def act(self, place: Place) -> bool:
-        places = [place, *(other for other in self.means.places if other is not place)]
-        outcomes = await asyncio.gather(*(self._run(each) for each in places), return_exceptions=True)
+        outcomes = await asyncio.gather(*map(self._run, self.places(place)), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if not errors:
             return True
@@ -582,14 +572,9 @@ class Run(Cell):
         raise errors[0]
 
     async def _run(self, place: Place) -> None:
-        answer = await self.client(place).call(
-            RUN,
-            {"key": self.key},
-            self.secret(0),
-            key=self.key,
-            within_s=OUTCOME_S if self.is_over else ATTEMPT_S,
-        )
-        self.history.answered(self.key, answer, may_repeat=self.means.loses_writes or self.means.forgets)
+        (key,), within_s = self.keys, OUTCOME_S if self.is_over else ATTEMPT_S
+        answer = await self.client(place).call(RUN, {"key": key}, self.secret(0), key=key, within_s=within_s)
+        self.history.answered(key, answer, may_repeat=self.means.loses_writes or self.means.forgets)
 
 
 OPERATIONS: Final[tuple[type[Cell], ...]] = (

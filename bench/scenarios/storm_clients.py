@@ -45,15 +45,20 @@ class Served:
     lag: Latencies = field(default_factory=Latencies)
 
 
-class Honest:
-    """Clients that stay connected and send requests in an open loop."""
+class Others:
+    """Clients that a storm or an attack must not harm: `rate` requests or connections a second, in an open loop."""
 
     def __init__(self, port: int, ca_file: Path, users: Sequence[Credential], rate: float) -> None:
         self._target = LoadTarget(HOST, HOST, port, ca_file)
         self._users = users
         self._rate = rate
-        self._callers: list[Caller] = []
-        self._loop: OpenLoop | None = None
+
+
+class Honest(Others):
+    """Clients that stay connected and send requests."""
+
+    _callers: Sequence[Caller] = ()
+    _loop: OpenLoop | None = None
 
     async def open(self) -> None:
         self._callers = await open_all(self._target.caller, self._users, AT_ONCE)

@@ -132,6 +132,15 @@ def test_opening_beside_as_many_as_permitted_breaks_the_limit() -> None:
     assert story.broken == ["session 2 was opened beside 2 live ones"]
 
 
+@pytest.mark.parametrize(("verdict", "is_broken"), [(REFUSED, False), (ACCEPTED, True)])
+def test_session_that_a_failover_lost_makes_room(verdict: Verdict, is_broken: bool) -> None:
+    story = Story(per_user=2)
+    lost = story.history.opened(1.0, 1.1, may_be_lost=True)
+    story.history.opened(2.0, 2.1)
+    story.tried(verdict, 9.0, token=lost, census="after the fault")
+    assert story.broken == (["session 2 was opened beside 2 live ones"] if is_broken else [])
+
+
 def test_session_whose_revocation_was_sent_makes_room() -> None:
     story = Story(per_user=1).revoked(1.0, None)
     story.history.opened(2.0, 2.1)

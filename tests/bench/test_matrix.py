@@ -9,22 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench.scenarios import matrix as module
-from bench.scenarios.matrix import (
-    CELLS,
-    CLUSTER,
-    DEPLOYMENTS,
-    FAULTS,
-    MEMORY,
-    SENTINEL,
-    SQLITE,
-    STORES,
-    VALKEY,
-    CellResult,
-    report,
-    rounds,
-    run_matrix,
-)
+from bench.scenarios.matrix import CELLS, CellResult, report, rounds, run_matrix
 from bench.scenarios.matrix_cells import OPERATIONS
+from bench.scenarios.matrix_faults import FAULTS
+from bench.scenarios.matrix_site import CLUSTER, DEPLOYMENTS, MEMORY, SENTINEL, SQLITE, STORES, VALKEY
 from bench.valkey import VALKEY as PROGRAM
 from tests.stores.valkey.server_process import needs
 
