@@ -37,6 +37,7 @@ def test_public_names_are_fixed() -> None:
         "Context",
         "Device",
         "Event",
+        "Items",
         "Server",
         "connect",
         "connect_blocking",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zcproto.app.app import App, Context
     from zcproto.app.clients import ConnectedClient
+    from zcproto.app.items import Items
     from zcproto.client import (
         BlockingClient,
         Call,
@@ -84,6 +85,7 @@ __all__ = [
     "FailedPrecondition",
     "InternalError",
     "InvalidArgument",
+    "Items",
     "NotFound",
     "OutOfRange",
     "PermissionDenied",
@@ -117,6 +119,7 @@ _MODULES = {
     "ConnectedClient": "zcproto.app.clients",
     "Context": "zcproto.app.app",
     "Device": "zcproto.client",
+    "Items": "zcproto.app.items",
     "Event": "zcproto.client",
     "Server": "zcproto.runtime.server",
     "connect": "zcproto.client",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import pytest
 
 from zcproto.app.app import App, Context, Method
+from zcproto.app.items import Items
 from zcproto.errors import InvalidArgument
 from zcproto.wire.message import METHOD_MAX_LENGTH
 
@@ -293,3 +294,82 @@ def test_decorated_function_keeps_its_parameters() -> None:
     method = Method("m", add)
     assert method.function(**method.bind({"a": 1})) == 2
     assert complaint(add, a="x") == "a must be an int"
+
+
+# --- streams ---------------------------------------------------------------------------------------------
+
+
+def plain_method() -> int:
+    return 1
+
+
+async def takes(items: Items[int]) -> int:
+    return sum([item async for item in items])
+
+
+async def sends() -> AsyncIterator[int]:
+    yield 1
+
+
+async def takes_and_sends(n: int, items: Items) -> AsyncIterator[int]:  # type: ignore[type-arg]
+    async for item in items:
+        yield n + item
+
+
+class Sends:
+    async def __call__(self, n: int) -> AsyncIterator[int]:
+        yield n
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (plain_method, "unary"),
+        (takes, "client"),
+        (sends, "server"),
+        (Sends(), "server"),
+        (takes_and_sends, "both"),
+    ],
+)
+def test_shape_says_which_items_a_method_sends_and_takes(function: Callable[..., Any], shape: str) -> None:
+    assert Method("m", function).shape == shape
+
+
+def test_items_are_no_param_of_the_caller() -> None:
+    method = Method("m", takes_and_sends)
+    assert [param["name"] for param in method.params] == ["n"]
+    assert method.items is not None
+    assert method.items[0] == "items"
+    assert method.items[1]("anything", "item 0") == "anything"
+    assert complaint(takes_and_sends, n=1, items=[1]) == "unknown parameter 'items'"
+
+
+def test_items_are_not_taken_from_further_params() -> None:
+    async def collect(items: Items[int], **rest: Any) -> Any:
+        return rest
+
+    assert complaint(collect, items=[1]) == "unknown parameter 'items'"
+    assert Method("m", collect).bind({"other": 1}) == {"other": 1}
+
+
+def test_items_are_checked_against_their_type() -> None:
+    items = Method("m", takes).items
+    assert items is not None
+    with pytest.raises(InvalidArgument, match="item 3 must be an int"):
+        items[1]("x", "item 3")
+
+
+def test_plain_function_cannot_take_items() -> None:
+    def plain(items: Items[int]) -> int:
+        return 1
+
+    with pytest.raises(TypeError, match="write async def"):
+        Method("m", plain)
+
+
+def test_method_has_one_source_of_items() -> None:
+    async def two(a: Items[int], b: Items[int]) -> int:
+        return 1
+
+    with pytest.raises(TypeError, match="one source of items"):
+        Method("m", two)

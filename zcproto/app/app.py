@@ -9,7 +9,8 @@
 
 Parameters are passed by name and checked against the annotations. A parameter annotated `Context` receives the
 context of the call. A plain function runs in the event loop and must not wait; an `async` one may. An async
-generator is a server stream: it waits at `yield` until the client wants the next item.
+generator sends items: it waits at `yield` until the client wants the next one. A parameter annotated `Items[T]`
+takes the client's items.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
+from zcproto.app.items import Items
 from zcproto.auth.identity import Channel
 from zcproto.common.parameters import Signature
 from zcproto.connection.events import NEVER, Request
@@ -33,6 +35,14 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
 
 _MAX_SLEEP_MS: Final = 3_600_000
+
+_SHAPES: Final = {
+    (False, False): "unary",
+    (True, False): "server",
+    (False, True): "client",
+    (True, True): "both",
+}
+"""Shapes by whether a method sends and takes items."""
 
 
 class CallConnection(ClientConnections, Protocol):
@@ -198,24 +208,28 @@ class Method:
         if inspect.isgeneratorfunction(function):
             raise TypeError(f"method {name}: a stream must be an async generator; write async def")
         try:
-            signature = Signature(function, injected=Context)
+            signature = Signature(function, injected=Context, items=Items)
         except TypeError as error:
             raise TypeError(f"method {name}: {error}") from error
+        self.is_async = _is(inspect.iscoroutinefunction, function)
+        yields = _is(inspect.isasyncgenfunction, function)
+        if signature.items is not None and not (yields or self.is_async):
+            raise TypeError(f"method {name}: a method that takes items waits for them; write async def")
         self.name = name
         self.function = function
         self.public = public
         self.operator = operator
         self.doc = inspect.getdoc(function) or ""
-        self.is_async = _is_async(function)
         self.may_wait = may_wait
-        self.shape = "server" if inspect.isasyncgenfunction(function) else "unary"
-        """Whether the method sends items: as `server.info` states it."""
+        self.shape = _SHAPES[yields, signature.items is not None]
+        """Whether the method sends and takes items: as `server.info` states it."""
         self.calls = 0
         self.durations = Histogram(QUICK_S)
         self.waits = Histogram(WAITED_S)
         self.params = signature.params
         self.bind = signature.bind
         self.context_name = signature.injected
+        self.items = signature.items
         self.is_unchecked = signature.is_unchecked and not may_wait and self.shape == "unary"
 
 
@@ -255,11 +269,9 @@ class App:
         return iter(self._methods.values())
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
-    """Return whether calling a function or a callable object returns a coroutine."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004 - its kind matters, not whether it exists
-    )
+def _is(kind: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
+    """Return whether a function, or what a callable object calls, is of a kind."""
+    return kind(function) or kind(getattr(function, "__call__", None))  # noqa: B004 - its kind matters
 
 
 def default_app() -> App:

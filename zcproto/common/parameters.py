@@ -39,13 +39,18 @@ _TYPE_NAMES: Final = {
 class Signature:
     """The parameters of a function that is called with keyword arguments only.
 
-    A parameter annotated with the `injected` type is not the caller's; the attribute is its name. `params` are the
-    others as `server.info` lists them. `is_unchecked` is whether the function accepts any mapping unchanged.
+    A parameter annotated with the `injected` type is not the caller's; the attribute is its name. The same holds
+    for one annotated with the generic type `items`; the attribute is its name and the checker of its argument.
+    `params` are the others as `server.info` lists them. `is_unchecked` is whether the function accepts any mapping
+    unchanged.
     """
 
-    def __init__(self, function: Callable[..., Any], injected: type | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], injected: type | None = None, items: type | None = None
+    ) -> None:
         """Raises TypeError for parameters that cannot be checked or passed by name."""
         self.injected: str | None = None
+        self.items: tuple[str, Checker] | None = None
         self.params: list[dict[str, Any]] = []
         self._checkers: dict[str, Checker] = {}
         self._check_rest: Checker | None = None  # of a `**name` parameter
@@ -60,6 +65,11 @@ class Signature:
             if injected is not None and annotation is injected:
                 self.injected = name
                 continue
+            if items is not None and items in (annotation, typing.get_origin(annotation)):
+                if self.items is not None:
+                    raise TypeError(f"parameter {name!r}: a method has one source of items")
+                self.items = name, checker_for((*typing.get_args(annotation), Any)[0])
+                continue
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 name, is_required = "**" + name, False
                 self._check_rest = checker_for(annotation)
@@ -71,12 +81,13 @@ class Signature:
                     required.add(name)
             self.params.append({"name": name, "type": describe(annotation), "required": is_required})
         self._required = frozenset(required)
-        self.is_unchecked = self._check_rest is accept_any and not self._checkers and self.injected is None
+        self._reserved = frozenset({self.injected, self.items and self.items[0]} - {None})
+        self.is_unchecked = self._check_rest is accept_any and not self._checkers and not self._reserved
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument naming the parameter."""
         checkers, check_rest = self._checkers, self._check_rest
-        if check_rest is accept_any and self.injected not in params:
+        if check_rest is accept_any and self._reserved.isdisjoint(params):
             arguments = params.copy()  # every login passes here
             for name, checker in checkers.items():
                 if name in params:
@@ -87,7 +98,7 @@ class Signature:
                 known = checkers.get(name)
                 if known is not None:
                     arguments[name] = known(value, name)
-                elif check_rest is None or name == self.injected:
+                elif check_rest is None or name in self._reserved:
                     raise InvalidArgument(f"unknown parameter {quoted(name)}")
                 else:
                     arguments[name] = check_rest(value, f"parameter {quoted(name)}")

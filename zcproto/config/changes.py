@@ -70,7 +70,11 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " frame_timeout write_buffer_bytes"
         ),
     },
-    "streams": {Effect.NEW_CONNECTIONS: "max_open max_item_bytes write_bytes stall_timeout"},
+    "streams": {
+        Effect.NEW_CONNECTIONS: (
+            "max_open max_item_bytes window_items window_bytes memory_bytes write_bytes stall_timeout"
+        )
+    },
     "calls": {Effect.NOW: "per_user total names_per_user", Effect.NEW_CONNECTIONS: "max"},
     "http": {
         Effect.NOW: "metrics allow",

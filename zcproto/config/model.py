@@ -339,13 +339,20 @@ class LimitsConfig(Settings):
 
 
 class StreamsConfig(Settings):
-    """Streams of items, which methods send while they run."""
+    """Streams of items, which methods send and take while they run."""
 
     max_open: Annotated[int, whole(1, 65_535, "no streams")] = 64
     """Streams in flight on one connection. They also count against `limits.max_streams`; a lower limit than that
     leaves room for requests."""
     max_item_bytes: Annotated[int, whole(1024, 1_048_576)] = 65_536
     """The largest frame of an item, in bytes, in both directions."""
+    window_items: Annotated[int, whole(1, 65_535)] = 32
+    """Items that a client may send before its method takes them, per stream."""
+    window_bytes: Annotated[int, whole(1024, 67_108_864)] = 65_536
+    """Bytes of these items."""
+    memory_bytes: Annotated[int, whole(1_048_576, 1_099_511_627_776)] = 67_108_864
+    """Bytes of items of all clients that wait for their methods. Beyond it each stream may send one item at a time,
+    and new streams of methods that take items are refused."""
     write_bytes: Annotated[int, whole(16_384, 67_108_864)] = 65_536
     """Bytes of items that wait for a client that reads slowly, beyond which its methods wait."""
     stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0

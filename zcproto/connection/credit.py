@@ -130,3 +130,4 @@ class ItemQueue:
     def clear(self) -> None:
         """Discard what waits."""
         self._bodies.clear()
+        self._taken = self._received

@@ -174,12 +174,18 @@ class ServerOutput:
         header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
         self._out.append(header + body)
 
-    def grant(self, stream: ServerStream, wall: int) -> None:
-        """Send the credit that is due: call this when the method asks for an item, and when it has taken one."""
-        if stream.items is not None and not stream.is_answered and self.state is not _CLOSED:
-            granted = stream.items.next_grant()
-            if granted is not None:
-                self._send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
+    def grant(self, stream: ServerStream, wall: int) -> bool:
+        """Send the credit that is due: call this when the method asks for an item, and when it has taken one.
+
+        Return False if none is due.
+        """
+        if stream.items is None or stream.is_answered or self.state is _CLOSED:
+            return False
+        granted = stream.items.next_grant()
+        if granted is None:
+            return False
+        self._send(CREDIT, stream.stream, stream.token, encode_body(granted), wall)
+        return True
 
     # --- calls to the client --------------------------------------------------------------------
 

@@ -84,9 +84,10 @@ class ServerStreams:
             self.allowance += stream.items.still_allowed
             stream.items.clear()
 
-    def take_items(self, stream: ServerStream) -> None:
+    def take_items(self, stream: ServerStream) -> ItemQueue:
         """Let the method take items of the client; call this before the next event is taken."""
         stream.items = ItemQueue((self._limits.window_items, self._limits.window_bytes))
+        return stream.items
 
     # --- frames -----------------------------------------------------------------------------------
 

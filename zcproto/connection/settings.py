@@ -42,6 +42,8 @@ class StreamLimits:
     """ITEM bytes that may wait for one client."""
     stall_timeout_s: float = 300.0
     """Longest time that an item waits for credit."""
+    memory_bytes: int = 67_108_864
+    """What the items of all clients may take, beyond which little is granted."""
 
 
 @dataclass(frozen=True, slots=True)

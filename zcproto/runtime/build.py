@@ -339,6 +339,9 @@ def stream_limits(config: Config) -> StreamLimits | None:
     return StreamLimits(
         max_open=streams.max_open,
         max_item=streams.max_item_bytes,
+        window_items=streams.window_items,
+        window_bytes=streams.window_bytes,
+        memory_bytes=streams.memory_bytes,
         write_bytes=streams.write_bytes,
         stall_timeout_s=streams.stall_timeout,
     )

@@ -32,6 +32,7 @@ from zcproto.errors import (
     Cancelled,
     Code,
     InvalidArgument,
+    ResourceExhausted,
     Unavailable,
     Unimplemented,
     ZcprotoError,
@@ -50,6 +51,7 @@ SENT_AT_ONCE: Final = 4_096
 
 UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method; call server.info to list methods")
 OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method needs a session of an operator")
+TOO_MANY_ITEMS: Final = "too many items wait for their methods; try again"
 KEY_NEEDS_SESSION: Final = encode_error(
     Code.INVALID_ARGUMENT, "meta.idempotency_key needs a session; call session.open first"
 )
@@ -179,7 +181,7 @@ class Dispatcher(asyncio.Protocol):
             self._answer_body(request, body)
 
     def _run_stream(self, stream: ServerStream, method: Method) -> None:
-        """Start a method that sends items."""
+        """Start a method that sends or takes items."""
         connection = self._connection
         assert connection is not None, "its conversation has just yielded the stream"
         try:
@@ -192,10 +194,18 @@ class Dispatcher(asyncio.Protocol):
             context = arguments[method.context_name] = Context(self, stream)  # type: ignore[arg-type]  # ServerProtocol is one
         if self._streams is None:
             self._streams = self._new_runner(connection)
+        if method.items is not None:
+            name, check = method.items
+            arguments[name] = self._streams.take_items(stream, check)
+            if arguments[name] is None:
+                self._answer_exception(stream, ResourceExhausted(TOO_MANY_ITEMS))
+                return
         if self._workers is None:
             self._workers = {}
         connection.hold(stream, self.now())
-        work = self._streams.produce(stream, method.function(**arguments), context)
+        work = method.function(**arguments)
+        if method.shape != "client":
+            work = self._streams.produce(stream, work, context)
         self._workers[stream] = StreamWorker(self._streams, stream, work)
 
     def _new_runner(self, connection: ServerConnection) -> StreamRunner:
@@ -299,6 +309,8 @@ class Dispatcher(asyncio.Protocol):
         if not isinstance(worker, Waiting):
             del self._workers[ended.request]
             worker.cancel()
+        if self._streams is not None:
+            self._streams.release(ended.request)
         # A request with an idempotency key continues, and stays here until it has ended.
 
     def cancel_all(self) -> None:

@@ -32,6 +32,7 @@ from zcproto.connection.events import (
     CreditReceived,
     FrameBuffered,
     GoAwayReason,
+    ItemsReceived,
     KeyWanted,
     Request,
     RequestEnded,
@@ -276,6 +277,9 @@ class ServerProtocol(Dispatcher):
                     self._streams.credit_received(event.stream)
             elif event.__class__ is CallEnded:
                 self._settle(event)
+            elif event.__class__ is ItemsReceived:
+                if self._streams is not None:
+                    self._streams.items_received(event.stream)
             elif event.__class__ is SessionJoined:
                 state.session_connections.join(event.session_id, self)
             elif event.__class__ is TokenUnknown:
@@ -570,10 +574,12 @@ class ServerProtocol(Dispatcher):
                 state.clients.remove(self, session_id)
         connection.end()
         self._suspended = None
-        self._streams = None
         if self._calls is not None:
             self._calls.close(reason)
             self._calls = None
+        streams, self._streams = self._streams, None
+        if streams is not None:
+            streams.close()
         if self._lookup is not None:
             self._lookup.cancel()
         workers, self._workers = self._workers, None

@@ -145,6 +145,8 @@ class ServerState:
     )
     methods: dict[str, Method] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    item_bytes: int = 0
+    """Bytes of the items of clients that wait for their methods."""
     request_limits: RequestLimits = field(default_factory=RequestLimits)
     timed_part: int = -1
     """The interval of wall time that has had its timed read."""

@@ -20,8 +20,13 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final
 
 from zcproto.app.app import Context
-from zcproto.connection.events import ServerStream
+from zcproto.app.items import Items
+from zcproto.common.parameters import Checker
+from zcproto.connection.credit import ItemQueue
+from zcproto.connection.events import Request, ServerStream
 from zcproto.connection.server import ServerConnection
+from zcproto.connection.server_streams import read_item
+from zcproto.errors import Cancelled, InvalidArgument
 from zcproto.server.state import ServerState
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_body
@@ -61,6 +66,62 @@ class StreamWorker:
             self._limits.end(*self._owner())
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         self._runner.ended(self._stream, None if error is not None else task.result(), error)
+        self._runner.release(self._stream)
+
+
+class StreamItems(Items[Any]):
+    """The client's items of one stream, as its method takes them."""
+
+    __slots__ = ("_check", "_counted", "_queue", "_runner", "_stream", "_waiter")
+
+    def __init__(self, runner: StreamRunner, stream: ServerStream, queue: ItemQueue, check: Checker) -> None:
+        self._runner = runner
+        self._stream = stream
+        self._queue = queue
+        self._check = check
+        self._counted = 0  # in `item_bytes` of the server
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def __anext__(self) -> Any:
+        if self._waiter is not None:
+            raise RuntimeError("another task takes the items of this stream")
+        queue = self._queue
+        while not queue.held:
+            if self._stream.is_answered:
+                raise Cancelled("the stream has ended")
+            if queue.has_ended:
+                raise StopAsyncIteration
+            self._runner.grant(self._stream, queue)
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        number, body = queue.taken, queue.take()
+        self.count()
+        self._runner.grant(self._stream, queue)
+        value = read_item(self._stream, body, self._runner.max_depth)
+        try:
+            return self._check(value, f"item {number}")
+        except InvalidArgument as error:
+            raise InvalidArgument(error.message, {"item": number}) from error
+
+    def arrived(self) -> None:
+        """Count what has arrived, and wake the method."""
+        self.count()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def discard(self) -> None:
+        """Discard what waits."""
+        self._queue.clear()
+        self.count()
+
+    def count(self) -> None:
+        """Count what waits against the memory of the server."""
+        held = self._queue.held_bytes
+        self._runner.state.item_bytes += held - self._counted
+        self._counted = held
 
 
 class StreamRunner:
@@ -69,6 +130,7 @@ class StreamRunner:
     __slots__ = (
         "_connection",
         "_flush_soon",
+        "_items",
         "_limits",
         "_part",
         "_queue",
@@ -96,12 +158,51 @@ class StreamRunner:
         self._flush_soon = flush_soon
         self.ended = ended
         self._limits = connection.settings.streams
+        self._items: dict[Request, StreamItems] = {}  # of methods that take them
         self._part = min(STREAM_TURN_BYTES, self._limits.write_bytes)
         self._room = self._limits.write_bytes  # not yet assigned to a stream, in this turn
         self._turn = 0
         self._waiting: dict[ServerStream, asyncio.Future[None]] = {}  # for credit
         self._queue: deque[asyncio.Future[None]] = deque()  # for room
         self.is_blocked = False
+
+    @property
+    def max_depth(self) -> int:
+        return self._connection.settings.max_depth
+
+    # --- the client's items -----------------------------------------------------------------------
+
+    def take_items(self, stream: ServerStream, check: Checker) -> StreamItems | None:
+        """Return the client's items of a stream that begins; None if the server holds too many."""
+        if self.state.item_bytes >= self._limits.memory_bytes:
+            return None
+        queue = self._connection.streams(self.state.clock.now()).take_items(stream)
+        items = self._items[stream] = StreamItems(self, stream, queue, check)
+        return items
+
+    def grant(self, stream: ServerStream, queue: ItemQueue) -> None:
+        """Let the client send more, one item at a time while the server holds too many."""
+        is_full = self.state.item_bytes >= self._limits.memory_bytes
+        queue.window = (1, 1) if is_full else (self._limits.window_items, self._limits.window_bytes)
+        if self._connection.grant(stream, self.state.clock.wall()):
+            self._flush_soon()
+
+    def items_received(self, stream: ServerStream) -> None:
+        self._items[stream].arrived()
+
+    def release(self, stream: Request) -> None:
+        """Forget the items of a stream that has been answered."""
+        items = self._items.pop(stream, None)
+        if items is not None:
+            items.arrived()
+
+    def close(self) -> None:
+        """Discard all items: the connection has ended."""
+        while self._items:
+            _, items = self._items.popitem()
+            items.discard()
+
+    # --- the items of methods ---------------------------------------------------------------------
 
     async def produce(
         self, stream: ServerStream, items: AsyncGenerator[Any, None], context: Context | None
