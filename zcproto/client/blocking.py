@@ -14,7 +14,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
@@ -191,16 +191,18 @@ class BlockingClient:
         params: Mapping[str, Any] | None = None,
         /,
         *,
+        items: Iterable[Any] | None = None,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
         traceparent: str | None = None,
         **named: Any,
     ) -> BlockingStream:
-        """Open a stream like `Client.stream`, with `with`, or with `for` alone."""
+        """Open a stream like `Client.stream`, with `with`, or with `for` alone. `items` may block."""
         stream = self._client.stream(
             method,
             params,
+            items=None if items is None else _in_thread(items),
             window=window,
             timeout=timeout,
             item_timeout=item_timeout,
@@ -245,6 +247,18 @@ class BlockingStream:
         """Return the next item. Raises EOFError after the last one."""
         return self._wait(self._stream.receive())
 
+    def send(self, item: Any) -> None:
+        """Send an item like `Stream.send`."""
+        self._wait(self._stream.send(item))
+
+    def end(self) -> None:
+        """Send no more items. Idempotent."""
+        self._wait(self._stream.end())
+
+    def finished(self) -> Any:
+        """End this side's items and return the result like `Stream.finished`."""
+        return self._wait(self._stream.finished())
+
     def __iter__(self) -> Iterator[Any]:
         if not self._is_open:  # the short form, without `with`
             with self:
@@ -256,6 +270,13 @@ class BlockingStream:
             except EOFError:
                 return
             yield item
+
+
+async def _in_thread(items: Iterable[Any]) -> AsyncGenerator[Any, None]:
+    """Iterate over items that may block, outside the client's loop."""
+    source, end = iter(items), object()
+    while (item := await asyncio.to_thread(next, source, end)) is not end:
+        yield item
 
 
 @accept_options(ConnectOptions)

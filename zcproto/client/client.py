@@ -27,7 +27,7 @@ from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
 from zcproto.client.registration import Registrar
 from zcproto.client.retry import SESSION_IS_OVER, Attempt, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ClientSession, SessionManager
-from zcproto.client.streams import DEFAULT_WINDOW, Stream, StreamRequest
+from zcproto.client.streams import DEFAULT_WINDOW, SentItems, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock, system_clock
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
@@ -232,6 +232,7 @@ class Client:
         params: Mapping[str, Any] | None = None,
         /,
         *,
+        items: SentItems | None = None,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -240,7 +241,8 @@ class Client:
     ) -> Stream:
         """Open a stream of a method's items, with `async with`, or with `async for` alone.
 
-        `window` is how many items and bytes the server may send before the first is taken. `timeout` limits the
+        `items` are sent to the method, each when it wants one; without them use `send` and `end`. `window` is how
+        many items and bytes the server may send before the first is taken. `timeout` limits the
         whole stream, `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early
         cancels the method.
 
@@ -257,7 +259,7 @@ class Client:
             traceparent,
             Attempt(self._random),
         )
-        return Stream(_Opener(self), request, item_timeout)
+        return Stream(_Opener(self), request, item_timeout, items)
 
     async def _open_stream(self, request: StreamRequest) -> PendingStream:
         connection = await self._ready_before(request.deadline)

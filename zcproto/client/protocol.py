@@ -90,25 +90,32 @@ class PendingCall(asyncio.Future[Any]):
 class PendingStream(PendingCall):
     """The future answer to an OPEN, and the items that come before it. `half` is the stream on the wire."""
 
-    __slots__ = ("_waiter", "half")
+    __slots__ = ("_sender", "_waiter", "half")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, connection: ClientProtocol, half: ClientStream
     ) -> None:
         super().__init__(loop, connection, half.number)
         self.half = half
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[None] | None = None  # of the task that receives
+        self._sender: asyncio.Future[None] | None = None
         self.add_done_callback(self._answered)
 
     def _answered(self, _: object) -> None:
         if not self.cancelled():
             self.exception()  # mark it as retrieved: the stream may have been left
         self.arrived()
+        self.sending_changed()
 
     def arrived(self) -> None:
-        """Wake the task that waits."""
+        """Wake the task that receives."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def sending_changed(self) -> None:
+        """Wake the task that sends."""
+        if self._sender is not None and not self._sender.done():
+            self._sender.set_result(None)
 
     async def wait(self) -> None:
         """Wait for an item or the answer."""
@@ -119,6 +126,28 @@ class PendingStream(PendingCall):
             await self._waiter
         finally:
             self._waiter = None
+
+    async def wait_to_send(self) -> None:
+        """Wait until the method wants an item and the connection has room for it, or for the answer."""
+        while not self.done():
+            if self.connection.is_paused:
+                await self.connection.wait_writable()
+            elif self.half.credit.may_send:
+                return
+            else:
+                self._sender = self.get_loop().create_future()
+                try:
+                    await self._sender
+                finally:
+                    self._sender = None
+
+    def send_item(self, item: Any) -> None:
+        """Send an item after `wait_to_send`. Raises InvalidArgument if it cannot be sent."""
+        self.connection.send_item(self.half, item)
+
+    def end_items(self) -> None:
+        """Send no more items. Idempotent."""
+        self.connection.end_items(self.half)
 
     def take_item(self) -> Any:
         """Return the next item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
@@ -290,8 +319,10 @@ class ClientProtocol(asyncio.Protocol):
                 self.welcomed.set_result(event.settings)
         elif isinstance(event, GoAwayReceived):
             self._go_away(event)
-        elif isinstance(event, CreditRaised | ItemReceived):
-            pass
+        elif isinstance(event, CreditRaised):
+            stream = self._pending.get(event.stream)
+            if isinstance(stream, PendingStream):
+                stream.sending_changed()
         else:
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
@@ -361,13 +392,32 @@ class ClientProtocol(asyncio.Protocol):
             if self.conversation.queued_bytes:
                 self._flush_soon()
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the server reads too slowly to send more now."""
+        return self._paused
+
+    def send_item(self, half: ClientStream, item: Any) -> None:
+        """Send an item. Raises InvalidArgument if it cannot be sent."""
+        self.conversation.send_item(half, item, self._clock.wall())
+        self._flush_queued()
+
+    def end_items(self, half: ClientStream) -> None:
+        """Send the end of a stream's items."""
+        self.conversation.end_items(half, self._clock.wall())
+        self._flush_queued()
+
     def _add_pending(self, call: PendingCall, deadline: float) -> None:
         conversation = self.conversation
         self._pending[call.stream] = call
         self._wheel.set(call, deadline)
         if conversation.in_flight >= self._max_streams:
             self.ready = False
-        if conversation.queued_bytes >= SENT_AT_ONCE:
+        self._flush_queued()
+
+    def _flush_queued(self) -> None:
+        """Send what is queued: at the end of this turn, or at once if it is much."""
+        if self.conversation.queued_bytes >= SENT_AT_ONCE:
             self._flush()
         else:
             self._flush_soon()

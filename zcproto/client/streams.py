@@ -1,4 +1,4 @@
-"""A stream of the client: items as they come, then a result.
+"""A stream of the client: items of either side as they come, then a result.
 
     async with client.stream("tokens", prompt="hi") as stream:
         async for piece in stream:
@@ -14,7 +14,16 @@ Must not know: when connections are made, which errors are retried.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+)
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
@@ -24,6 +33,9 @@ from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded
 from zcproto.wire.message import Credit
 
 DEFAULT_WINDOW: Final[Credit] = (64, 262_144)
+
+SentItems = AsyncIterable[Any] | Iterable[Any]
+"""The items that a stream sends. They are taken one by one when the method wants them."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -50,14 +62,29 @@ class StreamOpener(Protocol):
 
 
 class Stream:
-    """A stream of one method. Create it with `client.stream`; it belongs to one task at a time."""
+    """A stream of one method. Create it with `client.stream`.
 
-    def __init__(self, opener: StreamOpener, request: StreamRequest, item_timeout: float | None) -> None:
+    One task at a time receives, and one at a time sends.
+    """
+
+    def __init__(
+        self,
+        opener: StreamOpener,
+        request: StreamRequest,
+        item_timeout: float | None,
+        items: SentItems | None = None,
+    ) -> None:
         self._opener = opener
         self._request = request
         self._item_timeout = item_timeout
+        self._items = items
+        self._sender: asyncio.Task[None] | None = None  # of `items`
+        self._failure: Exception | None = None  # of `items`
         self._pending: PendingStream | None = None
+        self._opening = asyncio.Lock()
         self._is_receiving = False
+        self._is_sending = False
+        self._items_ended = False
         self._has_ended = False
         self._result: Any = None
 
@@ -80,16 +107,22 @@ class Stream:
         if self._pending is not None:
             raise RuntimeError("this stream was opened before; create a new one")
         self._pending = await self._opener.open_stream(self._request)
+        if self._items is not None:
+            self._sender = asyncio.create_task(self._send_all(self._items))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
+        if self._sender is not None:
+            await asyncio.wait([self._sender])
 
     def close(self) -> None:
         """Cancel the stream unless it has ended. Idempotent."""
-        pending = self._pending
-        if pending is not None:
-            pending.leave()
+        if self._pending is not None:
+            self._pending.leave()
+        self._stop_sending()
+
+    # --- receiving --------------------------------------------------------------------------------
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self._iterate()
@@ -127,24 +160,128 @@ class Stream:
 
     async def _receive(self) -> Any:
         while True:
-            pending = self._pending
-            if pending is None:
-                raise RuntimeError("open the stream first: async with client.stream(...) as stream")
+            pending = self._opened()
             if pending.half.items.held:
                 return pending.take_item()
             if pending.done():
-                try:
-                    self._result = pending.result()
-                except (CallError, ConnectionClosed) as error:
-                    if pending.half.was_answered_to:
-                        raise
-                    await self._opener.after_stream_error(error, self._request, pending)
-                    self._pending = await self._opener.open_stream(self._request)
-                    continue
-                self._has_ended = True
-                raise EOFError("the stream has ended")
+                await self._answered(pending)
+                continue
             try:
                 async with asyncio.timeout(self._item_timeout):
                     await pending.wait()
             except TimeoutError:
                 raise DeadlineExceeded("no item within item_timeout") from None
+
+    async def finished(self) -> Any:
+        """End this side's items, discard the method's, and return its result. Raises like `client.call`."""
+        if self._sender is None:
+            await self.end()
+        while True:
+            try:
+                await self.receive()
+            except EOFError:
+                return self._result
+
+    # --- sending ----------------------------------------------------------------------------------
+
+    async def send(self, item: Any) -> None:
+        """Send an item as soon as the method wants one.
+
+        Raises EOFError if the method has returned, InvalidArgument for an item that cannot be sent, and otherwise
+        like `client.call`.
+        """
+        if self._is_sending or self._items is not None:
+            raise RuntimeError("another task is sending to this stream")
+        self._is_sending = True
+        try:
+            pending = await self._wanted()
+            pending.send_item(item)
+        finally:
+            self._is_sending = False
+
+    async def end(self) -> None:
+        """Send no more items. Idempotent."""
+        pending = self._opened()
+        self._items_ended = True
+        if not pending.done():
+            pending.end_items()
+
+    async def _wanted(self) -> PendingStream:
+        """Wait until the method wants an item."""
+        while True:
+            pending = self._opened()
+            if self._items_ended:
+                raise RuntimeError("the items of this stream have ended")
+            await pending.wait_to_send()
+            if not pending.done():
+                return pending
+            await self._answered(pending)
+
+    async def _send_all(self, items: SentItems) -> None:
+        """Send `items`. Their error fails the stream."""
+        try:
+            async with aclosing(_each(items)) as source:
+                while True:
+                    try:
+                        pending = await self._wanted()  # before an item is taken, which could be lost
+                    except (EOFError, CallError, ConnectionClosed):
+                        return  # `receive` raises it
+                    try:
+                        item = await anext(source)
+                    except StopAsyncIteration:
+                        break
+                    if not pending.done():
+                        pending.send_item(item)
+            await self.end()
+        except Exception as error:
+            self._failure = error
+            self.close()
+
+    # --- the answer -------------------------------------------------------------------------------
+
+    def _opened(self) -> PendingStream:
+        if self._failure is not None:
+            raise self._failure
+        if self._pending is None:
+            raise RuntimeError("open the stream first: async with client.stream(...) as stream")
+        return self._pending
+
+    async def _answered(self, pending: PendingStream) -> None:
+        """Raise what an answer means; open the stream again if it has certainly not begun."""
+        if pending.cancelled():
+            raise RuntimeError("this stream is closed")
+        try:
+            self._result = pending.result()
+        except (CallError, ConnectionClosed) as error:
+            if pending.half.was_answered_to:
+                self._stop_sending()
+                raise
+            async with self._opening:
+                if self._pending is pending:
+                    await self._opener.after_stream_error(error, self._request, pending)
+                    self._pending = await self._opener.open_stream(self._request)
+                    if self._items_ended:
+                        self._pending.end_items()
+            return
+        self._has_ended = True
+        self._stop_sending()
+        raise EOFError("the stream has ended")
+
+    def _stop_sending(self) -> None:
+        """Close the iterator of `items`."""
+        if self._sender is not None and self._sender is not asyncio.current_task():
+            self._sender.cancel()
+
+
+async def _each(items: SentItems) -> AsyncGenerator[Any, None]:
+    """Iterate over items of either kind, and close their generator at the end."""
+    if isinstance(items, AsyncGenerator):
+        async with aclosing(items):
+            async for item in items:
+                yield item
+    elif isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
