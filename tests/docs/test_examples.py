@@ -115,6 +115,8 @@ def test_streams_guide_programs_run(folder: Path, port: int) -> None:
             "{'words': 4}",
             "a tick",
             "the text has no words; send some",
+            "{'name': 'a', 'size': 8}",
+            "HELLO",
         ]
 
 
