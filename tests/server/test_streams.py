@@ -17,6 +17,7 @@ from zcproto.app.app import Context
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, NotFound
+from zcproto.server.protocol_methods import cut_afterwards
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import (
     CANCEL,
@@ -314,6 +315,38 @@ def test_expired_session_cuts_its_streams_only(client: StreamPeer) -> None:
     assert cut(answers, "token_expired")
     client.futures[-1].set_result(None)
     assert [answer.stream for answer in client.turn()] == [2]
+
+
+def test_closing_ones_own_session_is_answered_before_its_streams_are_cut(client: StreamPeer) -> None:
+    state, harness = client.harness.state, client.harness
+
+    @harness.app.method("close.own")
+    async def close_own(context: Context) -> None:
+        assert context.session is not None
+        with cut_afterwards(context) as quiet:
+            await state.sessions.revoke(
+                context.session.id, user=None, reason=EndReason.CLOSED, suppress_event=quiet
+            )
+            await harness.loop.create_task(asyncio.sleep(0))  # the store
+
+    state.add_methods(harness.app)
+    client.send(client.open("ticks"), client.request(2, "close.own"))
+    answers = client.turn()
+    assert [(answer.kind, answer.stream) for answer in answers] == [(Kind.RESPONSE, 2), (Kind.ERROR, 1)]
+    assert cut(answers, "token_revoked")
+    client.turn()
+    assert client.closed == ["ticks"]
+
+
+def test_evicted_session_cuts_its_streams(client: StreamPeer) -> None:
+    session = client.login()
+    client.send(client.open("ticks"))
+    client.harness.in_loop(
+        lambda: client.protocol.session_ended(session.session.id, Code.SESSION_REPLACED, EndReason.REPLACED)
+    )
+    answers = client.turn()
+    assert kinds(answers) == [Kind.EVENT, Kind.ERROR]
+    assert cut(answers, "session_replaced")
 
 
 def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: StreamPeer) -> None:

@@ -202,15 +202,15 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         session = _session_of(context)
         if (id is None) is not all:
             raise InvalidArgument("give either id, or all = true")
-        quiet = suppress_revoked_event(context)
-        if id is None:
-            revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quiet)
-        else:
-            revoked = await state.sessions.revoke(
-                id, user=session.user, reason=EndReason.BY_USER, suppress_event=quiet
-            )
-            if not revoked:
-                raise NotFound("no session with this id")
+        with cut_afterwards(context) as quiet:
+            if id is None:
+                revoked = await state.sessions.revoke_user(session.user, EndReason.BY_USER, quiet)
+            else:
+                revoked = await state.sessions.revoke(
+                    id, user=session.user, reason=EndReason.BY_USER, suppress_event=quiet
+                )
+        if not revoked and id is not None:
+            raise NotFound("no session with this id")
         which = "all" if id is None else id
         log_event("session.revoked", context, session, which=which, sessions=int(revoked))
         state.on_revoked(f"user {session.user}", int(revoked), True)
@@ -219,10 +219,10 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
     async def session_close(context: Context) -> dict[str, Any]:
         """End this session."""
         session = _session_of(context)
-        quiet = suppress_revoked_event(context)
-        await state.sessions.revoke(
-            session.id, user=session.user, reason=EndReason.CLOSED, suppress_event=quiet
-        )
+        with cut_afterwards(context) as quiet:
+            await state.sessions.revoke(
+                session.id, user=session.user, reason=EndReason.CLOSED, suppress_event=quiet
+            )
         log_event("session.closed", context, session)
         return {}
 
@@ -246,6 +246,15 @@ def suppress_revoked_event(context: Context) -> Iterator[None]:
         yield
     finally:
         context.caller.suppress_revoked_event = False
+
+
+@contextmanager
+def cut_afterwards(context: Context) -> Iterator[AbstractContextManager[None]]:
+    """Answer a request before the streams of the sessions that it ends are cut. Yield `suppress_revoked_event`."""
+    try:
+        yield suppress_revoked_event(context)
+    finally:
+        context.caller.cut_streams_soon()
 
 
 def _session_of(context: Context) -> Session:
@@ -345,9 +354,10 @@ def server_methods(state: ServerState) -> list[Method]:
         context: Context, ids: list[str] | None = None, user: str | None = None, all: bool = False
     ) -> dict[str, Any]:
         """End sessions of anybody: those with `ids`, or those of a `user`, or `all` there are."""
-        revoked = await revoke_sessions(
-            state, f"operator {context.user}", ids, user, all, partial(suppress_revoked_event, context)
-        )
+        with cut_afterwards(context):
+            revoked = await revoke_sessions(
+                state, f"operator {context.user}", ids, user, all, partial(suppress_revoked_event, context)
+            )
         log.warning(
             "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
         )
