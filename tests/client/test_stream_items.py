@@ -15,6 +15,7 @@ from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App, Context
 from zcproto.app.items import Items
 from zcproto.client.blocking import connect_blocking
+from zcproto.client.streams import Stream
 from zcproto.errors import InvalidArgument, NotFound
 
 
@@ -73,6 +74,11 @@ class Source:
                 raise self._error
         finally:
             self.closed = True
+
+
+async def send_for_ever(stream: Stream, item: Any) -> None:
+    while True:
+        await stream.send(item)
 
 
 @pytest.fixture
@@ -152,8 +158,7 @@ def test_method_that_returns_early_closes_the_source(server: ServerThread, conne
             async with client.stream("upload", most=1) as stream:
                 await stream.send(b"x")
                 with pytest.raises(EOFError):
-                    while True:
-                        await stream.send(b"x")
+                    await send_for_ever(stream, b"x")
                 assert await stream.finished() == [1, 1]
 
     run(main())
@@ -164,8 +169,7 @@ def test_error_of_the_method_reaches_the_sender(server: ServerThread, connect_to
         async with connect_to(server) as client:
             async with client.stream("refuse") as stream:
                 with pytest.raises(NotFound):
-                    while True:
-                        await stream.send("x")
+                    await send_for_ever(stream, "x")
             source = Source(3, then_wait=True)
             async with client.stream("refuse", items=source.chunks()) as stream:
                 with pytest.raises(InvalidArgument) as caught:  # bytes are not str

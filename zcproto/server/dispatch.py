@@ -63,7 +63,7 @@ class Dispatcher(asyncio.Protocol):
     Not an object of its own: it would cost every connection memory.
     """
 
-    __slots__ = ("_calls", "_connection", "_number", "_state", "_streams", "_workers", "peer")
+    __slots__ = ("_calls", "_connection", "_number", "_state", "_streams", "_uncut", "_workers", "peer")
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -72,6 +72,7 @@ class Dispatcher(asyncio.Protocol):
         self._calls: CallRunner | None = None
         self._workers: dict[Request, EagerWorker | StreamWorker | Waiting] | None = None
         self._number = 0
+        self._uncut: tuple[tuple[str, Code], ...] = ()  # sessions that its own request has ended
         self.peer = ""
 
     @property
@@ -312,6 +313,19 @@ class Dispatcher(asyncio.Protocol):
         if self._streams is not None:
             self._streams.release(ended.request)
         # A request with an idempotency key continues, and stays here until it has ended.
+
+    def cut_streams_soon(self) -> None:
+        """Cut the streams of the sessions that this peer has ended, after its request has been answered."""
+        if self._uncut:
+            self._state.call_soon(self._cut_streams)
+
+    def _cut_streams(self) -> None:
+        uncut, self._uncut = self._uncut, ()
+        if self._connection is not None:
+            for session_id, code in uncut:
+                for ended in self._connection.cut_streams(session_id, code, self.wall()):
+                    self._stop(ended)
+            self._flush_soon()
 
     def cancel_all(self) -> None:
         """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""

@@ -86,7 +86,6 @@ class ServerProtocol(Dispatcher):
         "_slow_until",
         "_suspended",
         "_transport",
-        "_uncut",
         "_unread",
         "deadline_tick",
         "suppress_revoked_event",
@@ -102,7 +101,6 @@ class ServerProtocol(Dispatcher):
         self._slow_until: float | None = None
         self._unread = 0  # bytes that waited for the peer then, and those added since
         self._flush_planned = False
-        self._uncut: tuple[tuple[str, Code], ...] = ()  # sessions that its own request has ended
         self.suppress_revoked_event = False  # while its own request revokes sessions
         self.deadline_tick = 0
 
@@ -426,19 +424,6 @@ class ServerProtocol(Dispatcher):
             self._calls.session_ended(session_id)
             self._state.clients.remove(self, session_id)
         self._flush_soon()
-
-    def cut_streams_soon(self) -> None:
-        """Cut the streams of the sessions that this peer has ended, after its request has been answered."""
-        if self._uncut:
-            self._state.call_soon(self._cut_streams)
-
-    def _cut_streams(self) -> None:
-        uncut, self._uncut = self._uncut, ()
-        if self._connection is not None:
-            for session_id, code in uncut:
-                for ended in self._connection.cut_streams(session_id, code, self.wall()):
-                    self._stop(ended)
-            self._flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
         """Send an event about a session. Return False if it cannot be delivered."""
