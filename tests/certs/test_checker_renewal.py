@@ -296,6 +296,7 @@ def test_next_keys_of_the_command_line_are_announced_and_used_in_time(tmp_path: 
     assert outcome.serving is None
     assert outcome.next_pins is not None
     assert outcome.next_pins.pins == outcome.notices[0].pins != (before.pin,)
+    assert outcome.notices[0].path == str(tmp_path / "certs")
     assert harness.check().next_pins == outcome.next_pins
     harness.checks(6 * 24 + 23, HOUR)
     assert harness.served is before

@@ -28,7 +28,9 @@ from zcproto.certs.managed import ManagedSettings
 from zcproto.certs.manager import CertificateManager
 from zcproto.certs.settings import managed_site
 from zcproto.common.clock import system_clock
+from zcproto.config.model import LogConfig
 from zcproto.errors import CertificateError
+from zcproto.observe import log as log_module
 from zcproto.runtime.background import close_revoked
 from zcproto.runtime.server import Server
 
@@ -290,27 +292,26 @@ def test_thread_applies_news_and_ends_with_the_server(tmp_path: Path, certs: Pat
 async def test_thread_that_cannot_be_started_is_retried(
     tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = ServerThread(tmp_path / "home", certs, certificates__watch_interval="100ms").server
-    async with server:
-        manager = server.parts.certificates
-        started = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        monkeypatch.setattr(manager, "_check_and_report", lambda hand: loop.call_soon_threadsafe(started.set))
-        real = threading.Thread.start
+    config = configuration(
+        tmp_path / "home", certificates__directory=certs, certificates__watch_interval="100ms", **ECDSA
+    )
+    manager = CertificateManager(config, system_clock, ["zcp/1"])
+    started = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(manager, "_check_and_report", lambda hand: loop.call_soon_threadsafe(started.set))
+    real = threading.Thread.start
 
-        def refuse(thread: threading.Thread) -> None:
-            monkeypatch.setattr(threading.Thread, "start", real)
-            raise RuntimeError("can't start new thread")
+    def refuse(thread: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", real)
+        raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(threading.Thread, "start", refuse)
-        again = asyncio.create_task(manager.run())
-        await asyncio.wait_for(started.wait(), TIMEOUT)
-        again.cancel()
-        await asyncio.wait({again})
-    reported = [
-        each for each in events(capsys.readouterr().err) if each["event"] == "certificate.look_failed"
-    ]
-    assert len(reported) == 1
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    running = asyncio.create_task(manager.run())
+    await asyncio.wait_for(started.wait(), TIMEOUT)
+    running.cancel()
+    await asyncio.wait({running})
+    (reported,) = events(capsys.readouterr().err)
+    assert reported["event"] == "certificate.look_failed"
 
 
 def test_result_after_the_end_of_the_loop_or_the_watch_is_dropped(tmp_path: Path, certs: Path) -> None:
@@ -500,13 +501,18 @@ async def test_near_expiry_of_an_external_certificate_is_reported(
         certificates__certificate=[folder / "a.pem"],
         certificates__key=[folder / "a.key"],
     )
+    log_module.configure_logging(LogConfig(level="info", format="json"))
     async with Server(config=config, home=home) as server:
         await server.parts.certificates.check()
-    (reported,) = [
-        event for event in events(capsys.readouterr().err) if event["event"] == "certificate.expiry"
+        pins = server.pins
+        alerts = server.parts.alerts.report()["open"]
+    loaded, reported = [
+        event for event in events(capsys.readouterr().err) if event["event"].startswith("certificate.")
     ]
+    assert (loaded["event"], loaded["pins"]) == ("certificate.loaded", pins)
+    assert (reported["event"], reported["level"]) == ("certificate.expiry", "warning")
     assert (reported["threshold_days"], reported["days_left"]) == (7, 4)
-    assert reported["level"] == "warning"
+    assert ("certificate.expiry", str(folder / "a.pem")) in [(each["kind"], each["about"]) for each in alerts]
 
 
 # --- certificates of clients ------------------------------------------------------------------------------------

@@ -47,6 +47,13 @@ async def test_last_uses_are_written_with_delay(process: SessionProcess) -> None
     assert process.store.calls == ["touch"]
 
 
+async def test_last_uses_are_searched_without_a_pause(process: SessionProcess) -> None:
+    writing = asyncio.create_task(process.sync.write_uses())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert writing.done()
+
+
 async def test_last_use_is_written_once(process: SessionProcess) -> None:
     await process.open()
     process.clock.advance(0.001)
