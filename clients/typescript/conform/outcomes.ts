@@ -7,21 +7,27 @@
 
 import { isDeepStrictEqual } from "node:util";
 import { ClientConnection } from "../src/connection/connection.js";
+import { ItemQueue, SendCredit } from "../src/connection/credit.js";
 import type { ClientEvent } from "../src/connection/events.js";
-import { Code, ProtocolError } from "../src/errors.js";
+import type { ItemStream } from "../src/connection/item_streams.js";
+import { CallError, Code, ProtocolError } from "../src/errors.js";
 import { decodeBody, encodeBody, Float, MessageError } from "../src/wire/body.js";
 import { FrameDecoder } from "../src/wire/decoder.js";
 import {
+  acceptedBy,
+  type Extension,
   encodeFrame,
   type Frame,
   HEADER_SIZE,
   Kind,
   LENGTH_SIZE,
+  MAX_LENGTH,
+  MAX_STREAM,
   NO_TOKEN,
   type Side,
   tokenBytes,
 } from "../src/wire/frame.js";
-import { isInt, isMap, isTraceparent } from "../src/wire/message.js";
+import { type Credit, decodeCredit, decodeError, isInt, isMap, isTraceparent } from "../src/wire/message.js";
 import { type Json, typed } from "./typed.js";
 
 export interface Context {
@@ -33,12 +39,29 @@ export interface Context {
   readonly tolerance_ms: number;
   readonly tokens: readonly string[];
   readonly in_flight: readonly number[];
+  /** Streams and calls, in vectors of them. */
+  readonly announced?: {
+    readonly streams: { readonly max_open: number; readonly max_item: number } | null;
+    readonly calls: { readonly max: number } | null;
+  };
+  readonly open?: readonly OpenStream[];
+  readonly calls?: readonly number[];
+  readonly handles?: readonly string[] | null;
+}
+
+interface OpenStream {
+  readonly stream: number;
+  readonly granted: Credit;
+  readonly received: Credit;
+  readonly credit: Credit;
 }
 
 export type Outcome = { readonly [key: string]: Json };
 
 const KIND_NAMES = new Map<number, string>(Object.entries(Kind).map(([name, kind]) => [kind, name]));
-const WITHOUT_BODY: ReadonlySet<number> = new Set([Kind.CANCEL, Kind.PING, Kind.PONG]);
+const WITHOUT_BODY: ReadonlySet<number> = new Set([Kind.CANCEL, Kind.PING, Kind.PONG, Kind.END, Kind.WITHDRAW]);
+/** The first token of the vectors, which opened a stream if its context has no token. */
+const FIRST_TOKEN = Buffer.from(Array.from({ length: 32 }, (_, index) => index + 1)).toString("latin1");
 const METHOD = /^[a-z0-9_.]{1,128}$/;
 
 /** Return the outcomes of bytes that arrive in pieces. */
@@ -54,19 +77,21 @@ export function outcomesOf(
 // --- receiver "client": through a ClientConnection ---------------------------------------------------
 
 function asClient(context: Context, pieces: readonly Buffer[], times: readonly bigint[]): Outcome[] {
-  const inPieces = connectionIn(context);
-  const events: ClientEvent[] = pieces.flatMap((piece, index) => inPieces.receiveData(piece, times[index] ?? 0n, 0));
+  const inPieces = new Receiver(context);
+  const events = pieces.flatMap((piece, index) => inPieces.receive(piece, times[index] ?? 0n));
   // Once more frame by frame, for the outcome of each.
-  const byFrame = connectionIn(context);
+  const byFrame = new Receiver(context);
   const eventsByFrame: ClientEvent[] = [];
   const outcomes: Outcome[] = [];
-  const { frames, left, fault } = framesOf(new FrameDecoder("client", context.limit), pieces);
+  const decoder = new FrameDecoder("client", context.limit);
+  decoder.accepted = acceptedBy("client", extensionsOf(context), context.announced?.streams?.max_item);
+  const { frames, left, fault } = framesOf(decoder, pieces);
   let end = 0;
   for (const frame of frames) {
-    const before = byFrame.droppedStale + byFrame.droppedUnknown;
+    const before = byFrame.dropped;
     const now = timeOf(end + HEADER_SIZE, pieces, times);
     end += LENGTH_SIZE + frame.length;
-    const eventsOfFrame = byFrame.receiveData(bytesOf(frame), now, 0);
+    const eventsOfFrame = byFrame.receive(bytesOf(frame), now);
     eventsByFrame.push(...eventsOfFrame);
     const [event] = eventsOfFrame;
     if (event?.type === "ended") {
@@ -77,13 +102,13 @@ function asClient(context: Context, pieces: readonly Buffer[], times: readonly b
     }
     if (event?.type === "error" && event.code !== messageOf(frame, context.max_depth)?.["code"]) {
       outcomes.push(errorOutcome(event.code, false));
-    } else if (byFrame.droppedStale + byFrame.droppedUnknown > before) {
+    } else if (byFrame.dropped > before) {
       outcomes.push({ result: "dropped" });
     } else {
       outcomes.push(frameOutcome(frame, context.max_depth));
     }
   }
-  if (byFrame.state !== "closed") {
+  if (byFrame.connection.state !== "closed") {
     if (fault !== undefined) {
       eventsByFrame.push({ type: "ended", code: fault.code, reason: fault.reason });
       outcomes.push(errorOutcome(fault.code, true));
@@ -97,6 +122,60 @@ function asClient(context: Context, pieces: readonly Buffer[], times: readonly b
   return outcomes;
 }
 
+/** A connection whose application takes each item at once. Calls that it refuses are events, too. */
+class Receiver {
+  readonly connection: ClientConnection;
+  readonly #streams = new Map<number, ItemStream>();
+  readonly #maxDepth: number;
+
+  constructor(context: Context) {
+    this.connection = connectionIn(context, this.#streams);
+    this.#maxDepth = context.max_depth;
+    this.connection.dataToSend();
+  }
+
+  get dropped(): number {
+    return this.connection.droppedStale + this.connection.droppedUnknown;
+  }
+
+  receive(data: Buffer, now: bigint): ClientEvent[] {
+    const events = this.connection.receiveData(data, now, 0).map((event): ClientEvent => {
+      try {
+        if (event.type === "item") {
+          this.#streams.get(event.stream)?.takeItem(this.#maxDepth);
+        }
+        return event;
+      } catch (error) {
+        if (!(error instanceof CallError)) {
+          throw error;
+        }
+        this.connection.cancel(event.type === "item" ? event.stream : 0, now);
+        return { type: "error", stream: 0, code: error.code, message: error.message, details: {} };
+      }
+    });
+    const refused = this.#refused();
+    return events.some(({ type }) => type === "withdrawn") ? events : [...events, ...refused];
+  }
+
+  /** Return an error for each FAILURE that was sent. */
+  #refused(): ClientEvent[] {
+    const decoder = new FrameDecoder("server", MAX_LENGTH);
+    decoder.accepted = acceptedBy("server", ["streams", "calls"]);
+    const { frames } = framesOf(decoder, [this.connection.dataToSend() ?? Buffer.alloc(0)]);
+    return frames
+      .filter(({ kind }) => kind === Kind.FAILURE)
+      .map(({ stream, body }) => ({ type: "error", stream, ...decodeError(body) }));
+  }
+}
+
+/** Return what a client in the state of a context accepts, or a server has announced. */
+function extensionsOf({ announced, handles }: Context): Extension[] {
+  return [
+    ...(announced?.streams == null ? [] : (["streams"] as const)),
+    ...(announced?.calls == null || handles === null ? [] : (["calls"] as const)),
+  ];
+}
+
 /** Return the time at which a number of bytes have arrived. */
 function timeOf(count: number, pieces: readonly Buffer[], times: readonly bigint[]): bigint {
   let arrived = 0;
@@ -108,7 +187,7 @@ function timeOf(count: number, pieces: readonly Buffer[], times: readonly bigint
 }
 
 /** Return a connection in the state of a context. */
-function connectionIn(context: Context): ClientConnection {
+function connectionIn(context: Context, streams: Map<number, ItemStream>): ClientConnection {
   const connection = new ClientConnection({
     maxFrame: context.limit,
     toleranceMs: context.tolerance_ms,
@@ -122,17 +201,40 @@ function connectionIn(context: Context): ClientConnection {
   const receive = (kind: Kind, counter: bigint, body: Uint8Array) => {
     connection.receiveData(encodeFrame(kind, 0, now, salt, counter, NO_TOKEN, body), now, 0);
   };
-  receive(Kind.WELCOME, 0n, encodeBody(WELCOME));
+  const { announced, in_flight: inFlight, open = [], handles, calls = [] } = context;
+  const extensions = Object.entries(announced ?? {}).filter(([, limits]) => limits !== null);
+  receive(Kind.WELCOME, 0n, encodeBody({ ...WELCOME, ...Object.fromEntries(extensions) }));
   const last = BigInt(context.last_counter);
   if (last > 0n) {
     receive(Kind.PING, last, Buffer.alloc(0));
   }
-  const [token = ""] = context.tokens;
-  for (const stream of context.in_flight) {
+  const [text] = context.tokens;
+  const token = text === undefined ? FIRST_TOKEN : Buffer.from(text, "hex").toString("latin1");
+  for (const stream of inFlight) {
     connection.nextStream = stream;
-    connection.request("echo", {}, Buffer.from(token, "hex").toString("latin1"), undefined, now);
+    connection.request("echo", {}, token, undefined, now);
   }
-  if (connection.state !== "open" || connection.inFlight !== context.in_flight.length) {
+  for (const { stream: number, granted, received, credit } of open) {
+    connection.nextStream = number;
+    const stream = connection.openStream("m", {}, token, { window: granted }, now);
+    stream.credit = new SendCredit(credit);
+    stream.items = new ItemQueue(granted, granted, received);
+    streams.set(number, stream);
+  }
+  const registrations = handles == null ? 0 : 1;
+  if (handles != null) {
+    connection.nextStream = MAX_STREAM;
+    connection.handle(token, handles, 1, now);
+  }
+  for (const stream of calls) {
+    const body = Buffer.from(encodeBody([handles?.[0], {}, { deadline_ms: 1 }]));
+    connection.calls.receive(
+      { length: 0, kind: Kind.CALL, stream, timestamp: now, salt, counter: 0n, token, body },
+      { isStale: false },
+      now,
+    );
+  }
+  if (connection.state !== "open" || connection.inFlight !== inFlight.length + open.length + registrations) {
     throw new Error("the connection cannot reach the state of the context");
   }
   return connection;
@@ -155,13 +257,18 @@ function isValidBody(frame: Frame, maxDepth: number): boolean {
 // --- receiver "server": decoder and bodies only ------------------------------------------------------
 
 function asServer(context: Context, pieces: readonly Buffer[]): Outcome[] {
-  const { frames, left, fault } = framesOf(new FrameDecoder("server", context.limit), pieces);
+  const decoder = new FrameDecoder("server", context.limit);
+  decoder.accepted = acceptedBy("server", extensionsOf(context), context.announced?.streams?.max_item);
+  const { frames, left, fault } = framesOf(decoder, pieces);
   const outcomes: Outcome[] = [];
   for (const frame of frames) {
     if (WITHOUT_BODY.has(frame.kind) && frame.body.length > 0) {
       return [...outcomes, errorOutcome(Code.PROTOCOL_ERROR, true)];
     }
     const isValid = WITHOUT_BODY.has(frame.kind) || isValidBody(frame, context.max_depth);
+    if (!isValid && frame.kind === Kind.CREDIT) {
+      return [...outcomes, errorOutcome(Code.PROTOCOL_ERROR, true)];
+    }
     outcomes.push(isValid ? frameOutcome(frame, context.max_depth) : errorOutcome(Code.INVALID_ARGUMENT, false));
   }
   if (fault !== undefined) {
@@ -237,13 +344,22 @@ function messageOf(frame: Frame, maxDepth: number): Outcome | undefined {
   }
   switch (frame.kind) {
     case Kind.RESPONSE:
+    case Kind.ITEM:
+    case Kind.RESULT:
       return { value: typed(value) };
+    case Kind.CREDIT: {
+      const credit = creditOf(value);
+      return credit === undefined ? undefined : { credit };
+    }
     case Kind.WELCOME:
     case Kind.GOAWAY:
       return isMap(value) ? { map: typed(value) } : undefined;
     case Kind.REQUEST:
-      return Array.isArray(value) ? requestOf(value) : undefined;
+    case Kind.OPEN:
+    case Kind.CALL:
+      return Array.isArray(value) ? requestOf(value, frame.kind) : undefined;
     case Kind.ERROR:
+    case Kind.FAILURE:
       return Array.isArray(value) ? errorOf(value) : undefined;
     case Kind.EVENT:
       return Array.isArray(value) && value.length === 2 && typeof value[0] === "string"
@@ -263,20 +379,36 @@ function errorOf(value: readonly unknown[]): Outcome | undefined {
   return { code: Number(code), message, details: typed(details ?? {}) };
 }
 
-function requestOf(value: readonly unknown[]): Outcome | undefined {
+/** Return the two totals of a credit; undefined if it is invalid. */
+function creditOf(value: unknown): readonly number[] | undefined {
+  try {
+    return decodeCredit(Buffer.from(encodeBody(value)));
+  } catch (error) {
+    if (error instanceof MessageError) {
+      return undefined;
+    }
+    throw error;
+  }
+}
+
+function requestOf(value: readonly unknown[], kind: Kind): Outcome | undefined {
   const [method, params, meta] = value;
   const hasForm = value.length === 2 || (value.length === 3 && isMap(meta));
   if (!hasForm || typeof method !== "string" || !METHOD.test(method) || !(params === null || isMap(params))) {
     return undefined;
   }
-  const known = isMap(meta) ? metaOf(meta) : {};
+  const known = isMap(meta) ? metaOf(meta, kind) : {};
   return known === undefined
     ? undefined
     : { method, params: typed(params), ...(value.length === 3 ? { meta: known } : {}) };
 }
 
-function metaOf(meta: Record<string, unknown>): Outcome | undefined {
+function metaOf(meta: Record<string, unknown>, kind: Kind): Outcome | undefined {
   const { deadline_ms: deadline = null, idempotency_key: key = null, traceparent } = meta;
+  const credit = kind === Kind.OPEN ? (meta["credit"] ?? null) : null;
+  if (kind === Kind.OPEN && (key !== null || (credit !== null && creditOf(credit) === undefined))) {
+    return undefined;
+  }
   const isKey = typeof key === "string" && key.length >= 1 && [...key].length <= 64;
   if (!(deadline === null || isInt(deadline)) || !(key === null || isKey)) {
     return undefined;
@@ -286,5 +418,6 @@ function metaOf(meta: Record<string, unknown>): Outcome | undefined {
     ...(deadline === null ? {} : { deadline_ms: typed(deadline) }),
     ...(key === null ? {} : { idempotency_key: key as string }),
     ...(isTrace ? { traceparent } : {}),
+    ...(credit === null ? {} : { credit: typed(credit) }),
   };
 }

@@ -3,10 +3,13 @@
 import { homedir } from "node:os";
 import { join } from "node:path";
 import { parseAddress } from "./client/address.js";
-import { Client, type ClientSettings, DEFAULT_TIMEOUT_MS } from "./client/client.js";
+import { Client } from "./client/client.js";
 import { MonotonicClock, systemClock } from "./client/clock.js";
 import type { ServerEvent } from "./client/event_stream.js";
-import { chooseCredentials } from "./client/session.js";
+import { DEFAULT_MAX_CALLS } from "./client/handlers.js";
+import { type Credentials, chooseCredentials } from "./client/session.js";
+import type { ClientSettings, SessionOptions } from "./client/settings.js";
+import { DEFAULT_TIMEOUT_MS } from "./client/user_client.js";
 import { Device } from "./edge/device.js";
 import { Dialer } from "./edge/dial.js";
 import { KnownHosts } from "./edge/known_hosts.js";
@@ -65,6 +68,10 @@ export interface ConnectOptions extends TrustedServerOptions {
   readonly client?: string | undefined;
   /** Called with each event of the server; without it events are queued in `client.events`. */
   readonly onEvent?: ((event: ServerEvent) => void) | undefined;
+  /** Called once the client has connected and opened its session, and again after each reconnect. */
+  readonly onConnected?: ((client: Client) => void) | undefined;
+  /** How many calls of the server are handled at once in a session. 32 by default. */
+  readonly maxCalls?: number | undefined;
   /** The largest frame accepted from the server, in bytes. 1 MiB by default. */
   readonly maxFrame?: number | undefined;
 }
@@ -113,18 +120,12 @@ export async function enroll(
 }
 
 async function settingsOf(address: string, options: ConnectOptions): Promise<ClientSettings> {
-  const { device, timeoutMs = DEFAULT_TIMEOUT_MS, connectTimeoutMs = CONNECT_TIMEOUT_MS } = options;
-  const { session = true, client = `zcproto-typescript/${VERSION}`, maxFrame = 1_048_576 } = options;
+  const { timeoutMs = DEFAULT_TIMEOUT_MS, connectTimeoutMs = CONNECT_TIMEOUT_MS, maxFrame = 1_048_576 } = options;
+  const { session = true, client = `zcproto-typescript/${VERSION}`, maxCalls = DEFAULT_MAX_CALLS } = options;
   const parsed = parseAddress(address);
-  checkNumbers({ timeoutMs, connectTimeoutMs, maxFrame });
+  checkNumbers({ timeoutMs, connectTimeoutMs, maxFrame, maxCalls });
   const trust = new Trust({ ...options, onWarning: warnOnce });
-  const credentials = chooseCredentials({
-    user: options.user,
-    key: options.key,
-    hasCertificate: options.certificate !== undefined,
-    device: typeof device === "string" ? await Device.load(device) : device,
-    deviceName: options.deviceName,
-  });
+  const credentials = await credentialsOf(options, options.certificate !== undefined);
   const clock = new MonotonicClock(systemClock);
   const home = options.home ?? (process.env["ZCPROTO_HOME"] || join(homedir(), ".zeroclaw"));
   const dialer = new Dialer({
@@ -143,13 +144,32 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
     address: parsed,
     dial: (listener, signal) => dialer.dial(listener, signal),
     credentials,
+    credentialsOf: requireCredentials,
     opensSession: session && credentials !== undefined,
     timeoutMs,
     client,
+    maxCalls,
     onEvent: options.onEvent,
+    onConnected: options.onConnected,
+    onWarning: warnOnce,
     clock,
     random: Math.random,
   };
+}
+
+async function credentialsOf(options: SessionOptions, hasCertificate: boolean): Promise<Credentials | undefined> {
+  const { user, key, deviceName } = options;
+  const device = typeof options.device === "string" ? await Device.load(options.device) : options.device;
+  return chooseCredentials({ user, key, hasCertificate, device, deviceName });
+}
+
+/** Return the credentials of another user. The certificate belongs to the connection, so it opens no other session. */
+async function requireCredentials(options: SessionOptions): Promise<Credentials> {
+  const credentials = await credentialsOf(options, false);
+  if (credentials === undefined) {
+    throw new ConfigError(["sessionFor: credentials are missing; give user and key, or device and deviceName"]);
+  }
+  return credentials;
 }
 
 function checkNumbers(numbers: Record<string, number>): void {

@@ -1,11 +1,15 @@
 /** Client of zcproto. */
 
-export type { CallOptions, Client } from "./client/client.js";
+export type { Client } from "./client/client.js";
 export { EventStream, type ServerEvent } from "./client/event_stream.js";
+export type { Handler, ServerCall } from "./client/handlers.js";
 export type { ClientSession } from "./client/session.js";
+export type { SessionOptions } from "./client/settings.js";
+export type { Stream, StreamOptions } from "./client/stream.js";
+export type { CallOptions, UserClient } from "./client/user_client.js";
 export { type ConnectOptions, connect, enroll, type TrustedServerOptions } from "./connect.js";
-export type { StsPolicy, Welcome } from "./connection/welcome.js";
+export type { CallLimits, StreamLimits, StsPolicy, Welcome } from "./connection/welcome.js";
 export { Device } from "./edge/device.js";
 export * from "./errors.js";
 export { VERSION } from "./version.js";
-export type { Params } from "./wire/message.js";
+export type { Credit, Params } from "./wire/message.js";

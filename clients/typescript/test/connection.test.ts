@@ -2,15 +2,11 @@
 
 import assert from "node:assert/strict";
 import { beforeEach, describe, test } from "node:test";
-import {
-  ClientConnection,
-  FRAME_TIMEOUT_MS,
-  MAX_FRAME_BEFORE_SESSION,
-  MAX_SERVER_TIME,
-} from "../src/connection/connection.js";
+import { ClientConnection, FRAME_TIMEOUT_MS, MAX_SERVER_TIME } from "../src/connection/connection.js";
 import type { ClientEvent } from "../src/connection/events.js";
 import { UNREQUESTED_BURST, UNREQUESTED_PER_S } from "../src/connection/flood_limit.js";
 import { PONG_TIMEOUT_MS } from "../src/connection/keepalive.js";
+import { MAX_FRAME_BEFORE_SESSION } from "../src/connection/requests.js";
 import { type Input, nextState, type State, TRANSITIONS } from "../src/connection/state.js";
 import { Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable } from "../src/errors.js";
 import { encodeBody } from "../src/wire/body.js";

@@ -149,7 +149,14 @@ describe("handshake", () => {
         toleranceMs: 30_000,
         onWarning: () => undefined,
       });
-      const listener = { eventReceived: () => 0, connectionDraining: () => 0, connectionEnded: () => 0 };
+      const ignore = () => undefined;
+      const listener = {
+        eventReceived: ignore,
+        callReceived: ignore,
+        callWithdrawn: ignore,
+        connectionDraining: ignore,
+        connectionEnded: ignore,
+      };
       await assert.rejects(dialer.dial(listener, new AbortController().signal), isFailure("certificate_expired"));
     }
   });

@@ -8,10 +8,20 @@ import { type Outcome, outcomesOf } from "../conform/outcomes.js";
 import { type Json, typed, untyped } from "../conform/typed.js";
 import { attachMessage, openMessage } from "../src/client/signing.js";
 import { ClientConnection } from "../src/connection/connection.js";
+import type { ItemStream } from "../src/connection/item_streams.js";
 import { Device } from "../src/edge/device.js";
 import { Code } from "../src/errors.js";
 import { decodeBody, encodeBody } from "../src/wire/body.js";
-import { encodeFrame, Kind, NO_TOKEN, tokenBytes, tokenFromText, tokenToText } from "../src/wire/frame.js";
+import {
+  acceptedBy,
+  encodeFrame,
+  HEADER_SIZE,
+  Kind,
+  NO_TOKEN,
+  tokenBytes,
+  tokenFromText,
+  tokenToText,
+} from "../src/wire/frame.js";
 import { encodeRequest, isTraceparent, type Meta, type Params } from "../src/wire/message.js";
 import { ROOT } from "./support/server.js";
 import { FRAME_FILES, type SlowVector, type Vector, vectorFile } from "./support/vectors.js";
@@ -219,9 +229,16 @@ describe("signatures.json", () => {
 });
 
 test("tables.json matches the constants", () => {
-  const tables = vectorFile("tables") as unknown as Record<string, Record<string, number>>;
-  assert.deepEqual(Kind, tables["kinds"]);
-  assert.deepEqual(Code, tables["codes"]);
+  interface Tables {
+    readonly kinds: Record<string, number>;
+    readonly codes: Record<string, number>;
+  }
+  const tables = vectorFile("tables") as unknown as Tables;
+  const streaming = vectorFile("streaming/tables") as unknown as Tables;
+  const { ACCEPTED: reserved, ...kinds } = streaming.kinds;
+  assert.deepEqual(Kind, { ...tables.kinds, ...kinds });
+  assert.ok(!acceptedBy("client", ["streams", "calls"]).kinds.has(reserved as number));
+  assert.deepEqual(Code, tables.codes);
 });
 
 test("conversation.json is reproduced byte for byte by the client", () => {
@@ -260,6 +277,46 @@ test("conversation.json is reproduced byte for byte by the client", () => {
   assert.equal(connection.inFlight, 0);
 });
 
+test("streaming/conversation.json is reproduced byte for byte by the client, apart from its window", () => {
+  interface ConversationFrame {
+    readonly from: "client" | "server";
+    readonly kind: string;
+    readonly bytes: string;
+    readonly body: Json;
+    readonly now: string;
+  }
+  const connection = new ClientConnection();
+  let stream: ItemStream | undefined;
+  for (const { from, kind, bytes, body, now } of vectorFile<ConversationFrame>("streaming/conversation").vectors) {
+    const data = Buffer.from(bytes, "hex");
+    const token = data.toString("latin1", 36, 68);
+    const wall = data.readBigUInt64BE(12) - connection.clockOffset;
+    const value = untyped(body);
+    if (from === "server") {
+      const [event] = connection.receiveData(data, BigInt(now), 0);
+      const types: Record<string, string> = { WELCOME: "welcomed", RESPONSE: "response", ITEM: "item", CALL: "call" };
+      assert.equal(event?.type, types[kind]);
+      continue;
+    }
+    if (kind === "REQUEST") {
+      const [, { methods, max }] = value as [string, { methods: string[]; max: number }];
+      connection.handle(token, methods, max, wall);
+    } else if (kind === "OPEN") {
+      const [method, params, { credit }] = value as [string, Params, { credit: [number, number] }];
+      stream = connection.openStream(method, params, token, { window: credit }, wall);
+    } else if (kind === "CREDIT" && stream !== undefined) {
+      assert.equal(stream.takeItem(32), "Hel");
+      assert.equal(connection.streams.takeItem(stream, wall), "lo");
+    } else {
+      connection.calls.answer(data.readUInt32BE(8), value, wall);
+    }
+    const sent = connection.dataToSend()?.toString("hex") ?? "";
+    const size = kind === "CREDIT" ? 2 * HEADER_SIZE : Number.POSITIVE_INFINITY;
+    assert.equal(sent.slice(0, size), bytes.slice(0, size), kind);
+  }
+  assert.equal(connection.inFlight, 0);
+});
+
 test("requests of the vectors are encoded identically", () => {
   let count = 0;
   for (const { expect, receiver } of FRAME_FILES.flatMap((file) => vectorFile(file).vectors)) {
@@ -284,7 +341,9 @@ test("requests of the vectors are encoded identically", () => {
 });
 
 test("every file of vectors is tested", () => {
-  const files = readdirSync(join(ROOT, "spec/vectors")).filter((name) => name.endsWith(".json"));
+  const files = readdirSync(join(ROOT, "spec/vectors"), { recursive: true, encoding: "utf8" }).filter((name) =>
+    name.endsWith(".json"),
+  );
   const source = readFileSync(join(ROOT, "clients/typescript/test/vectors.test.ts"), "utf8");
   for (const name of files.map((file) => file.replace(".json", "")).filter((file) => file !== "schema")) {
     assert.ok(FRAME_FILES.includes(name) || source.includes(`"${name}"`), `${name}.json is not tested`);

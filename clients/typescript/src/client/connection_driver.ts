@@ -2,7 +2,7 @@
  * Drives one connection: transport <-> ClientConnection <-> pending calls.
  *
  *     request -> connection.request -> once per tick: connection.dataToSend -> transport.write
- *     data -> connection.receiveData -> for each response: its pending call
+ *     data -> connection.receiveData -> for each response, item and credit: its pending call
  *
  * Decides: which call gets which response, when a call can be sent (streams, back-pressure), how a call is abandoned without
  * affecting others, keepalive, and the error of calls pending at the end.
@@ -10,12 +10,13 @@
  */
 
 import type { ClientConnection } from "../connection/connection.js";
-import type { ClientEvent, ConnectionEnded, EventReceived, GoAwayReceived } from "../connection/events.js";
+import type { ClientEvent, ConnectionEnded, GoAwayReceived } from "../connection/events.js";
 import type { Welcome } from "../connection/welcome.js";
 import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
 import type { Token } from "../wire/frame.js";
-import type { Meta, Params } from "../wire/message.js";
+import type { Credit, Meta, Params } from "../wire/message.js";
 import type { Clock, Timer } from "./clock.js";
+import { type ConnectionListener, PendingCall, PendingStream, type Transport } from "./pending.js";
 import { escapeText } from "./text.js";
 
 /** Bytes gathered in one tick that are written at once. */
@@ -26,65 +27,12 @@ const MIN_READING_PAUSE_MS = 50;
 
 const MAX_MESSAGE = 1_000;
 
-/** The transport of a connection. `close` and `abort` are followed by `connectionLost`. */
-export interface Transport {
-  /** SHA-256 of the server's certificate (DER). */
-  readonly leaf: Buffer;
-  write(data: Buffer): void;
-  pauseReading(): void;
-  resumeReading(): void;
-  /** Send written data and close_notify, then end. */
-  close(): void;
-  /** Reset the connection. */
-  abort(): void;
-}
-
-/** Receives the events of a connection as a whole. */
-export interface ConnectionListener {
-  eventReceived(connection: ConnectionDriver, event: EventReceived): void;
-  connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void;
-  connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void;
-}
-
-/** A request in flight. `response` settles once. */
-export class PendingCall {
-  readonly response: Promise<unknown>;
-  isDone = false;
-  timer: Timer | undefined;
-  #resolve!: (value: unknown) => void;
-  #reject!: (error: Error) => void;
-
-  constructor(
-    readonly connection: ConnectionDriver,
-    readonly stream: number,
-  ) {
-    this.response = new Promise((resolve, reject) => {
-      this.#resolve = resolve;
-      this.#reject = reject;
-    });
-  }
-
-  succeed(value: unknown): void {
-    this.isDone = true;
-    this.timer?.cancel();
-    this.#resolve(value);
-  }
-
-  fail(error: Error): void {
-    this.isDone = true;
-    this.timer?.cancel();
-    this.#reject(error);
-  }
-}
-
 /** One connection to a server. */
 export class ConnectionDriver {
   /** Whether a request can be sent now; await it with `waitReady`. */
   ready = false;
   /** Whether GOAWAY was received. */
   draining = false;
-  /** Whether the session was attached to this connection. */
-  attached = false;
   /**
    * After the end: whether requests without a response certainly did not run, because the server sent GOAWAY and then closed
    * cleanly.
@@ -209,6 +157,9 @@ export class ConnectionDriver {
     this.#connection.unblockOutput(this.#wall());
     this.#flushSoon();
     this.#updateReady();
+    for (const call of this.#pending.values()) {
+      this.#changed(call);
+    }
   }
 
   // --- events ------------------------------------------------------------------------------------
@@ -222,6 +173,16 @@ export class ConnectionDriver {
         this.#removePending(event.stream)?.fail(
           CallError.fromWire(event.code, escapeText(event.message, MAX_MESSAGE), event.details),
         );
+        break;
+      case "item":
+      case "credit":
+        this.#changed(this.#pending.get(event.stream));
+        break;
+      case "call":
+        this.#listener?.callReceived(this, event);
+        break;
+      case "withdrawn":
+        this.#listener?.callWithdrawn(this, event.stream);
         break;
       case "event":
         this.#listener?.eventReceived(this, event);
@@ -238,6 +199,12 @@ export class ConnectionDriver {
       case "ended":
         this.#endWith(event);
         break;
+    }
+  }
+
+  #changed(call: PendingCall | undefined): void {
+    if (call instanceof PendingStream) {
+      call.onChange();
     }
   }
 
@@ -271,10 +238,31 @@ export class ConnectionDriver {
    * to stop waiting.
    */
   request(method: string, params: Params | null, token: Token, meta: Meta | undefined, deadline: number): PendingCall {
+    const stream = this.#connection.request(method, params, token, meta, this.#wall());
+    return this.#sent(new PendingCall(this, stream), deadline);
+  }
+
+  /** Open a stream of items like a request. Throws like `ClientConnection.openStream`. */
+  openStream(
+    method: string,
+    params: Params | null,
+    token: Token,
+    meta: Omit<Meta, "credit"> & { readonly window: Credit },
+    deadline: number,
+  ): PendingStream {
+    const items = this.#connection.openStream(method, params, token, meta, this.#wall());
+    return this.#sent(new PendingStream(this, items), deadline);
+  }
+
+  /** Register methods for calls of the server in the session of a token. Throws like `ClientConnection.handle`. */
+  handle(token: Token, methods: readonly string[], max: number, deadline: number): PendingCall {
+    const stream = this.#connection.handle(token, methods, max, this.#wall());
+    return this.#sent(new PendingCall(this, stream), deadline);
+  }
+
+  #sent<Call extends PendingCall>(call: Call, deadline: number): Call {
     const connection = this.#connection;
-    const stream = connection.request(method, params, token, meta, this.#wall());
-    const call = new PendingCall(this, stream);
-    this.#pending.set(stream, call);
+    this.#pending.set(call.stream, call);
     if (deadline !== Number.POSITIVE_INFINITY) {
       call.timer = this.#clock.after(deadline - this.#clock.now(), () => {
         this.abandon(call, new DeadlineExceeded("no response within the call's timeout"));
@@ -283,12 +271,32 @@ export class ConnectionDriver {
     if (connection.inFlight >= this.#maxStreams) {
       this.ready = false;
     }
-    if (connection.queuedBytes >= FLUSH_BYTES) {
-      this.#flush();
-    } else {
-      this.#flushSoon();
-    }
+    this.#flushWritten();
     return call;
+  }
+
+  /** Whether the transport takes more data without delay. */
+  get canWrite(): boolean {
+    return !this.#paused && (this.#transport?.unsentBytes ?? 0) < FLUSH_BYTES;
+  }
+
+  /** Run a step with the streams of items and send its frames. @internal */
+  withStreams<T>(step: (streams: ClientConnection["streams"], wall: bigint) => T): T {
+    const result = step(this.#connection.streams, this.#wall());
+    this.#flushWritten();
+    return result;
+  }
+
+  /** Answer a call of the server. Does nothing if it was answered before. */
+  answerCall(number: number, value: unknown): void {
+    this.#connection.calls.answer(number, value, this.#wall());
+    this.#flushWritten();
+  }
+
+  /** Answer a call of the server with an error. Does nothing if it was answered before. */
+  failCall(number: number, error: CallError): void {
+    this.#connection.calls.fail(number, error, this.#wall());
+    this.#flushWritten();
   }
 
   /** Cancel a call on the server and fail it. Does nothing after its response. */
@@ -364,6 +372,15 @@ export class ConnectionDriver {
 
   // --- bytes out ---------------------------------------------------------------------------------
 
+  #flushWritten(): void {
+    const { queuedBytes } = this.#connection;
+    if (queuedBytes >= FLUSH_BYTES) {
+      this.#flush();
+    } else if (queuedBytes > 0) {
+      this.#flushSoon();
+    }
+  }
+
   /** Gather the requests of one tick into one write. */
   #flushSoon(): void {
     if (!this.#isFlushScheduled) {
@@ -415,6 +432,11 @@ export class ConnectionDriver {
   /** Handle the end of a session: the limits of a connection without a session may apply again. */
   sessionEnded(token: Token): void {
     this.#connection.sessionEnded(token);
+  }
+
+  /** Replace the token of a session that was refreshed. */
+  tokenRenewed(old: Token, token: Token): void {
+    this.#connection.tokenRenewed(old, token);
   }
 
   /** Send queued data and close_notify. Pending calls get ConnectionClosed. */

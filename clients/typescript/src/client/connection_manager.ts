@@ -9,11 +9,12 @@
  * Must not know: calls, retries and sessions.
  */
 
-import type { EventReceived, GoAwayReceived } from "../connection/events.js";
+import type { CallReceived, EventReceived, GoAwayReceived } from "../connection/events.js";
 import { CannotConnect, ConnectionClosed, TlsError, type ZcprotoError } from "../errors.js";
 import type { Backoff } from "./backoff.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
-import type { ConnectionDriver, ConnectionListener } from "./connection_driver.js";
+import type { ConnectionDriver } from "./connection_driver.js";
+import type { ConnectionListener } from "./pending.js";
 import { isTransient, MAX_RETRY_AFTER_MS } from "./retry.js";
 
 /** Reasons of GOAWAY for an unused connection: a new one would be closed for the same reason. */
@@ -28,6 +29,9 @@ export interface ConnectionManagerOptions {
   readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
   readonly onEvent: (event: EventReceived) => void;
   readonly onConnection: (connection: ConnectionDriver) => void;
+  readonly onCall: (connection: ConnectionDriver, event: CallReceived) => void;
+  readonly onWithdraw: (connection: ConnectionDriver, number: number) => void;
+  readonly onEnded: (connection: ConnectionDriver, error: ConnectionClosed) => void;
   /** Whether to reconnect before the next call. */
   readonly isWanted: () => boolean;
 }
@@ -126,6 +130,14 @@ export class ConnectionManager implements ConnectionListener {
     setImmediate(() => this.#options.onEvent(event));
   }
 
+  callReceived(connection: ConnectionDriver, event: CallReceived): void {
+    this.#options.onCall(connection, event);
+  }
+
+  callWithdrawn(connection: ConnectionDriver, number: number): void {
+    this.#options.onWithdraw(connection, number);
+  }
+
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void {
     if (connection === this.current) {
       this.current = undefined;
@@ -138,6 +150,7 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void {
+    this.#options.onEnded(connection, error);
     this.#draining.delete(connection);
     this.#ending.add(connection);
     void connection.closed.then(() => this.#ending.delete(connection));

@@ -16,7 +16,9 @@ import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Params } from "../wire/message.js";
 import { Backoff, type Random } from "./backoff.js";
 import { type Clock, sleep, type Timer, unlessAborted } from "./clock.js";
-import type { ConnectionDriver, PendingCall } from "./connection_driver.js";
+import type { ConnectionDriver } from "./connection_driver.js";
+import type { Handlers } from "./handlers.js";
+import type { PendingCall } from "./pending.js";
 import { retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import { ClientSession, type Credentials, DeviceKey } from "./session.js";
 
@@ -46,6 +48,7 @@ export interface SessionManagerOptions {
   readonly credentials: Credentials | undefined;
   /** The client as `product/version`, listed by the server. */
   readonly client: string;
+  readonly handlers: Handlers;
   readonly random: Random;
 }
 
@@ -64,6 +67,8 @@ export class SessionManager {
   #unknownToken: Token = NO_TOKEN; // refused with UNAUTHENTICATED
   #endedBy: CallError | undefined;
   #renewing: Promise<void> | undefined;
+  #previousToken: Token = NO_TOKEN; // before the last refresh
+  #attachedTo: ConnectionDriver | undefined; // where the session of a device was attached last
   #attaching: { readonly token: Token; readonly call: PendingCall } | undefined;
   #timer: Timer | undefined;
   #refreshedEarlyAt = -FOREVER;
@@ -80,6 +85,11 @@ export class SessionManager {
   /** Whether the session was revoked, replaced or refused. Only the application can open a new one. */
   get hasEnded(): boolean {
     return this.#endedBy !== undefined;
+  }
+
+  /** Return whether this is the token of the session, or was its last one. */
+  ownsToken(token: Token): boolean {
+    return token !== NO_TOKEN && (token === this.token || token === this.#previousToken);
   }
 
   /** Why the next renewal is delayed, if it is. */
@@ -169,7 +179,9 @@ export class SessionManager {
   #endSession(error: CallError): void {
     this.#endedBy = error;
     this.session = undefined;
+    this.#previousToken = this.token;
     this.token = NO_TOKEN;
+    this.#options.handlers.abort(error);
     this.#timer?.cancel();
     this.#updateUsableUntil();
   }
@@ -187,29 +199,55 @@ export class SessionManager {
   // --- new connections and events ----------------------------------------------------------------
 
   /**
-   * Present the token on a new connection, so that events of the session arrive there. Attach a session that is bound to a
-   * device. The request is small: a large one is refused on a connection without a session.
+   * Present the token on a new connection, so that events and calls of the session arrive there. Attach a session that is bound to
+   * a device. The request is small: a large one is refused on a connection without a session.
    */
-  presentToken(connection: ConnectionDriver): void {
+  async presentToken(connection: ConnectionDriver): Promise<void> {
     if (this.#renewing === undefined) {
-      this.#presentToken(connection);
+      await this.#presentToken(connection);
     }
   }
 
-  #presentToken(connection: ConnectionDriver): void {
+  async #presentToken(connection: ConnectionDriver): Promise<void> {
     if (this.session === undefined || !connection.ready) {
       return;
     }
     const { token } = this;
-    const call =
-      this.session.bound && this.#device !== undefined && !connection.attached
-        ? this.#attach(connection, this.#device)
-        : connection.request("session.info", null, token, undefined, this.#requestDeadline());
-    call.response.catch((error: unknown) => {
+    try {
+      if (this.session.bound && this.#device !== undefined && this.#attachedTo !== connection) {
+        await this.#attach(connection, this.#device).response;
+        await this.#registerIfAny(connection);
+      } else if (this.#canRegister(connection)) {
+        await this.registerHandlers(connection);
+      } else {
+        await connection.request("session.info", null, token, undefined, this.#requestDeadline()).response;
+      }
+    } catch (error) {
       if (error instanceof CallError) {
         this.#handleRefusal(token, error);
+      } else if (!(error instanceof ConnectionClosed)) {
+        throw error;
+      } // the next connection presents the token
+    }
+  }
+
+  /** Register the application's handlers for the session on a connection that is ready. Rejects like a call. */
+  async registerHandlers(connection: ConnectionDriver): Promise<void> {
+    const { methods, max } = this.#options.handlers;
+    await connection.handle(this.token, methods, max, this.#requestDeadline()).response;
+  }
+
+  async #registerIfAny(connection: ConnectionDriver): Promise<void> {
+    if (this.#canRegister(connection)) {
+      await connection.waitReady(this.#closing.signal);
+      if (connection.ready) {
+        await this.registerHandlers(connection);
       }
-    });
+    }
+  }
+
+  #canRegister({ welcome }: ConnectionDriver): boolean {
+    return this.#options.handlers.methods.length > 0 && welcome?.calls !== undefined;
   }
 
   #requestDeadline(): number {
@@ -228,7 +266,7 @@ export class SessionManager {
     this.#attaching = { token, call };
     call.response.then(
       () => {
-        connection.attached = true;
+        this.#attachedTo = connection;
       },
       () => undefined, // reported to its waiters
     );
@@ -244,7 +282,7 @@ export class SessionManager {
       return false;
     }
     if (token === this.token && connection.ready) {
-      connection.attached = false;
+      this.#attachedTo = undefined;
       try {
         await unlessAborted(this.#attach(connection, this.#device).response, signal);
       } catch (error) {
@@ -277,7 +315,7 @@ export class SessionManager {
       const { salt } = connection;
       if (this.#checkedRevocation?.salt !== salt || this.#checkedRevocation.token !== this.token) {
         this.#checkedRevocation = { salt, token: this.token };
-        this.presentToken(connection); // the response has the code: revoked or replaced
+        void this.presentToken(connection); // the response has the code: revoked or replaced
       }
     } else if (event.name === "session.expiring") {
       this.#refreshEarly();
@@ -351,12 +389,7 @@ export class SessionManager {
         }
         continue;
       }
-      this.#adopt(result, connection);
-      if (this.#device !== undefined && method === "session.open") {
-        connection.attached = true;
-      } else if (this.#device !== undefined && !connection.attached) {
-        this.#presentToken(connection);
-      }
+      this.#adopt(result, connection, method);
       return;
     }
   }
@@ -444,19 +477,31 @@ export class SessionManager {
     return now + Math.max(left * (0.25 + this.#options.random() / 4), MIN_REFRESH_INTERVAL_MS);
   }
 
-  #adopt(result: unknown, connection: ConnectionDriver): void {
+  #adopt(result: unknown, connection: ConnectionDriver, method: string): void {
     const { clock, random } = this.#options;
     const now = clock.now();
     const serverWall = clock.wall() + Number(connection.clockOffset);
     const session = new ClientSession(result, { serverWall, now, jitter: random() });
-    connection.sessionEnded(this.token);
+    const { token } = this;
     this.session = session;
     this.token = session.tokenBytes;
+    if (method === "session.refresh") {
+      connection.tokenRenewed(token, this.token);
+      this.#previousToken = token;
+    } else {
+      connection.sessionEnded(token);
+      this.#attachedTo = connection;
+    }
     this.#setTimer(session.canRefresh(now) ? session.refreshAt : FOREVER);
     if (session.usableUntil - now < MIN_REFRESH_INTERVAL_MS) {
       this.#notBefore = now + MIN_REFRESH_INTERVAL_MS + this.#backoff.next();
     } else {
       this.#backoff.reset();
+    }
+    if (method === "session.open") {
+      this.#registerIfAny(connection).catch(() => undefined); // the next connection registers them
+    } else if (this.#device !== undefined && this.#attachedTo !== connection) {
+      void this.#presentToken(connection);
     }
   }
 
@@ -481,6 +526,7 @@ export class SessionManager {
       return;
     }
     this.session = undefined;
+    this.#previousToken = token;
     const deadline = this.#options.clock.now() + CLOSE_TIMEOUT_MS;
     try {
       await connection.request("session.close", null, token, undefined, deadline).response;
@@ -489,5 +535,6 @@ export class SessionManager {
         throw error;
       } // the session expires on the server
     }
+    connection.sessionEnded(token);
   }
 }

@@ -11,8 +11,9 @@
  * - A RESPONSE or ERROR with an invalid body fails its call with INTERNAL (it may have run). An invalid WELCOME, GOAWAY,
  *   EVENT or ERROR on stream 0 ends the connection.
  * - A frame is judged by the clock at the arrival of its header, so a large one on a slow link is not stale.
- * - A stale answer fails its call with DATA_LOSS; any other stale frame is dropped and counted. The tenth consecutive one ends
- *   the connection. ERROR STALE_TIMESTAMP is processed even if it is stale itself, since it corrects the clock offset.
+ * - A stale answer, ITEM or CREDIT fails its call with DATA_LOSS. A stale CALL is refused, and a stale WITHDRAW is honoured. Any
+ *   other stale frame is dropped and counted. The tenth consecutive one ends the connection. ERROR STALE_TIMESTAMP is processed
+ *   even if it is stale itself, since it corrects the clock offset.
  * - The bytes of an incomplete frame count as a sign of life, until it has taken FRAME_TIMEOUT_MS.
  * - Until a RESPONSE shows that the server accepted a token, frames are limited as on a connection without a session.
  * - At most one PONG waits to be sent. It answers all PINGs that arrive until then, so that a server that sends PINGs and
@@ -25,45 +26,34 @@
 import {
   Code,
   ConnectionClosed,
-  InvalidArgument,
   knownCode,
   ProtocolError,
   ResourceExhausted,
   Unavailable,
+  Unimplemented,
 } from "../errors.js";
-import { decodeBody, MAX_DEPTH, MessageError } from "../wire/body.js";
+import { decodeBody, MAX_DEPTH, phraseOf } from "../wire/body.js";
 import { FrameDecoder } from "../wire/decoder.js";
+import { acceptedBy, type Extension, type Frame, HEADER_SIZE, Kind, NO_TOKEN, type Token } from "../wire/frame.js";
 import {
-  encodeFrame,
-  type Frame,
-  HEADER_SIZE,
-  Kind,
-  MAX_STREAM,
-  MIN_LENGTH,
-  NO_TOKEN,
-  TOKEN_SIZE,
-  type Token,
-  tokenOf,
-} from "../wire/frame.js";
-import {
+  type Credit,
   decodeError,
   decodeEvent,
   type ErrorMessage,
-  encodeRequest,
   isInt,
-  isMap,
   type Meta,
   type Params,
 } from "../wire/message.js";
 import type { ClientEvent, ConnectionEnded } from "./events.js";
 import { FloodLimit } from "./flood_limit.js";
-import { Freshness, MAX_CONSECUTIVE_STALE } from "./freshness.js";
+import { correctsClock, Freshness, MAX_CONSECUTIVE_STALE } from "./freshness.js";
+import { type ItemStream, ItemStreams } from "./item_streams.js";
 import { Keepalive } from "./keepalive.js";
+import { Output, type Send } from "./output.js";
+import { MAX_FRAME_BEFORE_SESSION, Requests } from "./requests.js";
+import { ServerCalls } from "./server_calls.js";
 import { nextState, type State } from "./state.js";
 import { readGoAway, readWelcome, type Welcome } from "./welcome.js";
-
-/** The largest `length` on a connection without a session, in both directions, whatever WELCOME allows. */
-export const MAX_FRAME_BEFORE_SESSION = 16_384;
 
 /** Milliseconds from the header of a frame to its last byte, after which the connection counts as lost. */
 export const FRAME_TIMEOUT_MS = 300_000;
@@ -71,16 +61,9 @@ export const FRAME_TIMEOUT_MS = 300_000;
 /** The largest accepted server time: timestamps derived from a larger one could exceed 64 bits. */
 export const MAX_SERVER_TIME = 2n ** 62n;
 
-const UINT64_MAX = 2n ** 64n - 1n;
-const OPENING_METHODS: ReadonlySet<string> = new Set(["session.open", "session.refresh"]);
-const OPENING: Token = ""; // marks a request that returns a token
-const INVALID_TOKEN_CODES: ReadonlySet<number> = new Set([
-  Code.UNAUTHENTICATED,
-  Code.TOKEN_EXPIRED,
-  Code.TOKEN_REVOKED,
-  Code.SESSION_REPLACED,
-]);
 const STALE_ANSWER = "the answer was delayed for too long; check whether the request took effect";
+const STALE_ITEM = "an item was delayed for too long; the stream is incomplete";
+const OF_CALLS: ReadonlySet<number> = new Set([Kind.CALL, Kind.WITHDRAW]);
 const EMPTY = new Uint8Array(0);
 
 export interface ConnectionSettings {
@@ -98,26 +81,21 @@ export interface ConnectionSettings {
 export class ClientConnection {
   state: State = "awaiting_welcome";
   welcome: Welcome | undefined;
-  /** The offset of the server's clock from this one. */
-  clockOffset = 0n;
   droppedStale = 0;
   droppedUnknown = 0;
-  queuedBytes = 0;
   /** Whether the transport cannot send; call `unblockOutput` when it can again. */
   isOutputBlocked = false;
-  /** The stream of the next request, unless it is in flight. */
-  nextStream = 1;
+  readonly streams: ItemStreams;
+  readonly calls: ServerCalls;
   readonly #maxFrame: number;
   readonly #toleranceMs: number;
   readonly #maxDepth: number;
   readonly #decoder: FrameDecoder;
   #freshness: Freshness | undefined; // set by WELCOME
-  #counter = 0n; // of the last frame sent
   #staleCount = 0;
   #partial: { readonly wall: bigint; readonly now: number } | undefined; // when the header of an incomplete frame arrived
-  readonly #inFlight = new Map<number, Token>(); // stream -> the token of its request
-  readonly #tokens = new Set<Token>(); // accepted by the server on this connection
-  #out: Buffer[] = [];
+  readonly #requests: Requests;
+  readonly #output = new Output();
   #pongOwed: Token | undefined; // the token of the latest PING without a PONG
   readonly #unrequested = new FloodLimit();
   readonly #keepalive = new Keepalive();
@@ -126,28 +104,45 @@ export class ClientConnection {
     this.#maxFrame = maxFrame;
     this.#toleranceMs = toleranceMs;
     this.#maxDepth = maxDepth;
+    const send: Send = (...frame) => this.#send(...frame);
+    this.#requests = new Requests(send);
+    this.streams = new ItemStreams(send, maxDepth);
+    this.calls = new ServerCalls(send, maxDepth);
     this.#decoder = new FrameDecoder("client", Math.min(maxFrame, MAX_FRAME_BEFORE_SESSION));
   }
 
   /** The salt, unique to this connection and part of device signatures. */
   get salt(): bigint {
-    return this.#freshness?.salt ?? 0n;
+    return this.#output.salt;
   }
 
-  /** The number of requests without a response. */
+  /** The offset of the server's clock from this one. */
+  get clockOffset(): bigint {
+    return this.#output.clockOffset;
+  }
+
+  get queuedBytes(): number {
+    return this.#output.queuedBytes;
+  }
+
+  /** The number of requests without a response, including streams of items. */
   get inFlight(): number {
-    return this.#inFlight.size;
+    return this.#requests.size;
+  }
+
+  /** The stream of the next request, unless it is in flight. */
+  set nextStream(stream: number) {
+    this.#requests.next = stream;
   }
 
   /** Whether the server has accepted a token on this connection. */
   get hasSession(): boolean {
-    return this.#tokens.size > 0;
+    return this.#requests.hasSession;
   }
 
   /** The largest `length` that can be sent now. */
   get sendLimit(): number {
-    const limit = this.welcome?.max_frame ?? 0;
-    return this.hasSession ? limit : Math.min(limit, MAX_FRAME_BEFORE_SESSION);
+    return this.#requests.sendLimit;
   }
 
   // --- receiving ---------------------------------------------------------------------------------
@@ -205,13 +200,13 @@ export class ClientConnection {
       if (verdict === "counter_used") {
         throw new ProtocolError(Code.REPLAYED, "nonce counter did not increase");
       }
-      if (!this.#correctsClock(frame)) {
-        return this.#receivedStale(frame);
+      if (!correctsClock(frame, this.#maxDepth)) {
+        return this.#receivedStale(frame, wall);
       }
     }
     this.#staleCount = 0;
     this.#keepalive.received(now);
-    if (!this.#inFlight.has(frame.stream)) {
+    if (!this.#requests.has(frame.stream) || OF_CALLS.has(frame.kind)) {
       this.#unrequested.count(frame.body.length, now);
     }
     return frame.kind === Kind.RESPONSE ? this.#receivedResponse(frame) : this.#receivedOther(frame, wall);
@@ -222,34 +217,44 @@ export class ClientConnection {
     return this.#unrequested.delay(now);
   }
 
-  #receivedStale({ kind, stream }: Frame): ClientEvent | undefined {
+  #receivedStale(frame: Frame, wall: bigint): ClientEvent | undefined {
+    const { kind, stream } = frame;
     this.#staleCount += 1;
     if (this.#staleCount >= MAX_CONSECUTIVE_STALE) {
       throw new ProtocolError(Code.STALE_TIMESTAMP, "ten consecutive stale frames");
     }
-    if ((kind === Kind.RESPONSE || kind === Kind.ERROR) && this.#inFlight.delete(stream)) {
+    if (kind === Kind.CALL) {
+      return this.calls.receive(frame, { isStale: true }, wall);
+    }
+    if (kind === Kind.WITHDRAW) {
+      return this.#receivedWithdraw(frame, wall);
+    }
+    if ((kind === Kind.RESPONSE || kind === Kind.ERROR) && this.#requests.remove(stream)) {
+      this.streams.answered(stream);
       return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ANSWER, details: {} };
+    }
+    if ((kind === Kind.ITEM || kind === Kind.CREDIT) && this.streams.isRead(stream)) {
+      this.cancel(stream, wall); // a lost item would go unnoticed, and lost credit would block the stream
+      return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ITEM, details: {} };
     }
     this.droppedStale += 1;
     return undefined;
   }
 
   #receivedResponse({ stream, body }: Frame): ClientEvent | undefined {
-    const requestToken = this.#inFlight.get(stream);
-    if (requestToken === undefined) {
+    if (!this.#requests.has(stream)) {
       this.droppedUnknown += 1;
       return undefined;
     }
-    this.#inFlight.delete(stream);
+    this.streams.answered(stream);
     let value: unknown;
     try {
       value = decodeBody(body, { maxDepth: this.#maxDepth });
     } catch (error) {
+      this.#requests.remove(stream);
       return { type: "error", stream, ...invalidResponse(error) };
     }
-    if (!this.#tokens.has(requestToken)) {
-      this.#tokenAccepted(requestToken, value);
-    }
+    this.#requests.succeeded(stream, value);
     return { type: "response", stream, value };
   }
 
@@ -258,8 +263,19 @@ export class ClientConnection {
     switch (frame.kind) {
       case Kind.ERROR:
         return this.#receivedError(frame, wall);
+      case Kind.ITEM:
+      case Kind.CREDIT:
+        if (!this.#requests.has(frame.stream)) {
+          this.droppedUnknown += 1;
+          return undefined;
+        }
+        return this.streams.receive(frame);
       case Kind.EVENT:
         return this.#receivedEvent(frame);
+      case Kind.CALL:
+        return this.calls.receive(frame, { isStale: false }, wall);
+      case Kind.WITHDRAW:
+        return this.#receivedWithdraw(frame, wall);
       case Kind.GOAWAY: {
         const goAway = readGoAway(frame.body, this.#maxDepth);
         this.state = nextState(this.state, "goaway");
@@ -269,9 +285,7 @@ export class ClientConnection {
         throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME was sent twice");
       default:
     }
-    if (frame.body.length > 0) {
-      throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame must not have a body");
-    }
+    requireNoBody(frame);
     if (frame.kind === Kind.PING) {
       this.#pongOwed = frame.token;
     } else {
@@ -280,11 +294,20 @@ export class ClientConnection {
     return undefined;
   }
 
+  #receivedWithdraw(frame: Frame, wall: bigint): ClientEvent | undefined {
+    requireNoBody(frame);
+    const event = this.calls.withdraw(frame, wall);
+    if (event === undefined) {
+      this.droppedUnknown += 1;
+    }
+    return event;
+  }
+
   #receivedEvent({ body, token }: Frame): ClientEvent {
     try {
       const { name, data } = decodeEvent(body, this.#maxDepth);
       if (name === "session.revoked") {
-        this.#tokens.delete(token);
+        this.#requests.sessionEnded(token);
       }
       return { type: "event", name, data, token, body };
     } catch (error) {
@@ -308,15 +331,12 @@ export class ClientConnection {
     if (stream === 0) {
       return this.#endWith(knownCode(message.code), message.message);
     }
-    const requestToken = this.#inFlight.get(stream);
-    if (requestToken === undefined) {
+    if (!this.#requests.has(stream)) {
       this.droppedUnknown += 1;
       return undefined;
     }
-    this.#inFlight.delete(stream);
-    if (INVALID_TOKEN_CODES.has(message.code)) {
-      this.#tokens.delete(requestToken);
-    }
+    this.#requests.failed(stream, message.code);
+    this.streams.answered(stream);
     return { type: "error", stream, ...message };
   }
 
@@ -333,8 +353,13 @@ export class ClientConnection {
     const welcome = readWelcome(frame.body, this.#maxDepth);
     this.welcome = welcome;
     this.#freshness = new Freshness(frame.salt, 0n, this.#toleranceMs);
-    this.clockOffset = frame.timestamp - wall;
+    this.#output.salt = frame.salt;
+    this.#output.clockOffset = frame.timestamp - wall;
     this.#decoder.limit = this.#maxFrame;
+    this.streams.maxItem = welcome.streams?.max_item ?? 0;
+    this.calls.maxFrame = this.#requests.maxFrame = welcome.max_frame;
+    this.#requests.maxStreams = welcome.max_streams;
+    this.#accept(welcome.streams === undefined ? [] : ["streams"]);
     this.#keepalive.start(welcome.idle_timeout_ms, now);
     this.state = nextState(this.state, "welcome");
     return { type: "welcomed", welcome };
@@ -342,23 +367,14 @@ export class ClientConnection {
 
   // --- clock -------------------------------------------------------------------------------------
 
-  /** Return whether a stale frame is an ERROR STALE_TIMESTAMP, which is processed all the same. */
-  #correctsClock({ kind, body }: Frame): boolean {
-    if (kind !== Kind.ERROR) {
-      return false;
-    }
-    try {
-      return decodeError(body, this.#maxDepth).code === Code.STALE_TIMESTAMP;
-    } catch (error) {
-      phraseOf(error);
-      return false; // dropped like any other stale frame
+  #correctClock(serverTime: unknown, wall: bigint): void {
+    if (isInt(serverTime) && serverTime >= 0 && serverTime <= MAX_SERVER_TIME) {
+      this.#output.clockOffset = BigInt(serverTime) - wall;
     }
   }
 
-  #correctClock(serverTime: unknown, wall: bigint): void {
-    if (isInt(serverTime) && serverTime >= 0 && serverTime <= MAX_SERVER_TIME) {
-      this.clockOffset = BigInt(serverTime) - wall;
-    }
+  #accept(extensions: readonly Extension[]): void {
+    this.#decoder.accepted = acceptedBy("client", extensions, this.streams.maxItem);
   }
 
   // --- requests ----------------------------------------------------------------------------------
@@ -371,82 +387,79 @@ export class ClientConnection {
    * ConnectionClosed after the end.
    */
   request(method: string, params: Params | null, token: Token, meta: Meta | undefined, wall: bigint): number {
-    const { welcome } = this;
-    if (this.state !== "open" || welcome === undefined) {
-      throw this.#notOpenError();
+    this.#openWelcome();
+    return this.#requests.send(Kind.REQUEST, method, params, token, meta, wall);
+  }
+
+  /**
+   * Queue an OPEN that grants `window`. Throws like `request`, and also Unimplemented if the server has no streams,
+   * ResourceExhausted if its `max_open` are in flight.
+   */
+  openStream(
+    method: string,
+    params: Params | null,
+    token: Token,
+    { window, ...meta }: Omit<Meta, "credit"> & { readonly window: Credit },
+    wall: bigint,
+  ): ItemStream {
+    const { streams } = this.#openWelcome();
+    if (streams === undefined) {
+      throw new Unimplemented("this server has no streams");
     }
-    if (this.#inFlight.size >= welcome.max_streams) {
-      throw new ResourceExhausted("too many requests in flight on this connection");
+    if (this.streams.size >= streams.max_open) {
+      const details = { limit: streams.max_open };
+      throw new ResourceExhausted("too many streams on this connection; close some", details);
     }
-    let body: Uint8Array;
-    try {
-      body = encodeRequest(method, params, meta);
-    } catch (error) {
-      throw new InvalidArgument(phraseOf(error), {}, { cause: error });
+    const number = this.#requests.send(Kind.OPEN, method, params, token, { ...meta, credit: window }, wall);
+    return this.streams.add(number, token, window);
+  }
+
+  /**
+   * Queue a `session.handle`, which registers methods for calls of the server in the session of a token. `max` of them may run at
+   * once. Throws like `request`, and also Unimplemented if the server calls no clients.
+   */
+  handle(token: Token, methods: readonly string[], max: number, wall: bigint): number {
+    const { streams, calls } = this.#openWelcome();
+    if (calls === undefined) {
+      throw new Unimplemented("this server does not call clients");
     }
-    this.#checkSize(MIN_LENGTH + body.length);
-    const stream = this.#freeStream();
-    if (OPENING_METHODS.has(method)) {
-      this.#inFlight.set(stream, OPENING);
-      this.#send(Kind.REQUEST, stream, NO_TOKEN, body, wall);
-    } else {
-      this.#inFlight.set(stream, token);
-      this.#send(Kind.REQUEST, stream, token, body, wall);
-    }
+    const stream = this.request("session.handle", { methods, max }, token, undefined, wall);
+    this.calls.register(token, methods);
+    this.#accept(streams === undefined ? ["calls"] : ["streams", "calls"]);
     return stream;
   }
 
-  #notOpenError(): Error {
+  /** Return WELCOME. Throws if no request can be sent now. */
+  #openWelcome(): Welcome {
+    if (this.state === "open" && this.welcome !== undefined) {
+      return this.welcome;
+    }
     if (this.state === "draining") {
-      return new Unavailable("the server accepts no new requests on this connection");
+      throw new Unavailable("the server accepts no new requests on this connection");
     }
     if (this.state === "closed") {
-      return new ConnectionClosed("the connection has ended");
+      throw new ConnectionClosed("the connection has ended");
     }
-    return new Unavailable("the server has not sent its WELCOME yet");
-  }
-
-  #checkSize(size: number): void {
-    const limit = this.sendLimit;
-    if (size > limit) {
-      throw new InvalidArgument(`the request has ${size} bytes; the server accepts ${limit}`, { size, limit });
-    }
-  }
-
-  #freeStream(): number {
-    let stream = this.nextStream;
-    while (this.#inFlight.has(stream)) {
-      stream = stream === MAX_STREAM ? 1 : stream + 1;
-    }
-    this.nextStream = stream === MAX_STREAM ? 1 : stream + 1;
-    return stream;
-  }
-
-  /** Record the token that a RESPONSE shows to be accepted: that of its request, or the one it returns. */
-  #tokenAccepted(requestToken: Token, value: unknown): void {
-    let accepted = requestToken;
-    if (requestToken === OPENING) {
-      const issued = isMap(value) ? value["token"] : undefined;
-      if (!(issued instanceof Uint8Array) || issued.length !== TOKEN_SIZE) {
-        return;
-      }
-      accepted = tokenOf(issued);
-    }
-    if (accepted !== NO_TOKEN) {
-      this.#tokens.add(accepted);
-    }
+    throw new Unavailable("the server has not sent its WELCOME yet");
   }
 
   /** Forget the token of a session that has ended. */
   sessionEnded(token: Token): void {
-    this.#tokens.delete(token);
+    this.#requests.sessionEnded(token);
+    this.calls.sessionEnded(token);
   }
 
-  /** Queue a CANCEL. The request stays in flight until its response. */
+  /** Replace the token of a session that was refreshed. */
+  tokenRenewed(old: Token, token: Token): void {
+    this.#requests.sessionEnded(old);
+    this.calls.tokenRenewed(old, token);
+  }
+
+  /** Queue a CANCEL, once for a stream of items. The request stays in flight until its response. */
   cancel(stream: number, wall: bigint): void {
-    const token = this.#inFlight.get(stream);
-    if (token !== undefined && this.state !== "closed") {
-      this.#send(Kind.CANCEL, stream, token === OPENING ? NO_TOKEN : token, EMPTY, wall);
+    const token = this.#requests.sentToken(stream);
+    if (token !== undefined && this.streams.leave(stream)) {
+      this.#send(Kind.CANCEL, stream, token, EMPTY, wall);
     }
   }
 
@@ -515,34 +528,22 @@ export class ClientConnection {
   }
 
   #send(kind: Kind, stream: number, token: Token, body: Uint8Array, wall: bigint): void {
-    this.#counter += 1n;
-    this.#keepalive.sentSinceCheck = true;
-    const time = wall + this.clockOffset;
-    // The local clock may have been set to any time; the field has 64 bits.
-    const timestamp = time < 0n ? 0n : time > UINT64_MAX ? UINT64_MAX : time;
-    const frame = encodeFrame(kind, stream, timestamp, this.salt, this.#counter, token, body);
-    this.queuedBytes += frame.length;
-    this.#out.push(frame);
+    if (this.state !== "closed") {
+      this.#keepalive.sentSinceCheck = true;
+      this.#output.send(kind, stream, token, body, wall);
+    }
   }
 
   /** Return all queued bytes, or undefined if the queue is empty. */
   dataToSend(): Buffer | undefined {
-    const out = this.#out;
-    if (out.length === 0) {
-      return undefined;
-    }
-    this.#out = [];
-    this.queuedBytes = 0;
-    return out.length === 1 ? out[0] : Buffer.concat(out);
+    return this.#output.take();
   }
 }
 
-/** Return the phrase of a MessageError. Any other error is a bug and is rethrown. */
-function phraseOf(error: unknown): string {
-  if (error instanceof MessageError) {
-    return error.message;
+function requireNoBody({ body }: Frame): void {
+  if (body.length > 0) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame must not have a body");
   }
-  throw error;
 }
 
 function invalidResponse(error: unknown): ErrorMessage {

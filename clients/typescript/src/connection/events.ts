@@ -25,6 +25,35 @@ export interface ErrorReceived {
   readonly details: Record<string, unknown>;
 }
 
+/** An item waits in a stream. */
+export interface ItemReceived {
+  readonly type: "item";
+  readonly stream: number;
+}
+
+/** The server allows more items on a stream. */
+export interface CreditRaised {
+  readonly type: "credit";
+  readonly stream: number;
+}
+
+/** The server calls a method of this client. `stream` is the number of the call; answer it once. */
+export interface CallReceived {
+  readonly type: "call";
+  readonly stream: number;
+  readonly token: Token;
+  readonly method: string;
+  readonly params: Record<string, unknown>;
+  readonly deadlineMs: number;
+  readonly traceparent: string | undefined;
+}
+
+/** The server has withdrawn a call, which was answered: stop its handler. */
+export interface CallWithdrawn {
+  readonly type: "withdrawn";
+  readonly stream: number;
+}
+
 /** The server accepts no new requests on this connection; requests in flight may still be answered. */
 export interface GoAwayReceived {
   readonly type: "goaway";
@@ -52,6 +81,10 @@ export type ClientEvent =
   | Welcomed
   | ResponseReceived
   | ErrorReceived
+  | ItemReceived
+  | CreditRaised
+  | CallReceived
+  | CallWithdrawn
   | GoAwayReceived
   | EventReceived
   | ConnectionEnded;

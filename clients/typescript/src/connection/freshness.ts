@@ -4,6 +4,11 @@
  * Times are bigint, so no timestamp overflows their difference.
  */
 
+import { Code } from "../errors.js";
+import { phraseOf } from "../wire/body.js";
+import { type Frame, Kind } from "../wire/frame.js";
+import { decodeError } from "../wire/message.js";
+
 export const MAX_CONSECUTIVE_STALE = 10;
 
 export type Verdict = "fresh" | "stale" | "wrong_salt" | "counter_used";
@@ -30,5 +35,15 @@ export class Freshness {
     this.lastCounter = counter;
     const age = now - timestamp;
     return age <= this.#tolerance && -age <= this.#tolerance ? "fresh" : "stale";
+  }
+}
+
+/** Return whether a stale frame is an ERROR STALE_TIMESTAMP, which is processed all the same. */
+export function correctsClock({ kind, body }: Frame, maxDepth: number): boolean {
+  try {
+    return kind === Kind.ERROR && decodeError(body, maxDepth).code === Code.STALE_TIMESTAMP;
+  } catch (error) {
+    phraseOf(error);
+    return false; // dropped like any other stale frame
   }
 }

@@ -20,20 +20,32 @@ export interface Welcome {
   readonly idle_timeout_ms: number;
   readonly tolerance_ms: number;
   readonly sts: StsPolicy;
+  readonly streams?: StreamLimits;
+  readonly calls?: CallLimits;
   readonly [more: string]: unknown;
 }
 
-const MINIMUM = { max_frame: MIN_LENGTH, max_streams: 1, idle_timeout_ms: 0, tolerance_ms: 0 };
+/** The limits of streams of items, if the server has them. */
+export interface StreamLimits {
+  readonly max_open: number;
+  readonly max_item: number;
+}
 
-/** Parse WELCOME (zcp1.md, section 6.2). Throws ProtocolError. */
+/** The limits of calls from the server, if it has them. */
+export interface CallLimits {
+  readonly max: number;
+}
+
+const MINIMUM = { max_frame: MIN_LENGTH, max_streams: 1, idle_timeout_ms: 0, tolerance_ms: 0 };
+/** Maps that may be absent, and the least value of each required key. */
+const EXTENSIONS = { streams: { max_open: 0, max_item: MIN_LENGTH }, calls: { max: 0 } };
+
+/** Parse WELCOME (zcp1.md, sections 6.2 and 18.3). Throws ProtocolError. */
 export function readWelcome(body: Buffer, maxDepth: number): Welcome {
   const fields = readMap("WELCOME", body, maxDepth);
   requireKey("server", typeof fields["server"] === "string");
   requireKey("versions", Array.isArray(fields["versions"]));
-  for (const [key, minimum] of Object.entries(MINIMUM)) {
-    const value = fields[key];
-    requireKey(key, isInt(value) && value >= minimum);
-  }
+  requireLimits(fields, MINIMUM);
   const { sts } = fields;
   requireKey("sts", isMap(sts));
   const { max_age: maxAge, include_subdomains: subdomains } = sts as Record<string, unknown>;
@@ -42,10 +54,33 @@ export function readWelcome(body: Buffer, maxDepth: number): Welcome {
   if (!(fields["versions"] as unknown[]).includes(VERSION)) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "WELCOME: the server does not support version 1");
   }
+  for (const [name, minimum] of Object.entries(EXTENSIONS)) {
+    if (name in fields) {
+      requireKey(name, isMap(fields[name]));
+      requireLimits(fields[name] as Record<string, unknown>, minimum, `${name}.`);
+    }
+  }
   const welcome = decodeMap(body, maxDepth) as unknown as Welcome;
   // Limits beyond the exact range of a number are never reached.
-  const limits = Object.keys(MINIMUM).map((key) => [key, Number(welcome[key])]);
-  return { ...welcome, ...Object.fromEntries(limits), sts: { ...welcome.sts, max_age: Number(maxAge) } };
+  const numbers = (map: object, minimum: object) =>
+    Object.fromEntries(Object.keys(minimum).map((key) => [key, Number(map[key as keyof typeof map])]));
+  const extensions = Object.entries(EXTENSIONS).flatMap(([name, minimum]) => {
+    const map = welcome[name] as object | undefined;
+    return map === undefined ? [] : [[name, { ...map, ...numbers(map, minimum) }]];
+  });
+  return {
+    ...welcome,
+    ...numbers(welcome, MINIMUM),
+    ...Object.fromEntries(extensions),
+    sts: { ...welcome.sts, max_age: Number(maxAge) },
+  };
+}
+
+function requireLimits(fields: Record<string, unknown>, minimum: Record<string, number>, prefix = ""): void {
+  for (const [key, least] of Object.entries(minimum)) {
+    const value = fields[key];
+    requireKey(prefix + key, isInt(value) && value >= least);
+  }
 }
 
 /** Parse GOAWAY (zcp1.md, section 6.7). Throws ProtocolError. */

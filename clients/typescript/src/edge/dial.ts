@@ -3,7 +3,8 @@
 import { connect, type Socket } from "node:net";
 import { type Address, addressText } from "../client/address.js";
 import { type Clock, unlessAborted } from "../client/clock.js";
-import { ConnectionDriver, type ConnectionListener } from "../client/connection_driver.js";
+import { ConnectionDriver } from "../client/connection_driver.js";
+import type { ConnectionListener } from "../client/pending.js";
 import { isTransient } from "../client/retry.js";
 import { escapeText } from "../client/text.js";
 import { ClientConnection } from "../connection/connection.js";

@@ -4,7 +4,8 @@ import { createHash, type X509Certificate } from "node:crypto";
 import { isIP, type Socket } from "node:net";
 import { connect, type TLSSocket } from "node:tls";
 import type { Clock, Timer } from "../client/clock.js";
-import type { ConnectionDriver, Transport } from "../client/connection_driver.js";
+import type { ConnectionDriver } from "../client/connection_driver.js";
+import type { Transport } from "../client/pending.js";
 import type { TlsError } from "../errors.js";
 import { failureOf, tlsError } from "./failure.js";
 import { GatedStream } from "./gated_stream.js";
@@ -132,6 +133,10 @@ class TlsTransport implements Transport {
   }
 
   readonly write: (data: Buffer) => void;
+
+  get unsentBytes(): number {
+    return this.#socket.writableLength;
+  }
 
   pauseReading(): void {
     if (!this.#isClosing) {

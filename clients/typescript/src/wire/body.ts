@@ -23,6 +23,14 @@ const UINT32 = 2 ** 32;
 /** An invalid body, or a value that cannot be sent. The message is a fixed phrase. */
 export class MessageError extends ZcprotoError {}
 
+/** Return the phrase of a MessageError. Any other error is a bug and is rethrown. */
+export function phraseOf(error: unknown): string {
+  if (error instanceof MessageError) {
+    return error.message;
+  }
+  throw error;
+}
+
 export interface DecodeOptions {
   readonly maxDepth?: number;
   /** Converts floats, to distinguish them from ints. */

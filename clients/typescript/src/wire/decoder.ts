@@ -6,7 +6,17 @@
  * is linear, and memory grows with the bytes received, not with the announced length.
  */
 
-import { checkHead, checkLength, type Frame, HEADER_SIZE, LENGTH_SIZE, type Side, TOKEN_SIZE } from "./frame.js";
+import {
+  type Accepted,
+  acceptedBy,
+  checkHead,
+  checkLength,
+  type Frame,
+  HEADER_SIZE,
+  LENGTH_SIZE,
+  type Side,
+  TOKEN_SIZE,
+} from "./frame.js";
 
 const EMPTY = Buffer.alloc(0);
 const FIRST_CAPACITY = 1024;
@@ -16,20 +26,20 @@ const NONE = -1;
  * Feed it bytes, then take frames until `next` returns undefined.
  *
  * `limit` is the largest accepted `length`. A change applies from the next frame on; a frame whose length was already accepted
- * stays accepted. Do not use the decoder after a ProtocolError.
+ * stays accepted. `accepted` can only be extended. Do not use the decoder after a ProtocolError.
  */
 export class FrameDecoder {
   limit: number;
-  readonly #receiver: Side;
+  accepted: Accepted;
   #data: Buffer = EMPTY;
   #at = 0;
   #partial: Buffer | undefined; // an incomplete frame, in a buffer that may be larger
   #have = 0; // bytes in #partial
   #need = 0; // bytes needed in #partial before parsing again
-  #accepted = NONE; // a length that was already accepted, perhaps under another limit
+  #checkedLength = NONE; // a length that was already accepted, perhaps under another limit
 
   constructor(receiver: Side, limit: number) {
-    this.#receiver = receiver;
+    this.accepted = acceptedBy(receiver);
     this.limit = limit;
   }
 
@@ -73,22 +83,22 @@ export class FrameDecoder {
       return undefined;
     }
     const length = data.readUInt32BE(at);
-    if (length !== this.#accepted) {
+    if (length !== this.#checkedLength) {
       checkLength(length, this.limit);
     }
     if (available < HEADER_SIZE) {
-      this.#accepted = length;
+      this.#checkedLength = length;
       this.#keep(HEADER_SIZE);
       return undefined;
     }
-    const kind = checkHead(data, at, this.#receiver);
+    const kind = checkHead(data, at, this.accepted);
     const end = LENGTH_SIZE + length;
     if (available < end) {
-      this.#accepted = length;
+      this.#checkedLength = length;
       this.#keep(end);
       return undefined;
     }
-    this.#accepted = NONE;
+    this.#checkedLength = NONE;
     this.#at = at + end;
     return {
       length,

@@ -1,5 +1,5 @@
 /**
- * One frame: its layout and the checks of its header (zcp1.md, sections 5 and 6.1).
+ * One frame: its layout and the checks of its header (zcp1.md, sections 5, 6.1 and 18.2).
  *
  * 64-bit fields are bigint, since a number is not exact above 2^53. A token is a string of 32 characters from 0 to 255, one for
  * each byte, which can be compared and used as a key. It is never displayed.
@@ -14,6 +14,7 @@ export const MIN_LENGTH = HEADER_SIZE - LENGTH_SIZE;
 export const TOKEN_SIZE = 32;
 export const SALT_SIZE = 8;
 export const MAX_STREAM = 0xffff_ffff;
+export const MAX_LENGTH = 0xffff_ffff;
 export const NO_TOKEN: Token = "\0".repeat(TOKEN_SIZE);
 
 /** 32 bytes as a latin1 string. */
@@ -29,6 +30,14 @@ export const Kind = {
   PONG: 0x07,
   GOAWAY: 0x08,
   EVENT: 0x09,
+  OPEN: 0x10,
+  ITEM: 0x11,
+  END: 0x12,
+  CREDIT: 0x13,
+  CALL: 0x18,
+  RESULT: 0x19,
+  FAILURE: 0x1a,
+  WITHDRAW: 0x1b,
 } as const;
 
 export type Kind = (typeof Kind)[keyof typeof Kind];
@@ -36,9 +45,13 @@ export type Kind = (typeof Kind)[keyof typeof Kind];
 /** The receiver of a frame. */
 export type Side = "client" | "server";
 
+/** What a server announces in WELCOME: some kinds exist only with it. */
+export type Extension = "streams" | "calls";
+
 interface KindRule {
   readonly sentTo: readonly Side[];
   readonly onStream: boolean | undefined; // undefined: stream 0 or the stream of a request
+  readonly partOf?: Extension;
 }
 
 const RULES: Readonly<Record<Kind, KindRule>> = {
@@ -51,6 +64,14 @@ const RULES: Readonly<Record<Kind, KindRule>> = {
   [Kind.PONG]: { sentTo: ["client", "server"], onStream: false },
   [Kind.GOAWAY]: { sentTo: ["client"], onStream: false },
   [Kind.EVENT]: { sentTo: ["client"], onStream: false },
+  [Kind.OPEN]: { sentTo: ["server"], onStream: true, partOf: "streams" },
+  [Kind.ITEM]: { sentTo: ["client", "server"], onStream: true, partOf: "streams" },
+  [Kind.END]: { sentTo: ["server"], onStream: true, partOf: "streams" },
+  [Kind.CREDIT]: { sentTo: ["client", "server"], onStream: true, partOf: "streams" },
+  [Kind.CALL]: { sentTo: ["client"], onStream: true, partOf: "calls" },
+  [Kind.RESULT]: { sentTo: ["server"], onStream: true, partOf: "calls" },
+  [Kind.FAILURE]: { sentTo: ["server"], onStream: true, partOf: "calls" },
+  [Kind.WITHDRAW]: { sentTo: ["client"], onStream: true, partOf: "calls" },
 };
 
 /** A frame with a valid header. `body` is a view of the read buffer: copy data to keep it. */
@@ -65,6 +86,22 @@ export interface Frame {
   readonly body: Buffer;
 }
 
+/** What a receiver accepts: kinds by number, and the largest `length` of an ITEM. */
+export interface Accepted {
+  readonly kinds: ReadonlySet<number>;
+  readonly maxItem: number;
+}
+
+/** Return what a side accepts with some extensions. */
+export function acceptedBy(receiver: Side, extensions: Iterable<Extension> = [], maxItem = MAX_LENGTH): Accepted {
+  const announced = new Set(extensions);
+  const kinds = Object.values(Kind).filter((kind) => {
+    const { sentTo, partOf } = RULES[kind];
+    return sentTo.includes(receiver) && (partOf === undefined || announced.has(partOf));
+  });
+  return { kinds: new Set(kinds), maxItem };
+}
+
 /** Check a length. Throws ProtocolError. */
 export function checkLength(length: number, limit: number): void {
   if (length < MIN_LENGTH) {
@@ -77,25 +114,25 @@ export function checkLength(length: number, limit: number): void {
 
 /**
  * Check a received header at offset `at` and return its kind. Throws ProtocolError in the order of zcp1.md, section 5.4:
- * version, kind, flags, stream. The length was checked before.
+ * version, kind, flags, stream, and then the length of an ITEM. The length of a frame was checked before.
  */
-export function checkHead(data: Buffer, at: number, receiver: Side): Kind {
+export function checkHead(data: Buffer, at: number, { kinds, maxItem }: Accepted): Kind {
   if (data[at + 4] !== VERSION) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "version is not 1");
   }
   const kind = data[at + 5] as Kind;
-  const rule = RULES[kind] as KindRule | undefined;
-  if (rule === undefined) {
-    throw new ProtocolError(Code.PROTOCOL_ERROR, "kind of frame is unknown");
-  }
-  if (!rule.sentTo.includes(receiver)) {
-    throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind must not be sent to this side");
+  if (!kinds.has(kind)) {
+    throw new ProtocolError(Code.PROTOCOL_ERROR, "this kind of frame is not allowed here");
   }
   if (data[at + 6] !== 0 || data[at + 7] !== 0) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "flags are set");
   }
-  if (rule.onStream !== undefined && rule.onStream !== (data.readUInt32BE(at + 8) !== 0)) {
+  const { onStream } = RULES[kind];
+  if (onStream !== undefined && onStream !== (data.readUInt32BE(at + 8) !== 0)) {
     throw new ProtocolError(Code.PROTOCOL_ERROR, "stream does not match the kind");
+  }
+  if (kind === Kind.ITEM && data.readUInt32BE(at) > maxItem) {
+    throw new ProtocolError(Code.FRAME_TOO_LARGE, "item is larger than allowed here");
   }
   return kind;
 }

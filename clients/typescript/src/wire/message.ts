@@ -1,14 +1,24 @@
-/** Encodes and decodes the bodies of each kind (zcp1.md, section 6). Functions throw MessageError. */
+/** Encodes and decodes the bodies of each kind (zcp1.md, sections 6, 18 and 19). Functions throw MessageError. */
 
 import { decodeBody, encodeBody, Float, MAX_DEPTH, MessageError } from "./body.js";
 
 export type Params = Readonly<Record<string, unknown>>;
 
+/** How many items and bytes a peer is allowed to send: totals since OPEN. */
+export type Credit = readonly [items: number, bytes: number];
+
 /** The metadata of a request. */
 export interface Meta {
+  credit?: Credit;
   deadline_ms?: number;
   idempotency_key?: string;
   traceparent?: string;
+}
+
+export interface RequestMessage {
+  readonly method: string;
+  readonly params: Record<string, unknown>;
+  readonly meta: Meta;
 }
 
 export interface ErrorMessage {
@@ -23,7 +33,7 @@ const TRACEPARENT = /^([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}$/;
 const MAX_KNOWN_METHODS = 1024;
 const knownMethods = new Set<string>();
 
-/** Encode the body of a REQUEST. The result is valid until the next call. */
+/** Encode the body of a REQUEST or OPEN. The result is valid until the next call. */
 export function encodeRequest(method: string, params: Params | null, meta?: Meta): Uint8Array {
   if (!knownMethods.has(method)) {
     checkMethod(method);
@@ -48,6 +58,53 @@ function checkMethod(method: string): void {
   if (knownMethods.size < MAX_KNOWN_METHODS) {
     knownMethods.add(method);
   }
+}
+
+/**
+ * Decode `[method, params]` or `[method, params, meta]`. The meta of the result has only valid `deadline_ms` and
+ * `traceparent`.
+ */
+export function decodeRequest(body: Buffer, maxDepth = MAX_DEPTH): RequestMessage {
+  const value = decodeBody(body, { maxDepth });
+  if (!Array.isArray(value) || value.length < 2 || value.length > 3) {
+    throw new MessageError("request must be [method, params] or [method, params, meta]");
+  }
+  const [method, params] = value as unknown[];
+  const [, , meta = {}] = decodeBody(body, { maxDepth, float: Float.of }) as unknown[];
+  if (typeof method !== "string" || !METHOD.test(method)) {
+    throw new MessageError("request has an invalid method name");
+  }
+  if (params !== null && !isMap(params)) {
+    throw new MessageError("params must be a map");
+  }
+  if (!isMap(meta)) {
+    throw new MessageError("meta must be a map");
+  }
+  const { deadline_ms: deadline = null, traceparent } = meta;
+  if (deadline !== null && !isInt(deadline)) {
+    throw new MessageError("deadline_ms must be an int");
+  }
+  return {
+    method,
+    params: params ?? {},
+    meta: {
+      ...(deadline === null ? {} : { deadline_ms: Number(deadline) }),
+      ...(typeof traceparent === "string" && isTraceparent(traceparent) ? { traceparent } : {}),
+    },
+  };
+}
+
+/** Decode `[items, bytes]`. */
+export function decodeCredit(body: Buffer): Credit {
+  const value = decodeBody(body, { float: Float.of });
+  if (
+    !Array.isArray(value) ||
+    value.length !== 2 ||
+    !value.every((total) => Number.isSafeInteger(total) && total >= 0)
+  ) {
+    throw new MessageError("credit must be [items, bytes]");
+  }
+  return value as unknown as Credit;
 }
 
 /** Decode `[code, message]` or `[code, message, details]`. */

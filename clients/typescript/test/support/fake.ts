@@ -1,10 +1,11 @@
 /** A clock that tests advance, and a server in memory that they script. */
 
-import type { ClientSettings } from "../../src/client/client.js";
 import { Client } from "../../src/client/client.js";
 import type { Clock, Timer } from "../../src/client/clock.js";
-import { ConnectionDriver, type ConnectionListener, type Transport } from "../../src/client/connection_driver.js";
+import { ConnectionDriver } from "../../src/client/connection_driver.js";
+import type { ConnectionListener, Transport } from "../../src/client/pending.js";
 import { ApiKey } from "../../src/client/session.js";
+import type { ClientSettings } from "../../src/client/settings.js";
 import { ClientConnection } from "../../src/connection/connection.js";
 import { Code, type TlsError } from "../../src/errors.js";
 import { decodeBody, encodeBody } from "../../src/wire/body.js";
@@ -118,6 +119,7 @@ export class FakeConnection implements Transport {
   readonly leaf = Buffer.alloc(32, 7);
   readonly driver: ConnectionDriver;
   readonly frames: Frame[] = [];
+  unsentBytes = 0;
   isClosed = false;
   isAborted = false;
   isReading = true;
@@ -219,6 +221,8 @@ export class FakeServer {
   readonly requests: Request[] = [];
   readonly cancelled: number[] = [];
   readonly connections: FakeConnection[] = [];
+  /** Warnings of clients. */
+  readonly warnings: string[] = [];
   /** How far the server's clock is ahead of the client's. */
   clockAheadMs = 0;
   /** Errors of the next connect attempts. */
@@ -293,7 +297,11 @@ export class FakeServer {
       opensSession: true,
       timeoutMs: 30_000,
       client: "test/1",
+      maxCalls: 32,
+      credentialsOf: ({ user = "", key = "" }) => Promise.resolve(new ApiKey(user, key)),
       onEvent: undefined,
+      onConnected: undefined,
+      onWarning: (message) => this.warnings.push(message),
       clock: this.clock,
       random: () => 0.5,
       ...more,

@@ -6,7 +6,17 @@ import type { Context, Outcome } from "../../conform/outcomes.js";
 import type { Side } from "../../src/wire/frame.js";
 import { ROOT } from "./server.js";
 
-export const FRAME_FILES = ["frames", "headers", "freshness", "streams", "bodies", "bodies-invalid", "segments"];
+export const FRAME_FILES = [
+  "frames",
+  "headers",
+  "freshness",
+  "streams",
+  "bodies",
+  "bodies-invalid",
+  "segments",
+  "streaming/items",
+  "streaming/calls",
+];
 
 export interface Vector {
   readonly name: string;

@@ -1,0 +1,38 @@
+/** Settings that `connect` derives from its options. */
+
+import type { Address } from "./address.js";
+import type { Random } from "./backoff.js";
+import type { Client } from "./client.js";
+import type { Clock } from "./clock.js";
+import type { ConnectionDriver } from "./connection_driver.js";
+import type { ServerEvent } from "./event_stream.js";
+import type { ConnectionListener } from "./pending.js";
+import type { Credentials, Signer } from "./session.js";
+
+/** Credentials of another user on the connection of a client: user and key, or device and deviceName. */
+export interface SessionOptions {
+  readonly user?: string | undefined;
+  readonly key?: string | undefined;
+  /** A Device or its key file. */
+  readonly device?: Signer | string | undefined;
+  /** The name under which the device was enrolled. */
+  readonly deviceName?: string | undefined;
+  /** Called with each event of the session; without it events are queued in its `events`. */
+  readonly onEvent?: ((event: ServerEvent) => void) | undefined;
+}
+
+export interface ClientSettings {
+  readonly address: Address;
+  readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly credentials: Credentials | undefined;
+  readonly credentialsOf: (options: SessionOptions) => Promise<Credentials>;
+  readonly opensSession: boolean;
+  readonly timeoutMs: number;
+  readonly client: string;
+  readonly maxCalls: number;
+  readonly onEvent: ((event: ServerEvent) => void) | undefined;
+  readonly onConnected: ((client: Client) => void) | undefined;
+  readonly onWarning: (message: string) => void;
+  readonly clock: Clock;
+  readonly random: Random;
+}

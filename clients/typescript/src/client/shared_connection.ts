@@ -1,0 +1,92 @@
+/**
+ * The connection of a client, which all its sessions share.
+ *
+ * Decides: which session an event or a call of the server belongs to, and when the application is notified of a connection.
+ * Must not know: calls, retries, and how sessions are opened.
+ */
+
+import type { CallReceived, EventReceived } from "../connection/events.js";
+import { Unauthenticated } from "../errors.js";
+import type { Token } from "../wire/frame.js";
+import { Backoff } from "./backoff.js";
+import type { ConnectionDriver } from "./connection_driver.js";
+import { ConnectionManager } from "./connection_manager.js";
+import type { ClientSettings } from "./settings.js";
+
+/** A session, as seen by its connection. */
+export interface ConnectedSession {
+  /** Whether the server has ended the session: it needs no connection. */
+  readonly hasEnded: boolean;
+  ownsToken(token: Token): boolean;
+  /** Show the session on a new connection. */
+  present(connection: ConnectionDriver): Promise<void>;
+  eventReceived(event: EventReceived): void;
+  callReceived(connection: ConnectionDriver, event: CallReceived): void;
+  callWithdrawn(connection: ConnectionDriver, number: number): void;
+  connectionEnded(connection: ConnectionDriver, error: Error): void;
+  close(): Promise<void>;
+}
+
+/** The first session to be added is the client's own: it also gets events that belong to no session. */
+export class SharedConnection {
+  readonly manager: ConnectionManager;
+  readonly #sessions = new Set<ConnectedSession>();
+  /** Called once the sessions were shown on a new connection. */
+  onConnected: () => void = () => undefined;
+
+  constructor({ clock, random, dial }: ClientSettings) {
+    this.manager = new ConnectionManager({
+      clock,
+      backoff: new Backoff(random),
+      dial,
+      isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
+      onConnection: (connection) => void this.#present(connection),
+      onEvent: (event) => this.#sessionOf(event.token).eventReceived(event),
+      onCall: (connection, event) => this.#callReceived(connection, event),
+      onWithdraw: (connection, number) => this.#forAll((session) => session.callWithdrawn(connection, number)),
+      onEnded: (connection, error) => this.#forAll((session) => session.connectionEnded(connection, error)),
+    });
+  }
+
+  add(session: ConnectedSession): void {
+    this.#sessions.add(session);
+  }
+
+  remove(session: ConnectedSession): void {
+    this.#sessions.delete(session);
+  }
+
+  /** Close all sessions but the client's own. */
+  async closeUsers(): Promise<void> {
+    const [, ...users] = this.#sessions;
+    await Promise.all(users.map((user) => user.close()));
+  }
+
+  #forAll(step: (session: ConnectedSession) => void): void {
+    for (const session of this.#sessions) {
+      step(session);
+    }
+  }
+
+  /** Return the session of a token, otherwise the client's own. */
+  #sessionOf(token: Token): ConnectedSession {
+    const [own] = this.#sessions;
+    return [...this.#sessions].find((session) => session.ownsToken(token)) ?? (own as ConnectedSession);
+  }
+
+  #callReceived(connection: ConnectionDriver, event: CallReceived): void {
+    const session = this.#sessionOf(event.token);
+    if (session.ownsToken(event.token)) {
+      session.callReceived(connection, event);
+    } else {
+      connection.failCall(event.stream, new Unauthenticated("no session of this client has this token"));
+    }
+  }
+
+  async #present(connection: ConnectionDriver): Promise<void> {
+    await Promise.all([...this.#sessions].map((session) => session.present(connection)));
+    if (this.manager.current === connection) {
+      this.onConnected();
+    }
+  }
+}
