@@ -2,73 +2,20 @@
 
 import assert from "node:assert/strict";
 import { beforeEach, describe, test } from "node:test";
-import { ClientConnection, FRAME_TIMEOUT_MS, MAX_SERVER_TIME } from "../src/connection/connection.js";
-import type { ClientEvent } from "../src/connection/events.js";
+import { FRAME_TIMEOUT_MS, MAX_SERVER_TIME } from "../src/connection/connection.js";
 import { UNREQUESTED_BURST, UNREQUESTED_PER_S } from "../src/connection/flood_limit.js";
 import { PONG_TIMEOUT_MS } from "../src/connection/keepalive.js";
 import { MAX_FRAME_BEFORE_SESSION } from "../src/connection/requests.js";
 import { type Input, nextState, type State, TRANSITIONS } from "../src/connection/state.js";
 import { Code, ConnectionClosed, InvalidArgument, ResourceExhausted, Unavailable } from "../src/errors.js";
-import { encodeBody } from "../src/wire/body.js";
-import { FrameDecoder } from "../src/wire/decoder.js";
-import { encodeFrame, type Frame, HEADER_SIZE, Kind, NO_TOKEN, type Token } from "../src/wire/frame.js";
-import { tokenNumber, tokenText, WALL, WELCOME } from "./support/fake.js";
-
-const SALT = 0xa1b2c3d4e5f60718n;
-const NOW = BigInt(WALL);
-const TOKEN = tokenText(9);
-
-/** A client connection and the frames of its server. */
-class Peer {
-  readonly client = new ClientConnection();
-  counter = -1n;
-  wall = NOW;
-  now = 0;
-  readonly #sent = new FrameDecoder("server", 2 ** 32 - 1);
-
-  frame(kind: Kind, stream: number, body?: unknown, { token = NO_TOKEN, time = this.wall, salt = SALT } = {}): Buffer {
-    this.counter += 1n;
-    const bytes = body === undefined ? Buffer.alloc(0) : body instanceof Buffer ? body : encodeBody(body);
-    return encodeFrame(kind, stream, time, salt, this.counter, token, Buffer.from(bytes));
-  }
-
-  receiveBytes(data: Buffer): ClientEvent[] {
-    return this.client.receiveData(data, this.wall, this.now);
-  }
-
-  receive(...frame: Parameters<Peer["frame"]>): ClientEvent[] {
-    return this.receiveBytes(this.frame(...frame));
-  }
-
-  welcome(more: object = {}): void {
-    const [event] = this.receive(Kind.WELCOME, 0, { ...WELCOME, ...more });
-    assert.equal(event?.type, "welcomed");
-  }
-
-  request(method = "echo", token: Token = TOKEN): number {
-    return this.client.request(method, null, token, undefined, this.wall);
-  }
-
-  sent(): Frame[] {
-    this.#sent.feed(this.client.dataToSend() ?? Buffer.alloc(0));
-    const frames: Frame[] = [];
-    for (let frame = this.#sent.next(); frame !== undefined; frame = this.#sent.next()) {
-      frames.push(frame);
-    }
-    return frames;
-  }
-}
+import { HEADER_SIZE, Kind, NO_TOKEN } from "../src/wire/frame.js";
+import { tokenNumber, WELCOME } from "./support/fake.js";
+import { endCode, NOW, Peer, SALT, TOKEN } from "./support/peer.js";
 
 let peer: Peer;
 beforeEach(() => {
   peer = new Peer();
 });
-
-function endCode(events: ClientEvent[]): Code | undefined {
-  const last = events.at(-1);
-  assert.equal(last?.type, "ended");
-  return last?.type === "ended" ? last.code : undefined;
-}
 
 describe("states", () => {
   test("every state and input has a next state or throws", () => {

@@ -10,7 +10,7 @@ import { ClientConnection } from "../../src/connection/connection.js";
 import { Code, type TlsError } from "../../src/errors.js";
 import { decodeBody, encodeBody } from "../../src/wire/body.js";
 import { FrameDecoder } from "../../src/wire/decoder.js";
-import { encodeFrame, type Frame, Kind, NO_TOKEN, type Token } from "../../src/wire/frame.js";
+import { acceptedBy, encodeFrame, type Frame, Kind, NO_TOKEN, type Token } from "../../src/wire/frame.js";
 import type { Meta, Params } from "../../src/wire/message.js";
 
 /** 2026-01-01T00:00:00Z. */
@@ -88,6 +88,9 @@ export const WELCOME = {
   sts: { max_age: 0, include_subdomains: false },
 };
 
+/** WELCOME of a server with streams and calls. */
+export const STREAMING = { ...WELCOME, streams: { max_open: 64, max_item: 65_536 }, calls: { max: 32 } };
+
 export const KEY = "c3RhbmRzIGZvciBhIGtleSBvZiAzMiBieXRlcy4uLi4";
 
 /** Return the bytes of a test token. */
@@ -126,6 +129,7 @@ export class FakeConnection implements Transport {
   /** Whether `close` of the client ends the connection; otherwise a test calls `end`. */
   endsOnClose = true;
   #counter = -1n;
+  #gathered: Buffer[] | undefined;
   readonly #decoder = new FrameDecoder("server", 2 ** 32 - 1);
   readonly #server: FakeServer;
   readonly #salt: bigint;
@@ -135,6 +139,14 @@ export class FakeConnection implements Transport {
     this.#salt = salt;
     this.driver = new ConnectionDriver(listener, server.clock, new ClientConnection());
     this.driver.connectionMade(this);
+    this.#decoder.accepted = acceptedBy("server", ["streams", "calls"]);
+  }
+
+  /** Take the frames of some kinds that were received so far. */
+  take(...kinds: Kind[]): Frame[] {
+    const taken = this.frames.filter(({ kind }) => kinds.includes(kind));
+    this.frames.splice(0, this.frames.length, ...this.frames.filter((frame) => !taken.includes(frame)));
+    return taken;
   }
 
   /** Send a frame. */
@@ -144,10 +156,29 @@ export class FakeConnection implements Transport {
     body?: unknown,
     { token = NO_TOKEN, off = 0 }: { token?: Token; off?: number } = {},
   ) {
-    this.#counter += 1n;
     const bytes = body === undefined ? Buffer.alloc(0) : Buffer.from(encodeBody(body));
+    this.sendBytes(kind, stream, bytes, token, off);
+  }
+
+  /** Send a frame with any body. */
+  sendBytes(kind: Kind, stream: number, body: Buffer, token: Token, off = 0): void {
+    this.#counter += 1n;
     const time = BigInt(this.#server.clock.wall() + this.#server.clockAheadMs + off);
-    this.driver.dataReceived(encodeFrame(kind, stream, time, this.#salt, this.#counter, token, bytes));
+    const frame = encodeFrame(kind, stream, time, this.#salt, this.#counter, token, body);
+    if (this.#gathered === undefined) {
+      this.driver.dataReceived(frame);
+    } else {
+      this.#gathered.push(frame);
+    }
+  }
+
+  /** Send all frames of a step in one read. */
+  together(step: () => void): void {
+    this.#gathered = [];
+    step();
+    const data = Buffer.concat(this.#gathered);
+    this.#gathered = undefined;
+    this.driver.dataReceived(data);
   }
 
   respond({ stream, token }: Request, value: unknown): void {
@@ -174,11 +205,15 @@ export class FakeConnection implements Transport {
     this.#decoder.feed(data);
     for (let frame = this.#decoder.next(); frame !== undefined; frame = this.#decoder.next()) {
       this.frames.push(frame);
-      if (frame.kind === Kind.REQUEST) {
+      if (frame.kind === Kind.REQUEST || frame.kind === Kind.OPEN) {
         const [method, params, meta = {}] = decodeBody(frame.body) as [string, Params | null, Meta | undefined];
         const { stream, token } = frame;
         const request = { stream, token, method, params: params ?? {}, meta, connection: this };
-        setImmediate(() => this.#server.handle(request));
+        if (frame.kind === Kind.OPEN) {
+          this.#server.streams.push(request);
+        } else {
+          setImmediate(() => this.#server.handle(request));
+        }
       } else if (frame.kind === Kind.CANCEL) {
         this.#server.cancelled.push(frame.stream);
       }
@@ -219,6 +254,8 @@ export class Failure {
 export class FakeServer {
   readonly clock = new FakeClock();
   readonly requests: Request[] = [];
+  /** The OPENs so far, which a test answers. */
+  readonly streams: Request[] = [];
   readonly cancelled: number[] = [];
   readonly connections: FakeConnection[] = [];
   /** Warnings of clients. */
@@ -238,6 +275,7 @@ export class FakeServer {
     this.on("session.open", () => opened(++this.#opened));
     this.on("session.info", () => ({}));
     this.on("session.close", () => ({}));
+    this.on("session.handle", () => ({}));
   }
 
   get last(): FakeConnection {
