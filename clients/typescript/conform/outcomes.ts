@@ -230,7 +230,7 @@ function connectionIn(context: Context, streams: Map<number, ItemStream>): Clien
     const body = Buffer.from(encodeBody([handles?.[0], {}, { deadline_ms: 1 }]));
     connection.calls.receive(
       { length: 0, kind: Kind.CALL, stream, timestamp: now, salt, counter: 0n, token, body },
-      { isStale: false },
+      { isStale: false, isBlocked: false },
       now,
     );
   }

@@ -25,7 +25,7 @@ import {
   Unauthenticated,
   Unimplemented,
 } from "../src/index.js";
-import { PACKAGE, Server } from "./support/server.js";
+import { PACKAGE, ROOT, Server } from "./support/server.js";
 
 const CONFIG = `
 [sessions]
@@ -298,19 +298,36 @@ describe("trust", () => {
   });
 });
 
-test("program of the README runs as pasted", async () => {
-  const text = readFileSync(join(PACKAGE, "README.md"), "utf8");
-  const program = /```js\n([\s\S]+?)```/.exec(text)?.[1] ?? "";
-  assert.ok(program.trim().split("\n").length <= 10);
-  const folder = mkdtempSync(join(PACKAGE, "dist/readme-")); // inside the package, which can import itself by name
-  const source = program.replaceAll("localhost:7443", server.address);
-  assert.notEqual(source, program);
-  writeFileSync(join(folder, "ask.mjs"), source);
-  writeFileSync(join(folder, "ada.key"), key, { mode: 0o600 });
-  const env = { ...process.env, ZCPROTO_HOME: server.home };
-  const { stdout } = await promisify(execFile)(process.execPath, ["ask.mjs"], { cwd: folder, env });
-  assert.match(stdout, /hello/);
-  rmSync(folder, { recursive: true });
+describe("programs of the README run as pasted", () => {
+  const file = (text: string, name: string) =>
+    new RegExp(`\`${name}\`:\\n\\n\`{3}\\w+\\n([^]+?)\`{3}`).exec(text)?.[1] ?? "";
+  const readme = readFileSync(join(PACKAGE, "README.md"), "utf8");
+
+  async function run(name: string, own: Server, ownKey: string): Promise<string> {
+    const program = file(readme, name);
+    assert.ok(program.trim().split("\n").length <= 12);
+    const folder = mkdtempSync(join(PACKAGE, "dist/readme-")); // inside the package, which can import itself by name
+    const source = program.replaceAll("localhost:7443", own.address);
+    assert.notEqual(source, program);
+    writeFileSync(join(folder, name), source);
+    writeFileSync(join(folder, "ada.key"), ownKey, { mode: 0o600 });
+    const env = { ...process.env, ZCPROTO_HOME: own.home };
+    const { stdout } = await promisify(execFile)(process.execPath, [name], { cwd: folder, env });
+    rmSync(folder, { recursive: true });
+    return stdout;
+  }
+
+  test("ask.mjs", async () => {
+    assert.match(await run("ask.mjs", server, key), /hello/);
+  });
+
+  test("listen.mjs", async () => {
+    const own = newServer("");
+    writeFileSync(join(own.home, "talk.py"), file(readFileSync(join(ROOT, "docs/streams.md"), "utf8"), "talk.py"));
+    const ownKey = own.addUser("ada");
+    await own.start("talk:app");
+    assert.equal(await run("listen.mjs", own, ownKey), "to\nbe\nor\nnot\n{ words: 4 }\n");
+  });
 });
 
 test("log of the server has no key and no token", () => {

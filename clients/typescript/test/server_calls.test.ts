@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import type { ClientEvent } from "../src/connection/events.js";
 import { UNREQUESTED_BURST } from "../src/connection/flood_limit.js";
+import { MAX_BLOCKED_REFUSALS } from "../src/connection/server_calls.js";
 import { type CallError, Cancelled, Code, NotFound, TokenExpired, Unimplemented } from "../src/errors.js";
 import { decodeBody } from "../src/wire/body.js";
 import { type Frame, Kind, MIN_LENGTH, NO_TOKEN } from "../src/wire/frame.js";
@@ -180,12 +181,35 @@ describe("calls", () => {
       ["Approve", {}, { deadline_ms: 1 }],
       ["approve", {}, { deadline_ms: 1.5 }],
       ["approve", {}, { deadline_ms: "1" }],
+      ["approve", {}, { deadline_ms: null }],
       Buffer.from("c1", "hex"),
     ];
     for (const body of invalid) {
       assert.deepEqual(receive(peer, Kind.CALL, body), []);
       assert.deepEqual(answers(peer), [[Kind.FAILURE, 1, Code.INVALID_ARGUMENT]]);
     }
+  });
+
+  test("call whose deadline has passed is refused", () => {
+    const peer = registered();
+    receive(peer, Kind.CALL, ["approve", {}, { deadline_ms: 0 }]);
+    assert.deepEqual(answers(peer), [[Kind.FAILURE, 1, Code.DEADLINE_EXCEEDED]]);
+  });
+
+  test("WITHDRAW with another token is ignored", () => {
+    const peer = registered();
+    receive(peer, Kind.CALL, CALL);
+    assert.deepEqual(receive(peer, Kind.WITHDRAW, undefined, { token: NEWER }), []);
+    assert.deepEqual(answers(peer), []);
+  });
+
+  test("server that calls and reads no answers is disconnected", () => {
+    const peer = registered();
+    peer.client.isOutputBlocked = true;
+    for (let n = 0; n < MAX_BLOCKED_REFUSALS; n++) {
+      assert.deepEqual(receive(peer, Kind.CALL, null), []);
+    }
+    assert.equal(endCode(receive(peer, Kind.CALL, null)), Code.PROTOCOL_ERROR);
   });
 
   test("WITHDRAW with a body ends the connection", () => {

@@ -60,8 +60,8 @@ async function call(
   await settled();
 }
 
-function withdraw(stream = 1): void {
-  server.last.send(Kind.WITHDRAW, stream);
+function withdraw(stream = 1, token = tokenText(1)): void {
+  server.last.send(Kind.WITHDRAW, stream, undefined, { token });
 }
 
 /** Return the answers since the last call, each as its number and its value or code. */
@@ -151,7 +151,7 @@ describe("handlers", () => {
       await call("wait", {}, { stream, token });
     }
     assert.deepEqual(answers(), [[3, "FAILURE", Code.RESOURCE_EXHAUSTED]]);
-    withdraw(1);
+    withdraw(1, token);
     await call("wait", {}, { stream: 3, token });
     assert.deepEqual(answers(), [
       [1, "FAILURE", Code.CANCELLED],
@@ -161,6 +161,19 @@ describe("handlers", () => {
     await settled();
     await call("wait", {}, { stream: 3, token });
     assert.deepEqual(answers(), []);
+  });
+
+  test("answers wait until the server reads, and take the places of other calls", async () => {
+    await client.close();
+    client = await server.connect({ maxCalls: 1 });
+    const token = tokenText(2);
+    await client.handle("a", () => 1);
+    server.last.driver.pauseWriting();
+    await call("a", {}, { token });
+    await call("a", {}, { stream: 2, token });
+    assert.deepEqual(answers(), [[2, "FAILURE", Code.RESOURCE_EXHAUSTED]]);
+    server.last.driver.resumeWriting();
+    assert.deepEqual(await later(), [[1, 1]]);
   });
 
   test("reconnect registers the handlers, which also presents the session", async () => {

@@ -48,7 +48,8 @@ export class ConnectionDriver {
   #listener: ConnectionListener | undefined;
   #transport: Transport | undefined;
   readonly #pending = new Map<number, PendingCall>();
-  #waiters: (() => void)[] = [];
+  #waiters: (() => void)[] = []; // for a request
+  readonly #writers: (() => void)[] = []; // for the transport
   #isFlushScheduled = false;
   #paused = false;
   #maxStreams = 0;
@@ -157,6 +158,7 @@ export class ConnectionDriver {
     this.#connection.unblockOutput(this.#wall());
     this.#flushSoon();
     this.#updateReady();
+    this.#wakeAll(this.#writers);
     for (const call of this.#pending.values()) {
       this.#changed(call);
     }
@@ -220,7 +222,7 @@ export class ConnectionDriver {
     }
     this.draining = true;
     this.ready = false;
-    this.#wakeAll();
+    this.#wakeAll(this.#waiters);
     this.#listener?.connectionDraining(this, event);
   }
 
@@ -362,10 +364,15 @@ export class ConnectionDriver {
     }
   }
 
-  #wakeAll(): void {
-    const waiters = this.#waiters;
-    this.#waiters = [];
-    for (const wake of waiters) {
+  /** Wait until the transport can send, or has ended. */
+  async waitWritable(): Promise<void> {
+    while (this.#paused && this.error === undefined) {
+      await new Promise<void>((resolve) => this.#writers.push(resolve));
+    }
+  }
+
+  #wakeAll(waiters: (() => void)[]): void {
+    for (const wake of waiters.splice(0)) {
       wake();
     }
   }
@@ -469,7 +476,8 @@ export class ConnectionDriver {
       call.fail(copy(error));
     }
     this.#welcomeReject(copy(error));
-    this.#wakeAll();
+    this.#wakeAll(this.#waiters);
+    this.#wakeAll(this.#writers);
     const listener = this.#listener;
     this.#listener = undefined;
     listener?.connectionEnded(this, error);

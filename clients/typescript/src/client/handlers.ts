@@ -1,7 +1,8 @@
 /**
  * The application's handlers for calls of the server in one session.
  *
- * Decides: which handler runs, how many run at once, when a handler is aborted, and how its outcome becomes an answer.
+ * Decides: which handler runs, how many run at once, when a handler is aborted, and how its outcome becomes an answer. An answer
+ * takes the place of another call until the server reads, so that a server that reads nothing cannot fill the memory.
  * Must not know: when methods are registered, and when connections are made.
  */
 
@@ -87,6 +88,7 @@ export class Handlers {
       answer = () =>
         connection.failCall(number, error instanceof CallError ? error : new InternalError("the handler failed"));
     }
+    await connection.waitWritable();
     this.#running.delete(running);
     if (!controller.signal.aborted) {
       answer(); // otherwise it was answered, and its number may be in use again

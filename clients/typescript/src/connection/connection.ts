@@ -223,11 +223,8 @@ export class ClientConnection {
     if (this.#staleCount >= MAX_CONSECUTIVE_STALE) {
       throw new ProtocolError(Code.STALE_TIMESTAMP, "ten consecutive stale frames");
     }
-    if (kind === Kind.CALL) {
-      return this.calls.receive(frame, { isStale: true }, wall);
-    }
-    if (kind === Kind.WITHDRAW) {
-      return this.#receivedWithdraw(frame, wall);
+    if (OF_CALLS.has(kind)) {
+      return this.#receivedOfCall(frame, true, wall);
     }
     if ((kind === Kind.RESPONSE || kind === Kind.ERROR) && this.#requests.remove(stream)) {
       this.streams.answered(stream);
@@ -273,9 +270,8 @@ export class ClientConnection {
       case Kind.EVENT:
         return this.#receivedEvent(frame);
       case Kind.CALL:
-        return this.calls.receive(frame, { isStale: false }, wall);
       case Kind.WITHDRAW:
-        return this.#receivedWithdraw(frame, wall);
+        return this.#receivedOfCall(frame, false, wall);
       case Kind.GOAWAY: {
         const goAway = readGoAway(frame.body, this.#maxDepth);
         this.state = nextState(this.state, "goaway");
@@ -294,9 +290,13 @@ export class ClientConnection {
     return undefined;
   }
 
-  #receivedWithdraw(frame: Frame, wall: bigint): ClientEvent | undefined {
+  #receivedOfCall(frame: Frame, isStale: boolean, wall: bigint): ClientEvent | undefined {
+    const state = { isStale, isBlocked: this.isOutputBlocked };
+    if (frame.kind === Kind.CALL) {
+      return this.calls.receive(frame, state, wall);
+    }
     requireNoBody(frame);
-    const event = this.calls.withdraw(frame, wall);
+    const event = this.calls.withdraw(frame, state, wall);
     if (event === undefined) {
       this.droppedUnknown += 1;
     }

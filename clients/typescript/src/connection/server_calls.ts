@@ -9,6 +9,7 @@ import {
   type CallError,
   Cancelled,
   Code,
+  DeadlineExceeded,
   InternalError,
   InvalidArgument,
   ProtocolError,
@@ -25,6 +26,16 @@ import type { Send } from "./output.js";
 /** The largest code of a FAILURE, apart from STALE_TIMESTAMP. */
 const MAX_FAILURE_CODE = 16;
 
+/** How many FAILUREs of calls that were not run may wait for a server that does not read. */
+export const MAX_BLOCKED_REFUSALS = 1_000;
+
+interface CallState {
+  /** Whether the frame is stale. */
+  readonly isStale: boolean;
+  /** Whether the server reads nothing. */
+  readonly isBlocked: boolean;
+}
+
 interface Registration {
   readonly methods: ReadonlySet<string>;
   /** The token before the last refresh: calls with it may be under way. */
@@ -34,6 +45,7 @@ interface Registration {
 export class ServerCalls {
   /** The largest `length` that the server accepts. */
   maxFrame = 0;
+  #blockedRefusals = 0;
   readonly #registrations = new Map<Token, Registration>(); // by the token of their session
   readonly #inFlight = new Map<number, Token>();
   readonly #send: Send;
@@ -68,7 +80,7 @@ export class ServerCalls {
   // --- receiving ---------------------------------------------------------------------------------
 
   /** Process a CALL. Return undefined if it was refused by FAILURE. Throws ProtocolError if its number is in flight. */
-  receive(frame: Frame, { isStale }: { isStale: boolean }, wall: bigint): CallReceived | undefined {
+  receive(frame: Frame, { isStale, isBlocked }: CallState, wall: bigint): CallReceived | undefined {
     const { stream, token } = frame;
     if (this.#inFlight.has(stream)) {
       throw new ProtocolError(Code.PROTOCOL_ERROR, "the number of this CALL is in flight");
@@ -76,7 +88,7 @@ export class ServerCalls {
     this.#inFlight.set(stream, token);
     const call = isStale ? new StaleTimestamp("the call was delayed for too long") : this.#parse(frame);
     if (call instanceof Error) {
-      this.fail(stream, call, wall);
+      this.#refuse(stream, call, isBlocked, wall);
       return undefined;
     }
     return call;
@@ -98,6 +110,9 @@ export class ServerCalls {
     if (deadlineMs === undefined) {
       return new InvalidArgument("the call is invalid: deadline_ms is missing");
     }
+    if (deadlineMs <= 0) {
+      return new DeadlineExceeded("the deadline of the call has passed");
+    }
     if (!methods.has(method)) {
       return new Unimplemented("this client does not handle this method");
     }
@@ -105,12 +120,21 @@ export class ServerCalls {
   }
 
   /** Process a WITHDRAW. Return undefined if the call was answered before. */
-  withdraw({ stream }: Frame, wall: bigint): CallWithdrawn | undefined {
-    if (!this.#inFlight.has(stream)) {
+  withdraw({ stream, token }: Frame, { isBlocked }: CallState, wall: bigint): CallWithdrawn | undefined {
+    if (this.#inFlight.get(stream) !== token) {
       return undefined;
     }
-    this.fail(stream, new Cancelled("the server has withdrawn the call"), wall);
+    this.#refuse(stream, new Cancelled("the server has withdrawn the call"), isBlocked, wall);
     return { type: "withdrawn", stream };
+  }
+
+  /** Send a FAILURE that the server causes. Throws ProtocolError if it reads none of many. */
+  #refuse(number: number, error: CallError, isBlocked: boolean, wall: bigint): void {
+    this.#blockedRefusals = isBlocked ? this.#blockedRefusals + 1 : 0;
+    if (this.#blockedRefusals > MAX_BLOCKED_REFUSALS) {
+      throw new ProtocolError(Code.PROTOCOL_ERROR, "the server calls, but reads no answers");
+    }
+    this.fail(number, error, wall);
   }
 
   // --- sending -----------------------------------------------------------------------------------
