@@ -336,7 +336,7 @@ describe("credit", () => {
     assert.deepEqual(items.nextGrant(), [21, 10_000 + 11 * MIN_LENGTH + 6_000]);
   });
 
-  test("whoever takes all items can always get another one, whatever the window", () => {
+  test("taking all items always allows another one, whatever the window", () => {
     for (const window of [
       [1, 1],
       [2, 1],

@@ -321,13 +321,19 @@ describe("programs of the README run as pasted", () => {
     assert.match(await run("ask.mjs", server, key), /hello/);
   });
 
-  test("listen.mjs", async () => {
-    const own = newServer("");
-    writeFileSync(join(own.home, "talk.py"), file(readFileSync(join(ROOT, "docs/streams.md"), "utf8"), "talk.py"));
-    const ownKey = own.addUser("ada");
-    await own.start("talk:app");
-    assert.equal(await run("listen.mjs", own, ownKey), "to\nbe\nor\nnot\n{ words: 4 }\n");
-  });
+  for (const [name, guide, app, output] of [
+    ["listen.mjs", "streams", "talk", "to\nbe\nor\nnot\n{ words: 4 }\n"],
+    ["desk.mjs", "calls", "agent", "ran ls\nnot approved; ask the person at the client\n"],
+  ] as const) {
+    test(name, async () => {
+      const own = newServer("");
+      const text = readFileSync(join(ROOT, `docs/${guide}.md`), "utf8");
+      writeFileSync(join(own.home, `${app}.py`), file(text, `${app}.py`));
+      const ownKey = own.addUser("ada");
+      await own.start(`${app}:app`);
+      assert.equal(await run(name, own, ownKey), output);
+    });
+  }
 });
 
 test("log of the server has no key and no token", () => {

@@ -176,6 +176,24 @@ describe("handlers", () => {
     assert.deepEqual(await later(), [[1, 1]]);
   });
 
+  test("GOAWAY: calls in flight are answered before the connection closes", async () => {
+    let finish: (value: unknown) => void = () => undefined;
+    await client.handle("wait", () => new Promise((resolve) => (finish = resolve)));
+    const { last } = server;
+    await call("wait");
+    last.goAway();
+    await server.clock.advance(1_000);
+    assert.equal(server.connections.length, 2);
+    assert.ok(!last.isClosed);
+    finish("done");
+    await settled();
+    assert.deepEqual(
+      last.take(Kind.RESULT).map(({ body }) => decodeBody(body)),
+      ["done"],
+    );
+    assert.ok(last.isClosed);
+  });
+
   test("reconnect registers the handlers, which also presents the session", async () => {
     await client.handle("a", () => 1);
     await client.handle("b", () => 2);
@@ -259,6 +277,27 @@ describe("handlers", () => {
     assert.deepEqual(registrations().at(-1), [["a"], tokenText(7)]);
   });
 
+  test("session of handlers is shown before its idle timeout, and renewed when it expires", async () => {
+    await client.close();
+    const idle = { idle_timeout_ms: 600_000 };
+    const later = { ...idle, expires_at: server.clock.wall() + 7_200_000 };
+    server.script("session.open", opened(5, idle), opened(6, later));
+    client = await server.connect();
+    await client.handle("a", () => 1);
+    await server.clock.advance(3_500_000);
+    assert.ok(registrations().length >= 10);
+    assert.ok(registrations().length <= 20);
+    assert.ok(registrations().every((registration) => (registration as unknown[])[1] === tokenText(5)));
+    await server.clock.advance(600_000);
+    assert.deepEqual(registrations().at(-1), [["a"], tokenText(6)]);
+    await call("a", {}, { token: tokenText(6) });
+    assert.deepEqual(answers(), [[1, 1]]);
+    const { length } = server.requests;
+    server.script("session.handle", new Failure(Code.TOKEN_REVOKED));
+    await server.clock.advance(3_600_000);
+    assert.ok(server.requests.length <= length + 1);
+  });
+
   test("end of the session aborts its handlers", async () => {
     let signal: AbortSignal | undefined;
     await client.handle("wait", (_params, called) => {
@@ -322,7 +361,7 @@ describe("sessionFor", () => {
       [tokenText(2), "for bob"],
       [tokenText(3), "for carol"],
       [tokenText(1), "for ada"],
-      [tokenText(44), "for nobody"],
+      [tokenText(44), "for the connection"],
     ] as const) {
       server.last.send(Kind.EVENT, 0, ["news", data], { token });
     }
@@ -330,7 +369,7 @@ describe("sessionFor", () => {
     assert.equal((await bob.events.next()).value?.data, "for bob");
     assert.deepEqual(heard, ["for carol"]);
     assert.equal((await client.events.next()).value?.data, "for ada");
-    assert.equal((await client.events.next()).value?.data, "for nobody");
+    assert.equal((await client.events.next()).value?.data, "for the connection");
     await carol.close();
   });
 

@@ -113,14 +113,22 @@ export class ConnectionDriver {
       this.#flushSoon();
     }
     this.#updateReady();
-    if (this.draining && this.#pending.size === 0) {
-      this.close("the server is going away");
+    if (this.#closeIfDrained()) {
       return;
     }
     const delay = this.#connection.readingDelay(this.#clock.now());
     if (delay > 0) {
       this.#pauseReading(Math.max(delay, MIN_READING_PAUSE_MS));
     }
+  }
+
+  /** Close the connection after GOAWAY, once all requests and calls are answered. */
+  #closeIfDrained(): boolean {
+    const isDrained = this.draining && this.#pending.size === 0 && this.#connection.calls.size === 0;
+    if (isDrained) {
+      this.close("the server is going away");
+    }
+    return isDrained;
   }
 
   /** Read nothing for a time: the server floods this connection. */
@@ -293,12 +301,14 @@ export class ConnectionDriver {
   answerCall(number: number, value: unknown): void {
     this.#connection.calls.answer(number, value, this.#wall());
     this.#flushWritten();
+    this.#closeIfDrained();
   }
 
   /** Answer a call of the server with an error. Does nothing if it was answered before. */
   failCall(number: number, error: CallError): void {
     this.#connection.calls.fail(number, error, this.#wall());
     this.#flushWritten();
+    this.#closeIfDrained();
   }
 
   /** Cancel a call on the server and fail it. Does nothing after its response. */

@@ -10,7 +10,7 @@ import type { ConnectionDriver } from "./connection_driver.js";
 export interface Transport {
   /** SHA-256 of the server's certificate (DER). */
   readonly leaf: Buffer;
-  /** Bytes that are written but not sent. Once there are none, `resumeWriting` follows. */
+  /** Bytes that are written but not sent. `resumeWriting` follows once all are sent. */
   readonly unsentBytes: number;
   write(data: Buffer): void;
   pauseReading(): void;

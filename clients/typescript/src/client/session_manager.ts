@@ -21,6 +21,7 @@ import type { Handlers } from "./handlers.js";
 import type { PendingCall } from "./pending.js";
 import { retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import { ClientSession, type Credentials, DeviceKey } from "./session.js";
+import { SessionKeeper } from "./session_keeper.js";
 
 /** Timeout of requests of `session.*`. */
 const REQUEST_TIMEOUT_MS = 10_000;
@@ -71,6 +72,7 @@ export class SessionManager {
   #attachedTo: ConnectionDriver | undefined; // where the session of a device was attached last
   #attaching: { readonly token: Token; readonly call: PendingCall } | undefined;
   #timer: Timer | undefined;
+  readonly #keeper: SessionKeeper; // of a session with handlers
   #refreshedEarlyAt = -FOREVER;
   #notBefore = -FOREVER; // of the next renewal
   readonly #backoff: Backoff; // of sessions that expire at once
@@ -79,6 +81,12 @@ export class SessionManager {
   constructor(options: SessionManagerOptions) {
     this.#options = options;
     this.#backoff = new Backoff(options.random);
+    this.#keeper = new SessionKeeper({
+      clock: options.clock,
+      session: () => (options.handlers.methods.length > 0 && !this.#closing.signal.aborted ? this.session : undefined),
+      show: async () => this.presentToken(await options.getConnection(this.#closing.signal)),
+      renew: () => this.#renewing ?? this.#start(true),
+    });
     this.#device = options.credentials instanceof DeviceKey ? options.credentials : undefined;
   }
 
@@ -183,6 +191,7 @@ export class SessionManager {
     this.token = NO_TOKEN;
     this.#options.handlers.abort(error);
     this.#timer?.cancel();
+    this.#keeper.stop();
     this.#updateUsableUntil();
   }
 
@@ -234,6 +243,8 @@ export class SessionManager {
   /** Register the application's handlers for the session on a connection that is ready. Rejects like a call. */
   async registerHandlers(connection: ConnectionDriver): Promise<void> {
     const { methods, max } = this.#options.handlers;
+    this.touch(this.#options.clock.now());
+    this.#keeper.start();
     await connection.handle(this.token, methods, max, this.#requestDeadline()).response;
   }
 
@@ -343,6 +354,7 @@ export class SessionManager {
     const renewing = this.#renew(must).finally(() => {
       this.#renewing = undefined;
       this.#updateUsableUntil();
+      this.#keeper.start();
     });
     renewing.catch(() => undefined); // without a waiter, the next call retries and reports it
     this.#renewing = renewing;
@@ -521,6 +533,7 @@ export class SessionManager {
     this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
     await this.#renewing?.catch(() => undefined); // reported to its waiters
     this.#timer?.cancel();
+    this.#keeper.stop();
     const { token, session } = this;
     if (session === undefined || connection === undefined || !connection.ready) {
       return;

@@ -126,7 +126,7 @@ export class Requests {
   }
 }
 
-/** Return the token in the result of `session.open` or `session.refresh`; NO_TOKEN if there is none. */
+/** Return the token in the result of `session.open` or `session.refresh`; NO_TOKEN without one. */
 function issuedToken(value: unknown): Token {
   const token = isMap(value) ? value["token"] : undefined;
   return token instanceof Uint8Array && token.length === TOKEN_SIZE ? tokenOf(token) : NO_TOKEN;

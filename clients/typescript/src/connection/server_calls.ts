@@ -56,6 +56,11 @@ export class ServerCalls {
     this.#maxDepth = maxDepth;
   }
 
+  /** The number of calls without an answer. */
+  get size(): number {
+    return this.#inFlight.size;
+  }
+
   // --- sessions ----------------------------------------------------------------------------------
 
   /** Register the methods of a session, in place of earlier ones. */
