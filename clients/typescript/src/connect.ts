@@ -70,7 +70,7 @@ export interface ConnectOptions extends TrustedServerOptions {
   readonly onEvent?: ((event: ServerEvent) => void) | undefined;
   /** Called once the client has connected and opened its session, and again after each reconnect. */
   readonly onConnected?: ((client: Client) => void) | undefined;
-  /** How many calls of the server are handled at once in a session. 32 by default. */
+  /** How many calls of the server are handled at once in a session. 16 by default. */
   readonly maxCalls?: number | undefined;
   /** The largest frame accepted from the server, in bytes. 1 MiB by default. */
   readonly maxFrame?: number | undefined;

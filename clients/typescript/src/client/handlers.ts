@@ -11,7 +11,7 @@ import { CallError, Cancelled, InternalError, ResourceExhausted, Unimplemented }
 import type { ConnectionDriver } from "./connection_driver.js";
 
 /** Calls of the server that run at once, unless `maxCalls` is given. */
-export const DEFAULT_MAX_CALLS = 32;
+export const DEFAULT_MAX_CALLS = 16;
 
 /** A call of the server. */
 export interface ServerCall {
