@@ -8,6 +8,7 @@ import {
   Cancelled,
   type Client,
   FailedPrecondition,
+  InvalidArgument,
   NotFound,
   ResourceExhausted,
   Unimplemented,
@@ -19,7 +20,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import zcproto
-from zcproto import App, Context
+from zcproto import App, Context, Items
 
 app = App()
 closed = 0
@@ -52,6 +53,22 @@ async def fail() -> AsyncIterator[int]:
     for number in range(3):
         yield number
     raise zcproto.NotFound("no such thing")
+
+
+@app.method("total")
+async def total(numbers: Items[int], most: int = 2**40) -> int:
+    result = 0
+    async for number in numbers:
+        result += number
+        if result >= most:
+            break
+    return result
+
+
+@app.method("chat")
+async def chat(said: Items[str]) -> AsyncIterator[str]:
+    async for text in said:
+        yield text.upper()
 
 
 @app.method("closed")
@@ -175,6 +192,50 @@ test("unary method can be opened, a stream cannot be called", async () => {
   assert.equal(typeof (await client.stream("closed").result), "number");
   await assert.rejects(client.call("fail"), FailedPrecondition);
   await assert.rejects(client.stream("no.such.method").next(), Unimplemented);
+});
+
+test("method takes the items of the client", async () => {
+  const client = await connected();
+  const numbers = Array.from({ length: 1_000 }, (_, n) => n);
+  assert.equal(await client.stream("total", {}, { items: numbers }).result, 499_500);
+  assert.equal(await client.stream("total", {}, { items: [] }).result, 0);
+});
+
+test("method that ends early closes the source", async () => {
+  const client = await connected();
+  let isClosed = false;
+  const items = (function* () {
+    try {
+      for (;;) {
+        yield 1;
+      }
+    } finally {
+      isClosed = true;
+    }
+  })();
+  assert.equal(await client.stream("total", { most: 100 }, { items }).result, 100);
+  assert.equal(await client.stream("total", { most: 1 }, { items: [5] }).result, 5);
+  assert.ok(isClosed);
+});
+
+test("items of both sides alternate", async () => {
+  const client = await connected();
+  const stream = client.stream<string>("chat");
+  for (const text of ["a", "b", "c"]) {
+    await stream.send(text);
+    assert.deepEqual(await stream.next(), { value: text.toUpperCase(), done: false });
+  }
+  await stream.end();
+  assert.equal((await stream.next()).done, true);
+  assert.equal(await stream.result, null);
+});
+
+test("item of another type is an InvalidArgument with its number", async () => {
+  const client = await connected();
+  await assert.rejects(
+    client.stream("total", {}, { items: [1, "two", 3] }).result,
+    (error) => error instanceof InvalidArgument && error.details["item"] === 1,
+  );
 });
 
 test("revoked session ends its streams, those of another user continue", async () => {
