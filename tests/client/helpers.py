@@ -22,11 +22,15 @@ from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CALL,
     CANCEL,
+    CREDIT,
+    END,
     ERROR,
     EVENT,
     FAILURE,
     GOAWAY,
+    ITEM,
     NO_TOKEN,
+    OPEN,
     PING,
     PONG,
     REQUEST,
@@ -35,6 +39,7 @@ from zcproto.wire.frame import (
     WELCOME,
     Side,
     accepted_with_calls,
+    accepted_with_streams,
     encode_frame,
 )
 from zcproto.wire.message import (
@@ -57,6 +62,8 @@ GREETING: dict[str, Any] = {
     "tolerance_ms": 30_000,
     "sts": {"max_age": 0, "include_subdomains": False},
 }
+STREAMS: dict[str, Any] = {"streams": {"max_open": 4, "max_item": 65_536}}
+MAX_ITEM = 65_536
 DAY_MS = 86_400_000
 
 
@@ -196,8 +203,10 @@ class ServerLink(asyncio.Transport):
         self.reading: list[bool] = []
         self.paused = False
         self.answers: list[tuple[int, Any]] = []
+        self.on_streams: list[tuple[int, int, bytes, Any]] = []  # kind, stream, token, value
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
-        self._decoder.accepted = accepted_with_calls(Side.SERVER, self._decoder.accepted)
+        accepted = accepted_with_streams(Side.SERVER, MAX_ITEM)
+        self._decoder.accepted = accepted_with_calls(Side.SERVER, accepted)
 
     # called by the client
 
@@ -255,6 +264,12 @@ class ServerLink(asyncio.Transport):
     def event(self, name: str, data: Any, token: bytes) -> None:
         self.send(EVENT, 0, encode_body([name, data]), token=token)
 
+    def item(self, stream: int, value: Any) -> None:
+        self.send(ITEM, stream, encode_body(value))
+
+    def credit(self, stream: int, items: int, size: int = 1_000_000) -> None:
+        self.send(CREDIT, stream, encode_body([items, size]))
+
     def call(self, number: int, method: str, params: dict[str, Any] | None = None, *, token: bytes) -> None:
         """Call the client; `answers` will have the number and the result, or the code of the error."""
         self.send(CALL, number, encode_request(method, params, {"deadline_ms": 30_000}), token=token)
@@ -291,7 +306,9 @@ class ServerLink(asyncio.Transport):
                 self.answers.append((stream, decode_error(body).code))
             if self.ended:
                 continue
-            if head == REQUEST:
+            if head in (CREDIT, END, ITEM):
+                self.on_streams.append((head, stream, token, decode_body(body) if body else None))
+            elif head in (REQUEST, OPEN):
                 method, params, meta = decode_request(body)
                 request = ReceivedRequest(self, stream, token, method, params, meta, now())
                 self.requests.append(request)

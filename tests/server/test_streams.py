@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import Answer
-from tests.server.protocol_harness import Harness, Peer, ended, harness, nothing_left
+from tests.server.protocol_harness import WRITE_TIMEOUT, Harness, Peer, ended, harness, nothing_left
 from zcproto.app.app import Context
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import StreamLimits
@@ -20,6 +20,7 @@ from zcproto.errors import Code, NotFound
 from zcproto.server.protocol_methods import cut_afterwards
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import (
+    ACCEPTED,
     CANCEL,
     CREDIT,
     NO_TOKEN,
@@ -347,6 +348,64 @@ def test_evicted_session_cuts_its_streams(client: StreamPeer) -> None:
     answers = client.turn()
     assert kinds(answers) == [Kind.EVENT, Kind.ERROR]
     assert cut(answers, "session_replaced")
+
+
+def test_refreshed_session_keeps_its_streams_and_the_token_of_their_frames(client: StreamPeer) -> None:
+    harness, registry = client.harness, client.harness.registry
+    opened = client.login()
+    client.send(client.open("count", {"n": 3}, credit=(1, 1_000)))
+    client.turn()
+    refreshed = registry.refresh(opened.refresh_token, client="", address="", wall=harness.clock.wall())
+    client.protocol.join(refreshed.session, refreshed.token)
+    client.send(client.credit(2))
+    assert items(client.turn()) == [1]
+    client.token = refreshed.token
+    client.send(client.credit(3))
+    assert client.turn() == [], "CREDIT with another token"
+    client.token = opened.token
+    harness.in_loop(
+        lambda: client.protocol.session_ended(refreshed.session.id, Code.TOKEN_EXPIRED, EndReason.EXPIRED)
+    )
+    assert cut(client.turn(), "token_expired")
+
+
+def test_streams_go_on_while_tokens_cannot_be_checked(client: StreamPeer) -> None:
+    client.send(client.open("ticks"))
+    client.harness.registry.distrust()
+    client.futures.pop().set_result(None)
+    assert items(client.turn()) == [0]
+    client.harness.advance(60)
+    client.send(client.open("ticks", stream=2))
+    (answer,) = client.turn()
+    assert answer.code == Code.UNAVAILABLE
+    client.futures.pop().set_result(None)
+    assert items(client.turn()) == [1]
+
+
+def test_client_that_uses_no_stream_gets_no_new_kind(harness: Harness) -> None:
+    peer = StreamPeer(harness)
+    assert "streams" in peer.welcome.value
+    peer._decoder.accepted = ACCEPTED[Side.CLIENT]  # another kind would raise
+    peer.login()
+    peer.send(peer.request(1, "big", {"n": 1}), peer.request(2, "wait"), peer.frame(PING))
+    peer.send(peer.frame(CANCEL, 2), peer.request(3, "count", {"n": 1}))
+    harness.advance(60)
+    peer.protocol.go_away(GoAwayReason.DRAINING)
+    assert set(kinds(peer.turn())) == {Kind.RESPONSE, Kind.ERROR, Kind.PONG, Kind.GOAWAY}
+
+
+def test_client_that_reads_its_items_too_slowly_is_reset(client: StreamPeer) -> None:
+    client.transport.stuck = True
+    client.send(client.open("count", {"n": 1_000, "size": 900}))
+    client.turn()
+    client.harness.advance(WRITE_TIMEOUT - 1)
+    assert not client.transport.aborted
+    client.transport.unread -= 20  # a byte a second
+    client.harness.advance(1)
+    assert client.transport.aborted
+    assert ended(client.harness) == {"write_timeout": 1}
+    client.turn()
+    assert client.closed == ["count"]
 
 
 def test_item_that_waits_for_credit_too_long_cuts_the_stream(client: StreamPeer) -> None:

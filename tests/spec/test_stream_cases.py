@@ -15,7 +15,7 @@ CASES: dict[int, tuple[str, ...]] = {
         "connection/test_client_stream_states.py::test_open_needs_streams_of_the_server_and_a_place",
     ),
     2: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
-    3: (),
+    3: ("server/test_streams.py::test_client_that_uses_no_stream_gets_no_new_kind",),
     4: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
     5: ("connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",),
     6: (
@@ -61,17 +61,20 @@ CASES: dict[int, tuple[str, ...]] = {
     26: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
     27: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
     28: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
-    29: (),
+    29: ("server/test_stream_items.py::test_item_that_does_not_suit_fails_the_stream_with_its_number",),
     30: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
-    31: (),
+    31: ("server/test_stream_items.py::test_end_at_once_gives_no_items",),
     32: (
         "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
         "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
     ),
-    33: (),
-    34: (),
-    35: (),
-    36: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
+    33: ("server/test_stream_items.py::test_client_that_has_ended_its_items_gets_all_of_the_server",),
+    34: ("server/test_stream_items.py::test_late_items_are_dropped_and_one_more_is_fatal",),
+    35: ("server/test_stream_items.py::test_late_items_are_dropped_and_one_more_is_fatal",),
+    36: (
+        "server/test_stream_items.py::test_late_items_are_not_those_of_another_stream",
+        "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
+    ),
     37: ("server/test_streams.py::test_cancel_while_method_waits_for_credit_closes_generator",),
     38: (
         "connection/test_client_stream_states.py::test_state_and_input_give_next_state_and_action",
@@ -93,18 +96,24 @@ CASES: dict[int, tuple[str, ...]] = {
         "client/test_streams.py::test_revoked_session_cuts_the_stream",
     ),
     48: ("server/test_streams.py::test_expired_session_cuts_its_streams_only",),
-    49: (),
+    49: (
+        "server/test_streams.py::test_refreshed_session_keeps_its_streams_and_the_token_of_their_frames",
+        "client/test_stream_scripts.py::test_frames_of_a_stream_keep_the_token_of_its_open_after_a_refresh",
+    ),
     50: ("connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",),
-    51: (),
-    52: (),
+    51: ("server/test_streams.py::test_closing_ones_own_session_is_answered_before_its_streams_are_cut",),
+    52: (
+        "server/test_streams.py::test_evicted_session_cuts_its_streams",
+        "client/test_stream_scripts.py::test_replaced_session_ends_a_stream_and_the_client_does_not_come_back",
+    ),
     53: ("server/test_streams.py::test_stream_counts_as_use_of_its_session",),
-    54: (),
+    54: ("server/test_streams.py::test_streams_go_on_while_tokens_cannot_be_checked",),
     55: ("server/test_streams.py::test_goaway_refuses_open_and_lets_streams_end",),
     56: ("server/test_streams.py::test_drain_timeout_cuts_streams",),
     57: ("server/test_streams.py::test_goaway_refuses_open_and_lets_streams_end",),
-    58: (),
-    59: (),
-    60: (),
+    58: ("client/test_stream_scripts.py::test_lost_connection_ends_a_stream_after_its_items",),
+    59: ("client/test_stream_scripts.py::test_lost_connection_ends_a_stream_after_its_items",),
+    60: ("client/test_stream_scripts.py::test_stale_open_is_opened_again_once",),
     61: (
         "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
         "connection/test_server_stream_states.py::test_state_and_input_give_next_state_and_action",
@@ -131,16 +140,18 @@ CASES: dict[int, tuple[str, ...]] = {
         "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
     ),
     71: ("server/test_streams.py::test_unread_stream_does_not_slow_others",),
-    72: (),
-    73: (),
+    72: ("server/test_stream_items.py::test_streams_that_depend_on_one_another_do_not_deadlock",),
+    73: ("server/test_streams.py::test_client_that_reads_its_items_too_slowly_is_reset",),
     74: ("server/test_streams.py::test_item_that_waits_for_credit_too_long_cuts_the_stream",),
     75: ("server/test_streams.py::test_silent_client_with_a_stream_is_pinged_and_then_left",),
     76: (
         "connection/test_server_stream_vectors.py::test_server_produces_expected_outcome_of_stream_vector",
         "connection/test_client_stream_vectors.py::test_client_produces_expected_outcome_of_stream_vector",
     ),
-    77: (),
-    78: (),
+    77: (
+        "client/test_stream_scripts.py::test_many_items_of_one_read_wake_the_application_once_and_keep_their_order",
+    ),
+    78: ("client/test_stream_items.py::test_method_that_returns_early_closes_the_source",),
     79: (
         "client/test_streams.py::test_break_out_of_the_short_form_cancels_the_method",
         "client/test_streams.py::test_leaving_early_cancels_the_method",
@@ -192,12 +203,14 @@ CASES: dict[int, tuple[str, ...]] = {
     91: (),
     92: (),
     93: (),
-    94: (),
+    94: (
+        "connection/test_frame_arrival.py::test_request_and_answer_of_1_mb_pass_a_link_of_20_kb_per_second_with_10_s_delay",
+    ),
     95: (),
 }
 """Case number -> tests. A case without a test is not implemented, or not yet tested."""
 
-WITHOUT_TEST = 22
+WITHOUT_TEST = 4
 
 
 @cache
