@@ -12,11 +12,20 @@ from typing import Any
 import pytest
 
 from tests.helpers import Answer
-from tests.server.protocol_harness import WRITE_TIMEOUT, Harness, Peer, ended, harness, nothing_left
+from tests.server.protocol_harness import (
+    WRITE_TIMEOUT,
+    FakeTransport,
+    Harness,
+    Peer,
+    ended,
+    harness,
+    nothing_left,
+)
 from zcproto.app.app import Context
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, NotFound
+from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import cut_afterwards
 from zcproto.sessions import EndReason
 from zcproto.wire.frame import (
@@ -572,3 +581,20 @@ def test_open_stream_that_waits_takes_little_memory(harness: Harness) -> None:
         tracemalloc.stop()
     assert harness.state.tasks.running == count
     assert used / count < 2.5 * 1024
+
+
+def test_connection_without_streams_takes_little_memory(harness: Harness) -> None:
+    harness.state.settings = replace(harness.state.settings, streams=LIMITS)
+    count = 1_000
+    transports: list[Any] = [FakeTransport() for _ in range(count)]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for transport in transports:
+            protocol = transport.protocol = ServerProtocol(harness.state)
+            protocol.connection_made(transport)
+            transport.out = None
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert used / count < 846 + 102, "0.1 KiB more than before there were streams"
