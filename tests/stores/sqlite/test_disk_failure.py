@@ -290,17 +290,17 @@ async def test_full_queue_refuses_operations(harness: SqliteHarness, disk: Disk)
 async def test_answer_is_kept_although_the_queue_is_full(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect, queue=1)
     body = digest("body")
-    await store.claim("alice", "run", body, WALL, LEASE)
+    await store.claim("alice", "run", body, LEASE)
     disk.hang()
     try:
-        waiting = asyncio.create_task(store.claim("alice", "next", body, WALL, LEASE))
+        waiting = asyncio.create_task(store.claim("alice", "next", body, LEASE))
         assert await asyncio.to_thread(disk.reached.wait, 10)
-        keeping = asyncio.create_task(store.keep_answer("alice", "run", b"answer", WALL, KEEP))
+        keeping = asyncio.create_task(store.keep_answer("alice", "run", b"answer", KEEP))
         await asyncio.sleep(0)
     finally:
         disk.go_on.set()
     await asyncio.gather(waiting, keeping)
-    assert await store.claim("alice", "run", body, WALL, LEASE) == Claim(ClaimState.DONE, b"answer")
+    assert await store.claim("alice", "run", body, LEASE) == Claim(ClaimState.DONE, b"answer")
 
 
 async def test_close_finishes_waiting_operations(harness: SqliteHarness, disk: Disk) -> None:

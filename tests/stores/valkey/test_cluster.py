@@ -92,10 +92,10 @@ async def test_lowered_limit_of_answers_applies_at_once_in_a_cluster(empty_clust
     body = digest("body")
     async with opened(empty_cluster.url, timeout=10.0) as (store, _):
         for number in range(80):
-            await store.claim("alice", f"key {number}", body, WALL, LEASE)
-            await store.keep_answer("alice", f"key {number}", b"answer", WALL, KEEP)
+            await store.claim("alice", f"key {number}", body, LEASE)
+            await store.keep_answer("alice", f"key {number}", b"answer", KEEP)
     async with opened(empty_cluster.url, timeout=10.0, answers=AnswerLimits(count=16)) as (store, _):
-        assert await store.claim("alice", "late", body, WALL, LEASE) == Claim(ClaimState.NEW)
+        assert await store.claim("alice", "late", body, LEASE) == Claim(ClaimState.NEW)
 
 
 async def test_slot_moved_to_another_server(empty_cluster: ClusterOf) -> None:
