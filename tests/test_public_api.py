@@ -39,6 +39,8 @@ def test_public_names_are_fixed() -> None:
         "Event",
         "Items",
         "Server",
+        "Topic",
+        "TopicEvent",
         "connect",
         "connect_blocking",
         "enroll",

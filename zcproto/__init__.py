@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zcproto.app.app import App, Context
     from zcproto.app.clients import ConnectedClient
     from zcproto.app.items import Items
+    from zcproto.app.topics import Topic, TopicEvent
     from zcproto.client import (
         BlockingClient,
         Call,
@@ -97,6 +98,8 @@ __all__ = [
     "TlsError",
     "TokenExpired",
     "TokenRevoked",
+    "Topic",
+    "TopicEvent",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
@@ -122,6 +125,8 @@ _MODULES = {
     "Items": "zcproto.app.items",
     "Event": "zcproto.client",
     "Server": "zcproto.runtime.server",
+    "Topic": "zcproto.app.topics",
+    "TopicEvent": "zcproto.app.topics",
     "connect": "zcproto.client",
     "connect_blocking": "zcproto.client",
     "enroll": "zcproto.client",

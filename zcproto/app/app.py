@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.app.items import Items
+from zcproto.app.topics import Slow, Topic, TopicEvent
 from zcproto.auth.identity import Channel
 from zcproto.common.parameters import Signature
 from zcproto.connection.events import NEVER, Request
-from zcproto.errors import InvalidArgument, Unauthenticated
+from zcproto.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
 from zcproto.sessions import Session
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH
@@ -224,6 +225,8 @@ class Method:
         self.may_wait = may_wait
         self.shape = _SHAPES[yields, signature.items is not None]
         """Whether the method sends and takes items: as `server.info` states it."""
+        self.topic: Topic | None = None
+        """The topic that the method subscribes to."""
         self.calls = 0
         self.durations = Histogram(QUICK_S)
         self.waits = Histogram(WAITED_S)
@@ -255,6 +258,36 @@ class App:
             return function
 
         return register
+
+    def topic(
+        self,
+        name: str,
+        *,
+        keep: int = 16,
+        slow: Slow = "drop_oldest",
+        allow: Callable[[Context], bool] | None = None,
+        operator: bool = False,
+    ) -> Topic:
+        """Register a stream under `name` that sends every event of the returned topic.
+
+        At most `keep` events, and 64 KiB, wait for a slow subscriber; then `slow` either drops the oldest for it or
+        ends its stream. `allow` returns whether a caller may subscribe. Raises ValueError like `method`, and for
+        other values of `keep` and `slow`.
+        """
+        topic = Topic(name, keep=keep, slow=slow)
+
+        async def subscribe(context: Context) -> AsyncIterator[TopicEvent]:
+            """Send every event of this topic from now on."""
+            if allow is not None and not allow(context):
+                raise PermissionDenied("this session may not subscribe to this topic")
+            with topic.subscribe(until=context.stopping) as events:
+                async for event in events:
+                    yield event
+
+        method = Method(name, subscribe, operator=operator)
+        method.topic = topic
+        self.add(method)
+        return topic
 
     def add(self, method: Method) -> None:
         """Add a method. Raises ValueError if the name is registered or reserved."""

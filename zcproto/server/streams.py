@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from zcproto.app.app import Context
 from zcproto.app.items import Items
+from zcproto.app.topics import TopicEvent
 from zcproto.common.parameters import Checker
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import Request, ServerStream
@@ -211,7 +212,7 @@ class StreamRunner:
         turn, room = -1, 0
         try:
             async for item in items:
-                body = encode_body(item)
+                body = item.body if item.__class__ is TopicEvent else encode_body(item)
                 if len(body) > self._limits.max_item - MIN_LENGTH:
                     limit = self._limits.max_item - MIN_LENGTH
                     raise MessageError(f"the item has {len(body)} bytes; at most {limit} fit")

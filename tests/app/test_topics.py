@@ -1,0 +1,231 @@
+"""Tests of topics without a server: order, policies, bounds, slices of the loop, threads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import tracemalloc
+from typing import Any
+
+import pytest
+
+from zcproto.app.app import App
+from zcproto.app.topics import KEPT_BYTES, SUBSCRIBERS_PER_TURN, Subscription, Topic
+from zcproto.errors import Cancelled
+from zcproto.wire.frame import MIN_LENGTH
+from zcproto.wire.message import MessageError, encode_body
+
+
+class Reader:
+    """A subscriber that reads in a task of its own."""
+
+    def __init__(self, topic: Topic, until: asyncio.Event | None = None) -> None:
+        self.values: list[Any] = []
+        self.task = asyncio.create_task(self._read(topic.subscribe(until)))
+
+    async def _read(self, events: Subscription) -> None:
+        with events:
+            async for event in events:
+                self.values.append(event.value)
+
+
+async def turns(number: int = 4) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def taken(events: Subscription, number: int) -> list[Any]:
+    return [(await anext(events)).value for _ in range(number)]
+
+
+async def test_every_subscriber_gets_every_event_in_order() -> None:
+    topic = Topic("jobs")
+    readers = [Reader(topic) for _ in range(3)]
+    await turns()
+    for number in range(10):
+        topic.publish(number)
+        await turns(number % 3)
+    await turns()
+    assert [reader.values for reader in readers] == [list(range(10))] * 3
+    assert (topic.published, topic.dropped, topic.subscribers) == (10, 0, 3)
+    for reader in readers:
+        reader.task.cancel()
+    await turns()
+    assert topic.subscribers == 0
+
+
+async def test_subscription_begins_with_the_next_event() -> None:
+    topic = Topic("jobs")
+    topic.publish(1)
+    with topic.subscribe() as events:
+        topic.publish(2)
+        assert await taken(events, 1) == [2]
+
+
+async def test_slow_subscriber_misses_the_oldest_events() -> None:
+    topic = Topic("jobs", keep=3)
+    with topic.subscribe() as events:
+        for number in range(10):
+            topic.publish(number)
+        assert await taken(events, 3) == [7, 8, 9]
+        topic.publish(10)
+        assert await taken(events, 1) == [10]
+    assert topic.dropped == 7
+
+
+async def test_slow_subscriber_is_cancelled_if_the_policy_is_end() -> None:
+    topic = Topic("jobs", keep=3, slow="end")
+    with topic.subscribe() as events, topic.subscribe() as fast:
+        topic.publish(0)
+        assert await taken(events, 1) == await taken(fast, 1) == [0]
+        for number in range(1, 5):
+            topic.publish(number)
+            assert await taken(fast, 1) == [number]
+        with pytest.raises(Cancelled, match="missed 1 events") as raised:
+            await anext(events)
+    assert raised.value.details == {"reason": "slow"}
+    assert topic.dropped == 1
+
+
+async def test_kept_events_are_bounded_in_bytes() -> None:
+    topic = Topic("jobs", keep=100)
+    with topic.subscribe() as events:
+        for number in range(10):
+            topic.publish(bytes([number]) * 20_000)
+        assert [value[0] for value in await taken(events, 3)] == [7, 8, 9]
+
+
+async def test_event_that_no_item_can_carry_is_refused() -> None:
+    topic = Topic("jobs")
+    largest = bytes(KEPT_BYTES - MIN_LENGTH - len(encode_body(bytes(60_000))) + 60_000)
+    with topic.subscribe() as events:
+        topic.publish(largest)
+        assert await taken(events, 1) == [largest]
+        with pytest.raises(MessageError, match="at most 65472 fit"):
+            topic.publish(largest + b"x")
+        with pytest.raises(MessageError):
+            topic.publish(object())
+    assert topic.published == 1
+
+
+async def test_body_is_shared_by_all_subscribers() -> None:
+    topic = Topic("jobs")
+    with topic.subscribe() as one, topic.subscribe() as other:
+        topic.publish({"id": 7})
+        event = await anext(one)
+        assert event is await anext(other)
+        assert event.body == encode_body({"id": 7})
+
+
+async def test_subscribers_that_do_not_read_take_no_memory_for_events() -> None:
+    topic = Topic("jobs")
+    stuck = [topic.subscribe() for _ in range(1_000)]
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(100):
+        topic.publish(bytes([number]) * 10_000)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 2 * KEPT_BYTES
+    for events in stuck:
+        events.__exit__()
+
+
+async def test_one_turn_of_the_loop_wakes_few_of_10000_subscribers() -> None:
+    topic = Topic("jobs")
+    readers = [Reader(topic) for _ in range(10_000)]
+    await turns()
+    woken = []
+    for turn in range(10_000 // SUBSCRIBERS_PER_TURN + 20):
+        if turn < 5:  # publications do not add up
+            topic.publish(turn)
+        before = sum(bool(reader.values) for reader in readers)
+        await turns(1)
+        woken.append(sum(bool(reader.values) for reader in readers) - before)
+    assert max(woken) <= SUBSCRIBERS_PER_TURN
+    assert all(reader.values == list(range(5)) for reader in readers)
+    for reader in readers:
+        reader.task.cancel()
+    await turns()
+
+
+async def test_subscription_ends_when_the_server_stops_and_after_the_last_event() -> None:
+    topic, stopping = Topic("jobs"), asyncio.Event()
+    reader, endless = Reader(topic, stopping), Reader(topic)
+    await turns()
+    topic.publish(1)
+    stopping.set()
+    await turns()
+    assert (reader.values, reader.task.done(), endless.task.done()) == ([1], True, False)
+    endless.task.cancel()
+    await turns()
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_subscribers_that_left_are_neither_woken_nor_kept() -> None:
+    topic, stopping = Topic("jobs"), asyncio.Event()
+    for _ in range(3):
+        readers = [Reader(topic, stopping) for _ in range(2)]
+        await turns()
+        topic.publish(1)
+        for reader in readers:
+            reader.task.cancel()
+        await turns()
+        assert topic.subscribers == 0
+        assert [reader.values for reader in readers] == [[], []]
+    topic.publish(2)
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_publish_from_another_thread_names_call_soon_threadsafe() -> None:
+    topic = Topic("jobs")
+    loop, errors = asyncio.get_running_loop(), []
+
+    def publish() -> None:
+        try:
+            topic.publish(1)
+        except RuntimeError as error:
+            errors.append(str(error))
+        loop.call_soon_threadsafe(topic.publish, 2)
+
+    with topic.subscribe() as events:
+        thread = threading.Thread(target=publish)
+        thread.start()
+        assert await taken(events, 1) == [2]
+        thread.join()
+    assert "call_soon_threadsafe(topic.publish, event)" in errors[0]
+
+
+def test_topic_has_subscribers_in_one_event_loop_only() -> None:
+    topic = Topic("jobs")
+
+    async def subscribe() -> Subscription:
+        return topic.subscribe()
+
+    async def publish() -> None:
+        topic.publish(1)
+
+    events = asyncio.run(subscribe())
+    with pytest.raises(RuntimeError, match="share one event loop"):
+        asyncio.run(subscribe())
+    with pytest.raises(RuntimeError, match="event loop"):
+        asyncio.run(publish())
+    events.__exit__()
+    asyncio.run(subscribe()).__exit__()
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 1_025}, {"slow": "wait"}])
+def test_unknown_policy_or_bound_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="topic jobs: "):
+        App().topic("jobs", **options)
+
+
+def test_topic_is_registered_as_a_stream() -> None:
+    app = App()
+    topic = app.topic("jobs", operator=True)
+    (method,) = app
+    assert (method.name, method.shape, method.operator, method.topic) == ("jobs", "server", True, topic)
+    with pytest.raises(ValueError, match="registered twice"):
+        app.topic("jobs")

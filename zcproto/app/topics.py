@@ -1,0 +1,199 @@
+"""Topics: each event is published once and sent to every stream that subscribes.
+
+    topic.publish(event) -> encoded once -> the last events, which all subscriptions share
+                         -> subscriptions that wait are woken, some in each turn of the loop
+
+Decides: how many events are kept for slow subscribers, and what happens to those that are slower.
+
+Rules:
+- `publish` does not wait, whatever the subscribers do.
+- A subscription is a position in the shared events: a subscriber that does not read costs no memory for events.
+- A topic belongs to one process and to the event loop of its subscribers.
+
+It must not know: credit, connections, why a subscriber is slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, Final, Literal, Self
+
+from zcproto.errors import Cancelled
+from zcproto.wire.frame import MIN_LENGTH
+from zcproto.wire.message import MessageError, encode_body
+
+KEPT_BYTES: Final = 65_536
+"""Most bytes of the events that a topic keeps, with their headers."""
+
+MOST_KEPT: Final = 1_024
+
+SUBSCRIBERS_PER_TURN: Final = 64
+"""Each makes its connection encrypt and send a record, up to 30 us of the loop."""
+
+Slow = Literal["drop_oldest", "end"]
+"""What happens to a subscriber that is more than `keep` events behind."""
+
+
+class TopicEvent:
+    """An event of a topic. A stream that yields it sends the encoded `body`, which all subscribers share."""
+
+    __slots__ = ("body", "value")
+
+    def __init__(self, value: Any, body: bytes) -> None:
+        self.value = value
+        self.body = body
+
+
+class Topic:
+    """Events for any number of subscribers; made by `App.topic`.
+
+    `published` and `dropped` count events, the latter once for each subscriber that missed one.
+    """
+
+    def __init__(self, name: str, *, keep: int = 16, slow: Slow = "drop_oldest") -> None:
+        if not 1 <= keep <= MOST_KEPT:
+            raise ValueError(f"topic {name}: keep must be from 1 to {MOST_KEPT}")
+        if slow not in ("drop_oldest", "end"):
+            raise ValueError(f"topic {name}: slow must be 'drop_oldest' or 'end'")
+        self.name = name
+        self.ends_slow = slow == "end"
+        self.published = 0
+        self.dropped = 0
+        self.subscribers = 0
+        self._keep = keep
+        self._last: deque[TopicEvent] = deque()
+        self._last_bytes = 0
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the subscribers
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._woken: deque[set[asyncio.Future[None]]] = deque()  # waited when an event was published
+        self._watchers: dict[asyncio.Event, asyncio.Task[Any]] = {}
+
+    def publish(self, value: Any) -> None:
+        """Send an event to all subscribers of this process. Does not wait.
+
+        Raises MessageError for a value that an item cannot carry, RuntimeError outside the event loop.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is None or (self.subscribers and loop is not self._loop):
+            raise RuntimeError(
+                f"topic {self.name}: publish in the server's event loop; "
+                "other threads use loop.call_soon_threadsafe(topic.publish, event)"
+            )
+        event = TopicEvent(value, encode_body(value))
+        size = MIN_LENGTH + len(event.body)
+        if size > KEPT_BYTES:
+            raise MessageError(
+                f"the event has {len(event.body)} bytes; at most {KEPT_BYTES - MIN_LENGTH} fit"
+            )
+        self.published += 1
+        if self.subscribers:
+            self._last.append(event)
+            self._last_bytes += size
+            while len(self._last) > self._keep or self._last_bytes > KEPT_BYTES:
+                self._last_bytes -= MIN_LENGTH + len(self._last.popleft().body)
+            self._wake()
+
+    def subscribe(self, until: asyncio.Event | None = None) -> Subscription:
+        """Return an iterator of the events from now on, to be closed by `with`. It ends when `until` is set.
+
+        Raises RuntimeError if the topic has subscribers in another event loop.
+        """
+        loop = asyncio.get_running_loop()
+        if self.subscribers and loop is not self._loop:
+            raise RuntimeError(f"topic {self.name}: the subscribers of a topic must share one event loop")
+        self._loop = loop
+        self.subscribers += 1
+        if until is not None and until not in self._watchers:
+            watcher = self._watchers[until] = loop.create_task(until.wait(), name=f"topic-{self.name}")
+            watcher.add_done_callback(lambda _: self._wake())
+        return Subscription(self, until)
+
+    def leave(self) -> None:
+        """Count a subscription less."""
+        self.subscribers -= 1
+        if not self.subscribers:
+            for watcher in self._watchers.values():
+                watcher.cancel()
+            self._watchers.clear()
+            self._woken.clear()
+            self._last.clear()
+            self._last_bytes = 0
+
+    async def wait(self) -> None:
+        """Wait until an event is published, or an `until` is set."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiting.discard(waiter)
+
+    def take(self, position: int) -> tuple[TopicEvent, int]:
+        """Return the event at a position, or the oldest one that is kept, and the next position.
+
+        Raises Cancelled if events were missed and the policy is to end.
+        """
+        first = self.published - len(self._last)
+        if position < first:
+            self.dropped += first - position
+            if self.ends_slow:
+                raise Cancelled(
+                    f"the subscriber missed {first - position} events; read faster, or subscribe again",
+                    {"reason": "slow"},
+                )
+            position = first
+        return self._last[position - first], position + 1
+
+    def _wake(self) -> None:
+        """Wake all that wait now, in the next turns of the loop."""
+        if self._waiting and self._loop is not None:
+            self._woken.append(self._waiting)
+            self._waiting = set()
+            if len(self._woken) == 1:
+                self._loop.call_soon(self._wake_some)
+
+    def _wake_some(self) -> None:
+        if not self._woken:  # all have left
+            return
+        waiters = self._woken[0]
+        for _ in range(min(SUBSCRIBERS_PER_TURN, len(waiters))):
+            waiter = waiters.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+        if not waiters:
+            self._woken.popleft()
+        if self._woken:
+            asyncio.get_running_loop().call_soon(self._wake_some)
+
+
+class Subscription:
+    """The events of a topic for one subscriber."""
+
+    __slots__ = ("_position", "_topic", "_until")
+
+    def __init__(self, topic: Topic, until: asyncio.Event | None) -> None:
+        self._topic = topic
+        self._until = until
+        self._position = topic.published
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._topic.leave()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TopicEvent:
+        topic = self._topic
+        while self._position == topic.published:
+            if self._until is not None and self._until.is_set():
+                raise StopAsyncIteration
+            await topic.wait()
+        event, self._position = topic.take(self._position)
+        return event
