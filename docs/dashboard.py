@@ -116,6 +116,19 @@ PANELS: dict[str, list[Panel]] = {
                 now("zcproto_client_calls_in_flight"): "calls in flight {{instance}}",
             },
         ),
+        Panel(
+            "Topics: events",
+            "ops",
+            {
+                rate("zcproto_topic_events_total", "topic"): "{{topic}} published",
+                rate("zcproto_topic_dropped_total", "topic"): "{{topic}} dropped for slow subscribers",
+            },
+        ),
+        Panel(
+            "Topics: subscribers",
+            "short",
+            {f"sum by (topic) ({now('zcproto_topic_subscribers')})": "{{topic}}"},
+        ),
     ],
     "Sessions and logins": [
         Panel("Sessions", "short", {f"sum by (state) ({now('zcproto_sessions')})": "{{state}}"}),

@@ -16,7 +16,7 @@ from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
 from zcproto.admin.metrics import END_LABELS, server_metrics
-from zcproto.app.app import App
+from zcproto.app.app import App, default_app
 from zcproto.errors import CallError
 from zcproto.observe.metrics import METRICS
 from zcproto.sessions import EndReason
@@ -84,7 +84,9 @@ def test_promtool_reports_no_problem(serve: Serve, store: str) -> None:
 
 
 def test_rendered_metrics_match_the_table(serve: Serve) -> None:
-    server = serve(store__url="sqlite")
+    app = default_app()
+    app.topic("jobs")
+    server = serve(app, store__url="sqlite")
     with server.client("ada") as client:
         client.call("sleep", {"ms": 1})
         client.refused("no.such.method")

@@ -120,6 +120,16 @@ def test_streams_guide_programs_run(folder: Path, port: int) -> None:
         ]
 
 
+def test_topics_guide_programs_run(folder: Path, port: int) -> None:
+    write_programs(ROOT / "docs" / "topics.md", folder, port)
+    with serving(folder, port, "-m", "zcproto", "serve", "board:app"):
+        assert run(folder, "watch.py").splitlines() == [
+            "{'id': 1, 'user': 'ada', 'state': 'waits'}",
+            "{'id': 2, 'user': 'ada', 'state': 'waits'}",
+            "this method needs a session of an operator",
+        ]
+
+
 def test_calls_guide_programs_run(folder: Path, port: int) -> None:
     write_programs(ROOT / "docs" / "calls.md", folder, port)
     with serving(folder, port, "-m", "zcproto", "serve", "agent:app"):

@@ -202,6 +202,10 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_method_duration_seconds", method.durations, name
         if any(method.waits.counts):
             yield "zcproto_method_wait_seconds", method.waits, name
+        if method.topic is not None:
+            yield "zcproto_topic_subscribers", method.topic.subscribers, name
+            yield "zcproto_topic_events_total", method.topic.published, name
+            yield "zcproto_topic_dropped_total", method.topic.dropped, name
     for name in LIMIT_NAMES:
         yield "zcproto_requests_limited_total", state.request_limits.refused[name], name
     yield "zcproto_idempotent_requests_running", state.idempotency.running

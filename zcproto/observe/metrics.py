@@ -160,6 +160,14 @@ zcproto_idempotent_answers_total counter (result)
     conflict (the key was used for another request), lost (the result of the first request is unknown), refused
     (too many requests of the user were running).
 
+# Topics
+zcproto_topic_subscribers gauge (topic)
+    Streams that subscribe to the topic.
+zcproto_topic_events_total counter (topic)
+    Events published; each once, whatever the number of subscribers.
+zcproto_topic_dropped_total counter (topic)
+    Events that slow subscribers have missed. Counted when the subscriber reads again.
+
 # Calls to clients
 zcproto_client_handlers gauge
     Sessions whose clients handle calls, over all connections.
