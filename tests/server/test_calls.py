@@ -148,6 +148,8 @@ def test_names_of_one_user_are_limited(client: CallPeer, harness: Harness) -> No
     bob = CallPeer(harness)
     bob.login("bob")
     assert bob.handle("a", "b", "c").value == {}
+    other.handle()
+    assert client.handle("a", "b", "c").value == {}, "what was withdrawn does not count"
 
 
 def test_clients_are_found_by_user_and_method_the_newest_first(harness: Harness) -> None:

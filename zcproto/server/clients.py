@@ -64,6 +64,7 @@ class RegisteredClients:
         """Calls that ended, by result."""
         self._by_user: dict[str, dict[Key, Registration]] = {}
         self._users: dict[Key, str] = {}
+        self._names: Counter[str] = Counter()  # registered by user
         self._in_flight: Counter[str] = Counter()  # calls by user
         self.in_flight = 0
 
@@ -80,9 +81,10 @@ class RegisteredClients:
     def add(self, connection: ClientConnections, session: Session, methods: frozenset[str]) -> None:
         """Add or replace a registration. Raises ResourceExhausted if its user has too many names."""
         key = connection, session.id
-        others = {each: found for each, found in self._by_user.get(session.user, {}).items() if each != key}
+        before = self._by_user.get(session.user, {}).get(key)
+        more = len(methods) - (0 if before is None else len(before.methods))
         limit = self.limits.names_per_user
-        if sum(len(found.methods) for found in others.values()) + len(methods) > limit:
+        if self._names[session.user] + more > limit:
             raise ResourceExhausted(
                 "the clients of this user handle too many methods; register fewer", {"limit": limit}
             )
@@ -91,6 +93,7 @@ class RegisteredClients:
             client = ConnectedClient(connection, session.id, session.user)
             self._by_user.setdefault(session.user, {})[key] = Registration(client, methods)
             self._users[key] = session.user
+            self._names[session.user] += len(methods)
 
     def remove(self, connection: ClientConnections, session_id: str) -> None:
         """Remove the registration of a session on a connection, if there is one."""
@@ -98,9 +101,9 @@ class RegisteredClients:
         user = self._users.pop(key, None)
         if user is not None:
             registrations = self._by_user[user]
-            del registrations[key]
+            self._names[user] -= len(registrations.pop(key).methods)
             if not registrations:
-                del self._by_user[user]
+                del self._by_user[user], self._names[user]
 
     def find(self, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
         """Return the clients of a user, or of all users, that handle a method, or any: the newest first."""
