@@ -6,6 +6,7 @@ encrypted under the spent refresh token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -63,6 +64,26 @@ class UserLimit:
     when_full: WhenFull
     idle_ms: int | None
     """Idle limit, after which a session counts as lapsed."""
+
+    def make_room(
+        self, records: Sequence[SessionRecord], wall: int
+    ) -> list[tuple[SessionRecord, Code]] | None:
+        """Return the sessions that end, with their codes, when a user opens one more; None if that is refused.
+
+        `records` are the user's, oldest first.
+        """
+        live, lapsed = [], []
+        for record in records:
+            if wall < record.expires_at and (
+                self.idle_ms is None or wall < record.last_used_at + self.idle_ms
+            ):
+                live.append((record, Code.SESSION_REPLACED))
+            elif wall < record.refresh_expires_at:
+                lapsed.append((record, Code.TOKEN_EXPIRED))
+        if self.when_full == "refuse" and len(live) >= self.per_user:
+            return None
+        surplus = len(live) + len(lapsed) + 1 - self.per_user  # above 1 after the limit was lowered
+        return [*lapsed, *live][: max(surplus, 0)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ async def test_damaged_index_of_a_user_is_rebuilt(
 ) -> None:
     replace_by_list(server, user_key("alice"))
     assert await store.list("alice") == [ONE, TWO]
-    assert [where for where, _ in notices] == ["_list_user"]
+    assert [where for where, _ in notices] == ["_list_some"]
     assert server.command("PTTL", user_key("alice")) > 0
     replace_by_list(server, user_key("alice"))
     assert await store.create(session(4), EVICT_TWO) == Created((ended(ONE, Code.SESSION_REPLACED),))

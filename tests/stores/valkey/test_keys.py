@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 from typing import Any
@@ -12,6 +13,7 @@ from tests.stores.contract import (
     DAY,
     EVICT_ONE,
     FIVE,
+    HOUR,
     KEEP,
     KEEP_ENDED,
     LEASE,
@@ -83,21 +85,96 @@ def only(server: ServerProcess, kind: str) -> bytes:
     return found[0]
 
 
-async def test_very_many_sessions_end_in_several_scripts(store: ValkeyStore, server: ServerProcess) -> None:
-    many = [session(number) for number in range(600)]
-    for record in many:
-        await store.create(record, UserLimit(1_000, "refuse", None))
+def scripts_run(server: ServerProcess) -> int:
+    """Return how many scripts the server has run since the last call."""
+    stats = server.command("INFO", "commandstats").decode()
     server.command("CONFIG", "RESETSTAT")
+    (line,) = [line for line in stats.splitlines() if line.startswith("cmdstat_evalsha:")] or ["calls=0,"]
+    return int(line.partition("calls=")[2].partition(",")[0])
+
+
+async def open_many(store: ValkeyStore, count: int, *lapsed: int) -> list[SessionRecord]:
+    """Open sessions of one user, some of which have not been used for too long."""
+    used_at = dict.fromkeys(lapsed, WALL - 2 * HOUR)
+    many = [session(number, last_used_at=used_at.get(number, WALL)) for number in range(count)]
+    for record in many:
+        await store.create(record, UserLimit(10_000, "refuse", None))
+    return many
+
+
+async def test_very_many_sessions_are_read_and_ended_in_several_scripts(
+    store: ValkeyStore, server: ServerProcess
+) -> None:
+    many = await open_many(store, 600)
+    scripts_run(server)
+    assert await store.list("alice") == many
+    assert scripts_run(server) == 3
+    assert await store.create(session(600), UserLimit(600, "refuse", None)) == LimitReached()
+    assert scripts_run(server) == 4
     created = await store.create(session(600), UserLimit(301, "evict_oldest", None))
     assert created == Created(tuple(ended(record, Code.SESSION_REPLACED) for record in many[:300]))
-    assert await store.list("alice") == [*many[300:], session(600)]
-    assert b"cmdstat_evalsha:calls=5," in server.command("INFO", "commandstats")  # two to end them
-    assert await store.create(session(601), UserLimit(1, "refuse", None)) == LimitReached()
-    server.command("CONFIG", "RESETSTAT")
+    assert scripts_run(server) == 7  # three to list them, two to end the first 200
     last = [*many[300:], session(600)]
+    assert await store.list("alice") == last
+    assert await store.create(session(601), UserLimit(1, "refuse", None)) == LimitReached()
+    scripts_run(server)
     assert await store.end_user("alice", Code.TOKEN_REVOKED, WALL) == [ended(record) for record in last]
-    assert b"cmdstat_evalsha:calls=2," in server.command("INFO", "commandstats")
+    assert scripts_run(server) == 4
     assert await store.list() == []
+
+
+async def test_limit_above_one_script_holds_for_concurrent_openings(store: ValkeyStore) -> None:
+    many = await open_many(store, 298)
+    results = await asyncio.gather(
+        *(store.create(session(number), UserLimit(300, "refuse", HOUR)) for number in range(298, 310))
+    )
+    assert [results.count(Created()), results.count(LimitReached())] == [2, 10]
+    evict = UserLimit(300, "evict_oldest", HOUR)
+    replaced = await asyncio.gather(*(store.create(session(number), evict) for number in range(400, 406)))
+    gone = [record.id for each in replaced if isinstance(each, Created) for record in each.ended]
+    assert sorted(gone) == sorted(record.id for record in many[:6])
+    assert await store.count() == 300
+
+
+@pytest.mark.parametrize("meanwhile", ["used again", "another is opened"])
+async def test_lapsed_session_is_kept_if_it_is_needed_while_others_are_read(
+    store: ValkeyStore, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    many, limit = await open_many(store, 260, 7), UserLimit(260, "refuse", HOUR)
+    listed, made = store._list_user, list[object]()
+
+    async def list_slowly(user: str) -> tuple[list[SessionRecord], bytes]:
+        monkeypatch.setattr(store, "_list_user", listed)
+        found = await listed(user)
+        if meanwhile == "used again":
+            await store.touch([(many[7].id, WALL)])
+        else:
+            made.append(await store.create(session(300), limit))
+        return found
+
+    monkeypatch.setattr(store, "_list_user", list_slowly)
+    assert await store.create(session(301), limit) == LimitReached()
+    assert await store.get(session(301).id) is await store.find(session(301).token_digest) is None
+    if meanwhile == "used again":
+        assert isinstance(await store.get(many[7].id), SessionRecord)
+    else:
+        assert made == [Created((ended(many[7], Code.TOKEN_EXPIRED),))]
+    assert await store.count() == 260
+
+
+async def test_session_announced_early_and_opened_late_is_the_newest(
+    store: ValkeyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store._is_clustered:
+        announce = store._announce_session
+
+        async def announce_late(*arguments: Any) -> int:
+            await announce(*arguments)
+            return 1
+
+        monkeypatch.setattr(store, "_announce_session", announce_late)
+    await open_many(store, 5)
+    assert await store.list("alice") == [session(number) for number in range(5)]
 
 
 async def do_everything(store: ValkeyStore) -> None:

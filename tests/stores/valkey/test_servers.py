@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trustme
 
-from tests.stores.contract import FIVE, WALL, digest, session
+from tests.stores.contract import FIVE, MINUTE, WALL, digest, session
 from tests.stores.valkey.helpers import ALL, ClusterOf, _offset, is_done, opened
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, free_port, running, until, wait_for
 from zcproto.common.clock import system_clock
@@ -262,6 +262,9 @@ async def test_login_with_user_and_password(protected: ServerProcess) -> None:
         await until(lambda: changes == [Change(ChangeKind.SESSION, session().id)])
         await store.ping()
         assert await store.count() == 0
+        await store.claim("alice", "k", b"digest", MINUTE)
+        await store.keep_answer("alice", "k", b"answer", MINUTE)
+        assert (await other.claim("alice", "k", b"digest", MINUTE)).answer == b"answer"
         await store.expire(WALL, 0, 10)
         (message,) = await store.examine(system_clock.wall())
         assert "does not show" in message

@@ -90,30 +90,14 @@ class WorkingSet:
             self._index(row)
 
     def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
-        wall = record.created_at
-
-        def is_live(other: SessionRecord) -> bool:
-            idle_ms = limit.idle_ms
-            return wall < other.expires_at and (idle_ms is None or wall < other.last_used_at + idle_ms)
-
         if record.id in self._by_id:
             return Created()
-        others = [
-            other
-            for other in self.list_user(record.user)
-            if is_live(other) or wall < other.refresh_expires_at
-        ]
-        surplus = len(others) + 1 - limit.per_user  # above 1 after the limit was lowered
-        ended: list[EndedRecord] = []
-        if surplus > 0:
-            live = [other for other in others if is_live(other)]
-            if limit.when_full == "refuse" and len(live) >= limit.per_user:
-                return LimitReached()
-            lapsed = [other for other in others if not is_live(other)]
-            ended += (self._end(other, Code.TOKEN_EXPIRED, wall) for other in lapsed[:surplus])
-            ended += (self._end(other, Code.SESSION_REPLACED, wall) for other in live[: surplus - len(ended)])
+        ending = limit.make_room(self.list_user(record.user), record.created_at)
+        if ending is None:
+            return LimitReached()
+        ended = tuple(self._end(other, code, record.created_at) for other, code in ending)
         self._add(record)
-        return Created(tuple(ended))
+        return Created(ended)
 
     def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
         record, wall = self.get(rotation.id), rotation.wall

@@ -26,7 +26,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from zcproto.common.clock import Entropy, system_entropy
+from zcproto.common.clock import Entropy, MonotonicClock, system_clock, system_entropy
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import id_from_text
@@ -172,7 +172,8 @@ class ValkeyClient:
         if b"{" in self._prefix or b"}" in self._prefix:
             raise ConfigError(["store.prefix: it must not contain { or }, which divide keys among servers"])
         self._answers = answers
-        self._time = time
+        self._time = time or MonotonicClock(system_clock).wall
+        self._is_time_given = time is not None
         self._node = entropy(NODE_SIZE // 2).hex().encode()
         self._entropy = entropy
         self._on_notice = on_notice

@@ -35,7 +35,8 @@ local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '
 local tag = args[5]
 
 local DAY, TAG_SIZE = 86400000, 20
-local AT_ONCE = 250  -- sessions ended in one script, which blocks the server for about 5 ms
+-- Sessions read, and ended, in one script, which blocks the server for about 2 ms.
+local READ_AT_ONCE, AT_ONCE = 250, 100
 local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED, UNAVAILABLE = 0, 68, 69, 70, 16, 14
 
 -- A session: state, token, refresh, user, client, address, key, flags, created, last used, expires, refresh
@@ -149,46 +150,69 @@ local function bury(tag, id, wall)
 end
 
 --@ create
-local id, blob, ms, wall, per_user, evicts, idle_from, order = unpack(args, 6, 13)
+-- Where one script would read or end too many sessions it returns 'many'. The client then reads them in steps, ends
+-- those above AT_ONCE, and runs it again with the last ID of the index and the sessions to end. Unless a session was
+-- opened since, which has a later place, ending them makes room.
+local id, blob, ms, wall, per_user, evicts, idle_from, order, newest, ending = unpack(args, 6, 15)
 local known = read(tag, id)
 if known then
   return answer({known[STATE] == KEPT and 'again' or 'ended', {}})
 end
-local ids, ended = redis.call('ZRANGE', user_key(tag), 0, -1), {}
-if #ids >= per_user then
-  local live, lapsed = {}, {}
-  for _, mate in ipairs(ids) do
-    local other, problem = read(tag, mate)
-    if problem == DAMAGED then
-      bury(tag, mate, wall)
-    elseif not other or other[STATE] ~= KEPT then
-      redis.call('ZREM', user_key(tag), mate)
-    elseif before(wall, other[EXPIRES]) and (idle_from == '' or before(idle_from, other[LAST_USED])) then
-      live[#live + 1] = {mate, other, SESSION_REPLACED}
-    elseif before(wall, other[REFRESH_EXPIRES]) then
-      lapsed[#lapsed + 1] = {mate, other, TOKEN_EXPIRED}
+local key, ended = user_key(tag), {}
+local count, last = redis.call('ZCARD', key), redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')
+
+-- Return a session of this user that is live or lapsed, and the code with which it ends to make room.
+local function mate_of(id)
+  local other, problem = read(tag, id)
+  if problem == DAMAGED then
+    bury(tag, id, wall)
+  elseif not other or other[STATE] ~= KEPT then
+    redis.call('ZREM', key, id)
+  elseif before(wall, other[EXPIRES]) and (idle_from == '' or before(idle_from, other[LAST_USED])) then
+    return {id, other, SESSION_REPLACED}
+  elseif before(wall, other[REFRESH_EXPIRES]) then
+    return {id, other, TOKEN_EXPIRED}
+  end
+end
+
+local mates, surplus = {}, 0
+if count >= per_user and newest == last[1] then
+  for _, chosen in ipairs(ending) do
+    local mate = mate_of(chosen[2])
+    if mate and mate[3] ~= chosen[1] then
+      return answer({'many', {}})
     end
+    mates[#mates + 1] = mate
+  end
+  surplus = #mates
+elseif count > READ_AT_ONCE and count >= per_user then
+  return answer({'many', {}})
+elseif count >= per_user then
+  local live = {}
+  for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do
+    local mate = mate_of(member)
+    local list = mate and mate[3] == SESSION_REPLACED and live or mates
+    list[#list + 1] = mate
   end
   if #live >= per_user and not evicts then
     return answer({'full', {}})
   end
   for _, mate in ipairs(live) do
-    lapsed[#lapsed + 1] = mate
+    mates[#mates + 1] = mate
   end
-  local surplus = #lapsed + 1 - per_user  -- more than one after the limit was lowered
-  if surplus > AT_ONCE then  -- the client ends them first, in steps
-    for n = 1, surplus do
-      ended[n] = {lapsed[n][3], tag .. lapsed[n][1]}
-    end
-    return answer({'many', ended})
-  end
-  for n = 1, surplus do
-    local id, other, code = unpack(lapsed[n])
-    ended[n] = {code, finish(tag, id, other, code, wall)}
+  surplus = #mates + 1 - per_user  -- more than one after the limit was lowered
+  if surplus > AT_ONCE then
+    return answer({'many', {}})
   end
 end
+for n = 1, surplus do
+  local id, other, code = unpack(mates[n])
+  ended[n] = {code, finish(tag, id, other, code, wall)}
+end
 local session = cmsgpack.unpack(blob)
-if not CLUSTERED then  -- in a cluster the client has written these
+if CLUSTERED then  -- the client has written these keys
+  order = math.max(order, tonumber(last[2] or 0) + 1)
+else
   order = redis.call('INCR', P .. 'n')
   redis.call('SET', P .. 't:' .. session[TOKEN], tag .. id, 'PX', ms)
   redis.call('SET', P .. 'i:' .. id, tag, 'PX', ms)
@@ -281,14 +305,17 @@ end
 return answer(found)
 
 --@ user no-writes
-local found = {}
-for _, id in ipairs(redis.call('ZRANGE', user_key(tag), 0, -1)) do
-  local session, raw = read(tag, id)
+-- Return sessions of a user, the last ID, and where to continue.
+local found, range = {}, {args[6], '+inf', 'BYSCORE', 'LIMIT', 0, READ_AT_ONCE, 'WITHSCORES'}
+local members = redis.call('ZRANGE', user_key(tag), unpack(range))
+for n = 1, #members, 2 do
+  local session, raw = read(tag, members[n])
   if session then
-    found[#found + 1] = {id, raw}
+    found[#found + 1] = {members[n], raw}
   end
 end
-return answer(found)
+local more = #members == 2 * READ_AT_ONCE and '(' .. members[#members]
+return answer({found, members[#members - 1] or '', more or ''})
 
 --@ index
 -- Write the index of a user again, of the sessions with these IDs, if its key has another type.

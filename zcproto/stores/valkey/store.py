@@ -34,6 +34,7 @@ from zcproto.stores.base import (
     LimitReached,
     NotRotated,
     Repeated,
+    too_many_operations,
 )
 from zcproto.stores.valkey.client import ValkeyClient, behind, operation
 from zcproto.stores.valkey.scripts import (
@@ -55,11 +56,14 @@ from zcproto.stores.valkey.scripts import (
     utf8,
 )
 
-BATCH: Final = 500
-"""Sessions in one script where a larger operation may be done in steps: up to ten milliseconds of the server."""
+BATCH: Final = 250
+"""Sessions touched in one script, which blocks the server for about 2 ms."""
 
-_ENDED: Final = 250
-"""Sessions ended in one script, which blocks the server for about 5 ms."""
+_ENDED: Final = 100
+"""Sessions ended in one script, likewise."""
+
+_ATTEMPTS: Final = 32
+"""To open a session beside very many of the same user while others of that user are opened."""
 
 _READ_BATCH: Final = 100
 _EXPIRED: Final = 200
@@ -109,20 +113,30 @@ class ValkeyStore(ValkeyClient):
     @mends_index
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         evicted: list[EndedRecord] = []
-        while True:
-            state, ended = await self._create(record, limit)
+        newest, ending = b"", list[tuple[Code, bytes]]()
+        for _ in range(_ATTEMPTS):
+            state, ended = await self._create(record, limit, newest, ending)
+            if state == b"full":
+                return LimitReached()
             if state != b"many":
-                break
-            for start in range(0, len(ended), _ENDED):  # the limit was lowered
-                evicted += await self._evict(ended[start : start + _ENDED], record.created_at)
-        if state == b"full":
-            return LimitReached()
-        evicted += [ended_record(pair, Code(code), record.created_at) for code, pair in ended]
-        return Created(tuple(evicted))
+                evicted += [ended_record(pair, Code(code), record.created_at) for code, pair in ended]
+                return Created(tuple(evicted))
+            others, newest = await self._list_user(record.user)
+            room = limit.make_room(others, record.created_at)
+            if room is None:
+                await self._retract_session(record, with_pointers=True)
+                return LimitReached()
+            ending = [(code, id_text(other.id).encode()) for other, code in room]
+            while len(ending) > _ENDED:  # the limit was lowered
+                evicted += await self._evict(record, ending[:_ENDED])
+                del ending[:_ENDED]
+        raise too_many_operations()
 
     @operation
-    async def _create(self, record: SessionRecord, limit: UserLimit) -> tuple[bytes, list[tuple[int, Any]]]:
-        """Return what became of it, and the sessions that were ended, or have to be first, with their codes."""
+    async def _create(
+        self, record: SessionRecord, limit: UserLimit, newest: bytes, ending: Sequence[tuple[Code, bytes]]
+    ) -> tuple[bytes, list[tuple[int, Any]]]:
+        """Return what became of it, and the sessions that were ended, with their codes."""
         tag, id, wall = tag_of(record.user), id_text(record.id).encode(), record.created_at
         due = max(record.expires_at, record.refresh_expires_at)
         ms = ttl_for(due - wall)
@@ -132,17 +146,20 @@ class ValkeyStore(ValkeyClient):
             order = await self._announce_session(record, tag, id, due, ms)
         limits = limit.per_user, limit.when_full == "evict_oldest", idle_from
         packed = pack_session(record)
-        state, ended = await self._run("create", tag, id, packed, ms, time_text(wall), *limits, order)
-        if self._is_clustered and state in (b"full", b"ended"):
-            await self._retract_session(record, tag, id, with_pointers=state == b"full")
+        chosen = newest, [(int(code), other) for code, other in ending]
+        state, ended = await self._run(
+            "create", tag, id, packed, ms, time_text(wall), *limits, order, *chosen
+        )
+        if state in (b"full", b"ended"):
+            await self._retract_session(record, with_pointers=state == b"full")
         return state, ended
 
     @operation
-    async def _evict(self, members: Sequence[tuple[int, bytes]], wall: int) -> list[EndedRecord]:
+    async def _evict(self, record: SessionRecord, ending: Sequence[tuple[Code, bytes]]) -> list[EndedRecord]:
         evicted = []
-        for code in dict(members):
-            same = [member for other, member in members if other == code]
-            evicted += await self._finish(same, Code(code), wall, None)
+        for code in dict(ending):
+            same = [tag_of(record.user) + id for other, id in ending if other == code]
+            evicted += await self._finish(same, code, record.created_at, None)
         return evicted
 
     async def _announce_session(self, record: SessionRecord, tag: bytes, id: bytes, due: int, ms: int) -> int:
@@ -157,10 +174,12 @@ class ValkeyStore(ValkeyClient):
         )
         return int(order)
 
-    async def _retract_session(
-        self, record: SessionRecord, tag: bytes, id: bytes, *, with_pointers: bool
-    ) -> None:
+    @operation
+    async def _retract_session(self, record: SessionRecord, *, with_pointers: bool) -> None:
         """In a cluster: remove what `_announce_session` has written."""
+        if not self._is_clustered:
+            return
+        tag, id = tag_of(record.user), id_text(record.id).encode()
         await self._call("ZREM", self._shard_key(b"x", self._shard(tag)), tag + id)
         if with_pointers:
             await asyncio.gather(
@@ -286,7 +305,7 @@ class ValkeyStore(ValkeyClient):
     async def _end_some(self, shard: int, code: Code, wall: int) -> tuple[int, bool]:
         """End the first sessions of an index. Return how many, and whether there may be more."""
         index = self._shard_key(b"x", shard)
-        members = await self._members(shard, BATCH)
+        members = await self._members(shard, _ENDED)
         if not members:
             return 0, False
         ended = await self._finish(members, code, wall, None)
@@ -294,10 +313,20 @@ class ValkeyStore(ValkeyClient):
         return len(ended), True
 
     @mends_index
+    async def _list_user(self, user: str) -> tuple[list[SessionRecord], bytes]:
+        """Return the sessions of a user, oldest first, and the ID of the last one in their index."""
+        records, newest, after = list[SessionRecord](), b"", b"-inf"
+        while after:
+            some, last, after = await self._list_some(user, after)
+            records, newest = records + some, last or newest
+        return records, newest
+
     @operation
-    async def _list_user(self, user: str) -> list[SessionRecord]:
-        found = [unpack_session(id, raw) for id, raw in await self._run("user", tag_of(user))]
-        return [record for record in found if isinstance(record, SessionRecord)]
+    async def _list_some(self, user: str, after: bytes) -> tuple[list[SessionRecord], bytes, bytes]:
+        """Return sessions, the last ID, and where to continue; an empty one at the end."""
+        found, last, after = await self._run("user", tag_of(user), after)
+        records = [unpack_session(id, raw) for id, raw in found]
+        return [record for record in records if isinstance(record, SessionRecord)], last, after
 
     async def rebuild_index(self, tag: bytes) -> bool:
         """Rebuild the index of a user from that of all users, in steps. Return False if it has the right type."""
@@ -391,9 +420,9 @@ class ValkeyStore(ValkeyClient):
     # --- answers -----------------------------------------------------------------------------------
 
     @property
-    def _given_time(self) -> bytes | bool:
-        """The time for scripts on answers. False: that of their server."""
-        return False if self._time is None else time_text(self._time())
+    def _given_time(self) -> tuple[bytes, bool]:
+        """The time for scripts on answers, and whether they use it although their server has a clock."""
+        return time_text(self._time()), self._is_time_given
 
     @behind
     @operation
@@ -502,7 +531,7 @@ class ValkeyStore(ValkeyClient):
     async def list(self, user: str | None = None) -> list[SessionRecord]:
         """Return sessions as in `SessionStore.list`. Of too many, those that expire first."""
         if user is not None:
-            return await self._list_user(user)
+            return (await self._list_user(user))[0]
         found: list[tuple[int, SessionRecord]] = []
         for shard in range(self._shards):
             members = await self._members(shard, MAX_LISTED)
