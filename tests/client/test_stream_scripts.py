@@ -62,7 +62,7 @@ async def test_lost_connection_ends_a_stream_after_its_items(how: Any, is_clean:
             await stream.receive()
         assert caught.value.clean is is_clean
         await asyncio.sleep(60)
-    assert server.methods.count("count") == 1, "it has begun, so it is not opened again"
+    assert server.methods.count("count") == 1, "a stream that has begun is not opened again"
 
 
 @scripted
