@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import pytest
 
-from zcproto.app.app import App, Context, Method
+from zcproto.app import app as app_module
+from zcproto.app.app import App, Context, Method, default_app
 from zcproto.app.items import Items
 from zcproto.errors import InvalidArgument
 from zcproto.wire.message import METHOD_MAX_LENGTH
@@ -373,3 +374,43 @@ def test_method_has_one_source_of_items() -> None:
 
     with pytest.raises(TypeError, match="one source of items"):
         Method("m", two)
+
+
+# --- the default application -----------------------------------------------------------------------------
+
+
+class FakeContext:
+    """A context with a clock that only sleeping moves, each time a little less than asked for."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+        self.result: Any = None
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += max(seconds - 0.001, 0.0005)
+
+
+@pytest.mark.parametrize("interval", [0, 0.25])
+async def test_repeat_sends_numbered_items_never_early(
+    interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = FakeContext()
+    monkeypatch.setattr(app_module.asyncio, "sleep", context.sleep)
+    (repeat,) = (method for method in default_app() if method.name == "repeat")
+    items = repeat.function(context=context, n=7, data=b"x", count=4, interval=interval)
+    found = [(item, context.time) async for item in items]
+    assert [item for item, _ in found] == [{"n": 7 + number, "data": b"x"} for number in range(4)]
+    assert [time for _, time in found] == pytest.approx([100 + k * interval for k in range(4)], abs=0.001)
+    assert all(time >= 100 + number * interval for number, (_, time) in enumerate(found))
+    assert context.result == {"items": 4}
+
+
+@pytest.mark.parametrize("interval", [-0.1, 3_600.5, float("nan")])
+async def test_repeat_refuses_an_impossible_interval(interval: float) -> None:
+    (repeat,) = (method for method in default_app() if method.name == "repeat")
+    items = repeat.function(context=FakeContext(), n=7, data=b"x", count=4, interval=interval)
+    with pytest.raises(InvalidArgument, match="interval must be from 0 to 3600"):
+        await anext(items)

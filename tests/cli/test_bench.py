@@ -60,13 +60,14 @@ def test_each_option_is_passed_on(
     options = {
         "--connections": 50, "--sessions": 20, "--rate": 7, "--duration": 3, "--payload": 1000, "--pipeline": 4,
         "--arrival-rate": 90, "--processes": 2, "--keys": keys, "--operator-key-file": ops, "--ca": "my.crt",
-        "--seed": 9, "--json": "a.json", "--hdr": "a.hgrm", "--plot": "a.png",
+        "--seed": 9, "--stream": "repeat", "--json": "a.json", "--hdr": "a.hgrm", "--plot": "a.png",
     }  # fmt: skip
     arguments = [str(part) for option in options.items() for part in option]
     assert main(["bench", "[::1]:9000", *arguments]) == 0
     ((plan, outputs),) = plans
     assert (plan.host, plan.port, plan.connections, plan.sessions) == ("::1", 9000, 50, 20)
     assert (plan.rate, plan.duration_s, plan.payload_bytes, plan.pipeline) == (7.0, 3.0, 1000, 4)
+    assert plan.stream == "repeat"
     assert (plan.arrival_rate, plan.processes, plan.seed) == (90.0, 2, 9)
     assert plan.operator == Credential("ops-1", "CCC")
     assert str(plan.ca_file) == "my.crt"
@@ -147,6 +148,16 @@ def test_fifty_connections_of_new_users_are_verified(server: str, home: Path, tm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("verified: 50 of 50 connections, 300 correct answers, 0 errors")
+    streams = subprocess.run(
+        zcproto(
+            "bench", server, "--connections", "20", "--rate", "400", "--duration", "0.5", "--stream", "repeat",
+            "--keys", load, "--operator-key-file", ops,
+        ),
+        capture_output=True, text=True, check=False, timeout=150, env={**os.environ, "COLUMNS": "110"},
+    )  # fmt: skip
+    assert streams.stdout.rstrip().endswith(
+        "verified: 20 of 20 connections, 200 items in order, 40 correct answers, 0 errors"
+    ), streams.stderr
     # Without an operator the counts cannot be compared, so nothing is measured.
     refused = subprocess.run(
         zcproto("bench", server, "--connections", "5", "--keys", load),

@@ -51,6 +51,8 @@ def test_log_is_readable_by_hdrhistogram(tmp_path: Path) -> None:
         (None, start + 2_000, 1),
         ("handshake", start, 49),
         ("session_open", start, 49),
+        ("first_item", start, 49),
+        ("between_items", start, 49),
         ("last_request", start, 49),
     ]
     assert reader.get_start_time_sec() == 1_800_000_000.0

@@ -55,6 +55,24 @@ def test_process_without_session_is_refused() -> None:
     assert "--processes 3" in fault
 
 
+def test_rate_below_one_item_per_stream_is_refused() -> None:
+    streams = {"stream": "repeat", "connections": 10, "pipeline": 2, "duration_s": 2.0}
+    (fault,) = faults_of(plan(**streams, rate=4.0))
+    assert "give at least --rate 10" in fault
+    check_plan(plan(**streams, rate=10.0))
+
+
+def test_shares_divide_streams_without_changing_them() -> None:
+    whole = plan(stream="repeat", connections=10, pipeline=2, rate=40.0, duration_s=5.0, processes=2)
+    assert (whole.streams, whole.items_per_stream, whole.load) == (20, 10, 200)
+    parts = shares(whole, "127.0.0.1", 0.0, 100.0)
+    assert [(each.stream, each.items_per_stream, each.interval_s) for each in parts] == [
+        ("repeat", 10, 0.5)
+    ] * 2
+    assert [each.interval_s for each in shares(plan(), "127.0.0.1", 0.0, 100.0)] == [0.0]
+    assert plan().load == 50
+
+
 def test_oversized_payload_is_refused() -> None:
     (fault,) = faults_of(plan(payload_bytes=1 << 30))
     assert "--payload" in fault

@@ -42,6 +42,32 @@ def test_verified_run_shows_its_figures() -> None:
     assert "saturated" not in text
 
 
+def test_run_with_streams_shows_items_instead_of_requests() -> None:
+    result = verified_result(plan=plan(stream="repeat"))
+    result.record.items = Tally(50, 50, 50)
+    text = shown(result)
+    assert text.rstrip().endswith(
+        "verified: 10 of 10 connections, 50 items in order, 60 correct answers, 0 errors"
+    )
+    assert row(text, "first item, from when its stream was due")[:2] == ["49", "2.50"]
+    assert row(text, "item, from the one before")[0] == "49"
+    assert row(text, "items", "Rate per second") == ["200", "200", "0.2"]
+    assert row(text, "time to the first item, p99") == ["4.90", "ms"]
+    assert row(text, "server CPU per item, at this rate") == ["20.00", "us"]
+    assert "request under load" not in text
+    assert "from when it was sent" not in text
+
+
+def test_wrong_and_lost_items_fail_the_run() -> None:
+    result = verified_result(plan=plan(stream="repeat"))
+    result.record.items = Tally(50, 50, 45, 2, 3)
+    result.record.tallies[RequestKind.LOAD] = Tally(10, 10, 8, 2)
+    text = shown(result)
+    assert row(text, "items: wrong or out of order") == ["2"]
+    assert row(text, "items: did not arrive") == ["3"]
+    assert "2 streams got a wrong answer; 2 items are wrong or out of order; 3 items did not arrive" in text
+
+
 def test_bars_are_shown_with_their_verdicts() -> None:
     text = shown(verified_result(), BARS)
     assert row(text, "server memory per connection and session") == ["36.00", "KiB", "38", "ok"]

@@ -127,7 +127,9 @@ def test_sleep_waits_and_is_bounded(connect: Callable[..., Client], user: str) -
 
 def test_default_methods_need_a_session(connect: Callable[..., Client]) -> None:
     client = connect()
-    assert {client.refused(method).code for method in ("echo", "sleep", "time")} == {Code.UNAUTHENTICATED}
+    assert {client.refused(method).code for method in ("echo", "repeat", "sleep", "time")} == {
+        Code.UNAUTHENTICATED
+    }
 
 
 # --- server.sessions and server.revoke -------------------------------------------------------------------

@@ -325,6 +325,21 @@ def default_app() -> App:
         await asyncio.sleep(ms / 1000)
         return {}
 
+    @app.method("repeat")
+    async def repeat(
+        context: Context, n: int, data: bytes, count: int, interval: float = 0.0
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Send the data `count` times, numbered from `n`, every `interval` seconds or as fast as it is read."""
+        if not 0 <= interval <= _MAX_SLEEP_MS / 1000:
+            raise InvalidArgument(f"interval must be from 0 to {_MAX_SLEEP_MS // 1000}")
+        started = context.now()
+        for number in range(count):
+            due = started + number * interval
+            while interval and context.now() < due:  # noqa: ASYNC110 - a timer may be early
+                await asyncio.sleep(due - context.now())
+            yield {"n": n + number, "data": data}
+        context.result = {"items": count}
+
     @app.method("time")
     def time(context: Context) -> int:
         """The server's clock, milliseconds since the Unix epoch."""

@@ -32,11 +32,21 @@ plot_option = file_option(
     RATE,
     1_000.0,
     "R",
-    "Requests per second over all connections, sent whether or not answers arrive.",
+    "Requests (with --stream, items) per second over all connections, sent whether or not answers arrive.",
+)
+@click.option(
+    "--stream",
+    default="",
+    metavar="METHOD",
+    help="Open a stream of this method on each connection and verify each item. `zcproto serve` offers `repeat`.",
 )
 @number_option("--duration", click.FloatRange(0.1, 86_400), 10.0, "S", "The duration of the load in seconds.")
-@number_option("--payload", click.IntRange(0), 64, "BYTES", "Random bytes in each request and its answer.")
-@number_option("--pipeline", click.IntRange(1, 1_024), 1, "D", "Requests in each write.")
+@number_option(
+    "--payload", click.IntRange(0), 64, "BYTES", "Random bytes in each request and answer or item."
+)
+@number_option(
+    "--pipeline", click.IntRange(1, 1_024), 1, "D", "Requests in each write; streams of each connection."
+)
 @number_option("--arrival-rate", click.FloatRange(0.1, 100_000), 500.0, "A", "New connections per second.")
 @number_option("--processes", click.IntRange(1, 256), 1, "P", "Processes that generate the load.")
 @file_option(
@@ -82,9 +92,10 @@ def bench(
 ) -> int:
     """Measure the server at HOST:PORT: connections, an open-loop load, and one last request on each.
 
-    Every answer is compared with its request, and the server's own count with the client's. Exit code 1 if
-    anything was lost, different or unverified. Latencies are measured from when a request was due, so a slow server
-    cannot hide behind requests that were not sent. It calls `echo`, which `zcproto serve` offers by default.
+    Every answer and item is compared with its request, and the server's own count with the client's. Exit code 1 if
+    anything was lost, out of order, different or unverified. Latencies are measured from when a request or item was
+    due, so a slow server cannot hide behind requests that were not sent. It calls `echo`, which `zcproto serve`
+    offers by default.
     """
     from zcproto.client.address import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415

@@ -9,7 +9,7 @@ Read in this order:
 plan         the parameters of a run, checked before anything is opened
 run          the phases connect, load, verify and close, with the server's counters read in between
 worker_pool  starts the generator processes (`processes`) and sends them commands; `worker` is such a process
-generator    the connections of one process and their load, on the schedule of `pacer`
+generator    the connections of one process and their load, on the schedule of `pacer`; `streams` verifies items
 record       what a process measures: latencies and outcomes, added up over all processes
 caller       connections for single calls, such as the operator's, which reads `server.stats`
 result       compares the counts of both sides and decides the verdict

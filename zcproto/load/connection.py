@@ -12,7 +12,13 @@ from typing import Any, cast
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
-from zcproto.connection.events import ConnectionEnded, ErrorReceived, ResponseReceived, Welcomed
+from zcproto.connection.events import (
+    ConnectionEnded,
+    ErrorReceived,
+    ItemReceived,
+    ResponseReceived,
+    Welcomed,
+)
 from zcproto.errors import TlsError
 from zcproto.tls.transport import TlsTransport
 
@@ -37,6 +43,9 @@ class FrameConnection(asyncio.Protocol):
     def answered(self, stream: int, value: Any) -> None:
         """A request got its RESPONSE."""
 
+    def item_received(self, stream: int) -> None:
+        """An item waits in a stream."""
+
     def refused(self, stream: int, code: int, message: str, details: dict[str, Any]) -> None:
         """A request got an ERROR."""
 
@@ -59,6 +68,8 @@ class FrameConnection(asyncio.Protocol):
         for event in conversation.receive_data(data, system_clock.wall(), self._wheel.now()):
             if isinstance(event, ResponseReceived):
                 self.answered(event.stream, event.value)
+            elif isinstance(event, ItemReceived):
+                self.item_received(event.stream)
             elif isinstance(event, ErrorReceived):
                 self.refused(event.stream, event.code, event.message, event.details)
             elif isinstance(event, Welcomed):

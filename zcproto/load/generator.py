@@ -20,14 +20,24 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from zcproto.client.streams import DEFAULT_WINDOW
 from zcproto.common.clock import system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
-from zcproto.errors import Code, InvalidArgument, ResourceExhausted, TlsError, ZcprotoError
+from zcproto.errors import (
+    Code,
+    InternalError,
+    InvalidArgument,
+    ResourceExhausted,
+    TlsError,
+    Unimplemented,
+    ZcprotoError,
+)
 from zcproto.load.connection import FrameConnection
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
 from zcproto.load.plan import CLIENT_NAME, Share
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
+from zcproto.load.streams import LoadStream
 from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.transport import TlsTransport
@@ -68,6 +78,7 @@ class PendingRequest(NamedTuple):
     number: int
     due: float
     sent: float
+    stream: LoadStream | None = None
 
 
 class LoadConnection(FrameConnection):
@@ -88,24 +99,54 @@ class LoadConnection(FrameConnection):
         self.pending: dict[int, PendingRequest] = {}
         """Requests by stream: answers arrive in any order."""
 
-    def queue(self, kind: RequestKind, method: str, params: dict[str, Any], number: int, due: float) -> None:
-        """Queue a request, which `flush` sends."""
+    def queue(
+        self,
+        kind: RequestKind,
+        method: str,
+        params: dict[str, Any],
+        number: int,
+        due: float,
+        stream: LoadStream | None = None,
+    ) -> bool:
+        """Queue a request, or the opening of a stream, which `flush` sends. Return False if it is impossible."""
         tally = self._generator.record.tallies[kind]
         tally.planned += 1
+        wall = system_clock.wall()
         try:
-            stream = self.conversation.request(method, params, token=self.token, wall=system_clock.wall())
+            if stream is None:
+                key = self.conversation.request(method, params, token=self.token, wall=wall)
+            else:
+                stream.half = self.conversation.open_stream(
+                    method, params, token=self.token, window=DEFAULT_WINDOW, wall=wall
+                )
+                key = stream.half.number
         except ResourceExhausted:
             count(tally.not_sent, "too many requests in flight on the connection")
-            return
+            return False
         except InvalidArgument:
             count(tally.not_sent, "larger than the server accepts")
-            return
+            return False
+        except Unimplemented:
+            count(tally.not_sent, "the server has no streams")
+            return False
         except ZcprotoError:
             count(tally.not_sent, "the connection is ending")
-            return
+            return False
         tally.sent += 1
         self._generator.in_flight += 1
-        self.pending[stream] = PendingRequest(kind, number, due, time.monotonic())
+        self.pending[key] = PendingRequest(kind, number, due, time.monotonic(), stream)
+        return True
+
+    def item_received(self, stream: int) -> None:
+        request = self.pending.get(stream)
+        if request is None or request.stream is None:  # it has timed out
+            return
+        assert request.stream.half is not None
+        try:
+            value = self.conversation.take_item(request.stream.half, system_clock.wall())
+        except InternalError:
+            value = None  # it cannot be decoded
+        self._generator.item_arrived(request.stream, value)
 
     def welcomed(self) -> None:
         self._generator.welcomed(self)
@@ -183,12 +224,18 @@ class Generator:
         if not ready or self._stopped:
             return
         turns = shuffled_rounds(ready, self._random)
-        times = poisson_times(share.rate / share.pipeline, share.duration_s, self._random)
         used = time.process_time()
         started = self.record.load_started = time.monotonic()
-        await self._pacer.run(
-            times, lambda due: self._send(next(turns), RequestKind.LOAD, due, share.pipeline)
-        )
+        if share.stream:
+            # Over one interval, so that the items of all streams are due evenly.
+            times = uniform_times(share.rate, len(ready) * share.pipeline)
+            await self._pacer.run(times, lambda due: self._open_stream(next(turns), due))
+            await self._wait(lambda: self.in_flight == 0, share.items_per_stream * share.interval_s)
+        else:
+            times = poisson_times(share.rate / share.pipeline, share.duration_s, self._random)
+            await self._pacer.run(
+                times, lambda due: self._send(next(turns), RequestKind.LOAD, due, share.pipeline)
+            )
         self.record.cpu_share = (time.process_time() - used) / (time.monotonic() - started)
         await self._wait_for_answers()
 
@@ -240,9 +287,9 @@ class Generator:
         load, last = record.tallies[RequestKind.LOAD], record.tallies[RequestKind.LAST]
         return {
             "connect": record.ready,
-            "load": load.equal,
+            "load": record.items.equal if self.share.stream else load.equal,
             "verify": last.equal,
-            "failed": sum(record.lost_connections.values()) + load.failed + last.failed,
+            "failed": sum(record.lost_connections.values()) + load.failed + last.failed + record.items.failed,
         }
 
     # --- waiting ---------------------------------------------------------------------------------
@@ -385,6 +432,33 @@ class Generator:
             connection.queue(kind, "echo", self._params(number), number, due)
         connection.flush()
 
+    def _open_stream(self, connection: LoadConnection, due: float) -> None:
+        share, items = self.share, self.record.items
+        self.record.latencies["lag"].add(time.monotonic() - due)
+        items.planned += share.items_per_stream
+        number = self._take_number()
+        stream = LoadStream(share, number, self._params(number)["data"], due)
+        if connection.stage is Stage.READY and connection.queue(
+            RequestKind.LOAD, share.stream, stream.params, number, due, stream
+        ):
+            items.sent += share.items_per_stream
+            connection.flush()
+        else:
+            count(items.not_sent, "its stream could not be opened", share.items_per_stream)
+
+    def item_arrived(self, stream: LoadStream, value: Any) -> None:
+        """Compare an item of a stream and time it."""
+        record = self.record
+        now = record.load_ended = time.monotonic()
+        latency = now - stream.next_due
+        record.latencies["between_items" if stream.received else "first_item"].add(now - stream.last_at)
+        stream.last_at = now
+        if stream.take(value):
+            record.items.equal += 1
+            self._time("item", now, latency)
+        else:
+            record.items.unequal += 1
+
     def _take_number(self) -> int:
         number = self._number
         self._number += self.share.processes
@@ -403,35 +477,45 @@ class Generator:
             self._handle_opened(connection, request, value)
             return
         tally = self.record.tallies[kind]
-        if value != ({} if kind is RequestKind.CLOSE else self._params(request.number)):
+        if request.stream is not None:
+            self.record.items.lost += request.stream.missing
+            is_right = request.stream.is_complete(value)
+        else:
+            is_right = value == ({} if kind is RequestKind.CLOSE else self._params(request.number))
+        if not is_right:
             tally.unequal += 1
             if kind is RequestKind.JOIN:
                 self._fail(connection, "its first answer differs from the request")
             return
         tally.equal += 1
+        if request.stream is not None:
+            return  # its items were timed
         if kind is RequestKind.LOAD:
-            self._time_load(request)
+            now = self.record.load_ended = time.monotonic()
+            self.record.latencies["from_send"].add(now - request.sent)
+            self._time("request", now, now - request.due)
         elif kind is RequestKind.LAST:
             self.record.latencies["last_request"].add(time.monotonic() - request.due)
             self._count(self.record.answered_over_time, 1)
         elif kind is RequestKind.JOIN:
             self._made(connection)
 
-    def _time_load(self, request: PendingRequest) -> None:
+    def _time(self, name: str, now: float, latency: float) -> None:
+        """Record the latency of an answer or item of the load."""
         record = self.record
-        now = record.load_ended = time.monotonic()
-        record.latencies["request"].add(now - request.due)
-        record.latencies["from_send"].add(now - request.sent)
+        record.latencies[name].add(latency)
         second = int(now - self.share.origin)
         latencies = record.request_by_second.get(second)
         if latencies is None:
             latencies = record.request_by_second[second] = Latencies()
-        latencies.add(now - request.due)
+        latencies.add(latency)
         self._count(record.answered_over_time, 1)
 
     def refused(self, connection: LoadConnection, request: PendingRequest, code: int) -> None:
         """Count the error of a request."""
         self._answer_arrived()
+        if request.stream is not None:
+            self.record.items.lost += request.stream.missing
         name = code_name(code)
         count(self.record.tallies[request.kind].errors, name)
         if request.kind in (RequestKind.OPEN, RequestKind.JOIN):
@@ -465,6 +549,8 @@ class Generator:
         """Count the requests in flight of a connection as lost."""
         for request in connection.pending.values():
             self.record.tallies[request.kind].lost += 1
+            if request.stream is not None:
+                self.record.items.lost += request.stream.missing
             self.in_flight -= 1
         connection.pending.clear()
         if not self.in_flight:

@@ -42,11 +42,11 @@ def percentiles_ms(latencies: Latencies) -> dict[str, float]:
 def write_file(path: Path, record: Record, started: float) -> None:
     """Write latencies for the HdrHistogram tools. `started` is the start of the run in Unix seconds.
 
-    `NAME.hgrm` is the percentile distribution of the load's requests in milliseconds, for the plotter. Any other
-    name is a histogram log (version 1.2) of all latencies, with an interval for each second of the load.
+    `NAME.hgrm` is the percentile distribution of the load's requests or items in milliseconds, for the plotter. Any
+    other name is a histogram log (version 1.2) of all latencies, with an interval for each second of the load.
     """
     if path.suffix == ".hgrm":
-        path.write_bytes(_distribution(record.latencies["request"]))
+        path.write_bytes(_distribution(record.latencies["item" if record.items.planned else "request"]))
         return
     with path.open("w", encoding="ascii") as file:
         _write_log(file, record, started)
@@ -69,7 +69,7 @@ def _write_log(file: TextIO, record: Record, started: float) -> None:
     for second, latencies in sorted(record.request_by_second.items()):
         _write_interval(file, "", second, 1, latencies)
     ended = max((*record.answered_over_time, *record.connected_over_time), default=0) / TICKS_PER_SECOND
-    for name in ("handshake", "session_open", "last_request"):
+    for name in ("handshake", "session_open", "first_item", "between_items", "last_request"):
         if record.latencies[name].counts:
             _write_interval(file, f"Tag={name},", 0, ended + 1 / TICKS_PER_SECOND, record.latencies[name])
 

@@ -51,12 +51,28 @@ class Plan:
     credentials: tuple[Credential, ...] = field(repr=False)
     operator: Credential = field(repr=False)
     pipeline: int = 1
-    """Requests per write."""
+    """Requests per write; streams per connection if there is a stream."""
+    stream: str = ""
+    """The method whose items are the load, `rate` of them per second; empty for requests."""
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
     processes: int = 1
     ca_file: Path | None = None
     """None for the system's store."""
     seed: int = 1
+
+    @property
+    def streams(self) -> int:
+        """The number of streams, all open at once."""
+        return self.connections * self.pipeline if self.stream else 0
+
+    @property
+    def items_per_stream(self) -> int:
+        return round(self.rate * self.duration_s / self.streams) if self.stream else 0
+
+    @property
+    def load(self) -> int:
+        """The number of items or requests of the load."""
+        return self.streams * self.items_per_stream if self.stream else round(self.rate * self.duration_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +99,10 @@ class Share:
     seed: int
     origin: float
     """The start of the run in monotonic seconds, which are the same in all processes of a machine."""
+    stream: str = ""
+    items_per_stream: int = 0
+    interval_s: float = 0.0
+    """Seconds between the items of a stream."""
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -106,6 +126,11 @@ def check_plan(plan: Plan) -> None:
         )
     if plan.payload_bytes > MAX_PAYLOAD_BYTES:
         faults.append(f"--payload {plan.payload_bytes}: give at most {MAX_PAYLOAD_BYTES} bytes")
+    if plan.stream and not plan.items_per_stream:
+        faults.append(
+            f"--rate {plan.rate:g}: too low for one item of each of the {plan.streams} streams; give at least"
+            f" --rate {plan.streams / plan.duration_s:g}"
+        )
     capacity = session_capacity(plan.credentials, plan.operator)
     if capacity < plan.sessions:
         users = -(-plan.sessions // SESSIONS_PER_USER)
@@ -153,6 +178,9 @@ def shares(plan: Plan, address: str, origin: float, verify_rate: float) -> list[
             verify_rate=verify_rate / count,
             seed=plan.seed + number,
             origin=origin,
+            stream=plan.stream,
+            items_per_stream=plan.items_per_stream,
+            interval_s=plan.streams / plan.rate,
         )
         for number in range(count)
     ]

@@ -26,6 +26,8 @@ FEW_DECADES: Final = 1_000
 LINES: Final = {
     "request": ("request, from when it was due", BLUE, "-"),
     "from_send": ("request, from when it was sent", "#7aa5f8", "--"),
+    "item": ("item, from when it was due", BLUE, "-"),
+    "first_item": ("first item of a stream", "#7aa5f8", "--"),
     "session_open": ("session.open", GREEN, "-"),
     "handshake": ("TCP and TLS handshake", "#d97706", "-"),
 }
@@ -60,7 +62,8 @@ def write_plot(path: Path, result: Result) -> None:
 
 def _title(result: Result) -> str:
     plan = result.plan
-    what = f"{plan.connections:,} connections, {plan.rate:,.0f} requests/s, {plan.payload_bytes:,} bytes each"
+    unit = "items" if plan.stream else "requests"
+    what = f"{plan.connections:,} connections, {plan.rate:,.0f} {unit}/s, {plan.payload_bytes:,} bytes each"
     if result.verdict is Verdict.VERIFIED:
         return f"{what}: all verified"
     return f"{what}: {result.verdict.value}"
@@ -147,7 +150,7 @@ def _draw_rate(axes: Axes, result: Result) -> None:
     axes.stairs(rates, at, color=BLUE, linewidth=1.8, fill=True, alpha=0.14)
     axes.stairs(rates, at, color=BLUE, linewidth=1.8)
     _over_time(axes, max(rates), at[-1])
-    head(axes, "Answers per second")
+    head(axes, "Items and answers per second" if result.plan.stream else "Answers per second")
     _name_phases(axes, result)
 
 

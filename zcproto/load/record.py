@@ -12,13 +12,27 @@ MICROSECONDS: Final = 1_000_000
 TICKS_PER_SECOND: Final = 4
 """Resolution of counts over time. The number of a tick is the time since the run's origin in this unit."""
 
-LATENCIES: Final = ("handshake", "session_open", "request", "from_send", "last_request", "arrival_lag", "lag")
+LATENCIES: Final = (
+    "handshake",
+    "session_open",
+    "request",
+    "from_send",
+    "first_item",
+    "item",
+    "between_items",
+    "last_request",
+    "arrival_lag",
+    "lag",
+)
 """The names of measured latencies. Each starts when its action was due:
 
 handshake     TCP connect to the end of the TLS handshake
 session_open  session.open, from WELCOME to its answer
 request       a request of the load
 from_send     the same, but from when it was sent: without the generator's own delay
+first_item    the first item of a stream, from when the stream should open
+item          each item of a stream; those after the first are due at the planned interval
+between_items an item of a stream, from the arrival of the one before
 last_request  the last request on each connection
 arrival_lag   the delay until a connection was started
 lag           the delay until a request was sent
@@ -131,6 +145,7 @@ class Record:
         "answered_over_time",
         "connected_over_time",
         "cpu_share",
+        "items",
         "latencies",
         "load_ended",
         "load_started",
@@ -143,11 +158,13 @@ class Record:
 
     def __init__(self) -> None:
         self.tallies = {kind: Tally() for kind in RequestKind}
+        self.items = Tally()
+        """The items of streams: `sent` are those that were asked for."""
         self.latencies = {name: Latencies() for name in LATENCIES}
         self.request_by_second: dict[int, Latencies] = {}
-        """Latencies of the load's requests by the second of their answer."""
+        """Latencies of the load's requests or items by the second of their arrival."""
         self.answered_over_time: dict[int, int] = {}
-        """Requests with the expected answer, by tick."""
+        """Requests with the expected answer, and expected items, by tick."""
         self.connected_over_time: dict[int, int] = {}
         """Connections that got a session minus those that were lost, by tick."""
         self.lost_connections: dict[str, int] = {}
@@ -158,7 +175,7 @@ class Record:
         self.load_started = 0.0
         """Monotonic seconds; 0 before the load."""
         self.load_ended = 0.0
-        """Time of the load's last answer."""
+        """Time of the load's last answer or item."""
         self.cpu_share = 0.0
         """The fraction of a core that the process used during the load; in a sum, that of the busiest process."""
 
@@ -170,6 +187,7 @@ class Record:
     def as_json(self) -> dict[str, Any]:
         return {
             "tallies": {kind.value: tally.as_json() for kind, tally in self.tallies.items()},
+            "items": self.items.as_json(),
             "latencies": {name: each.as_json() for name, each in self.latencies.items()},
             "request_by_second": {str(at): each.as_json() for at, each in self.request_by_second.items()},
             "answered_over_time": _with_text_keys(self.answered_over_time),
@@ -181,6 +199,7 @@ class Record:
     def from_json(cls, value: dict[str, Any]) -> Self:
         record = cls()
         record.tallies = {kind: Tally.from_json(value["tallies"][kind.value]) for kind in RequestKind}
+        record.items = Tally.from_json(value["items"])
         record.latencies = {name: Latencies.from_json(value["latencies"][name]) for name in LATENCIES}
         record.request_by_second = {
             int(at): Latencies.from_json(each) for at, each in value["request_by_second"].items()
@@ -203,6 +222,7 @@ def merge_records(records: Iterable[Record]) -> Record:
     for each in parts:
         for kind, tally in each.tallies.items():
             whole.tallies[kind].merge(tally)
+        whole.items.merge(each.items)
         for name, latencies in each.latencies.items():
             whole.latencies[name].merge(latencies)
         for at, latencies in each.request_by_second.items():

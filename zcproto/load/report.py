@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zcproto.load.hdr import PERCENTILES, percentiles_ms
-from zcproto.load.record import TICKS_PER_SECOND, RequestKind
+from zcproto.load.record import TICKS_PER_SECOND, Latencies, RequestKind
 from zcproto.load.result import Counted, Moment, Result, Verdict
 
 SCHEMA: Final = "zcproto-bench/1"
@@ -30,6 +30,9 @@ LATENCY_LABELS: Final = {
     "session_open": "session.open",
     "request": "request",
     "from_send": "request, from when it was sent",
+    "first_item": "first item, from when its stream was due",
+    "item": "item",
+    "between_items": "item, from the one before",
     "last_request": "last request on each",
 }
 _STYLES: Final = {
@@ -62,9 +65,25 @@ def _percentile(name: str, percentile: str) -> Callable[[Result], float | None]:
     return lambda result: percentiles_ms(result.record.latencies[name]).get(percentile)
 
 
-_FIGURES: Final[tuple[tuple[str, str, str, Callable[[Result], float | None]], ...]] = (
-    ("handshake_p99_ms", "TLS handshake while connecting, p99", "ms", _percentile("handshake", "p99")),
+_Figures = tuple[tuple[str, str, str, Callable[[Result], float | None]], ...]
+
+_REQUEST_FIGURES: Final[_Figures] = (
     ("request_p99_ms", "request under load, p99", "ms", _percentile("request", "p99")),
+    (
+        "request_cpu_us",
+        "server CPU per request, at this rate",
+        "us",
+        lambda result: result.cpu_per_request_us,
+    ),
+)
+_ITEM_FIGURES: Final[_Figures] = (
+    ("first_item_p99_ms", "time to the first item, p99", "ms", _percentile("first_item", "p99")),
+    ("item_p99_ms", "item, p99", "ms", _percentile("item", "p99")),
+    ("between_items_p99_ms", "time between items, p99", "ms", _percentile("between_items", "p99")),
+    ("item_cpu_us", "server CPU per item, at this rate", "us", lambda result: result.cpu_per_item_us),
+)
+_FIGURES: Final[_Figures] = (
+    ("handshake_p99_ms", "TLS handshake while connecting, p99", "ms", _percentile("handshake", "p99")),
     (
         "pause_connecting_ms",
         "peak lag of the server's event loop, connecting",
@@ -90,12 +109,6 @@ _FIGURES: Final[tuple[tuple[str, str, str, Callable[[Result], float | None]], ..
         lambda result: result.connect_cpu_s,
     ),
     (
-        "request_cpu_us",
-        "server CPU per request, at this rate",
-        "us",
-        lambda result: result.cpu_per_request_us,
-    ),
-    (
         "generator_arrival_lag_p99_ms",
         "generator lag, connecting, p99",
         "ms",
@@ -113,9 +126,17 @@ _FIGURES: Final[tuple[tuple[str, str, str, Callable[[Result], float | None]], ..
 
 def figures(result: Result, bars: Mapping[str, float]) -> list[Figure]:
     """Return all figures of a run. `bars` are by key."""
+    of_load = _ITEM_FIGURES if result.plan.stream else _REQUEST_FIGURES
     return [
-        Figure(key, label, unit, measure(result), bars.get(key)) for key, label, unit, measure in _FIGURES
+        Figure(key, label, unit, measure(result), bars.get(key))
+        for key, label, unit, measure in (*of_load, *_FIGURES)
     ]
+
+
+def _latencies(result: Result) -> dict[str, Latencies]:
+    """Return the latencies of this kind of load by name."""
+    others = ("request", "from_send") if result.plan.stream else ("first_item", "item", "between_items")
+    return {name: each for name, each in result.record.latencies.items() if name not in others}
 
 
 def generator_saturated(result: Result) -> bool:
@@ -153,9 +174,10 @@ def _sentence(result: Result) -> str:
         requests = (
             result.record.tallies[RequestKind.LOAD].equal + result.record.tallies[RequestKind.LAST].equal
         )
+        items = f"{result.record.items.equal:,} items in order, " if result.plan.stream else ""
         return (
             f"verified: {result.verified_connections:,} of {result.plan.connections:,} connections, "
-            f"{requests:,} correct answers, 0 errors"
+            f"{items}{requests:,} correct answers, 0 errors"
         )
     if result.verdict is Verdict.INTERRUPTED:
         return "interrupted: the figures cover part of the run, and nothing is verified"
@@ -171,8 +193,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def _latency_table(result: Result) -> Table:
     table = _table("Latency in ms, from when each was due", "", "count", *PERCENTILES, "max")
+    measured = _latencies(result)
     for name, label in LATENCY_LABELS.items():
-        latencies = result.record.latencies[name]
+        if name not in measured:
+            continue
+        latencies = measured[name]
         values = percentiles_ms(latencies)
         cells = [f"{values[key]:.2f}" if values else "-" for key in (*PERCENTILES, "max")]
         table.add_row(label, f"{latencies.total:,}", *cells)
@@ -185,8 +210,14 @@ def _rate_table(result: Result) -> Table:
     table.add_row(
         "connections", f"{plan.arrival_rate:,.0f}", f"{result.connect_rate:,.0f}", f"{result.connect_s:.1f}"
     )
-    table.add_row("requests", f"{plan.rate:,.0f}", f"{result.request_rate:,.0f}", f"{result.load_s:.1f}")
+    load, reached = _load_rate(result)
+    table.add_row(load, f"{plan.rate:,.0f}", f"{reached:,.0f}", f"{result.load_s:.1f}")
     return table
+
+
+def _load_rate(result: Result) -> tuple[str, float]:
+    """Return what the load consists of, and how many arrived per second."""
+    return ("items", result.item_rate) if result.plan.stream else ("requests", result.request_rate)
 
 
 def _figure_table(rows: list[Figure]) -> Table:
@@ -234,6 +265,10 @@ def _show_errors(result: Result, console: Console) -> None:
             table.add_row(f"{kind.value}: wrong answer", f"{tally.unequal:,}")
         if tally.lost:
             table.add_row(f"{kind.value}: no answer", f"{tally.lost:,}")
+    items = result.record.items
+    for outcome, number in (("wrong or out of order", items.unequal), ("did not arrive", items.lost)):
+        if number:
+            table.add_row(f"items: {outcome}", f"{number:,}")
     for cause, number in sorted(result.record.lost_connections.items()):
         table.add_row(f"connection: {cause}", f"{number:,}")
     if table.row_count:
@@ -244,6 +279,7 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
     """Return the whole result without any API key. `started` is the start of the run in Unix seconds."""
     plan = result.plan
     record = result.record
+    load, reached = _load_rate(result)
     return {
         "schema": SCHEMA,
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
@@ -258,11 +294,11 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
         "verified_connections": result.verified_connections,
         "counted": [{**row._asdict(), "agree": row.agree} for row in result.counted()],
         "latency_ms": {
-            name: {"count": each.total, **percentiles_ms(each)} for name, each in record.latencies.items()
+            name: {"count": each.total, **percentiles_ms(each)} for name, each in _latencies(result).items()
         },
         "rate_per_s": {
             "connections": {"asked": plan.arrival_rate, "reached": round(result.connect_rate, 1)},
-            "requests": {"asked": plan.rate, "reached": round(result.request_rate, 1)},
+            load: {"asked": plan.rate, "reached": round(reached, 1)},
         },
         "duration_s": {
             "connecting": round(result.connect_s, 3),
@@ -272,6 +308,7 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
         "figures": {each.key: each.as_json() for each in figures(result, bars)},
         "generator_saturated": generator_saturated(result),
         "requests": {kind.value: tally.as_json() for kind, tally in record.tallies.items()},
+        **({"items": record.items.as_json()} if plan.stream else {}),
         "lost_connections": record.lost_connections,
         "server": {
             moment.value: {"at_s": round(reading.at, 3), **reading.stats._asdict()}

@@ -68,7 +68,7 @@ class Result:
     """Connections with a session at the end of the connect phase."""
     connect_s: float = 0.0
     load_s: float = 0.0
-    """From the first request to the last answer."""
+    """From the first request to the last answer or item."""
     total_s: float = 0.0
 
     # --- verification --------------------------------------------------------------------------------
@@ -121,6 +121,8 @@ class Result:
         if unverified:
             reasons.append(f"{unverified:,} of {self.plan.connections:,} connections are unverified")
         for kind, name in _NAMES.items():
+            if kind is RequestKind.LOAD and self.plan.stream:
+                name = "streams"  # noqa: PLW2901
             tally = record.tallies[kind]
             if tally.unequal:
                 reasons.append(f"{tally.unequal:,} {name} got a wrong answer")
@@ -130,6 +132,11 @@ class Result:
                 reasons.append(f"{sum(tally.errors.values()):,} {name} got an error")
             if tally.not_sent:
                 reasons.append(f"{sum(tally.not_sent.values()):,} {name} could not be sent")
+        items = record.items
+        if items.unequal:
+            reasons.append(f"{items.unequal:,} items are wrong or out of order")
+        if items.lost:
+            reasons.append(f"{items.lost:,} items did not arrive")
         for each in self.counted():
             if each.server is None:
                 reasons.append(f"the server's count of {each.what} could not be read")
@@ -158,9 +165,16 @@ class Result:
 
     @property
     def cpu_per_request_us(self) -> float | None:
+        return self._cpu_us(self.record.tallies[RequestKind.LOAD].sent)
+
+    @property
+    def cpu_per_item_us(self) -> float | None:
+        return self._cpu_us(self.record.items.equal)
+
+    def _cpu_us(self, count: int) -> float | None:
+        """Return the server CPU of the load divided by a count."""
         stats = self.between(Moment.CONNECTED, Moment.LOADED)
-        sent = self.record.tallies[RequestKind.LOAD].sent
-        return None if stats is None or not sent else (stats[1].cpu_s - stats[0].cpu_s) / sent * 1e6
+        return None if stats is None or not count else (stats[1].cpu_s - stats[0].cpu_s) / count * 1e6
 
     @property
     def kib_per_connection(self) -> float | None:
@@ -192,6 +206,11 @@ class Result:
     def request_rate(self) -> float:
         """Requests of the load with the expected answer per second."""
         return self.record.tallies[RequestKind.LOAD].equal / self.load_s if self.load_s else 0.0
+
+    @property
+    def item_rate(self) -> float:
+        """Expected items of streams per second."""
+        return self.record.items.equal / self.load_s if self.load_s else 0.0
 
 
 _NAMES: Final = {

@@ -111,8 +111,7 @@ class _Run:
         self._result.connect_s = done - started
 
     async def _load(self, workers: WorkerPool) -> None:
-        total = round(self._plan.rate * self._plan.duration_s)
-        await self._phase(workers, "load", "loading", total, Moment.LOADED)
+        await self._phase(workers, "load", "loading", self._plan.load, Moment.LOADED)
 
     async def _phase(self, workers: WorkerPool, name: str, label: str, total: int, after: Moment) -> float:
         """Run a phase in all workers, then read the server's counters. Return the time when the workers ended."""
