@@ -28,6 +28,7 @@ def test_public_names_are_fixed() -> None:
     own = {
         "App",
         "BlockingClient",
+        "BlockingUserSession",
         "Call",
         "Client",
         "ClientSession",
@@ -41,6 +42,7 @@ def test_public_names_are_fixed() -> None:
         "Server",
         "Topic",
         "TopicEvent",
+        "UserSession",
         "connect",
         "connect_blocking",
         "enroll",

@@ -23,8 +23,8 @@ import pytest
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App, Context
-from zcproto.client.blocking import BlockingClient, connect_blocking
-from zcproto.client.client import Client, connect
+from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking
+from zcproto.client.client import Client, UserSession, connect
 from zcproto.client.events import Event
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import (
@@ -276,11 +276,13 @@ def test_both_clients_have_the_same_methods_and_options() -> None:
     assert {name: (inspect.Parameter.KEYWORD_ONLY, field.default) for name, field in FIELDS.items()} == {
         name: option for name, option in options(connect).items() if name != "address"
     }
-    names = {name for name in vars(Client) if not name.startswith("_")}
-    assert names <= {name for name in dir(BlockingClient) if not name.startswith("_")} | {"events"}
-    for name in ("call", "stream", "open", "close", "open_session"):
-        twins = list(options(getattr(Client, name))), list(options(getattr(BlockingClient, name)))
-        assert twins[0] == twins[1]
+    for ours, blocking in ((Client, BlockingClient), (UserSession, BlockingUserSession)):
+        names = {name for name in dir(ours) if not name.startswith("_")}
+        assert names <= {name for name in dir(blocking) if not name.startswith("_")}
+        for name in ("call", "stream", "open", "close", "open_session"):
+            twins = list(options(getattr(ours, name))), list(options(getattr(blocking, name)))
+            assert twins[0] == twins[1]
+    assert options(Client.session_for) == options(BlockingClient.session_for)
 
 
 def test_blocking_call_adds_no_polling_delay(shared: ServerThread, blocking: Blocking) -> None:

@@ -1,17 +1,18 @@
 """The Python client: every call gets an answer or a clear error, whatever happens to connections.
 
-    options -> client, blocking -> session -> credentials
-                      |         -> registration -> handlers
+    options -> client, blocking -> session_client -> session -> credentials
+                      |                           -> registration -> handlers
                       |         -> connections -> dial -> protocol
 
-`client` runs calls and retries them by the table in `retry`. `session` opens and refreshes the session with
-`credentials`. `connections` reconnects with `dial`, which returns a `protocol`: one connection with its calls.
-`handlers` runs the functions that the server calls, `registration` keeps them registered.
-`known_hosts` stores `sts` policies, `events` queues the server's events, `address` parses HOST:PORT.
+`session_client` runs the calls of one session and retries them by the table in `retry`; `client` is one, and has one
+for each other user. `session` opens and refreshes a session with `credentials`. `handlers` runs the functions that the
+server calls, `registration` keeps them registered. `connections` reconnects with `dial`, which returns a `protocol`:
+one connection with its calls. `known_hosts` stores `sts` policies, `events` queues the server's events, `address`
+parses HOST:PORT.
 """
 
-from zcproto.client.blocking import BlockingClient, connect_blocking, enroll_blocking
-from zcproto.client.client import Client, connect, enroll
+from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking, enroll_blocking
+from zcproto.client.client import Client, UserSession, connect, enroll
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event, EventStream
 from zcproto.client.handlers import Call
@@ -20,6 +21,7 @@ from zcproto.client.session import ClientSession
 
 __all__ = [
     "BlockingClient",
+    "BlockingUserSession",
     "Call",
     "Client",
     "ClientSession",
@@ -27,6 +29,7 @@ __all__ = [
     "Device",
     "Event",
     "EventStream",
+    "UserSession",
     "connect",
     "connect_blocking",
     "enroll",

@@ -15,15 +15,17 @@ import concurrent.futures
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
-from zcproto.client.client import UNSET, Client
+from zcproto.client.client import Client, UserSession
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event
 from zcproto.client.handlers import Function
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
+from zcproto.client.session_client import UNSET, SessionClient
 from zcproto.client.streams import DEFAULT_WINDOW, Stream
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConnectionClosed
@@ -32,11 +34,118 @@ from zcproto.wire.message import Credit
 Result = TypeVar("Result")
 
 
-class BlockingClient:
+class BlockingSessionClient:
+    """Calls, streams, handlers and events of one session. Base of `BlockingClient` and `BlockingUserSession`."""
+
+    def __init__(self, client: SessionClient) -> None:
+        self._client = client
+
+    @property
+    def _has_loop(self) -> bool:
+        """Whether the client's thread runs."""
+        raise NotImplementedError
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine on the client's loop and return its result. An interrupt cancels it."""
+        raise NotImplementedError
+
+    @property
+    def session(self) -> ClientSession | None:
+        """The open session, or None."""
+        return self._client.session
+
+    @property
+    def events(self) -> Iterator[Event]:
+        """Yield events in order, waiting for the next one, until the client is closed."""
+        while True:
+            try:
+                event = self._wait(self._next_event())
+            except ConnectionClosed:
+                return
+            if event is None:
+                return
+            yield event
+
+    async def _next_event(self) -> Event | None:
+        return await anext(self._client.events, None)
+
+    def open_session(self) -> ClientSession:
+        """Open a session like `Client.open_session`."""
+        return self._wait(self._client.open_session())
+
+    def handler(self, name: str) -> Callable[[Function], Function]:
+        """Let the server call a function like `Client.handler`. It runs in a thread of its own, and may block.
+
+        A call that the server does not await any more cannot stop the thread; look at `call.cancelled`.
+        """
+
+        add = self._client.handler(name, in_thread=True)
+
+        async def add_in_loop(function: Function) -> Function:
+            return add(function)
+
+        def register(function: Function) -> Function:
+            return self._wait(add_in_loop(function)) if self._has_loop else add(function)
+
+        return register
+
+    def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        timeout: float | None = UNSET,
+        idempotency_key: str | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Any:
+        """Call a method like `Client.call`."""
+        return self._wait(
+            self._client.call(
+                method,
+                params,
+                timeout=timeout,
+                idempotency_key=idempotency_key,
+                traceparent=traceparent,
+                **named,
+            )
+        )
+
+    def stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        items: Iterable[Any] | None = None,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> BlockingStream:
+        """Open a stream like `Client.stream`, with `with`, or with `for` alone. `items` may block."""
+        stream = self._client.stream(
+            method,
+            params,
+            items=None if items is None else _in_thread(items),
+            window=window,
+            timeout=timeout,
+            item_timeout=item_timeout,
+            traceparent=traceparent,
+            **named,
+        )
+        return BlockingStream(self._wait, stream)
+
+
+class BlockingClient(BlockingSessionClient):
     """A client of one server. Create it with `zcproto.connect_blocking` and use it in a `with` statement."""
 
+    _client: Client
+
     def __init__(self, client: Client) -> None:
-        self._client = client
+        super().__init__(client)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._running: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
@@ -54,6 +163,10 @@ class BlockingClient:
                 runner.run(self._live())
         except OSError as error:  # no event loop: too many open files
             self._running.set_exception(error)
+
+    @property
+    def _has_loop(self) -> bool:
+        return self._loop is not None
 
     async def _live(self) -> None:
         self._running.set_result(asyncio.get_running_loop())
@@ -118,98 +231,57 @@ class BlockingClient:
         return self._client.address
 
     @property
-    def session(self) -> ClientSession | None:
-        """The open session, or None."""
-        return self._client.session
-
-    @property
     def welcome(self) -> Mapping[str, Any]:
         """The server's latest WELCOME; empty without a connection."""
         return self._client.welcome
 
+    def session_for(
+        self,
+        *,
+        user: str | None = None,
+        key: str | None = None,
+        device: Device | str | Path | None = None,
+        device_name: str | None = None,
+    ) -> BlockingUserSession:
+        """Return a session of another user on this connection, like `Client.session_for`; use it with `with`."""
+        session = self._client.session_for(user=user, key=key, device=device, device_name=device_name)
+        return BlockingUserSession(self, session)
+
+
+class BlockingUserSession(BlockingSessionClient):
+    """A session of another user on the connection of a client. Create it with `BlockingClient.session_for`."""
+
+    _client: UserSession
+
+    def __init__(self, owner: BlockingClient, session: UserSession) -> None:
+        super().__init__(session)
+        self._owner = owner
+
+    def __repr__(self) -> str:
+        return f"BlockingUserSession({str(self._owner.address)!r})"
+
     @property
-    def events(self) -> Iterator[Event]:
-        """Yield events in order, waiting for the next one, until the client is closed."""
-        while True:
-            try:
-                event = self._wait(self._next_event())
-            except ConnectionClosed:
-                return
-            if event is None:
-                return
-            yield event
+    def _has_loop(self) -> bool:
+        return self._owner._has_loop
 
-    async def _next_event(self) -> Event | None:
-        return await anext(self._client.events, None)
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self._owner._wait(work)
 
-    def open_session(self) -> ClientSession:
-        """Open a session like `Client.open_session`."""
-        return self._wait(self._client.open_session())
+    def __enter__(self) -> Self:
+        self.open()
+        return self
 
-    def handler(self, name: str) -> Callable[[Function], Function]:
-        """Let the server call a function like `Client.handler`. It runs in a thread of its own, and may block.
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-        A call that the server does not await any more cannot stop the thread; look at `call.cancelled`.
-        """
+    def open(self) -> None:
+        """Open the session like `UserSession.open`. `with` calls this."""
+        self._wait(self._client.open())
 
-        add = self._client.handler(name, in_thread=True)
-
-        async def add_in_loop(function: Function) -> Function:
-            return add(function)
-
-        def register(function: Function) -> Function:
-            return add(function) if self._loop is None else self._wait(add_in_loop(function))
-
-        return register
-
-    def call(
-        self,
-        method: str,
-        params: Mapping[str, Any] | None = None,
-        /,
-        *,
-        timeout: float | None = UNSET,
-        idempotency_key: str | None = None,
-        traceparent: str | None = None,
-        **named: Any,
-    ) -> Any:
-        """Call a method like `Client.call`."""
-        return self._wait(
-            self._client.call(
-                method,
-                params,
-                timeout=timeout,
-                idempotency_key=idempotency_key,
-                traceparent=traceparent,
-                **named,
-            )
-        )
-
-    def stream(
-        self,
-        method: str,
-        params: Mapping[str, Any] | None = None,
-        /,
-        *,
-        items: Iterable[Any] | None = None,
-        window: Credit = DEFAULT_WINDOW,
-        timeout: float | None = None,
-        item_timeout: float | None = None,
-        traceparent: str | None = None,
-        **named: Any,
-    ) -> BlockingStream:
-        """Open a stream like `Client.stream`, with `with`, or with `for` alone. `items` may block."""
-        stream = self._client.stream(
-            method,
-            params,
-            items=None if items is None else _in_thread(items),
-            window=window,
-            timeout=timeout,
-            item_timeout=item_timeout,
-            traceparent=traceparent,
-            **named,
-        )
-        return BlockingStream(self._wait, stream)
+    def close(self) -> None:
+        """Close the session; the connection stays open. Idempotent."""
+        with contextlib.suppress(ConnectionClosed):  # the client is closed, and all its sessions are
+            self._wait(self._client.close())
 
 
 class BlockingStream:

@@ -1,7 +1,7 @@
 """The client: each call gets an answer or a clear error, over as many connections as that takes. `connect` creates
 it, and `enroll` uses one to enroll a device.
 
-Decides: whether a call is sent again after an error, by the table in `retry.py` (zcp1.md, section 11.1).
+Decides: how long connections and sessions live, and which session an event concerns.
 
 Must not know: when connections are made (`connections.py`) and sessions opened (`session.py`).
 """
@@ -9,42 +9,38 @@ Must not know: when connections are made (`connections.py`) and sessions opened 
 from __future__ import annotations
 
 import asyncio
-import math
 import random as system_random
-from collections.abc import Callable, Generator, Mapping
-from functools import cache
-from importlib import metadata
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
 from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device
 from zcproto.client.dial import Dialer, acquire_resources, release_resources
-from zcproto.client.events import Event, EventStream
-from zcproto.client.handlers import Function, Handler, Handlers
-from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, choose_credentials
-from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
-from zcproto.client.registration import Registrar
-from zcproto.client.retry import SESSION_IS_OVER, Attempt, Backoff, Random, Then, retry_after_ms, what_next
-from zcproto.client.session import ClientSession, SessionManager
-from zcproto.client.streams import DEFAULT_WINDOW, SentItems, Stream, StreamRequest
-from zcproto.common.clock import MS_PER_SECOND, Clock, MonotonicClock, system_clock
-from zcproto.connection.events import NEVER, EventReceived
-from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
-from zcproto.wire.frame import NO_TOKEN
-from zcproto.wire.message import Credit
+from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
+from zcproto.client.protocol import ClientProtocol
+from zcproto.client.retry import Backoff, Random
+from zcproto.client.session import CLOSE_TIMEOUT
+from zcproto.client.session_client import UNSET, SessionClient
+from zcproto.common.clock import Clock, MonotonicClock, system_clock
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.connection.events import EventReceived
+from zcproto.errors import ConfigError, ConnectionClosed
 
-MAX_DEADLINE_MS: Final = 2**53
-NOT_OPEN: Final = "open the client first: async with connect(...) as client"
-
-UNSET: Final[Any] = object()
+CLOSED_AT_ONCE: Final = 32
+"""Sessions of users that are closed at once: fewer than the requests that a server allows in flight."""
 
 
-class Client:
+class Client(SessionClient):
     """A client of one server. Create it with `zcproto.connect`.
 
     It belongs to one event loop. Any number of concurrent calls share one connection.
     """
+
+    _NOT_OPEN = "open the client first: async with connect(...) as client"
 
     def __init__(
         self,
@@ -55,15 +51,10 @@ class Client:
         random: Random = system_random.random,
     ) -> None:
         self.address = parse_address(address)
-        self.events = EventStream()
-        self._handlers = Handlers(options.max_calls)
-        self._options = options
-        self._credentials = choose_credentials(options)
-        self._random = random
-        self._clock = MonotonicClock(clock)
+        super().__init__(options, MonotonicClock(clock), random)
         self._dial = Dialer(self.address, options, self._clock, clock)
-        self._opened = False
-        self._closed = False
+        self._users: dict[UserSession, None] = {}
+        self._showing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"Client({str(self.address)!r})"
@@ -88,31 +79,22 @@ class Client:
         """
         if self._opened:
             raise RuntimeError("this client was opened before; create a new one")
-        loop = self._loop = asyncio.get_running_loop()
-        self._opened = True
+        loop = asyncio.get_running_loop()
         resources = acquire_resources(loop)
-        self._connections = ConnectionManager(
+        self._wheel = resources.wheel
+        connections = ConnectionManager(
             loop,
             lambda owner: self._dial(owner, resources),
             Backoff(self._random),
             on_event=self._event_received,
             on_connected=self._connected,
-            is_wanted=lambda: not self._sessions.is_over,
+            is_wanted=lambda: not all(each._is_over for each in (self, *self._users)),
         )
-        self._sessions = SessionManager(
-            loop,
-            resources.wheel,
-            self._clock,
-            self._connections.get,
-            credentials=self._credentials,
-            client=default_client() if self._options.client is None else self._options.client,
-            random=self._random,
-        )
-        self._registrar = Registrar(loop, self._sessions, self._handlers, self._random)
+        self._start(connections, resources.wheel)
         try:
             if self._options.session and self._credentials is not None:
                 self._sessions.require()
-            await self._connections.get()  # within `connect_timeout`
+            await connections.get()  # within `connect_timeout`
             deadline = self._deadline(UNSET)
             await self._ready_before(deadline)
             await self._registrar.settle(deadline)
@@ -121,7 +103,146 @@ class Client:
             raise
 
     async def close(self) -> None:
-        """Close the session and the connection. Pending calls raise ConnectionClosed."""
+        """Close all sessions and the connection. Pending calls raise ConnectionClosed."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._opened:
+            return
+        try:
+            await self._close_sessions()
+        finally:
+            try:
+                await self._connections.close()
+            finally:
+                self.events.close()
+                release_resources(self._loop)
+
+    async def _close_sessions(self) -> None:
+        if self._showing is not None:
+            self._showing.cancel()
+        await self._registrar.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):  # for all of them: there may be hundreds
+                while self._users:
+                    users = [*self._users][:CLOSED_AT_ONCE]
+                    await asyncio.gather(*(user.close() for user in users))
+        for user in [*self._users]:
+            user.events.close()
+        await self._sessions.close(self._connections.current)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def welcome(self) -> Mapping[str, Any]:
+        """The server's latest WELCOME; empty without a connection."""
+        connection = self._connections.current if self._opened else None
+        return {} if connection is None else connection.conversation.welcome
+
+    # --- other users ------------------------------------------------------------------------------
+
+    def session_for(
+        self,
+        *,
+        user: str | None = None,
+        key: str | None = None,
+        device: Device | str | Path | None = None,
+        device_name: str | None = None,
+    ) -> UserSession:
+        """Return a session of another user on this client's connection, which `async with` opens and closes.
+
+            async with client.session_for(user="ada", key=key) as ada:
+                await ada.call("order.place", id=7)
+
+        It has this client's `call`, `stream`, `handler`, `events` and options, for this session alone: each one is
+        refreshed and ends by itself, and each survives a reconnect. Give `user` and `key`, or `device` and
+        `device_name`. Raises ConfigError for others, CertificateError for an unusable device key.
+        """
+        options = replace(
+            self._options,
+            user=user,
+            key=key,
+            device=device,
+            device_name=device_name,
+            certificate=None,
+            on_event=None,
+            on_connected=None,
+        )
+        return UserSession(self, options, self._clock, self._random)
+
+    def _attach_session(self, user: UserSession) -> tuple[ConnectionManager, DeadlineWheel]:
+        """Show a session on each connection from now on. Return what it uses of this client."""
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        if self._closed:
+            raise ConnectionClosed("this client is closed", clean=True)
+        self._users[user] = None
+        return self._connections, self._wheel
+
+    def _detach_session(self, user: UserSession) -> None:
+        self._users.pop(user, None)
+
+    # --- connections and events -------------------------------------------------------------------
+
+    def _connected(self, connection: ClientProtocol) -> None:
+        self._show_session(connection)
+        if self._users:
+            if self._showing is not None:
+                self._showing.cancel()
+            self._showing = self._loop.create_task(self._show_users(connection))
+        if self._options.on_connected is not None:
+            self._options.on_connected()
+
+    async def _show_users(self, connection: ClientProtocol) -> None:
+        """Show the sessions of all users, as many at once as the server allows requests."""
+        for user in [*self._users]:
+            await connection.wait_ready()
+            if not connection.ready:
+                return
+            user._show_session(connection)
+
+    def _event_received(self, event: EventReceived) -> None:
+        owner: SessionClient = next((each for each in self._users if each._owns(event.token)), self)
+        owner._receive_event(event)
+
+
+class UserSession(SessionClient):
+    """A session of another user on the connection of a client. Create it with `Client.session_for`."""
+
+    _NOT_OPEN = "open the session first: async with client.session_for(...) as session"
+
+    def __init__(self, client: Client, options: ConnectOptions, clock: Clock, random: Random) -> None:
+        super().__init__(options, clock, random)
+        if self._credentials is None:
+            raise ConfigError(["session_for: give user and key, or device and device_name"])
+        self._client = client
+
+    def __repr__(self) -> str:
+        return f"UserSession({str(self._client.address)!r})"
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Open the session. `async with` calls this. Raises like `Client.open_session`."""
+        if self._opened:
+            raise RuntimeError("this session was opened before; create a new one")
+        connections, wheel = self._client._attach_session(self)
+        self._start(connections, wheel)
+        if connections.current is not None:
+            self._show_session(connections.current)
+        try:
+            await self.open_session()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the session; the connection stays open. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -131,317 +252,8 @@ class Client:
             await self._registrar.close()
             await self._sessions.close(self._connections.current)
         finally:
-            try:
-                await self._connections.close()
-            finally:
-                self.events.close()
-                release_resources(self._loop)
-
-    # --- state ------------------------------------------------------------------------------------
-
-    @property
-    def session(self) -> ClientSession | None:
-        """The open session, or None."""
-        return self._sessions.session if self._opened else None
-
-    @property
-    def welcome(self) -> Mapping[str, Any]:
-        """The server's latest WELCOME; empty without a connection."""
-        connection = self._connections.current if self._opened else None
-        return {} if connection is None else connection.conversation.welcome
-
-    async def open_session(self) -> ClientSession:
-        """Open a session unless one is valid, such as after TOKEN_REVOKED, SESSION_REPLACED or UNAUTHENTICATED.
-
-        Raises Unauthenticated without credentials, and otherwise like `call`.
-        """
-        if not self._opened:
-            raise RuntimeError(NOT_OPEN)
-        self._sessions.require()
-        deadline = self._deadline(UNSET)
-        await self._ready_before(deadline)
-        await self._registrar.settle(deadline)
-        assert self._sessions.session is not None
-        return self._sessions.session
-
-    # --- calls ------------------------------------------------------------------------------------
-
-    async def call(
-        self,
-        method: str,
-        params: Mapping[str, Any] | None = None,
-        /,
-        *,
-        timeout: float | None = UNSET,  # noqa: ASYNC109  it is sent, and limits several waits
-        idempotency_key: str | None = None,
-        traceparent: str | None = None,
-        **named: Any,
-    ) -> Any:
-        """Call a method of the server and return its result.
-
-        Pass params by name, or in a mapping if a name is one of this function's own. `timeout` in seconds includes
-        connecting and retries, and is sent as the call's deadline; None is unlimited. A call with an
-        `idempotency_key` (at most 64 characters) is retried even if its answer was lost, because the server runs it
-        once per key.
-
-        Raises CallError with the server's error, DeadlineExceeded at the timeout, ConnectionClosed if the
-        connection was lost and the call may have run, CannotConnect or TlsError if the server cannot be reached.
-        """
-        if params is not None:
-            named = {**params, **named}
-        if not self._opened:
-            raise RuntimeError(NOT_OPEN)
-        deadline = self._deadline(timeout)
-        attempt: Attempt | None = None
-        sessions = self._sessions
-        while True:
-            connection = self._connections.current
-            now = self._loop.time()
-            if connection is None or not connection.ready or now >= sessions.valid_until or self._closed:
-                connection = await self._ready_before(deadline)
-                now = self._loop.time()
-            meta = None
-            if deadline != NEVER:
-                if now >= deadline:
-                    raise DeadlineExceeded(TIMED_OUT)
-                meta = {"deadline_ms": min(math.ceil((deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
-            if idempotency_key is not None or traceparent is not None:
-                meta = _meta(meta, idempotency_key, traceparent)
-            token = sessions.token
-            sessions.used(now)
-            try:
-                pending = connection.request(method, named, token, meta, deadline)
-                try:
-                    return await pending
-                except asyncio.CancelledError:
-                    connection.abandon(pending)
-                    raise
-            except CallError as error:
-                attempt = attempt or Attempt(self._random)
-                await self._after_error(error, attempt, connection, token, deadline)
-            except ConnectionClosed as error:
-                if self._closed or not (connection.unanswered_not_run or idempotency_key is not None):
-                    raise
-                attempt = attempt or Attempt(self._random)
-                # Delay the retry: the call itself may be what crashes the server.
-                await self._wait(attempt.backoff.next(), error, deadline)
-
-    def stream(
-        self,
-        method: str,
-        params: Mapping[str, Any] | None = None,
-        /,
-        *,
-        items: SentItems | None = None,
-        window: Credit = DEFAULT_WINDOW,
-        timeout: float | None = None,
-        item_timeout: float | None = None,
-        traceparent: str | None = None,
-        **named: Any,
-    ) -> Stream:
-        """Open a stream of a method's items, with `async with`, or with `async for` alone.
-
-        `items` are sent to the method, each when it wants one; without them use `send` and `end`. `window` is how
-        many items and bytes the server may send before the first is taken. `timeout` limits the
-        whole stream, `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early
-        cancels the method.
-
-        Raises like `call`, and Unimplemented if the server has no streams. A stream that has begun is never
-        opened again.
-        """
-        if not self._opened:
-            raise RuntimeError(NOT_OPEN)
-        request = StreamRequest(
-            method,
-            {**(params or {}), **named},
-            window,
-            self._deadline(timeout),
-            traceparent,
-            Attempt(self._random),
-        )
-        return Stream(_Opener(self), request, item_timeout, items)
-
-    async def _open_stream(self, request: StreamRequest) -> PendingStream:
-        connection = await self._ready_before(request.deadline)
-        now, meta = self._loop.time(), None
-        if request.deadline != NEVER:
-            meta = {"deadline_ms": min(math.ceil((request.deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
-        if request.traceparent is not None:
-            meta = _meta(meta, None, request.traceparent)
-        self._sessions.used(now)
-        token = self._sessions.token
-        return connection.open_stream(
-            request.method, request.params, token, meta, request.window, request.deadline
-        )
-
-    async def _after_stream_error(
-        self, error: CallError | ConnectionClosed, request: StreamRequest, pending: PendingStream
-    ) -> None:
-        """Wait until a stream that has not begun may be opened again; raise the error if it may not."""
-        connection, attempt = pending.connection, request.attempt
-        if isinstance(error, CallError):
-            await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
-        elif self._closed or not connection.unanswered_not_run:
-            raise error
-        else:
-            await self._wait(attempt.backoff.next(), error, request.deadline)
-
-    def _deadline(self, timeout: float | None) -> float:
-        if timeout is UNSET:
-            timeout = self._options.timeout
-        return NEVER if timeout is None else self._loop.time() + timeout
-
-    async def _after_error(
-        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
-    ) -> None:
-        """Wait until a call may be sent again after an error; raise the error if it may not."""
-        then = what_next(error)
-        if then is Then.LATER:
-            await self._wait(attempt.backoff.next(retry_after_ms(error.details)), error, deadline)
-        elif then is Then.AT_ONCE and attempt.once(then):
-            return
-        elif token == NO_TOKEN:
-            raise error
-        elif then is Then.ATTACH and attempt.once(then):
-            await self._attach(error, attempt, connection, token, deadline)
-        elif then is Then.REOPEN and attempt.once(then) and self._sessions.reopen(token):
-            return
-        elif then is Then.RENEW and attempt.once(then):
-            self._sessions.expired(token)
-        elif error.code in SESSION_IS_OVER:
-            if token != self._sessions.token and not self._sessions.is_over and attempt.once(then):
-                return  # it was the token of an earlier session
-            self._sessions.ended(token, error)
-            raise error
-        elif isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
-            await self._present_token(error, connection, token, deadline)
-        else:
-            if error.code is Code.UNAUTHENTICATED:
-                self._sessions.unauthenticated(token)
-            raise error
-
-    async def _attach(
-        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
-    ) -> None:
-        """Prove the session's key after a call was refused without it. Raise the call's error without a device."""
-        try:
-            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
-                if not await self._sessions.attach(connection, token):
-                    raise error
-        except TimeoutError:
-            raise DeadlineExceeded(TIMED_OUT) from error
-        except CallError as refused:
-            if refused is error:
-                raise
-            if what_next(refused) is Then.LATER:
-                attempt.done.discard(Then.ATTACH)  # it was not carried out
-            await self._after_error(refused, attempt, connection, token, deadline)
-
-    async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
-        """Wait before a retry. Raise the error at once if the deadline is earlier."""
-        if self._loop.time() + delay >= deadline:
-            raise error
-        await asyncio.sleep(delay)
-
-    async def _present_token(
-        self, error: InvalidArgument, connection: ClientProtocol, token: bytes, deadline: float
-    ) -> None:
-        """Present the token in a small request, because connections without a session refuse large ones."""
-        if connection.conversation.has_session:
-            raise error
-        left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())
-        await self.call("session.info", timeout=left)
-
-    async def _ready_before(self, deadline: float) -> ClientProtocol:
-        """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
-        try:
-            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
-                return await self._ready()
-        except TimeoutError:
-            cause = self._connections.last_error if self._connections.current is None else None
-            reason = "no answer" if cause is None else f"no connection ({cause})"
-            if self._sessions.expires_at_once:
-                reason = "the server opens only expired sessions; report it to its operator: no session"
-            raise DeadlineExceeded(f"{reason} within the call's timeout") from cause
-
-    async def _ready(self) -> ClientProtocol:
-        while True:
-            if self._closed:
-                raise ConnectionClosed("this client is closed", clean=True)
-            await self._sessions.ensure()
-            connection = await self._connections.get()
-            await connection.wait_ready()
-            if connection.ready and self._loop.time() < self._sessions.valid_until:
-                return connection
-
-    # --- calls of the server ------------------------------------------------------------------------
-
-    def handler(self, name: str, *, in_thread: bool = False) -> Callable[[Function], Function]:
-        """Let the server call a function, before or after connecting. It stays registered after a reconnect.
-
-            @client.handler("approve")
-            async def approve(call: Call, tool: str) -> bool: ...
-
-        With `in_thread` it runs in a thread of its own, and may block. Parameters are passed by name and checked
-        against the annotations; one annotated `Call` receives the call.
-        Its exceptions are answered to the server: a CallError with its code, any other as INTERNAL. Raises
-        ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
-        """
-
-        def register(function: Function) -> Function:
-            handler = Handler(name, function, in_thread=in_thread)
-            if self._opened:
-                self._registrar.add(handler)
-            else:
-                self._handlers.add(handler)
-            return function
-
-        return register
-
-    # --- events -----------------------------------------------------------------------------------
-
-    def _connected(self, connection: ClientProtocol) -> None:
-        if not self._registrar.connected(connection):
-            self._sessions.present(connection)
-        if self._options.on_connected is not None:
-            self._options.on_connected()
-
-    def _event_received(self, event: EventReceived) -> None:
-        self._sessions.event_received(event, self._connections.current)
-        if self._options.on_event is not None:
-            self._options.on_event(Event(event.name, event.data))
-        else:
-            self.events.put(event.body)
-
-
-class _Opener:
-    """The client, as its streams use it."""
-
-    __slots__ = ("after_stream_error", "open_stream")
-
-    def __init__(self, client: Client) -> None:
-        self.open_stream = client._open_stream
-        self.after_stream_error = client._after_stream_error
-
-
-def _meta(
-    meta: dict[str, Any] | None, idempotency_key: str | None, traceparent: str | None
-) -> dict[str, Any]:
-    more: dict[str, Any] = {} if meta is None else meta
-    if idempotency_key is not None:
-        more["idempotency_key"] = idempotency_key
-    if traceparent is not None:
-        more["traceparent"] = traceparent
-    return more
-
-
-@cache
-def default_client() -> str:
-    """Return the product and version of this client."""
-    try:
-        return f"zcproto-python/{metadata.version('zcproto')}"
-    except metadata.PackageNotFoundError:
-        return "zcproto-python/0"
+            self._client._detach_session(self)
+            self.events.close()
 
 
 @accept_options(ConnectOptions)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
+from zcproto.client.credentials import DeviceKey
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
@@ -165,8 +166,8 @@ class ClientProtocol(asyncio.Protocol):
     """One connection to a server.
 
     `ready`: a request may be sent now; await `wait_ready` otherwise. `error`: why the connection ended. `proved`:
-    a device has proved its key here. `unanswered_not_run`, after the end: requests without an answer were certainly
-    not run, because the server closed in order after GOAWAY.
+    the devices that have proved their keys here. `unanswered_not_run`, after the end: requests without an answer
+    were certainly not run, because the server closed in order after GOAWAY.
     """
 
     _owner: ConnectionOwner | None
@@ -184,7 +185,7 @@ class ClientProtocol(asyncio.Protocol):
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
     draining: bool = field(default=False, init=False)
-    proved: bool = field(default=False, init=False)
+    proved: set[DeviceKey] = field(default_factory=set, init=False)
     unanswered_not_run: bool = field(default=False, init=False)
     error: ConnectionClosed | None = field(default=None, init=False)
     welcomed: asyncio.Future[dict[str, Any]] = field(init=False)

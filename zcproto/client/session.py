@@ -147,6 +147,7 @@ class SessionManager:
     on_changed: Callable[[], None] = field(default=lambda: None, init=False)
     session: ClientSession | None = field(default=None, init=False)
     token: bytes = field(default=NO_TOKEN, init=False)
+    _previous_token: bytes = field(default=NO_TOKEN, init=False)
     valid_until: float = field(default=NEVER, init=False)
     deadline_tick: int = field(default=0, init=False)
     _device: DeviceKey | None = field(init=False)
@@ -168,6 +169,10 @@ class SessionManager:
     def is_over(self) -> bool:
         """Whether the server revoked or refused the session: only the application may open another one."""
         return self._over is not None
+
+    def owns(self, token: bytes) -> bool:
+        """Return whether a token is that of this session, or was until the last refresh."""
+        return token != NO_TOKEN and token in (self.token, self._previous_token)
 
     @property
     def expires_at_once(self) -> bool:
@@ -289,16 +294,15 @@ class SessionManager:
 
         def proved(call: asyncio.Future[Any]) -> None:
             if not call.cancelled() and call.exception() is None:
-                connection.proved = True
+                connection.proved.add(device)
 
         call.add_done_callback(proved)
         return call
 
     def needs_proof(self, connection: ClientProtocol) -> bool:
         """Return whether the device of the session has to prove its key on a connection."""
-        return (
-            self._device is not None and not connection.proved and bool(self.session and self.session.bound)
-        )
+        is_bound = self.session is not None and self.session.bound
+        return is_bound and self._device is not None and self._device not in connection.proved
 
     async def attach(self, connection: ClientProtocol, token: bytes) -> bool:
         """Prove the key of a token on a connection, if both are still in use. Return False without a device.
@@ -308,7 +312,7 @@ class SessionManager:
         if self._device is None:
             return False
         if token == self.token and connection.ready:
-            connection.proved = False
+            connection.proved.discard(self._device)
             call = self._attach(connection, self._device)
             await asyncio.wait([call])  # shared: cancelling one caller does not cancel it
             error = call.exception()
@@ -413,8 +417,8 @@ class SessionManager:
             else:
                 self._adopt(result, connection)
                 if self._device is not None and method == "session.open":
-                    connection.proved = True
-                elif self._device is not None and not connection.proved:
+                    connection.proved.add(self._device)
+                elif self._device is not None and self._device not in connection.proved:
                     self._present(connection)
                 return
 
@@ -452,7 +456,7 @@ class SessionManager:
         connection.conversation.session_ended(self.token)
         connection.cancel_calls(self.token)  # unless the refreshed session has taken them over
         self.session = session
-        self.token = session.token_bytes
+        self._previous_token, self.token = self.token, session.token_bytes
         self.on_changed()
         self._wheel.set(self, session.refresh_at if session.can_refresh(now) else NEVER)
         if session.valid_until - now < MIN_REFRESH_INTERVAL:

@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.client import Client, connect, default_client
+from zcproto.client.client import Client, connect
 from zcproto.client.credentials import Device
+from zcproto.client.session_client import default_client
 from zcproto.errors import (
     CallError,
     CannotConnect,

@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.conformance.faults.mutation import Fault, fault
 
-_CLIENT: Final = "zcproto.client.client:Client"
+_CLIENT: Final = "zcproto.client.session_client:SessionClient"
 _AFTER: Final = f"{_CLIENT}._after_error"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
@@ -158,7 +158,7 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "traceparent-is-sent": fault(
         "does not send traceparent",
-        ("zcproto.client.client:_meta", 'more["traceparent"] = traceparent', "pass"),
+        ("zcproto.client.session_client:_meta", 'more["traceparent"] = traceparent', "pass"),
     ),
     "request-above-max-frame": _NO_SEND_LIMIT,
     "ping-is-answered": fault(
@@ -188,7 +188,7 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "events-are-delivered": fault(
         "loses the data of events",
-        (f"{_CLIENT}._event_received", "Event(event.name, event.data)", "Event(event.name, None)"),
+        (f"{_CLIENT}._receive_event", "Event(event.name, event.data)", "Event(event.name, None)"),
     ),
 }
 
@@ -370,7 +370,7 @@ SESSIONS: Final[dict[str, Fault]] = {
     "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", _then("TOKEN_REVOKED", "RENEW")),
     "replaced-session": fault(
         "reconnects after its session was replaced",
-        (f"{_CLIENT}.open", "is_wanted=lambda: not self._sessions.is_over,", "is_wanted=lambda: True,"),
+        ("zcproto.client.client:Client.open", "is_wanted=lambda: not all(", "is_wanted=lambda: True or all("),
     ),
     "new-session-after-revocation": fault(
         "never opens a second session", (f"{_MANAGER}.require", "self._over = None", "pass")

@@ -119,7 +119,7 @@ TRUST: Final[dict[str, Fault]] = {
     "pins-next-event": fault(
         "trusts the pins that a server announces",
         (
-            "zcproto.client.client:Client._event_received",
+            "zcproto.client.session_client:SessionClient._receive_event",
             "if self._options.on_event is not None:",
             "self._dial._trust.pins |= frozenset(event.data['pins'])\n"
             "        if self._options.on_event is not None:",
@@ -429,7 +429,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
     "stale-twice": fault(
         "retries after each STALE_TIMESTAMP",
         (
-            "zcproto.client.client:Client._after_error",
+            "zcproto.client.session_client:SessionClient._after_error",
             "elif then is Then.AT_ONCE and attempt.once(then):",
             "elif then is Then.AT_ONCE:",
         ),

@@ -1,0 +1,380 @@
+"""What an application does with one session of a client: calls, streams, handlers and events.
+
+    SessionClient -> Client        its own session, and the connections
+                  -> UserSession   the session of another user on a client's connection
+
+Decides: whether a call is sent again after an error, by the table in `retry.py` (zcp1.md, section 11.1).
+
+Must not know: when connections are made (`connections.py`) and sessions opened (`session.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import metadata
+from typing import Any, ClassVar, Final
+
+from zcproto.client.connections import ConnectionManager
+from zcproto.client.events import Event, EventStream
+from zcproto.client.handlers import Function, Handler, Handlers
+from zcproto.client.options import ConnectOptions, choose_credentials
+from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
+from zcproto.client.registration import Registrar
+from zcproto.client.retry import SESSION_IS_OVER, Attempt, Random, Then, retry_after_ms, what_next
+from zcproto.client.session import ClientSession, SessionManager
+from zcproto.client.streams import DEFAULT_WINDOW, SentItems, Stream, StreamRequest
+from zcproto.common.clock import MS_PER_SECOND, Clock
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.connection.events import NEVER, EventReceived
+from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
+from zcproto.wire.frame import NO_TOKEN
+from zcproto.wire.message import Credit
+
+MAX_DEADLINE_MS: Final = 2**53
+
+UNSET: Final[Any] = object()
+
+
+class SessionClient:
+    """Calls, streams, handlers and events of one session. Base of `Client` and `UserSession`."""
+
+    _NOT_OPEN: ClassVar[str]
+    """The error of a call before it is open."""
+
+    def __init__(self, options: ConnectOptions, clock: Clock, random: Random) -> None:
+        self.events = EventStream()
+        self._options = options
+        self._credentials = choose_credentials(options)
+        self._handlers = Handlers(options.max_calls)
+        self._random = random
+        self._clock = clock
+        self._opened = False
+        self._closed = False
+
+    def _start(self, connections: ConnectionManager, wheel: DeadlineWheel) -> None:
+        """Use these connections from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._opened = True
+        self._connections = connections
+        self._sessions = SessionManager(
+            self._loop,
+            wheel,
+            self._clock,
+            connections.get,
+            credentials=self._credentials,
+            client=default_client() if self._options.client is None else self._options.client,
+            random=self._random,
+        )
+        self._registrar = Registrar(self._loop, self._sessions, self._handlers, self._random)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def session(self) -> ClientSession | None:
+        """The open session, or None."""
+        return self._sessions.session if self._opened else None
+
+    async def open_session(self) -> ClientSession:
+        """Open a session unless one is valid, such as after TOKEN_REVOKED, SESSION_REPLACED or UNAUTHENTICATED.
+
+        Raises Unauthenticated without credentials, and otherwise like `call`.
+        """
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        self._sessions.require()
+        deadline = self._deadline(UNSET)
+        await self._ready_before(deadline)
+        await self._registrar.settle(deadline)
+        assert self._sessions.session is not None
+        return self._sessions.session
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    async def call(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        timeout: float | None = UNSET,  # noqa: ASYNC109  it is sent, and limits several waits
+        idempotency_key: str | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Any:
+        """Call a method of the server and return its result.
+
+        Pass params by name, or in a mapping if a name is one of this function's own. `timeout` in seconds includes
+        connecting and retries, and is sent as the call's deadline; None is unlimited. A call with an
+        `idempotency_key` (at most 64 characters) is retried even if its answer was lost, because the server runs it
+        once per key.
+
+        Raises CallError with the server's error, DeadlineExceeded at the timeout, ConnectionClosed if the
+        connection was lost and the call may have run, CannotConnect or TlsError if the server cannot be reached.
+        """
+        if params is not None:
+            named = {**params, **named}
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        deadline = self._deadline(timeout)
+        attempt: Attempt | None = None
+        sessions = self._sessions
+        while True:
+            connection = self._connections.current
+            now = self._loop.time()
+            if connection is None or not connection.ready or now >= sessions.valid_until or self._closed:
+                connection = await self._ready_before(deadline)
+                now = self._loop.time()
+            meta = None
+            if deadline != NEVER:
+                if now >= deadline:
+                    raise DeadlineExceeded(TIMED_OUT)
+                meta = {"deadline_ms": min(math.ceil((deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
+            if idempotency_key is not None or traceparent is not None:
+                meta = _meta(meta, idempotency_key, traceparent)
+            token = sessions.token
+            sessions.used(now)
+            try:
+                pending = connection.request(method, named, token, meta, deadline)
+                try:
+                    return await pending
+                except asyncio.CancelledError:
+                    connection.abandon(pending)
+                    raise
+            except CallError as error:
+                attempt = attempt or Attempt(self._random)
+                await self._after_error(error, attempt, connection, token, deadline)
+            except ConnectionClosed as error:
+                if self._closed or not (connection.unanswered_not_run or idempotency_key is not None):
+                    raise
+                attempt = attempt or Attempt(self._random)
+                # Delay the retry: the call itself may be what crashes the server.
+                await self._wait(attempt.backoff.next(), error, deadline)
+
+    def stream(
+        self,
+        method: str,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        items: SentItems | None = None,
+        window: Credit = DEFAULT_WINDOW,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+        traceparent: str | None = None,
+        **named: Any,
+    ) -> Stream:
+        """Open a stream of a method's items, with `async with`, or with `async for` alone.
+
+        `items` are sent to the method, each when it wants one; without them use `send` and `end`. `window` is how
+        many items and bytes the server may send before the first is taken. `timeout` limits the
+        whole stream, `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early
+        cancels the method.
+
+        Raises like `call`, and Unimplemented if the server has no streams. A stream that has begun is never
+        opened again.
+        """
+        if not self._opened:
+            raise RuntimeError(self._NOT_OPEN)
+        request = StreamRequest(
+            method,
+            {**(params or {}), **named},
+            window,
+            self._deadline(timeout),
+            traceparent,
+            Attempt(self._random),
+        )
+        return Stream(_Opener(self), request, item_timeout, items)
+
+    async def _open_stream(self, request: StreamRequest) -> PendingStream:
+        connection = await self._ready_before(request.deadline)
+        now, meta = self._loop.time(), None
+        if request.deadline != NEVER:
+            meta = {"deadline_ms": min(math.ceil((request.deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
+        if request.traceparent is not None:
+            meta = _meta(meta, None, request.traceparent)
+        self._sessions.used(now)
+        token = self._sessions.token
+        return connection.open_stream(
+            request.method, request.params, token, meta, request.window, request.deadline
+        )
+
+    async def _after_stream_error(
+        self, error: CallError | ConnectionClosed, request: StreamRequest, pending: PendingStream
+    ) -> None:
+        """Wait until a stream that has not begun may be opened again; raise the error if it may not."""
+        connection, attempt = pending.connection, request.attempt
+        if isinstance(error, CallError):
+            await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
+        elif self._closed or not connection.unanswered_not_run:
+            raise error
+        else:
+            await self._wait(attempt.backoff.next(), error, request.deadline)
+
+    def _deadline(self, timeout: float | None) -> float:
+        if timeout is UNSET:
+            timeout = self._options.timeout
+        return NEVER if timeout is None else self._loop.time() + timeout
+
+    async def _after_error(
+        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
+    ) -> None:
+        """Wait until a call may be sent again after an error; raise the error if it may not."""
+        then = what_next(error)
+        if then is Then.LATER:
+            await self._wait(attempt.backoff.next(retry_after_ms(error.details)), error, deadline)
+        elif then is Then.AT_ONCE and attempt.once(then):
+            return
+        elif token == NO_TOKEN:
+            raise error
+        elif then is Then.ATTACH and attempt.once(then):
+            await self._attach(error, attempt, connection, token, deadline)
+        elif then is Then.REOPEN and attempt.once(then) and self._sessions.reopen(token):
+            return
+        elif then is Then.RENEW and attempt.once(then):
+            self._sessions.expired(token)
+        elif error.code in SESSION_IS_OVER:
+            if token != self._sessions.token and not self._sessions.is_over and attempt.once(then):
+                return  # it was the token of an earlier session
+            self._sessions.ended(token, error)
+            raise error
+        elif isinstance(error, InvalidArgument) and "size" in error.details and attempt.once(Then.AT_ONCE):
+            await self._present_token(error, connection, token, deadline)
+        else:
+            if error.code is Code.UNAUTHENTICATED:
+                self._sessions.unauthenticated(token)
+            raise error
+
+    async def _attach(
+        self, error: CallError, attempt: Attempt, connection: ClientProtocol, token: bytes, deadline: float
+    ) -> None:
+        """Prove the session's key after a call was refused without it. Raise the call's error without a device."""
+        try:
+            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
+                if not await self._sessions.attach(connection, token):
+                    raise error
+        except TimeoutError:
+            raise DeadlineExceeded(TIMED_OUT) from error
+        except CallError as refused:
+            if refused is error:
+                raise
+            if what_next(refused) is Then.LATER:
+                attempt.done.discard(Then.ATTACH)  # it was not carried out
+            await self._after_error(refused, attempt, connection, token, deadline)
+
+    async def _wait(self, delay: float, error: ZcprotoError, deadline: float) -> None:
+        """Wait before a retry. Raise the error at once if the deadline is earlier."""
+        if self._loop.time() + delay >= deadline:
+            raise error
+        await asyncio.sleep(delay)
+
+    async def _present_token(
+        self, error: InvalidArgument, connection: ClientProtocol, token: bytes, deadline: float
+    ) -> None:
+        """Present the token in a small request, because connections without a session refuse large ones."""
+        if connection.conversation.has_session:
+            raise error
+        left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())
+        await self.call("session.info", timeout=left)
+
+    async def _ready_before(self, deadline: float) -> ClientProtocol:
+        """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout_at(None if deadline == NEVER else deadline):
+                return await self._ready()
+        except TimeoutError:
+            cause = self._connections.last_error if self._connections.current is None else None
+            reason = "no answer" if cause is None else f"no connection ({cause})"
+            if self._sessions.expires_at_once:
+                reason = "the server opens only expired sessions; report it to its operator: no session"
+            raise DeadlineExceeded(f"{reason} within the call's timeout") from cause
+
+    async def _ready(self) -> ClientProtocol:
+        while True:
+            if self._closed:
+                raise ConnectionClosed("this client is closed", clean=True)
+            await self._sessions.ensure()
+            connection = await self._connections.get()
+            await connection.wait_ready()
+            if connection.ready and self._loop.time() < self._sessions.valid_until:
+                return connection
+
+    # --- calls of the server ------------------------------------------------------------------------
+
+    def handler(self, name: str, *, in_thread: bool = False) -> Callable[[Function], Function]:
+        """Let the server call a function, before or after connecting. It stays registered after a reconnect.
+
+            @client.handler("approve")
+            async def approve(call: Call, tool: str) -> bool: ...
+
+        With `in_thread` it runs in a thread of its own, and may block. Parameters are passed by name and checked
+        against the annotations; one annotated `Call` receives the call.
+        Its exceptions are answered to the server: a CallError with its code, any other as INTERNAL. Raises
+        ValueError for a malformed or registered name, TypeError for parameters that cannot be checked.
+        """
+
+        def register(function: Function) -> Function:
+            handler = Handler(name, function, in_thread=in_thread)
+            if self._opened:
+                self._registrar.add(handler)
+            else:
+                self._handlers.add(handler)
+            return function
+
+        return register
+
+    # --- connections and events -------------------------------------------------------------------
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the server revoked or refused the session: only the application may open another one."""
+        return self._sessions.is_over
+
+    def _show_session(self, connection: ClientProtocol) -> None:
+        """Show the session on a new connection, and register its handlers there."""
+        if not self._registrar.connected(connection):
+            self._sessions.present(connection)
+
+    def _owns(self, token: bytes) -> bool:
+        """Return whether an event with this token concerns this session."""
+        return self._sessions.owns(token)
+
+    def _receive_event(self, event: EventReceived) -> None:
+        """Process an event of the server about this session, or about the server itself."""
+        self._sessions.event_received(event, self._connections.current)
+        if self._options.on_event is not None:
+            self._options.on_event(Event(event.name, event.data))
+        else:
+            self.events.put(event.body)
+
+
+class _Opener:
+    """The client, as its streams use it."""
+
+    __slots__ = ("after_stream_error", "open_stream")
+
+    def __init__(self, client: SessionClient) -> None:
+        self.open_stream = client._open_stream
+        self.after_stream_error = client._after_stream_error
+
+
+def _meta(
+    meta: dict[str, Any] | None, idempotency_key: str | None, traceparent: str | None
+) -> dict[str, Any]:
+    more: dict[str, Any] = {} if meta is None else meta
+    if idempotency_key is not None:
+        more["idempotency_key"] = idempotency_key
+    if traceparent is not None:
+        more["traceparent"] = traceparent
+    return more
+
+
+@cache
+def default_client() -> str:
+    """Return the product and version of this client."""
+    try:
+        return f"zcproto-python/{metadata.version('zcproto')}"
+    except metadata.PackageNotFoundError:
+        return "zcproto-python/0"
