@@ -4,11 +4,11 @@
                       |                           -> registration -> handlers
                       |         -> connections -> dial -> protocol
 
-`session_client` runs the calls of one session and retries them by the table in `retry`; `client` is one, and has one
-for each other user. `session` opens and refreshes a session with `credentials`. `handlers` runs the functions that the
-server calls, `registration` keeps them registered. `connections` reconnects with `dial`, which returns a `protocol`:
-one connection with its calls. `known_hosts` stores `sts` policies, `events` queues the server's events, `address`
-parses HOST:PORT.
+`session_client` runs the calls of one session and retries them by the table in `retry`; `client` is one, and has
+one for each other user. `session` opens and refreshes a session with `credentials`. `handlers` runs the functions
+that the server calls, `registration` keeps them registered. `connections` reconnects with `dial`, which returns a
+`protocol`: one connection with its calls. `known_hosts` stores `sts` policies, `events` queues the server's events,
+`address` parses HOST:PORT.
 """
 
 from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking, enroll_blocking
