@@ -126,6 +126,21 @@ def finish_during_outage(harness: CacheHarness, store: FakeStore) -> None:
     harness.turn()
 
 
+def test_one_task_at_a_time_writes_answers(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    finish_during_outage(harness, store)
+    store.out, store.held = False, harness.loop.create_future()
+    store.asked.clear()
+    for _ in range(3):
+        harness.cache.save()
+        harness.turn()
+    assert store.asked == ["keep"]
+    store.held.set_result(None)
+    harness.turn()
+    assert store.asked == ["keep"]
+
+
 def test_answer_is_written_when_the_store_is_back(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     harness, another = make_harness(store), make_harness(store)

@@ -366,8 +366,9 @@ def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: py
         client.echo()
 
 
-def test_connection_aborted_in_backlog_is_ignored(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_aborted_in_backlog_ends_the_turn(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
+    monkeypatch.setattr(server.server.parts.listener, "_batch", 8.0)
     real = server.server.parts.listener._sockets[0]
 
     class AbortingSocket:

@@ -25,7 +25,7 @@ from zcproto.observe.events import LIMITS
 from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import CONNECTIONS_PER_TURN
-from zcproto.sessions import SessionSettings
+from zcproto.sessions import Session, SessionSettings
 from zcproto.wire.frame import NO_TOKEN, PING, REQUEST, Kind
 from zcproto.wire.message import encode_body
 
@@ -295,16 +295,20 @@ def test_revocation_reaches_all_connections_of_a_session(harness: Harness, peer:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-def test_last_connection_of_a_session_clears_the_index(
+def test_session_is_in_use_until_its_last_connection_ends(
     harness: Harness, peer: Peer, order: tuple[int, ...]
 ) -> None:
+    connections = harness.state.session_connections
+    session = harness.state.registry.check(peer.token, harness.clock.wall())
+    assert isinstance(session, Session)
     peers = [peer, harness.connect(), harness.connect()]
     for other in peers[1:]:
         other.token = peer.token
         other.send(other.request(1, "big", {"n": 1}))
     for index in order:
-        assert len(harness.state.session_connections)
+        assert connections.has_connection(session.id)
         peers[index].lose()
+    assert not connections.has_connection(session.id)
     nothing_left(harness)
 
 

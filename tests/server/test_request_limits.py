@@ -119,7 +119,9 @@ def test_requests_in_progress_are_limited_until_they_end() -> None:
             assert check(limits, "ada") is None
             limits.begin("ada", "192.0.2.1")
         assert (limits.most_running_per_user, limits.most_running_per_address) == (2, 2)
-        assert check(limits, "ada") is not None
+        error = check(limits, "ada")
+        assert error is not None
+        assert error.details == {"retry_after_ms": 250}
         assert limits.refused == {name: 1}
         limits.end("ada", "192.0.2.1")
         assert check(limits, "ada") is None

@@ -168,6 +168,16 @@ def test_operator_methods_refuse_other_users(serve: Serve) -> None:
         ada.echo()
 
 
+def test_revocations_are_reported_with_who_made_them(serve: Serve) -> None:
+    server = serve()
+    reported: list[tuple[str, int, bool]] = []
+    server.server.state.on_revoked = lambda *revoked: reported.append(revoked)
+    with server.client("ada") as ada, server.client("ada") as other, server.client("operator") as operator:
+        ada.call("session.revoke", {"id": other.opened["id"]})
+        operator.call("server.revoke", {"user": "ada"})
+    assert reported == [("user ada", 1, True), ("operator operator", 1, False)]
+
+
 def test_server_revoke_by_ids(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     server = serve()
     with server.client("ada") as ada, server.client("bob") as bob, server.client("operator") as operator:

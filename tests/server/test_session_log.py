@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, AnsweredError, Client, ServerThread
+from zcproto.auth import CallableAuthenticator, Identity
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
 from zcproto.sessions.token import token_text
@@ -88,6 +90,18 @@ def test_failed_logins_are_logged_with_a_limit(serve: Serve, lines: Log) -> None
         ("login.failed", "info", "api_key", "127.0.0.1")
     }
     assert "a wrong key" not in str(found)
+
+
+def test_failed_login_of_an_authenticator_that_is_awaited_is_logged(serve: Serve, lines: Log) -> None:
+    async def identify(params: Any, address: str) -> Identity | None:
+        await asyncio.sleep(0)
+        return None
+
+    server = serve(authenticators=[CallableAuthenticator("directory", identify)])
+    with server.client() as client:
+        refused(client, "session.open", scheme="directory", user="ada")
+    (line,) = lines()
+    assert (line["event"], line["scheme"], line["peer"]) == ("login.failed", "directory", "127.0.0.1")
 
 
 def test_refresh_token_reuse_is_logged_as_warning(serve: Serve, lines: Log) -> None:

@@ -490,6 +490,17 @@ def test_end_of_connection_cancels_its_streams(client: StreamPeer) -> None:
 # --- room -------------------------------------------------------------------------------------------------
 
 
+def test_item_is_sent_once_the_client_reads(client: StreamPeer) -> None:
+    client.send(client.open("ticks", credit=PLENTY))
+    client.turn()
+    client.protocol.pause_writing()
+    client.harness.in_loop(lambda: client.futures[0].set_result(None))
+    client.harness.turn()
+    assert client.turn() == []
+    client.protocol.resume_writing()
+    assert kinds(client.turn()) == [Kind.ITEM]
+
+
 def test_items_for_a_client_that_does_not_read_are_bounded(client: StreamPeer) -> None:
     client.transport.stuck = True
     client.send(client.open("count", {"n": 1_000_000, "size": 900}, credit=(2**53 - 1, 2**53 - 1)))
