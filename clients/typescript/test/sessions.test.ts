@@ -305,10 +305,10 @@ describe("handlers", () => {
       return new Promise(() => undefined);
     });
     await call("wait");
-    server.script("session.handle", new Failure(Code.TOKEN_REVOKED));
+    server.on("session.handle", () => NO_RESPONSE);
     server.last.send(Kind.EVENT, 0, ["session.revoked", {}], { token: tokenText(1) });
     await settled();
-    assert.ok(signal?.reason instanceof TokenRevoked);
+    assert.ok(signal?.reason instanceof Cancelled);
     assert.deepEqual(answers(), [[1, "FAILURE", Code.CANCELLED]]);
   });
 
@@ -398,11 +398,18 @@ describe("sessionFor", () => {
       return new Promise(() => undefined);
     });
     await call("wait");
+    let ofBob: AbortSignal | undefined;
+    await bob.handle("wait", (_params, called) => {
+      ofBob = called.signal;
+      return new Promise(() => undefined);
+    });
+    await call("wait", {}, { stream: 2, token: tokenText(2) });
     const items = watch(client.stream("count").next());
     server.on("echo", ({ token, params }) => (token === tokenText(2) ? new Failure(Code.TOKEN_REVOKED) : params));
     await assert.rejects(bob.call("echo"), TokenRevoked);
     await assert.rejects(bob.call("echo"), TokenRevoked);
     await client.call("echo");
+    assert.ok(ofBob?.reason instanceof TokenRevoked);
     assert.equal(signal?.aborted, false);
     assert.ok(!items.isDone);
     await bob.openSession();

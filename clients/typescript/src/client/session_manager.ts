@@ -11,7 +11,7 @@
  */
 
 import type { EventReceived } from "../connection/events.js";
-import { CallError, Code, ConnectionClosed, Unauthenticated, ZcprotoError } from "../errors.js";
+import { CallError, Cancelled, Code, ConnectionClosed, Unauthenticated, ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Params } from "../wire/message.js";
 import { Backoff, type Random } from "./backoff.js";
@@ -321,6 +321,9 @@ export class SessionManager {
   eventReceived(event: EventReceived, connection: ConnectionDriver | undefined): void {
     if (event.token !== this.token || this.session === undefined) {
       return;
+    }
+    if (event.name === "session.revoked") {
+      this.#options.handlers.abort(new Cancelled("the session has ended"));
     }
     if (event.name === "session.revoked" && connection !== undefined) {
       const { salt } = connection;
