@@ -23,12 +23,13 @@ DATA = "zcproto_conformance/data"
 def copy_vectors(target: Path) -> None:
     """Copy the vectors to a folder. An sdist (it has PKG-INFO) has its own copy to take them from."""
     source = HERE / DATA if (HERE / "PKG-INFO").exists() else IN_CHECKOUT
-    files = sorted(source.glob("*.json"))
+    files = sorted(source.rglob("*.json"))
     if not files:
         raise FileNotFoundError(f"{source}: no vectors; build from a complete checkout or from an sdist")
-    target.mkdir(parents=True, exist_ok=True)
     for file in files:
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 class BuildWithVectors(build_py):

@@ -35,6 +35,13 @@ FAILS_FAST = {
     "concurrent-calls-share-one-refresh": "during a refresh",
     "device-opens-session": "does not match the message",
     "reconnect-with-small-frame-first": "the limit is 16384",
+    "stream": "meta is",
+    "item-before-credit": "before any CREDIT",
+    "credit-follows-the-application": "had taken one item of three",
+    "stream-outlives-a-refresh": "another token than its OPEN",
+    "handle": "'methods': ['choose']",
+    "call": "another token than its CALL",
+    "call-result-of-max-frame": "the limit is 1048576",
 }
 """Scenarios that detect their fault without waiting for a timeout, and a part of the failure."""
 

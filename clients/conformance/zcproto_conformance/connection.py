@@ -44,10 +44,25 @@ KINDS: Final = {
     "PONG": 7,
     "GOAWAY": 8,
     "EVENT": 9,
+    "OPEN": 0x10,
+    "ITEM": 0x11,
+    "END": 0x12,
+    "CREDIT": 0x13,
+    "CALL": 0x18,
+    "RESULT": 0x19,
+    "FAILURE": 0x1A,
+    "WITHDRAW": 0x1B,
 }
+STREAMS: Final = {"max_open": 64, "max_item": 65_536}
+"""`streams` of WELCOME."""
+
 _NAMES: Final = {number: name for name, number in KINDS.items()}
+_OF_STREAMS: Final = {"OPEN", "ITEM", "END", "CREDIT"}
+_OF_CALLS: Final = {"RESULT", "FAILURE"}
 _FROM_CLIENT: Final = {"REQUEST", "CANCEL", "PING", "PONG"}
-_ON_A_STREAM: Final = {"REQUEST", "CANCEL"}
+_ON_A_STREAM: Final = {"REQUEST", "CANCEL"} | _OF_STREAMS | _OF_CALLS
+_WITH_METHOD: Final = {"REQUEST", "OPEN"}
+_WITH_BODY: Final = {"REQUEST", "OPEN", "ITEM", "CREDIT", "RESULT", "FAILURE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +78,7 @@ class Frame:
 
     @property
     def value(self) -> Any:
-        """The decoded body of a REQUEST."""
+        """The decoded body."""
         try:
             return msgpack.unpackb(self.body)
         except (ValueError, msgpack.UnpackException) as error:
@@ -84,8 +99,8 @@ class Frame:
         return value[2] if len(value) > 2 else {}
 
     def __str__(self) -> str:
-        if self.kind == "REQUEST":
-            return f"REQUEST {self.method} on stream {self.stream}"
+        if self.kind in _WITH_METHOD:
+            return f"{self.kind} {self.method} on stream {self.stream}"
         return f"{self.kind} on stream {self.stream}"
 
 
@@ -139,6 +154,7 @@ class Connection:
         self.frame_limit = BEFORE_SESSION
         self.checks_timestamps = True
         self.in_flight: dict[int, Frame] = {}
+        self.allowed = set(_FROM_CLIENT)  # kinds that the client may send
         self.client_hello = b""
         self.frames_received = 0
         self.auto_responses: dict[str, Responder] = {
@@ -233,7 +249,7 @@ class Connection:
         self._data = data[4 + length :]
         name = _NAMES.get(kind, f"kind {kind:#x}")
         expect(version == 1, f"received a frame of version {version}")
-        expect(name in _FROM_CLIENT, f"received {name}, which clients must not send")
+        expect(name in self.allowed, f"received {name}, which this client must not send")
         expect(flags == 0, f"received {name} with flags {flags:#x}")
         expect((name in _ON_A_STREAM) == (stream != 0), f"received {name} on stream {stream}")
         expect(salt == self.salt, f"received {name} with a salt other than this connection's")
@@ -246,8 +262,8 @@ class Connection:
         if self.checks_timestamps:
             expect(abs(offset) <= TOLERANCE_MS, f"received {name} with a timestamp that is {offset} ms off")
         frame = Frame(name, stream, timestamp, counter, token, data[HEADER.size : 4 + length])
-        expect(name == "REQUEST" or not frame.body, f"received {name} with a body")
-        if name == "REQUEST":
+        expect(name in _WITH_BODY or not frame.body, f"received {name} with a body")
+        if name in _WITH_METHOD:
             expect(stream not in self.in_flight, f"stream {stream} was reused while in flight")
             self.in_flight[stream] = frame
         return frame
@@ -291,6 +307,21 @@ class Connection:
             frame.kind == "REQUEST" and frame.method == method,
             f"received {frame} instead of REQUEST {method}",
         )
+        return frame
+
+    async def expect_frame(self, kind: str, stream: int) -> Frame:
+        """Return the next frame. Raises CheckFailed unless it is of this kind and on this stream."""
+        frame = await self.next_frame(f"{kind} on stream {stream}")
+        expect(
+            frame.kind == kind and frame.stream == stream,
+            f"received {frame} instead of {kind} on stream {stream}",
+        )
+        return frame
+
+    async def expect_open(self, method: str) -> Frame:
+        """Return the next frame. Raises CheckFailed unless it opens a stream of this method."""
+        frame = await self.next_frame(f"OPEN {method}")
+        expect(frame.kind == "OPEN" and frame.method == method, f"received {frame} instead of OPEN {method}")
         return frame
 
     async def expect_requests(self, method: str, count: int) -> list[Frame]:
@@ -443,6 +474,10 @@ class Connection:
             "sts": {"max_age": 0, "include_subdomains": False},
             **changes,
         }
+        if isinstance(settings.get("streams"), dict):
+            self.allowed |= _OF_STREAMS
+        if isinstance(settings.get("calls"), dict):
+            self.allowed |= _OF_CALLS
         body = pack({key: value for key, value in settings.items() if value is not None})
         return self.frame_bytes("WELCOME", 0, body, **{"counter": 0, **(header or {})})
 
@@ -462,6 +497,18 @@ class Connection:
         self.in_flight.pop(request.stream, None)
         body = [code, "refused by the scenario"] + ([] if details is None else [details])
         self.send("ERROR", request.stream, pack(body), **{"token": request.token, **fields})
+
+    def item(self, opened: Frame, value: Any, **fields: Any) -> None:
+        """Send an ITEM on the stream of an OPEN."""
+        self.send("ITEM", opened.stream, pack(value), **{"token": opened.token, **fields})
+
+    def credit(self, opened: Frame, items: int, size: int, **fields: Any) -> None:
+        """Send a CREDIT on the stream of an OPEN."""
+        self.send("CREDIT", opened.stream, pack([items, size]), **{"token": opened.token, **fields})
+
+    def call(self, number: int, method: str, params: Any, token: bytes, **fields: Any) -> None:
+        """Send a CALL."""
+        self.send("CALL", number, pack([method, params, {"deadline_ms": 20_000}]), token=token, **fields)
 
     def event(self, name: str, data: Any, token: bytes = NO_TOKEN) -> None:
         """Send EVENT."""

@@ -7,10 +7,13 @@ from typing import Any
 from zcproto.wire.frame import WITHOUT_BODY, Kind, RawFrame
 from zcproto.wire.message import (
     MessageError,
+    RequestMeta,
     decode_body,
+    decode_credit,
     decode_error,
     decode_event,
     decode_map,
+    decode_open,
     decode_request,
 )
 from zcproto_conformance.values import typed
@@ -38,6 +41,11 @@ def fields_of(frame: RawFrame) -> dict[str, Any]:
     }
 
 
+def _request(method: str, params: dict[str, Any], meta: RequestMeta) -> dict[str, Any]:
+    fields = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
+    return {"method": method, "params": typed(params), "meta": fields}
+
+
 def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
     """Return the decoded body, or None for a kind without a body. Raises MessageError."""
     kind, body = kind_of(frame), frame[7]
@@ -46,11 +54,18 @@ def message_of(frame: RawFrame, max_depth: int) -> dict[str, Any] | None:
             raise MessageError("this kind must not have a body")
         return None
     match kind:
-        case Kind.REQUEST:
-            method, params, meta = decode_request(body, max_depth)
-            fields = {key: typed(value) for key, value in meta._asdict().items() if value is not None}
-            return {"method": method, "params": typed(params), "meta": fields}
-        case Kind.ERROR:
+        case Kind.REQUEST | Kind.CALL:
+            return _request(*decode_request(body, max_depth))
+        case Kind.OPEN:
+            method, params, meta, credit = decode_open(body, max_depth)
+            given = decode_body(body, max_depth)[2:]
+            message = _request(method, params, meta)
+            if given and given[0].get("credit") is not None:
+                message["meta"]["credit"] = list(credit)
+            return message
+        case Kind.CREDIT:
+            return {"credit": list(decode_credit(body))}
+        case Kind.ERROR | Kind.FAILURE:
             error = decode_error(body, max_depth)
             return {"code": error.code, "message": error.message, "details": typed(error.details)}
         case Kind.EVENT:

@@ -111,6 +111,85 @@ class Call:
         await self._harness.step("cancel", call=self.name)
 
 
+class Stream:
+    """A stream of items that the client opens."""
+
+    def __init__(self, harness: Harness, name: str) -> None:
+        self._harness = harness
+        self.name = name
+
+    async def begin(self, step: str, **fields: Any) -> asyncio.Future[Any]:
+        """Send one of its steps without waiting for the answer."""
+        return await self._harness.begin_step(step, stream=self.name, **fields)
+
+    async def next(self) -> dict[str, Any]:
+        """Wait for the next item or the end: a map with `item` or `end`."""
+        result = await self._harness.step("next", stream=self.name)
+        expect(
+            isinstance(result, dict) and len(result) == 1 and result.keys() <= {"item", "end"},
+            f"next returned {result}",
+        )
+        return {key: untyped(value) for key, value in result.items()}
+
+    async def expect_items(self, *expected: Any) -> None:
+        """Raise CheckFailed unless these are the next items."""
+        for value in expected:
+            result = await self.next()
+            expect(result == {"item": value}, f"next returned {result!r:.200} instead of item {value!r:.200}")
+
+    async def expect_end(self, expected: Any) -> None:
+        """Raise CheckFailed unless the stream has ended with this result."""
+        result = await self.next()
+        expect(
+            result == {"end": expected}, f"next returned {result!r:.200} instead of the end {expected!r:.200}"
+        )
+
+    async def expect_code(self, *codes: int) -> dict[str, Any]:
+        """Wait for its error, which must have one of these codes."""
+        error = await self._harness.step_error("next", "call", stream=self.name)
+        expect(error.get("code") in codes, f"the stream ended with {error} instead of code {codes}")
+        return error
+
+    async def expect_lost(self, *, clean: bool) -> None:
+        """Wait for its error, which must be the end of the connection."""
+        error = await self._harness.step_error("next", "closed", stream=self.name)
+        expect(error.get("clean") is clean, f"the stream ended with {error} instead of clean {clean}")
+
+    async def send(self, value: Any) -> None:
+        """Send an item, and wait until it was sent."""
+        await self._harness.step("send", stream=self.name, value=typed(value))
+
+    async def finish(self) -> None:
+        """Send no more items."""
+        await self._harness.step("finish", stream=self.name)
+
+    async def leave(self) -> None:
+        """Give the stream up."""
+        await self._harness.step("leave", stream=self.name)
+
+
+@dataclass
+class Called:
+    """A call of the server that the application of a client holds."""
+
+    harness: Harness
+    client: str
+    call: int
+    method: str
+    params: Any
+    user: str
+
+    async def answer(self, value: Any) -> None:
+        await self.harness.step_result(await self.begin_answer(value), "answer")
+
+    async def begin_answer(self, value: Any) -> asyncio.Future[Any]:
+        """Answer without waiting for the step: the call may have been withdrawn."""
+        return await self.harness.begin_step("answer", client=self.client, call=self.call, value=typed(value))
+
+    async def fail(self, code: int) -> None:
+        await self.harness.step("answer", client=self.client, call=self.call, code=code)
+
+
 class Client:
     """A client in the program."""
 
@@ -127,6 +206,23 @@ class Client:
 
     async def calls(self, method: str, count: int) -> list[Call]:
         return [await self.call(method, {"n": n}) for n in range(count)]
+
+    async def open(self, method: str, params: dict[str, Any] | None = None, /, **options: Any) -> Stream:
+        """Start to open a stream."""
+        stream = Stream(self._harness, f"stream-{next(self._harness.fixtures.numbers)}")
+        fields = {"params": None if params is None else typed(params), **options}
+        await self._harness.step("open", client=self.name, stream=stream.name, method=method, **fields)
+        return stream
+
+    async def begin_handle(self, method: str) -> asyncio.Future[Any]:
+        """Let the application handle a method, whose calls it holds until `answer`."""
+        return await self._harness.begin_step("handle", client=self.name, method=method)
+
+    async def called(self) -> Called:
+        """Wait for the next call that the application holds."""
+        called = await self._harness.step("called", client=self.name)
+        params = untyped(called["params"])
+        return Called(self._harness, self.name, called["call"], called["method"], params, called["user"])
 
     async def event(self) -> tuple[str, Any]:
         """Wait for the next event that the client delivers to the application."""
@@ -258,9 +354,9 @@ class Harness:
         connection.welcome(**changes)
         return connection
 
-    async def next_resumed(self, session: Session) -> Connection:
+    async def next_resumed(self, session: Session, **changes: Any) -> Connection:
         """Accept the next connection of a client that must resume its session on it."""
-        connection = await self.next_welcomed()
+        connection = await self.next_welcomed(**changes)
 
         def respond(connection: Connection, request: Frame) -> None:
             expect(request.token == session.token, "the client reconnected with another token")
@@ -277,10 +373,12 @@ class Harness:
         await self.step_result(connecting, "connect")
         return ConnectedClient(client, connection)
 
-    async def connect_with_session(self, *, refresh: bool = True) -> ConnectedClient:
+    async def connect_with_session(
+        self, *, refresh: bool = True, welcome: dict[str, Any] | None = None, **options: Any
+    ) -> ConnectedClient:
         """Connect a client and open a session, with or without a refresh token."""
-        client, connecting = await self.begin_connect(user=USER, key=self.key)
-        connection = await self.next_welcomed()
+        client, connecting = await self.begin_connect(user=USER, key=self.key, **options)
+        connection = await self.next_welcomed(**(welcome or {}))
         session = await self.answer_session_open(connection, refresh=refresh)
         result = await self.step_result(connecting, "connect")
         expect(

@@ -18,7 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto.client.client import Client, connect
 from zcproto.client.credentials import Device
+from zcproto.client.handlers import Call
 from zcproto.client.session_client import default_client
+from zcproto.client.streams import Stream
 from zcproto.errors import (
     CallError,
     CannotConnect,
@@ -54,12 +56,56 @@ _CAUSES: Final = {
 Step = Callable[[Mapping[str, Any]], Awaitable[Any]]
 
 
+class OpenStream:
+    """A stream, and the task that opens it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.opening = asyncio.create_task(stream.__aenter__())
+        self.sending = asyncio.Lock()
+
+    async def opened(self) -> Stream:
+        """Wait until it is open. Raises the error that has prevented it."""
+        await asyncio.wait([self.opening])
+        return self.opening.result()
+
+
+class HeldCalls:
+    """Calls of the server to one client, held until a step answers them."""
+
+    def __init__(self) -> None:
+        self._answers: list[asyncio.Future[Any]] = []  # by the number of the call
+        self._seen: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def hold(self, call: Call, params: Mapping[str, Any]) -> Any:
+        number = len(self._answers)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._answers.append(answer)
+        seen = {"call": number, "method": call.method, "user": call.user, "params": typed(dict(params))}
+        self._seen.put_nowait(seen)
+        return await answer
+
+    async def next(self) -> Any:
+        return await self._seen.get()
+
+    def answer(self, step: Mapping[str, Any]) -> None:
+        held = self._answers[step["call"]]
+        if held.done():
+            return
+        if "code" in step:
+            held.set_exception(CallError.from_wire(step["code"], "failed by the scenario", {}))
+        else:
+            held.set_result(untyped(step["value"]))
+
+
 class Conform:
     """The steps, each a method named after its step that returns the value of `ok`."""
 
     def __init__(self) -> None:
         self.clients: dict[str, Client] = {}
         self.calls: dict[str, asyncio.Task[Any]] = {}
+        self.streams: dict[str, OpenStream] = {}
+        self.held: dict[str, HeldCalls] = {}
 
     async def hello(self, step: Mapping[str, Any]) -> Any:
         return {"kit": KIT, "client": default_client()}
@@ -79,6 +125,8 @@ class Conform:
             "client": step.get("client_name"),
             "home": Path(step["home"]),
         }
+        if "max_calls" in step:
+            options["max_calls"] = step["max_calls"]
         for name in ("timeout", "connect_timeout"):
             if f"{name}_ms" in step:
                 options[name] = step[f"{name}_ms"] / _MS
@@ -105,6 +153,53 @@ class Conform:
 
     async def cancel(self, step: Mapping[str, Any]) -> Any:
         self.calls[step["call"]].cancel()
+
+    async def open(self, step: Mapping[str, Any]) -> Any:
+        options: dict[str, Any] = {}
+        if "credit" in step:
+            options["window"] = tuple(step["credit"])
+        if "timeout_ms" in step:
+            options["timeout"] = step["timeout_ms"] / _MS
+        client = self.clients[step["client"]]
+        stream = client.stream(step["method"], untyped(step.get("params")), **options)
+        self.streams[step["stream"]] = OpenStream(stream)
+        await asyncio.sleep(0)  # let it start
+
+    async def next(self, step: Mapping[str, Any]) -> Any:
+        stream = await self.streams[step["stream"]].opened()
+        try:
+            return {"item": typed(await stream.receive())}
+        except EOFError:
+            return {"end": typed(stream.result)}
+
+    async def send(self, step: Mapping[str, Any]) -> Any:
+        opened = self.streams[step["stream"]]
+        stream = await opened.opened()
+        async with opened.sending:
+            await stream.send(untyped(step["value"]))
+
+    async def finish(self, step: Mapping[str, Any]) -> Any:
+        await (await self.streams[step["stream"]].opened()).end()
+
+    async def leave(self, step: Mapping[str, Any]) -> Any:
+        opened = self.streams[step["stream"]]
+        opened.opening.cancel()
+        opened.stream.close()
+
+    async def handle(self, step: Mapping[str, Any]) -> Any:
+        held = self.held.setdefault(step["client"], HeldCalls())
+        client = self.clients[step["client"]]
+
+        @client.handler(step["method"])
+        async def _(call: Call, tool: str | None = None, number: int | None = None) -> Any:
+            params = {"tool": tool, "number": number}
+            return await held.hold(call, {name: value for name, value in params.items() if value is not None})
+
+    async def called(self, step: Mapping[str, Any]) -> Any:
+        return await self.held[step["client"]].next()
+
+    async def answer(self, step: Mapping[str, Any]) -> Any:
+        self.held[step["client"]].answer(step)
 
     async def event(self, step: Mapping[str, Any]) -> Any:
         event = await anext(self.clients[step["client"]].events)
@@ -172,8 +267,12 @@ class Conform:
 
 STEPS: Final = frozenset(
     {"hello", "connect", "call", "expect", "cancel", "event", "session", "open_session", "cut", "close"}
+    | {"open", "next", "send", "finish", "leave", "handle", "called", "answer"}
 )
-KNOWN: Final = (CallError, ConnectionClosed, TlsError, CertificateError, ConfigError, ProtocolError)
+KNOWN: Final = (
+    *(CallError, ConnectionClosed, TlsError, CertificateError, ConfigError, ProtocolError),
+    *(EOFError, RuntimeError),  # a stream that has ended or was closed
+)
 
 
 def as_coroutine(do: Callable[[Mapping[str, Any]], Any]) -> Step:

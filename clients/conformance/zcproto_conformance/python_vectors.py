@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from zcproto.client.credentials import Device
 from zcproto.connection.client import ClientConnection
-from zcproto.connection.events import ClientEvent, ConnectionEnded, ErrorReceived
+from zcproto.connection.client_calls import ClientCalls
+from zcproto.connection.client_streams import ClientStream, ClientStreams
+from zcproto.connection.credit import SendCredit
+from zcproto.connection.events import ClientEvent, ConnectionEnded, ErrorReceived, ItemReceived
 from zcproto.connection.state import State
-from zcproto.errors import Code, ProtocolError
+from zcproto.errors import Code, InternalError, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
-from zcproto.wire.frame import ERROR, TOKEN_SIZE, WITHOUT_BODY, Kind, RawFrame, Side, encode_frame, head_of
+from zcproto.wire.frame import (
+    ACCEPTED,
+    CALL,
+    CREDIT,
+    ERROR,
+    FAILURE,
+    TOKEN_SIZE,
+    WITHOUT_BODY,
+    Accepted,
+    Kind,
+    RawFrame,
+    Side,
+    accepted_with_calls,
+    accepted_with_streams,
+    encode_frame,
+    head_of,
+)
 from zcproto.wire.message import (
     MessageError,
     attach_message,
+    decode_error,
     encode_request,
     open_message,
     parse_traceparent,
@@ -27,6 +47,11 @@ from zcproto_conformance.frames import fields_of, message_of
 from zcproto_conformance.values import untyped
 
 Outcome = dict[str, Any]
+
+FIRST_TOKEN: Final = bytes(range(1, 33))
+"""The token of streams in vectors that have no other."""
+
+MAX_CALLS: Final = 32
 
 
 def tables(step: Mapping[str, Any]) -> Any:
@@ -100,6 +125,7 @@ STEPS: Final[dict[str, Callable[[Mapping[str, Any]], Any]]] = {
 
 def _decode(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
     decoder = FrameDecoder(Side.SERVER, context["limit"])
+    decoder.accepted = _accepted(Side.SERVER, context)
     outcomes: list[Outcome] = []
     try:
         for piece in pieces:
@@ -110,6 +136,8 @@ def _decode(pieces: list[bytes], context: Mapping[str, Any]) -> list[Outcome]:
                 try:
                     outcomes.append(_frame(frame, context["max_depth"]))
                 except MessageError:
+                    if frame[1] == CREDIT:
+                        return [*outcomes, {"result": "error", "code": Code.PROTOCOL_ERROR, "fatal": True}]
                     outcomes.append({"result": "error", "code": Code.INVALID_ARGUMENT, "fatal": False})
     except ProtocolError as error:
         return [*outcomes, {"result": "error", "code": error.code, "fatal": True}]
@@ -125,6 +153,14 @@ def _frame(frame: RawFrame, max_depth: int) -> Outcome:
 
 
 # --- receiver "client": the connection --------------------------------------------------------------
+
+
+def _accepted(side: Side, context: Mapping[str, Any]) -> Accepted:
+    """Return what a side accepts once the server has announced what `context` says."""
+    announced = context.get("announced") or {}
+    streams, calls = announced.get("streams"), announced.get("calls")
+    accepted = ACCEPTED[side] if streams is None else accepted_with_streams(side, streams["max_item"])
+    return accepted if calls is None else accepted_with_calls(side, accepted)
 
 
 class _RecordingDecoder(FrameDecoder):
@@ -164,22 +200,75 @@ def _run_connection(pieces: list[bytes], context: Mapping[str, Any], times: Sequ
         connection._last_counter = int(context["last_counter"])
         connection.state = State.OPEN
     connection._in_flight = dict.fromkeys(context["in_flight"], token)
+    streams = _open_streams(connection, context)
     events: dict[int, ClientEvent] = {}  # by the number of their frame, from 1
     for piece, now in zip(pieces, times, strict=True):
         for event in connection.receive_data(piece, int(now), 0.0):
-            events.setdefault(len(decoder.returned), event)  # one more for an error in the next header
+            taken = _take(connection, streams, event, int(now))
+            events.setdefault(len(decoder.returned), taken)  # one more for an error in the next header
+    refused = dict(_failures(connection.data_to_send()))
     outcomes: list[Outcome] = []
     after = [*(dropped for _, dropped in decoder.returned[1:]), _dropped(connection)]
     for number, (frame, before) in enumerate(decoder.returned, 1):
         if after[number - 1] > before:
             outcomes.append({"result": "dropped"})
         else:
-            outcomes.append(_outcome(frame, events.get(number), context["max_depth"]))
+            found = events.get(number)
+            if found is None and frame[1] == CALL and frame[2] in refused:
+                found = ErrorReceived(frame[2], refused[frame[2]], "", {})
+            outcomes.append(_outcome(frame, found, context["max_depth"]))
     if decoder.fault is not None:
         outcomes.append({"result": "error", "code": decoder.fault.code, "fatal": True})
     elif decoder.buffered and connection.state is not State.CLOSED:
         outcomes.append({"result": "incomplete", "have": decoder.buffered})
     return outcomes
+
+
+def _open_streams(connection: ClientConnection, context: Mapping[str, Any]) -> dict[int, ClientStream]:
+    """Put a connection into the state of streams and calls that `context` describes. Return its streams."""
+    if "announced" not in context or context["salt"] is None:
+        return {}
+    token = bytes.fromhex(context["tokens"][0]) if context["tokens"] else FIRST_TOKEN
+    connection.welcome = {"max_frame": context["limit"]}
+    connection._decoder.accepted = _accepted(Side.CLIENT, context)
+    streams = ClientStreams()
+    for opened in context["open"]:
+        granted, received = (opened["granted"][0], opened["granted"][1]), opened["received"]
+        stream = streams[opened["stream"]] = ClientStream(opened["stream"], token, granted)
+        stream.credit = SendCredit((opened["credit"][0], opened["credit"][1]))
+        stream.items._received = stream.items._taken = received[0], received[1]
+        connection._in_flight[stream.number] = token
+    connection._streams = streams
+    if context.get("handles") is not None:
+        calls = connection._calls = ClientCalls()
+        calls.register(token, frozenset(context["handles"]), MAX_CALLS, None)
+        for number in context["calls"]:
+            body = encode_request(context["handles"][0], {}, {"deadline_ms": 1})
+            calls.receive(number, token, body, is_fresh=True, max_depth=context["max_depth"])
+    return dict(streams)
+
+
+def _take(
+    connection: ClientConnection, streams: Mapping[int, ClientStream], event: ClientEvent, now: int
+) -> ClientEvent:
+    """Take an item at once, without granting another. Return the failure of a stream instead of a bad item."""
+    if isinstance(event, ItemReceived):
+        try:
+            streams[event.stream].read_item(connection.max_depth)
+        except InternalError as error:
+            connection.cancel(event.stream, now)
+            return ErrorReceived(event.stream, error.code, error.message, {})
+    return event
+
+
+def _failures(sent: bytes) -> Iterator[tuple[int, int]]:
+    """Yield number and code of each FAILURE."""
+    decoder = FrameDecoder(Side.SERVER, len(sent))
+    decoder.accepted = accepted_with_calls(Side.SERVER, accepted_with_streams(Side.SERVER, len(sent)))
+    decoder.feed(sent)
+    for frame in decoder.frames():
+        if frame[1] == FAILURE:
+            yield frame[2], decode_error(frame[7]).code
 
 
 def _outcome(frame: RawFrame, event: ClientEvent | None, max_depth: int) -> Outcome:

@@ -9,9 +9,12 @@ import {
   Code,
   ConfigError,
   ConnectionClosed,
+  type Credit,
   connect,
   Device,
   ProtocolError,
+  type ServerCall,
+  type Stream,
   TlsError,
   type TlsFailure,
   VERSION,
@@ -49,9 +52,49 @@ interface Call {
 /** The reason with which a call is aborted by `cancel`. */
 const CANCELLED = new Error("cancelled");
 
+/** Calls of the server to one client, held until a step answers them. */
+class HeldCalls {
+  readonly #answers: ((step: Step) => void)[] = []; // by the number of the call
+  readonly #seen: Json[] = [];
+  readonly #waiters: ((seen: Json) => void)[] = [];
+
+  hold(params: Record<string, unknown>, { method, user }: ServerCall): Promise<unknown> {
+    const call = this.#answers.length;
+    const answered = new Promise((resolve, reject) => {
+      this.#answers.push(({ value, code }) => {
+        if (typeof code === "number") {
+          reject(CallError.fromWire(code, "failed by the scenario", {}));
+        } else {
+          resolve(untyped(value ?? null));
+        }
+      });
+    });
+    const seen = { call, method, user, params: typed(params) };
+    const waiter = this.#waiters.shift();
+    if (waiter === undefined) {
+      this.#seen.push(seen);
+    } else {
+      waiter(seen);
+    }
+    return answered;
+  }
+
+  next(): Promise<Json> {
+    const seen = this.#seen.shift();
+    return seen === undefined ? new Promise((resolve) => this.#waiters.push(resolve)) : Promise.resolve(seen);
+  }
+
+  answer(step: Step): null {
+    this.#answers[step["call"] as number]?.(step);
+    return null;
+  }
+}
+
 export class Conform {
   readonly #clients = new Map<string, Client>();
   readonly #calls = new Map<string, Call>();
+  readonly #streams = new Map<string, Stream>();
+  readonly #held = new Map<string, HeldCalls>();
 
   /** Run a step and return its answer without the id. */
   async run(step: Step): Promise<Json> {
@@ -84,6 +127,27 @@ export class Conform {
       case "cancel":
         this.#callOf(step).controller.abort(CANCELLED);
         return Promise.resolve(null);
+      case "open":
+        return this.#open(step);
+      case "next":
+        return this.#next(step);
+      case "send":
+        return this.#streamOf(step)
+          .send(untyped(step["value"] ?? null))
+          .then(() => null);
+      case "finish":
+        return this.#streamOf(step)
+          .end()
+          .then(() => null);
+      case "leave":
+        this.#streamOf(step).close();
+        return Promise.resolve(null);
+      case "handle":
+        return this.#handle(step);
+      case "called":
+        return this.#heldOf(step).next();
+      case "answer":
+        return Promise.resolve(this.#heldOf(step).answer(step));
       case "event":
         return this.#event(step);
       case "session":
@@ -106,6 +170,14 @@ export class Conform {
     const found = this.#clients.get(client as string);
     if (found === undefined) {
       throw new Error(`unknown client ${JSON.stringify(client)}`);
+    }
+    return found;
+  }
+
+  #streamOf({ stream }: Step): Stream {
+    const found = this.#streams.get(stream as string);
+    if (found === undefined) {
+      throw new Error(`unknown stream ${JSON.stringify(stream)}`);
     }
     return found;
   }
@@ -134,6 +206,7 @@ export class Conform {
       client: text("client_name"),
       home: text("home"),
       timeoutMs: number("timeout_ms"),
+      maxCalls: number("max_calls"),
       connectTimeoutMs: number("connect_timeout_ms"),
     });
     this.#clients.set(text("client") ?? "", client);
@@ -152,6 +225,35 @@ export class Conform {
     result.catch(() => undefined); // `expect` reports it
     this.#calls.set(step["call"] as string, { result, controller });
     return Promise.resolve(null);
+  }
+
+  #open(step: Step): Promise<null> {
+    const params = untyped(step["params"] ?? null) as Params | null;
+    const stream = this.#clientOf(step).stream(step["method"] as string, params, {
+      window: step["credit"] as Credit | undefined,
+      timeoutMs: step["timeout_ms"] as number | undefined,
+    });
+    stream.result.catch(() => undefined); // opens it; `next` reports the error
+    this.#streams.set(step["stream"] as string, stream);
+    return Promise.resolve(null);
+  }
+
+  async #next(step: Step): Promise<Json> {
+    const stream = this.#streamOf(step);
+    const { value, done } = await stream.next();
+    return done === true ? { end: typed(await stream.result) } : { item: typed(value) };
+  }
+
+  async #handle(step: Step): Promise<null> {
+    const held = this.#heldOf(step);
+    await this.#clientOf(step).handle(step["method"] as string, (params, call) => held.hold(params, call));
+    return null;
+  }
+
+  #heldOf({ client }: Step): HeldCalls {
+    const held = this.#held.get(client as string) ?? new HeldCalls();
+    this.#held.set(client as string, held);
+    return held;
   }
 
   async #event(step: Step): Promise<Json> {

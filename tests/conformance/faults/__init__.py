@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.conformance.faults import calls, connections
+from tests.conformance.faults import calls, connections, server_calls, streams
 from tests.conformance.faults.mutation import Fault
 
 _TABLES: Final = (
@@ -22,6 +22,8 @@ _TABLES: Final = (
     calls.GOAWAY,
     calls.SESSIONS,
     calls.DEVICES,
+    streams.STREAMS,
+    server_calls.SERVER_CALLS,
 )
 
 FAULTS: Final[dict[str, Fault]] = {

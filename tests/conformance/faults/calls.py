@@ -23,10 +23,10 @@ _UNPACK: Final = "return _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)"
 _NESTED: Final = f"{_MESSAGE}:_check_nested"
 _KEY: Final = "if key.__class__ is not str:"
 _DEEP: Final = "_check_nested([value], max_depth)"
-_SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
+SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
 
 
-def _then(code: str, then: str) -> tuple[str, str, str]:
+def then(code: str, then: str) -> tuple[str, str, str]:
     """Change what the client does after an error with this code."""
     return _WHAT_NEXT, _BY_CODE, f"return Then.{then} if error.code is Code.{code} else {_BY_CODE[7:]}"
 
@@ -52,7 +52,7 @@ _NO_SEND_LIMIT: Final = fault(
     "does not limit the size of sent frames",
     (f"{_CONNECTION}._check_size", "if size > limit:", "if False:"),
 )
-_LIMIT_IS_RETRIED: Final = fault(
+LIMIT_IS_RETRIED: Final = fault(
     "retries after an error with a limit",
     (_WHAT_NEXT, 'if error.code is Code.RESOURCE_EXHAUSTED and "limit" in error.details:', "if False:"),
 )
@@ -149,11 +149,11 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "cancel": fault(
         "sends CANCEL without its request's token",
-        (f"{_CONNECTION}.cancel", _SEND_CANCEL, 'self._send(CANCEL, stream, NO_TOKEN, b"", wall)'),
+        (f"{_CONNECTION}.cancel", SEND_CANCEL, 'self._send(CANCEL, stream, NO_TOKEN, b"", wall)'),
     ),
     "cancelled-call-stays-in-flight": fault(
         "frees the stream of a cancelled request at once",
-        (f"{_CONNECTION}.cancel", _SEND_CANCEL, f"{_SEND_CANCEL}; self._in_flight.pop(stream)"),
+        (f"{_CONNECTION}.cancel", SEND_CANCEL, f"{SEND_CANCEL}; self._in_flight.pop(stream)"),
         (f"{_PUMP}.abandon", "self._flush_soon()", "self._flush_soon(); self._update_ready()"),
     ),
     "traceparent-is-sent": fault(
@@ -263,8 +263,8 @@ GOAWAY: Final[dict[str, Fault]] = {
             "True",
         ),
     ),
-    "unavailable": fault("gives up at UNAVAILABLE", _then("UNAVAILABLE", "RAISE")),
-    "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", _then("RESOURCE_EXHAUSTED", "RAISE")),
+    "unavailable": fault("gives up at UNAVAILABLE", then("UNAVAILABLE", "RAISE")),
+    "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", then("RESOURCE_EXHAUSTED", "RAISE")),
     "retry-after": fault(
         "ignores retry_after_ms",
         (_AFTER, "attempt.backoff.next(retry_after_ms(error.details))", "attempt.backoff.next()"),
@@ -273,7 +273,7 @@ GOAWAY: Final[dict[str, Fault]] = {
         "waits beyond the deadline of a call",
         (f"{_CLIENT}._wait", "if self._loop.time() + delay >= deadline:", "if False:"),
     ),
-    "limit-reached": _LIMIT_IS_RETRIED,
+    "limit-reached": LIMIT_IS_RETRIED,
     "other-errors-are-not-retried": fault(
         "retries all errors", (_WHAT_NEXT, "error.code, Then.RAISE", "error.code, Then.LATER")
     ),
@@ -324,9 +324,9 @@ SESSIONS: Final[dict[str, Fault]] = {
             "if then in (Then.LATER, Then.RAISE) and must:",
         ),
     ),
-    "too-many-sessions": _LIMIT_IS_RETRIED,
-    "unauthenticated": fault("retries after UNAUTHENTICATED", _then("UNAUTHENTICATED", "AT_ONCE")),
-    "expired-token": fault("gives up at TOKEN_EXPIRED", _then("TOKEN_EXPIRED", "RAISE")),
+    "too-many-sessions": LIMIT_IS_RETRIED,
+    "unauthenticated": fault("retries after UNAUTHENTICATED", then("UNAUTHENTICATED", "AT_ONCE")),
+    "expired-token": fault("gives up at TOKEN_EXPIRED", then("TOKEN_EXPIRED", "RAISE")),
     "refresh-rotation": fault(
         "always uses its first refresh token",
         (f"{_MANAGER}._next_request", '"refresh_token": session.refresh_token_bytes', _SAME_ONE),
@@ -367,7 +367,7 @@ SESSIONS: Final[dict[str, Fault]] = {
             "if False:",
         ),
     ),
-    "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", _then("TOKEN_REVOKED", "RENEW")),
+    "revoked-token": fault("treats TOKEN_REVOKED like TOKEN_EXPIRED", then("TOKEN_REVOKED", "RENEW")),
     "replaced-session": fault(
         "reconnects after its session was replaced",
         ("zcproto.client.client:Client.open", "is_wanted=lambda: not all(", "is_wanted=lambda: True or all("),

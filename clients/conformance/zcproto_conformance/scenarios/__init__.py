@@ -10,12 +10,14 @@ from zcproto_conformance.scenarios import (
     freshness,
     goaway,
     real_server,
+    server_calls,
     sessions,
+    streams,
     trust,
     welcome,
 )
 
-_SUBJECTS = (trust, welcome, framing, freshness, calls, goaway, sessions, devices)
+_SUBJECTS = (trust, welcome, framing, freshness, calls, goaway, sessions, devices, streams, server_calls)
 
 
 def scripted() -> list[Check]:

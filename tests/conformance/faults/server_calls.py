@@ -1,0 +1,141 @@
+"""A fault for each scenario about calls from the server."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.conformance.faults.mutation import Fault, fault
+
+_PROTOCOL: Final = "zcproto.client.protocol:ClientProtocol"
+_STEP: Final = "zcproto.client.registration:Registrar._step"
+_CONNECTION: Final = "zcproto.connection.client:ClientConnection"
+_RECEIVED: Final = f"{_CONNECTION}._received_call"
+_OUTPUT: Final = "zcproto.connection.client_output:ClientOutput"
+_CALLS: Final = "zcproto.connection.client_calls:ClientCalls"
+_RECEIVE: Final = f"{_CALLS}.receive"
+
+SERVER_CALLS: Final[dict[str, Fault]] = {
+    "handle": fault(
+        "registers the new method alone",
+        (
+            _STEP,
+            "names, token = self._handlers.names, sessions.token",
+            "names, token = self._handlers.names - self._sent, sessions.token",
+        ),
+    ),
+    "call": fault(
+        "answers without the token of the call",
+        (f"{_OUTPUT}._answer_call", "call.number, call.token", "call.number, NO_TOKEN"),
+    ),
+    "call-with-the-number-of-a-request": fault(
+        "has one space of numbers for both ends",
+        (
+            _RECEIVED,
+            "received = calls.receive(",
+            'if number in self._in_flight:\n            raise ProtocolError(Code.PROTOCOL_ERROR, "a fault")\n'
+            "        received = calls.receive(",
+        ),
+    ),
+    "call-of-an-error": fault(
+        "drops the code of an error",
+        (f"{_OUTPUT}.fail_call", "if code > Code.UNAUTHENTICATED:", "if code != Code.CANCELLED:"),
+    ),
+    "call-without-a-handler": fault(
+        "runs methods that it has not registered",
+        (_RECEIVE, "if method not in session.methods:", "if False:"),
+    ),
+    "call-with-an-unknown-token": fault(
+        "runs a call whatever its token",
+        (
+            _RECEIVE,
+            "session = self._by_token.get(token)",
+            "session = self._by_token.get(token) or next(iter(self._by_token.values()))",
+        ),
+    ),
+    "call-without-a-deadline": fault(
+        "does not require a deadline",
+        (
+            _RECEIVE,
+            "if meta.deadline_ms is None:\n            return _NO_DEADLINE\n        if meta.deadline_ms <= 0:",
+            "if meta.deadline_ms is not None and meta.deadline_ms <= 0:",
+        ),
+    ),
+    "call-undecodable": fault(
+        "ends the connection at a call that cannot be decoded",
+        (
+            _RECEIVE,
+            "return Refused(Code.INVALID_ARGUMENT, str(error))",
+            'raise ProtocolError(Code.PROTOCOL_ERROR, "a fault") from error',
+        ),
+    ),
+    "call-withdrawn": fault(
+        "answers a withdrawn call again",
+        (f"{_CALLS}.answer", "if call.state is ClientCallState.NONE:", "if False:"),
+        (f"{_CALLS}.answer", "del self._in_flight[call.number]", "self._in_flight.pop(call.number, None)"),
+    ),
+    "call-withdrawn-late": fault(
+        "drops a stale WITHDRAW",
+        (
+            f"{_CONNECTION}.receive_data",
+            "elif head in _ON_CALLS:",
+            "elif head in _ON_CALLS and not WITHDRAW:",
+        ),
+    ),
+    "call-answered-once": fault(
+        "answers a WITHDRAW after its answer",
+        (
+            _RECEIVED,
+            "self.dropped_unknown += 1\n",
+            'self.refuse_call(number, token, Refused(Code.CANCELLED, "a fault"), wall)\n',
+        ),
+    ),
+    "call-stale": fault("runs stale calls", (_RECEIVE, "if not is_fresh:", "if False:")),
+    "call-on-a-number-in-flight": fault(
+        "runs a call on a number in flight", (_RECEIVE, "if number in self._in_flight:", "if False:")
+    ),
+    "call-without-registration": fault(
+        "drops calls before session.handle",
+        (
+            _RECEIVED,
+            'raise ProtocolError(Code.PROTOCOL_ERROR, "CALL without session.handle")',
+            "return None",
+        ),
+    ),
+    "handle-without-calls": fault(
+        "registers methods whatever WELCOME announces",
+        (_STEP, 'if "calls" not in connection.conversation.welcome:', "if False:"),
+        (f"{_OUTPUT}.handle", 'if self.state is State.OPEN and "calls" not in self.welcome:', "if False:"),
+    ),
+    "call-result-of-max-frame": fault(
+        "does not limit the size of results",
+        (f"{_OUTPUT}.answer_call", "if MIN_LENGTH + len(body) > self.send_limit:", "if False:"),
+    ),
+    "calls-at-once": fault(
+        "runs any number of calls", (_RECEIVE, "if session.running >= session.max:", "if False:")
+    ),
+    "handle-after-reconnect": fault(
+        "registers its methods once",
+        (
+            "zcproto.client.registration:Registrar.connected",
+            "self._connection, self._sent = connection, frozenset()",
+            "self._connection = connection",
+        ),
+        (_STEP, "if not connection.conversation.handles(token):", "if False:"),
+    ),
+    "call-after-a-refresh": fault(
+        "forgets a registration with the refresh of its session",
+        (f"{_CALLS}.refreshed", "self._by_token[token] = session", "pass"),
+    ),
+    "calls-of-a-revoked-session": fault(
+        "runs the handlers of a session on that has ended",
+        (f"{_PROTOCOL}._handle", "self.cancel_calls(event.token)", "pass"),
+    ),
+    "call-during-goaway": fault(
+        "closes the connection after GOAWAY while calls run",
+        (
+            f"{_PROTOCOL}._close_if_drained",
+            "if not self.draining or self._pending or self.conversation.running_calls:",
+            "if not self.draining or self._pending:",
+        ),
+    ),
+}
