@@ -17,6 +17,7 @@ import {
 import { decodeBody, encodeBody } from "../src/wire/body.js";
 import { HEADER_SIZE, Kind, MIN_LENGTH } from "../src/wire/frame.js";
 import type { Credit } from "../src/wire/message.js";
+import { tokenNumber } from "./support/fake.js";
 import { endCode, NOW, Peer, TOKEN } from "./support/peer.js";
 
 const STREAMS = { streams: { max_open: 2, max_item: 1_000 } };
@@ -266,7 +267,9 @@ describe("items", () => {
   test("frames keep the token of OPEN after a refresh", () => {
     const { peer, stream, receive } = withReceive();
     receive(Kind.CREDIT, [9, 9_000]);
-    peer.client.tokenRenewed(TOKEN, "n".repeat(32));
+    const refresh = peer.client.request("session.refresh", null, TOKEN, undefined, NOW);
+    peer.receive(Kind.RESPONSE, refresh, { token: tokenNumber(10) });
+    peer.sent();
     receive(Kind.ITEM, 1);
     peer.client.streams.takeItem(stream, NOW);
     peer.client.streams.sendItem(stream, 1, NOW);

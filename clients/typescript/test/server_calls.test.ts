@@ -8,7 +8,7 @@ import { MAX_BLOCKED_REFUSALS } from "../src/connection/server_calls.js";
 import { type CallError, Cancelled, Code, NotFound, TokenExpired, Unimplemented } from "../src/errors.js";
 import { decodeBody } from "../src/wire/body.js";
 import { type Frame, Kind, MIN_LENGTH, NO_TOKEN } from "../src/wire/frame.js";
-import { tokenText } from "./support/fake.js";
+import { tokenNumber, tokenText } from "./support/fake.js";
 import { endCode, NOW, Peer, TOKEN } from "./support/peer.js";
 
 const CALLS = { calls: { max: 32 } };
@@ -34,6 +34,13 @@ function answers(peer: Peer): unknown[] {
 
 function receive(peer: Peer, kind: Kind, body: unknown, { token = TOKEN, time = NOW, stream = 1 } = {}): ClientEvent[] {
   return peer.receive(kind, stream, body, { token, time });
+}
+
+/** Replace the token of a session by that of a number. */
+function refresh(peer: Peer, token: string, number: number): void {
+  const stream = peer.client.request("session.refresh", null, token, undefined, NOW);
+  peer.receive(Kind.RESPONSE, stream, { token: tokenNumber(number) });
+  peer.sent();
 }
 
 describe("states", () => {
@@ -142,11 +149,11 @@ describe("registration", () => {
       return event === undefined ? answer?.[2] : event.type;
     };
     assert.equal(code(NEWER), Code.UNAUTHENTICATED);
-    peer.client.tokenRenewed(TOKEN, NEWER);
+    refresh(peer, TOKEN, 10);
     assert.deepEqual([code(NEWER), code(TOKEN), code(NO_TOKEN)], ["call", "call", Code.UNAUTHENTICATED]);
-    peer.client.tokenRenewed(NEWER, tokenText(11));
+    refresh(peer, NEWER, 11);
     assert.deepEqual([code(TOKEN), code(NEWER), code(tokenText(11))], [Code.UNAUTHENTICATED, "call", "call"]);
-    peer.client.tokenRenewed(tokenText(77), tokenText(78)); // not registered
+    refresh(peer, tokenText(77), 78); // not registered
     assert.equal(code(tokenText(78)), Code.UNAUTHENTICATED);
     peer.client.sessionEnded(tokenText(11));
     assert.deepEqual([code(NEWER), code(tokenText(11))], [Code.UNAUTHENTICATED, Code.UNAUTHENTICATED]);

@@ -128,6 +128,7 @@ describe("handlers", () => {
     });
     await call("approve");
     withdraw();
+    await settled();
     assert.ok(signal?.reason instanceof Cancelled);
     assert.deepEqual(await later(), [[1, "FAILURE", Code.CANCELLED]]);
     const finishFirst = finish;
@@ -275,6 +276,25 @@ describe("handlers", () => {
     await client.openSession();
     await settled();
     assert.deepEqual(registrations().at(-1), [["a"], tokenText(7)]);
+  });
+
+  test("call with the new token in the read of a refresh reaches its handler", async () => {
+    await client.close();
+    const refreshable = { refresh_token: tokenNumber(99), refresh_expires_at: server.clock.wall() + 86_400_000 };
+    server.script("session.open", opened(5, refreshable));
+    server.on("session.refresh", (request) => {
+      request.connection.together(() => {
+        request.connection.respond(request, opened(6));
+        const called = ["a", {}, { deadline_ms: 5_000 }];
+        request.connection.send(Kind.CALL, 1, called, { token: tokenText(6) });
+      });
+      return NO_RESPONSE;
+    });
+    client = await server.connect();
+    await client.handle("a", () => "called");
+    server.last.send(Kind.EVENT, 0, ["session.expiring", {}], { token: tokenText(5) });
+    await settled();
+    assert.deepEqual(await later(), [[1, "called"]]);
   });
 
   test("session of handlers is shown before its idle timeout, and renewed when it expires", async () => {

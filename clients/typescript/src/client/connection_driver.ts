@@ -451,11 +451,6 @@ export class ConnectionDriver {
     this.#connection.sessionEnded(token);
   }
 
-  /** Replace the token of a session that was refreshed. */
-  tokenRenewed(old: Token, token: Token): void {
-    this.#connection.tokenRenewed(old, token);
-  }
-
   /** Send queued data and close_notify. Pending calls get ConnectionClosed. */
   close(reason: string): void {
     this.#flush();

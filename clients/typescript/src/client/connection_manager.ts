@@ -131,11 +131,15 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   callReceived(connection: ConnectionDriver, event: CallReceived): void {
-    this.#options.onCall(connection, event);
+    setImmediate(() => {
+      if (connection.error === undefined) {
+        this.#options.onCall(connection, event);
+      }
+    });
   }
 
   callWithdrawn(connection: ConnectionDriver, number: number): void {
-    this.#options.onWithdraw(connection, number);
+    setImmediate(() => this.#options.onWithdraw(connection, number));
   }
 
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void {

@@ -381,7 +381,7 @@ export class SessionManager {
       }
       const [method, params] = this.#nextRequest(connection);
       const sentAt = clock.now();
-      const call = connection.request(method, params, NO_TOKEN, undefined, sentAt + REQUEST_TIMEOUT_MS);
+      const call = connection.request(method, params, this.token, undefined, sentAt + REQUEST_TIMEOUT_MS);
       let result: unknown;
       try {
         result = await this.#responseOf(call);
@@ -501,7 +501,6 @@ export class SessionManager {
     this.session = session;
     this.token = session.tokenBytes;
     if (method === "session.refresh") {
-      connection.tokenRenewed(token, this.token);
       this.#previousToken = token;
     } else {
       connection.sessionEnded(token);

@@ -251,7 +251,10 @@ export class ClientConnection {
       this.#requests.remove(stream);
       return { type: "error", stream, ...invalidResponse(error) };
     }
-    this.#requests.succeeded(stream, value);
+    const refreshed = this.#requests.succeeded(stream, value);
+    if (refreshed !== undefined) {
+      this.calls.tokenRenewed(...refreshed); // a CALL with the new token may be in the same read
+    }
     return { type: "response", stream, value };
   }
 
@@ -382,7 +385,7 @@ export class ClientConnection {
   /**
    * Queue a REQUEST and return its stream, which identifies the response.
    *
-   * Methods that open a session are sent without a token. Throws InvalidArgument for a request that cannot be sent (if it is
+   * Methods that open a session are sent without a token; that of `session.refresh` is the one that its response replaces. Throws InvalidArgument for a request that cannot be sent (if it is
    * too large, details have `size` and `limit`), ResourceExhausted if max_streams are in flight, Unavailable after GOAWAY,
    * ConnectionClosed after the end.
    */
@@ -447,12 +450,6 @@ export class ClientConnection {
   sessionEnded(token: Token): void {
     this.#requests.sessionEnded(token);
     this.calls.sessionEnded(token);
-  }
-
-  /** Replace the token of a session that was refreshed. */
-  tokenRenewed(old: Token, token: Token): void {
-    this.#requests.sessionEnded(old);
-    this.calls.tokenRenewed(old, token);
   }
 
   /** Queue a CANCEL, once for a stream of items. The request stays in flight until its response. */

@@ -15,6 +15,7 @@ export const MAX_FRAME_BEFORE_SESSION = 16_384;
 
 const OPENING_METHODS: ReadonlySet<string> = new Set(["session.open", "session.refresh"]);
 const OPENING: Token = ""; // marks a request that returns a token
+const REFRESH = "session.refresh";
 const INVALID_TOKEN_CODES: ReadonlySet<number> = new Set([
   Code.UNAUTHENTICATED,
   Code.TOKEN_EXPIRED,
@@ -31,6 +32,7 @@ export class Requests {
   readonly #send: Send;
   readonly #inFlight = new Map<number, Token>(); // number -> the token of its request
   readonly #tokens = new Set<Token>();
+  readonly #refreshing = new Map<number, Token>(); // number -> the token that the response replaces
 
   constructor(send: Send) {
     this.#send = send;
@@ -74,6 +76,9 @@ export class Requests {
     const number = this.#freeNumber();
     const isOpening = OPENING_METHODS.has(method);
     this.#inFlight.set(number, isOpening ? OPENING : token);
+    if (method === REFRESH) {
+      this.#refreshing.set(number, token);
+    }
     this.#send(kind, number, isOpening ? NO_TOKEN : token, body, wall);
     return number;
   }
@@ -95,26 +100,37 @@ export class Requests {
 
   /** Remove a request that was answered. Return false if it is not in flight. */
   remove(number: number): boolean {
+    this.#refreshing.delete(number);
     return this.#inFlight.delete(number);
   }
 
-  /** Remove a request and return the token that its RESPONSE shows to be accepted, if any. */
-  succeeded(number: number, value: unknown): void {
+  /**
+   * Remove a request after its RESPONSE, which shows that the server accepts its token. For `session.refresh`, return the old
+   * and the new token of the session.
+   */
+  succeeded(number: number, value: unknown): readonly [Token, Token] | undefined {
     const token = this.#inFlight.get(number);
-    this.#inFlight.delete(number);
+    const replaced = this.#refreshing.get(number);
+    this.remove(number);
     if (token === undefined || this.#tokens.has(token)) {
-      return;
+      return undefined;
     }
     const accepted = token === OPENING ? issuedToken(value) : token;
-    if (accepted !== NO_TOKEN) {
-      this.#tokens.add(accepted);
+    if (accepted === NO_TOKEN) {
+      return undefined;
     }
+    this.#tokens.add(accepted);
+    if (replaced === undefined) {
+      return undefined;
+    }
+    this.#tokens.delete(replaced);
+    return [replaced, accepted];
   }
 
   /** Remove a request that failed with an error of the server. */
   failed(number: number, code: number): void {
     const token = this.#inFlight.get(number);
-    this.#inFlight.delete(number);
+    this.remove(number);
     if (token !== undefined && INVALID_TOKEN_CODES.has(code)) {
       this.#tokens.delete(token);
     }
