@@ -29,6 +29,7 @@ SCENARIOS: Final = {
     "rotation": "Replace certificates once a second under load: no request fails.",
     "soak": "Churn and faults for a long time: no wrong answer, no growth.",
     "storms": "10,000 reconnects at once, and hostile clients among honest ones.",
+    "streams": "10,000 connections, each with an open stream: every item in order and in time.",
 }
 MICRO: Final = {
     "certificate_loading": "Load a server's certificates from the disk.",

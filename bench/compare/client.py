@@ -23,6 +23,8 @@ HEADER: Final = struct.Struct("!IBBHIQ8sQ32s")
 WELCOME: Final = 1
 REQUEST: Final = 2
 RESPONSE: Final = 3
+OPEN: Final = 0x10
+ITEM: Final = 0x11
 NO_TOKEN: Final = bytes(32)
 
 
@@ -50,13 +52,13 @@ class Connection:
             raise ZcprotoError(f"no session for {user}: {msgpack.unpackb(body)}")
         self.token = msgpack.unpackb(body)["token"]
 
-    def frame(self, method: str, params: dict[str, Any], *meta: dict[str, Any]) -> bytes:
+    def frame(self, method: str, params: dict[str, Any], *meta: dict[str, Any], kind: int = REQUEST) -> bytes:
         body = msgpack.packb([method, params, *meta])
         self.counter += 1
         self.stream += 1
         now = time.time_ns() // 1_000_000
         header = HEADER.pack(
-            64 + len(body), 1, REQUEST, 0, self.stream, now, self.salt, self.counter, self.token
+            64 + len(body), 1, kind, 0, self.stream, now, self.salt, self.counter, self.token
         )
         return bytes(header + body)
 
@@ -84,6 +86,28 @@ class Connection:
             kind, _, _, body = self.receive()
             if kind != RESPONSE or body != params:
                 raise ZcprotoError(f"wrong answer: kind {kind}, {body[:80]!r}")
+
+    def open_items(self, method: str, params: dict[str, Any], count: int) -> None:
+        """Open a stream of so many items with credit for all; `check_items` reads them."""
+        credit = {"credit": [count, 1 << 40]}
+        self.send([self.frame(method, {**params, "n": count}, credit, kind=OPEN)])
+
+    def check_items(self, item: bytes, count: int) -> None:
+        """Read the items and the answer. All at once, because a reader that is slow would slow down the server."""
+        data, size = bytearray(self._rest), HEADER.size + len(item)
+        while len(data) < count * size:
+            data += self.tls.recv(65_536) or self._fail()
+        for at in range(0, count * size, size):
+            kind = data[at + 5]
+            if kind != ITEM or data[at + HEADER.size : at + size] != item:
+                raise ZcprotoError(f"wrong item: kind {kind}, {bytes(data[at : at + size])[:80]!r}")
+        self._rest = bytes(data[count * size :])
+        kind, _, _, body = self.receive()
+        if kind != RESPONSE:
+            raise ZcprotoError(f"the stream did not end: kind {kind}, {body[:80]!r}")
+
+    def _fail(self) -> bytes:
+        raise ConnectionClosed("the server closed the connection")
 
     def close(self) -> None:
         self.tls.close()

@@ -8,6 +8,9 @@ Both have their turns in slices of some tens of milliseconds. A ratio is that of
 it; the table has the median of all pairs, and the quartiles: what disturbs the machine for a moment is in few
 pairs, and what disturbs it for longer is in both sides of each.
 
+An item of a stream, of the same params, stands beside a request of the same server: one stream whose client has
+room for all items.
+
 With `--floor` a server in C (floor.c), which checks nothing at all, stands beside it, too: that is TLS and
 system calls. It needs a C compiler and OpenSSL's headers.
 """
@@ -113,6 +116,14 @@ class Side:
                 connection.check_echoes(ANSWER, depth)
         return (cpu_seconds(self._server.pid) - before) * 1e6 / (turns * len(connections) * depth)
 
+    def item_cost(self) -> float:
+        """Take a slice of items from one stream; return the server's CPU time for each, in microseconds."""
+        connection = self._connections[0]
+        before = cpu_seconds(self._server.pid)
+        connection.open_items("echo_items", PARAMS, SLICE)
+        connection.check_items(ANSWER, SLICE)
+        return (cpu_seconds(self._server.pid) - before) * 1e6 / SLICE
+
     def connection_cost(self) -> float:
         """Make a slice of connections; return the server's CPU time for 10,000 of them, in seconds."""
         before = cpu_seconds(self._server.pid)
@@ -156,6 +167,13 @@ def compare(folder: Path, rounds: int, requests: int, connects: int, with_floor:
                 "us",
                 partial(zcproto.request_cost, "echo_async", 1),
                 sync,
+            ),
+            Case(
+                "CPU per item of a stream / request, depth 16",
+                0.5,
+                "us",
+                zcproto.item_cost,
+                partial(zcproto.request_cost, "echo", 16),
             ),
         ]
         if with_floor:

@@ -90,13 +90,15 @@ def load_new_server(
     seconds: float,
     arrival_rate: float,
     certificates: Path | None = None,
+    stream: str = "",
 ) -> Watched:
     """Load a new server in this home folder with so many connections, each with its session.
 
-    Raises ConfigError if the system does not allow so many.
+    With the name of a `stream` the load are its items. Raises ConfigError if the system does not allow so many.
     """
     check_open_files(connections)
     stage = Stage(folder, room_for(connections), certificates=certificates)
     users = stage.add_users_for("load", connections)
     with stage.serve(cpu=None) as server:
-        return watched_run(server.load(users, connections, rate, seconds, arrival_rate=arrival_rate))
+        plan = server.load(users, connections, rate, seconds, arrival_rate=arrival_rate, stream=stream)
+        return watched_run(plan)
