@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.capabilities import obeying_file_modes
 from tests.server.conftest import Serve, certs, serve
 from tests.server.helpers import TIMEOUT, ServerThread, eventually
 from tests.server.process import ServerProcess
@@ -477,20 +478,18 @@ def test_files_are_not_changed_while_the_server_cannot_be_asked(
     assert not (home / "users.toml").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do it")
 def test_socket_of_another_user_is_reported(home: Path, capsys: Capture) -> None:
     home.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as other, address_of(home / "control.sock") as address:
         other.bind(address)
         other.listen()
         (home / "control.sock").chmod(0)
-        assert main(["status"]) == 1
-    assert "you are not allowed; it belongs to the user with the uid" in capsys.readouterr().err
+        with obeying_file_modes():
+            assert main(["status"]) == 1
+    assert f"you are not allowed; it belongs to uid {os.geteuid()}" in capsys.readouterr().err
 
 
 def test_permission_error_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """As above, also if the tests run as root."""
-
     def refuse(connected: socket.socket, home: Home) -> None:
         raise PermissionError(13, "Permission denied")
 

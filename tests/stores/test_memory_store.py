@@ -15,6 +15,7 @@ from tests.stores.contract import (
     KEEP_ENDED,
     LEASE,
     WALL,
+    RepeatedRefreshContract,
     StoreContract,
     StoreTime,
     digest,
@@ -35,9 +36,6 @@ def registry(max_sessions: int = 10_000) -> SessionRegistry:
 
 
 class MemoryHarness:
-    durable = False
-    bounded = True
-
     def __init__(self) -> None:
         self.time = StoreTime()
 
@@ -55,8 +53,8 @@ def harness() -> MemoryHarness:
     return MemoryHarness()
 
 
-class TestMemoryStore(StoreContract):
-    """Every test of the contract."""
+class TestMemoryStore(StoreContract, RepeatedRefreshContract):
+    """It stands for a shared store in other tests, and its sessions end with it."""
 
 
 def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:

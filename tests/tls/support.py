@@ -262,3 +262,21 @@ class Forger:
         self._secret = self._expand(b"traffic upd", 48)
         self._derive()
         return data
+
+
+def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
+    """Assert that the connection ended with this failure, counted once, and nothing reached the protocol."""
+    assert pair.phase is TlsPhase.CLOSING
+    assert pair.failures == {failure: 1}
+    assert pair.log == [(failure, PEER)]
+    assert pair.raw.eof_written
+    assert pair.acceptor.handshakes_in_progress == 0
+    assert pair.acceptor.handshakes_completed == 0
+    assert pair.protocol.calls == []
+    pair.raw.deliver_eof()
+    pair.timers.run()
+    assert pair.log == [(failure, PEER), "closed"]
+    assert pair.failures == {failure: 1}
+    assert pair.protocol.calls == []
+    assert pair.phase is TlsPhase.CLOSED
+    assert len(pair.acceptor.wheel) == 0

@@ -17,6 +17,7 @@ NOTES = {
     "order": "Two faults in one frame; catches checks in another order than the specification's.",
     "totals": "Credit is a total since OPEN; catches peers that add it up.",
 }
+BOUNDARY, TOTALS = ["boundary"], ["totals"]
 MAX_ITEM = 1_024
 MOST = 2**53 - 1
 STALE = NOW - TOLERANCE_MS - 1
@@ -79,6 +80,14 @@ def _client(name: str, summary: str, sent: Frame | bytes, *expect: Json, **conte
     return streaming(name, summary, "client", sent, *expect, **context)
 
 
+def _running(
+    name: str, summary: str, sent: Frame | bytes, *expect: Json, state: Json | None = None, **more: Any
+) -> Json:
+    """Return a vector of a peer with one stream in flight, in the usual state except for `state`."""
+    receiver = more.pop("to", "server")
+    return streaming(name, summary, receiver, sent, *expect, open=[stream(**state or {})], **more)
+
+
 def _join(*frames: Frame) -> bytes:
     return b"".join(frame.but(counter=number).encode() for number, frame in enumerate(frames, 1))
 
@@ -106,13 +115,12 @@ def _open() -> list[Json]:
             refused("UNAUTHENTICATED", "token", 1),
         ),
         _server("open-on-a-request", "The number of a REQUEST in flight.", OPEN, FATAL, in_flight=[1]),
-        _server("open-on-a-stream", "The number of an OPEN in flight.", OPEN, FATAL, open=[stream()]),
-        _server(
+        _running("open-on-a-stream", "The number of an OPEN in flight.", OPEN, FATAL),
+        _running(
             "request-on-a-stream",
             "REQUEST with the number of an OPEN in flight.",
             OPEN.but(kind=KINDS["REQUEST"]),
             FATAL,
-            open=[stream()],
         ),
         _server("open-deadline-0", "Its deadline has passed.", _with_meta({"deadline_ms": 0}), dead),
         _server(
@@ -134,7 +142,7 @@ def _open() -> list[Json]:
             refused("RESOURCE_EXHAUSTED", "limit", 3, details={"limit": 2}),
             open=[stream(1), stream(2)],
             announced={"streams": {"max_open": 2, "max_item": MAX_ITEM}, "calls": None},
-            flags=["boundary"],
+            flags=BOUNDARY,
         ),
     ]
 
@@ -168,7 +176,7 @@ def _credit() -> list[Json]:
 
     def good(name: str, summary: str, body: list[int], **more: Any) -> Json:
         frame = given(body)
-        return _server(name, summary, frame, accepted(frame, {"credit": body}), open=[stream()], **more)
+        return _running(name, summary, frame, accepted(frame, {"credit": body}), **more)
 
     bad = (
         ("undecodable", b"\xc1", "Not msgpack."),
@@ -182,26 +190,16 @@ def _credit() -> list[Json]:
         ("2-53", [MOST + 1, 1000], "Beyond 2^53 - 1."),
     )
     return [
-        good("credit-more", "Both numbers are higher.", [8, 2000], flags=["totals"]),
-        good("credit-equal", "Equal totals have no effect.", [4, 1000], flags=["totals"]),
-        good("credit-largest", "2^53 - 1.", [MOST, MOST], flags=["boundary"]),
-        _server(
-            "credit-fewer-items",
-            "Lower in items, higher in bytes.",
-            given([3, 5000]),
-            OVERRUN,
-            open=[stream()],
-            flags=["totals"],
+        good("credit-more", "Both numbers are higher.", [8, 2000], flags=TOTALS),
+        good("credit-equal", "Equal totals have no effect.", [4, 1000], flags=TOTALS),
+        good("credit-largest", "2^53 - 1.", [MOST, MOST], flags=BOUNDARY),
+        _running(
+            "credit-fewer-items", "Lower in items, higher in bytes.", given([3, 5000]), OVERRUN, flags=TOTALS
         ),
-        _server(
-            "credit-fewer-bytes",
-            "Higher in items, lower in bytes.",
-            given([9, 999]),
-            OVERRUN,
-            open=[stream()],
-            flags=["totals"],
+        _running(
+            "credit-fewer-bytes", "Higher in items, lower in bytes.", given([9, 999]), OVERRUN, flags=TOTALS
         ),
-        *(_server(f"credit-{name}", what, given(body), BODY, open=[stream()]) for name, body, what in bad),
+        *(_running(f"credit-{name}", what, given(body), BODY) for name, body, what in bad),
         _server("credit-to-nothing", "Ignored.", CREDIT, NOT_IN_FLIGHT),
     ]
 
@@ -214,85 +212,82 @@ def _items() -> list[Json]:
     wide = {"granted": [4, 10 * MAX_ITEM]}
     too_long = refused("FRAME_TOO_LARGE", "header")
     return [
-        _server("item", "Within the credit.", ITEM, _taken(ITEM), open=[stream()]),
-        _server(
+        _running("item", "Within the credit.", ITEM, _taken(ITEM)),
+        _running(
             "item-before-any-credit",
             "The server has granted nothing yet.",
             ITEM,
             OVERRUN,
-            open=[stream(granted=[0, 0])],
+            state={"granted": [0, 0]},
         ),
-        _server(
+        _running(
             "item-last-allowed",
             "The fourth of four.",
             ITEM,
             _taken(ITEM),
-            open=[stream(received=[3, 300])],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state={"received": [3, 300]},
         ),
-        _server(
+        _running(
             "item-one-too-many",
             "The fifth of four.",
             ITEM,
             OVERRUN,
-            open=[stream(received=[4, 300])],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state={"received": [4, 300]},
         ),
-        _server(
+        _running(
             "item-overdraws-the-bytes",
             "One byte is left: an item of any length.",
             large,
             _taken(large, "x" * 200),
-            open=[stream(received=[1, 999])],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state={"received": [1, 999]},
         ),
-        _server(
+        _running(
             "item-after-an-overdraft",
             "No byte is left.",
             ITEM,
             OVERRUN,
-            open=[stream(received=[1, 1000])],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state={"received": [1, 1000]},
         ),
-        _server(
+        _running(
             "item-credit-10-1",
             "Credit [10, 1]: one item, and no second.",
             _join(ITEM, ITEM),
             _taken(ITEM),
             OVERRUN,
-            open=[stream(granted=[10, 1])],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state={"granted": [10, 1]},
         ),
-        _server(
+        _running(
             "item-of-max-item",
             "The largest length.",
             longest,
             _taken(longest, "x" * (MAX_ITEM - 64 - 3)),
-            open=[stream(**wide)],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state=wide,
         ),
-        _server(
+        _running(
             "item-longer-than-max-item",
             "Refused from its header alone.",
             longer,
             too_long,
-            open=[stream(**wide)],
-            flags=["boundary"],
+            flags=BOUNDARY,
+            state=wide,
         ),
-        _client(
+        _running(
             "client-item-longer-than-max-item",
             "A client refuses it too.",
             longer,
             too_long,
-            open=[stream(**wide)],
-            flags=["boundary"],
+            to="client",
+            flags=BOUNDARY,
+            state=wide,
         ),
-        _server(
-            "item-header-without-its-body",
-            "The beginning of an item.",
-            ITEM.encode()[:70],
-            incomplete(70),
-            open=[stream()],
+        _running(
+            "item-header-without-its-body", "The beginning of an item.", ITEM.encode()[:70], incomplete(70)
         ),
     ]
 
@@ -318,7 +313,7 @@ def _ends() -> list[Json]:
     ended = [stream(ended=True)]
     takes_none = [stream(takes_items=False, granted=[0, 0])]
     return [
-        _server("end", "No more items.", END, accepted(END), open=[stream()]),
+        _running("end", "No more items.", END, accepted(END)),
         _server(
             "end-at-once",
             "Allowed before any CREDIT.",
@@ -331,7 +326,7 @@ def _ends() -> list[Json]:
         _server("end-to-a-method-without-items", "Ignored.", END, dropped("takes no items"), open=takes_none),
         _server("item-to-a-method-without-items", "It has granted nothing.", ITEM, OVERRUN, open=takes_none),
         _server("end-to-nothing", "Ignored.", END, NOT_IN_FLIGHT),
-        _server("end-with-a-body", "END has no body.", END.but(body=b"\xc0"), BODY, open=[stream()]),
+        _running("end-with-a-body", "END has no body.", END.but(body=b"\xc0"), BODY),
     ]
 
 
@@ -375,35 +370,23 @@ def _tokens() -> list[Json]:
     both = {"tokens": [TOKEN.hex(), OTHER_TOKEN.hex()]}
     ignored = dropped("other token")
     return [
-        _server(
-            "item-with-another-token", "Cuts it.", ITEM.but(token=OTHER_TOKEN), wrong, open=[stream()], **both
-        ),
-        _server(
-            "end-with-another-token", "Cuts it.", END.but(token=OTHER_TOKEN), wrong, open=[stream()], **both
-        ),
-        _server(
-            "credit-with-another-token",
-            "Ignored.",
-            CREDIT.but(token=OTHER_TOKEN),
-            ignored,
-            open=[stream()],
-            **both,
-        ),
-        _server(
+        _running("item-with-another-token", "Cuts it.", ITEM.but(token=OTHER_TOKEN), wrong, **both),
+        _running("end-with-another-token", "Cuts it.", END.but(token=OTHER_TOKEN), wrong, **both),
+        _running("credit-with-another-token", "Ignored.", CREDIT.but(token=OTHER_TOKEN), ignored, **both),
+        _running(
             "order-token-before-credit",
             "Another token, and no credit.",
             ITEM.but(token=OTHER_TOKEN),
             wrong,
-            open=[stream(granted=[0, 0])],
             flags=["order"],
             **both,
+            state={"granted": [0, 0]},
         ),
-        _server(
+        _running(
             "item-with-a-token-that-is-dead",
             "The token of the OPEN, though the session has a newer one.",
             ITEM,
             _taken(ITEM),
-            open=[stream()],
             tokens=[OTHER_TOKEN.hex()],
         ),
     ]
@@ -414,26 +397,21 @@ def _freshness() -> list[Json]:
     replayed = refused("REPLAYED", "freshness")
     stale = {"timestamp": STALE}
     return [
-        _server("item-stale", "Cuts the stream.", ITEM.but(**stale), cut, open=[stream()]),
-        _server("end-stale", "Cuts the stream.", END.but(**stale), cut, open=[stream()]),
-        _server("credit-stale", "Cuts the stream.", CREDIT.but(**stale), cut, open=[stream()]),
-        _server(
+        _running("item-stale", "Cuts the stream.", ITEM.but(**stale), cut),
+        _running("end-stale", "Cuts the stream.", END.but(**stale), cut),
+        _running("credit-stale", "Cuts the stream.", CREDIT.but(**stale), cut),
+        _running(
             "item-stale-uses-its-counter",
             "The counter is used, and the rest of the stream is late.",
             ITEM.but(**stale).encode() + ITEM.encode(),
             cut,
             replayed,
-            open=[stream()],
         ),
         _server(
             "item-stale-to-nothing", "Dropped.", ITEM.but(**stale), dropped("stale timestamp"), allowance=1
         ),
-        _server(
-            "item-counter-equal", "A replay.", ITEM.but(counter=7), replayed, open=[stream()], last_counter=7
-        ),
-        _server(
-            "item-of-another-connection", "A replay.", ITEM.but(salt=bytes(8)), replayed, open=[stream()]
-        ),
+        _running("item-counter-equal", "A replay.", ITEM.but(counter=7), replayed, last_counter=7),
+        _running("item-of-another-connection", "A replay.", ITEM.but(salt=bytes(8)), replayed),
     ]
 
 
@@ -449,7 +427,7 @@ def _headers() -> list[Json]:
             frame = Frame(kind, stream=1, token=TOKEN)
             made.append(streaming(name, "Reserved.", receiver, frame, HEADER, open=[stream()]))
     for frame, name in ((OPEN, "open"), (END, "end")):
-        made.append(_client(f"{name}-from-the-server", "The wrong side.", frame, HEADER, open=[stream()]))
+        made.append(_running(f"{name}-from-the-server", "The wrong side.", frame, HEADER, to="client"))
     return made
 
 
@@ -483,61 +461,59 @@ def _at_the_client() -> list[Json]:
     late = RESPONSE.but(timestamp=STALE)
     more = ITEM.but(body=pack("two"))
     return [
-        _client("client-item", "Within the credit.", ITEM, _taken(ITEM), open=[stream()]),
-        _client(
+        _running("client-item", "Within the credit.", ITEM, _taken(ITEM), to="client"),
+        _running(
             "client-items-and-response",
             "Two items and the end.",
             _join(ITEM, more, RESPONSE),
             _taken(ITEM),
             _taken(more.but(counter=2), "two"),
             _taken(RESPONSE.but(counter=3), None),
-            open=[stream()],
+            to="client",
         ),
-        _client(
+        _running(
             "client-item-credit-10-1",
             "Credit [10, 1]: one item, and no second.",
             _join(ITEM, ITEM),
             _taken(ITEM),
             OVERRUN,
-            open=[stream(granted=[10, 1])],
-            flags=["boundary"],
+            to="client",
+            flags=BOUNDARY,
+            state={"granted": [10, 1]},
         ),
-        _client(
+        _running(
             "client-item-one-too-many",
             "The fifth of four.",
             ITEM,
             OVERRUN,
-            open=[stream(received=[4, 300])],
-            flags=["boundary"],
+            to="client",
+            flags=BOUNDARY,
+            state={"received": [4, 300]},
         ),
-        _client(
+        _running(
             "client-item-undecodable",
             "The call fails, and the client sends CANCEL.",
             ITEM.but(body=EXT),
             refused("INTERNAL", "body", 1),
-            open=[stream()],
+            to="client",
         ),
         _client("client-item-to-nothing", "Dropped and counted.", ITEM, NOT_IN_FLIGHT),
         _client("client-credit-to-nothing", "Dropped and counted.", CREDIT, NOT_IN_FLIGHT),
-        _client(
+        _running(
             "client-credit-fewer-items",
             "Lower in items, higher in bytes.",
             CREDIT.but(body=pack([3, 5000])),
             OVERRUN,
-            open=[stream()],
-            flags=["totals"],
+            to="client",
+            flags=TOTALS,
         ),
-        _client(
-            "client-item-stale", "The client sends CANCEL.", ITEM.but(timestamp=STALE), lost, open=[stream()]
+        _running(
+            "client-item-stale", "The client sends CANCEL.", ITEM.but(timestamp=STALE), lost, to="client"
         ),
-        _client(
-            "client-credit-stale",
-            "The client sends CANCEL.",
-            CREDIT.but(timestamp=STALE),
-            lost,
-            open=[stream()],
+        _running(
+            "client-credit-stale", "The client sends CANCEL.", CREDIT.but(timestamp=STALE), lost, to="client"
         ),
-        _client("client-stream-stale-response", "As for a request.", late, lost, open=[stream()]),
+        _running("client-stream-stale-response", "As for a request.", late, lost, to="client"),
     ]
 
 

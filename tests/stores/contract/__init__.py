@@ -2,7 +2,7 @@
 
 The test module of a store defines a fixture `harness` and a class:
 
-    class TestSqliteStore(StoreContract):
+    class TestSqliteStore(StoreContract, DurabilityContract):
         pass
 """
 
@@ -44,7 +44,7 @@ from tests.stores.contract.helpers import (
 )
 from tests.stores.contract.last_use import LastUseContract
 from tests.stores.contract.limit import LimitContract
-from tests.stores.contract.refresh import RefreshContract
+from tests.stores.contract.refresh import RefreshContract, RepeatedRefreshContract
 from tests.stores.contract.revocation import RevocationContract
 from tests.stores.contract.sessions import SessionContract
 from zcproto.stores.base import SessionStore
@@ -66,7 +66,9 @@ __all__ = [
     "SECOND",
     "STRINGS",
     "WALL",
+    "DurabilityContract",
     "Harness",
+    "RepeatedRefreshContract",
     "StoreContract",
     "StoreTime",
     "digest",
@@ -89,9 +91,8 @@ class StoreContract(
     ExpiryContract,
     AnswerContract,
     AnswerLimitContract,
-    DurabilityContract,
 ):
-    """Every test of the contract."""
+    """What all stores do."""
 
     @pytest.fixture
     async def store(self, harness: Harness) -> SessionStore:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.stores.contract.helpers import (
     KEEP,
     LEASE,
@@ -25,26 +23,21 @@ from zcproto.stores.base import Claim, ClaimState, SessionStore
 
 
 class DurabilityContract:
-    @pytest.fixture
-    def lasting(self, harness: Harness, store: SessionStore) -> SessionStore:
-        """Return a store whose sessions survive closing."""
-        if not harness.durable:
-            pytest.skip("its sessions end with it")
-        return store
+    """For stores that outlive their process."""
 
     async def test_sessions_and_tombstones_survive_reopening(
-        self, lasting: SessionStore, harness: Harness
+        self, store: SessionStore, harness: Harness
     ) -> None:
         records = [
             session(number, STRINGS[kind], client=STRINGS[kind], key=STRINGS[kind], flags=number % 4)
             for number, kind in enumerate(STRINGS)
         ]
-        await opened(lasting, *records)
+        await opened(store, *records)
         wanted = rotation(records[1])
-        await lasting.rotate(wanted)
-        await lasting.end([records[2].id], Code.SESSION_REPLACED, WALL + 1)
-        await lasting.end_user(records[3].user, Code.TOKEN_REVOKED, WALL + 2)
-        again = await harness.reopen(lasting)
+        await store.rotate(wanted)
+        await store.end([records[2].id], Code.SESSION_REPLACED, WALL + 1)
+        await store.end_user(records[3].user, Code.TOKEN_REVOKED, WALL + 2)
+        again = await harness.reopen(store)
         kept = [records[0], rotated(records[1], wanted), *records[4:]]
         assert await again.list() == kept
         assert await again.count() == len(kept)
@@ -54,53 +47,42 @@ class DurabilityContract:
         assert await again.get(records[2].id) == ended(records[2], Code.SESSION_REPLACED, WALL + 1)
         assert await again.find(records[3].token_digest) == ended(records[3], wall=WALL + 2)
 
-    async def test_last_use_survives_reopening(self, lasting: SessionStore, harness: Harness) -> None:
+    async def test_last_use_survives_reopening(self, store: SessionStore, harness: Harness) -> None:
         record = session()
-        await opened(lasting, record)
-        await lasting.touch([(record.id, WALL + 9)])
-        again = await harness.reopen(lasting)
+        await opened(store, record)
+        await store.touch([(record.id, WALL + 9)])
+        again = await harness.reopen(store)
         assert await again.get(record.id) == record._replace(last_used_at=WALL + 9)
 
-    async def test_end_all_survives_reopening(self, lasting: SessionStore, harness: Harness) -> None:
+    async def test_end_all_survives_reopening(self, store: SessionStore, harness: Harness) -> None:
         records = [session(number, f"user-{number}") for number in range(40)]
-        await opened(lasting, *records)
-        await lasting.end_all(Code.TOKEN_REVOKED, WALL)
-        again = await harness.reopen(lasting)
+        await opened(store, *records)
+        await store.end_all(Code.TOKEN_REVOKED, WALL)
+        again = await harness.reopen(store)
         assert await again.count() == 0
         for record in records:
             assert await again.get(record.id) == ended(record)
 
-    async def test_claims_and_answers_survive_reopening(
-        self, lasting: SessionStore, harness: Harness
-    ) -> None:
+    async def test_claims_and_answers_survive_reopening(self, store: SessionStore, harness: Harness) -> None:
         for key in ("running", "done", "released"):
-            await lasting.claim("alice", key, digest("body"), LEASE)
-        await lasting.keep_answer("alice", "done", b"answer", KEEP)
-        await lasting.release_claim("alice", "released")
-        again = await harness.reopen(lasting)
+            await store.claim("alice", key, digest("body"), LEASE)
+        await store.keep_answer("alice", "done", b"answer", KEEP)
+        await store.release_claim("alice", "released")
+        again = await harness.reopen(store)
         claims = [
             await again.claim("alice", key, digest("body"), LEASE) for key in ("running", "done", "released")
         ]
         assert claims == [Claim(ClaimState.RUNNING), Claim(ClaimState.DONE, b"answer"), Claim(ClaimState.NEW)]
 
     async def test_load_yields_all_records_of_a_store_that_is_not_shared(
-        self, lasting: SessionStore, harness: Harness
+        self, store: SessionStore, harness: Harness
     ) -> None:
-        if lasting.shared:
-            assert await loaded(lasting) == []
+        if store.shared:
+            assert await loaded(store) == []
             return
         records = [session(number, f"user-{number % 9}") for number in range(600)]
-        await opened(lasting, *records)
-        await lasting.end([record.id for record in records[:300]], Code.TOKEN_REVOKED, WALL)
-        again = await harness.reopen(lasting)
+        await opened(store, *records)
+        await store.end([record.id for record in records[:300]], Code.TOKEN_REVOKED, WALL)
+        again = await harness.reopen(store)
         found = await loaded(again)
         assert found == [*records[300:], *(ended(record) for record in records[:300])]
-
-    async def test_ping_succeeds_on_a_working_store(self, store: SessionStore) -> None:
-        await store.ping()
-        await store.ping()
-        assert await store.count() == 0
-
-    async def test_close_is_idempotent(self, store: SessionStore) -> None:
-        await store.close()
-        await store.close()

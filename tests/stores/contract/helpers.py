@@ -64,10 +64,6 @@ class StoreTime:
 class Harness(Protocol):
     """Makes stores of one kind. All stores of one harness have the same data."""
 
-    durable: bool
-    """Whether sessions survive `reopen`."""
-    bounded: bool
-    """Whether the store enforces the limits of `answers`."""
     time: StoreTime
 
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
@@ -75,7 +71,7 @@ class Harness(Protocol):
         ...
 
     async def reopen(self, store: SessionStore) -> SessionStore:
-        """Close a store, and return another open one with the same data."""
+        """Close a store that outlives its process, and return another open one with the same data."""
         ...
 
 

@@ -120,3 +120,12 @@ class SessionContract:
         await store.rotate(wanted)
         assert await store.create(record, FIVE) == Created()
         assert await store.get(record.id) == rotated(record, wanted)
+
+    async def test_ping_succeeds_on_a_working_store(self, store: SessionStore) -> None:
+        await store.ping()
+        await store.ping()
+        assert await store.count() == 0
+
+    async def test_close_is_idempotent(self, store: SessionStore) -> None:
+        await store.close()
+        await store.close()

@@ -19,9 +19,6 @@ LONG = 20.0
 
 
 class SqliteHarness:
-    durable = True
-    bounded = True
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.time = StoreTime()

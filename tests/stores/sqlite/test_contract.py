@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.stores.contract import StoreContract
+from tests.stores.contract import DurabilityContract, StoreContract
 
 
-class TestSqliteStore(StoreContract):
-    """Every test of the contract."""
+class TestSqliteStore(StoreContract, DurabilityContract):
+    """It is not shared."""

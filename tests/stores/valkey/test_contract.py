@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.stores.contract import StoreContract, StoreTime
+from tests.stores.contract import DurabilityContract, RepeatedRefreshContract, StoreContract, StoreTime
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, needs, running, wait_for
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import Change, SessionStore
@@ -17,16 +17,15 @@ CLUSTER = "--cluster-enabled"
 
 
 class ValkeyHarness:
-    durable = True
-
-    def __init__(self, url: str, *, bounded: bool) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self.bounded = bounded
         self.time = StoreTime()
         self.stores: list[ValkeyStore] = []
 
     async def make_store(self, answers: AnswerLimits = DEFAULT_LIMITS) -> SessionStore:
         store = ValkeyStore(self.url, answers=answers, time=self.time, timeout=10.0)
+        if answers is not DEFAULT_LIMITS:
+            store._shards = 1  # in a cluster each shard has a part of the limits
         self.stores.append(store)
         await store.open(self._hear)
         return store
@@ -72,11 +71,11 @@ async def harness(server: ServerProcess) -> AsyncIterator[ValkeyHarness]:
     assert server.command("FLUSHALL") == b"OK"
     clustered = CLUSTER in server.options
     url = f"redis+cluster://{server.address}" if clustered else server.url
-    harness = ValkeyHarness(url, bounded=not clustered)
+    harness = ValkeyHarness(url)
     yield harness
     for store in harness.stores:
         await store.close()
 
 
-class TestValkeyStore(StoreContract):
+class TestValkeyStore(StoreContract, DurabilityContract, RepeatedRefreshContract):
     """Every test of the contract."""
