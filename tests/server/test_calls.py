@@ -280,10 +280,17 @@ def test_deadline_fails_the_call_and_withdraws_it(client: CallPeer, harness: Har
     harness.advance(6.0)
     client.fails(task, DeadlineExceeded)
     assert client.sent() == [WITHDRAW]
+    assert harness.state.clients.ended == {"deadline": 1}
     client.send(client.result(1, "late"))
     assert client.sent() == []
     client.lose()
     assert harness.state.counters.dropped_answers == 1
+
+
+def test_call_of_an_ended_session_is_refused(client: CallPeer, harness: Harness) -> None:
+    (found,) = harness.state.clients.find()
+    harness.registry.revoke_user("ada", EndReason.BY_OPERATOR)
+    client.fails(client.begin_call(found), ZcprotoError)
 
 
 def test_cancelled_method_withdraws_its_call(client: CallPeer, harness: Harness) -> None:

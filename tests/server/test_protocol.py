@@ -20,7 +20,7 @@ from tests.server.protocol_harness import (
     peer,
 )
 from zcproto.config.model import LogConfig
-from zcproto.errors import Code, TlsError
+from zcproto.errors import Code, ResourceExhausted, TlsError
 from zcproto.observe.events import LIMITS
 from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
@@ -169,6 +169,22 @@ def test_lookup_that_ends_at_once_delays_no_request(
     assert peer.transport.reading
 
 
+def test_refused_lookup_is_the_answer_to_the_request(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look_up(*arguments: Any) -> None:
+        raise ResourceExhausted("too many tokens to look up", {"retry_after_ms": 100})
+
+    monkeypatch.setattr(harness.state.sessions, "look_up", look_up)
+    harness.state.settings = replace(harness.state.settings, looks_up=True)
+    peer = harness.connect()
+    peer.token = bytes(32 * [7])
+    peer.send(peer.request(1, "big", {"n": 1}))
+    (refused,) = peer.answers()
+    assert (refused.code, refused.error.message) == (Code.RESOURCE_EXHAUSTED, "too many tokens to look up")
+    assert refused.error.details == {"retry_after_ms": 100}
+
+
 def test_proof_after_the_end_does_nothing(peer: Peer) -> None:
     peer.lose()
     peer.protocol.prove("device:phone")
@@ -262,6 +278,8 @@ def test_revocation_between_reads_is_sent_in_one_write(harness: Harness, peer: P
     harness.turn()
     (event,) = peer.answers()
     assert event.event == ("session.revoked", {"reason": "test"})
+    assert harness.state.revoked == 1
+    assert harness.state.counters.sessions_ended == {"test": 1}
     # Without a session it is closed after the open timeout.
     harness.advance(12)
     assert peer.transport.closed

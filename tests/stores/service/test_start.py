@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.stores.faulty import FAILS, HANGS
-from tests.stores.service.harness import TIMEOUT, StartProcess, refused
+from tests.stores.service.harness import TIMEOUT, StartProcess, raw, refused
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions import Session
 from zcproto.sessions.health import MAX_DELAY_S
+from zcproto.sessions.record import EndedRecord
 from zcproto.stores import sync as sync_module
 from zcproto.stores.base import StoreUnavailable
 
@@ -34,6 +36,24 @@ async def test_sessions_beyond_max_sessions_are_logged(
     other = await start_process(one.store, max_sessions=2)
     assert other.registry.kept == 2
     assert [line["sessions"] for line in log if line["event"] == "sessions.left_out"] == [1]
+
+
+async def test_sessions_that_ended_before_the_start_are_remembered(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await start_process()
+    opened = await one.open()
+    await one.revoke(opened)
+    await one.pending.close()
+    other = await start_process(one.store, starts=False)
+    ended = one.store.registry.ended(raw(opened))
+
+    async def load() -> AsyncIterator[Sequence[EndedRecord | None]]:
+        yield [ended]
+
+    monkeypatch.setattr(one.store, "load", load)
+    await other.sync.start()
+    assert other.check(opened.token) is Code.TOKEN_REVOKED
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS])
