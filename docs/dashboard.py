@@ -107,6 +107,15 @@ PANELS: dict[str, list[Panel]] = {
             {rate("zcproto_http_responses_total", "status"): "{{status}}"},
         ),
         Panel("Events sent", "ops", {rate("zcproto_events_sent_total", "instance"): "{{instance}}"}),
+        Panel(
+            "Streams",
+            "short",
+            {
+                now("zcproto_streams_open"): "open {{instance}}",
+                rate("zcproto_streams_cut_total", "reason"): "cut a second: {{reason}}",
+            },
+        ),
+        Panel("Items of streams", "ops", {rate("zcproto_stream_items_total", "direction"): "{{direction}}"}),
         Panel("Calls to clients", "ops", {rate("zcproto_client_calls_total", "result"): "{{result}}"}),
         Panel(
             "Clients that handle calls",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import subprocess
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from docs.generate import INTERPRETER_METRICS
 from tests.interop.support import needs
 from tests.server.conftest import Serve
-from tests.server.helpers import NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
+from tests.server.helpers import KEY, NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
 from zcproto.admin.metrics import END_LABELS, server_metrics
 from zcproto.app.app import App, default_app
+from zcproto.app.items import Items
+from zcproto.client.blocking import connect_blocking
 from zcproto.errors import CallError
 from zcproto.observe.metrics import METRICS
 from zcproto.sessions import EndReason
@@ -227,6 +230,35 @@ def test_refused_frames_are_counted_by_reason_and_code(serve: Serve) -> None:
             client.answer(900)
         with grows(server, errors, code="UNIMPLEMENTED"):
             client.refused("no.such.method")
+
+
+def test_streams_and_their_items_are_counted(serve: Serve) -> None:
+    app = App()
+
+    @app.method("echo.items")
+    async def echo_items(said: Items[int]) -> AsyncIterator[int]:
+        async for number in said:
+            yield number
+
+    server = serve(app)
+    items = "zcproto_stream_items_total"
+    ca_file = server.home / "certs" / "ca.crt"
+    with (
+        grows(server, "zcproto_streams_opened_total", 2),
+        grows(server, "zcproto_streams_cut_total", reason="caller"),
+        grows(server, items, 4, direction="sent"),
+        grows(server, items, 4, direction="received"),
+        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+    ):
+        with client.stream("echo.items", items=[1, 2]) as stream:
+            assert list(stream) == [1, 2]
+        with client.stream("echo.items", window=(1, 1)) as stream:
+            stream.send(1)
+            assert stream.receive() == 1
+            assert value(server, "zcproto_streams_open") == 1
+            assert value(server, "zcproto_limit_use", limit="streams.max_open") == 1
+            stream.send(2)
+            assert stream.receive() == 2
 
 
 def test_replayed_frame_is_counted_and_closes_the_connection(serve: Serve) -> None:

@@ -118,6 +118,10 @@ def test_status_report_of_a_running_server(serve: Serve) -> None:
     assert report["sessions"] == {"live": 1, "lapsed": 0, "opened": 1, "revoked": 0}
     assert report["requests"]["total"] == 51
     assert report["traffic"]["work"]["count"] > 0
+    assert report["streams"] == {
+        **dict.fromkeys(("open", "opened", "cut"), 0),
+        **dict.fromkeys(("items_sent", "items_received", "waiting_bytes"), 0),
+    }
     assert report["handshakes"] == {"completed": 1, "in_progress": 0, "pending": 0, "failed": {}}
     assert report["store"]["url"] == "memory"
     assert report["store"]["state"] == "healthy"

@@ -60,6 +60,7 @@ def test_healthy_server_passes_every_step(server: ServerThread, key_file: Path, 
     assert "TLSv1.3, TLS_AES_256_GCM_SHA384, zcp/1" in report.one("handshake", "ok")
     assert "pin sha256/" in report.one("trust", "ok")
     assert "opened, used and closed one" in report.one("session", "ok")
+    assert "64 streams and 32 calls of clients" in report.one("streams", "ok")
     server.until_left()
     assert server.stats["sessions"] == 0
     assert server.stats["tls_failures"] == {}

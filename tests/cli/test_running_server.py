@@ -299,6 +299,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     found["draining"] = True
     found["handshakes"]["failed"] = {"not_tls": 3, "truncated": 5}
     found["requests"]["incidents"] = 1
+    found["streams"] |= {"open": 1, "opened": 5, "cut": 2, "items_sent": 1_000}
     found["traffic"]["waits"] = {"count": 1, "p50": 2.5, "p90": 2.5, "p99": 2.5, "p999": 2.5}
     alert = {"severity": "error", "title": "bad\r\n\x1b[31mnews", "began_at": found["time"] - 90_000}
     found["alerts"] = {
@@ -313,6 +314,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert "degraded, all tokens are refused, 2 revocations pending" in text
     assert "8 failed: truncated 5, not_tls 3" in text
     assert "DRAINING" in text
+    assert "1 open; 5 in all, 2 cut; 1,000 items sent, 0 received" in text
     assert "and 2 more" in text
     assert "(for 1m 30s)" in text
     assert "the webhook is not reachable: 7 messages wait" in text

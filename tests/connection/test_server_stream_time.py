@@ -5,9 +5,20 @@ from __future__ import annotations
 from tests.connection.test_server_stream_states import LIMITS, StreamPair
 from tests.helpers import NOW, WALL
 from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Request, RequestEnded
-from zcproto.connection.server_streams import PONG_TIMEOUT_S, TOUCH_INTERVAL_S
+from zcproto.connection.refusals import (
+    CUT_REASONS,
+    DEADLINE_EXCEEDED,
+    LEFT,
+    SESSION_ENDED,
+    SLOW,
+    SLOW_FRAME,
+    WRONG_TOKEN,
+    reason_in,
+    stale_on_stream,
+)
+from zcproto.connection.server_streams import NO_STREAMS, PONG_TIMEOUT_S, TOUCH_INTERVAL_S, StreamTotals
 from zcproto.errors import Code
-from zcproto.wire.frame import CANCEL, CREDIT, OPEN, PONG, Kind
+from zcproto.wire.frame import CANCEL, CREDIT, ITEM, OPEN, PONG, Kind
 from zcproto.wire.message import NO_META, encode_body, encode_request
 
 IDLE_S = 300.0
@@ -49,7 +60,7 @@ def test_item_that_waits_too_long_cuts_its_stream_alone() -> None:
     streams.wait_for_credit(second, NOW + 10)
     assert pair.server.handle_timeout(WALL, NOW + LIMITS.stall_timeout_s - 1) == []
     assert pair.server.handle_timeout(WALL, NOW + LIMITS.stall_timeout_s) == [
-        RequestEnded(first, Code.CANCELLED)
+        RequestEnded(first, Code.CANCELLED, "slow")
     ]
     (answer,) = pair.sent()
     assert answer.error.details == {"reason": "slow"}
@@ -104,3 +115,43 @@ def test_peer_that_answers_the_ping_keeps_its_stream() -> None:
     assert pair.sent() == []
     pair.server.handle_timeout(WALL, pair.now + IDLE_S)
     assert [answer.kind for answer in pair.sent()] == [Kind.PING]
+
+
+# --- figures ----------------------------------------------------------------------------------------------
+
+
+def test_totals_count_streams_and_their_items() -> None:
+    pair = StreamPair()
+    assert pair.server.stream_totals() is NO_STREAMS
+    assert pair.server.streams_in_flight == 0
+    stream, _other = pair.open(1, takes_items=True), pair.open(2)
+    pair.server.grant(stream, WALL)
+    pair.receive(pair.frame(ITEM, 1, encode_body(1)))
+    for _ in range(2):
+        pair.server.send_item(stream, encode_body("x"), WALL)
+    assert pair.server.stream_totals() == StreamTotals(opened=2, items_sent=2, items_received=1)
+    pair.server.respond(stream, encode_body(None), WALL)
+    assert pair.server.stream_totals() == StreamTotals(opened=2, items_sent=2, items_received=1)
+    assert pair.server.streams_in_flight == 1
+
+
+def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:
+    pair = StreamPair()
+    stream = pair.open()
+    stream.deadline = NOW + 1
+    request = Request(4, pair.opened.token, pair.opened.session, "m", {}, NO_META, NOW + 1)
+    pair.server.hold(request, NOW)
+    assert pair.server.handle_timeout(WALL, NOW + 1) == [
+        RequestEnded(stream, Code.DEADLINE_EXCEEDED, "deadline"),
+        RequestEnded(request, Code.DEADLINE_EXCEEDED),
+    ]
+    stream = pair.open(2)
+    pair.receive(pair.frame(OPEN, 3, encode_request("m", {"text": "x" * 100}))[:100])
+    *_, ended, _end = pair.server.handle_timeout(WALL, NOW + 300)
+    assert ended == RequestEnded(stream, Code.CANCELLED, "slow_frame")
+
+
+def test_every_reason_of_a_cut_is_listed() -> None:
+    bodies = [LEFT, WRONG_TOKEN, SLOW, *SESSION_ENDED.values(), stale_on_stream(WALL), SLOW_FRAME]
+    reasons = {reason_in(body) for body in [*bodies, DEADLINE_EXCEEDED]}
+    assert reasons | {"draining"} == set(CUT_REASONS)

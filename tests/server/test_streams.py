@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import tracemalloc
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -22,9 +23,11 @@ from tests.server.protocol_harness import (
     nothing_left,
 )
 from zcproto.app.app import Context
+from zcproto.config.model import LogConfig
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, NotFound
+from zcproto.observe.log import configure_logging
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import cut_afterwards
 from zcproto.sessions import EndReason
@@ -485,6 +488,32 @@ def test_end_of_connection_cancels_its_streams(client: StreamPeer) -> None:
     client.lose()
     nothing_left(client.harness)
     assert sorted(client.closed) == ["count", "ticks"]
+
+
+def test_streams_are_counted_also_after_their_connection(client: StreamPeer) -> None:
+    counters = client.harness.state.counters
+    client.send(client.open("count", {"n": 3}), client.open("ticks", stream=2))
+    client.turn()
+    assert client.protocol.streams_in_flight == 1
+    assert client.protocol.stream_totals() == (2, 3, 0)
+    client.lose()
+    assert client.protocol.stream_totals() == (0, 0, 0)
+    assert client.protocol.streams_in_flight == 0
+    assert counters.streams == (2, 3, 0)
+
+
+def test_cuts_are_counted_and_those_of_slow_clients_are_logged(
+    client: StreamPeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(LogConfig(level="info"), clock=client.harness.clock)
+    client.send(client.open("ticks"), client.open("count", {"n": 2}, stream=2, credit=(1, 100)))
+    client.turn()
+    client.send(client.frame(CANCEL, 1))
+    client.harness.advance(LIMITS.stall_timeout_s)
+    client.turn()
+    assert client.harness.state.counters.streams_cut == {"caller": 1, "slow": 1}
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (line["event"], line["what"], line["reason"]) == ("stream.cut", "count", "slow")
 
 
 # --- room -------------------------------------------------------------------------------------------------

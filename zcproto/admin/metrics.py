@@ -20,6 +20,7 @@ from zcproto.admin.snapshot import Snapshot, take_snapshot
 from zcproto.alerts import Severity
 from zcproto.alerts.service import SINKS
 from zcproto.certs.notices import NoticeKind
+from zcproto.connection.refusals import CUT_REASONS
 from zcproto.errors import Code
 from zcproto.observe.log import lost_lines
 from zcproto.observe.metrics import Metrics, Reading
@@ -54,6 +55,7 @@ def readings(snapshot: Snapshot) -> Iterator[Reading]:
         _certificates,
         _sessions,
         _requests,
+        _streams,
         _calls,
         _errors,
         _store,
@@ -104,6 +106,12 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.public_requests_per_address", limits.public_requests_per_address, None),
         ("limits.running_per_user", limits.running_per_user, requests.most_running_per_user),
         ("limits.running_per_address", limits.running_per_address, requests.most_running_per_address),
+        ("streams.max_open", config.streams.max_open, snapshot.most_streams_open),
+        ("streams.max_item_bytes", config.streams.max_item_bytes, None),
+        ("streams.window_items", config.streams.window_items, None),
+        ("streams.window_bytes", config.streams.window_bytes, None),
+        ("streams.memory_bytes", config.streams.memory_bytes, parts.state.item_bytes),
+        ("streams.write_bytes", config.streams.write_bytes, None),
         ("calls.max", config.calls.max, None),
         ("calls.per_user", config.calls.per_user, parts.state.clients.most_in_flight),
         ("calls.total", config.calls.total, parts.state.clients.in_flight),
@@ -213,6 +221,16 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_idempotent_answers_total", state.idempotency.conflicts, "conflict"
     yield "zcproto_idempotent_answers_total", state.idempotency.lost, "lost"
     yield "zcproto_idempotent_answers_total", state.idempotency.refused, "refused"
+
+
+def _streams(snapshot: Snapshot) -> Iterator[Reading]:
+    counters, totals = snapshot.counters, snapshot.streams
+    yield "zcproto_streams_open", snapshot.streams_open
+    yield "zcproto_streams_opened_total", totals.opened
+    yield "zcproto_stream_items_total", totals.items_sent, "sent"
+    yield "zcproto_stream_items_total", totals.items_received, "received"
+    for reason in CUT_REASONS:
+        yield "zcproto_streams_cut_total", counters.streams_cut[reason], reason
 
 
 def _calls(snapshot: Snapshot) -> Iterator[Reading]:

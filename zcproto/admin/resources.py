@@ -154,6 +154,7 @@ class Resources:
                     "open_timeout_ms": round(settings.open_timeout_s * MS_PER_SECOND),
                     "tolerance_ms": settings.tolerance_ms,
                 },
+                **settings.features,
                 "auth": list(self._parts.login.schemes),
                 "pins": list(state.pins),
                 "pins_next": state.pins_next,

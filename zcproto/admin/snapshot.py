@@ -27,6 +27,7 @@ from zcproto.app.app import Method
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
 from zcproto.common.clock import MS_PER_SECOND
+from zcproto.connection.server_streams import StreamTotals
 from zcproto.observe.log import level
 from zcproto.observe.process import resident_bytes, used_cpu_s
 from zcproto.server.state import Counters
@@ -44,7 +45,8 @@ _STATS_CERTIFICATE_KEYS: Final = ("file", "source", "site", "key_type", "pin", "
 class Snapshot:
     """One reading of a server: what had to be computed, beside the counters that its `parts` keep.
 
-    `in_flight` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` is their maximum.
+    `in_flight`, `streams_open` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` and
+    `most_streams_open` their maximum; `streams` includes connections that have ended.
     `rates`, `store_report` and `alerts` are reports of the traffic, the session store and the alerts.
     """
 
@@ -52,6 +54,9 @@ class Snapshot:
     time: int
     in_flight: int
     most_in_flight: int
+    streams_open: int
+    most_streams_open: int
+    streams: StreamTotals
     slow_readers: int
     rates: Mapping[str, Any]
     store_report: Mapping[str, Any]
@@ -67,13 +72,19 @@ class Snapshot:
 
 def take_snapshot(parts: Parts) -> Snapshot:
     """Read a server. Call it in its loop."""
-    in_flight = [protocol.in_flight for protocol in parts.state.connections]
+    connections = parts.state.connections
+    in_flight = [protocol.in_flight for protocol in connections]
+    streams_open = [protocol.streams_in_flight for protocol in connections]
+    streams = [protocol.stream_totals() for protocol in connections]
     return Snapshot(
         parts=parts,
         time=parts.clock.wall(),
         in_flight=sum(in_flight),
         most_in_flight=max(in_flight, default=0),
-        slow_readers=sum(protocol.is_slow_reader for protocol in parts.state.connections),
+        streams_open=sum(streams_open),
+        most_streams_open=max(streams_open, default=0),
+        streams=StreamTotals(*map(sum, zip(parts.state.counters.streams, *streams, strict=True))),
+        slow_readers=sum(protocol.is_slow_reader for protocol in connections),
         rates=parts.traffic.rates(),
         store_report=parts.state.sessions.statistics(),
         certificates=parts.certificates.status(),
@@ -122,6 +133,14 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             "total": counters.requests,
             "in_flight": snapshot.in_flight,
             "incidents": counters.incidents,
+        },
+        "streams": {
+            "open": snapshot.streams_open,
+            "opened": snapshot.streams.opened,
+            "cut": sum(counters.streams_cut.values()),
+            "items_sent": snapshot.streams.items_sent,
+            "items_received": snapshot.streams.items_received,
+            "waiting_bytes": state.item_bytes,
         },
         "traffic": snapshot.rates,
         "handshakes": {

@@ -128,6 +128,13 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
         f"{traffic['requests_per_s']:,.1f}/s, errors {traffic['errors_per_s']:,.1f}/s;"
         f" {requests['total']:,} in all, {requests['in_flight']:,} in flight",
     )
+    streams = report["streams"]
+    if streams["opened"]:
+        yield _row(
+            "streams",
+            f"{streams['open']:,} open; {streams['opened']:,} in all, {streams['cut']:,} cut;"
+            f" {streams['items_sent']:,} items sent, {streams['items_received']:,} received",
+        )
     yield _row("latency", f"{_percentiles(traffic['work'])}  (CPU, last minute)")
     if traffic["waits"]["count"]:
         yield _row("", f"{_percentiles(traffic['waits'])}  (of those that awaited)")

@@ -345,7 +345,7 @@ class StreamsConfig(Settings):
     """Streams in flight on one connection. They also count against `limits.max_streams`; a lower limit than that
     leaves room for requests."""
     max_item_bytes: Annotated[int, whole(1024, 1_048_576)] = 65_536
-    """The largest frame of an item, in bytes, in both directions."""
+    """The largest frame of an item, in bytes, in both directions; at most `limits.max_frame_bytes`."""
     window_items: Annotated[int, whole(1, 65_535)] = 32
     """Items that a client may send before its method takes them, per stream."""
     window_bytes: Annotated[int, whole(1024, 67_108_864)] = 65_536

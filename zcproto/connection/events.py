@@ -112,10 +112,14 @@ class KeyWanted(NamedTuple):
 
 
 class RequestEnded(NamedTuple):
-    """A held request was answered with CANCELLED or DEADLINE_EXCEEDED. Stop its handler."""
+    """A held request was answered with CANCELLED or DEADLINE_EXCEEDED. Stop its handler.
+
+    `reason` is why a stream was cut; empty for other requests.
+    """
 
     request: Request
     code: Code
+    reason: str = ""
 
 
 class SessionJoined(NamedTuple):

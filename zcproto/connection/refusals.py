@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from zcproto.errors import Code
-from zcproto.wire.message import encode_error
+from zcproto.wire.message import decode_error, encode_error
 
 TOKEN_ERRORS: Final = {
     Code.UNAUTHENTICATED: encode_error(Code.UNAUTHENTICATED, "unknown token: open a session"),
@@ -45,6 +45,12 @@ SESSION_ENDED: Final = {
 }
 """Cuts of streams: their code is CANCELLED, because the method has run."""
 
+CUT_REASONS: Final = (
+    *("caller", "deadline", "token_expired", "token_revoked", "session_replaced"),
+    *("draining", "slow", "stale", "wrong_token", "slow_frame"),
+)
+"""Reasons for which a server cuts a stream."""
+
 SLOW_FRAME: Final = encode_error(Code.CANCELLED, "a frame of this connection took too long to arrive")
 DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline has passed")
 
@@ -52,6 +58,15 @@ DEADLINE_EXCEEDED: Final = encode_error(Code.DEADLINE_EXCEEDED, "the deadline ha
 def of_token(code: Code, *, is_closed: bool) -> bytes:
     """Return the refusal of a token. Unless the registry is closed, the store answers within milliseconds."""
     return STALLED if code is Code.UNAVAILABLE and not is_closed else TOKEN_ERRORS[code]
+
+
+def reason_in(body: bytes) -> str:
+    """Return the reason of a cut for metrics: that of its details, or what it stands for."""
+    if body is SLOW_FRAME:
+        return "slow_frame"
+    if body is DEADLINE_EXCEEDED:
+        return "deadline"
+    return str(decode_error(body).details["reason"])
 
 
 def draining(retry_after_ms: int) -> bytes:

@@ -19,7 +19,7 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.joined_sessions import JoinedSessions
 from zcproto.connection.server_calls import ServerCall, ServerCalls
-from zcproto.connection.server_streams import ServerStreams
+from zcproto.connection.server_streams import NO_STREAMS, ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, Unavailable
@@ -134,7 +134,8 @@ class ServerOutput:
         request.lingers = True
         self._lingering += 1
         self._send(ERROR, request.stream, request.token, body, wall)
-        return RequestEnded(request, Code(code_in(body)))
+        reason = refusals.reason_in(body) if isinstance(request, ServerStream) else ""
+        return RequestEnded(request, Code(code_in(body)), reason)
 
     def is_held(self, request: Request) -> bool:
         """Return True if a held request has not been answered."""
@@ -153,6 +154,14 @@ class ServerOutput:
             assert self.settings.streams is not None, "announced"
             self._streams = ServerStreams(self.settings.streams, now)
         return self._streams
+
+    def stream_totals(self) -> StreamTotals:
+        """Return the figures of the streams of this connection."""
+        return NO_STREAMS if self._streams is None else self._streams.totals(self._held)
+
+    @property
+    def streams_in_flight(self) -> int:
+        return 0 if self._streams is None else self._streams.in_flight
 
     def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
         """Cut the streams of a session that has ended."""

@@ -25,7 +25,8 @@ It must not know: other requests, sessions beyond their ids, how items are made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final
+from functools import reduce
+from typing import Final, NamedTuple
 
 from zcproto.connection import refusals
 from zcproto.connection.credit import ItemQueue
@@ -49,13 +50,34 @@ _ENDED: Final = ItemQueue((0, 0))
 _ENDED.has_ended = True
 
 
+class StreamTotals(NamedTuple):
+    """The streams of one connection so far, and their items."""
+
+    opened: int = 0
+    items_sent: int = 0
+    items_received: int = 0
+
+
+NO_STREAMS: Final = StreamTotals()
+
+
 class ServerStreams:
     """The streams of one connection. Created with its first OPEN."""
 
-    __slots__ = ("_limits", "allowance", "in_flight", "lingering", "pinged_at", "slow_at", "touch_at")
+    __slots__ = (
+        "_ended",
+        "_limits",
+        "allowance",
+        "in_flight",
+        "lingering",
+        "pinged_at",
+        "slow_at",
+        "touch_at",
+    )
 
     def __init__(self, limits: StreamLimits, now: float) -> None:
         self._limits = limits
+        self._ended = NO_STREAMS
         self.allowance = 0  # late items that are dropped
         self.in_flight = 0
         self.lingering = 0  # cut, with their methods still running
@@ -75,6 +97,7 @@ class ServerStreams:
 
     def ended(self, stream: ServerStream, *, lingers: bool) -> None:
         """Count the late items of a stream that was answered."""
+        self._ended = _add(self._ended, stream)
         self.in_flight -= 1
         self.lingering += lingers
         stream.is_answered = True
@@ -83,6 +106,10 @@ class ServerStreams:
         if stream.items is not None:
             self.allowance += stream.items.still_allowed
             stream.items.clear()
+
+    def totals(self, held: Mapping[int, Request]) -> StreamTotals:
+        """Return the figures of all streams of this connection; reading them costs the streams in flight."""
+        return reduce(_add, (each for each in held.values() if isinstance(each, ServerStream)), self._ended)
 
     def take_items(self, stream: ServerStream) -> ItemQueue:
         """Let the method take items of the client; call this before the next event is taken."""
@@ -167,6 +194,12 @@ class ServerStreams:
             session = registry.check(sessions[session_id].token, wall)
             if isinstance(session, Session) and session.bound:
                 registry.use(session, wall)
+
+
+def _add(totals: StreamTotals, stream: ServerStream) -> StreamTotals:
+    opened, sent, received = totals
+    got = 0 if stream.items is None else stream.items.received
+    return StreamTotals(opened + 1, sent + stream.credit.sent_items, received + got)
 
 
 def read_item(stream: ServerStream, body: bytes, max_depth: int) -> object:

@@ -84,15 +84,24 @@ class ConnectionSettings:
             "tolerance_ms": self.tolerance_ms,
             "sts": {"max_age": self.sts.max_age_s, "include_subdomains": self.sts.include_subdomains},
         }
+        welcome |= self.features
         accepted = ACCEPTED[Side.SERVER]
         if self.streams is not None:
-            welcome["streams"] = {"max_open": self.streams.max_open, "max_item": self.streams.max_item}
             accepted = accepted_with_streams(Side.SERVER, self.streams.max_item)
         if self.max_calls:
-            welcome["calls"] = {"max": self.max_calls}
             accepted = accepted_with_calls(Side.SERVER, accepted)
         object.__setattr__(self, "accepted", accepted)
         object.__setattr__(self, "welcome_body", encode_body(welcome))
+
+    @property
+    def features(self) -> dict[str, dict[str, int]]:
+        """Return the keys of WELCOME that only servers with these features have."""
+        streams, features = self.streams, {}
+        if streams is not None:
+            features["streams"] = {"max_open": streams.max_open, "max_item": streams.max_item}
+        if self.max_calls:
+            features["calls"] = {"max": self.max_calls}
+        return features
 
     @property
     def max_body(self) -> int:

@@ -184,6 +184,9 @@ connection.aborted info (peer connection reason) by peer, limit per reason
     A connection was reset because its peer does not read.
 request.limited info (peer user what) by peer, limit per address
     A request was refused: a limit of requests a second or in progress of `limits` is reached.
+stream.cut info (peer user what reason) by peer, limit per user
+    A stream was cancelled because of its client or network: an item waited too long for credit (slow), a frame was
+    delayed for too long (stale), or had another token than the stream (wrong_token).
 connection.certificate_revoked warning (peer connection) by peer, limit per address
     A connection was closed because its client certificate was revoked.
 request.failed error (what incident exc_info peer connection) by peer, limit per method

@@ -160,6 +160,18 @@ zcproto_idempotent_answers_total counter (result)
     conflict (the key was used for another request), lost (the result of the first request is unknown), refused
     (too many requests of the user were running).
 
+# Streams
+zcproto_streams_open gauge
+    Streams that have not ended, over all connections. They are requests in flight, too.
+zcproto_streams_opened_total counter
+    Streams opened.
+zcproto_stream_items_total counter (direction)
+    Items of streams. `direction`: sent (to clients), received.
+zcproto_streams_cut_total counter (reason)
+    Streams cancelled before their methods had returned. `reason`: caller, deadline, token_expired, token_revoked,
+    session_replaced, draining, slow (streams.stall_timeout), stale (freshness.tolerance), wrong_token, slow_frame
+    (limits.frame_timeout).
+
 # Topics
 zcproto_topic_subscribers gauge (topic)
     Streams that subscribe to the topic.

@@ -338,7 +338,7 @@ def stream_limits(config: Config) -> StreamLimits | None:
         return None
     return StreamLimits(
         max_open=streams.max_open,
-        max_item=streams.max_item_bytes,
+        max_item=min(streams.max_item_bytes, config.limits.max_frame_bytes),
         window_items=streams.window_items,
         window_bytes=streams.window_bytes,
         memory_bytes=streams.memory_bytes,

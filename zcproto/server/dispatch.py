@@ -26,6 +26,7 @@ from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
+from zcproto.connection.server_streams import NO_STREAMS, StreamTotals
 from zcproto.errors import (
     Aborted,
     CallError,
@@ -51,6 +52,9 @@ SENT_AT_ONCE: Final = 4_096
 
 UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method; call server.info to list methods")
 OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method needs a session of an operator")
+LOGGED_CUTS: Final = frozenset({"slow", "stale", "wrong_token"})
+"""Reasons of a fault of the client or of the network, which its operator should know."""
+
 TOO_MANY_ITEMS: Final = "too many items wait for their methods; try again"
 KEY_NEEDS_SESSION: Final = encode_error(
     Code.INVALID_ARGUMENT, "meta.idempotency_key needs a session; call session.open first"
@@ -305,6 +309,8 @@ class Dispatcher(asyncio.Protocol):
     def _stop(self, ended: RequestEnded) -> None:
         """Cancel the method of a request that has ended: cancelled, or past its deadline."""
         self._state.counters.errors[ended.code] += 1
+        if ended.reason:
+            self._count_cut(ended.request, ended.reason)
         assert self._workers is not None, "a request in flight has a worker"
         worker = self._workers[ended.request]
         if not isinstance(worker, Waiting):
@@ -327,11 +333,20 @@ class Dispatcher(asyncio.Protocol):
                     self._stop(ended)
             self._flush_soon()
 
+    def _count_cut(self, stream: Request, reason: str) -> None:
+        self._state.counters.streams_cut[reason] += 1
+        if reason in LOGGED_CUTS:
+            user = None if stream.session is None else stream.session.user
+            log.info("stream.cut", peer=self.peer, user=user, what=stream.method, reason=reason)
+
     def cancel_all(self) -> None:
         """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""
         draining = {"reason": "draining", "retry_after_ms": self._state.settings.retry_draining_ms}
         for request, worker in list((self._workers or {}).items()):
-            details = draining if isinstance(request, ServerStream) else None
+            details = None
+            if isinstance(request, ServerStream):
+                details = draining
+                self._count_cut(request, "draining")
             self._answer_exception(
                 request, Cancelled("the server stopped before the method returned", details)
             )
@@ -342,6 +357,15 @@ class Dispatcher(asyncio.Protocol):
     def in_flight(self) -> int:
         """Requests whose methods wait."""
         return 0 if self._workers is None else len(self._workers)
+
+    @property
+    def streams_in_flight(self) -> int:
+        """Streams that have not been answered."""
+        return 0 if self._connection is None else self._connection.streams_in_flight
+
+    def stream_totals(self) -> StreamTotals:
+        """Return the figures of the streams of this connection."""
+        return NO_STREAMS if self._connection is None else self._connection.stream_totals()
 
     def has_ended(self, request: Request) -> bool:
         """Return whether a request has been answered or can no longer be answered."""

@@ -16,6 +16,7 @@ from zcproto.app.app import CallConnection, Method
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
+from zcproto.connection.server_streams import NO_STREAMS, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger
@@ -62,11 +63,19 @@ class Counters:
     """Live sessions that ended, by reason."""
     events: int = 0
     """Events sent by methods and the server; expiry warnings are sent by connections and not counted."""
+    streams: StreamTotals = NO_STREAMS
+    """Of connections that have ended."""
+    streams_cut: Counter[str] = field(default_factory=Counter)
+    """Streams that were cancelled before their methods had returned, by reason."""
     write_pauses: int = 0
     incidents: int = 0
     reloads: int = 0
     """Configurations applied while the server ran."""
     reloads_refused: int = 0
+
+    def add_streams(self, totals: StreamTotals) -> None:
+        """Keep the figures of a connection that has ended."""
+        self.streams = StreamTotals(*map(sum, zip(self.streams, totals, strict=True)))
 
 
 class Connection(CallConnection, Protocol):
@@ -76,6 +85,9 @@ class Connection(CallConnection, Protocol):
     def in_flight(self) -> int: ...
     @property
     def is_slow_reader(self) -> bool: ...
+    @property
+    def streams_in_flight(self) -> int: ...
+    def stream_totals(self) -> StreamTotals: ...
     def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None: ...
     def disprove(self, key: str) -> None: ...
     def announce(self, body: bytes) -> None: ...

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cryptography import x509
 
@@ -128,7 +128,9 @@ def _connect(address: Address, timeout: float, findings: list[Finding]) -> bytes
     try:
         with context.wrap_socket(raw, server_hostname=address.host.partition("%")[0]) as tls:
             findings.append(Finding("handshake", OK, _negotiated(tls)))
-            findings.append(_clock(_clock_offset(tls, system_clock.now() + timeout)))
+            greeted = _welcome(tls, system_clock.now() + timeout)
+            findings.append(_clock(greeted.clock_offset_ms / MS_PER_SECOND))
+            findings.append(_features(greeted.welcome))
             certificate = tls.getpeercert(binary_form=True) or b""
             with contextlib.suppress(OSError):  # the server may have closed it
                 tls.unwrap()
@@ -147,8 +149,8 @@ def _negotiated(tls: ssl.SSLSocket) -> str:
     return f"{tls.version()}, {cipher[0]}, {alpn}"
 
 
-def _clock_offset(tls: ssl.SSLSocket, deadline: float) -> float:
-    """Read WELCOME; return by how many seconds the server's clock is ahead."""
+def _welcome(tls: ssl.SSLSocket, deadline: float) -> ClientConnection:
+    """Read WELCOME; return the connection that has received it."""
     connection = ClientConnection(max_frame=MAX_WELCOME, tolerance_ms=30_000)
     received = 0
     while received < MAX_WELCOME and system_clock.now() < deadline:  # also if it arrives byte by byte
@@ -159,7 +161,7 @@ def _clock_offset(tls: ssl.SSLSocket, deadline: float) -> float:
             raise StepFailed("welcome", "the server closed the connection without WELCOME", cure)
         for event in connection.receive_data(data, system_clock.wall(), system_clock.now()):
             if isinstance(event, Welcomed):
-                return connection.clock_offset_ms / MS_PER_SECOND
+                return connection
             cure = "this is not a zcproto server, or it has a later protocol: compare the versions"
             raise StepFailed("welcome", "its first frame is not a valid WELCOME", cure)
     raise StepFailed("welcome", "its WELCOME does not end", "this is not a zcproto server")
@@ -172,6 +174,14 @@ def _clock(ahead: float) -> Finding:
     found = f"the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"
     state = FAULT if abs(ahead) > BAD_CLOCK else WARNING
     return Finding("clock", state, found, "synchronize both with NTP: timedatectl set-ntp true")
+
+
+def _features(welcome: Mapping[str, Any]) -> Finding:
+    """Report what the server has beside calls."""
+    streams, calls = welcome.get("streams"), welcome.get("calls")
+    found = "no streams" if streams is None else f"{streams['max_open']} streams"
+    more = "no calls of clients" if calls is None else f"{calls['max']} calls of clients"
+    return Finding("streams", OK, f"{found} and {more} on a connection")
 
 
 def _handshake_failed(error: Exception, check: str) -> StepFailed:
