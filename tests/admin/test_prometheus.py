@@ -150,6 +150,9 @@ def test_prometheus_scrapes_with_a_token_and_evaluates_all_expressions(serve: Se
             "Connections ended A",
             "Frames refused A",
             "Tokens looked up A",
+            "Topics: events A",  # present only for applications with topics
+            "Topics: events B",
+            "Topics: subscribers A",
         }
         rules = [rule for group in witness.get("rules")["groups"] for rule in group["rules"]]
         assert len(rules) >= 18
