@@ -21,8 +21,10 @@ import pytest
 from tests.server.conftest import Serve, certs, serve, shared
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.app.app import App, Context
+from zcproto.app.items import Items
 from zcproto.cli import main
-from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, parse_params, to_json
+from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY
+from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
 from zcproto.errors import FailedPrecondition
 
@@ -234,16 +236,80 @@ def test_timeout_applies_to_the_whole_stream(serve: Serve, call: Callable[..., i
     assert closed.wait(TIMEOUT)
 
 
-def test_ctrl_c_cancels_the_method_after_items_were_printed(serve: Serve, key_file: Path) -> None:
+@pytest.fixture
+def started(key_file: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """Start a call as ada in a process with pipes."""
+
+    def start(server: ServerThread, *call: str) -> subprocess.Popen[bytes]:
+        arguments = ["call", f"127.0.0.1:{server.port}", *call, "--user", "ada"]
+        arguments += ["--key-file", str(key_file), "--ca", str(server.home / "certs" / "ca.crt")]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, "-m", "zcproto", *arguments], stdin=pipe, stdout=pipe, stderr=pipe
+        )
+
+    return start
+
+
+def app_that_takes_items() -> App:
+    app = App()
+
+    @app.method("sum")
+    async def sum_(items: Items[int]) -> int:
+        return sum([item async for item in items])
+
+    @app.method("chat")
+    async def chat(said: Items[Any]) -> AsyncIterator[Any]:
+        async for item in said:
+            yield {"said": item}
+
+    return app
+
+
+def test_items_are_read_from_standard_input(serve: Serve, started: Callable[..., Any]) -> None:
+    with started(serve(app_that_takes_items()), "sum") as process:
+        out, err = process.communicate(b"1\n\n20\n300")
+    assert (process.returncode, out, err) == (0, b"321\n", b"")
+
+
+def test_items_of_both_sides_alternate(serve: Serve, started: Callable[..., Any]) -> None:
+    with started(serve(app_that_takes_items()), "chat") as process:
+        for word in ({"base64": "AAE="}, "two", [3]):
+            process.stdin.write(json.dumps(word).encode() + b"\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline()) == {"said": word}
+        process.stdin.close()
+        assert process.stdout.read() == b"null\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("line", [b"{", b'{"base64": "?"}'])
+def test_line_that_is_not_json_fails_the_call(serve: Serve, started: Callable[..., Any], line: bytes) -> None:
+    with started(serve(app_that_takes_items()), "sum") as process:
+        out, err = process.communicate(b"1\n" + line + b"\n3\n")
+    assert (process.returncode, out) == (1, b"")
+    assert b"line 2 of standard input: JSON" in err
+    assert one_line(err.decode())
+
+
+def test_ctrl_c_does_not_wait_for_standard_input(serve: Serve, started: Callable[..., Any]) -> None:
+    server = serve(app_that_takes_items())
+    with started(server, "chat") as process:
+        process.stdin.write(b"1\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b'{"said": 1}\n'
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) == 130
+        assert process.stderr.read() == b""
+    server.until(lambda: not server.server.state.registry)
+
+
+def test_ctrl_c_cancels_the_method_after_items_were_printed(
+    serve: Serve, started: Callable[..., Any]
+) -> None:
     app, _, closed = app_with_stream()
     server = serve(app)
-    arguments = ["call", f"127.0.0.1:{server.port}", "count", '{"to": 2}', "--user", "ada"]
-    arguments += ["--key-file", str(key_file), "--ca", str(server.home / "certs" / "ca.crt")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "zcproto", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with started(server, "count", '{"to": 2}') as process:
         assert json.loads(process.stdout.readline())["n"] == 0  # while the method waits
         assert not closed.is_set()
         process.send_signal(signal.SIGINT)

@@ -6,15 +6,11 @@ Rules: a key is never taken from the command line, which every user of a machine
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import functools
-import json
-import math
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from zcproto.cli import Function, Instance, file_option, instance_options
+from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
+from zcproto.cli.stdin_items import stdin_items
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
@@ -40,7 +38,7 @@ MAX_KEY = 4_096
 MAX_CONNECT_TIMEOUT = 10.0
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 2_000
-STREAM_SHAPES = frozenset({"server"})
+STREAM_SHAPES = frozenset({"server", "client", "both"})
 """Methods that refuse a call with their shape, without being run, and are called again as a stream."""
 
 T = TypeVar("T")
@@ -206,7 +204,8 @@ def call(
     cannot express are {"float": "nan"}, "inf" or "-inf".
 
     The items of a method that yields some are printed as they come, each on its own line, then the result on the
-    last line. Ctrl-C cancels the method.
+    last line. A method that takes items gets those on standard input, one JSON value per line. Ctrl-C cancels the
+    method.
 
     \b
     Exit codes: 0    the result is printed
@@ -230,56 +229,23 @@ def call(
             except FailedPrecondition as error:
                 if error.details.get("shape") not in STREAM_SHAPES:
                     raise
-                await _print_stream(client, method, arguments, timeout)
+                items = None if error.details["shape"] == "server" else stdin_items()
+                await _print_stream(client, method, arguments, items, timeout)
             else:
                 click.echo(json_text(to_json(result), indent=2))
 
     run(work())
 
 
-async def _print_stream(client: Client, method: str, params: dict[str, Any], limit: float | None) -> None:
+async def _print_stream(
+    client: Client,
+    method: str,
+    params: dict[str, Any],
+    items: AsyncGenerator[Any, None] | None,
+    limit: float | None,
+) -> None:
     """Print each item on its own line as it comes, then the result."""
-    async with client.stream(method, params, timeout=limit) as stream:
+    async with client.stream(method, params, items=items, timeout=limit) as stream:
         async for item in stream:
             click.echo(json_text(to_json(item)))
         click.echo(json_text(to_json(stream.result)))
-
-
-def parse_params(text: str | None) -> dict[str, Any]:
-    """Return the params of a JSON text. Raises click.UsageError."""
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"JSON: {escape_text(str(error), 200)}.") from error
-    if not isinstance(value, dict):
-        raise click.UsageError('JSON must be an object with the params, such as {"name": "value"}.')
-    converted: dict[str, Any] = {name: _from_json(each) for name, each in value.items()}
-    return converted
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_from_json(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"base64"} and isinstance(value["base64"], str):
-        try:
-            return base64.b64decode(value["base64"], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise click.UsageError(f"JSON: {escape_text(value['base64'], 60)!r} is not base64.") from error
-    return {name: _from_json(each) for name, each in value.items()}
-
-
-def to_json(value: Any) -> Any:
-    """Return a result as data that JSON can express."""
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if isinstance(value, list):
-        return [to_json(each) for each in value]
-    if isinstance(value, dict):
-        return {name: to_json(each) for name, each in value.items()}
-    return value

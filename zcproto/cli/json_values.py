@@ -1,0 +1,56 @@
+"""Values of calls as JSON: bytes are {"base64": "..."}, floats that JSON cannot express {"float": "nan"}."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from typing import Any
+
+import click
+
+from zcproto.common.text import escape_text
+
+
+def parse_params(text: str | None) -> dict[str, Any]:
+    """Return the params of a JSON text. Raises click.UsageError."""
+    value = {} if text is None else parse_json(text)
+    if not isinstance(value, dict):
+        raise click.UsageError('JSON must be an object with the params, such as {"name": "value"}.')
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises click.UsageError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"JSON: {escape_text(str(error), 200)}.") from error
+    return _from_json(value)
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"base64"} and isinstance(value["base64"], str):
+        try:
+            return base64.b64decode(value["base64"], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise click.UsageError(f"JSON: {escape_text(value['base64'], 60)!r} is not base64.") from error
+    return {name: _from_json(each) for name, each in value.items()}
+
+
+def to_json(value: Any) -> Any:
+    """Return a result as data that JSON can express."""
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, list):
+        return [to_json(each) for each in value]
+    if isinstance(value, dict):
+        return {name: to_json(each) for name, each in value.items()}
+    return value
