@@ -387,6 +387,22 @@ class Harness:
         )
         return ConnectedClient(client, connection, session)
 
+    async def session_for(self, peer: ConnectedClient, user: str) -> ConnectedClient:
+        """Open a session of another user on the connection of a client."""
+        client = Client(self, f"client-{next(self.fixtures.numbers)}")
+        key = self.fixtures.entropy(24).hex()
+        self.program.secrets.add(key)
+        fields = {"of": peer.client.name, "client": client.name, "user": user, "key": key}
+        opening = await self.begin_step("session_for", **fields)
+        request = await peer.connection.expect_request("session.open")
+        expect(request.params.get("user") == user, f"session.open has the params {sorted(request.params)}")
+        session = self.new_session()
+        result = session.result(peer.connection.wall) | {"user": user}
+        peer.connection.respond(request, result)
+        opened = await self.step_result(opening, "session_for")
+        expect(opened == {"session": session.id}, f"session_for returned {opened}")
+        return ConnectedClient(client, peer.connection, session)
+
     def new_session(self, *, refresh: bool = True, bound: bool = False) -> Session:
         """Issue a session with new tokens, which the program must never print."""
         token = self.fixtures.entropy(32)

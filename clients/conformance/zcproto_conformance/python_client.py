@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from zcproto.client.client import Client, connect
+from zcproto.client.client import Client, UserSession, connect
 from zcproto.client.credentials import Device
 from zcproto.client.handlers import Call
 from zcproto.client.session_client import default_client
@@ -102,7 +102,7 @@ class Conform:
     """The steps, each a method named after its step that returns the value of `ok`."""
 
     def __init__(self) -> None:
-        self.clients: dict[str, Client] = {}
+        self.clients: dict[str, Client | UserSession] = {}
         self.calls: dict[str, asyncio.Task[Any]] = {}
         self.streams: dict[str, OpenStream] = {}
         self.held: dict[str, HeldCalls] = {}
@@ -134,6 +134,14 @@ class Conform:
         self.clients[step["client"]] = client  # before it is open, so that `close` always finds it
         await client.open()
         return {"session": None if client.session is None else client.session.id}
+
+    async def session_for(self, step: Mapping[str, Any]) -> Any:
+        client = self.clients[step["of"]]
+        assert isinstance(client, Client)
+        session = client.session_for(user=step["user"], key=step["key"])
+        self.clients[step["client"]] = session
+        await session.open()
+        return {"session": None if session.session is None else session.session.id}
 
     async def call(self, step: Mapping[str, Any]) -> Any:
         client = self.clients[step["client"]]
@@ -266,7 +274,19 @@ class Conform:
 
 
 STEPS: Final = frozenset(
-    {"hello", "connect", "call", "expect", "cancel", "event", "session", "open_session", "cut", "close"}
+    {
+        "hello",
+        "connect",
+        "session_for",
+        "call",
+        "expect",
+        "cancel",
+        "event",
+        "session",
+        "open_session",
+        "cut",
+        "close",
+    }
     | {"open", "next", "send", "finish", "leave", "handle", "called", "answer"}
 )
 KNOWN: Final = (

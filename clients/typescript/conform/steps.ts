@@ -17,6 +17,7 @@ import {
   type Stream,
   TlsError,
   type TlsFailure,
+  type UserClient,
   VERSION,
 } from "../src/index.js";
 import { encodeFrame, Kind, type Side, tokenBytes, tokenFromText } from "../src/wire/frame.js";
@@ -91,7 +92,8 @@ class HeldCalls {
 }
 
 export class Conform {
-  readonly #clients = new Map<string, Client>();
+  readonly #clients = new Map<string, UserClient>();
+  readonly #connections = new Map<string, Client>(); // those with a connection of their own
   readonly #calls = new Map<string, Call>();
   readonly #streams = new Map<string, Stream>();
   readonly #held = new Map<string, HeldCalls>();
@@ -120,6 +122,8 @@ export class Conform {
         return Promise.resolve({ kit: KIT, client: NAME });
       case "connect":
         return this.#connect(step);
+      case "session_for":
+        return this.#sessionFor(step);
       case "call":
         return this.#call(step);
       case "expect":
@@ -157,7 +161,7 @@ export class Conform {
           .openSession()
           .then(({ id }) => ({ session: id }));
       case "cut":
-        this.#clientOf(step).cut();
+        this.#connections.get(step["client"] as string)?.cut();
         return Promise.resolve(null);
       case "close":
         return this.#close(step);
@@ -166,7 +170,7 @@ export class Conform {
     }
   }
 
-  #clientOf({ client }: Step): Client {
+  #clientOf({ client }: Step): UserClient {
     const found = this.#clients.get(client as string);
     if (found === undefined) {
       throw new Error(`unknown client ${JSON.stringify(client)}`);
@@ -210,7 +214,18 @@ export class Conform {
       connectTimeoutMs: number("connect_timeout_ms"),
     });
     this.#clients.set(text("client") ?? "", client);
+    this.#connections.set(text("client") ?? "", client);
     return { session: client.session?.id ?? null };
+  }
+
+  async #sessionFor(step: Step): Promise<Json> {
+    const { of, client, user, key } = step as Record<string, unknown> as Record<string, string>;
+    const session = await this.#connections.get(of as string)?.sessionFor({ user, key });
+    if (session === undefined) {
+      throw new Error(`unknown client ${JSON.stringify(of)}`);
+    }
+    this.#clients.set(client as string, session);
+    return { session: session.session?.id ?? null };
   }
 
   #call(step: Step): Promise<null> {

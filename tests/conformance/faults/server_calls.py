@@ -130,6 +130,19 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
         "runs the handlers of a session on that has ended",
         (f"{_PROTOCOL}._handle", "self.cancel_calls(event.token)", "pass"),
     ),
+    "session-for": fault(
+        "chooses the handler by the method alone",
+        (
+            f"{_CALLS}.register",
+            "session = self._by_token.setdefault(token, HandledSession(receiver))",
+            "session = self._by_token.setdefault(\n"
+            "            token, next(iter(self._by_token.values()), HandledSession(receiver))\n        )",
+        ),
+    ),
+    "session-for-is-revoked": fault(
+        "ends the calls of all sessions with one of them",
+        (f"{_OUTPUT}.cancel_calls", "self._calls.end_session(token)", "[*self._calls._in_flight.values()]"),
+    ),
     "call-during-goaway": fault(
         "closes the connection after GOAWAY while calls run",
         (

@@ -285,3 +285,58 @@ async def _(harness: Harness) -> None:
     await called.answer("still")
     result = await peer.connection.expect_frame("RESULT", 1)
     expect(result.value == "still", f"RESULT is {result.value!r}")
+
+
+# --- several users on one connection ----------------------------------------------------------------
+
+
+@scenario(
+    "session-for", "19.2, 9.1: sessions of several users share a connection; their tokens tell them apart"
+)
+async def _(harness: Harness) -> None:
+    ada = await connect(harness, "approve")
+    bob = await harness.session_for(ada, "bob")
+    await handle(bob, "approve")
+    for number, peer in enumerate((bob, ada, bob), 1):
+        call = await peer.client.call("echo", {"n": number})
+        request = await peer.connection.expect_request("echo")
+        expect(request.token == peer.session.token, "a request was sent with the token of another session")
+        peer.connection.respond(request, number)
+        await call.expect_result(number)
+        peer.connection.call(number, "approve", {"number": number}, peer.session.token)
+        called = await peer.client.called()
+        expect(called.params == {"number": number}, f"called {called}")
+        await called.answer(number)
+        result = await peer.connection.expect_frame("RESULT", number)
+        expect(result.token == peer.session.token, "RESULT was sent with the token of another session")
+
+
+@scenario("session-for-is-revoked", "18.7, 19.2: the end of one session leaves those of other users alone")
+async def _(harness: Harness) -> None:
+    ada = await connect(harness, "approve")
+    bob = await harness.session_for(ada, "bob")
+    await handle(bob, "approve")
+    stream = await ada.client.open("tokens", {})
+    opened = await ada.connection.expect_open("tokens")
+    for number, peer in enumerate((ada, bob), 1):
+        peer.connection.call(number, "approve", {}, peer.session.token)
+    held = await ada.client.called()
+    await bob.client.called()
+
+    def refuse(connection: Connection, request: Frame) -> None:
+        expect(request.token == bob.session.token, "the wrong session was checked")
+        connection.respond_error(request, TOKEN_REVOKED)
+
+    bob.connection.auto_responses["session.info"] = bob.connection.auto_responses["session.handle"] = refuse
+    bob.connection.event("session.revoked", {"by": "operator"}, bob.session.token)
+    await expect_failure(bob.connection, 2, CANCELLED, bob.session.token)
+    await held.answer("unaffected")
+    result = await ada.connection.expect_frame("RESULT", 1)
+    expect(result.value == "unaffected", f"RESULT is {result.value!r}")
+    ada.connection.item(opened, 1)
+    ada.connection.respond(opened, "done")
+    await stream.expect_items(1)
+    await stream.expect_end("done")
+    call = await bob.client.call("echo", {})
+    await call.expect_code(TOKEN_REVOKED)
+    await ada.exchange()
