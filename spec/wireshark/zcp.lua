@@ -22,8 +22,11 @@ local MAX_INFO = 8 -- frames that the Info column names
 local NO_TOKEN = string.rep("\0", 32)
 
 local WELCOME, REQUEST, RESPONSE, ERROR, CANCEL, PING, PONG, GOAWAY, EVENT = 1, 2, 3, 4, 5, 6, 7, 8, 9
+local OPEN, ITEM, END, CREDIT, CALL, RESULT, FAILURE, WITHDRAW = 16, 17, 18, 19, 24, 25, 26, 27
+local MAX_CREDIT = (1 << 53) - 1
 
--- The table of zcp1.md, section 6.1. `stream` is 0 or not 0, nil for either.
+-- The tables of zcp1.md, sections 6.1 and 18.2. `stream` is 0 or not 0, nil for either. `part_of`: the key of WELCOME that
+-- announces the kind.
 local KINDS = {
     [WELCOME] = { name = "WELCOME", sender = "server", stream = "zero", body = true },
     [REQUEST] = { name = "REQUEST", sender = "client", stream = "number", body = true },
@@ -34,6 +37,14 @@ local KINDS = {
     [PONG] = { name = "PONG", stream = "zero", body = false },
     [GOAWAY] = { name = "GOAWAY", sender = "server", stream = "zero", body = true },
     [EVENT] = { name = "EVENT", sender = "server", stream = "zero", body = true },
+    [OPEN] = { name = "OPEN", sender = "client", stream = "number", body = true, part_of = "streams" },
+    [ITEM] = { name = "ITEM", stream = "number", body = true, part_of = "streams" },
+    [END] = { name = "END", sender = "client", stream = "number", body = false, part_of = "streams" },
+    [CREDIT] = { name = "CREDIT", stream = "number", body = true, part_of = "streams" },
+    [CALL] = { name = "CALL", sender = "server", stream = "number", body = true, part_of = "calls" },
+    [RESULT] = { name = "RESULT", sender = "client", stream = "number", body = true, part_of = "calls" },
+    [FAILURE] = { name = "FAILURE", sender = "client", stream = "number", body = true, part_of = "calls" },
+    [WITHDRAW] = { name = "WITHDRAW", sender = "server", stream = "number", body = false, part_of = "calls" },
 }
 
 local KIND_NAMES = {}
@@ -103,6 +114,10 @@ local f = {
     deadline_ms = ProtoField.int64("zcp.meta.deadline_ms", "deadline_ms"),
     idempotency_key = ProtoField.string("zcp.meta.idempotency_key", "idempotency_key"),
     traceparent = ProtoField.string("zcp.meta.traceparent", "traceparent"),
+    credit = ProtoField.none("zcp.meta.credit", "credit"),
+    credit_items = ProtoField.int64("zcp.credit.items", "Items"),
+    credit_bytes = ProtoField.int64("zcp.credit.bytes", "Bytes"),
+    item = ProtoField.none("zcp.item", "Item"),
     result = ProtoField.none("zcp.result", "Result"),
     code = ProtoField.int64("zcp.error.code", "Code", base.DEC, CODES),
     message = ProtoField.string("zcp.error.message", "Message"),
@@ -122,6 +137,11 @@ local f = {
     sts = ProtoField.none("zcp.welcome.sts", "sts"),
     max_age = ProtoField.int64("zcp.welcome.sts.max_age", "max_age"),
     include_subdomains = ProtoField.bool("zcp.welcome.sts.include_subdomains", "include_subdomains"),
+    streams = ProtoField.none("zcp.welcome.streams", "streams"),
+    max_open = ProtoField.int64("zcp.welcome.streams.max_open", "max_open"),
+    max_item = ProtoField.int64("zcp.welcome.streams.max_item", "max_item"),
+    calls = ProtoField.none("zcp.welcome.calls", "calls"),
+    max_calls = ProtoField.int64("zcp.welcome.calls.max", "max"),
 
     path = ProtoField.string("zcp.path", "Path"),
     v_nil = ProtoField.none("zcp.value.nil", "nil"),
@@ -157,6 +177,7 @@ local KEYS = {
         deadline_ms = { field = f.deadline_ms, type = "int" },
         idempotency_key = { field = f.idempotency_key, type = "str", most = 64 },
         traceparent = { field = f.traceparent, type = "str", any = true }, -- one of another type is ignored
+        credit = { field = f.credit, type = "array", any = true }, -- checked with its OPEN
     },
     [f.goaway] = {
         reason = { field = f.reason, type = "str" },
@@ -170,6 +191,15 @@ local KEYS = {
         idle_timeout_ms = { field = f.idle_timeout_ms, type = "int", least = 0 },
         tolerance_ms = { field = f.tolerance_ms, type = "int", least = 0 },
         sts = { field = f.sts, type = "map" },
+        streams = { field = f.streams, type = "map", optional = true },
+        calls = { field = f.calls, type = "map", optional = true },
+    },
+    [f.streams] = {
+        max_open = { field = f.max_open, type = "int", least = 0 },
+        max_item = { field = f.max_item, type = "int", least = MIN_LENGTH },
+    },
+    [f.calls] = {
+        max = { field = f.max_calls, type = "int", least = 0 },
     },
     [f.sts] = {
         max_age = { field = f.max_age, type = "int", least = 0 },
@@ -201,6 +231,8 @@ local e = {
     form = fault("form", "Body with the wrong form for its kind"),
     after_fault = remark("after_fault", "Bytes after a fault: the start of the next frame is unknown", expert.severity.WARN),
     stale = remark("stale", "Timestamp beyond the tolerance", expert.severity.WARN),
+    ended = fault("ended", "ITEM or END after END"),
+    unopened = fault("unopened", "ITEM or CREDIT on the stream of a REQUEST"),
     unasked = remark("unasked", "Answer on a stream that is not in flight", expert.severity.WARN),
     fatal = remark("fatal", "Error that ends the connection", expert.severity.WARN),
     failed = remark("failed", "Call that failed", expert.severity.NOTE),
@@ -222,6 +254,8 @@ local OPEN_PARAMS = {
     public_key = true,
     id = true,
     all = true,
+    methods = true,
+    max = true,
 }
 
 local SECRET_KEYS = { token = true, refresh_token = true, key = true, code = true, signature = true }
@@ -291,7 +325,7 @@ local function conversation_of(source, destination, chunk)
     local key = key_of(source, destination)
     local known = conversations[key]
     if not known or known.salt and begins_with_welcome(chunk) and chunk:sub(21, 28) ~= known.salt then
-        known = { flows = {}, in_flight = {}, pings = {} }
+        known = { flows = {}, in_flight = {}, calls = {}, pings = {}, announced = {} }
         conversations[key] = known
     end
     return known
@@ -512,6 +546,9 @@ local function judge(conversation, flow, source, pinfo, raw)
             if item.key.value == "tolerance_ms" and item.value.type == "int" then
                 conversation.tolerance = item.value.value
             end
+            if item.key.value == "streams" or item.key.value == "calls" then
+                conversation.announced[item.key.value] = true
+            end
         end
         return frame
     end
@@ -533,7 +570,10 @@ local function judge(conversation, flow, source, pinfo, raw)
             frame.stale = true
         end
     end
-    if kind == REQUEST then
+    if rule.part_of and conversation.salt and not conversation.announced[rule.part_of] then
+        say(e.kind, "WELCOME has not announced " .. rule.part_of)
+    end
+    if kind == REQUEST or kind == OPEN then
         local other = conversation.in_flight[stream]
         if other and not other.stale then -- a stale one is refused at once, and its stream is free again
             say(e.in_flight, "stream " .. stream .. " is in flight since packet " .. other.packet)
@@ -542,6 +582,36 @@ local function judge(conversation, flow, source, pinfo, raw)
         conversation.in_flight[stream] = frame
     elseif kind == CANCEL then
         frame.request = conversation.in_flight[stream]
+    elseif kind == ITEM or kind == END or kind == CREDIT then
+        local opened = conversation.in_flight[stream]
+        frame.request = opened
+        if opened and opened.kind ~= OPEN then
+            say(e.unopened, "stream " .. stream .. " began with " .. KIND_NAMES[opened.kind])
+        elseif opened and frame.sender == "client" and kind ~= CREDIT then
+            if opened.ended then
+                say(e.ended, "the client has sent END on stream " .. stream)
+            end
+            opened.ended = opened.ended or kind == END
+        elseif not opened and frame.sender == "server" and conversation.salt then
+            say(e.unasked, "nothing is in flight on stream " .. stream)
+        end
+    elseif kind == CALL then
+        local other = conversation.calls[stream]
+        if other then
+            say(e.in_flight, "call " .. stream .. " is in flight since packet " .. other.packet)
+        end
+        frame.method = method_of(raw)
+        conversation.calls[stream] = frame
+    elseif kind == WITHDRAW then
+        frame.request = conversation.calls[stream]
+    elseif kind == RESULT or kind == FAILURE then
+        frame.request = conversation.calls[stream]
+        if frame.request then
+            frame.request.answer, frame.answers = frame, true
+            conversation.calls[stream] = nil
+        elseif conversation.salt then
+            say(e.unasked, "no call " .. stream .. " is in flight")
+        end
     elseif (kind == RESPONSE or kind == ERROR) and stream ~= 0 then
         frame.request = conversation.in_flight[stream]
         if frame.request then
@@ -769,8 +839,8 @@ local function check_complete(item, node, field)
     for _, each in ipairs(node.items) do
         there[each.key.value] = each.value
     end
-    for key in pairs(KEYS[field]) do
-        if not there[key] then
+    for key, rule in pairs(KEYS[field]) do
+        if not there[key] and not rule.optional then
             missing[#missing + 1] = key
         end
     end
@@ -803,6 +873,22 @@ local ELEMENTS = {
         least = 2,
         form = "[name, data]",
     },
+    [CREDIT] = {
+        { f.credit_items, "Items", { int = true } },
+        { f.credit_bytes, "Bytes", { int = true } },
+        least = 2,
+        form = "[items, bytes]",
+    },
+}
+
+ELEMENTS[OPEN] = ELEMENTS[REQUEST]
+ELEMENTS[FAILURE] = ELEMENTS[ERROR]
+ELEMENTS[CALL] = {
+    ELEMENTS[REQUEST][1],
+    ELEMENTS[REQUEST][2],
+    ELEMENTS[REQUEST][3],
+    least = 3,
+    form = "[method, params, meta]",
 }
 
 local PATHS = {
@@ -814,7 +900,11 @@ local PATHS = {
     [f.code] = "code",
     [f.message] = "message",
     [f.event_name] = "name",
+    [f.credit_items] = "items",
+    [f.credit_bytes] = "bytes",
 }
+
+local WITH_METHOD = { [REQUEST] = true, [OPEN] = true, [CALL] = true }
 
 -- Return which keys of a frame's body are secret, or MASKED; nil for none.
 local function secrets_of(frame, element, node)
@@ -822,7 +912,7 @@ local function secrets_of(frame, element, node)
         return nil
     elseif frame.kind == RESPONSE then
         return secret_in_result(frame.request and frame.request.method) or nil
-    elseif frame.kind ~= REQUEST or element == f.method and node.type == "str" then
+    elseif not WITH_METHOD[frame.kind] or element == f.method and node.type == "str" then
         return nil
     elseif element == f.meta and node.type == "map" then
         return secret_in_params(nil)
@@ -830,6 +920,25 @@ local function secrets_of(frame, element, node)
     local secret = secret_in_params(frame.method)
     -- Params of the wrong type have no keys that show which part of them is secret.
     return secret and (element == f.params and node.type == "map" and secret or MASKED) or nil
+end
+
+local function is_total(node)
+    return node.type == "int" and node.value >= 0 and node.value <= MAX_CREDIT
+end
+
+-- Check what the meta of an OPEN must and must not have.
+local function check_meta_of_open(item, node)
+    for _, each in ipairs(node.items) do
+        local value = each.value
+        if each.key.value == "idempotency_key" and value.type ~= "nil" then
+            item:add_proto_expert_info(e.form, "a stream has no idempotency_key")
+        elseif each.key.value == "credit" and value.type ~= "nil" then
+            local pair = value.type == "array" and value.count == 2 and value.items
+            if not (pair and #pair == 2 and is_total(pair[1].value) and is_total(pair[2].value)) then
+                item:add_proto_expert_info(e.form, "credit must be [items, bytes]")
+            end
+        end
+    end
 end
 
 -- Add the body of a frame of a known kind. Return its text for the Info column.
@@ -857,6 +966,11 @@ local function add_body(frame, bytes, tree, body)
                 if not fits then
                     added:add_proto_expert_info(e.form, label:lower() .. " must not be " .. node.type)
                 end
+                if field == f.meta and fits and frame.kind == OPEN then
+                    check_meta_of_open(added, node)
+                elseif frame.kind == CREDIT and fits and not is_total(node) then
+                    added:add_proto_expert_info(e.form, label:lower() .. " must be from 0 to 2^53 - 1")
+                end
                 if field == f.method and fits then
                     info = printable(node.value:sub(1, MAX_METHOD))
                     if #node.value > MAX_METHOD or not node.value:find("^[a-z0-9_.]+$") then
@@ -870,9 +984,11 @@ local function add_body(frame, bytes, tree, body)
                     added:add_proto_expert_info(fatal and e.fatal or e.failed, info)
                 end
             end
-        elseif frame.kind == RESPONSE then
+        elseif frame.kind == RESPONSE or frame.kind == RESULT then
             local own = root.items and f.result or nil
             add_value(bytes, item, root, own, "Result", "result", secrets_of(frame, f.result, root))
+        elseif frame.kind == ITEM then
+            add_value(bytes, item, root, root.items and f.item or nil, "Item", "item")
         else
             local field = frame.kind == WELCOME and f.welcome or f.goaway
             local is_map = root.type == "map"
@@ -882,8 +998,10 @@ local function add_body(frame, bytes, tree, body)
                 added:add_proto_expert_info(e.form, "must be a map")
             elseif not wrong then
                 local there = check_complete(added, root, field)
-                if there.sts and there.sts.type == "map" then
-                    check_complete(added, there.sts, f.sts)
+                for key, of in pairs({ sts = f.sts, streams = f.streams, calls = f.calls }) do
+                    if there[key] and there[key].type == "map" then
+                        check_complete(added, there[key], of)
+                    end
                 end
                 if there.versions and there.versions.type == "array" then
                     local speaks = false
@@ -1006,7 +1124,7 @@ local function add_header_faults(items, raw, frame)
             at = items.counter
         elseif each[1] == e.stale then
             at = items.timestamp_ms
-        elseif each[1] == e.in_flight or each[1] == e.unasked then
+        elseif each[1] ~= e.kind and each[1] ~= e.sender and each[1] ~= e.greeting then
             at = items.stream
         end
         at:add_proto_expert_info(each[1], each[2])
@@ -1038,7 +1156,7 @@ local function show_frame(frame, bytes, tree, raw)
     elseif rule and rule.body then
         items.length:add_proto_expert_info(e.msgpack, rule.name .. " without a body")
     end
-    if frame.kind == RESPONSE and frame.request and frame.request.method then
+    if (frame.kind == RESPONSE or frame.kind == RESULT) and frame.request and frame.request.method then
         said = printable(frame.request.method:sub(1, MAX_METHOD))
     end
     local info = name

@@ -24,7 +24,11 @@ from tests.server.helpers import (
 )
 
 VECTORS = Path(__file__).parents[2] / "spec" / "vectors"
-KINDS = json.loads((VECTORS / "tables.json").read_text(encoding="utf-8"))["kinds"]
+KINDS: dict[str, int] = {
+    name: kind
+    for file in ("tables.json", "streaming/tables.json")
+    for name, kind in json.loads((VECTORS / file).read_text(encoding="utf-8"))["kinds"].items()
+}
 PORT = 7443
 OTHER_PORT = 9443
 """A port that is not configured; ALPN identifies the protocol."""
@@ -46,6 +50,11 @@ NAMED_FIELDS = {
     ("welcome.tolerance_ms", int): "zcp.welcome.tolerance_ms",
     ("welcome.sts.max_age", int): "zcp.welcome.sts.max_age",
     ("welcome.sts.include_subdomains", bool): "zcp.welcome.sts.include_subdomains",
+    ("welcome.streams.max_open", int): "zcp.welcome.streams.max_open",
+    ("welcome.streams.max_item", int): "zcp.welcome.streams.max_item",
+    ("welcome.calls.max", int): "zcp.welcome.calls.max",
+    ("items", int): "zcp.credit.items",
+    ("bytes", int): "zcp.credit.bytes",
 }
 """Fields of well-known values, by path and type."""
 
@@ -56,6 +65,11 @@ MAP_FIELDS = {
     EVENT: ("zcp.event.data",),
     GOAWAY: ("zcp.goaway",),
     WELCOME: ("zcp.welcome",),
+    KINDS["OPEN"]: ("zcp.params", "zcp.meta"),
+    KINDS["ITEM"]: ("zcp.item",),
+    KINDS["CALL"]: ("zcp.params", "zcp.meta"),
+    KINDS["RESULT"]: ("zcp.result",),
+    KINDS["FAILURE"]: ("zcp.error.details",),
 }
 """Fields for maps, by kind of frame; each is present if the frame has the map."""
 
@@ -92,19 +106,34 @@ def leaf(value: Any) -> tuple[str, str]:
     return "zcp.value.bin", value.hex(":")
 
 
+ELEMENTS = {
+    REQUEST: ["method", "params", "meta"],
+    ERROR: ["code", "message", "details"],
+    EVENT: ["name", "data"],
+    KINDS["OPEN"]: ["method", "params", "meta"],
+    KINDS["CALL"]: ["method", "params", "meta"],
+    KINDS["FAILURE"]: ["code", "message", "details"],
+    KINDS["CREDIT"]: ["items", "bytes"],
+}
+"""Names of the elements of a body that is an array, by kind."""
+
+WHOLE = {
+    WELCOME: "welcome",
+    RESPONSE: "result",
+    GOAWAY: "goaway",
+    KINDS["ITEM"]: "item",
+    KINDS["RESULT"]: "result",
+}
+"""Names of other bodies, by kind."""
+
+
 def body_leaves(frame: Frame) -> Iterator[tuple[str, str, str]]:
     value = msgpack.unpackb(frame.body, max_array_len=10**6, strict_map_key=False)
-    match frame.kind:
-        case 2:
-            names = ["method", "params", "meta"]
-        case 4:
-            names = ["code", "message", "details"]
-        case 9:
-            names = ["name", "data"]
-        case kind:
-            yield from leaves(value, {WELCOME: "welcome", RESPONSE: "result", GOAWAY: "goaway"}[kind])
-            return
-    for name, each in zip(names, value, strict=False):
+    elements = ELEMENTS.get(frame.kind)
+    if elements is None:
+        yield from leaves(value, WHOLE[frame.kind])
+        return
+    for name, each in zip(elements, value, strict=False):
         yield from leaves(each, name)
 
 

@@ -13,15 +13,20 @@ from tests.docs.messages import ROOT
 FOLDER = ROOT / "spec" / "wireshark"
 DISSECTOR = (FOLDER / "zcp.lua").read_text(encoding="utf-8")
 GUIDE = (FOLDER / "README.md").read_text(encoding="utf-8")
-TABLES = json.loads((ROOT / "spec" / "vectors" / "tables.json").read_text(encoding="utf-8"))
+VECTORS = ROOT / "spec" / "vectors"
+TABLES = json.loads((VECTORS / "tables.json").read_text(encoding="utf-8"))
+STREAMING = json.loads((VECTORS / "streaming" / "tables.json").read_text(encoding="utf-8"))
+RESERVED = {"ACCEPTED"}
 
 
 def test_codes_and_kinds_equal_those_of_the_protocol() -> None:
     codes = re.findall(r'^    \[(\d+)\] = "([A-Z_]+)",$', DISSECTOR, re.MULTILINE)
     assert {name: int(code) for code, name in codes} == TABLES["codes"]
-    names, numbers = re.findall(r"^local (WELCOME[A-Z, ]+) = ([0-9, ]+)$", DISSECTOR, re.MULTILINE)[0]
-    kinds = dict(zip(names.split(", "), map(int, numbers.split(", ")), strict=True))
-    assert kinds == TABLES["kinds"]
+    kinds: dict[str, int] = {}
+    for names, numbers in re.findall(r"^local ([A-Z]+(?:, [A-Z]+)+) = ([0-9, ]+)$", DISSECTOR, re.MULTILINE):
+        kinds |= zip(names.split(", "), map(int, numbers.split(", ")), strict=True)
+    expected = TABLES["kinds"] | STREAMING["kinds"]
+    assert kinds == {name: number for name, number in expected.items() if name not in RESERVED}
 
 
 def test_guide_lists_every_field() -> None:
