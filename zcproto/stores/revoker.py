@@ -299,8 +299,8 @@ class Revoker:
     # --- after the store has lost data ---------------------------------------------------------------
 
     def repeat_after_loss(self) -> None:
-        """Repeat all recent revocations for a while: other processes may restore the sessions."""
-        self._schedule(self._recent_revocations(), REPEATS_S)
+        """Repeat recent revocations, and those to come, for a while: other processes may restore the sessions."""
+        self._schedule(self._recent_revocations(), REPEATS_S, self.clock.now())
 
     async def repeat_after_gap(self, call: Call) -> None:
         """Repeat recent revocations and rotations now: a failover may have lost them."""

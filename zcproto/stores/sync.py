@@ -261,6 +261,9 @@ class StoreSync:
         await self.revoker.end_orphans(attempt)
         if self.store.shared:
             await self.changes.check_all(attempt)
+            if not self._is_loaded:
+                self._is_loaded = True
+                self.revoker.repeat_after_loss()  # the store may have lost data before this process started
         elif not self._is_loaded:
             await self._load()
         while len(self.pending):

@@ -7,7 +7,14 @@ import asyncio
 import pytest
 
 from tests.stores.faulty import FAILS, WORKS
-from tests.stores.service.harness import GRACE, FaultyStoreView, StartProcess, raw, report_data_loss
+from tests.stores.service.harness import (
+    GRACE,
+    FaultyStoreView,
+    SessionProcess,
+    StartProcess,
+    raw,
+    report_data_loss,
+)
 from zcproto.errors import Code
 from zcproto.sessions.health import HealthState
 from zcproto.stores.revoker import REPEATS_S
@@ -135,6 +142,34 @@ async def test_process_started_after_the_loss_repeats_unknown_revocations(
     await other.settle()
     assert one.store.registry.kept == 1
     await one.advance(REPEATS_S[0])
+    assert one.store.registry.kept == 0
+
+
+async def restore_later(one: SessionProcess, other: SessionProcess) -> None:
+    """Let another process restore its sessions 20 seconds after this one noticed the loss."""
+    await one.advance(20.0)
+    other.store.use_data_of(one.store)
+    report_data_loss(other)
+    await other.settle()
+    assert one.store.registry.kept == 1
+    await one.advance(10.0)
+
+
+@pytest.mark.parametrize("has_started_since", [False, True])
+async def test_revocation_of_a_user_after_the_loss_is_repeated_for_late_restorations(
+    start_process: StartProcess, has_started_since: bool
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    other.use(await other.open())
+    one.store.lose_all()
+    if has_started_since:
+        one = await start_process(one.store)
+    else:
+        report_data_loss(one)
+        await one.settle()
+    await one.sessions.revoke_user("ada", "all")
+    await restore_later(one, other)
     assert one.store.registry.kept == 0
 
 
