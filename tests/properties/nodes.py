@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import selectors
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import CallError, Code
 from zcproto.sessions import SessionRegistry, SessionSettings
-from zcproto.sessions.record import SessionRecord
+from zcproto.sessions.record import Rotation, SessionRecord
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.base import Change, ChangeKind, Created, NotRotated, StoreUnavailable
 from zcproto.stores.operations import UPKEEP
@@ -171,6 +172,7 @@ class Store:
         self.primary = Server(SessionSettings(per_user=1_000), [])
         self.links: list[StoreLink] = []
         self.on_evicted: Callable[[bytes, list[bytes]], None] = lambda new, ended: None
+        self.on_rotated: Callable[[Rotation, Any], None] = lambda rotation, result: None
 
     def fail_over(self, lost: int, *, is_planned: bool) -> None:
         """Promote a replica that lacks the last operations. A planned failover leaves the old primary writable."""
@@ -189,6 +191,8 @@ class Store:
         if name in ("end_all",):
             before = tuple(record.id for record in server.registry.records(None, server.registry.kept))
         result = server.apply(name, arguments)
+        if name == "rotate":
+            self.on_rotated(arguments[0], result)
         match name, result:
             case "create", Created(ended=ended):
                 changed = [each.id for each in ended]
@@ -220,7 +224,9 @@ class StoreLink:
         self._on_change: Callable[[Change], None] = lambda change: None
         self._delayed: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._answers: set[asyncio.Future[Any]] = set()
         self._order = 0.0
+        self._arriving: deque[Callable[[], object]] = deque()
         self.server = store.primary
         self.is_up = False
         self.is_cut = False
@@ -249,17 +255,29 @@ class StoreLink:
         self._delayed.clear()
 
     def lose(self) -> None:
+        """End the connection. What was sent may be applied, and is not answered.
+
+        As in `Link.lose` of the Valkey client, which fails all commands in flight in the same turn: no answer of a
+        lost connection arrives after the node has reconnected and compared its sessions.
+        """
         self.is_up = False
+        for answer in self._answers:
+            answer.done() or answer.set_exception(StoreUnavailable("the connection was lost"))
+        self._answers.clear()
 
     def notify(self, change: Change) -> None:
         """Deliver a change when the node runs, in the order of replies."""
         on_change = self._on_change
-        self._loop.call_at(self._at(), lambda: on_change(change) if self.is_up and not self.is_cut else None)
+        self._send(lambda: on_change(change) if self.is_up and not self.is_cut else None)
 
-    def _at(self) -> float:
-        """Return when something sent now arrives. The order is kept."""
+    def _send(self, arrive: Callable[[], object]) -> None:
+        """Call `arrive` when what is sent now arrives. The order is kept; a heap of timers would not keep it."""
         self._order = max(self._order, self._loop.time() + (DELAY_S if self.mode == SLOW else 0.0))
-        return self._order
+        self._arriving.append(arrive)
+        self._loop.call_at(self._order, self._arrive_next)
+
+    def _arrive_next(self) -> None:
+        self._arriving.popleft()()
 
     # --- the connection ------------------------------------------------------------------------------
 
@@ -311,6 +329,7 @@ class StoreLink:
             await self._connect()
         server, mode = self.server, self.mode
         answer: asyncio.Future[Any] = self._loop.create_future()
+        self._answers.add(answer)
 
         def apply() -> None:
             if not self.is_cut:
@@ -320,10 +339,10 @@ class StoreLink:
                     return
                 result = self._shared.apply(self, server, name, arguments)
                 if mode in (WORKS, SLOW):
-                    self._loop.call_at(self._at(), lambda: answer.done() or answer.set_result(result))
+                    self._send(lambda: answer.done() or answer.set_result(result))
 
         if mode in (WORKS, SLOW):
-            self._loop.call_at(self._at(), apply)
+            self._send(apply)
         elif mode == LOSES_ANSWERS:
             apply()
         elif mode == DELAYS_REQUESTS:
@@ -334,6 +353,8 @@ class StoreLink:
         except TimeoutError:
             self.lose()
             raise StoreUnavailable("no answer in time") from None
+        finally:
+            self._answers.discard(answer)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self._do(name, *arguments)
@@ -411,6 +432,7 @@ class Node:
     def crash(self) -> None:
         """End at once: what was in progress is lost, what was sent is not."""
         self.link.cut()
+        self.sync.tasks.is_stopping = True  # so that no cancelled task sets a timer
         tasks = asyncio.all_tasks(self.loop)
         for _ in range(3):
             for task in tasks:
