@@ -125,6 +125,9 @@ async def test_server_that_does_not_answer_delays_the_close_of_all_sessions_once
     await client.close()
     assert now() - began < 3.0
     assert [event async for event in sessions[-1].events] == []
+    assert client._users == {}
+    assert len(client._wheel) == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 @scripted
@@ -221,6 +224,19 @@ async def test_event_with_the_token_before_the_last_refresh_reaches_its_session(
         server.link.event("late", None, token(1))
         await turns()
         assert (await anext(session.events)).name == "late"
+
+
+@scripted
+async def test_event_of_a_closed_session_reaches_no_other() -> None:
+    server = ScriptedServer()
+    own: list[str] = []
+    async with client_of(server, on_event=lambda event: own.append(event.name)) as client:
+        async with ada(client):
+            pass
+        server.link.event("late", None, token(2))
+        server.link.event("own", None, token(1))
+        await turns()
+        assert own == ["own"]
 
 
 @scripted

@@ -29,6 +29,7 @@ from zcproto.common.clock import Clock, MonotonicClock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import EventReceived
 from zcproto.errors import ConfigError, ConnectionClosed
+from zcproto.wire.frame import NO_TOKEN
 
 CLOSED_AT_ONCE: Final = 32
 """Sessions of users that are closed at once: fewer than the requests that a server allows in flight."""
@@ -54,6 +55,7 @@ class Client(SessionClient):
         super().__init__(options, MonotonicClock(clock), random)
         self._dial = Dialer(self.address, options, self._clock, clock)
         self._users: dict[UserSession, None] = {}
+        self._had_users = False
         self._showing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -128,7 +130,7 @@ class Client(SessionClient):
                     users = [*self._users][:CLOSED_AT_ONCE]
                     await asyncio.gather(*(user.close() for user in users))
         for user in [*self._users]:
-            user.events.close()
+            await user._close(None)  # without telling the server
         await self._sessions.close(self._connections.current)
 
     # --- state ------------------------------------------------------------------------------------
@@ -177,6 +179,7 @@ class Client(SessionClient):
         if self._closed:
             raise ConnectionClosed("this client is closed", clean=True)
         self._users[user] = None
+        self._had_users = True
         return self._connections, self._wheel
 
     def _detach_session(self, user: UserSession) -> None:
@@ -191,7 +194,7 @@ class Client(SessionClient):
                 self._showing.cancel()
             self._showing = self._loop.create_task(self._show_users(connection))
         if self._options.on_connected is not None:
-            self._options.on_connected()
+            self._loop.call_soon(self._options.on_connected)
 
     async def _show_users(self, connection: ClientProtocol) -> None:
         """Show the sessions of all users, as many at once as the server allows requests."""
@@ -203,6 +206,8 @@ class Client(SessionClient):
 
     def _event_received(self, event: EventReceived) -> None:
         owner: SessionClient = next((each for each in self._users if each._owns(event.token)), self)
+        if owner is self and self._had_users and event.token != NO_TOKEN and not self._owns(event.token):
+            return  # of a session that was closed
         owner._receive_event(event)
 
 
@@ -243,14 +248,15 @@ class UserSession(SessionClient):
 
     async def close(self) -> None:
         """Close the session; the connection stays open. Idempotent."""
-        if self._closed:
-            return
+        if self._opened and not self._closed:
+            await self._close(self._connections.current)
         self._closed = True
-        if not self._opened:
-            return
+
+    async def _close(self, connection: ClientProtocol | None) -> None:
+        self._closed = True
         try:
             await self._registrar.close()
-            await self._sessions.close(self._connections.current)
+            await self._sessions.close(connection)
         finally:
             self._client._detach_session(self)
             self.events.close()
