@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,20 +89,21 @@ class Connection:
                 raise ZcprotoError(f"wrong answer: kind {kind}, {body[:80]!r}")
 
     def open_items(self, method: str, params: dict[str, Any], count: int) -> None:
-        """Open a stream of so many items with credit for all; `check_items` reads them."""
-        credit = {"credit": [count, 1 << 40]}
-        self.send([self.frame(method, {**params, "n": count}, credit, kind=OPEN)])
+        """Open a stream with credit for so many items; `check_items` reads them."""
+        self.send([self.frame(method, params, {"credit": [count, 1 << 40]}, kind=OPEN)])
 
-    def check_items(self, item: bytes, count: int) -> None:
-        """Read the items and the answer. All at once, because a reader that is slow would slow down the server."""
-        data, size = bytearray(self._rest), HEADER.size + len(item)
-        while len(data) < count * size:
+    def check_items(self, items: Sequence[bytes]) -> None:
+        """Read these items and the answer. All at once: a slow reader would slow down the server."""
+        data, size = bytearray(self._rest), sum(HEADER.size + len(item) for item in items)
+        while len(data) < size:
             data += self.tls.recv(65_536) or self._fail()
-        for at in range(0, count * size, size):
-            kind = data[at + 5]
-            if kind != ITEM or data[at + HEADER.size : at + size] != item:
-                raise ZcprotoError(f"wrong item: kind {kind}, {bytes(data[at : at + size])[:80]!r}")
-        self._rest = bytes(data[count * size :])
+        at = 0
+        for item in items:
+            kind, end = data[at + 5], at + HEADER.size + len(item)
+            if kind != ITEM or data[at + HEADER.size : end] != item:
+                raise ZcprotoError(f"wrong item: kind {kind}, {bytes(data[at:end])[:80]!r}")
+            at = end
+        self._rest = bytes(data[size:])
         kind, _, _, body = self.receive()
         if kind != RESPONSE:
             raise ZcprotoError(f"the stream did not end: kind {kind}, {body[:80]!r}")

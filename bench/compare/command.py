@@ -120,8 +120,8 @@ class Side:
         """Take a slice of items from one stream; return the server's CPU time for each, in microseconds."""
         connection = self._connections[0]
         before = cpu_seconds(self._server.pid)
-        connection.open_items("echo_items", PARAMS, SLICE)
-        connection.check_items(ANSWER, SLICE)
+        connection.open_items("echo_items", {**PARAMS, "n": SLICE}, SLICE)
+        connection.check_items([ANSWER] * SLICE)
         return (cpu_seconds(self._server.pid) - before) * 1e6 / SLICE
 
     def connection_cost(self) -> float:

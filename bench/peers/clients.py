@@ -142,7 +142,7 @@ class WebsocketsClient(Client):
 
 
 class GrpcClient(Client):
-    """gRPC over HTTP/2 (RFC 9113): what one unary call at a time needs."""
+    """gRPC over HTTP/2 (RFC 9113): what one call at a time needs, unary or with a stream of answers."""
 
     alpn = ("h2",)
 
@@ -156,7 +156,7 @@ class GrpcClient(Client):
         grown = (1 << 30).to_bytes(4, "big")  # so that no connection runs out of its window
         self.tls.sendall(
             b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + self._frame(self._SETTINGS, 0, 0, b"")
+            + self._frame(self._SETTINGS, 0, 0, b"\0\4" + grown)  # the initial window of a stream
             + self._frame(self._WINDOW, 0, 0, grown)
         )
         self._message = b"\0" + len(self.payload).to_bytes(4, "big") + self.payload
@@ -185,20 +185,38 @@ class GrpcClient(Client):
         )
 
     def check(self) -> None:
-        answer = b""
+        self._compare(self._answer()[5:])
+
+    def items(self, count: int) -> None:
+        """Take the payload so many times from one stream. Only after a request, which has filled the table."""
+        self._stream += 2
+        path = b"/peer.Echo/Items"
+        block = b"\x83\x87\x04" + bytes((len(path),)) + path + b"\xc0\xbf\xbe"
+        message = count.to_bytes(4, "big") + self.payload
+        self.send(
+            self._frame(self._HEADERS, self._END_HEADERS, self._stream, block)
+            + self._frame(
+                self._DATA, self._END_STREAM, self._stream, b"\0" + len(message).to_bytes(4, "big") + message
+            )
+        )
+        if self._answer() != self._message * count:
+            raise ZcprotoError("GrpcClient: a wrong item")
+
+    def _answer(self) -> bytes:
+        """Return all messages of the answer, each with its prefix."""
+        parts = []
         while True:
             high, low, kind, flags, stream = self._FRAME.unpack(self._take(self._FRAME.size))
             body = self._take(high << 16 | low)
             if kind == self._DATA:
-                answer += body
+                parts.append(body)
             elif kind in (self._SETTINGS, self._PING) and not flags & self._ACK:
                 reply = body if kind == self._PING else b""
                 self.tls.sendall(self._frame(kind, self._ACK, 0, reply))
             elif kind in (self._RST, self._GOAWAY):
                 raise ZcprotoError(f"gRPC ended a call: {body[:80]!r}")
             if stream == self._stream and kind in (self._DATA, self._HEADERS) and flags & self._END_STREAM:
-                self._compare(answer[5:])
-                return
+                return b"".join(parts)
 
 
 class ZcprotoClient:
@@ -222,6 +240,11 @@ class ZcprotoClient:
 
     def check(self) -> None:
         self._connection.check_echoes(self._answer, 1)
+
+    def items(self, count: int) -> None:
+        """Take the payload so many times from one stream."""
+        self._connection.open_items("repeat", {**self._params, "n": 0, "count": count}, count)
+        self._connection.check_items([msgpack.packb({"n": n, **self._params}) for n in range(count)])
 
     def close(self) -> None:
         self._connection.close()

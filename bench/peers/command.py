@@ -45,16 +45,19 @@ MAX_HELD: Final = 20_000
 """From one address to one port there are about 28,000 connections."""
 
 REQUEST: Final = "request_us"
+ITEM: Final = "item_us"
 CONNECT: Final = "connect_us"
 MEMORY: Final = "memory_kib"
 
 FIGURES: Final = {
     REQUEST: ("server CPU of a request, depth 1", "us"),
+    ITEM: ("server CPU of an item of a stream", "us"),
     CONNECT: ("server CPU of a connection", "us"),
     MEMORY: ("server memory of a connection", "KiB"),
 }
 BARS: Final = {
     REQUEST: {GRPC: 1 / 10, UVICORN: 1 / 2, WEBSOCKETS: 3 / 5, STREAMS: 3 / 4},
+    ITEM: {GRPC: 1 / 5},
     CONNECT: {},
     MEMORY: {STREAMS: 1 / 7, GRPC: 1.0, UVICORN: 1.0},
 }
@@ -63,6 +66,7 @@ BARS: Final = {
 NOTES: Final = {
     ZCPROTO: {
         REQUEST: "checks token, nonce, timestamp and limits, decodes and encodes params, counts requests",
+        ITEM: "encodes a map with the payload and a number; one stream, whose client has room for all items",
         CONNECT: "with WELCOME and session.open: compares a key's digest, makes a session with two tokens",
         MEMORY: "each with a session of its own",
     },
@@ -73,6 +77,7 @@ NOTES: Final = {
     },
     GRPC: {
         REQUEST: "HTTP/2 with headers, deadlines and flow control; bytes instead of protobuf, no interceptors",
+        ITEM: "an async generator of bytes; windows of 1 GiB, so that flow control waits for nothing",
         CONNECT: "with the settings of HTTP/2; TLS is BoringSSL's, which chooses its own suite",
         MEMORY: "no sessions; its C core keeps memory of its own",
     },
@@ -93,7 +98,7 @@ NOTES: Final = {
 def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
     """Return all figures beside one another: a column for each server, ratios by round."""
     columns: dict[str, list[Row]] = {name: [] for name in NAMES}
-    rounds = {REQUEST: figures.request_s, CONNECT: figures.connect_s}
+    rounds = {REQUEST: figures.request_s, ITEM: figures.item_s, CONNECT: figures.connect_s}
     rounds |= (
         {MEMORY: {name: [kib] for name, kib in figures.memory_kib.items()}} if figures.memory_kib else {}
     )
@@ -101,6 +106,8 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
         label, unit = FIGURES[figure]
         scale = 1.0 if figure == MEMORY else 1e6
         for name, rows in columns.items():
+            if name not in by_round:
+                continue
             rows.append(Row(figure, label, statistics.median(by_round[name]) * scale, unit))
             if name != ZCPROTO:
                 ratios = [own / other for own, other in zip(by_round[ZCPROTO], by_round[name], strict=True)]
@@ -108,7 +115,11 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
                 rows.append(Row(key, f"{label}: zcproto / it", statistics.median(ratios), below=bar))
     notes = [
         f"echo of {plan.payload_bytes} bytes; {plan.held:,} connections held",
-        *(f"{name}: {FIGURES[figure][0]}: {NOTES[name][figure]}" for figure in rounds for name in NAMES),
+        *(
+            f"{name}: {FIGURES[figure][0]}: {NOTES[name][figure]}"
+            for figure in rounds
+            for name in rounds[figure]
+        ),
         *(
             ", ".join(f"{name} {value}" for name, value in words.items())
             for words in (versions, figures.suites)

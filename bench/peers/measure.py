@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from bench.compare.client import connect_tls, context_for
 from bench.peers.clients import (
@@ -38,6 +38,9 @@ GRPC: Final = "grpcio aio"
 UVICORN: Final = "uvicorn"
 WEBSOCKETS: Final = "websockets on uvloop"
 NAMES: Final = (ZCPROTO, STREAMS, GRPC, UVICORN, WEBSOCKETS)
+
+ITEM_NAMES: Final = (ZCPROTO, GRPC)
+"""The servers that have streams of items."""
 
 _PEERS: Final[dict[str, tuple[str, type[Client]]]] = {
     STREAMS: ("streams", StreamsClient),
@@ -67,6 +70,13 @@ LINES_SHOWN: Final = 3
 BYTES_PER_KIB: Final = 1_024
 
 Say = Callable[[str], None]
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A connection to a server of ITEM_NAMES."""
+
+    def items(self, count: int) -> None: ...
 
 
 class Asked(Protocol):
@@ -102,6 +112,7 @@ class Figures:
 
     request_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
     connect_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    item_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ITEM_NAMES})
     memory_kib: dict[str, float] = field(default_factory=dict)
     suites: dict[str, str] = field(default_factory=dict)
 
@@ -201,6 +212,7 @@ def measure(servers: Servers, plan: Plan, say: Say) -> Figures:
             say("starting all five servers ...")
             running = [stack.enter_context(servers.run(name)) for name in NAMES]
             measure_requests(running, plan, figures, say)
+            measure_items([server for server in running if server.name in ITEM_NAMES], plan, figures, say)
             measure_connects(running, plan, figures, say)
         if plan.held:
             for name in NAMES:
@@ -232,6 +244,27 @@ def measure_requests(servers: list[Server], plan: Plan, figures: Figures, say: S
                 figures.request_s[name].append(seconds / (slices * turns * CONNECTIONS))
     finally:
         _close(itertools.chain.from_iterable(connections.values()))
+
+
+def measure_items(servers: list[Server], plan: Plan, figures: Figures, say: Say) -> None:
+    """Measure the CPU of an item, with one stream at a time whose client has room for all items."""
+    connections = {server.name: server.connect() for server in servers}
+    try:
+        _send_all([*connections.values()], 1)
+        slices = max(1, plan.requests // SLICE)
+        for number in range(plan.rounds + 1):
+            say(f"items, round {number} of {plan.rounds} ..." if number else "items, to warm up ...")
+            spent = dict.fromkeys(connections, 0.0)
+            for _ in range(slices):
+                for server in servers:
+                    connection, before = connections[server.name], server.cpu_s()
+                    assert isinstance(connection, Streaming)
+                    connection.items(SLICE)
+                    spent[server.name] += server.cpu_s() - before
+            for name, seconds in spent.items() if number else ():
+                figures.item_s[name].append(seconds / (slices * SLICE))
+    finally:
+        _close(connections.values())
 
 
 def measure_connects(servers: list[Server], plan: Plan, figures: Figures, say: Say) -> None:

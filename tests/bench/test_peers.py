@@ -14,9 +14,20 @@ from bench import stage
 from bench.peers import environment as environment_module
 from bench.peers import measure as module
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
-from bench.peers.command import BARS, FIGURES, NOTES, REQUEST, report
+from bench.peers.command import BARS, FIGURES, ITEM, NOTES, REQUEST, report
 from bench.peers.environment import MARK, REQUIREMENTS, Environment, default_folder
-from bench.peers.measure import GRPC, NAMES, STREAMS, UVICORN, WEBSOCKETS, ZCPROTO, Figures, Plan, Servers
+from bench.peers.measure import (
+    GRPC,
+    ITEM_NAMES,
+    NAMES,
+    STREAMS,
+    UVICORN,
+    WEBSOCKETS,
+    ZCPROTO,
+    Figures,
+    Plan,
+    Servers,
+)
 from zcproto.errors import ZcprotoError
 
 QUICK = Plan(rounds=2, requests=50, connects=2, held=5, payload_bytes=64)
@@ -30,6 +41,8 @@ def figures(**times: float) -> Figures:
         cost = usual[name] / 1e6
         made.request_s[name] = [cost, cost * 10, cost]
         made.connect_s[name] = [cost * 50] * 3
+    for name in ITEM_NAMES:
+        made.item_s[name] = [usual[name] / 1e7] * 3
     made.memory_kib = {ZCPROTO: 36.0, STREAMS: 280.0, GRPC: 54.0, UVICORN: 59.0, WEBSOCKETS: 64.0}
     return made
 
@@ -69,11 +82,16 @@ def test_memory_has_bars() -> None:
 def test_memory_may_be_left_out() -> None:
     made = figures()
     made.memory_kib = {}
-    assert {row.key for row in report(made, QUICK, {}).columns[ZCPROTO]} == {"request_us", "connect_us"}
+    assert {row.key for row in report(made, QUICK, {}).columns[ZCPROTO]} == {
+        "request_us",
+        "item_us",
+        "connect_us",
+    }
 
 
 def test_every_figure_has_note_for_every_server() -> None:
-    assert all(NOTES[name].keys() == FIGURES.keys() for name in NAMES)
+    assert all(NOTES[name].keys() | {ITEM} == FIGURES.keys() for name in NAMES)
+    assert [name for name in NAMES if ITEM in NOTES[name]] == [*ITEM_NAMES]
 
 
 # --- clients --------------------------------------------------------------------------------------------------
@@ -181,6 +199,23 @@ def test_grpc_client_indexes_header_fields() -> None:
     assert tls.sent[before:] == h2(1, 4, 3, b"\x83\x87\xc1\xc0\xbf\xbe") + h2(0, 1, 3, b"\0\0\0\0\7payload")
 
 
+def test_grpc_client_takes_items_in_frames_of_any_size() -> None:
+    messages = b"\0\0\0\0\7payload" * 3
+    answer = b"".join(h2(0, 0, 3, part) for part in (messages[:10], messages[10:25], messages[25:]))
+    made, tls = client(GrpcClient, GRPC_ANSWER + answer + h2(1, 5, 3, b"\xbf"))
+    assert isinstance(made, GrpcClient)
+    made.send(made.request())
+    made.check()
+    made.items(3)
+    assert tls.sent.endswith(h2(0, 1, 3, b"\0\0\0\0\x0b\0\0\0\3payload"))
+    wrong, _ = client(GrpcClient, GRPC_ANSWER + answer.replace(b"load", b"lord") + h2(1, 5, 3, b"\xbf"))
+    assert isinstance(wrong, GrpcClient)
+    wrong.send(wrong.request())
+    wrong.check()
+    with pytest.raises(ZcprotoError, match="a wrong item"):
+        wrong.items(3)
+
+
 @pytest.mark.parametrize("size", [1, 125, 126, 16_000])
 def test_websocket_client_masks_frames(size: int) -> None:
     payload = bytes(number % 251 for number in range(size))
@@ -231,6 +266,8 @@ def test_two_servers_are_measured_side_by_side(servers: Servers, monkeypatch: py
         assert len(found.request_s[name]) == len(found.connect_s[name]) == QUICK.rounds
         assert min(found.request_s[name] + found.connect_s[name]) > 0
         assert found.suites[name] == "TLS_AES_256_GCM_SHA384"
+    assert len(found.item_s[ZCPROTO]) == QUICK.rounds
+    assert min(found.item_s[ZCPROTO]) > 0
     assert found.memory_kib.keys() == {ZCPROTO, STREAMS}
     assert any("round 2 of 2" in line for line in lines)
 

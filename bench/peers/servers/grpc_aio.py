@@ -1,8 +1,9 @@
-"""grpcio's asyncio server: one unary method on bytes, without protobuf."""
+"""grpcio's asyncio server: a unary method on bytes, and a stream of them, without protobuf."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ async def echo(request: bytes, context: Any) -> bytes:
     return request
 
 
+async def items(request: bytes, context: Any) -> AsyncIterator[bytes]:
+    for _ in range(int.from_bytes(request[:4], "big")):
+        yield request[4:]
+
+
 async def main() -> None:
     certificate_file, key_file = (Path(name).read_bytes() for name in certificate())  # noqa: ASYNC240 - before it serves
     server = grpc.aio.server()
-    method = grpc.unary_unary_rpc_method_handler(echo)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Echo", {"Echo": method}),))
+    methods = {
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Items": grpc.unary_stream_rpc_method_handler(items),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Echo", methods),))
     port = server.add_secure_port(f"{HOST}:0", grpc.ssl_server_credentials([(key_file, certificate_file)]))
     await server.start()
     listening(port)
