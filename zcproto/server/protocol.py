@@ -175,7 +175,7 @@ class ServerProtocol(Dispatcher):
         self._is_held_up = False
         if self._streams is not None:
             self._streams.is_blocked = False
-            self._streams.flushed()
+            self._continue_streams()
         self._continue()
 
     def _hold_up(self, unread: int) -> None:
@@ -480,14 +480,19 @@ class ServerProtocol(Dispatcher):
     def _flush_now(self) -> None:
         self._flush_planned = False
         self._flush()
-        if self._streams is not None:
-            self._streams.flushed()
+        self._continue_streams()
         connection = self._connection
         if connection is not None:
             if connection.deadline_moved:
                 self._set_deadline()
             if connection.state is State.DRAINING and not (connection.in_flight or connection.has_calls):
                 self.close(GoAwayReason.DRAINING)
+
+    def _continue_streams(self) -> None:
+        """Let streams send what there is room for."""
+        if self._streams is not None:
+            assert self._transport is not None, "a conversation ends before its transport"
+            self._streams.flushed(self._transport.get_write_buffer_size())
 
     # --- time --------------------------------------------------------------------------------------------
 

@@ -5,8 +5,7 @@
 Rules:
 - A stream is a task from the beginning: it takes less memory than a method that may end at once.
 - Nothing is produced ahead: a generator goes on once its item has been queued.
-- At most `write_bytes` of items, and one item, are queued in one turn of the loop, and none while the client does
-  not read.
+- At most `write_bytes` of items, and the part of one stream, wait for a client that reads slowly.
 - A stream that has sent its part of them lets the other streams, and the answers, have their turn.
 
 It must not know: TLS, what is allowed on the wire.
@@ -258,12 +257,16 @@ class StreamRunner:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def flushed(self) -> None:
-        """Begin the next turn: let the streams go on that have waited longest, as far as there is room."""
+    def flushed(self, unread: int) -> None:
+        """Begin the next turn: let the streams go on that have waited longest, as far as there is room.
+
+        `unread` are the bytes that wait for the client.
+        """
         if self.is_blocked:
             return
         self._turn += 1
-        self._room = self._limits.write_bytes
+        # At least a part: without room the next turn would come at once.
+        self._room = max(self._limits.write_bytes - unread, self._part)
         while self._queue and self._room > 0:
             waiter = self._queue.popleft()
             if not waiter.done():
