@@ -28,8 +28,8 @@ KEPT_BYTES: Final = 65_536
 
 MOST_KEPT: Final = 1_024
 
-SUBSCRIBERS_PER_TURN: Final = 64
-"""Each makes its connection encrypt and send a record, up to 30 us of the loop."""
+SUBSCRIBERS_PER_TURN: Final = 32
+"""Each makes its connection encrypt and send a record, up to 50 us of the loop."""
 
 Slow = Literal["drop_oldest", "end"]
 """What happens to a subscriber that is more than `keep` events behind."""
