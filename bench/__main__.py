@@ -25,6 +25,7 @@ SCENARIOS: Final = {
     "kills": "Kill a server again and again: nothing acknowledged is lost.",
     "matrix": "Every operation of a session, under every fault, with every store.",
     "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
+    "readers": "Topics, unread streams and rapid cancels: memory and time stay bounded.",
     "reloads": "Reload the configuration under load: no request fails.",
     "rotation": "Replace certificates once a second under load: no request fails.",
     "soak": "Churn and faults for a long time: no wrong answer, no growth.",

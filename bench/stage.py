@@ -108,9 +108,11 @@ class Stage:
             pass
 
     @contextmanager
-    def serve(self, store: str = "memory", cpu: int | None = SERVER_CPU) -> Iterator[Server]:
-        """Run a server, on one processor if there are several. `store` is its `store.url`."""
-        server = Server(self, store)
+    def serve(
+        self, store: str = "memory", cpu: int | None = SERVER_CPU, app: str | None = None
+    ) -> Iterator[Server]:
+        """Run a server, on one processor if there are several. `store` is its `store.url`, `app` a MODULE:APP."""
+        server = Server(self, store, app)
         with nullcontext() if cpu is None else on_processor(cpu):
             server.__enter__()
         try:
@@ -136,8 +138,8 @@ class Stage:
 class Server(DemoServer):
     """A server on a stage, in a process of its own."""
 
-    def __init__(self, stage: Stage, store: str) -> None:
-        super().__init__(stage.home.path, store)
+    def __init__(self, stage: Stage, store: str, app: str | None = None) -> None:
+        super().__init__(stage.home.path, store, app)
         self.stage = stage
 
     def target(self) -> LoadTarget:

@@ -1,4 +1,4 @@
-"""The server process of a demonstration: `python -m zcproto.load.demo.child HOME`.
+"""The server process of a demonstration: `python -m zcproto.load.demo.child HOME [MODULE:APP]`.
 
 It runs `zcproto serve` in a home folder. When its parent ends in whatever way, which closes the pipe on standard
 input, it exits and deletes the folder.
@@ -19,14 +19,14 @@ DRAIN_TIMEOUT: Final = 5.0
 """Seconds for an orphaned server to drain."""
 
 
-def main(home: str) -> int:
+def main(home: str, *app: str) -> int:
     signal.signal(signal.SIGTERM, _terminated)  # until the server has its own handler
     orphaned, ended = threading.Event(), threading.Event()
     threading.Thread(
         target=_end_with_parent, args=(sys.stdin.fileno(), home, orphaned, ended), daemon=True
     ).start()
     try:
-        return zcproto(["--home", home, "serve", "--port", "0"])
+        return zcproto(["--home", home, "serve", "--port", "0", *app])
     finally:
         ended.set()
         if orphaned.is_set():
@@ -51,4 +51,4 @@ def _end_with_parent(parent: int, home: str, orphaned: threading.Event, ended: t
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

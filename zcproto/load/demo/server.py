@@ -28,12 +28,12 @@ LINES_SHOWN: Final = 5
 class DemoServer:
     """`zcproto serve` in a home folder, as a context manager. It listens on `port` of 127.0.0.1.
 
-    `store` is the URL of its session store, by default that of the environment, or else memory. It can be started
-    again after it has ended.
+    `store` is the URL of its session store, by default that of the environment, or else memory. `app` is a
+    MODULE:APP, by default the built-in one. It can be started again after it has ended.
     """
 
-    def __init__(self, home: Path, store: str | None = None) -> None:
-        self._home = home
+    def __init__(self, home: Path, store: str | None = None, app: str | None = None) -> None:
+        self._arguments = [str(home)] if app is None else [str(home), app]
         self._store = {} if store is None else {"ZCPROTO_STORE__URL": store}
         self._errors = home / "server.err"
         self._process: subprocess.Popen[bytes] | None = None
@@ -43,7 +43,7 @@ class DemoServer:
         try:
             with uninterrupted(), self._errors.open("wb") as errors:
                 self._process = subprocess.Popen(
-                    module_command("zcproto.load.demo.child", str(self._home)),
+                    module_command("zcproto.load.demo.child", *self._arguments),
                     stdin=subprocess.PIPE,  # closed when this process ends, which ends the child
                     stdout=subprocess.PIPE,
                     stderr=errors,

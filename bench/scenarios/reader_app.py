@@ -1,0 +1,72 @@
+"""The application of the scenario `readers`: a topic, and methods that count how many of them are alive."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from zcproto.app.app import Context, default_app
+
+WATCHED_S: Final = 1.0
+"""For how long the turns of the event loop are watched after an event."""
+
+app = default_app()
+news = app.topic("news", keep=16)
+alive: Counter[str] = Counter()
+"""Calls of `hold` that run now, by connection."""
+most_alive = 0
+"""The most of one connection so far."""
+
+
+@app.method("fill")
+async def fill(size: int) -> AsyncIterator[bytes]:
+    """Send items of this size until the client leaves."""
+    item = bytes(size)
+    while True:
+        yield item
+
+
+@app.method("hold")
+async def hold(context: Context) -> AsyncIterator[int]:
+    """Send nothing until the client leaves."""
+    global most_alive  # noqa: PLW0603  one process, one server
+    connection = context.connection
+    alive[connection] += 1
+    most_alive = max(most_alive, alive[connection])
+    try:
+        await asyncio.Event().wait()
+        yield 0
+    finally:
+        alive[connection] -= 1
+
+
+@app.method("alive", operator=True)
+def count_alive() -> int:
+    """Return the most calls of `hold` that have been alive at once on one connection."""
+    return most_alive
+
+
+@app.method("subscribers", operator=True)
+def subscribers() -> int:
+    """Return the number of subscribers."""
+    return news.subscribers
+
+
+@app.method("publish", operator=True)
+async def publish(number: int, size: int) -> dict[str, Any]:
+    """Publish an event; return how long that took, and the longest turn of the loop afterwards, in seconds.
+
+    Both are processor time of the loop's thread: what other programs take does not count.
+    """
+    end = time.monotonic() + WATCHED_S
+    began = last = time.thread_time()
+    news.publish({"number": number, "data": bytes(size)})
+    longest = published = time.thread_time() - began
+    while time.monotonic() < end:
+        await asyncio.sleep(0)
+        now = time.thread_time()
+        longest, last = max(longest, now - last), now
+    return {"published_s": published, "longest_s": longest}
