@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -23,10 +24,12 @@ from tests.client.helpers import (
     turns,
 )
 from zcproto.errors import (
+    CallError,
     Cancelled,
     Code,
     ConnectionClosed,
     DataLoss,
+    DeadlineExceeded,
     ResourceExhausted,
     SessionReplaced,
     StaleTimestamp,
@@ -266,3 +269,108 @@ async def test_stale_item_fails_the_stream_with_data_loss_and_cancels_the_method
             await stream.receive()
         await turns()
         assert server.link.cancelled == [request.stream]
+
+
+# --- reopen -----------------------------------------------------------------------------------------------
+
+
+def stale(request: ReceivedRequest) -> None:
+    request.fail(Code.CANCELLED, {"reason": "stale", "server_time": 1})
+
+
+def draining(request: ReceivedRequest) -> None:
+    request.fail(Code.CANCELLED, {"reason": "draining", "retry_after_ms": 5_000})
+
+
+@pytest.mark.parametrize("how", [cut, goodbye, stale, draining, fail(Code.DATA_LOSS)])
+@scripted
+async def test_interrupted_stream_with_reopen_goes_on_behind_its_last_item(how: Any) -> None:
+    server = streaming()
+    server.script("jobs", items({"id": 1}, {"id": 2}, then=how), items({"id": 3}, then=how), ok("done"))
+    async with client_of(server) as client:
+        stream = client.stream("jobs", of="ada", reopen=lambda last: {"after": last["id"]})
+        async with stream:
+            assert [item["id"] async for item in stream] == [1, 2, 3]
+            assert stream.result == "done"
+    assert [request.params for request in server.calls("jobs")] == [
+        {"of": "ada"},
+        {"of": "ada", "after": 2},
+        {"of": "ada", "after": 3},
+    ]
+
+
+@scripted
+async def test_stream_with_reopen_that_had_no_item_is_opened_with_its_own_params() -> None:
+    server = streaming()
+    server.script("jobs", cut, ok(1))
+    async with (
+        client_of(server) as client,
+        client.stream("jobs", n=1, reopen=lambda last: {"after": last}) as stream,
+    ):
+        assert await stream.finished() == 1
+    assert [request.params for request in server.calls("jobs")] == [{"n": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        (Code.NOT_FOUND, {}),
+        (Code.CANCELLED, {"reason": "token_revoked"}),
+        (Code.CANCELLED, {"reason": "slow"}),
+        (Code.UNAVAILABLE, {}),
+    ],
+)
+@scripted
+async def test_error_of_the_method_or_session_is_raised_with_reopen_too(
+    code: Code, details: dict[str, Any]
+) -> None:
+    server = streaming()
+    server.script("jobs", items(1, then=fail(code, **details)))
+    async with (
+        client_of(server) as client,
+        client.stream("jobs", reopen=lambda last: {"after": last}) as stream,
+    ):
+        assert await stream.receive() == 1
+        with pytest.raises(CallError) as caught:
+            await stream.receive()
+        assert caught.value.code is code
+    assert len(server.calls("jobs")) == 1
+
+
+@scripted
+async def test_reopening_backs_off_and_ends_at_the_timeout() -> None:
+    server = streaming()
+    server.script("jobs", *[cut] * 5, items(1, then=cut), *[cut] * 100)
+    async with (
+        client_of(server) as client,
+        client.stream("jobs", timeout=60.0, reopen=lambda last: {"after": last}) as stream,
+    ):
+        assert await stream.receive() == 1
+        with pytest.raises((ConnectionClosed, DeadlineExceeded)):
+            await stream.receive()
+    times = [request.at for request in server.calls("jobs")]
+    waits = [after - before for before, after in itertools.pairwise(times)]
+    assert waits[:5] == sorted(waits[:5])
+    assert len(times) < 30
+
+
+@scripted
+async def test_stream_with_reopen_of_a_closed_client_ends() -> None:
+    server = streaming()
+    server.script("jobs", silence)
+    client = await client_of(server)
+    async with client.stream("jobs", reopen=lambda last: {}) as stream:
+        await turns()
+        await client.close()
+        with pytest.raises(ConnectionClosed):
+            await stream.receive()
+
+
+@scripted
+async def test_stream_with_reopen_sends_no_items() -> None:
+    async with client_of(streaming()) as client:
+        with pytest.raises(ValueError, match="choose"):
+            client.stream("jobs", items=[1], reopen=lambda last: {})
+        async with client.stream("jobs", reopen=lambda last: {}) as stream:
+            with pytest.raises(RuntimeError, match="no items"):
+                await stream.send(1)

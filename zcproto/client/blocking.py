@@ -26,7 +26,7 @@ from zcproto.client.handlers import Function
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.session_client import UNSET, SessionClient
-from zcproto.client.streams import DEFAULT_WINDOW, Stream
+from zcproto.client.streams import DEFAULT_WINDOW, Reopen, Stream
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ConnectionClosed
 from zcproto.wire.message import Credit
@@ -119,6 +119,7 @@ class BlockingSessionClient:
         /,
         *,
         items: Iterable[Any] | None = None,
+        reopen: Reopen | None = None,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -130,6 +131,7 @@ class BlockingSessionClient:
             method,
             params,
             items=None if items is None else _in_thread(items),
+            reopen=reopen,
             window=window,
             timeout=timeout,
             item_timeout=item_timeout,

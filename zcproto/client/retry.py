@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, Final
 
-from zcproto.errors import CallError, Code
+from zcproto.errors import CallError, Code, ConnectionClosed
 from zcproto.tls.failure import TlsFailure
 
 FIRST_DELAY: Final = 0.1
@@ -65,6 +65,18 @@ def what_next(error: CallError) -> Then:
     return _BY_CODE.get(error.code, Then.RAISE)
 
 
+_INTERRUPTED: Final = frozenset({"draining", "stale"})
+
+
+def is_interruption(error: CallError | ConnectionClosed) -> bool:
+    """Return whether a stream ended because of its connection, and not because of its method or session."""
+    return (
+        isinstance(error, ConnectionClosed)
+        or error.code is Code.DATA_LOSS
+        or (error.code is Code.CANCELLED and error.details.get("reason") in _INTERRUPTED)
+    )
+
+
 def is_transient(failure: str) -> bool:
     """Return whether a TLS failure may go away without a change: not for a wrong certificate, pin or peer."""
     return failure in _TRANSIENT
@@ -111,6 +123,11 @@ class Attempt:
     def __init__(self, random: Random) -> None:
         self.backoff = Backoff(random)
         self.done: set[Then] = set()
+
+    def reset(self) -> None:
+        """Start again, after a success."""
+        self.backoff.reset()
+        self.done.clear()
 
     def once(self, then: Then) -> bool:
         """Return True the first time."""

@@ -23,9 +23,17 @@ from zcproto.client.handlers import Function, Handler, Handlers
 from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
 from zcproto.client.registration import Registrar
-from zcproto.client.retry import SESSION_IS_OVER, Attempt, Random, Then, retry_after_ms, what_next
+from zcproto.client.retry import (
+    SESSION_IS_OVER,
+    Attempt,
+    Random,
+    Then,
+    is_interruption,
+    retry_after_ms,
+    what_next,
+)
 from zcproto.client.session import ClientSession, SessionManager
-from zcproto.client.streams import DEFAULT_WINDOW, SentItems, Stream, StreamRequest
+from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import NEVER, EventReceived
@@ -160,6 +168,7 @@ class SessionClient:
         /,
         *,
         items: SentItems | None = None,
+        reopen: Reopen | None = None,
         window: Credit = DEFAULT_WINDOW,
         timeout: float | None = None,
         item_timeout: float | None = None,
@@ -169,12 +178,14 @@ class SessionClient:
         """Open a stream of a method's items, with `async with`, or with `async for` alone.
 
         `items` are sent to the method, each when it wants one; without them use `send` and `end`. `window` is how
-        many items and bytes the server may send before the first is taken. `timeout` limits the
-        whole stream, `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early
-        cancels the method.
+        many items and bytes the server may send before the first is taken. `timeout` limits the whole stream,
+        `item_timeout` the wait for each item, both in seconds; None is unlimited. Leaving early cancels the method.
 
-        Raises like `call`, and Unimplemented if the server has no streams. A stream that has begun is never
-        opened again.
+        With `reopen` a stream whose connection is lost is opened again. The function gets the last item and
+        returns the params to replace, such as `{"after": last["id"]}`. Without it, a stream that may have begun is
+        never opened again.
+
+        Raises like `call`, and Unimplemented if the server has no streams.
         """
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
@@ -186,7 +197,7 @@ class SessionClient:
             traceparent,
             Attempt(self._random),
         )
-        return Stream(_Opener(self), request, item_timeout, items)
+        return Stream(_Opener(self), request, item_timeout, items, reopen)
 
     async def _open_stream(self, request: StreamRequest) -> PendingStream:
         connection = await self._ready_before(request.deadline)
@@ -202,11 +213,23 @@ class SessionClient:
         )
 
     async def _after_stream_error(
-        self, error: CallError | ConnectionClosed, request: StreamRequest, pending: PendingStream
+        self,
+        error: CallError | ConnectionClosed,
+        request: StreamRequest,
+        pending: PendingStream,
+        can_resume: bool,
     ) -> None:
-        """Wait until a stream that has not begun may be opened again; raise the error if it may not."""
+        """Wait until a stream may be opened again; raise the error if it may not.
+
+        `can_resume`: also if it has begun, and its connection has interrupted it.
+        """
         connection, attempt = pending.connection, request.attempt
-        if isinstance(error, CallError):
+        if can_resume and is_interruption(error) and not self._closed:
+            asked = retry_after_ms(error.details) if isinstance(error, CallError) else 0
+            await self._wait(attempt.backoff.next(asked), error, request.deadline)
+        elif pending.half.was_answered_to:
+            raise error
+        elif isinstance(error, CallError):
             await self._after_error(error, attempt, connection, pending.half.token, request.deadline)
         elif self._closed or not connection.unanswered_not_run:
             raise error

@@ -24,7 +24,7 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
 from zcproto.client.protocol import PendingStream
@@ -36,6 +36,10 @@ DEFAULT_WINDOW: Final[Credit] = (64, 262_144)
 
 SentItems = AsyncIterable[Any] | Iterable[Any]
 """The items that a stream sends. They are taken one by one when the method wants them."""
+
+
+Reopen = Callable[[Any], Mapping[str, Any]]
+"""Returns the params that continue a stream after its last item."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -51,14 +55,17 @@ class StreamRequest:
 
 
 class StreamOpener(Protocol):
-    """The client, as its streams use it: `after_stream_error` returns if a stream may be opened again."""
+    """The client, as its streams use it.
+
+    `after_stream_error` returns if a stream may be opened again. Its last argument: whether one may that has begun.
+    """
 
     @property
     def open_stream(self) -> Callable[[StreamRequest], Awaitable[PendingStream]]: ...
     @property
     def after_stream_error(
         self,
-    ) -> Callable[[CallError | ConnectionClosed, StreamRequest, PendingStream], Awaitable[None]]: ...
+    ) -> Callable[[CallError | ConnectionClosed, StreamRequest, PendingStream, bool], Awaitable[None]]: ...
 
 
 class Stream:
@@ -73,7 +80,12 @@ class Stream:
         request: StreamRequest,
         item_timeout: float | None,
         items: SentItems | None = None,
+        reopen: Reopen | None = None,
     ) -> None:
+        if items is not None and reopen is not None:
+            raise ValueError("a stream with items cannot be opened again; choose items or reopen")
+        self._reopen = reopen
+        self._last: tuple[Any, ...] = ()  # the last item, with `reopen`
         self._opener = opener
         self._request = request
         self._item_timeout = item_timeout
@@ -162,7 +174,11 @@ class Stream:
         while True:
             pending = self._opened()
             if pending.half.items.held:
-                return pending.take_item()
+                item = pending.take_item()
+                if self._reopen is not None:
+                    self._last = (item,)
+                    self._request.attempt.reset()
+                return item
             if pending.done():
                 await self._answered(pending)
                 continue
@@ -190,6 +206,8 @@ class Stream:
         Raises EOFError if the method has returned, InvalidArgument for an item that cannot be sent, and otherwise
         like `client.call`.
         """
+        if self._reopen is not None:
+            raise RuntimeError("a stream with reopen sends no items")
         if self._is_sending or self._items is not None:
             raise RuntimeError("another task is sending to this stream")
         self._is_sending = True
@@ -253,12 +271,16 @@ class Stream:
         try:
             self._result = pending.result()
         except (CallError, ConnectionClosed) as error:
-            if pending.half.was_answered_to:
+            can_resume = self._reopen is not None
+            if pending.half.was_answered_to and not can_resume:
                 self._stop_sending()
                 raise
             async with self._opening:
                 if self._pending is pending:
-                    await self._opener.after_stream_error(error, self._request, pending)
+                    await self._opener.after_stream_error(error, self._request, pending, can_resume)
+                    if self._reopen is not None and self._last:
+                        params = {**self._request.params, **self._reopen(*self._last)}
+                        self._request = replace(self._request, params=params)
                     self._pending = await self._opener.open_stream(self._request)
                     if self._items_ended:
                         self._pending.end_items()
