@@ -252,7 +252,6 @@ def report(results: list[tuple[Mutant, Result]]) -> int:
             counts[name][result.outcome] += 1
         if result.outcome != "failed":
             print("UNDETECTED" if result.outcome == "passed" else "timed out ", mutant, result.test)
-    share = 100.0
     for name, count in sorted(counts.items()):
         share = 100.0 * (1 - count["passed"] / count.total())
         numbers = (

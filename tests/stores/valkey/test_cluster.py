@@ -243,6 +243,26 @@ async def test_server_of_a_cluster_that_became_a_replica_is_dropped_by_the_check
     assert link.lost
 
 
+async def test_closed_cluster_makes_no_connections(
+    scripted_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = ("seed", 7000)
+    slots = asyncio.sleep(0, (16_384 * [address], {address}))
+    monkeypatch.setattr(scripted_cluster, "_query", lambda: slots)
+    scripted_cluster._connection(address)
+    await scripted_cluster.close()
+    scripted_cluster.lose("an operation found a replica")
+    assert scripted_cluster._refreshing is not None
+    await asyncio.wait({scripted_cluster._refreshing})
+    assert scripted_cluster._connections == {}
+
+
+async def test_server_that_was_never_reached_is_not_dropped(scripted_cluster: Cluster) -> None:
+    connection = scripted_cluster._connection(("seed", 7000))
+    connection.lose("all its keys were deleted")
+    assert connection.up is None
+
+
 class Scripted:
     """A server of a cluster with a script of replies."""
 
