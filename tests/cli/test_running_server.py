@@ -300,6 +300,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     found["handshakes"]["failed"] = {"not_tls": 3, "truncated": 5}
     found["requests"]["incidents"] = 1
     found["streams"] |= {"open": 1, "opened": 5, "cut": 2, "items_sent": 1_000}
+    found["calls"] |= {"handlers": 3, "in_flight": 1, "ended": {"answered": 1_200, "deadline": 2}}
     found["traffic"]["waits"] = {"count": 1, "p50": 2.5, "p90": 2.5, "p99": 2.5, "p999": 2.5}
     alert = {"severity": "error", "title": "bad\r\n\x1b[31mnews", "began_at": found["time"] - 90_000}
     found["alerts"] = {
@@ -315,6 +316,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert "8 failed: truncated 5, not_tls 3" in text
     assert "DRAINING" in text
     assert "1 open; 5 in all, 2 cut; 1,000 items sent, 0 received" in text
+    assert "3 clients handle calls; 1 in flight; 1,200 answered, 2 deadline" in text
     assert "and 2 more" in text
     assert "(for 1m 30s)" in text
     assert "the webhook is not reachable: 7 messages wait" in text

@@ -142,6 +142,11 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             "items_received": snapshot.streams.items_received,
             "waiting_bytes": state.item_bytes,
         },
+        "calls": {
+            "handlers": len(state.clients),
+            "in_flight": state.clients.in_flight,
+            "ended": dict(state.clients.ended),
+        },
         "traffic": snapshot.rates,
         "handshakes": {
             "completed": acceptor.handshakes_completed,

@@ -135,6 +135,13 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
             f"{streams['open']:,} open; {streams['opened']:,} in all, {streams['cut']:,} cut;"
             f" {streams['items_sent']:,} items sent, {streams['items_received']:,} received",
         )
+    calls = report["calls"]
+    if calls["handlers"] or calls["ended"]:
+        ended = ", ".join(f"{count:,} {result}" for result, count in sorted(calls["ended"].items()))
+        yield _row(
+            "calls",
+            f"{calls['handlers']:,} clients handle calls; {calls['in_flight']:,} in flight; {ended or 'none yet'}",
+        )
     yield _row("latency", f"{_percentiles(traffic['work'])}  (CPU, last minute)")
     if traffic["waits"]["count"]:
         yield _row("", f"{_percentiles(traffic['waits'])}  (of those that awaited)")
