@@ -7,6 +7,7 @@ Rules:
   last use is not forgotten.
 - What was ended is refused: by the server that acknowledged it within HERE_S, by others within ELSEWHERE_S of the
   acknowledgement, or of the moment from which both reach the store again.
+- A token whose refresh the store may have lost is accepted elsewhere within ELSEWHERE_S: its server repeats that.
 - At most `per_user` sessions are live at any time, and at the end at most one token of each.
 - A request with a key runs at most once.
 - Until an operation that may end a session is acknowledged, both answers are right.
@@ -57,11 +58,15 @@ class Session:
 
 @dataclass(slots=True, eq=False)
 class Token:
-    """An access token; `replaced` by a refresh."""
+    """An access token; `replaced` by a refresh.
+
+    `repeated_by` is the server that made it, if the store may have lost it.
+    """
 
     session: Session
     number: int
     replaced: End = field(default_factory=End)
+    repeated_by: str = ""
 
     @property
     def name(self) -> str:
@@ -127,10 +132,12 @@ class History:
         self._openings.append((sent, done, session))
         return self._issue(session)
 
-    def refreshed(self, old: Token, node: str, done: float) -> Token:
+    def refreshed(self, old: Token, node: str, done: float, *, may_be_lost: bool = False) -> Token:
         """Record an acknowledged refresh, of which `begin` was called before."""
         acknowledge(old.replaced, node, done)
-        return self._issue(old.session)
+        token = self._issue(old.session)
+        token.repeated_by = node if may_be_lost else ""
+        return token
 
     def _issue(self, session: Session) -> Token:
         token = Token(session, sum(token.session is session for token in self.tokens))
@@ -170,12 +177,22 @@ class History:
             if probe.census:
                 yield f"{token.name} gets no answer {node}, {probe.census}"
         elif probe.verdict is Verdict.REFUSED:
-            if probe.done < token.doubtful_from and not token.session.may_be_lost:
+            is_excused = token.session.may_be_lost or self._may_be_unknown(probe)
+            if probe.done < token.doubtful_from and not is_excused:
                 yield f"{token.name} was refused {node} although nothing has ended it: {probe.answer}"
         else:
             late = [probe.sent - self._bound(end, node) for end in token.ends if end.acked < NEVER]
             if late and max(late) > 0:
                 yield f"{token.name} was accepted {node} {max(late):.1f} s after the latest time for it"
+
+    def _may_be_unknown(self, probe: Probe) -> bool:
+        """Return whether the refresh that made the token may not have been repeated yet."""
+        if probe.token.repeated_by in ("", probe.node) or probe.census:
+            return False
+        return any(
+            cut_off.since <= probe.done and probe.sent <= cut_off.until + ELSEWHERE_S
+            for cut_off in self.cut_offs
+        )
 
     def _bound(self, end: End, node: str) -> float:
         """Return until when a node may accept a token after this end of it."""

@@ -343,7 +343,8 @@ class Cell:
         begin(token.replaced, time.monotonic())
         params = {"refresh_token": self.secrets[token][1], "client": CLIENT}
         made = await client.call("session.refresh", params)
-        new = self.history.refreshed(token, client.place.name, time.monotonic())
+        may_be_lost = self.means.loses_writes and self.is_acting
+        new = self.history.refreshed(token, client.place.name, time.monotonic(), may_be_lost=may_be_lost)
         self.secrets[new] = made["token"], made["refresh_token"]
         return new
 

@@ -225,5 +225,6 @@ NOTES: Final = (
     "a single Valkey cannot fail over",
     "a server that is killed or paused can be asked before, in flight and afterwards, but not while it is killed",
     "a store that is full or read-only does nothing that it could leave unacknowledged",
-    "a failover that loses writes may lose openings, last uses and answers, as SECURITY.md says; not revocations",
+    "a failover that loses writes may lose openings, last uses and answers, as SECURITY.md says; not revocations. "
+    "Other servers may refuse the token of a lost refresh for 5 s",
 )

@@ -56,6 +56,27 @@ def test_live_session_may_be_accepted_and_unavailable() -> None:
     assert story.broken == []
 
 
+@pytest.mark.parametrize(
+    ("may_be_lost", "node", "at", "census", "is_excused"),
+    [
+        (True, THERE, 4.0, "", True),
+        (True, THERE, 3.0 + ELSEWHERE_S + 0.1, "", False),
+        (True, THERE, 1.5, "", False),
+        (True, THERE, 4.0, "at the end", False),
+        (True, HERE, 4.0, "", False),
+        (False, THERE, 4.0, "", False),
+    ],
+)
+def test_lost_refresh_is_excused_elsewhere_until_its_server_has_repeated_it(
+    may_be_lost: bool, node: str, at: float, census: str, is_excused: bool
+) -> None:
+    story = Story()
+    begin(story.token.replaced, 1.0)
+    token = story.history.refreshed(story.token, HERE, 1.1, may_be_lost=may_be_lost)
+    story.history.cut_offs.append(CutOff(THERE, 2.0, 3.0))
+    assert (story.tried(REFUSED, at, node, token, census).broken == []) is is_excused
+
+
 def test_live_session_that_is_refused_is_lost() -> None:
     assert Story().tried(REFUSED, 1.0).broken == [
         "session 0, token 0 was refused here although nothing has ended it: CODE"
