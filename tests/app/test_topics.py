@@ -179,6 +179,19 @@ async def test_subscribers_that_left_are_neither_woken_nor_kept() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_cancelled_waits_are_not_kept() -> None:
+    topic = Topic("jobs")
+    with topic.subscribe() as events:
+        for _ in range(100):
+            waiting = asyncio.ensure_future(anext(events))
+            await turns(1)
+            waiting.cancel()
+            await turns(1)
+        assert len(topic._waiting) <= 3
+        topic.publish(1)
+        assert await taken(events, 1) == [1]
+
+
 async def test_publish_from_another_thread_names_call_soon_threadsafe() -> None:
     topic = Topic("jobs")
     loop, errors = asyncio.get_running_loop(), []

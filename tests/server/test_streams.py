@@ -613,11 +613,13 @@ def test_unread_stream_does_not_slow_others(client: StreamPeer) -> None:
 # --- memory -----------------------------------------------------------------------------------------------
 
 
-def test_open_stream_that_waits_takes_little_memory(harness: Harness) -> None:
+@pytest.mark.parametrize("method", ["ticks", "news"])
+def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: str) -> None:
+    harness.app.topic("news")
     peer = StreamPeer(harness, replace(LIMITS, max_open=1_000))
     peer.login()
     count = 500
-    frames = [peer.open("ticks", stream=number) for number in range(1, count + 1)]
+    frames = [peer.open(method, stream=number) for number in range(1, count + 1)]
     harness.futures = peer.futures = []
     gc.collect()
     tracemalloc.start()

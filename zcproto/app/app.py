@@ -280,9 +280,12 @@ class App:
             """Send every event of this topic from now on."""
             if allow is not None and not allow(context):
                 raise PermissionDenied("this session may not subscribe to this topic")
-            with topic.subscribe(until=context.stopping) as events:
+            events = topic.subscribe(until=context.stopping)
+            try:  # `with` would keep a bound method for each subscriber
                 async for event in events:
                     yield event
+            finally:
+                topic.leave()
 
         method = Method(name, subscribe, operator=operator)
         method.topic = topic

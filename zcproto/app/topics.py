@@ -65,8 +65,8 @@ class Topic:
         self._last: deque[TopicEvent] = deque()
         self._last_bytes = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # of the subscribers
-        self._waiting: set[asyncio.Future[None]] = set()
-        self._woken: deque[set[asyncio.Future[None]]] = deque()  # waited when an event was published
+        self._waiting: list[asyncio.Future[None]] = []  # no set: it takes eight times the memory
+        self._woken: deque[list[asyncio.Future[None]]] = deque()  # waited when an event was published
         self._watchers: dict[asyncio.Event, asyncio.Task[Any]] = {}
 
     def publish(self, value: Any) -> None:
@@ -119,18 +119,18 @@ class Topic:
             for watcher in self._watchers.values():
                 watcher.cancel()
             self._watchers.clear()
+            self._waiting.clear()
             self._woken.clear()
             self._last.clear()
             self._last_bytes = 0
 
-    async def wait(self) -> None:
-        """Wait until an event is published, or an `until` is set."""
+    def next_event(self) -> asyncio.Future[None]:
+        """Return a future that is done when an event is published, or an `until` is set."""
+        if len(self._waiting) > 2 * self.subscribers:
+            self._waiting = [waiter for waiter in self._waiting if not waiter.done()]  # cancelled
         waiter = asyncio.get_running_loop().create_future()
-        self._waiting.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiting.discard(waiter)
+        self._waiting.append(waiter)
+        return waiter
 
     def take(self, position: int) -> tuple[TopicEvent, int]:
         """Return the event at a position, or the oldest one that is kept, and the next position.
@@ -152,7 +152,7 @@ class Topic:
         """Wake all that wait now, in the next turns of the loop."""
         if self._waiting and self._loop is not None:
             self._woken.append(self._waiting)
-            self._waiting = set()
+            self._waiting = []
             if len(self._woken) == 1:
                 self._loop.call_soon(self._wake_some)
 
@@ -194,6 +194,6 @@ class Subscription:
         while self._position == topic.published:
             if self._until is not None and self._until.is_set():
                 raise StopAsyncIteration
-            await topic.wait()
+            await topic.next_event()
         event, self._position = topic.take(self._position)
         return event
