@@ -23,7 +23,7 @@ _WELCOME: Final = "zcproto.connection.settings:read_welcome"
 _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
 _STALE: Final = "elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
-_OPENS_AGAIN: Final = (_ANSWERED, "if pending.half.was_answered_to:", "if False:")
+_OPENS_AGAIN: Final = (_ANSWERED, "if pending.half.was_answered_to and not can_resume:", "if False:")
 
 
 STREAMS: Final[dict[str, Fault]] = {
