@@ -6,6 +6,7 @@ import type { Client } from "../src/client/client.js";
 import {
   Cancelled,
   Code,
+  ConfigError,
   ConnectionClosed,
   DataLoss,
   DeadlineExceeded,
@@ -560,6 +561,90 @@ describe("retries", () => {
     await settled();
     assert.ok(items.error instanceof TokenRevoked);
     await assert.rejects(client.call("echo"), TokenRevoked);
+  });
+
+  describe("with reopen", () => {
+    const reopen = ({ id }: { id: number }) => ({ after: id });
+
+    test("lost stream continues after the last item that the application took", async () => {
+      const stream = client.stream<{ id: number }>("jobs", { of: "ada", after: 0 }, { reopen });
+      const first = stream.next();
+      const one = bound(await far());
+      for (const id of [1, 2, 3]) {
+        one.item({ id });
+      }
+      await first;
+      one.open.connection.end();
+      await server.clock.advance(5_000);
+      assert.equal(server.streams.length, 1); // two items wait
+      await stream.next();
+      await stream.next();
+      const fourth = stream.next();
+      await server.clock.advance(5_000);
+      const two = bound(await far());
+      assert.deepEqual(two.open.params, { of: "ada", after: 3 });
+      two.item({ id: 4 });
+      two.end("done");
+      assert.deepEqual((await fourth).value, { id: 4 });
+      assert.deepEqual(await all(stream), []);
+      assert.equal(await stream.result, "done");
+    });
+
+    test("stream is opened again after an interruption, with growing delays without an item", async () => {
+      const items = watch(all(client.stream<{ id: number }>("jobs", {}, { reopen })));
+      const interruptions: [Code, object][] = [
+        [Code.CANCELLED, { reason: "draining", retry_after_ms: 1_000 }],
+        [Code.CANCELLED, { reason: "stale" }],
+        [Code.DATA_LOSS, {}],
+      ];
+      for (const [code, details] of interruptions) {
+        const one = bound(await far());
+        one.credit(1);
+        one.fail(code, details);
+        await settled();
+        assert.ok(!items.isDone);
+        await server.clock.advance(2_000);
+      }
+      const last = bound(await far());
+      assert.equal(server.streams.length, 4);
+      assert.deepEqual(last.open.params, {});
+      last.end();
+      await settled();
+      assert.deepEqual(items.value, []);
+    });
+
+    test("other errors, a closed client and close() end it", async () => {
+      for (const [code, details] of [
+        [Code.NOT_FOUND, {}],
+        [Code.CANCELLED, { reason: "token_revoked" }],
+        [Code.CANCELLED, { reason: "slow" }],
+      ] as const) {
+        const items = watch(all(client.stream<{ id: number }>("jobs", {}, { reopen })));
+        const one = bound(await far());
+        one.item({ id: 1 });
+        one.fail(code, details);
+        await settled();
+        assert.ok(items.error !== undefined);
+      }
+      const stream = client.stream<{ id: number }>("jobs", {}, { reopen });
+      void stream.next();
+      const one = bound(await far());
+      one.item({ id: 1 });
+      one.item({ id: 2 });
+      await settled();
+      one.fail(Code.DATA_LOSS);
+      await settled();
+      stream.close();
+      const before = server.streams.length;
+      await server.clock.advance(5_000);
+      assert.equal(server.streams.length, before);
+      await assert.rejects(stream.result, Cancelled);
+    });
+
+    test("it cannot send items", async () => {
+      assert.throws(() => client.stream<{ id: number }>("jobs", {}, { reopen, items: [] }), ConfigError);
+      await assert.rejects(client.stream<{ id: number }>("jobs", {}, { reopen }).send(1), /no more items/);
+    });
   });
 
   test("large first OPEN is preceded by a small request with the token", async () => {

@@ -1,6 +1,6 @@
 /** What a client does after an error: the table of zcp1.md, section 11.1. This module only decides. */
 
-import { type CallError, Code, type Details, type TlsFailure } from "../errors.js";
+import { CallError, Code, ConnectionClosed, type Details, type TlsFailure } from "../errors.js";
 import { isInt } from "../wire/message.js";
 
 export type RetryAction =
@@ -44,6 +44,17 @@ export function retryAction({ code, details }: CallError): RetryAction {
 export function retryAfterMs(details: Details): number {
   const value = details["retry_after_ms"];
   return isInt(value) && value > 0 ? Math.min(Number(value), MAX_RETRY_AFTER_MS) : 0;
+}
+
+const INTERRUPTING_REASONS: ReadonlySet<unknown> = new Set(["draining", "stale"]);
+
+/** Return whether a stream ended because of its connection, and not because of its method or session. */
+export function isInterruption(error: unknown): error is CallError | ConnectionClosed {
+  if (error instanceof CallError) {
+    const { code, details } = error;
+    return code === Code.DATA_LOSS || (code === Code.CANCELLED && INTERRUPTING_REASONS.has(details["reason"]));
+  }
+  return error instanceof ConnectionClosed;
 }
 
 const TRANSIENT: ReadonlySet<TlsFailure> = new Set<TlsFailure>([

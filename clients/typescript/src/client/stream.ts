@@ -6,7 +6,7 @@
  * Must not know: when connections are made, and which errors are retried.
  */
 
-import { Cancelled, DeadlineExceeded } from "../errors.js";
+import { Cancelled, ConfigError, DeadlineExceeded } from "../errors.js";
 import type { Credit, Params } from "../wire/message.js";
 import type { Clock } from "./clock.js";
 import { Deadline } from "./deadline.js";
@@ -17,7 +17,7 @@ export const DEFAULT_WINDOW: Credit = [64, 262_144];
 
 const FOREVER = Number.POSITIVE_INFINITY;
 
-export interface StreamOptions {
+export interface StreamOptions<Item = unknown> {
   /** How many items and bytes the server may send ahead of the application: [64, 262144] by default. */
   readonly window?: Credit | undefined;
   /** Timeout of the whole stream in milliseconds. None by default. */
@@ -28,14 +28,25 @@ export interface StreamOptions {
   readonly signal?: AbortSignal | undefined;
   /** Items for the server. Each is taken only when the server wants it. */
   readonly items?: AsyncIterable<unknown> | Iterable<unknown> | undefined;
+  /**
+   * Opens the stream again if its connection has interrupted it. It gets the last item and returns the params to replace, such as
+   * `{ after: last.id }`. Without it, a stream that may have begun is never opened again.
+   */
+  readonly reopen?: ((last: Item) => Params) | undefined;
   /** The `traceparent` of W3C Trace Context. */
   readonly traceparent?: string | undefined;
 }
 
+/** Waits until the application has taken all items. Resolves with whether it has taken any since the last attempt. */
+export type Resume = () => Promise<boolean>;
+
 /** What a stream asks for. */
 export interface StreamRequest {
   readonly method: string;
-  readonly params: Params | null;
+  /** Return the params of the next attempt. */
+  readonly params: () => Params | null;
+  /** Wait until the stream can be opened again after an interruption; undefined if it never can, once it has begun. */
+  readonly resume: Resume | undefined;
   readonly window: Credit;
   readonly deadline: Deadline;
   readonly signal: AbortSignal;
@@ -65,11 +76,13 @@ export class Stream<Item = unknown, Result = unknown>
 {
   readonly #runner: StreamRunner;
   readonly #request: StreamRequest;
-  readonly #options: StreamOptions;
+  readonly #options: StreamOptions<Item>;
   readonly #leaving = new AbortController();
   #pending: PendingStream | undefined;
   #outcome: Promise<unknown> | undefined;
   #over: Promise<void> = Promise.resolve();
+  #last: { readonly item: Item } | undefined; // with `reopen`
+  #hasProgressed = false; // since the last attempt
   #isOver = false;
   #isTaking = false;
   #hasEndedItems = false;
@@ -77,14 +90,26 @@ export class Stream<Item = unknown, Result = unknown>
   #waiters: (() => void)[] = [];
 
   /** @internal */
-  constructor(runner: StreamRunner, method: string, params: Params | null, options: StreamOptions) {
+  constructor(runner: StreamRunner, method: string, params: Params | null, options: StreamOptions<Item>) {
     const { window = DEFAULT_WINDOW, timeoutMs = FOREVER, traceparent } = options;
     const signals = [this.#leaving.signal, ...(options.signal === undefined ? [] : [options.signal])];
     const signal = AbortSignal.any(signals);
     const deadline = new Deadline(runner.clock, timeoutMs, signal);
     this.#runner = runner;
-    this.#request = { method, params, window, deadline, signal, traceparent };
+    const { items, reopen } = options;
+    if (items !== undefined && reopen !== undefined) {
+      throw new ConfigError(["reopen: a stream that sends items cannot be opened again; leave out items or reopen"]);
+    }
     this.#options = options;
+    this.#request = {
+      method,
+      params: () => (this.#last === undefined ? params : { ...params, ...reopen?.(this.#last.item) }),
+      resume: reopen === undefined ? undefined : () => this.#drained(),
+      window,
+      deadline,
+      signal,
+      traceparent,
+    };
   }
 
   /**
@@ -194,7 +219,13 @@ export class Stream<Item = unknown, Result = unknown>
     for (;;) {
       if (this.#pending?.hasItem === true) {
         this.#runner.touchSession();
-        return { value: this.#pending.takeItem() as Item, done: false };
+        const item = this.#pending.takeItem() as Item;
+        if (this.#options.reopen !== undefined) {
+          this.#last = { item };
+          this.#hasProgressed = true;
+          this.#wake();
+        }
+        return { value: item, done: false };
       }
       if (this.#isOver) {
         await outcome;
@@ -202,6 +233,15 @@ export class Stream<Item = unknown, Result = unknown>
       }
       await this.#changed(until);
     }
+  }
+
+  async #drained(): Promise<boolean> {
+    while (this.#pending?.hasItem === true && !this.#leaving.signal.aborted) {
+      await this.#changed();
+    }
+    const hasProgressed = this.#hasProgressed;
+    this.#hasProgressed = false;
+    return hasProgressed;
   }
 
   return(): Promise<IteratorResult<Item, undefined>> {
@@ -241,7 +281,8 @@ export class Stream<Item = unknown, Result = unknown>
 
   /** Run steps one after the other. */
   #inTurn(step: () => Promise<void>): Promise<void> {
-    if (this.#options.items !== undefined || this.#hasEndedItems) {
+    const { items, reopen } = this.#options;
+    if (items !== undefined || reopen !== undefined || this.#hasEndedItems) {
       return Promise.reject(new Error("no more items can be sent on this stream"));
     }
     void this.#start();

@@ -16,12 +16,12 @@ import { Deadline } from "./deadline.js";
 import { EventStream } from "./event_stream.js";
 import { type Handler, Handlers } from "./handlers.js";
 import type { PendingCall, PendingStream } from "./pending.js";
-import { type RetryAction, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
+import { isInterruption, type RetryAction, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
 import type { ClientSession, Credentials } from "./session.js";
 import { SessionManager } from "./session_manager.js";
 import type { ClientSettings } from "./settings.js";
 import type { ConnectedSession, SharedConnection } from "./shared_connection.js";
-import { Stream, type StreamOptions, type StreamRequest, type StreamRunner } from "./stream.js";
+import { type Resume, Stream, type StreamOptions, type StreamRequest, type StreamRunner } from "./stream.js";
 
 /** Timeout of a call, including all retries. */
 export const DEFAULT_TIMEOUT_MS = 30_000;
@@ -200,6 +200,15 @@ export class UserClient implements AsyncDisposable {
   async #afterFailure(error: unknown, failed: FailedCall): Promise<void> {
     const { call, connection, attempt } = failed;
     call.deadline.signal?.throwIfAborted();
+    if (call.resume !== undefined && isInterruption(error) && this.closing === undefined) {
+      if (await call.resume()) {
+        attempt.backoff.reset();
+        attempt.done.clear();
+      }
+      const asked = error instanceof CallError ? retryAfterMs(error.details) : 0;
+      await this.#wait(attempt.backoff.next(asked), error, failed);
+      return;
+    }
     if (call.hasBegun?.() === true) {
       throw error;
     }
@@ -321,7 +330,7 @@ export class UserClient implements AsyncDisposable {
   stream<Item = unknown, Result = unknown>(
     method: string,
     params: Params | null = {},
-    options: StreamOptions = {},
+    options: StreamOptions<Item> = {},
   ): Stream<Item, Result> {
     const runner: StreamRunner = {
       clock: this.#clock,
@@ -332,15 +341,15 @@ export class UserClient implements AsyncDisposable {
   }
 
   #runStream(request: StreamRequest, opened: (pending: PendingStream) => void): Promise<unknown> {
-    const { method, params, window, deadline, signal, traceparent } = request;
+    const { method, params, resume, window, deadline, signal, traceparent } = request;
     let pending: PendingStream | undefined;
     const send = (connection: ConnectionDriver, token: Token) => {
       const meta = { ...metaOf({ traceparent }, deadline.remainingMs()), window };
-      pending = connection.openStream(method, params, token, meta, deadline.at);
+      pending = connection.openStream(method, params(), token, meta, deadline.at);
       opened(pending);
       return abortable(pending, signal);
     };
-    return this.#run({ send, deadline, isIdempotent: false, hasBegun: () => pending?.hasBegun === true });
+    return this.#run({ send, deadline, isIdempotent: false, hasBegun: () => pending?.hasBegun === true, resume });
   }
 
   // --- calls of the server -----------------------------------------------------------------------
@@ -384,6 +393,8 @@ interface RetriedCall {
   readonly isIdempotent: boolean;
   /** Whether the last attempt certainly has begun: never send it again. */
   readonly hasBegun?: () => boolean;
+  /** Waits until it can be sent again after an interruption, even if it has begun. */
+  readonly resume?: Resume | undefined;
 }
 
 /** The retries of a call. Created at its first error, which most calls never have. */
