@@ -63,7 +63,6 @@ export const MAX_SERVER_TIME = 2n ** 62n;
 
 const STALE_ANSWER = "the answer was delayed for too long; check whether the request took effect";
 const STALE_ITEM = "an item was delayed for too long; the stream is incomplete";
-const OF_CALLS: ReadonlySet<number> = new Set([Kind.CALL, Kind.WITHDRAW]);
 const EMPTY = new Uint8Array(0);
 
 export interface ConnectionSettings {
@@ -104,7 +103,7 @@ export class ClientConnection {
     this.#maxFrame = maxFrame;
     this.#toleranceMs = toleranceMs;
     this.#maxDepth = maxDepth;
-    const send: Send = (...frame) => this.#send(...frame);
+    const send: Send = (kind, stream, token, body, wall) => this.#send(kind, stream, token, body, wall);
     this.#requests = new Requests(send);
     this.streams = new ItemStreams(send, maxDepth);
     this.calls = new ServerCalls(send, maxDepth);
@@ -206,7 +205,8 @@ export class ClientConnection {
     }
     this.#staleCount = 0;
     this.#keepalive.received(now);
-    if (!this.#requests.has(frame.stream) || OF_CALLS.has(frame.kind)) {
+    const isOfCall = frame.kind === Kind.CALL || frame.kind === Kind.WITHDRAW; // their numbers are the server's
+    if (isOfCall || !this.#requests.has(frame.stream)) {
       this.#unrequested.count(frame.body.length, now);
     }
     return frame.kind === Kind.RESPONSE ? this.#receivedResponse(frame) : this.#receivedOther(frame, wall);
@@ -223,7 +223,7 @@ export class ClientConnection {
     if (this.#staleCount >= MAX_CONSECUTIVE_STALE) {
       throw new ProtocolError(Code.STALE_TIMESTAMP, "ten consecutive stale frames");
     }
-    if (OF_CALLS.has(kind)) {
+    if (kind === Kind.CALL || kind === Kind.WITHDRAW) {
       return this.#receivedOfCall(frame, true, wall);
     }
     if ((kind === Kind.RESPONSE || kind === Kind.ERROR) && this.#requests.remove(stream)) {

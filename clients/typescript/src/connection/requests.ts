@@ -100,7 +100,9 @@ export class Requests {
 
   /** Remove a request that was answered. Return false if it is not in flight. */
   remove(number: number): boolean {
-    this.#refreshing.delete(number);
+    if (this.#refreshing.size > 0) {
+      this.#refreshing.delete(number);
+    }
     return this.#inFlight.delete(number);
   }
 
