@@ -111,11 +111,14 @@ PANELS: dict[str, list[Panel]] = {
             "Streams",
             "short",
             {
-                now("zcproto_streams_open"): "open {{instance}}",
+                f"sum by (method) ({now('zcproto_streams_open')})": "open: {{method}}",
                 rate("zcproto_streams_cut_total", "reason"): "cut a second: {{reason}}",
             },
         ),
         Panel("Items of streams", "ops", {rate("zcproto_stream_items_total", "direction"): "{{direction}}"}),
+        Panel(
+            "Bytes of items", "Bps", {rate("zcproto_stream_item_bytes_total", "direction"): "{{direction}}"}
+        ),
         Panel("Calls to clients", "ops", {rate("zcproto_client_calls_total", "result"): "{{result}}"}),
         Panel(
             "Clients that handle calls",

@@ -17,8 +17,9 @@ from tests.admin.chromium import Chromium, Tab
 from tests.admin.https_client import add
 from tests.interop.support import needs
 from tests.server.conftest import Serve
-from tests.server.helpers import Client, ServerThread
+from tests.server.helpers import KEY, Client, ServerThread
 from zcproto.alerts import AlertKind
+from zcproto.client import connect_blocking
 from zcproto.http.messages import HttpResponse, Route, text_response
 from zcproto.sessions.token import token_text
 from zcproto.tls.pins import key_pin
@@ -142,6 +143,7 @@ def test_figures_update_and_nothing_else_is_requested(serve: Serve, show: Open) 
         shows(tab, "#results", "Completed")
         shows(tab, "#results", "Plaintext HTTP")
         shows(tab, "#process", "MB")
+        assert not tab.run("document.querySelector('#streams-card').checkVisibility()")
         for _ in range(300):
             client.echo()
         tab.until("Number(document.querySelector('#requests').innerText) > 1")
@@ -154,6 +156,23 @@ def test_figures_update_and_nothing_else_is_requested(serve: Serve, show: Open) 
         assert tab.run("location.href") == home_of(server)
         assert tab.run("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         assert tab.run("document.querySelector('#token').value") == ""
+
+
+def test_streams_are_shown_once_there_are_some(serve: Serve, show: Open) -> None:
+    server = serve()
+    ca_file = server.home / "certs" / "ca.crt"
+    with (
+        server.client("operator") as operator,
+        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+    ):
+        tab = open_figures(show, server, operator)
+        assert not tab.run("document.querySelector('#streams-card').checkVisibility()")
+        with client.stream("repeat", n=0, data=b"", count=2, interval=3_600) as stream:
+            stream.receive()
+            tab.until(f"/^Open\\s+1$/m.test({figure('#streams')})")
+            assert tab.run("document.querySelector('#streams-card').checkVisibility()")
+        tab.until(f"/^Cut\\s+1$/m.test({figure('#streams')})")
+        assert re.search(r"^Items sent\s+0 MB\s+1$", tab.text("#streams"), re.MULTILINE)
 
 
 def test_alert_details_are_only_shown_to_operators(serve: Serve, show: Open) -> None:

@@ -241,13 +241,15 @@ def test_streams_and_their_items_are_counted(serve: Serve) -> None:
             yield number
 
     server = serve(app)
-    items = "zcproto_stream_items_total"
+    items, size = "zcproto_stream_items_total", "zcproto_stream_item_bytes_total"
     ca_file = server.home / "certs" / "ca.crt"
     with (
         grows(server, "zcproto_streams_opened_total", 2),
         grows(server, "zcproto_streams_cut_total", reason="caller"),
         grows(server, items, 4, direction="sent"),
         grows(server, items, 4, direction="received"),
+        grows(server, size, 4 * 65, direction="sent"),
+        grows(server, size, 4 * 65, direction="received"),
         connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
     ):
         with client.stream("echo.items", items=[1, 2]) as stream:
@@ -255,10 +257,11 @@ def test_streams_and_their_items_are_counted(serve: Serve) -> None:
         with client.stream("echo.items", window=(1, 1)) as stream:
             stream.send(1)
             assert stream.receive() == 1
-            assert value(server, "zcproto_streams_open") == 1
+            assert value(server, "zcproto_streams_open", method="echo.items") == 1
             assert value(server, "zcproto_limit_use", limit="streams.max_open") == 1
             stream.send(2)
             assert stream.receive() == 2
+    assert value(server, "zcproto_streams_open", method="echo.items") == 0
 
 
 def test_replayed_frame_is_counted_and_closes_the_connection(serve: Serve) -> None:

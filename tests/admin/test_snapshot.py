@@ -121,6 +121,7 @@ def test_status_report_of_a_running_server(serve: Serve) -> None:
     assert report["streams"] == {
         **dict.fromkeys(("open", "opened", "cut"), 0),
         **dict.fromkeys(("items_sent", "items_received", "waiting_bytes"), 0),
+        **dict.fromkeys(("bytes_sent", "bytes_received"), 0),
     }
     assert report["calls"] == {"handlers": 0, "in_flight": 0, "ended": {}}
     assert report["handshakes"] == {"completed": 1, "in_progress": 0, "pending": 0, "failed": {}}

@@ -123,16 +123,17 @@ def test_peer_that_answers_the_ping_keeps_its_stream() -> None:
 def test_totals_count_streams_and_their_items() -> None:
     pair = StreamPair()
     assert pair.server.stream_totals() is NO_STREAMS
-    assert pair.server.streams_in_flight == 0
+    assert pair.server.stream_methods() == []
     stream, _other = pair.open(1, takes_items=True), pair.open(2)
     pair.server.grant(stream, WALL)
     pair.receive(pair.frame(ITEM, 1, encode_body(1)))
     for _ in range(2):
         pair.server.send_item(stream, encode_body("x"), WALL)
-    assert pair.server.stream_totals() == StreamTotals(opened=2, items_sent=2, items_received=1)
+    totals = StreamTotals(opened=2, items_sent=2, items_received=1, bytes_sent=132, bytes_received=65)
+    assert pair.server.stream_totals() == totals
     pair.server.respond(stream, encode_body(None), WALL)
-    assert pair.server.stream_totals() == StreamTotals(opened=2, items_sent=2, items_received=1)
-    assert pair.server.streams_in_flight == 1
+    assert pair.server.stream_totals() == totals
+    assert len(pair.server.stream_methods()) == 1
 
 
 def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:

@@ -495,12 +495,13 @@ def test_streams_are_counted_also_after_their_connection(client: StreamPeer) -> 
     counters = client.harness.state.counters
     client.send(client.open("count", {"n": 3}), client.open("ticks", stream=2))
     client.turn()
-    assert client.protocol.streams_in_flight == 1
-    assert client.protocol.stream_totals() == (2, 3, 0)
+    assert client.protocol.stream_methods() == ["ticks"]
+    totals = client.protocol.stream_totals()
+    assert totals == (2, 3, 0, 3 * 65, 0)
     client.lose()
-    assert client.protocol.stream_totals() == (0, 0, 0)
-    assert client.protocol.streams_in_flight == 0
-    assert counters.streams == (2, 3, 0)
+    assert client.protocol.stream_totals() == (0, 0, 0, 0, 0)
+    assert client.protocol.stream_methods() == []
+    assert counters.streams == totals
 
 
 def test_cuts_are_counted_and_those_of_slow_clients_are_logged(

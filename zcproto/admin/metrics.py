@@ -224,11 +224,15 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _streams(snapshot: Snapshot) -> Iterator[Reading]:
-    counters, totals = snapshot.counters, snapshot.streams
-    yield "zcproto_streams_open", snapshot.streams_open
+    counters, totals, methods = snapshot.counters, snapshot.streams, snapshot.parts.state.methods
+    streaming = {name for name, method in methods.items() if method.shape != "unary"}
+    for name in sorted(streaming | snapshot.streams_open.keys()):
+        yield "zcproto_streams_open", snapshot.streams_open[name], name
     yield "zcproto_streams_opened_total", totals.opened
     yield "zcproto_stream_items_total", totals.items_sent, "sent"
     yield "zcproto_stream_items_total", totals.items_received, "received"
+    yield "zcproto_stream_item_bytes_total", totals.bytes_sent, "sent"
+    yield "zcproto_stream_item_bytes_total", totals.bytes_received, "received"
     for reason in CUT_REASONS:
         yield "zcproto_streams_cut_total", counters.streams_cut[reason], reason
 

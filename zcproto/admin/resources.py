@@ -69,7 +69,7 @@ BAD_TOKEN: Final = text_response(
 
 _PAGE_KEYS: Final = (
     *("api", "version", "time", "started_at", "uptime_s", "draining", "connections", "sessions", "requests"),
-    *("traffic", "handshakes", "store", "process"),
+    *("streams", "traffic", "handshakes", "store", "process"),
 )
 _CERTIFICATE_KEYS: Final = ("file", "source", "key_type", "not_after", "days_left", "seconds_left")
 _ALERT_KEYS: Final = ("kind", "severity", "began_at", "last_at", "ended_at", "count", "many")

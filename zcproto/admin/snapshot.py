@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
@@ -45,8 +47,8 @@ _STATS_CERTIFICATE_KEYS: Final = ("file", "source", "site", "key_type", "pin", "
 class Snapshot:
     """One reading of a server: what had to be computed, beside the counters that its `parts` keep.
 
-    `in_flight`, `streams_open` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` and
-    `most_streams_open` their maximum; `streams` includes connections that have ended.
+    `in_flight` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` and `most_streams_open`
+    the maximum; `streams_open` is by method, and `streams` includes connections that have ended.
     `rates`, `store_report` and `alerts` are reports of the traffic, the session store and the alerts.
     """
 
@@ -54,7 +56,7 @@ class Snapshot:
     time: int
     in_flight: int
     most_in_flight: int
-    streams_open: int
+    streams_open: Counter[str]
     most_streams_open: int
     streams: StreamTotals
     slow_readers: int
@@ -74,15 +76,15 @@ def take_snapshot(parts: Parts) -> Snapshot:
     """Read a server. Call it in its loop."""
     connections = parts.state.connections
     in_flight = [protocol.in_flight for protocol in connections]
-    streams_open = [protocol.streams_in_flight for protocol in connections]
+    streams_open = [protocol.stream_methods() for protocol in connections]
     streams = [protocol.stream_totals() for protocol in connections]
     return Snapshot(
         parts=parts,
         time=parts.clock.wall(),
         in_flight=sum(in_flight),
         most_in_flight=max(in_flight, default=0),
-        streams_open=sum(streams_open),
-        most_streams_open=max(streams_open, default=0),
+        streams_open=Counter(chain.from_iterable(streams_open)),
+        most_streams_open=max(map(len, streams_open), default=0),
         streams=StreamTotals(*map(sum, zip(parts.state.counters.streams, *streams, strict=True))),
         slow_readers=sum(protocol.is_slow_reader for protocol in connections),
         rates=parts.traffic.rates(),
@@ -135,11 +137,13 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             "incidents": counters.incidents,
         },
         "streams": {
-            "open": snapshot.streams_open,
+            "open": snapshot.streams_open.total(),
             "opened": snapshot.streams.opened,
             "cut": sum(counters.streams_cut.values()),
             "items_sent": snapshot.streams.items_sent,
             "items_received": snapshot.streams.items_received,
+            "bytes_sent": snapshot.streams.bytes_sent,
+            "bytes_received": snapshot.streams.bytes_received,
             "waiting_bytes": state.item_bytes,
         },
         "calls": {

@@ -87,6 +87,10 @@ class ItemQueue:
         return self._received[0]
 
     @property
+    def received_bytes(self) -> int:
+        return self._received[1]
+
+    @property
     def still_allowed(self) -> int:
         """How many items the peer may have sent that have not arrived; each counts 64 bytes or more."""
         items = self._granted[0] - self._received[0]

@@ -159,9 +159,11 @@ class ServerOutput:
         """Return the figures of the streams of this connection."""
         return NO_STREAMS if self._streams is None else self._streams.totals(self._held)
 
-    @property
-    def streams_in_flight(self) -> int:
-        return 0 if self._streams is None else self._streams.in_flight
+    def stream_methods(self) -> list[str]:
+        """Return the method of each stream in flight."""
+        if self._streams is None or not self._streams.in_flight:
+            return []
+        return [held.method for held in self._held.values() if isinstance(held, ServerStream)]
 
     def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
         """Cut the streams of a session that has ended."""

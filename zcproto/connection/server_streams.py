@@ -51,11 +51,13 @@ _ENDED.has_ended = True
 
 
 class StreamTotals(NamedTuple):
-    """The streams of one connection so far, and their items."""
+    """The streams of one connection so far, and their items with the `length` of their frames."""
 
     opened: int = 0
     items_sent: int = 0
     items_received: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
 
 
 NO_STREAMS: Final = StreamTotals()
@@ -197,9 +199,14 @@ class ServerStreams:
 
 
 def _add(totals: StreamTotals, stream: ServerStream) -> StreamTotals:
-    opened, sent, received = totals
-    got = 0 if stream.items is None else stream.items.received
-    return StreamTotals(opened + 1, sent + stream.credit.sent_items, received + got)
+    credit, items = stream.credit, stream.items
+    return StreamTotals(
+        totals.opened + 1,
+        totals.items_sent + credit.sent_items,
+        totals.items_received + (0 if items is None else items.received),
+        totals.bytes_sent + credit.sent_bytes,
+        totals.bytes_received + (0 if items is None else items.received_bytes),
+    )
 
 
 def read_item(stream: ServerStream, body: bytes, max_depth: int) -> object:

@@ -161,12 +161,14 @@ zcproto_idempotent_answers_total counter (result)
     (too many requests of the user were running).
 
 # Streams
-zcproto_streams_open gauge
+zcproto_streams_open gauge (method)
     Streams that have not ended, over all connections. They are requests in flight, too.
 zcproto_streams_opened_total counter
     Streams opened.
 zcproto_stream_items_total counter (direction)
     Items of streams. `direction`: sent (to clients), received.
+zcproto_stream_item_bytes_total counter (direction)
+    Size of these items, with 64 bytes for the header of each.
 zcproto_streams_cut_total counter (reason)
     Streams cancelled before their methods had returned. `reason`: caller, deadline, token_expired, token_revoked,
     session_replaced, draining, slow (streams.stall_timeout), stale (freshness.tolerance), wrong_token, slow_frame

@@ -358,10 +358,9 @@ class Dispatcher(asyncio.Protocol):
         """Requests whose methods wait."""
         return 0 if self._workers is None else len(self._workers)
 
-    @property
-    def streams_in_flight(self) -> int:
-        """Streams that have not been answered."""
-        return 0 if self._connection is None else self._connection.streams_in_flight
+    def stream_methods(self) -> list[str]:
+        """Return the method of each stream that has not been answered."""
+        return [] if self._connection is None else self._connection.stream_methods()
 
     def stream_totals(self) -> StreamTotals:
         """Return the figures of the streams of this connection."""

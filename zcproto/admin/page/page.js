@@ -201,6 +201,7 @@
       { label: "Await", values: percentiles(traffic.waits), small: `of ${count(traffic.waits.count)}` },
     ]);
     showHandshakes(handshakes);
+    showStreams(figures.streams);
     showCertificates(figures.certificates);
     showStore(figures.store);
     showAlerts(figures.alerts, figures.time, figures.operator);
@@ -220,6 +221,17 @@
     rows(at("results"), [
       { label: "Completed", values: [count(completed)], part: completed / all, good: true },
       ...causes.map(([cause, number]) => ({ label: words(cause), values: [count(number)], part: number / all })),
+    ]);
+  }
+
+  function showStreams(streams) { // servers without any have nothing to show
+    at("streams-card").hidden = !streams.opened;
+    rows(at("streams"), [
+      { label: "Open", values: [count(streams.open)] },
+      { label: "Opened", values: [count(streams.opened)] },
+      { label: "Cut", values: [count(streams.cut)] },
+      { label: "Items sent", values: [count(streams.items_sent)], small: bytes(streams.bytes_sent) },
+      { label: "Items received", values: [count(streams.items_received)], small: bytes(streams.bytes_received) },
     ]);
   }
 
