@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -243,3 +244,39 @@ def test_blocking_client_sends_items(server: ServerThread) -> None:
             stream.end()
             assert list(stream) == []
             assert stream.result == "bye"
+
+
+def test_items_that_block_hold_up_neither_the_stream_nor_the_client(server: ServerThread) -> None:
+    is_asked, go_on, is_closed = threading.Event(), threading.Event(), threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        try:
+            is_asked.set()
+            go_on.wait(60)
+            yield b"late"
+        finally:
+            is_closed.set()
+
+    ca_file = server.home / "certs" / "ca.crt"
+    with (
+        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+        client.stream("upload", items=chunks()),
+    ):
+        assert is_asked.wait(30)
+        client.call("server.info")
+    go_on.set()
+    assert is_closed.wait(30)
+
+
+def test_error_of_items_that_block_fails_the_stream(server: ServerThread) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"x"
+        raise OSError("the disk is full")
+
+    ca_file = server.home / "certs" / "ca.crt"
+    with (
+        connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
+        client.stream("upload", items=chunks()) as stream,
+        pytest.raises(OSError, match="disk"),
+    ):
+        stream.finished()

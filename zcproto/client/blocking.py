@@ -13,10 +13,11 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Final, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
 from zcproto.client.client import Client, UserSession
@@ -346,11 +347,45 @@ class BlockingStream:
             yield item
 
 
+_END: Final = object()
+
+
 async def _in_thread(items: Iterable[Any]) -> AsyncGenerator[Any, None]:
-    """Iterate over items that may block, outside the client's loop."""
-    source, end = iter(items), object()
-    while (item := await asyncio.to_thread(next, source, end)) is not end:
-        yield item
+    """Iterate over items that may block in a thread of its own, which does not keep the program from exiting."""
+    source, loop = iter(items), asyncio.get_running_loop()
+    wanted: queue.SimpleQueue[asyncio.Future[Any] | None] = queue.SimpleQueue()
+
+    def settle(future: asyncio.Future[Any], item: Any, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(item)
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        while (future := wanted.get()) is not None:
+            item, failure = None, None
+            try:
+                item = next(source, _END)
+            except BaseException as error:  # passed to the stream
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, future, item, failure)
+        if isinstance(source, Generator):
+            source.close()
+
+    threading.Thread(target=work, name="zcproto-items", daemon=True).start()
+    try:
+        while True:
+            future = loop.create_future()
+            wanted.put(future)
+            item = await future
+            if item is _END:
+                return
+            yield item
+    finally:
+        wanted.put(None)
 
 
 @accept_options(ConnectOptions)
