@@ -50,7 +50,7 @@ from zcproto.observe.log import is_on
 from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
 from zcproto.server.eager import EagerWorker
 from zcproto.server.state import PART_BITS, ServerState, log
-from zcproto.server.streams import StreamRunner
+from zcproto.server.streams import STREAM_TURN_BYTES, StreamRunner
 from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
@@ -336,7 +336,8 @@ class ServerProtocol(Dispatcher):
         runner = super()._new_runner(connection)
         runner.is_blocked = self._paused_since is not None
         if self._transport is not None and connection.settings.streams is not None:
-            limit = min(connection.settings.streams.write_bytes, self._state.write_buffer_bytes)
+            write_bytes = connection.settings.streams.write_bytes
+            limit = min(STREAM_TURN_BYTES, write_bytes, self._state.write_buffer_bytes)
             self._transport.set_write_buffer_limits(high=limit)
         return runner
 

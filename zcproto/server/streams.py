@@ -5,7 +5,8 @@
 Rules:
 - A stream is a task from the beginning: it takes less memory than a method that may end at once.
 - Nothing is produced ahead: a generator goes on once its item has been queued.
-- At most `write_bytes` of items, and the part of one stream, wait for a client that reads slowly.
+- At most `write_bytes` of items, and the parts of two streams, wait for a client that does not read: the loop keeps
+  all of a write of which the system has taken a part.
 - A stream that has sent its part of them lets the other streams, and the answers, have their turn.
 
 It must not know: TLS, what is allowed on the wire.
@@ -265,8 +266,7 @@ class StreamRunner:
         if self.is_blocked:
             return
         self._turn += 1
-        # At least a part: without room the next turn would come at once.
-        self._room = max(self._limits.write_bytes - unread, self._part)
+        self._room = self._part if unread else self._limits.write_bytes
         while self._queue and self._room > 0:
             waiter = self._queue.popleft()
             if not waiter.done():
