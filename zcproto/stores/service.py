@@ -305,6 +305,9 @@ class StoredSessionService(SessionService):
         task.add_done_callback(lambda _: self._refreshing.pop(session_id))
         await asyncio.wait([task])
         opened = task.result()
+        if registry.record(session_id) is None and registry.ended(session_id) is None:  # forgotten meanwhile
+            changes = self.sync.changes
+            changes.apply(await self._ask(changes.fetch(self._store.get, session_id)))
         if registry.record(session_id) is None:
             raise refresh_refused(Code.TOKEN_REVOKED)
         return opened

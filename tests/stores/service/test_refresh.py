@@ -20,6 +20,7 @@ from tests.stores.service.harness import (
     refused,
 )
 from zcproto.errors import Code, TokenExpired, TokenRevoked, Unauthenticated
+from zcproto.sessions import OpenedSession
 from zcproto.sessions.token import digest_of
 from zcproto.stores import service as service_module
 
@@ -274,3 +275,18 @@ async def test_repeated_refresh_within_the_grace_succeeds_during_an_outage(proce
     first = await process.refresh(opened)
     await process.outage()
     assert (await process.refresh(opened)).token == first.token
+
+
+async def test_refresh_of_a_session_that_is_forgotten_meanwhile_succeeds(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = await start_process(shared=True)
+    opened = await process.open()
+    apply_rotation = process.registry.apply_rotation
+
+    def applied(*rotation: Any) -> OpenedSession:
+        asyncio.get_running_loop().call_soon(process.store.report_change, raw(opened))
+        return apply_rotation(*rotation)
+
+    monkeypatch.setattr(process.registry, "apply_rotation", applied)
+    assert process.is_valid(await process.refresh(opened))
