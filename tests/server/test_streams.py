@@ -634,6 +634,29 @@ def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: st
     assert used / count < 2.5 * 1024
 
 
+def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> None:
+    first = StreamPeer(harness)
+    first.login()
+    peers = [Peer(harness) for _ in range(300)]
+    for peer in peers:
+        peer.token = first.token
+        peer.send(peer.frame(REQUEST, 99, encode_request("big", {"n": 0, "size": 0})))
+        peer.answers()
+    body = encode_request("ticks", {}, {"credit": PLENTY})
+    frames = [peer.frame(OPEN, 1, body) for peer in peers]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for peer, frame in zip(peers, frames, strict=True):
+            peer.send(frame)
+        harness.turn()
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert harness.state.tasks.running == len(peers)
+    assert used / len(peers) < 3.25 * 1024
+
+
 def test_connection_without_streams_takes_little_memory(harness: Harness) -> None:
     harness.state.settings = replace(harness.state.settings, streams=LIMITS)
     count = 1_000

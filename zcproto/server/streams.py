@@ -15,7 +15,6 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final
 
@@ -164,7 +163,7 @@ class StreamRunner:
         self._room = self._limits.write_bytes  # not yet assigned to a stream, in this turn
         self._turn = 0
         self._waiting: dict[ServerStream, asyncio.Future[None]] = {}  # for credit
-        self._queue: deque[asyncio.Future[None]] = deque()  # for room
+        self._queue: list[asyncio.Future[None]] = []  # for room; an empty deque takes 600 bytes more
         self.is_blocked = False
 
     @property
@@ -268,7 +267,7 @@ class StreamRunner:
         self._turn += 1
         self._room = self._part if unread else self._limits.write_bytes
         while self._queue and self._room > 0:
-            waiter = self._queue.popleft()
+            waiter = self._queue.pop(0)
             if not waiter.done():
                 self._room -= self._part
                 waiter.set_result(None)
