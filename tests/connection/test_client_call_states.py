@@ -22,6 +22,7 @@ from zcproto.wire.frame import (
     CALL,
     ERROR,
     FAILURE,
+    MIN_LENGTH,
     NO_TOKEN,
     PONG,
     RESPONSE,
@@ -349,3 +350,12 @@ def test_calls_count_as_frames_that_answer_no_request() -> None:
     harness.received(1)
     harness.receive_frame(PONG)
     assert harness.client._unrequested > 1.9
+
+
+@pytest.mark.parametrize(("more", "code"), [(0, Code.NOT_FOUND), (1, Code.INTERNAL)])
+def test_error_of_a_handler_is_sent_up_to_the_limit_of_a_frame(more: int, code: Code) -> None:
+    harness = Calls()
+    limit = harness.client.send_limit
+    around = MIN_LENGTH + len(encode_error(Code.NOT_FOUND, "x" * (limit - 100))) - (limit - 100)
+    harness.client.fail_call(harness.received(), Code.NOT_FOUND, "x" * (limit - around + more), WALL)
+    assert harness.answers() == [(1, FAILURE, code)]

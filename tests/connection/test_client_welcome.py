@@ -13,7 +13,7 @@ from zcproto.connection.client_output import MAX_FRAME_BEFORE_SESSION
 from zcproto.connection.events import NEVER, ConnectionEnded, Welcomed
 from zcproto.connection.state import State
 from zcproto.errors import Code, Unavailable
-from zcproto.wire.frame import ERROR, EVENT, GOAWAY, HEADER, NO_TOKEN, PING, RESPONSE, WELCOME
+from zcproto.wire.frame import ERROR, EVENT, GOAWAY, HEADER, MIN_LENGTH, NO_TOKEN, PING, RESPONSE, WELCOME
 from zcproto.wire.message import encode_body
 
 
@@ -38,6 +38,11 @@ def test_nothing_is_sent_before_welcome() -> None:
     harness.client.ping(harness.wall)
     assert harness.client.data_to_send() == b""
     assert harness.client.next_deadline() == NEVER
+
+
+def test_features_may_be_announced_with_their_least_limits() -> None:
+    least = {"streams": {"max_open": 0, "max_item": MIN_LENGTH}, "calls": {"max": 0}}
+    assert ClientHarness(WELCOME_MAP | least).client.state is State.OPEN
 
 
 @pytest.mark.parametrize("ahead", [-(10**9), -1, 0, 7, 10**9])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers import NOW, SALT, WALL, Answer, small_registry
-from zcproto.connection.events import ConnectionEnded, ServerEvent, ServerStream, StreamState
+from zcproto.connection.events import ConnectionEnded, Request, ServerEvent, ServerStream, StreamState
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings, StreamLimits
 from zcproto.errors import Code
@@ -253,3 +253,30 @@ def test_state_and_input_give_next_state_and_action(state: str, given: str) -> N
 def test_every_input_is_listed_for_every_state() -> None:
     for state, cases in TABLE.items():
         assert cases.keys() == INPUTS.keys(), state
+
+
+def test_request_that_ends_after_its_cut_makes_no_room_for_a_stream() -> None:
+    pair = StreamPair()
+    for stream in range(1, LIMITS.max_open + 1):
+        pair.open(stream)
+    *_, received = pair.receive(pair.frame(REQUEST, 9, encode_request("slow", {})))
+    assert isinstance(received, tuple)
+    request = Request(*received)
+    pair.server.hold(request, pair.now)
+    pair.receive(pair.frame(CANCEL, 9))
+    pair.server.fail(request, encode_error(Code.CANCELLED, ""), pair.wall)
+    pair.sent()
+    pair.receive(pair.frame(OPEN, 10, encode_request("tokens", {}, {"credit": (LARGE, LARGE)})))
+    (refused,) = pair.sent()
+    assert refused.code == Code.RESOURCE_EXHAUSTED
+
+
+def test_grant_reports_whether_credit_was_sent() -> None:
+    pair = StreamPair()
+    stream = pair.open(takes_items=True)
+    pair.sent()
+    assert pair.server.grant(stream, WALL)
+    assert not pair.server.grant(stream, WALL)
+    assert [answer.kind for answer in pair.sent()] == [Kind.CREDIT]
+    pair.server.fail(stream, encode_error(Code.NOT_FOUND, ""), WALL)
+    assert not pair.server.grant(stream, WALL)

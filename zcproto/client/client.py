@@ -190,8 +190,6 @@ class Client(SessionClient):
     def _connected(self, connection: ClientProtocol) -> None:
         self._show_session(connection)
         if self._users:
-            if self._showing is not None:
-                self._showing.cancel()
             self._showing = self._loop.create_task(self._show_users(connection))
         if self._options.on_connected is not None:
             self._loop.call_soon(self._options.on_connected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import redis
 from redis.crc import key_slot
 
 from tests.stores.contract import (
+    DAY,
     FIVE,
     KEEP,
     KEEP_ENDED,
@@ -86,6 +88,15 @@ async def test_limit_applies_to_concurrent_openings_in_a_cluster(empty_cluster: 
         assert await store.count() == 5  # refused openings leave nothing
         found = [await store.find(record.token_digest) for record in racing]
         assert sum(record is not None for record in found) == 5
+
+
+async def test_refreshed_token_leads_to_its_session_as_long_as_it_lasts(empty_cluster: ClusterOf) -> None:
+    wanted = rotation(session())
+    async with opened(empty_cluster.url) as (store, _):
+        await store.create(session(), FIVE)
+        await store.rotate(wanted)
+    key = b"zcp:t:" + wanted.token_digest
+    assert empty_cluster.nodes[empty_cluster.owner(key_slot(key))].command("PTTL", key) > 29 * DAY
 
 
 async def test_lowered_limit_of_answers_applies_at_once_in_a_cluster(empty_cluster: ClusterOf) -> None:
@@ -261,6 +272,19 @@ async def test_server_that_was_never_reached_is_not_dropped(scripted_cluster: Cl
     connection = scripted_cluster._connection(("seed", 7000))
     connection.lose("all its keys were deleted")
     assert connection.up is None
+
+
+async def test_failed_attempt_that_no_caller_waits_for_is_silent(scripted_cluster: Cluster) -> None:
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    connection = scripted_cluster._connection(("127.0.0.1", free_port()))
+    calling = asyncio.create_task(connection.link())
+    await asyncio.sleep(0)
+    calling.cancel()
+    await until(lambda: connection._connecting is None)
+    del calling
+    gc.collect()
+    assert reported == []
 
 
 class Scripted:

@@ -102,12 +102,15 @@ async def test_ping_fails_at_a_primary_that_the_sentinels_have_replaced(tmp_path
             assert len(changes) == 1
 
 
-async def test_failed_open_leaves_no_connection_to_the_sentinels(tmp_path: Path) -> None:
+async def test_store_that_is_closed_or_not_open_has_no_connection_to_the_sentinels(tmp_path: Path) -> None:
     with ExitStack() as stack:
         primary = stack.enter_context(running(PROGRAMS[0], tmp_path / "primary"))
         sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", primary))
-        primary.kill()
         store = ValkeyStore(f"valkey+sentinel://{sentinel.address}/sessions")
+        await store.open(lambda change: None)
+        await store.close()
+        await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
+        primary.kill()
         with pytest.raises(StoreUnavailable):
             await store.open(lambda change: None)
         await until(lambda: len(sentinel.command("CLIENT", "LIST").splitlines()) == 1)
@@ -124,7 +127,8 @@ async def test_sentinel_with_the_highest_epoch_counts(tmp_path: Path) -> None:
         )
         hung = stack.enter_context(_monitoring(tmp_path / "hung", first))
         hung.stop()
-        url = f"valkey+sentinel://{behind.address},{current.address},{hung.address}/sessions"
+        gone = f"127.0.0.1:{free_port()}"
+        url = f"valkey+sentinel://{gone},{behind.address},{current.address},{hung.address}/sessions"
         async with opened(url) as (store, changes):
             await store.create(session(), FIVE)
             assert second.command("EXISTS", b"zcp:t:" + session().token_digest) == 1
