@@ -9,22 +9,37 @@ from tests.connection.helpers import TOKEN, WELCOME_MAP, ClientHarness
 from tests.fuzz.frame import any_frame
 from tests.fuzz.target import Script, Target
 from zcproto.connection.client import PONG_TIMEOUT
-from zcproto.connection.events import NEVER, ConnectionEnded, ErrorReceived, ResponseReceived
+from zcproto.connection.client_calls import ClientCall, ClientCallState
+from zcproto.connection.events import (
+    NEVER,
+    CallReceived,
+    CallWithdrawn,
+    ConnectionEnded,
+    ErrorReceived,
+    ResponseReceived,
+)
 from zcproto.connection.state import State
 from zcproto.errors import CallError, ConnectionClosed
 from zcproto.wire.frame import (
     ACCEPTED,
+    CALL,
+    FAILURE,
     LENGTH_SIZE,
     NO_TOKEN,
     ON_A_STREAM,
     REQUEST,
+    RESULT,
+    WITHDRAW,
     Side,
+    accepted_with_calls,
 )
-from zcproto.wire.message import encode_body, encode_error
+from zcproto.wire.message import encode_body, encode_error, encode_request
 
 ORDER = [State.AWAITING_WELCOME, State.OPEN, State.DRAINING, State.CLOSED]
-HEADS = (*sorted(ACCEPTED[Side.CLIENT].heads), REQUEST, 0x01030001, 0x02030000)
-METHODS = ("echo", "session.open", "session.refresh", "session.info")
+HEADS = (*sorted(ACCEPTED[Side.CLIENT].heads), REQUEST, 0x01030001, 0x02030000, CALL, WITHDRAW)
+HANDLE = "session.handle"
+METHODS = ("echo", "session.open", "session.refresh", "session.info", HANDLE)
+HANDLERS = 2
 BODIES = (
     encode_error(1, "cancelled"),
     encode_error(16, "unknown token"),
@@ -37,6 +52,8 @@ BODIES = (
     encode_body({"x": 1}),
     encode_body(WELCOME_MAP),
     b"",
+    encode_request("ask", {}, {"deadline_ms": 5}),
+    encode_request("other", {}, {"deadline_ms": 5}),
 )
 SECONDS = (0.0, 0.1, 5.0, 11.0, 101.0)
 JUMPS_MS = (-(2**40), -40_000, -1_000, 1_000, 40_000, 2**40)
@@ -49,7 +66,11 @@ class HostileServer:
 
     def __init__(self, welcomed: bool, checked: bool = True) -> None:
         welcome = {**WELCOME_MAP, "idle_timeout_ms": round(IDLE_S * 1_000), "max_frame": LIMIT}
+        welcome["calls"] = {"max": 4}
         self.harness = ClientHarness(welcome if welcomed else None, max_frame=LIMIT)
+        decoder = self.harness._decoder
+        decoder.accepted = accepted_with_calls(Side.SERVER, decoder.accepted)
+        self.running: list[ClientCall] = []
         self.checked = checked
         self.pending: set[int] = set()
         self.counter = 0
@@ -76,13 +97,23 @@ class HostileServer:
             case 4 | 5:
                 token = script.choose((NO_TOKEN, TOKEN))
                 with contextlib.suppress(CallError, ConnectionClosed):
-                    stream = harness.request(script.choose(METHODS), {"x": script.bytes()}, token=token)
+                    method = script.choose(METHODS)
+                    if method == HANDLE:
+                        stream = client.handle(
+                            frozenset({"ask"}), HANDLERS, None, token=TOKEN, wall=harness.wall
+                        )
+                    else:
+                        stream = harness.request(method, {"x": script.bytes()}, token=token)
                     assert stream not in self.pending
                     self.pending.add(stream)
             case 6:
                 client.cancel(script.byte() % 6, harness.wall)
                 if script.byte() % 2:
                     client.ping(harness.wall)
+                elif self.running:
+                    call = self.running.pop(script.byte() % len(self.running))
+                    client.answer_call(call, script.bytes(), harness.wall)
+                    client.release_call(call)
             case 7:
                 seconds = script.choose(SECONDS)
                 harness.now += seconds
@@ -107,6 +138,11 @@ class HostileServer:
             if isinstance(event, ResponseReceived | ErrorReceived):
                 assert event.stream in self.pending
                 self.pending.discard(event.stream)
+            elif isinstance(event, CallReceived):
+                self.running.append(event.call)
+            elif isinstance(event, CallWithdrawn):
+                assert event.call.state is ClientCallState.NONE
+                assert event.call in self.running, "its handler has not ended"
             elif isinstance(event, ConnectionEnded):
                 self.ended += 1
 
@@ -123,11 +159,16 @@ class HostileServer:
             assert counter == self.counter
             assert salt == client.salt
             assert (head in ON_A_STREAM) is (stream > 0)
-            assert body if head == REQUEST else head in ACCEPTED[Side.SERVER].heads and not body
+            if head in (REQUEST, RESULT, FAILURE):
+                assert body
+            else:
+                assert head in ACCEPTED[Side.SERVER].heads
+                assert not body
             assert 0 <= timestamp < 2**64
         assert not client.queued_bytes
         assert client.in_flight == len(self.pending) <= WELCOME_MAP["max_streams"]
         assert len(client._tokens) <= 2
+        assert client.running_calls <= len(self.running) <= HANDLERS
         if client.state is State.CLOSED:
             assert client.next_deadline() == NEVER
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -10,6 +11,7 @@ from tests.fuzz.target import Script, Target
 from tests.helpers import FATAL_CODES, SALT, ConnectionPair, small_registry
 from zcproto.connection.events import (
     NEVER,
+    CallEnded,
     ConnectionEnded,
     FrameBuffered,
     Request,
@@ -17,16 +19,30 @@ from zcproto.connection.events import (
     ServerEvent,
     SessionJoined,
 )
+from zcproto.connection.server_calls import ServerCall, encode_call
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
-from zcproto.errors import Code
-from zcproto.wire.frame import ACCEPTED, LENGTH_SIZE, NO_TOKEN, PING, PONG, REQUEST, Kind, Side
+from zcproto.errors import CallError, Code
+from zcproto.wire.frame import (
+    ACCEPTED,
+    FAILURE,
+    LENGTH_SIZE,
+    NO_TOKEN,
+    PING,
+    PONG,
+    REQUEST,
+    RESULT,
+    Kind,
+    Side,
+    accepted_with_calls,
+)
 from zcproto.wire.message import encode_body
 
 SETTINGS = ConnectionSettings(
     max_frame=2_000,
     max_frame_before_session=600,
     max_streams=3,
+    max_calls=3,
     idle_timeout_s=60.0,
     frame_timeout_s=50.0,
     open_timeout_s=10.0,
@@ -35,7 +51,10 @@ ENDING = FATAL_CODES | {Code.STALE_TIMESTAMP}
 """Codes that close a connection; ten consecutive stale frames do so, too."""
 
 ORDER = [State.OPEN, State.DRAINING, State.CLOSED]
-HEADS = (*sorted(ACCEPTED[Side.SERVER].heads), 0x01030000, 0x01020001, 0x02020000, 0x01FF0000)
+HEADS = (
+    *sorted(ACCEPTED[Side.SERVER].heads),
+    *(0x01030000, 0x01020001, 0x02020000, 0x01FF0000, RESULT, FAILURE),
+)
 METHODS = ("echo", "server.info", "session.open", "NOT ONE")
 DEADLINES = (None, 0, 1, 5_000, 2**63)
 SECONDS = (0.0, 0.001, 0.5, 4.0, 15.0, 61.0)
@@ -52,6 +71,10 @@ class HostileClient:
         opened = [self.pair.login("ada"), self.pair.open_session("ben")]
         self.tokens = [opened[0].token, opened[1].token, NO_TOKEN, b"?" * 32]
         self.held: list[Request] = []
+        decoder = self.pair._decoder
+        decoder.accepted = accepted_with_calls(Side.CLIENT, decoder.accepted)
+        self.session_id = opened[0].session.id
+        self.waiting: list[ServerCall] = []
         self.owed: Counter[int] = Counter()
         self.counter = 0
         self.state = State.OPEN
@@ -89,6 +112,7 @@ class HostileClient:
                 self.feed(pair.cancel(script.byte() % 5, token=self.token(script)), script)
             case 6:
                 self.feed(pair.frame(script.choose((PING, PONG)), token=self.token(script)), script)
+                self.call(script)
             case 7:
                 clock.advance(script.choose(SECONDS))
                 self.handle_events(server.handle_timeout(clock.wall(), clock.now()), False)
@@ -110,6 +134,26 @@ class HostileClient:
             case 12 if script.byte() % 8 == 0:
                 server.go_away("draining", 100, clock.wall())
 
+    def call(self, script: Script) -> None:
+        """Register a method, call it, give a call up, or answer with any bytes."""
+        server, clock = self.pair.server, self.pair.clock
+        match script.byte() % 4:
+            case 0:
+                server.register(self.session_id, frozenset({"ask"}), script.byte() % 5)
+            case 1:
+                body = encode_call("ask", {}, 5.0, None, 1_000)
+                with contextlib.suppress(CallError):
+                    call = server.call(
+                        self.session_id, "ask", body, timeout_s=5.0, wall=clock.wall(), now=clock.now()
+                    )
+                    self.waiting.append(call)
+            case 2 if self.waiting:
+                call = self.waiting.pop(script.byte() % len(self.waiting))
+                assert server.withdraw(call, clock.wall())
+            case _:
+                head, number = script.choose((RESULT, FAILURE)), script.byte() % 5 + 1
+                self.feed(self.pair.frame(head, number, script.bytes(), token=self.tokens[0]), script)
+
     def token(self, script: Script) -> bytes:
         return script.choose(self.tokens)
 
@@ -129,6 +173,8 @@ class HostileClient:
                     self.held.append(event)
                 case Request():
                     assert self.pair.respond(event)
+                case CallEnded():
+                    self.waiting.remove(event.call)
                 case RequestEnded():
                     assert event.request.lingers
                 case ConnectionEnded():
@@ -156,6 +202,8 @@ class HostileClient:
                 assert server.state is State.CLOSED
         assert server.in_flight + server._lingering <= SETTINGS.max_streams
         assert len(list(server.sessions)) <= len(self.tokens)
+        assert len(self.waiting) <= SETTINGS.max_calls
+        assert server.has_calls == bool(self.waiting)
         if server.state is State.CLOSED:
             assert server.next_deadline() == NEVER
             assert not self.pair.timeout()
