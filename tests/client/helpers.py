@@ -202,6 +202,7 @@ class ServerLink(asyncio.Transport):
         self.gone = False
         self.reading: list[bool] = []
         self.paused = False
+        self.unsent = 0  # bytes that wait in the transport
         self.answers: list[tuple[int, Any]] = []
         self.on_streams: list[tuple[int, int, bytes, Any]] = []  # kind, stream, token, value
         self._decoder = FrameDecoder(Side.SERVER, 2**32 - 1)
@@ -222,6 +223,9 @@ class ServerLink(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return bool(self.ended)
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
     def pause_reading(self) -> None:
         if self.reading[-1:] != [False]:

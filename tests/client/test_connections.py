@@ -342,6 +342,20 @@ async def test_idle_connection_sends_ping() -> None:
 
 
 @scripted
+async def test_ping_behind_bytes_that_are_being_sent_is_not_late() -> None:
+    server = ScriptedServer(idle_timeout_ms=30_000)
+    async with client_of(server) as client:
+        call = await server.hold_call(client, timeout=None)
+        server.answers_pings = False
+        link = server.links[0]
+        link.unsent = 100
+        asyncio.get_running_loop().call_later(15, setattr, link, "unsent", 50)
+        with pytest.raises(ConnectionClosed, match="did not answer a PING"):
+            await call
+        assert now() - link.pings[0] == pytest.approx(20, abs=1)
+
+
+@scripted
 async def test_missing_pong_closes_the_connection_after_10_s() -> None:
     server = ScriptedServer(idle_timeout_ms=30_000)
     async with client_of(server) as client:

@@ -114,6 +114,35 @@ def test_no_keepalive_without_idle_timeout() -> None:
     assert harness.client.next_deadline() == NEVER
 
 
+def test_ping_behind_bytes_that_the_server_still_receives_is_not_late(harness: ClientHarness) -> None:
+    for _ in range(100):
+        harness.client.ping(harness.wall)
+    size = len(harness.client.data_to_send())
+
+    def after(seconds: float, unsent: int) -> list[ClientEvent]:
+        harness.now += seconds
+        events = harness.client.handle_timeout(harness.wall, harness.now, unsent)
+        harness.client.data_to_send()
+        return events
+
+    assert after(100, size) == []
+    assert after(PONG_TIMEOUT, size // 2) == []
+    assert harness.client.next_deadline() == harness.now + PONG_TIMEOUT
+    assert after(PONG_TIMEOUT, 0) == [], "the PING itself has been sent since"
+    assert after(PONG_TIMEOUT, 0) == [ConnectionEnded(None, "the server did not answer a PING")]
+
+
+def test_server_that_receives_nothing_before_a_ping_is_dead(harness: ClientHarness) -> None:
+    for _ in range(100):
+        harness.client.ping(harness.wall)
+    size = len(harness.client.data_to_send())
+    harness.now += 100
+    assert harness.client.handle_timeout(harness.wall, harness.now, size) == []
+    size += len(harness.client.data_to_send())
+    harness.now += PONG_TIMEOUT
+    assert ended(harness.client.handle_timeout(harness.wall, harness.now, size)).code is None
+
+
 def test_no_ping_is_queued_while_output_is_blocked(harness: ClientHarness) -> None:
     harness.client.is_output_blocked = True
     harness.now = NOW + 100

@@ -104,6 +104,22 @@ def test_silent_peer_with_a_stream_is_pinged_and_then_left() -> None:
     assert pair.sent() == []
 
 
+def test_ping_behind_items_that_the_peer_still_receives_is_not_late() -> None:
+    pair = StreamPair()
+    stream = pair.open(credit=(100, 100_000))
+    for _ in range(50):
+        pair.server.send_item(stream, encode_body(bytes(100)), WALL)
+    size, now = len(pair.server.data_to_send()), NOW + IDLE_S
+    assert pair.server.handle_timeout(WALL, now, size) == []
+    pair.server.data_to_send()
+    for unsent in (size // 2, 0):
+        now += PONG_TIMEOUT_S
+        assert pair.server.handle_timeout(WALL, now, unsent) == []
+        assert pair.server.next_deadline() == now + PONG_TIMEOUT_S
+    ended = pair.server.handle_timeout(WALL, now + PONG_TIMEOUT_S, 0)
+    assert ended == [ConnectionEnded(None, "peer_silent")]
+
+
 def test_peer_that_answers_the_ping_keeps_its_stream() -> None:
     pair = StreamPair()
     pair.open()

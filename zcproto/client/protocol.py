@@ -517,7 +517,8 @@ class ClientProtocol(asyncio.Protocol):
             self._transport.write(data)
 
     def handle_deadline(self, now: float) -> None:
-        for event in self.conversation.handle_timeout(self._clock.wall(), now):
+        unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        for event in self.conversation.handle_timeout(self._clock.wall(), now, unsent):
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(event.reason))
             self.abort()  # the peer does not answer: do not wait for its close

@@ -41,6 +41,7 @@ from zcproto.connection.events import (
     ResponseReceived,
     Welcomed,
 )
+from zcproto.connection.sent_ping import NO_PING, SentPing
 from zcproto.connection.settings import read_welcome
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import (
@@ -133,6 +134,7 @@ class ClientConnection(ClientOutput):
     dropped_stale: int = field(default=0, init=False)
     dropped_unknown: int = field(default=0, init=False)
     queued_bytes: int = field(default=0, init=False)
+    sent_bytes: int = field(default=0, init=False)
     is_output_blocked: bool = field(default=False, init=False)
     welcome: dict[str, Any] = field(default_factory=dict, init=False)
     state: State = field(default=State.AWAITING_WELCOME, init=False)
@@ -157,6 +159,7 @@ class ClientConnection(ClientOutput):
     _keepalive_interval: float = field(default=NEVER, init=False)
     _keepalive_at: float = field(default=NEVER, init=False)
     _pong_deadline: float = field(default=NEVER, init=False)
+    _ping: SentPing = field(default=NO_PING, init=False)
 
     def __post_init__(self) -> None:
         self._decoder = FrameDecoder(Side.CLIENT, min(self.max_frame, MAX_FRAME_BEFORE_SESSION))
@@ -437,19 +440,23 @@ class ClientConnection(ClientOutput):
             return NEVER
         return min(self._keepalive_at, self._pong_deadline)
 
-    def handle_timeout(self, wall: int, now: float) -> list[ClientEvent]:
+    def handle_timeout(self, wall: int, now: float, unsent: int = 0) -> list[ClientEvent]:
         """Send a PING after a silence, or end the connection after a PING without answer.
 
         Checks the connection at intervals of a third of the server's idle timeout. A PING is sent if nothing was
         sent or nothing was received since the last check, so a silence is shorter than two thirds of it. An
-        early call does nothing.
+        early call does nothing. `unsent` are bytes that wait in the transport: while it sends those before a PING,
+        the answer is not late.
         """
         if self.state is State.CLOSED:
             return []
         if self._pong_deadline <= now:
-            if self._last_heard <= self._pong_deadline - PONG_TIMEOUT:
+            if self._last_heard > self._pong_deadline - PONG_TIMEOUT:
+                self._pong_deadline = NEVER  # other frames have arrived since
+            elif self._ping.has_advanced(self.sent_bytes - unsent):
+                self._pong_deadline = now + PONG_TIMEOUT
+            else:
                 return [self._end_with(None, "the server did not answer a PING")]
-            self._pong_deadline = NEVER  # other frames have arrived since
         if self._keepalive_at <= now:
             heard_since_check = self._last_heard > self._keepalive_at - self._keepalive_interval
             if not (self._sent_since_check and heard_since_check):
@@ -457,6 +464,7 @@ class ClientConnection(ClientOutput):
                     self.ping(wall)
                 if self._pong_deadline == NEVER:
                     self._pong_deadline = now + PONG_TIMEOUT
+                    self._ping = SentPing(self.sent_bytes, self.sent_bytes - unsent)
             self._sent_since_check = False
             self._keepalive_at = now + self._keepalive_interval
         return []

@@ -68,6 +68,7 @@ class ClientOutput:
         "max_depth",
         "queued_bytes",
         "salt",
+        "sent_bytes",
         "state",
         "welcome",
     )
@@ -77,6 +78,7 @@ class ClientOutput:
     max_depth: int
     queued_bytes: int
     salt: bytes
+    sent_bytes: int
     state: State
     welcome: dict[str, Any]
     _calls: ClientCalls | None
@@ -360,4 +362,5 @@ class ClientOutput:
         data = b"".join(self._out)
         self._out.clear()
         self.queued_bytes = 0
+        self.sent_bytes += len(data)
         return data

@@ -37,6 +37,7 @@ from zcproto.connection.events import (
     TokenUnknown,
 )
 from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.sent_ping import SentPing
 from zcproto.connection.server_calls import ServerCalls, read_answer
 from zcproto.connection.server_output import ServerOutput
 from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams
@@ -521,8 +522,8 @@ class ServerConnection(ServerOutput):
             return self._streams.pinged_at + PONG_TIMEOUT_S
         return self._last_frame + self.settings.idle_timeout_s
 
-    def handle_timeout(self, wall: int, now: float) -> list[ServerEvent]:
-        """Handle due timers. An early call does nothing."""
+    def handle_timeout(self, wall: int, now: float, unsent: int = 0) -> list[ServerEvent]:
+        """Handle due timers. An early call does nothing. `unsent` are bytes that wait in the transport."""
         events: list[ServerEvent] = []
         if self.state is _CLOSED:
             return events
@@ -548,11 +549,15 @@ class ServerConnection(ServerOutput):
                 for request in [*self._held.values()]:  # unanswered, they would count as not run
                     events.append(self._cut(request, refusals.SLOW_FRAME, wall))
             elif streams is not None and streams.pinged_at > self._last_frame:
-                self.end()
-                return [*events, ConnectionEnded(None, PEER_SILENT)]
+                if not streams.ping.has_advanced(streams.sent_bytes - unsent):
+                    self.end()
+                    return [*events, ConnectionEnded(None, PEER_SILENT)]
+                streams.pinged_at = now
             elif streams is not None and streams.in_flight:
                 self._send(PING, 0, NO_TOKEN, b"", wall)
                 streams.pinged_at = now
+                sent = streams.sent_bytes
+                streams.ping = SentPing(sent, sent - unsent)
             elif self._held or self.has_calls:
                 self._last_frame = now  # requests and calls in flight count as activity
             else:

@@ -182,6 +182,8 @@ class ServerOutput:
         counter = self._counter
         self._counter = counter + 1
         stream.credit.count(length)
+        assert self._streams is not None
+        self._streams.sent_bytes += length
         header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
         self._out.append(header + body)
 

@@ -32,6 +32,7 @@ from zcproto.connection import refusals
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import NEVER, CreditReceived, ItemsReceived, Request, ServerStream
 from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.sent_ping import NO_PING
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, InvalidArgument, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
@@ -72,7 +73,9 @@ class ServerStreams:
         "allowance",
         "in_flight",
         "lingering",
+        "ping",
         "pinged_at",
+        "sent_bytes",
         "slow_at",
         "touch_at",
     )
@@ -86,6 +89,8 @@ class ServerStreams:
         self.slow_at = NEVER  # not later than the first `waits_until`
         self.touch_at = now + TOUCH_INTERVAL_S
         self.pinged_at = -NEVER
+        self.ping = NO_PING
+        self.sent_bytes = 0  # in items
 
     # --- the life of a stream -------------------------------------------------------------------
 

@@ -521,7 +521,8 @@ class ServerProtocol(Dispatcher):
                 return
             self._paused_since, self._unread = now, unread
         wall = self.wall()
-        self._process(iter(self._connection.handle_timeout(wall, now)), wall)
+        unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        self._process(iter(self._connection.handle_timeout(wall, now, unsent)), wall)
         if self._slow_until is not None and now >= self._slow_until:
             self._slow_until = None
             self._continue()
