@@ -552,6 +552,18 @@ def test_items_for_a_client_that_does_not_read_are_bounded(client: StreamPeer) -
     assert client.transport.unread <= LIMITS.write_bytes + STREAM_TURN_BYTES + LIMITS.max_item
 
 
+def test_methods_wait_while_a_part_waits_for_the_client(client: StreamPeer) -> None:
+    client.send(client.open("count", {"n": 1_000, "size": 900}, credit=(1, 1_000)))
+    client.turn()
+    client.transport.stuck = True
+    client.transport.unread = STREAM_TURN_BYTES - 500
+    client.send(client.credit(2))
+    client.turn()
+    assert client.transport.paused
+    client.send(client.credit(1_000))
+    assert client.turn() == []
+
+
 def test_client_that_does_not_read_its_items_is_still_read(harness: Harness) -> None:
     client = StreamPeer(harness, replace(LIMITS, write_bytes=5_000))
     client.login()
