@@ -12,7 +12,7 @@ from bench.samples import Sample
 from bench.scenarios.streams import StreamsPlan, open_streams, report
 from tests.load import helpers
 from zcproto.load.record import Tally
-from zcproto.load.result import Result
+from zcproto.load.result import Moment, Result
 
 
 def sample(rss_bytes: int) -> Sample:
@@ -23,6 +23,9 @@ def watched(items: Tally, *memory: int, latency_us: int = 1_000) -> Watched:
     """Return a load of ten streams, and the server's memory meanwhile."""
     result: Result = helpers.verified_result(plan=helpers.plan(stream="repeat"))
     result.record.items = items
+    last = result.readings[Moment.VERIFIED]
+    sent = items.equal + items.unequal
+    result.readings[Moment.VERIFIED] = last._replace(stats=last.stats._replace(items=sent))
     result.record.latencies["item"] = helpers.latencies(latency_us)
     return Watched(result, {"load": [sample(each) for each in memory]})
 

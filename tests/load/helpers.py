@@ -87,6 +87,7 @@ def stats(**changes: Any) -> ServerStats:
         "rss_bytes": 40_000_000,
         "longest_pause_s": 0.001,
         "handshakes": 1,
+        "items": 0,
     }
     return ServerStats(**{**usual, **changes})
 

@@ -45,7 +45,10 @@ def test_verified_run_shows_its_figures() -> None:
 def test_run_with_streams_shows_items_instead_of_requests() -> None:
     result = verified_result(plan=plan(stream="repeat"))
     result.record.items = Tally(50, 50, 50)
+    last = result.readings[Moment.VERIFIED]
+    result.readings[Moment.VERIFIED] = last._replace(stats=last.stats._replace(items=50))
     text = shown(result)
+    assert row(text, "items", "Counts of both sides") == ["50", "50", "50", "ok"]
     assert text.rstrip().endswith(
         "verified: 10 of 10 connections, 50 items in order, 60 correct answers, 0 errors"
     )

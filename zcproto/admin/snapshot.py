@@ -204,6 +204,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "http": None if parts.http is None else _http_stats(parts.http),
         "sessions": len(state.registry),
         "requests": counters.requests,
+        "items_sent": snapshot.streams.items_sent,
         "running": state.tasks.running,
         "tasks": len(asyncio.all_tasks()),
         "errors": {str(code): count for code, count in counters.errors.items()},

@@ -201,6 +201,8 @@ class ServerStats(NamedTuple):
     longest_pause_s: float
     """The peak lag of its event loop since the previous call."""
     handshakes: int
+    items: int
+    """Items of streams sent since its start."""
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -214,6 +216,7 @@ class ServerStats(NamedTuple):
                 int(value["rss_bytes"]),
                 float(value["longest_pause_s"]),
                 int(value["handshakes_completed"]),
+                int(value["items_sent"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ZcprotoError(

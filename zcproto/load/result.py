@@ -74,7 +74,7 @@ class Result:
     # --- verification --------------------------------------------------------------------------------
 
     def counted(self) -> list[Counted]:
-        """Compare the counts of connections, sessions and requests of both sides, read while all are open.
+        """Compare the counts of connections, sessions, requests and items of both sides, read while all are open.
 
         The operator's connection and session are in both readings and cancel out; its requests are subtracted.
         """
@@ -85,18 +85,23 @@ class Result:
         )
         sent = sum(self.record.tallies[kind].sent for kind in RequestKind if kind is not RequestKind.CLOSE)
         if idle is None or last is None:
-            server: tuple[int | None, ...] = (None, None, None)
+            server: tuple[int | None, ...] = (None, None, None, None)
         else:
             before, after = idle.stats, last.stats
             server = (
                 after.connections - before.connections,
                 after.sessions - before.sessions,
                 after.requests - before.requests - (last.operator_requests - idle.operator_requests),
+                after.items - before.items,
             )
+        items = self.record.items
+        received = items.equal + items.unequal
+        of_streams = [Counted("items", items.planned, received, server[3])] if plan.stream else []
         return [
             Counted("connections", plan.connections, self.record.ready, server[0]),
             Counted("sessions", plan.sessions, self.record.sessions, server[1]),
             Counted("requests", requests, sent, server[2]),
+            *of_streams,
         ]
 
     @property
