@@ -24,6 +24,7 @@ from zcproto.errors import (
     Cancelled,
     Code,
     DeadlineExceeded,
+    Unavailable,
 )
 
 # --- timeout and cancellation -----------------------------------------------------------------------
@@ -102,6 +103,17 @@ async def test_sent_deadline_shrinks_with_each_attempt() -> None:
         await client.call("echo", timeout=1e300)
     deadlines = [request.meta.deadline_ms for request in server.calls()]
     assert deadlines == [10_000, 8_000, None, 30_000, 2**53]
+
+
+@scripted
+async def test_retry_that_is_due_at_the_deadline_is_not_awaited() -> None:
+    server = ScriptedServer()
+    server.script("echo", fail(Code.UNAVAILABLE, retry_after_ms=1_000))
+    async with client_of(server, random=numbers(0.0)) as client:
+        start = now()
+        with pytest.raises(Unavailable):
+            await client.call("echo", timeout=1.0)
+        assert now() == start
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.0])

@@ -302,10 +302,6 @@ class TlsServerTransport(TlsTransport):
         context = self._acceptor.contexts.choose(hello.server_name)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        if len(received) <= RECORD_SIZE:
-            self._incoming.write(received)
-            self._handshake()
-            return
         for start in range(0, len(received), RECORD_SIZE):
             if self._phase is TlsPhase.HANDSHAKE:
                 self._incoming.write(received[start : start + RECORD_SIZE])
