@@ -133,6 +133,20 @@ def test_peer_that_answers_the_ping_keeps_its_stream() -> None:
     assert [answer.kind for answer in pair.sent()] == [Kind.PING]
 
 
+def test_streams_of_an_ended_connection_may_neither_send_nor_take() -> None:
+    pair = StreamPair()
+    stream, other = pair.open(1, takes_items=True), pair.open(2)
+    pair.server.hold(Request(4, pair.opened.token, pair.opened.session, "m", {}, NO_META), NOW)
+    pair.server.grant(stream, WALL)
+    pair.receive(pair.frame(ITEM, 1, encode_body(1)))
+    pair.server.end()
+    assert not stream.credit.may_send
+    assert not other.credit.may_send
+    assert stream.items is not None
+    assert stream.items.held == 0
+    assert not pair.server.grant(stream, WALL)
+
+
 # --- figures ----------------------------------------------------------------------------------------------
 
 

@@ -206,11 +206,16 @@ def test_second_task_that_takes_items_fails(client: ItemPeer) -> None:
     assert client.turn()[-1].code == Code.INTERNAL
 
 
-def test_method_that_ignores_the_cut_gets_no_more_items(client: ItemPeer) -> None:
+@pytest.mark.parametrize("how", ["cancelled", "lost"])
+def test_method_that_ignores_the_cut_gets_no_more_items(client: ItemPeer, how: str) -> None:
     client.send(client.open("slowly"))
     client.turn()
     client.next()
-    client.send(client.frame(CANCEL, 1))
+    client.turn()
+    if how == "lost":
+        client.lose()
+    else:
+        client.send(client.frame(CANCEL, 1))
     client.turn()
     assert client.taken == []
     assert client.harness.state.tasks.running == 0

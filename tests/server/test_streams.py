@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import tracemalloc
@@ -108,6 +109,15 @@ class StreamPeer(Peer):
                 self.futures.append(future)
                 await future
             yield 1
+
+        @app.method("endless")
+        async def endless() -> AsyncIterator[int]:
+            while True:
+                future = harness.loop.create_future()
+                self.futures.append(future)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await future
+                yield 1
 
         @app.method("until.stopping")
         async def until_stopping(context: Context) -> AsyncIterator[int]:
@@ -516,6 +526,20 @@ def test_cuts_are_counted_and_those_of_slow_clients_are_logged(
     assert client.harness.state.counters.streams_cut == {"caller": 1, "slow": 1}
     (line,) = map(json.loads, capsys.readouterr().err.splitlines())
     assert (line["event"], line["what"], line["reason"]) == ("stream.cut", "count", "slow")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "lost"])
+def test_generator_that_ignores_its_cancellation_is_closed_at_its_next_item(
+    client: StreamPeer, how: str
+) -> None:
+    client.send(client.open("endless"))
+    client.turn()
+    if how == "lost":
+        client.lose()
+    else:
+        client.send(client.frame(CANCEL, 1))
+    client.harness.turn()
+    assert client.harness.state.tasks.running == 0
 
 
 # --- room -------------------------------------------------------------------------------------------------

@@ -497,6 +497,8 @@ class ServerConnection(ServerOutput):
     def end(self) -> None:
         """End the connection: the transport is gone, or will be closed after queued output."""
         self.state = next_state(self.state, Input.END)
+        if self._streams is not None:
+            self._streams.end(self._held)
 
     # --- time -----------------------------------------------------------------------------------
 

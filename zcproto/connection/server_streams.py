@@ -114,6 +114,15 @@ class ServerStreams:
             self.allowance += stream.items.still_allowed
             stream.items.clear()
 
+    def end(self, held: Mapping[int, Request]) -> None:
+        """Let no stream send or take anything more: the connection has ended."""
+        for stream in held.values():
+            if isinstance(stream, ServerStream):
+                stream.is_answered = True
+                stream.credit.items = 0
+                if stream.items is not None:
+                    stream.items.clear()
+
     def totals(self, held: Mapping[int, Request]) -> StreamTotals:
         """Return the figures of all streams of this connection; reading them costs the streams in flight."""
         return reduce(_add, (each for each in held.values() if isinstance(each, ServerStream)), self._ended)
