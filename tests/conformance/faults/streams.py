@@ -23,7 +23,10 @@ _WELCOME: Final = "zcproto.connection.settings:read_welcome"
 _FEATURE: Final = "if feature in welcome:"
 _LIMITS: Final = "limits = welcome[feature]"
 _STALE: Final = "elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):"
-_OPENS_AGAIN: Final = (_ANSWERED, "if pending.half.was_answered_to and not can_resume:", "if False:")
+_OPENS_AGAIN: Final = (
+    (_ANSWERED, "if pending.half.was_answered_to and not can_resume:", "if False:"),
+    (f"{_CLIENT}._after_stream_error", "elif pending.half.was_answered_to:", "elif False:"),
+)
 
 
 STREAMS: Final[dict[str, Fault]] = {
@@ -178,7 +181,7 @@ STREAMS: Final[dict[str, Fault]] = {
         (_RECEIVE, "judged_at, self._partial = self._partial[0], None", "self._partial = None"),
     ),
     "stream-of-a-revoked-session": fault(
-        "opens a stream again that was cut", _OPENS_AGAIN, then("CANCELLED", "AT_ONCE")
+        "opens a stream again that was cut", *_OPENS_AGAIN, then("CANCELLED", "AT_ONCE")
     ),
     "stream-outlives-a-refresh": fault(
         "sends CREDIT with the newest token",
@@ -197,17 +200,17 @@ STREAMS: Final[dict[str, Fault]] = {
         ),
     ),
     "stream-cut-by-a-drain": fault(
-        "opens a stream again that a drain has cut", _OPENS_AGAIN, then("CANCELLED", "LATER")
+        "opens a stream again that a drain has cut", *_OPENS_AGAIN, then("CANCELLED", "LATER")
     ),
     "stream-unavailable": fault("reports UNAVAILABLE at once", then("UNAVAILABLE", "RAISE")),
-    "stream-is-not-repeated-after-an-item": fault("opens a stream again that has begun", _OPENS_AGAIN),
+    "stream-is-not-repeated-after-an-item": fault("opens a stream again that has begun", *_OPENS_AGAIN),
     "stream-is-not-repeated-after-credit": fault(
         "takes a stream with credit for one that has not begun",
         (f"{_STREAMS}.receive", "stream.was_answered_to = True", "stream.was_answered_to = head == ITEM"),
     ),
     "stream-of-a-lost-connection": fault(
         "opens a stream again after a loss",
-        _OPENS_AGAIN,
+        *_OPENS_AGAIN,
         (
             f"{_CLIENT}._after_stream_error",
             "elif self._closed or not connection.unanswered_not_run:",
@@ -215,6 +218,6 @@ STREAMS: Final[dict[str, Fault]] = {
         ),
     ),
     "stream-of-a-closed-connection": fault(
-        "opens a stream again that has begun, after GOAWAY and a clean end", _OPENS_AGAIN
+        "opens a stream again that has begun, after GOAWAY and a clean end", *_OPENS_AGAIN
     ),
 }
