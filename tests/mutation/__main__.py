@@ -48,6 +48,7 @@ ALSO = {
         "properties/test_session_registry.py",
         "properties/test_session_tables.py",
         "stores/service",
+        "stores/sqlite/test_contract.py",
         "stores/test_memory_store.py",
     ),
 }

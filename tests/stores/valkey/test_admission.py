@@ -8,7 +8,7 @@ import pytest
 from redis.exceptions import ResponseError
 
 from zcproto.errors import ResourceExhausted
-from zcproto.stores.base import StoreUnavailable
+from zcproto.stores.base import DamagedRecord, StoreUnavailable
 from zcproto.stores.valkey import client
 from zcproto.stores.valkey.client import ValkeyClient, behind, operation
 
@@ -90,3 +90,18 @@ async def test_password_in_an_error_of_the_server_is_hidden() -> None:
     with pytest.raises(StoreUnavailable, match=r"AUTH \*\*\* is not") as failed:
         await RefusedStore("valkey://ann:hunter2@localhost").count()
     assert "hunter2" not in str(failed.value)
+
+
+async def test_damaged_record_is_reported_and_raised() -> None:
+    class DamagedStore(ValkeyClient):
+        @operation
+        async def count(self) -> int:
+            raise DamagedRecord("a session cannot be read")
+
+    notices: list[tuple[str, str]] = []
+    store = DamagedStore(
+        "valkey://localhost", on_notice=lambda name, **values: notices.append((name, values["where"]))
+    )
+    with pytest.raises(DamagedRecord, match="cannot be read"):
+        await store.count()
+    assert notices == [("store_record_damaged", "count")]

@@ -137,6 +137,20 @@ async def test_sentinel_with_the_highest_epoch_counts(tmp_path: Path) -> None:
             assert changes == []
 
 
+async def test_sentinel_that_answers_after_another_has_refused_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.stores.valkey.sentinels._PATIENCE", 0.0)
+    with ExitStack() as stack:
+        server = stack.enter_context(running(PROGRAMS[0], tmp_path / "server"))
+        sentinel = stack.enter_context(_monitoring(tmp_path / "sentinel", server))
+        async with opened(f"valkey+sentinel://127.0.0.1:{free_port()},{sentinel.address}/sessions") as (
+            store,
+            _,
+        ):
+            await store.ping()
+
+
 async def test_sentinel_user_needs_permission_for_the_address_only(tmp_path: Path) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(running(PROGRAMS[0], tmp_path / "server"))
