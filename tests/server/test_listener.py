@@ -408,6 +408,7 @@ def test_unexpected_accept_error_is_raised(serve: Serve) -> None:
 def test_descriptor_exhaustion_pauses_accepting(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener, "PAUSE_WHEN_EXHAUSTED", 0.3)
     server = serve()
+    monkeypatch.setattr(server.server.parts.listener, "_batch", 8.0)
 
     class ExhaustedSocket:
         def _accept(self) -> Any:
