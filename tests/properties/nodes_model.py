@@ -65,6 +65,10 @@ class ModelSession:
     """Tokens whose end was lost by the store and by all nodes that could repeat it."""
     refreshing_since: float | None = None
     """When the first refresh with an unknown outcome began."""
+    is_missing: bool = False
+    """Whether the store lost it with all data, and no node has restored it yet."""
+    missing_at: float = -1_000.0
+    """When it was last missing."""
 
     def __repr__(self) -> str:
         return f"{self.user}'s {self.id[:4]}"
@@ -128,6 +132,10 @@ class Model:
                 self.stopped_at[number] = now
         for session in self.sessions:
             record = self.store.primary.registry.record(raw_id(session.id))
+            session.is_missing &= record is None
+            if session.is_missing:
+                session.missing_at = now
+                session.may_be_lost |= not self.can_be_restored(session)
             if session.ended is not None:
                 self.note_stored(session.ended, record is None)
             for token, fact in session.spent.items():
@@ -173,7 +181,9 @@ class Model:
             registry = self.store.primary.registry
             record = registry.record(session_id)
             digests = [digest_of(token) for token, _ in session.pairs]
-            if record is None or record.token_digest not in digests:
+            if record is None and session.is_missing:
+                session.may_be_lost |= not self.can_be_restored(session)
+            elif record is None or record.token_digest not in digests:
                 session.may_be_lost = True
             else:
                 repeating = session.rotated_by[digests.index(record.token_digest) :]
@@ -194,6 +204,16 @@ class Model:
                     del session.spent[token]
                     session.forgotten.add(token)
 
+    def can_be_restored(self, session: ModelSession) -> bool:
+        """Return whether a node knows a session that the store has lost, and can write it back."""
+        for node in self.simulation.nodes:
+            if node is not None and node.is_serving and not node.is_paused and node.link.is_reachable:
+                record = node.registry.record(raw_id(session.id))
+                is_current = record is not None and record.token_digest == digest_of(session.token)
+                if is_current and not node.registry.closed:
+                    return True
+        return False
+
     def is_remembered(self, fact: Fact, knowing: set[Node]) -> bool:
         """Return whether a running node remembers a fact: the one that acknowledged it, or one of these."""
         nodes = self.simulation.nodes
@@ -205,7 +225,6 @@ class Model:
         return fact.node in nodes
 
     def accepted(self, number: int, node: Node, session: ModelSession, token: bytes) -> None:
-        """Check that a node was allowed to accept a token."""
         isolated_since = self.isolated_since[number]
         assert isolated_since is None or self.now <= isolated_since + GRACE_S + DETECTION_S, "grace is over"
         for fact in (session.ended, session.spent.get(token)):
@@ -219,6 +238,14 @@ class Model:
             else:
                 begins += self.disturbed_at[fact.number], self.stopped_at[fact.number]
             assert self.now <= max(begins) + BOUND_S, "refused by all nodes within the bound"
+
+    def check_refusal(self, session: ModelSession) -> None:
+        is_excused = session.may_be_lost or session.ended or self.was_missing(session)
+        assert is_excused, "nothing acknowledged is lost"
+
+    def was_missing(self, session: ModelSession) -> bool:
+        """Return whether a node may have looked for a session before another one restored it."""
+        return self.now <= session.missing_at + BOUND_S
 
     def fact(self, number: int, node: Node) -> Fact:
         return Fact(number, node, self.now)
@@ -289,7 +316,7 @@ class Model:
     def request(self, number: int, session: ModelSession, token: bytes) -> None:
         def done(node: Node, code: Code | None) -> None:
             if code in DEAD and token == session.token and session.refreshing_since is None:
-                assert session.may_be_lost or session.ended, "nothing acknowledged is lost"
+                self.check_refusal(session)
 
         def accepted(node: Node) -> None:
             self.accepted(number, node, session, token)
@@ -329,12 +356,11 @@ class Model:
         def refused(error: CallError) -> None:
             self.refused(error)
             if error.code in DEAD and session.token == used:
-                assert session.may_be_lost or session.ended, "nothing acknowledged is lost"
+                self.check_refusal(session)
 
         self.spawn(number, lambda node: node.sessions.refresh(refresh_token, **CLIENT), done, refused)
 
     def steal(self, number: int, session: ModelSession) -> None:
-        """Show a spent refresh token."""
         session.may_be_lost = True
         self.spawn(
             number,
@@ -344,13 +370,15 @@ class Model:
         )
 
     def revoke(self, number: int, session: ModelSession) -> None:
-        was_lost, session.may_be_lost = session.may_be_lost, True
+        began, was_lost, session.may_be_lost = self.now, session.may_be_lost, True
 
         def done(node: Node, is_revoked: bool) -> None:
             if is_revoked:
                 session.ended = session.ended or self.fact(number, node)
             else:
-                assert was_lost or session.ended, "nothing acknowledged is lost"
+                has_ended = self.is_evicted(session) or self.revoked_user_at[session.user] >= began
+                is_excused = was_lost or session.ended or has_ended or self.was_missing(session)
+                assert is_excused, "nothing acknowledged is lost"
 
         self.spawn(
             number,
@@ -384,7 +412,6 @@ class Model:
         self.spawn(number, call, done, refused)
 
     def note_revoked(self, user: str) -> None:
-        """Note that sessions of a user that were opened by now may end."""
         self.revoked_user_at[user] = self.now
         for session in self.sessions:
             session.may_be_lost |= session.user == user
@@ -492,7 +519,7 @@ class Model:
         self.has_lost_data = True
         self.store.lose_all()
         for session in self.sessions:
-            session.may_be_lost = True
+            session.is_missing = True
         self.lose_facts()
         self.advance(0.0)
 

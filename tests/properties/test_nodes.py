@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import Phase, settings
@@ -24,6 +24,7 @@ from zcproto.stores.operations import Call
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import Revoker
 from zcproto.stores.stall import StallWatch
+from zcproto.stores.sync import ChangeTracker
 
 KEYS = ("", "", "tls:" + "ab" * 32)
 NUMBERS = st.sampled_from([0, 1])
@@ -135,6 +136,11 @@ async def _repeat_no_revocations(revoker: Revoker, call: Call, revocations: obje
     return []
 
 
+async def _restore_nothing(changes: ChangeTracker, call: Call, ids: Iterable[bytes]) -> None:
+    for session_id in list(ids):
+        changes._to_restore.pop(session_id, None)
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "fault"),
     [
@@ -142,6 +148,7 @@ async def _repeat_no_revocations(revoker: Revoker, call: Call, revocations: obje
         pytest.param(Revoker, "remember_rotation", lambda *_: None, id="rotations not remembered"),
         pytest.param(StallWatch, "handle_deadline", lambda watch, now: watch.resume(), id="stalls ignored"),
         pytest.param(SessionRegistry, "distrust", lambda registry: None, id="trusted after a stall"),
+        pytest.param(ChangeTracker, "_restore", _restore_nothing, id="lost sessions not restored"),
     ],
 )
 def test_state_machine_detects_seeded_fault(
@@ -204,6 +211,15 @@ def test_later_rotation_does_not_restore_an_earlier_one_that_is_lost() -> None:
     model.crash_or_start(1)
     model.fail_over(5, is_planned=True)
     model.refresh(1, session)
+    model.finish()
+
+
+def test_revocation_sent_late_finds_a_session_that_ended_with_all_of_its_user() -> None:
+    model = Model("evict_oldest")
+    model.pause_or_resume(1)
+    model.set_clock(0, -SKEW_MS)
+    model.revoke(1, model.sessions[0])
+    model.revoke_many(0, "ada")
     model.finish()
 
 

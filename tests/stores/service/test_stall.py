@@ -95,11 +95,19 @@ async def test_machine_that_slept_is_noticed_by_the_wall_clock(start_process: St
 
 async def test_stall_is_noticed_although_the_wall_clock_went_back(start_process: StartProcess) -> None:
     process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
+    opened = await process.open()
+    process.use(opened)
     await process.advance(0.1)
     process.store.calls.clear()
     process.clock.wall_ms -= 60_000
-    await process.advance(LIMIT)
+    process.clock.advance(LIMIT)
+    process.store.late["ping"] = asyncio.Event()
+    process.timers.advance(process.clock.now() - process.timers.time())
+    assert process.check(opened.token) is Code.UNAVAILABLE
+    process.store.late.pop("ping").set()
+    await process.settle()
     assert process.store.calls == ["ping"]
+    assert process.is_valid(opened)
 
 
 async def test_connections_check_their_sessions_again_after_the_wall_clock_went_back(
