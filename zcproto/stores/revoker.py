@@ -369,11 +369,11 @@ class Revoker:
     def handle_deadline(self, now: float) -> None:
         if self.breaker.health.is_healthy:
             self._is_repeating = True
-            self.tasks.run_in_background(self._repeat_due())
+            self.tasks.run_in_background(self._repeat_due(now))
 
-    async def _repeat_due(self) -> None:
+    async def _repeat_due(self, now: float) -> None:
         try:
-            now = self.clock.now()
+            now = max(now, self.clock.now())  # a timer may be slightly early
             due = [repeat for repeat in self._repeats if repeat.times[-1] <= now]
             since = min((repeat.since for repeat in due), default=NEVER)
             revocations = [each for repeat in due for each in repeat.revocations]
