@@ -35,7 +35,7 @@ from zcproto.errors import (
     StaleTimestamp,
     Unavailable,
 )
-from zcproto.wire.frame import CREDIT, END, ITEM, encode_frame
+from zcproto.wire.frame import CREDIT, END, ITEM, RESPONSE, encode_frame
 from zcproto.wire.message import encode_body
 
 
@@ -282,7 +282,23 @@ def draining(request: ReceivedRequest) -> None:
     request.fail(Code.CANCELLED, {"reason": "draining", "retry_after_ms": 5_000})
 
 
-@pytest.mark.parametrize("how", [cut, goodbye, stale, draining, fail(Code.DATA_LOSS)])
+def late_item(request: ReceivedRequest) -> None:
+    late(ITEM, request)
+
+
+def late_answer(request: ReceivedRequest) -> None:
+    late(RESPONSE, request)
+
+
+def late(kind: int, request: ReceivedRequest) -> None:
+    """Send a frame that is stale on arrival."""
+    server = request.link.server
+    server.ahead_ms -= 40_000
+    request.link.send(kind, request.stream, encode_body({"id": 0}), token=request.token)
+    server.ahead_ms += 40_000
+
+
+@pytest.mark.parametrize("how", [cut, goodbye, stale, draining, late_answer])
 @scripted
 async def test_interrupted_stream_with_reopen_goes_on_behind_its_last_item(how: Any) -> None:
     server = streaming()
@@ -299,10 +315,11 @@ async def test_interrupted_stream_with_reopen_goes_on_behind_its_last_item(how: 
     ]
 
 
+@pytest.mark.parametrize("how", [cut, late_item])
 @scripted
-async def test_stream_with_reopen_that_had_no_item_is_opened_with_its_own_params() -> None:
+async def test_stream_with_reopen_that_had_no_item_is_opened_with_its_own_params(how: Any) -> None:
     server = streaming()
-    server.script("jobs", cut, ok(1))
+    server.script("jobs", how, ok(1))
     async with (
         client_of(server) as client,
         client.stream("jobs", n=1, reopen=lambda last: {"after": last}) as stream,
@@ -318,6 +335,7 @@ async def test_stream_with_reopen_that_had_no_item_is_opened_with_its_own_params
         (Code.CANCELLED, {"reason": "token_revoked"}),
         (Code.CANCELLED, {"reason": "slow"}),
         (Code.UNAVAILABLE, {}),
+        (Code.DATA_LOSS, {}),
     ],
 )
 @scripted

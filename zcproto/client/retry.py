@@ -68,11 +68,14 @@ def what_next(error: CallError) -> Then:
 _INTERRUPTED: Final = frozenset({"draining", "stale"})
 
 
-def is_interruption(error: CallError | ConnectionClosed) -> bool:
-    """Return whether a stream ended because of its connection, and not because of its method or session."""
+def is_interruption(error: CallError | ConnectionClosed, was_lost: bool) -> bool:
+    """Return whether a stream ended because of its connection, and not because of its method or session.
+
+    `was_lost`: the client itself found a frame of the stream stale. A method may answer with DATA_LOSS, too.
+    """
     return (
         isinstance(error, ConnectionClosed)
-        or error.code is Code.DATA_LOSS
+        or (error.code is Code.DATA_LOSS and was_lost)
         or (error.code is Code.CANCELLED and error.details.get("reason") in _INTERRUPTED)
     )
 

@@ -224,7 +224,7 @@ class SessionClient:
         `can_resume`: also if it has begun, and its connection has interrupted it.
         """
         connection, attempt = pending.connection, request.attempt
-        if can_resume and is_interruption(error) and not self._closed:
+        if can_resume and is_interruption(error, pending.half.was_lost) and not self._closed:
             asked = retry_after_ms(error.details) if isinstance(error, CallError) else 0
             await self._wait(attempt.backoff.next(asked), error, request.deadline)
         elif pending.half.was_answered_to:

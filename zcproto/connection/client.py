@@ -216,11 +216,12 @@ class ClientConnection(ClientOutput):
                     return
                 if head in _ANSWERS and in_flight.pop(stream, None) is not None:
                     if self._streams is not None:
-                        self._streams.end(stream)
+                        self._streams.end(stream, was_lost=True)
                     if self._calls is not None:
                         self._calls.refreshing.pop(stream, None)
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
                 elif head in _ON_STREAMS and self._streams is not None and self._streams.is_read(stream):
+                    self._streams[stream].was_lost = True
                     self.cancel(stream, wall)  # a lost item or credit would go unnoticed
                     yield ErrorReceived(stream, Code.DATA_LOSS, STALE_ANSWER, {})
                 elif head in _ON_CALLS:

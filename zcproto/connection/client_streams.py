@@ -35,7 +35,7 @@ class ClientStreamState(Enum):
 class ClientStream:
     """A stream of the client: `items` are the server's, `credit` is what the server allows to send."""
 
-    __slots__ = ("credit", "items", "number", "state", "token", "was_answered_to")
+    __slots__ = ("credit", "items", "number", "state", "token", "was_answered_to", "was_lost")
 
     def __init__(self, number: int, token: bytes, window: Credit) -> None:
         self.number = number
@@ -45,6 +45,8 @@ class ClientStream:
         self.state = ClientStreamState.OPEN
         self.was_answered_to = False
         """Whether an ITEM or CREDIT came: the method has begun, so the stream is not opened again."""
+        self.was_lost = False
+        """Whether it failed because a frame of it was stale, and not by an ERROR of the server."""
 
     def read_item(self, max_depth: int) -> Any:
         """Take an item. Raises IndexError if none waits, InternalError if it cannot be decoded."""
@@ -79,12 +81,13 @@ class ClientStreams(dict[int, ClientStream]):
         stream = self.get(number)
         return stream is not None and stream.state is not ClientStreamState.LEAVING
 
-    def end(self, number: int) -> None:
-        """Forget a stream that was answered. What it holds can still be read."""
+    def end(self, number: int, *, was_lost: bool = False) -> None:
+        """Forget a stream that was answered; `was_lost`: by a stale frame. What it holds can still be read."""
         stream = self.pop(number, None)
         if stream is not None:
             stream.state = ClientStreamState.NONE
             stream.items.has_ended = True
+            stream.was_lost |= was_lost
 
     def leave(self, number: int) -> None:
         """Drop the items of a stream that is cancelled, and those to come."""

@@ -595,7 +595,6 @@ describe("retries", () => {
       const interruptions: [Code, object][] = [
         [Code.CANCELLED, { reason: "draining", retry_after_ms: 1_000 }],
         [Code.CANCELLED, { reason: "stale" }],
-        [Code.DATA_LOSS, {}],
       ];
       for (const [code, details] of interruptions) {
         const one = bound(await far());
@@ -605,8 +604,15 @@ describe("retries", () => {
         assert.ok(!items.isDone);
         await server.clock.advance(2_000);
       }
+      for (const kind of [Kind.ITEM, Kind.RESPONSE]) {
+        const { open } = bound(await far());
+        open.connection.send(kind, open.stream, { id: 1 }, { token: open.token, off: -30_001 });
+        await settled();
+        assert.ok(!items.isDone);
+        await server.clock.advance(2_000);
+      }
       const last = bound(await far());
-      assert.equal(server.streams.length, 4);
+      assert.equal(server.streams.length, 5);
       assert.deepEqual(last.open.params, {});
       last.end();
       await settled();
@@ -618,6 +624,7 @@ describe("retries", () => {
         [Code.NOT_FOUND, {}],
         [Code.CANCELLED, { reason: "token_revoked" }],
         [Code.CANCELLED, { reason: "slow" }],
+        [Code.DATA_LOSS, {}],
       ] as const) {
         const items = watch(all(client.stream<{ id: number }>("jobs", {}, { reopen })));
         const one = bound(await far());
@@ -632,7 +639,7 @@ describe("retries", () => {
       one.item({ id: 1 });
       one.item({ id: 2 });
       await settled();
-      one.fail(Code.DATA_LOSS);
+      one.fail(Code.CANCELLED, { reason: "stale" });
       await settled();
       stream.close();
       const before = server.streams.length;

@@ -48,11 +48,16 @@ export function retryAfterMs(details: Details): number {
 
 const INTERRUPTING_REASONS: ReadonlySet<unknown> = new Set(["draining", "stale"]);
 
-/** Return whether a stream ended because of its connection, and not because of its method or session. */
-export function isInterruption(error: unknown): error is CallError | ConnectionClosed {
+/**
+ * Return whether a stream ended because of its connection, and not because of its method or session. `wasLost`: the client itself
+ * found a frame of the stream stale. A method may answer with DATA_LOSS, too.
+ */
+export function isInterruption(error: unknown, wasLost: boolean): error is CallError | ConnectionClosed {
   if (error instanceof CallError) {
     const { code, details } = error;
-    return code === Code.DATA_LOSS || (code === Code.CANCELLED && INTERRUPTING_REASONS.has(details["reason"]));
+    return (
+      (code === Code.DATA_LOSS && wasLost) || (code === Code.CANCELLED && INTERRUPTING_REASONS.has(details["reason"]))
+    );
   }
   return error instanceof ConnectionClosed;
 }

@@ -200,7 +200,7 @@ export class UserClient implements AsyncDisposable {
   async #afterFailure(error: unknown, failed: FailedCall): Promise<void> {
     const { call, connection, attempt } = failed;
     call.deadline.signal?.throwIfAborted();
-    if (call.resume !== undefined && isInterruption(error) && this.closing === undefined) {
+    if (call.resume !== undefined && isInterruption(error, call.wasLost?.() === true) && this.closing === undefined) {
       if (await call.resume()) {
         attempt.backoff.reset();
         attempt.done.clear();
@@ -349,7 +349,9 @@ export class UserClient implements AsyncDisposable {
       opened(pending);
       return abortable(pending, signal);
     };
-    return this.#run({ send, deadline, isIdempotent: false, hasBegun: () => pending?.hasBegun === true, resume });
+    const hasBegun = () => pending?.hasBegun === true;
+    const wasLost = () => pending?.items.wasLost === true;
+    return this.#run({ send, deadline, isIdempotent: false, hasBegun, wasLost, resume });
   }
 
   // --- calls of the server -----------------------------------------------------------------------
@@ -393,6 +395,8 @@ interface RetriedCall {
   readonly isIdempotent: boolean;
   /** Whether the last attempt certainly has begun: never send it again. */
   readonly hasBegun?: () => boolean;
+  /** Whether the last attempt failed because a frame of it was stale. */
+  readonly wasLost?: () => boolean;
   /** Waits until it can be sent again after an interruption, even if it has begun. */
   readonly resume?: Resume | undefined;
 }

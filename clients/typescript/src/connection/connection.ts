@@ -227,10 +227,12 @@ export class ClientConnection {
       return this.#receivedOfCall(frame, true, wall);
     }
     if ((kind === Kind.RESPONSE || kind === Kind.ERROR) && this.#requests.remove(stream)) {
+      this.streams.lost(stream);
       this.streams.answered(stream);
       return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ANSWER, details: {} };
     }
     if ((kind === Kind.ITEM || kind === Kind.CREDIT) && this.streams.isRead(stream)) {
+      this.streams.lost(stream);
       this.cancel(stream, wall); // a lost item would go unnoticed, and lost credit would block the stream
       return { type: "error", stream, code: Code.DATA_LOSS, message: STALE_ITEM, details: {} };
     }

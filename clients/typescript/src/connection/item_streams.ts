@@ -26,6 +26,8 @@ export class ItemStream {
   state: ItemStreamState = "open";
   /** Whether an ITEM or CREDIT was received: the method has begun, so the stream must not be opened again. */
   hasBegun = false;
+  /** Whether it failed because a frame of it was stale, and not by an ERROR of the server. */
+  wasLost = false;
   credit = new SendCredit([0, 0]);
   items: ItemQueue;
 
@@ -105,6 +107,14 @@ export class ItemStreams {
   isRead(number: number): boolean {
     const stream = this.#streams.get(number);
     return stream !== undefined && stream.state !== "leaving";
+  }
+
+  /** Note that a stream fails because a frame of it was stale. */
+  lost(number: number): void {
+    const stream = this.#streams.get(number);
+    if (stream !== undefined) {
+      stream.wasLost = true;
+    }
   }
 
   /** Forget a stream that was answered. What it holds can still be taken. */
