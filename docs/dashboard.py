@@ -134,6 +134,7 @@ PANELS: dict[str, list[Panel]] = {
             {
                 rate("zcproto_topic_events_total", "topic"): "{{topic}} published",
                 rate("zcproto_topic_dropped_total", "topic"): "{{topic}} dropped for slow subscribers",
+                rate("zcproto_topic_ended_total", "topic"): "{{topic}} subscribers ended, too slow",
             },
         ),
         Panel(

@@ -71,7 +71,7 @@ async def test_slow_subscriber_misses_the_oldest_events() -> None:
         assert await taken(events, 3) == [7, 8, 9]
         topic.publish(10)
         assert await taken(events, 1) == [10]
-    assert topic.dropped == 7
+    assert (topic.dropped, topic.ended) == (7, 0)
 
 
 async def test_slow_subscriber_is_cancelled_if_the_policy_is_end() -> None:
@@ -85,7 +85,7 @@ async def test_slow_subscriber_is_cancelled_if_the_policy_is_end() -> None:
         with pytest.raises(Cancelled, match="missed 1 events") as raised:
             await anext(events)
     assert raised.value.details == {"reason": "slow"}
-    assert topic.dropped == 1
+    assert (topic.dropped, topic.ended) == (1, 1)
 
 
 async def test_kept_events_are_bounded_in_bytes() -> None:
@@ -160,6 +160,22 @@ async def test_subscription_ends_when_the_server_stops_and_after_the_last_event(
     await turns()
     assert (reader.values, reader.task.done(), endless.task.done()) == ([1], True, False)
     endless.task.cancel()
+    await turns()
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_watcher_of_an_until_ends_with_its_last_subscription() -> None:
+    topic, shared = Topic("jobs"), asyncio.Event()
+    with topic.subscribe(shared) as stays:
+        for _ in range(10):
+            with topic.subscribe(asyncio.Event()), topic.subscribe(shared):
+                await turns()
+                assert len(asyncio.all_tasks()) == 3
+        await turns()
+        assert len(asyncio.all_tasks()) == 2
+        shared.set()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stays)
     await turns()
     assert len(asyncio.all_tasks()) == 1
 

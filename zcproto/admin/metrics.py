@@ -214,6 +214,7 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_topic_subscribers", method.topic.subscribers, name
             yield "zcproto_topic_events_total", method.topic.published, name
             yield "zcproto_topic_dropped_total", method.topic.dropped, name
+            yield "zcproto_topic_ended_total", method.topic.ended, name
     for name in LIMIT_NAMES:
         yield "zcproto_requests_limited_total", state.request_limits.refused[name], name
     yield "zcproto_idempotent_requests_running", state.idempotency.running

@@ -285,7 +285,7 @@ class App:
                 async for event in events:
                     yield event
             finally:
-                topic.leave()
+                topic.leave(context.stopping)
 
         method = Method(name, subscribe, operator=operator)
         method.topic = topic

@@ -45,10 +45,21 @@ class TopicEvent:
         self.body = body
 
 
+class Watcher:
+    """The task that waits for an `until`, for all subscriptions that share it."""
+
+    __slots__ = ("subscriptions", "task")
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.task = task
+        self.subscriptions = 0
+
+
 class Topic:
     """Events for any number of subscribers; made by `App.topic`.
 
-    `published` and `dropped` count events, the latter once for each subscriber that missed one.
+    `published` and `dropped` count events, the latter once for each subscriber that missed one. `ended` counts the
+    subscribers that were cancelled because they were too slow.
     """
 
     def __init__(self, name: str, *, keep: int = 16, slow: Slow = "drop_oldest") -> None:
@@ -60,6 +71,7 @@ class Topic:
         self.ends_slow = slow == "end"
         self.published = 0
         self.dropped = 0
+        self.ended = 0
         self.subscribers = 0
         self._keep = keep
         self._last: deque[TopicEvent] = deque()
@@ -67,7 +79,7 @@ class Topic:
         self._loop: asyncio.AbstractEventLoop | None = None  # of the subscribers
         self._waiting: list[asyncio.Future[None]] = []  # no set: it takes eight times the memory
         self._woken: deque[list[asyncio.Future[None]]] = deque()  # waited when an event was published
-        self._watchers: dict[asyncio.Event, asyncio.Task[Any]] = {}
+        self._watchers: dict[asyncio.Event, Watcher] = {}
 
     def publish(self, value: Any) -> None:
         """Send an event to all subscribers of this process. Does not wait.
@@ -107,18 +119,25 @@ class Topic:
             raise RuntimeError(f"topic {self.name}: the subscribers of a topic must share one event loop")
         self._loop = loop
         self.subscribers += 1
-        if until is not None and until not in self._watchers:
-            watcher = self._watchers[until] = loop.create_task(until.wait(), name=f"topic-{self.name}")
-            watcher.add_done_callback(lambda _: self._wake())
+        if until is not None:
+            watcher = self._watchers.get(until)
+            if watcher is None:
+                task = loop.create_task(until.wait(), name=f"topic-{self.name}")
+                task.add_done_callback(lambda task: None if task.cancelled() else self._wake())
+                watcher = self._watchers[until] = Watcher(task)
+            watcher.subscriptions += 1
         return Subscription(self, until)
 
-    def leave(self) -> None:
-        """Count a subscription less."""
+    def leave(self, until: asyncio.Event | None) -> None:
+        """Count a subscription less. Release what only it needed."""
         self.subscribers -= 1
+        if until is not None:
+            watcher = self._watchers[until]
+            watcher.subscriptions -= 1
+            if not watcher.subscriptions:
+                del self._watchers[until]
+                watcher.task.cancel()
         if not self.subscribers:
-            for watcher in self._watchers.values():
-                watcher.cancel()
-            self._watchers.clear()
             self._waiting.clear()
             self._woken.clear()
             self._last.clear()
@@ -141,6 +160,7 @@ class Topic:
         if position < first:
             self.dropped += first - position
             if self.ends_slow:
+                self.ended += 1
                 raise Cancelled(
                     f"the subscriber missed {first - position} events; read faster, or subscribe again",
                     {"reason": "slow"},
@@ -184,7 +204,7 @@ class Subscription:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._topic.leave()
+        self._topic.leave(self._until)
 
     def __aiter__(self) -> Self:
         return self

@@ -171,8 +171,8 @@ zcproto_stream_item_bytes_total counter (direction)
     Size of these items, with 64 bytes for the header of each.
 zcproto_streams_cut_total counter (reason)
     Streams cancelled before their methods had returned. `reason`: caller, deadline, token_expired, token_revoked,
-    session_replaced, draining, slow (streams.stall_timeout), stale (freshness.tolerance), wrong_token, slow_frame
-    (limits.frame_timeout).
+    session_replaced, draining, slow (streams.stall_timeout; not those in zcproto_topic_ended_total), stale
+    (freshness.tolerance), wrong_token, slow_frame (limits.frame_timeout).
 
 # Topics
 zcproto_topic_subscribers gauge (topic)
@@ -181,6 +181,8 @@ zcproto_topic_events_total counter (topic)
     Events published; each once, whatever the number of subscribers.
 zcproto_topic_dropped_total counter (topic)
     Events that slow subscribers have missed. Counted when the subscriber reads again.
+zcproto_topic_ended_total counter (topic)
+    Streams that were cancelled because their subscriber had missed events of a topic with slow="end".
 
 # Calls to clients
 zcproto_client_handlers gauge
