@@ -152,6 +152,7 @@ def test_prometheus_scrapes_with_a_token_and_evaluates_all_expressions(serve: Se
             "Tokens looked up A",
             "Topics: events A",  # present only for applications with topics
             "Topics: events B",
+            "Topics: events C",
             "Topics: subscribers A",
         }
         rules = [rule for group in witness.get("rules")["groups"] for rule in group["rules"]]
