@@ -153,7 +153,7 @@ def test_streams_of_an_ended_connection_may_neither_send_nor_take() -> None:
 def test_totals_count_streams_and_their_items() -> None:
     pair = StreamPair()
     assert pair.server.stream_totals() is NO_STREAMS
-    assert pair.server.stream_methods() == []
+    assert pair.server.open_streams() == []
     stream, _other = pair.open(1, takes_items=True), pair.open(2)
     pair.server.grant(stream, WALL)
     pair.receive(pair.frame(ITEM, 1, encode_body(1)))
@@ -163,7 +163,7 @@ def test_totals_count_streams_and_their_items() -> None:
     assert pair.server.stream_totals() == totals
     pair.server.respond(stream, encode_body(None), WALL)
     assert pair.server.stream_totals() == totals
-    assert len(pair.server.stream_methods()) == 1
+    assert len(pair.server.open_streams()) == 1
 
 
 def test_cut_names_its_reason_and_that_of_a_request_does_not() -> None:

@@ -690,7 +690,7 @@ def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> N
     finally:
         tracemalloc.stop()
     assert harness.state.tasks.running == len(peers)
-    assert used / len(peers) < 3.25 * 1024
+    assert used / len(peers) < 2.5 * 1024
 
 
 def test_connection_without_streams_takes_little_memory(harness: Harness) -> None:

@@ -159,21 +159,19 @@ class ServerOutput:
         """Return the figures of the streams of this connection."""
         return NO_STREAMS if self._streams is None else self._streams.totals(self._held)
 
-    def stream_methods(self) -> list[str]:
-        """Return the method of each stream in flight."""
+    def open_streams(self) -> list[ServerStream]:
+        """Return the streams in flight."""
         if self._streams is None or not self._streams.in_flight:
             return []
-        return [held.method for held in self._held.values() if isinstance(held, ServerStream)]
+        return [held for held in self._held.values() if isinstance(held, ServerStream)]
 
     def cut_streams(self, session_id: str, code: Code, wall: int) -> list[RequestEnded]:
         """Cut the streams of a session that has ended."""
-        if self._streams is None or not self._streams.in_flight:
-            return []
         body = refusals.SESSION_ENDED[code]
         return [
-            self._cut(held, body, wall)
-            for held in [*self._held.values()]
-            if isinstance(held, ServerStream) and held.session is not None and held.session.id == session_id
+            self._cut(stream, body, wall)
+            for stream in self.open_streams()
+            if stream.session is not None and stream.session.id == session_id
         ]
 
     def send_item(self, stream: ServerStream, body: bytes, wall: int) -> None:

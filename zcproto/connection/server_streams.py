@@ -62,6 +62,7 @@ class StreamTotals(NamedTuple):
 
 
 NO_STREAMS: Final = StreamTotals()
+_NEVER_PINGED: Final = -NEVER  # one object for all connections
 
 
 class ServerStreams:
@@ -88,7 +89,7 @@ class ServerStreams:
         self.lingering = 0  # cut, with their methods still running
         self.slow_at = NEVER  # not later than the first `waits_until`
         self.touch_at = now + TOUCH_INTERVAL_S
-        self.pinged_at = -NEVER
+        self.pinged_at = _NEVER_PINGED
         self.ping = NO_PING
         self.sent_bytes = 0  # in items
 

@@ -74,7 +74,7 @@ class Dispatcher(asyncio.Protocol):
         self._connection: ServerConnection | None = None
         self._streams: StreamRunner | None = None
         self._calls: CallRunner | None = None
-        self._workers: dict[Request, EagerWorker | StreamWorker | Waiting] | None = None
+        self._workers: dict[Request, EagerWorker | Waiting] | None = None
         self._number = 0
         self._uncut: tuple[tuple[str, Code], ...] = ()  # sessions that its own request has ended
         self.peer = ""
@@ -100,7 +100,7 @@ class Dispatcher(asyncio.Protocol):
         """Send what is queued."""
         raise NotImplementedError
 
-    def _flush_soon(self) -> None:
+    def flush_soon(self) -> None:
         """Send what is queued at the end of this turn of the loop."""
         raise NotImplementedError
 
@@ -120,7 +120,7 @@ class Dispatcher(asyncio.Protocol):
         self._state.clients.add(self, session, methods)
         connection.register(session.id, methods, most)
         if self._calls is None:
-            self._calls = CallRunner(self._state, connection, self._flush, self._flush_soon)
+            self._calls = CallRunner(self._state, connection, self._flush, self.flush_soon)
 
     async def call_client(
         self,
@@ -199,23 +199,22 @@ class Dispatcher(asyncio.Protocol):
             context = arguments[method.context_name] = Context(self, stream)  # type: ignore[arg-type]  # ServerProtocol is one
         if self._streams is None:
             self._streams = self._new_runner(connection)
+        items = None
         if method.items is not None:
             name, check = method.items
-            arguments[name] = self._streams.take_items(stream, check)
-            if arguments[name] is None:
+            items = arguments[name] = self._streams.take_items(stream, check)
+            if items is None:
                 self._answer_exception(stream, ResourceExhausted(TOO_MANY_ITEMS))
                 return
-        if self._workers is None:
-            self._workers = {}
         connection.hold(stream, self.now())
         work = method.function(**arguments)
         if method.shape != "client":
             work = self._streams.produce(stream, work, context)
-        self._workers[stream] = StreamWorker(self._streams, stream, work)
+        self._streams.start(stream, work, items)
 
     def _new_runner(self, connection: ServerConnection) -> StreamRunner:
         """Return what runs the streams of this connection."""
-        return StreamRunner(self._state, connection, self.peer, self._flush_soon, self._method_ended)
+        return StreamRunner(self._state, connection, self)
 
     def _run_timed(self, request: Request, method: Method | None, wall: int) -> None:
         """Run a request's method and record its duration."""
@@ -255,7 +254,7 @@ class Dispatcher(asyncio.Protocol):
             if self._workers is not None:
                 self._workers.pop(request, None)
             self._answer(request, answer)
-            self._flush_soon()
+            self.flush_soon()
 
         digest = request_digest(request.method, request.params)
         outcome = state.idempotency.submit(session.user, key, digest, execute, error_answer, later)
@@ -287,11 +286,11 @@ class Dispatcher(asyncio.Protocol):
             if limits is not None:
                 limits.end(user, peer)
             method.waits.add(self.now() - now)
-            self._method_ended(request, result, error)
+            self.method_ended(request, result, error)
 
         worker.done = done
 
-    def _method_ended(self, request: Request, result: Any, error: BaseException | None) -> None:
+    def method_ended(self, request: Request, result: Any, error: BaseException | None) -> None:
         """Answer a request whose method has waited."""
         if self._workers is not None:
             self._workers.pop(request, None)
@@ -304,20 +303,23 @@ class Dispatcher(asyncio.Protocol):
                 self._answer_exception(request, unsendable)
             else:
                 self._answer_body(request, body)
-        self._flush_soon()
+        self.flush_soon()
 
     def _stop(self, ended: RequestEnded) -> None:
         """Cancel the method of a request that has ended: cancelled, or past its deadline."""
         self._state.counters.errors[ended.code] += 1
         if ended.reason:
             self._count_cut(ended.request, ended.reason)
+        if isinstance(ended.request, ServerStream) and ended.request.worker is not None:
+            assert self._streams is not None, "it runs the stream"
+            ended.request.worker.cancel()
+            self._streams.release(ended.request)
+            return
         assert self._workers is not None, "a request in flight has a worker"
         worker = self._workers[ended.request]
         if not isinstance(worker, Waiting):
             del self._workers[ended.request]
             worker.cancel()
-        if self._streams is not None:
-            self._streams.release(ended.request)
         # A request with an idempotency key continues, and stays here until it has ended.
 
     def cut_streams_soon(self) -> None:
@@ -331,7 +333,7 @@ class Dispatcher(asyncio.Protocol):
             for session_id, code in uncut:
                 for ended in self._connection.cut_streams(session_id, code, self.wall()):
                     self._stop(ended)
-            self._flush_soon()
+            self.flush_soon()
 
     def _count_cut(self, stream: Request, reason: str) -> None:
         self._state.counters.streams_cut[reason] += 1
@@ -342,7 +344,10 @@ class Dispatcher(asyncio.Protocol):
     def cancel_all(self) -> None:
         """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""
         draining = {"reason": "draining", "retry_after_ms": self._state.settings.retry_draining_ms}
-        for request, worker in list((self._workers or {}).items()):
+        running: list[tuple[Request, EagerWorker | StreamWorker | Waiting]] = [*(self._workers or {}).items()]
+        if self._streams is not None:
+            running += self._streams.workers()
+        for request, worker in running:
             details = None
             if isinstance(request, ServerStream):
                 details = draining
@@ -356,11 +361,13 @@ class Dispatcher(asyncio.Protocol):
     @property
     def in_flight(self) -> int:
         """Requests whose methods wait."""
-        return 0 if self._workers is None else len(self._workers)
+        streams = 0 if self._streams is None else self._streams.running
+        return streams + len(self._workers or ())
 
     def stream_methods(self) -> list[str]:
         """Return the method of each stream that has not been answered."""
-        return [] if self._connection is None else self._connection.stream_methods()
+        streams = [] if self._connection is None else self._connection.open_streams()
+        return [stream.method for stream in streams]
 
     def stream_totals(self) -> StreamTotals:
         """Return the figures of the streams of this connection."""

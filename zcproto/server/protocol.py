@@ -425,7 +425,7 @@ class ServerProtocol(Dispatcher):
         if self._calls is not None:
             self._calls.session_ended(session_id)
             self._state.clients.remove(self, session_id)
-        self._flush_soon()
+        self.flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
         """Send an event about a session. Return False if it cannot be delivered."""
@@ -433,7 +433,7 @@ class ServerProtocol(Dispatcher):
             return False
         sent = self._connection.send_event(session_id, name, data, self.wall())
         self._state.counters.events += sent
-        self._flush_soon()
+        self.flush_soon()
         return sent
 
     def announce(self, body: bytes) -> None:
@@ -441,7 +441,7 @@ class ServerProtocol(Dispatcher):
         if self._connection is not None:
             self._connection.announce(body, self.wall())
             self._state.counters.events += 1
-            self._flush_soon()
+            self.flush_soon()
 
     # --- sending -------------------------------------------------------------------------------------
 
@@ -472,7 +472,7 @@ class ServerProtocol(Dispatcher):
         limit = WRITE_BUFFER_HARD_FACTOR * self._state.write_buffer_bytes
         return self._transport.get_write_buffer_size() + size <= limit
 
-    def _flush_soon(self) -> None:
+    def flush_soon(self) -> None:
         """Send the answers of one turn of the loop in one write."""
         if not self._flush_planned and self._connection is not None:
             self._flush_planned = True

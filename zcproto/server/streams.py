@@ -15,8 +15,8 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, Final, Protocol
 
 from zcproto.app.app import Context
 from zcproto.app.items import Items
@@ -34,38 +34,59 @@ from zcproto.wire.message import MessageError, encode_body
 STREAM_TURN_BYTES: Final = 16_384
 """Most bytes of one stream in one turn of the loop, but for its last item."""
 
-Ended = Callable[[ServerStream, Any, BaseException | None], None]
-"""Called with the result of a stream's method, or with its exception."""
+
+class StreamOwner(Protocol):
+    """The connection whose streams run; an object, as bound methods would cost each connection memory."""
+
+    peer: str
+
+    def flush_soon(self) -> None:
+        """Send what is queued at the end of this turn of the loop."""
+
+    def method_ended(self, request: Request, result: Any, error: BaseException | None) -> None:
+        """Answer a stream with the result of its method, or with its exception."""
 
 
 class StreamWorker:
-    """The task of one stream's method."""
+    """The task of one stream's method.
 
-    __slots__ = ("_limits", "_runner", "_stream", "task")
+    `items` are the client's, if the method takes them. `waiter` is set while the method waits for credit.
+    """
 
-    def __init__(self, runner: StreamRunner, stream: ServerStream, work: Coroutine[Any, Any, Any]) -> None:
+    __slots__ = ("_limits", "_runner", "_stream", "items", "task", "waiter")
+
+    def __init__(
+        self,
+        runner: StreamRunner,
+        stream: ServerStream,
+        work: Coroutine[Any, Any, Any],
+        items: StreamItems | None,
+    ) -> None:
         state = runner.state
+        self.items = items
+        self.waiter: asyncio.Future[None] | None = None
         self._runner = runner
         self._stream = stream
         self._limits = state.request_limits if state.request_limits.counts_running else None
         if self._limits is not None:
             self._limits.begin(*self._owner())
-        self.task = state.tasks.start_task(work, self._task_ended)
+        self.task = state.tasks.start_task(work, self)
 
     def _owner(self) -> tuple[str | None, str]:
         session = self._stream.session
-        return None if session is None else session.user, self._runner.peer
+        return None if session is None else session.user, self._runner.owner.peer
 
     def cancel(self) -> None:
         """Raise CancelledError in the method where it waits."""
         self.task.cancel()
 
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+    def __call__(self, task: asyncio.Task[Any]) -> None:
+        """Answer the stream: its task has ended. Called by the task; a bound method would take memory."""
         self._runner.state.tasks.forget_task(task)
         if self._limits is not None:
             self._limits.end(*self._owner())
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        self._runner.ended(self._stream, None if error is not None else task.result(), error)
+        self._runner.owner.method_ended(self._stream, None if error is not None else task.result(), error)
         self._runner.release(self._stream)
 
 
@@ -129,46 +150,60 @@ class StreamRunner:
 
     __slots__ = (
         "_connection",
-        "_flush_soon",
-        "_items",
         "_limits",
         "_part",
         "_queue",
         "_room",
         "_turn",
-        "_waiting",
-        "ended",
         "is_blocked",
-        "peer",
+        "owner",
+        "running",
         "state",
     )
 
-    def __init__(
-        self,
-        state: ServerState,
-        connection: ServerConnection,
-        peer: str,
-        flush_soon: Callable[[], None],
-        ended: Ended,
-    ) -> None:
+    def __init__(self, state: ServerState, connection: ServerConnection, owner: StreamOwner) -> None:
         assert connection.settings.streams is not None, "streams are announced"
         self.state = state
         self._connection = connection
-        self.peer = peer
-        self._flush_soon = flush_soon
-        self.ended = ended
+        self.owner = owner
         self._limits = connection.settings.streams
-        self._items: dict[Request, StreamItems] = {}  # of methods that take them
         self._part = min(STREAM_TURN_BYTES, self._limits.write_bytes)
         self._room = self._limits.write_bytes  # not yet assigned to a stream, in this turn
         self._turn = 0
-        self._waiting: dict[ServerStream, asyncio.Future[None]] = {}  # for credit
-        self._queue: list[asyncio.Future[None]] = []  # for room; an empty deque takes 600 bytes more
+        self._queue: list[asyncio.Future[None]] | None = None  # for room; an empty deque takes 600 bytes more
         self.is_blocked = False
+        self.running = 0  # streams that have not been answered
 
     @property
     def max_depth(self) -> int:
         return self._connection.settings.max_depth
+
+    def start(self, stream: ServerStream, work: Coroutine[Any, Any, Any], items: StreamItems | None) -> None:
+        """Run the method of a stream that is held."""
+        self.running += 1
+        stream.worker = StreamWorker(self, stream, work, items)
+
+    def workers(self) -> list[tuple[ServerStream, StreamWorker]]:
+        """Return the streams that have not been answered, with what runs them."""
+        streams = self._connection.open_streams()
+        return [(stream, stream.worker) for stream in streams if stream.worker is not None]
+
+    def release(self, stream: ServerStream) -> None:
+        """Forget the worker and the items of a stream that has been answered."""
+        worker, stream.worker = stream.worker, None
+        if worker is None:
+            return
+        self.running -= 1
+        if worker.items is not None:
+            worker.items.arrived()
+
+    def close(self) -> None:
+        """Discard all items, and cancel all methods: the connection has ended."""
+        for stream, worker in self.workers():
+            stream.worker = None
+            if worker.items is not None:
+                worker.items.discard()
+            worker.cancel()
 
     # --- the client's items -----------------------------------------------------------------------
 
@@ -177,30 +212,17 @@ class StreamRunner:
         if self.state.item_bytes >= self._limits.memory_bytes:
             return None
         queue = self._connection.streams(self.state.clock.now()).take_items(stream)
-        items = self._items[stream] = StreamItems(self, stream, queue, check)
-        return items
+        return StreamItems(self, stream, queue, check)
 
     def grant(self, stream: ServerStream, queue: ItemQueue) -> None:
         """Let the client send more, one item at a time while the server holds too many."""
         is_full = self.state.item_bytes >= self._limits.memory_bytes
         queue.window = (1, 1) if is_full else (self._limits.window_items, self._limits.window_bytes)
         if self._connection.grant(stream, self.state.clock.wall()):
-            self._flush_soon()
+            self.owner.flush_soon()
 
     def items_received(self, stream: ServerStream) -> None:
-        self._items[stream].arrived()
-
-    def release(self, stream: Request) -> None:
-        """Forget the items of a stream that has been answered."""
-        items = self._items.pop(stream, None)
-        if items is not None:
-            items.arrived()
-
-    def close(self) -> None:
-        """Discard all items: the connection has ended."""
-        while self._items:
-            _, items = self._items.popitem()
-            items.discard()
+        stream.worker.items.arrived()
 
     # --- the items of methods ---------------------------------------------------------------------
 
@@ -224,7 +246,7 @@ class StreamRunner:
                     turn, room = self._turn, self._part
                 self._connection.send_item(stream, body, self.state.clock.wall())
                 room -= MIN_LENGTH + len(body)
-                self._flush_soon()
+                self.owner.flush_soon()
         finally:
             await items.aclose()  # an item that was refused, or a cut, leaves it at its `yield`
         return getattr(context, "result", None)
@@ -234,26 +256,29 @@ class StreamRunner:
             now = self.state.clock.now()
             if self._connection.streams(now).wait_for_credit(stream, now):
                 self._connection.deadline_moved = True
-                self._flush_soon()
-            waiter = self._waiting[stream] = asyncio.get_running_loop().create_future()
+                self.owner.flush_soon()
+            worker: StreamWorker = stream.worker
+            worker.waiter = asyncio.get_running_loop().create_future()
             try:
-                await waiter
+                await worker.waiter
             finally:
-                del self._waiting[stream]
+                worker.waiter = None
 
     async def _wait_for_room(self) -> None:
         """Wait until this stream may send its part."""
-        self._flush_soon()  # ends the turn
+        self.owner.flush_soon()  # ends the turn
         if self._room > 0 and not (self.is_blocked or self._queue):
             self._room -= self._part
             return
         waiter = asyncio.get_running_loop().create_future()
+        if self._queue is None:
+            self._queue = []
         self._queue.append(waiter)
         await waiter
 
     def credit_received(self, stream: ServerStream) -> None:
         """Let a stream go on that waits for credit."""
-        waiter = self._waiting.get(stream)
+        waiter = None if stream.worker is None else stream.worker.waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -272,4 +297,4 @@ class StreamRunner:
                 self._room -= self._part
                 waiter.set_result(None)
         if self._queue:
-            self._flush_soon()
+            self.owner.flush_soon()

@@ -163,6 +163,8 @@ def decode_open(
         return method, params, meta, (0, 0)
     if not _is_credit(credit):
         raise MessageError("meta.credit must be two ints from 0 to 2^53 - 1")
+    if meta == NO_META:
+        meta = NO_META  # equal, but shared: an open stream keeps it
     return method, params, meta, (credit[0], credit[1])
 
 
