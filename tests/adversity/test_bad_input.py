@@ -160,7 +160,7 @@ HEADERS: list[tuple[str, dict[str, Any], int]] = [
     ("version 2", {"version": 2}, PROTOCOL_ERROR),
     ("flags", {"flags": 1}, PROTOCOL_ERROR),
     ("stream 0", {"stream": 0}, PROTOCOL_ERROR),
-    *[(f"kind {kind:#x}", {"kind": kind, "stream": 1}, PROTOCOL_ERROR) for kind in (0, 10, 0x10, 0x1F, 0xFF)],
+    *[(f"kind {kind:#x}", {"kind": kind, "stream": 1}, PROTOCOL_ERROR) for kind in (0, 10, 0x0F, 0x1F, 0xFF)],
     *[
         (f"kind {kind:#x} of servers", {"kind": kind, "stream": 1}, PROTOCOL_ERROR)
         for kind in (WELCOME, RESPONSE)

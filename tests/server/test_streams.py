@@ -649,6 +649,7 @@ def test_unread_stream_does_not_slow_others(client: StreamPeer) -> None:
 # --- memory -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover  # coverage would be measured, too
 @pytest.mark.parametrize("method", ["ticks", "news"])
 def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: str) -> None:
     harness.app.topic("news")
@@ -670,6 +671,7 @@ def test_open_stream_that_waits_takes_little_memory(harness: Harness, method: st
     assert used / count < 2.5 * 1024
 
 
+@pytest.mark.no_cover  # coverage would be measured, too
 def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> None:
     first = StreamPeer(harness)
     first.login()
@@ -693,6 +695,7 @@ def test_first_stream_of_a_connection_takes_little_memory(harness: Harness) -> N
     assert used / len(peers) < 2.5 * 1024
 
 
+@pytest.mark.no_cover  # coverage would be measured, too
 def test_connection_without_streams_takes_little_memory(harness: Harness) -> None:
     harness.state.settings = replace(harness.state.settings, streams=LIMITS)
     count = 1_000
