@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import tracemalloc
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -107,6 +108,29 @@ async def test_event_that_no_item_can_carry_is_refused() -> None:
         with pytest.raises(MessageError):
             topic.publish(object())
     assert topic.published == 1
+
+
+@dataclass
+class JobEvent:
+    id: int
+    state: str = "waits"
+
+
+async def test_event_of_another_type_is_refused() -> None:
+    topic = Topic("jobs", of=JobEvent)
+    with topic.subscribe() as events:
+        for value, fault in (
+            ({"id": "7"}, "event.id must be an int"),
+            ({"id": 7, "user": "ada"}, "event.'user' is unknown"),
+            (7, "event must be a map"),
+        ):
+            with pytest.raises(TypeError, match=f"topic jobs: {fault}"):
+                topic.publish(value)
+        topic.publish({"id": 7})
+        assert await taken(events, 1) == [{"id": 7}]
+    assert topic.published == 1
+    with pytest.raises(TypeError, match="topic jobs: of: "):
+        App().topic("jobs", of=set)
 
 
 async def test_body_is_shared_by_all_subscribers() -> None:

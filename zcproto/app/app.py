@@ -265,16 +265,18 @@ class App:
         *,
         keep: int = 16,
         slow: Slow = "drop_oldest",
+        of: Any = Any,
         allow: Callable[[Context], bool] | None = None,
         operator: bool = False,
     ) -> Topic:
         """Register a stream under `name` that sends every event of the returned topic.
 
         At most `keep` events, and 64 KiB, wait for a slow subscriber; then `slow` either drops the oldest for it or
-        ends its stream. `allow` returns whether a caller may subscribe. Raises ValueError like `method`, and for
-        other values of `keep` and `slow`.
+        ends its stream. `of` is the type of the events, checked like that of a parameter: a dataclass stands for a
+        dict of its fields. `allow` returns whether a caller may subscribe. Raises ValueError like `method`, and for
+        other values of `keep` and `slow`; TypeError for an `of` that cannot be checked.
         """
-        topic = Topic(name, keep=keep, slow=slow)
+        topic = Topic(name, keep=keep, slow=slow, of=of)
 
         async def subscribe(context: Context) -> AsyncIterator[TopicEvent]:
             """Send every event of this topic from now on."""

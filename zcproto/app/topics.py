@@ -19,7 +19,8 @@ import asyncio
 from collections import deque
 from typing import Any, Final, Literal, Self
 
-from zcproto.errors import Cancelled
+from zcproto.common.parameters import checker_for
+from zcproto.errors import Cancelled, InvalidArgument
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_body
 
@@ -62,7 +63,7 @@ class Topic:
     subscribers that were cancelled because they were too slow.
     """
 
-    def __init__(self, name: str, *, keep: int = 16, slow: Slow = "drop_oldest") -> None:
+    def __init__(self, name: str, *, keep: int = 16, slow: Slow = "drop_oldest", of: Any = Any) -> None:
         if not 1 <= keep <= MOST_KEPT:
             raise ValueError(f"topic {name}: keep must be from 1 to {MOST_KEPT}")
         if slow not in ("drop_oldest", "end"):
@@ -73,6 +74,10 @@ class Topic:
         self.dropped = 0
         self.ended = 0
         self.subscribers = 0
+        try:
+            self._check = checker_for(of)
+        except TypeError as error:
+            raise TypeError(f"topic {name}: of: {error}") from error
         self._keep = keep
         self._last: deque[TopicEvent] = deque()
         self._last_bytes = 0
@@ -84,7 +89,8 @@ class Topic:
     def publish(self, value: Any) -> None:
         """Send an event to all subscribers of this process. Does not wait.
 
-        Raises MessageError for a value that an item cannot carry, RuntimeError outside the event loop.
+        Raises TypeError for a value of another type than the topic's, MessageError for one that an item cannot
+        carry, RuntimeError outside the event loop.
         """
         try:
             loop = asyncio.get_running_loop()
@@ -95,6 +101,10 @@ class Topic:
                 f"topic {self.name}: publish in the server's event loop; "
                 "other threads use loop.call_soon_threadsafe(topic.publish, event)"
             )
+        try:
+            self._check(value, "event")
+        except InvalidArgument as error:
+            raise TypeError(f"topic {self.name}: {error.message}") from None
         event = TopicEvent(value, encode_body(value))
         size = MIN_LENGTH + len(event.body)
         if size > KEPT_BYTES:
