@@ -26,6 +26,7 @@ from zcproto.wire.message import (
     decode_error,
     decode_event,
     decode_map,
+    decode_open,
     decode_request,
     encode_body,
     encode_error,
@@ -41,6 +42,13 @@ TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 def nested(depth: int) -> bytes:
     return b"\x91" * (depth - 1) + b"\x90"
+
+
+@pytest.mark.parametrize("meta", [{}, {"deadline_ms": 5}])
+def test_streams_with_credit_alone_share_one_meta(meta: dict[str, Any]) -> None:
+    decoded = decode_open(encode_request("m", {}, {"credit": [1, 2], **meta}))
+    assert decoded[2:] == (RequestMeta(meta.get("deadline_ms")), (1, 2))
+    assert (decoded[2] is NO_META) is (not meta)
 
 
 # --- values -----------------------------------------------------------------------------------------
