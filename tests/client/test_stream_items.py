@@ -122,6 +122,18 @@ def test_nothing_is_taken_before_the_method_wants_it(
     run(main())
 
 
+def test_leaving_a_stream_ends_the_source_of_its_items(server: ServerThread, connect_to: ConnectTo) -> None:
+    async def main() -> None:
+        async with connect_to(server) as client:
+            source = Source(1, then_wait=True)
+            async with client.stream("upload", items=source.chunks()):
+                while not source.taken:
+                    await client.call("server.info")
+            assert source.closed
+
+    run(main())
+
+
 def test_both_sides_send_in_turn(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
         async with connect_to(server) as client, client.stream("chat") as stream:

@@ -23,6 +23,7 @@ from zcproto.wire.message import (
     attach_message,
     code_in,
     decode_body,
+    decode_credit,
     decode_error,
     decode_event,
     decode_map,
@@ -49,6 +50,18 @@ def test_streams_with_credit_alone_share_one_meta(meta: dict[str, Any]) -> None:
     decoded = decode_open(encode_request("m", {}, {"credit": [1, 2], **meta}))
     assert decoded[2:] == (RequestMeta(meta.get("deadline_ms")), (1, 2))
     assert (decoded[2] is NO_META) is (not meta)
+
+
+def test_stream_without_credit_has_none_yet() -> None:
+    assert decode_open(encode_request("m", {}, {"deadline_ms": 5}))[3] == (0, 0)
+
+
+@pytest.mark.parametrize("credit", [1, [1], [1, -1], [1, 2**53], [1, True], ["1", 2]])
+def test_malformed_credit_is_refused(credit: Any) -> None:
+    with pytest.raises(MessageError, match="credit"):
+        decode_open(encode_request("m", {}, {"credit": credit}))
+    with pytest.raises(MessageError, match="credit"):
+        decode_credit(encode_body(credit))
 
 
 # --- values -----------------------------------------------------------------------------------------

@@ -248,7 +248,6 @@ class UserSession(SessionClient):
         """Close the session; the connection stays open. Idempotent."""
         if self._opened and not self._closed:
             await self._close(self._connections.current)
-        self._closed = True
 
     async def _close(self, connection: ClientProtocol | None) -> None:
         self._closed = True
