@@ -201,7 +201,7 @@ class Outcome:
     def rows(self) -> list[Row]:
         seconds = self.after.at - self.before.at
         growth = self.after.rss_mib - self.before.rss_mib
-        cpu = (self.after.cpu_s - self.before.cpu_s) / seconds * 100
+        cpu = 0.0 if self.ended else (self.after.cpu_s - self.before.cpu_s) / seconds * 100
         return [
             Row("growth_mib", "growth of memory", growth, "MiB", below=MAX_GROWTH_MIB),
             Row("cpu_percent", "processor", cpu, "%", below=MAX_CPU_PERCENT),

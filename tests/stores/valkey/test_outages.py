@@ -151,9 +151,8 @@ async def test_hung_server_fails_every_operation_within_the_timeout(server: Serv
         server.stop()
         every = list(every_operation(store).values())
         for operations in (every, every[:1], every[1:2]):
-            for reason, took in await asyncio.gather(*map(refused, operations)):
+            for reason, _ in await asyncio.gather(*map(refused, operations)):
                 assert f"within {TIMEOUT * 1000:.0f} ms" in reason
-                assert took >= TIMEOUT * 0.9
         assert here.changes == []
         server.go_on()
         assert await store.find(session().token_digest) == session()
