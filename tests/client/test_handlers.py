@@ -68,6 +68,21 @@ class Methods:
             return x
 
 
+class Waiting:
+    """A handler that waits until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def run(self) -> None:
+        self.began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.cancelled.set()
+
+
 @pytest.fixture
 def methods() -> Methods:
     return Methods()
@@ -135,19 +150,13 @@ def test_call_without_answer_ends_at_its_deadline(
 ) -> None:
     async def main() -> None:
         client = connect_to(server)
-        cancelled = asyncio.Event()
-
-        @client.handler("wait")
-        async def wait() -> None:
-            try:
-                await asyncio.sleep(60)
-            finally:
-                cancelled.set()
+        waiting = Waiting()
+        client.handler("wait")(waiting.run)
 
         async with client:
             with pytest.raises(Aborted):
                 await client.call("ask", method="wait", params={}, seconds=0.05)
-            await cancelled.wait()
+            await waiting.cancelled.wait()
         assert isinstance(methods.errors[0], DeadlineExceeded)
         assert server.server.state.clients.ended["deadline"] == 1
 
@@ -200,17 +209,13 @@ def test_lost_connection_fails_the_call_in_the_method(
 ) -> None:
     async def main() -> None:
         client = connect_to(server)
-        began = asyncio.Event()
-
-        @client.handler("wait")
-        async def wait() -> None:
-            began.set()
-            await asyncio.sleep(60)
+        waiting = Waiting()
+        client.handler("wait")(waiting.run)
 
         async with connect_to(server, "bob") as bob:
             async with client:
                 call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
-                await began.wait()
+                await waiting.began.wait()
                 connection = client._connections.current
                 assert connection is not None
                 connection.abort()
@@ -227,24 +232,17 @@ def test_revoked_session_fails_its_calls_and_cancels_the_handlers(
 ) -> None:
     async def main() -> None:
         client = connect_to(server)
-        began, cancelled = asyncio.Event(), asyncio.Event()
-
-        @client.handler("wait")
-        async def wait() -> None:
-            began.set()
-            try:
-                await asyncio.sleep(60)
-            finally:
-                cancelled.set()
+        waiting = Waiting()
+        client.handler("wait")(waiting.run)
 
         async with client, connect_to(server, "bob") as bob, connect_to(server) as other:
             call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
-            await began.wait()
+            await waiting.began.wait()
             assert client.session is not None
             await other.call("session.revoke", id=client.session.id)
             with pytest.raises(Aborted):
                 await call
-            await cancelled.wait()
+            await waiting.cancelled.wait()
         assert isinstance(methods.errors[0], ConnectionClosed)
 
     run(main())
@@ -257,19 +255,12 @@ def test_expired_session_fails_its_calls(
 
     async def main() -> None:
         client = connect_to(server)
-        began, cancelled = asyncio.Event(), asyncio.Event()
-
-        @client.handler("wait")
-        async def wait() -> None:
-            began.set()
-            try:
-                await asyncio.sleep(60)
-            finally:
-                cancelled.set()
+        waiting = Waiting()
+        client.handler("wait")(waiting.run)
 
         async with client, connect_to(server, "bob") as bob:
             call = asyncio.ensure_future(bob.call("ask.user", user="ada", method="wait"))
-            await began.wait()
+            await waiting.began.wait()
             assert client.session is not None
             session_id = client.session.id
             server.in_loop(
@@ -280,7 +271,7 @@ def test_expired_session_fails_its_calls(
             )
             with pytest.raises(Aborted):
                 await call
-            await cancelled.wait()
+            await waiting.cancelled.wait()
         assert isinstance(methods.errors[0], ConnectionClosed)
 
     run(main())
@@ -289,21 +280,14 @@ def test_expired_session_fails_its_calls(
 def test_cancelled_method_withdraws_its_call(server: ServerThread, connect_to: ConnectTo) -> None:
     async def main() -> None:
         client = connect_to(server)
-        began, cancelled = asyncio.Event(), asyncio.Event()
-
-        @client.handler("wait")
-        async def wait() -> None:
-            began.set()
-            try:
-                await asyncio.sleep(60)
-            finally:
-                cancelled.set()
+        waiting = Waiting()
+        client.handler("wait")(waiting.run)
 
         async with client:
             call = asyncio.ensure_future(client.call("ask", method="wait", params={}))
-            await began.wait()
+            await waiting.began.wait()
             call.cancel()
-            await cancelled.wait()
+            await waiting.cancelled.wait()
             assert await client.call("echo", x=1) == 1
         assert server.server.state.clients.ended["withdrawn"] == 1
         assert server.server.state.clients.in_flight == 0

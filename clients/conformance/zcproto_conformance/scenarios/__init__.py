@@ -12,12 +12,25 @@ from zcproto_conformance.scenarios import (
     real_server,
     server_calls,
     sessions,
+    stream_ends,
     streams,
     trust,
     welcome,
 )
 
-_SUBJECTS = (trust, welcome, framing, freshness, calls, goaway, sessions, devices, streams, server_calls)
+_SUBJECTS = (
+    trust,
+    welcome,
+    framing,
+    freshness,
+    calls,
+    goaway,
+    sessions,
+    devices,
+    streams,
+    stream_ends,
+    server_calls,
+)
 
 
 def scripted() -> list[Check]:

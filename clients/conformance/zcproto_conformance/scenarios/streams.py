@@ -1,4 +1,4 @@
-"""Streams of items: credit, items of both ends, the end of a stream, and when it is opened again."""
+"""Streams of items: credit, items of both ends, and the end of a stream."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from zcproto_conformance.codes import (
     INTERNAL,
     NOT_FOUND,
     RESOURCE_EXHAUSTED,
-    SESSION_REPLACED,
     STALE_TIMESTAMP,
-    UNAVAILABLE,
     UNIMPLEMENTED,
 )
 from zcproto_conformance.connection import QUIET, STREAMS, TOLERANCE_MS, Connection, Frame, pack
 from zcproto_conformance.errors import expect
-from zcproto_conformance.harness import HOUR_MS, ConnectedClient, Harness, Stream
+from zcproto_conformance.harness import ConnectedClient, Harness, Stream
 
 scenario: Final = Scenarios(SCRIPTED)
 
@@ -167,11 +165,11 @@ async def _(harness: Harness) -> None:
     await stream.expect_items(0)
     granted = [3, 60_000]
     async for frame in peer.connection.frames_within():
-        granted = _grant_of(frame, opened, granted)
+        granted = grant_of(frame, opened, granted)
     expect(granted[0] <= 4, f"granted {granted} after the application had taken one item of three")
     await stream.expect_items(1, 2)
     while granted[0] < 5:
-        granted = _grant_of(await peer.connection.next_frame("CREDIT"), opened, granted)
+        granted = grant_of(await peer.connection.next_frame("CREDIT"), opened, granted)
     for number in range(3, 5):
         peer.connection.item(opened, number)
     peer.connection.respond(opened, None)
@@ -179,7 +177,7 @@ async def _(harness: Harness) -> None:
     await stream.expect_end(None)
 
 
-def _grant_of(frame: Frame, opened: Frame, before: list[int]) -> list[int]:
+def grant_of(frame: Frame, opened: Frame, before: list[int]) -> list[int]:
     """Return the totals of a CREDIT. Raises CheckFailed if they are not totals that grow."""
     expect(frame.kind == "CREDIT" and frame.stream == opened.stream, f"received {frame} instead of CREDIT")
     expect(frame.token == opened.token, "CREDIT was sent with another token than its OPEN")
@@ -466,154 +464,3 @@ async def _(harness: Harness) -> None:
     await asyncio.sleep(2.0)  # it is too late for the frame as a whole
     peer.connection.write(answer[100:])
     await stream.expect_end("x" * 1000)
-
-
-# --- sessions and connections -----------------------------------------------------------------------
-
-
-@scenario("stream-of-a-revoked-session", "18.7: a stream cut by the end of its session reports the reason")
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.item(opened, 1)
-    await stream.expect_items(1)
-    peer.connection.respond_error(opened, CANCELLED, {"reason": "token_revoked"})
-    error = await stream.expect_code(CANCELLED)
-    expect(
-        error.get("details") == {"map": {"reason": "token_revoked"}},
-        f"the details are {error.get('details')}",
-    )
-    await peer.connection.expect_silence("after a stream was cut")
-
-
-@scenario(
-    "stream-outlives-a-refresh", "18.7: the frames of a stream keep the token of its OPEN after a refresh"
-)
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer, credit=[2, 60_000])
-    peer.connection.event(
-        "session.expiring", {"expires_at": peer.connection.wall + HOUR_MS}, peer.session.token
-    )
-    request = await peer.connection.expect_request("session.refresh")
-    newer = harness.new_session()
-    harness.grant_session(peer.connection, request, newer)
-    await peer.exchange()
-    peer.connection.item(opened, 1)
-    await stream.expect_items(1)
-    _grant_of(await peer.connection.next_frame("CREDIT"), opened, [2, 60_000])
-    await stream.leave()
-    await expect_cancel(peer.connection, opened, "of a stream that was left")
-    peer.connection.respond_error(opened, CANCELLED, {"reason": "caller"})
-    following, again = await open_stream(peer)
-    expect(again.token == newer.token, "OPEN after a refresh has another token than the session's")
-    peer.connection.respond(again, None)
-    await following.expect_end(None)
-
-
-@scenario(
-    "stream-of-a-replaced-session", "11.1: a client does not come back by itself after SESSION_REPLACED"
-)
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.respond_error(opened, SESSION_REPLACED)
-    await stream.expect_code(SESSION_REPLACED)
-    following = await peer.client.open("tokens", {})
-    await following.expect_code(SESSION_REPLACED)
-    await peer.connection.expect_silence("after SESSION_REPLACED")
-
-
-@scenario("stream-after-goaway", "18.8: after GOAWAY streams go on, and OPEN uses another connection")
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.item(opened, 1)
-    await stream.expect_items(1)
-    peer.connection.goaway()
-    await peer.connection.sync()
-    following = await peer.client.open("tokens", {})
-    second = await harness.next_resumed(peer.session, **WELCOME)
-    again = await second.expect_open("tokens")
-    second.respond(again, "second")
-    await following.expect_end("second")
-    peer.connection.item(opened, 2)
-    peer.connection.respond(opened, "first")
-    await stream.expect_items(2)
-    await stream.expect_end("first")
-
-
-@scenario(
-    "stream-cut-by-a-drain", "18.8: a stream that has begun is not opened again after the drain timeout"
-)
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.item(opened, 1)
-    await stream.expect_items(1)
-    peer.connection.respond_error(opened, CANCELLED, {"reason": "draining", "retry_after_ms": 0})
-    await stream.expect_code(CANCELLED)
-    await peer.connection.expect_silence("after a stream was cut by a drain")
-
-
-@scenario(
-    "stream-unavailable", "11.1, 18.8: an OPEN that certainly was not run is repeated after `retry_after_ms`"
-)
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    following = await stream.begin("next")
-    peer.connection.respond_error(opened, UNAVAILABLE, {"retry_after_ms": 0})
-    again = await peer.connection.expect_open("tokens")
-    peer.connection.respond(again, None)
-    expect(await harness.step_result(following, "next") == {"end": None}, "the stream did not end")
-
-
-@scenario("stream-is-not-repeated-after-an-item", "18.8: a stream is never opened again after an ITEM")
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.item(opened, 1)
-    peer.connection.respond_error(opened, UNAVAILABLE, {"retry_after_ms": 0})
-    await stream.expect_items(1)
-    await stream.expect_code(UNAVAILABLE)
-    await peer.connection.expect_silence("after a stream had begun")
-
-
-@scenario("stream-is-not-repeated-after-credit", "18.8: a stream is never opened again after a CREDIT")
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.credit(opened, 1, 1)
-    peer.connection.respond_error(opened, UNAVAILABLE, {"retry_after_ms": 0})
-    await stream.expect_code(UNAVAILABLE)
-    await peer.connection.expect_silence("after a stream had begun")
-
-
-@scenario(
-    "stream-of-a-lost-connection", "18.8: items that have arrived, then the loss; it is not opened again"
-)
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.item(opened, 1)
-    item = peer.connection.frame_bytes("ITEM", opened.stream, pack("second"), token=opened.token)
-    peer.connection.write(item[:-2])
-    peer.connection.truncate()
-    await stream.expect_items(1)
-    await stream.expect_lost(clean=False)
-    second = await harness.next_resumed(peer.session, **WELCOME)
-    await second.expect_silence("of a stream that had begun")
-
-
-@scenario("stream-of-a-closed-connection", "18.8: a clean end without an answer, after an item: perhaps run")
-async def _(harness: Harness) -> None:
-    peer = await connect(harness)
-    stream, opened = await open_stream(peer)
-    peer.connection.item(opened, 1)
-    peer.connection.goaway()
-    peer.connection.close()
-    await stream.expect_items(1)
-    await stream.expect_lost(clean=True)
-    second = await harness.next_resumed(peer.session, **WELCOME)
-    await second.expect_silence("of a stream that had begun")
