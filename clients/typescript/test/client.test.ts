@@ -48,14 +48,7 @@ beforeEach(() => {
   server = new FakeServer();
 });
 
-/** After each test no timer and no connection is left. */
-afterEach(async () => {
-  const closed = watch(client.close());
-  await server.clock.advance(5_000);
-  assert.ok(closed.isDone, "close() settles");
-  assert.equal(server.clock.pendingTimers, 0, "timers left behind");
-  assert.ok(server.connections.every(({ isClosed }) => isClosed));
-});
+afterEach(() => server.closed(client));
 
 describe("calls", () => {
   beforeEach(async () => {

@@ -43,13 +43,7 @@ beforeEach(async () => {
   client = await server.connect();
 });
 
-/** After each test no timer and no connection is left. */
-afterEach(async () => {
-  const closed = watch(client.close());
-  await server.clock.advance(5_000);
-  assert.ok(closed.isDone, "close() settles");
-  assert.equal(server.clock.pendingTimers, 0, "timers left behind");
-});
+afterEach(() => server.closed(client));
 
 /** The server's end of a stream. */
 class Far {

@@ -1,5 +1,6 @@
 /** A clock that tests advance, and a server in memory that they script. */
 
+import assert from "node:assert/strict";
 import { Client } from "../../src/client/client.js";
 import type { Clock, Timer } from "../../src/client/clock.js";
 import { ConnectionDriver } from "../../src/client/connection_driver.js";
@@ -352,6 +353,18 @@ export class FakeServer {
     await client.open();
     await settled();
     return client;
+  }
+
+  /** Close a client, and check that no timer and no connection is left. */
+  async closed(client: Client): Promise<void> {
+    const closed = watch(client.close());
+    await this.clock.advance(5_000);
+    assert.ok(closed.isDone, "close() settles");
+    assert.equal(this.clock.pendingTimers, 0, "timers left behind");
+    assert.ok(
+      this.connections.every(({ isClosed }) => isClosed),
+      "connections left behind",
+    );
   }
 }
 
