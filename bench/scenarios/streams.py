@@ -33,7 +33,7 @@ class StreamsPlan:
 
     connections: int = 10_000
     rate: float = 1.0
-    seconds: float = 15.0
+    seconds: float = 20.0
     arrival_rate: float = ARRIVAL_RATE
 
 
@@ -56,7 +56,7 @@ def report(watched: Watched) -> Report:
     rows = [
         Row("streams", "streams, one on each connection", result.plan.streams),
         Row("asked", "items a second, asked for", result.plan.rate),
-        Row("reached", "items a second", result.item_rate),
+        Row("reached", "items a second, with opening and ending", result.item_rate),
         Row("items", "items in order", items.equal),
         Row("lost", "items lost", items.lost + sum(items.not_sent.values()), equals=0),
         Row("wrong", "items reordered, doubled or wrong", items.unequal, equals=0),
@@ -91,7 +91,7 @@ def stream_kib(watched: Watched) -> float | None:
 @measurement
 @click.option("--connections", type=COUNT, default=10_000, show_default=True, help="Each with one stream.")
 @click.option("--rate", type=RATE, default=1.0, show_default=True, help="Items a second of each stream.")
-@click.option("--seconds", type=SECONDS, default=15.0, show_default=True, help="Of the load.")
+@click.option("--seconds", type=SECONDS, default=20.0, show_default=True, help="Of each stream.")
 def command(connections: int, rate: float, seconds: float) -> Report:
     with temporary_home() as home:
         return open_streams(home.path, StreamsPlan(connections, rate, seconds))

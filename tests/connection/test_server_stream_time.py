@@ -16,7 +16,7 @@ from zcproto.connection.refusals import (
     reason_in,
     stale_on_stream,
 )
-from zcproto.connection.server_streams import NO_STREAMS, PONG_TIMEOUT_S, TOUCH_INTERVAL_S, StreamTotals
+from zcproto.connection.server_streams import PONG_TIMEOUT_S, TOUCH_INTERVAL_S, StreamTotals
 from zcproto.errors import Code
 from zcproto.wire.frame import CANCEL, CREDIT, ITEM, OPEN, PONG, Kind
 from zcproto.wire.message import NO_META, encode_body, encode_request
@@ -152,7 +152,7 @@ def test_streams_of_an_ended_connection_may_neither_send_nor_take() -> None:
 
 def test_totals_count_streams_and_their_items() -> None:
     pair = StreamPair()
-    assert pair.server.stream_totals() is NO_STREAMS
+    assert pair.server.stream_totals == StreamTotals()
     assert pair.server.open_streams() == []
     stream, _other = pair.open(1, takes_items=True), pair.open(2)
     pair.server.grant(stream, WALL)
@@ -160,9 +160,9 @@ def test_totals_count_streams_and_their_items() -> None:
     for _ in range(2):
         pair.server.send_item(stream, encode_body("x"), WALL)
     totals = StreamTotals(opened=2, items_sent=2, items_received=1, bytes_sent=132, bytes_received=65)
-    assert pair.server.stream_totals() == totals
+    assert pair.server.stream_totals == totals
     pair.server.respond(stream, encode_body(None), WALL)
-    assert pair.server.stream_totals() == totals
+    assert pair.server.stream_totals == totals
     assert len(pair.server.open_streams()) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from zcproto.load.record import Record, RequestKind, merge_records
 from zcproto.load.report import as_json, figures
 from zcproto.load.result import Verdict
 from zcproto.load.run import Stop, run
-from zcproto.load.streams import LoadStream
+from zcproto.load.streams import LoadStream, opening_times
 
 pytestmark = pytest.mark.usefixtures("short_limits")
 
@@ -31,6 +32,15 @@ def expect(count: int = 3) -> tuple[LoadStream, list[dict[str, Any]]]:
     stream = LoadStream(part, 7, b"data", 100.0)
     first = stream.params["n"]
     return stream, [{"n": first + number, "data": b"data"} for number in range(count)]
+
+
+@pytest.mark.parametrize(("rate", "intervals"), [(5.0, 1), (1_250.0, 1), (5_000.0, 4)])
+def test_streams_open_evenly_over_whole_intervals(rate: float, intervals: int) -> None:
+    part = share(stream="repeat", rate=rate, interval_s=10 / rate, processes=2)
+    times = [*opening_times(part, 10)]
+    phases = sorted(each % part.interval_s for each in times)
+    assert times[-1] == pytest.approx(9 * intervals / rate)
+    assert len({round(phase, 9) for phase in phases}) == 10 / math.gcd(10, intervals)
 
 
 def test_all_items_in_order_and_the_result_complete_a_stream() -> None:

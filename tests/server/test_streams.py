@@ -26,6 +26,7 @@ from tests.server.protocol_harness import (
 from zcproto.app.app import Context
 from zcproto.config.model import LogConfig
 from zcproto.connection.events import GoAwayReason
+from zcproto.connection.server_streams import StreamTotals
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, NotFound
 from zcproto.observe.log import configure_logging
@@ -505,12 +506,13 @@ def test_streams_are_counted_also_after_their_connection(client: StreamPeer) -> 
     counters = client.harness.state.counters
     client.send(client.open("count", {"n": 3}), client.open("ticks", stream=2))
     client.turn()
-    assert client.protocol.stream_methods() == ["ticks"]
-    totals = client.protocol.stream_totals()
-    assert totals == (2, 3, 0, 3 * 65, 0)
+    assert client.protocol.streams_open == 1
+    assert +counters.streams_open == {"ticks": 1}
+    totals = StreamTotals(opened=2, items_sent=3, bytes_sent=3 * 65)
+    assert counters.streams == totals
     client.lose()
-    assert client.protocol.stream_totals() == (0, 0, 0, 0, 0)
-    assert client.protocol.stream_methods() == []
+    assert client.protocol.streams_open == 0
+    assert +counters.streams_open == {}
     assert counters.streams == totals
 
 

@@ -225,10 +225,10 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
 
 
 def _streams(snapshot: Snapshot) -> Iterator[Reading]:
-    counters, totals, methods = snapshot.counters, snapshot.streams, snapshot.parts.state.methods
+    counters, totals, methods = snapshot.counters, snapshot.counters.streams, snapshot.parts.state.methods
     streaming = {name for name, method in methods.items() if method.shape != "unary"}
-    for name in sorted(streaming | snapshot.streams_open.keys()):
-        yield "zcproto_streams_open", snapshot.streams_open[name], name
+    for name in sorted(streaming | counters.streams_open.keys()):
+        yield "zcproto_streams_open", counters.streams_open[name], name
     yield "zcproto_streams_opened_total", totals.opened
     yield "zcproto_stream_items_total", totals.items_sent, "sent"
     yield "zcproto_stream_items_total", totals.items_received, "received"

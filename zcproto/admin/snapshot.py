@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
@@ -29,7 +27,6 @@ from zcproto.app.app import Method
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
 from zcproto.common.clock import MS_PER_SECOND
-from zcproto.connection.server_streams import StreamTotals
 from zcproto.observe.log import level
 from zcproto.observe.process import resident_bytes, used_cpu_s
 from zcproto.server.state import Counters
@@ -48,7 +45,7 @@ class Snapshot:
     """One reading of a server: what had to be computed, beside the counters that its `parts` keep.
 
     `in_flight` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` and `most_streams_open`
-    the maximum; `streams_open` is by method, and `streams` includes connections that have ended.
+    the maximum.
     `rates`, `store_report` and `alerts` are reports of the traffic, the session store and the alerts.
     """
 
@@ -56,9 +53,7 @@ class Snapshot:
     time: int
     in_flight: int
     most_in_flight: int
-    streams_open: Counter[str]
     most_streams_open: int
-    streams: StreamTotals
     slow_readers: int
     rates: Mapping[str, Any]
     store_report: Mapping[str, Any]
@@ -76,16 +71,12 @@ def take_snapshot(parts: Parts) -> Snapshot:
     """Read a server. Call it in its loop."""
     connections = parts.state.connections
     in_flight = [protocol.in_flight for protocol in connections]
-    streams_open = [protocol.stream_methods() for protocol in connections]
-    streams = [protocol.stream_totals() for protocol in connections]
     return Snapshot(
         parts=parts,
         time=parts.clock.wall(),
         in_flight=sum(in_flight),
         most_in_flight=max(in_flight, default=0),
-        streams_open=Counter(chain.from_iterable(streams_open)),
-        most_streams_open=max(map(len, streams_open), default=0),
-        streams=StreamTotals(*map(sum, zip(parts.state.counters.streams, *streams, strict=True))),
+        most_streams_open=max((protocol.streams_open for protocol in connections), default=0),
         slow_readers=sum(protocol.is_slow_reader for protocol in connections),
         rates=parts.traffic.rates(),
         store_report=parts.state.sessions.statistics(),
@@ -137,13 +128,13 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             "incidents": counters.incidents,
         },
         "streams": {
-            "open": snapshot.streams_open.total(),
-            "opened": snapshot.streams.opened,
+            "open": counters.streams_open.total(),
+            "opened": counters.streams.opened,
             "cut": sum(counters.streams_cut.values()),
-            "items_sent": snapshot.streams.items_sent,
-            "items_received": snapshot.streams.items_received,
-            "bytes_sent": snapshot.streams.bytes_sent,
-            "bytes_received": snapshot.streams.bytes_received,
+            "items_sent": counters.streams.items_sent,
+            "items_received": counters.streams.items_received,
+            "bytes_sent": counters.streams.bytes_sent,
+            "bytes_received": counters.streams.bytes_received,
             "waiting_bytes": state.item_bytes,
         },
         "calls": {
@@ -204,7 +195,7 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "http": None if parts.http is None else _http_stats(parts.http),
         "sessions": len(state.registry),
         "requests": counters.requests,
-        "items_sent": snapshot.streams.items_sent,
+        "items_sent": counters.streams.items_sent,
         "running": state.tasks.running,
         "tasks": len(asyncio.all_tasks()),
         "errors": {str(code): count for code, count in counters.errors.items()},

@@ -82,15 +82,6 @@ class ItemQueue:
         return self._taken[0]
 
     @property
-    def received(self) -> int:
-        """The number of items that have arrived."""
-        return self._received[0]
-
-    @property
-    def received_bytes(self) -> int:
-        return self._received[1]
-
-    @property
     def still_allowed(self) -> int:
         """How many items the peer may have sent that have not arrived; each counts 64 bytes or more."""
         items = self._granted[0] - self._received[0]

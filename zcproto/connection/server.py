@@ -40,7 +40,7 @@ from zcproto.connection.joined_sessions import JoinedSessions
 from zcproto.connection.sent_ping import SentPing
 from zcproto.connection.server_calls import ServerCalls, read_answer
 from zcproto.connection.server_output import ServerOutput
-from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams
+from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
@@ -110,6 +110,7 @@ class ServerConnection(ServerOutput):
         salt: 8 random bytes, unique to this connection and covered by signatures of devices.
         admits: called when a token is first used here; False refuses it like an unknown one.
         refused: counts frames refused before they became requests, by cause and code; connections may share it.
+        stream_totals: counts streams and their items; connections may share it.
 
     Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier, or `wasted` grew.
     """
@@ -122,6 +123,7 @@ class ServerConnection(ServerOutput):
     now: InitVar[float]
     admits: Callable[[Session], bool] | None = None
     refused: dict[tuple[str, int], int] = field(default_factory=dict)
+    stream_totals: StreamTotals = field(default_factory=StreamTotals)
     state: State = field(default=State.OPEN, init=False)
     deadline_moved: bool = field(default=True, init=False)
     wasted: int = field(default=0, init=False)  # refused frames and PINGs, until the edge resets it

@@ -19,7 +19,7 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.joined_sessions import JoinedSessions
 from zcproto.connection.server_calls import ServerCall, ServerCalls
-from zcproto.connection.server_streams import NO_STREAMS, ServerStreams, StreamTotals
+from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, Unavailable
@@ -64,6 +64,7 @@ class ServerOutput:
     salt: bytes
     state: State
     sessions: JoinedSessions
+    stream_totals: StreamTotals
     deadline_moved: bool
     _calls: ServerCalls | None
     _counter: int
@@ -79,7 +80,7 @@ class ServerOutput:
         request.held = True
         self._held[request.stream] = request
         if isinstance(request, ServerStream):
-            self.streams(now).in_flight += 1
+            self.streams(now).begin()
             self.deadline_moved = True
         if request.meta.deadline_ms is not None:
             request.deadline = now + request.meta.deadline_ms / MS
@@ -152,12 +153,8 @@ class ServerOutput:
         """Return what the streams of this connection share."""
         if self._streams is None:
             assert self.settings.streams is not None, "announced"
-            self._streams = ServerStreams(self.settings.streams, now)
+            self._streams = ServerStreams(self.settings.streams, self.stream_totals, now)
         return self._streams
-
-    def stream_totals(self) -> StreamTotals:
-        """Return the figures of the streams of this connection."""
-        return NO_STREAMS if self._streams is None else self._streams.totals(self._held)
 
     def open_streams(self) -> list[ServerStream]:
         """Return the streams in flight."""
@@ -180,8 +177,11 @@ class ServerOutput:
         counter = self._counter
         self._counter = counter + 1
         stream.credit.count(length)
-        assert self._streams is not None
-        self._streams.sent_bytes += length
+        streams = self._streams
+        assert streams is not None
+        streams.sent_bytes += length
+        streams.totals.items_sent += 1
+        streams.totals.bytes_sent += length
         header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
         self._out.append(header + body)
 

@@ -25,8 +25,8 @@ It must not know: other requests, sessions beyond their ids, how items are made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import reduce
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 from zcproto.connection import refusals
 from zcproto.connection.credit import ItemQueue
@@ -36,7 +36,7 @@ from zcproto.connection.sent_ping import NO_PING
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, InvalidArgument, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
-from zcproto.wire.frame import CREDIT, END, ITEM
+from zcproto.wire.frame import CREDIT, END, ITEM, MIN_LENGTH
 from zcproto.wire.message import MessageError, decode_body
 
 TOUCH_INTERVAL_S: Final = 30.0
@@ -51,8 +51,9 @@ _ENDED: Final = ItemQueue((0, 0))
 _ENDED.has_ended = True
 
 
-class StreamTotals(NamedTuple):
-    """The streams of one connection so far, and their items with the `length` of their frames."""
+@dataclass(slots=True)
+class StreamTotals:
+    """The streams so far of the connections that share it, and their items with the `length` of their frames."""
 
     opened: int = 0
     items_sent: int = 0
@@ -61,7 +62,6 @@ class StreamTotals(NamedTuple):
     bytes_received: int = 0
 
 
-NO_STREAMS: Final = StreamTotals()
 _NEVER_PINGED: Final = -NEVER  # one object for all connections
 
 
@@ -69,7 +69,6 @@ class ServerStreams:
     """The streams of one connection. Created with its first OPEN."""
 
     __slots__ = (
-        "_ended",
         "_limits",
         "allowance",
         "in_flight",
@@ -78,12 +77,13 @@ class ServerStreams:
         "pinged_at",
         "sent_bytes",
         "slow_at",
+        "totals",
         "touch_at",
     )
 
-    def __init__(self, limits: StreamLimits, now: float) -> None:
+    def __init__(self, limits: StreamLimits, totals: StreamTotals, now: float) -> None:
         self._limits = limits
-        self._ended = NO_STREAMS
+        self.totals = totals
         self.allowance = 0  # late items that are dropped
         self.in_flight = 0
         self.lingering = 0  # cut, with their methods still running
@@ -103,9 +103,13 @@ class ServerStreams:
     def is_full(self) -> bool:
         return self.in_flight + self.lingering >= self._limits.max_open
 
+    def begin(self) -> None:
+        """Count a stream that is in flight from now on."""
+        self.in_flight += 1
+        self.totals.opened += 1
+
     def ended(self, stream: ServerStream, *, lingers: bool) -> None:
         """Count the late items of a stream that was answered."""
-        self._ended = _add(self._ended, stream)
         self.in_flight -= 1
         self.lingering += lingers
         stream.is_answered = True
@@ -123,10 +127,6 @@ class ServerStreams:
                 stream.credit.items = 0
                 if stream.items is not None:
                     stream.items.clear()
-
-    def totals(self, held: Mapping[int, Request]) -> StreamTotals:
-        """Return the figures of all streams of this connection; reading them costs the streams in flight."""
-        return reduce(_add, (each for each in held.values() if isinstance(each, ServerStream)), self._ended)
 
     def take_items(self, stream: ServerStream) -> ItemQueue:
         """Let the method take items of the client; call this before the next event is taken."""
@@ -165,6 +165,8 @@ class ServerStreams:
             stream.items.end()
         else:
             stream.items.receive(body)
+            self.totals.items_received += 1
+            self.totals.bytes_received += MIN_LENGTH + len(body)
         return ItemsReceived(stream)
 
     # --- sending ----------------------------------------------------------------------------------
@@ -211,17 +213,6 @@ class ServerStreams:
             session = registry.check(sessions[session_id].token, wall)
             if isinstance(session, Session) and session.bound:
                 registry.use(session, wall)
-
-
-def _add(totals: StreamTotals, stream: ServerStream) -> StreamTotals:
-    credit, items = stream.credit, stream.items
-    return StreamTotals(
-        totals.opened + 1,
-        totals.items_sent + credit.sent_items,
-        totals.items_received + (0 if items is None else items.received),
-        totals.bytes_sent + credit.sent_bytes,
-        totals.bytes_received + (0 if items is None else items.received_bytes),
-    )
 
 
 def read_item(stream: ServerStream, body: bytes, max_depth: int) -> object:

@@ -37,7 +37,7 @@ from zcproto.load.connection import FrameConnection
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
 from zcproto.load.plan import CLIENT_NAME, Share
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
-from zcproto.load.streams import LoadStream
+from zcproto.load.streams import LoadStream, opening_times
 from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.transport import TlsTransport
@@ -227,8 +227,7 @@ class Generator:
         used = time.process_time()
         started = self.record.load_started = time.monotonic()
         if share.stream:
-            # Over one interval, so that the items of all streams are due evenly.
-            times = uniform_times(share.rate, len(ready) * share.pipeline)
+            times = opening_times(share, len(ready) * share.pipeline)
             await self._pacer.run(times, lambda due: self._open_stream(next(turns), due))
             await self._wait(lambda: self.in_flight == 0, share.items_per_stream * share.interval_s)
         else:

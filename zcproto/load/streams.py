@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, Final
 
 from zcproto.connection.client_streams import ClientStream
+from zcproto.load.pacer import uniform_times
 from zcproto.load.plan import Share
+
+MAX_OPENED_PER_SECOND: Final = 2_500
+"""By all processes. Opening a stream costs a server more than an item, and a late stream has only late items."""
+
+
+def opening_times(share: Share, streams: int) -> Iterator[float]:
+    """Yield when to open each stream, in seconds, over whole intervals: so their items are due evenly."""
+    intervals = math.ceil(share.rate * share.processes / MAX_OPENED_PER_SECOND)
+    return uniform_times(share.rate / intervals, streams)
 
 
 class LoadStream:

@@ -32,8 +32,9 @@ from zcproto.server.state import log
 _PR_SET_DUMPABLE: Final = 4
 KEY_LOG: Final = "SSLKEYLOGFILE"
 
-GC_THRESHOLDS: Final = (20_000, 50, 100)
-"""The default thresholds would walk every object of 10,000 connections again and again."""
+GC_THRESHOLDS: Final = (10_000, 5, 2_000)
+"""The defaults would walk every object of 10,000 connections again and again. The second number bounds what one
+collection walks: with 50, that was every object of those connections, for 200 ms."""
 
 SWITCH_INTERVAL: Final = 0.000_5
 """Seconds that another thread may hold the interpreter while the loop waits; the default of 5 ms is noticeable."""

@@ -26,7 +26,6 @@ from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_streams import NO_STREAMS, StreamTotals
 from zcproto.errors import (
     Aborted,
     CallError,
@@ -361,17 +360,12 @@ class Dispatcher(asyncio.Protocol):
     @property
     def in_flight(self) -> int:
         """Requests whose methods wait."""
-        streams = 0 if self._streams is None else self._streams.running
-        return streams + len(self._workers or ())
+        return self.streams_open + len(self._workers or ())
 
-    def stream_methods(self) -> list[str]:
-        """Return the method of each stream that has not been answered."""
-        streams = [] if self._connection is None else self._connection.open_streams()
-        return [stream.method for stream in streams]
-
-    def stream_totals(self) -> StreamTotals:
-        """Return the figures of the streams of this connection."""
-        return NO_STREAMS if self._connection is None else self._connection.stream_totals()
+    @property
+    def streams_open(self) -> int:
+        """Streams that have not been answered."""
+        return 0 if self._streams is None else self._streams.running
 
     def has_ended(self, request: Request) -> bool:
         """Return whether a request has been answered or can no longer be answered."""

@@ -43,7 +43,6 @@ from zcproto.connection.events import (
 )
 from zcproto.connection.refusals import TOKEN_ERRORS
 from zcproto.connection.server import ServerConnection
-from zcproto.connection.server_streams import NO_STREAMS
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
@@ -131,6 +130,7 @@ class ServerProtocol(Dispatcher):
             now=now,
             admits=self._admits if state.binding.is_enabled else None,
             refused=state.counters.refused,
+            stream_totals=state.counters.streams,
         )
         state.connections.add(self)
         state.counters.connections_opened += 1
@@ -576,9 +576,6 @@ class ServerProtocol(Dispatcher):
         if is_on("debug"):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
         state.counters.dropped_stale += connection.dropped_stale
-        totals = connection.stream_totals()
-        if totals is not NO_STREAMS:
-            state.counters.add_streams(totals)
         state.counters.dropped_answers += connection.dropped_answers
         for session_id in connection.sessions:
             state.session_connections.leave(session_id, self)

@@ -16,7 +16,7 @@ from zcproto.app.app import CallConnection, Method
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
-from zcproto.connection.server_streams import NO_STREAMS, StreamTotals
+from zcproto.connection.server_streams import StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger
@@ -63,8 +63,9 @@ class Counters:
     """Live sessions that ended, by reason."""
     events: int = 0
     """Events sent by methods and the server; expiry warnings are sent by connections and not counted."""
-    streams: StreamTotals = NO_STREAMS
-    """Of connections that have ended."""
+    streams: StreamTotals = field(default_factory=StreamTotals)
+    streams_open: Counter[str] = field(default_factory=Counter)
+    """Streams that have not been answered, by method."""
     streams_cut: Counter[str] = field(default_factory=Counter)
     """Streams that were cancelled before their methods had returned, by reason."""
     write_pauses: int = 0
@@ -72,10 +73,6 @@ class Counters:
     reloads: int = 0
     """Configurations applied while the server ran."""
     reloads_refused: int = 0
-
-    def add_streams(self, totals: StreamTotals) -> None:
-        """Keep the figures of a connection that has ended."""
-        self.streams = StreamTotals(*map(sum, zip(self.streams, totals, strict=True)))
 
 
 class Connection(CallConnection, Protocol):
@@ -85,8 +82,8 @@ class Connection(CallConnection, Protocol):
     def in_flight(self) -> int: ...
     @property
     def is_slow_reader(self) -> bool: ...
-    def stream_methods(self) -> list[str]: ...
-    def stream_totals(self) -> StreamTotals: ...
+    @property
+    def streams_open(self) -> int: ...
     def session_ended(self, session_id: str, code: Code, reason: EndReason) -> None: ...
     def disprove(self, key: str) -> None: ...
     def announce(self, body: bytes) -> None: ...

@@ -181,6 +181,7 @@ class StreamRunner:
     def start(self, stream: ServerStream, work: Coroutine[Any, Any, Any], items: StreamItems | None) -> None:
         """Run the method of a stream that is held."""
         self.running += 1
+        self.state.counters.streams_open[stream.method] += 1
         stream.worker = StreamWorker(self, stream, work, items)
 
     def workers(self) -> list[tuple[ServerStream, StreamWorker]]:
@@ -194,15 +195,16 @@ class StreamRunner:
         if worker is None:
             return
         self.running -= 1
+        self.state.counters.streams_open[stream.method] -= 1
         if worker.items is not None:
             worker.items.arrived()
 
     def close(self) -> None:
         """Discard all items, and cancel all methods: the connection has ended."""
         for stream, worker in self.workers():
-            stream.worker = None
             if worker.items is not None:
                 worker.items.discard()
+            self.release(stream)
             worker.cancel()
 
     # --- the client's items -----------------------------------------------------------------------
