@@ -206,7 +206,7 @@ def test_many_revocations_raise_alert_but_closing_does_not(start: Start) -> None
         operator.call("server.revoke", {"user": "ada"})
     alert = alerting.until("session.revocation_rate")
     assert alert["details"]["in_window"] == 5
-    assert alerting.server.in_loop(lambda: alerting.server.server.state.revoked) == 5
+    assert alerting.server.in_loop(lambda: alerting.server.server.state.registry.revoked) == 5
 
 
 def test_removed_user_raises_alert(start: Start, tmp_path: Path) -> None:

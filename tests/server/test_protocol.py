@@ -278,7 +278,7 @@ def test_revocation_between_reads_is_sent_in_one_write(harness: Harness, peer: P
     harness.turn()
     (event,) = peer.answers()
     assert event.event == ("session.revoked", {"reason": "test"})
-    assert harness.state.revoked == 1
+    assert harness.registry.revoked == 1
     assert harness.state.counters.sessions_ended == {"test": 1}
     # Without a session it is closed after the open timeout.
     harness.advance(12)

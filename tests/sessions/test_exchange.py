@@ -260,17 +260,17 @@ def test_forgetting_every_session_keeps_tombstones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "counted"),
-    [(Code.TOKEN_REVOKED, (1, 0)), (Code.SESSION_REPLACED, (0, 1)), (Code.TOKEN_EXPIRED, (0, 0))],
+    ("code", "replaced"),
+    [(Code.TOKEN_REVOKED, 0), (Code.SESSION_REPLACED, 1), (Code.TOKEN_EXPIRED, 0)],
 )
-def test_end_by_store_is_announced(code: Code, counted: tuple[int, int]) -> None:
+def test_end_by_store_is_announced_and_not_counted_as_revoked_here(code: Code, replaced: int) -> None:
     harness = RegistryHarness()
     session = taken_in(harness)
     session_id = harness.good(session.token).id
     assert harness.registry.end(session.record.id, code, "elsewhere", WALL)
     assert harness.ended == [(session_id, code, "elsewhere")]
     assert harness.code(session.token) is code
-    assert (harness.registry.revoked, harness.registry.replaced) == counted
+    assert (harness.registry.revoked, harness.registry.replaced) == (0, replaced)
     assert not harness.registry.end(session.record.id, code, "elsewhere", WALL)
     assert not harness.registry.end(bytes(16), code, "elsewhere", WALL)
 

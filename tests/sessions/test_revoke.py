@@ -110,7 +110,7 @@ def test_second_close_does_not_end_session_that_reuses_slot() -> None:
     assert second.session.slot == first.session.slot
     harness.registry.close(first.session)
     assert harness.good(second.token)
-    assert harness.registry.revoked == 1
+    assert harness.registry.revoked == 0, "closed by its client"
 
 
 def test_session_can_be_closed_after_refresh() -> None:

@@ -142,9 +142,9 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
             "calls",
             f"{calls['handlers']:,} clients handle calls; {calls['in_flight']:,} in flight; {ended or 'none yet'}",
         )
-    yield _row("latency", f"{_percentiles(traffic['work'])}  (CPU, last minute)")
+    yield _row("latency", f"CPU    {_percentiles(traffic['work'])}  (last minute)")
     if traffic["waits"]["count"]:
-        yield _row("", f"{_percentiles(traffic['waits'])}  (of those that awaited)")
+        yield _row("", f"await  {_percentiles(traffic['waits'])}  (of those that awaited)")
     if requests["incidents"]:
         yield _row("incidents", f"{requests['incidents']:,}; see the log", bad=True)
 

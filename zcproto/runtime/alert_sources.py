@@ -177,7 +177,7 @@ def watch_rates(parts: Parts) -> None:
     watch(
         AlertKind.REVOCATION_RATE,
         config.revocation_rate,
-        lambda: state.revoked,
+        lambda: state.registry.revoked,
         "{count} sessions were revoked within {window}",
     )
     watch(

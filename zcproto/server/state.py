@@ -170,8 +170,6 @@ class ServerState:
     """The body of an event for every connection; future ones get it after WELCOME."""
     clients: RegisteredClients = field(default_factory=lambda: RegisteredClients(CallLimits()))
     """The clients that handle calls."""
-    revoked: int = 0
-    """Sessions revoked by someone other than their owner."""
     on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
     run: str = field(default_factory=lambda: secrets.token_hex(2))
@@ -229,8 +227,6 @@ class ServerState:
         self.methods.update((method.name, method) for method in methods)
 
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
-        if code is Code.TOKEN_REVOKED and reason is not EndReason.CLOSED:
-            self.revoked += 1
         self.counters.sessions_ended[reason] += 1
         for connection in self.session_connections.remove(session_id):
             connection.session_ended(session_id, code, reason)

@@ -71,9 +71,7 @@ class Exchange(Lifecycle):
         if slot == NONE:
             return False
         self._wall = wall
-        if code is Code.TOKEN_REVOKED:
-            self.revoked += 1
-        elif code is Code.SESSION_REPLACED:
+        if code is Code.SESSION_REPLACED:
             self.replaced += 1
         self._end(slot, code, reason)
         self._announce()

@@ -193,7 +193,8 @@ class Lifecycle:
         self._drop_surplus_tombstone()
 
     def _revoke(self, slot: int, reason: EndReason) -> None:
-        self.revoked += 1
+        if reason is not EndReason.CLOSED:
+            self.revoked += 1
         self._end(slot, Code.TOKEN_REVOKED, reason)
 
     def _announce(self) -> None:

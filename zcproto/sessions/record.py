@@ -28,7 +28,7 @@ class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclas
     client: str
     address: str
     flags: int
-    """OPERATOR and BOUND, see session.py."""
+    """OPERATOR, BOUND and EXTERNAL, see session.py."""
     created_at: int
     last_used_at: int
     """Written behind: the time of the last `touch` of the store."""

@@ -30,6 +30,7 @@ from zcproto.sessions.index import DigestIndex
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFull
 from zcproto.sessions.session import (
     BOUND,
+    EXTERNAL,
     OPERATOR,
     EndReason,
     NewSession,
@@ -59,8 +60,9 @@ class SessionRegistry(Exchange):
     `observers` are called with (session id, code, reason) when a live session ends: TOKEN_EXPIRED (also if a
     refresh could revive it), TOKEN_REVOKED or SESSION_REPLACED; not for a refresh. `generation` grows whenever a
     token may have become invalid. The other integers are counters: sessions `opened`, `refreshed`, `expired`,
-    `revoked` (closed ones included) and `replaced`; reused refresh tokens that ended a session
-    (`refresh_reused`); tokens refused by `check` (`checks_refused`); completed passes of `clean` (`sweeps`).
+    `revoked` (neither closed by their clients nor ended by another server) and `replaced`; reused refresh tokens
+    that ended a session (`refresh_reused`); tokens refused by `check` (`checks_refused`); completed passes of
+    `clean` (`sweeps`).
     """
 
     def __init__(self, settings: SessionSettings, entropy: Callable[[int], bytes]) -> None:
@@ -146,14 +148,22 @@ class SessionRegistry(Exchange):
     # Opening and refreshing
 
     def open(
-        self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
+        self,
+        user: str,
+        *,
+        operator: bool,
+        client: str,
+        address: str,
+        wall: int,
+        key: str = "",
+        external: bool = False,
     ) -> OpenedSession:
         """Open a session for an authenticated user.
 
         A user has at most `per_user` sessions, live and lapsed. The oldest lapsed ones are evicted first, without
         notice: they have no live token, and remnants of old logins must not lock a user out. `when_full` applies
         when `per_user` are live. After the limit was lowered, as many are evicted as are too many. A session with
-        a `key` is bound to it.
+        a `key` is bound to it; `external` is whether the user is the application's.
 
         Raises:
             ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`, the server
@@ -161,7 +171,9 @@ class SessionRegistry(Exchange):
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
-        new = self.new_session(user, operator=operator, client=client, address=address, wall=wall, key=key)
+        new = self.new_session(
+            user, operator=operator, client=client, address=address, wall=wall, key=key, external=external
+        )
         self._make_room(user, wall, self._settings.per_user, self._settings.when_full)
         slot = self._table.add(new.record)  # new ids and digests: none of `restore`'s checks applies
         self._live += 1
@@ -169,7 +181,15 @@ class SessionRegistry(Exchange):
         return self._opened_new(slot, new)
 
     def new_session(
-        self, user: str, *, operator: bool, client: str, address: str, wall: int, key: str = ""
+        self,
+        user: str,
+        *,
+        operator: bool,
+        client: str,
+        address: str,
+        wall: int,
+        key: str = "",
+        external: bool = False,
     ) -> NewSession:
         """Return a new session for a store, with its tokens. It is unknown here until `restore`.
 
@@ -183,7 +203,7 @@ class SessionRegistry(Exchange):
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if self._table.ids.find(session_id) != NONE:
             raise _entropy_repeats()
-        flags = (OPERATOR if operator else 0) | (BOUND if key else 0)
+        flags = (OPERATOR if operator else 0) | (BOUND if key else 0) | (EXTERNAL if external else 0)
         expires_at = wall + settings.lifetime_ms
         refresh_expires_at = wall + settings.refresh_lifetime_ms if settings.refresh else 0
         # By position: with keywords a named tuple costs six times as much.
@@ -401,14 +421,14 @@ class SessionRegistry(Exchange):
 
     def revoke_all(self, reason: EndReason) -> int:
         """End every live and lapsed session. Return their number. Takes some microseconds per session."""
-        before = self.revoked
-        slot = 0
+        ended = slot = 0
         while slot < self._table.slab.size:  # the slab shrinks while it empties
             if self._is_kept(slot):
                 self._revoke(slot, reason)
+                ended += 1
             slot += 1
         self._announce()
-        return self.revoked - before
+        return ended
 
     # Helpers
 

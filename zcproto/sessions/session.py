@@ -19,6 +19,8 @@ _MAX_GRACE_MS: Final = 60_000
 
 OPERATOR: Final = 1
 BOUND: Final = 2
+EXTERNAL: Final = 4
+"""The user is the application's, and not in the file of users of the home folder."""
 
 DEVICE_KEY: Final = "device:"
 """Prefix of the key of sessions bound to a device; the device's name follows."""

@@ -93,19 +93,31 @@ class SessionService:
     # --- opening and refreshing --------------------------------------------------------------------
 
     async def open(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = ""
+        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
     ) -> OpenedSession:
         """Open a session for an authenticated user. Raises like `SessionRegistry.open`, and Unavailable."""
         return self._registry.open(
-            user, operator=operator, client=client, address=address, wall=self._clock.wall(), key=key
+            user,
+            operator=operator,
+            client=client,
+            address=address,
+            wall=self._clock.wall(),
+            key=key,
+            external=external,
         )
 
     def open_nowait(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = ""
+        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
     ) -> OpenedSession | None:
         """Open a session without waiting. Return None, having done nothing, if a store is involved."""
         return self._registry.open(
-            user, operator=operator, client=client, address=address, wall=self._clock.wall(), key=key
+            user,
+            operator=operator,
+            client=client,
+            address=address,
+            wall=self._clock.wall(),
+            key=key,
+            external=external,
         )
 
     async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
@@ -207,7 +219,7 @@ class StoredSessionService(SessionService):
     # --- opening -----------------------------------------------------------------------------------
 
     async def open(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = ""
+        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
     ) -> OpenedSession:
         self.sync.breaker.check()
         registry = self._registry
@@ -224,7 +236,7 @@ class StoredSessionService(SessionService):
         wall = self._clock.wall()
         self._newest = max(self._newest, wall)
         new = registry.new_session(
-            user, operator=operator, client=client, address=address, wall=wall, key=key
+            user, operator=operator, client=client, address=address, wall=wall, key=key, external=external
         )
         creating = self.sync.tasks.spawn(self._create(new.record))
         self._opening[creating] = user
@@ -241,7 +253,9 @@ class StoredSessionService(SessionService):
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
 
-    def open_nowait(self, user: str, *, operator: bool, client: str, address: str, key: str = "") -> None:
+    def open_nowait(
+        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
+    ) -> None:
         return None
 
     def _created(self, creating: asyncio.Task[None]) -> None:
@@ -398,6 +412,7 @@ class StoredSessionService(SessionService):
 
     async def _end_unknown(self, session_id: bytes, wall: int, user: str | None) -> Sequence[EndedRecord]:
         ended = await self._call(self._store.end([session_id], Code.TOKEN_REVOKED, wall, user))
+        self._registry.revoked += len(ended)
         self.sync.revoker.apply_ended(ended)
         return ended
 
@@ -407,7 +422,9 @@ class StoredSessionService(SessionService):
         with suppress_event:
             known = self._registry.revoke_user(user, reason)
         ended = await self._write(Revocation(self._opened_until(), user=user))
-        return known if ended is None else max(known, len(ended))
+        revoked = known if ended is None else max(known, len(ended))
+        self._registry.revoked += revoked - known  # those that only other servers know
+        return revoked
 
     async def revoke_key(self, user: str, key: str, reason: EndReason) -> int:
         registry = self._registry

@@ -145,11 +145,11 @@
     top.className = "top";
     top.setAttribute("aria-hidden", "true"); // the label of the chart has the same text
     svg.before(top);
-    const most = make("span", "", top), since = make("span", "", top);
-    return { svg, names, area, lines, most, since, asText: svg.dataset.unit === "s" ? latency : rate };
+    const peak = make("span", "", top), since = make("span", "", top);
+    return { svg, names, area, lines, peak, since, asText: svg.dataset.unit === "s" ? latency : rate };
   });
 
-  function chart({ svg, names, area, lines, most, since, asText }, now) {
+  function chart({ svg, names, area, lines, peak, since, asText }, now) {
     const known = points.flatMap((point) => names.map((name) => point[name])).filter((value) => value !== null);
     const highest = known.length ? Math.max(...known) : 0;
     const shown = points.length ? Math.max(SHORTEST_MS, now - points[0].time) : SHORTEST_MS;
@@ -173,11 +173,11 @@
       lines[index].setAttribute("d", line);
       if (area !== null) area.setAttribute("d", last === null ? "" : `${filled}V${CHART_HEIGHT}Z`);
     });
-    const peak = known.length ? `peak ${asText(highest)}` : "no figures yet";
+    const text = known.length ? `peak ${asText(highest)}` : "no figures yet";
     const window = shown < 90000 ? `${Math.round(shown / 1000)} s` : `${Math.round(shown / 60000)} min`;
-    put(most, peak);
+    put(peak, text);
     put(since, window);
-    svg.setAttribute("aria-label", `Chart of the last ${window}: ${peak}`);
+    svg.setAttribute("aria-label", `Chart of the last ${window}: ${text}`);
   }
 
   // --- figures ---------------------------------------------------------------------------------------
@@ -197,8 +197,8 @@
 
     const percentiles = (of) => [of.p50, of.p90, of.p99, of.p999].map(latency);
     rows(at("latency"), [
-      { label: "CPU", values: percentiles(traffic.work), small: `of ${count(traffic.work.count)}` },
-      { label: "Await", values: percentiles(traffic.waits), small: `of ${count(traffic.waits.count)}` },
+      { label: "CPU", values: percentiles(traffic.work), small: `${count(traffic.work.count)} sampled` },
+      { label: "Await", values: percentiles(traffic.waits), small: plural(traffic.waits.count, "request", "requests") },
     ]);
     showHandshakes(handshakes);
     showStreams(figures.streams);
