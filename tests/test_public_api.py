@@ -26,10 +26,13 @@ def test_every_public_name_exists(name: str) -> None:
 
 def test_public_names_are_fixed() -> None:
     own = {
+        "BUILT_IN_SCHEMES",
         "App",
+        "Authenticator",
         "BlockingClient",
         "BlockingUserSession",
         "Call",
+        "CallableAuthenticator",
         "Client",
         "ClientSession",
         "Code",
@@ -38,6 +41,7 @@ def test_public_names_are_fixed() -> None:
         "Context",
         "Device",
         "Event",
+        "Identity",
         "Items",
         "Server",
         "Topic",
@@ -55,7 +59,7 @@ def test_public_names_are_fixed() -> None:
         if isinstance(value, type) and issubclass(value, errors.ZcprotoError)
     }
     assert set(zcproto.__all__) == own | raised
-    assert list(zcproto.__all__) == sorted(zcproto.__all__)
+    assert list(zcproto.__all__) == sorted(zcproto.__all__, key=lambda name: (not name.isupper(), name))
     assert dir(zcproto) == sorted(zcproto.__all__)
 
 

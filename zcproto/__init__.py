@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zcproto.app.app import App, Context
+    from zcproto.app.authentication import CallableAuthenticator
     from zcproto.app.clients import ConnectedClient
     from zcproto.app.items import Items
     from zcproto.app.topics import Topic, TopicEvent
+    from zcproto.auth import BUILT_IN_SCHEMES, Authenticator, Identity
     from zcproto.client import (
         BlockingClient,
         BlockingUserSession,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
         FailedPrecondition,
         InternalError,
         InvalidArgument,
+        LoginError,
         NotFound,
         OutOfRange,
         PermissionDenied,
@@ -64,13 +67,16 @@ if TYPE_CHECKING:
     from zcproto.runtime.server import Server
 
 __all__ = [
+    "BUILT_IN_SCHEMES",
     "Aborted",
     "AlreadyExists",
     "App",
+    "Authenticator",
     "BlockingClient",
     "BlockingUserSession",
     "Call",
     "CallError",
+    "CallableAuthenticator",
     "Cancelled",
     "CannotConnect",
     "CertificateError",
@@ -87,9 +93,11 @@ __all__ = [
     "Device",
     "Event",
     "FailedPrecondition",
+    "Identity",
     "InternalError",
     "InvalidArgument",
     "Items",
+    "LoginError",
     "NotFound",
     "OutOfRange",
     "PermissionDenied",
@@ -118,9 +126,12 @@ __all__ = [
 
 _MODULES = {
     "App": "zcproto.app.app",
+    "Authenticator": "zcproto.auth",
+    "BUILT_IN_SCHEMES": "zcproto.auth",
     "BlockingClient": "zcproto.client",
     "BlockingUserSession": "zcproto.client",
     "Call": "zcproto.client",
+    "CallableAuthenticator": "zcproto.app.authentication",
     "Client": "zcproto.client",
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
@@ -129,6 +140,7 @@ _MODULES = {
     "Device": "zcproto.client",
     "Items": "zcproto.app.items",
     "Event": "zcproto.client",
+    "Identity": "zcproto.auth",
     "Server": "zcproto.runtime.server",
     "Topic": "zcproto.app.topics",
     "TopicEvent": "zcproto.app.topics",

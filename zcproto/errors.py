@@ -5,6 +5,7 @@
     ├── CertificateError         a certificate or key cannot be used
     ├── ProtocolError            the peer violated the protocol; has the code for it
     ├── TlsError                 the TLS handshake failed, or the peer cannot be trusted
+    ├── LoginError               the application's `login` of a client raised, or returned no login
     ├── ConnectionClosed         the connection ended; `clean` is False after a truncation
     │   └── CannotConnect        no connection could be made: refused, unreachable, timeout
     └── CallError                a call was answered with an error; one subclass per code
@@ -104,6 +105,14 @@ class TlsError(ZcprotoError):
 
     def __str__(self) -> str:
         return f"{self.failure}: {self.detail}" if self.detail else self.failure
+
+
+class LoginError(ZcprotoError):
+    """The function that an application gave to a client as `login` raised, or did not return a login.
+
+    Its exception is the `__cause__`. The next call of the client runs the function again. The message contains no
+    value of the login.
+    """
 
 
 class ConnectionClosed(ZcprotoError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,23 @@ def directory(file: TableFile[Entry]) -> Directory[Entry]:
         return 0
 
     return Directory(file, on_gone=end_none)
+
+
+class FunctionAuthenticator:
+    """A scheme decided by a function of the fields and the address."""
+
+    def __init__(
+        self,
+        scheme: str,
+        function: Callable[[Mapping[str, Any], str], Identity | Awaitable[Identity | None] | None],
+    ) -> None:
+        self.scheme = scheme
+        self._function = function
+
+    def authenticate(
+        self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
+    ) -> Identity | Awaitable[Identity | None] | None:
+        return self._function(params, address)
 
 
 class FakeLog:

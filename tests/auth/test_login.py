@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.auth.helpers import DIGEST, directory, drive, identified
-from zcproto.auth import CallableAuthenticator, Identity, Login, Throttle, UserFile
+from tests.auth.helpers import DIGEST, FunctionAuthenticator, directory, drive, identified
+from zcproto.auth import Identity, Login, Throttle, UserFile
 from zcproto.auth.login import MAX_PENDING
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable
@@ -54,7 +54,7 @@ def test_all_failed_logins_get_the_same_error(login: Login, user: str, text: str
 
 
 def test_failed_login_of_a_function_gets_the_same_error() -> None:
-    login = Login([CallableAuthenticator("own", never)], Throttle())
+    login = Login([FunctionAuthenticator("own", never)], Throttle())
     with pytest.raises(Unauthenticated) as caught:
         drive(identified(login, {"scheme": "own"}, ADDRESS, NOW))
     assert caught.value.message == "the login was not accepted; check the name, and the key or certificate"
@@ -98,7 +98,8 @@ def test_unknown_scheme_is_not_repeated(login: Login, scheme: str) -> None:
 
 def test_schemes_are_chosen_by_name() -> None:
     login = Login(
-        [CallableAuthenticator(name, lambda p, a, name=name: name) for name in ("one", "two")], Throttle()
+        [FunctionAuthenticator(name, lambda p, a, name=name: Identity(name)) for name in ("one", "two")],
+        Throttle(),
     )
     for name in ("one", "two"):
         assert drive(identified(login, {"scheme": name}, ADDRESS, NOW)) == Identity(name)
@@ -108,7 +109,7 @@ def test_schemes_are_chosen_by_name() -> None:
 
 def test_two_authenticators_for_one_scheme_are_refused() -> None:
     with pytest.raises(ValueError, match="'own'"):
-        Login([CallableAuthenticator("own", never), CallableAuthenticator("own", never)], Throttle())
+        Login([FunctionAuthenticator("own", never), FunctionAuthenticator("own", never)], Throttle())
 
 
 # Throttling
@@ -131,7 +132,7 @@ def test_throttled_login_is_not_examined() -> None:
     def function(params: Mapping[str, Any], address: str) -> None:
         calls.append(address)
 
-    login = Login([CallableAuthenticator("own", function)], Throttle(2))
+    login = Login([FunctionAuthenticator("own", function)], Throttle(2))
     for _ in range(10):
         with pytest.raises(CallError):
             drive(identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW))
@@ -174,16 +175,16 @@ async def test_exception_of_the_authenticator_does_not_count_as_a_failure(
 ) -> None:
     broken = True
 
-    def plain(params: Mapping[str, Any], address: str) -> str:
+    def plain(params: Mapping[str, Any], address: str) -> Identity:
         if broken:
             raise error
-        return "alice"
+        return Identity("alice")
 
-    async def waiting(params: Mapping[str, Any], address: str) -> str:
+    async def waiting(params: Mapping[str, Any], address: str) -> Identity:
         await asyncio.sleep(0)
         return plain(params, address)
 
-    login = Login([CallableAuthenticator("own", waiting if waits else plain)], Throttle(1))
+    login = Login([FunctionAuthenticator("own", waiting if waits else plain)], Throttle(1))
     for _ in range(MAX_PENDING + 5):
         with pytest.raises(type(error)):
             await identified(login, {"scheme": "own", "user": "alice"}, ADDRESS, NOW)
@@ -200,7 +201,7 @@ async def test_concurrent_guesses_are_limited(field: str) -> None:
         tried += 1
         await asyncio.sleep(0)
 
-    login = Login([CallableAuthenticator("own", function)], Throttle())
+    login = Login([FunctionAuthenticator("own", function)], Throttle())
     params = {"scheme": "own", field: "alice"}
     results = await asyncio.gather(
         *(identified(login, params, ADDRESS, NOW) for _ in range(200)), return_exceptions=True
@@ -218,7 +219,7 @@ async def test_cancelled_login_is_no_longer_pending() -> None:
     async def function(params: Mapping[str, Any], address: str) -> None:
         await asyncio.Event().wait()
 
-    login = Login([CallableAuthenticator("own", function)], Throttle())
+    login = Login([FunctionAuthenticator("own", function)], Throttle())
     tasks = [
         asyncio.ensure_future(identified(login, {"scheme": "own", "user": "a"}, ADDRESS, NOW))
         for _ in range(MAX_PENDING)
@@ -237,17 +238,17 @@ async def test_cancelled_login_is_no_longer_pending() -> None:
 
 
 async def test_concurrent_logins_without_a_name_are_not_limited() -> None:
-    async def function(params: Mapping[str, Any], address: str) -> str:
+    async def function(params: Mapping[str, Any], address: str) -> Identity:
         await asyncio.sleep(0)
-        return "alice"
+        return Identity("alice")
 
-    login = Login([CallableAuthenticator("own", function)], Throttle())
+    login = Login([FunctionAuthenticator("own", function)], Throttle())
     results = await asyncio.gather(*(identified(login, {"scheme": "own"}, ADDRESS, NOW) for _ in range(100)))
     assert results == [Identity("alice")] * 100
 
 
 def test_device_and_user_of_the_same_name_are_counted_separately() -> None:
-    login = Login([CallableAuthenticator("own", never)], Throttle(1))
+    login = Login([FunctionAuthenticator("own", never)], Throttle(1))
     with pytest.raises(Unauthenticated):
         drive(identified(login, {"scheme": "own", "device": "alice"}, ADDRESS, NOW))
     with pytest.raises(Unauthenticated):
@@ -259,7 +260,7 @@ def test_device_and_user_of_the_same_name_are_counted_separately() -> None:
 @pytest.mark.parametrize("length", [129, 10**6])
 def test_long_name_is_truncated_before_it_is_counted(length: int) -> None:
     throttle = Throttle(1)
-    login = Login([CallableAuthenticator("own", never)], throttle)
+    login = Login([FunctionAuthenticator("own", never)], throttle)
     with pytest.raises(Unauthenticated):
         drive(identified(login, {"scheme": "own", "user": "x" * length}, ADDRESS, NOW))
     assert throttle.check("x" * 128, ADDRESS, NOW) > 0
@@ -271,3 +272,39 @@ def test_user_name_alone_never_opens_a_session(tmp_path: Path) -> None:
     login = Login([ApiKeyAuthenticator(directory(users))], Throttle())
     with pytest.raises(Unauthenticated):
         ask(login, "alice", "")
+
+
+async def test_pending_logins_are_limited_in_all_and_for_one_address() -> None:
+    gate = asyncio.Event()
+
+    async def function(params: Mapping[str, Any], address: str) -> Identity:
+        await gate.wait()
+        return Identity("alice")
+
+    login = Login([FunctionAuthenticator("own", function)], Throttle(), max_pending=8)
+
+    def start(address: str) -> asyncio.Task[Identity]:
+        opening = login.open({"scheme": "own"}, address, NOW)
+        assert not isinstance(opening, Identity)
+        return asyncio.ensure_future(opening)
+
+    async def is_refused(address: str) -> bool:
+        await asyncio.sleep(0)
+        try:
+            login.open({"scheme": "own"}, address, NOW)
+        except ResourceExhausted as error:
+            return bool(error.details == {"retry_after_ms": 1000})
+        return False
+
+    opened = [start(ADDRESS), start(ADDRESS)]
+    assert await is_refused(ADDRESS)
+    for network in range(3):
+        opened += [start(f"2001:db8:{network}::1"), start(f"2001:db8:{network}::2")]
+        assert await is_refused(f"2001:db8:{network}::3")
+    assert (login.pending, login.throttled) == (8, 4)
+    assert await is_refused(ELSEWHERE)
+    gate.set()
+    assert await asyncio.gather(*opened) == [Identity("alice")] * 8
+    assert login.pending == 0
+    opened = [start(ADDRESS)]
+    assert await asyncio.gather(*opened) == [Identity("alice")]

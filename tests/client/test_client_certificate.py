@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.tls.identities import (
     write_identity,
 )
 from zcproto import auth
+from zcproto.app.authentication import CallableAuthenticator
 from zcproto.client.blocking import connect_blocking
 from zcproto.client.client import connect
 from zcproto.client.dial import LoopResources, Trust
@@ -146,11 +147,11 @@ async def test_certificate_opens_the_session_without_a_key(
 ) -> None:
     request: list[dict[str, Any]] = []
 
-    def identify(params: Mapping[str, Any], address: str) -> auth.Identity:
-        request.append(dict(params))
+    def identify(**fields: Any) -> auth.Identity:
+        request.append(fields)
         return auth.Identity("ada")
 
-    server = serve(authenticators=[auth.CallableAuthenticator("tls", identify)])
+    server = serve(authenticators=[CallableAuthenticator("tls", identify)])
     ask(server, ca=client_ca.cert_pem.bytes())
     shown: dict[str, Any] = {"key": None, "certificate": identity.certificate, "key_file": identity.key}
     async with connect_to(server, user, **shown) as client:

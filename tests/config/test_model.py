@@ -106,6 +106,8 @@ DEFAULTS = {
     "limits.running_per_user": 0,
     "limits.running_per_address": 0,
     "limits.login_failures": 5,
+    "limits.login_timeout": 8.0,
+    "limits.logins_pending": 1024,
     "http.enabled": True,
     "http.hsts": True,
     "http.hsts_max_age_seconds": 31_536_000,

@@ -121,6 +121,20 @@ def test_streams_guide_programs_run(folder: Path, port: int) -> None:
         ]
 
 
+def test_authentication_guide_programs_run(folder: Path, port: int) -> None:
+    write_programs(ROOT / "docs" / "authentication.md", folder, port)
+    with serving(folder, port, "-m", "zcproto", "serve", "accounts:app"):
+        assert run(folder, "enter.py").splitlines() == [
+            "ada",
+            "the login was not accepted; check the name, and the key or certificate",
+            *("asked for a ticket", "ada", "asked for a ticket", "ada"),
+            *("asked for a ticket", "ada bob"),
+        ]
+        assert run(folder, "enter_blocking.py") == "ada\n"
+        call = ["call", f"localhost:{port}", "who", "--user", "ada", "--key-file", "ada.key"]
+        assert "ada" in run(folder, "-m", "zcproto", *call), "the built-in schemes are kept"
+
+
 def test_topics_guide_programs_run(folder: Path, port: int) -> None:
     write_programs(ROOT / "docs" / "topics.md", folder, port)
     with serving(folder, port, "-m", "zcproto", "serve", "board:app"):

@@ -22,7 +22,8 @@ import msgpack
 import uvloop
 
 from zcproto.app.app import App, default_app
-from zcproto.auth import Authenticator, CallableAuthenticator, Identity
+from zcproto.app.authentication import CallableAuthenticator
+from zcproto.auth import Authenticators, Identity
 from zcproto.common.clock import Clock, SystemClock
 from zcproto.config import Config, load_config
 from zcproto.runtime.reload import Reloaded
@@ -58,9 +59,8 @@ def configuration(home: Path, **settings: Any) -> Config:
     return load_config(None, home=home, environ={}, overrides=overrides)
 
 
-def identify(params: Mapping[str, Any], address: str) -> Identity | None:
+def identify(user: Any = None, key: Any = None) -> Identity | None:
     """Accept every user with the key; users named operator* are operators."""
-    user, key = params.get("user"), params.get("key")
     return Identity(str(user), operator=str(user).startswith("operator")) if key == KEY else None
 
 
@@ -90,7 +90,7 @@ class ServerThread:
         app: App | None = None,
         *,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
-        authenticators: Sequence[Authenticator] | None = None,
+        authenticators: Authenticators | None = None,
         users_file: bool = False,
         **settings: Any,
     ) -> None:

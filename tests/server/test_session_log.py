@@ -11,7 +11,8 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, AnsweredError, Client, ServerThread
-from zcproto.auth import CallableAuthenticator, Identity
+from zcproto.app.authentication import CallableAuthenticator
+from zcproto.auth import Identity
 from zcproto.config.model import LogConfig
 from zcproto.observe.log import configure_logging
 from zcproto.sessions.token import token_text
@@ -93,7 +94,7 @@ def test_failed_logins_are_logged_with_a_limit(serve: Serve, lines: Log) -> None
 
 
 def test_failed_login_of_an_authenticator_that_is_awaited_is_logged(serve: Serve, lines: Log) -> None:
-    async def identify(params: Any, address: str) -> Identity | None:
+    async def identify(user: str) -> Identity | None:
         await asyncio.sleep(0)
         return None
 

@@ -19,7 +19,8 @@ from tests.server.helpers import (
     ServerThread,
     wall,
 )
-from zcproto.auth import CallableAuthenticator, Identity, UserFile
+from zcproto.app.authentication import CallableAuthenticator
+from zcproto.auth import Identity, UserFile
 from zcproto.errors import Code
 
 Serve = Callable[..., ServerThread]
@@ -88,8 +89,8 @@ def test_malformed_login_is_refused(
 
 
 def test_wrong_key_and_unknown_user_get_the_same_answer(serve: Serve) -> None:
-    def identify(params: Any, address: str) -> Identity | None:
-        return Identity("ada") if (params["user"], params["key"]) == ("ada", "secret") else None
+    def identify(user: str, key: str) -> Identity | None:
+        return Identity("ada") if (user, key) == ("ada", "secret") else None
 
     server = serve(authenticators=[CallableAuthenticator("api_key", identify)])
     with server.client() as client:
@@ -108,7 +109,7 @@ def test_waiting_login_does_not_delay_others(serve: Serve) -> None:
 
     gate: list[asyncio.Future[None]] = []
 
-    async def slowly(params: Any, address: str) -> Identity | None:
+    async def slowly() -> Identity | None:
         gate.append(asyncio.get_running_loop().create_future())
         await gate[-1]
         return Identity("slow")
@@ -116,7 +117,7 @@ def test_waiting_login_does_not_delay_others(serve: Serve) -> None:
     server = serve(
         authenticators=[
             CallableAuthenticator("slow", slowly),
-            CallableAuthenticator("api_key", lambda params, address: Identity("ada")),
+            CallableAuthenticator("api_key", lambda user, key: Identity("ada")),
         ]
     )
     with server.client() as slow, server.client("ada") as other:
@@ -137,7 +138,7 @@ def test_waiting_login_does_not_delay_others(serve: Serve) -> None:
 
 
 def test_failing_authenticator_is_internal_error(serve: Serve) -> None:
-    def identify(params: Any, address: str) -> Identity | None:
+    def identify(user: str) -> Identity | None:
         raise RuntimeError("the directory is on fire")
 
     server = serve(authenticators=[CallableAuthenticator("api_key", identify)])

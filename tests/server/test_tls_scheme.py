@@ -21,7 +21,8 @@ from tests.auth.helpers import directory
 from tests.server import helpers
 from tests.server.helpers import KEY, Client, ClosedError, Frame, ServerThread, eventually, identify
 from zcproto.app.app import App, Context, default_app
-from zcproto.auth import CallableAuthenticator, UserFile
+from zcproto.app.authentication import CallableAuthenticator
+from zcproto.auth import UserFile
 from zcproto.auth.schemes import CertificateAuthenticator
 from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of

@@ -14,6 +14,7 @@ from zcproto.errors import Code, Unauthenticated
 from zcproto.sessions import Session
 from zcproto.sessions.binding import SessionBinding, network
 from zcproto.sessions.record import SessionRecord
+from zcproto.sessions.session import EXTERNAL
 from zcproto.wire.frame import NO_TOKEN, Kind
 
 
@@ -46,21 +47,21 @@ def test_network_groups_addresses(one: str, other: str, bits: int | None, same: 
     assert (network(one, bits) == network(other, bits)) == same
     binding = SessionBinding("exact" if bits is None else str(bits))
     assert binding.is_enabled
-    assert binding.admits("ada", one, other) == binding.admits("ada", other, one) == same
+    assert binding.admits(record(one), other) == binding.admits(record(other), one) == same
     assert binding.refused_addresses == (0 if same else 2)
 
 
 def test_binding_is_off_by_default() -> None:
     binding = SessionBinding()
     assert not binding.is_enabled
-    assert binding.admits("ada", "192.0.2.7", "2001:db8::1")
+    assert binding.admits(record(), "2001:db8::1")
     binding.check_refresh(record(), "other/1", "2001:db8::1")
     assert binding.refused_addresses == binding.refused_clients == 0
 
 
-def record() -> SessionRecord:
+def record(address: str = "192.0.2.7", user: str = "ada", flags: int = 0) -> SessionRecord:
     return SessionRecord(
-        bytes(16), bytes(32), bytes(32), "ada", "test/1", "192.0.2.7", 0, created_at=1, last_used_at=1,
+        bytes(16), bytes(32), bytes(32), user, "test/1", address, flags, created_at=1, last_used_at=1,
         expires_at=2, refresh_expires_at=2,
     )  # fmt: skip
 
@@ -81,8 +82,9 @@ def test_removed_user_is_refused() -> None:
     binding = SessionBinding()
     binding.is_user = {"bob"}.__contains__
     assert binding.is_enabled
-    assert binding.admits("bob", "192.0.2.7", "2001:db8::1")
-    assert not binding.admits("ada", "192.0.2.7", "192.0.2.7")
+    assert binding.admits(record(user="bob"), "2001:db8::1")
+    assert not binding.admits(record(), "192.0.2.7")
+    assert binding.admits(record(flags=EXTERNAL), "192.0.2.7")
     with pytest.raises(Unauthenticated):
         binding.check_refresh(record(), "test/1", "192.0.2.7")
     assert (binding.refused_users, binding.refused_addresses) == (2, 0)
@@ -143,7 +145,7 @@ def test_binding_is_checked_once_per_connection_and_session(
 ) -> None:
     checked: list[str] = []
     binding = harness.state.binding
-    monkeypatch.setattr(binding, "admits", lambda user, opened_at, address: checked.append(address) or True)
+    monkeypatch.setattr(binding, "admits", lambda record, address: checked.append(address) or True)
     peer = peer_at(harness, "192.0.2.8", monkeypatch, open_at(harness, "192.0.2.7"))
     for stream in range(1, 10):
         assert code(peer, stream) == 0

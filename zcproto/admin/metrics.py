@@ -101,6 +101,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.max_depth", limits.max_depth, None),
         ("limits.write_buffer_bytes", limits.write_buffer_bytes, None),
         ("limits.login_failures", limits.login_failures, None),
+        ("limits.logins_pending", limits.logins_pending, parts.login.pending),
         ("limits.requests_per_user", limits.requests_per_user, None),
         ("limits.requests_per_address", limits.requests_per_address, None),
         ("limits.public_requests_per_address", limits.public_requests_per_address, None),
@@ -197,6 +198,9 @@ def _sessions(snapshot: Snapshot) -> Iterator[Reading]:
         yield "zcproto_logins_total", count, scheme, "accepted"
     for scheme, count in login.refused.items():
         yield "zcproto_logins_total", count, scheme, "refused"
+    for scheme, count in login.failed.items():
+        yield "zcproto_logins_total", count, scheme, "failed"
+    yield "zcproto_logins_pending", login.pending
     yield "zcproto_logins_throttled_total", login.throttled
 
 

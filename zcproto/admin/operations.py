@@ -56,7 +56,10 @@ _STATUS: Final = {
     Code.UNAVAILABLE: 503,
 }
 
-_NO_FILES: Final = "the program of this server has its own authenticators: manage users and devices there"
+_NO_FILES: Final = (
+    "the program of this server has its own authenticators: manage users and devices there,"
+    " or add BUILT_IN_SCHEMES to them"
+)
 
 _LOGGED_FIRST: Final = frozenset({"reload", "drain", "alerts/test"})
 """Operations that are logged before they run: they may fail, end the server or take minutes."""

@@ -247,9 +247,7 @@ class BearerTokens:
         record = state.registry.record(session.raw_id)
         if record is None:
             return False
-        if state.binding.is_enabled and not state.binding.admits(
-            session.user, record.address, request.peer.address
-        ):
+        if state.binding.is_enabled and not state.binding.admits(record, request.peer.address):
             return False
         if session.bound:
             certificate = request.peer.certificate()

@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.app.items import Items
 from zcproto.app.topics import Slow, Topic, TopicEvent
-from zcproto.auth.identity import Channel
+from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators, Channel
 from zcproto.common.parameters import Signature
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import InvalidArgument, PermissionDenied, Unauthenticated
@@ -59,7 +59,7 @@ class CallConnection(ClientConnections, Protocol):
     def wall(self) -> int: ...
     def now(self) -> float: ...
     def peer_certificate(self) -> bytes | None: ...
-    def channel(self) -> Channel: ...
+    def channel(self, context: Context | None = None) -> Channel: ...
     def has_ended(self, request: Request) -> bool: ...
     def prove(self, key: str) -> None: ...
     def has_proved(self, key: str) -> bool: ...
@@ -238,9 +238,14 @@ class Method:
 
 
 class App:
-    """A set of methods. Several servers may serve one application."""
+    """A set of methods. Several servers may serve one application.
 
-    def __init__(self) -> None:
+    `authenticators` decide who may open sessions. By default they are `BUILT_IN_SCHEMES`: the API keys, devices and
+    client certificates of the server's home folder.
+    """
+
+    def __init__(self, *, authenticators: Authenticators = (BUILT_IN_SCHEMES,)) -> None:
+        self.authenticators = authenticators
         self._methods: dict[str, Method] = {}
 
     def method(

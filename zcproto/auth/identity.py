@@ -1,13 +1,19 @@
-"""Define the interface of authenticators: from a login's fields to a user. Adapt a function to it."""
+"""Define the interface of authenticators: from a login's fields to a user."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from inspect import isawaitable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
+
+from zcproto.sessions.session import DEVICE_KEY
+from zcproto.wire.message import METHOD_ALPHABET
 
 MAX_USER: Final = 128
 """Longest name of a user, in characters."""
+
+MAX_SCHEME: Final = 64
+"""Longest name of a scheme, in characters."""
 
 
 class Channel(NamedTuple):
@@ -19,6 +25,8 @@ class Channel(NamedTuple):
     """Unique to the connection."""
     leaves: Callable[[], frozenset[bytes]] = frozenset
     """Returns the SHA-256 of each server certificate (DER) that this client may have been shown."""
+    context: Any = None
+    """The context of `session.open`, for authenticators of the application."""
 
 
 NO_CHANNEL: Final = Channel()
@@ -38,11 +46,15 @@ class Identity(NamedTuple):
 
 
 class Authenticator(Protocol):
-    """One scheme of `session.open`."""
+    """One scheme of `session.open`.
+
+    Failed logins are counted for the user whom the fields name by `user`. If others do, add a method
+    `user_named(params, channel) -> str` that returns the name, empty to count for the address alone.
+    """
 
     @property
     def scheme(self) -> str:
-        """The name that clients send."""
+        """The name that clients send: 1 to 64 characters of a-z 0-9 _ ."""
 
     def authenticate(
         self, params: Mapping[str, Any], address: str, channel: Channel
@@ -50,51 +62,56 @@ class Authenticator(Protocol):
         """Return the user, or None for a failed login, whatever the cause.
 
         `params` are the fields of `session.open` as received; `address` is the client's, `channel` the connection.
-        Raises InvalidArgument for missing or mistyped fields, before it uses a secret. An unknown user and a wrong
-        secret must take the same steps.
+        Raises InvalidArgument for missing or mistyped fields, before it uses a secret; Unavailable or
+        ResourceExhausted if it cannot decide now. Any other CallError is a failed login: its message is logged,
+        and the client gets the answer of all failed logins. An unknown user and a wrong secret must take the same
+        steps.
         """
 
 
-Answer = Identity | str | None
-Function = Callable[[Mapping[str, Any], str], Answer | Awaitable[Answer]]
+def user_in(params: Mapping[str, Any], channel: Channel = NO_CHANNEL) -> str:
+    """Return the name in the fields of a login for which failures are counted, or an empty text."""
+    user, device = params.get("user"), params.get("device")
+    if isinstance(user, str):
+        return user[:MAX_USER]
+    if isinstance(device, str):
+        return DEVICE_KEY + device[:MAX_USER]
+    return ""
 
 
-class CallableAuthenticator:
-    """A scheme decided by a function of the login's fields and the client's address.
+class BuiltInSchemes(Enum):
+    """The type of `BUILT_IN_SCHEMES`."""
 
-    The function returns an Identity, the name of a user who is not an operator, or None. A plain function runs in
-    the event loop and must not block; use an `async` one to hash a password or query a database.
+    BUILT_IN = "api_key, ed25519 and tls"
+
+
+BUILT_IN_SCHEMES: Final = BuiltInSchemes.BUILT_IN
+"""In a list of authenticators: the API keys, devices and client certificates of the server's home folder."""
+
+Authenticators = Sequence[Authenticator | BuiltInSchemes]
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise ValueError for a name that a scheme cannot have."""
+    if not 1 <= len(scheme) <= MAX_SCHEME or not METHOD_ALPHABET.issuperset(scheme):
+        raise ValueError(f"scheme {scheme!r} must be 1 to {MAX_SCHEME} characters of a-z 0-9 _ .")
+
+
+def check_identity(identity: object, scheme: str) -> Identity | None:
+    """Return the answer of an application's authenticator. A bug there must not let anyone in.
+
+    Raises TypeError or ValueError for anything but an Identity with the name of a user, or None.
     """
-
-    def __init__(self, scheme: str, function: Function) -> None:
-        self.scheme = scheme
-        self._function = function
-
-    def authenticate(
-        self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
-    ) -> Identity | Awaitable[Identity | None] | None:
-        answer = self._function(params, address)
-        if isawaitable(answer):
-            return self._wait_for(answer)
-        return self._identity(answer)
-
-    async def _wait_for(self, answer: Awaitable[Answer]) -> Identity | None:
-        return self._identity(await answer)
-
-    def _identity(self, answer: Answer) -> Identity | None:
-        """Check the answer, so that a bug in the function does not let anyone in."""
-        if answer is None or isinstance(answer, Identity):
-            identity = answer
-        elif isinstance(answer, str):
-            identity = Identity(answer)
-        else:
-            raise TypeError(
-                f"the function of scheme {self.scheme!r} must return an Identity, a user's name or None,"
-                f" not {type(answer).__name__}"
-            )
-        if identity is not None and not 0 < len(identity.user) <= MAX_USER:
-            raise ValueError(
-                f"the function of scheme {self.scheme!r} must return a user's name of 1 to {MAX_USER} characters,"
-                f" not {len(identity.user)}"
-            )
-        return identity
+    if identity is None:
+        return None
+    if not isinstance(identity, Identity) or tuple(map(type, identity)) != (str, bool, str):
+        raise TypeError(
+            f"the authenticator of the scheme {scheme!r} must return None, or an Identity of a str and a bool,"
+            f" not {type(identity).__name__}"
+        )
+    if not 0 < len(identity.user) <= MAX_USER or not identity.user.isprintable():
+        raise ValueError(
+            f"the authenticator of the scheme {scheme!r} must return a user's name of 1 to {MAX_USER} printable"
+            f" characters, not {len(identity.user)}"
+        )
+    return identity

@@ -1,12 +1,13 @@
 """Run a login through its scheme, the throttle and the authenticator.
 
 Rules:
-- Failures are counted for the user named by the fields; with the scheme `tls`, by the client's certificate.
+- Failures are counted for the user named by the fields, unless the authenticator names another: with the scheme
+  `tls`, the user of the client's certificate.
   Failures of a device, opening or attaching sessions, are counted for the device.
 - All failed logins get the same error, whatever the cause (zcp1.md, section 9.4).
 - A login refused by the throttle is not examined; its error carries the time to wait.
 - At most 16 logins of one user are pending at once, so that concurrent guesses to a slow authenticator cannot all
-  pass before the first one has failed.
+  pass before the first one has failed. All pending ones are limited too; one address has a quarter of them.
 - An exception of the authenticator does not count as a failed login.
 
 Must not know: sessions, connections, how a scheme decides.
@@ -14,20 +15,24 @@ Must not know: sessions, connections, how a scheme decides.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
-from zcproto.auth.identity import MAX_USER, NO_CHANNEL, Authenticator, Channel, Identity
-from zcproto.auth.schemes import CertificateAuthenticator, DeviceAuthenticator
+from zcproto.auth.application import ApplicationAuthenticator
+from zcproto.auth.identity import NO_CHANNEL, Authenticator, Channel, Identity, check_scheme, user_in
+from zcproto.auth.schemes import DeviceAuthenticator
 from zcproto.auth.throttle import Throttle
+from zcproto.common.network import network_of
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
-from zcproto.sessions.session import DEVICE_KEY
 
 MAX_PENDING: Final = 16
 """Logins of one user that may wait for their authenticator at the same time."""
 
 ATTACH: Final = "session.attach"
 """Counts proofs of a device's key; listed beside the schemes."""
+
+PENDING_SHARE: Final = 4
+"""The part of all pending logins that one address may have is one in this number."""
 
 _RETRY_PENDING_MS: Final = 1000
 
@@ -37,28 +42,43 @@ Decision = TypeVar("Decision")
 class Login:
     """Opens and attaches sessions. One authenticator for each scheme.
 
-    Counts logins: `accepted` and `refused` by scheme, and `throttled`.
+    At most `max_pending` logins wait for their authenticators, `pending` do.
+    Counts logins: `accepted`, `refused` and `failed` (the authenticator raised) by scheme, and `throttled`.
     """
 
-    def __init__(self, authenticators: Iterable[Authenticator], throttle: Throttle) -> None:
+    def __init__(
+        self, authenticators: Iterable[Authenticator], throttle: Throttle, max_pending: int = 1024
+    ) -> None:
         self._authenticators: dict[str, Authenticator] = {}
+        self._namers: dict[str, Callable[[Mapping[str, Any], Channel], str]] = {}
         self._devices: DeviceAuthenticator | None = None
         for authenticator in authenticators:
-            if authenticator.scheme in self._authenticators:
-                raise ValueError(f"two authenticators for the scheme {authenticator.scheme!r}")
-            self._authenticators[authenticator.scheme] = authenticator
+            scheme = authenticator.scheme
+            check_scheme(scheme)
+            if scheme in self._authenticators:
+                raise ValueError(f"two authenticators for the scheme {scheme!r}")
+            self._authenticators[scheme] = authenticator
+            self._namers[scheme] = getattr(authenticator, "user_named", user_in)
             if isinstance(authenticator, DeviceAuthenticator):
                 self._devices = authenticator
         self.throttle = throttle
-        self._pending: dict[str, int] = {}
+        self.max_pending = max_pending
+        self.pending = 0
+        self._pending_users: dict[str, int] = {}
+        self._pending_networks: dict[str, int] = {}
         self.throttled = 0
         self.accepted = dict.fromkeys([*self._authenticators, ATTACH], 0)
         self.refused = dict.fromkeys(self.accepted, 0)
+        self.failed = dict.fromkeys(self.accepted, 0)
 
     @property
     def schemes(self) -> tuple[str, ...]:
         """The schemes that `session.open` accepts."""
         return tuple(self._authenticators)
+
+    def is_external(self, scheme: str) -> bool:
+        """Return whether the users of a scheme are the application's, and not those of the home folder."""
+        return isinstance(self._authenticators.get(scheme), ApplicationAuthenticator)
 
     def open(
         self, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
@@ -72,22 +92,34 @@ class Login:
             Unauthenticated: the login failed, whatever the cause.
             ResourceExhausted: too many failures; `details["retry_after_ms"]` is the time to wait.
             InvalidArgument: the scheme is not offered, or its fields are missing or mistyped.
+            Unavailable, or any other exception of the authenticator, which is not counted as a failed login.
         """
         authenticator = self._authenticator(params)
-        if isinstance(authenticator, CertificateAuthenticator):
-            name = authenticator.user_named(channel)
-        else:
-            name = _name(params)
+        scheme = authenticator.scheme
+        name = self._namers[scheme](params, channel)
         self._admit(name, address, now)
-        answer = authenticator.authenticate(params, address, channel)
+        try:
+            answer = authenticator.authenticate(params, address, channel)
+        except Exception as error:
+            self._count_failed(error, scheme)
+            raise
         if answer is None or isinstance(answer, Identity):
-            return self._decided(answer, authenticator.scheme, name, address, now)
-        return self._when_decided(answer, authenticator.scheme, name, address, now)
+            return self._decided(answer, scheme, name, address, now)
+        return self._when_decided(answer, scheme, name, address, now)
 
     async def _when_decided(
         self, answer: Awaitable[Identity | None], scheme: str, name: str, address: str, now: float
     ) -> Identity:
-        return self._decided(await self._decision(name, answer), scheme, name, address, now)
+        try:
+            decision = await self._decision(name, address, answer)
+        except Exception as error:
+            self._count_failed(error, scheme)
+            raise
+        return self._decided(decision, scheme, name, address, now)
+
+    def _count_failed(self, error: Exception, scheme: str) -> None:
+        if not isinstance(error, InvalidArgument):  # that is the client's mistake
+            self.failed[scheme] += 1
 
     def _decided(
         self, identity: Identity | None, scheme: str, name: str, address: str, now: float
@@ -117,7 +149,7 @@ class Login:
         self._admit(key, address, now)
         devices = self._devices
         if devices is None or not await self._decision(
-            key, devices.attaches(key, user, signature, token, channel)
+            key, address, devices.attaches(key, user, signature, token, channel)
         ):
             self.throttle.failed(key, address, now)
             self.refused[ATTACH] += 1
@@ -131,15 +163,20 @@ class Login:
         """Return whether a key has been removed, so that no session may be opened with it."""
         return self._devices is not None and self._devices.is_gone(key)
 
-    async def _decision(self, name: str, answer: Awaitable[Decision]) -> Decision:
+    async def _decision(self, name: str, address: str, answer: Awaitable[Decision]) -> Decision:
         """Await the authenticator's answer. Until then the login is pending."""
-        self._pending[name] = self._pending.get(name, 0) + 1
+        counts = (self._pending_users, name), (self._pending_networks, network_of(address))
+        self.pending += 1
+        for count, key in counts:
+            count[key] = count.get(key, 0) + 1
         try:
             return await answer
         finally:
-            pending = self._pending.pop(name) - 1
-            if pending:
-                self._pending[name] = pending
+            self.pending -= 1
+            for count, key in counts:
+                count[key] -= 1
+                if not count[key]:
+                    del count[key]
 
     def _authenticator(self, params: Mapping[str, Any]) -> Authenticator:
         scheme = params.get("scheme")
@@ -153,18 +190,16 @@ class Login:
 
     def _admit(self, name: str, address: str, now: float) -> None:
         retry_after_ms = self.throttle.check(name, address, now)
-        if not retry_after_ms and name and self._pending.get(name, 0) >= MAX_PENDING:
+        if not retry_after_ms and self.pending and self._is_full(name, address):
             retry_after_ms = _RETRY_PENDING_MS
         if retry_after_ms:
             self.throttled += 1
             raise ResourceExhausted("too many logins; wait", {"retry_after_ms": retry_after_ms})
 
-
-def _name(params: Mapping[str, Any]) -> str:
-    """Return the name given by the fields, for which failures are counted, or an empty text."""
-    user, device = params.get("user"), params.get("device")
-    if isinstance(user, str):
-        return user[:MAX_USER]
-    if isinstance(device, str):
-        return DEVICE_KEY + device[:MAX_USER]
-    return ""
+    def _is_full(self, name: str, address: str) -> bool:
+        """Return whether as many logins are pending as may be: of the user, of the address or in all."""
+        return (
+            self.pending >= self.max_pending
+            or (name != "" and self._pending_users.get(name, 0) >= MAX_PENDING)
+            or self._pending_networks.get(network_of(address), 0) * PENDING_SHARE >= self.max_pending
+        )

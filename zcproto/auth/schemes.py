@@ -131,7 +131,7 @@ class CertificateAuthenticator:
     on_refused: Callable[[str, str], None] = lambda reason, address: None
     scheme: ClassVar[str] = "tls"
 
-    def user_named(self, channel: Channel) -> str:
+    def user_named(self, params: Mapping[str, Any], channel: Channel) -> str:
         """Return the user named by the certificate, or an empty text."""
         try:
             return self._named(channel)[0]

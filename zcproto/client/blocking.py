@@ -16,14 +16,16 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from dataclasses import replace
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, Unpack
 
 from zcproto.client.address import Address
 from zcproto.client.client import Client, UserSession
-from zcproto.client.credentials import Device
+from zcproto.client.credentials import Device, LoginSource
 from zcproto.client.events import Event
-from zcproto.client.handlers import Function
+from zcproto.client.handlers import Function, run_in_thread
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.session import ClientSession
 from zcproto.client.session_client import UNSET, SessionClient
@@ -245,9 +247,12 @@ class BlockingClient(BlockingSessionClient):
         key: str | None = None,
         device: Device | str | Path | None = None,
         device_name: str | None = None,
+        login: LoginSource | None = None,
     ) -> BlockingUserSession:
         """Return a session of another user on this connection, like `Client.session_for`; use it with `with`."""
-        session = self._client.session_for(user=user, key=key, device=device, device_name=device_name)
+        session = self._client.session_for(
+            user=user, key=key, device=device, device_name=device_name, login=_login_in_thread(login)
+        )
         return BlockingUserSession(self, session)
 
 
@@ -388,6 +393,18 @@ async def _in_thread(items: Iterable[Any]) -> AsyncGenerator[Any, None]:
         wanted.put(None)
 
 
+def _login_in_thread(login: LoginSource | None) -> LoginSource | None:
+    """Let the function of a login run in a thread of its own, so that it may block."""
+    if not callable(login):
+        return login
+
+    async def fetch() -> Any:
+        found = await run_in_thread(login, {}, is_awaited=False)  # closing the client does not wait for it
+        return await found if isawaitable(found) else found
+
+    return fetch
+
+
 @accept_options(ConnectOptions)
 def connect_blocking(address: str, options: ConnectOptions) -> BlockingClient:
     """Return a client for programs without an event loop; otherwise the same as `connect`.
@@ -395,9 +412,9 @@ def connect_blocking(address: str, options: ConnectOptions) -> BlockingClient:
         with zcproto.connect_blocking("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
             print(client.call("echo", word="hello"))
 
-    `on_event` is called in the client's thread.
+    `on_event` is called in the client's thread, the function of a `login` in a thread of its own: it may block.
     """
-    return BlockingClient(Client(address, options))
+    return BlockingClient(Client(address, replace(options, login=_login_in_thread(options.login))))
 
 
 def enroll_blocking(

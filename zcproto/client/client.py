@@ -18,7 +18,7 @@ from typing import Any, Final, Self, Unpack
 
 from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
-from zcproto.client.credentials import Device
+from zcproto.client.credentials import Device, LoginSource
 from zcproto.client.dial import Dialer, acquire_resources, release_resources
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.protocol import ClientProtocol
@@ -150,6 +150,7 @@ class Client(SessionClient):
         key: str | None = None,
         device: Device | str | Path | None = None,
         device_name: str | None = None,
+        login: LoginSource | None = None,
     ) -> UserSession:
         """Return a session of another user on this client's connection, which `async with` opens and closes.
 
@@ -158,7 +159,8 @@ class Client(SessionClient):
 
         It has this client's `call`, `stream`, `handler`, `events` and options, for this session alone: each one is
         refreshed and ends by itself, and each survives a reconnect. Give `user` and `key`, or `device` and
-        `device_name`. Raises ConfigError for others, CertificateError for an unusable device key.
+        `device_name`, or a `login`, like those of `connect`. Raises ConfigError for others, CertificateError for an
+        unusable device key.
         """
         options = replace(
             self._options,
@@ -166,6 +168,7 @@ class Client(SessionClient):
             key=key,
             device=device,
             device_name=device_name,
+            login=login,
             certificate=None,
             on_event=None,
             on_connected=None,
@@ -217,7 +220,7 @@ class UserSession(SessionClient):
     def __init__(self, client: Client, options: ConnectOptions, clock: Clock, random: Random) -> None:
         super().__init__(options, clock, random)
         if self._credentials is None:
-            raise ConfigError(["session_for: give user and key, or device and device_name"])
+            raise ConfigError(["session_for: give user and key, device and device_name, or login"])
         self._client = client
 
     def __repr__(self) -> str:

@@ -1,4 +1,5 @@
-"""Credentials: what opens a session, which is an API key, a client certificate or the key of a device.
+"""Credentials: what opens a session, which is an API key, a client certificate, the key of a device, or a scheme of
+the application.
 
 Decides: how the file of a device key is created and which one is accepted.
 
@@ -11,8 +12,12 @@ Must not know: connections, sessions.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -28,10 +33,14 @@ from cryptography.hazmat.primitives.serialization import (
 from zcproto.common.files import UnusableFileError, new_file, read_file
 from zcproto.common.secret import SecretText
 from zcproto.common.text import escape_text
-from zcproto.errors import CertificateError
-from zcproto.wire.message import attach_message, open_message
+from zcproto.errors import CertificateError, ConfigError, LoginError
+from zcproto.wire.message import MessageError, attach_message, encode_body, open_message
 
 MAX_KEY_FILE: Final = 1 << 16
+
+LOGIN_HOLDS: Final = 10.0
+"""Seconds for which a login that a function has returned may wait for a connection. Then the function is called
+again: a ticket may be short-lived."""
 
 
 class Device:
@@ -148,5 +157,81 @@ class DeviceKey:
         return {"signature": self.device.sign(attach_message(channel.salt, channel.leaf, token))}
 
 
-Credentials = ApiKey | CertificateLogin | DeviceKey
+LoginParams = Mapping[str, Any]
+"""The params of `session.open`: `scheme`, and the fields of the scheme."""
+
+LoginSource = LoginParams | Callable[[], LoginParams | Awaitable[LoginParams]]
+"""A login, or a function that returns another one for each session."""
+
+
+class SchemeLogin:
+    """A login by a scheme of the application.
+
+    A function is called for each `session.open`: `fetch` it first. Raises ConfigError for a login that cannot be
+    sent.
+    """
+
+    __slots__ = ("_fetched", "_holds_until", "_source", "is_fetching")
+
+    def __init__(self, source: LoginSource) -> None:
+        self._source = source
+        self.is_fetching = False
+        self._fetched: LoginParams = {}
+        self._holds_until = -math.inf
+        if not callable(source):
+            if fault := _login_fault(source):
+                raise ConfigError([f"login: {fault}"])
+            self._fetched, self._holds_until = source, math.inf
+
+    def __repr__(self) -> str:
+        return "SchemeLogin()"
+
+    def is_fetched(self, now: float) -> bool:
+        """Return whether `params` may be called. A login that waited too long for a connection is discarded."""
+        return now < self._holds_until
+
+    async def fetch(self, now: Callable[[], float]) -> None:
+        """Call the function. Raises LoginError."""
+        assert callable(self._source), "a mapping is always fetched"
+        self.is_fetching = True
+        try:
+            found = self._source()
+            login = await found if isawaitable(found) else found
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise LoginError("login: the function was cancelled; find out by what") from None
+        except Exception as error:
+            raise LoginError(f"login: the function raised {type(error).__name__}; see the cause") from error
+        finally:
+            self.is_fetching = False
+        if fault := _login_fault(login):
+            raise LoginError(f"login: the function returned what cannot be sent: {fault}")
+        self._fetched, self._holds_until = login, now() + LOGIN_HOLDS
+
+    def params(self, channel: SigningChannel) -> dict[str, Any]:
+        if callable(self._source):
+            self._holds_until = -math.inf  # each login is sent once
+        return dict(self._fetched)
+
+
+def _login_fault(login: object) -> str:
+    """Return why a login cannot be sent, without its values; an empty text if it can."""
+    if not isinstance(login, Mapping):
+        return f"give a mapping with 'scheme' and its fields, not {type(login).__name__}"
+    if not isinstance(login.get("scheme"), str):
+        return "'scheme' is missing; give the name of the server's scheme"
+    if "client" in login:
+        return "'client' is the product and version of the client; use connect(client=...)"
+    if not all(isinstance(name, str) for name in login):
+        return "the name of a field is not a str"
+    try:
+        encode_body(dict(login))
+    except MessageError as error:
+        return f"{error}; send msgpack types"
+    return ""
+
+
+Credentials = ApiKey | CertificateLogin | DeviceKey | SchemeLogin
 """What a client presents to open a session. `params` returns the params of `session.open`, without `client`."""

@@ -159,15 +159,19 @@ class Handlers:
         await asyncio.sleep(0)  # they answer in this turn
 
 
-async def run_in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+async def run_in_thread(
+    function: Callable[..., Any], arguments: dict[str, Any], *, is_awaited: bool = True
+) -> Any:
     """Run a function in a thread of its own, which does not keep the program from exiting.
 
-    If the task is cancelled it waits for the thread.
+    If the task is cancelled it waits for the thread, unless `is_awaited` is False.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
     def finish(result: Any, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
         if error is None:
             done.set_result(result)
         else:
@@ -182,10 +186,13 @@ async def run_in_thread(function: Callable[..., Any], arguments: dict[str, Any])
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(finish, result, failure)
 
-    threading.Thread(target=work, name="zcproto-handler", daemon=True).start()
+    threading.Thread(target=work, name="zcproto-thread", daemon=True).start()
     try:
         await asyncio.wait([done])
     except asyncio.CancelledError:
+        if not is_awaited:
+            done.cancel()
+            raise
         await asyncio.wait([done])
         done.exception()  # mark it as retrieved: nothing awaits it
         raise

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypedDict, TypeVar
 
-from zcproto.client.credentials import ApiKey, CertificateLogin, Credentials, Device, DeviceKey
+from zcproto.client.credentials import (
+    ApiKey,
+    CertificateLogin,
+    Credentials,
+    Device,
+    DeviceKey,
+    LoginSource,
+    SchemeLogin,
+)
 from zcproto.client.events import Event
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
@@ -65,6 +73,11 @@ class ConnectOptions:
     device_name: str | None = None
     """The name under which the device was enrolled."""
 
+    login: LoginSource | None = field(default=None, repr=False)
+    """A login by a scheme of the server's application, instead of a key or a device: a mapping with `scheme` and
+    its fields, or a function that returns one for each session that is opened. The function may be async; otherwise
+    it must not block, except in `connect_blocking`, which runs it in a thread."""
+
     session: bool = True
     """False connects without opening a session; `open_session` opens one later."""
 
@@ -106,12 +119,16 @@ class EnrollOptions(TypedDict, total=False):
 
 
 def choose_credentials(options: ConnectOptions) -> Credentials | None:
-    """Return the credentials that the options name: the device, the key or the certificate. None without any.
+    """Return the credentials that the options name: the login, the device, the key or the certificate.
 
-    Raises ConfigError for options that are incomplete or contradict each other, CertificateError for an unusable
-    device key.
+    Return None without any. Raises ConfigError for options that are incomplete or contradict each other,
+    CertificateError for an unusable device key.
     """
     user, key, device, device_name = options.user, options.key, options.device, options.device_name
+    if options.login is not None:
+        if not (user is key is device is device_name is None):
+            raise ConfigError(["login: its fields name the user; remove user, key, device and device_name"])
+        return SchemeLogin(options.login)
     if isinstance(device, str | Path):
         device = Device.load(device)
     if device is not None and device_name is not None:

@@ -21,7 +21,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from zcproto.client.connections import join
-from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey
+from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin
 from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.common.clock import MS_PER_SECOND, Clock
@@ -151,6 +151,7 @@ class SessionManager:
     valid_until: float = field(default=NEVER, init=False)
     deadline_tick: int = field(default=0, init=False)
     _device: DeviceKey | None = field(init=False)
+    _login: SchemeLogin | None = field(init=False)
     _is_required: bool = field(default=False, init=False)
     _unauthenticated_token: bytes = field(default=NO_TOKEN, init=False)  # got UNAUTHENTICATED
     _over: CallError | None = field(default=None, init=False)
@@ -164,6 +165,7 @@ class SessionManager:
     def __post_init__(self) -> None:
         self._backoff = Backoff(self.random)
         self._device = self.credentials if isinstance(self.credentials, DeviceKey) else None
+        self._login = self.credentials if isinstance(self.credentials, SchemeLogin) else None
 
     @property
     def is_over(self) -> bool:
@@ -186,7 +188,8 @@ class SessionManager:
         """
         if self.credentials is None:
             raise Unauthenticated(
-                "this client has no credentials to open a session; give connect() a key, a device or a certificate"
+                "this client has no credentials to open a session;"
+                " give connect() a key, a device, a certificate or a login"
             )
         self._is_required = True
         self._over = None
@@ -217,6 +220,16 @@ class SessionManager:
             session.used(now)
             self.valid_until = session.valid_until
 
+    @property
+    def is_fetching_login(self) -> bool:
+        """Whether the application's function for a login runs."""
+        return self._login is not None and self._login.is_fetching
+
+    @property
+    def _can_reopen(self) -> bool:
+        """Whether these credentials may open a session that is bound to another client certificate."""
+        return isinstance(self.credentials, CertificateLogin) or self._login is not None
+
     def expired(self, token: bytes) -> None:
         """Handle TOKEN_EXPIRED for a token."""
         if token == self.token and self.session is not None:
@@ -224,8 +237,8 @@ class SessionManager:
             self._update_validity()
 
     def reopen(self, token: bytes) -> bool:
-        """Discard a token that is bound to another certificate. Return False if this client has no certificate."""
-        if not isinstance(self.credentials, CertificateLogin):
+        """Discard a token that is bound to another certificate. Return False for credentials without one."""
+        if not self._can_reopen:
             return False
         if token == self.token:
             self._drop_refresh_token()
@@ -379,8 +392,11 @@ class SessionManager:
         lost = 0
         while True:
             connection = await self._get_connection()
+            if (login := self._login_to_fetch()) is not None:
+                await login.fetch(self._loop.time)
+                continue  # with the connection that is current now
             await connection.wait_ready()
-            if not connection.ready:
+            if not connection.ready or self._login_to_fetch() is not None:
                 continue
             method, params = self._next_request(connection)
             sent_at = self._loop.time()
@@ -422,6 +438,17 @@ class SessionManager:
                     self._present(connection)
                 return
 
+    def _login_to_fetch(self) -> SchemeLogin | None:
+        """Return the login that must be fetched before the next request; None if it needs none."""
+        now, session = self._loop.time(), self.session
+        if (
+            self._login is None
+            or self._login.is_fetched(now)
+            or (session is not None and session.can_refresh(now))
+        ):
+            return None
+        return self._login
+
     def _next_request(self, connection: ClientProtocol) -> tuple[str, dict[str, Any]]:
         session = self.session
         if session is not None and session.can_refresh(self._loop.time()):
@@ -432,7 +459,7 @@ class SessionManager:
     def _opens_instead(self, error: CallError) -> bool:
         """Return whether to open a session, because the refresh token has expired, may be spent, or is bound to the
         previous certificate."""
-        is_rebound = what_next(error) is Then.REOPEN and isinstance(self.credentials, CertificateLogin)
+        is_rebound = what_next(error) is Then.REOPEN and self._can_reopen
         if error.code is not Code.TOKEN_EXPIRED and error.code not in _MAYBE_RUN and not is_rebound:
             return False
         self._drop_refresh_token()

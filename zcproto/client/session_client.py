@@ -310,7 +310,9 @@ class SessionClient:
         except TimeoutError:
             cause = self._connections.last_error if self._connections.current is None else None
             reason = "no answer" if cause is None else f"no connection ({cause})"
-            if self._sessions.expires_at_once:
+            if self._sessions.is_fetching_login:
+                reason = "the function given as login has not returned: no session"
+            elif self._sessions.expires_at_once:
                 reason = "the server opens only expired sessions; report it to its operator: no session"
             raise DeadlineExceeded(f"{reason} within the call's timeout") from cause
 

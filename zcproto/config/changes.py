@@ -61,8 +61,9 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "freshness": {Effect.NEW_CONNECTIONS: "tolerance"},
     "limits": {
         Effect.NOW: (
-            "write_timeout login_failures requests_per_user requests_per_address public_requests_per_address"
-            " running_per_user running_per_address partial_frame_bytes partial_frame_bytes_per_user"
+            "write_timeout login_failures login_timeout logins_pending requests_per_user requests_per_address"
+            " public_requests_per_address running_per_user running_per_address partial_frame_bytes"
+            " partial_frame_bytes_per_user"
         ),
         Effect.NEW_CONNECTIONS: (
             "max_connections connections_per_address failed_handshakes_per_network ipv4_network_bits"

@@ -336,6 +336,10 @@ class LimitsConfig(Settings):
     """Requests in progress of one address. Many users may share an address."""
     login_failures: Annotated[int, whole(1, 100)] = 5
     """Failed logins before delays begin: a person mistypes a few times, a program keeps guessing."""
+    login_timeout: Annotated[float, duration("100ms", "10m")] = 8.0
+    """How long an authenticator of the application may take for one login. Clients wait 10 seconds."""
+    logins_pending: Annotated[int, whole(4, 1_000_000)] = 1024
+    """Logins that wait for their authenticators at once; one address may have a quarter of them, one user 16."""
 
 
 class StreamsConfig(Settings):

@@ -211,6 +211,10 @@ login.certificate_refused info (peer reason) by peer, limit per address
     A login by client certificate was refused: it names no user who may log in.
 login.device_refused info (peer reason) by peer, limit per address
     A login by device key was refused.
+login.refused info (scheme peer reason) by peer, limit per address
+    An authenticator of the application refused a login, by an error with this reason.
+login.timed_out warning (scheme peer) by peer, limit per address
+    An authenticator of the application took longer than `limits.login_timeout`, and was cancelled.
 http.token_refused info (peer) by peer, limit per address
     The token of an HTTPS request was refused.
 device.enrolled info (device user peer connection) by peer, limit per user

@@ -119,7 +119,7 @@ zcproto_sessions_ended_total counter (reason)
     Live sessions that ended or whose token expired. `reason`: expired, idle, closed (by the client), by_user,
     by_operator, user_changed, device_removed, replaced, refresh_reused, elsewhere (by another server), other.
 zcproto_sessions_revoked_total counter
-    Sessions revoked or closed, live and lapsed.
+    Sessions revoked here, live and lapsed, for whatever reason. Those closed by their clients do not count.
 zcproto_refresh_tokens_reused_total counter
     Spent refresh tokens that were reused and ended their session: the token may be stolen.
 zcproto_tokens_refused_total counter
@@ -129,7 +129,10 @@ zcproto_sessions_not_admitted_total counter (reason)
 
 # Logins
 zcproto_logins_total counter (scheme result)
-    Logins decided. `scheme`: the login scheme, or session.attach; `result`: accepted, refused.
+    Logins. `scheme`: the login scheme, or session.attach; `result`: accepted, refused, failed (the authenticator
+    raised an exception or took too long).
+zcproto_logins_pending gauge
+    Logins that wait for their authenticators.
 zcproto_logins_throttled_total counter
     Logins refused without a check after too many failures.
 

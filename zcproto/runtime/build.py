@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -23,7 +23,10 @@ from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
 from zcproto.auth import (
+    BUILT_IN_SCHEMES,
+    ApplicationAuthenticator,
     Authenticator,
+    Authenticators,
     DeviceFile,
     Enrollment,
     Login,
@@ -34,6 +37,7 @@ from zcproto.auth import (
     UserFile,
 )
 from zcproto.auth.directory import Directory
+from zcproto.auth.identity import BuiltInSchemes
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.certs.client_user import user_of
 from zcproto.certs.manager import CertificateManager
@@ -80,7 +84,7 @@ async def build(
     home: Home,
     app: App,
     *,
-    authenticators: Sequence[Authenticator] | None = None,
+    authenticators: Authenticators | None = None,
     progress: Callable[[str], None] = lambda sentence: None,
     clock: Clock = system_clock,
     entropy: Entropy = system_entropy,
@@ -96,7 +100,9 @@ async def build(
     alerts = await build_alerts(config, clock, entropy)
     certificates = await build_certificates(config, alerts, clock, progress)
     state, store = await build_state(config, home, alerts, wheel, clock, entropy)
-    login = build_login(active, home, state, certificates, authenticators)
+    login = build_login(
+        active, home, state, certificates, app.authenticators if authenticators is None else authenticators
+    )
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment), *app])
     parts = Parts(
@@ -217,7 +223,7 @@ async def build_state(
 
 
 class LoginParts(NamedTuple):
-    """The login. The others are `None` if the program brings its own authenticators."""
+    """The login. Users, devices and enrollment are `None` if the program's authenticators replace them."""
 
     login: Login
     users: Directory[User] | None = None
@@ -230,20 +236,29 @@ def build_login(
     home: Home,
     state: ServerState,
     certificates: CertificateManager,
-    authenticators: Sequence[Authenticator] | None,
+    authenticators: Authenticators,
 ) -> LoginParts:
-    """Build the login: with these authenticators, or with the home's users, devices and client certificates."""
-    throttle = Throttle(active.config.limits.login_failures)
-    if authenticators is not None:
-        return LoginParts(Login(authenticators, throttle))
+    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates."""
+    limits = active.config.limits
+    throttle = Throttle(limits.login_failures)
+
+    def timeout() -> float:
+        return active.config.limits.login_timeout
+
+    found: list[Authenticator] = [
+        each
+        if isinstance(each, ApiKeyAuthenticator | DeviceAuthenticator | CertificateAuthenticator)
+        else ApplicationAuthenticator(each, timeout, _log_login_refused, _log_login_timed_out)
+        for each in authenticators
+        if not isinstance(each, BuiltInSchemes)
+    ]
+    if BUILT_IN_SCHEMES not in authenticators:
+        return LoginParts(Login(found, throttle, limits.logins_pending))
     users = Directory(UserFile(home.users), on_gone=partial(end_user_sessions, state))
     device_file = DeviceFile(home.devices)
     devices = Directory(device_file, on_gone=partial(end_device_sessions, state))
     enrollment = Enrollment(PairingFile(home.pairing), device_file, users, throttle)
-    found: list[Authenticator] = [
-        ApiKeyAuthenticator(users),
-        DeviceAuthenticator(devices, users, on_refused=_log_device_refused),
-    ]
+    found += ApiKeyAuthenticator(users), DeviceAuthenticator(devices, users, on_refused=_log_device_refused)
     if active.config.tls.client_auth != "off":
 
         def user_of_certificate(certificate: bytes) -> str:
@@ -253,7 +268,15 @@ def build_login(
             CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)
         )
     state.binding.is_user = users.is_known
-    return LoginParts(Login(found, throttle), users, devices, enrollment)
+    return LoginParts(Login(found, throttle, limits.logins_pending), users, devices, enrollment)
+
+
+def _log_login_refused(scheme: str, reason: str, address: str) -> None:
+    log.info("login.refused", scheme=scheme, peer=address, reason=reason)
+
+
+def _log_login_timed_out(scheme: str, address: str) -> None:
+    log.warning("login.timed_out", scheme=scheme, peer=address)
 
 
 def _log_device_refused(reason: str, address: str) -> None:

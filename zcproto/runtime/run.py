@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto.app.app import App
+from zcproto.auth import Authenticators
 from zcproto.common.process import new_event_loop, raise_file_limit
 from zcproto.config import Config
 from zcproto.errors import ConfigError
@@ -54,20 +55,21 @@ def serve(
     config: Config | None = None,
     *,
     home: Path | None = None,
+    authenticators: Authenticators | None = None,
     ready: Callable[[Server], None] = lambda server: None,
     **options: Any,
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts off what still runs.
 
-    `ready` is called when it listens. A service manager such as systemd is notified as well; it may run a watchdog
-    and pass the listening sockets. Further options are passed to `Server`. Raises ConfigError or CertificateError
-    before anything listens.
+    `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it
+    listens. A service manager such as systemd is notified as well; it may run a watchdog and pass the listening
+    sockets. Further options are passed to `Server`. Raises ConfigError or CertificateError before anything listens.
     """
     risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
     options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
-    server = Server(app, config, home=home, **options)
+    server = Server(app, config, home=home, authenticators=authenticators, **options)
     configure_logging(server.config.log)
     server.owns_log = True
     server.on_config = raise_limit_for

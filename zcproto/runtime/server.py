@@ -31,7 +31,7 @@ from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
 from zcproto.app.app import App, default_app
 from zcproto.app.clients import ConnectedClient
-from zcproto.auth import Authenticator
+from zcproto.auth import Authenticators
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
@@ -45,6 +45,7 @@ from zcproto.runtime.build import alert_source, build
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
+from zcproto.sessions import EndReason
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
 
@@ -59,7 +60,7 @@ class Server:
 
     `home` is the folder of users and certificates; by default the one that the command line uses, and so is
     the configuration.
-    `authenticators` decide who may open sessions; by default API keys of the home's users.
+    `authenticators` decide who may open sessions; by default those of the application.
     `read_config` reads the configuration again for `reload`; by default as `config` is read if it is left out.
     `control` is whether to open a control socket in the home folder, which only one server can have.
     `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those that
@@ -73,7 +74,7 @@ class Server:
         config: Config | None = None,
         *,
         home: Path | None = None,
-        authenticators: Sequence[Authenticator] | None = None,
+        authenticators: Authenticators | None = None,
         sockets: Sequence[socket.socket] = (),
         redirect_sockets: Sequence[socket.socket] = (),
         progress: Callable[[str], None] = lambda sentence: None,
@@ -210,6 +211,16 @@ class Server:
             return await client.call("approve", tool="shell")
         """
         return self.state.clients.find(user, handles)
+
+    async def end_sessions(self, user: str) -> int:
+        """End all sessions of a user, also on other servers of the same store; return how many there were.
+
+        For users of the application whose access has changed. Their clients get TokenRevoked. Raises Unavailable if
+        a store has not taken it in time: the sessions have ended here, and the store will take it later.
+        """
+        ended = await self.state.sessions.revoke_user(user, EndReason.USER_CHANGED)
+        log.info("user.gone", user=user, sessions=ended)
+        return ended
 
     def summary(self) -> str:
         """Return one sentence on the load."""

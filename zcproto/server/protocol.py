@@ -24,7 +24,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, Final, cast
 
-from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.auth.identity import Channel
 from zcproto.auth.schemes import certificate_key
 from zcproto.connection.events import (
     CallEnded,
@@ -108,11 +108,11 @@ class ServerProtocol(Dispatcher):
         """Return the client's certificate in DER form; None without one."""
         return None if self._transport is None else self._transport.peer_certificate()
 
-    def channel(self) -> Channel:
-        """Return what proofs of the peer are bound to."""
+    def channel(self, context: Any = None) -> Channel:
+        """Return what proofs of the peer are bound to, for a login with its context."""
         if self._connection is None or self._transport is None:
-            return NO_CHANNEL
-        return Channel(self.peer_certificate, self._connection.salt, self._transport.leaves)
+            return Channel(context=context)
+        return Channel(self.peer_certificate, self._connection.salt, self._transport.leaves, context)
 
     # --- called by the transport ---------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class ServerProtocol(Dispatcher):
         """Return whether a session may be used from this peer's address."""
         state = self._state
         record = state.registry.record(session.raw_id)
-        if record is not None and state.binding.admits(session.user, record.address, self.peer):
+        if record is not None and state.binding.admits(record, self.peer):
             return True
         log.info("session.not_admitted", peer=self.peer, connection=self.id, session=session.id)
         return False

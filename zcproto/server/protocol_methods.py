@@ -68,13 +68,18 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         _check_client(client)
         peer = context.peer
         try:
-            identity = login.open({"scheme": scheme, **fields}, peer, context.now(), context.caller.channel())
+            channel = context.caller.channel(context)
+            identity = login.open({"scheme": scheme, **fields}, peer, context.now(), channel)
         except Unauthenticated:
             log_refused(context, scheme)
             raise
         if isinstance(identity, Identity) and not identity.key:
             opened = state.sessions.open_nowait(
-                identity.user, operator=identity.operator, client=client, address=peer
+                identity.user,
+                operator=identity.operator,
+                client=client,
+                address=peer,
+                external=login.is_external(scheme),
             )
             if opened is not None:
                 return answer_opened(context, opened, scheme, client)
@@ -91,7 +96,12 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 log_refused(context, scheme)
                 raise
         opened = await state.sessions.open(
-            identity.user, operator=identity.operator, client=client, address=context.peer, key=identity.key
+            identity.user,
+            operator=identity.operator,
+            client=client,
+            address=context.peer,
+            key=identity.key,
+            external=login.is_external(scheme),
         )
         if identity.key:
             if login.is_gone(identity.key):  # removed while the session was opened

@@ -4,6 +4,7 @@ Decides whether a token may be used from an address, and a refresh token by a cl
 
 Rules:
 - Network and client are off by default: clients move between networks, and a client string is easy to copy.
+- The users of an application's own schemes are its own: they are not looked up.
 - User and address are checked when a connection first uses a token, and at every refresh. Removing a user ends the
   sessions known to a running server; this check covers sessions that outlived a server or come from another one.
 - The client string is sent only when a session is opened or refreshed, and is checked there.
@@ -21,6 +22,7 @@ from typing import Final
 
 from zcproto.errors import Unauthenticated
 from zcproto.sessions.record import SessionRecord
+from zcproto.sessions.session import EXTERNAL
 
 OFF: Final = "off"
 EXACT: Final = "exact"
@@ -55,11 +57,12 @@ class SessionBinding:
         """Return True if a valid token may still be refused."""
         return self._address != OFF or self.is_user is not None
 
-    def admits(self, user: str, opened_at: str, address: str) -> bool:
-        """Return True if a session of `user`, opened at one address, may be used from another."""
-        if self.is_user is not None and not self.is_user(user):
+    def admits(self, record: SessionRecord, address: str) -> bool:
+        """Return True if a session may be used from an address."""
+        if self.is_user is not None and not record.flags & EXTERNAL and not self.is_user(record.user):
             self.refused_users += 1
             return False
+        opened_at = record.address
         if self._address == OFF or address == opened_at:
             return True
         bits = None if self._address == EXACT else int(self._address)
@@ -77,7 +80,7 @@ class SessionBinding:
             return
         if self._client and client != record.client:
             self.refused_clients += 1
-        elif self.admits(record.user, record.address, address):
+        elif self.admits(record, address):
             return
         raise Unauthenticated("unknown refresh token; open a session")
 

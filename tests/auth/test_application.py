@@ -1,0 +1,177 @@
+"""Authenticators of an application: time limit, answers and errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from tests.auth.helpers import FunctionAuthenticator, identified
+from zcproto.auth import ApplicationAuthenticator, Identity, Login, Throttle
+from zcproto.auth.application import mask_fields
+from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.errors import (
+    CallError,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+
+ADDRESS = "192.0.2.1"
+NOW = 50.0
+FIELDS = {"scheme": "own", "user": "alice", "password": "hunter2"}
+
+Function = Callable[[Mapping[str, Any], str], Any]
+
+
+class Recorded:
+    """An authenticator in a login, and what it reported."""
+
+    def __init__(self, function: Function, seconds: float = 5.0, *, waits: bool = False) -> None:
+        async def waiting(params: Mapping[str, Any], address: str) -> Any:
+            await asyncio.sleep(0)
+            return function(params, address)
+
+        self.refused: list[tuple[str, str, str]] = []
+        self.timed_out: list[tuple[str, str]] = []
+        self.authenticator = ApplicationAuthenticator(
+            FunctionAuthenticator("own", waiting if waits else function),
+            lambda: seconds,
+            lambda *reason: self.refused.append(reason),
+            lambda *scheme: self.timed_out.append(scheme),
+        )
+        self.throttle = Throttle(1)
+        self.login = Login([self.authenticator], self.throttle)
+
+    async def open(self, fields: Mapping[str, Any] = FIELDS) -> Identity:
+        return await identified(self.login, fields, ADDRESS, NOW)
+
+    @property
+    def has_failures(self) -> bool:
+        return self.throttle.check("alice", ADDRESS, NOW) > 0
+
+
+def raising(error: Exception) -> Function:
+    def function(params: Mapping[str, Any], address: str) -> None:
+        raise error
+
+    return function
+
+
+waits = pytest.mark.parametrize("waits", [False, True])
+
+
+@waits
+async def test_identity_opens_a_session_of_an_external_user(waits: bool) -> None:
+    own = Recorded(lambda params, address: Identity(params["user"], operator=True), waits=waits)
+    assert await own.open() == Identity("alice", True)
+    assert own.login.is_external("own")
+    assert not own.login.is_external("other")
+
+
+@waits
+@pytest.mark.parametrize(
+    "answer",
+    [True, False, 0, b"alice", "alice", ("alice", True, ""), Identity(5), Identity("a", operator=1)],  # type: ignore[arg-type]
+)
+async def test_answer_of_another_type_is_an_error(answer: Any, waits: bool) -> None:
+    own = Recorded(lambda params, address: answer, waits=waits)
+    with pytest.raises(TypeError, match="the scheme 'own' must return None, or an Identity"):
+        await own.open()
+    assert own.login.failed["own"] == 1
+    assert not own.has_failures
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb", "a\ud800"])
+async def test_unusable_name_of_a_user_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"1 to 128 printable characters, not {len(name)}"):
+        await Recorded(lambda params, address: Identity(name)).open()
+
+
+@waits
+@pytest.mark.parametrize(
+    "error", [NotFound("no user alice"), PermissionDenied("disabled"), Unauthenticated("expired")]
+)
+async def test_error_that_refuses_the_login_gets_the_answer_of_all_failed_logins(
+    error: CallError, waits: bool
+) -> None:
+    own = Recorded(raising(error), waits=waits)
+    with pytest.raises(Unauthenticated, match="the login was not accepted") as caught:
+        await own.open()
+    assert caught.value.__context__ is None
+    assert own.refused == [("own", str(error).replace("alice", "***"), ADDRESS)]
+    assert own.login.refused["own"] == 1
+    assert own.has_failures
+
+
+@waits
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (InvalidArgument("ticket: a str is needed"), 0),
+        (Unavailable("the directory does not answer"), 1),
+        (ResourceExhausted("later", {"retry_after_ms": 5}), 1),
+        (RuntimeError("bug"), 1),
+        (TimeoutError("of its own"), 1),
+    ],
+)
+async def test_other_errors_are_raised_and_are_no_failed_login(
+    error: Exception, failed: int, waits: bool
+) -> None:
+    own = Recorded(raising(error), waits=waits)
+    with pytest.raises(type(error)) as caught:
+        await own.open()
+    assert caught.value is error
+    assert own.login.failed["own"] == failed
+    assert (own.refused, own.timed_out, own.has_failures) == ([], [], False)
+
+
+async def test_slow_authenticator_is_cancelled() -> None:
+    ended: list[str] = []
+
+    async def function(params: Mapping[str, Any], address: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    own = Recorded(function, seconds=0.0)
+    with pytest.raises(Unavailable, match="takes too long") as caught:
+        await own.open()
+    assert caught.value.__cause__ is None
+    assert ended == ["cancelled"]
+    assert own.timed_out == [("own", ADDRESS)]
+    assert (own.login.failed["own"], own.login.pending, own.has_failures) == (1, 0, False)
+
+
+class NamesByEmail(FunctionAuthenticator):
+    """Names the user by another field; a bug returns what is not a name."""
+
+    def user_named(self, params: Mapping[str, Any], channel: Channel) -> Any:
+        return params.get("email")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"), [({"email": "a" * 200}, "a" * 128), ({"email": 5}, ""), ({"user": "eve"}, "")]
+)
+def test_name_for_failures_is_that_of_the_authenticator(fields: dict[str, Any], name: str) -> None:
+    inner = NamesByEmail("own", lambda params, address: None)
+    own = ApplicationAuthenticator(inner, lambda: 1.0, lambda *_: None, lambda *_: None)
+    assert own.user_named(fields, NO_CHANNEL) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("hunter2 is wrong for alice", "*** is wrong for ***"),
+        ("the scheme own", "the scheme own"),
+        ("a is short", "a is short"),
+    ],
+)
+def test_fields_are_masked_in_a_reason(text: str, masked: str) -> None:
+    assert mask_fields(text, {**FIELDS, "short": "a", "number": 5}) == masked

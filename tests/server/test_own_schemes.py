@@ -1,0 +1,189 @@
+"""Schemes of the application on a real server: identity, binding to its users, limits, errors and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Serve
+from tests.server.helpers import TIMEOUT, ServerThread
+from zcproto.app.app import App, Context
+from zcproto.app.authentication import Answer, CallableAuthenticator
+from zcproto.auth import BUILT_IN_SCHEMES, Identity, UserFile
+from zcproto.config.model import LogConfig
+from zcproto.errors import Code, NotFound
+from zcproto.observe.log import configure_logging
+
+PASSWORDS = {"ada": "correct horse", "root": "battery staple"}
+
+
+def check(context: Context, user: str, password: str) -> Answer:
+    assert context.peer == "127.0.0.1"
+    if PASSWORDS.get(user) != password:
+        return None
+    return Identity(user, operator=user == "root")
+
+
+PASSWORD = CallableAuthenticator("password", check)
+
+
+def login(user: str = "ada", password: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"scheme": "password", "user": user, "password": password or PASSWORDS[user], **more}
+
+
+def app(*authenticators: Any) -> App:
+    application = App(authenticators=authenticators)
+
+    @application.method("who")
+    def who(context: Context) -> str:
+        return context.user
+
+    return application
+
+
+def opened(server: ServerThread, **fields: Any) -> Any:
+    """Return a client with a session."""
+    client = server.client()
+    client.token = client.call("session.open", login(**fields))["token"]
+    return client
+
+
+def test_application_names_its_authenticators(serve: Serve) -> None:
+    server = serve(app(PASSWORD), users_file=True)
+    with opened(server) as client:
+        assert client.call("who") == "ada"
+    with server.client() as client:
+        answer = client.refused("session.open", {"scheme": "api_key", "user": "ada", "key": "k"})
+        assert (answer.code, answer.message) == (
+            Code.INVALID_ARGUMENT,
+            "scheme: not offered here; use one of: password",
+        )
+
+
+def test_authenticators_of_the_server_replace_those_of_the_application(serve: Serve) -> None:
+    other = CallableAuthenticator("other", lambda: "eve")
+    server = serve(app(PASSWORD), authenticators=[other])
+    with server.client() as client:
+        client.token = client.call("session.open", {"scheme": "other"})["token"]
+        assert client.call("who") == "eve"
+        assert client.call("session.info")["bound"] is False
+
+
+def test_identity_makes_an_operator(serve: Serve) -> None:
+    server = serve(app(PASSWORD), users_file=True)
+    with opened(server, user="root") as root, opened(server) as ada:
+        assert {each["user"] for each in root.call("server.sessions")} == {"ada", "root"}
+        assert ada.refused("server.sessions").code == Code.PERMISSION_DENIED
+
+
+# --- beside the users of the home folder --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_users_of_the_file_and_of_the_application_share_a_server(serve: Serve, store: str) -> None:
+    server = serve(app(BUILT_IN_SCHEMES, PASSWORD), users_file=True, store__url=store)
+    users = UserFile(server.home / "users.toml")
+    key = users.add("grace")
+    with server.client() as grace, opened(server) as ada:
+        grace.open_session("grace", key)
+        assert (grace.call("who"), ada.call("who")) == ("grace", "ada")
+        with server.client() as other:  # the user is looked up when a connection first uses a token
+            other.token = ada.token
+            assert other.call("who") == "ada"
+            other.token = grace.token
+            assert other.call("who") == "grace"
+        users.remove("grace")
+        server.until(lambda: len(server.server.state.registry) == 1)
+        assert grace.refused("who").code == Code.TOKEN_REVOKED
+
+
+def test_two_authenticators_of_one_scheme_prevent_the_start(serve: Serve) -> None:
+    own = CallableAuthenticator("api_key", lambda user, key: user)
+    with pytest.raises(ValueError, match="two authenticators for the scheme 'api_key'"):
+        serve(app(own, BUILT_IN_SCHEMES), users_file=True)
+
+
+# --- failures -----------------------------------------------------------------------------------------
+
+
+def test_failures_are_throttled_by_the_field_that_names_the_user(serve: Serve) -> None:
+    def by_email(email: str, password: str) -> str | None:
+        return email if password == "right" else None
+
+    own = CallableAuthenticator("email", by_email, user_field="email")
+    server = serve(app(own), users_file=True, limits__login_failures=2)
+
+    def attempt(email: str, password: str) -> int:
+        with server.client() as client:
+            fields = {"scheme": "email", "email": email, "password": password}
+            try:
+                client.call("session.open", fields)
+            except Exception as error:
+                return int(getattr(error, "code", 0))
+            return 0
+
+    assert [attempt("ada@example.org", "wrong") for _ in range(3)] == [
+        Code.UNAUTHENTICATED,
+        Code.UNAUTHENTICATED,
+        Code.RESOURCE_EXHAUSTED,
+    ]
+    assert attempt("eve@example.org", "right") == 0
+    assert attempt("ada@example.org", "right") == Code.RESOURCE_EXHAUSTED
+
+
+async def never() -> str:
+    await asyncio.Event().wait()
+    return "ada"
+
+
+def refuse(user: str, password: str) -> str:
+    raise NotFound(f"{user} with {password} is not known")
+
+
+def fail(user: str, password: str) -> str:
+    raise KeyError(user)
+
+
+@pytest.mark.parametrize(
+    ("function", "fields", "code", "event"),
+    [
+        (never, {}, Code.UNAVAILABLE, "login.timed_out"),
+        (refuse, {"user": "adam", "password": "hunter2"}, Code.UNAUTHENTICATED, "login.refused"),
+        (fail, {"user": "adam", "password": "hunter2"}, Code.INTERNAL, "request.failed"),
+        (lambda user: 5, {"user": "adam"}, Code.INTERNAL, "request.failed"),
+    ],
+)
+def test_client_gets_one_answer_and_the_log_the_reason(
+    serve: Serve,
+    capsys: pytest.CaptureFixture[str],
+    function: Callable[..., Any],
+    fields: dict[str, Any],
+    code: Code,
+    event: str,
+) -> None:
+    configure_logging(LogConfig(level="info", format="json"))
+    server = serve(
+        app(CallableAuthenticator("own", function)), users_file=True, limits__login_timeout="100ms"
+    )
+    with server.client() as client:
+        answer = client.refused("session.open", {"scheme": "own", **fields})
+    assert answer.code == code
+    text = capsys.readouterr().err
+    found = {line["event"]: line for line in map(json.loads, text.splitlines())}
+    assert event in found
+    assert "hunter2" not in text
+    assert found[event].get("reason") in (None, "NOT_FOUND: *** with *** is not known")
+
+
+def test_program_ends_the_sessions_of_a_user(serve: Serve) -> None:
+    server = serve(app(PASSWORD), users_file=True)
+    with opened(server) as ada, opened(server, user="root") as root:
+        ended = asyncio.run_coroutine_threadsafe(server.server.end_sessions("ada"), server.loop)
+        assert ended.result(TIMEOUT) == 1
+        assert ada.event().value == ["session.revoked", {"reason": "the user was changed"}]
+        assert ada.refused("who").code == Code.TOKEN_REVOKED
+        assert root.call("who") == "root"

@@ -1,0 +1,100 @@
+"""Run the authenticators of an application: with a time limit, and with answers and errors that a login may have.
+
+Rules:
+- An answer that is not an identity is an error, so that a bug does not let anyone in.
+- An error that refuses the login, such as NotFound, is a failed login: the client gets the answer of all failed
+  logins, the log gets the message, without the values of the login's fields.
+- An authenticator that takes too long is cancelled. The login is not counted as failed, and can be tried again.
+
+Must not know: how attempts are counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from inspect import isawaitable
+from typing import Any, Final
+
+from zcproto.auth.identity import (
+    MAX_USER,
+    NO_CHANNEL,
+    Authenticator,
+    Channel,
+    Identity,
+    check_identity,
+    user_in,
+)
+from zcproto.errors import CallError, Code, Unavailable
+
+_UNDECIDED: Final = frozenset({Code.INVALID_ARGUMENT, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
+"""Errors that do not refuse the login; the client gets them as they are."""
+
+MASKED_FROM: Final = 4
+"""Values of this length and above are masked in the log: shorter ones are no secrets, and would hide words."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ApplicationAuthenticator:
+    """An authenticator of the application.
+
+    `timeout` returns the seconds that it may take. `on_refused` is called with the scheme, the reason and the
+    client's address, `on_timeout` with the scheme and the address.
+    """
+
+    authenticator: Authenticator
+    timeout: Callable[[], float]
+    on_refused: Callable[[str, str, str], None]
+    on_timeout: Callable[[str, str], None]
+
+    @property
+    def scheme(self) -> str:
+        return self.authenticator.scheme
+
+    def user_named(self, params: Mapping[str, Any], channel: Channel) -> str:
+        """Return the name for which failures are counted, or an empty text."""
+        user_named = getattr(self.authenticator, "user_named", user_in)
+        name: object = user_named(params, channel)
+        return name[:MAX_USER] if isinstance(name, str) else ""
+
+    def authenticate(
+        self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
+    ) -> Identity | Awaitable[Identity | None] | None:
+        try:
+            answer = self.authenticator.authenticate(params, address, channel)
+        except CallError as error:
+            self._refused(error, params, address)
+            return None
+        if isawaitable(answer):
+            return self._wait_for(answer, params, address)
+        return check_identity(answer, self.scheme)
+
+    async def _wait_for(
+        self, answer: Awaitable[Identity | None], params: Mapping[str, Any], address: str
+    ) -> Identity | None:
+        limit = asyncio.timeout(self.timeout())
+        try:
+            async with limit:
+                return check_identity(await answer, self.scheme)
+        except CallError as error:
+            self._refused(error, params, address)
+            return None
+        except TimeoutError:
+            if not limit.expired():  # its own
+                raise
+            self.on_timeout(self.scheme, address)
+            raise Unavailable("the login takes too long; try again") from None
+
+    def _refused(self, error: CallError, params: Mapping[str, Any], address: str) -> None:
+        if error.code in _UNDECIDED:
+            raise error
+        self.on_refused(self.scheme, mask_fields(str(error), params), address)
+
+
+def mask_fields(text: str, params: Mapping[str, Any]) -> str:
+    """Return a text without the values of a login's fields, any of which may be a secret."""
+    for name, value in params.items():
+        if name != "scheme" and isinstance(value, str) and len(value) >= MASKED_FROM:
+            text = text.replace(value, "***")
+    return text
