@@ -15,6 +15,7 @@ from typing import Final
 
 from pydantic import BaseModel
 
+import zcproto
 from docs.dashboard import dashboard
 from zcproto import errors
 from zcproto.alerts.alert import CATALOGUE, Ending
@@ -274,6 +275,41 @@ def _exception_tree() -> str:
     return inspect.cleandoc((errors.__doc__ or "").split("\n\n")[1]) + "\n"
 
 
+# --- the API ------------------------------------------------------------------------------------------------
+
+API: Final = {
+    "Applications": ("App", "Context", "Items", "Topic", "TopicEvent", "ConnectedClient"),
+    "Running a server": ("serve", "Server", "Config"),
+    "Clients": (
+        *("connect", "Client", "ClientSession", "UserSession", "Event", "Call", "Device", "enroll"),
+        *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),
+    ),
+}
+"""The public names by section; the others are errors."""
+
+
+def api() -> str:
+    """Return the page of public names. In the site, `docs/hooks.py` puts signature and docstring below each."""
+    parts = [
+        f"""\
+# API
+{NOTE}
+What `import zcproto` offers. This page has the first sentences of the docstrings; in an interpreter,
+`help(zcproto.App)` shows the rest, and so does the site that `mkdocs build` makes of these pages.
+"""
+    ]
+    listed = {name for names in API.values() for name in names}
+    sections = {**API, "Errors": tuple(name for name in zcproto.__all__ if name not in listed)}
+    for title, names in sections.items():
+        parts.append(f"\n## {title}\n")
+        parts += [f"\n### {name}\n\n{_first_paragraph(getattr(zcproto, name))}\n" for name in names]
+    return "".join(parts)
+
+
+def _first_paragraph(documented: object) -> str:
+    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
+
+
 # --- the files -----------------------------------------------------------------------------------------------
 
 FILES: Final[dict[str, Callable[[], str]]] = {
@@ -282,6 +318,7 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/log-events.md": log_events,
     "docs/reference/alerts.md": alerts,
     "docs/reference/errors.md": error_page,
+    "docs/reference/api.md": api,
     "zcproto/deploy/grafana/dashboard.json": dashboard,
 }
 """Each generated file with the function that returns its text."""

@@ -1,4 +1,4 @@
-"""The programs in the README and in the guides for applications run as they are printed."""
+"""The programs in the README and in two guides run as they are printed."""
 
 from __future__ import annotations
 
@@ -108,19 +108,6 @@ def test_application_guide_programs_run(folder: Path, port: int) -> None:
         assert "welcome" in run(folder, "-m", "zcproto", "call", f"localhost:{port}", "greeting")
 
 
-def test_streams_guide_programs_run(folder: Path, port: int) -> None:
-    write_programs(ROOT / "docs" / "streams.md", folder, port)
-    with serving(folder, port, "-m", "zcproto", "serve", "talk:app"):
-        assert run(folder, "listen.py").splitlines() == [
-            *("to", "be", "or", "not"),
-            "{'words': 4}",
-            "a tick",
-            "the text has no words; send some",
-            "{'name': 'a', 'size': 8}",
-            "HELLO",
-        ]
-
-
 def test_authentication_guide_programs_run(folder: Path, port: int) -> None:
     write_programs(ROOT / "docs" / "authentication.md", folder, port)
     with serving(folder, port, "-m", "zcproto", "serve", "accounts:app"):
@@ -133,28 +120,6 @@ def test_authentication_guide_programs_run(folder: Path, port: int) -> None:
         assert run(folder, "enter_blocking.py") == "ada\n"
         call = ["call", f"localhost:{port}", "who", "--user", "ada", "--key-file", "ada.key"]
         assert "ada" in run(folder, "-m", "zcproto", *call), "the built-in schemes are kept"
-
-
-def test_topics_guide_programs_run(folder: Path, port: int) -> None:
-    write_programs(ROOT / "docs" / "topics.md", folder, port)
-    with serving(folder, port, "-m", "zcproto", "serve", "board:app"):
-        assert run(folder, "watch.py").splitlines() == [
-            "{'id': 1, 'user': 'ada', 'state': 'waits'}",
-            "{'id': 2, 'user': 'ada', 'state': 'waits'}",
-            "this method needs a session of an operator",
-        ]
-
-
-def test_calls_guide_programs_run(folder: Path, port: int) -> None:
-    write_programs(ROOT / "docs" / "calls.md", folder, port)
-    with serving(folder, port, "-m", "zcproto", "serve", "agent:app"):
-        assert run(folder, "desk.py").splitlines() == [
-            "connected",
-            "ada: shell 'ls'?",
-            "ran ls",
-            "ada: shell 'rm -r /'?",
-            "not approved; ask the person at the client",
-        ]
 
 
 def test_application_guide_test_passes(folder: Path, port: int) -> None:

@@ -1,0 +1,313 @@
+"""Follow a page for application developers as its reader would: write its files, run its commands, compare outputs.
+
+The line before a block says what it is:
+
+    `gateway.py`:           the block is this file
+    ... in `gateway.py`:    the block changes this file. A definition replaces the one of the same name. A new one
+                            goes before the next definition of the block that is there, or to the end. Imports go to
+                            the top
+    anything, for sh        commands, run in the folder of the files; a server goes on running behind them
+    anything, for text      the output of the commands before it. A line `...` stands for any lines, `…` for any
+                            text in a line
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from tests.docs.messages import ROOT
+from zcproto.auth import UserFile
+
+PROGRAMS: Final = {"python", "js", "typescript"}
+"""Languages whose blocks must be files."""
+
+FILES: Final = {"dockerfile", "ini", "json", "proto", "toml", "yaml"}
+"""Languages whose blocks are files if the line before them names one, and otherwise are only read."""
+
+PORT: Final = re.compile(r"(?<=[:= ])(744\d|6379|8000|50051)\b")
+"""Ports of the pages, which are replaced by free ones."""
+
+READY: Final = ("server.listening", "Uvicorn running on", "Ready to accept connections")
+"""What servers print when clients can connect."""
+
+TIMEOUT_S: Final = 150.0
+
+CHANGES: Final = re.compile(r"^(?:.* )?[Ii]n `([\w./~-]+\.\w+)`:$")
+WRITES: Final = re.compile(r"(?:^|\. )`([\w./~-]+\.\w+)`(?:, [^`]*)?:$")
+
+
+class PageError(AssertionError):
+    """A page does not do what it says."""
+
+
+class Block(NamedTuple):
+    """A code block of a page. `file` is the file that it writes or changes."""
+
+    place: str
+    language: str
+    text: str
+    file: str | None
+    is_change: bool
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """Yield the code blocks of a page. Raises PageError for one that is neither a file, commands nor an output."""
+    text = page.read_text(encoding="utf-8")
+    before = ""
+    for found in re.finditer(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+        introduction = text[: found.start()].rstrip().rsplit("\n", 1)[-1]
+        changes, writes = CHANGES.search(introduction), WRITES.search(introduction)
+        named = changes or writes
+        place = f"{page.name}:{text.count(chr(10), 0, found.start()) + 1}"
+        block = Block(place, found[2], found[3], named[1] if named else None, changes is not None)
+        problem = problem_of(block, before, is_indented=bool(found[1]))
+        if problem is not None:
+            raise PageError(f"{place}: {problem}")
+        yield block
+        before = block.language
+
+
+def problem_of(block: Block, before: str, *, is_indented: bool = False) -> str | None:
+    """Return why a block would not be run. `before` is the language of the block before it."""
+    if is_indented:
+        return "an indented block is not run; end the list before it"
+    if block.language in PROGRAMS and block.file is None:
+        return "this block is not run; name its file in the line before it, as `name.py`:"
+    if block.language == "text" and before not in {"sh", "text"}:
+        return "a block of text is the output of commands; it belongs behind a block of sh"
+    if block.language not in PROGRAMS | FILES | {"sh", "text"}:
+        return f"blocks of {block.language or 'no language'} are not run; use sh, python or text"
+    return None
+
+
+# --- changes of a file ---------------------------------------------------------------------------------------
+
+
+class Statement(NamedTuple):
+    """A statement at the top level of a module, with the comments and the blank lines before it."""
+
+    text: str
+    gap: int
+    names: frozenset[str]
+    is_import: bool
+
+
+def statements_of(source: str) -> list[Statement]:
+    lines = source.splitlines()
+    found, end = [], 0
+    for node in ast.parse(source).body:
+        assert node.end_lineno is not None
+        text = lines[end : node.end_lineno]
+        end = node.end_lineno
+        gap = next(index for index, line in enumerate(text) if line)
+        is_import = isinstance(node, ast.Import | ast.ImportFrom)
+        found.append(Statement("\n".join(text[gap:]), gap, names_of(node), is_import))
+    return found
+
+
+def names_of(node: ast.stmt) -> frozenset[str]:
+    """Return the names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return frozenset({node.name})
+    targets = [*node.targets] if isinstance(node, ast.Assign) else []
+    targets += [node.target] if isinstance(node, ast.AnnAssign) else []
+    return frozenset(target.id for target in targets if isinstance(target, ast.Name))
+
+
+def change(source: str, block: str) -> str:
+    """Return a module changed by a block."""
+    module, waiting = statements_of(source), []
+    start = 1 if module and not module[0].is_import and module[0].text.startswith('"""') else 0
+    for new in statements_of(block):
+        places = [index for index, old in enumerate(module) if old.names & new.names]
+        if new.is_import:
+            module.insert(start, new._replace(gap=0))
+        elif places:
+            module[places[0] : places[0] + 1] = [*waiting, new]
+            waiting = []
+        else:
+            waiting.append(new._replace(gap=new.gap or 2))
+    text = "\n".join("\n" * each.gap + each.text for each in [*module, *waiting])
+    return tidy(text + "\n")
+
+
+def tidy(source: str) -> str:
+    """Sort and merge the imports of a module, and format it."""
+    for command in (["check", "--quiet", "--fix-only", "--select=I", "-"], ["format", "--quiet", "-"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length=110"]
+        source = subprocess.run(ruff, input=source, capture_output=True, text=True, check=True).stdout
+    return source
+
+
+# --- outputs -------------------------------------------------------------------------------------------------
+
+
+def pattern_of(shown: str) -> str:
+    """Return the pattern of the output that a page shows."""
+    lines = (re.escape(line).replace("…", ".*") + "\n" for line in shown.splitlines())
+    return "".join("(?:.*\n)*" if line == "\\.\\.\\.\n" else line for line in lines)
+
+
+# --- a reader ------------------------------------------------------------------------------------------------
+
+PIP: Final = """
+import re, sys
+from importlib import metadata
+for requirement in sys.argv[2:]:
+    name, *extras = re.findall(r"[a-z0-9-]+", requirement)
+    assert set(extras) <= set(metadata.metadata(name).get_all("Provides-Extra", [])), requirement
+"""
+"""Checks that a `pip install` names packages that are installed, and extras that they have."""
+
+
+class Reader:
+    """Follows pages in one folder, with its own home and ports."""
+
+    def __init__(self, folder: Path, certs: Path) -> None:
+        self.home, self._bin, self._log = folder / "home", folder / "bin", folder / "output"
+        self.folder = self.home / "project"
+        self.folder.mkdir(parents=True)
+        (self.home / ".zeroclaw").mkdir(0o700)
+        shutil.copytree(certs, self.home / ".zeroclaw" / "certs")
+        self.files: dict[str, str] = {}
+        """What has been written, by name."""
+        self.scripts = ""
+        """The commands that have been run."""
+        self._ports: dict[str, str] = {}
+        self._servers: list[subprocess.Popen[bytes]] = []
+        self._output = ""
+        self._write_programs()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for server in self._servers:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+        for server in self._servers:
+            server.wait(30)
+
+    def add_user(self, name: str) -> None:
+        """Add a user whose key is in a file, as the README does."""
+        key = UserFile(self.home / ".zeroclaw" / "users.toml").add(name)
+        (self.folder / f"{name}.key").touch(0o600)
+        (self.folder / f"{name}.key").write_text(key.reveal())
+
+    def follow(self, page: Path) -> None:
+        """Do what a page says. Raises PageError where it fails, or prints something else than the page."""
+        for block in blocks_of(page):
+            if block.file is not None:
+                self._write(block, block.file)
+            elif block.language == "sh":
+                self._run(block)
+            elif block.language == "text":
+                self._compare(block)
+
+    def check_that_all_files_ran(self) -> None:
+        """Raise PageError if no command runs a program, and no other program imports it."""
+        used = self.scripts + "".join(
+            line
+            for text in self.files.values()
+            for line in re.findall(r"^(?:from|import) .*", text, re.MULTILINE)
+        )
+        programs = [Path(name) for name in self.files if Path(name).suffix in {".py", ".mjs"}]
+        unused = [path.name for path in programs if not re.search(rf"\b{re.escape(path.stem)}\b", used)]
+        if unused:
+            raise PageError(f"no command runs {', '.join(unused)}; add a block of sh that does")
+
+    def _write(self, block: Block, name: str) -> None:
+        path = self.folder / name if name[0] != "~" else self.home / name[2:]
+        if block.is_change:
+            if name not in self.files:
+                raise PageError(f"{block.place}: {name} does not exist yet; name it alone to write it")
+            text = change(self.files[name], block.text)
+        else:
+            text = block.text
+        self.files[name] = text
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._with_ports(text), encoding="utf-8")
+
+    def _run(self, block: Block) -> None:
+        self.scripts += block.text
+        with open(self._log, "wb") as log:
+            process = subprocess.Popen(
+                ["/bin/sh", "-euc", self._with_ports(block.text)],
+                cwd=self.folder,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        for _ in range(int(TIMEOUT_S / 0.05)):
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                self._output = self._log.read_text()
+                if any(sign in self._output for sign in READY):
+                    self._servers.append(process)
+                    self._log = self._log.with_name(f"output-{len(self._servers)}")
+                    return
+            else:
+                break
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise PageError(f"{block.place}: does not end\n{self._log.read_text()}")
+        self._output = "".join(f"{line}\n" for line in self._log.read_text().splitlines())
+        if process.returncode and not self._output.startswith(("error", "Error", "usage", "Usage")):
+            raise PageError(f"{block.place}: exit code {process.returncode}\n{self._output}")
+
+    def _compare(self, block: Block) -> None:
+        """Compare the last output with what a page shows of it."""
+        shown = self._with_ports(block.text)
+        if not re.fullmatch(pattern_of(shown), self._output):
+            raise PageError(f"{block.place}: the commands print\n{self._output}\ninstead of\n{shown}")
+
+    def _with_ports(self, text: str) -> str:
+        return PORT.sub(lambda found: self._ports.setdefault(found[0], free_port()), text)
+
+    def _environment(self) -> dict[str, str]:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("ZCPROTO_")}
+        return {
+            **environ,
+            "HOME": str(self.home),
+            "PATH": f"{self._bin}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{ROOT}",
+            "ZCPROTO_SERVER__PORT": self._with_ports(" 7443").strip(),
+            "ZCPROTO_CERTIFICATES__KEY_TYPES": '["ecdsa-p256"]',
+        }
+
+    def _write_programs(self) -> None:
+        """Write the programs that an installation would have."""
+        self._bin.mkdir()
+        python = shlex.quote(sys.executable)
+        for name, command in {
+            "zcproto": f'{python} -m zcproto "$@"',
+            "python": f'{python} "$@"',
+            "pip": f'{python} -c {shlex.quote(PIP)} "$@"',
+            "pytest": f'{python} -m pytest -p no:cacheprovider "$@"',
+            "uvicorn": f'{python} -m uvicorn "$@"',
+        }.items():
+            program = self._bin / name
+            program.write_text(f"#!/bin/sh\nexec {command}\n")
+            program.chmod(0o755)
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])

@@ -1,0 +1,176 @@
+"""Every code block of the pages for application developers runs, and prints what its page says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import Block, PageError, Reader, blocks_of, change, pattern_of, problem_of
+from tests.docs.messages import ROOT
+from tests.server.conftest import certs
+
+__all__ = ["certs"]
+
+DOCS = ROOT / "docs"
+
+OTHER_PAGES = {
+    *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
+    *("troubleshooting", "upgrades", "applications", "authentication"),
+}
+"""Pages for operators and reviewers, whose commands test_guides.py checks; test_examples.py runs two more."""
+
+PAGES = sorted(page for page in DOCS.glob("*.md") if page.stem not in OTHER_PAGES)
+TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
+
+PROGRAMS = ("valkey-server",)
+"""Programs that a page may run only where they are installed."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs_as_printed(page: Path, tmp_path: Path, certs: Path) -> None:
+    follow([page], tmp_path, certs)
+
+
+def test_tutorial_runs_as_printed(tmp_path: Path, certs: Path) -> None:
+    follow(TUTORIAL, tmp_path, certs)
+
+
+def follow(pages: list[Path], folder: Path, certs: Path) -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for program in PROGRAMS:
+        if f"\n{program} " in text and shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    with Reader(folder, certs) as reader:
+        if "zcproto user add ada" not in text:
+            reader.add_user("ada")  # as the README does
+        for page in pages:
+            reader.follow(page)
+        reader.check_that_all_files_ran()
+
+
+def test_programs_of_the_pages_have_strict_types(tmp_path: Path) -> None:
+    files: dict[str, str] = {}
+    for page in [*TUTORIAL, *PAGES]:
+        for block in blocks_of(page):
+            if block.language == "python" and block.file is not None:
+                if block.is_change:
+                    files[block.file] = change(files[block.file], block.text)
+                else:
+                    assert block.file not in files, f"{block.place}: choose another name than {block.file}"
+                    files[block.file] = block.text
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
+    command = [sys.executable, "-m", "mypy", *options, *files]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def block(language: str, text: str = "", file: str | None = None) -> Block:
+    return Block("page.md:1", language, text, file, is_change=False)
+
+
+def test_block_that_would_not_run_is_refused() -> None:
+    assert problem_of(block("python", file="shop.py"), "") is None
+    assert problem_of(block("sh"), "python") is None
+    assert problem_of(block("text"), "sh") is None
+    for language, before, problem in [
+        ("python", "", "name its file"),
+        ("typescript", "", "name its file"),
+        ("text", "python", "output of commands"),
+        ("bash", "", "blocks of bash are not run"),
+        ("", "", "blocks of no language are not run"),
+    ]:
+        assert problem in (problem_of(block(language), before) or ""), language
+    assert "indented" in (problem_of(block("sh"), "", is_indented=True) or "")
+
+
+MODULE = '''\
+"""A shop."""
+
+import os
+
+LIMIT = 1
+
+
+# Prices.
+def price() -> int:
+    return LIMIT
+'''
+BLOCK = """\
+from dataclasses import dataclass
+
+@dataclass
+class Tea:
+    price: int
+
+# In cents.
+def price() -> int:
+    return 2
+
+LIMIT = 3
+
+def last() -> None: ...
+"""
+CHANGED = '''\
+"""A shop."""
+
+import os
+from dataclasses import dataclass
+
+LIMIT = 3
+
+
+@dataclass
+class Tea:
+    price: int
+
+
+# In cents.
+def price() -> int:
+    return 2
+
+
+def last() -> None: ...
+'''
+
+
+def test_block_changes_and_adds_definitions_where_a_reader_would() -> None:
+    assert change(MODULE, BLOCK) == CHANGED
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "is_same"),
+    [
+        ("1\n2\n", "1\n2\n", True),
+        ("1\n", "1\n2\n", False),
+        ("1\n...\n", "1\n2\n3\n", True),
+        ("...\n2\n", "2\n", True),
+        ("port …, user ada\n", "port 7443, user ada\n", True),
+        ("port …, user ada\n", "port 7443, user\nada\n", False),
+    ],
+)
+def test_dots_stand_for_lines_and_an_ellipsis_for_text(shown: str, printed: str, is_same: bool) -> None:
+    assert bool(re.fullmatch(pattern_of(shown), printed)) is is_same
+
+
+def test_failing_or_different_or_unused_block_fails_its_page(tmp_path: Path, certs: Path) -> None:
+    page = tmp_path / "page.md"
+    with Reader(tmp_path, certs) as reader:
+        for text, problem in [
+            ("```sh\nfalse\n```\n", "exit code 1"),
+            ("```sh\necho 1\n```\n\n```text\n2\n```\n", "print\n1\n\ninstead of\n2\n"),
+            ("In `none.py`:\n\n```python\na = 1\n```\n", "none.py does not exist yet"),
+        ]:
+            page.write_text(text)
+            with pytest.raises(PageError, match=re.escape(problem)):
+                reader.follow(page)
+        page.write_text("`new.py`:\n\n```python\na = 1\n```\n")
+        reader.follow(page)
+        with pytest.raises(PageError, match=re.escape("no command runs new.py")):
+            reader.check_that_all_files_ran()
