@@ -280,12 +280,13 @@ def _exception_tree() -> str:
 API: Final = {
     "Applications": ("App", "Context", "Items", "Topic", "TopicEvent", "ConnectedClient"),
     "Running a server": ("serve", "Server", "Config"),
+    "Authentication": ("Authenticator", "CallableAuthenticator", "Identity", "BUILT_IN_SCHEMES"),
     "Clients": (
         *("connect", "Client", "ClientSession", "UserSession", "Event", "Call", "Device", "enroll"),
         *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),
     ),
 }
-"""The public names by section; the others are errors."""
+"""The public names by section, except errors."""
 
 
 def api() -> str:
@@ -298,16 +299,23 @@ What `import zcproto` offers. This page has the first sentences of the docstring
 `help(zcproto.App)` shows the rest, and so does the site that `mkdocs build` makes of these pages.
 """
     ]
-    listed = {name for names in API.values() for name in names}
-    sections = {**API, "Errors": tuple(name for name in zcproto.__all__ if name not in listed)}
+    sections = {**API, "Errors": tuple(name for name in zcproto.__all__ if name in vars(errors))}
+    missing = set(zcproto.__all__) - {name for names in sections.values() for name in names}
+    assert not missing, f"add {', '.join(sorted(missing))} to API"
     for title, names in sections.items():
         parts.append(f"\n## {title}\n")
-        parts += [f"\n### {name}\n\n{_first_paragraph(getattr(zcproto, name))}\n" for name in names]
+        without = [code(name) for name in names if not _first_paragraph(name)]
+        if without:
+            parts.append(f"\nA CallError for [each code](errors.md): {', '.join(without)}.\n")
+        parts += [f"\n### {name}\n\n{paragraph}\n" for name in names if (paragraph := _first_paragraph(name))]
     return "".join(parts)
 
 
-def _first_paragraph(documented: object) -> str:
-    return " ".join((inspect.getdoc(documented) or "").split("\n\n")[0].split())
+def _first_paragraph(name: str) -> str:
+    """Return the first paragraph of the docstring that a public name has itself, or of its type for a constant."""
+    documented = getattr(zcproto, name)
+    text = vars(documented).get("__doc__") if inspect.isclass(documented) else inspect.getdoc(documented)
+    return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
 
 
 # --- the files -----------------------------------------------------------------------------------------------

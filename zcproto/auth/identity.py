@@ -80,13 +80,12 @@ def user_in(params: Mapping[str, Any], channel: Channel = NO_CHANNEL) -> str:
 
 
 class BuiltInSchemes(Enum):
-    """The type of `BUILT_IN_SCHEMES`."""
+    """In a list of authenticators: the API keys, devices and client certificates of the server's home folder."""
 
     BUILT_IN = "api_key, ed25519 and tls"
 
 
 BUILT_IN_SCHEMES: Final = BuiltInSchemes.BUILT_IN
-"""In a list of authenticators: the API keys, devices and client certificates of the server's home folder."""
 
 Authenticators = Sequence[Authenticator | BuiltInSchemes]
 
