@@ -143,7 +143,7 @@ def test_override_of_an_unknown_key_is_a_fault(home: Path) -> None:
         ("[sessions]\nrefresh = 1", "sessions.refresh = 1 (config.toml): must be true or false"),
         (
             "[sessions]\nwhen_full = true",
-            'sessions.when_full = true (config.toml): must be "refuse" or "evict_oldest"',
+            'sessions.when_full = true (config.toml): must be "evict_disconnected", "evict_oldest" or "refuse"',
         ),
         (
             "[log]\nlevel = 1979-05-27",

@@ -54,7 +54,7 @@ DEFAULTS = {
     "sessions.lifetime": 86_400.0,
     "sessions.idle_timeout": 3_600.0,
     "sessions.per_user": 5,
-    "sessions.when_full": "refuse",
+    "sessions.when_full": "evict_disconnected",
     "sessions.refresh": True,
     "sessions.refresh_lifetime": 2_592_000.0,
     "sessions.refresh_grace": 10.0,

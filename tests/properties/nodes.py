@@ -131,7 +131,7 @@ class MemoryPending(PendingRevocations):
         self._disk.update(self._entries)
 
 
-WRITES = frozenset({"create", "rotate", "touch", "end", "end_user", "end_all", "ping"})
+WRITES = frozenset({"create", "rotate", "touch", "end", "end_user", "end_all", "lease", "ping"})
 
 Applied = tuple[str, tuple[Any, ...]]
 

@@ -360,32 +360,6 @@ def test_uses_are_reported_once_in_slices() -> None:
     assert RegistryHarness().registry.uses(WALL, 0, 7) == (0, [])
 
 
-# --- the limit ---------------------------------------------------------------------------------------------------
-
-
-def test_admit_enforces_limit() -> None:
-    harness = RegistryHarness()
-    sessions = [new(harness) for _ in range(3)]
-    assert [harness.registry.admit(each.record, 2, "refuse") for each in sessions[:2]] == [[], []]
-    with pytest.raises(ResourceExhausted) as refused:
-        harness.registry.admit(sessions[2].record, 2, "refuse")
-    assert refused.value.details == {"limit": 2}
-    assert harness.registry.admit(sessions[1].record, 2, "refuse") == []  # repeated
-    (ended,) = harness.registry.admit(sessions[2].record, 2, "evict_oldest")
-    assert ended == EndedRecord(
-        sessions[0].record.id, sessions[0].record.token_digest, Code.SESSION_REPLACED, WALL
-    )
-    assert harness.code(sessions[0].token) is Code.SESSION_REPLACED
-
-
-def test_admit_evicts_lapsed_session_first() -> None:
-    harness = RegistryHarness()
-    lapsed, later = new(harness), new(harness, wall=WALL + 2 * HOUR)
-    harness.registry.admit(lapsed.record, 1, "refuse")
-    (ended,) = harness.registry.admit(later.record, 1, "refuse")
-    assert (ended.id, ended.code) == (lapsed.record.id, Code.TOKEN_EXPIRED)
-
-
 # --- rotation by a store ----------------------------------------------------------------------------------------
 
 

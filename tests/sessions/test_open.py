@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, WALL, RegistryHarness
-from zcproto.errors import Code, InvalidArgument, NotFound, ResourceExhausted
+from zcproto.errors import Code, InvalidArgument, NotFound, ResourceExhausted, TokenExpired
 from zcproto.sessions.registry import MAX_TEXT
 
 
@@ -89,6 +91,53 @@ def test_oldest_session_is_evicted_if_configured(limit: int) -> None:
         assert harness.ended[round_][:2] == (oldest.session.id, Code.SESSION_REPLACED)
         assert len(harness.registry) == limit
     assert harness.registry.replaced == len(harness.ended) == limit
+
+
+@pytest.mark.requirement("per_user")
+def test_oldest_disconnected_session_is_evicted_as_if_it_had_expired() -> None:
+    harness = RegistryHarness(per_user=3)
+    first, second, third = (harness.open() for _ in range(3))
+    disconnected = {second.session.raw_id, third.session.raw_id}
+    harness.registry.is_disconnected = disconnected.__contains__
+    newest = harness.open()
+    assert harness.code(second.token) is Code.TOKEN_EXPIRED
+    assert harness.ended == [
+        (
+            second.session.id,
+            Code.TOKEN_EXPIRED,
+            "ended without a connection, to make room for a newer session",
+        )
+    ]
+    assert all(harness.good(each.token) for each in (first, third, newest))
+    assert (len(harness.registry), harness.registry.replaced) == (3, 1)
+    with pytest.raises(TokenExpired, match="open a new one"):
+        harness.refresh(second.refresh_token)
+
+
+def test_session_is_refused_while_all_are_in_use_and_the_message_has_the_cure() -> None:
+    harness = RegistryHarness(per_user=2)
+    used = [harness.open() for _ in range(2)]
+    with pytest.raises(ResourceExhausted, match="in use; close another of its clients") as caught:
+        harness.open()
+    assert caught.value.details == {"limit": 2}
+    assert all(harness.good(each.token) for each in used)
+    refusing = RegistryHarness(per_user=1, when_full="refuse")
+    refusing.registry.is_disconnected = lambda session_id: True
+    refusing.open()
+    with pytest.raises(ResourceExhausted, match="reached the limit of sessions; close one first"):
+        refusing.open()
+
+
+def test_lowered_limit_evicts_disconnected_sessions_until_it_holds() -> None:
+    harness = RegistryHarness(per_user=5)
+    opened = [harness.open() for _ in range(5)]
+    harness.registry.is_disconnected = lambda session_id: session_id != opened[0].session.raw_id
+    harness.registry.reconfigure(replace(harness.settings, per_user=2))
+    newest = harness.open()
+    assert [info.id for info in harness.registry.list("alice", WALL)] == [
+        opened[0].session.id,
+        newest.session.id,
+    ]
 
 
 def test_oldest_session_is_by_opening_not_by_use() -> None:

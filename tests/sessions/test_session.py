@@ -17,7 +17,7 @@ def test_defaults_match_configuration() -> None:
     settings = SessionSettings()
     assert settings.lifetime_ms == DAY
     assert settings.idle_timeout_ms == HOUR
-    assert (settings.per_user, settings.when_full) == (5, "refuse")
+    assert (settings.per_user, settings.when_full) == (5, "evict_disconnected")
     assert settings.refresh
     assert settings.refresh_lifetime_ms == 30 * DAY
     assert settings.refresh_grace_ms == 10 * SECOND

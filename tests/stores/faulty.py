@@ -62,6 +62,7 @@ class FaultyStore:
         self.late: dict[str, asyncio.Event] = {}
         self.hung: Callable[[], object] = lambda: None
         self.problems: list[str] = []
+        self.holder = f"process {id(self)}"
         self.opened = 0
         self.closed = 0
         self.on_change: Callable[[Change], None] = lambda change: None
@@ -145,6 +146,7 @@ class FaultyStore:
             yield records[first : first + 1_000]
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        self.inner.holder = self.holder
         return await self._do("create", self.inner.create(record, limit))
 
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
@@ -158,6 +160,10 @@ class FaultyStore:
 
     async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
         await self._do("touch", self.inner.touch(uses))
+
+    async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
+        self.inner.holder = self.holder
+        await self._do("lease", self.inner.lease(uses))
 
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None

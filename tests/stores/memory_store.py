@@ -6,6 +6,7 @@ The registry that checks tokens is the store, so there is one copy of each sessi
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from zcproto.common.clock import MonotonicClock, system_clock
 from zcproto.errors import CallError, Code, ResourceExhausted
@@ -14,6 +15,7 @@ from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLi
 from zcproto.sessions.registry import SessionRegistry
 from zcproto.stores.answers import AnswerLimits, Answers
 from zcproto.stores.base import (
+    LEASE_MS,
     MAX_LISTED,
     Change,
     Claim,
@@ -30,7 +32,7 @@ _SLOTS_EACH = 4
 class MemoryStore:
     """A store with the sessions of a registry."""
 
-    __slots__ = ("_answers", "_last", "_registry")
+    __slots__ = ("_answers", "_last", "_leases", "_registry", "holder", "time")
 
     def __init__(
         self,
@@ -40,9 +42,11 @@ class MemoryStore:
     ) -> None:
         self._registry = registry
         self._last: dict[bytes, Rotation] = {}  # the last rotation of a session, if it has a sealed pair
-        self._answers = Answers(
-            answers or AnswerLimits(bytes=16 << 20), time or MonotonicClock(system_clock).wall
-        )
+        self._leases: dict[bytes, dict[str, int]] = {}
+        self.time = time or MonotonicClock(system_clock).wall
+        self.holder = "this process"
+        """The process that calls."""
+        self._answers = Answers(answers or AnswerLimits(bytes=16 << 20), self.time)
 
     @property
     def shared(self) -> bool:
@@ -72,15 +76,38 @@ class MemoryStore:
         Raises ResourceExhausted if the registry is full.
         """
         registry = self._registry
-        if registry.ended(record.id) is not None:
+        if registry.ended(record.id) is not None or registry.record(record.id) is not None:
             return Created()
-        try:
-            ended = registry.admit(record, limit.per_user, limit.when_full)
-        except ResourceExhausted as full:
-            if "limit" not in (full.details or {}):
-                raise
+        mates = registry.records(record.user, registry.kept)
+        if limit.when_full == "evict_disconnected":
+            found = {mate.id for mate in mates if self._is_disconnected(mate, limit.counts_expired)}
+            limit = replace(limit, disconnected=found.union(limit.disconnected))
+        ending = limit.make_room(mates, record.created_at)
+        if ending is None:
             return LimitReached()
+        if registry.kept - len(ending) >= registry.settings.max_sessions:
+            raise ResourceExhausted("full", {"retry_after_ms": 10_000})
+        ended = []
+        for mate, code in ending:
+            ended += self._end([mate], code, record.created_at)
+        registry.restore(record)
+        self._leases[record.id] = {self.holder: self.time() + LEASE_MS}
         return Created(tuple(ended))
+
+    def _is_disconnected(self, record: SessionRecord, counts_expired: bool) -> bool:
+        leases = self._leases.get(record.id)
+        return leases is not None and all(
+            holder == "" or (counts_expired and until <= self.time()) for holder, until in leases.items()
+        )
+
+    async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
+        for id, is_used in uses:
+            leases = self._leases.setdefault(id, {})
+            leases.pop(self.holder, None)
+            if is_used:
+                leases[self.holder] = self.time() + LEASE_MS
+            else:
+                leases[""] = self.time()
 
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         registry = self._registry

@@ -210,9 +210,10 @@ class SessionsConfig(Settings):
     per_user: Annotated[int, whole(1, 100_000)] = 5
     """Concurrent sessions of one user: enough for one person's machines, few enough that a thief is
     noticed."""
-    when_full: Annotated[str, one_of("refuse", "evict_oldest")] = "refuse"
-    """What happens at the limit: the new session is refused, or the oldest session ends. Refusing is the
-    default, since a thief with the key could otherwise end the owner's sessions."""
+    when_full: Annotated[str, one_of("evict_disconnected", "evict_oldest", "refuse")] = "evict_disconnected"
+    """What happens at the limit: the oldest session that no connection uses ends, and the new one is refused if
+    all are in use; or the oldest session ends; or the new one is refused. By default clients that crashed do
+    not lock their user out, and a thief with the key cannot end the sessions that their owner is using."""
     refresh: Annotated[bool, FLAG] = True
     """Whether a session has a refresh token, so that a client can continue without its key."""
     refresh_lifetime: Annotated[float, duration("1s", "365d")] = 30 * 86_400.0

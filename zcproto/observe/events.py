@@ -201,6 +201,8 @@ session.revoked info (session user peer connection which sessions) by peer, limi
     A user revoked one of their sessions, or all.
 session.closed info (session user peer connection) by peer, limit per user
     A session was closed by its client.
+session.evicted info (session) by peer, limit per event
+    A session that no connection used ended, because its user had reached sessions.per_user and logged in again.
 session.not_admitted info (peer connection session) by peer, limit per address
     A token was refused from an address that its session is not bound to.
 session.refresh_reused warning (session peer) by peer, limit per address

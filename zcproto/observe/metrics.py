@@ -117,7 +117,8 @@ zcproto_sessions_refreshed_total counter
     Refreshes of sessions.
 zcproto_sessions_ended_total counter (reason)
     Live sessions that ended or whose token expired. `reason`: expired, idle, closed (by the client), by_user,
-    by_operator, user_changed, device_removed, replaced, refresh_reused, elsewhere (by another server), other.
+    by_operator, user_changed, device_removed, replaced, disconnected (evicted without a connection),
+    refresh_reused, elsewhere (by another server), other.
 zcproto_sessions_revoked_total counter
     Sessions revoked here, live and lapsed, for whatever reason. Those closed by their clients do not count.
 zcproto_refresh_tokens_reused_total counter

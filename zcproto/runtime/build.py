@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.parts import ActiveConfig, Parts
@@ -68,7 +68,9 @@ from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.server.state import ServerState, SessionConnections, log
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
+from zcproto.sessions.record import WhenFull
 from zcproto.sessions.session import DEVICE_KEY
+from zcproto.sessions.token import id_text
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -179,6 +181,7 @@ async def build_state(
             registry,
             PendingRevocations(home.revocations),
             is_used=connections.has_connection,
+            in_use=lambda: connections,
             wheel=wheel,
             clock=clock,
             random=partial(random_fraction, entropy),
@@ -189,6 +192,8 @@ async def build_state(
             on_event=on_event,
         )
         sessions = StoredSessionService(sync, clock)
+    else:
+        registry.is_disconnected = lambda raw_id: not connections.has_connection(id_text(raw_id))
     sessions.on_reuse = partial(on_refresh_reused, alerts)
     tasks = EagerTasks(loop)
     state = ServerState(
@@ -219,6 +224,8 @@ async def build_state(
     )
     if sync is not None:
         sync.on_recovered = state.idempotency.save
+        changed = sync.leases.connection_changed
+        connections.on_changed = lambda session_id: None if state.draining else changed(session_id)
     return state, sync
 
 
@@ -402,7 +409,7 @@ def session_settings(config: Config) -> SessionSettings:
         lifetime_ms=to_ms(sessions.lifetime),
         idle_timeout_ms=None if sessions.idle_timeout is None else to_ms(sessions.idle_timeout),
         per_user=sessions.per_user,
-        when_full="evict_oldest" if sessions.when_full == "evict_oldest" else "refuse",
+        when_full=cast("WhenFull", sessions.when_full),
         refresh=sessions.refresh,
         refresh_lifetime_ms=to_ms(sessions.refresh_lifetime),
         refresh_grace_ms=to_ms(sessions.refresh_grace),

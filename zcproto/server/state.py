@@ -94,12 +94,19 @@ class Connection(CallConnection, Protocol):
 
 
 class SessionConnections:
-    """The connections that use each session."""
+    """The connections that use each session.
 
-    __slots__ = ("_by_session",)
+    `on_changed` is called with a session that got its first connection, or lost its last one and has not ended.
+    """
+
+    __slots__ = ("_by_session", "on_changed")
 
     def __init__(self) -> None:
         self._by_session: dict[str, Connection | set[Connection]] = {}
+        self.on_changed: Callable[[str], object] = lambda session_id: None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_session)
 
     def __len__(self) -> int:
         return len(self._by_session)
@@ -111,6 +118,7 @@ class SessionConnections:
         users = self._by_session.get(session_id)
         if users is None:
             self._by_session[session_id] = connection  # no set for one connection, which is the usual case
+            self.on_changed(session_id)
         elif isinstance(users, set):
             users.add(connection)
         elif users is not connection:
@@ -120,10 +128,12 @@ class SessionConnections:
         users = self._by_session.get(session_id)
         if users is connection:
             del self._by_session[session_id]
+            self.on_changed(session_id)
         elif isinstance(users, set):
             users.discard(connection)
             if not users:
                 del self._by_session[session_id]
+                self.on_changed(session_id)
 
     def remove(self, session_id: str) -> Iterable[Connection]:
         """Forget a session that has ended; return the connections that used it."""
@@ -228,6 +238,8 @@ class ServerState:
 
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         self.counters.sessions_ended[reason] += 1
+        if reason is EndReason.DISCONNECTED:
+            log.info("session.evicted", session=session_id)
         for connection in self.session_connections.remove(session_id):
             connection.session_ended(session_id, code, reason)
 

@@ -6,13 +6,13 @@ encrypted under the spent refresh token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from zcproto.errors import Code
 
-WhenFull = Literal["refuse", "evict_oldest"]
+WhenFull = Literal["evict_disconnected", "evict_oldest", "refuse"]
 
 
 class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclass costs a call per field
@@ -64,6 +64,11 @@ class UserLimit:
     when_full: WhenFull
     idle_ms: int | None
     """Idle limit, after which a session counts as lapsed."""
+    disconnected: Collection[bytes] = ()
+    """For `evict_disconnected`: the ids of sessions that no connection uses; the others count as in use. A shared
+    store looks at its leases instead."""
+    counts_expired: bool = False
+    """Whether expired leases count in a shared store, beside those that were given up."""
 
     def make_room(
         self, records: Sequence[SessionRecord], wall: int
@@ -77,13 +82,29 @@ class UserLimit:
             if wall < record.expires_at and (
                 self.idle_ms is None or wall < record.last_used_at + self.idle_ms
             ):
-                live.append((record, Code.SESSION_REPLACED))
+                live.append(record)
             elif wall < record.refresh_expires_at:
                 lapsed.append((record, Code.TOKEN_EXPIRED))
-        if self.when_full == "refuse" and len(live) >= self.per_user:
+        code = evicted_code(self.when_full)
+        evictable = [
+            (record, code)
+            for record in live
+            if self.when_full == "evict_oldest"
+            or (self.when_full == "evict_disconnected" and record.id in self.disconnected)
+        ]
+        if len(live) - len(evictable) >= self.per_user:
             return None
         surplus = len(live) + len(lapsed) + 1 - self.per_user  # above 1 after the limit was lowered
-        return [*lapsed, *live][: max(surplus, 0)]
+        return [*lapsed, *evictable][: max(surplus, 0)]
+
+
+def evicted_code(when_full: WhenFull) -> Code:
+    """Return the code of live sessions that are evicted.
+
+    A client opens another session after TOKEN_EXPIRED. After SESSION_REPLACED it does not (zcp1.md, section 9.8):
+    clients whose sessions are in use would evict each other without end.
+    """
+    return Code.SESSION_REPLACED if when_full == "evict_oldest" else Code.TOKEN_EXPIRED
 
 
 @dataclass(frozen=True, slots=True)

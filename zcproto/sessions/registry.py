@@ -18,7 +18,7 @@ from one thread. An observer must neither raise nor call the registry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from hmac import compare_digest
 from typing import Final
@@ -27,7 +27,7 @@ from zcproto.common.secret import SecretBytes
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
 from zcproto.sessions.exchange import Exchange
 from zcproto.sessions.index import DigestIndex
-from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, WhenFull
+from zcproto.sessions.record import Rotation, SessionRecord, WhenFull, evicted_code
 from zcproto.sessions.session import (
     BOUND,
     EXTERNAL,
@@ -44,6 +44,11 @@ from zcproto.sessions.token import FAMILY_SIZE, TOKEN_SIZE, digest_of, id_from_t
 
 MAX_TEXT: Final = 128
 """Longest user name and client name, in characters."""
+
+EVICTED_REASONS: Final[Mapping[WhenFull, EndReason]] = {
+    "evict_disconnected": EndReason.DISCONNECTED,
+    "evict_oldest": EndReason.REPLACED,
+}
 
 _RETRY_FULL_MS: Final = 10_000
 _REFRESH_REFUSED: Final = {
@@ -72,6 +77,8 @@ class SessionRegistry(Exchange):
         self._read = HOT.unpack_from
         self._tokens: DigestIndex | _NoTokens = self._table.tokens  # the index used by `check`
         self._users = self._table.users
+        self.is_disconnected: Callable[[bytes], bool] = lambda session_id: False
+        """Whether no connection uses a session, by its raw id. Until it is set, all count as in use."""
 
     # Checks
 
@@ -162,19 +169,20 @@ class SessionRegistry(Exchange):
 
         A user has at most `per_user` sessions, live and lapsed. The oldest lapsed ones are evicted first, without
         notice: they have no live token, and remnants of old logins must not lock a user out. `when_full` applies
-        when `per_user` are live. After the limit was lowered, as many are evicted as are too many. A session with
-        a `key` is bound to it; `external` is whether the user is the application's.
+        when `per_user` are live: `evict_disconnected` evicts those without a connection as if their tokens had
+        expired. After the limit was lowered, as many are evicted as are too many. A session with a `key` is bound
+        to it; `external` is whether the user is the application's.
 
         Raises:
-            ResourceExhausted: the user has `details["limit"]` live sessions; or, with `retry_after_ms`, the server
-                has `max_sessions`.
+            ResourceExhausted: the user has `details["limit"]` live sessions, none of which may be evicted; or, with
+                `retry_after_ms`, the server has `max_sessions`.
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
         new = self.new_session(
             user, operator=operator, client=client, address=address, wall=wall, key=key, external=external
         )
-        self._make_room(user, wall, self._settings.per_user, self._settings.when_full)
+        self._make_room(user, wall)
         slot = self._table.add(new.record)  # new ids and digests: none of `restore`'s checks applies
         self._live += 1
         self._announce()
@@ -227,19 +235,6 @@ class SessionRegistry(Exchange):
         """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
         slot = self._slot_of(new.record.id)
         return None if slot == NONE else self._opened_new(slot, new)
-
-    def admit(self, record: SessionRecord, per_user: int, when_full: WhenFull) -> Sequence[EndedRecord]:
-        """Insert a new session under the limits of `open`. Return the tombstones of evicted sessions.
-
-        Raises ResourceExhausted as `open` does. Idempotent.
-        """
-        wall = self._wall = record.created_at
-        if self._slot_of(record.id) != NONE:
-            return []
-        ended = self._make_room(record.user, wall, per_user, when_full)
-        self.restore(record)
-        self._announce()
-        return ended
 
     def refresh(self, refresh_token: bytes, *, client: str, address: str, wall: int) -> OpenedSession:
         """Exchange a refresh token for a new pair of tokens. Both old tokens become invalid.
@@ -432,39 +427,35 @@ class SessionRegistry(Exchange):
 
     # Helpers
 
-    def _make_room(self, user: str, wall: int, per_user: int, when_full: WhenFull) -> Sequence[EndedRecord]:
-        """Make room for one more session of the user. Return the tombstones of the evicted ones."""
-        table = self._table
+    def _make_room(self, user: str, wall: int) -> None:
+        """Make room for one more session of the user, or raise ResourceExhausted."""
+        table, per_user, when_full = self._table, self._settings.per_user, self._settings.when_full
         slots = [
             slot
             for slot in table.of_user(user)
             if not self._is_due(slot, wall) or self._expire_if_due(slot, wall)
         ]
         surplus = len(slots) + 1 - per_user  # above 1 after the limit was lowered
-        ended = []
         if surplus > 0:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]
-            if when_full == "refuse" and len(slots) - len(lapsed) >= per_user:
-                self._announce()
-                raise ResourceExhausted(
-                    "the user has reached the limit of sessions; close one first", {"limit": per_user}
-                )
             live = [slot for slot in slots if self._state[slot] != LAPSED]
-            for slot in (lapsed + live)[:surplus]:
-                if self._state[slot] == LAPSED:
-                    code, reason = Code.TOKEN_EXPIRED, EndReason.UNKNOWN
-                else:
-                    self.replaced += 1
-                    code, reason = Code.SESSION_REPLACED, EndReason.REPLACED
-                ended.append(EndedRecord(table.ids[slot], table.tokens[slot], code, wall))
-                self._end(slot, code, reason)
+            evictable = live if when_full == "evict_oldest" else []
+            if when_full == "evict_disconnected":
+                evictable = [slot for slot in live if self.is_disconnected(table.ids[slot])]
+            if len(live) - len(evictable) >= per_user:
+                self._announce()
+                raise limit_reached(per_user, when_full)
+            for slot in lapsed[:surplus]:
+                self._end(slot, Code.TOKEN_EXPIRED, EndReason.UNKNOWN)
+            for slot in evictable[: max(surplus - len(lapsed), 0)]:
+                self.replaced += 1
+                self._end(slot, evicted_code(when_full), EVICTED_REASONS[when_full])
         if self.kept >= self._settings.max_sessions:
             self._announce()
             raise ResourceExhausted(
                 "the server has reached its limit of sessions; retry later",
                 {"retry_after_ms": _RETRY_FULL_MS},
             )
-        return ended
 
     def _new_token(self) -> tuple[bytes, bytes]:
         token = SecretBytes(self._entropy(TOKEN_SIZE))
@@ -531,6 +522,19 @@ def session_info(record: SessionRecord, *, live: bool) -> SessionInfo:
         operator=record.flags & OPERATOR != 0,
         live=live,
         refresh_expires_at=record.refresh_expires_at or None,
+    )
+
+
+def limit_reached(per_user: int, when_full: WhenFull) -> ResourceExhausted:
+    """Return the error for a login of a user who has `per_user` live sessions that may not be evicted."""
+    if when_full == "evict_disconnected":
+        return ResourceExhausted(
+            "all sessions of this user are in use; close another of its clients, end a session,"
+            " or raise sessions.per_user",
+            {"limit": per_user},
+        )
+    return ResourceExhausted(
+        "the user has reached the limit of sessions; close one first", {"limit": per_user}
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, get_args
 
 from zcproto.errors import ConfigError
 from zcproto.sessions.record import SessionRecord, WhenFull
@@ -39,6 +39,7 @@ class EndReason(StrEnum):
     USER_CHANGED = "the user was changed"
     DEVICE_REMOVED = "the device was removed"
     REPLACED = "replaced by a newer session"
+    DISCONNECTED = "ended without a connection, to make room for a newer session"
     REFRESH_REUSED = "refresh token reused"
     ELSEWHERE = "ended elsewhere"
     REVOKED_ELSEWHERE = "revoked"
@@ -55,8 +56,8 @@ class SessionSettings:
     """A token unused for this long expires. None: no idle limit."""
     per_user: int = 5
     """Sessions per user, lapsed ones included (but see `SessionRegistry.open`)."""
-    when_full: WhenFull = "refuse"
-    """At the limit, refuse a new login or end the user's oldest session."""
+    when_full: WhenFull = "evict_disconnected"
+    """At the limit, end the user's oldest session without a connection, or the oldest one, or refuse the login."""
     refresh: bool = True
     """Issue refresh tokens."""
     refresh_lifetime_ms: int = 30 * _DAY_MS
@@ -91,8 +92,8 @@ class SessionSettings:
             faults.append(
                 f"sessions: refresh_grace_ms was {self.refresh_grace_ms}, must be at most {_MAX_GRACE_MS}"
             )
-        if self.when_full not in ("refuse", "evict_oldest"):
-            faults.append("sessions: when_full must be 'refuse' or 'evict_oldest'")
+        if self.when_full not in get_args(WhenFull):
+            faults.append("sessions: when_full must be 'evict_disconnected', 'evict_oldest' or 'refuse'")
         if faults:
             raise ConfigError(faults)
 

@@ -2,14 +2,14 @@
 
 Rules:
 - When a coroutine that changes something has returned, the change is durable: it survives a crash of this
-  process and, with a store in another process, of this machine. The one exception is `touch`.
+  process and, with a store in another process, of this machine. The exceptions are `touch` and `lease`.
 - Each operation is atomic, also between processes that share the store.
 - An operation that fails raises StoreUnavailable within the store's timeout. It may have taken effect
   nevertheless, so repeating any operation must be harmless. No operation blocks the event loop.
 - An operation that is refused because too many wait raises ResourceExhausted. It has no effect; the store is well.
 - Times are passed in as `wall`, in milliseconds. A store reads no clock to decide about a session.
-- How long answers are kept is counted with the store's own clock, which setting a machine's clock does not change:
-  the clocks of processes that share a store may differ by more than an answer is kept.
+- How long answers are kept and leases held is counted with the store's own clock, which setting a machine's clock
+  does not change: the clocks of processes that share a store may differ by more than an answer is kept.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ CLOCK_SKEW_MS: Final = 10_000
 """Between processes that share a store, and between them and the store."""
 
 _RETRY_MS: Final = 250
+
+LEASE_MS: Final = 60_000
+"""How long a session counts as in use after its process has crashed."""
 
 HEARTBEAT_S: Final = 0.4
 """How often a shared store is asked for its role; with the timeout, an outage is detected well within a second."""
@@ -186,6 +189,13 @@ class SessionStore(Protocol):
         """Record the last use of sessions by id. Times never go backwards and unknown ids are skipped.
 
         Need not be durable when it returns.
+        """
+
+    async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
+        """Record for sessions, by id, whether connections of this process use them, if the store is shared.
+
+        For those that they use this process has a lease for LEASE_MS, as for those that it has created. For the
+        others it gives up its lease. Unknown ids are skipped. Need not be durable when it returns.
         """
 
     async def end(

@@ -30,10 +30,10 @@ from zcproto.common.network import network_of
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
-from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.sessions.registry import refresh_refused, session_info
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit, evicted_code
+from zcproto.sessions.registry import limit_reached, refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
-from zcproto.stores.base import DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
+from zcproto.stores.base import Created, DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
 from zcproto.stores.seal import open_pair, seal_pair
@@ -238,6 +238,7 @@ class StoredSessionService(SessionService):
         new = registry.new_session(
             user, operator=operator, client=client, address=address, wall=wall, key=key, external=external
         )
+        self.sync.leases.unjoined.add(new.record.id)
         creating = self.sync.tasks.spawn(self._create(new.record))
         self._opening[creating] = user
         self._opening_of[user] += 1
@@ -247,6 +248,8 @@ class StoredSessionService(SessionService):
         except asyncio.CancelledError:
             self.sync.tasks.run_in_background(self._abandon(creating, new.record))
             raise
+        finally:
+            self.sync.leases.unjoined.discard(new.record.id)  # the caller joins it before it waits again
         creating.result()
         opened = registry.opened_session(new)
         if opened is None:
@@ -269,12 +272,9 @@ class StoredSessionService(SessionService):
         count = changes.count
         limit = UserLimit(settings.per_user, settings.when_full, settings.idle_timeout_ms)
         try:
-            created = await self._call(self._store.create(record, limit))
+            created = await self._create_within(record, limit)
             if isinstance(created, LimitReached):
-                raise ResourceExhausted(
-                    "the user has reached the limit of sessions; close one first",
-                    {"limit": limit.per_user},
-                )
+                raise limit_reached(limit.per_user, limit.when_full)
             self.sync.revoker.apply_ended(created.ended)
             if changes.has_changed(record.id, count):
                 changes.apply(await changes.fetch(self._store.get, record.id))
@@ -283,6 +283,20 @@ class StoredSessionService(SessionService):
         except StoreUnavailable as error:
             self.sync.revoker.add_orphan(record.id)
             raise self.sync.breaker.unavailable(error) from error
+
+    async def _create_within(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        """Store a new session. Which sessions are in use is asked only for a user at the limit."""
+        if limit.when_full != "evict_disconnected":
+            return await self._call(self._store.create(record, limit))
+        created = await self._call(self._store.create(record, replace(limit, when_full="refuse")))
+        if isinstance(created, LimitReached):
+            complete = await self.sync.leases.complete(limit, record.user)
+            created = await self._call(self._store.create(record, complete))
+            if isinstance(created, Created):
+                for ended in created.ended:
+                    if ended.code is evicted_code(limit.when_full):
+                        self._registry.end(ended.id, ended.code, EndReason.DISCONNECTED, ended.ended_at)
+        return created
 
     async def _abandon(self, creating: asyncio.Task[None], record: SessionRecord) -> None:
         """End a session whose caller has gone before it got the tokens."""

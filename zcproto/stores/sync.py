@@ -35,6 +35,7 @@ from zcproto.sessions.health import HealthAlert, StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
+from zcproto.stores.leases import IsUsed, Leases
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker, end_here
@@ -66,9 +67,6 @@ MAX_CHECKS: Final = 64
 CHANGES: Final = 4_096
 """Changed sessions that are remembered, for `has_changed`."""
 
-IsUsed = Callable[[str], bool]
-"""Whether a connection uses a session, by the text of its id."""
-
 Found = SessionRecord | EndedRecord
 
 log = get_logger("zcproto.store")
@@ -86,6 +84,8 @@ class StoreSync:
     pending: PendingRevocations
     _: KW_ONLY
     is_used: IsUsed
+    in_use: Callable[[], Iterable[str]] = tuple
+    """The sessions that connections use."""
     wheel: DeadlineWheel
     clock: Clock
     random: Callable[[], float]
@@ -113,6 +113,9 @@ class StoreSync:
             self.on_event,
         )
         self.changes = ChangeTracker(self.revoker, self.is_used)
+        self.leases = Leases(
+            self.breaker, self.registry, self.is_used, self.in_use, self.tasks, self.wheel, self.clock
+        )
         self.stalls = StallWatch(
             self.registry, self.wheel, self.clock, self.heartbeat + self.timeout, self._stalled
         )
@@ -148,6 +151,7 @@ class StoreSync:
             await self.pending.close()
             await self.store.close()
             raise
+        self.leases.begin()
         if self.store.shared and isfinite(self.heartbeat):
             self.stalls.resume()
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
@@ -161,6 +165,7 @@ class StoreSync:
         self.tasks.is_stopping = True
         self.wheel.discard(self)
         self.wheel.discard(self.revoker)
+        self.wheel.discard(self.leases)
         self.stalls.stop()
         await self.tasks.stop(2 * self.breaker.timeout)
         try:
@@ -194,6 +199,7 @@ class StoreSync:
             self.on_event("store.grace_over", {"reason": reason})
         else:
             registry.stop_refusing()
+            self.leases.begin()
             seconds, replayed = round(self.clock.now() - health.since, 3), self.revoker.replayed
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
             self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
@@ -222,6 +228,8 @@ class StoreSync:
 
     def _changed(self, change: Change) -> None:
         self.changes.handle(change)
+        if change.kind is not ChangeKind.SESSION:
+            self.leases.begin()
         if change.kind is not ChangeKind.SESSION and not self.health.is_healthy:  # a new connection
             self.health.hasten_probe(self.clock.now())
             self._set_deadlines()

@@ -26,6 +26,13 @@ from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.base import NO_LIMIT, Created, LimitReached, SessionStore
 
 
+async def without_connection(store: SessionStore, per_user: int, *records: SessionRecord) -> UserLimit:
+    """Return a limit after the connections of these sessions have ended."""
+    await store.lease([(record.id, False) for record in records])
+    ids = frozenset(record.id for record in records)
+    return UserLimit(per_user, "evict_disconnected", IDLE, ids)
+
+
 class LimitContract:
     async def test_session_over_the_limit_is_refused_and_nothing_changes(self, store: SessionStore) -> None:
         records = [session(number) for number in range(6)]
@@ -153,6 +160,62 @@ class LimitContract:
         results = [await store.create(record, NO_LIMIT) for record in records]
         assert results == 6 * [Created()]
         assert await store.list("alice") == records
+
+    # --- evict_disconnected --------------------------------------------------------------------------
+
+    async def test_oldest_disconnected_session_makes_room_and_the_others_are_kept(
+        self, store: SessionStore
+    ) -> None:
+        first, second, third, new = (session(number) for number in range(4))
+        await opened(store, first, second, third)
+        limit = await without_connection(store, 3, second, third)
+        assert await store.create(new, limit) == Created((ended(second, Code.TOKEN_EXPIRED),))
+        assert await store.list("alice") == [first, third, new]
+        assert await store.find(second.token_digest) == ended(second, Code.TOKEN_EXPIRED)
+
+    async def test_login_is_refused_while_all_sessions_are_in_use(self, store: SessionStore) -> None:
+        records = [session(number) for number in range(3)]
+        await opened(store, *records)
+        limit = await without_connection(store, 3)
+        assert await store.create(session(4), limit) == LimitReached()
+        assert await store.list("alice") == records
+
+    async def test_lapsed_session_makes_room_before_a_disconnected_one(self, store: SessionStore) -> None:
+        old, lapsed = session(1), session(2, expires_at=WALL + 1)
+        await opened(store, old, lapsed)
+        limit = await without_connection(store, 2, old, lapsed)
+        new = session(3, wall=WALL + 1)
+        assert await store.create(new, limit) == Created((ended(lapsed, Code.TOKEN_EXPIRED, WALL + 1),))
+        assert await store.list("alice") == [old, new]
+
+    async def test_lowered_limit_evicts_disconnected_sessions_down_to_it(self, store: SessionStore) -> None:
+        used, *rest = (session(number) for number in range(5))
+        await opened(store, used, *rest)
+        limit = await without_connection(store, 2, *rest)
+        gone = tuple(ended(record, Code.TOKEN_EXPIRED) for record in rest)
+        assert await store.create(session(5), limit) == Created(gone)
+        assert await store.list("alice") == [used, session(5)]
+
+    async def test_lowered_limit_refuses_while_that_many_are_in_use(self, store: SessionStore) -> None:
+        records = [session(number) for number in range(4)]
+        await opened(store, *records)
+        limit = await without_connection(store, 2, *records[:2])
+        assert await store.create(session(5), limit) == LimitReached()
+        assert await store.list("alice") == records
+
+    async def test_two_hundred_concurrent_openings_replace_only_the_disconnected(
+        self, store: SessionStore
+    ) -> None:
+        records = [session(number) for number in range(5)]
+        await opened(store, *records)
+        limit = await without_connection(store, 5, *records[:3])
+        results = await asyncio.gather(*(store.create(session(5 + number), limit) for number in range(200)))
+        created = [result for result in results if isinstance(result, Created)]
+        assert sorted(each.id for result in created for each in result.ended) == sorted(
+            record.id for record in records[:3]
+        )
+        assert len(created) == 3
+        assert await store.count() == 5
 
     async def test_fifty_concurrent_openings_get_five_sessions(self, store: SessionStore) -> None:
         results = await asyncio.gather(*(store.create(session(number), FIVE) for number in range(50)))

@@ -60,6 +60,7 @@ class SessionProcess:
             self.registry,
             self.pending,
             is_used=self.used.__contains__,
+            in_use=lambda: self.used,
             wheel=DeadlineWheel(self.timers),
             clock=clock,
             random=lambda: 0.5,

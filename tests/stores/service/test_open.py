@@ -55,7 +55,7 @@ async def test_session_is_not_returned_before_the_store_has_it(process: SessionP
 
 
 async def test_per_user_limit_is_applied_by_the_store(start_process: StartProcess) -> None:
-    process = await start_process(per_user=2)
+    process = await start_process(per_user=2, when_full="refuse")
     await process.open()
     await process.open()
     error = await refused(process.open(), ResourceExhausted)

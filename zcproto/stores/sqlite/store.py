@@ -113,6 +113,9 @@ class SqliteStore:
         for start in range(0, len(uses), MAX_TOUCHED):
             await self._do(partial(self._database.touch, uses[start : start + MAX_TOUCHED]))
 
+    async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
+        """Do nothing: one process has all connections."""
+
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:

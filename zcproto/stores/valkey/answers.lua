@@ -9,21 +9,6 @@
 
 local RUNNING = 1
 
--- Return the time by which answers expire: that of the server, which all processes share. The client's own is used if
--- it may not read the server's, and in tests.
-local function time(given)
-  local wall, is_fixed = unpack(given)
-  local now = redis.pcall('TIME')
-  if is_fixed or now.err then
-    return wall
-  end
-  return string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000))
-end
-
-local function after(wall, ms)
-  return string.format('%.0f', wall + ms)
-end
-
 local function load(tag)
   local key = P .. 'q:{' .. tag .. '}'
   local raw = redis.call('HGET', key, '')

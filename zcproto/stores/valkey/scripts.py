@@ -97,11 +97,11 @@ def unpack_session(id: bytes, raw: bytes) -> SessionRecord | EndedRecord:
     try:
         code, token, *rest = msgpack.unpackb(raw, raw=True)
         if code:
-            return EndedRecord(_raw_id(id), token, Code(code), int(rest[0]))
+            return EndedRecord(raw_id(id), token, Code(code), int(rest[0]))
         refresh, user, client, address, key, flags, *times = rest[:10]
         texts = map(_text, (user, client, address))
         values: list[Any] = [token, refresh, *texts, flags, *map(int, times), _text(key)]
-        return SessionRecord(_raw_id(id), *values)
+        return SessionRecord(raw_id(id), *values)
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise DamagedRecord(f"the session {id.decode('latin-1')} cannot be decoded") from error
 
@@ -114,10 +114,11 @@ def order_of(raw: bytes) -> int:
 
 def ended_record(pair: Sequence[bytes], code: Code, wall: int) -> EndedRecord:
     """Decode the id and the token digest of a session that a script has ended."""
-    return EndedRecord(_raw_id(pair[0]), pair[1], code, wall)
+    return EndedRecord(raw_id(pair[0]), pair[1], code, wall)
 
 
-def _raw_id(text: bytes) -> bytes:
+def raw_id(text: bytes) -> bytes:
+    """Return the 16 bytes of an id from its text."""
     raw = id_from_text(text.decode("ascii"))
     assert raw is not None
     return raw

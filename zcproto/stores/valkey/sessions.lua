@@ -13,6 +13,8 @@
 --   u:{TAG}        the stored sessions of a user in the order of opening: a sorted set of ids
 --   r:{TAG}ID      the last refresh of a session, during its grace: spent refresh token, new access token (digests),
 --                  when the grace ends, sealed pair
+--   l:{TAG}ID      the leases of a session, a map: NODE to when its lease expires, and "" to when the last one that is
+--                  not there any more was given up or expired
 --   q:{TAG}        the requests of a user with an idempotency key: a hash, by the digest of the key
 --   a:{TAG}DIGEST  the answer of such a request
 --   c:{TAG}NODEID  written and deleted at once when a session changes: client tracking reports it to all processes,
@@ -34,7 +36,7 @@ local args = cmsgpack.unpack(ARGV[1])
 local P, NODE, CLUSTERED, SHARD = args[1], args[2], args[3], '{' .. args[4] .. '}'
 local tag = args[5]
 
-local DAY, TAG_SIZE = 86400000, 20
+local DAY, TAG_SIZE, CLOCK_SKEW = 86400000, 20, 10000
 -- Sessions read, and ended, in one script, which blocks the server for about 2 ms.
 local READ_AT_ONCE, AT_ONCE = 250, 100
 local KEPT, TOKEN_EXPIRED, TOKEN_REVOKED, SESSION_REPLACED, UNAUTHENTICATED, UNAVAILABLE = 0, 68, 69, 70, 16, 14
@@ -82,6 +84,21 @@ local function later(a, b)
   return before(a, b) and b or a
 end
 
+local function after(wall, ms)
+  return string.format('%.0f', wall + ms)
+end
+
+-- Return the time by which answers and leases expire: that of the server, which all processes share. The client's own
+-- is used if it may not read the server's, and in tests.
+local function time(given)
+  local wall, is_fixed = unpack(given)
+  local now = redis.pcall('TIME')
+  if is_fixed or now.err then
+    return wall
+  end
+  return string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000))
+end
+
 -- Extend the time to live of a key.
 local function linger(call, key, ms)
   call('PEXPIRE', key, ms, 'NX')
@@ -90,6 +107,10 @@ end
 
 local function session_key(tag, id)
   return P .. 's:{' .. tag .. '}' .. id
+end
+
+local function lease_key(tag, id)
+  return P .. 'l:{' .. tag .. '}' .. id
 end
 
 local function user_key(tag)
@@ -123,6 +144,26 @@ local function due(session)
   return later(session[EXPIRES], session[REFRESH_EXPIRES])
 end
 
+-- Return the leases of a session, or nil if they are unknown.
+local function leases(tag, id)
+  local ok, found = pcall(cmsgpack.unpack, try('GET', lease_key(tag, id)) or '')
+  return ok and type(found) == 'table' and found or nil
+end
+
+-- Return whether it is known that no connection uses a session. With `counts_expired` a lease that has expired is as
+-- good as one that was given up. A session that was used after its last lease is in use by a server of an earlier
+-- version, which has no leases.
+local function is_disconnected(tag, id, session, now, counts_expired)
+  local found, last = leases(tag, id), '0'
+  for node, until_ in pairs(found or {}) do
+    if node ~= '' and (before(now, tostring(until_)) or not counts_expired) then
+      return false
+    end
+    last = later(last, tostring(until_))
+  end
+  return found ~= nil and not before(after(last, CLOCK_SKEW), session[LAST_USED])
+end
+
 local function announce(tag, id)
   local key = P .. 'c:{' .. tag .. '}' .. NODE .. id
   redis.call('SET', key, '')
@@ -136,6 +177,7 @@ local function finish(tag, id, session, code, wall)
   announce(tag, id)
   redis.call('SET', session_key(tag, id), cmsgpack.pack({code, token, wall}), 'PX', DAY)
   try('ZREM', user_key(tag), id)
+  redis.call('DEL', lease_key(tag, id))
   elsewhere('ZREM', P .. 'x:' .. SHARD, tag .. id)
   elsewhere('ZADD', P .. 'm:' .. SHARD, wall, tag .. id)
   linger(elsewhere, P .. 'm:' .. SHARD, DAY)
@@ -154,6 +196,9 @@ end
 -- those above AT_ONCE, and runs it again with the last ID of the index and the sessions to end. Unless a session was
 -- opened since, which has a later place, ending them makes room.
 local id, blob, ms, wall, per_user, evicts, idle_from, order, newest, ending = unpack(args, 6, 15)
+local now, lease = time(args[16]), args[17]
+local OLDEST, GIVEN_UP, EXPIRED_TOO = 1, 2, 3  -- what `evicts` may be, or 0
+local LAPSED, LIVE, IN_USE = 1, 2, 3
 local known = read(tag, id)
 if known then
   return answer({known[STATE] == KEPT and 'again' or 'ended', {}})
@@ -161,7 +206,8 @@ end
 local key, ended = user_key(tag), {}
 local count, last = redis.call('ZCARD', key), redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')
 
--- Return a session of this user that is live or lapsed, and the code with which it ends to make room.
+-- Return a session of this user, the code with which it ends to make room, and whether it is lapsed, live, or live and
+-- may not end.
 local function mate_of(id)
   local other, problem = read(tag, id)
   if problem == DAMAGED then
@@ -169,9 +215,12 @@ local function mate_of(id)
   elseif not other or other[STATE] ~= KEPT then
     redis.call('ZREM', key, id)
   elseif before(wall, other[EXPIRES]) and (idle_from == '' or before(idle_from, other[LAST_USED])) then
-    return {id, other, SESSION_REPLACED}
+    if evicts >= GIVEN_UP and is_disconnected(tag, id, other, now, evicts == EXPIRED_TOO) then
+      return {id, other, TOKEN_EXPIRED, LIVE}
+    end
+    return {id, other, SESSION_REPLACED, evicts == OLDEST and LIVE or IN_USE}
   elseif before(wall, other[REFRESH_EXPIRES]) then
-    return {id, other, TOKEN_EXPIRED}
+    return {id, other, TOKEN_EXPIRED, LAPSED}
   end
 end
 
@@ -188,19 +237,21 @@ if count >= per_user and newest == last[1] then
 elseif count > READ_AT_ONCE and count >= per_user then
   return answer({'many', {}})
 elseif count >= per_user then
-  local live = {}
+  local found = {[LAPSED] = mates, [LIVE] = {}, [IN_USE] = {}}
   for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do
     local mate = mate_of(member)
-    local list = mate and mate[3] == SESSION_REPLACED and live or mates
-    list[#list + 1] = mate
+    if mate then
+      local list = found[mate[4]]
+      list[#list + 1] = mate
+    end
   end
-  if #live >= per_user and not evicts then
+  if #found[IN_USE] >= per_user then
     return answer({'full', {}})
   end
-  for _, mate in ipairs(live) do
+  for _, mate in ipairs(found[LIVE]) do
     mates[#mates + 1] = mate
   end
-  surplus = #mates + 1 - per_user  -- more than one after the limit was lowered
+  surplus = #mates + #found[IN_USE] + 1 - per_user  -- more than one after the limit was lowered
   if surplus > AT_ONCE then
     return answer({'many', {}})
   end
@@ -221,9 +272,52 @@ else
 end
 session[ORDER] = order
 redis.call('SET', session_key(tag, id), cmsgpack.pack(session), 'PX', ms)
+redis.call('SET', lease_key(tag, id), cmsgpack.pack({[NODE] = after(now, lease)}), 'PX', ms)
 redis.call('ZADD', user_key(tag), order, id)
 linger(redis.call, user_key(tag), ms)
 return answer({'created', ended})
+
+--@ lease allow-oom
+-- Arguments: IDs, in a cluster with the TAG before each, whether this process uses each of them, time, duration.
+local now = time(args[8])
+for n, member in ipairs(args[6]) do
+  local tag, id
+  if CLUSTERED then
+    tag, id = split(member)
+  else
+    tag, id = tag_of(member), member
+  end
+  local left = tag and redis.call('PTTL', session_key(tag, id)) or 0
+  if left > 0 then
+    local kept, last = {}, '0'
+    for node, until_ in pairs(leases(tag, id) or {}) do
+      if node == '' or not before(now, tostring(until_)) then
+        last = later(last, tostring(until_))
+      elseif node ~= NODE then
+        kept[node] = until_
+      end
+    end
+    if args[7][n] then
+      kept[NODE] = after(now, args[9])
+    else
+      last = now
+    end
+    kept[''] = last
+    redis.call('SET', lease_key(tag, id), cmsgpack.pack(kept), 'PX', left)
+  end
+end
+return answer(0)
+
+--@ disconnected no-writes
+-- Return which of a user's sessions with these IDs no connection uses.
+local now, found = time(args[7]), {}
+for _, id in ipairs(args[6]) do
+  local session = read(tag, id)
+  if session and session[STATE] == KEPT and is_disconnected(tag, id, session, now, args[8]) then
+    found[#found + 1] = id
+  end
+end
+return answer(found)
 
 --@ rotate
 local id, spent, token, refresh, expires, client, address, wall, sealed, grace, grace_ends = unpack(args, 6, 16)
@@ -399,7 +493,7 @@ local wall, ended_before, limit, dues, tombstones = unpack(args, 6, 10)
 local x, m, removed, past = P .. 'x:' .. SHARD, P .. 'm:' .. SHARD, 0, {}
 
 local function forget(tag, id, session)
-  redis.call('DEL', session_key(tag, id))
+  redis.call('DEL', session_key(tag, id), lease_key(tag, id))
   if CLUSTERED then
     elsewhere('DEL', P .. 't:' .. session[TOKEN])
     elsewhere('DEL', P .. 'i:' .. id)

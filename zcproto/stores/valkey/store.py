@@ -16,16 +16,18 @@ scripts do, and under which keys, is in sessions.lua and answers.lua.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from zcproto.errors import Code
-from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit, WhenFull
 from zcproto.sessions.token import id_text
 from zcproto.stores.answers import check_size, too_many_requests
 from zcproto.stores.base import (
     CLOCK_SKEW_MS,
+    LEASE_MS,
     MAX_LISTED,
     Claim,
     ClaimState,
@@ -49,6 +51,7 @@ from zcproto.stores.valkey.scripts import (
     key_digest,
     order_of,
     pack_session,
+    raw_id,
     tag_of,
     time_text,
     ttl_for,
@@ -61,6 +64,9 @@ BATCH: Final = 250
 
 _ENDED: Final = 100
 """Sessions ended in one script, likewise."""
+
+_EVICTS: Final[Mapping[WhenFull, int]] = {"refuse": 0, "evict_oldest": 1, "evict_disconnected": 2}
+"""As in the script `create`; one more if expired leases count too."""
 
 _ATTEMPTS: Final = 32
 """To open a session beside very many of the same user while others of that user are opened."""
@@ -122,6 +128,8 @@ class ValkeyStore(ValkeyClient):
                 evicted += [ended_record(pair, Code(code), record.created_at) for code, pair in ended]
                 return Created(tuple(evicted))
             others, newest = await self._list_user(record.user)
+            if limit.when_full == "evict_disconnected":
+                limit = replace(limit, disconnected=await self._disconnected(record.user, others, limit))
             room = limit.make_room(others, record.created_at)
             if room is None:
                 await self._retract_session(record, with_pointers=True)
@@ -144,15 +152,48 @@ class ValkeyStore(ValkeyClient):
         order = 0
         if self._is_clustered:
             order = await self._announce_session(record, tag, id, due, ms)
-        limits = limit.per_user, limit.when_full == "evict_oldest", idle_from
+        evicts = _EVICTS[limit.when_full] + limit.counts_expired
+        limits = limit.per_user, evicts, idle_from
         packed = pack_session(record)
         chosen = newest, [(int(code), other) for code, other in ending]
         state, ended = await self._run(
-            "create", tag, id, packed, ms, time_text(wall), *limits, order, *chosen
+            *("create", tag, id, packed, ms, time_text(wall), *limits, order, *chosen),
+            *(self._given_time, LEASE_MS),
         )
         if state in (b"full", b"ended"):
             await self._retract_session(record, with_pointers=state == b"full")
         return state, ended
+
+    async def _disconnected(
+        self, user: str, records: Sequence[SessionRecord], limit: UserLimit
+    ) -> frozenset[bytes]:
+        """Return the ids of a user's sessions that no connection uses."""
+        found = list[bytes]()
+        for start in range(0, len(records), BATCH):
+            found += await self._disconnected_of(user, records[start : start + BATCH], limit.counts_expired)
+        return frozenset(raw_id(id) for id in found)
+
+    @operation
+    async def _disconnected_of(
+        self, user: str, records: Sequence[SessionRecord], counts_expired: bool
+    ) -> list[bytes]:
+        ids = [id_text(record.id).encode() for record in records]
+        found: list[bytes] = await self._run(
+            "disconnected", tag_of(user), ids, self._given_time, counts_expired
+        )
+        return found
+
+    @operation
+    async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
+        used = {id_text(id).encode(): is_used for id, is_used in uses}
+        members = await self._with_tags(list(used))
+        await self._gather(
+            self._run(
+                *("lease", tag, group, [used[member[-ID_TEXT_SIZE:]] for member in group]),
+                *(self._given_time, LEASE_MS),
+            )
+            for tag, group in self._by_tag(members)
+        )
 
     @operation
     async def _evict(self, record: SessionRecord, ending: Sequence[tuple[Code, bytes]]) -> list[EndedRecord]:
