@@ -39,6 +39,9 @@ FILES: Final = {"dockerfile", "ini", "json", "proto", "toml", "yaml"}
 PORT: Final = re.compile(r"(?<=[:= ])(744\d|6379|8000|50051)\b")
 """Ports of the pages, which are replaced by free ones."""
 
+NODE: Final = re.compile(r"node |npm ")
+"""Commands of blocks that are run where the client for Node is built."""
+
 READY: Final = ("server.listening", "Uvicorn running on", "Ready to accept connections")
 """What servers print when clients can connect."""
 
@@ -175,7 +178,7 @@ for requirement in sys.argv[2:]:
 class Reader:
     """Follows pages in one folder, with its own home and ports."""
 
-    def __init__(self, folder: Path, certs: Path) -> None:
+    def __init__(self, folder: Path, certs: Path, *, has_node: bool = False) -> None:
         self.home, self._bin, self._log = folder / "home", folder / "bin", folder / "output"
         self.folder = self.home / "project"
         self.folder.mkdir(parents=True)
@@ -185,6 +188,7 @@ class Reader:
         """What has been written, by name."""
         self.scripts = ""
         """The commands that have been run."""
+        self._has_node = has_node
         self._ports: dict[str, str] = {}
         self._servers: list[subprocess.Popen[bytes]] = []
         self._output = ""
@@ -210,12 +214,16 @@ class Reader:
 
     def follow(self, page: Path) -> None:
         """Do what a page says. Raises PageError where it fails, or prints something else than the page."""
+        is_skipped = False
         for block in blocks_of(page):
             if block.file is not None:
                 self._write(block, block.file)
             elif block.language == "sh":
-                self._run(block)
-            elif block.language == "text":
+                self.scripts += block.text
+                is_skipped = NODE.match(block.text) is not None and not self._has_node
+                if not is_skipped:
+                    self._run(block)
+            elif block.language == "text" and not is_skipped:
                 self._compare(block)
 
     def check_that_all_files_ran(self) -> None:
@@ -243,7 +251,6 @@ class Reader:
         path.write_text(self._with_ports(text), encoding="utf-8")
 
     def _run(self, block: Block) -> None:
-        self.scripts += block.text
         with open(self._log, "wb") as log:
             process = subprocess.Popen(
                 ["/bin/sh", "-euc", self._with_ports(block.text)],
@@ -288,6 +295,7 @@ class Reader:
             "HOME": str(self.home),
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}",
+            "NODE_CLIENT": str(ROOT / "clients" / "typescript"),
             "ZCPROTO_SERVER__PORT": self._with_ports(" 7443").strip(),
             "ZCPROTO_CERTIFICATES__KEY_TYPES": '["ecdsa-p256"]',
         }
@@ -297,14 +305,15 @@ class Reader:
         self._bin.mkdir()
         python = shlex.quote(sys.executable)
         for name, command in {
-            "zcproto": f'{python} -m zcproto "$@"',
-            "python": f'{python} "$@"',
-            "pip": f'{python} -c {shlex.quote(PIP)} "$@"',
-            "pytest": f'{python} -m pytest -p no:cacheprovider "$@"',
-            "uvicorn": f'{python} -m uvicorn "$@"',
+            "zcproto": f'exec {python} -m zcproto "$@"',
+            "python": f'exec {python} "$@"',
+            "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
+            "npm": 'mkdir -p node_modules/@zcproto && ln -s "$NODE_CLIENT" node_modules/@zcproto/client',
+            "pytest": f'exec {python} -m pytest -p no:cacheprovider "$@"',
+            "uvicorn": f'exec {python} -m uvicorn "$@"',
         }.items():
             program = self._bin / name
-            program.write_text(f"#!/bin/sh\nexec {command}\n")
+            program.write_text(f"#!/bin/sh\n{command}\n")
             program.chmod(0o755)
 
 

@@ -20,12 +20,19 @@ DOCS = ROOT / "docs"
 
 OTHER_PAGES = {
     *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
-    *("troubleshooting", "upgrades", "applications", "authentication"),
+    *("troubleshooting", "upgrades", "applications"),
 }
-"""Pages for operators and reviewers, whose commands test_guides.py checks; test_examples.py runs two more."""
+"""Pages for operators and reviewers, whose commands test_guides.py checks; test_examples.py runs `applications`."""
 
 PAGES = sorted(page for page in DOCS.glob("*.md") if page.stem not in OTHER_PAGES)
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
+
+NODE = [
+    pages
+    for pages in [TUTORIAL, *([page] for page in PAGES)]
+    if any("```js" in page.read_text() for page in pages)
+]
+CLIENT = ROOT / "clients" / "typescript" / "dist" / "src" / "index.js"
 
 PROGRAMS = ("valkey-server",)
 """Programs that a page may run only where they are installed."""
@@ -40,12 +47,20 @@ def test_tutorial_runs_as_printed(tmp_path: Path, certs: Path) -> None:
     follow(TUTORIAL, tmp_path, certs)
 
 
-def follow(pages: list[Path], folder: Path, certs: Path) -> None:
+@pytest.mark.skipif(
+    not CLIENT.exists(), reason="the client for Node is not built; run npm ci in clients/typescript"
+)
+@pytest.mark.parametrize("pages", NODE, ids=lambda pages: pages[0].stem)
+def test_page_for_node_runs_as_printed(pages: list[Path], tmp_path: Path, certs: Path) -> None:
+    follow(pages, tmp_path, certs, has_node=True)
+
+
+def follow(pages: list[Path], folder: Path, certs: Path, *, has_node: bool = False) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for program in PROGRAMS:
         if f"\n{program} " in text and shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    with Reader(folder, certs) as reader:
+    with Reader(folder, certs, has_node=has_node) as reader:
         if "zcproto user add ada" not in text:
             reader.add_user("ada")  # as the README does
         for page in pages:

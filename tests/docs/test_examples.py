@@ -1,4 +1,4 @@
-"""The programs in the README and in two guides run as they are printed."""
+"""The programs in the README and in docs/applications.md run as they are printed."""
 
 from __future__ import annotations
 
@@ -106,20 +106,6 @@ def test_application_guide_programs_run(folder: Path, port: int) -> None:
         assert run(folder, "buy.py") == "40\nonly 12 left; order fewer {'left': 12}\n"
         assert run(folder, "gate.py") == "12\nada None\n"
         assert "welcome" in run(folder, "-m", "zcproto", "call", f"localhost:{port}", "greeting")
-
-
-def test_authentication_guide_programs_run(folder: Path, port: int) -> None:
-    write_programs(ROOT / "docs" / "authentication.md", folder, port)
-    with serving(folder, port, "-m", "zcproto", "serve", "accounts:app"):
-        assert run(folder, "enter.py").splitlines() == [
-            "ada",
-            "the login was not accepted; check the name, and the key or certificate",
-            *("asked for a ticket", "ada", "asked for a ticket", "ada"),
-            *("asked for a ticket", "ada bob"),
-        ]
-        assert run(folder, "enter_blocking.py") == "ada\n"
-        call = ["call", f"localhost:{port}", "who", "--user", "ada", "--key-file", "ada.key"]
-        assert "ada" in run(folder, "-m", "zcproto", *call), "the built-in schemes are kept"
 
 
 def test_application_guide_test_passes(folder: Path, port: int) -> None:
