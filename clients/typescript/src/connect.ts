@@ -7,7 +7,7 @@ import { Client } from "./client/client.js";
 import { MonotonicClock, systemClock } from "./client/clock.js";
 import type { ServerEvent } from "./client/event_stream.js";
 import { DEFAULT_MAX_CALLS } from "./client/handlers.js";
-import { type Credentials, chooseCredentials } from "./client/session.js";
+import { type Credentials, chooseCredentials, type LoginSource } from "./client/session.js";
 import type { ClientSettings, SessionOptions } from "./client/settings.js";
 import { DEFAULT_TIMEOUT_MS } from "./client/user_client.js";
 import { Device } from "./edge/device.js";
@@ -54,6 +54,11 @@ export interface ConnectOptions extends TrustedServerOptions {
   readonly device?: Device | string | undefined;
   /** The name under which the device was enrolled. */
   readonly deviceName?: string | undefined;
+  /**
+   * A login by a scheme of the server's application, instead of a key or a device: `{ scheme, ...fields }`, or a function that
+   * returns or resolves to one for each session that is opened.
+   */
+  readonly login?: LoginSource | undefined;
   /** PEM file of the client certificate with its issuers, read for each connection. */
   readonly certificate?: string | undefined;
   /** Key file of the certificate, which only its owner can read. By default the key is in the certificate file. */
@@ -158,16 +163,16 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
 }
 
 async function credentialsOf(options: SessionOptions, hasCertificate: boolean): Promise<Credentials | undefined> {
-  const { user, key, deviceName } = options;
+  const { user, key, deviceName, login } = options;
   const device = typeof options.device === "string" ? await Device.load(options.device) : options.device;
-  return chooseCredentials({ user, key, hasCertificate, device, deviceName });
+  return chooseCredentials({ user, key, hasCertificate, device, deviceName, login });
 }
 
 /** Return the credentials of another user. The certificate belongs to the connection, so it opens no other session. */
 async function requireCredentials(options: SessionOptions): Promise<Credentials> {
   const credentials = await credentialsOf(options, false);
   if (credentials === undefined) {
-    throw new ConfigError(["sessionFor: credentials are missing; give user and key, or device and deviceName"]);
+    throw new ConfigError(["sessionFor: credentials are missing; give user and key, device and deviceName, or login"]);
   }
   return credentials;
 }

@@ -6,6 +6,7 @@
  *     ├── CertificateError    a certificate or key is unusable
  *     ├── ProtocolError       the server violated the protocol; has the code
  *     ├── TlsError            the TLS handshake failed, or the server is not trusted
+ *     ├── LoginError          the application's `login` rejected, or returned what cannot be sent
  *     ├── ConnectionClosed    the connection ended; `clean` distinguishes a close from a truncation
  *     │   └── CannotConnect   connecting failed: refused, unreachable, timeout
  *     └── CallError           a call failed with an error; one subclass per code
@@ -78,6 +79,9 @@ export class ConfigError extends ZcprotoError {
 
 /** A certificate or a key is unusable. The message names the file and how to fix it, never the key. */
 export class CertificateError extends ZcprotoError {}
+
+/** The function given as `login` failed; `cause` is its error. The next call runs it again. */
+export class LoginError extends ZcprotoError {}
 
 /** The server violated the protocol. `reason` is a fixed phrase, safe to log. */
 export class ProtocolError extends ZcprotoError {

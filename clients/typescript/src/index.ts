@@ -3,7 +3,7 @@
 export type { Client } from "./client/client.js";
 export { EventStream, type ServerEvent } from "./client/event_stream.js";
 export type { Handler, ServerCall } from "./client/handlers.js";
-export type { ClientSession } from "./client/session.js";
+export type { ClientSession, LoginParams, LoginSource } from "./client/session.js";
 export type { SessionOptions } from "./client/settings.js";
 export type { Stream, StreamOptions } from "./client/stream.js";
 export type { CallOptions, UserClient } from "./client/user_client.js";

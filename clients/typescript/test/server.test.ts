@@ -323,6 +323,7 @@ describe("programs of the README run as pasted", () => {
 
   for (const [name, guide, app, output] of [
     ["listen.mjs", "streams", "talk", "to\nbe\nor\nnot\n{ words: 4 }\n"],
+    ["enter.mjs", "authentication", "accounts", "ada\n"],
     ["desk.mjs", "calls", "agent", "ran ls\nnot approved; ask the person at the client\n"],
   ] as const) {
     test(name, async () => {

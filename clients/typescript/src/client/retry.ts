@@ -26,6 +26,21 @@ export const MAX_RETRY_AFTER_MS = 3_600_000;
  */
 export const SESSION_ENDED_CODES: ReadonlySet<number> = new Set([Code.TOKEN_REVOKED, Code.SESSION_REPLACED]);
 
+/** Codes of a refused renewal, which ends the session. */
+export const REFUSING_CODES: ReadonlySet<number> = new Set([
+  ...SESSION_ENDED_CODES,
+  Code.UNAUTHENTICATED,
+  Code.TOKEN_EXPIRED,
+]);
+
+/** Codes after which a request may have run. */
+export const MAY_HAVE_RUN_CODES: ReadonlySet<number> = new Set([
+  Code.DEADLINE_EXCEEDED,
+  Code.CANCELLED,
+  Code.INTERNAL,
+  Code.UNKNOWN,
+]);
+
 /** Return what a client does after an error of a call. */
 export function retryAction({ code, details }: CallError): RetryAction {
   if (code === Code.RESOURCE_EXHAUSTED && "limit" in details) {

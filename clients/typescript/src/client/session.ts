@@ -1,7 +1,8 @@
 /** Sessions as seen by their client, and the credentials that open them. */
 
 import { inspect } from "node:util";
-import { Code, ConfigError, ProtocolError } from "../errors.js";
+import { Code, ConfigError, LoginError, ProtocolError } from "../errors.js";
+import { encodeBody, MessageError } from "../wire/body.js";
 import { NO_TOKEN, TOKEN_SIZE, type Token, tokenOf, tokenToText } from "../wire/frame.js";
 import { isInt, isMap, type Params } from "../wire/message.js";
 import { attachMessage, type Channel, openMessage } from "./signing.js";
@@ -16,7 +17,9 @@ export interface Signer {
 
 /** Credentials that open a session. */
 export interface Credentials {
-  readonly kind: "api_key" | "ed25519" | "tls";
+  readonly kind: "api_key" | "ed25519" | "tls" | "login";
+  /** Whether they can open a session in place of one that belongs to another certificate. */
+  readonly canReopen: boolean;
   /** Return the params of `session.open` on this connection, without `client`. */
   params(channel: Channel): Params;
 }
@@ -24,6 +27,7 @@ export interface Credentials {
 /** A user's name and API key. The key is hidden from inspection. */
 export class ApiKey implements Credentials {
   readonly kind = "api_key";
+  readonly canReopen = false;
   readonly #key: string;
 
   constructor(
@@ -41,6 +45,7 @@ export class ApiKey implements Credentials {
 /** The client certificate. If `user` is given, the certificate must be issued to that user. */
 export class Certificate implements Credentials {
   readonly kind = "tls";
+  readonly canReopen = true;
 
   constructor(readonly user: string | undefined) {}
 
@@ -52,6 +57,7 @@ export class Certificate implements Credentials {
 /** An enrolled device, which signs for each connection. */
 export class DeviceKey implements Credentials {
   readonly kind = "ed25519";
+  readonly canReopen = false;
   readonly #signer: Signer;
 
   constructor(
@@ -72,9 +78,105 @@ export class DeviceKey implements Credentials {
   }
 }
 
+/** How long a login that a function has returned can wait for a connection: a ticket may be short-lived. */
+export const LOGIN_HOLDS_MS = 10_000;
+
+/** A login by a scheme of the application: the params of `session.open`. */
+export interface LoginParams {
+  readonly scheme: string;
+  readonly [field: string]: unknown;
+}
+
+/** A login, or a function that returns another one for each session. */
+export type LoginSource = LoginParams | (() => LoginParams | Promise<LoginParams>);
+
 /**
- * Choose the credentials: the device, the API key, or else the certificate. Returns undefined without credentials. Throws
- * ConfigError for contradictory options.
+ * A login by a scheme of the application, hidden from inspection. A function is called for each `session.open`: `fetch` it first.
+ * Throws ConfigError for a login that cannot be sent.
+ */
+export class SchemeLogin implements Credentials {
+  readonly kind = "login";
+  readonly canReopen = true;
+  readonly #source: LoginSource;
+  #fetched: LoginParams | undefined;
+  #holdsUntil = Number.NEGATIVE_INFINITY;
+  #isFetching = false;
+
+  constructor(source: LoginSource) {
+    this.#source = source;
+    if (typeof source !== "function") {
+      const fault = loginFault(source);
+      if (fault !== undefined) {
+        throw new ConfigError([`login: ${fault}`]);
+      }
+      this.#fetched = source;
+      this.#holdsUntil = Number.POSITIVE_INFINITY;
+    }
+  }
+
+  /** Why opening a session takes its time, if this is the reason. */
+  get problem(): string | undefined {
+    return this.#isFetching ? "the function given as login has not returned" : undefined;
+  }
+
+  /** Return whether `params` can be called. A login that waited too long for a connection is discarded. */
+  isFetched(now: number): boolean {
+    return now < this.#holdsUntil;
+  }
+
+  /** Call the function. Rejects with LoginError. */
+  async fetch(now: () => number): Promise<void> {
+    let login: LoginParams;
+    this.#isFetching = true;
+    try {
+      login = await (this.#source as () => LoginParams | Promise<LoginParams>)();
+    } catch (error) {
+      const what = error instanceof Error ? error.name : typeof error;
+      throw new LoginError(`login: the function rejected with ${what}; see the cause`, { cause: error });
+    } finally {
+      this.#isFetching = false;
+    }
+    const fault = loginFault(login);
+    if (fault !== undefined) {
+      throw new LoginError(`login: the function returned what cannot be sent: ${fault}`);
+    }
+    this.#fetched = login;
+    this.#holdsUntil = now() + LOGIN_HOLDS_MS;
+  }
+
+  params(): Params {
+    if (typeof this.#source === "function") {
+      this.#holdsUntil = Number.NEGATIVE_INFINITY; // each login is sent once
+    }
+    return { ...this.#fetched };
+  }
+}
+
+/** Return why a login cannot be sent, without its values, if it cannot. */
+function loginFault(login: unknown): string | undefined {
+  if (!isMap(login)) {
+    return "give an object with `scheme` and its fields";
+  }
+  if (typeof login["scheme"] !== "string") {
+    return "`scheme` is missing; give the name of the server's scheme";
+  }
+  if (login["client"] !== undefined) {
+    return "`client` is the product and version of the client; give it to connect";
+  }
+  try {
+    encodeBody(login);
+  } catch (error) {
+    if (error instanceof MessageError) {
+      return error.message;
+    }
+    throw error;
+  }
+  return undefined;
+}
+
+/**
+ * Choose the credentials: the login, the device, the API key, or else the certificate. Returns undefined without credentials.
+ * Throws ConfigError for contradictory options.
  */
 export function chooseCredentials({
   user,
@@ -82,13 +184,21 @@ export function chooseCredentials({
   hasCertificate,
   device,
   deviceName,
+  login,
 }: {
   user?: string | undefined;
   key?: string | undefined;
   hasCertificate: boolean;
   device?: Signer | undefined;
   deviceName?: string | undefined;
+  login?: LoginSource | undefined;
 }): Credentials | undefined {
+  if (login !== undefined) {
+    if ([user, key, device, deviceName].some((other) => other !== undefined)) {
+      throw new ConfigError(["login: its fields name the user; leave out user, key, device and deviceName"]);
+    }
+    return new SchemeLogin(login);
+  }
   if (device !== undefined && deviceName !== undefined) {
     if (user !== undefined || key !== undefined) {
       throw new ConfigError(["device: the device determines the user; leave out user and key"]);

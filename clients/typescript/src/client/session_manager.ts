@@ -14,14 +14,14 @@ import type { EventReceived } from "../connection/events.js";
 import { CallError, Cancelled, Code, ConnectionClosed, Unauthenticated, ZcprotoError } from "../errors.js";
 import { NO_TOKEN, type Token } from "../wire/frame.js";
 import type { Params } from "../wire/message.js";
-import { Backoff, type Random } from "./backoff.js";
-import { type Clock, sleep, type Timer, unlessAborted } from "./clock.js";
+import { Backoff } from "./backoff.js";
+import { sleep, type Timer, unlessAborted } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
-import type { Handlers } from "./handlers.js";
 import type { PendingCall } from "./pending.js";
-import { retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
-import { ClientSession, type Credentials, DeviceKey } from "./session.js";
+import { MAY_HAVE_RUN_CODES, REFUSING_CODES, retryAction, retryAfterMs, SESSION_ENDED_CODES } from "./retry.js";
+import { ClientSession, DeviceKey, SchemeLogin } from "./session.js";
 import { SessionKeeper } from "./session_keeper.js";
+import type { SessionManagerOptions } from "./settings.js";
 
 /** Timeout of requests of `session.*`. */
 const REQUEST_TIMEOUT_MS = 10_000;
@@ -35,23 +35,6 @@ const MAX_LOST = 3;
 const MIN_REFRESH_INTERVAL_MS = 1_000;
 
 const FOREVER = Number.POSITIVE_INFINITY;
-const ENDING_CODES: ReadonlySet<number> = new Set([...SESSION_ENDED_CODES, Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED]);
-const MAY_HAVE_RUN_CODES: ReadonlySet<number> = new Set([
-  Code.DEADLINE_EXCEEDED,
-  Code.CANCELLED,
-  Code.INTERNAL,
-  Code.UNKNOWN,
-]);
-
-export interface SessionManagerOptions {
-  readonly clock: Clock;
-  readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
-  readonly credentials: Credentials | undefined;
-  /** The client as `product/version`, listed by the server. */
-  readonly client: string;
-  readonly handlers: Handlers;
-  readonly random: Random;
-}
 
 /**
  * Manages the session of one client. Calls carry `token` and can be sent until `usableUntil`; after that, await
@@ -63,6 +46,7 @@ export class SessionManager {
   usableUntil = FOREVER;
   readonly #options: SessionManagerOptions;
   readonly #device: DeviceKey | undefined;
+  readonly #login: SchemeLogin | undefined;
   readonly #closing = new AbortController();
   #isRequired = false;
   #unknownToken: Token = NO_TOKEN; // refused with UNAUTHENTICATED
@@ -88,6 +72,7 @@ export class SessionManager {
       renew: () => this.#renewing ?? this.#start(true),
     });
     this.#device = options.credentials instanceof DeviceKey ? options.credentials : undefined;
+    this.#login = options.credentials instanceof SchemeLogin ? options.credentials : undefined;
   }
 
   /** Whether the session was revoked, replaced or refused. Only the application can open a new one. */
@@ -100,11 +85,13 @@ export class SessionManager {
     return token !== NO_TOKEN && (token === this.token || token === this.#previousToken);
   }
 
-  /** Why the next renewal is delayed, if it is. */
+  /** Why the renewal takes its time, if there is a reason. */
   get renewalProblem(): ZcprotoError | undefined {
-    return this.#options.clock.now() < this.#notBefore
-      ? new ZcprotoError("the server opens only expired sessions; report it to its operator")
-      : undefined;
+    const isDelayed = this.#options.clock.now() < this.#notBefore;
+    const problem = isDelayed
+      ? "the server opens only expired sessions; report it to its operator"
+      : this.#login?.problem;
+    return problem === undefined ? undefined : new ZcprotoError(problem);
   }
 
   /**
@@ -113,7 +100,9 @@ export class SessionManager {
    */
   requireSession(): void {
     if (this.#options.credentials === undefined) {
-      throw new Unauthenticated("this client has no credentials; give a key, a device or a certificate to connect");
+      throw new Unauthenticated(
+        "this client has no credentials; give a key, a device, a certificate or a login to connect",
+      );
     }
     this.#isRequired = true;
     this.#endedBy = undefined;
@@ -160,9 +149,9 @@ export class SessionManager {
     }
   }
 
-  /** Handle a token that belongs to another certificate. Return false if this client has no certificate. */
+  /** Handle a token that belongs to another certificate. Return false for credentials without one. */
   reopen(token: Token): boolean {
-    if (this.#options.credentials?.kind !== "tls") {
+    if (this.#options.credentials?.canReopen !== true) {
       return false;
     }
     if (token === this.token) {
@@ -375,8 +364,16 @@ export class SessionManager {
     const renewal = { must: isMust, backoff: new Backoff(random), done: new Set<string>(), lost: 0 };
     for (;;) {
       const connection = await getConnection(signal);
+      const login = this.#loginToFetch();
+      if (login !== undefined) {
+        await unlessAborted(
+          login.fetch(() => clock.now()),
+          signal,
+        );
+        continue; // with the connection that is current now
+      }
       await connection.waitReady(signal);
-      if (!connection.ready) {
+      if (!connection.ready || this.#loginToFetch() !== undefined) {
         continue;
       }
       const [method, params] = this.#nextRequest(connection);
@@ -446,7 +443,7 @@ export class SessionManager {
       this.#setTimer(this.#nextRefreshAttempt());
       return false;
     }
-    if (ENDING_CODES.has(error.code)) {
+    if (REFUSING_CODES.has(error.code)) {
       this.#endSession(error);
     }
     throw error;
@@ -464,6 +461,12 @@ export class SessionManager {
     }
   }
 
+  /** Return the login that must be fetched before the next request, if it needs one. */
+  #loginToFetch(): SchemeLogin | undefined {
+    const now = this.#options.clock.now();
+    return this.#login?.isFetched(now) === false && this.session?.canRefresh(now) !== true ? this.#login : undefined;
+  }
+
   #nextRequest(connection: ConnectionDriver): [string, Params] {
     const { clock, credentials, client } = this.#options;
     if (this.session?.canRefresh(clock.now())) {
@@ -477,7 +480,7 @@ export class SessionManager {
    * previous certificate.
    */
   #shouldOpenInstead(error: CallError): boolean {
-    const isOtherCertificate = retryAction(error) === "reopen" && this.#options.credentials?.kind === "tls";
+    const isOtherCertificate = retryAction(error) === "reopen" && this.#options.credentials?.canReopen === true;
     if (error.code !== Code.TOKEN_EXPIRED && !MAY_HAVE_RUN_CODES.has(error.code) && !isOtherCertificate) {
       return false;
     }

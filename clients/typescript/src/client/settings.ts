@@ -6,10 +6,11 @@ import type { Client } from "./client.js";
 import type { Clock } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import type { ServerEvent } from "./event_stream.js";
+import type { Handlers } from "./handlers.js";
 import type { ConnectionListener } from "./pending.js";
-import type { Credentials, Signer } from "./session.js";
+import type { Credentials, LoginSource, Signer } from "./session.js";
 
-/** Credentials of another user on the connection of a client: user and key, or device and deviceName. */
+/** Credentials of another user on the connection of a client: user and key, device and deviceName, or a login. */
 export interface SessionOptions {
   readonly user?: string | undefined;
   readonly key?: string | undefined;
@@ -17,6 +18,8 @@ export interface SessionOptions {
   readonly device?: Signer | string | undefined;
   /** The name under which the device was enrolled. */
   readonly deviceName?: string | undefined;
+  /** A login by a scheme of the server's application, or a function that returns one for each session. */
+  readonly login?: LoginSource | undefined;
   /** Called with each event of the session; without it events are queued in its `events`. */
   readonly onEvent?: ((event: ServerEvent) => void) | undefined;
 }
@@ -34,5 +37,16 @@ export interface ClientSettings {
   readonly onConnected: ((client: Client) => void) | undefined;
   readonly onWarning: (message: string) => void;
   readonly clock: Clock;
+  readonly random: Random;
+}
+
+/** What the manager of a session uses. */
+export interface SessionManagerOptions {
+  readonly clock: Clock;
+  readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly credentials: Credentials | undefined;
+  /** The client as `product/version`, listed by the server. */
+  readonly client: string;
+  readonly handlers: Handlers;
   readonly random: Random;
 }
