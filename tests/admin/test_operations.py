@@ -238,12 +238,12 @@ def test_faults_of_user_changes_are_reported(serve: Serve) -> None:
     answer = post(server, "users/remove", {"name": "ben"})
     assert answer.status == 404
     assert answer.value["error"] == 'no user is named "ben"'
-    assert post(server, "users/add", {}).value["error"] == "missing parameter 'name'"
+    assert post(server, "users/add", {}).value["error"] == "name is missing"
     assert post(server, "users/add", {"name": "a\nb"}).status == 422
     for digest in ("", "x" * 43 + "=", "x" * 42, "\u00e9" * 43):
         assert post(server, "users/add", {"name": "eve", "key_digest": digest}).status == 400
         assert post(server, "users/new-key", {"name": "ada", "key_digest": digest}).status == 400
-    assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "missing parameter 'key_digest'"
+    assert post(server, "users/new-key", {"name": "ada"}).value["error"] == "key_digest is missing"
 
 
 def test_user_change_applies_before_the_next_file_watch(

@@ -12,8 +12,9 @@ import pytest
 from zcproto.app import app as app_module
 from zcproto.app.app import App, Context, Method, default_app
 from zcproto.app.items import Items
+from zcproto.app.topics import TopicEvent
 from zcproto.errors import InvalidArgument
-from zcproto.wire.message import METHOD_MAX_LENGTH
+from zcproto.wire.message import METHOD_MAX_LENGTH, decode_body
 
 
 @dataclass
@@ -106,7 +107,15 @@ def positional_only(a: int, /) -> None: ...
 def variadic(*rest: int) -> None: ...
 def uncheckable(a: complex) -> None: ...
 def unresolvable(a: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821
-def uncheckable_inside(a: list[set[int]]) -> None: ...
+def uncheckable_inside(a: list[set[complex]]) -> None: ...
+def unsendable() -> complex: ...  # type: ignore[empty-body]
+
+
+async def unsendable_items() -> AsyncIterator[App]:
+    yield App()
+
+
+async def unreceivable(items: Items[App]) -> None: ...
 
 
 def generator() -> Iterator[int]:
@@ -122,8 +131,11 @@ async def async_generator() -> AsyncIterator[int]:
     [
         (positional_only, "'a' must be passable by name"),
         (variadic, "'rest' must be passable by name"),
-        (uncheckable, "complex cannot be the type of a parameter"),
-        (uncheckable_inside, "cannot be the type of a parameter"),
+        (uncheckable, "method m: parameter 'a': complex cannot be used .*; allowed are int, float"),
+        (uncheckable_inside, r"method m: parameter 'a': list\[set\[complex\]\] cannot be used"),
+        (unsendable, "method m: the result: complex cannot be used"),
+        (unsendable_items, "method m: an item: App cannot be used"),
+        (unreceivable, "method m: parameter 'items': App cannot be used"),
         (unresolvable, "cannot be resolved: name 'Missing'"),
         (generator, "must be an async generator"),
     ],
@@ -141,6 +153,14 @@ def test_async_generator_is_a_stream() -> None:
     assert not any(method.is_unchecked for method in app)
 
 
+def test_topic_event_may_be_annotated_as_an_item() -> None:
+    async def stream() -> AsyncIterator[TopicEvent | Point]:
+        yield Point(1)
+
+    method = Method("m", stream)
+    assert decode_body(method.encode_item(Point(1))) == {"x": 1, "y": 0}
+
+
 # --- arguments -------------------------------------------------------------------------------------------
 
 
@@ -154,11 +174,52 @@ def test_parameters_are_passed_by_name_and_keep_defaults() -> None:
 def test_missing_unknown_or_wrong_parameter_is_named() -> None:
     def function(b: int, a: int, c: int = 0) -> None: ...
 
-    assert complaint(function) == "missing parameter 'a'"
-    assert complaint(function, a=1) == "missing parameter 'b'"
-    assert complaint(function, a=1, b=2, d=3) == "unknown parameter 'd'"
+    assert complaint(function, a=1) == "b is missing"
+    assert complaint(function, a=1, b=2, d=3) == "d is unknown"
     assert complaint(function, a=1, b="x") == "b must be an int"
-    assert complaint(function, **{"a secret text": 1}) == "unknown parameter (not an identifier)"
+    assert complaint(function, a=1, b=2, **{"a secret text": 1}) == "(not an identifier) is unknown"
+
+
+def test_every_fault_of_a_call_is_named_at_once() -> None:
+    def function(b: int, a: int, point: Point, c: int = 0) -> None: ...
+
+    with pytest.raises(InvalidArgument) as raised:
+        bind(function, b="x", c=None, d=3, point={"y": "z"})
+    assert raised.value.details["faults"] == [
+        {"path": "a", "problem": "is missing"},
+        {"path": "b", "problem": "must be an int"},
+        {"path": "c", "problem": "must be an int"},
+        {"path": "d", "problem": "is unknown"},
+        {"path": "point.x", "problem": "is missing"},
+        {"path": "point.y", "problem": "must be an int"},
+    ]
+    assert raised.value.message == (
+        "a is missing; b must be an int; c must be an int; d is unknown; and more"
+    )
+
+
+def test_number_of_faults_is_bounded() -> None:
+    def function() -> None: ...
+
+    with pytest.raises(InvalidArgument) as raised:
+        bind(function, **{f"p{number}": 1 for number in range(100)})
+    assert len(raised.value.details["faults"]) == 16
+
+
+@dataclass
+class Picky:
+    n: int
+
+    def __post_init__(self) -> None:
+        raise InvalidArgument("not today", {"day": 1})
+
+
+def test_error_of_a_validator_is_the_answer() -> None:
+    def function(picky: Picky, other: int) -> None: ...
+
+    with pytest.raises(InvalidArgument) as raised:
+        bind(function, picky={"n": 1}, other=2)
+    assert (raised.value.message, raised.value.details) == ("not today", {"day": 1})
 
 
 def test_dataclass_and_any_parameters_are_accepted() -> None:
@@ -193,7 +254,7 @@ def test_named_parameters_beside_keywords_are_checked() -> None:
 
     assert bind(function, a=1, b="x") == {"a": 1, "b": "x"}
     assert complaint(function, a="x", b="x") == "a must be an int"
-    assert complaint(function, b="x") == "missing parameter 'a'"
+    assert complaint(function, b="x") == "a is missing"
     assert not Method("m", function).is_unchecked
 
 
@@ -201,8 +262,8 @@ def test_annotation_of_keywords_checks_each_value() -> None:
     def function(**counts: int) -> None: ...
 
     assert bind(function, a=1, b=2) == {"a": 1, "b": 2}
-    assert complaint(function, a=1, b="x") == "parameter 'b' must be an int"
-    assert complaint(function, **{"a secret text": "x"}) == "parameter (not an identifier) must be an int"
+    assert complaint(function, a=1, b="x") == "b must be an int"
+    assert complaint(function, **{"a secret text": "x"}) == "(not an identifier) must be an int"
 
 
 def test_caller_cannot_pass_the_context() -> None:
@@ -210,8 +271,8 @@ def test_caller_cannot_pass_the_context() -> None:
     def open_to_all(ctx: Context, **rest: Any) -> None: ...
 
     assert Method("m", checked).context_name == "context"
-    assert complaint(checked, context=1) == "unknown parameter 'context'"
-    assert complaint(open_to_all, ctx=1) == "unknown parameter 'ctx'"
+    assert complaint(checked, context=1) == "context is unknown"
+    assert complaint(open_to_all, ctx=1) == "ctx is unknown"
     assert bind(open_to_all, a=1) == {"a": 1}
     assert not Method("m", open_to_all).is_unchecked
 
@@ -219,7 +280,7 @@ def test_caller_cannot_pass_the_context() -> None:
 def test_parameters_are_listed_for_callers() -> None:
     def function(a: int, context: Context, b: list[Point] | None = None, **rest: str) -> None: ...
 
-    assert Method("m", function).params == [
+    assert Method("m", function).signature.params == [
         {"name": "a", "type": "int", "required": True},
         {"name": "b", "type": "list[Point] | None", "required": False},
         {"name": "**rest", "type": "str", "required": False},
@@ -275,7 +336,7 @@ def test_partial_can_be_registered() -> None:
 
     plain = Method("m", functools.partial(add, 1))
     assert plain.function(**plain.bind({"b": 2})) == 3
-    assert [param["name"] for param in plain.params] == ["b"]
+    assert [param["name"] for param in plain.signature.params] == ["b"]
     assert complaint(functools.partial(add, 1), b="x") == "b must be an int"
     assert Method("m", functools.partial(functools.partial(later), b=1)).is_async
 
@@ -338,18 +399,18 @@ def test_shape_says_which_items_a_method_sends_and_takes(function: Callable[...,
 
 def test_items_are_no_param_of_the_caller() -> None:
     method = Method("m", takes_and_sends)
-    assert [param["name"] for param in method.params] == ["n"]
+    assert [param["name"] for param in method.signature.params] == ["n"]
     assert method.items is not None
     assert method.items[0] == "items"
-    assert method.items[1]("anything", "item 0") == "anything"
-    assert complaint(takes_and_sends, n=1, items=[1]) == "unknown parameter 'items'"
+    assert method.items[1].check("anything", "item 0") == "anything"
+    assert complaint(takes_and_sends, n=1, items=[1]) == "items is unknown"
 
 
 def test_items_are_not_taken_from_further_params() -> None:
     async def collect(items: Items[int], **rest: Any) -> Any:
         return rest
 
-    assert complaint(collect, items=[1]) == "unknown parameter 'items'"
+    assert complaint(collect, items=[1]) == "items is unknown"
     assert Method("m", collect).bind({"other": 1}) == {"other": 1}
 
 
@@ -357,7 +418,7 @@ def test_items_are_checked_against_their_type() -> None:
     items = Method("m", takes).items
     assert items is not None
     with pytest.raises(InvalidArgument, match="item 3 must be an int"):
-        items[1]("x", "item 3")
+        items[1].check("x", "item 3")
 
 
 def test_plain_function_cannot_take_items() -> None:

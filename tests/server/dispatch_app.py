@@ -152,7 +152,6 @@ def application(gate: WaitingMethods) -> App:
         return {
             "nil": None,
             "object": object(),
-            "set": {1},
             "loop": _loop(),
             "surrogate": "\ud800",
             "huge_int": 2**64,

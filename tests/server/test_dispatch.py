@@ -25,7 +25,7 @@ def test_arguments_are_checked_and_result_is_answered(client: Client, method: st
     assert client.call(method, {"item": {"name": "ab", "count": 2}}) == "abab"
     refused = client.refused(method, {"item": {"name": SECRET, "count": SECRET}})
     assert (refused.code, refused.message) == (Code.INVALID_ARGUMENT, "item.count must be an int")
-    assert client.refused(method).message == "missing parameter 'item'"
+    assert client.refused(method).message == "item is missing"
     assert SECRET.encode() not in refused.body
 
 
@@ -122,7 +122,7 @@ def test_details_of_resource_exhausted_are_kept(client: Client) -> None:
 
 
 @pytest.mark.parametrize("way", ["give.plain", "give.later"])
-@pytest.mark.parametrize("what", ["object", "set", "loop", "surrogate", "huge_int", "coroutine_like"])
+@pytest.mark.parametrize("what", ["object", "loop", "surrogate", "huge_int", "coroutine_like"])
 def test_unencodable_result_is_internal_error(client: Client, way: str, what: str) -> None:
     assert client.refused(way, {"what": what}).code == Code.INTERNAL
     # Nothing of the failed answer precedes the next one.

@@ -161,7 +161,7 @@ def test_item_that_does_not_suit_fails_the_stream_with_its_number(
     client.turn()
     client.send(*client.items(7), client.frame(ITEM, 1, body))
     answer = client.turn()[-1]
-    assert (answer.code, answer.error.details) == (Code.INVALID_ARGUMENT, {"item": number})
+    assert (answer.code, answer.error.details["item"]) == (Code.INVALID_ARGUMENT, number)
     client.send(client.request(2, "big", {"n": 1, "size": 1}))
     assert kinds(client.turn()) == [Kind.RESPONSE], "the connection goes on"
 

@@ -7,10 +7,10 @@
         "Say hello."
         return " ".join(["hello", name] * times)
 
-Parameters are passed by name and checked against the annotations. A parameter annotated `Context` receives the
-context of the call. A plain function runs in the event loop and must not wait; an `async` one may. An async
-generator sends items: it waits at `yield` until the client wants the next one. A parameter annotated `Items[T]`
-takes the client's items.
+Parameters are passed by name and checked against the annotations; results and items are sent by theirs. A parameter
+annotated `Context` receives the context of the call. A plain function runs in the event loop and must not wait; an
+`async` one may. An async generator sends items: it waits at `yield` until the client wants the next one. A method
+with a parameter annotated `Items[T]` takes the client's items.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from typing import Any, Final, Protocol, TypeVar
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.app.items import Items
-from zcproto.app.topics import Slow, Topic, TopicEvent
+from zcproto.app.topics import Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators, Channel
 from zcproto.common.parameters import Signature
+from zcproto.common.value_types import ValueType
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
 from zcproto.sessions import Session
-from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH
+from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, encode_body
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -187,7 +188,8 @@ class Method:
     """One method. `function` is called with keyword arguments only.
 
     `may_wait` is whether a plain function may return a coroutine instead of its result. `bind` checks the
-    parameters of a call and returns the arguments.
+    parameters of a call and returns the arguments. `encode` returns the body of a result, `encode_item` that of an
+    item.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
     until asynchronous calls were answered; servers in one process share them.
     """
@@ -230,8 +232,10 @@ class Method:
         self.calls = 0
         self.durations = Histogram(QUICK_S)
         self.waits = Histogram(WAITED_S)
-        self.params = signature.params
+        self.signature = signature
         self.bind = signature.bind
+        self.encode = _encoder(signature.result)
+        self.encode_item = _encoder(signature.sends)
         self.context_name = signature.injected
         self.items = signature.items
         self.is_unchecked = signature.is_unchecked and not may_wait and self.shape == "unary"
@@ -254,8 +258,8 @@ class App:
         """Register a function under `name`.
 
         A `public` method may be called without a session, an `operator` method by operators only. Raises ValueError
-        for a name that is malformed, registered or reserved, and for both flags at once; TypeError for parameters
-        that cannot be checked.
+        for a name that is malformed, registered or reserved, and for both flags at once; TypeError for a parameter,
+        result or item whose annotation cannot be used.
         """
 
         def register(function: Handler) -> Handler:
@@ -277,13 +281,13 @@ class App:
         """Register a stream under `name` that sends every event of the returned topic.
 
         At most `keep` events, and 64 KiB, wait for a slow subscriber; then `slow` either drops the oldest for it or
-        ends its stream. `of` is the type of the events, checked like that of a parameter: a dataclass stands for a
-        dict of its fields. `allow` returns whether a caller may subscribe. Raises ValueError like `method`, and for
-        other values of `keep` and `slow`; TypeError for an `of` that cannot be checked.
+        ends its stream. `of` is the type of the events, checked like that of a parameter: for a dataclass, an
+        instance or a dict of its fields. `allow` returns whether a caller may subscribe. Raises ValueError like
+        `method`, and for other values of `keep` and `slow`; TypeError for an `of` that cannot be used.
         """
         topic = Topic(name, keep=keep, slow=slow, of=of)
 
-        async def subscribe(context: Context) -> AsyncIterator[TopicEvent]:
+        async def subscribe(context: Context) -> AsyncIterator[Any]:
             """Send every event of this topic from now on."""
             if allow is not None and not allow(context):
                 raise PermissionDenied("this session may not subscribe to this topic")
@@ -296,6 +300,7 @@ class App:
 
         method = Method(name, subscribe, operator=operator)
         method.topic = topic
+        method.signature.sends = topic.type
         self.add(method)
         return topic
 
@@ -311,6 +316,12 @@ class App:
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self._methods.values())
+
+
+def _encoder(type_: ValueType) -> Callable[[Any], bytes]:
+    """Return the function that encodes values of a type."""
+    dump = type_.dump
+    return encode_body if dump is None else lambda value: encode_body(dump(value))
 
 
 def _is(kind: Callable[[Any], bool], function: Callable[..., Any]) -> bool:

@@ -19,7 +19,7 @@ import asyncio
 from collections import deque
 from typing import Any, Final, Literal, Self
 
-from zcproto.common.parameters import checker_for
+from zcproto.common.value_types import ValueType
 from zcproto.errors import Cancelled, InvalidArgument
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_body
@@ -44,6 +44,11 @@ class TopicEvent:
     def __init__(self, value: Any, body: bytes) -> None:
         self.value = value
         self.body = body
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
+        """Allow the class in the annotation of a stream, where it stands for any event."""
+        return {"type": "any"}
 
 
 class Watcher:
@@ -75,7 +80,7 @@ class Topic:
         self.ended = 0
         self.subscribers = 0
         try:
-            self._check = checker_for(of)
+            self.type = ValueType(of)
         except TypeError as error:
             raise TypeError(f"topic {name}: of: {error}") from error
         self._keep = keep
@@ -102,10 +107,10 @@ class Topic:
                 "other threads use loop.call_soon_threadsafe(topic.publish, event)"
             )
         try:
-            self._check(value, "event")
+            checked = self.type.check(value, "event")
         except InvalidArgument as error:
             raise TypeError(f"topic {self.name}: {error.message}") from None
-        event = TopicEvent(value, encode_body(value))
+        event = TopicEvent(value, encode_body(checked if self.type.dump is None else self.type.dump(checked)))
         size = MIN_LENGTH + len(event.body)
         if size > KEPT_BYTES:
             raise MessageError(

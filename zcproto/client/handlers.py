@@ -94,9 +94,13 @@ class Handler:
         if self._signature.injected is not None:
             arguments[self._signature.injected] = call
         if self._in_thread:
-            return await run_in_thread(self._function, arguments)
+            return self._sent(await run_in_thread(self._function, arguments))
         result = self._function(**arguments)
-        return await result if inspect.isawaitable(result) else result
+        return self._sent(await result if inspect.isawaitable(result) else result)
+
+    def _sent(self, result: Any) -> Any:
+        dump = self._signature.result.dump
+        return result if dump is None else dump(result)
 
 
 class Handlers:

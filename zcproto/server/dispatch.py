@@ -31,7 +31,6 @@ from zcproto.errors import (
     CallError,
     Cancelled,
     Code,
-    InvalidArgument,
     ResourceExhausted,
     Unavailable,
     Unimplemented,
@@ -44,7 +43,7 @@ from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.server.streams import StreamRunner, StreamWorker
 from zcproto.sessions import Session
-from zcproto.wire.message import MessageError, encode_body, encode_error
+from zcproto.wire.message import MessageError, encode_error
 
 SENT_AT_ONCE: Final = 4_096
 """An answer of this size is sent at once: back-pressure must take effect before the next one is made."""
@@ -176,7 +175,7 @@ class Dispatcher(asyncio.Protocol):
                     self._hold(request, worker)
                     return
                 result = state.tasks.result
-            body = encode_body(result)
+            body = method.encode(result)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -190,7 +189,7 @@ class Dispatcher(asyncio.Protocol):
         assert connection is not None, "its conversation has just yielded the stream"
         try:
             arguments = method.bind(stream.params)
-        except InvalidArgument as error:
+        except Exception as error:
             self._answer_exception(stream, error)
             return
         context = None
@@ -200,15 +199,15 @@ class Dispatcher(asyncio.Protocol):
             self._streams = self._new_runner(connection)
         items = None
         if method.items is not None:
-            name, check = method.items
-            items = arguments[name] = self._streams.take_items(stream, check)
+            name, type_ = method.items
+            items = arguments[name] = self._streams.take_items(stream, type_.check)
             if items is None:
                 self._answer_exception(stream, ResourceExhausted(TOO_MANY_ITEMS))
                 return
         connection.hold(stream, self.now())
         work = method.function(**arguments)
         if method.shape != "client":
-            work = self._streams.produce(stream, work, context)
+            work = self._streams.produce(stream, work, context, method.encode_item)
         self._streams.start(stream, work, items)
 
     def _new_runner(self, connection: ServerConnection) -> StreamRunner:
@@ -241,7 +240,7 @@ class Dispatcher(asyncio.Protocol):
 
         async def execute() -> bytes:
             result = method.function(**arguments)
-            body = encode_body(await result if method.is_async else result)
+            body = method.encode(await result if method.is_async else result)
             if len(body) > state.settings.max_body:
                 raise MessageError(f"the answer has {len(body)} bytes")
             return body
@@ -297,8 +296,8 @@ class Dispatcher(asyncio.Protocol):
             self._answer_exception(request, error)
         else:
             try:
-                body = encode_body(result)
-            except MessageError as unsendable:
+                body = self._state.methods[request.method].encode(result)
+            except Exception as unsendable:
                 self._answer_exception(request, unsendable)
             else:
                 self._answer_body(request, body)

@@ -54,7 +54,7 @@ from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
 from zcproto.wire.frame import SALT_SIZE
-from zcproto.wire.message import NO_META, encode_body, encode_error
+from zcproto.wire.message import NO_META, encode_error
 
 WRITE_BUFFER_HARD_FACTOR: Final = 4
 """Answers in progress when a peer stops reading may fill its buffer to this many times the limit."""
@@ -244,7 +244,7 @@ class ServerProtocol(Dispatcher):
                         result = method.function(**params)
                         worker = state.tasks.start(result) if method.is_async else None
                         if worker is None:
-                            body = encode_body(state.tasks.result if method.is_async else result)
+                            body = method.encode(state.tasks.result if method.is_async else result)
                     except (KeyboardInterrupt, SystemExit):
                         raise
                     except BaseException as error:  # a method may raise anything; its caller gets one answer

@@ -348,7 +348,7 @@ def server_methods(state: ServerState) -> list[Method]:
             "time": context.wall(),
             "versions": [VERSION],
             "methods": [
-                {"name": name, "doc": method.doc, "params": method.params, "shape": method.shape}
+                {"name": name, "doc": method.doc, "params": method.signature.params, "shape": method.shape}
                 for name, method in sorted(state.methods.items())
                 if method.public or (session is not None and (session.operator or not method.operator))
             ],

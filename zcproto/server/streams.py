@@ -15,13 +15,13 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from zcproto.app.app import Context
 from zcproto.app.items import Items
 from zcproto.app.topics import TopicEvent
-from zcproto.common.parameters import Checker
+from zcproto.common.value_types import Checker
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import Request, ServerStream
 from zcproto.connection.server import ServerConnection
@@ -29,7 +29,7 @@ from zcproto.connection.server_streams import read_item
 from zcproto.errors import Cancelled, InvalidArgument
 from zcproto.server.state import ServerState
 from zcproto.wire.frame import MIN_LENGTH
-from zcproto.wire.message import MessageError, encode_body
+from zcproto.wire.message import MessageError
 
 STREAM_TURN_BYTES: Final = 16_384
 """Most bytes of one stream in one turn of the loop, but for its last item."""
@@ -125,7 +125,7 @@ class StreamItems(Items[Any]):
         try:
             return self._check(value, f"item {number}")
         except InvalidArgument as error:
-            raise InvalidArgument(error.message, {"item": number}) from error
+            raise InvalidArgument(error.message, {**error.details, "item": number}) from error
 
     def arrived(self) -> None:
         """Count what has arrived, and wake the method."""
@@ -229,13 +229,17 @@ class StreamRunner:
     # --- the items of methods ---------------------------------------------------------------------
 
     async def produce(
-        self, stream: ServerStream, items: AsyncGenerator[Any, None], context: Context | None
+        self,
+        stream: ServerStream,
+        items: AsyncGenerator[Any, None],
+        context: Context | None,
+        encode: Callable[[Any], bytes],
     ) -> Any:
         """Send the items of a generator; return the result that its context holds."""
         turn, room = -1, 0
         try:
             async for item in items:
-                body = item.body if item.__class__ is TopicEvent else encode_body(item)
+                body = item.body if item.__class__ is TopicEvent else encode(item)
                 if len(body) > self._limits.max_item - MIN_LENGTH:
                     limit = self._limits.max_item - MIN_LENGTH
                     raise MessageError(f"the item has {len(body)} bytes; at most {limit} fit")

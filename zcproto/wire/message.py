@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from zcproto.errors import ZcprotoError
+from zcproto.wire.values import find_unsendable, to_sendable
 
 DEFAULT_MAX_DEPTH: Final = 32
 METHOD_MAX_LENGTH: Final = 128
@@ -59,18 +60,18 @@ def _new_scanner() -> msgpack.Unpacker:
 
 
 _idle_scanners = [_new_scanner()]
-_pack = msgpack.Packer(autoreset=True).pack
+_pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
 _unpack = msgpack.unpackb
 
 
 def encode_body(value: Any) -> bytes:
-    """Return a value as msgpack. Raises MessageError if msgpack cannot encode it."""
+    """Return a value as msgpack. Raises MessageError with path and type of a part that cannot be encoded."""
     global _pack  # noqa: PLW0603  a packer that failed keeps the first bytes of the failed value
     try:
         return _pack(value)  # type: ignore[no-any-return]
-    except (TypeError, ValueError, OverflowError, RecursionError, UnicodeEncodeError) as error:
-        _pack = msgpack.Packer(autoreset=True).pack
-        raise MessageError(f"value cannot be sent: {type(error).__name__}") from error
+    except Exception as error:  # a serializer of the application may raise anything
+        _pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
+        raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
 
 
 def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:

@@ -1,0 +1,128 @@
+"""One annotation: which values it accepts, how they are sent, and how they are described to callers.
+
+    ValueType(Order).check({"item": "tea"}, "order") -> Order("tea"), or InvalidArgument with every fault
+    ValueType(list[Order]).dump(orders)              -> maps
+
+Decides: which annotations can be used. Those of msgpack's types have checkers of their own, as most parameters are
+of them; all others are pydantic's (zcproto/common/adapters.py).
+
+Rules:
+- msgpack's types are not converted, except int to float.
+- Messages contain paths and types, never a value.
+
+It must not know: methods, calls, where the values come from.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Never, NoReturn, Union
+
+from zcproto.common.faults import refusal
+
+if TYPE_CHECKING:
+    from zcproto.common.adapters import Adapter
+
+Checker = Callable[[Any, str], Any]
+"""Maps a decoded value and its path to the argument. Raises InvalidArgument with all faults."""
+
+_MSGPACK_TYPES: Final[dict[Any, tuple[str, dict[str, Any]]]] = {
+    int: ("an int", {"type": "integer"}),
+    float: ("a float", {"type": "number"}),
+    str: ("a str", {"type": "string"}),
+    bytes: ("bytes", {"type": "string", "format": "binary"}),
+    bool: ("a bool", {"type": "boolean"}),
+    list: ("a list", {"type": "array"}),
+    dict: ("a map", {"type": "object"}),
+    type(None): ("nil", {"type": "null"}),
+}
+
+
+class ValueType:
+    """The type of a parameter, a result or an item.
+
+    `check` accepts a received value. `dump` makes a value sendable; None if its type is one of msgpack's, with or
+    without containers. `adapter` is pydantic's part; None for the types that need none.
+    """
+
+    __slots__ = ("adapter", "annotation", "check", "dump")
+
+    check: Checker
+    dump: Callable[[Any], Any] | None
+
+    def __init__(self, annotation: Any) -> None:
+        """Raises TypeError for an annotation that cannot be used."""
+        if annotation in (inspect.Parameter.empty, object, NoReturn, Never):
+            annotation = Any
+        elif annotation is None:
+            annotation = type(None)
+        elif typing.get_origin(annotation) in (list, dict) and not typing.get_args(annotation):
+            annotation = typing.get_origin(annotation)  # typing.List
+        self.annotation = annotation
+        self.adapter: Adapter | None = None
+        self.dump = None
+        if annotation is Any:
+            self.check = accept_any
+        elif isinstance(annotation, type) and annotation in _MSGPACK_TYPES:
+            self.check = _check_class(annotation)
+        else:
+            from zcproto.common.adapters import Adapter  # noqa: PLC0415  pydantic is large
+
+            self.adapter = Adapter(annotation, describe(annotation))
+            self.check = self.adapter.check
+            if not _is_msgpack(annotation):
+                self.dump = self.adapter.dump
+
+    @property
+    def simple_schema(self) -> dict[str, Any]:
+        """The JSON Schema of a type without an adapter."""
+        return {} if self.annotation is Any else dict(_MSGPACK_TYPES[self.annotation][1])
+
+
+def accept_any(value: Any, path: str) -> Any:
+    """Check nothing, for parameters without annotation."""
+    return value
+
+
+def _check_class(expected: type) -> Checker:
+    name = _MSGPACK_TYPES[expected][0]
+
+    def check(value: Any, path: str) -> Any:
+        if value.__class__ is expected:  # a bool is not an int here
+            return value
+        if expected is float and value.__class__ is int:
+            return float(value)
+        raise refusal([(path, f"must be {name}")])
+
+    return check
+
+
+def _is_msgpack(annotation: Any) -> bool:
+    """Return whether msgpack has types for all values of an annotation."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return all(value.__class__ in _MSGPACK_TYPES for value in arguments)
+    if origin in (list, dict, Union, types.UnionType):
+        return all(map(_is_msgpack, arguments))
+    return annotation is Any or (isinstance(annotation, type) and annotation in _MSGPACK_TYPES)
+
+
+def describe(annotation: Any) -> str:
+    """Return an annotation as it is written in source."""
+    if annotation is inspect.Parameter.empty:
+        return "Any"
+    if annotation is type(None):
+        return "None"
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return describe(typing.get_args(annotation)[0])
+    if origin is Union or origin is types.UnionType:
+        return " | ".join(describe(argument) for argument in typing.get_args(annotation))
+    if isinstance(origin, type) and typing.get_args(annotation):  # omits the modules of the arguments
+        return f"{origin.__name__}[{', '.join(map(describe, typing.get_args(annotation)))}]"
+    return "..." if annotation is ... else str(annotation).replace("typing.", "")
