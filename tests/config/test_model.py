@@ -136,6 +136,7 @@ DEFAULTS = {
     "alerts.revocations": "operators",
     "log.level": "info",
     "log.format": "auto",
+    "log.exceptions": "full",
     "log.file": None,
 }
 

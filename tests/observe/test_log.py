@@ -171,7 +171,7 @@ def test_text_cannot_inject_a_second_value(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.requirement("logs")
 @pytest.mark.parametrize("format_", ["json", "console"])
 def test_secrets_are_not_written(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
-    configure(format=format_, level="debug")
+    configure(format=format_, level="debug", exceptions="frames")
     for method in (log.debug, log.info, log.warning, log.error):
         method(
             "a.b",
@@ -262,8 +262,8 @@ def test_many_plain_values_are_all_written(capsys: pytest.CaptureFixture[str]) -
     assert values.items() <= record.items()
 
 
-def test_error_is_logged_with_its_stack(capsys: pytest.CaptureFixture[str]) -> None:
-    configure(format="json")
+def test_error_is_logged_with_its_frames(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json", exceptions="frames")
     try:
         raise KeyError("hunter2")
     except KeyError as error:
@@ -273,6 +273,62 @@ def test_error_is_logged_with_its_stack(capsys: pytest.CaptureFixture[str]) -> N
     assert lines["cause"] == brief["cause"] == "KeyError"
     assert lines["cause_at"][-1].startswith("observe/test_log.py:")
     assert "cause_at" not in brief
+
+
+def fail_with(text: str) -> None:
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        log.error("a.b", cause=error, what=text)
+        log.warning("a.c", cause=error)
+
+
+def test_error_is_logged_with_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    fail_with("no tea")
+    line, brief = records(capsys.readouterr().err)
+    assert line["cause"] == "ValueError: no tea"
+    assert line["traceback"][-1] == "ValueError: no tea"
+    assert "cause_at" not in line
+    assert (brief["cause"], set(brief) & {"traceback", "cause_at"}) == ("ValueError", set())
+
+
+def test_traceback_follows_a_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="console")
+    fail_with("no tea\n2026 error   server.ended\x1b[2J")
+    line, *lines, brief = capsys.readouterr().err.splitlines()
+    assert line.endswith('what="no tea\\n2026 error   server.ended\\u001b[2J"')
+    assert brief.endswith("a.c logger=zcproto.test cause=ValueError")
+    assert lines[0] == "    Traceback (most recent call last):"
+    assert all(each.startswith("    ") for each in lines)
+    fail_with("no tea\n2026 error   server.ended")
+    assert capsys.readouterr().err.splitlines()[-3:-1] == [
+        "    ValueError: no tea",
+        "    2026 error   server.ended",
+    ]
+
+
+def test_tracebacks_are_limited_and_the_rest_have_frames(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format="json")
+    for number in range(100):
+        fail_with(f"method {number // 10}")
+    lines = [line for line in records(capsys.readouterr().err) if line["event"] == "a.b"]
+    assert len(lines) == 100
+    with_traceback = [line["what"] for line in lines if "traceback" in line]
+    assert with_traceback == [f"method {number}" for number in range(5) for _ in range(6)]
+    assert all(
+        "cause_at" in line and line["cause"] == "ValueError" for line in lines if "traceback" not in line
+    )
+
+
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_longest_traceback_fits_into_a_line(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(format=format_)
+    for character in ("x ", "\u00fc ", "\U0001f600", '"'):
+        fail_with(character * 10_000)
+    text = capsys.readouterr().err
+    assert "oversize" not in text
+    assert text.count("in fail_with") == 4
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])

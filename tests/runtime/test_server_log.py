@@ -23,9 +23,11 @@ from zcproto.errors import Code, FailedPrecondition
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
 from zcproto.runtime.run import log_loop_fault
+from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN
 
 Log = Callable[[], list[dict[str, Any]]]
+TOKEN = token_text(bytes(range(100, 132)))
 HOSTILE = "x\r\n\x1b[2J\x00\x7f\u2028\u202e\x85 event=server.ended" + "y" * 12_000
 
 
@@ -77,17 +79,40 @@ def test_incident_id_joins_answer_and_log_line(serve: Serve, lines: Log) -> None
 
     @app.method("fail")
     def fail() -> None:
-        raise KeyError("hunter2 and more")
+        raise KeyError(f"{TOKEN} and more")
 
     server = serve(app)
     with server.client("ada") as client:
         answer = client.refused("fail")
     (line,) = of(lines(), "request.failed")
     assert answer.details == {"incident": line["incident"]}
-    assert (line["what"], line["exc_info"], line["level"]) == ("fail", "KeyError", "error")
-    assert line["exc_info_at"][-1].endswith(" fail")
+    message = "KeyError: '(hidden) and more'"
+    assert (line["what"], line["exc_info"], line["level"]) == ("fail", message, "error")
+    assert line["traceback"][-3:] == [
+        f'  File "{__file__}", line {fail.__code__.co_firstlineno + 2}, in fail',
+        '    raise KeyError(f"{TOKEN} and more")',
+        message,
+    ]
     assert line["connection"]
-    assert "hunter2" not in json.dumps(lines())
+    assert TOKEN not in json.dumps(lines())
+    assert "KeyError" not in str((answer.message, answer.details))
+
+
+def test_frames_alone_are_logged_if_configured(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "frames.log"
+    configure_logging(LogConfig(file=path, exceptions="frames"))
+    app = App()
+
+    @app.method("fail")
+    def fail() -> None:
+        raise KeyError("ada@example.com")
+
+    with serve(app).client("ada") as client:
+        client.refused("fail")
+    (line,) = [json.loads(line) for line in path.read_text().splitlines() if "request.failed" in line]
+    assert line["exc_info"] == "KeyError"
+    assert line["exc_info_at"][-1].endswith(" fail")
+    assert "ada@example.com" not in path.read_text()
 
 
 def test_log_of_failing_method_is_rate_limited(serve: Serve, lines: Log) -> None:
@@ -101,7 +126,10 @@ def test_log_of_failing_method_is_rate_limited(serve: Serve, lines: Log) -> None
     with server.client("ada") as client:
         for _ in range(200):
             client.refused("fail")
-    assert len(of(lines(), "request.failed")) == 60
+    written = of(lines(), "request.failed")
+    assert len(written) == 60
+    assert ["traceback" in line for line in written] == [True] * 6 + [False] * 54
+    assert all("exc_info_at" in line for line in written[6:])
 
 
 @pytest.mark.requirement("logs")
@@ -138,7 +166,7 @@ def test_peer_input_is_escaped_to_one_log_line(serve: Serve, tmp_path: Path, for
         assert len(line) < 4_000
         if form == "json":
             assert json.loads(line)["event"] in EVENTS
-        else:
+        elif not line.startswith("    "):  # of a traceback
             _, _, event, _ = line.split(maxsplit=3)
             assert event in EVENTS
     assert sum("login.failed" in line for line in lines) >= 1
@@ -197,8 +225,8 @@ async def test_uncaught_exception_is_logged_without_arguments(lines: Log) -> Non
     await asyncio.sleep(0)
     loop.call_exception_handler({"message": "\r\n<nothing>"})
     one, other = lines()
-    assert (one["event"], one["exc_info"]) == ("server.fault", "ValueError")
+    assert (one["event"], one["exc_info"]) == ("server.fault", "ValueError: (bytes)")
     assert one["what"].startswith("Exception in callback")
-    assert one["exc_info_at"][-1].endswith(" broken")
+    assert one["traceback"][-1] == "ValueError: (bytes)"
     assert "what" not in other
     assert "hunter2" not in json.dumps(lines())

@@ -91,7 +91,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " refused_connections revocations"
         ),
     },
-    "log": {Effect.NOW: "level format file"},
+    "log": {Effect.NOW: "level format exceptions file"},
 }
 
 TAKES_EFFECT: Final[dict[str, Effect]] = {

@@ -458,6 +458,10 @@ class LogConfig(Settings):
     """The least severe events that are written. info has one line for each session and none for a request."""
     format: Annotated[str, one_of("auto", "json", "console")] = "auto"
     """json: one object a line. console: text for people. auto: console on a terminal, json otherwise."""
+    exceptions: Annotated[str, one_of("full", "frames")] = "full"
+    """How an unexpected exception is written. full: message, causes and traceback, with everything masked that has
+    the form of a token, key or password. frames: its type and the places in the code, for methods whose exceptions
+    may quote personal data."""
     file: Annotated[Path | None, OPTIONAL_PATH] = None
     """The file to append to, created with mode 0600; SIGHUP reopens it. Empty: standard error, for the
     service manager."""

@@ -25,6 +25,12 @@ MAX_KEYS: Final = 16_384
 
 KEYS_PER_LINE: Final = 4
 
+TRACEBACKS: Final = 6
+"""Tracebacks a minute of one event, method and type of exception; further lines have the frames alone."""
+
+MAX_TRACEBACKS: Final = 30
+"""Tracebacks a minute of one event: at 2 KiB each about 100 MB a day, if a peer can cause exceptions at will."""
+
 _KEY_MAX: Final = 128
 
 
@@ -37,6 +43,7 @@ class EventLimits:
         self._rates: dict[Limit, RateLimiter] = {
             limit: RateLimiter(limit.lines, _keys_of(limit), limit.total) for limit in limits
         }
+        self._tracebacks = RateLimiter(TRACEBACKS, total=MAX_TRACEBACKS)
 
     def admit(
         self, event: LogEvent, values: Mapping[str, Any], bound: Mapping[str, Any], now: float
@@ -51,6 +58,12 @@ class EventLimits:
         key = tuple([_key(name, values[name] if name in values else bound.get(name)) for name in limit.by])
         with self._lock:
             return self._rates[limit].admit(event.name, key, now)
+
+    def admit_traceback(self, event: str, what: object, error: BaseException, now: float) -> bool:
+        """Return whether a line has the traceback of its exception."""
+        with self._lock:
+            key = _key("what", what), type(error).__name__
+            return self._tracebacks.admit(event, key, now) is not None
 
     def expired(self, now: float) -> list[tuple[str, int, int]]:
         """Return the suppressed lines that no later line has reported, each once: event, lines, and keys."""

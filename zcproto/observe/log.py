@@ -2,7 +2,7 @@
 
 Rules:
 - An event is a fixed dotted name of the catalogue (`events`); `values` decides how its values are written.
-- No value can begin a new line or move a cursor.
+- No value can begin a new line or move a cursor. As text, a traceback follows its line, indented.
 - The limits of the catalogue apply to every caller.
 - A disabled level costs one comparison.
 - A line that cannot be written is counted; logging never waits and never raises (`output`).
@@ -30,9 +30,10 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
+from zcproto.observe.exceptions import places, summary, traceback_lines
 from zcproto.observe.limits import EventLimits
 from zcproto.observe.output import LogFile, Output, StandardError
-from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
+from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable
 
 if TYPE_CHECKING:
     from zcproto.config.model import LogConfig
@@ -49,6 +50,7 @@ BATCH_DELAY = 0.25
 MAX_BATCH = 128
 """Lines that trigger writing at once, about two milliseconds of the loop."""
 
+_TRACEBACK = "traceback"
 _AT = "_at"
 """Name of a value with the time of an event, in milliseconds since the Unix epoch; without it the time is now."""
 
@@ -73,7 +75,7 @@ class Logger(structlog.BoundLoggerBase):
         self._log(logging.WARNING, "warning", event, values)
 
     def error(self, event: str, **values: Any) -> None:
-        """Log an error. An exception among the values is written with its stack."""
+        """Log an error. An exception among the values is written as `log.exceptions` says."""
         self._log(logging.ERROR, "error", event, values)
 
     def _log(self, level: int, method: str, event: str, values: dict[str, Any]) -> None:
@@ -107,6 +109,7 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
     _state.replace_output(StandardError() if log.file is None else LogFile(log.file))
     _state.level = _LEVELS[log.level]
     _state.format = log.format
+    _state.exceptions = log.exceptions
     _state.clock = clock
 
 
@@ -121,14 +124,15 @@ class LogChange:
         self._output: Output | None = None
         if new.file != old.file:
             self._output = StandardError() if new.file is None else LogFile(new.file)
-        self._format = new.format
+        self._new = new
         self._level = new.level if new.level != old.level else None
 
     def apply(self) -> None:
         """Apply the settings. An unchanged level keeps the one set by `set_level`."""
         if self._output is not None:
             _state.replace_output(self._output)
-        _state.format = self._format
+        _state.format = self._new.format
+        _state.exceptions = self._new.exceptions
         if self._level is not None:
             set_level(self._level)
 
@@ -203,6 +207,7 @@ class _LogState:
         self.level = logging.WARNING
         self.output: Output = StandardError()
         self.format = "auto"
+        self.exceptions = "full"
         self.clock: Clock = system_clock
         self.limits = EventLimits()
         self.lost = 0
@@ -327,8 +332,15 @@ def _prepare(method: str, event: str, timestamp: str, values: dict[str, Any]) ->
             continue
         fields[f"{name}_" if name in fields else name] = loggable(name, value)
         if method == "error" and isinstance(value, BaseException):
-            fields[f"{name}_at"] = places(value)
+            fields |= _exception(event, name, value, values.get("what"))
     return fields
+
+
+def _exception(event: str, name: str, error: BaseException, what: object) -> dict[str, Loggable]:
+    """Return the fields of an exception: its message and traceback, or its frames alone."""
+    if _state.exceptions == "full" and _state.limits.admit_traceback(event, what, error, _state.clock.now()):
+        return {name: cut(summary(error)), _TRACEBACK: traceback_lines(error)}
+    return {f"{name}_at": places(error)}
 
 
 def _timestamp(wall: int) -> str:
@@ -357,8 +369,9 @@ def _as_json(fields: MutableMapping[str, Any]) -> str:
 
 def _as_text(fields: MutableMapping[str, Any]) -> str:
     head = f"{fields['timestamp']} {fields['level']:7} {fields['event']}"
-    values = (f"{name}={_value_as_text(fields[name])}" for name in list(fields)[3:])
-    return " ".join([head, *map(escape_text, values)])
+    values = [f"{name}={_value_as_text(fields[name])}" for name in list(fields)[3:] if name != _TRACEBACK]
+    line = " ".join([head, *map(escape_text, values)])
+    return "\n    ".join([line, *map(escape_text, fields.get(_TRACEBACK, ()))])
 
 
 def _value_as_text(value: Loggable) -> str:

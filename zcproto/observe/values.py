@@ -5,15 +5,14 @@ Rules:
   which a peer may have sent in the wrong place.
 - Bytes are only counted: they may be a token, a key or a payload.
 - Text is cut to 256 characters; lists and maps are bounded in length and depth.
-- An exception is written with its type and stack. Its message is written only if this package or the system made
-  it; others may quote input of a peer.
+- An exception is written with its type. Its message is written only if this package or the system made it; others
+  may quote input of a peer (but see `exceptions`).
 """
 
 from __future__ import annotations
 
 import enum
 import re
-import traceback
 from functools import lru_cache
 from pathlib import PurePath
 from typing import TypeAlias
@@ -24,7 +23,6 @@ from zcproto.errors import ZcprotoError
 MAX_TEXT = 256
 MAX_ITEMS = 16
 MAX_DEPTH = 2
-MAX_FRAMES = 16
 
 Loggable: TypeAlias = "bool | int | float | str | list[Loggable] | dict[str, Loggable] | None"
 
@@ -36,14 +34,14 @@ _TOKEN = re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048](?!
 TOKEN_LENGTH = 43
 """A shorter text cannot contain a token."""
 
-_MASK = "(hidden)"
+MASK = "(hidden)"
 _MAX_INTEGER = 2**64
 
 
 def loggable(name: str, value: object) -> Loggable:
     """Return the loggable form of `value`, logged under `name`."""
     if is_secret_name(name):
-        return _MASK
+        return MASK
     if value.__class__ is str:  # the usual case; short strings need no cut
         return value if len(value) < TOKEN_LENGTH and value.isascii() else cut(value)
     return _loggable(value, 0)
@@ -66,7 +64,7 @@ def _loggable(value: object, depth: int) -> Loggable:
             # JSON has no infinity or NaN.
             return float(value) if abs(value) < float("inf") else str(float(value))
         case Secret() | SecretBytes() | SecretText():
-            return _MASK
+            return MASK
         case str():
             return cut(value)
         case bytes() | bytearray() | memoryview():
@@ -88,13 +86,16 @@ def _loggable(value: object, depth: int) -> Loggable:
 
 def _loggable_pair(key: object, value: object, depth: int) -> tuple[str, Loggable]:
     name = str(_loggable(key, MAX_DEPTH))
-    return name, _MASK if is_secret_name(name) else _loggable(value, depth)
+    return name, MASK if is_secret_name(name) else _loggable(value, depth)
 
 
 def cut(text: str) -> str:
     """Return `text` cut to 256 characters, without lone surrogates and tokens."""
     if len(text) >= TOKEN_LENGTH:
-        text = _TOKEN.sub(_MASK, text[: 2 * MAX_TEXT])
+        read = text[: 2 * MAX_TEXT]
+        shown = _TOKEN.sub(MASK, read)
+        # A token that is cut at the end of what was read has no form.
+        text = shown if len(read) == len(text) else shown[: 1 - TOKEN_LENGTH] + "..."
     if len(text) > MAX_TEXT:
         text = text[: MAX_TEXT - 3] + "..."
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -108,11 +109,3 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return cut(f"{name}: {error.strerror}")
     return name
-
-
-def places(error: BaseException) -> list[Loggable]:
-    """Return the stack of an exception, innermost last: file, line and function, without source and values."""
-    frames = traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES)
-    return [
-        cut(f"{'/'.join(PurePath(each.filename).parts[-2:])}:{each.lineno} {each.name}") for each in frames
-    ]
