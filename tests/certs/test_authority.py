@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from tests.certs.support import DAY, NOW, build, constrain, der, ensure, openssl, pem, pem_of, pem_of_key
-from zcproto.certs import authority, pair, profile
+from zcproto.certs import authority, keys, pair, profile
 from zcproto.errors import CertificateError
 
 
@@ -23,6 +24,33 @@ def test_authority_is_created_once(made: Path) -> None:
     before = (made / "ca.crt").read_bytes(), (made / "ca.key").read_bytes()
     ensure(made, now=NOW + 80 * DAY)
     assert ((made / "ca.crt").read_bytes(), (made / "ca.key").read_bytes()) == before
+
+
+def test_authority_for_ecdsa_alone_is_ecdsa_p384(tmp_path: Path) -> None:
+    (one,) = ensure(tmp_path / "certs", key_types=["ecdsa-p256"])
+    ca = read(tmp_path / "certs" / "ca.crt")
+    assert keys.key_type_of(ca.public_key()) == "ecdsa-p384"
+    assert isinstance(ca.signature_hash_algorithm, hashes.SHA384)
+    assert isinstance(read(one.certificate).signature_hash_algorithm, hashes.SHA384)
+    command = ("verify", "-x509_strict", "-purpose", "sslserver", "-attime", str(int(NOW.timestamp())))
+    assert openssl(*command, "-CAfile", tmp_path / "certs" / "ca.crt", one.certificate).endswith(": OK\n")
+
+
+@pytest.mark.parametrize("key_types", [["rsa-4096"], ["ecdsa-p256", "rsa-2048"]])
+def test_authority_for_rsa_is_rsa_of_4096_bits(key_types: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert authority.key_type_for(key_types) == "rsa-4096"
+
+
+def test_rsa_certificate_of_an_ecdsa_authority_is_reported(tmp_path: Path) -> None:
+    ensure(tmp_path / "certs", key_types=["ecdsa-p256"])
+    before = (tmp_path / "certs" / "ca.crt").read_bytes()
+    sentences: list[str] = []
+    ensure(tmp_path / "certs", progress=sentences.append)
+    assert (tmp_path / "certs" / "ca.crt").read_bytes() == before
+    assert sentences[-1].startswith(
+        f"ATTENTION: {tmp_path}/certs/server.crt is for clients that support only RSA, but they cannot verify it"
+    )
 
 
 def test_lost_authority_certificate_is_reissued_from_its_key(made: Path) -> None:
@@ -122,7 +150,7 @@ def test_lost_authority_key_keeps_leaves_served_until_they_expire(made: Path) ->
     ("key", "says"),
     [
         ("other", r"ca\.key: does not belong to .*ca\.crt; no certificate can be issued; restore the key"),
-        ("ec", r"ca\.key: the key is ecdsa-p256 instead of rsa; no certificate can be issued"),
+        ("ec", r"ca\.key: does not belong to .*ca\.crt; no certificate can be issued; restore the key"),
         (
             b"junk",
             r"ca\.key: contains no PEM key that can be parsed; restore the file; no certificate can be issued",
@@ -132,8 +160,8 @@ def test_lost_authority_key_keeps_leaves_served_until_they_expire(made: Path) ->
 def test_wrong_authority_key_counts_as_missing(
     made: Path, other_rsa_key: Any, ec_key: Any, key: Any, says: str
 ) -> None:
-    keys = {"other": pem_of_key(other_rsa_key), "ec": pem_of_key(ec_key)}
-    data = keys.get(key, key)
+    found = {"other": pem_of_key(other_rsa_key), "ec": pem_of_key(ec_key)}
+    data = found.get(key, key)
     (made / "ca.key").write_bytes(data)
     assert len(ensure(made)) == 2
     with pytest.raises(CertificateError, match=says):

@@ -422,7 +422,7 @@ class RenewalRun:
         """Generate all keys that are needed in parallel, and create the authority if it does not exist."""
         new = [plan for plan in plans if plan.needs_new_key]
         announced = [plan for plan in plans if plan.announce_from is not None]
-        key_types = [] if issuer is not None else [authority.KEY_TYPE]
+        key_types = [] if issuer is not None else [authority.key_type_for(self._settings.key_types)]
         key_types += [plan.key_type for plan in (*new, *announced)]
         generated = iter(_generate(key_types, self._progress))
         if issuer is None:
@@ -493,6 +493,12 @@ class RenewalRun:
         if plan.is_key_lost:
             old_pin = "" if leaf.certificate is None else key_pin(leaf.certificate.public_key())
             self._replaced_keys.append(ReplacedKey(leaf.key_path, old_pin, key_pin(key.public_key())))
+        if keys.family(plan.key_type) == "rsa" and keys.family(keys.key_type_of(signing_key)) == "ecdsa":
+            self._progress(
+                f"ATTENTION: {leaf.certificate_path} is for clients that support only RSA, but they cannot verify"
+                " it: ca.crt has an ECDSA key. To create an RSA authority, which every client then has to trust,"
+                " move ca.* and server* away."
+            )
         host_names = self._settings.host_names or ()
         left_out = [name for name in host_names if not profile.permits(issuer.certificate, name)]
         if left_out:

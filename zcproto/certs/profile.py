@@ -1,12 +1,13 @@
 """Decides what is in the certificates and revocation lists issued here: the X.509 profile (RFC 5280).
 
-Rules: certificates of version 3, lists of version 2, SHA-256, random serial numbers of 159 bits. Validity starts
-an hour ago, because the peer's clock may be behind.
+Rules: certificates of version 3, lists of version 2, the hash that belongs to the key (RFC 8446 section 4.2.3),
+random serial numbers of 159 bits. Validity starts an hour ago, because the peer's clock may be behind.
 
-Server authority: RSA, because clients that support only RSA could not verify anything else. It has no name
-constraints (RFC 5280 section 4.2.1.10), because many verifiers cannot read them: Mbed TLS refuses the critical
-extension, BoringSSL refuses constraints on addresses, and wolfSSL applies constraints on DNS names to addresses.
-Authorities of earlier versions have them; `permits` respects them, and clients keep trusting such an authority.
+Server authority: RSA if it issues for RSA keys, because clients that support only RSA could not verify anything
+else; otherwise ECDSA P-384. It has no name constraints (RFC 5280 section 4.2.1.10), because many verifiers cannot
+read them: Mbed TLS refuses the critical extension, BoringSSL refuses constraints on addresses, and wolfSSL applies
+constraints on DNS names to addresses. Authorities of earlier versions have them; `permits` respects them, and
+clients keep trusting such an authority.
 
 Client authority: ECDSA P-256, because only this server verifies what it signs, a device signs with such a key in a
 millisecond, and a certificate, sent in each handshake, takes half the bytes of an RSA one. It is separate from the
@@ -28,7 +29,7 @@ from functools import lru_cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID, ObjectIdentifier
 
@@ -73,7 +74,7 @@ def authority_certificate(key: PrivateKey, title: str, now: datetime) -> x509.Ce
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-        .sign(key, hashes.SHA256())
+        .sign(key, _hash_of(key))
     )
 
 
@@ -164,7 +165,7 @@ def _sign_leaf(
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(_authority_key_identifier(authority_key), critical=False)
-        .sign(authority_key, hashes.SHA256())
+        .sign(authority_key, _hash_of(authority_key))
     )
 
 
@@ -186,7 +187,7 @@ def revocation_list(
     return (
         builder.add_extension(x509.CRLNumber(number), critical=False)
         .add_extension(_authority_key_identifier(key), critical=False)
-        .sign(key, hashes.SHA256())
+        .sign(key, _hash_of(key))
     )
 
 
@@ -239,6 +240,12 @@ def _usage(
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _hash_of(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
+    """Return the hash for signatures of this key: TLS 1.3 has one for each curve."""
+    is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and key.key_size == 384
+    return hashes.SHA384() if is_p384 else hashes.SHA256()
 
 
 def _authority_key_identifier(key: PrivateKey) -> x509.AuthorityKeyIdentifier:
