@@ -105,16 +105,48 @@ def test_missing_application_is_a_fault(folder: Path, name: str, complaint: str)
     assert complaint in fault
 
 
-@pytest.mark.parametrize("error", ["1 / 0", "def", "import no_such_dependency"])
+BROKEN = "'broken_of_tests:api': broken_of_tests cannot be imported; correct what it raises:"
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        (
+            "1 / 0",
+            [
+                BROKEN,
+                "Traceback (most recent call last):",
+                '  File "{file}", line 1, in <module>',
+                "    1 / 0",
+                "ZeroDivisionError: division by zero",
+            ],
+        ),
+        (
+            "def",
+            [
+                BROKEN,
+                '  File "{file}", line 1',
+                "    def",
+                "SyntaxError: invalid syntax (broken_of_tests.py, line 1)",
+            ],
+        ),
+        (
+            "import no_such_dependency",
+            [
+                "'broken_of_tests:api': no module 'no_such_dependency' in this folder or installed; check the name,"
+                " or install it"
+            ],
+        ),
+    ],
+)
 def test_application_that_cannot_be_imported_is_a_fault(
-    folder: Path, error: str, started: Started, capsys: Capture, home: Path
+    folder: Path, source: str, lines: list[str], started: Started, capsys: Capture, home: Path
 ) -> None:
-    (folder / "broken_of_tests.py").write_text(error)
+    file = folder / "broken_of_tests.py"
+    file.write_text(source)
     assert main(["serve", "broken_of_tests:api"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    kinds = {"1 / 0": "ZeroDivisionError", "def": "SyntaxError"}
-    assert kinds.get(error, "no module 'no_such_dependency'") in err
+    assert (out, err.splitlines()) == ("", [line.format(file=file) for line in lines])
     assert started.count == 0
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zcproto.cli import Instance, instance_options
+from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +27,23 @@ if TYPE_CHECKING:
 @click.option("--host", multiple=True, metavar="ADDRESS", help="An address to listen on; may be repeated.")
 @click.option("--port", type=int, metavar="N", help="The TCP port; 0 is any free port.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+@click.option("--reload", is_flag=True, help="Start again when a Python file has changed: for development.")
+@click.option(
+    "--reload-dir",
+    "folders",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="A folder that --reload watches; may be repeated. [default: the current one]",
+)
 def serve(
-    app: str | None, host: tuple[str, ...], port: int | None, log_level: str | None, instance: Instance
+    app: str | None,
+    host: tuple[str, ...],
+    port: int | None,
+    log_level: str | None,
+    reload: bool,
+    folders: tuple[Path, ...],
+    instance: Instance,
 ) -> None:
     """Run a server for your application, or for a built-in one with echo, sleep and time.
 
@@ -34,6 +52,15 @@ def serve(
     """
     overrides = {"server.host": list(host) or None, "server.port": port, "log.level": log_level}
     config = instance.read_config(overrides)
+    if folders and not reload:
+        raise click.UsageError("--reload-dir goes with --reload.")
+    if reload:
+        from zcproto.cli.autoreload import serve_reloading  # noqa: PLC0415 - for development only
+        from zcproto.server.listener import bind  # noqa: PLC0415 - as below
+
+        listen = partial(bind, config.server.host, config.server.port)
+        serve_reloading(_arguments(instance, overrides, app), folders or (Path(),), listen)
+        return
     application = None if app is None else load_app(app)
 
     from zcproto.runtime.run import serve as run  # noqa: PLC0415 - after the faults of the configuration are reported
@@ -46,6 +73,17 @@ def serve(
         progress=lambda message: click.echo(f"zcproto: {message}", err=True),
         read_config=partial(instance.read_config, overrides),
     )
+
+
+def _arguments(instance: Instance, overrides: Mapping[str, Any], app: str | None) -> list[str]:
+    """Return the arguments of this command for a process that gets its sockets."""
+    arguments = ["--home", str(instance.home.path)]
+    if instance.config_file is not None:
+        arguments += ["--config", str(instance.config_file)]
+    arguments.append("serve")
+    if overrides["log.level"] is not None:
+        arguments += ["--log-level", overrides["log.level"]]
+    return arguments if app is None else [*arguments, app]
 
 
 def load_app(name: str) -> App:
@@ -64,15 +102,26 @@ def load_app(name: str) -> App:
         ) from error
     except Exception as error:  # raised by the application's code
         raise ConfigError(
-            [
-                f"{name!r}: {module_name} cannot be imported: it raises {type(error).__name__};"
-                " ZCPROTO_DEBUG=1 shows the traceback"
-            ]
+            [f"{name!r}: {module_name} cannot be imported; correct what it raises:", *_own_lines(error)]
         ) from error
     application = getattr(module, attribute, None)
     if not isinstance(application, App):
         raise ConfigError([f"{name!r}: {module_name} has no App object named {attribute!r}"])
     return application
+
+
+def _own_lines(error: Exception) -> list[str]:
+    """Return the traceback of an import from the first line of the application on, without secrets."""
+    from zcproto.observe.exceptions import traceback_lines  # noqa: PLC0415 - only if it fails
+
+    entry = error.__traceback__
+    while entry is not None and _is_importing(entry.tb_frame.f_code.co_filename):
+        entry = entry.tb_next
+    return [escape_text(str(line)) for line in traceback_lines(error.with_traceback(entry))]
+
+
+def _is_importing(file: str) -> bool:
+    return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
 
 
 def _print_addresses(server: Server) -> None:
