@@ -242,6 +242,34 @@ async def test_server_clock_jump_past_expiry_renews_the_session(serve: Serve, co
         assert second.token != first.token
 
 
+async def test_failing_on_event_is_logged_without_the_token(
+    serve: Serve, connect_to: ConnectTo, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = App()
+
+    @app.method("tell")
+    def tell(context: Context) -> None:
+        context.send_event("news", "tea")
+
+    second = asyncio.Event()
+    seen: list[str] = []
+
+    def on_event(event: Event) -> None:
+        seen.append(event.name)
+        if len(seen) == 2:
+            second.set()
+        raise ValueError(f"no place for {event.data}")
+
+    async with connect_to(serve(app), on_event=on_event) as client:
+        for _ in range(2):
+            await client.call("tell")
+        await second.wait()
+        record = caplog.records[0]
+        assert record.getMessage() == "on_event failed for the event news"
+        assert record.exc_info is not None
+        assert str(record.exc_info[1]) == "no place for tea"
+
+
 async def test_application_events_reach_the_client(serve: Serve, connect_to: ConnectTo) -> None:
     app = App()
 

@@ -11,6 +11,7 @@ Must not know: when connections are made (`connections.py`) and sessions opened 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -36,10 +37,13 @@ from zcproto.client.session import ClientSession, SessionManager
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.text import escape_text
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 from zcproto.wire.message import Credit
+
+log = logging.getLogger("zcproto.client")
 
 MAX_DEADLINE_MS: Final = 2**53
 
@@ -369,10 +373,13 @@ class SessionClient:
     def _receive_event(self, event: EventReceived) -> None:
         """Process an event of the server about this session, or about the server itself."""
         self._sessions.event_received(event, self._connections.current)
-        if self._options.on_event is not None:
-            self._options.on_event(Event(event.name, event.data))
-        else:
+        if self._options.on_event is None:
             self.events.put(event.body)
+            return
+        try:
+            self._options.on_event(Event(event.name, event.data))
+        except Exception as error:  # asyncio's own report would quote the token of the event
+            log.error("on_event failed for the event %s", escape_text(event.name), exc_info=error)
 
 
 class _Opener:
