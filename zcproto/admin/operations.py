@@ -27,8 +27,9 @@ from urllib.parse import parse_qsl
 from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
+from zcproto.admin.users import NO_FILES, ServerUsers
 from zcproto.alerts.service import try_sinks
-from zcproto.auth import DeviceFile, RegisteredDevice, User, UserFile
+from zcproto.auth import DeviceFile, RegisteredDevice, UserFile
 from zcproto.auth.directory import Directory
 from zcproto.certs import managed, rollover
 from zcproto.certs.keys import family
@@ -56,11 +57,6 @@ _STATUS: Final = {
     Code.UNAVAILABLE: 503,
 }
 
-_NO_FILES: Final = (
-    "the program of this server has its own authenticators: manage users and devices there,"
-    " or add BUILT_IN_SCHEMES to them"
-)
-
 _LOGGED_FIRST: Final = frozenset({"reload", "drain", "alerts/test"})
 """Operations that are logged before they run: they may fail, end the server or take minutes."""
 
@@ -87,6 +83,7 @@ class Operations:
         begin_drain: Callable[[float], None],
     ) -> None:
         self._parts = parts
+        self._users = ServerUsers(parts)
         self._reload = reload
         self._begin_drain = begin_drain
 
@@ -158,7 +155,7 @@ class Operations:
     # --- users and devices ---------------------------------------------------------------------------
 
     async def list_users(self) -> dict[str, Any]:
-        entries = self._users.file.entries
+        entries = self._users.directory.file.entries
         return _bounded("users", (user.as_dict(name) for name, user in entries.items()), LISTED_NAMES)
 
     async def add_user(
@@ -182,15 +179,8 @@ class Operations:
         return await self._change_user(UserFile.replace_digest, name, _digest(key_digest))
 
     async def _change_user(self, change: Callable[..., Any], name: str, *args: Any) -> dict[str, Any]:
-        file = UserFile(self._parts.home.users)
-        _, sessions = await self._users.change(partial(change, file, name, *args), name)
+        _, sessions = await self._users.change(change, name, *args)
         return {"sessions": sessions}
-
-    @property
-    def _users(self) -> Directory[User]:
-        if self._parts.users is None:
-            raise FailedPrecondition(_NO_FILES)
-        return self._parts.users
 
     async def list_devices(self) -> dict[str, Any]:
         entries = self._devices.file.entries
@@ -204,7 +194,7 @@ class Operations:
     @property
     def _devices(self) -> Directory[RegisteredDevice]:
         if self._parts.devices is None:
-            raise FailedPrecondition(_NO_FILES)
+            raise FailedPrecondition(NO_FILES)
         return self._parts.devices
 
     # --- certificates --------------------------------------------------------------------------------

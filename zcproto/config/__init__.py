@@ -1,6 +1,6 @@
 """Define the settings, and load them from all sources with every fault reported at once.
 
-    Config                all settings, frozen; `config.server.port` is `port` in `[server]`
+    Config                all settings, frozen; `config.server.port` is `port` in `[server]`, a ServerConfig
     load_config           from a file, the environment and the command line; raises ConfigError
     config_as_toml        all settings as TOML
     default_config_file   a commented file to start with
@@ -10,7 +10,42 @@ render, changes (what a reload applies).
 """
 
 from zcproto.config.load import load_config
-from zcproto.config.model import Config
+from zcproto.config.model import (
+    AlertsConfig,
+    CallsConfig,
+    CertificatesConfig,
+    Config,
+    FreshnessConfig,
+    HttpConfig,
+    IdempotencyConfig,
+    LimitsConfig,
+    LogConfig,
+    ServerConfig,
+    SessionsConfig,
+    SiteConfig,
+    StoreConfig,
+    StreamsConfig,
+    TlsConfig,
+)
 from zcproto.config.render import config_as_toml, default_config_file
 
-__all__ = ["Config", "config_as_toml", "default_config_file", "load_config"]
+__all__ = [
+    "AlertsConfig",
+    "CallsConfig",
+    "CertificatesConfig",
+    "Config",
+    "FreshnessConfig",
+    "HttpConfig",
+    "IdempotencyConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "ServerConfig",
+    "SessionsConfig",
+    "SiteConfig",
+    "StoreConfig",
+    "StreamsConfig",
+    "TlsConfig",
+    "config_as_toml",
+    "default_config_file",
+    "load_config",
+]

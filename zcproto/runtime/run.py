@@ -15,6 +15,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, MutableMapping
 from functools import cache
 from pathlib import Path
@@ -63,8 +64,10 @@ def serve(
 
     `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it
     listens. A service manager such as systemd is notified as well; it may run a watchdog and pass the listening
-    sockets. Further options are passed to `Server`. Raises ConfigError or CertificateError before anything listens.
+    sockets. Further options are passed to `Server`. Raises ConfigError or CertificateError before anything listens,
+    and RuntimeError inside a running event loop or outside the main thread: use `Server` there.
     """
+    _check_own_process()
     risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
@@ -79,6 +82,19 @@ def serve(
             runner.run(_serve(server, ready, manager, risks))
     finally:
         finish_log()
+
+
+def _check_own_process() -> None:
+    """Refuse to run where the loop or the signals belong to the rest of the program."""
+    instead = "use `async with zcproto.Server(app) as server:` there, as the application guide shows"
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise RuntimeError(f"serve() runs an event loop, and one is running here; {instead}")
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(f"serve() handles signals, which only the main thread can; {instead}")
 
 
 async def _serve(

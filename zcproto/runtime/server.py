@@ -29,10 +29,13 @@ from zcproto.admin.control import ControlSocket
 from zcproto.admin.operations import Operations
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
+from zcproto.admin.users import ServerUsers
 from zcproto.app.app import App, default_app
 from zcproto.app.clients import ConnectedClient
 from zcproto.auth import Authenticators
+from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
+from zcproto.certs.settings import managed_site
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
 from zcproto.config import Config, load_config
@@ -211,6 +214,17 @@ class Server:
             return await client.call("approve", tool="shell")
         """
         return self.state.clients.find(user, handles)
+
+    @property
+    def ca_file(self) -> Path | None:
+        """The certificate with which clients verify this server; None if the certificates are external."""
+        site = managed_site(self.config)
+        return None if site is None else authority.SERVER.paths(site.directory)[0]
+
+    @property
+    def users(self) -> ServerUsers:
+        """The users in the home folder, to list and change them as `zcproto user` does."""
+        return ServerUsers(self.parts)
 
     async def end_sessions(self, user: str) -> int:
         """End all sessions of a user, also on other servers of the same store; return how many there were.

@@ -1,0 +1,205 @@
+"""A server inside another program: users, configuration in code, and `serve` where it cannot run."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import zcproto
+from tests.server.helpers import ROOT
+from zcproto.auth import CallableAuthenticator, Identity
+from zcproto.client.client import Client
+
+
+@pytest.fixture
+async def server(tmp_path: Path, certs: Path) -> AsyncIterator[zcproto.Server]:
+    shutil.copytree(certs, tmp_path / "certs")
+    async with zcproto.Server(None, config(), home=tmp_path) as server:
+        yield server
+
+
+def config() -> zcproto.Config:
+    return zcproto.Config(
+        server=zcproto.ServerConfig(port=0),
+        certificates=zcproto.CertificatesConfig(key_types=("ecdsa-p256",)),
+    )
+
+
+def connect(server: zcproto.Server, user: str, key: str) -> Client:
+    return zcproto.connect(
+        f"localhost:{server.port}", user=user, key=key, ca_file=server.ca_file, home=server.home.path
+    )
+
+
+async def test_added_user_can_call(server: zcproto.Server) -> None:
+    key = await server.users.add("ada")
+    assert "hidden" in repr(key)
+    async with connect(server, "ada", key) as client:
+        assert await client.call("echo", n=1) == {"n": 1}
+    assert await server.users.list() == [zcproto.UserEntry("ada", False, True, False)]
+    with pytest.raises(zcproto.ConfigError, match='user "ada" exists already'):
+        await server.users.add("ada")
+
+
+async def test_operator_and_user_without_key_are_added(server: zcproto.Server) -> None:
+    key = await server.users.add("root", operator=True)
+    await server.users.add_without_key("robot")
+    await server.users.add_without_key("chief", operator=True)
+    assert await server.users.list() == [
+        zcproto.UserEntry("root", True, True, False),
+        zcproto.UserEntry("robot", False, False, False),
+        zcproto.UserEntry("chief", True, False, False),
+    ]
+    async with connect(server, "root", key.reveal()) as client:
+        assert (await client.call("server.stats"))["connections"] == 1
+
+
+async def test_new_key_ends_the_sessions_of_the_old_one(server: zcproto.Server) -> None:
+    old = await server.users.add("ada")
+    async with connect(server, "ada", old) as client:
+        new = await server.users.new_key("ada")
+        with pytest.raises(zcproto.TokenRevoked):
+            await client.call("echo")
+    async with connect(server, "ada", new) as client:
+        await client.call("echo")
+    with pytest.raises(zcproto.NotFound):
+        await server.users.new_key("eve")
+
+
+async def test_disabled_and_removed_users_lose_their_sessions(server: zcproto.Server) -> None:
+    key = await server.users.add("ada")
+    async with connect(server, "ada", key):
+        assert await server.users.disable("ada") == 1
+    assert [user.disabled for user in await server.users.list()] == [True]
+    await server.users.enable("ada")
+    async with connect(server, "ada", key):
+        assert await server.users.remove("ada") == 1
+    assert await server.users.list() == []
+
+
+async def test_change_of_the_file_is_in_the_list(server: zcproto.Server) -> None:
+    (server.home.users).touch(0o600)
+    server.home.users.write_text("[users.eve]\n")
+    assert [user.name for user in await server.users.list()] == ["eve"]
+
+
+async def test_users_of_own_authenticators_are_elsewhere(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    own = CallableAuthenticator("password", lambda params, address: Identity("ada"))
+    async with zcproto.Server(None, config(), home=tmp_path, authenticators=[own]) as server:
+        with pytest.raises(zcproto.FailedPrecondition, match="has its own authenticators"):
+            await server.users.list()
+
+
+# --- serve() ---------------------------------------------------------------------------------------------
+
+
+async def test_serve_in_a_running_loop_names_the_alternative() -> None:
+    with pytest.raises(RuntimeError, match=r"one is running here; use `async with zcproto\.Server\(app\)"):
+        zcproto.serve()
+
+
+def test_serve_in_another_thread_names_the_alternative() -> None:
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            zcproto.serve()
+        except RuntimeError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "only the main thread can; use `async with zcproto.Server(app)" in str(raised[0])
+
+
+# --- types -----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import asyncio
+from pathlib import Path
+
+import zcproto
+from zcproto import (
+    AlertsConfig, CallsConfig, CertificatesConfig, Config, FreshnessConfig, HttpConfig, IdempotencyConfig,
+    LimitsConfig, LogConfig, ServerConfig, SessionsConfig, SiteConfig, StoreConfig, StreamsConfig, TlsConfig,
+)
+
+config = Config(
+    server=ServerConfig(port=0, host=("::1",), drain_timeout=1.0),
+    tls=TlsConfig(client_auth="optional"),
+    certificates=CertificatesConfig(
+        key_types=("ecdsa-p256",), site=(SiteConfig(names=("a.example",), certificate=(Path("/a.pem"),)),)
+    ),
+    sessions=SessionsConfig(per_user=9, idle_timeout=None),
+    store=StoreConfig(url="memory"),
+    idempotency=IdempotencyConfig(per_user=5),
+    freshness=FreshnessConfig(tolerance=9.0),
+    limits=LimitsConfig(max_connections=50),
+    streams=StreamsConfig(max_open=2),
+    calls=CallsConfig(max=0),
+    http=HttpConfig(metrics="open"),
+    alerts=AlertsConfig(repeat=None),
+    log=LogConfig(exceptions="frames"),
+)
+
+
+async def main() -> None:
+    async with zcproto.Server(zcproto.App(), config, home=Path("/tmp")) as server:
+        key: str = await server.users.add("ada", operator=True)
+        names: list[str] = [user.name for user in await server.users.list()]
+        ended: int = await server.users.remove("ada")
+        ca_file: Path | None = server.ca_file
+        print(key, names, ended, ca_file)
+
+
+def serve() -> None:
+    zcproto.serve(zcproto.App(), config, ready=lambda server: print(server.port))
+"""
+
+
+def test_configuration_in_code_passes_strict_type_checks(tmp_path: Path) -> None:
+    good, wrong = tmp_path / "good.py", tmp_path / "wrong.py"
+    good.write_text(PROGRAM)
+    wrong.write_text(
+        "from zcproto import Config, ServerConfig\nConfig(server=ServerConfig(port='x', prot=1))\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(good), str(wrong)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        env={"MYPYPATH": str(ROOT)},
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[-1].startswith("Found 2 errors in 1 file"), done.stdout
+    assert all(line.startswith("/") is False or "wrong.py" in line for line in lines)
+    exec(compile(PROGRAM, "program", "exec"), {})  # the values are valid as well
+
+
+def test_start_does_not_need_the_main_thread(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    answers: list[object] = []
+
+    async def main() -> None:
+        async with zcproto.Server(None, config(), home=tmp_path) as server:
+            key = await server.users.add("ada")
+            async with connect(server, "ada", key) as client:
+                answers.append(await client.call("echo"))
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    thread.join()
+    assert answers == [{}]
