@@ -105,6 +105,7 @@ def test_application_guide_programs_run(folder: Path, port: int) -> None:
     with serving(folder, port, "-m", "zcproto", "serve", "shop:app"):
         assert run(folder, "buy.py") == "40\nonly 12 left; order fewer {'left': 12}\n"
         assert run(folder, "gate.py") == "12\nada None\n"
+        assert run(folder, "beside.py") == "12\n['eve']\n"
         assert "welcome" in run(folder, "-m", "zcproto", "call", f"localhost:{port}", "greeting")
 
 

@@ -281,7 +281,7 @@ def test_pairing_code_is_masked(tmp_path: Path) -> None:
         "sha256/4x9BIsBbfQma+lweC2Yn2JFMPnKl8BiLbdQql8OxDl8= is not the pin",
         "connection to 192.0.2.7:7443 from fe80::1 refused",
         "expected [1, 2, 3, 4, 5], got (6, 7)",
-        "b'GET' is no method",
+        "b'GET' is not a method",
         "naïve café 漢字",
         "read-only file system; the time-zone is well-made",
     ],
