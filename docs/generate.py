@@ -279,7 +279,8 @@ def _exception_tree() -> str:
 
 API: Final = {
     "Applications": ("App", "Context", "Items", "Topic", "TopicEvent", "ConnectedClient"),
-    "Running a server": ("serve", "Server", "Config"),
+    "Running a server": ("serve", "Server", "ServerUsers", "UserEntry"),
+    "Configuration": ("Config", *(model.__name__ for model in sections().values()), "SiteConfig"),
     "Authentication": ("Authenticator", "CallableAuthenticator", "Identity", "BUILT_IN_SCHEMES"),
     "Clients": (
         *("connect", "Client", "ClientSession", "UserSession", "Event", "Call", "Device", "enroll"),
@@ -299,10 +300,10 @@ What `import zcproto` offers. This page has the first sentences of the docstring
 `help(zcproto.App)` shows the rest, and so does the site that `mkdocs build` makes of these pages.
 """
     ]
-    sections = {**API, "Errors": tuple(name for name in zcproto.__all__ if name in vars(errors))}
-    missing = set(zcproto.__all__) - {name for names in sections.values() for name in names}
+    listed = {**API, "Errors": tuple(name for name in zcproto.__all__ if name in vars(errors))}
+    missing = set(zcproto.__all__) - {name for names in listed.values() for name in names}
     assert not missing, f"add {', '.join(sorted(missing))} to API"
-    for title, names in sections.items():
+    for title, names in listed.items():
         parts.append(f"\n## {title}\n")
         without = [code(name) for name in names if not _first_paragraph(name)]
         if without:

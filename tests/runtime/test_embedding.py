@@ -14,7 +14,6 @@ import pytest
 
 import zcproto
 from tests.server.helpers import ROOT
-from zcproto.auth import CallableAuthenticator, Identity
 from zcproto.client.client import Client
 
 
@@ -92,7 +91,7 @@ async def test_change_of_the_file_is_in_the_list(server: zcproto.Server) -> None
 
 async def test_users_of_own_authenticators_are_elsewhere(tmp_path: Path, certs: Path) -> None:
     shutil.copytree(certs, tmp_path / "certs")
-    own = CallableAuthenticator("password", lambda params, address: Identity("ada"))
+    own = zcproto.CallableAuthenticator("password", lambda params: zcproto.Identity("ada"))
     async with zcproto.Server(None, config(), home=tmp_path, authenticators=[own]) as server:
         with pytest.raises(zcproto.FailedPrecondition, match="has its own authenticators"):
             await server.users.list()
