@@ -71,6 +71,7 @@ from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.record import WhenFull
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_text
+from zcproto.stores.base import SessionStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -101,7 +102,11 @@ async def build(
     wheel = DeadlineWheel(loop)
     alerts = await build_alerts(config, clock, entropy)
     certificates = await build_certificates(config, alerts, clock, progress)
-    state, store = await build_state(config, home, alerts, wheel, clock, entropy)
+    found = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
+    settings = session_settings(config)
+    if found is not None and found.shared:
+        settings = replace(settings, max_sessions=NEAR_CACHE)
+    state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found)
     login = build_login(
         active, home, state, certificates, app.authenticators if authenticators is None else authenticators
     )
@@ -161,16 +166,18 @@ async def build_certificates(
     return certificates
 
 
-async def build_state(
-    config: Config, home: Home, alerts: ServerAlerts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
+def build_state(
+    config: Config,
+    home: Home,
+    settings: SessionSettings,
+    alerts: ServerAlerts,
+    wheel: DeadlineWheel,
+    clock: Clock,
+    entropy: Entropy,
+    store: SessionStore | None = None,
 ) -> tuple[ServerState, StoreSync | None]:
-    """Build what all connections share, and the store of sessions; None if they end with the process."""
+    """Build what all connections share, and the use of the store; None if sessions end with the process."""
     loop = asyncio.get_running_loop()
-    on_event = partial(on_store_event, alerts)
-    store = await asyncio.to_thread(build_store, config, home, on_event)
-    settings = session_settings(config)
-    if store is not None and store.shared:
-        settings = replace(settings, max_sessions=NEAR_CACHE)
     registry = SessionRegistry(settings, entropy)
     connections = SessionConnections()
     sync = None
@@ -189,7 +196,7 @@ async def build_state(
             grace=config.store.grace,
             cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
-            on_event=on_event,
+            on_event=partial(on_store_event, alerts),
         )
         sessions = StoredSessionService(sync, clock)
     else:
