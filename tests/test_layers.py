@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"admin", "server", "app"} | BELOW_THE_EDGE,
     "client": {"tls", "connection", "wire", "errors", "common"},
     # on top
-    "testing": {"client", "runtime", "server", "app"} | BELOW_THE_EDGE,
+    "testing": {"client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
     "load": {"client", "auth", "tls", "connection", "wire", "errors", "common"},
     "zcproto_conformance": {"client", "connection", "wire", "tls", "errors", "common"},
     "cli": {"load", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
@@ -208,7 +208,7 @@ def _reachable(module: str, below: Mapping[str, set[str]]) -> set[str]:
 
 
 def pytest_outside_the_plugin(path: str, source: str) -> list[str]:
-    """Report imports of pytest, which is no dependency, outside the module that only pytest loads."""
+    """Report imports of pytest, which is not a dependency, outside the module that only pytest loads."""
     return [
         f"{path}:{line} imports {name}: only zcproto/testing/plugin.py may, as the package works without pytest"
         for line, name in imports_of(path, source)

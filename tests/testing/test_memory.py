@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 import zcproto
-from zcproto import App, Context, Items, Topic
+from zcproto import BUILT_IN_SCHEMES, App, CallableAuthenticator, Context, Identity, Items
 from zcproto.config import Config
 from zcproto.config.model import SessionsConfig
 from zcproto.testing import MemoryServer, connect_in_memory
-
-news = Topic("news")
 
 
 @pytest.fixture
@@ -100,15 +98,23 @@ async def test_users_of_one_server_have_their_own_sessions_and_roles(app: App) -
                 pass
 
 
-async def test_authenticators_replace_the_users(app: App) -> None:
-    password = zcproto.auth.CallableAuthenticator(
-        "api_key", lambda fields, address: "eve" if fields["key"] == "sesame" else None
-    )
-    async with (
-        MemoryServer(app, authenticators=[password]) as server,
-        server.connect("anyone", key="sesame") as client,
-    ):
-        assert await client.call("greet", name="you") == "hello you from eve"
+async def test_schemes_of_the_application_open_sessions_beside_its_users() -> None:
+    def check(word: str) -> Identity | None:
+        return Identity("eve", operator=True) if word == "sesame" else None
+
+    app = App(authenticators=[CallableAuthenticator("word", check), BUILT_IN_SCHEMES])
+
+    @app.method("who")
+    def who(context: Context) -> str:
+        return context.user
+
+    async with MemoryServer(app) as server, server.connect("ada") as ada:
+        assert await ada.call("who") == "ada"
+        async with server.connect(login={"scheme": "word", "word": "sesame"}) as eve:
+            assert await eve.call("who") == "eve"
+        with pytest.raises(zcproto.Unauthenticated):
+            async with server.connect(login={"scheme": "word", "word": "please"}):
+                pass
 
 
 async def test_limits_of_the_configuration_apply_in_memory(app: App) -> None:

@@ -99,7 +99,7 @@ def test_report_shows_the_traceback_of_a_method_that_raised(pytester: pytest.Pyt
     result = pytester.runpytest_subprocess("-p", "zcproto.testing.plugin", "-p", "no:cacheprovider")
     result.assert_outcomes(failed=2)
     result.stdout.re_match_lines_random(
-        [r".*zcproto method fail, incident [0-9a-f]{16}.*", "LookupError: deep inside"]
+        [r".*exception in method fail, incident [0-9a-f]{16}.*", "LookupError: deep inside"]
     )
     assert result.stdout.str().count("LookupError: deep inside") == 1
 

@@ -12,6 +12,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -108,7 +109,11 @@ async def build(
         settings = replace(settings, max_sessions=NEAR_CACHE)
     state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found)
     login = build_login(
-        active, home, state, certificates, app.authenticators if authenticators is None else authenticators
+        active,
+        home,
+        state,
+        app.authenticators if authenticators is None else authenticators,
+        now=certificates.now,
     )
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment), *app])
@@ -249,10 +254,14 @@ def build_login(
     active: ActiveConfig,
     home: Home,
     state: ServerState,
-    certificates: CertificateManager,
     authenticators: Authenticators,
+    *,
+    now: Callable[[], datetime],
 ) -> LoginParts:
-    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates."""
+    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates.
+
+    `now` is the time by which certificates are valid.
+    """
     limits = active.config.limits
     throttle = Throttle(limits.login_failures)
 
@@ -276,7 +285,7 @@ def build_login(
     if active.config.tls.client_auth != "off":
 
         def user_of_certificate(certificate: bytes) -> str:
-            return user_of(certificate, active.config.tls.client_name, certificates.now())
+            return user_of(certificate, active.config.tls.client_name, now())
 
         found.append(
             CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)

@@ -12,4 +12,4 @@ incidents: deque[tuple[str, str]] = deque(maxlen=16)
 def record_incident(method: str, incident: str, error: BaseException) -> None:
     """Keep an exception of a method."""
     text = "".join(traceback.format_exception(error))
-    incidents.append((f"zcproto method {method}, incident {incident}", text))
+    incidents.append((f"exception in method {method}, incident {incident}", text))

@@ -163,7 +163,7 @@ class MemoryTransport(asyncio.Transport):
         return self._is_closing
 
     def leaves(self) -> frozenset[bytes]:
-        """Return no certificates: there are none in memory."""
+        """Return the certificates of the server, which it does not need in memory."""
         return frozenset()
 
     def peer_certificate(self) -> None:

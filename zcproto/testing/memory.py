@@ -9,17 +9,20 @@ certificates, devices, HTTP endpoints, alerts and `server.stats`, and sessions e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import cache
+from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
+from zcproto.admin.parts import ActiveConfig
 from zcproto.alerts.service import ServerAlerts
 from zcproto.app.app import App
-from zcproto.auth import Authenticator, Login, Throttle, User
+from zcproto.auth import User
 from zcproto.auth.directory import Directory
+from zcproto.auth.identity import BUILT_IN_SCHEMES
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.client import Client
 from zcproto.client.dial import LoopResources
@@ -31,7 +34,7 @@ from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect
-from zcproto.runtime.build import build_state, session_settings
+from zcproto.runtime.build import build_login, build_state, session_settings
 from zcproto.runtime.server import CANCELLED_TIME
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
@@ -64,7 +67,7 @@ class Users:
 
     def options(self, user: str | None, options: dict[str, Any]) -> ConnectOptions:
         """Return the options of a client, with the key of its user, who is added if necessary."""
-        if user is not None and not {"key", "certificate", "login"} & options.keys():
+        if user is not None and not {"key", "certificate"} & options.keys():
             options = {"key": self._keys.get(user) or self.add(user), **options}
         return ConnectOptions(user=user, **options)
 
@@ -88,7 +91,7 @@ class MemoryServer:
             ...
 
     `config` has the limits that apply; what it says of addresses, certificates and stores does not. `users.add`
-    adds users, unless `authenticators` replace them.
+    adds users.
     """
 
     def __init__(
@@ -96,7 +99,6 @@ class MemoryServer:
         app: App,
         config: Config | None = None,
         *,
-        authenticators: Sequence[Authenticator] | None = None,
         clock: MovableClock | None = None,
         link: Link | None = None,
     ) -> None:
@@ -107,9 +109,8 @@ class MemoryServer:
         self._clock = system_clock if clock is None else clock
         known = _KnownUsers()
         self.users = Users(known.save)
-        if authenticators is None:
-            authenticators = [ApiKeyAuthenticator(cast("Directory[User]", known), now=self._clock.now)]
-        self._authenticators = authenticators
+        keys = ApiKeyAuthenticator(cast("Directory[User]", known), now=self._clock.now)
+        self._authenticators = [keys if each is BUILT_IN_SCHEMES else each for each in app.authenticators]
         self._state: ServerState | None = None
         self._running = ExitStack()
 
@@ -120,7 +121,11 @@ class MemoryServer:
         settings = replace(session_settings(config), max_sessions=MAX_SESSIONS, dead_limit=MAX_SESSIONS)
         state, _ = build_state(config, NO_HOME, settings, alerts, DeadlineWheel(loop), clock, entropy)
         state.on_incident = record_incident
-        login = Login(self._authenticators, Throttle(config.limits.login_failures))
+        active, now = (
+            ActiveConfig(config),
+            partial(datetime.fromtimestamp, 0, UTC),
+        )  # there are no certificates
+        login = build_login(active, NO_HOME, state, self._authenticators, now=now).login
         state.add_methods([*protocol_methods(state, login), *self._app])
         if self._movable is not None:
             self._running.enter_context(self._movable.drive(loop))
