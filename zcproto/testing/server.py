@@ -128,8 +128,12 @@ class LocalServer:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=self._loop_factory) as runner:
-            runner.run(self._serve())
+        # Not asyncio.Runner, which waits for methods that ignore their cancellation.
+        loop = self._loop_factory()
+        try:
+            loop.run_until_complete(self._serve())
+        finally:
+            loop.close()
 
     async def _serve(self) -> None:
         try:
@@ -140,6 +144,7 @@ class LocalServer:
         self.server.state.on_incident = record_incident
         self._started.set_result(asyncio.get_running_loop())
         await self.server.wait_closed()
+        await asyncio.sleep(0)  # the task that has closed it ends too
 
     def in_loop(self, function: Callable[[], T]) -> T:
         """Call a function in the server's thread, for instance to look at `server.clients()`."""
