@@ -38,8 +38,10 @@ settings.load_profile("patient")
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.register(secrets_watch)  # here: it adds an option
-    if not pluginmanager.has_plugin("zcproto"):  # this clone was not installed with its entry points
-        pluginmanager.register(testing_plugin, "zcproto")
+    if not pluginmanager.has_plugin(
+        testing_plugin.__name__
+    ):  # this clone was not installed with its entry points
+        pluginmanager.register(testing_plugin, testing_plugin.__name__)
 
 
 def pytest_collection_finish() -> None:

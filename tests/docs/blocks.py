@@ -309,7 +309,7 @@ class Reader:
             "python": f'exec {python} "$@"',
             "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
             "npm": 'mkdir -p node_modules/@zcproto && ln -s "$NODE_CLIENT" node_modules/@zcproto/client',
-            "pytest": f'exec {python} -m pytest -p no:cacheprovider "$@"',
+            "pytest": f'exec {python} -m pytest -p no:cacheprovider -p zcproto.testing.plugin "$@"',
             "uvicorn": f'exec {python} -m uvicorn "$@"',
         }.items():
             program = self._bin / name

@@ -112,9 +112,3 @@ def test_application_guide_programs_run(folder: Path, port: int) -> None:
 def test_application_guide_test_passes(folder: Path, port: int) -> None:
     write_programs(ROOT / "docs" / "applications.md", folder, port)
     assert "1 passed" in run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py")
-
-
-def test_testing_guide_tests_pass(folder: Path, port: int) -> None:
-    write_programs(ROOT / "docs" / "testing.md", folder, port)
-    plugins = ("-p", "no:cacheprovider", "-p", "zcproto.testing.plugin")
-    assert "7 passed" in run(folder, "-m", "pytest", "-q", *plugins)
