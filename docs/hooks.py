@@ -25,6 +25,20 @@ ROOMS: Final = (".", "bench", "clients", "clients/*", "spec", "spec/*")
 API: Final = re.compile(r"^### (\w+(?:\.\w+)*)\n\n.*?(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 """A name of the API reference, and what GitHub shows of it."""
 
+OPTIONS: Final = {
+    "Code": "show_if_no_docstring: true",
+    "connect": "show_signature: false",
+    "connect_blocking": "show_signature: false",
+    **dict.fromkeys(
+        (
+            *("BlockingClient", "BlockingUserSession", "Call", "Client", "ClientSession", "ConnectedClient"),
+            *("Context", "Device", "Topic", "TopicEvent", "UserSession"),
+        ),
+        "merge_init_into_class: false",
+    ),
+}
+"""Options of mkdocstrings by name: what the package makes shows no constructor."""
+
 _FENCE: Final = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 _LINK: Final = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 
@@ -59,8 +73,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     assert page.file.abs_src_path is not None
     here = Path(page.file.abs_src_path).resolve()
     if here.name == "api.md":
-        return API.sub(r"### \1\n\n::: zcproto.\1\n\n", markdown)
+        return API.sub(api_entry, markdown)
     return outside_fences(markdown, lambda text: _LINK.sub(lambda found: link(found, here), text))
+
+
+def api_entry(found: re.Match[str]) -> str:
+    """Return the directive of mkdocstrings for a name, behind the anchor that GitHub gives its heading."""
+    name = found[1]
+    text = f'<a id="{name.lower()}"></a>\n\n::: zcproto.{name}\n'
+    if name in OPTIONS:
+        text += f"    options:\n      {OPTIONS[name]}\n"
+    if name == "connect":
+        text += "\n::: zcproto.client.ConnectOptions\n    options:\n      heading_level: 4\n"
+    return f"{text}\n"
 
 
 def outside_fences(text: str, function: Callable[[str], str]) -> str:

@@ -7,8 +7,9 @@ The line before a block says what it is:
                             goes before the next definition of the block that is there, or to the end. Imports go to
                             the top
     anything, for sh        commands, run in the folder of the files; a server goes on running behind them
-    anything, for text      the output of the commands before it. A line `...` stands for any lines, `…` for any
-                            text in a line
+    anything, for text      the output of the commands before it, which may fail then. A line `...` stands for any
+                            lines, `…` for any text in a line
+    anything, for log       lines that are in the output of the servers, in this order
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -88,9 +90,9 @@ def problem_of(block: Block, before: str, *, is_indented: bool = False) -> str |
         return "an indented block is not run; end the list before it"
     if block.language in PROGRAMS and block.file is None:
         return "this block is not run; name its file in the line before it, as `name.py`:"
-    if block.language == "text" and before not in {"sh", "text"}:
+    if block.language == "text" and before != "sh":
         return "a block of text is the output of commands; it belongs behind a block of sh"
-    if block.language not in PROGRAMS | FILES | {"sh", "text"}:
+    if block.language not in PROGRAMS | FILES | {"sh", "text", "log"}:
         return f"blocks of {block.language or 'no language'} are not run; use sh, python or text"
     return None
 
@@ -175,6 +177,18 @@ for requirement in sys.argv[2:]:
 """Checks that a `pip install` names packages that are installed, and extras that they have."""
 
 
+class RunningServer(NamedTuple):
+    """A server that a page has started, and the file with its output. `reloads` is whether it follows its files."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    reloads: bool
+
+    def starts(self) -> int:
+        """Return how often it has begun to listen."""
+        return self.log.read_text().count(READY[0])
+
+
 class Reader:
     """Follows pages in one folder, with its own home and ports."""
 
@@ -189,8 +203,9 @@ class Reader:
         self.scripts = ""
         """The commands that have been run."""
         self._has_node = has_node
+        self._exported: dict[str, str] = {}
         self._ports: dict[str, str] = {}
-        self._servers: list[subprocess.Popen[bytes]] = []
+        self._servers: list[RunningServer] = []
         self._output = ""
         self._write_programs()
 
@@ -201,10 +216,10 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for server in self._servers:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
+            if server.process.poll() is None:
+                os.killpg(server.process.pid, signal.SIGTERM)
         for server in self._servers:
-            server.wait(30)
+            server.process.wait(30)
 
     def add_user(self, name: str) -> None:
         """Add a user whose key is in a file, as the README does."""
@@ -214,17 +229,20 @@ class Reader:
 
     def follow(self, page: Path) -> None:
         """Do what a page says. Raises PageError where it fails, or prints something else than the page."""
+        blocks = list(blocks_of(page))
         is_skipped = False
-        for block in blocks_of(page):
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             if block.file is not None:
                 self._write(block, block.file)
             elif block.language == "sh":
                 self.scripts += block.text
                 is_skipped = NODE.match(block.text) is not None and not self._has_node
                 if not is_skipped:
-                    self._run(block)
+                    self._run(block, may_fail=following is not None and following.language == "text")
             elif block.language == "text" and not is_skipped:
                 self._compare(block)
+            elif block.language == "log":
+                self._search(block)
 
     def check_that_all_files_ran(self) -> None:
         """Raise PageError if no command runs a program, and no other program imports it."""
@@ -248,9 +266,21 @@ class Reader:
             text = block.text
         self.files[name] = text
         path.parent.mkdir(parents=True, exist_ok=True)
+        reloading = {
+            server: server.starts() for server in self._servers if server.reloads and path.suffix == ".py"
+        }
         path.write_text(self._with_ports(text), encoding="utf-8")
+        for server, before in reloading.items():
+            for _ in range(int(TIMEOUT_S / 0.05)):
+                if server.starts() > before:
+                    break
+                time.sleep(0.05)
+            else:
+                raise PageError(f"{block.place}: the server does not start again\n{server.log.read_text()}")
 
-    def _run(self, block: Block) -> None:
+    def _run(self, block: Block, *, may_fail: bool) -> None:
+        for exported in re.findall(r"^export (.*)$", block.text, re.MULTILINE):
+            self._exported |= dict(pair.split("=", 1) for pair in shlex.split(exported))
         with open(self._log, "wb") as log:
             process = subprocess.Popen(
                 ["/bin/sh", "-euc", self._with_ports(block.text)],
@@ -267,7 +297,7 @@ class Reader:
             except subprocess.TimeoutExpired:
                 self._output = self._log.read_text()
                 if any(sign in self._output for sign in READY):
-                    self._servers.append(process)
+                    self._servers.append(RunningServer(process, self._log, "--reload" in block.text))
                     self._log = self._log.with_name(f"output-{len(self._servers)}")
                     return
             else:
@@ -276,7 +306,7 @@ class Reader:
             os.killpg(process.pid, signal.SIGKILL)
             raise PageError(f"{block.place}: does not end\n{self._log.read_text()}")
         self._output = "".join(f"{line}\n" for line in self._log.read_text().splitlines())
-        if process.returncode and not self._output.startswith(("error", "Error", "usage", "Usage")):
+        if process.returncode and not may_fail:
             raise PageError(f"{block.place}: exit code {process.returncode}\n{self._output}")
 
     def _compare(self, block: Block) -> None:
@@ -284,6 +314,14 @@ class Reader:
         shown = self._with_ports(block.text)
         if not re.fullmatch(pattern_of(shown), self._output):
             raise PageError(f"{block.place}: the commands print\n{self._output}\ninstead of\n{shown}")
+
+    def _search(self, block: Block) -> None:
+        """Look for lines in what servers have printed."""
+        printed = "".join(server.log.read_text() for server in self._servers)
+        if not re.search(
+            "(?:.*\n)*".join(pattern_of(f"{line}\n") for line in block.text.splitlines()), printed
+        ):
+            raise PageError(f"{block.place}: the servers print\n{printed}\nwithout\n{block.text}")
 
     def _with_ports(self, text: str) -> str:
         return PORT.sub(lambda found: self._ports.setdefault(found[0], free_port()), text)
@@ -295,6 +333,7 @@ class Reader:
             "HOME": str(self.home),
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}",
+            **self._exported,
             "NODE_CLIENT": str(ROOT / "clients" / "typescript"),
             "ZCPROTO_SERVER__PORT": self._with_ports(" 7443").strip(),
             "ZCPROTO_CERTIFICATES__KEY_TYPES": '["ecdsa-p256"]',
@@ -307,9 +346,10 @@ class Reader:
         for name, command in {
             "zcproto": f'exec {python} -m zcproto "$@"',
             "python": f'exec {python} "$@"',
+            "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"',
             "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
             "npm": 'mkdir -p node_modules/@zcproto && ln -s "$NODE_CLIENT" node_modules/@zcproto/client',
-            "pytest": f'exec {python} -m pytest -p no:cacheprovider -p zcproto.testing.plugin "$@"',
+            "pytest": f'exec {python} -m pytest -p no:cacheprovider "$@"',
             "uvicorn": f'exec {python} -m uvicorn "$@"',
         }.items():
             program = self._bin / name

@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 
 OTHER_PAGES = {
     *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
-    *("troubleshooting", "upgrades", "applications"),
+    *("troubleshooting", "upgrades", "commands", "applications"),
 }
 """Pages for operators and reviewers, whose commands test_guides.py checks; test_examples.py runs `applications`."""
 

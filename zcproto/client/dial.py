@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -161,10 +160,6 @@ def release_resources(loop: asyncio.AbstractEventLoop) -> None:
     if not resources.users:
         del _resources[loop]
         resources.wheel.close()
-
-
-Dial = Callable[[ConnectionOwner, LoopResources], Awaitable[ClientProtocol]]
-"""Returns a connection that has received WELCOME."""
 
 
 class Dialer:
