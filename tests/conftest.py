@@ -16,6 +16,7 @@ from tests import secrets_watch  # first: modules use its entropy as a default
 from tests.helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
+from zcproto.testing import plugin as testing_plugin
 
 if TYPE_CHECKING:
     import trustme
@@ -37,6 +38,10 @@ settings.load_profile("patient")
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.register(secrets_watch)  # here: it adds an option
+    if not pluginmanager.has_plugin(
+        testing_plugin.__name__
+    ):  # this clone was not installed with its entry points
+        pluginmanager.register(testing_plugin, testing_plugin.__name__)
 
 
 def pytest_collection_finish() -> None:

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"admin", "server", "app"} | BELOW_THE_EDGE,
     "client": {"tls", "connection", "wire", "errors", "common"},
     # on top
+    "testing": {"client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
     "load": {"client", "auth", "tls", "connection", "wire", "errors", "common"},
     "zcproto_conformance": {"client", "connection", "wire", "tls", "errors", "common"},
     "cli": {"load", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
@@ -68,9 +69,12 @@ REASONS = {
     ("server", "client"): "client and server share the wire only",
     ("stores", "*"): "stores keep sessions; connections and callers are above them",
     ("http", "*"): "http has messages and routes; what they mean is above it",
+    ("*", "testing"): "testing is for tests; what serves and calls must work without it",
     ("connection", "*"): "connection joins wire and sessions; everything else is above it",
     ("*", "*"): "imports point down: cli, bench > server, client > tls > connection > wire; see MAY_IMPORT",
 }
+
+PLUGIN = "zcproto/testing/plugin.py"
 
 CORE = {"wire", "connection", "sessions", "http"}
 NOT_IN_THE_CORE = {
@@ -170,7 +174,7 @@ def upward_imports(path: str, source: str) -> list[str]:
         target = package_of(name)
         if target in {None, package} or target in MAY_IMPORT[package] or (path, target) in UPWARD:
             continue
-        keys = [(package, target), (package, "*"), ("*", "*")]
+        keys = [(package, target), ("*", target), (package, "*"), ("*", "*")]
         reason = next(REASONS[key] for key in keys if key in REASONS)
         faults.append(f"{path}:{line} imports {name}: {reason}")
     return faults
@@ -201,6 +205,15 @@ def _reachable(module: str, below: Mapping[str, set[str]]) -> set[str]:
         found |= new
         new = {target for each in new for target in below[each] if target in below} - found
     return found
+
+
+def pytest_outside_the_plugin(path: str, source: str) -> list[str]:
+    """Report imports of pytest, which is not a dependency, outside the module that only pytest loads."""
+    return [
+        f"{path}:{line} imports {name}: only zcproto/testing/plugin.py may, as the package works without pytest"
+        for line, name in imports_of(path, source)
+        if name.split(".")[0] in {"pytest", "_pytest"} and path.startswith("zcproto/") and path != PLUGIN
+    ]
 
 
 def io_in_the_core(path: str, source: str) -> list[str]:
@@ -264,7 +277,7 @@ def lost_cancellation(path: str, source: str) -> list[str]:
     ]
 
 
-CHECKS = [upward_imports, io_in_the_core, hidden_time, lost_cancellation]
+CHECKS = [upward_imports, pytest_outside_the_plugin, io_in_the_core, hidden_time, lost_cancellation]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
@@ -324,6 +337,7 @@ def test_table_allows_no_package_circles() -> None:
         ("zcproto/config/x.py", "from zcproto.server import App", "imports point down"),
         ("zcproto/server/x.py", "from zcproto import connect", "imports point down"),
         ("bench/x.py", "from zcproto.cli import main", "imports point down"),
+        ("zcproto/server/x.py", "from zcproto.testing import Link", "testing is for tests"),
         ("zcproto/attic/x.py", "", "the package 'attic' is new"),
     ],
 )
@@ -384,6 +398,12 @@ def test_downward_import_is_allowed(path: str, source: str) -> None:
 )
 def test_import_circle_is_reported(files: dict[str, str], expected: list[list[str]]) -> None:
     assert import_circles(files) == expected
+
+
+def test_import_of_pytest_outside_the_plugin_is_reported() -> None:
+    (fault,) = pytest_outside_the_plugin("zcproto/testing/memory.py", "from pytest import fixture")
+    assert "the package works without pytest" in fault
+    assert pytest_outside_the_plugin(PLUGIN, "import pytest") == []
 
 
 @pytest.mark.parametrize("module", sorted(NOT_IN_THE_CORE))

@@ -349,7 +349,7 @@ class Reader:
             "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"',
             "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
             "npm": 'mkdir -p node_modules/@zcproto && ln -s "$NODE_CLIENT" node_modules/@zcproto/client',
-            "pytest": f'exec {python} -m pytest -p no:cacheprovider "$@"',
+            "pytest": f'exec {python} -m pytest -p no:cacheprovider -p zcproto.testing.plugin "$@"',
             "uvicorn": f'exec {python} -m uvicorn "$@"',
         }.items():
             program = self._bin / name

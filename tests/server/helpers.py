@@ -11,11 +11,9 @@ import shutil
 import socket
 import ssl
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import msgpack
@@ -27,7 +25,7 @@ from zcproto.auth import Authenticators, Identity
 from zcproto.common.clock import Clock, SystemClock
 from zcproto.config import Config, load_config
 from zcproto.runtime.reload import Reloaded
-from zcproto.runtime.server import Server
+from zcproto.testing import LocalServer
 
 T = TypeVar("T")
 
@@ -77,7 +75,7 @@ class TestClock(SystemClock):
         return super().wall() + self.ahead_ms
 
 
-class ServerThread:
+class ServerThread(LocalServer):
     """A server on a loop in its own thread, so that tests may block.
 
     `in_loop` runs a function in the server's thread; `until` waits for a condition there.
@@ -97,48 +95,26 @@ class ServerThread:
         home.mkdir(mode=0o700, exist_ok=True)
         if not (home / "certs").exists():
             shutil.copytree(certs, home / "certs")
-        self.home = home
         self.clock = TestClock()
+        self.faults: list[dict[str, Any]] = []
         if authenticators is None and not users_file:
             authenticators = [CallableAuthenticator("api_key", identify)]
         self.settings = settings
-        self.server = Server(
+
+        def new_loop() -> asyncio.AbstractEventLoop:
+            loop = loop_factory()
+            loop.set_exception_handler(lambda _, context: self.faults.append(context))
+            return loop
+
+        super().__init__(
             default_app() if app is None else app,
             configuration(home, **settings),
             home=home,
+            loop_factory=new_loop,
             authenticators=authenticators,
             read_config=lambda: configuration(home, **self.settings),
             clock=self.clock,
         )
-        self.loop = loop_factory()
-        self.faults: list[dict[str, Any]] = []
-        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
-        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
-        self._started = threading.Event()
-        self._failure: BaseException | None = None
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self._serve())
-        self.loop.close()
-
-    async def _serve(self) -> None:
-        try:
-            await self.server.start()
-        except BaseException as error:
-            self._failure = error
-            self._started.set()
-            return
-        self._started.set()
-        await self.server.wait_closed()
-        await asyncio.sleep(0)
-
-    def start(self) -> Self:
-        self._thread.start()
-        assert self._started.wait(TIMEOUT)
-        if self._failure is not None:
-            raise self._failure
-        return self
 
     def drain(self, limit: float | None = 0.0) -> None:
         """Drain and wait for the end."""
@@ -150,46 +126,10 @@ class ServerThread:
         self.settings = {**self.settings, **settings}
         return asyncio.run_coroutine_threadsafe(self.server.reload(), self.loop).result(TIMEOUT)
 
-    def begin_drain(self, limit: float | None = None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has just ended
-            self.loop.call_soon_threadsafe(lambda: self.loop.create_task(self.server.drain(limit)))
-
-    def join(self) -> None:
-        self._thread.join(TIMEOUT)
-        assert not self._thread.is_alive(), "the server did not end"
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._thread.is_alive():
-            self.drain()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        super().__exit__(kind, error, *_)
         if error is None:
             assert self.faults == [], "the server's loop had exceptions"
-
-    def in_loop(self, function: Callable[[], T]) -> T:
-        """Call a function in the server's thread."""
-        done = threading.Event()
-        outcome: list[Any] = [None, None]
-
-        def call() -> None:
-            try:
-                outcome[0] = function()
-            except BaseException as error:
-                outcome[1] = error
-            done.set()
-
-        self.loop.call_soon_threadsafe(call)
-        assert done.wait(TIMEOUT)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]  # type: ignore[no-any-return]
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Wait until a condition holds in the server's thread."""
@@ -203,10 +143,6 @@ class ServerThread:
         """Return the CPU seconds that the server's thread has used."""
         assert self._thread.ident is not None
         return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
-
-    @property
-    def port(self) -> int:
-        return self.server.port
 
     def tcp(self, host: str = "127.0.0.1") -> socket.socket:
         raw = socket.create_connection((host, self.port), timeout=TIMEOUT)

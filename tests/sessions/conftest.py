@@ -1,5 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+
 from tests.server.conftest import certs, serve, shared
+from zcproto.sessions import slab
 
 __all__ = ["certs", "serve", "shared"]
+
+
+@pytest.fixture(autouse=True, scope="package")
+def mapped_memory() -> Iterator[None]:
+    """Map small tables too, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slab, "SMALL", 0)
+        yield

@@ -172,3 +172,13 @@ def test_memory_works_without_madvise(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_without_huge_pages_is_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slab_module, "_NO_HUGE_PAGES", 12345)  # an invalid advice: EINVAL
     assert len(Memory(PAGE).view) == PAGE
+
+
+def test_small_memory_is_not_mapped_and_keeps_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "SMALL", 2 * PAGE)
+    monkeypatch.setattr(slab_module.mmap, "mmap", None)
+    memory = Memory(2 * PAGE)
+    assert memory.view.tobytes() == bytes(2 * PAGE)
+    memory.view[:] = b"x" * (2 * PAGE)
+    memory.discard(0, 2 * PAGE)
+    assert memory.view.tobytes() == b"x" * (2 * PAGE)

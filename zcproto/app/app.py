@@ -187,9 +187,9 @@ class DetachedContext(Context):
 class Method:
     """One method. `function` is called with keyword arguments only.
 
-    `may_wait` is whether a plain function may return a coroutine instead of its result. `bind` checks the
-    parameters of a call and returns the arguments. `encode` returns the body of a result, `encode_item` that of an
-    item.
+    `may_wait` is whether a plain function may return a coroutine instead of its result. `signature` is that of the
+    function, if it is known already. `bind` checks the parameters of a call and returns the arguments. `encode`
+    returns the body of a result, `encode_item` that of an item.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
     until asynchronous calls were answered; servers in one process share them.
     """
@@ -202,6 +202,7 @@ class Method:
         public: bool = False,
         operator: bool = False,
         may_wait: bool = False,
+        signature: Signature | None = None,
     ) -> None:
         if not 1 <= len(name) <= METHOD_MAX_LENGTH or not METHOD_ALPHABET.issuperset(name):
             raise ValueError(
@@ -211,10 +212,11 @@ class Method:
             raise ValueError(f"method {name}: choose public or operator, not both")
         if inspect.isgeneratorfunction(function):
             raise TypeError(f"method {name}: a stream must be an async generator; write async def")
-        try:
-            signature = Signature(function, injected=Context, items=Items)
-        except TypeError as error:
-            raise TypeError(f"method {name}: {error}") from error
+        if signature is None:
+            try:
+                signature = Signature(function, injected=Context, items=Items)
+            except TypeError as error:
+                raise TypeError(f"method {name}: {error}") from error
         self.is_async = _is(inspect.iscoroutinefunction, function)
         yields = _is(inspect.isasyncgenfunction, function)
         if signature.items is not None and not (yields or self.is_async):

@@ -19,7 +19,7 @@ from typing import Any, Final, Self, Unpack
 from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device, LoginSource
-from zcproto.client.dial import Dialer, acquire_resources, release_resources
+from zcproto.client.dial import Dial, Dialer, acquire_resources, release_resources
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import Backoff, Random
@@ -50,10 +50,11 @@ class Client(SessionClient):
         *,
         clock: Clock = system_clock,
         random: Random = system_random.random,
+        dial: Dial | None = None,
     ) -> None:
         self.address = parse_address(address)
         super().__init__(options, MonotonicClock(clock), random)
-        self._dial = Dialer(self.address, options, self._clock, clock)
+        self._dial: Dial = Dialer(self.address, options, self._clock, clock) if dial is None else dial
         self._users: dict[UserSession, None] = {}
         self._had_users = False
         self._showing: asyncio.Task[None] | None = None

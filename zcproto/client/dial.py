@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import ssl
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -160,6 +161,10 @@ def release_resources(loop: asyncio.AbstractEventLoop) -> None:
     if not resources.users:
         del _resources[loop]
         resources.wheel.close()
+
+
+Dial = Callable[[ConnectionOwner, LoopResources], Awaitable[ClientProtocol]]
+"""Returns a connection that has received WELCOME."""
 
 
 class Dialer:

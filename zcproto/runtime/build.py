@@ -12,6 +12,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -71,6 +72,7 @@ from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.record import WhenFull
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_text
+from zcproto.stores.base import SessionStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -101,9 +103,17 @@ async def build(
     wheel = DeadlineWheel(loop)
     alerts = await build_alerts(config, clock, entropy)
     certificates = await build_certificates(config, alerts, clock, progress)
-    state, store = await build_state(config, home, alerts, wheel, clock, entropy)
+    found = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
+    settings = session_settings(config)
+    if found is not None and found.shared:
+        settings = replace(settings, max_sessions=NEAR_CACHE)
+    state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found)
     login = build_login(
-        active, home, state, certificates, app.authenticators if authenticators is None else authenticators
+        active,
+        home,
+        state,
+        app.authenticators if authenticators is None else authenticators,
+        now=certificates.now,
     )
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment), *app])
@@ -161,16 +171,18 @@ async def build_certificates(
     return certificates
 
 
-async def build_state(
-    config: Config, home: Home, alerts: ServerAlerts, wheel: DeadlineWheel, clock: Clock, entropy: Entropy
+def build_state(
+    config: Config,
+    home: Home,
+    settings: SessionSettings,
+    alerts: ServerAlerts,
+    wheel: DeadlineWheel,
+    clock: Clock,
+    entropy: Entropy,
+    store: SessionStore | None = None,
 ) -> tuple[ServerState, StoreSync | None]:
-    """Build what all connections share, and the store of sessions; None if they end with the process."""
+    """Build what all connections share, and the use of the store; None if sessions end with the process."""
     loop = asyncio.get_running_loop()
-    on_event = partial(on_store_event, alerts)
-    store = await asyncio.to_thread(build_store, config, home, on_event)
-    settings = session_settings(config)
-    if store is not None and store.shared:
-        settings = replace(settings, max_sessions=NEAR_CACHE)
     registry = SessionRegistry(settings, entropy)
     connections = SessionConnections()
     sync = None
@@ -189,7 +201,7 @@ async def build_state(
             grace=config.store.grace,
             cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
-            on_event=on_event,
+            on_event=partial(on_store_event, alerts),
         )
         sessions = StoredSessionService(sync, clock)
     else:
@@ -242,10 +254,14 @@ def build_login(
     active: ActiveConfig,
     home: Home,
     state: ServerState,
-    certificates: CertificateManager,
     authenticators: Authenticators,
+    *,
+    now: Callable[[], datetime],
 ) -> LoginParts:
-    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates."""
+    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates.
+
+    `now` is the time by which certificates are valid.
+    """
     limits = active.config.limits
     throttle = Throttle(limits.login_failures)
 
@@ -269,7 +285,7 @@ def build_login(
     if active.config.tls.client_auth != "off":
 
         def user_of_certificate(certificate: bytes) -> str:
-            return user_of(certificate, active.config.tls.client_name, certificates.now())
+            return user_of(certificate, active.config.tls.client_name, now())
 
         found.append(
             CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from zcproto.app.app import Context, Method
 from zcproto.auth import Enrollment, Identity, Login
+from zcproto.common.parameters import Signature
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo
@@ -37,6 +38,17 @@ HANDLED_METHODS: Final = 256
 
 _SHOWN: Final = ("id", "user", "created_at", "last_used_at", "expires_at", "client", "address", "bound")
 """The fields of a session that its user sees."""
+
+
+_signatures: dict[str, Signature] = {}
+"""By method: reading them takes longer than all else of a server in memory."""
+
+
+def protocol_method(name: str, function: Callable[..., Any], **access: bool) -> Method:
+    """Return a method of the protocol. Its function differs from server to server, its parameters do not."""
+    method = Method(name, function, signature=_signatures.get(name), **access)
+    _signatures[name] = method.signature
+    return method
 
 
 def protocol_methods(state: ServerState, login: Login, enrollment: Enrollment | None = None) -> list[Method]:
@@ -237,14 +249,14 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         return {}
 
     return [
-        Method("session.open", session_open, public=True, may_wait=True),
-        Method("session.attach", session_attach),
-        Method("session.refresh", session_refresh, public=True),
-        Method("session.handle", session_handle),
-        Method("session.info", session_info),
-        Method("session.list", session_list),
-        Method("session.revoke", session_revoke),
-        Method("session.close", session_close),
+        protocol_method("session.open", session_open, public=True, may_wait=True),
+        protocol_method("session.attach", session_attach),
+        protocol_method("session.refresh", session_refresh, public=True),
+        protocol_method("session.handle", session_handle),
+        protocol_method("session.info", session_info),
+        protocol_method("session.list", session_list),
+        protocol_method("session.revoke", session_revoke),
+        protocol_method("session.close", session_close),
     ]
 
 
@@ -301,7 +313,7 @@ def enroll_method(enrollment: Enrollment) -> Method:
         )
         return {"user": user, "device": name}
 
-    return Method("device.enroll", device_enroll, public=True)
+    return protocol_method("device.enroll", device_enroll, public=True)
 
 
 # --- the server and sessions of others -------------------------------------------------------------------
@@ -374,9 +386,9 @@ def server_methods(state: ServerState) -> list[Method]:
         return {"revoked": revoked}
 
     return [
-        Method("server.info", server_info, public=True),
-        Method("server.sessions", server_sessions, operator=True),
-        Method("server.revoke", server_revoke, operator=True),
+        protocol_method("server.info", server_info, public=True),
+        protocol_method("server.sessions", server_sessions, operator=True),
+        protocol_method("server.revoke", server_revoke, operator=True),
     ]
 
 

@@ -182,6 +182,8 @@ class ServerState:
     """The clients that handle calls."""
     on_revoked: Callable[[str, int, bool], None] = lambda by, sessions, by_user: None
     """Called when someone has revoked sessions: who, how many, and whether they were that user's own."""
+    on_incident: Callable[[str, str, BaseException], None] = lambda what, incident, error: None
+    """Called with each internal error: the method, the incident id and the exception."""
     run: str = field(default_factory=lambda: secrets.token_hex(2))
     """Prefix of connection ids, different in each process."""
     numbers: Iterator[int] = field(default_factory=partial(count, 1))
@@ -247,6 +249,7 @@ class ServerState:
         """Log an internal error with its traceback; return the incident id for the peer."""
         incident_id = secrets.token_hex(8)
         self.counters.incidents += 1
+        self.on_incident(what, incident_id, error)
         log.error(
             "request.failed",
             what=what,

@@ -28,6 +28,9 @@ _TRIM: Final = 8
 _NO_HUGE_PAGES: Final[int | None] = getattr(mmap, "MADV_NOHUGEPAGE", None)
 _DISCARD: Final[int | None] = getattr(mmap, "MADV_DONTNEED", None)
 
+SMALL: Final = 1 << 20
+"""Bytes up to which memory is not mapped: that would take longer than all else of a small table."""
+
 Format = Literal["B", "i", "I", "Q"]
 
 
@@ -35,6 +38,10 @@ class Memory:
     """Reserved memory. Unwritten bytes are 0."""
 
     def __init__(self, size: int) -> None:
+        self._map: mmap.mmap | None = None
+        if size <= SMALL:
+            self.view = memoryview(bytearray(size))
+            return
         # Private, so that a forked process gets its own copy.
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if _NO_HUGE_PAGES is not None:
@@ -46,8 +53,8 @@ class Memory:
     def discard(self, start: int, end: int) -> None:
         """Return the whole pages from `start` on to the system; nothing from `end` on is in use."""
         page = mmap.PAGESIZE
-        first, last = -(start // -page) * page, min(-(end // -page) * page, len(self._map))
-        if _DISCARD is not None and first < last:
+        first, last = -(start // -page) * page, min(-(end // -page) * page, len(self.view))
+        if _DISCARD is not None and self._map is not None and first < last:
             self._map.madvise(_DISCARD, first, last - first)
 
 

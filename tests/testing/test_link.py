@@ -1,0 +1,134 @@
+"""Faults of the network in memory, by a real client and server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import zcproto
+from zcproto import App
+from zcproto.testing import Link, MovableClock, connect_in_memory
+
+
+@pytest.fixture
+def app() -> App:
+    app = App()
+    app.calls = []  # type: ignore[attr-defined]
+
+    @app.method("add")
+    def add(number: int) -> int:
+        app.calls.append(number)  # type: ignore[attr-defined]
+        return len(app.calls)  # type: ignore[attr-defined]
+
+    @app.method("take")
+    def take(data: bytes) -> int:
+        return len(data)
+
+    return app
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_cut_link_fails_the_call_and_the_next_one_reconnects(app: App) -> None:
+    link, clock = Link(), MovableClock()
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.hold()
+        call = asyncio.create_task(client.call("add", number=1))
+        await turns()
+        link.cut()
+        link.release()
+        with pytest.raises(zcproto.ConnectionClosed):
+            await call
+        clock.advance(5)
+        assert await client.call("add", number=2) == 1
+        assert link.accepted == 2
+
+
+async def test_lost_answer_is_repeated_by_the_idempotency_key(app: App) -> None:
+    link, clock = Link(), MovableClock()
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.hold("from_server")
+        call = asyncio.create_task(client.call("add", number=1, idempotency_key="once"))
+        await turns()
+        assert app.calls == [1]  # type: ignore[attr-defined]
+        link.cut()
+        link.release()
+        await turns()
+        clock.advance(5)
+        assert await call == 1
+    assert app.calls == [1]  # type: ignore[attr-defined]
+
+
+async def test_request_held_on_its_way_does_not_run(app: App) -> None:
+    link = Link()
+    async with connect_in_memory(app, user="ada", link=link) as client:
+        link.hold("to_server")
+        call = asyncio.create_task(client.call("add", number=1))
+        await turns()
+        assert app.calls == []  # type: ignore[attr-defined]
+        link.release()
+        assert await call == 1
+
+
+async def test_isolated_link_refuses_connections_until_it_is_restored(app: App) -> None:
+    link, clock = Link(), MovableClock()
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.isolate()
+        await turns()
+        with pytest.raises(zcproto.DeadlineExceeded):
+            await client.call("add", number=1, timeout=0.01)
+        link.restore()
+        clock.advance(5)
+        assert await client.call("add", number=2) == 1
+
+
+async def test_delay_passes_with_the_clock(app: App) -> None:
+    link, clock = Link(delay=100.0), MovableClock()
+    link.delay = 0.0
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.delay = 5.0
+        call = asyncio.create_task(client.call("add", number=1))
+        await turns()
+        clock.advance(4.9)
+        await turns()
+        assert app.calls == []  # type: ignore[attr-defined]
+        clock.advance(0.2)
+        await turns()
+        assert app.calls == [1]  # type: ignore[attr-defined]
+        assert not call.done()
+        clock.advance(5.0)
+        assert await call == 1
+        link.delay = 0.0
+
+
+async def test_throttled_link_delivers_piece_by_piece(app: App) -> None:
+    link, clock = Link(), MovableClock()
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.bytes_per_second = 10_000
+        call = asyncio.create_task(client.call("take", data=bytes(100_000), timeout=60))
+        await turns()
+        clock.advance(9.0)
+        await turns()
+        assert not call.done()
+        clock.advance(1.2)
+        await turns()
+        link.bytes_per_second = None
+        assert await call == 100_000
+
+
+async def test_close_of_a_client_ends_although_the_link_is_held(app: App) -> None:
+    link, clock = Link(), MovableClock()
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.hold()
+        closing = asyncio.create_task(client.close())
+        for _ in range(
+            2
+        ):  # until the session's end is not answered, and until the server does not close its end
+            await turns()
+            assert not closing.done()
+            clock.advance(5)
+        await closing

@@ -1,0 +1,203 @@
+"""A server and its clients in one event loop, joined without sockets and TLS.
+
+    Client -> ClientProtocol -> Link -> ServerProtocol -> App
+
+Everything above the link is what production uses: sessions, limits, parameters, retries, deadlines. There are no
+certificates, devices, HTTP endpoints, alerts and `server.stats`, and sessions end with the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Final, Self, cast
+
+from zcproto.admin.parts import ActiveConfig
+from zcproto.alerts.service import ServerAlerts
+from zcproto.app.app import App
+from zcproto.auth import User
+from zcproto.auth.directory import Directory
+from zcproto.auth.identity import BUILT_IN_SCHEMES
+from zcproto.auth.schemes import ApiKeyAuthenticator
+from zcproto.client import Client
+from zcproto.client.dial import LoopResources
+from zcproto.client.options import ConnectOptions
+from zcproto.client.protocol import ClientProtocol, ConnectionOwner
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.home import Home
+from zcproto.config import Config
+from zcproto.connection.client import ClientConnection
+from zcproto.errors import CannotConnect
+from zcproto.runtime.build import build_login, build_state, session_settings
+from zcproto.runtime.server import CANCELLED_TIME
+from zcproto.server.protocol import ServerProtocol
+from zcproto.server.protocol_methods import protocol_methods
+from zcproto.server.state import ServerState
+from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
+from zcproto.testing.clock import MovableClock
+from zcproto.testing.incidents import record_incident
+from zcproto.testing.link import Link
+
+NO_HOME: Final = Home(Path("/nonexistent"))
+MAX_SESSIONS: Final = 1_000
+"""Of all users: a table for a million takes longer to make than a test."""
+
+_default_config = cache(Config)
+
+
+class Users:
+    """The users of a test's server. `save` stores a name, the digest of a key and whether it is an operator's."""
+
+    def __init__(self, save: Callable[[str, bytes, bool], object]) -> None:
+        self._save = save
+        self._keys: dict[str, str] = {}
+
+    def add(self, name: str, *, operator: bool = False) -> str:
+        """Add a user and return the API key. `connect(user=name)` finds it by itself."""
+        key = system_entropy(TOKEN_SIZE)
+        self._save(name, digest_of(key), operator)
+        self._keys[name] = token_text(key)
+        return self._keys[name]
+
+    def options(self, user: str | None, options: dict[str, Any]) -> ConnectOptions:
+        """Return the options of a client, with the key of its user, who is added if necessary."""
+        if user is not None and not {"key", "certificate"} & options.keys():
+            options = {"key": self._keys.get(user) or self.add(user), **options}
+        return ConnectOptions(user=user, **options)
+
+
+class _KnownUsers(dict[str, User]):
+    """What the authenticator asks a directory of users for."""
+
+    known = dict.get
+
+    def changed(self) -> bool:
+        return False
+
+    def save(self, name: str, digest: bytes, operator: bool) -> None:
+        self[name] = User(digest, operator)
+
+
+class MemoryServer:
+    """A server without sockets, which ends with its block.
+
+        async with MemoryServer(app) as server, server.connect("ada") as ada, server.connect("bob") as bob:
+            ...
+
+    `config` has the limits that apply; what it says of addresses, certificates and stores does not. `users.add`
+    adds users.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        config: Config | None = None,
+        *,
+        clock: MovableClock | None = None,
+        link: Link | None = None,
+    ) -> None:
+        self.link = Link() if link is None else link
+        self._app = app
+        self._config = _default_config() if config is None else config
+        self._movable = clock
+        self._clock = system_clock if clock is None else clock
+        known = _KnownUsers()
+        self.users = Users(known.save)
+        keys = ApiKeyAuthenticator(cast("Directory[User]", known), now=self._clock.now)
+        self._authenticators = [keys if each is BUILT_IN_SCHEMES else each for each in app.authenticators]
+        self._state: ServerState | None = None
+        self._running = ExitStack()
+
+    async def __aenter__(self) -> Self:
+        loop = running_loop()
+        config, clock, entropy = self._config, self._clock, system_entropy
+        alerts = ServerAlerts(config.alerts, [], clock=clock, entropy=entropy)
+        settings = replace(session_settings(config), max_sessions=MAX_SESSIONS, dead_limit=MAX_SESSIONS)
+        state, _ = build_state(config, NO_HOME, settings, alerts, DeadlineWheel(loop), clock, entropy)
+        state.on_incident = record_incident
+        active, now = (
+            ActiveConfig(config),
+            partial(datetime.fromtimestamp, 0, UTC),
+        )  # there are no certificates
+        login = build_login(active, NO_HOME, state, self._authenticators, now=now).login
+        state.add_methods([*protocol_methods(state, login), *self._app])
+        if self._movable is not None:
+            self._running.enter_context(self._movable.drive(loop))
+        self._state = state
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        state, self._state = self._state, None
+        assert state is not None, "entered before"
+        with self._running:
+            state.draining = True
+            state.stopping.set()
+            for connection in list(state.connections):
+                connection.cancel_all()
+                connection.close("drain_timeout")
+            await state.tasks.close(CANCELLED_TIME)
+            state.wheel.close()
+            state.close()
+
+    def connect(self, user: str | None = None, **options: Any) -> Client:
+        """Return a client, as `zcproto.connect` does. The user is added if necessary; None opens no session."""
+        return Client("memory", self.users.options(user, options), clock=self._clock, dial=self._dial)
+
+    async def _dial(self, owner: ConnectionOwner, resources: LoopResources) -> ClientProtocol:
+        if self._state is None or self.link.is_down:
+            raise CannotConnect("memory: the server has ended, or the test has isolated its link")
+        loop = asyncio.get_running_loop()
+        client = ClientProtocol(owner, loop, resources.wheel, self._clock, ClientConnection())
+        self.link.join(client, ServerProtocol(self._state))
+        try:
+            await client.welcomed
+        except asyncio.CancelledError:
+            client.abort()
+            raise
+        return client
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Return the running loop, or raise a RuntimeError that names the alternatives."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "a server in memory needs a running asyncio loop: make the test `async def`, or use the fixture"
+            " zcproto_serve and connect_blocking"
+        ) from None
+
+
+def connect_in_memory(
+    app: App,
+    user: str | None = None,
+    *,
+    config: Config | None = None,
+    clock: MovableClock | None = None,
+    link: Link | None = None,
+    **options: Any,
+) -> AbstractAsyncContextManager[Client]:
+    """Serve an application to one client in memory, until the end of the block.
+
+        async with connect_in_memory(app, user="ada") as client:
+            assert await client.call("greet", name="world") == "hello world"
+
+    Without a user it opens no session. `options` are those of `zcproto.connect`; `MemoryServer` serves several
+    clients. Raises RuntimeError outside a running asyncio loop, and on entering like `Client.open`.
+    """
+    running_loop()
+    return _connect_in_memory(MemoryServer(app, config, clock=clock, link=link), user, options)
+
+
+@asynccontextmanager
+async def _connect_in_memory(
+    server: MemoryServer, user: str | None, options: dict[str, Any]
+) -> AsyncIterator[Client]:
+    async with server, server.connect(user, **options) as client:
+        yield client

@@ -1,0 +1,164 @@
+"""A real server on a free port of loopback, in a thread of its own, so that tests may await or block."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+from zcproto.app.app import App
+from zcproto.auth import UserFile
+from zcproto.client import BlockingClient, Client
+from zcproto.common.process import new_event_loop
+from zcproto.config import Config
+from zcproto.config.model import CertificatesConfig, StoreConfig
+from zcproto.runtime.server import Server
+from zcproto.testing.incidents import record_incident
+from zcproto.testing.memory import Users
+
+T = TypeVar("T")
+
+TIMEOUT_S: Final = 30.0
+"""Seconds after which the server's thread is stuck."""
+
+
+@cache
+def _certificates() -> Path:
+    """Return a folder for the certificates of all servers of this process: the first one issues them."""
+    folder = tempfile.mkdtemp(prefix="zcproto-certs-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+class LocalServer:
+    """A real server, with sockets, TLS, certificates and a file of users. It ends with its block.
+
+        with LocalServer(app) as server, server.connect_blocking("ada") as client:
+            assert client.call("greet", name="world") == "hello world"
+
+    Unless `config` names a port it listens on a free one of 127.0.0.1. Without `config` it serves an ECDSA
+    certificate, which the servers of a process share, and keeps sessions in memory. `home` is a new folder by
+    default; `options` are those of `Server`.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        config: Config | None = None,
+        *,
+        home: Path | None = None,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] = new_event_loop,
+        **options: Any,
+    ) -> None:
+        self._ending = ExitStack()
+        if home is None:
+            home = Path(self._ending.enter_context(tempfile.TemporaryDirectory(prefix="zcproto-")))
+        if config is None:
+            certificates = CertificatesConfig(directory=_certificates(), key_types=("ecdsa-p256",))
+            config = Config(certificates=certificates, store=StoreConfig(url="memory"))
+        if "port" not in config.server.model_fields_set:
+            config = config.model_copy(update={"server": config.server.model_copy(update={"port": 0})})
+        self.server = Server(app, config, home=home, **options)
+        self.home = home
+        self.users = Users(UserFile(self.server.home.users).add_digest)
+        self._loop_factory = loop_factory
+        self._started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="zcproto-server", daemon=True)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The server's event loop, in its thread. Raises the error of a failed start."""
+        return self._started.result()
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    @property
+    def address(self) -> str:
+        """What clients connect to, as `localhost:PORT`."""
+        return f"localhost:{self.port}"
+
+    @property
+    def ca_file(self) -> Path:
+        """The CA certificate that clients have to trust."""
+        return self.server.config.certificates.directory / "ca.crt"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        with self._ending:
+            self.begin_drain(0.0)
+            self.join()
+
+    def start(self) -> Self:
+        """Start and listen. `with` calls this. Raises like `Server.start`."""
+        with ExitStack() as stack:
+            stack.push(self._ending)
+            self._thread.start()
+            self._started.result()
+            self._ending = stack.pop_all()
+        return self
+
+    def begin_drain(self, limit: float | None = None) -> None:
+        """Start to end the server as `Server.drain` does, and return at once."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            self.loop.call_soon_threadsafe(self.server.begin_drain, limit)
+
+    def join(self) -> None:
+        """Wait until the server has ended."""
+        self._thread.join(TIMEOUT_S)
+        if self.alive:
+            raise TimeoutError(
+                f"the server did not end in {TIMEOUT_S:g} s: one of its methods blocks the loop"
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        # Not asyncio.Runner, which waits for methods that ignore their cancellation.
+        loop = self._loop_factory()
+        try:
+            loop.run_until_complete(self._serve())
+        finally:
+            loop.close()
+
+    async def _serve(self) -> None:
+        try:
+            await self.server.start()
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self.server.state.on_incident = record_incident
+        self._started.set_result(asyncio.get_running_loop())
+        await self.server.wait_closed()
+        await asyncio.sleep(0)  # the task that has closed it ends too
+
+    def in_loop(self, function: Callable[[], T]) -> T:
+        """Call a function in the server's thread, for instance to look at `server.clients()`."""
+
+        async def call() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(TIMEOUT_S)
+
+    def connect(self, user: str | None = None, **options: Any) -> Client:
+        """Return a client, as `zcproto.connect` does. The user is added if necessary; None opens no session."""
+        usual = {"ca_file": self.ca_file, "home": self.home / "client"}
+        return Client(self.address, self.users.options(user, usual | options))
+
+    def connect_blocking(self, user: str | None = None, **options: Any) -> BlockingClient:
+        """Return a client, as `zcproto.connect_blocking` does; otherwise as `connect`."""
+        return BlockingClient(self.connect(user, **options))
