@@ -8,9 +8,7 @@ import pytest
 import uvloop
 
 import zcproto
-from zcproto import App, Context
-from zcproto.config import Config
-from zcproto.config.model import SessionsConfig
+from zcproto import App, Config, Context, SessionsConfig
 from zcproto.testing import MemoryServer, MovableClock, connect_in_memory
 
 HOUR = 3600.0

@@ -8,9 +8,16 @@ from collections.abc import AsyncIterator
 import pytest
 
 import zcproto
-from zcproto import BUILT_IN_SCHEMES, App, CallableAuthenticator, Context, Identity, Items
-from zcproto.config import Config
-from zcproto.config.model import SessionsConfig
+from zcproto import (
+    BUILT_IN_SCHEMES,
+    App,
+    CallableAuthenticator,
+    Config,
+    Context,
+    Identity,
+    Items,
+    SessionsConfig,
+)
 from zcproto.testing import MemoryServer, connect_in_memory
 
 

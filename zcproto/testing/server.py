@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import concurrent.futures
 import contextlib
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
@@ -19,8 +16,7 @@ from zcproto.app.app import App
 from zcproto.auth import UserFile
 from zcproto.client import BlockingClient, Client
 from zcproto.common.process import new_event_loop
-from zcproto.config import Config
-from zcproto.config.model import CertificatesConfig, StoreConfig
+from zcproto.config import CertificatesConfig, Config, StoreConfig
 from zcproto.runtime.server import Server
 from zcproto.testing.incidents import record_incident
 from zcproto.testing.memory import Users
@@ -31,23 +27,14 @@ TIMEOUT_S: Final = 30.0
 """Seconds after which the server's thread is stuck."""
 
 
-@cache
-def _certificates() -> Path:
-    """Return a folder for the certificates of all servers of this process: the first one issues them."""
-    folder = tempfile.mkdtemp(prefix="zcproto-certs-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
 class LocalServer:
     """A real server, with sockets, TLS, certificates and a file of users. It ends with its block.
 
         with LocalServer(app) as server, server.connect_blocking("ada") as client:
             assert client.call("greet", name="world") == "hello world"
 
-    Unless `config` names a port it listens on a free one of 127.0.0.1. Without `config` it serves an ECDSA
-    certificate, which the servers of a process share, and keeps sessions in memory. `home` is a new folder by
-    default; `options` are those of `Server`.
+    Unless `config` names a port it listens on a free one of 127.0.0.1. Without `config` it issues an ECDSA
+    certificate, and keeps sessions in memory. `home` is a new folder by default; `options` are those of `Server`.
     """
 
     def __init__(
@@ -63,7 +50,7 @@ class LocalServer:
         if home is None:
             home = Path(self._ending.enter_context(tempfile.TemporaryDirectory(prefix="zcproto-")))
         if config is None:
-            certificates = CertificatesConfig(directory=_certificates(), key_types=("ecdsa-p256",))
+            certificates = CertificatesConfig(key_types=("ecdsa-p256",))  # issued in milliseconds
             config = Config(certificates=certificates, store=StoreConfig(url="memory"))
         if "port" not in config.server.model_fields_set:
             config = config.model_copy(update={"server": config.server.model_copy(update={"port": 0})})
@@ -89,9 +76,9 @@ class LocalServer:
         return f"localhost:{self.port}"
 
     @property
-    def ca_file(self) -> Path:
-        """The CA certificate that clients have to trust."""
-        return self.server.config.certificates.directory / "ca.crt"
+    def ca_file(self) -> Path | None:
+        """The CA certificate that clients have to trust; None with certificates from files."""
+        return self.server.ca_file
 
     def __enter__(self) -> Self:
         return self.start()
