@@ -16,9 +16,10 @@ with a parameter annotated `Items[T]` takes the client's items.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, overload
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.app.items import Items
@@ -204,10 +205,7 @@ class Method:
         may_wait: bool = False,
         signature: Signature | None = None,
     ) -> None:
-        if not 1 <= len(name) <= METHOD_MAX_LENGTH or not METHOD_ALPHABET.issuperset(name):
-            raise ValueError(
-                f"method name {name!r} must be 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ ."
-            )
+        _check_name(name)
         if public and operator:
             raise ValueError(f"method {name}: choose public or operator, not both")
         if inspect.isgeneratorfunction(function):
@@ -242,6 +240,15 @@ class Method:
         self.items = signature.items
         self.is_unchecked = signature.is_unchecked and not may_wait and self.shape == "unary"
 
+    def renamed(self, name: str) -> Method:
+        """Return this method under another name, with counters of its own."""
+        method = copy.copy(self)
+        method.name = name
+        method.calls = 0
+        method.durations = Histogram(QUICK_S)
+        method.waits = Histogram(WAITED_S)
+        return method
+
 
 class App:
     """A set of methods. Several servers may serve one application.
@@ -253,22 +260,50 @@ class App:
     def __init__(self, *, authenticators: Authenticators = (BUILT_IN_SCHEMES,)) -> None:
         self.authenticators = authenticators
         self._methods: dict[str, Method] = {}
+        self._included: list[tuple[str, App]] = []
+        self._including: list[tuple[str, App]] = []
+        self._served: tuple[Method, ...] | None = None
 
+    @overload
+    def method(self, function: Handler, /) -> Handler: ...
+    @overload
     def method(
-        self, name: str, *, public: bool = False, operator: bool = False
-    ) -> Callable[[Handler], Handler]:
-        """Register a function under `name`.
+        self, name: str | None = None, *, public: bool = False, operator: bool = False
+    ) -> Callable[[Handler], Handler]: ...
+    def method(
+        self, name: str | Callable[..., Any] | None = None, *, public: bool = False, operator: bool = False
+    ) -> Callable[..., Any]:
+        """Register a function under `name`, by default its own: `@app.method`, `@app.method("name")`.
 
         A `public` method may be called without a session, an `operator` method by operators only. Raises ValueError
         for a name that is malformed, registered or reserved, and for both flags at once; TypeError for a parameter,
         result or item whose annotation cannot be used.
         """
+        if not (name is None or isinstance(name, str)):
+            return self.method()(name)
 
         def register(function: Handler) -> Handler:
-            self.add(Method(name, function, public=public, operator=operator))
+            own_name = _name_of(function) if name is None else name
+            self.add(Method(own_name, function, public=public, operator=operator))
             return function
 
         return register
+
+    def include(self, other: App, *, prefix: str = "") -> None:
+        """Serve the methods of another application too, with `prefix` before their names.
+
+            app.include(jobs.app, prefix="jobs.")
+
+        Methods that are registered in `other` afterwards are served too. Raises ValueError for a name that is
+        registered, malformed or reserved, and for an application that includes this one; then nothing changes.
+        """
+        if other is self or other._includes(self):
+            raise ValueError("an application cannot include itself")
+        for name in other._names():
+            self._check_free(prefix + name)
+        self._included.append((prefix, other))
+        other._including.append((prefix, self))
+        self._changed()
 
     def topic(
         self,
@@ -308,16 +343,64 @@ class App:
 
     def add(self, method: Method) -> None:
         """Add a method. Raises ValueError if the name is registered or reserved."""
-        if method.name.startswith(RESERVED_PREFIXES):
-            raise ValueError(
-                f"method name {method.name!r}: {', '.join(RESERVED_PREFIXES)} are reserved for the protocol"
-            )
-        if method.name in self._methods:
-            raise ValueError(f"method {method.name!r} is registered twice")
+        self._check_free(method.name)
         self._methods[method.name] = method
+        self._changed()
 
     def __iter__(self) -> Iterator[Method]:
-        return iter(self._methods.values())
+        """Yield all methods that are served, with those of included applications."""
+        if self._served is None:
+            self._served = tuple(self._all())
+        return iter(self._served)
+
+    def _all(self) -> Iterator[Method]:
+        yield from self._methods.values()
+        for prefix, other in self._included:
+            for method in other:
+                yield method.renamed(prefix + method.name)
+
+    def _names(self) -> Iterator[str]:
+        yield from self._methods
+        for prefix, other in self._included:
+            yield from (prefix + name for name in other._names())
+
+    def _has(self, name: str) -> bool:
+        return name in self._methods or any(
+            name.startswith(prefix) and other._has(name.removeprefix(prefix))
+            for prefix, other in self._included
+        )
+
+    def _includes(self, app: App) -> bool:
+        return any(other is app or other._includes(app) for _, other in self._included)
+
+    def _check_free(self, name: str) -> None:
+        """Raise ValueError if a name cannot be registered here, or in an application that includes this one."""
+        _check_name(name)
+        if name.startswith(RESERVED_PREFIXES):
+            raise ValueError(
+                f"method name {name!r}: {', '.join(RESERVED_PREFIXES)} are reserved for the protocol"
+            )
+        if self._has(name):
+            raise ValueError(f"method {name!r} is registered twice")
+        for prefix, app in self._including:
+            app._check_free(prefix + name)
+
+    def _changed(self) -> None:
+        self._served = None
+        for _, app in self._including:
+            app._changed()
+
+
+def _check_name(name: str) -> None:
+    if not 1 <= len(name) <= METHOD_MAX_LENGTH or not METHOD_ALPHABET.issuperset(name):
+        raise ValueError(f"method name {name!r} must be 1 to {METHOD_MAX_LENGTH} characters of a-z 0-9 _ .")
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__name__", None)
+    if not isinstance(name, str):
+        raise TypeError(f"{function!r} has no name of its own; give one: app.method('name')")
+    return name
 
 
 def _encoder(type_: ValueType) -> Callable[[Any], bytes]:
