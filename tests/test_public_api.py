@@ -33,6 +33,7 @@ def test_public_names_are_fixed() -> None:
         "BlockingClient",
         "BlockingUserSession",
         "Call",
+        "CallNext",
         "CallableAuthenticator",
         "Client",
         "ClientSession",

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zcproto.admin.users import ServerUsers, UserEntry
-    from zcproto.app.app import App, Context
+    from zcproto.app.app import App
     from zcproto.app.authentication import CallableAuthenticator
     from zcproto.app.clients import ConnectedClient
+    from zcproto.app.context import Context
     from zcproto.app.items import Items
     from zcproto.app.topics import Topic, TopicEvent
     from zcproto.auth import BUILT_IN_SCHEMES, Authenticator, Identity
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         enroll,
         enroll_blocking,
     )
+    from zcproto.common.middleware import CallNext
     from zcproto.config import (
         AlertsConfig,
         CallsConfig,
@@ -94,6 +96,7 @@ __all__ = [
     "BlockingUserSession",
     "Call",
     "CallError",
+    "CallNext",
     "CallableAuthenticator",
     "CallsConfig",
     "Cancelled",
@@ -165,6 +168,7 @@ _MODULES = {
     "BlockingClient": "zcproto.client",
     "BlockingUserSession": "zcproto.client",
     "Call": "zcproto.client",
+    "CallNext": "zcproto.common.middleware",
     "CallableAuthenticator": "zcproto.app.authentication",
     "CallsConfig": "zcproto.config",
     "CertificatesConfig": "zcproto.config",
@@ -172,7 +176,7 @@ _MODULES = {
     "ClientSession": "zcproto.client",
     "Config": "zcproto.config",
     "ConnectedClient": "zcproto.app.clients",
-    "Context": "zcproto.app.app",
+    "Context": "zcproto.app.context",
     "Device": "zcproto.client",
     "Event": "zcproto.client",
     "FreshnessConfig": "zcproto.config",

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from zcproto.app.app import Context, default_app
+from zcproto.app.app import default_app
+from zcproto.app.context import Context
 
 WATCHED_S: Final = 1.0
 """For how long the turns of the event loop are watched after an event."""

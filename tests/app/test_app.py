@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import pytest
 
 from zcproto.app import app as app_module
-from zcproto.app.app import App, Context, Method, default_app
+from zcproto.app.app import App, Method, default_app
+from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.app.topics import TopicEvent
 from zcproto.errors import InvalidArgument

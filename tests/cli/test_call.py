@@ -20,7 +20,8 @@ import pytest
 
 from tests.server.conftest import Serve, certs, serve, shared
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.cli import main
 from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY

@@ -22,7 +22,8 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking
 from zcproto.client.client import Client, UserSession, connect
 from zcproto.client.events import Event

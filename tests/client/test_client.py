@@ -14,7 +14,8 @@ import uvloop
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.app.app import App, Context, default_app
+from zcproto.app.app import App, default_app
+from zcproto.app.context import Context
 from zcproto.client import session_client as client_module
 from zcproto.client.client import connect
 from zcproto.client.dial import _resources

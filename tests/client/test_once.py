@@ -10,7 +10,8 @@ import pytest
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import ConnectionClosed, FailedPrecondition
 from zcproto.server.protocol import ServerProtocol
 

@@ -13,7 +13,8 @@ from tests.client.conftest import ConnectTo
 from tests.client.test_streams import run
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.client.blocking import connect_blocking
 from zcproto.client.streams import Stream

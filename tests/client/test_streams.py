@@ -12,7 +12,8 @@ import pytest
 from tests.client.conftest import ConnectTo
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.client.blocking import connect_blocking
 from zcproto.errors import (
     Cancelled,

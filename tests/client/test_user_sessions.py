@@ -23,7 +23,8 @@ from tests.client.test_device import DEVICE, BoundServer
 from tests.helpers import WALL
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.client.blocking import connect_blocking
 from zcproto.client.client import Client, UserSession, connect
 from zcproto.client.credentials import Device

@@ -11,7 +11,8 @@ import pytest
 
 from tests.load.conftest import Serve
 from tests.load.helpers import RecordingView, all_phases, plan_for, share, until, users
-from zcproto.app.app import App, Context, default_app
+from zcproto.app.app import App, default_app
+from zcproto.app.context import Context
 from zcproto.errors import Aborted
 from zcproto.load.generator import Generator
 from zcproto.load.hdr import write_file

@@ -22,7 +22,8 @@ from tests.server.helpers import (
     eventually,
     read_to_end,
 )
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import Code
 from zcproto.runtime import server as server_module
 from zcproto.runtime.server import Server

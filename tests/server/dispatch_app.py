@@ -12,7 +12,8 @@ import pytest
 import uvloop
 
 from tests.server.helpers import Client, ServerThread, eventually
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import (
     Aborted,
     AlreadyExists,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.helpers import Answer, FakeClock, FakeTimers, small_registry
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.server.eager import EagerTasks

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from tests.server.protocol_harness import Harness, Peer
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.errors import (
     CallError,
     Code,

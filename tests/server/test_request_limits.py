@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.server.protocol_harness import Harness, Peer
-from zcproto.app.app import Context
+from zcproto.app.context import Context
 from zcproto.common.deadlines import TICKS_PER_SECOND
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.server.idempotency import IdempotencyCache

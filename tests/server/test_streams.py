@@ -23,7 +23,7 @@ from tests.server.protocol_harness import (
     harness,
     nothing_left,
 )
-from zcproto.app.app import Context
+from zcproto.app.context import Context
 from zcproto.config.model import LogConfig
 from zcproto.connection.events import GoAwayReason
 from zcproto.connection.server_streams import StreamTotals

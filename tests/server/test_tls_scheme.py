@@ -20,8 +20,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from tests.auth.helpers import directory
 from tests.server import helpers
 from tests.server.helpers import KEY, Client, ClosedError, Frame, ServerThread, eventually, identify
-from zcproto.app.app import App, Context, default_app
+from zcproto.app.app import App, default_app
 from zcproto.app.authentication import CallableAuthenticator
+from zcproto.app.context import Context
 from zcproto.auth import UserFile
 from zcproto.auth.schemes import CertificateAuthenticator
 from zcproto.certs import client_ca

@@ -9,7 +9,8 @@ import pytest
 
 from tests.server.protocol_harness import Harness, harness, nothing_left
 from tests.server.test_streams import LIMITS, StreamPeer, cut, items, kinds
-from zcproto.app.app import App, Context
+from zcproto.app.app import App
+from zcproto.app.context import Context
 from zcproto.app.topics import Topic
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import Code

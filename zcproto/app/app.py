@@ -18,22 +18,26 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Final, Protocol, TypeVar, overload
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, Final, TypeVar, overload
 
-from zcproto.app.clients import ClientConnections, ConnectedClient
+from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.app.topics import Slow, Topic
-from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators, Channel
+from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
+from zcproto.common.middleware import Middleware, around, check_middleware
 from zcproto.common.parameters import Signature
 from zcproto.common.value_types import ValueType
-from zcproto.connection.events import NEVER, Request
-from zcproto.errors import InvalidArgument, PermissionDenied, Unauthenticated
+from zcproto.errors import InvalidArgument, PermissionDenied
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
-from zcproto.sessions import Session
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, encode_body
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+Wrapper = TypeVar("Wrapper", bound=Middleware[Context])
+
+Produce = Callable[[Any, Context], Awaitable[Any]]
+"""Sends the items of a generator and returns the result of its stream."""
 
 RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
 
@@ -48,149 +52,13 @@ _SHAPES: Final = {
 """Shapes by whether a method sends and takes items."""
 
 
-class CallConnection(ClientConnections, Protocol):
-    """The connection of a call, as its context uses it; implemented by `ServerProtocol`."""
-
-    peer: str
-    suppress_revoked_event: bool
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def stopping(self) -> asyncio.Event: ...
-    def wall(self) -> int: ...
-    def now(self) -> float: ...
-    def peer_certificate(self) -> bytes | None: ...
-    def channel(self, context: Context | None = None) -> Channel: ...
-    def has_ended(self, request: Request) -> bool: ...
-    def prove(self, key: str) -> None: ...
-    def has_proved(self, key: str) -> bool: ...
-    def join(self, session: Session, token: bytes) -> None: ...
-    def register(self, session: Session, methods: frozenset[str], most: int) -> None: ...
-    def send_event(self, session_id: str, name: str, data: Any) -> bool: ...
-    def cut_streams_soon(self) -> None: ...
-
-
-class Context:
-    """One call. A method gets it through a parameter annotated `Context`."""
-
-    __slots__ = ("_request", "caller", "result")
-
-    result: Any
-    """Set by a generator: the result of its stream, sent after the last item; None if it is not set."""
-
-    def __init__(self, connection: CallConnection, request: Request) -> None:
-        self.caller = connection
-        """The connection; for the methods of the protocol only."""
-        self._request = request
-
-    @property
-    def session(self) -> Session | None:
-        """The session of the call's token; None if a public method was called without one."""
-        return self._request.session
-
-    @property
-    def user(self) -> str:
-        """The name of the session's user. Raises Unauthenticated if the call has no session."""
-        if self._request.session is None:
-            raise Unauthenticated("this method needs a session; call session.open first")
-        return self._request.session.user
-
-    @property
-    def peer(self) -> str:
-        """The peer's network address as text, without the port."""
-        return self.caller.peer
-
-    @property
-    def connection(self) -> str:
-        """The id of the call's connection in the log."""
-        return self.caller.id
-
-    def peer_certificate(self) -> bytes | None:
-        """Return the verified client certificate of this connection in DER form; None without one."""
-        return self.caller.peer_certificate()
-
-    @property
-    def token(self) -> bytes:
-        """The call's token; zeros without one."""
-        return self._request.token
-
-    @property
-    def method(self) -> str:
-        return self._request.method
-
-    @property
-    def traceparent(self) -> str | None:
-        """The caller's W3C Trace Context header, if it is valid."""
-        return self._request.meta.traceparent
-
-    @property
-    def time_left(self) -> float | None:
-        """Seconds until the caller's deadline; None without one. After it the caller has received an error."""
-        if self._request.deadline != NEVER:
-            return self._request.deadline - self.caller.now()
-        deadline_ms = self._request.meta.deadline_ms
-        return None if deadline_ms is None else deadline_ms / 1000
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the result will be discarded: the caller cancelled, ran out of time or disconnected."""
-        return self.caller.has_ended(self._request)
-
-    @property
-    def stopping(self) -> asyncio.Event:
-        """Set when the server begins to stop: a long stream should end, because it is cut after a while."""
-        return self.caller.stopping
-
-    @property
-    def client(self) -> ConnectedClient:
-        """The caller's client on this connection, to call methods that it handles for this session.
-
-            approved = await context.client.call("approve", tool="shell", timeout=120)
-
-        Raises Unauthenticated if the call has no session.
-        """
-        user = self.user
-        assert self._request.session is not None
-        return ConnectedClient(self.caller, self._request.session.id, user)
-
-    def wall(self) -> int:
-        """Return the server's wall clock, milliseconds since the Unix epoch."""
-        return self.caller.wall()
-
-    def now(self) -> float:
-        """Return the server's monotonic clock in seconds."""
-        return self.caller.now()
-
-    def send_event(self, name: str, data: Any) -> bool:
-        """Send an event about the call's session to this connection. Return False if it cannot be delivered.
-
-        Raises MessageError for data that a frame cannot carry.
-        """
-        session = self._request.session
-        return session is not None and self.caller.send_event(session.id, name, data)
-
-
-class DetachedContext(Context):
-    """A call with an idempotency key. It continues without its caller: others may request its answer."""
-
-    __slots__ = ()
-
-    @property
-    def time_left(self) -> float | None:
-        return None
-
-    @property
-    def cancelled(self) -> bool:
-        return False
-
-
 class Method:
     """One method. `function` is called with keyword arguments only.
 
     `may_wait` is whether a plain function may return a coroutine instead of its result. `signature` is that of the
     function, if it is known already. `bind` checks the parameters of a call and returns the arguments. `encode`
-    returns the body of a result, `encode_item` that of an item.
+    returns the body of a result, `encode_item` that of an item. With `middleware`, `bind` and `function` are those
+    of `_run_wrapped`.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
     until asynchronous calls were answered; servers in one process share them.
     """
@@ -229,25 +97,67 @@ class Method:
         """Whether the method sends and takes items: as `server.info` states it."""
         self.topic: Topic | None = None
         """The topic that the method subscribes to."""
-        self.calls = 0
-        self.durations = Histogram(QUICK_S)
-        self.waits = Histogram(WAITED_S)
+        self.middleware: tuple[Middleware[Context], ...] = ()
+        self.reset_counters()
         self.signature = signature
-        self.bind = signature.bind
+        self.bind: Callable[[dict[str, Any]], dict[str, Any]] = signature.bind
         self.encode = _encoder(signature.result)
         self.encode_item = _encoder(signature.sends)
         self.context_name = signature.injected
         self.items = signature.items
         self.is_unchecked = signature.is_unchecked and not may_wait and self.shape == "unary"
+        self._wrapped: Method | None = None  # this method without middleware
 
-    def renamed(self, name: str) -> Method:
-        """Return this method under another name, with counters of its own."""
+    def reset_counters(self) -> None:
+        self.calls = 0
+        self.durations = Histogram(QUICK_S)
+        self.waits = Histogram(WAITED_S)
+
+    def served(self, name: str, middleware: tuple[Middleware[Context], ...]) -> Method:
+        """Return this method under a name, with middleware around that which it has, and counters of its own."""
         method = copy.copy(self)
         method.name = name
-        method.calls = 0
-        method.durations = Histogram(QUICK_S)
-        method.waits = Histogram(WAITED_S)
+        method.reset_counters()
+        method.middleware = middleware + self.middleware
+        if method.middleware:
+            method._wrapped = self._wrapped or self
+            method.function = partial(_run_wrapped, method._wrapped, method.middleware)
+            method.bind = (
+                _as_one_argument  # the wrapped method's checks the parameters, within the middleware
+            )
+            method.context_name = "context"
+            method.items = None if self.items is None else ("items", self.items[1])
+            method.is_async = True
+            method.is_unchecked = False
         return method
+
+
+async def _run_wrapped(
+    method: Method,
+    middleware: tuple[Middleware[Context], ...],
+    context: Context,
+    params: dict[str, Any],
+    items: Items[Any] | None = None,
+    produce: Produce | None = None,
+) -> Any:
+    """Run a method within its middleware."""
+
+    async def run(context: Context) -> Any:
+        arguments = method.bind(params)
+        if method.context_name is not None:
+            arguments[method.context_name] = context
+        if method.items is not None:
+            arguments[method.items[0]] = items
+        result = method.function(**arguments)
+        if produce is not None:
+            return await produce(result, context)
+        return await result if method.is_async else result
+
+    return await around(middleware, run)(context)
+
+
+def _as_one_argument(params: dict[str, Any]) -> dict[str, Any]:
+    return {"params": params}
 
 
 class App:
@@ -260,6 +170,7 @@ class App:
     def __init__(self, *, authenticators: Authenticators = (BUILT_IN_SCHEMES,)) -> None:
         self.authenticators = authenticators
         self._methods: dict[str, Method] = {}
+        self._middleware: tuple[Middleware[Context], ...] = ()
         self._included: list[tuple[str, App]] = []
         self._including: list[tuple[str, App]] = []
         self._served: tuple[Method, ...] | None = None
@@ -304,6 +215,27 @@ class App:
         self._included.append((prefix, other))
         other._including.append((prefix, self))
         self._changed()
+
+    def middleware(self, function: Wrapper) -> Wrapper:
+        """Run `async def` function(context, call_next) around each call of the methods of this application.
+
+            @app.middleware
+            async def log_failures(context: Context, call_next: CallNext[Context]) -> Any:
+                try:
+                    return await call_next(context)
+                except Exception as error:
+                    print(context.method, repr(error))
+                    raise
+
+        It may raise an error instead of calling `call_next`, at most once, and return another result. The first one
+        registered is the outermost. It runs after the caller's access is checked and before the parameters are. A
+        stream is within it until it ends, a run with an idempotency key once. Methods of included applications run
+        within it too, those of the protocol do not. Raises TypeError for other functions.
+        """
+        check_middleware(function)
+        self._middleware += (function,)
+        self._changed()
+        return function
 
     def topic(
         self,
@@ -354,10 +286,11 @@ class App:
         return iter(self._served)
 
     def _all(self) -> Iterator[Method]:
-        yield from self._methods.values()
+        for method in self._methods.values():
+            yield method.served(method.name, self._middleware) if self._middleware else method
         for prefix, other in self._included:
             for method in other:
-                yield method.renamed(prefix + method.name)
+                yield method.served(prefix + method.name, self._middleware)
 
     def _names(self) -> Iterator[str]:
         yield from self._methods

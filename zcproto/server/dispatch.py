@@ -22,7 +22,8 @@ from functools import partial
 from types import CoroutineType
 from typing import Any, Final
 
-from zcproto.app.app import RESERVED_PREFIXES, Context, DetachedContext, Method
+from zcproto.app.app import RESERVED_PREFIXES, Method
+from zcproto.app.context import Context, DetachedContext
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
@@ -205,9 +206,13 @@ class Dispatcher(asyncio.Protocol):
                 self._answer_exception(stream, ResourceExhausted(TOO_MANY_ITEMS))
                 return
         connection.hold(stream, self.now())
-        work = method.function(**arguments)
-        if method.shape != "client":
-            work = self._streams.produce(stream, work, context, method.encode_item)
+        if method.shape == "client":
+            work = method.function(**arguments)
+        elif method.middleware:
+            produce = partial(self._streams.produce, stream, encode=method.encode_item)
+            work = method.function(**arguments, produce=produce)
+        else:
+            work = self._streams.produce(stream, method.function(**arguments), context, method.encode_item)
         self._streams.start(stream, work, items)
 
     def _new_runner(self, connection: ServerConnection) -> StreamRunner:

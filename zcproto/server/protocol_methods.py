@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
-from zcproto.app.app import Context, Method
+from zcproto.app.app import Method
+from zcproto.app.context import Context
 from zcproto.auth import Enrollment, Identity, Login
 from zcproto.common.parameters import Signature
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated

@@ -12,7 +12,8 @@ from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
 
-from zcproto.app.app import CallConnection, Method
+from zcproto.app.app import Method
+from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason

@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Final, Protocol
 
-from zcproto.app.app import Context
+from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.app.topics import TopicEvent
 from zcproto.common.value_types import Checker

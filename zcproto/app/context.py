@@ -1,0 +1,149 @@
+"""What a method sees of its call."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from zcproto.app.clients import ClientConnections, ConnectedClient
+from zcproto.auth.identity import Channel
+from zcproto.connection.events import NEVER, Request
+from zcproto.errors import Unauthenticated
+from zcproto.sessions import Session
+
+
+class CallConnection(ClientConnections, Protocol):
+    """The connection of a call, as its context uses it; implemented by `ServerProtocol`."""
+
+    peer: str
+    suppress_revoked_event: bool
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def stopping(self) -> asyncio.Event: ...
+    def wall(self) -> int: ...
+    def now(self) -> float: ...
+    def peer_certificate(self) -> bytes | None: ...
+    def channel(self, context: Context | None = None) -> Channel: ...
+    def has_ended(self, request: Request) -> bool: ...
+    def prove(self, key: str) -> None: ...
+    def has_proved(self, key: str) -> bool: ...
+    def join(self, session: Session, token: bytes) -> None: ...
+    def register(self, session: Session, methods: frozenset[str], most: int) -> None: ...
+    def send_event(self, session_id: str, name: str, data: Any) -> bool: ...
+    def cut_streams_soon(self) -> None: ...
+
+
+class Context:
+    """One call. A method gets it through a parameter annotated `Context`."""
+
+    __slots__ = ("_request", "caller", "result")
+
+    result: Any
+    """Set by a generator: the result of its stream, sent after the last item; None if it is not set."""
+
+    def __init__(self, connection: CallConnection, request: Request) -> None:
+        self.caller = connection
+        """The connection; for the methods of the protocol only."""
+        self._request = request
+
+    @property
+    def session(self) -> Session | None:
+        """The session of the call's token; None if a public method was called without one."""
+        return self._request.session
+
+    @property
+    def user(self) -> str:
+        """The name of the session's user. Raises Unauthenticated if the call has no session."""
+        if self._request.session is None:
+            raise Unauthenticated("this method needs a session; call session.open first")
+        return self._request.session.user
+
+    @property
+    def peer(self) -> str:
+        """The peer's network address as text, without the port."""
+        return self.caller.peer
+
+    @property
+    def connection(self) -> str:
+        """The id of the call's connection in the log."""
+        return self.caller.id
+
+    def peer_certificate(self) -> bytes | None:
+        """Return the verified client certificate of this connection in DER form; None without one."""
+        return self.caller.peer_certificate()
+
+    @property
+    def token(self) -> bytes:
+        """The call's token; zeros without one."""
+        return self._request.token
+
+    @property
+    def method(self) -> str:
+        return self._request.method
+
+    @property
+    def traceparent(self) -> str | None:
+        """The caller's W3C Trace Context header, if it is valid."""
+        return self._request.meta.traceparent
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the caller's deadline; None without one. After it the caller has received an error."""
+        if self._request.deadline != NEVER:
+            return self._request.deadline - self.caller.now()
+        deadline_ms = self._request.meta.deadline_ms
+        return None if deadline_ms is None else deadline_ms / 1000
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the result will be discarded: the caller cancelled, ran out of time or disconnected."""
+        return self.caller.has_ended(self._request)
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        """Set when the server begins to stop: a long stream should end, because it is cut after a while."""
+        return self.caller.stopping
+
+    @property
+    def client(self) -> ConnectedClient:
+        """The caller's client on this connection, to call methods that it handles for this session.
+
+            approved = await context.client.call("approve", tool="shell", timeout=120)
+
+        Raises Unauthenticated if the call has no session.
+        """
+        user = self.user
+        assert self._request.session is not None
+        return ConnectedClient(self.caller, self._request.session.id, user)
+
+    def wall(self) -> int:
+        """Return the server's wall clock, milliseconds since the Unix epoch."""
+        return self.caller.wall()
+
+    def now(self) -> float:
+        """Return the server's monotonic clock in seconds."""
+        return self.caller.now()
+
+    def send_event(self, name: str, data: Any) -> bool:
+        """Send an event about the call's session to this connection. Return False if it cannot be delivered.
+
+        Raises MessageError for data that a frame cannot carry.
+        """
+        session = self._request.session
+        return session is not None and self.caller.send_event(session.id, name, data)
+
+
+class DetachedContext(Context):
+    """A call with an idempotency key. It continues without its caller: others may request its answer."""
+
+    __slots__ = ()
+
+    @property
+    def time_left(self) -> float | None:
+        return None
+
+    @property
+    def cancelled(self) -> bool:
+        return False
