@@ -3,6 +3,7 @@
     ZcprotoError
     ├── ConfigError              the configuration is invalid; lists all faults
     ├── CertificateError         a certificate or key cannot be used
+    ├── LifespanError            the lifespan of the application failed
     ├── ProtocolError            the peer violated the protocol; has the code for it
     ├── TlsError                 the TLS handshake failed, or the peer cannot be trusted
     ├── LoginError               the application's `login` of a client raised, or returned no login
@@ -75,6 +76,10 @@ class ConfigError(ZcprotoError):
 
 class CertificateError(ZcprotoError):
     """A certificate or a key cannot be used. The message names the file and the cure, never the key."""
+
+
+class LifespanError(ZcprotoError):
+    """The lifespan of the application failed to start or to end, or ended early. Its cause is what was raised."""
 
 
 class ProtocolError(ZcprotoError):

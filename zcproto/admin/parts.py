@@ -19,6 +19,7 @@ from zcproto.common.clock import Clock
 from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.observe.loop_lag import LoopLag
+from zcproto.server.lifespan import Lifespans
 from zcproto.server.listener import Listener
 from zcproto.server.state import ServerState
 from zcproto.stores.sync import StoreSync
@@ -54,6 +55,7 @@ class Parts:
     acceptor: TlsAcceptor
     listener: Listener
     http: HttpSide | None
+    lifespans: Lifespans
     loop_lag: LoopLag
     traffic: Traffic
 

@@ -19,10 +19,11 @@ import asyncio
 import copy
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Final, TypeVar, overload
+from typing import Any, Final, Generic, TypeVar, overload
 
-from zcproto.app.context import Context
+from zcproto.app.context import Context, State
 from zcproto.app.items import Items
 from zcproto.app.topics import Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
@@ -98,6 +99,8 @@ class Method:
         self.topic: Topic | None = None
         """The topic that the method subscribes to."""
         self.middleware: tuple[Middleware[Context], ...] = ()
+        self.owner: App | None = None
+        """The application whose lifespan yields the state of its calls."""
         self.reset_counters()
         self.signature = signature
         self.bind: Callable[[dict[str, Any]], dict[str, Any]] = signature.bind
@@ -113,10 +116,14 @@ class Method:
         self.durations = Histogram(QUICK_S)
         self.waits = Histogram(WAITED_S)
 
-    def served(self, name: str, middleware: tuple[Middleware[Context], ...]) -> Method:
-        """Return this method under a name, with middleware around that which it has, and counters of its own."""
+    def served(self, name: str, middleware: tuple[Middleware[Context], ...], owner: App | None) -> Method:
+        """Return this method under a name, with middleware around that which it has, and counters of its own.
+
+        `owner` is the application whose lifespan it uses unless it has one.
+        """
         method = copy.copy(self)
         method.name = name
+        method.owner = self.owner or owner
         method.reset_counters()
         method.middleware = middleware + self.middleware
         if method.middleware:
@@ -160,15 +167,36 @@ def _as_one_argument(params: dict[str, Any]) -> dict[str, Any]:
     return {"params": params}
 
 
-class App:
+class App(Generic[State]):
     """A set of methods. Several servers may serve one application.
 
+        @asynccontextmanager
+        async def lifespan(app: App) -> AsyncIterator[Pool]:
+            async with create_pool() as pool:
+                yield pool
+
+        app = App(lifespan=lifespan)
+
+        @app.method
+        async def count(context: Context[Pool]) -> int:
+            return await context.state.fetch_count()
+
+    Each server enters `lifespan(app)` before it listens, and leaves it when its methods have ended.
     `authenticators` decide who may open sessions. By default they are `BUILT_IN_SCHEMES`: the API keys, devices and
     client certificates of the server's home folder.
     """
 
-    def __init__(self, *, authenticators: Authenticators = (BUILT_IN_SCHEMES,)) -> None:
+    def __init__(
+        self,
+        *,
+        lifespan: Callable[[App[State]], AbstractAsyncContextManager[State]] | None = None,
+        authenticators: Authenticators = (BUILT_IN_SCHEMES,),
+    ) -> None:
+        """Raises TypeError for a generator function that is not decorated as a context manager."""
+        if _is(inspect.isasyncgenfunction, lifespan) or inspect.isgeneratorfunction(lifespan):
+            raise TypeError("lifespan: decorate the function with contextlib.asynccontextmanager")
         self.authenticators = authenticators
+        self._lifespan = lifespan
         self._methods: dict[str, Method] = {}
         self._middleware: tuple[Middleware[Context], ...] = ()
         self._included: list[tuple[str, App]] = []
@@ -286,11 +314,20 @@ class App:
         return iter(self._served)
 
     def _all(self) -> Iterator[Method]:
+        middleware, owner = self._middleware, None if self._lifespan is None else self
         for method in self._methods.values():
-            yield method.served(method.name, self._middleware) if self._middleware else method
+            is_changed = middleware or owner is not None
+            yield method.served(method.name, middleware, owner) if is_changed else method
         for prefix, other in self._included:
             for method in other:
-                yield method.served(prefix + method.name, self._middleware)
+                yield method.served(prefix + method.name, middleware, owner)
+
+    def lifespans(self) -> dict[App[Any], Callable[[App[Any]], AbstractAsyncContextManager[Any]]]:
+        """Return the lifespans to enter, in order: that of this application, then of those that it includes."""
+        found = {} if self._lifespan is None else {self: self._lifespan}
+        for _, other in self._included:
+            found |= {app: lifespan for app, lifespan in other.lifespans().items() if app not in found}
+        return found
 
     def _names(self) -> Iterator[str]:
         yield from self._methods
@@ -342,7 +379,7 @@ def _encoder(type_: ValueType) -> Callable[[Any], bytes]:
     return encode_body if dump is None else lambda value: encode_body(dump(value))
 
 
-def _is(kind: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
+def _is(kind: Callable[[Any], bool], function: Any) -> bool:
     """Return whether a function, or what a callable object calls, is of a kind."""
     return kind(function) or kind(getattr(function, "__call__", None))  # noqa: B004 - its kind matters
 

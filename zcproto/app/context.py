@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.auth.identity import Channel
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import Unauthenticated
 from zcproto.sessions import Session
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    State = TypeVarWithDefault("State", default=Any)
+else:
+    State = TypeVar("State")
 
 
 class CallConnection(ClientConnections, Protocol):
@@ -27,6 +34,7 @@ class CallConnection(ClientConnections, Protocol):
     def peer_certificate(self) -> bytes | None: ...
     def channel(self, context: Context | None = None) -> Channel: ...
     def has_ended(self, request: Request) -> bool: ...
+    def lifespan_value(self, method: str) -> Any: ...
     def prove(self, key: str) -> None: ...
     def has_proved(self, key: str) -> bool: ...
     def join(self, session: Session, token: bytes) -> None: ...
@@ -35,8 +43,8 @@ class CallConnection(ClientConnections, Protocol):
     def cut_streams_soon(self) -> None: ...
 
 
-class Context:
-    """One call. A method gets it through a parameter annotated `Context`."""
+class Context(Generic[State]):
+    """One call. A method gets it through a parameter annotated `Context`, or `Context[State]` to type `state`."""
 
     __slots__ = ("_request", "caller", "result")
 
@@ -47,6 +55,12 @@ class Context:
         self.caller = connection
         """The connection; for the methods of the protocol only."""
         self._request = request
+
+    @property
+    def state(self) -> State:
+        """What the lifespan of the application yielded: of the included one that has the method, or of the nearest
+        that includes it. Raises RuntimeError if none has a lifespan."""
+        return cast("State", self.caller.lifespan_value(self._request.method))
 
     @property
     def session(self) -> Session | None:
@@ -135,7 +149,7 @@ class Context:
         return session is not None and self.caller.send_event(session.id, name, data)
 
 
-class DetachedContext(Context):
+class DetachedContext(Context[State]):
     """A call with an idempotency key. It continues without its caller: others may request its answer."""
 
     __slots__ = ()

@@ -70,7 +70,7 @@ class Signature:
     ) -> None:
         name, is_required = parameter.name, parameter.default is inspect.Parameter.empty
         bare = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
-        if injected is not None and bare is injected:
+        if injected is not None and injected in (bare, typing.get_origin(bare)):
             self.injected = name
             return
         if items is not None and items in (bare, typing.get_origin(bare)):

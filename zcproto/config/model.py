@@ -68,6 +68,9 @@ class ServerConfig(Settings):
     drain_timeout: Annotated[float, duration("0s", "1h")] = 30.0
     """How long requests may run after SIGTERM before they are cancelled. The default is what service managers
     commonly wait."""
+    lifespan_timeout: Annotated[float, duration("100ms", "1h")] = 30.0
+    """How long the lifespan of the application may take to start, and again to end. A start that takes longer
+    fails, since a service manager would wait without a reason in the log."""
     proxy_protocol_from: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ()
     """The load balancers that send the client's address in a PROXY protocol header, version 2, before TLS
     begins. From these the header is required; from all others, who could forge any address with it, it is

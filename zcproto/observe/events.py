@@ -141,6 +141,10 @@ server.draining info (connections)
     The server drains: it accepts nothing new and finishes requests in flight.
 server.methods_stuck error (count)
     Methods did not end after they were cancelled.
+lifespan.failed error (what exc_info)
+    The lifespan of the application failed at its start or end, or ended while the server ran, which then drains.
+lifespan.stuck error (what seconds)
+    The lifespan of the application did not start or end within server.lifespan_timeout, and was cancelled.
 server.ended info (cut_off)
     The server has ended; all connections are closed.
 server.forced warning ()

@@ -61,6 +61,7 @@ from zcproto.runtime.store_setup import NEAR_CACHE, build_store
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
+from zcproto.server.lifespan import Lifespans
 from zcproto.server.listener import Listener
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.protocol import ServerProtocol
@@ -132,6 +133,7 @@ async def build(
         acceptor=acceptor,
         listener=listener,
         http=http,
+        lifespans=Lifespans(app.lifespans(), state.lifespan_values),
         loop_lag=LoopLag(loop, lambda: state.counters.requests + acceptor.handshakes_completed),
         traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )

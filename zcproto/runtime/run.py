@@ -64,8 +64,9 @@ def serve(
 
     `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it
     listens. A service manager such as systemd is notified as well; it may run a watchdog and pass the listening
-    sockets. Further options are passed to `Server`. Raises ConfigError or CertificateError before anything listens,
-    and RuntimeError inside a running event loop or outside the main thread: use `Server` there.
+    sockets. Further options are passed to `Server`. Raises ConfigError, CertificateError or LifespanError before
+    anything listens, LifespanError at the end, and RuntimeError inside a running event loop or outside the main
+    thread: use `Server` there.
     """
     _check_own_process()
     risks = harden(os.environ)  # before any key is loaded
@@ -136,7 +137,10 @@ async def _serve(
     ready(server)
     manager.ready(loop, server.summary)
     await stop.wait()
-    manager.stopping(server.config.server.drain_timeout if drain_timeout is None else drain_timeout)
+    limits = server.config.server
+    manager.stopping(
+        (limits.drain_timeout if drain_timeout is None else drain_timeout) + limits.lifespan_timeout
+    )
     draining = loop.create_task(server.drain())
     forced = loop.create_task(force.wait())
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
@@ -144,10 +148,10 @@ async def _serve(
         log.warning("server.forced")
         _exit_at_once()
     forced.cancel()
-    draining.result()
     manager.close()
-    if server.state.tasks.running:  # methods that cannot be cancelled would block the end of the loop
+    if server.state.tasks.running or server.parts.lifespans.is_stuck:  # it would block the end of the loop
         _exit_at_once()
+    draining.result()
 
 
 async def _reload(server: Server, manager: ServiceManager) -> None:

@@ -3,11 +3,11 @@
     async with Server(app, config) as server:
         await server.wait_closed()
 
-    build -> control socket -> sessions -> bind -> background work -> listen
+    build -> control socket -> sessions -> lifespan -> bind -> background work -> listen
     drain: stop accepting -> GOAWAY -> wait for running methods -> cancel -> close -> wait for the peers
 
 Rules:
-- All faults of the configuration and the certificates are raised before a port is bound.
+- All faults of the configuration, the certificates and the lifespan are raised before a port is bound.
 - A method may finish within the limit of the drain; a caller whose method is cut off gets CANCELLED.
 - A peer that does not close after close_notify is reset after the linger time.
 - After the drain, what was started ends in reverse order.
@@ -68,7 +68,8 @@ class Server:
     `control` is whether to open a control socket in the home folder, which only one server can have.
     `sockets` are listening sockets that replace `server.host` and `server.port`, and `redirect_sockets` those that
     replace `http.redirect_port`; the server closes them.
-    Raises ConfigError or CertificateError on entering, before anything listens.
+    Raises ConfigError, CertificateError or LifespanError on entering, before anything listens. A lifespan that
+    fails later drains the server, and its error is raised on leaving.
     """
 
     def __init__(
@@ -145,6 +146,8 @@ class Server:
             if parts.store is not None:
                 await parts.store.start()
                 stack.push_async_callback(parts.store.stop)
+            stack.push_async_callback(self._stop_lifespans, parts)
+            await parts.lifespans.start(parts.config.server.lifespan_timeout, self.begin_drain)
             stack.callback(parts.listener.close)
             if parts.http is not None:
                 stack.callback(parts.http.close)
@@ -161,8 +164,13 @@ class Server:
             parts.listener.start()
             if parts.http is not None and parts.http.redirect is not None:
                 parts.http.redirect.start()
+            if parts.lifespans.failure is not None:  # it has ended meanwhile
+                raise parts.lifespans.failure
             self._parts = parts
             self._running = stack.pop_all()
+
+    async def _stop_lifespans(self, parts: Parts) -> None:
+        await parts.lifespans.stop(self.config.server.lifespan_timeout)
 
     def _bind(self, parts: Parts) -> None:
         config = parts.config
@@ -301,18 +309,21 @@ class Server:
         """Stop accepting, send GOAWAY, wait for running methods, close every connection, end.
 
         `limit` is the seconds that running methods have; None is the configured limit, 0 cancels them at once. A
-        second call waits for the first.
+        second call waits for the first. Raises LifespanError if the lifespan of the application has failed.
         """
         async with self._ending:
-            if self._parts is None or self._closed.is_set():
+            if self._parts is None:
                 return
-            limit = self.config.server.drain_timeout if limit is None else limit
-            cut_off = await drain_connections(self._parts, limit)
-            await self._running.aclose()
-            self._closed.set()
-            log.info("server.ended", cut_off=cut_off)
-            report_suppressed()
-            flush_log()
+            if not self._closed.is_set():
+                limit = self.config.server.drain_timeout if limit is None else limit
+                cut_off = await drain_connections(self._parts, limit)
+                await self._running.aclose()
+                self._closed.set()
+                log.info("server.ended", cut_off=cut_off)
+                report_suppressed()
+                flush_log()
+            if self._parts.lifespans.failure is not None:
+                raise self._parts.lifespans.failure
 
     async def wait_closed(self) -> None:
         """Return when the server has ended."""

@@ -91,6 +91,13 @@ class Dispatcher(asyncio.Protocol):
     def wall(self) -> int:
         return self._state.clock.wall()
 
+    def lifespan_value(self, method: str) -> Any:
+        """Return the state of a method's application. Raises RuntimeError if it has no lifespan."""
+        owner = self._state.methods[method].owner
+        if owner is None:
+            raise RuntimeError("this application has no lifespan; pass one: App(lifespan=...)")
+        return self._state.lifespan_values[owner]
+
     @property
     def stopping(self) -> asyncio.Event:
         return self._state.stopping

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
 
-from zcproto.app.app import Method
+from zcproto.app.app import App, Method
 from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
@@ -163,6 +163,8 @@ class ServerState:
         default_factory=lambda: PartialFrames(PartialFrameLimits())
     )
     methods: dict[str, Method] = field(default_factory=dict)
+    lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
+    """What the lifespans of the application have yielded."""
     counters: Counters = field(default_factory=Counters)
     item_bytes: int = 0
     """Bytes of the items of clients that wait for their methods."""
