@@ -107,6 +107,8 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.public_requests_per_address", limits.public_requests_per_address, None),
         ("limits.running_per_user", limits.running_per_user, requests.most_running_per_user),
         ("limits.running_per_address", limits.running_per_address, requests.most_running_per_address),
+        ("limits.threads", limits.threads, parts.state.threads.running),
+        ("limits.waiting_for_thread", limits.waiting_for_thread, parts.state.threads.waiting),
         ("streams.max_open", config.streams.max_open, snapshot.most_streams_open),
         ("streams.max_item_bytes", config.streams.max_item_bytes, None),
         ("streams.window_items", config.streams.window_items, None),
@@ -221,6 +223,7 @@ def _requests(snapshot: Snapshot) -> Iterator[Reading]:
             yield "zcproto_topic_ended_total", method.topic.ended, name
     for name in LIMIT_NAMES:
         yield "zcproto_requests_limited_total", state.request_limits.refused[name], name
+    yield "zcproto_thread_calls_refused_total", state.threads.refused
     yield "zcproto_idempotent_requests_running", state.idempotency.running
     yield "zcproto_idempotent_answers_total", state.idempotency.repeated, "repeated"
     yield "zcproto_idempotent_answers_total", state.idempotency.conflicts, "conflict"

@@ -56,10 +56,10 @@ _SHAPES: Final = {
 class Method:
     """One method. `function` is called with keyword arguments only.
 
-    `may_wait` is whether a plain function may return a coroutine instead of its result. `signature` is that of the
-    function, if it is known already. `bind` checks the parameters of a call and returns the arguments. `encode`
-    returns the body of a result, `encode_item` that of an item. With `middleware`, `bind` and `function` are those
-    of `_run_wrapped`.
+    `may_wait` is whether a plain function may return a coroutine instead of its result, `thread` whether it blocks.
+    `signature` is that of the function, if it is known already. `bind` checks the parameters of a call and returns
+    the arguments. `encode` returns the body of a result, `encode_item` that of an item. With `middleware`, or in a
+    thread, `bind` and `function` are those of `_run_wrapped`.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
     until asynchronous calls were answered; servers in one process share them.
     """
@@ -72,6 +72,7 @@ class Method:
         public: bool = False,
         operator: bool = False,
         may_wait: bool = False,
+        thread: bool = False,
         signature: Signature | None = None,
     ) -> None:
         _check_name(name)
@@ -79,6 +80,10 @@ class Method:
             raise ValueError(f"method {name}: choose public or operator, not both")
         if inspect.isgeneratorfunction(function):
             raise TypeError(f"method {name}: a stream must be an async generator; write async def")
+        if thread and (
+            _is(inspect.iscoroutinefunction, function) or _is(inspect.isasyncgenfunction, function)
+        ):
+            raise TypeError(f"method {name}: thread=True is for def; use asyncio.to_thread in async def")
         if signature is None:
             try:
                 signature = Signature(function, injected=Context, items=Items)
@@ -94,6 +99,7 @@ class Method:
         self.operator = operator
         self.doc = inspect.getdoc(function) or ""
         self.may_wait = may_wait
+        self.thread = thread
         self.shape = _SHAPES[yields, signature.items is not None]
         """Whether the method sends and takes items: as `server.info` states it."""
         self.topic: Topic | None = None
@@ -126,7 +132,7 @@ class Method:
         method.owner = self.owner or owner
         method.reset_counters()
         method.middleware = middleware + self.middleware
-        if method.middleware:
+        if method.middleware or method.thread:
             method._wrapped = self._wrapped or self
             method.function = partial(_run_wrapped, method._wrapped, method.middleware)
             method.bind = (
@@ -155,6 +161,8 @@ async def _run_wrapped(
             arguments[method.context_name] = context
         if method.items is not None:
             arguments[method.items[0]] = items
+        if method.thread:
+            return await context.caller.run_in_thread(context, method.function, arguments)
         result = method.function(**arguments)
         if produce is not None:
             return await produce(result, context)
@@ -207,23 +215,34 @@ class App(Generic[State]):
     def method(self, function: Handler, /) -> Handler: ...
     @overload
     def method(
-        self, name: str | None = None, *, public: bool = False, operator: bool = False
+        self,
+        name: str | None = None,
+        *,
+        public: bool = False,
+        operator: bool = False,
+        thread: bool = False,
     ) -> Callable[[Handler], Handler]: ...
     def method(
-        self, name: str | Callable[..., Any] | None = None, *, public: bool = False, operator: bool = False
+        self,
+        name: str | Callable[..., Any] | None = None,
+        *,
+        public: bool = False,
+        operator: bool = False,
+        thread: bool = False,
     ) -> Callable[..., Any]:
         """Register a function under `name`, by default its own: `@app.method`, `@app.method("name")`.
 
-        A `public` method may be called without a session, an `operator` method by operators only. Raises ValueError
-        for a name that is malformed, registered or reserved, and for both flags at once; TypeError for a parameter,
-        result or item whose annotation cannot be used.
+        A `public` method may be called without a session, an `operator` method by operators only. With `thread` a
+        plain function may block: it runs in one of the server's threads. Raises ValueError for a name that is
+        malformed, registered or reserved, and for `public` with `operator`; TypeError for a parameter, result or item
+        whose annotation cannot be used, and for `thread` with `async def`.
         """
         if not (name is None or isinstance(name, str)):
             return self.method()(name)
 
         def register(function: Handler) -> Handler:
             own_name = _name_of(function) if name is None else name
-            self.add(Method(own_name, function, public=public, operator=operator))
+            self.add(Method(own_name, function, public=public, operator=operator, thread=thread))
             return function
 
         return register
@@ -316,7 +335,7 @@ class App(Generic[State]):
     def _all(self) -> Iterator[Method]:
         middleware, owner = self._middleware, None if self._lifespan is None else self
         for method in self._methods.values():
-            is_changed = middleware or owner is not None
+            is_changed = middleware or method.thread or owner is not None
             yield method.served(method.name, middleware, owner) if is_changed else method
         for prefix, other in self._included:
             for method in other:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     State = TypeVarWithDefault("State", default=Any)
 else:
     State = TypeVar("State")
+
+thread_kind = threading.local()
+"""Whether the current thread runs a method, in `is_method`."""
 
 
 class CallConnection(ClientConnections, Protocol):
@@ -35,6 +40,9 @@ class CallConnection(ClientConnections, Protocol):
     def channel(self, context: Context | None = None) -> Channel: ...
     def has_ended(self, request: Request) -> bool: ...
     def lifespan_value(self, method: str) -> Any: ...
+    async def run_in_thread(
+        self, context: Context, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> Any: ...
     def prove(self, key: str) -> None: ...
     def has_proved(self, key: str) -> bool: ...
     def join(self, session: Session, token: bytes) -> None: ...
@@ -143,8 +151,12 @@ class Context(Generic[State]):
     def send_event(self, name: str, data: Any) -> bool:
         """Send an event about the call's session to this connection. Return False if it cannot be delivered.
 
-        Raises MessageError for data that a frame cannot carry.
+        Raises MessageError for data that a frame cannot carry, RuntimeError in a method that runs in a thread.
         """
+        if getattr(thread_kind, "is_method", False):
+            raise RuntimeError(
+                "send_event needs the event loop; write async def, and asyncio.to_thread for what blocks"
+            )
         session = self._request.session
         return session is not None and self.caller.send_event(session.id, name, data)
 

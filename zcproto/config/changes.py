@@ -62,7 +62,8 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "limits": {
         Effect.NOW: (
             "write_timeout login_failures login_timeout logins_pending requests_per_user requests_per_address"
-            " public_requests_per_address running_per_user running_per_address partial_frame_bytes"
+            " public_requests_per_address running_per_user running_per_address threads waiting_for_thread"
+            " partial_frame_bytes"
             " partial_frame_bytes_per_user"
         ),
         Effect.NEW_CONNECTIONS: (

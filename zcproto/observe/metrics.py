@@ -157,6 +157,9 @@ zcproto_frames_refused_total counter (reason code)
 zcproto_requests_limited_total counter (limit)
     Requests refused because a user or an address sent too many. `limit`: the key in the section `limits`:
     requests_per_user, requests_per_address, public_requests_per_address, running_per_user, running_per_address.
+zcproto_thread_calls_refused_total counter
+    Calls of methods with thread=True that were refused because too many waited for a thread
+    (limits.waiting_for_thread).
 zcproto_idempotent_requests_running gauge
     Requests with an idempotency key that are running.
 zcproto_idempotent_answers_total counter (result)

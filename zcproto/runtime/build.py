@@ -68,6 +68,7 @@ from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.server.state import ServerState, SessionConnections, log
+from zcproto.server.threads import ThreadLimits, ThreadPool
 from zcproto.sessions import EndReason, SessionRegistry, SessionSettings
 from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.record import WhenFull
@@ -232,6 +233,7 @@ def build_state(
             max_running=config.idempotency.running_per_user,
         ),
         request_limits=RequestLimits(request_settings(config)),
+        threads=ThreadPool(thread_limits(config)),
         clients=RegisteredClients(call_limits(config)),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),
@@ -399,6 +401,11 @@ def call_limits(config: Config) -> CallLimits:
     """Return the limits of calls to clients, beside that of each connection."""
     calls = config.calls
     return CallLimits(calls.per_user, calls.total, calls.names_per_user)
+
+
+def thread_limits(config: Config) -> ThreadLimits:
+    """Return the limits of methods that run in threads."""
+    return ThreadLimits(config.limits.threads, config.limits.waiting_for_thread)
 
 
 def partial_frame_limits(config: Config) -> PartialFrameLimits:

@@ -32,6 +32,7 @@ from zcproto.runtime.build import (
     partial_frame_limits,
     request_settings,
     session_settings,
+    thread_limits,
 )
 from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
@@ -141,6 +142,7 @@ def _apply(parts: Parts, new: Config) -> None:
     state.binding.reconfigure(sessions.bind_address, sessions.bind_client)
     state.request_limits.reconfigure(request_settings(new))
     state.clients.limits = call_limits(new)
+    state.threads.reconfigure(thread_limits(new))
     parts.login.throttle.reconfigure(limits.login_failures)
     parts.login.max_pending = limits.logins_pending
     parts.acceptor.handshake_timeout = new.tls.handshake_timeout

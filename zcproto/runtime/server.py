@@ -362,7 +362,7 @@ async def drain_connections(parts: Parts, limit: float) -> int:
         connection.close("drain_timeout")
     # close_notify has been sent: wait for the peers, or for the linger time that resets the rest.
     await _within(LINGER_TIME + 0.5, parts.listener.wait_empty())
-    stuck = await state.tasks.close(CANCELLED_TIME)
+    stuck = await state.tasks.close(CANCELLED_TIME) + await state.threads.close(CANCELLED_TIME)
     if stuck:
         log.error("server.methods_stuck", count=stuck)
     return cut_off

@@ -17,13 +17,14 @@ It must not know: TLS, what is allowed on the wire.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import CoroutineType
 from typing import Any, Final
 
 from zcproto.app.app import RESERVED_PREFIXES, Method
 from zcproto.app.context import Context, DetachedContext
+from zcproto.common.network import network_of
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
 from zcproto.connection.refusals import NEEDS_SESSION
 from zcproto.connection.server import ServerConnection
@@ -97,6 +98,14 @@ class Dispatcher(asyncio.Protocol):
         if owner is None:
             raise RuntimeError("this application has no lifespan; pass one: App(lifespan=...)")
         return self._state.lifespan_values[owner]
+
+    async def run_in_thread(
+        self, context: Context, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> Any:
+        """Run a method that blocks, and return its result."""
+        session = context.session
+        owner = f"address {network_of(self.peer)}" if session is None else f"user {session.user}"
+        return await self._state.threads.run(owner, partial(function, **arguments))
 
     @property
     def stopping(self) -> asyncio.Event:

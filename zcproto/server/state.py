@@ -26,6 +26,7 @@ from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.request_limits import RequestLimits
+from zcproto.server.threads import ThreadPool
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
@@ -162,6 +163,7 @@ class ServerState:
     partial_frames: PartialFrames[Connection] = field(
         default_factory=lambda: PartialFrames(PartialFrameLimits())
     )
+    threads: ThreadPool = field(default_factory=ThreadPool)
     methods: dict[str, Method] = field(default_factory=dict)
     lifespan_values: dict[App[Any], Any] = field(default_factory=dict)
     """What the lifespans of the application have yielded."""
