@@ -58,8 +58,8 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-def start(pool: ThreadPool, blocker: Blocker, name: str, owner: str = "user ada") -> asyncio.Task[Any]:
-    return asyncio.get_running_loop().create_task(pool.run(owner, blocker.work(name)))
+def start(pool: ThreadPool, blocker: Blocker, name: str, owner: str | None = None) -> asyncio.Task[Any]:
+    return asyncio.get_running_loop().create_task(pool.run(owner or f"user {name}", blocker.work(name)))
 
 
 # --- the pool --------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ async def test_calls_beyond_the_threads_wait_in_order(blocker: Blocker) -> None:
 
 async def test_call_beyond_the_queue_is_unavailable(blocker: Blocker) -> None:
     pool = ThreadPool(ThreadLimits(threads=1, waiting=1))
-    tasks = [start(pool, blocker, "a", "user ada"), start(pool, blocker, "b", "user bob")]
+    tasks = [start(pool, blocker, name) for name in "ab"]
     await asyncio.sleep(0)
     with pytest.raises(Unavailable, match="too many calls wait for a thread"):
         await pool.run("user eve", lambda: None)
@@ -117,7 +117,7 @@ async def test_call_beyond_the_queue_is_unavailable(blocker: Blocker) -> None:
 
 async def test_one_user_cannot_take_the_whole_queue(blocker: Blocker) -> None:
     pool = ThreadPool(ThreadLimits(threads=1, waiting=7))
-    tasks = [start(pool, blocker, str(number)) for number in range(4)]
+    tasks = [start(pool, blocker, str(number), "user ada") for number in range(4)]
     await asyncio.sleep(0)
     with pytest.raises(ResourceExhausted, match="of this user"):
         await pool.run("user ada", lambda: None)
