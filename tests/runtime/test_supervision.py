@@ -281,7 +281,7 @@ def test_process_reports_ready_reload_and_stop(start: Start, manager: FakeServic
     assert before <= int(reloading["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
     manager.until("READY", "1")
     process.send_signal(signal.SIGTERM)
-    assert manager.until("STOPPING", "1")["EXTEND_TIMEOUT_USEC"] == "40000000"
+    assert manager.until("STOPPING", "1")["EXTEND_TIMEOUT_USEC"] == "70000000"
     assert process.wait(TIMEOUT) == 0
 
 
