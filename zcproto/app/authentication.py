@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from inspect import isawaitable
 from typing import Any
 
-from zcproto.app.app import Context
+from zcproto.app.context import Context
 from zcproto.auth.identity import NO_CHANNEL, Channel, Identity, check_scheme
 from zcproto.common.parameters import Signature
 
