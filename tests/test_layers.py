@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"load", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
     "bench": {"load", "client", "runtime", "admin", "server", "app"} | BELOW_THE_EDGE,
     "__main__": {"cli"},
-    "zcproto": {"runtime", "admin", "app", "auth", "client", "config", "errors"},
+    "zcproto": {"runtime", "admin", "app", "auth", "client", "config", "common", "errors"},
 }
 """The packages that each package may import."""
 
