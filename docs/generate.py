@@ -278,7 +278,7 @@ def _exception_tree() -> str:
 # --- the API ------------------------------------------------------------------------------------------------
 
 API: Final = {
-    "Applications": ("App", "Context", "Items", "Topic", "TopicEvent", "ConnectedClient"),
+    "Applications": ("App", "Context", "CallNext", "Items", "Topic", "TopicEvent", "ConnectedClient"),
     "Running a server": ("serve", "Server", "ServerUsers", "UserEntry"),
     "Configuration": ("Config", *(model.__name__ for model in sections().values()), "SiteConfig"),
     "Authentication": ("Authenticator", "CallableAuthenticator", "Identity", "BUILT_IN_SCHEMES"),

@@ -14,12 +14,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 Called = TypeVar("Called")
+Called_contra = TypeVar("Called_contra", contravariant=True)
 
-CallNext: TypeAlias = Callable[[Called], Awaitable[Any]]
-"""Runs the next middleware, or what is called, and returns its result: `CallNext[Context]` for methods."""
+
+class CallNext(Protocol[Called_contra]):
+    """What a middleware gets to run the next one, or at last the method: `CallNext[Context]` for methods."""
+
+    def __call__(self, called: Called_contra, /) -> Awaitable[Any]:
+        """Return its result."""
+
 
 Middleware: TypeAlias = Callable[[Called, CallNext[Called]], Awaitable[Any]]
 
