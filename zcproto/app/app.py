@@ -234,8 +234,8 @@ class App(Generic[State]):
 
         A `public` method may be called without a session, an `operator` method by operators only. With `thread` a
         plain function may block: it runs in one of the server's threads. Raises ValueError for a name that is
-        malformed, registered or reserved, and for `public` with `operator`; TypeError for a parameter, result or item
-        whose annotation cannot be used, and for `thread` with `async def`.
+        malformed, registered or reserved, and for `public` with `operator`; TypeError for an annotation that cannot
+        be used, and for `thread` with `async def`.
         """
         if not (name is None or isinstance(name, str)):
             return self.method()(name)
