@@ -24,8 +24,10 @@ PER_USER = 5
 CLIENT = """
 import asyncio, sys, zcproto
 
-async def main(port, key, home):
-    async with zcproto.connect(f"127.0.0.1:{port}", user="ada", key=key, ca_file=f"{home}/certs/ca.crt") as client:
+async def main(port, key, home, file=None):
+    async with zcproto.connect(
+        f"127.0.0.1:{port}", user="ada", key=key, ca_file=f"{home}/certs/ca.crt", session_file=file
+    ) as client:
         print(client.session.id, flush=True)
         await asyncio.sleep(3600)
 
@@ -36,9 +38,9 @@ asyncio.run(main(*sys.argv[1:]))
 class ClientProcess:
     """A client in its own process, with a session. `session_id` is empty if it has got none."""
 
-    def __init__(self, port: int, key: str, home: Path) -> None:
+    def __init__(self, port: int, key: str, home: Path, *session_file: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, str(port), key, str(home)],
+            [sys.executable, "-c", CLIENT, str(port), key, str(home), *session_file],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -81,6 +83,19 @@ def test_sixth_client_gets_in_at_once_after_five_were_killed(tmp_path: Path, cer
             client.kill()
         sixth = stack.enter_context(ClientProcess(server.port, key, home))
         assert sixth.session_id != ""
+
+
+def test_killed_client_continues_its_session_from_a_file(tmp_path: Path, certs: Path) -> None:
+    home, file = tmp_path / "home", str(tmp_path / "session.json")
+    home.mkdir(mode=0o700)
+    key = UserFile(home / "users.toml").add("ada").reveal()
+    with ServerProcess(home, certs) as server:
+        ids = set()
+        for _ in range(3):
+            with ClientProcess(server.port, key, home, file) as client:
+                ids.add(client.session_id)
+                client.kill()
+        assert len(ids - {""}) == 1
 
 
 def test_one_client_too_many_that_always_comes_back_never_ends_the_session_of_another(

@@ -25,6 +25,7 @@ from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import Backoff, Random
 from zcproto.client.session import CLOSE_TIMEOUT
 from zcproto.client.session_client import UNSET, SessionClient
+from zcproto.client.session_file import SessionFile
 from zcproto.common.clock import Clock, MonotonicClock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import EventReceived
@@ -55,6 +56,10 @@ class Client(SessionClient):
         self.address = parse_address(address)
         super().__init__(options, MonotonicClock(clock), random)
         self._dial: Dial = Dialer(self.address, options, self._clock, clock) if dial is None else dial
+        if options.session_file is not None:
+            if self._credentials is None:
+                raise ConfigError(["session_file: credentials are missing; give what opens a session"])
+            self._session_file = SessionFile(options.session_file, str(self.address), self._credentials)
         self._users: dict[UserSession, None] = {}
         self._had_users = False
         self._showing: asyncio.Task[None] | None = None
@@ -78,7 +83,7 @@ class Client(SessionClient):
         """Connect, and open a session if there are credentials. `async with` calls this.
 
         Raises the error of the first attempt: CannotConnect, TlsError, CertificateError, ConnectionClosed, the
-        CallErrors of `session.open`, and ConfigError for a key log that cannot be written.
+        CallErrors of `session.open`, and ConfigError for a key log or a session file that cannot be used.
         """
         if self._opened:
             raise RuntimeError("this client was opened before; create a new one")
@@ -171,6 +176,7 @@ class Client(SessionClient):
             device_name=device_name,
             login=login,
             certificate=None,
+            session_file=None,
             on_event=None,
             on_connected=None,
         )

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import scrypt
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -214,6 +215,13 @@ class SchemeLogin:
         if callable(self._source):
             self._holds_until = -math.inf  # each login is sent once
         return dict(self._fetched)
+
+    def digest(self) -> str:
+        """Return a digest of a mapping that is slow to guess a password from; empty for a function."""
+        if callable(self._source):
+            return ""
+        login = encode_body(dict(sorted(self._source.items())))
+        return scrypt(login, salt=b"zcproto login", n=1 << 14, r=8, p=1, dklen=16).hex()
 
 
 def _login_fault(login: object) -> str:

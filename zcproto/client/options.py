@@ -78,6 +78,11 @@ class ConnectOptions:
     its fields, or a function that returns one for each session that is opened. The function may be async; otherwise
     it must not block, except in `connect_blocking`, which runs it in a thread."""
 
+    session_file: str | Path | None = None
+    """The file that keeps the session, so that this client continues it after a restart instead of logging in.
+    Closing the client then leaves the session open. The file has mode 0600 and is for one client at a time: further
+    ones have sessions of their own, which they do not keep."""
+
     session: bool = True
     """False connects without opening a session; `open_session` opens one later."""
 

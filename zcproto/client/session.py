@@ -50,7 +50,9 @@ that to the next one."""
 REFRESH_AT: Final = 0.8
 """The fraction of a session's lifetime after which it is refreshed."""
 
-_ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
+ENDED_BY_REFUSAL: Final = SESSION_IS_OVER | {Code.UNAUTHENTICATED, Code.TOKEN_EXPIRED}
+"""Answers to a session method after which the session cannot go on."""
+
 _MAYBE_RUN: Final = frozenset({Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.INTERNAL, Code.UNKNOWN})
 
 
@@ -67,7 +69,7 @@ class ClientSession:
 
         Raises ProtocolError if the result is invalid.
         """
-        fields = _check_result(result)
+        self._fields = fields = _check_result(result)
         self.token_bytes = SecretBytes(fields["token"])
         refresh_token = fields["refresh_token"]
         self.refresh_token_bytes = None if refresh_token is None else SecretBytes(refresh_token)
@@ -93,6 +95,10 @@ class ClientSession:
     def token(self) -> str:
         """The token for HTTP's `Authorization: Bearer`: base64url without padding."""
         return base64.urlsafe_b64encode(self.token_bytes).rstrip(b"=").decode()
+
+    def as_result(self) -> dict[str, Any]:
+        """Return the result that this session was made from, with the refresh token unless it may be spent."""
+        return {**self._fields, "refresh_token": self.refresh_token_bytes}
 
     def used(self, now: float) -> None:
         """Restart the idle timeout, because the token is being sent."""
@@ -282,10 +288,7 @@ class SessionManager:
         if self.session is None or not connection.ready:
             return
         token = self.token
-        if self._device is not None and self.needs_proof(connection):
-            call = self._attach(connection, self._device)
-        else:
-            call = connection.request("session.info", None, token, None, self._loop.time() + ANSWER_TIMEOUT)
+        call = self._show(connection)
 
         def presented(call: asyncio.Future[Any]) -> None:
             error = None if call.cancelled() else call.exception()
@@ -293,6 +296,11 @@ class SessionManager:
                 self.refused(token, error)
 
         call.add_done_callback(presented)
+
+    def _show(self, connection: ClientProtocol) -> PendingCall:
+        if self._device is not None and self.needs_proof(connection):
+            return self._attach(connection, self._device)
+        return connection.request("session.info", None, self.token, None, self._loop.time() + ANSWER_TIMEOUT)
 
     def _attach(self, connection: ClientProtocol, device: DeviceKey) -> PendingCall:
         """Prove the device's key on a connection. Concurrent callers share one request."""
@@ -427,7 +435,7 @@ class SessionManager:
                     self._wheel.set(self, self._next_refresh())
                     return
                 else:
-                    if error.code in _ENDED_BY_REFUSAL:
+                    if error.code in ENDED_BY_REFUSAL:
                         self.ended(self.token, error)
                     raise
             else:
@@ -478,18 +486,27 @@ class SessionManager:
 
     def _adopt(self, result: Any, connection: ClientProtocol) -> None:
         now = self._loop.time()
-        server_wall = self._clock.wall() + connection.conversation.clock_offset_ms
-        session = ClientSession(result, server_wall=server_wall, now=now, jitter=self.random())
+        session = self._session_of(result, connection)
         connection.conversation.session_ended(self.token)
         connection.cancel_calls(self.token)  # unless the refreshed session has taken them over
         self.session = session
         self._previous_token, self.token = self.token, session.token_bytes
-        self.on_changed()
-        self._wheel.set(self, session.refresh_at if session.can_refresh(now) else NEVER)
+        self._begin(session)
         if session.valid_until - now < MIN_REFRESH_INTERVAL:
             self._not_before = now + MIN_REFRESH_INTERVAL + self._backoff.next()
         else:
             self._backoff.reset()
+
+    def _session_of(self, result: Any, connection: ClientProtocol) -> ClientSession:
+        server_wall = self._clock.wall() + connection.conversation.clock_offset_ms
+        now = self._loop.time()
+        return ClientSession(result, server_wall=server_wall, now=now, jitter=self.random())
+
+    def _begin(self, session: ClientSession) -> None:
+        """Use a session that the server has accepted."""
+        self.on_changed()
+        can_refresh = session.can_refresh(self._loop.time())
+        self._wheel.set(self, session.refresh_at if can_refresh else NEVER)
 
     # --- the end ----------------------------------------------------------------------------------
 

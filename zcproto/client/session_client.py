@@ -14,13 +14,14 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from typing import Any, ClassVar, Final
 
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.events import Event, EventStream
 from zcproto.client.handlers import Function, Handler, Handlers
+from zcproto.client.kept_session import KeptSessionManager
 from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
 from zcproto.client.registration import Registrar
@@ -34,6 +35,7 @@ from zcproto.client.retry import (
     what_next,
 )
 from zcproto.client.session import ClientSession, SessionManager
+from zcproto.client.session_file import SessionFile
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -60,6 +62,7 @@ class SessionClient:
         self.events = EventStream()
         self._options = options
         self._credentials = choose_credentials(options)
+        self._session_file: SessionFile | None = None
         self._handlers = Handlers(options.max_calls)
         self._random = random
         self._clock = clock
@@ -71,7 +74,10 @@ class SessionClient:
         self._loop = asyncio.get_running_loop()
         self._opened = True
         self._connections = connections
-        self._sessions = SessionManager(
+        manager: Callable[..., SessionManager] = SessionManager
+        if self._session_file is not None:
+            manager = partial(KeptSessionManager, file=self._session_file)
+        self._sessions = manager(
             self._loop,
             wheel,
             self._clock,
