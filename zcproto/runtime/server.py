@@ -218,8 +218,10 @@ class Server:
     def clients(self, *, user: str | None = None, handles: str | None = None) -> list[ConnectedClient]:
         """Return the clients that handle calls, those of a user, or those that handle a method: the newest first.
 
-        for client in server.clients(user="ada", handles="approve"):
-            return await client.call("approve", tool="shell")
+        Each is one session on one connection.
+
+            for client in server.clients(user="ada", handles="approve"):
+                return await client.call("approve", tool="shell")
         """
         return self.state.clients.find(user, handles)
 
