@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -16,6 +17,7 @@ from zcproto import (
     Context,
     Identity,
     Items,
+    LifespanError,
     SessionsConfig,
 )
 from zcproto.testing import MemoryServer, connect_in_memory
@@ -176,3 +178,37 @@ def test_connect_in_memory_needs_no_plugin(app: App) -> None:
             return str(await client.call("greet", name="you"))
 
     assert asyncio.run(main()) == "hello you from ada"
+
+
+async def test_lifespan_is_entered_and_left() -> None:
+    events: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: App[list[str]]) -> AsyncIterator[list[str]]:
+        events.append("entered")
+        yield events
+        events.append("left")
+
+    app = App(lifespan=lifespan)
+
+    @app.method
+    def state(context: Context[list[str]]) -> list[str]:
+        return context.state
+
+    async with connect_in_memory(app, user="ada") as client:
+        assert await client.call("state") == ["entered"]
+    assert events == ["entered", "left"]
+
+
+async def test_failing_lifespan_fails_the_start_or_the_end() -> None:
+    @asynccontextmanager
+    async def lifespan(app: App[None]) -> AsyncIterator[None]:
+        if fails == "start":
+            raise OSError("no database")
+        yield
+        raise OSError("no database")
+
+    for fails in ("start", "end"):
+        with pytest.raises(LifespanError, match=f"did not {fails}"):
+            async with MemoryServer(App(lifespan=lifespan)):
+                assert fails == "end"

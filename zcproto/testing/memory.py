@@ -36,6 +36,7 @@ from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect
 from zcproto.runtime.build import build_login, build_state, session_settings
 from zcproto.runtime.server import CANCELLED_TIME
+from zcproto.server.lifespan import Lifespans
 from zcproto.server.protocol import ServerProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.state import ServerState
@@ -91,7 +92,7 @@ class MemoryServer:
             ...
 
     `config` has the limits that apply; what it says of addresses, certificates and stores does not. `users.add`
-    adds users.
+    adds users. Raises LifespanError on entering or leaving if the lifespan of the application fails.
     """
 
     def __init__(
@@ -130,6 +131,12 @@ class MemoryServer:
         if self._movable is not None:
             self._running.enter_context(self._movable.drive(loop))
         self._state = state
+        self._lifespans = Lifespans(self._app.lifespans(), state.lifespan_values)
+        try:
+            await self._lifespans.start(config.server.lifespan_timeout, lambda: None)
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -142,8 +149,11 @@ class MemoryServer:
                 connection.cancel_all()
                 connection.close("drain_timeout")
             await state.tasks.close(CANCELLED_TIME)
+            await self._lifespans.stop(self._config.server.lifespan_timeout)
             state.wheel.close()
             state.close()
+        if self._lifespans.failure is not None:
+            raise self._lifespans.failure
 
     def connect(self, user: str | None = None, **options: Any) -> Client:
         """Return a client, as `zcproto.connect` does. The user is added if necessary; None opens no session."""
