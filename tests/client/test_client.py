@@ -261,14 +261,17 @@ async def test_failing_on_event_is_logged_without_the_token(
             second.set()
         raise ValueError(f"no place for {event.data}")
 
-    async with connect_to(serve(app), on_event=on_event) as client:
+    def on_connected() -> None:
+        raise ValueError("too early")
+
+    async with connect_to(serve(app), on_event=on_event, on_connected=on_connected) as client:
         for _ in range(2):
             await client.call("tell")
         await second.wait()
-        record = caplog.records[0]
-        assert record.getMessage() == "on_event failed for the event news"
-        assert record.exc_info is not None
-        assert str(record.exc_info[1]) == "no place for tea"
+        first, text, _ = [record.getMessage() for record in caplog.records]
+        assert first.startswith("on_connected failed\n")
+        assert text.startswith("on_event failed\nTraceback (most recent call last):\n")
+        assert text.endswith("ValueError: no place for tea")
 
 
 async def test_application_events_reach_the_client(serve: Serve, connect_to: ConnectTo) -> None:

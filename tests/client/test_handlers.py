@@ -29,6 +29,7 @@ from zcproto.errors import (
     ZcprotoError,
 )
 from zcproto.sessions import EndReason
+from zcproto.sessions.token import token_text
 
 
 class Methods:
@@ -121,14 +122,18 @@ def test_method_calls_its_client_and_gets_the_result(server: ServerThread, conne
 
 
 def test_error_of_the_handler_is_raised_in_the_method_and_aborts_it(
-    server: ServerThread, methods: Methods, connect_to: ConnectTo
+    server: ServerThread, methods: Methods, connect_to: ConnectTo, caplog: pytest.LogCaptureFixture
 ) -> None:
+    token = token_text(bytes(range(100, 132)))
+
     async def main() -> None:
         client = connect_to(server)
 
         @client.handler("fail")
         def fail(kind: str) -> None:
-            raise {"not_found": NotFound("no such thing\n", {"x": 1}), "key": KeyError("secret")}[kind]
+            raise {"not_found": NotFound("no such thing\n", {"x": 1}), "key": KeyError(f"secret {token}")}[
+                kind
+            ]
 
         async with client:
             for kind in ("not_found", "key"):
@@ -144,6 +149,9 @@ def test_error_of_the_handler_is_raised_in_the_method_and_aborts_it(
         assert isinstance(third, Unavailable)
 
     run(main())
+    (text,) = [record.getMessage() for record in caplog.records]
+    assert text.startswith("the handler of fail failed\nTraceback (most recent call last):\n")
+    assert text.endswith("\nKeyError: 'secret (hidden)'")
 
 
 def test_call_without_answer_ends_at_its_deadline(

@@ -24,8 +24,10 @@ async def server(tmp_path: Path, certs: Path) -> AsyncIterator[zcproto.Server]:
         yield server
 
 
-def config() -> zcproto.Config:
+def config(log: zcproto.LogConfig | None = None) -> zcproto.Config:
     return zcproto.Config(
+        log=log or zcproto.LogConfig(),
+        store=zcproto.StoreConfig(url="memory"),
         server=zcproto.ServerConfig(port=0),
         certificates=zcproto.CertificatesConfig(key_types=("ecdsa-p256",)),
     )
@@ -95,6 +97,25 @@ async def test_users_of_own_authenticators_are_elsewhere(tmp_path: Path, certs: 
     async with zcproto.Server(None, config(), home=tmp_path, authenticators=[own]) as server:
         with pytest.raises(zcproto.FailedPrecondition, match="has its own authenticators"):
             await server.users.list()
+
+
+async def test_log_applies_if_the_configuration_sets_it(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    async with zcproto.Server(None, config(log=zcproto.LogConfig(file=first)), home=tmp_path) as server:
+        assert "server.listening" in first.read_text()
+        other = config(log=zcproto.LogConfig(file=second))
+        async with zcproto.Server(None, other, home=tmp_path, control=False):
+            assert first.read_text().count("server.listening") == 2
+        assert server.owns_log
+    assert not second.exists()
+
+
+async def test_log_of_the_program_is_left_alone_by_default(
+    server: zcproto.Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not server.owns_log
+    assert "server.listening" not in capsys.readouterr().err
 
 
 # --- serve() ---------------------------------------------------------------------------------------------

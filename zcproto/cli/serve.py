@@ -112,12 +112,12 @@ def load_app(name: str) -> App:
 
 def _own_lines(error: Exception) -> list[str]:
     """Return the traceback of an import from the first line of the application on, without secrets."""
-    from zcproto.observe.exceptions import traceback_lines  # noqa: PLC0415 - only if it fails
+    from zcproto.common.exceptions import traceback_lines  # noqa: PLC0415 - only if it fails
 
     entry = error.__traceback__
     while entry is not None and _is_importing(entry.tb_frame.f_code.co_filename):
         entry = entry.tb_next
-    return [escape_text(str(line)) for line in traceback_lines(error.with_traceback(entry))]
+    return [escape_text(line) for line in traceback_lines(error.with_traceback(entry))]
 
 
 def _is_importing(file: str) -> bool:

@@ -20,6 +20,7 @@ from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device, LoginSource
 from zcproto.client.dial import Dial, Dialer, acquire_resources, release_resources
+from zcproto.client.handlers import call_back
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import Backoff, Random
@@ -202,7 +203,7 @@ class Client(SessionClient):
         if self._users:
             self._showing = self._loop.create_task(self._show_users(connection))
         if self._options.on_connected is not None:
-            self._loop.call_soon(self._options.on_connected)
+            self._loop.call_soon(call_back, "on_connected", self._options.on_connected)
 
     async def _show_users(self, connection: ClientProtocol) -> None:
         """Show the sessions of all users, as many at once as the server allows requests."""

@@ -27,7 +27,9 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from zcproto.client.protocol import ClientProtocol
+from zcproto.common.exceptions import traceback_lines
 from zcproto.common.parameters import Signature
+from zcproto.common.text import escape_text
 from zcproto.connection.client_calls import ClientCall, ClientCallState
 from zcproto.errors import CallError, Code
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH
@@ -145,7 +147,7 @@ class Handlers:
         except CallError as error:
             connection.fail_call(call, error.code, error.message, error.details)
         except Exception as error:
-            log.error("the handler of %s failed", call.method, exc_info=error)
+            log_failure(f"the handler of {call.method}", error)
             connection.fail_call(call, Code.INTERNAL, "the handler failed; see the log of the client")
         else:
             connection.answer_call(call, result)
@@ -161,6 +163,19 @@ class Handlers:
         for call in [*self._running]:
             self.call_withdrawn(call)
         await asyncio.sleep(0)  # they answer in this turn
+
+
+def call_back(what: str, function: Callable[..., object], *arguments: Any) -> None:
+    """Call a function of the application, and log what it raises."""
+    try:
+        function(*arguments)
+    except Exception as error:  # asyncio's own report would quote the arguments
+        log_failure(what, error)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log an exception of the application's code, without secrets."""
+    log.error("%s failed\n%s", escape_text(what), "\n".join(map(escape_text, traceback_lines(error))))
 
 
 async def run_in_thread(

@@ -11,7 +11,6 @@ Must not know: when connections are made (`connections.py`) and sessions opened 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -20,7 +19,7 @@ from typing import Any, ClassVar, Final
 
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.events import Event, EventStream
-from zcproto.client.handlers import Function, Handler, Handlers
+from zcproto.client.handlers import Function, Handler, Handlers, call_back
 from zcproto.client.kept_session import KeptSessionManager
 from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
@@ -39,13 +38,10 @@ from zcproto.client.session_file import SessionFile
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.text import escape_text
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 from zcproto.wire.message import Credit
-
-log = logging.getLogger("zcproto.client")
 
 MAX_DEADLINE_MS: Final = 2**53
 
@@ -379,13 +375,10 @@ class SessionClient:
     def _receive_event(self, event: EventReceived) -> None:
         """Process an event of the server about this session, or about the server itself."""
         self._sessions.event_received(event, self._connections.current)
-        if self._options.on_event is None:
+        if self._options.on_event is not None:
+            call_back("on_event", self._options.on_event, Event(event.name, event.data))
+        else:
             self.events.put(event.body)
-            return
-        try:
-            self._options.on_event(Event(event.name, event.data))
-        except Exception as error:  # asyncio's own report would quote the token of the event
-            log.error("on_event failed for the event %s", escape_text(event.name), exc_info=error)
 
 
 class _Opener:

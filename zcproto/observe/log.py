@@ -27,13 +27,13 @@ import structlog
 
 from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.exceptions import summary, traceback_lines
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.observe.events import EVENTS
-from zcproto.observe.exceptions import places, summary, traceback_lines
 from zcproto.observe.limits import EventLimits
 from zcproto.observe.output import LogFile, Output, StandardError
-from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable
+from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
 
 if TYPE_CHECKING:
     from zcproto.config.model import LogConfig
@@ -111,6 +111,12 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
     _state.format = log.format
     _state.exceptions = log.exceptions
     _state.clock = clock
+    _state.is_configured = True
+
+
+def is_configured() -> bool:
+    """Return whether `configure_logging` has been called in this process."""
+    return _state.is_configured
 
 
 class LogChange:
@@ -204,6 +210,7 @@ class _LogState:
     """The settings of `configure_logging`, one per process."""
 
     def __init__(self) -> None:
+        self.is_configured = False
         self.level = logging.WARNING
         self.output: Output = StandardError()
         self.format = "auto"
@@ -339,7 +346,7 @@ def _prepare(method: str, event: str, timestamp: str, values: dict[str, Any]) ->
 def _exception(event: str, name: str, error: BaseException, what: object) -> dict[str, Loggable]:
     """Return the fields of an exception: its message and traceback, or its frames alone."""
     if _state.exceptions == "full" and _state.limits.admit_traceback(event, what, error, _state.clock.now()):
-        return {name: cut(summary(error)), _TRACEBACK: traceback_lines(error)}
+        return {name: cut(summary(error)), _TRACEBACK: [*traceback_lines(error)]}
     return {f"{name}_at": places(error)}
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import enum
 import re
+import traceback
 from functools import lru_cache
 from pathlib import PurePath
 from typing import TypeAlias
 
+from zcproto.common.exceptions import MASK, MAX_FRAMES
 from zcproto.common.secret import Secret, SecretBytes, SecretText
 from zcproto.errors import ZcprotoError
 
@@ -34,7 +36,6 @@ _TOKEN = re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_-]{42}[AEIMQUYcgkosw048](?!
 TOKEN_LENGTH = 43
 """A shorter text cannot contain a token."""
 
-MASK = "(hidden)"
 _MAX_INTEGER = 2**64
 
 
@@ -109,3 +110,11 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return cut(f"{name}: {error.strerror}")
     return name
+
+
+def places(error: BaseException) -> list[Loggable]:
+    """Return the stack of an exception, innermost last: file, line and function, without source and values."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES)
+    return [
+        cut(f"{'/'.join(PurePath(each.filename).parts[-2:])}:{each.lineno} {each.name}") for each in frames
+    ]

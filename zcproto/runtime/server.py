@@ -42,7 +42,7 @@ from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
-from zcproto.observe.log import flush_log, report_suppressed
+from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed
 from zcproto.runtime.background import background, background_work, roll_out_certificates
 from zcproto.runtime.build import alert_source, build
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
@@ -135,6 +135,9 @@ class Server:
         async with AsyncExitStack() as stack:
             for passed in (*self._sockets, *self._redirect_sockets):
                 stack.callback(passed.close)
+            if self._first_config.log.model_fields_set and not is_configured():
+                configure_logging(self._first_config.log)
+                self.owns_log = True
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
             routes = Operations(parts, self.reload, self.begin_drain).routes()

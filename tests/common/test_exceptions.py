@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from tests.secrets_watch import SecretWatch
 from zcproto.auth import PairingFile
-from zcproto.common.secret import SecretBytes, SecretText
-from zcproto.observe.exceptions import (
+from zcproto.common.exceptions import (
     MAX_EXCEPTIONS,
     MAX_FRAMES,
     MAX_MESSAGE,
     MAX_TRACEBACK,
     masked,
-    places,
     summary,
     traceback_lines,
 )
+from zcproto.common.secret import SecretBytes, SecretText
+from zcproto.observe.values import places
 from zcproto.sessions.token import token_text
 
 
@@ -102,6 +102,17 @@ def test_place_of_a_syntax_error_is_shown() -> None:
     ]
 
 
+def test_frames_of_the_package_are_shown_if_there_are_no_others() -> None:
+    error = caught(lambda: token_text(None))  # type: ignore[arg-type]
+    assert error.__traceback__ is not None
+    assert error.__traceback__.tb_next is not None
+    within = error.with_traceback(error.__traceback__.tb_next.tb_next)
+    assert [line.rpartition(" ")[2] for line in traceback_lines(within)[1:4:2]] == [
+        "token_text",
+        "_text",
+    ]
+
+
 def test_exception_without_message_is_its_type() -> None:
     assert traceback_lines(KeyError()) == ["KeyError"]
 
@@ -117,7 +128,7 @@ def test_exception_whose_message_fails_is_shown() -> None:
 def test_frames_alone_have_no_message() -> None:
     lines = places(caught(lambda: int("hunter2")))
     assert "hunter2" not in str(lines)
-    assert str(lines[-1]).startswith("observe/test_exceptions.py:")
+    assert str(lines[-1]).startswith("common/test_exceptions.py:")
 
 
 # --- bounds ----------------------------------------------------------------------------------------------
@@ -153,7 +164,7 @@ def test_frames_of_a_recursion_are_limited() -> None:
 
     error = caught(again)
     assert len(places(error)) == MAX_FRAMES
-    assert sum(line.startswith("  File") for line in map(str, traceback_lines(error))) == MAX_FRAMES
+    assert sum(line.startswith("  File") for line in traceback_lines(error)) == MAX_FRAMES
 
 
 @pytest.mark.parametrize("character", ["x ", "\u00fc ", "\U0001f600", '"', "\\"])
@@ -170,8 +181,8 @@ def test_traceback_is_limited_as_json(character: str) -> None:
     error.add_note(character * 100_000)
     lines = traceback_lines(error)
     assert len(json.dumps(lines)) < MAX_TRACEBACK + 100
-    assert all(len(str(line)) <= MAX_MESSAGE + 20 for line in lines)
-    assert str(lines[-1]).endswith("...")
+    assert all(len(line) <= MAX_MESSAGE + 20 for line in lines)
+    assert lines[-1].endswith("...")
 
 
 def test_values_of_variables_are_not_shown() -> None:
@@ -232,7 +243,7 @@ def shown(message: str) -> str:
         raise KeyError(message) from error
 
     error = caught(fail)
-    return "\n".join([*map(str, traceback_lines(error)), summary(error), summary(ValueError(message))])
+    return "\n".join([*traceback_lines(error), summary(error), summary(ValueError(message))])
 
 
 @pytest.mark.parametrize("form", SECRET_FORMS)

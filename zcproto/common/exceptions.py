@@ -1,9 +1,10 @@
-"""Render exceptions for the log: message, causes and traceback, without secrets and within bounds.
+"""Render exceptions for a log: message, causes and traceback, without secrets and within bounds.
 
 Rules:
 - Values of variables are never read. Messages, notes and source lines are written, with everything masked that has
   the form of a secret (`masked`): a message may quote what a peer has sent.
 - An exception, its causes and the members of groups are rendered as Python does, the raised one last.
+- A traceback begins at the code of the application, without the calls inside this package that lead to it.
 - Frames, exceptions, messages and the whole are bounded.
 
 Must not know: how a line is written, how often.
@@ -15,10 +16,10 @@ import json
 import re
 import traceback
 from collections.abc import Callable, Iterable
-from pathlib import PurePath
+from pathlib import Path
 from typing import Final
 
-from zcproto.observe.values import MASK, Loggable, cut
+MASK: Final = "(hidden)"
 
 MAX_FRAMES: Final = 16
 """Frames of one exception; the innermost are kept."""
@@ -40,6 +41,8 @@ _READ: Final = 4 * MAX_MESSAGE
 
 _PART: Final = 256
 """Characters before the end of what was read that may belong to a part of a secret, which has no form."""
+
+_PACKAGE: Final = f"{Path(__file__).parents[1]}/"
 
 _CAUSE: Final = "The above exception was the direct cause of the following exception:"
 _CONTEXT: Final = "During handling of the above exception, another exception occurred:"
@@ -166,17 +169,9 @@ def _named(name: str, message: str) -> str:
 # --- tracebacks ------------------------------------------------------------------------------------------
 
 
-def places(error: BaseException) -> list[Loggable]:
-    """Return the stack of an exception, innermost last: file, line and function, without source and values."""
-    frames = traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES)
-    return [
-        cut(f"{'/'.join(PurePath(each.filename).parts[-2:])}:{each.lineno} {each.name}") for each in frames
-    ]
-
-
-def traceback_lines(error: BaseException) -> list[Loggable]:
+def traceback_lines(error: BaseException) -> list[str]:
     """Return the lines of a traceback, without those of the import system."""
-    return [*_within_bounds(_Traceback().lines(error))]
+    return _within_bounds(_Traceback().lines(error))
 
 
 def _within_bounds(lines: list[str]) -> list[str]:
@@ -236,7 +231,10 @@ class _Traceback:
 
 
 def _frames(error: BaseException) -> list[str]:
-    frames = traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES)
+    frames = list(traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES))
+    within = [frame.filename.startswith(_PACKAGE) for frame in frames]
+    if False in within:  # otherwise it is a fault of this package
+        frames = frames[within.index(False) :]
     lines = ["Traceback (most recent call last):"] if frames else []
     for frame in frames:
         if frame.filename.startswith("<frozen importlib"):
