@@ -135,7 +135,14 @@ class ConnectionClosed(ZcprotoError):
 
 
 class CannotConnect(ConnectionClosed):
-    """No connection to the server could be made: unknown host, refused, unreachable, or timeout."""
+    """No connection to the server could be made: unknown host, refused, unreachable, or timeout.
+
+    `refused` is whether nothing listens at the address: the server may be starting.
+    """
+
+    def __init__(self, reason: str, *, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
 
 
 class CallError(ZcprotoError):

@@ -79,6 +79,74 @@ async def test_close_right_after_welcome_raises() -> None:
     assert caught.value.code is Code.PROTOCOL_ERROR
 
 
+# --- a server that is starting -----------------------------------------------------------------------
+
+
+def refused(count: int) -> list[Exception]:
+    return [CannotConnect("refused", refused=True) for _ in range(count)]
+
+
+@scripted
+async def test_refused_first_attempt_is_repeated_until_the_server_listens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = ScriptedServer()
+    server.refuse = refused(8)
+    start = now()
+    async with client_of(server, random=numbers(0.999_999)) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert len(server.dialled) == 9
+    pauses = [later - earlier for earlier, later in itertools.pairwise(server.dialled)]
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1, 1, 1, 1], rel=1e-3)
+    assert now() - start < 10
+    assert caplog.messages == [
+        "server.example:7443: nothing listens there yet; waiting up to 10 s for the server to start"
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0, 3, 10])
+@scripted
+async def test_refusal_is_raised_after_the_start_timeout(seconds: float) -> None:
+    server = ScriptedServer()
+    server.refuse = refused(1000)
+    start = now()
+    with pytest.raises(CannotConnect):
+        await client_of(server, start_timeout=seconds)
+    assert seconds - 1 <= now() - start <= seconds
+
+
+@scripted
+async def test_other_error_of_a_server_that_has_started_is_raised() -> None:
+    server = ScriptedServer()
+    server.refuse = [*refused(3), TlsError("disconnected")]
+    with pytest.raises(TlsError):
+        await client_of(server)
+    assert len(server.dialled) == 4
+
+
+@scripted
+async def test_waiting_for_the_start_does_not_delay_the_first_reconnect() -> None:
+    server = ScriptedServer()
+    server.refuse = refused(8)
+    async with client_of(server, random=numbers(0.999_999)) as client:
+        lost_at = now()
+        await server.lose()
+        await client.call("echo")
+        assert server.dialled[-1] - lost_at == pytest.approx(0.1, rel=1e-3)
+
+
+@scripted
+async def test_closing_a_client_ends_its_wait() -> None:
+    server = ScriptedServer()
+    server.refuse = refused(1000)
+    client = client_of(server)
+    opening = asyncio.create_task(client.open())
+    await asyncio.sleep(2)
+    await client.close()
+    with pytest.raises(ConnectionClosed, match="closed"):
+        await opening
+
+
 # --- reconnect ---------------------------------------------------------------------------------------
 
 

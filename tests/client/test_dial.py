@@ -12,7 +12,7 @@ import shutil
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from tests.conftest import ServerPairs
 from tests.helpers import WALL
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
+from zcproto.client.address import Address
 from zcproto.client.client import Client, connect
-from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _cause, _resources
+from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _resources, connect_error
 from zcproto.client.known_hosts import FILE_NAME, KnownHosts
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
 
+REFUSED = "Connection refused; start the server, or check the host and the port"
 WRONG_PIN = "sha256/" + "A" * 43 + "="
 
 
@@ -287,13 +289,19 @@ async def test_verify_false_works_without_a_home(
 # --- no connection -----------------------------------------------------------------------------------
 
 
-async def test_connection_refused_names_address_and_cause() -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(CannotConnect) as caught:
-            await connect(address)
-    assert str(caught.value) == f"{address}: Connection refused"
+@pytest.fixture
+def silent_socket() -> Iterator[tuple[str, socket.socket]]:
+    """An address at which nothing listens, with the socket that could."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}", bound
+
+
+async def test_connection_refused_names_address_and_cause(silent_socket: tuple[str, socket.socket]) -> None:
+    address, _ = silent_socket
+    with pytest.raises(CannotConnect) as caught:
+        await connect(address, start_timeout=0)
+    assert str(caught.value) == f"{address}: {REFUSED}"
     assert _resources == {}
 
 
@@ -303,19 +311,78 @@ async def test_unknown_host_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "cause"),
+    ("error", "reason"),
     [
-        (OSError(errno.ECONNREFUSED, "Connect call failed ('::1', 1)"), os.strerror(errno.ECONNREFUSED)),
+        (OSError(errno.ECONNREFUSED, "Connect call failed ('::1', 1)"), REFUSED),
+        (OSError(f"Multiple exceptions: [Errno {errno.ENETUNREACH}] failed, [Errno 111] failed"), REFUSED),
         (
-            OSError(f"Multiple exceptions: [Errno {errno.ENETUNREACH}] Connect call failed, [Errno 111] x"),
-            os.strerror(errno.ENETUNREACH),
+            OSError(f"Multiple exceptions: [Errno {errno.ENETUNREACH}] failed, [Errno 113] failed"),
+            "Network is unreachable; check the address and the network",
         ),
-        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
-        (OSError("nothing more"), "OSError"),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "Name or service not known; check the host name and DNS",
+        ),
+        (OSError("nothing more"), "OSError; check the host name and DNS"),
     ],
 )
-def test_cause_is_one_system_message(error: OSError, cause: str) -> None:
-    assert _cause(error) == cause
+def test_failed_connect_is_one_system_message_with_its_cure(error: OSError, reason: str) -> None:
+    failed = connect_error(Address("host", 7443), error)
+    assert failed.reason == f"host:7443: {reason}"
+    assert failed.refused == (reason == REFUSED)
+
+
+# --- a server that is starting -----------------------------------------------------------------------
+
+
+async def test_ca_that_the_server_creates_before_it_listens_is_awaited(
+    silent_socket: tuple[str, socket.socket],
+    server_pairs: ServerPairs,
+    ca_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    address, listening = silent_socket
+    opening = asyncio.create_task(connect(address, ca_file=tmp_path / "ca.crt").open())
+    while not caplog.messages:  # noqa: ASYNC110 - the log has no event
+        await asyncio.sleep(0.01)
+    assert "waiting up to 10 s for the server to start" in caplog.text
+    shutil.copy(ca_file, tmp_path / "ca.crt")
+    server = await asyncio.start_server(leave, sock=listening, ssl=tls_13(server_pairs))
+    with pytest.raises(ConnectionClosed, match="closed"):  # after the handshake: the CA was trusted
+        await opening
+    server.close()
+
+
+async def test_missing_ca_of_a_running_server_raises_at_once(
+    shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    missing = shared.home / "nothing" / "ca.crt"
+    with pytest.raises(CertificateError, match=r"ca\.crt: does not exist; copy the CA of the server"):
+        await connect_to(shared, ca_file=missing)
+
+
+async def test_missing_ca_without_a_server_is_named(
+    silent_socket: tuple[str, socket.socket], tmp_path: Path
+) -> None:
+    missing = tmp_path / "ca.crt"
+    with pytest.raises(CannotConnect, match=rf"refused, and {missing} does not exist; start the server"):
+        await connect(silent_socket[0], ca_file=missing, start_timeout=0)
+
+
+async def test_silent_address_fails_before_the_missing_ca_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        address = full.getsockname()
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):  # fills the backlog: further connections get no answer
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(address)
+            with pytest.raises(CannotConnect, match="no answer within"):
+                await connect(f"127.0.0.1:{address[1]}", ca_file=tmp_path / "ca.crt", connect_timeout=0.1)
 
 
 async def test_silent_server_fails_at_the_connect_timeout() -> None:

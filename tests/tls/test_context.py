@@ -207,11 +207,15 @@ def test_unverified_client_context_accepts_any_certificate(
     TlsPair(timers, server_tls, context, host="another.example").agree()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage"])
-def test_ca_file_without_certificate_is_refused(content: bytes | None, tmp_path: Path) -> None:
+def test_missing_ca_file_is_refused_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match=r"ca\.pem: does not exist; copy the CA of the server"):
+        client_context(ca_file=tmp_path / "ca.pem")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_ca_file_without_certificate_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(CertificateError, match=r"ca\.pem: no CA certificate"):
         client_context(ca_file=path)
 

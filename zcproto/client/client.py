@@ -19,7 +19,7 @@ from typing import Any, Final, Self, Unpack
 from zcproto.client.address import parse_address
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device, LoginSource
-from zcproto.client.dial import Dial, Dialer, acquire_resources, release_resources
+from zcproto.client.dial import Dial, Dialer, acquire_resources, release_resources, report_wait
 from zcproto.client.handlers import call_back
 from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
 from zcproto.client.protocol import ClientProtocol
@@ -83,8 +83,9 @@ class Client(SessionClient):
     async def open(self) -> None:
         """Connect, and open a session if there are credentials. `async with` calls this.
 
-        Raises the error of the first attempt: CannotConnect, TlsError, CertificateError, ConnectionClosed, the
-        CallErrors of `session.open`, and ConfigError for a key log or a session file that cannot be used.
+        Waits for a server that is starting, up to `start_timeout`. Raises any other error of the first attempt:
+        CannotConnect, TlsError, CertificateError, ConnectionClosed, the CallErrors of `session.open`, and
+        ConfigError for a key log or a session file that cannot be used.
         """
         if self._opened:
             raise RuntimeError("this client was opened before; create a new one")
@@ -98,12 +99,14 @@ class Client(SessionClient):
             on_event=self._event_received,
             on_connected=self._connected,
             is_wanted=lambda: not all(each._is_over for each in (self, *self._users)),
+            start_timeout=self._options.start_timeout,
+            on_starting=lambda: report_wait(self.address, self._options.start_timeout),
         )
         self._start(connections, resources.wheel)
         try:
             if self._options.session and self._credentials is not None:
                 self._sessions.require()
-            await connections.get()  # within `connect_timeout`
+            await connections.get()  # within `start_timeout` and `connect_timeout`
             deadline = self._deadline(UNSET)
             await self._ready_before(deadline)
             await self._registrar.settle(deadline)

@@ -3,6 +3,8 @@
 Decides: when to connect and reconnect.
 
 Rules:
+- Before the first connection, repeat an attempt only while nothing listens, for `start_timeout` seconds: the
+  server may be starting.
 - After a loss, reconnect automatically with growing, jittered delays; after GOAWAY, when the server asked for it;
   after an idle close, when the next call needs it. The delays start again once a connection has lasted
   STABLE_AFTER: a server that answers and ends each one must not make its clients reconnect many times a second.
@@ -29,14 +31,17 @@ IDLE_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
 STABLE_AFTER: Final = 5.0
 """Seconds after which a connection counts as a success."""
 
+MAX_START_DELAY: Final = 1.0
+"""Maximum of seconds between two attempts to connect to a server that is starting."""
+
 
 @dataclass(eq=False, repr=False)
 class ConnectionManager:
     """Manages the connections to one server.
 
     `current` takes new calls; None without a connection. `last_error` is the cause of the last failed attempt.
-    `on_event` is called with the server's events, `on_connected` with each new connection. `is_wanted` returns
-    whether to reconnect before the next call.
+    `on_event` is called with the server's events, `on_connected` with each new connection, `on_starting` once if
+    nothing listens before the first one. `is_wanted` returns whether to reconnect before the next call.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -46,6 +51,8 @@ class ConnectionManager:
     on_event: Callable[[EventReceived], None]
     on_connected: Callable[[ClientProtocol], None]
     is_wanted: Callable[[], bool]
+    start_timeout: float = 0.0
+    on_starting: Callable[[], None] = lambda: None
     current: ClientProtocol | None = field(default=None, init=False)
     last_error: ZcprotoError | None = field(default=None, init=False)
     _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
@@ -58,8 +65,8 @@ class ConnectionManager:
     async def get(self) -> ClientProtocol:
         """Return the connection for new calls; connect first if necessary, and retry transient failures.
 
-        Raises the error of the very first attempt, and later only permanent ones: TlsError, CertificateError,
-        ConnectionClosed.
+        Raises the error of the first attempt after the server has started, and later only permanent ones: TlsError,
+        CertificateError, ConnectionClosed.
         """
         while self.current is None:
             if self._closed:
@@ -79,6 +86,8 @@ class ConnectionManager:
             task.exception()  # mark it as retrieved: without a waiter the next call connects again and raises it
 
     async def _connect(self) -> None:
+        starts_until = self._loop.time() + self.start_timeout
+        is_starting = False
         while True:
             delay = self._not_before - self._loop.time()
             if delay > 0:
@@ -91,12 +100,23 @@ class ConnectionManager:
                     raise connection.error
             except (ConnectionClosed, TlsError) as error:
                 self.last_error = error
-                is_permanent = isinstance(error, TlsError) and not is_transient(error.failure)
-                if is_permanent or not self._was_connected:
-                    raise
-                self._delay(self._backoff.next())
+                delay = self._backoff.next()
+                if self._was_connected:
+                    if isinstance(error, TlsError) and not is_transient(error.failure):
+                        raise
+                else:
+                    delay = min(delay, MAX_START_DELAY)
+                    is_refused = isinstance(error, CannotConnect) and error.refused
+                    if not is_refused or self._loop.time() + delay >= starts_until:
+                        raise
+                    if not is_starting:
+                        is_starting = True
+                        self.on_starting()
+                self._delay(delay)
                 continue
-            self._was_connected = True
+            if not self._was_connected:
+                self._was_connected = True
+                self._backoff.reset()
             self.current = connection
             self._stable_at = self._loop.time() + STABLE_AFTER
             self.on_connected(connection)

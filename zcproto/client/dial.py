@@ -8,6 +8,7 @@ Must not know: calls, sessions, retries.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
@@ -105,6 +106,10 @@ class Trust:
                 cache.pop(next(iter(cache)), None)
         return found[1]
 
+    def is_ca_missing(self) -> bool:
+        """Return whether there is no file at `ca_file`."""
+        return self.ca_file is not None and not self.ca_file.exists()
+
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
@@ -189,7 +194,7 @@ class Dialer:
         if not self._trust.verify and self._known_hosts is not None:
             for host in {self._address.host, self._server_hostname}:
                 await asyncio.to_thread(self._known_hosts.require, host, wall())
-        context = await asyncio.to_thread(self._trust.context, resources.contexts)
+        context = await self._context(resources.contexts)
         connector = TlsConnector(
             context,
             self._server_hostname,
@@ -200,6 +205,27 @@ class Dialer:
             handshake_timeout=self._connect_timeout,
         )
         return await self._connect(connector, owner, resources)
+
+    async def _context(self, cache: Contexts) -> ssl.SSLContext:
+        try:
+            return await asyncio.to_thread(self._trust.context, cache)
+        except CertificateError:
+            if not self._trust.is_ca_missing():
+                raise
+            await self._require_listening()  # a server that is starting writes its CA before it listens
+            return await asyncio.to_thread(self._trust.context, cache)
+
+    async def _require_listening(self) -> None:
+        """Raise CannotConnect if nothing accepts a connection."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                transport, _ = await loop.create_connection(asyncio.Protocol, *self._address)
+        except TimeoutError:
+            raise self._no_answer() from None
+        except OSError as failure:
+            raise self._cannot_connect(failure) from failure
+        transport.abort()
 
     async def _connect(
         self, connector: TlsConnector, owner: ConnectionOwner, resources: LoopResources
@@ -239,15 +265,23 @@ class Dialer:
             refusal = transport.error
             if refusal is not None and refusal.failure != TlsFailure.HANDSHAKE_TIMEOUT.value:
                 raise refusal from None  # reported late, because the server has not closed its end
-            raise CannotConnect(
-                f"{self._address}: no answer within {self._connect_timeout:g} s; check the address and the firewall"
-            ) from None
+            raise self._no_answer() from None
         except OSError as failure:
-            raise CannotConnect(f"{self._address}: {_cause(failure)}") from failure
+            raise self._cannot_connect(failure) from failure
         except asyncio.CancelledError:
             transport.abort()
             raise
         return connection
+
+    def _no_answer(self) -> CannotConnect:
+        return CannotConnect(
+            f"{self._address}: no answer within {self._connect_timeout:g} s; check the address and the firewall"
+        )
+
+    def _cannot_connect(self, failure: OSError) -> CannotConnect:
+        return connect_error(
+            self._address, failure, self._trust.ca_file if self._trust.is_ca_missing() else None
+        )
 
     async def _remember(self, connection: ClientProtocol) -> None:
         """Store the policy of a verified server. If that fails, log a warning and connect anyway."""
@@ -266,15 +300,25 @@ class Dialer:
             )
 
 
+def report_wait(address: Address, seconds: float) -> None:
+    """Log that a server does not listen yet."""
+    log.warning("%s: nothing listens there yet; waiting up to %g s for the server to start", address, seconds)
+
+
 _ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
 
 
-def _cause(error: OSError) -> str:
-    """Return the system's message, which asyncio replaces by its own, or joins for several addresses."""
-    number = error.errno
-    if number is None:
-        found = _ERRNO.search(str(error))
-        number = int(found[1]) if found is not None else None
-    if isinstance(error, socket.gaierror) or number is None:
-        return error.strerror or type(error).__name__
-    return os.strerror(number)
+def connect_error(address: Address, error: OSError, missing_ca: Path | None = None) -> CannotConnect:
+    """Return the error of a failed attempt, with the system's message. asyncio joins those of several addresses."""
+    numbers = [int(number) for number in _ERRNO.findall(str(error))] if error.errno is None else [error.errno]
+    if isinstance(error, socket.gaierror) or not numbers:
+        return CannotConnect(
+            f"{address}: {error.strerror or type(error).__name__}; check the host name and DNS"
+        )
+    if errno.ECONNREFUSED not in numbers:
+        return CannotConnect(f"{address}: {os.strerror(numbers[0])}; check the address and the network")
+    missing = "" if missing_ca is None else f", and {escape_text(str(missing_ca))} does not exist"
+    return CannotConnect(
+        f"{address}: {os.strerror(errno.ECONNREFUSED)}{missing}; start the server, or check the host and the port",
+        refused=True,
+    )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from zcproto.common.files import UnusableFileError, check_access, file_errors, read_file
+from zcproto.common.text import escape_text
 from zcproto.errors import CertificateError, ConfigError, TlsError
 
 SUITES: Final = ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
@@ -183,6 +184,11 @@ def client_context(
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     elif ca_file is not None:
+        if not ca_file.exists():
+            raise CertificateError(
+                f"{escape_text(str(ca_file))}: does not exist; copy the CA of the server to this path (zcproto cert"
+                " export-ca writes it), or check the path"
+            )
         _load_trusted(context, ca_file, "x509", "no CA certificate")
     else:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)

@@ -21,6 +21,9 @@ import type { Params } from "./wire/message.js";
 /** Timeout of one connect attempt, from name resolution to WELCOME. */
 export const CONNECT_TIMEOUT_MS = 10_000;
 
+/** How long to wait for a server that is starting. */
+export const START_TIMEOUT_MS = 10_000;
+
 const KNOWN_HOSTS_FILE = "known_hosts.json";
 const MAX_WARNED = 64;
 
@@ -42,6 +45,11 @@ export interface TrustedServerOptions {
   readonly timeoutMs?: number | undefined;
   /** Timeout of one connect attempt in milliseconds. 10,000 by default. */
   readonly connectTimeoutMs?: number | undefined;
+  /**
+   * How long to wait for a server that is starting: while nothing listens at its address, the first attempt is repeated, and
+   * a missing `caFile` may still be created. In milliseconds, 10,000 by default; 0 rejects at once.
+   */
+  readonly startTimeoutMs?: number | undefined;
   /** The folder of the file of hosts with an `sts` policy. ZCPROTO_HOME or ~/.zeroclaw by default. */
   readonly home?: string | undefined;
 }
@@ -89,8 +97,8 @@ export interface ConnectOptions extends TrustedServerOptions {
  *     await client.close();
  *
  * Rejects with ConfigError for contradictory options, TlsError for a malformed pin and CertificateError for unusable files.
- * The first attempt is not retried: it rejects with CannotConnect, TlsError, ConnectionClosed, or a CallError of
- * `session.open`.
+ * Waits for a server that is starting (`startTimeoutMs`). Any other error of the first attempt is not retried: CannotConnect,
+ * TlsError, ConnectionClosed, or a CallError of `session.open`.
  */
 export async function connect(address: string, options: ConnectOptions = {}): Promise<Client> {
   const client = new Client(await settingsOf(address, options));
@@ -126,9 +134,13 @@ export async function enroll(
 
 async function settingsOf(address: string, options: ConnectOptions): Promise<ClientSettings> {
   const { timeoutMs = DEFAULT_TIMEOUT_MS, connectTimeoutMs = CONNECT_TIMEOUT_MS, maxFrame = 1_048_576 } = options;
+  const { startTimeoutMs = START_TIMEOUT_MS } = options;
   const { session = true, client = `zcproto-typescript/${VERSION}`, maxCalls = DEFAULT_MAX_CALLS } = options;
   const parsed = parseAddress(address);
   checkNumbers({ timeoutMs, connectTimeoutMs, maxFrame, maxCalls });
+  if (!(startTimeoutMs >= 0)) {
+    throw new ConfigError([`startTimeoutMs: ${startTimeoutMs} is not a number of 0 or above`]);
+  }
   const trust = new Trust({ ...options, onWarning: warnOnce });
   const credentials = await credentialsOf(options, options.certificate !== undefined);
   const clock = new MonotonicClock(systemClock);
@@ -152,6 +164,7 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
     credentialsOf: requireCredentials,
     opensSession: session && credentials !== undefined,
     timeoutMs,
+    startTimeoutMs,
     client,
     maxCalls,
     onEvent: options.onEvent,

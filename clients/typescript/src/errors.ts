@@ -152,7 +152,15 @@ export class ConnectionClosed extends ZcprotoError {
 }
 
 /** Connecting failed: unknown host, refused, unreachable, or timeout. */
-export class CannotConnect extends ConnectionClosed {}
+export class CannotConnect extends ConnectionClosed {
+  /** Whether nothing listens at the address: the server may be starting. */
+  readonly refused: boolean;
+
+  constructor(reason: string, { refused = false, cause }: { refused?: boolean; cause?: unknown } = {}) {
+    super(reason, { cause });
+    this.refused = refused;
+  }
+}
 
 /**
  * A call failed with an error.

@@ -350,6 +350,36 @@ describe("connections", () => {
     await assert.rejects(client.call("echo"), ConnectionClosed);
   });
 
+  test("refused first attempt is repeated until the server listens", async () => {
+    const refused = () => new CannotConnect("fake:7443: ECONNREFUSED", { refused: true });
+    server.connectErrors = Array.from({ length: 8 }, refused);
+    client = server.client({ startTimeoutMs: 10_000 });
+    const opening = watch(client.open());
+    await server.clock.advance(5_000);
+    assert.ok(opening.isDone && opening.error === undefined);
+    assert.deepEqual(server.warnings, [
+      "fake:7443: nothing listens there yet; waiting up to 10 s for the server to start",
+    ]);
+    server.last.end(new TlsError("truncated"));
+    await server.clock.advance(50); // the delay of the first reconnect
+    assert.equal(server.connections.length, 2);
+  });
+
+  test("refusal is reported after the start timeout, another error at once", async () => {
+    const refused = () => new CannotConnect("fake:7443: ECONNREFUSED", { refused: true });
+    server.connectErrors = Array.from({ length: 1_000 }, refused);
+    client = server.client({ startTimeoutMs: 3_000 });
+    const opening = watch(client.open());
+    await server.clock.advance(1_900);
+    assert.ok(!opening.isDone);
+    await server.clock.advance(1_100);
+    assert.ok(opening.error instanceof CannotConnect);
+    server.connectErrors = [refused(), new TlsError("disconnected")];
+    const second = watch(server.client({ startTimeoutMs: 3_000 }).open());
+    await server.clock.advance(100);
+    assert.ok(second.error instanceof TlsError);
+  });
+
   test("reconnect backs off with full jitter up to 30 s until a connection has lasted", async () => {
     client = await server.connect();
     server.connectErrors = Array.from({ length: 12 }, () => new CannotConnect("no"));

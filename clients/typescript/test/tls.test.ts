@@ -19,7 +19,15 @@ import { type ConnectOptions, connect } from "../src/connect.js";
 import { Dialer } from "../src/edge/dial.js";
 import { keyPin } from "../src/edge/pins.js";
 import { Trust } from "../src/edge/trust.js";
-import { CannotConnect, Code, ConnectionClosed, TlsError, type TlsFailure } from "../src/errors.js";
+import {
+  CannotConnect,
+  CertificateError,
+  Code,
+  ConfigError,
+  ConnectionClosed,
+  TlsError,
+  type TlsFailure,
+} from "../src/errors.js";
 import { encodeBody } from "../src/wire/body.js";
 import { encodeFrame, Kind, NO_TOKEN } from "../src/wire/frame.js";
 import { WELCOME } from "./support/fake.js";
@@ -125,11 +133,27 @@ describe("handshake", () => {
   test("unreachable server is reported", async () => {
     const address = await listen(createTcpServer());
     await new Promise((resolve) => servers.pop()?.close(resolve));
+    await assert.rejects(open(address, { startTimeoutMs: 0 }), (error) => {
+      assert.ok(error instanceof CannotConnect && error.refused);
+      assert.equal(error.message, `${address}: ECONNREFUSED; start the server, or check the host and the port`);
+      return true;
+    });
+    await assert.rejects(open("no-such-host.invalid"), (error) => error instanceof CannotConnect && !error.refused);
+    await assert.rejects(open(address, { startTimeoutMs: -1 }), ConfigError);
+  });
+
+  test("missing CA is awaited while nothing listens, and named otherwise", async () => {
+    const missing = join(home, "no-such-ca.pem");
+    const address = await listen(createServer(GOOD));
     await assert.rejects(
-      open(address),
-      (error) => error instanceof CannotConnect && /ECONNREFUSED/.test(error.message),
+      open(address, { caFile: missing }),
+      (error) => error instanceof CertificateError && /does not exist; copy the CA of the server/.test(error.message),
     );
-    await assert.rejects(open("no-such-host.invalid"), CannotConnect);
+    await new Promise((resolve) => servers.pop()?.close(resolve));
+    await assert.rejects(
+      open(address, { caFile: missing, startTimeoutMs: 0 }),
+      (error) => error instanceof CannotConnect && error.message.includes(`and ${missing} does not exist; start`),
+    );
   });
 
   test("expired or not yet valid certificate is refused with pins", async () => {

@@ -21,10 +21,10 @@ export class Client extends UserClient {
     this.#shared = shared;
   }
 
-  /** Connect, and open a session if there are credentials. The first attempt is not retried. @internal */
+  /** Connect, and open a session if there are credentials. Waits for a server that is starting. @internal */
   override async open(): Promise<void> {
     try {
-      await this.#shared.manager.get(); // limited by the connect timeout
+      await this.#shared.manager.get(); // limited by the start and connect timeouts
     } catch (error) {
       await this.close();
       throw error;

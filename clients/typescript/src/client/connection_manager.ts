@@ -1,7 +1,8 @@
 /**
  * The client's connections: one for new calls, and older ones that drain.
  *
- * Decides: when to connect and reconnect. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
+ * Decides: when to connect and reconnect. The first attempt is repeated only while nothing listens, because the server may
+ * be starting. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
  * server requested it; after a close for idleness with the next call; and not at all once the session was revoked or
  * replaced.
  * Rules: all callers that wait for a connection share one attempt. The delays start again once a connection has lasted
@@ -23,9 +24,15 @@ const IDLE_REASONS: ReadonlySet<string> = new Set(["idle", "no_session"]);
 /** How long a connection must last to count as a success. */
 const STABLE_AFTER_MS = 5_000;
 
+/** The longest delay between two attempts to connect to a server that is starting. */
+const MAX_START_DELAY_MS = 1_000;
+
 export interface ConnectionManagerOptions {
   readonly clock: Clock;
   readonly backoff: Backoff;
+  /** How long to wait for a server that is starting; `onStarting` is called once when that begins. */
+  readonly startTimeoutMs: number;
+  readonly onStarting: () => void;
   readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
   readonly onEvent: (event: EventReceived) => void;
   readonly onConnection: (connection: ConnectionDriver) => void;
@@ -60,7 +67,7 @@ export class ConnectionManager implements ConnectionListener {
   /**
    * Return the connection for new calls. Without one, connect, and retry while that may succeed.
    *
-   * Rejects with the error of the very first attempt; later only with errors that a retry does not fix: TlsError,
+   * Rejects with the error of the first attempt after the server has started; later only with errors that a retry does not fix: TlsError,
    * CertificateError, ConnectionClosed.
    */
   async get(signal?: AbortSignal): Promise<ConnectionDriver> {
@@ -82,8 +89,10 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   async #connect(): Promise<void> {
-    const { clock, backoff, dial, onConnection } = this.#options;
+    const { clock, backoff, dial, onConnection, onStarting, startTimeoutMs } = this.#options;
     const { signal } = this.#closing;
+    const startsUntil = clock.now() + startTimeoutMs;
+    let isStarting = false;
     for (;;) {
       const delay = this.#notBefore - clock.now();
       if (delay > 0) {
@@ -101,7 +110,10 @@ export class ConnectionManager implements ConnectionListener {
         if (connection.error !== undefined) {
           throw connection.error;
         }
-        this.#hasConnected = true;
+        if (!this.#hasConnected) {
+          this.#hasConnected = true;
+          backoff.reset();
+        }
         this.current = connection;
         this.#stableAt = clock.now() + STABLE_AFTER_MS;
         onConnection(connection);
@@ -111,10 +123,22 @@ export class ConnectionManager implements ConnectionListener {
           throw error;
         }
         this.lastError = error;
-        if (!this.#hasConnected || (error instanceof TlsError && !isTransient(error.failure))) {
-          throw error;
+        let delay = backoff.next();
+        if (this.#hasConnected) {
+          if (error instanceof TlsError && !isTransient(error.failure)) {
+            throw error;
+          }
+        } else {
+          delay = Math.min(delay, MAX_START_DELAY_MS);
+          if (!(error instanceof CannotConnect && error.refused) || clock.now() + delay >= startsUntil) {
+            throw error;
+          }
+          if (!isStarting) {
+            isStarting = true;
+            onStarting();
+          }
         }
-        this.#delayNextAttempt(backoff.next());
+        this.#delayNextAttempt(delay);
       }
     }
   }

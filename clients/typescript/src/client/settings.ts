@@ -31,6 +31,7 @@ export interface ClientSettings {
   readonly credentialsOf: (options: SessionOptions) => Promise<Credentials>;
   readonly opensSession: boolean;
   readonly timeoutMs: number;
+  readonly startTimeoutMs: number;
   readonly client: string;
   readonly maxCalls: number;
   readonly onEvent: ((event: ServerEvent) => void) | undefined;

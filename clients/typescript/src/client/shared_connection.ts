@@ -8,6 +8,7 @@
 import type { CallReceived, EventReceived } from "../connection/events.js";
 import { Unauthenticated } from "../errors.js";
 import type { Token } from "../wire/frame.js";
+import { addressText } from "./address.js";
 import { Backoff } from "./backoff.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { ConnectionManager } from "./connection_manager.js";
@@ -34,11 +35,17 @@ export class SharedConnection {
   /** Called once the sessions were shown on a new connection. */
   onConnected: () => void = () => undefined;
 
-  constructor({ clock, random, dial }: ClientSettings) {
+  constructor({ clock, random, dial, address, startTimeoutMs, onWarning }: ClientSettings) {
     this.manager = new ConnectionManager({
       clock,
       backoff: new Backoff(random),
       dial,
+      startTimeoutMs,
+      onStarting: () => {
+        onWarning(
+          `${addressText(address)}: nothing listens there yet; waiting up to ${startTimeoutMs / 1000} s for the server to start`,
+        );
+      },
       isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
       onConnection: (connection) => void this.#present(connection),
       onEvent: (event) => this.#sessionOf(event.token).eventReceived(event),

@@ -57,38 +57,78 @@ export class Dialer {
   }
 
   async #connect(listener: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
-    const { address, clock, connectTimeoutMs, maxFrame, toleranceMs } = this.#settings;
+    const { address, clock, maxFrame, toleranceMs } = this.#settings;
     const connection = new ConnectionDriver(listener, clock, new ClientConnection({ maxFrame, toleranceMs }));
-    const options = await this.#settings.trust.tlsOptions();
+    const options = await this.#tlsOptions(signal);
     const tcp = connect({ ...address, noDelay: true, allowHalfOpen: true }); // to send close_notify after the server's
-    const timeout = new AbortController();
-    const timer = clock.after(connectTimeoutMs, () => {
-      timeout.abort(new CannotConnect(`${addressText(address)}: no response within ${connectTimeoutMs / 1000} s`));
-    });
     try {
-      await unlessAborted(this.#establish(tcp, connection, options), AbortSignal.any([timeout.signal, signal]));
+      await this.#inTime(this.#establish(tcp, connection, options), signal);
       return connection;
     } catch (error) {
       connection.abort();
       tcp.destroy();
       throw this.#explained(error);
+    }
+  }
+
+  /** Read the files of the trust. A server that is starting writes its CA before it listens. */
+  async #tlsOptions(signal: AbortSignal): Promise<TlsSettings["options"]> {
+    const { address, trust } = this.#settings;
+    try {
+      return await trust.tlsOptions();
+    } catch (error) {
+      if (!trust.isCaMissing()) {
+        throw error;
+      }
+      const tcp = connect(address);
+      try {
+        await this.#inTime(this.#reached(tcp), signal);
+      } finally {
+        tcp.destroy();
+      }
+      return await trust.tlsOptions();
+    }
+  }
+
+  /** Limit a part of an attempt by the connect timeout. */
+  async #inTime<T>(work: Promise<T>, signal: AbortSignal): Promise<T> {
+    const { address, clock, connectTimeoutMs } = this.#settings;
+    const timeout = new AbortController();
+    const timer = clock.after(connectTimeoutMs, () => {
+      timeout.abort(new CannotConnect(`${addressText(address)}: no response within ${connectTimeoutMs / 1000} s`));
+    });
+    try {
+      return await unlessAborted(work, AbortSignal.any([timeout.signal, signal]));
     } finally {
       timer.cancel();
     }
   }
 
-  async #establish(tcp: Socket, connection: ConnectionDriver, options: TlsSettings["options"]): Promise<void> {
-    const { address, serverHostname, trust, clock, systemClock } = this.#settings;
-    const wall = () => systemClock.wall();
-    await new Promise<void>((resolve, reject) => {
+  #reached(tcp: Socket): Promise<void> {
+    return new Promise((resolve, reject) => {
       tcp.once("connect", () => {
         tcp.removeAllListeners("error");
-        startTls(tcp, connection, { options, host: serverHostname, trust, clock, wall }).then(resolve, reject);
+        resolve();
       });
-      tcp.once("error", (error) => {
-        reject(new CannotConnect(`${addressText(address)}: ${causeOf(error)}`, { cause: error }));
-      });
+      tcp.once("error", (error) => reject(this.#cannotConnect(error)));
     });
+  }
+
+  #cannotConnect(error: Error): CannotConnect {
+    const { address, trust } = this.#settings;
+    const codes = codesOf(error);
+    const refused = codes.includes("ECONNREFUSED");
+    const missing = refused && trust.isCaMissing() ? `, and ${escapeText(String(trust.caFile))} does not exist` : "";
+    const cure = refused ? "start the server, or check the host and the port" : "check the address and the network";
+    const cause = refused ? "ECONNREFUSED" : (codes[0] ?? error.message);
+    return new CannotConnect(`${addressText(address)}: ${cause}${missing}; ${cure}`, { refused, cause: error });
+  }
+
+  async #establish(tcp: Socket, connection: ConnectionDriver, options: TlsSettings["options"]): Promise<void> {
+    const { serverHostname, trust, clock, systemClock } = this.#settings;
+    const wall = () => systemClock.wall();
+    await this.#reached(tcp);
+    await startTls(tcp, connection, { options, host: serverHostname, trust, clock, wall });
     await connection.welcomed;
   }
 
@@ -129,8 +169,8 @@ export class Dialer {
   }
 }
 
-/** Return the error code of the system. Node wraps those of all addresses of a host in one error without a message. */
-function causeOf(error: Error): string {
-  const first = error instanceof AggregateError ? (error.errors[0] as Error) : error;
-  return (first as NodeJS.ErrnoException).code ?? first.message;
+/** Return the error codes of the system. Node wraps those of all addresses of a host in one error without a message. */
+function codesOf(error: Error): string[] {
+  const errors: NodeJS.ErrnoException[] = error instanceof AggregateError ? error.errors : [error];
+  return errors.flatMap(({ code }) => (code === undefined ? [] : [code]));
 }

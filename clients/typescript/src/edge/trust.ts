@@ -9,6 +9,7 @@
  */
 
 import { X509Certificate } from "node:crypto";
+import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { isIP } from "node:net";
 import { createSecureContext, type SecureContextOptions, type TLSSocket } from "node:tls";
@@ -38,6 +39,7 @@ export interface TrustOptions {
 
 export class Trust {
   readonly verify: boolean;
+  readonly caFile: string | undefined;
   readonly hasCertificate: boolean;
   readonly #pins: ReadonlySet<string>;
   readonly #options: TrustOptions;
@@ -49,6 +51,7 @@ export class Trust {
     this.#options = options;
     this.#pins = parsePins(pins);
     this.verify = verify;
+    this.caFile = caFile;
     this.hasCertificate = certificate !== undefined;
     this.#byCa = verify && (caFile !== undefined || systemStore || this.#pins.size === 0);
     if (!verify && (caFile !== undefined || this.#pins.size > 0 || systemStore)) {
@@ -70,6 +73,11 @@ export class Trust {
     }
   }
 
+  /** Whether there is no file at `caFile`. */
+  isCaMissing(): boolean {
+    return this.caFile !== undefined && !existsSync(this.caFile);
+  }
+
   /**
    * Return options for `tls.connect`. Reads the files each time, so that the next connection uses a renewed certificate.
    * Rejects with CertificateError.
@@ -82,6 +90,12 @@ export class Trust {
       ciphers: SUITES.join(":"),
     };
     if (this.#byCa && caFile !== undefined) {
+      if (this.isCaMissing()) {
+        throw new CertificateError(
+          `${escapeText(caFile)}: does not exist; copy the CA of the server to this path (zcproto cert export-ca writes it),` +
+            " or check the path",
+        );
+      }
       options.ca = certificatesOf(caFile, await read(caFile));
     }
     if (certificate !== undefined && keyFile !== undefined) {

@@ -334,6 +334,7 @@ export class FakeServer {
       dial: this.dial,
       credentials: new ApiKey("ada", KEY),
       opensSession: true,
+      startTimeoutMs: 0,
       timeoutMs: 30_000,
       client: "test/1",
       maxCalls: 32,
