@@ -27,6 +27,7 @@ from zcproto.common.process import new_event_loop, raise_file_limit
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
+from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.state import log
@@ -58,12 +59,14 @@ def serve(
     home: Path | None = None,
     authenticators: Authenticators | None = None,
     ready: Callable[[Server], None] = lambda server: None,
+    progress: Callable[[str], None] = lambda sentence: None,
     **options: Any,
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts off what still runs.
 
     `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it
-    listens. A service manager such as systemd is notified as well; it may run a watchdog and pass the listening
+    listens, `progress` with sentences about new certificates; on a terminal, three lines replace those of the first
+    start. A service manager such as systemd is notified as well; it may run a watchdog and pass the listening
     sockets. Further options are passed to `Server`. Raises ConfigError, CertificateError or LifespanError before
     anything listens, LifespanError at the end, and RuntimeError inside a running event loop or outside the main
     thread: use `Server` there.
@@ -73,14 +76,21 @@ def serve(
     manager = ServiceManager.from_environ(os.environ, os.getpid())
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
     options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
-    server = Server(app, config, home=home, authenticators=authenticators, **options)
+    first = FirstStart(progress, sys.stderr if sys.stderr.isatty() else None)
+    server = Server(app, config, home=home, authenticators=authenticators, progress=first.progress, **options)
+    first.begin(server)
     configure_logging(server.config.log)
     server.owns_log = True
     server.on_config = raise_limit_for
     server.on_config(server.config)
+
+    def on_ready(server: Server) -> None:
+        first.ready(server)
+        ready(server)
+
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_serve(server, ready, manager, risks))
+            runner.run(_serve(server, on_ready, manager, risks))
     finally:
         finish_log()
 

@@ -1,0 +1,72 @@
+"""What a first start reports on a terminal, in three lines: what is created, and the next command.
+
+Must not know: how certificates are made.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from zcproto.common.home import DEFAULT, VARIABLE
+from zcproto.common.text import counted, escape_text
+from zcproto.runtime.server import Server
+
+SHOWN_NAMES = 4
+
+
+class FirstStart:
+    """Replaces the progress of the certificates by three lines, if the server has none yet.
+
+    `progress` gets the sentences of every other start, `terminal` is None without one.
+    """
+
+    def __init__(self, progress: Callable[[str], None], terminal: TextIO | None) -> None:
+        self._progress = progress
+        self._terminal = terminal
+
+    def begin(self, server: Server) -> None:
+        """Begin with the configuration of a server that has not started."""
+        certificates = server.config.certificates
+        if certificates.mode == "files" or (certificates.directory / "ca.crt").exists():
+            self._terminal = None
+        folder = escape_text(str(server.home.path))
+        self._print(f"first start: creating {folder} with keys and certificates; RSA keys take some seconds")
+
+    def progress(self, sentence: str) -> None:
+        """Pass on a sentence about the certificates, unless the three lines replace it."""
+        if self._terminal is None:
+            self._progress(sentence)
+
+    def ready(self, server: Server) -> None:
+        """Report what was created, now that the server listens."""
+        if self._terminal is None or not server.certificates:
+            return
+        names = server.certificates[0].names
+        left = len(names) - SHOWN_NAMES
+        more = f" and {counted(left, 'more name')}" if left > 0 else ""
+        authority = escape_text(str(server.config.certificates.directory / "ca.crt"))
+        self._print(f"clients trust {authority}; the server is {', '.join(names[:SHOWN_NAMES])}{more}")
+        self._print(f"next, in another terminal: {_next_command(server)}")
+        self._terminal = None
+
+    def _print(self, line: str) -> None:
+        if self._terminal is not None:
+            self._terminal.write(f"zcproto: {line}\n")
+            self._terminal.flush()
+
+
+def _next_command(server: Server) -> str:
+    option = (
+        "" if _is_default(server.home.path) else f" --home {escape_text(shlex.quote(str(server.home.path)))}"
+    )
+    if server.home.users.exists():
+        return f"zcproto{option} call localhost:{server.port} server.info"
+    return f"zcproto{option} user add ada --keys-out ada.key"
+
+
+def _is_default(path: Path) -> bool:
+    return path == Path(os.environ.get(VARIABLE) or DEFAULT).expanduser().absolute()
