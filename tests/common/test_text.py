@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,10 @@ def test_any_text_becomes_one_printable_line(text: str) -> None:
     shown = escape_text(text)
     assert shown.isprintable()
     assert len(shown.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 sessions"), (1, "1 session"), (2, "2 sessions"), (12_345, "12,345 sessions")]
+)
+def test_number_agrees_with_its_noun(count: int, text: str) -> None:
+    assert counted(count, "session") == text

@@ -52,7 +52,7 @@ def test_failed_run_has_exit_code_1(serve: Serve) -> None:
     view, out = console()
     result = run_and_report(plan_for(serve(app)), Outputs(), view)
     assert EXIT_CODES[result.verdict] == 1
-    assert "10 of 10 connections are unverified" in out.getvalue()
+    assert "10 of 10 connections not verified" in out.getvalue()
 
 
 def test_invalid_plan_is_refused_before_connecting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_conclusion_states_what_was_proven() -> None:
         "counts of both sides agree. The server is stopped and its folder deleted; total time 33 s."
     )
     unproven = module._conclusion(Result(plan()), 5.0)
-    assert unproven.startswith("Not proven: 10 of 10 connections are unverified; ")
+    assert unproven.startswith("Not proven: 10 of 10 connections not verified; ")
     assert module._conclusion(Result(plan(), interrupted=True), 5.0).startswith("Interrupted")
 
 

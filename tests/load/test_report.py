@@ -94,7 +94,7 @@ def test_failed_run_shows_its_reasons() -> None:
     assert row(text, "load: wrong answer") == ["2"]
     assert row(text, "load: no answer") == ["4"]
     assert row(text, "connection: truncated") == ["1"]
-    assert "failed: 1 connections failed or were lost; 2 requests of the load" in text
+    assert "failed: 1 connection failed or got lost; 2 requests of the load" in text
 
 
 def test_interrupted_run_shows_partial_figures() -> None:

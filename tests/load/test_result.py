@@ -47,13 +47,13 @@ def test_unclosed_sessions_are_a_reason() -> None:
 def test_lost_connections_are_a_reason() -> None:
     result = verified_result()
     result.record.lost_connections = {"truncated": 2, "TLS: other": 1}
-    assert result.reasons() == ["3 connections failed or were lost"]
+    assert result.reasons() == ["3 connections failed or got lost"]
 
 
 def test_unverified_connections_are_a_reason() -> None:
     result = verified_result()
     result.record.tallies[RequestKind.LAST].equal = 7
-    assert result.reasons() == ["3 of 10 connections are unverified"]
+    assert result.reasons() == ["3 of 10 connections not verified"]
 
 
 @pytest.mark.parametrize("what", ["connections", "sessions", "requests"])

@@ -76,7 +76,7 @@ async def test_wrong_answers_fail_the_run(serve: Serve) -> None:
     result = await go(serve(app))
     assert result.verdict is Verdict.FAILED
     assert "50 requests of the load got a wrong answer" in result.reasons()
-    assert "10 of 10 connections are unverified" in result.reasons()
+    assert "10 of 10 connections not verified" in result.reasons()
 
 
 async def test_different_server_count_fails_the_run(serve: Serve) -> None:

@@ -274,7 +274,7 @@ def test_process_reports_ready_reload_and_stop(start: Start, manager: FakeServic
     (port,) = where(process, home)
     assert manager.next() == {"WATCHDOG": "1"}
     with Client(port, home / "certs" / "ca.crt"):
-        assert manager.until("STATUS", "serving 1 connections, 0 sessions")["WATCHDOG"] == "1"
+        assert manager.until("STATUS", "serving 1 connection, 0 sessions")["WATCHDOG"] == "1"
     before = time.monotonic_ns() // 1000
     process.send_signal(signal.SIGHUP)
     reloading = manager.until("RELOADING", "1")

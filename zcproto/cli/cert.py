@@ -27,7 +27,7 @@ from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, ins
 from zcproto.cli import cert_report as reports
 from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import aligned, print_report, private_file, report_options, utc
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.config import Config
 from zcproto.errors import CertificateError, ConfigError
 from zcproto.tls.pins import key_pin
@@ -53,7 +53,7 @@ def show(instance: Instance, as_json: bool) -> int:
     Exit code 2 if one has expired or cannot be served.
     """
     now = utc()
-    found = reports.report(instance.read_config(), now, os.environ)
+    found = reports.report(instance.existing_config(), now, os.environ)
     served = _served(instance)
     data = reports.as_data(found, now) | ({} if served is None else {"served": served})
     print_report(as_json, data, reports.as_text(found, now))
@@ -72,7 +72,7 @@ def show(instance: Instance, as_json: bool) -> int:
 def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, as_json: bool) -> None:
     """Print the current and the announced pins of the server, to paste into connect(pins=[...])."""
     now = utc()
-    found = reports.report(instance.read_config(), now, os.environ)
+    found = reports.report(instance.existing_config(), now, os.environ)
     rows = reports.rows_of_site(found, site)
     for row in rows:
         if row.leaf is None or row.status == reports.PROBLEM:
@@ -103,7 +103,7 @@ def pins(instance: Instance, certificate: bool, site: str | None, plain: bool, a
 @instance_options
 def export_ca(instance: Instance, file: Path, der: bool, client: bool, force: bool) -> None:
     """Write the certificate of the CA, with which clients verify the server. It contains no secret."""
-    config = instance.read_config()
+    config = instance.existing_config()
     path = _authority_file(config, client)
     certificate = pair.read_certificate(path)
     form = serialization.Encoding.DER if der else serialization.Encoding.PEM
@@ -163,15 +163,18 @@ def _check_text(found: Examination, now: datetime) -> str:
     lines: list[tuple[str, str]] = []
     if found.chain:
         leaf = found.chain[0]
-        days = reports.days_left(leaf, now)
+        left = counted(reports.days_left(leaf, now), "day")
         lines += [
             ("names", reports.shown_names(reports.names_of(leaf)) or "none"),
             ("key", reports.type_of(leaf)),
             ("issuer", reports.issuer_of(leaf)),
             ("from", reports.moment(leaf.not_valid_before_utc)),
-            ("until", f"{reports.moment(leaf.not_valid_after_utc)} ({days} days left)"),
+            ("until", f"{reports.moment(leaf.not_valid_after_utc)} ({left} left)"),
             ("pin", reports.key_pin(leaf)),
-            ("chain", f"{len(found.chain)} certificates" if len(found.chain) > 1 else "no other certificate"),
+            (
+                "chain",
+                counted(len(found.chain), "certificate") if len(found.chain) > 1 else "no other certificate",
+            ),
         ]
     if found.key is not None:
         lines.append(("private key", f"{keys.key_type_of(found.key)}, pin {key_pin(found.key.public_key())}"))
@@ -390,7 +393,7 @@ def revoke_client(
     """
     if (name is None) == (serial is None):
         raise click.UsageError("Give NAME, or --serial.")
-    directory = instance.read_config().certificates.directory
+    directory = instance.existing_config().certificates.directory
     revoked = client_ca.revoke_client(
         directory, name=name, serial=serial, now=utc(), reason=reason, progress=_note
     )

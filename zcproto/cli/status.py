@@ -13,7 +13,7 @@ import click
 from zcproto.cli import Instance, instance_options, number_option
 from zcproto.cli.control import CONNECT_S, Control, require_control
 from zcproto.cli.output import json_text, print_report
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 
 STATUS_S = 2 * CONNECT_S
 """The timeout of a response, which takes a millisecond."""
@@ -140,7 +140,8 @@ def _traffic(report: Mapping[str, Any]) -> Iterator[Line]:
         ended = ", ".join(f"{count:,} {result}" for result, count in sorted(calls["ended"].items()))
         yield _row(
             "calls",
-            f"{calls['handlers']:,} clients handle calls; {calls['in_flight']:,} in flight; {ended or 'none yet'}",
+            f"handled by {counted(calls['handlers'], 'client')}; {calls['in_flight']:,} in flight;"
+            f" {ended or 'none yet'}",
         )
     yield _row("latency", f"CPU    {_percentiles(traffic['work'])}  (last minute)")
     if traffic["waits"]["count"]:
@@ -164,7 +165,8 @@ def _handshakes(report: Mapping[str, Any]) -> Iterator[Line]:
 def _store(report: Mapping[str, Any]) -> Iterator[Line]:
     store = report["store"]
     bad = store["state"] != "healthy" or bool(store.get("refusing"))
-    more = f", {store['pending_revocations']} revocations pending" if store.get("pending_revocations") else ""
+    pending = store.get("pending_revocations")
+    more = f", {counted(pending, 'revocation')} pending" if pending else ""
     refusing = ", all tokens are refused" if store.get("refusing") else ""
     yield _row("store", f"{store['url']}: {store['state']}{refusing}{more}", bad=bad)
 
@@ -173,7 +175,7 @@ def _certificates(report: Mapping[str, Any]) -> Iterator[Line]:
     yield from (("", ""), ("certificates", "head"))
     for one in report["certificates"]:
         names = ", ".join(one["site"] or one["names"])
-        left = f"{one['days_left']} days left" if one["seconds_left"] > 0 else "EXPIRED"
+        left = f"{counted(one['days_left'], 'day')} left" if one["seconds_left"] > 0 else "EXPIRED"
         text = f"  {one['file']:20} {one['key_type'] or one['source']:12} {left:14} {names}"
         yield text, "bad" if one["days_left"] < SOON_DAYS else ""
 
@@ -188,7 +190,10 @@ def _alerts(report: Mapping[str, Any]) -> Iterator[Line]:
         yield f"  and {len(alerts['open']) - MAX_ALERTS} more: zcproto alert list", "bad"
     for sink in alerts["sinks"]:
         if sink["down"]:
-            yield f"  the {sink['name']} is not reachable: {sink['waiting']} messages wait", "bad"
+            yield (
+                f"  the {sink['name']} is not reachable; waiting: {counted(sink['waiting'], 'message')}",
+                "bad",
+            )
 
 
 def _row(name: str, text: str, *, bad: bool = False) -> Line:

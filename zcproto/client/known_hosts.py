@@ -22,7 +22,7 @@ from zcproto.client.address import is_ip
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.files import locked, replace_file
 from zcproto.common.home import resolve_home
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.errors import ConfigError, TlsError
 
 FILE_NAME: Final = "known_hosts.json"
@@ -103,7 +103,7 @@ class KnownHosts:
             days = (known.until - now) // 86_400 + 1
             raise TlsError(
                 "sts_policy",
-                f"{name} requires verified connections for {days} more days; remove verify=False"
+                f"{name} requires verified connections for {counted(days, 'more day')}; remove verify=False"
                 f" (policy stored in {escape_text(str(self.path))})",
             )
 

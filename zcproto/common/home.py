@@ -55,6 +55,16 @@ class Home:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.check()
 
+    def require(self) -> None:
+        """Raise ConfigError if the folder does not exist."""
+        if not self.path.exists():
+            raise ConfigError(
+                [
+                    f"{self.path}: this home folder does not exist; name another one with --home or {VARIABLE},"
+                    " or start a server, which creates it"
+                ]
+            )
+
     def check(self) -> None:
         """Raise ConfigError if the folder is missing or cannot be used."""
         with file_errors(self.path, "used as the home folder"):

@@ -1,4 +1,4 @@
-"""Escape text, so that it is safe on one line of a terminal or a log, or in a TOML file."""
+"""Write text that is safe on one line of a terminal or a log, or in a TOML file, and numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def escape_text(text: str, limit: int | None = None) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as in "1 session" and "2,000 sessions"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def toml_string(text: str) -> str:

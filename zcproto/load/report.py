@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zcproto.common.text import counted
 from zcproto.load.hdr import PERCENTILES, percentiles_ms
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, RequestKind
 from zcproto.load.result import Counted, Moment, Result, Verdict
@@ -174,10 +175,11 @@ def _sentence(result: Result) -> str:
         requests = (
             result.record.tallies[RequestKind.LOAD].equal + result.record.tallies[RequestKind.LAST].equal
         )
-        items = f"{result.record.items.equal:,} items in order, " if result.plan.stream else ""
+        items = f"{counted(result.record.items.equal, 'item')} in order, " if result.plan.stream else ""
+        connections = counted(result.plan.connections, "connection")
         return (
-            f"verified: {result.verified_connections:,} of {result.plan.connections:,} connections, "
-            f"{items}{requests:,} correct answers, 0 errors"
+            f"verified: {result.verified_connections:,} of {connections}, {items}"
+            f"{counted(requests, 'correct answer')}, 0 errors"
         )
     if result.verdict is Verdict.INTERRUPTED:
         return "interrupted: the figures cover part of the run, and nothing is verified"

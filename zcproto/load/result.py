@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from zcproto.common.text import counted
 from zcproto.load.caller import ServerStats
 from zcproto.load.plan import Plan
 from zcproto.load.record import Record, RequestKind
@@ -121,10 +122,10 @@ class Result:
         record = self.record
         lost_connections = sum(record.lost_connections.values())
         if lost_connections:
-            reasons.append(f"{lost_connections:,} connections failed or were lost")
+            reasons.append(f"{counted(lost_connections, 'connection')} failed or got lost")
         unverified = self.plan.connections - self.verified_connections
         if unverified:
-            reasons.append(f"{unverified:,} of {self.plan.connections:,} connections are unverified")
+            reasons.append(f"{unverified:,} of {counted(self.plan.connections, 'connection')} not verified")
         for kind, name in _NAMES.items():
             if kind is RequestKind.LOAD and self.plan.stream:
                 name = "streams"  # noqa: PLW2901

@@ -13,6 +13,7 @@ from zcproto.admin.parts import Parts
 from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
+from zcproto.common.text import counted
 from zcproto.errors import Code
 from zcproto.tls.failure import TlsFailure
 
@@ -134,7 +135,7 @@ def on_revoked(alerts: ServerAlerts, by: str, sessions: int, by_user: bool) -> N
     wanted = alerts.config.revocations
     if sessions and (wanted == "any" or (wanted == "operators" and not by_user)):
         severity = Severity.INFO if by_user else None
-        title = f"{sessions} session{'s' if sessions > 1 else ''} revoked: {by}"
+        title = f"{counted(sessions, 'session')} revoked: {by}"
         details = {"sessions": sessions}
         alerts.raise_(AlertKind.SESSIONS_REVOKED, title, about=by, severity=severity, details=details)
 

@@ -38,6 +38,7 @@ from zcproto.certs.pair import CertificatePair
 from zcproto.certs.settings import managed_site
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
+from zcproto.common.text import counted
 from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import ConfigError
@@ -252,7 +253,8 @@ class Server:
     def summary(self) -> str:
         """Return one sentence on the load."""
         state = self.state
-        return f"serving {len(state.connections)} connections, {len(state.registry)} sessions"
+        connections = counted(len(state.connections), "connection")
+        return f"serving {connections}, {counted(len(state.registry), 'session')}"
 
     def statistics(self) -> dict[str, Any]:
         """Return the figures of `server.stats`."""
