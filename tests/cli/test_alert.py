@@ -90,6 +90,7 @@ def test_failed_sink_is_reported_and_the_other_still_tried(
 
 
 def test_alert_test_without_sinks_fails(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.mkdir(0o700)
     assert main(["alert", "test"]) == 1
     assert "no webhook and no command" in capsys.readouterr().out
     assert main(["alert", "test", "--json"]) == 1
@@ -139,6 +140,7 @@ def test_webhook_signature_is_verified(
 def test_verify_needs_a_secret_and_a_message_of_bounded_size(
     home: Path, secret_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    home.mkdir(0o700)
     assert main(["alert", "verify", "--signature", "x", os.devnull]) == 2
     assert "use --secret-file" in capsys.readouterr().err
     stdin(monkeypatch, bytes(1_048_577))

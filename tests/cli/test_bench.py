@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.load.helpers import verified_result
-from zcproto.cli import main
+from zcproto.cli import connect, main
 from zcproto.load import command
 from zcproto.load.command import Outputs
 from zcproto.load.plan import Credential, Plan
@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     path = tmp_path / "load.keys"
-    path.write_text("load-1\tAAA\nload-2\tBBB\n")
+    path.write_text("load-1\tAAA\nload-2\tBBB\n" + "".join(f"load-{n}\tC{n}\n" for n in range(3, 23)))
     return path
 
 
@@ -38,6 +38,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Outputs]]:
         return verified_result()
 
     monkeypatch.setattr(command, "run_and_report", run_and_report)
+    monkeypatch.setattr("zcproto.cli.bench.check_connection", lambda *arguments: None)
     return seen
 
 
@@ -46,9 +47,10 @@ def test_default_run_is_small(plans: list[tuple[Plan, Outputs]], keys: Path, hom
     ((plan, outputs),) = plans
     assert (plan.host, plan.port) == ("localhost", 7443)
     assert plan.connections == plan.sessions == 100
-    assert plan.credentials == (Credential("load-1", "AAA"), Credential("load-2", "BBB"))
+    assert plan.credentials[:2] == (Credential("load-1", "AAA"), Credential("load-2", "BBB"))
+    assert len(plan.credentials) == 22
     assert plan.operator == plan.credentials[0]
-    assert plan.ca_file is None
+    assert plan.ca_file == home / "certs" / "ca.crt", "which the server may be about to create"
     assert outputs == Outputs()
 
 
@@ -58,7 +60,7 @@ def test_each_option_is_passed_on(
     ops = tmp_path / "ops.keys"
     ops.write_text("ops-1\tCCC\n")
     options = {
-        "--connections": 50, "--sessions": 20, "--rate": 7, "--duration": 3, "--payload": 1000, "--pipeline": 4,
+        "--connections": 50, "--sessions": 20, "--rate": 70, "--duration": 3, "--payload": 1000, "--pipeline": 4,
         "--arrival-rate": 90, "--processes": 2, "--keys": keys, "--operator-key-file": ops, "--ca": "my.crt",
         "--seed": 9, "--stream": "repeat", "--json": "a.json", "--hdr": "a.hgrm", "--plot": "a.png",
     }  # fmt: skip
@@ -66,7 +68,7 @@ def test_each_option_is_passed_on(
     assert main(["bench", "[::1]:9000", *arguments]) == 0
     ((plan, outputs),) = plans
     assert (plan.host, plan.port, plan.connections, plan.sessions) == ("::1", 9000, 50, 20)
-    assert (plan.rate, plan.duration_s, plan.payload_bytes, plan.pipeline) == (7.0, 3.0, 1000, 4)
+    assert (plan.rate, plan.duration_s, plan.payload_bytes, plan.pipeline) == (70.0, 3.0, 1000, 4)
     assert plan.stream == "repeat"
     assert (plan.arrival_rate, plan.processes, plan.seed) == (90.0, 2, 9)
     assert plan.operator == Credential("ops-1", "CCC")
@@ -77,7 +79,7 @@ def test_each_option_is_passed_on(
 def test_ca_of_the_home_folder_is_trusted(plans: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:
     (home / "certs").mkdir(parents=True)
     (home / "certs" / "ca.crt").touch()
-    assert main(["bench", "localhost", "--keys", str(keys)]) == 0
+    assert main(["bench", "db.example", "--keys", str(keys)]) == 0
     assert plans[0][0].ca_file == home / "certs" / "ca.crt"
 
 
@@ -86,14 +88,17 @@ def test_missing_keys_file_prints_the_command_to_create_it(home: Path, capsys: C
     assert "zcproto user add load --count N --keys-out FILE" in capsys.readouterr().err
 
 
-def test_missing_keys_option_is_a_usage_error(home: Path, capsys: Capture) -> None:
-    assert main(["bench", "localhost"]) == 2
-    assert "--keys" in capsys.readouterr().err
+def test_missing_keys_option_prints_all_commands_that_are_needed(home: Path, capsys: Capture) -> None:
+    assert main(["bench", "localhost:9000", "--connections", "20"]) == 2
+    err = capsys.readouterr().err
+    assert "zcproto user add load --count 5 --keys-out load.keys\n" in err
+    assert "zcproto user add ops --operator --count 1 --keys-out ops.keys\n" in err
+    assert "zcproto bench localhost:9000 --keys load.keys --operator-key-file ops.keys" in err
 
 
 def test_too_few_keys_are_refused(keys: Path, home: Path, capsys: Capture) -> None:
-    assert main(["bench", "localhost", "--keys", str(keys), "--connections", "50"]) == 2
-    assert "the 2 users of the keys file may open 9 sessions" in capsys.readouterr().err
+    assert main(["bench", "localhost", "--keys", str(keys), "--connections", "200"]) == 2
+    assert "the 22 users of the keys file may open 109 sessions" in capsys.readouterr().err
 
 
 def test_more_sessions_than_connections_is_an_error(keys: Path, home: Path, capsys: Capture) -> None:
@@ -107,10 +112,14 @@ def test_invalid_address_is_an_error(keys: Path, home: Path, capsys: Capture) ->
     assert "the port must be a number" in capsys.readouterr().err
 
 
-def test_refused_connection_prints_one_line(keys: Path, home: Path, capsys: Capture) -> None:
-    options = ["--keys", str(keys), "--connections", "9"]
-    assert main(["bench", "127.0.0.1:1", *options]) == 1
-    assert capsys.readouterr().err == "zcproto: 127.0.0.1:1: Connection refused\n"
+def test_missing_connection_is_reported_before_the_run(
+    keys: Path, home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "MAX_CONNECT_TIMEOUT", 0.1)
+    assert main(["bench", "127.0.0.1:1", "--keys", str(keys), "--connections", "9"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("zcproto: no connection: 127.0.0.1:1: Connection refused, and ")
 
 
 # --- a whole run ------------------------------------------------------------------------------------------

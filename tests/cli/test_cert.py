@@ -90,6 +90,7 @@ def test_export_ca_of_external_certificates_is_an_error(
 
 
 def test_export_ca_before_the_first_start_is_an_error(home: Path, capsys: Capture) -> None:
+    home.mkdir(0o700)
     assert run("export-ca") == 2
     assert "the first start of a server creates it" in capsys.readouterr().err
 

@@ -36,10 +36,11 @@ __all__ = ["made", "made_once", "quick_authority"]
 
 
 def test_show_before_the_first_start_creates_nothing(home: Path, capsys: Capture) -> None:
+    home.mkdir(0o700)
     assert run("show") == 0
     out = capsys.readouterr().out
     assert out.count("not made yet") == 3  # two rows and a sentence
-    assert not home.exists()
+    assert list(home.iterdir()) == []
 
 
 def test_show_is_a_table_with_aligned_columns(made: Path, capsys: Capture) -> None:
@@ -309,6 +310,7 @@ def test_pins_of_a_site(made: Path, home: Path, capsys: Capture, server_pairs: S
 
 
 def test_pins_before_the_first_key_are_an_error(home: Path, capsys: Capture) -> None:
+    home.mkdir(0o700)
     assert run("pins") == 2
     assert "not made yet; start the server once" in capsys.readouterr().err
 

@@ -96,6 +96,7 @@ def test_minutes_out_of_range_are_refused(home: Path, users: UserFile, minutes: 
 
 
 def test_pair_needs_a_user_if_there_are_several(home: Path, users: UserFile, capsys: Capture) -> None:
+    home.mkdir(0o700)
     assert main(["pair"]) == 2
     assert capsys.readouterr().err == "there is no user yet; add one with zcproto user add NAME\n"
     users.add("ada"), users.add("bob")
@@ -185,9 +186,10 @@ def test_device_list_of_one_user_as_json(devices: DeviceFile, capsys: Capture) -
 
 
 def test_device_list_without_a_file_creates_nothing(home: Path, capsys: Capture) -> None:
+    home.mkdir(0o700)
     assert main(["device", "list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert not home.exists()
+    assert list(home.iterdir()) == []
 
 
 def test_damaged_device_file_is_reported(devices: DeviceFile, capsys: Capture) -> None:

@@ -40,10 +40,10 @@ def folder(home: Path, certs: Path) -> Path:
     return home
 
 
-def test_missing_home_is_ok(home: Path, doctor: Doctor) -> None:
+def test_missing_home_is_a_warning(home: Path, doctor: Doctor) -> None:
     report = doctor()
     assert report.faults == []
-    assert "does not exist yet" in report.one("home", "ok")
+    assert report.one("home", "warning").startswith(f"{home}: does not exist | a server creates it")
     assert not home.exists(), "nothing is made by looking"
 
 

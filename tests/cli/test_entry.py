@@ -230,6 +230,7 @@ def test_exit_of_a_command_is_used(command: Callable[[Callable[[], object]], Non
 
 
 def test_broken_pipe_exits_with_141(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> None:
+    home.mkdir(0o700)
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
@@ -272,3 +273,84 @@ def test_every_command_can_be_imported(name: str) -> None:
     command = getattr(importlib.import_module(module), attribute)
     assert isinstance(command, click.Command)
     assert command.name == name
+
+
+# --- the home folder --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"], ["reload"], ["drain"], ["log", "level"], ["alert", "list"], ["alert", "test"],
+        ["user", "list"], ["user", "disable", "ada"], ["user", "new-key", "ada"],
+        ["session", "list"], ["session", "revoke", "--all"],
+        ["device", "list"], ["device", "remove", "phone"], ["pair"], ["store", "check"],
+        ["store", "migrate", "a", "b"],
+        ["cert", "show"], ["cert", "pins"], ["cert", "export-ca"], ["cert", "revoke-client", "ada"],
+        ["config", "show"], ["config", "check"],
+    ],
+)  # fmt: skip
+def test_missing_home_folder_is_an_error(words: list[str], home: Path, capsys: Capture) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(
+        f"{home}: this home folder does not exist; name another one with --home or ZCPROTO_HOME"
+    )
+    assert not home.exists()
+
+
+# --- shell completion ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script_is_printed_for_each_shell(
+    shell: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_ZCPROTO_COMPLETE", f"{shell}_source")
+    assert main([]) == 0
+    assert f"_ZCPROTO_COMPLETE={shell}_complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("zcproto s", ["serve", "status", "session", "store"]),
+        ("zcproto --h", ["--home", "--help"]),
+        ("zcproto session ", ["list", "open", "revoke"]),
+        ("zcproto call localhost echo --k", ["--key-file", "--key-log"]),
+    ],
+)
+def test_bash_completes_commands_and_options(
+    typed: str, found: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = typed.split(" ")
+    monkeypatch.setenv("_ZCPROTO_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    assert main([]) == 0
+    assert [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()] == found
+
+
+def test_completion_of_a_command_name_imports_no_command() -> None:
+    program = (
+        "import sys; from zcproto.cli import main; main([]);"
+        "print([name for name in sys.modules if name.startswith('zcproto.cli.')], file=sys.stderr)"
+    )
+    environ = {
+        **os.environ,
+        "_ZCPROTO_COMPLETE": "bash_complete",
+        "COMP_WORDS": "zcproto ",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environ
+    )
+    assert done.stderr == "[]\n"
+    assert len(done.stdout.splitlines()) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["-h"], ["session", "-h"], ["call", "-h"]])
+def test_short_help_option_works_everywhere(words: list[str], home: Path, capsys: Capture) -> None:
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("Usage: zcproto")

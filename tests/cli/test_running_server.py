@@ -229,7 +229,7 @@ def test_reload_prints_changes_and_faults(running: ServerThread, capsys: Capture
     assert rows["idempotency.keep"].endswith("restart needed")
     assert "(hidden)" in rows["alerts.webhook"]
     assert "secret" not in printed.out
-    assert printed.err == "1 of these apply after a restart of the server\n"
+    assert printed.err == "restart the server to apply 1 change\n"
     assert [each["key"] for each in json_of(capsys, "reload")["restart"]] == ["idempotency.keep"]
     running.settings = {**running.settings, "limits__max_streams": 0, "limits__max_depth": 0}
     assert main(["reload"]) == 2
@@ -316,10 +316,10 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert "8 failed: truncated 5, not_tls 3" in text
     assert "DRAINING" in text
     assert "1 open; 5 in all, 2 cut; 1,000 items sent, 0 received" in text
-    assert "3 clients handle calls; 1 in flight; 1,200 answered, 2 deadline" in text
+    assert "handled by 3 clients; 1 in flight; 1,200 answered, 2 deadline" in text
     assert "and 2 more" in text
     assert "(for 1m 30s)" in text
-    assert "the webhook is not reachable: 7 messages wait" in text
+    assert "the webhook is not reachable; waiting: 7 messages" in text
     assert sum(style == "bad" for _, style in lines) >= 15
 
 
@@ -393,6 +393,7 @@ def test_watch_restores_the_terminal(running: ServerThread) -> None:
     "command", [["status"], ["reload"], ["drain"], ["log", "level"], ["alert", "list"], ["status", "--watch"]]
 )
 def test_commands_without_a_running_server_fail(home: Path, capsys: Capture, command: list[str]) -> None:
+    home.mkdir(0o700)
     assert main(command) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -78,13 +78,25 @@ def test_home_writable_by_others_is_refused(home: Path, capsys: Capture) -> None
 def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 0
-    assert capsys.readouterr() == ("", f"users added: 3; their keys are in {path}\n")
+    assert capsys.readouterr() == ("", f"3 users added; see {path}\n")
     lines = [line.split("\t") for line in path.read_text().splitlines()]
     assert [name for name, _ in lines] == ["load-1", "load-2", "load-3"]
     assert len({key for _, key in lines}) == 3
     assert path.stat().st_mode & 0o777 == 0o600
     users = (home / "users.toml").read_text()
     assert all(name in users and key not in users for name, key in lines)
+
+
+def test_key_of_one_user_is_written_to_a_private_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "ada.key"
+    assert main(["user", "add", "ada", "--keys-out", str(path)]) == 0
+    assert capsys.readouterr() == ("", f"1 user added; see {path}\n")
+    key = path.read_text()
+    assert (len(key), key[-1]) == (44, "\n")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert main(["user", "add", "eve", "--keys-out", str(path)]) == 1
+    assert path.read_text() == key
+    assert "eve" not in (home / "users.toml").read_text()
 
 
 def test_ten_thousand_users_take_under_two_seconds(home: Path, tmp_path: Path) -> None:
@@ -116,7 +128,12 @@ def test_one_existing_user_of_many_adds_none(home: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "words",
-    [["--count", "3"], ["--keys-out", "/tmp/keys"], ["--count", "0", "--keys-out", "/k"], ["--count", "x"]],
+    [
+        ["--count", "3"],
+        ["--no-key", "--keys-out", "/k"],
+        ["--count", "0", "--keys-out", "/k"],
+        ["--count", "x"],
+    ],
 )
 def test_wrong_options_add_no_user(words: list[str], home: Path, capsys: Capture) -> None:
     assert main(["user", "add", "load", *words]) == 2
@@ -176,9 +193,10 @@ def test_users_are_listed(users: UserFile, capsys: Capture) -> None:
 
 
 def test_user_list_without_a_file_is_empty(home: Path, capsys: Capture) -> None:
+    home.mkdir(0o700)
     assert main(["user", "list", "--json"]) == 0
     assert capsys.readouterr().out == "[]\n"
-    assert not home.exists()
+    assert list(home.iterdir()) == []
 
 
 def test_disable_keeps_the_user_and_ends_the_sessions(users: UserFile, home: Path, capsys: Capture) -> None:

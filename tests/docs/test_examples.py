@@ -83,21 +83,39 @@ def folder(tmp_path: Path, certs: Path) -> Path:
     return tmp_path
 
 
-def test_readme_client_calls_the_readme_server(folder: Path, port: int) -> None:
-    write_programs(ROOT / "README.md", folder, port)
-    with serving(folder, port, "greeter.py"):
-        assert run(folder, "ask.py") == "hello world (asked by ada)\n"
-        call = [
-            "call",
-            f"localhost:{port}",
-            "greet",
-            '{"name": "shell"}',
-            "--user",
-            "ada",
-            "--key-file",
-            "ada.key",
-        ]
-        assert "hello shell (asked by ada)" in run(folder, "-m", "zcproto", *call)
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q .\n"
+
+
+def test_readme_blocks_run_by_one_paste_in_an_empty_folder(tmp_path: Path, port: int) -> None:
+    page = (ROOT / "README.md").read_text()
+    section = page[page.index("## A server and a client") : page.index("## 10,000 connections")]
+    blocks = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    pasted = "".join(blocks).replace("localhost:7443", f"localhost:{port}")
+    assert pasted.count(INSTALL) == 1
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, module in (("python", ""), ("zcproto", " -m zcproto")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{module} "$@"\n')
+        (programs / name).chmod(0o755)
+    environ = environment(tmp_path) | {
+        "ZCPROTO_SERVER__PORT": str(port),
+        "ZCPROTO_CERTIFICATES__KEY_TYPES": "ecdsa-p256",
+    }
+    done = subprocess.run(
+        ["bash"],  # reads what is pasted from its standard input, like a terminal
+        input=pasted.replace(INSTALL, ""),
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    answers = [line for line in done.stdout.splitlines() if "hello" in line]
+    assert answers == ['"hello, anyone"', '"hello shell (asked by ada)"', "hello world (asked by ada)"], (
+        done.stderr
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_application_guide_programs_run(folder: Path, port: int) -> None:

@@ -173,6 +173,8 @@ def faults_of(command: str, program: click.Group = group) -> Iterator[str]:
     current: list[click.Command] = [program]
     words = iter(re.sub(r"\.\.\.|[\[\]]", " ", command).split())
     for word in words:
+        if word == "-h":
+            return
         if word.startswith("--"):
             for name in word.split("=")[0].split("|"):
                 options = [each for one in current for each in one.params if name in each.opts]

@@ -100,7 +100,8 @@ class ControlSocket(AcceptLoop):
         if self._lock is None:
             raise ConfigError(
                 [
-                    f"{self._path}: a server runs with this home folder; stop it, or use another folder with --home"
+                    f"{self._path.parent}: a server runs with this home folder; stop it, or give this one another"
+                    " home folder (--home or ZCPROTO_HOME) and another server.port"
                 ]
             )
 

@@ -7,6 +7,7 @@ commands that need an extra import it. An error is one message on standard error
     0    done
     1    failed
     2    wrong usage, configuration or certificates; nothing was started
+    3    no connection to a server
     130  ended by Ctrl-C
     141  the reader of the output has closed it
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 from zcproto.common.home import Home, resolve_home
 from zcproto.common.text import escape_text
@@ -65,6 +67,9 @@ EXIT_UNUSABLE = 2
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141
 
+COMPLETION = "_ZCPROTO_COMPLETE"
+"""The variable by which a shell asks for completions, or for its script (docs/commands.md)."""
+
 MAX_MESSAGE = 2000
 MAX_FAULTS = 200
 
@@ -94,6 +99,15 @@ class _LazyGroup(click.Group):
             hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}."
             raise click.UsageError(f"No command {escape_text(args[0], 60)!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a command without importing any."""
+        found = [
+            CompletionItem(name, help=purpose)
+            for name, (_, purpose) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -150,6 +164,12 @@ class Instance:
         settings = overrides or {}
         return load_config(self.config_file, home=self.home.path, environ=os.environ, overrides=settings)
 
+    def existing_config(self) -> Config:
+        """Read the configuration for a command that reads files. Raises ConfigError if there is no home folder."""
+        if self.config_file is None:
+            self.home.require()
+        return self.read_config()
+
 
 def instance_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --home, --config and --version to a command, which gets `instance`. They may also stand before it."""
@@ -178,14 +198,16 @@ def number_option(
 
 
 def file_option(
-    *names: str, text: str, metavar: str = "FILE", required: bool = False, **path: bool
+    *names: str, text: str, metavar: str = "FILE", envvar: str | None = None, **path: bool
 ) -> Callable[[Function], Function]:
     """Return an option whose value is a path. `path` are settings of click.Path."""
     kind = click.Path(path_type=Path, **path)
-    return click.option(*names, type=kind, metavar=metavar, required=required, help=text)
+    return click.option(
+        *names, type=kind, metavar=metavar, envvar=envvar, show_envvar=envvar is not None, help=text
+    )
 
 
-@click.group("zcproto", cls=_LazyGroup)
+@click.group("zcproto", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @instance_options
 def group(instance: Instance) -> None:
     """RPC over TLS 1.3, with sessions and certificates that renew themselves."""
@@ -217,6 +239,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    shell = os.environ.get(COMPLETION)
+    if shell:
+        return shell_complete(group, {}, "zcproto", COMPLETION, shell)
     try:
         with group.make_context("zcproto", args) as context:
             result = group.invoke(context)

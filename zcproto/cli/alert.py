@@ -58,7 +58,7 @@ def test(instance: Instance, as_json: bool) -> int:
     if control is not None:
         results = control.post("/v1/alerts/test")["sinks"]
     else:
-        sinks = sinks_of(instance.read_config().alerts, system_clock)
+        sinks = sinks_of(instance.existing_config().alerts, system_clock)
         origin = system_entropy(_ORIGIN_SIZE).hex()
         results = asyncio.run(try_sinks(sinks, system_clock, origin, socket.gethostname()))
     rows = [
@@ -94,7 +94,7 @@ def verify(instance: Instance, signature: str, secret_file: Path | None, body: B
     key = "--secret-file"
     if secret_file is None:
         key = "alerts.webhook_secret_file"
-        secret_file = instance.read_config().alerts.webhook_secret_file
+        secret_file = instance.existing_config().alerts.webhook_secret_file
         if secret_file is None:
             raise ConfigError([f"{key} is not set; use --secret-file"])
     secret = Secret(read_secret(secret_file, key, least=LEAST_SECRET))

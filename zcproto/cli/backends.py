@@ -24,7 +24,15 @@ import click
 
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import Instance
-from zcproto.cli.connect import TrustChoice, key_option, read_key, run, trust_options
+from zcproto.cli.connect import (
+    TrustChoice,
+    call_once,
+    is_typed,
+    key_option,
+    read_key,
+    trust_options,
+    user_option,
+)
 from zcproto.cli.control import Control, find_control
 from zcproto.cli.store import CONFIGURED, end_sessions, has_no_sessions, run_in_store, with_store
 from zcproto.common.clock import system_clock
@@ -47,7 +55,10 @@ T = TypeVar("T")
 def local_backend(instance: Instance) -> Control | HomeFiles:
     """Return the running server of a home folder, or its files. Raises ControlError."""
     control = find_control(instance.home)
-    return HomeFiles(instance) if control is None else control
+    if control is not None:
+        return control
+    instance.home.require()
+    return HomeFiles(instance)
 
 
 @dataclass(frozen=True)
@@ -62,15 +73,9 @@ class RemoteServer:
 
     def run(self, operation: str, **params: Any) -> dict[str, Any]:
         """Call the method of an operation. Raises ConfigError, and the errors of `zcproto.connect`."""
-        key = read_key(self.key_file)
-
-        async def call() -> Any:
-            options = {"user": self.operator, "key": key, "timeout": TIMEOUT_S}
-            given = {name: value for name, value in params.items() if value is not None}
-            async with self.trust.make_client(self.home, self.address, **options) as client:
-                return await client.call(REMOTE_METHODS[operation], given)
-
-        result = run(call())
+        options = {"user": self.operator, "key": read_key(self.key_file), "timeout": TIMEOUT_S}
+        given = {name: value for name, value in params.items() if value is not None}
+        result = call_once(self.trust, self.home, self.address, REMOTE_METHODS[operation], given, **options)
         if operation == "sessions":
             return {"sessions": result, "more": len(result) >= LISTED}
         return dict(result)
@@ -164,7 +169,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         remote = None
         if address is None:
-            if operator is not None or key_file is not None or trust.ca is not None or trust.pins:
+            if is_typed("operator", "key_file", "ca", "pins"):
                 raise click.UsageError("--operator, --key-file, --ca and --pin go with --server.")
         elif operator is None:
             raise click.UsageError("--server goes with --operator NAME: only operators may ask.")
@@ -173,7 +178,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, instance=instance, remote=remote, **kwargs)
 
     with_options = key_option("operator")(trust_options(with_server))
-    with_options = click.option("--operator", metavar="NAME", help="The name of the operator.")(with_options)
+    with_options = user_option("The name of the operator.", name="--operator")(with_options)
     return click.option("--server", "address", metavar="HOST:PORT", help="Ask this server as an operator.")(
         with_options
     )

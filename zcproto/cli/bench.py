@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from zcproto.cli import Instance, file_option, instance_options, number_option
-from zcproto.cli.connect import TrustChoice
+from zcproto.cli.connect import TrustChoice, ca_option, check_connection
+from zcproto.common.text import escape_text
 
 COUNT = click.IntRange(1, 1_000_000)
 RATE = click.FloatRange(0.1, 10_000_000)
@@ -51,8 +52,7 @@ plot_option = file_option(
 @number_option("--processes", click.IntRange(1, 256), 1, "P", "Processes that generate the load.")
 @file_option(
     "--keys",
-    required=True,
-    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
+    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`. Required.",
     dir_okay=False,
 )
 @file_option(
@@ -60,11 +60,7 @@ plot_option = file_option(
     text="The key of an operator who reads the server's count; a file like --keys. [default: the first of --keys]",
     dir_okay=False,
 )
-@file_option(
-    "--ca",
-    text="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
-    dir_okay=False,
-)
+@ca_option
 @number_option("--seed", click.INT, 1, "N", "The seed of arrivals and payloads.")
 @json_option
 @file_option(
@@ -81,7 +77,7 @@ def bench(
     sessions: int | None,
     duration: float,
     payload: int,
-    keys: Path,
+    keys: Path | None,
     operator_key_file: Path | None,
     ca: Path | None,
     json_file: Path | None,
@@ -99,26 +95,44 @@ def bench(
     """
     from zcproto.client.address import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
-    from zcproto.load.plan import Plan, read_credentials  # noqa: PLC0415
+    from zcproto.load.plan import Plan, check_plan, read_credentials  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
     host, port = parse_address(address)
+    sessions = connections if sessions is None else sessions
+    if keys is None:
+        raise click.UsageError(_how_to_make_keys(address, sessions))
     credentials = read_credentials(keys)
+    trust = TrustChoice(ca)
     operators = credentials if operator_key_file is None else read_credentials(operator_key_file)
     plan = Plan(
         host=host,
         port=port,
         connections=connections,
-        sessions=connections if sessions is None else sessions,
+        sessions=sessions,
         duration_s=duration,
         payload_bytes=payload,
         credentials=credentials,
         operator=operators[0],
-        ca_file=TrustChoice(ca).ca_file(instance.home),
+        ca_file=trust.ca_file(instance.home, address),
         **load,
     )
+    check_plan(plan)
+    check_connection(trust, instance.home, address)
     result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())
     return EXIT_CODES[result.verdict]
+
+
+def _how_to_make_keys(address: str, sessions: int) -> str:
+    from zcproto.load.plan import users_for  # noqa: PLC0415
+
+    return (
+        f"Missing option '--keys'. Create {users_for(sessions)} users, and an operator who reads the server's"
+        " count; on the server:\n\n"
+        f"  zcproto user add load --count {users_for(sessions)} --keys-out load.keys\n"
+        "  zcproto user add ops --operator --count 1 --keys-out ops.keys\n\n"
+        f"Then: zcproto bench {escape_text(address, 300)} --keys load.keys --operator-key-file ops.keys"
+    )
 
 
 @click.command()

@@ -49,7 +49,7 @@ def check(instance: Instance) -> None:
     except ConfigError as error:
         faults += error.faults
     try:
-        instance.read_config()
+        instance.existing_config()
     except ConfigError as error:
         faults += error.faults
     if faults:
@@ -66,7 +66,7 @@ def show(instance: Instance) -> None:
 
     Passwords in addresses are hidden, and so is the path of a webhook, which may be a secret too.
     """
-    text = config_as_toml(instance.read_config())
+    text = config_as_toml(instance.existing_config())
     text = _WEBHOOK.sub(r'\1(hidden)"', text)
     click.echo(_PASSWORD.sub(r"\1:(hidden)@", text), nl=False)
 

@@ -1,12 +1,15 @@
 """`zcproto call`, and what all commands that connect to a server share: trust, the user's key, the connection.
 
-Rules: a key is never taken from the command line, which every user of a machine can read.
+Rules:
+- A key is never taken from the command line, which every user of a machine can read.
+- Variables of the environment give the user, the key and the CA to all of these commands; options override them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import ipaddress
 import os
 import stat
 import sys
@@ -14,34 +17,78 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from zcproto.cli import Function, Instance, file_option, instance_options
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
 from zcproto.cli.stdin_items import stdin_items
+from zcproto.client.address import is_ip, parse_address
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
-from zcproto.errors import ConfigError, ConnectionClosed, FailedPrecondition, ProtocolError, TlsError
+from zcproto.errors import (
+    ConfigError,
+    ConnectionClosed,
+    FailedPrecondition,
+    ProtocolError,
+    TlsError,
+    Unauthenticated,
+    ZcprotoError,
+)
+from zcproto.tls.failure import TlsFailure
 
 if TYPE_CHECKING:
     from zcproto.client import Client
 
 EXIT_CANNOT_CONNECT = 3
+USER_VARIABLE = "ZCPROTO_USER"
+KEY_FILE_VARIABLE = "ZCPROTO_KEY_FILE"
 KEY_VARIABLE = "ZCPROTO_KEY"
+CA_VARIABLE = "ZCPROTO_CA_FILE"
 MAX_KEY = 4_096
 """Characters read from a key file: a key is much shorter, and a wrong file may be huge."""
 
 MAX_CONNECT_TIMEOUT = 10.0
+"""Seconds for an attempt to connect, and to wait for a server that is starting."""
+
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 2_000
 STREAM_SHAPES = frozenset({"server", "client", "both"})
 """Methods that refuse a call with their shape, without being run, and are called again as a stream."""
 
+CURES: Final = {
+    TlsFailure.NOT_TLS: "check that this is the port of zcproto, and that no proxy terminates TLS",
+    TlsFailure.UNSUPPORTED_VERSION: "this is not a zcproto server, or a proxy before it uses an old TLS version",
+    TlsFailure.NO_SHARED_SUITE: "this is not a zcproto server, or a proxy before it uses other cipher suites",
+    TlsFailure.NO_APPLICATION_PROTOCOL: "this is not a zcproto server: check the port",
+    TlsFailure.CERTIFICATE_REQUIRED: "it requires client certificates (tls.client_auth): connect with one",
+    TlsFailure.DISCONNECTED: "it may be at its limit (its log has connection.refused), or a balancer has no server",
+    TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try from the server itself",
+    TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
+    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
+        "connect to one of its names, or add this one to certificates.names on the server"
+    ),
+    TlsFailure.CERTIFICATE_UNTRUSTED: (
+        "get the CA of the server (zcproto cert export-ca) and use --ca, or use --pin"
+    ),
+    TlsFailure.PIN_MISMATCH: "compare the pins with those of its operator (zcproto cert pins)",
+}
+"""The fix of each handshake failure, as a client sees it."""
+
+CURES_BY_NAME: Final = {failure.value: cure for failure, cure in CURES.items()}
+
 T = TypeVar("T")
+
+
+def user_option(text: str, *, name: str = "--user", required: bool = False) -> Callable[[Function], Function]:
+    """Add --user, which the environment can give too."""
+    return click.option(
+        name, metavar="NAME", required=required, envvar=USER_VARIABLE, show_envvar=True, help=text
+    )
 
 
 def key_option(owner: str) -> Callable[[Function], Function]:
@@ -50,7 +97,21 @@ def key_option(owner: str) -> Callable[[Function], Function]:
         "--key-file",
         text=f"The file with the {owner}'s key; - reads standard input. [default: the variable {KEY_VARIABLE}]",
         allow_dash=True,
+        envvar=KEY_FILE_VARIABLE,
     )
+
+
+ca_option = file_option(
+    "--ca",
+    text="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
+    envvar=CA_VARIABLE,
+)
+
+
+def is_typed(*names: str) -> bool:
+    """Return whether one of these parameters is on the command line, and not only in the environment."""
+    context = click.get_current_context()
+    return any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +121,41 @@ class TrustChoice:
     ca: Path | None = None
     pins: tuple[str, ...] = ()
 
-    def ca_file(self, home: Home) -> Path | None:
-        """Return the CA to trust; None is the system's store, or no CA beside pins."""
+    def ca_file(self, home: Home, address: str) -> Path | None:
+        """Return the CA to trust; None is the system's store, or no CA beside pins.
+
+        A server of this machine may be starting, and create the CA of its home folder. Raises ConfigError for a
+        malformed address.
+        """
         own = home.certs / "ca.crt"
-        return own if self.ca is None and not self.pins and own.exists() else self.ca
+        is_own = (
+            self.ca is None and not self.pins and (own.exists() or _is_loopback(parse_address(address).host))
+        )
+        return own if is_own else self.ca
 
     def make_client(self, home: Home, address: str, **options: Any) -> Client:
         """Return a client that has not connected yet. Raises ConfigError for a malformed pin."""
         from zcproto.client import connect  # noqa: PLC0415
 
-        options.setdefault("connect_timeout", MAX_CONNECT_TIMEOUT)
+        ca_file = self.ca_file(home, address)
         try:
-            return connect(address, home=home.path, ca_file=self.ca_file(home), pins=self.pins, **options)
+            return connect(address, home=home.path, ca_file=ca_file, pins=self.pins, **options)
         except TlsError as error:
             raise ConfigError([escape_text(str(error), MAX_MESSAGE)]) from error
+
+    def explain(self, error: TlsError, home: Home, address: str) -> str:
+        """Return the message of a failed handshake, with the fix for users of a command."""
+        cure = CURES_BY_NAME.get(error.failure)
+        if cure is None or error.failure == TlsFailure.PIN_MISMATCH.value:
+            return str(error)
+        ca_file = self.ca_file(home, address)
+        if error.failure == TlsFailure.CERTIFICATE_UNTRUSTED.value and ca_file is not None:
+            cure = f"{ca_file} is not the CA of this server; zcproto cert export-ca writes that: use it with --ca"
+        return f"{error.failure}: {error.detail.partition('; ')[0]}; {cure}"
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (is_ip(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,17 +172,14 @@ def trust_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="PIN",
         help="sha256/BASE64 of the server's public key: beside --ca or instead of a CA. May be repeated.",
     )(with_trust)
-    return file_option(
-        "--ca",
-        text="The CA to trust. [default: certs/ca.crt in the home folder if it exists, else the system's store]",
-    )(with_pin)
+    return ca_option(with_pin)
 
 
 def read_key(path: Path | None) -> str:
     """Return the key of --key-file, or of the environment without one. Raises ConfigError."""
     if path is None:
         key = os.environ.get(KEY_VARIABLE, "")
-        where = f"the variable {KEY_VARIABLE}"
+        where = KEY_VARIABLE
     elif str(path) == "-":
         key = (
             click.prompt("Key", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.read(MAX_KEY)
@@ -111,8 +190,11 @@ def read_key(path: Path | None) -> str:
         key = _read_key_file(path, where)
     key = key.strip()
     if not key:
-        hint = "; give it by --key-file FILE, or - for standard input" if path is None else ""
-        raise ConfigError([f"{where} holds no key{hint}"])
+        if path is None:
+            raise ConfigError(
+                [f"no key is given; use --key-file FILE, or set {KEY_FILE_VARIABLE} or {KEY_VARIABLE}"]
+            )
+        raise ConfigError([f"{where}: holds no key; write the key into it, alone"])
     return key
 
 
@@ -138,16 +220,28 @@ async def connected_client(
     trust: TrustChoice, home: Home, address: str, **options: Any
 ) -> AsyncIterator[Client]:
     """Connect, and close at the end. Without a connection, end the command after a message."""
+    options = {"connect_timeout": MAX_CONNECT_TIMEOUT, "start_timeout": MAX_CONNECT_TIMEOUT, **options}
     client = trust.make_client(home, address, **options)
     try:
         await client.open()
     except (ConnectionClosed, ProtocolError, TlsError) as error:
-        click.echo(f"zcproto: no connection: {escape_text(str(error), MAX_MESSAGE)}", err=True)
+        reason = trust.explain(error, home, address) if isinstance(error, TlsError) else str(error)
+        click.echo(f"zcproto: no connection: {escape_text(reason, MAX_MESSAGE)}", err=True)
         raise click.exceptions.Exit(EXIT_CANNOT_CONNECT) from error
     try:
         yield client
     finally:
         await client.close()
+
+
+def check_connection(trust: TrustChoice, home: Home, address: str) -> None:
+    """Connect and close, after waiting for a server that is starting. Fails like `connected_client`."""
+
+    async def work() -> None:
+        async with connected_client(trust, home, address):
+            pass
+
+    run(work())
 
 
 def call_once(
@@ -169,11 +263,7 @@ def call_once(
 @click.argument("address", metavar="HOST:PORT")
 @click.argument("method")
 @click.argument("params", metavar="[JSON]", required=False)
-@click.option(
-    "--user",
-    metavar="NAME",
-    help="Open a session of this user. Without it only public methods can be called.",
-)
+@user_option("Open a session of this user. Without it only public methods can be called.")
 @key_option("user")
 @trust_options
 @click.option(
@@ -207,6 +297,8 @@ def call(
     last line. A method that takes items gets those on standard input, one JSON value per line. Ctrl-C cancels the
     method.
 
+    A server that is starting is awaited, for 10 s at most.
+
     \b
     Exit codes: 0    the result is printed
                 1    the server answered with an error, or the connection was lost
@@ -216,16 +308,23 @@ def call(
     """
     arguments = parse_params(params)
     key = read_key(key_file) if user is not None else None
-    if user is None and key_file is not None:
+    if user is None and is_typed("key_file"):
         raise click.UsageError("--key-file goes with --user.")
     limit = DEFAULT_TIMEOUT if timeout is None else timeout
     options = {"user": user, "key": key, "timeout": limit, "key_log_file": key_log}
-    options["connect_timeout"] = min(limit, MAX_CONNECT_TIMEOUT)
+    options["connect_timeout"] = options["start_timeout"] = min(limit, MAX_CONNECT_TIMEOUT)
 
     async def work() -> None:
         async with connected_client(trust, instance.home, address, **options) as client:
             try:
                 result = await client.call(method, arguments)
+            except Unauthenticated as error:
+                if user is not None:
+                    raise
+                raise ZcprotoError(
+                    f"{escape_text(method)} needs a session; use --user NAME and --key-file FILE, or set"
+                    f" {USER_VARIABLE} and {KEY_FILE_VARIABLE}"
+                ) from error
             except FailedPrecondition as error:
                 if error.details.get("shape") not in STREAM_SHAPES:
                     raise

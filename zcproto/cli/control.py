@@ -24,7 +24,7 @@ from zcproto.cli import Instance, command_group
 from zcproto.cli.output import json_text, print_report, print_result, report_options, table
 from zcproto.common.home import Home
 from zcproto.common.network import address_of
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.errors import ConfigError, NotFound, ZcprotoError
 
 CONNECT_S = 5.0
@@ -165,6 +165,7 @@ def require_control(home: Home, timeout: float = TIMEOUT_S) -> Control:
     """Connect to the server that runs with this home folder. Raises ControlError if none does."""
     found = find_control(home, timeout)
     if found is None:
+        home.require()
         raise ControlError(
             f"no server runs with the home folder {escape_text(str(home.path))}; start one, or use --home"
         )
@@ -195,7 +196,7 @@ def reload(instance: Instance, as_json: bool) -> None:
     text = table(("KEY", "OLD", "NEW", "APPLIES TO"), rows) if rows else "nothing has changed"
     print_report(as_json, done, text)
     if done["restart"] and not as_json:
-        click.echo(f"{len(done['restart'])} of these apply after a restart of the server", err=True)
+        click.echo(f"restart the server to apply {counted(len(done['restart']), 'change')}", err=True)
 
 
 def _values(change: dict[str, str]) -> list[str]:
@@ -218,7 +219,7 @@ def drain(instance: Instance, timeout: float | None, wait: bool, as_json: bool) 
     done = require_control(instance.home).post("/v1/drain", timeout=timeout)
     if wait:
         _wait_for_end(instance.home, done["timeout"] + MARGIN_S)
-    draining = f"the server drains {done['connections']} connections within {done['timeout']:g} s"
+    draining = f"the server drains {counted(done['connections'], 'connection')} within {done['timeout']:g} s"
     print_result(as_json, {**done, "ended": wait}, "the server has ended" if wait else draining)
 
 

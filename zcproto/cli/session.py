@@ -9,7 +9,7 @@ import click
 
 from zcproto.cli import Instance, command_group, instance_options
 from zcproto.cli.backends import TIMEOUT_S, RemoteServer, local_backend, server_options
-from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options
+from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, trust_options, user_option
 from zcproto.cli.output import print_report, print_result, report_options, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.secret import SecretText
@@ -63,7 +63,7 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
 
 @session.command("open")
 @click.argument("address", metavar="HOST:PORT")
-@click.option("--user", metavar="NAME", required=True, help="The user of the session.")
+@user_option("The user of the session.", required=True)
 @key_option("user")
 @trust_options
 @instance_options

@@ -33,7 +33,7 @@ from zcproto.runtime.store_setup import MEMORY, SQLITE, build_store
 from zcproto.sessions.record import SessionRecord
 from zcproto.stores.base import MAX_LISTED, NO_LIMIT, LimitReached, SessionStore, StoreUnavailable
 
-ASK_SERVER = "ask it: --server HOST:PORT --operator NAME --key-file FILE"
+ASK_SERVER = "stop it, or ask it for its sessions: zcproto session list --server HOST:PORT --operator NAME"
 CONFIGURED = "configured"
 PATIENCE_S = 10.0
 """The timeout of one operation: longer than a server's, since a command keeps no caller waiting."""
@@ -179,7 +179,8 @@ def check(instance: Instance, url: str | None) -> int:
 
     Exits with 1 if sessions cannot be read or the store does not answer.
     """
-    config = with_store(instance.read_config(), CONFIGURED if url is None else url)
+    config = instance.existing_config() if url in (None, CONFIGURED, SQLITE) else instance.read_config()
+    config = with_store(config, url or CONFIGURED)
     url = config.store.url
     if url == MEMORY:
         click.echo("sessions are in the memory of the server and end with it")
@@ -227,7 +228,7 @@ def migrate(instance: Instance, source: str, target: str) -> None:
     command can be repeated. Tokens stay valid. Answers stored for idempotency keys are not copied, nor are ended
     sessions: their tokens are unknown in TO.
     """
-    config = instance.read_config()
+    config = instance.existing_config()
     old, new = with_store(config, source), with_store(config, target)
     if MEMORY in (old.store.url, new.store.url):
         raise ConfigError(

@@ -20,7 +20,7 @@ from zcproto.cli.backends import local_backend
 from zcproto.cli.output import print_report, print_result, private_file, report_options, table
 from zcproto.cli.store import SessionsNotEndedError
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
 
@@ -37,7 +37,8 @@ user = command_group("user", "Add, list and change users.")
 @click.option("--no-key", is_flag=True, help="No API key: only devices and client certificates.")
 @click.option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N", help="Add NAME-1 to NAME-N.")
 @file_option(
-    "--keys-out", text="Write the keys of --count to this private file: a name, a tab and a key on each line."
+    "--keys-out",
+    text="Write the key to this private file; with --count a name, a tab and a key on each line.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @report_options
@@ -52,27 +53,32 @@ def add(
     as_json: bool,
 ) -> None:
     """Add a user and print the key, once. It can be used at once, also with a running server."""
-    if (count is None) != (keys_out is None):
-        raise click.UsageError("--count and --keys-out go together.")
-    if no_key and count is not None:
-        raise click.UsageError("--no-key and --count do not go together.")
+    if count is not None and keys_out is None:
+        raise click.UsageError("--count goes with --keys-out FILE.")
+    if no_key and keys_out is not None:
+        raise click.UsageError("--no-key and --keys-out do not go together.")
     instance.home.ensure()
-    if count is not None and keys_out is not None:
-        # The file comes first: keys that cannot be written would be lost.
-        with private_file(keys_out, replace=force) as file:
+    if keys_out is None:
+        key, digest = (None, None) if no_key else _new_key()
+        local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
+        hint = ", without a key." if key is None else ". Keep this key; it is shown once:"
+        note = f"{escape_text(name)} is {'an operator' if operator else 'a user'} now{hint}"
+        print_result(as_json, {"name": name, "key": key}, note)
+        if key is not None and not as_json:
+            click.echo(key)
+        return
+    # The file comes first: keys that cannot be written would be lost.
+    with private_file(keys_out, replace=force) as file:
+        if count is None:
+            key, digest = _new_key()
+            local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
+            file.write(f"{key}\n")
+        else:
             names = [f"{name}-{number}" for number in range(1, count + 1)]
             added = UserFile(instance.home.users).add_many(names, operator=operator)
-            file.writelines(f"{each}\t{key.reveal()}\n" for each, key in added)
-        note = f"users added: {count}; their keys are in {escape_text(str(keys_out))}"
-        print_result(as_json, {"added": count, "keys": str(keys_out)}, note)
-        return
-    key, digest = (None, None) if no_key else _new_key()
-    local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
-    hint = ", without a key." if key is None else ". Keep this key; it is shown once:"
-    note = f"{escape_text(name)} is {'an operator' if operator else 'a user'} now{hint}"
-    print_result(as_json, {"name": name, "key": key}, note)
-    if key is not None and not as_json:
-        click.echo(key)
+            file.writelines(f"{each}\t{secret.reveal()}\n" for each, secret in added)
+    note = f"{counted(count or 1, 'user')} added; see {escape_text(str(keys_out))}"
+    print_result(as_json, {"added": count or 1, "keys": str(keys_out)}, note)
 
 
 def _new_key() -> tuple[str, str]:
@@ -85,6 +91,7 @@ def _new_key() -> tuple[str, str]:
 @report_options
 def list_users(instance: Instance, as_json: bool) -> None:
     """List the users in the order of their file."""
+    instance.home.require()
     file = UserFile(instance.home.users)
     file.load()
     users = file.entries.items()
@@ -158,7 +165,7 @@ def pair(instance: Instance, user: str | None, minutes: int) -> None:
 
     On a terminal it is also shown as a QR code.
     """
-    instance.home.ensure()
+    instance.home.require()
     name = _device_user(UserFile(instance.home.users), user)
     life_ms = minutes * 60 * MS_PER_SECOND
     code = PairingFile(instance.home.pairing).make(name, life_ms, system_clock.wall())
@@ -207,6 +214,7 @@ device = command_group("device", "List and remove devices. `zcproto pair` enroll
 @report_options
 def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
     """List the devices in the order of their enrollment."""
+    instance.home.require()
     file = DeviceFile(instance.home.devices)
     file.load()
     devices = [(name, each) for name, each in file.entries.items() if user in (None, each.user)]

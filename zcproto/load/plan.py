@@ -133,14 +133,18 @@ def check_plan(plan: Plan) -> None:
         )
     capacity = session_capacity(plan.credentials, plan.operator)
     if capacity < plan.sessions:
-        users = -(-plan.sessions // SESSIONS_PER_USER)
         faults.append(
             f"--sessions {plan.sessions}: the {len(plan.credentials)} users of the keys file may open"
             f" {capacity} sessions, {SESSIONS_PER_USER} each; create enough users with:"
-            f" zcproto user add load --count {users + 1} --keys-out FILE"
+            f" zcproto user add load --count {users_for(plan.sessions)} --keys-out FILE"
         )
     if faults:
         raise ConfigError(faults)
+
+
+def users_for(sessions: int) -> int:
+    """Return how many users may open these sessions, and one more for the operator."""
+    return -(-sessions // SESSIONS_PER_USER) + 1
 
 
 def session_capacity(credentials: tuple[Credential, ...], operator: Credential) -> int:

@@ -18,13 +18,13 @@ from typing import Final
 import click
 
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
-from zcproto.cli.connect import TrustChoice, key_option, trust_options
+from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import remote
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
 from zcproto.common.home import Home
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.config import Config
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.runtime.run import KEY_LOG, SPARE_FILES
@@ -56,7 +56,7 @@ MAX_SHOWN: Final = 1_000
 
 @click.command()
 @click.argument("address", metavar="[HOST:PORT]", required=False)
-@click.option("--user", metavar="NAME", help="Also open a session of this user, use it and close it.")
+@user_option("Also open a session of this user, use it and close it.")
 @key_option("user")
 @trust_options
 @number_option(
@@ -86,7 +86,7 @@ def doctor(
                 1  there are faults
                 2  wrong usage
     """
-    if user is None and key_file is not None:
+    if user is None and is_typed("key_file"):
         raise click.UsageError("--key-file goes with --user.")
     findings = folder(instance.home)
     config = configuration(instance, findings)
@@ -123,7 +123,8 @@ def as_text(findings: Iterable[Finding]) -> str:
 def folder(home: Home) -> list[Finding]:
     """Check the home folder and the permissions of its files."""
     if not home.path.exists():
-        return [Finding("home", OK, f"{home.path}: does not exist yet; a server creates it")]
+        cure = "a server creates it; if one has run here, name its folder with --home or ZCPROTO_HOME"
+        return [Finding("home", WARNING, f"{home.path}: does not exist", cure)]
     try:
         home.check()
     except ConfigError as error:
@@ -252,7 +253,8 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
 def _good(row: cert_report.CertificateRow, now: datetime) -> Result:
     assert row.leaf is not None
     names = cert_report.shown_names(cert_report.names_of(row.leaf)) if row.use == "server" else row.use
-    found = f"{row.certificate.name}: {cert_report.days_left(row.leaf, now)} days left; {names}"
+    left = counted(cert_report.days_left(row.leaf, now), "day")
+    found = f"{row.certificate.name}: {left} left; {names}"
     if row.status == cert_report.DUE:
         cure = "a running server renews managed ones, see its log if this stays; replace external ones"
         return WARNING, found, cure

@@ -19,13 +19,13 @@ from cryptography import x509
 
 from zcproto.certs import pair
 from zcproto.cli import cert_report
-from zcproto.cli.connect import TrustChoice, read_key, run
+from zcproto.cli.connect import CURES, TrustChoice, read_key, run
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, from_message
 from zcproto.cli.output import utc
 from zcproto.client.address import Address, parse_address
 from zcproto.common.clock import MS_PER_SECOND, system_clock
 from zcproto.common.home import Home
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import Welcomed
 from zcproto.errors import CallError, Code, ConfigError, TlsError, ZcprotoError
@@ -41,25 +41,6 @@ BAD_CLOCK: Final = 3_600.0
 """Seconds of difference above which expiries are misjudged."""
 
 MAX_WELCOME: Final = 65_536
-
-CURES: Final = {
-    TlsFailure.NOT_TLS: "check that this is the port of zcproto, and that no proxy terminates TLS",
-    TlsFailure.UNSUPPORTED_VERSION: "this is not a zcproto server, or a proxy before it uses an old TLS version",
-    TlsFailure.NO_SHARED_SUITE: "this is not a zcproto server, or a proxy before it uses other cipher suites",
-    TlsFailure.NO_APPLICATION_PROTOCOL: "this is not a zcproto server: check the port",
-    TlsFailure.CERTIFICATE_REQUIRED: "it requires client certificates (tls.client_auth): connect with one",
-    TlsFailure.DISCONNECTED: "it may be at its limit (its log has connection.refused), or a balancer has no server",
-    TlsFailure.HANDSHAKE_TIMEOUT: "it is overloaded, or a firewall drops large packets: try from the server itself",
-    TlsFailure.CERTIFICATE_EXPIRED: "renew it on the server (zcproto cert show), and compare the clocks",
-    TlsFailure.CERTIFICATE_NAME_MISMATCH: (
-        "connect to one of its names, or add this one to certificates.names on the server"
-    ),
-    TlsFailure.CERTIFICATE_UNTRUSTED: (
-        "get the CA of the server (zcproto cert export-ca) and use --ca, or use --pin"
-    ),
-    TlsFailure.PIN_MISMATCH: "compare the pins with those of its operator (zcproto cert pins)",
-}
-"""The fix of each handshake failure, as a client sees it."""
 
 SESSION_CURES: Final = {
     Code.UNAUTHENTICATED: "check the name and the key: zcproto user list, zcproto user new-key on the server",
@@ -93,7 +74,7 @@ def check(
     findings: list[Finding] = []
     try:
         certificate = _connect(address, timeout, findings)
-        _judge(address, trust.ca_file(home), pins, timeout, certificate, findings)
+        _judge(address, trust.ca_file(home, text), pins, timeout, certificate, findings)
     except StepFailed as failed:
         findings.append(failed.finding)
         if login is not None:
@@ -179,8 +160,8 @@ def _clock(ahead: float) -> Finding:
 def _features(welcome: Mapping[str, Any]) -> Finding:
     """Report what the server has beside calls."""
     streams, calls = welcome.get("streams"), welcome.get("calls")
-    found = "no streams" if streams is None else f"{streams['max_open']} streams"
-    more = "no calls of clients" if calls is None else f"{calls['max']} calls of clients"
+    found = "no streams" if streams is None else counted(streams["max_open"], "stream")
+    more = "no calls of clients" if calls is None else f"{counted(calls['max'], 'call')} of clients"
     return Finding("streams", OK, f"{found} and {more} on a connection")
 
 
@@ -261,7 +242,7 @@ def _near_end(der: bytes) -> Iterator[Finding]:
     left = certificate.not_valid_after_utc - utc()
     if left < life / 6:  # renewal is due at a third of the life at the latest
         cure = "its renewal is overdue: run zcproto cert show on the server"
-        yield Finding("trust", WARNING, f"its certificate has {left.days} days left", cure)
+        yield Finding("trust", WARNING, f"its certificate has {counted(left.days, 'day')} left", cure)
 
 
 # --- the session -----------------------------------------------------------------------------------------
@@ -269,7 +250,13 @@ def _near_end(der: bytes) -> Iterator[Finding]:
 
 def _session(address: str, trust: TrustChoice, home: Home, user: str, key: str, timeout: float) -> Finding:
     async def use_session() -> None:
-        options = {"user": user, "key": key, "timeout": timeout, "connect_timeout": timeout}
+        options = {
+            "user": user,
+            "key": key,
+            "timeout": timeout,
+            "connect_timeout": timeout,
+            "start_timeout": 0,
+        }
         async with trust.make_client(home, address, client="zcproto-doctor", **options) as client:
             await client.call("session.info")
 
