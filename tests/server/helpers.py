@@ -116,10 +116,26 @@ class ServerThread(LocalServer):
             clock=self.clock,
         )
 
+    start = LocalServer.__enter__
+
     def drain(self, limit: float | None = 0.0) -> None:
-        """Drain and wait for the end."""
-        self.begin_drain(limit)
-        self.join()
+        super().drain(limit)
+
+    def begin_drain(self, limit: float | None = None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has just ended
+            self.loop.call_soon_threadsafe(self.server.begin_drain, limit)
+
+    def join(self) -> None:
+        self._thread.join(TIMEOUT)
+        assert not self.alive, "the server did not end"
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def port(self) -> int:
+        return self.server.port
 
     def reload(self, **settings: Any) -> Reloaded:
         """Reload with additional settings. Raises ConfigError."""

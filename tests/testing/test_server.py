@@ -67,8 +67,7 @@ def test_failed_start_is_raised_where_the_server_is_entered(app: App, tmp_path: 
 
 def test_stopped_server_is_left_without_error(app: App) -> None:
     with LocalServer(app) as server:
-        server.begin_drain()
-        server.join()
+        server.drain()
     assert not server.home.exists()
 
 

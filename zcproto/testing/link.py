@@ -2,12 +2,8 @@
 
     protocol -> MemoryTransport -> in flight, as long as the link says -> the other MemoryTransport -> protocol
 
-Rules:
-- Bytes keep their order, and none is lost on a connection that lasts.
-- A transport whose bytes are not taken pauses its protocol, as TCP does.
-- Times are those of the event loop, so that a MovableClock moves them too.
-
-Must not know: the meaning of the bytes.
+Rules: bytes keep their order. A transport whose bytes are not taken pauses its protocol, as TCP does. Times are
+those of the event loop, which a MovableClock moves.
 """
 
 from __future__ import annotations
@@ -80,10 +76,6 @@ class Link:
         to_server.connect(client, from_server)
         from_server.connect(server, to_server)
 
-    def forget(self, transport: MemoryTransport) -> None:
-        """Leave a connection that has ended alone."""
-        self._open.discard(transport)
-
 
 class MemoryTransport(asyncio.Transport):
     """One end of a connection in memory, with what a server asks its TLS transport for."""
@@ -97,9 +89,7 @@ class MemoryTransport(asyncio.Transport):
         self._loop = asyncio.get_running_loop()
         self._protocol: asyncio.Protocol | None = None
         self._other = self
-        self._queue: deque[tuple[float, bytes | None]] = (
-            deque()
-        )  # sent, with the time of arrival; None is the end
+        self._queue: deque[tuple[float, bytes | None]] = deque()  # times of arrival, and data or the end
         self._size = 0
         self._high = HIGH_WATER
         self._arrives = -inf  # when the last byte does
@@ -113,14 +103,12 @@ class MemoryTransport(asyncio.Transport):
         self._protocol, self._other = protocol, other
         protocol.connection_made(self)
 
-    # --- called by the protocol ----------------------------------------------------------------------
-
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._is_closing:
             return
         rate = self._link.bytes_per_second
         self._arrives = max(self._loop.time() + self._link.delay, self._arrives)
-        step = len(data) if rate is None else max(1, int(rate * SLICE_S))
+        step = max(1, len(data) if rate is None else int(rate * SLICE_S))
         for start in range(0, len(data), step):
             piece = bytes(data[start : start + step])
             if rate is not None:
@@ -169,8 +157,6 @@ class MemoryTransport(asyncio.Transport):
     def peer_certificate(self) -> None:
         """Return no certificate."""
 
-    # --- delivery ------------------------------------------------------------------------------------
-
     @property
     def _may_deliver(self) -> bool:
         return bool(self._queue) and self._other._is_reading and self._direction not in self._link.held
@@ -193,16 +179,13 @@ class MemoryTransport(asyncio.Transport):
                 self._other._end_received()
                 return
             self._size -= len(data)
-            self._other._received(data)
+            if not self._other._is_closing and self._other._protocol is not None:
+                self._other._protocol.data_received(data)
         if self._is_full and self._size <= self._high // 4:
             self._is_full = False
             if self._protocol is not None and not self._is_closing:
                 self._protocol.resume_writing()
         self.plan_delivery()
-
-    def _received(self, data: bytes) -> None:
-        if self._protocol is not None and not self._is_closing:
-            self._protocol.data_received(data)
 
     def _end_received(self) -> None:
         if self._protocol is not None and not self._is_closing:
@@ -220,7 +203,7 @@ class MemoryTransport(asyncio.Transport):
         if protocol is None:
             return
         self._is_closing = self._is_reading = True
-        self._link.forget(self)
+        self._link._open.discard(self)
         if self._linger is not None:
             self._linger.cancel()
         self._loop.call_soon(protocol.connection_lost, error)

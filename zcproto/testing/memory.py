@@ -9,7 +9,7 @@ certificates, devices, HTTP endpoints, alerts and `server.stats`, and sessions e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from typing import Any, Final, Self, cast
 from zcproto.admin.parts import ActiveConfig
 from zcproto.alerts.service import ServerAlerts
 from zcproto.app.app import App
-from zcproto.auth import User
+from zcproto.auth import User, UserFile
 from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BUILT_IN_SCHEMES
 from zcproto.auth.schemes import ApiKeyAuthenticator
@@ -53,16 +53,20 @@ _default_config = cache(Config)
 
 
 class Users:
-    """The users of a test's server. `save` stores a name, the digest of a key and whether it is an operator's."""
+    """The users of a test's server, in a file or in memory."""
 
-    def __init__(self, save: Callable[[str, bytes, bool], object]) -> None:
-        self._save = save
+    def __init__(self, file: UserFile | None = None) -> None:
+        self._file = file
+        self._known: dict[str, User] = {}
         self._keys: dict[str, str] = {}
 
     def add(self, name: str, *, operator: bool = False) -> str:
         """Add a user and return the API key. `connect(user=name)` finds it by itself."""
         key = system_entropy(TOKEN_SIZE)
-        self._save(name, digest_of(key), operator)
+        if self._file is None:
+            self._known[name] = User(digest_of(key), operator)
+        else:
+            self._file.add_digest(name, digest_of(key), operator)
         self._keys[name] = token_text(key)
         return self._keys[name]
 
@@ -72,17 +76,12 @@ class Users:
             options = {"key": self._keys.get(user) or self.add(user), **options}
         return ConnectOptions(user=user, **options)
 
-
-class _KnownUsers(dict[str, User]):
-    """What the authenticator asks a directory of users for."""
-
-    known = dict.get
+    def known(self, name: str) -> User | None:
+        """Return a user in memory, for an authenticator, as a Directory does."""
+        return self._known.get(name)
 
     def changed(self) -> bool:
         return False
-
-    def save(self, name: str, digest: bytes, operator: bool) -> None:
-        self[name] = User(digest, operator)
 
 
 class MemoryServer:
@@ -108,25 +107,24 @@ class MemoryServer:
         self._config = _default_config() if config is None else config
         self._movable = clock
         self._clock = system_clock if clock is None else clock
-        known = _KnownUsers()
-        self.users = Users(known.save)
-        keys = ApiKeyAuthenticator(cast("Directory[User]", known), now=self._clock.now)
+        self.users = Users()
+        keys = ApiKeyAuthenticator(cast("Directory[User]", self.users), now=self._clock.now)
         self._authenticators = [keys if each is BUILT_IN_SCHEMES else each for each in app.authenticators]
         self._state: ServerState | None = None
         self._running = ExitStack()
 
     async def __aenter__(self) -> Self:
-        loop = running_loop()
+        loop = asyncio.get_running_loop()
         config, clock, entropy = self._config, self._clock, system_entropy
         alerts = ServerAlerts(config.alerts, [], clock=clock, entropy=entropy)
         settings = replace(session_settings(config), max_sessions=MAX_SESSIONS, dead_limit=MAX_SESSIONS)
         state, _ = build_state(config, NO_HOME, settings, alerts, DeadlineWheel(loop), clock, entropy)
         state.on_incident = record_incident
-        active, now = (
+        active, never = (
             ActiveConfig(config),
             partial(datetime.fromtimestamp, 0, UTC),
-        )  # there are no certificates
-        login = build_login(active, NO_HOME, state, self._authenticators, now=now).login
+        )  # no certificates are checked
+        login = build_login(active, NO_HOME, state, self._authenticators, now=never).login
         state.add_methods([*protocol_methods(state, login), *self._app])
         if self._movable is not None:
             self._running.enter_context(self._movable.drive(loop))
@@ -173,17 +171,6 @@ class MemoryServer:
         return client
 
 
-def running_loop() -> asyncio.AbstractEventLoop:
-    """Return the running loop, or raise a RuntimeError that names the alternatives."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise RuntimeError(
-            "a server in memory needs a running asyncio loop: make the test `async def`, or use the fixture"
-            " zcproto_serve and connect_blocking"
-        ) from None
-
-
 def connect_in_memory(
     app: App,
     user: str | None = None,
@@ -201,7 +188,13 @@ def connect_in_memory(
     Without a user it opens no session. `options` are those of `zcproto.connect`; `MemoryServer` serves several
     clients. Raises RuntimeError outside a running asyncio loop, and on entering like `Client.open`.
     """
-    running_loop()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "connect_in_memory needs a running asyncio loop: make the test `async def`, or use the fixture"
+            " zcproto_serve and connect_blocking"
+        ) from None
     return _connect_in_memory(MemoryServer(app, config, clock=clock, link=link), user, options)
 
 

@@ -56,7 +56,7 @@ class LocalServer:
             config = config.model_copy(update={"server": config.server.model_copy(update={"port": 0})})
         self.server = Server(app, config, home=home, **options)
         self.home = home
-        self.users = Users(UserFile(self.server.home.users).add_digest)
+        self.users = Users(UserFile(self.server.home.users))
         self._loop_factory = loop_factory
         self._started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="zcproto-server", daemon=True)
@@ -67,13 +67,9 @@ class LocalServer:
         return self._started.result()
 
     @property
-    def port(self) -> int:
-        return self.server.port
-
-    @property
     def address(self) -> str:
         """What clients connect to, as `localhost:PORT`."""
-        return f"localhost:{self.port}"
+        return f"localhost:{self.server.port}"
 
     @property
     def ca_file(self) -> Path | None:
@@ -81,15 +77,6 @@ class LocalServer:
         return self.server.ca_file
 
     def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        with self._ending:
-            self.begin_drain(0.0)
-            self.join()
-
-    def start(self) -> Self:
-        """Start and listen. `with` calls this. Raises like `Server.start`."""
         with ExitStack() as stack:
             stack.push(self._ending)
             self._thread.start()
@@ -97,26 +84,22 @@ class LocalServer:
             self._ending = stack.pop_all()
         return self
 
-    def begin_drain(self, limit: float | None = None) -> None:
-        """Start to end the server as `Server.drain` does, and return at once."""
+    def __exit__(self, *_: object) -> None:
+        with self._ending:
+            self.drain(0.0)
+
+    def drain(self, limit: float | None = None) -> None:
+        """Drain like `Server.drain`, and wait for the end. Leaving the block does it with a limit of 0."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             self.loop.call_soon_threadsafe(self.server.begin_drain, limit)
-
-    def join(self) -> None:
-        """Wait until the server has ended."""
         self._thread.join(TIMEOUT_S)
-        if self.alive:
+        if self._thread.is_alive():
             raise TimeoutError(
                 f"the server did not end in {TIMEOUT_S:g} s: one of its methods blocks the loop"
             )
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
     def _run(self) -> None:
-        # Not asyncio.Runner, which waits for methods that ignore their cancellation.
-        loop = self._loop_factory()
+        loop = self._loop_factory()  # asyncio.Runner would wait for methods that ignore their cancellation
         try:
             loop.run_until_complete(self._serve())
         finally:
