@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from zcproto import (
     BUILT_IN_SCHEMES,
     App,
     CallableAuthenticator,
+    CallNext,
     Config,
     Context,
     Identity,
@@ -165,6 +168,49 @@ async def test_end_of_the_server_cancels_running_methods(app: App) -> None:
     with pytest.raises((zcproto.Cancelled, zcproto.ConnectionClosed)):
         await running
     await client.close()
+
+
+async def test_lifespan_middleware_and_threads_work_in_memory() -> None:
+    seen: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: App[str]) -> AsyncIterator[str]:
+        yield "pool"
+        seen.append("ended")
+
+    app = App(lifespan=lifespan)
+
+    @app.middleware
+    async def note(context: Context[str], call_next: CallNext[Context]) -> Any:
+        seen.append(context.method)
+        return await call_next(context)
+
+    @app.method(thread=True)
+    def get(context: Context[str]) -> str:
+        assert threading.current_thread() is not threading.main_thread()
+        return context.state
+
+    async with connect_in_memory(app, user="ada") as client:
+        assert await client.call("get") == "pool"
+    assert seen == ["get", "ended"]
+
+
+async def test_failed_lifespan_is_raised_where_the_server_is_entered_or_left() -> None:
+    ended = asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan(app: App[None]) -> AsyncIterator[None]:
+        if ended.is_set():
+            raise OSError("no database")
+        yield
+        raise OSError("the database is gone")
+
+    with pytest.raises(zcproto.LifespanError, match="did not end"):
+        async with connect_in_memory(App(lifespan=lifespan)):
+            ended.set()
+    with pytest.raises(zcproto.LifespanError, match="did not start"):
+        async with connect_in_memory(App(lifespan=lifespan)):
+            pass
 
 
 def test_connect_in_memory_outside_a_loop_names_the_cure(app: App) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -91,12 +91,12 @@ class MemoryServer:
             ...
 
     `config` has the limits that apply; what it says of addresses, certificates and stores does not. `users.add`
-    adds users. Raises LifespanError on entering or leaving if the lifespan of the application fails.
+    adds users.
     """
 
     def __init__(
         self,
-        app: App,
+        app: App[Any],
         config: Config | None = None,
         *,
         clock: MovableClock | None = None,
@@ -111,7 +111,8 @@ class MemoryServer:
         keys = ApiKeyAuthenticator(cast("Directory[User]", self.users), now=self._clock.now)
         self._authenticators = [keys if each is BUILT_IN_SCHEMES else each for each in app.authenticators]
         self._state: ServerState | None = None
-        self._running = ExitStack()
+        self._lifespans: Lifespans | None = None
+        self._running = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
@@ -126,31 +127,33 @@ class MemoryServer:
         )  # no certificates are checked
         login = build_login(active, NO_HOME, state, self._authenticators, now=never).login
         state.add_methods([*protocol_methods(state, login), *self._app])
-        if self._movable is not None:
-            self._running.enter_context(self._movable.drive(loop))
-        self._state = state
-        self._lifespans = Lifespans(self._app.lifespans(), state.lifespan_values)
-        try:
-            await self._lifespans.start(config.server.lifespan_timeout, lambda: None)
-        except BaseException:
-            await self.__aexit__()
-            raise
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        state, self._state = self._state, None
-        assert state is not None, "entered before"
-        with self._running:
+        def end_connections() -> None:
+            self._state = None
             state.draining = True
             state.stopping.set()
             for connection in list(state.connections):
                 connection.cancel_all()
                 connection.close("drain_timeout")
-            await state.tasks.close(CANCELLED_TIME)
-            await self._lifespans.stop(self._config.server.lifespan_timeout)
-            state.wheel.close()
-            state.close()
-        if self._lifespans.failure is not None:
+
+        self._lifespans = lifespans = Lifespans(self._app.lifespans(), state.lifespan_values)
+        limit = config.server.lifespan_timeout
+        async with AsyncExitStack() as stack:
+            if self._movable is not None:
+                stack.enter_context(self._movable.drive(loop))
+            stack.callback(state.close)
+            stack.callback(state.wheel.close)
+            stack.push_async_callback(lifespans.stop, limit)
+            stack.push_async_callback(state.threads.close, CANCELLED_TIME)
+            stack.push_async_callback(state.tasks.close, CANCELLED_TIME)
+            stack.callback(end_connections)
+            await lifespans.start(limit, end_connections)
+            self._state, self._running = state, stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._running.aclose()
+        if self._lifespans is not None and self._lifespans.failure is not None:
             raise self._lifespans.failure
 
     def connect(self, user: str | None = None, **options: Any) -> Client:
@@ -172,7 +175,7 @@ class MemoryServer:
 
 
 def connect_in_memory(
-    app: App,
+    app: App[Any],
     user: str | None = None,
     *,
     config: Config | None = None,

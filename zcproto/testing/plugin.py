@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Serve(Protocol):
     """Start a server for an application. The arguments are those of LocalServer."""
 
-    def __call__(self, app: App, config: Config | None = None, **options: Any) -> LocalServer: ...
+    def __call__(self, app: App[Any], config: Config | None = None, **options: Any) -> LocalServer: ...
 
 
 @pytest.fixture

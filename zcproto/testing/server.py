@@ -39,7 +39,7 @@ class LocalServer:
 
     def __init__(
         self,
-        app: App,
+        app: App[Any],
         config: Config | None = None,
         *,
         home: Path | None = None,
