@@ -195,24 +195,6 @@ async def test_lifespan_middleware_and_threads_work_in_memory() -> None:
     assert seen == ["get", "ended"]
 
 
-async def test_failed_lifespan_is_raised_where_the_server_is_entered_or_left() -> None:
-    ended = asyncio.Event()
-
-    @asynccontextmanager
-    async def lifespan(app: App[None]) -> AsyncIterator[None]:
-        if ended.is_set():
-            raise OSError("no database")
-        yield
-        raise OSError("the database is gone")
-
-    with pytest.raises(zcproto.LifespanError, match="did not end"):
-        async with connect_in_memory(App(lifespan=lifespan)):
-            ended.set()
-    with pytest.raises(zcproto.LifespanError, match="did not start"):
-        async with connect_in_memory(App(lifespan=lifespan)):
-            pass
-
-
 def test_connect_in_memory_outside_a_loop_names_the_cure(app: App) -> None:
     with pytest.raises(RuntimeError, match=r"make the test `async def`, or use the fixture zcproto_serve"):
         connect_in_memory(app, user="ada")
@@ -224,26 +206,6 @@ def test_connect_in_memory_needs_no_plugin(app: App) -> None:
             return str(await client.call("greet", name="you"))
 
     assert asyncio.run(main()) == "hello you from ada"
-
-
-async def test_lifespan_is_entered_and_left() -> None:
-    events: list[str] = []
-
-    @asynccontextmanager
-    async def lifespan(app: App[list[str]]) -> AsyncIterator[list[str]]:
-        events.append("entered")
-        yield events
-        events.append("left")
-
-    app = App(lifespan=lifespan)
-
-    @app.method
-    def state(context: Context[list[str]]) -> list[str]:
-        return context.state
-
-    async with connect_in_memory(app, user="ada") as client:
-        assert await client.call("state") == ["entered"]
-    assert events == ["entered", "left"]
 
 
 async def test_failing_lifespan_fails_the_start_or_the_end() -> None:

@@ -50,6 +50,7 @@ MAX_SESSIONS: Final = 1_000
 """Of all users: a table for a million takes longer to make than a test."""
 
 _default_config = cache(Config)
+_no_time = partial(datetime.fromtimestamp, 0, UTC)  # no certificates are checked
 
 
 class Users:
@@ -91,7 +92,7 @@ class MemoryServer:
             ...
 
     `config` has the limits that apply; what it says of addresses, certificates and stores does not. `users.add`
-    adds users.
+    adds users. Raises LifespanError on entering or leaving if the lifespan of the application fails.
     """
 
     def __init__(
@@ -121,11 +122,8 @@ class MemoryServer:
         settings = replace(session_settings(config), max_sessions=MAX_SESSIONS, dead_limit=MAX_SESSIONS)
         state, _ = build_state(config, NO_HOME, settings, alerts, DeadlineWheel(loop), clock, entropy)
         state.on_incident = record_incident
-        active, never = (
-            ActiveConfig(config),
-            partial(datetime.fromtimestamp, 0, UTC),
-        )  # no certificates are checked
-        login = build_login(active, NO_HOME, state, self._authenticators, now=never).login
+        active = ActiveConfig(config)
+        login = build_login(active, NO_HOME, state, self._authenticators, now=_no_time).login
         state.add_methods([*protocol_methods(state, login), *self._app])
 
         def end_connections() -> None:
