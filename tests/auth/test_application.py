@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from tests.auth.helpers import FunctionAuthenticator, identified
 from zcproto.auth import ApplicationAuthenticator, Identity, Login, Throttle
-from zcproto.auth.application import mask_fields
+from zcproto.auth.application import MAX_MESSAGES, mask_fields
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.errors import (
     CallError,
@@ -165,13 +167,72 @@ def test_name_for_failures_is_that_of_the_authenticator(fields: dict[str, Any], 
     assert own.user_named(fields, NO_CHANNEL) == name
 
 
+def chained(*errors: Exception) -> Exception:
+    """Return the first one, caused by the others."""
+    for error, cause in pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
+
+
+def noted(error: Exception, note: str) -> Exception:
+    error.add_note(note)
+    return error
+
+
+def shown(error: BaseException | None) -> list[str]:
+    """Return the messages of an exception and its causes."""
+    found = []
+    while error is not None:
+        found.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__
+    return found
+
+
+@waits
+@pytest.mark.parametrize(
+    ("error", "messages"),
+    [
+        (KeyError("hunter2"), ["RuntimeError: KeyError: '***'"]),
+        (ValueError("it's\\ok"), ["ValueError: it's\\ok"]),
+        (
+            chained(ValueError("no entry"), OSError("hunter2 is no name"), OSError("disk")),
+            [
+                "RuntimeError: ValueError: no entry",
+                "RuntimeError: OSError: *** is no name",
+                "RuntimeError: OSError: disk",
+            ],
+        ),
+        (chained(ValueError("no entry"), OSError("disk")), ["ValueError: no entry", "OSError: disk"]),
+        (noted(ValueError("wrong"), "with hunter2"), ["RuntimeError: ValueError: wrong"]),
+        (
+            ExceptionGroup("several", [ValueError("hunter2")]),
+            ["RuntimeError: ExceptionGroup: several (1 sub-exception)"],
+        ),
+        (
+            ExceptionGroup("many", [ValueError(str(number)) for number in range(MAX_MESSAGES)]),
+            ["RuntimeError: ExceptionGroup: many (64 sub-exceptions)"],
+        ),
+    ],
+)
+async def test_exception_is_logged_without_the_fields(
+    error: Exception, messages: list[str], waits: bool
+) -> None:
+    own = Recorded(raising(error), waits=waits)
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        await own.open()
+    assert shown(caught.value) == messages
+    places = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert places[-1] == "function", "where it was raised"
+
+
 @pytest.mark.parametrize(
     ("text", "masked"),
     [
         ("hunter2 is wrong for alice", "*** is wrong for ***"),
         ("the scheme own", "the scheme own"),
         ("a is short", "a is short"),
+        (repr("back\\slash"), "'***'"),
     ],
 )
 def test_fields_are_masked_in_a_reason(text: str, masked: str) -> None:
-    assert mask_fields(text, {**FIELDS, "short": "a", "number": 5}) == masked
+    assert mask_fields(text, {**FIELDS, "short": "a", "number": 5, "quoted": "back\\slash"}) == masked

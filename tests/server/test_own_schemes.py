@@ -145,7 +145,7 @@ def refuse(user: str, password: str) -> str:
 
 
 def fail(user: str, password: str) -> str:
-    raise KeyError(user)
+    raise KeyError(password)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Rules:
 - An answer that is not an identity is an error, so that a bug does not let anyone in.
 - An error that refuses the login, such as NotFound, is a failed login: the client gets the answer of all failed
-  logins, the log gets the message, without the values of the login's fields.
+  logins, the log gets the message.
+- Messages of errors reach the log without the values of the login's fields: any of them may be a secret.
 - An authenticator that takes too long is cancelled. The login is not counted as failed, and can be tried again.
 
 Must not know: how attempts are counted.
@@ -12,10 +13,11 @@ Must not know: how attempts are counted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, NoReturn
 
 from zcproto.auth.identity import (
     MAX_USER,
@@ -30,6 +32,12 @@ from zcproto.errors import CallError, Code, Unavailable
 
 _UNDECIDED: Final = frozenset({Code.INVALID_ARGUMENT, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
 """Errors that do not refuse the login; the client gets them as they are."""
+
+MAX_CHAIN: Final = 8
+"""Causes of an exception that are logged."""
+
+MAX_MESSAGES: Final = 64
+"""Messages of an exception, its causes and members that are searched. With more of them it is replaced."""
 
 MASKED_FROM: Final = 4
 """Values of this length and above are masked in the log: shorter ones are no secrets, and would hide words."""
@@ -66,6 +74,8 @@ class ApplicationAuthenticator:
         except CallError as error:
             self._refused(error, params, address)
             return None
+        except Exception as error:
+            self._raise(error, params)
         if isawaitable(answer):
             return self._wait_for(answer, params, address)
         return check_identity(answer, self.scheme)
@@ -80,11 +90,19 @@ class ApplicationAuthenticator:
         except CallError as error:
             self._refused(error, params, address)
             return None
-        except TimeoutError:
-            if not limit.expired():  # its own
-                raise
+        except Exception as error:
+            if not limit.expired():
+                self._raise(error, params)
             self.on_timeout(self.scheme, address)
             raise Unavailable("the login takes too long; try again") from None
+
+    @staticmethod
+    def _raise(error: Exception, params: Mapping[str, Any]) -> NoReturn:
+        """Raise an unexpected exception, whose messages are logged."""
+        replaced = without_fields(error, params)
+        if replaced is None:
+            raise error
+        raise replaced from replaced.__cause__
 
     def _refused(self, error: CallError, params: Mapping[str, Any], address: str) -> None:
         if error.code in _UNDECIDED:
@@ -93,8 +111,39 @@ class ApplicationAuthenticator:
 
 
 def mask_fields(text: str, params: Mapping[str, Any]) -> str:
-    """Return a text without the values of a login's fields, any of which may be a secret."""
+    """Return a text without the values of a login's fields."""
     for name, value in params.items():
         if name != "scheme" and isinstance(value, str) and len(value) >= MASKED_FROM:
-            text = text.replace(value, "***")
+            text = text.replace(value, "***").replace(repr(value)[1:-1], "***")
     return text
+
+
+def without_fields(error: BaseException, params: Mapping[str, Any]) -> RuntimeError | None:
+    """Return what to log in place of an exception whose messages have values of a login's fields, if any has."""
+    texts = [*islice(_messages(error), MAX_MESSAGES + 1)]
+    if len(texts) <= MAX_MESSAGES and all(mask_fields(text, params) == text for text in texts):
+        return None
+    replaced: RuntimeError | None = None
+    for each in reversed([*_chain(error)]):
+        text = f"{type(each).__name__}: {mask_fields(str(each), params)}"
+        effect = RuntimeError(text).with_traceback(each.__traceback__)
+        effect.__cause__ = replaced
+        replaced = effect
+    return replaced
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(MAX_CHAIN):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _messages(error: BaseException) -> Iterator[str]:
+    """Yield what the log shows of an exception, of its causes and of the members of groups."""
+    for each in _chain(error):
+        yield str(each)
+        yield from getattr(each, "__notes__", ())
+        for member in getattr(each, "exceptions", ()):
+            yield from _messages(member)
