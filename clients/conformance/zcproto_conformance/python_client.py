@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,6 +98,12 @@ class HeldCalls:
             held.set_result(untyped(step["value"]))
 
 
+def next_of(logins: Iterable[Any]) -> Callable[[], Any]:
+    """Return a function that returns the next login each time."""
+    values = iter(logins)
+    return lambda: untyped(next(values))
+
+
 class Conform:
     """The steps, each a method named after its step that returns the value of `ok`."""
 
@@ -122,6 +128,7 @@ class Conform:
             "server_hostname": step.get("server_name"),
             "device": device,
             "device_name": step.get("device"),
+            "login": next_of(step["login"]) if "login" in step else None,
             "client": step.get("client_name"),
             "home": Path(step["home"]),
         }

@@ -12,6 +12,7 @@ import {
   type Credit,
   connect,
   Device,
+  type LoginParams,
   ProtocolError,
   type ServerCall,
   type Stream,
@@ -207,6 +208,7 @@ export class Conform {
       serverHostname: text("server_name"),
       device: seed === undefined ? undefined : Device.fromSeed(Buffer.from(seed, "hex")),
       deviceName: text("device"),
+      login: loginOf(step["login"] as readonly Json[] | undefined),
       client: text("client_name"),
       home: text("home"),
       timeoutMs: number("timeout_ms"),
@@ -345,6 +347,12 @@ function runVectorStep(step: Step): Promise<Json> | undefined {
     default:
       return undefined;
   }
+}
+
+/** Return a function that returns the next login each time. */
+function loginOf(logins: readonly Json[] | undefined): (() => LoginParams) | undefined {
+  const values = logins?.values();
+  return values && (() => untyped(values.next().value as Json) as LoginParams);
 }
 
 /** Return an error in the form of the kit. Any other error is a bug of this program and is rethrown. */

@@ -300,6 +300,14 @@ SESSIONS: Final[dict[str, Fault]] = {
             'return "session.open", self.credentials.params(connection)',
         ),
     ),
+    "own-scheme": fault(
+        "sends the first login again",
+        (
+            f"{_CREDENTIALS}:SchemeLogin.params",
+            "self._holds_until = -math.inf",
+            "self._holds_until = math.inf",
+        ),
+    ),
     "secrets": fault(
         "writes its token to standard error",
         (

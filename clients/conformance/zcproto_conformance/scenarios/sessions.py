@@ -27,6 +27,7 @@ from zcproto_conformance.connection import (
 )
 from zcproto_conformance.errors import expect
 from zcproto_conformance.harness import USER, ConnectedClient, Harness, Session
+from zcproto_conformance.values import typed
 
 scenario: Final = Scenarios(SCRIPTED)
 
@@ -55,6 +56,43 @@ async def _(harness: Harness) -> None:
         state is not None and state.get("id") == session.id and state.get("user") == USER,
         f"session is {state}",
     )
+
+
+@scenario(
+    "own-scheme",
+    "9.4: the params of an application's scheme are sent as given, and asked for again before each session.open",
+)
+async def _(harness: Harness) -> None:
+    tickets = [harness.fixtures.entropy(16) for _ in range(3)]
+    logins = [typed({"scheme": "kit.ticket", "user": USER, "ticket": ticket}) for ticket in tickets]
+
+    async def answer(connection: Connection, ticket: bytes) -> Session:
+        request = await connection.expect_request("session.open")
+        expected = {"scheme": "kit.ticket", "user": USER, "ticket": ticket, "client": "kit/1.0"}
+        expect(
+            request.params == expected, f"session.open has the keys {sorted(request.params)}, or wrong values"
+        )
+        session = harness.new_session(refresh=False)
+        harness.grant_session(connection, request, session)
+        return session
+
+    client, connecting = await harness.begin_connect(login=logins, client_name="kit/1.0")
+    connection = await harness.next_welcomed()
+    peer = ConnectedClient(client, connection, await answer(connection, tickets[0]))
+    await harness.step_result(connecting, "connect")
+    call = await client.call("echo", {})
+    connection.respond_error(await connection.expect_request("echo"), TOKEN_EXPIRED)
+    peer.session = await answer(connection, tickets[1])
+    await _answer_retry(peer, peer.session.token)
+    await call.expect_result({})
+    connection.auto_responses.update(_refuse_all(TOKEN_REVOKED))
+    call = await client.call("echo", {})
+    connection.respond_error(await connection.expect_request("echo"), TOKEN_REVOKED)
+    await call.expect_code(TOKEN_REVOKED)
+    opening = await client.begin_open_session()
+    session = await answer(connection, tickets[2])
+    result = await harness.step_result(opening, "open_session")
+    expect(result == {"session": session.id}, f"open_session returned {result}")
 
 
 @scenario("secrets", "9.1: no token and no key is ever printed")
