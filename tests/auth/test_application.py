@@ -195,10 +195,10 @@ def shown(error: BaseException | None) -> list[str]:
         (KeyError("hunter2"), ["RuntimeError: KeyError: '***'"]),
         (ValueError("it's\\ok"), ["ValueError: it's\\ok"]),
         (
-            chained(ValueError("no entry"), OSError("hunter2 is no name"), OSError("disk")),
+            chained(ValueError("no entry"), OSError("hunter2 is unknown"), OSError("disk")),
             [
                 "RuntimeError: ValueError: no entry",
-                "RuntimeError: OSError: *** is no name",
+                "RuntimeError: OSError: *** is unknown",
                 "RuntimeError: OSError: disk",
             ],
         ),
