@@ -83,3 +83,10 @@ def test_function_that_cannot_be_called_by_name_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"^scheme own: "):
         CallableAuthenticator("own", check)
+
+
+def test_async_function_does_not_run_in_a_thread() -> None:
+    async def check(user: str) -> None: ...
+
+    with pytest.raises(TypeError, match=r"^scheme own: thread=True is for def"):
+        CallableAuthenticator("own", check, thread=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -187,3 +189,44 @@ def test_program_ends_the_sessions_of_a_user(serve: Serve) -> None:
         assert ada.event().value == ["session.revoked", {"reason": "the user was changed"}]
         assert ada.refused("who").code == Code.TOKEN_REVOKED
         assert root.call("who") == "root"
+
+
+class Accounts:
+    """The state of an application."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def verify(self, password: str) -> bool:
+        self.threads.append(threading.current_thread().name)
+        return password == "right"
+
+
+@asynccontextmanager
+async def accounts(app: App[Accounts]) -> AsyncIterator[Accounts]:
+    yield Accounts()
+
+
+@pytest.mark.parametrize("thread", [False, True])
+def test_authenticator_has_the_state_of_the_application_and_may_run_in_a_thread(
+    serve: Serve, thread: bool
+) -> None:
+    def check(context: Context[Accounts], user: str, password: str) -> str | None:
+        return user if context.state.verify(password) else None
+
+    application: App[Accounts] = App(
+        lifespan=accounts, authenticators=[CallableAuthenticator("password", check, thread=thread)]
+    )
+
+    @application.method("threads")
+    def threads(context: Context[Accounts]) -> list[str]:
+        return [*context.state.threads, threading.current_thread().name]
+
+    server = serve(application, users_file=True)
+    with server.client() as client:
+        wrong = client.refused("session.open", login(password="wrong"))
+        assert wrong.code == Code.UNAUTHENTICATED
+        client.token = client.call("session.open", login(password="right"))["token"]
+        *names, loop = client.call("threads")
+        assert len(names) == 2
+        assert all((name != loop) is thread for name in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 
 from zcproto.app.context import Context
@@ -24,9 +24,9 @@ class CallableAuthenticator:
 
     Fields are checked against the annotations like parameters of a method. A parameter annotated `Context` receives
     the context of the login. The function returns the name of a user, an Identity, or None for a failed login. A
-    plain function runs in the event loop and must not block; use an `async` one to hash a password or query a
-    database. Failed logins are counted for the user whom the field `user_field` names; None counts them for the
-    address alone.
+    plain function runs in the event loop and must not block, unless `thread` is True: then it runs in one of the
+    server's threads, like a method. Failed logins are counted for the user whom the field `user_field` names; None
+    counts them for the address alone.
 
     Raises ValueError for a malformed scheme, TypeError for parameters that cannot be checked.
     """
@@ -37,13 +37,17 @@ class CallableAuthenticator:
         function: Callable[..., Answer | Awaitable[Answer]],
         *,
         user_field: str | None = "user",
+        thread: bool = False,
     ) -> None:
         check_scheme(scheme)
         try:
             self._signature = Signature(function, injected=Context)
         except TypeError as error:
             raise TypeError(f"scheme {scheme}: {error}") from error
+        if thread and iscoroutinefunction(function):
+            raise TypeError(f"scheme {scheme}: thread=True is for def; use asyncio.to_thread in async def")
         self.scheme = scheme
+        self._thread = thread
         self._function = function
         self._user_field = user_field
 
@@ -62,6 +66,10 @@ class CallableAuthenticator:
         arguments = signature.bind({name: value for name, value in params.items() if name != "scheme"})
         if signature.injected is not None:
             arguments[signature.injected] = channel.context
+        if self._thread:
+            return _identity_later(
+                channel.context.caller.run_in_thread(channel.context, self._function, arguments)
+            )
         answer = self._function(**arguments)
         return _identity_later(answer) if isawaitable(answer) else _identity(answer)
 

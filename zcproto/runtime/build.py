@@ -118,7 +118,7 @@ async def build(
         now=certificates.now,
     )
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
-    state.add_methods([*protocol_methods(state, login.login, login.enrollment), *app])
+    state.add_methods([*protocol_methods(state, login.login, login.enrollment, app), *app])
     parts = Parts(
         active=active,
         home=home,

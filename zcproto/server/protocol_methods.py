@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Final
 
-from zcproto.app.app import Method
+from zcproto.app.app import App, Method
 from zcproto.app.context import Context
 from zcproto.auth import Enrollment, Identity, Login
 from zcproto.common.parameters import Signature
@@ -52,10 +52,19 @@ def protocol_method(name: str, function: Callable[..., Any], **access: bool) -> 
     return method
 
 
-def protocol_methods(state: ServerState, login: Login, enrollment: Enrollment | None = None) -> list[Method]:
-    """Return all methods of the protocol; those of devices only if devices can be enrolled."""
+def protocol_methods(
+    state: ServerState, login: Login, enrollment: Enrollment | None = None, app: App[Any] | None = None
+) -> list[Method]:
+    """Return all methods of the protocol; those of devices only if devices can be enrolled.
+
+    `app` is the application whose state its authenticators see.
+    """
     devices = [] if enrollment is None else [enroll_method(enrollment)]
-    return [*session_methods(state, login), *devices, *server_methods(state)]
+    methods = [*session_methods(state, login), *devices, *server_methods(state)]
+    if app is not None and app in app.lifespans():
+        for method in methods:
+            method.owner = app
+    return methods
 
 
 # --- sessions of the caller ------------------------------------------------------------------------------

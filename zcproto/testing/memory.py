@@ -124,7 +124,7 @@ class MemoryServer:
         state.on_incident = record_incident
         active = ActiveConfig(config)
         login = build_login(active, NO_HOME, state, self._authenticators, now=_no_time).login
-        state.add_methods([*protocol_methods(state, login), *self._app])
+        state.add_methods([*protocol_methods(state, login, app=self._app), *self._app])
 
         def end_connections() -> None:
             self._state = None
