@@ -16,6 +16,7 @@ from zcproto.observe.loop_lag import (
     DETAIL_TIME,
     IDLE_PERIOD,
     PERIOD,
+    WAITING_PERIOD,
     LoopLag,
     WaitingTime,
 )
@@ -111,6 +112,67 @@ def test_timer_is_frequent_under_traffic_and_rare_without(
     traffic.count += 1
     timers.advance(IDLE_PERIOD)
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
+
+
+def test_timer_is_less_rare_while_requests_wait(
+    timers: FakeTimers, waiting: FakeWaitingTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", timers.time)
+    loop: Any = timers
+    read: Any = waiting
+    waits: list[int] = [1]
+    meter = LoopLag(loop, lambda: 0, lambda: read, is_waiting=lambda: waits)
+    meter.start()
+    timers.advance(PERIOD)
+    timers.advance(PERIOD)
+    assert timers.armed == [pytest.approx(timers.clock + WAITING_PERIOD)]
+    waits.clear()
+    timers.advance(WAITING_PERIOD)
+    assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
+
+
+class FakeHolds:
+    """Records what the meter asks for."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def start(self) -> None:
+        self.seen.append("start")
+
+    def stop(self) -> None:
+        self.seen.append("stop")
+
+    def wake(self) -> None:
+        self.seen.append("wake")
+
+    def sleep(self) -> None:
+        self.seen.append("sleep")
+
+    def timer_ran(self, late: float) -> None:
+        self.seen.append(round(late, 3))
+
+
+def test_holds_are_watched_from_the_first_request_after_a_silence(meter: LoopLag, timers: FakeTimers) -> None:
+    holds = FakeHolds()
+    meter.holds = holds  # type: ignore[assignment]
+    meter.start()
+    timers.advance(PERIOD)
+    timers.advance(PERIOD)
+    assert holds.seen == ["start", 0.0, 0.0, "sleep"]
+    timers.clock += 0.1
+    assert meter.overdue() == pytest.approx(0.1 - IDLE_PERIOD)
+    meter.traffic_begins()
+    meter.traffic_begins()
+    assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
+    timers.clock += PERIOD + 0.3
+    assert meter.overdue() == pytest.approx(0.3)
+    timers.run()
+    assert holds.seen[4:] == ["wake", 0.3, "sleep"]
+    meter.stop()
+    meter.traffic_begins()
+    assert holds.seen[7:] == ["stop"]
+    assert timers.armed == []
 
 
 def test_take_longest_resets_it_and_keeps_counts(meter: LoopLag) -> None:

@@ -73,7 +73,10 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_incidents_total", snapshot.counters.incidents
     yield "zcproto_config_reloads_total", snapshot.counters.reloads, "applied"
     yield "zcproto_config_reloads_total", snapshot.counters.reloads_refused, "refused"
-    yield "zcproto_loop_lag_seconds", snapshot.parts.loop_lag.lags
+    loop_lag = snapshot.parts.loop_lag
+    yield "zcproto_loop_lag_seconds", loop_lag.lags
+    for method, count in (loop_lag.holds.counts if loop_lag.holds is not None else {}).items():
+        yield "zcproto_loop_held_total", count, method
 
 
 def _limits(snapshot: Snapshot) -> Iterator[Reading]:

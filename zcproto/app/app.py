@@ -144,6 +144,12 @@ class Method:
             method.is_unchecked = False
         return method
 
+    def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yield the names of the function and of its middleware, and these themselves."""
+        yield self.name, (self._wrapped or self).function
+        for each in self.middleware:
+            yield f"middleware {getattr(each, '__name__', type(each).__name__)}", each
+
 
 async def _run_wrapped(
     method: Method,

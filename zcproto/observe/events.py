@@ -58,6 +58,7 @@ FIELDS: Final[dict[str, str]] = {
     "about": "subject of an alert, unique among those of its kind",
     "all": "true if all sessions of the server were meant",
     "aside": "path to which a damaged file was moved",
+    "at": "place in the program: file, line, function",
     "balancer": "address of the load balancer that forwarded the connection",
     "changed": "configuration keys with new values",
     "cause": "cause of a TLS failure, from a fixed list",
@@ -149,6 +150,8 @@ server.ended info (cut_off)
     The server has ended; all connections are closed.
 server.forced warning ()
     A second signal ended the server at once.
+loop.held warning (what at seconds) by peer, limit per method
+    A method, or a middleware, held the event loop for longer than 100 ms: nothing else ran meanwhile.
 server.fault error (what exc_info) by peer, limit per event
     Internal error in the event loop.
 

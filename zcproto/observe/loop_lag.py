@@ -22,9 +22,13 @@ from typing import Final
 
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.observe.histogram import Histogram
+from zcproto.observe.loop_holds import LoopHolds
 
 PERIOD: Final = 0.005
 IDLE_PERIOD: Final = 0.25
+WAITING_PERIOD: Final = 0.05
+"""While requests are in flight that wait: their methods may go on at any time."""
+
 DETAIL_TIME: Final = 600.0
 """Seconds after the figures were read during which the time of other programs is measured."""
 
@@ -55,16 +59,23 @@ class WaitingTime:
 
 
 class LoopLag:
-    """Measure the lag of one loop. `activity` returns a number that grows under traffic."""
+    """Measure the lag of one loop. `activity` returns a number that grows under traffic.
+
+    `is_waiting` returns whether requests wait. `holds` finds the causes of long lags, if it is set.
+    """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         activity: Callable[[], int],
         open_waiting: Callable[[], WaitingTime] = WaitingTime,
+        is_waiting: Callable[[], object] = lambda: False,
     ) -> None:
         self._loop = loop
         self._activity = activity
+        self._is_waiting = is_waiting
+        self._period = PERIOD
+        self.holds: LoopHolds | None = None
         self._open_waiting = open_waiting
         self._waiting: WaitingTime | None = None
         self._waited: float | None = None  # None: not read recently
@@ -82,9 +93,23 @@ class LoopLag:
     def start(self) -> None:
         """Start measuring, in the loop's thread."""
         self._waiting = self._open_waiting()
+        if self.holds is not None:
+            self.holds.start()
         self._arm(PERIOD)
 
+    def traffic_begins(self) -> None:
+        """Measure the request that has just arrived, if the loop was idle."""
+        if self._period != PERIOD and self._timer is not None:
+            self._timer.cancel()
+            self._arm(PERIOD)
+
+    def overdue(self) -> float:
+        """Return for how many seconds the timer should have run; negative before. Called by another thread."""
+        return time.perf_counter() - self._due
+
     def stop(self) -> None:
+        if self.holds is not None:
+            self.holds.stop()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -108,6 +133,9 @@ class LoopLag:
 
     def _arm(self, period: float) -> None:
         self._due = time.perf_counter() + period
+        if self.holds is not None and (period == IDLE_PERIOD) != (self._period == IDLE_PERIOD):
+            (self.holds.sleep if period == IDLE_PERIOD else self.holds.wake)()
+        self._period = period
         self._timer = self._loop.call_later(period, self._tick)
 
     def _tick(self) -> None:
@@ -120,10 +148,12 @@ class LoopLag:
             if now > self._read_until:
                 self._waited = None
         self.record(now - self._due, others)
+        if self.holds is not None:
+            self.holds.timer_ran(now - self._due)
         activity = self._activity()
         busy = activity != self._seen
         self._seen = activity
-        self._arm(PERIOD if busy else IDLE_PERIOD)
+        self._arm(PERIOD if busy else WAITING_PERIOD if self._is_waiting() else IDLE_PERIOD)
 
     def record(self, late: float, others: float = 0.0) -> None:
         """Record the delay of one timer, and the part taken by other programs; in seconds."""

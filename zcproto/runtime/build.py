@@ -48,6 +48,7 @@ from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.connection.settings import ConnectionSettings, StreamLimits, TransportSecurityPolicy
 from zcproto.errors import ConfigError
+from zcproto.observe.loop_holds import Hold, LoopHolds
 from zcproto.observe.loop_lag import LoopLag
 from zcproto.runtime.alert_sources import (
     on_certificate_notice,
@@ -118,6 +119,12 @@ async def build(
         now=certificates.now,
     )
     acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
+    loop_lag = LoopLag(
+        loop,
+        lambda: state.counters.requests + acceptor.handshakes_completed,
+        is_waiting=lambda: state.tasks.running,
+    )
+    state.traffic_begins = loop_lag.traffic_begins
     state.add_methods([*protocol_methods(state, login.login, login.enrollment, app), *app])
     parts = Parts(
         active=active,
@@ -135,15 +142,21 @@ async def build(
         listener=listener,
         http=http,
         lifespans=Lifespans(app.lifespans(), state.lifespan_values),
-        loop_lag=LoopLag(loop, lambda: state.counters.requests + acceptor.handshakes_completed),
+        loop_lag=loop_lag,
         traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
+    functions = [each for method in state.methods.values() for each in method.functions()]
+    loop_lag.holds = LoopHolds(loop_lag.overdue, functions, _log_hold)
     if http is not None:
         for route in Resources(parts).routes():
             http.router.add(route)
     return parts
+
+
+def _log_hold(hold: Hold) -> None:
+    log.warning("loop.held", what=hold.method, at=hold.at, seconds=round(hold.seconds, 3))
 
 
 async def build_alerts(config: Config, clock: Clock, entropy: Entropy) -> ServerAlerts:

@@ -221,6 +221,7 @@ class Dispatcher(asyncio.Protocol):
             if items is None:
                 self._answer_exception(stream, ResourceExhausted(TOO_MANY_ITEMS))
                 return
+        self._state.traffic_begins()
         connection.hold(stream, self.now())
         if method.shape == "client":
             work = method.function(**arguments)
@@ -239,6 +240,7 @@ class Dispatcher(asyncio.Protocol):
         """Run a request's method and record its duration."""
         state = self._state
         state.timed_part = wall >> PART_BITS
+        state.traffic_begins()
         began = state.clock.now()
         self._run(request, method)
         if method is not None:

@@ -171,6 +171,8 @@ class ServerState:
     item_bytes: int = 0
     """Bytes of the items of clients that wait for their methods."""
     request_limits: RequestLimits = field(default_factory=RequestLimits)
+    traffic_begins: Callable[[], None] = lambda: None
+    """Called before requests, but not before all of them: after a silence, before the first."""
     timed_part: int = -1
     """The interval of wall time that has had its timed read."""
     connections: set[Connection] = field(default_factory=set)
