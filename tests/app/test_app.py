@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -276,6 +276,15 @@ def test_caller_cannot_pass_the_context() -> None:
     assert complaint(open_to_all, ctx=1) == "ctx is unknown"
     assert bind(open_to_all, a=1) == {"a": 1}
     assert not Method("m", open_to_all).is_unchecked
+
+
+def test_long_type_is_cut_in_the_list_for_callers() -> None:
+    def function(choice): ...  # type: ignore[no-untyped-def]
+
+    function.__annotations__ = {"choice": Literal[tuple(f"choice {number}" for number in range(100))]}
+    (param,) = Method("m", function).signature.params
+    assert param["type"].startswith("Literal['choice 0', ")
+    assert (len(param["type"]), param["type"][-3:]) == (200, "...")
 
 
 def test_parameters_are_listed_for_callers() -> None:

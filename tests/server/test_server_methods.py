@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -52,10 +52,43 @@ def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
             "doc": "The latest news.",
             "shape": "unary",
             "params": [{"name": "limit", "type": "int", "required": False}],
+            "schema": {
+                "params": {
+                    "type": "object",
+                    "properties": {"limit": {"type": "integer", "default": 10}},
+                    "additionalProperties": False,
+                },
+                "result": {"type": "array", "items": {"type": "string"}},
+            },
         }
         assert info["versions"] == [1]
         assert (info["pins"], info["pins_next"]) == (server.server.pins, None)
         assert abs(info["time"] - wall()) < 5_000
+
+
+Choice = Literal[tuple(f"choice {number}" for number in range(400))]  # type: ignore[valid-type]
+
+
+def test_schemas_of_server_info_are_bounded(serve: Serve) -> None:
+    app = App()
+    for number in range(10):
+
+        @app.method(f"m{number}")
+        def choose(choice: Choice) -> None:
+            """Take one of many."""
+
+    nested: Any = int
+    for _ in range(30):
+        nested = list[nested]
+
+    def deep(deep: Any) -> None:
+        """Take what clients could not read the schema of."""
+
+    deep.__annotations__["deep"] = nested
+    app.method("deep")(deep)
+    with serve(app, **{"limits.max_frame_bytes": 65_536}).client("ada") as client:
+        listed = {method["name"]: "schema" in method for method in client.call("server.info")["methods"]}
+    assert (listed["m0"], listed["m1"], listed["m9"], listed["deep"]) == (True, True, False, False)
 
 
 def test_methods_of_server_info_can_be_called(serve: Serve) -> None:

@@ -18,13 +18,15 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, Generic, TypeVar, overload
 
 from zcproto.app.context import Context, State
 from zcproto.app.items import Items
+from zcproto.app.schema import method_schema
 from zcproto.app.topics import Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
 from zcproto.common.middleware import Middleware, around, check_middleware
@@ -32,7 +34,7 @@ from zcproto.common.parameters import Signature
 from zcproto.common.value_types import ValueType
 from zcproto.errors import InvalidArgument, PermissionDenied
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
-from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, encode_body
+from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, MessageError, decode_body, encode_body
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Wrapper = TypeVar("Wrapper", bound=Middleware[Context])
@@ -43,6 +45,9 @@ Produce = Callable[[Any, Context], Awaitable[Any]]
 RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
 
 _MAX_SLEEP_MS: Final = 3_600_000
+
+_SCHEMA_DEPTH: Final = 24
+"""How deep a schema may nest: `server.info` adds 4 to it, and clients accept 32."""
 
 _SHAPES: Final = {
     (False, False): "unary",
@@ -149,6 +154,21 @@ class Method:
         yield self.name, (self._wrapped or self).function
         for each in self.middleware:
             yield f"middleware {getattr(each, '__name__', type(each).__name__)}", each
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema of the method (zcproto/app/schema.py)."""
+        return method_schema(self.signature, sends=self.shape in ("server", "both"))
+
+    @cached_property
+    def schema_size(self) -> float:
+        """The size of the encoded schema; infinite if clients could not read it."""
+        try:
+            body = encode_body(self.schema)
+            decode_body(body, _SCHEMA_DEPTH)
+        except MessageError:
+            return math.inf
+        return len(body)
 
 
 async def _run_wrapped(

@@ -51,6 +51,7 @@ _NESTED: Final = frozenset(
 _REFUSED: Final = frozenset({"generator", "callable", "complex", "is-subclass"})
 _TEXT_KINDS: Final = frozenset({"str", "any", "uuid", "date", "datetime", "definition-ref"})
 _MOST_TEXT: Final = 200
+_REFERENCE: Final = "#/$defs/"
 _SHOULD: Final = re.compile(r"^.*? should ")
 
 _PROBLEMS: Final = {
@@ -122,7 +123,45 @@ def json_schemas(
     """Return the JSON Schema of each adapter, and the definitions that they share."""
     inputs = [(key, mode, adapter.of) for key, (adapter, mode) in adapters.items()]
     schemas, document = TypeAdapter.json_schemas(inputs, schema_generator=_JsonSchemas)
-    return {key: schema for (key, _), schema in schemas.items()}, document.get("$defs", {})
+    definitions = document.get("$defs", {})
+    names = _shared_names(definitions)
+    found = {key: _renamed(schema, names) for (key, _), schema in schemas.items()}
+    return found, {names.get(name, name): _renamed(each, names) for name, each in definitions.items()}
+
+
+def _shared_names(definitions: dict[str, Any]) -> dict[str, str]:
+    """Return new names for definitions that are the same in both directions; pydantic splits recursive ones."""
+    pairs = [
+        (name, f"{base}-Output", base)
+        for name in definitions
+        if (base := name.removesuffix("-Input")) != name
+        and f"{base}-Output" in definitions
+        and base not in definitions
+    ]
+    while True:
+        names = {each: base for received, sent, base in pairs for each in (received, sent)}
+        same = [
+            pair
+            for pair in pairs
+            if _renamed(definitions[pair[0]], names) == _renamed(definitions[pair[1]], names)
+        ]
+        if len(same) == len(pairs):
+            return names
+        pairs = same
+
+
+def _renamed(schema: Any, names: Mapping[str, str]) -> Any:
+    """Return a schema with other names of definitions."""
+    if isinstance(schema, list):
+        return [_renamed(each, names) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    renamed = {key: _renamed(value, names) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        name = reference.removeprefix(_REFERENCE)
+        renamed["$ref"] = _REFERENCE + names.get(name, name)
+    return renamed
 
 
 def _tightened(schema: Any, *, is_own: bool = True) -> Any:

@@ -19,6 +19,9 @@ from zcproto.common.faults import MAX_FAULTS, Fault, refusal, shown_name
 from zcproto.common.value_types import Checker, ValueType, accept_any, describe
 from zcproto.errors import InvalidArgument
 
+_MOST_SHOWN: Final = 200
+"""Characters of a type in the list of parameters."""
+
 _SENT_ITEMS: Final = (AsyncGenerator, AsyncIterable, AsyncIterator)
 
 
@@ -93,7 +96,7 @@ class Signature:
     def params(self) -> list[dict[str, Any]]:
         """The parameters as `server.info` lists them."""
         return [
-            {"name": each.name, "type": describe(each.type.annotation), "required": each.is_required}
+            {"name": each.name, "type": _cut(describe(each.type.annotation)), "required": each.is_required}
             for each in self.parameters
         ]
 
@@ -139,6 +142,10 @@ class Signature:
                     return error
                 faults += [(each["path"], each["problem"]) for each in error.details["faults"]]
         return refusal(faults)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
 
 
 def _value_type(what: str, annotation: Any) -> ValueType:

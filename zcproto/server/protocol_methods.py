@@ -37,6 +37,9 @@ REVOKED_AT_ONCE: Final = 1_000
 HANDLED_METHODS: Final = 256
 """Names of methods in one `session.handle`."""
 
+_SCHEMA_SHARE: Final = 4
+"""All schemas in an answer of `server.info` take at most 1/4 of what a frame can carry."""
+
 _SHOWN: Final = ("id", "user", "created_at", "last_used_at", "expires_at", "client", "address", "bound")
 """The fields of a session that its user sees."""
 
@@ -366,14 +369,19 @@ def server_methods(state: ServerState) -> list[Method]:
     def server_info(context: Context) -> dict[str, Any]:
         """The server's time, protocol versions, pins now and next, and the methods that this caller may call."""
         session = context.session
+        methods: list[dict[str, Any]] = []
+        room: float = state.settings.max_body // _SCHEMA_SHARE
+        for name, method in sorted(state.methods.items()):
+            if method.public or (session is not None and (session.operator or not method.operator)):
+                params = method.signature.params
+                methods.append({"name": name, "doc": method.doc, "params": params, "shape": method.shape})
+                if method.schema_size <= room:
+                    methods[-1]["schema"] = method.schema
+                    room -= method.schema_size
         return {
             "time": context.wall(),
             "versions": [VERSION],
-            "methods": [
-                {"name": name, "doc": method.doc, "params": method.signature.params, "shape": method.shape}
-                for name, method in sorted(state.methods.items())
-                if method.public or (session is not None and (session.operator or not method.operator))
-            ],
+            "methods": methods,
             "pins": list(state.pins),
             "pins_next": state.pins_next,
         }
