@@ -315,7 +315,7 @@ def test_completion_script_is_printed_for_each_shell(
 @pytest.mark.parametrize(
     ("typed", "found"),
     [
-        ("zcproto s", ["serve", "status", "session", "store"]),
+        ("zcproto s", ["serve", "status", "stubs", "session", "store"]),
         ("zcproto --h", ["--home", "--help"]),
         ("zcproto session ", ["list", "open", "revoke"]),
         ("zcproto call localhost echo --k", ["--key-file", "--key-log"]),

@@ -155,6 +155,11 @@ class Method:
         for each in self.middleware:
             yield f"middleware {getattr(each, '__name__', type(each).__name__)}", each
 
+    @property
+    def listing(self) -> dict[str, Any]:
+        """The method as `server.info` lists it, without its schema."""
+        return {"name": self.name, "doc": self.doc, "params": self.signature.params, "shape": self.shape}
+
     @cached_property
     def schema(self) -> dict[str, Any]:
         """The JSON Schema of the method (zcproto/app/schema.py)."""

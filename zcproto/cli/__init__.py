@@ -44,6 +44,7 @@ COMMANDS = {
     "drain": ("zcproto.cli.control:drain", "Let a running server finish its requests and end."),
     "log": ("zcproto.cli.control:log", "Show and set the log level of a running server."),
     "call": ("zcproto.cli.connect:call", "Call a method of a server and print the result."),
+    "stubs": ("zcproto.cli.stubs:stubs", "Write a typed client for the methods of a server."),
     "user": ("zcproto.cli.user:user", "Add, list and change users."),
     "session": ("zcproto.cli.session:session", "List, open and end sessions."),
     "store": ("zcproto.cli.store:store", "Check the session store, and migrate to another one."),

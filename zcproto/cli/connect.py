@@ -25,6 +25,7 @@ from click.core import ParameterSource
 from zcproto.cli import Function, Instance, file_option, instance_options
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
+from zcproto.cli.signatures import listed_methods, signatures
 from zcproto.cli.stdin_items import stdin_items
 from zcproto.client.address import is_ip, parse_address
 from zcproto.common.home import Home
@@ -261,8 +262,9 @@ def call_once(
 
 @click.command()
 @click.argument("address", metavar="HOST:PORT")
-@click.argument("method")
+@click.argument("method", metavar="METHOD|--list", required=False)
 @click.argument("params", metavar="[JSON]", required=False)
+@click.option("--list", "lists", is_flag=True, help="Print the methods that can be called, with their types.")
 @user_option("Open a session of this user. Without it only public methods can be called.")
 @key_option("user")
 @trust_options
@@ -280,8 +282,9 @@ def call_once(
 def call(
     instance: Instance,
     address: str,
-    method: str,
+    method: str | None,
     params: str | None,
+    lists: bool,
     user: str | None,
     key_file: Path | None,
     trust: TrustChoice,
@@ -295,7 +298,7 @@ def call(
 
     The items of a method that yields some are printed as they come, each on its own line, then the result on the
     last line. A method that takes items gets those on standard input, one JSON value per line. Ctrl-C cancels the
-    method.
+    method. With --list the methods of the application are printed instead.
 
     A server that is starting is awaited, for 10 s at most.
 
@@ -306,6 +309,8 @@ def call(
                 3    no connection: no server there, or not a trusted one
                 130  Ctrl-C
     """
+    if lists is (method is not None):
+        raise click.UsageError("Give either METHOD or --list.")
     arguments = parse_params(params)
     key = read_key(key_file) if user is not None else None
     if user is None and is_typed("key_file"):
@@ -316,6 +321,9 @@ def call(
 
     async def work() -> None:
         async with connected_client(trust, instance.home, address, **options) as client:
+            if method is None:
+                click.echo(signatures(listed_methods(await client.call("server.info"))))
+                return
             try:
                 result = await client.call(method, arguments)
             except Unauthenticated as error:

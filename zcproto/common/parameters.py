@@ -92,7 +92,7 @@ class Signature:
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         self.parameters.append(Parameter(name, type_, is_required, default))
 
-    @property
+    @functools.cached_property
     def params(self) -> list[dict[str, Any]]:
         """The parameters as `server.info` lists them."""
         return [

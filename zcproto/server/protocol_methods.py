@@ -371,10 +371,9 @@ def server_methods(state: ServerState) -> list[Method]:
         session = context.session
         methods: list[dict[str, Any]] = []
         room: float = state.settings.max_body // _SCHEMA_SHARE
-        for name, method in sorted(state.methods.items()):
+        for _, method in sorted(state.methods.items()):
             if method.public or (session is not None and (session.operator or not method.operator)):
-                params = method.signature.params
-                methods.append({"name": name, "doc": method.doc, "params": params, "shape": method.shape})
+                methods.append(method.listing)
                 if method.schema_size <= room:
                     methods[-1]["schema"] = method.schema
                     room -= method.schema_size

@@ -20,7 +20,9 @@ from typing import Any, Final
 
 import msgpack
 
-_TEXT_MODULES: Final = frozenset({"datetime", "decimal", "uuid", "pathlib", "ipaddress", "pydantic.networks"})
+_TEXT_MODULES: Final = frozenset(
+    {"datetime", "decimal", "uuid", "pathlib", "pathlib._local", "ipaddress", "pydantic.networks"}
+)
 """Modules of the types that are sent as text; their subclasses are too."""
 
 _DEEPEST: Final = 64

@@ -1,0 +1,371 @@
+"""`zcproto stubs` and `zcproto call --list`: typed clients that refuse wrong arguments."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.util
+import json
+import subprocess
+import sys
+import textwrap
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+import zcproto
+from tests.cli import stub_app
+from tests.server.conftest import Serve, certs, serve
+from tests.server.helpers import KEY
+from zcproto.cli import main
+from zcproto.cli.signatures import signatures
+from zcproto.cli.stub_python import Python
+from zcproto.cli.stub_types import Stubs, clean_text, identifier
+from zcproto.cli.stub_typescript import TypeScript
+
+__all__ = ["certs", "serve"]
+
+Capture = pytest.CaptureFixture[str]
+SOURCE = "tests.cli.stub_app:app"
+NODE = Path(__file__).parents[2] / "clients" / "typescript"
+TSC = NODE / "node_modules" / ".bin" / "tsc"
+
+
+def write(language: str, path: Path) -> Path:
+    assert main(["stubs", SOURCE, "--language", language, "--output", str(path)]) == 0
+    return path
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- Python --------------------------------------------------------------------------------------------------
+
+RIGHT = """
+import datetime
+from decimal import Decimal
+from uuid import UUID
+
+from shop_client import Api, Line, Order
+
+
+async def main(api: Api) -> str:
+    line = Line(item="tea")
+    order = Order(id=UUID(int=1), lines=[line, {"item": "cup", "count": 2}], placed=datetime.datetime.now())
+    found = await api.order_place(order=order, urgent=True, timeout=2.0, call_timeout=5)
+    price: Decimal = found["lines"][0].get("price", Decimal(0))
+    pets = await api.pet(pet={"kind": "dog", "name": "Rex"}, level="high")
+    await api.list2()
+    await api.further(a=1, b=2)
+    size: int = await api.upload(name="a", items=[b"x"])
+    async with api.count_lines(item="tea") as stream:
+        async for each in stream:
+            return each["item"]
+    async for order in api.orders(items=[line]):
+        print(order["id"].hex, size, price)
+    return str(pets)
+"""
+
+WRONG = """
+from shop_client import Api
+
+
+async def main(api: Api) -> None:
+    await api.order_place(order={"id": 5, "lines": []})
+    await api.order_place(order={"lines": []})
+    await api.pet(pet={"kind": "cow"})
+    await api.pet(pet={"kind": "cat"}, level="middle")
+    await api.further(a="1")
+    await api.upload(name=b"a", items=[b"x"])
+    await api.upload(name="a", items=["x"])
+    api.count_lines()
+"""
+
+
+def test_python_client_has_strict_types(tmp_path: Path) -> None:
+    write("python", tmp_path / "shop_client.py")
+    (tmp_path / "right.py").write_text(RIGHT)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "right.py", "wrong.py"]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = {tuple(line.split(":")[:2]) for line in checked.stdout.splitlines() if " error: " in line}
+    first = WRONG.splitlines().index("async def main(api: Api) -> None:") + 2
+    assert found == {("wrong.py", str(first + number)) for number in range(8)}, checked.stdout
+
+
+def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
+    shop = load(write("python", tmp_path / "shop_client.py"))
+    server = serve(stub_app.app)
+
+    async def use() -> None:
+        async with zcproto.connect(
+            f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=server.home / "certs" / "ca.crt"
+        ) as client:
+            api = shop.Api(client)
+            order = {
+                "id": UUID(int=7),
+                "lines": [{"item": "tea", "price": Decimal("2.50")}],
+                "label": b"\x00",
+            }
+            assert await api.order_place(order=order) == {
+                **{"id": UUID(int=7), "color": "red", "placed": None, "parts": [], "tags": []},
+                **{"place": (1, "shelf"), "label": b"\x00"},
+                "lines": [{"item": "tea", "count": 1, "price": Decimal("2.50")}],
+            }
+            assert await api.pet(pet={"kind": "cat"}) == {"low": {"kind": "cat"}}
+            assert await api.list2() is None
+            assert await api.further(a=1) == {"a": 1}
+            assert await api.upload(name="a", items=[b"abc", b"d"]) == 4
+            async with api.count_lines(item="tea", n=3) as stream:
+                assert [line["count"] async for line in stream] == [1, 2, 3]
+                assert stream.result is None
+            assert [each["id"] async for each in api.orders(items=[{"item": "tea"}])] == [UUID(int=1)]
+            stream = api.count_lines(item="tea")
+            stream.close()
+            with pytest.raises(
+                zcproto.InvalidArgument, match=r"order\.lines\[0\]\.count must be greater than 0"
+            ):
+                await api.order_place(order={**order, "lines": [{"item": "tea", "count": 0}]})
+
+    asyncio.run(use())
+
+
+# --- TypeScript ----------------------------------------------------------------------------------------------
+
+RIGHT_TS = """
+import { Api, type Line, type Order } from "./shop_client.js";
+
+export async function main(api: Api): Promise<string> {
+  const line: Line = { item: "tea" };
+  const order: Order = { id: "7", lines: [line], label: new Uint8Array(1), place: [1, "shelf"] };
+  const found = await api.orderPlace({ order, urgent: true, timeout: 2 }, { timeoutMs: 5 });
+  const pets = await api.pet({ pet: { kind: "dog", name: "Rex" }, level: "high" });
+  await api.list();
+  await api.further({ a: 1 });
+  const size: number = await api.upload([new Uint8Array(1)], { name: "a" });
+  for await (const each of api.countLines({ item: "tea" })) {
+    const count: number | undefined = each.count;
+    return `${count} ${size} ${found.lines[0]?.item} ${Object.keys(pets)}`;
+  }
+  for await (const each of api.orders([line])) {
+    return each.id;
+  }
+  return "";
+}
+"""
+
+WRONG_TS = """
+import type { Api } from "./shop_client.js";
+
+export async function main(api: Api): Promise<void> {
+  await api.orderPlace({ order: { id: 5, lines: [] } });
+  await api.orderPlace({ order: { lines: [] } });
+  await api.pet({ pet: { kind: "cow" } });
+  await api.pet({ pet: { kind: "cat" }, level: "middle" });
+  await api.further({ a: "1" });
+  await api.upload([new Uint8Array(1)], { name: 7 });
+  await api.upload(["x"], { name: "a" });
+  api.countLines({});
+}
+"""
+
+
+@pytest.mark.skipif(
+    not (TSC.exists() and (NODE / "dist").exists()),
+    reason="the client for Node is not built; run npm ci in clients/typescript",
+)
+def test_typescript_client_has_strict_types(tmp_path: Path) -> None:
+    write("typescript", tmp_path / "shop_client.ts")
+    (tmp_path / "right.ts").write_text(RIGHT_TS)
+    (tmp_path / "wrong.ts").write_text(WRONG_TS)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    scope = tmp_path / "node_modules" / "@zcproto"
+    scope.mkdir(parents=True)
+    (scope / "client").symlink_to(NODE)
+    options = {
+        "noEmit": True,
+        "rootDir": "/",
+        "types": ["node"],
+        "typeRoots": [f"{NODE}/node_modules/@types"],
+    }
+    config = {"extends": f"{NODE}/tsconfig.json", "compilerOptions": options, "include": ["*.ts"]}
+    (tmp_path / "tsconfig.json").write_text(json.dumps(config))
+    checked = subprocess.run([TSC, "-p", tmp_path], capture_output=True, text=True, check=False)
+    found = {
+        line.partition(",")[0].rpartition("/")[2] for line in checked.stdout.splitlines() if line[:1] != " "
+    }
+    first = WRONG_TS.splitlines().index("export async function main(api: Api): Promise<void> {") + 2
+    assert found == {f"wrong.ts({first + number}" for number in range(8)}, checked.stdout
+
+
+# --- where the methods are found -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["python", "typescript"])
+def test_server_gives_the_same_client_as_its_application(
+    language: str, serve: Serve, tmp_path: Path, home: Path, capsys: Capture
+) -> None:
+    server = serve(stub_app.app)
+    key_file = tmp_path / "key"
+    key_file.touch(0o600)
+    key_file.write_text(KEY)
+    address, ca = f"127.0.0.1:{server.port}", str(server.home / "certs" / "ca.crt")
+    arguments = ["--ca", ca, "--user", "ada", "--key-file", str(key_file)]
+    assert main(["stubs", address, "--language", language, *arguments]) == 0
+    of_server = capsys.readouterr().out
+    listed = sorted(
+        ({**each.listing, "schema": each.schema} for each in stub_app.app), key=lambda each: each["name"]
+    )
+    writer = Python() if language == "python" else TypeScript()
+    assert of_server == writer.write(Stubs(listed, writer), address)
+    assert main(["call", address, "--list", *arguments]) == 0
+    assert capsys.readouterr().out == signatures(listed) + "\n"
+
+
+def test_signatures_have_types_and_defaults() -> None:
+    text = signatures({**each.listing, "schema": each.schema} for each in stub_app.app)
+    assert (
+        textwrap.dedent(
+            """\
+        order.place(order: Order, urgent: bool = false, timeout: float = 1.0) -> Order
+            Place an order.
+        pet(pet: Cat | Dog, level: Literal["low", "high"] = "low") -> dict[str, Cat | Dog]
+        list() -> None
+        further(**others: int) -> dict[str, Any]
+        count.lines(item: str, n: int = 2) -> stream of Line
+        upload(name: str, items: stream of bytes) -> int
+        orders(items: stream of Line) -> stream of Order
+
+        Order:
+            id: UUID
+            lines: list[Line]
+            color: Color = "red"
+        """
+        )
+        in text
+    )
+    assert '\nColor = Literal["red", "green"]' in text
+
+
+def test_call_needs_a_method_or_list(capsys: Capture) -> None:
+    assert main(["call", "localhost:1"]) == 2
+    assert main(["call", "localhost:1", "echo", "--list"]) == 2
+    assert capsys.readouterr().err.count("Give either METHOD or --list.") == 2
+
+
+def test_method_without_schema_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, home: Path, capsys: Capture
+) -> None:
+    answer = {"methods": [{"name": "old", "params": []}, {"name": 7}]}
+    monkeypatch.setattr("zcproto.cli.stubs.call_once", lambda *_, **__: answer)
+    assert main(["stubs", "localhost:1", "--language", "python"]) == 0
+    out, err = capsys.readouterr()
+    assert "class Api" in out
+    assert err == "zcproto: without a schema in server.info, and left out: old\n"
+    assert signatures(answer["methods"]) == "old(...)"
+
+
+@pytest.mark.parametrize("answer", [None, {}, {"methods": 7}, {"methods": ["x"]}])
+def test_answer_without_methods_is_refused(
+    answer: Any, monkeypatch: pytest.MonkeyPatch, home: Path, capsys: Capture
+) -> None:
+    monkeypatch.setattr("zcproto.cli.stubs.call_once", lambda *_, **__: answer)
+    assert main(["stubs", "localhost:1", "--language", "python"]) == 1
+    assert "the answer of server.info has no list of methods" in capsys.readouterr().err
+
+
+# --- hostile servers -----------------------------------------------------------------------------------------
+
+EVIL = '"""\n*/ import os; os.system("x") //\x1b[31m \\'
+
+
+def hostile() -> list[dict[str, Any]]:
+    reference = {"$ref": f"#/$defs/{EVIL}"}
+    params = {
+        "type": "object",
+        "properties": {EVIL: {"enum": [EVIL, 1.5]}, "class": {"const": EVIL}, "x": reference},
+        "required": [EVIL],
+    }
+    definitions: dict[str, Any] = {
+        EVIL: {"type": "object", "properties": {EVIL: reference, "import": {"type": EVIL}}},
+        "loop": {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "string", "format": EVIL}]},
+        "any": {"anyOf": [{"$ref": "#/$defs/missing"}, {"type": "integer"}]},
+        **{
+            f"d{number}": {"type": "object", "properties": {"d": {"$ref": f"#/$defs/d{number + 1}"}}}
+            for number in range(200)
+        },
+    }
+    schema = {
+        "params": params,
+        "result": {"$ref": "#/$defs/loop"},
+        "sends": {"$ref": "#/$defs/d0"},
+        "$defs": definitions,
+    }
+    bare = {
+        "params": {"properties": {"a": 7}, "additionalProperties": {"type": "object"}},
+        "takes": {"$ref": "#/$defs/any"},
+        "$defs": definitions,
+    }
+    return [
+        {"name": EVIL, "doc": EVIL, "schema": schema},
+        {"name": "9.class", "doc": 'quoted "', "schema": bare},
+        {
+            "name": "9_class",
+            "schema": {"params": 7, "$defs": 7, "result": {"prefixItems": [], "type": "array"}},
+        },
+        {"name": "_call", "schema": {"result": {"enum": []}, "sends": {"enum": [{}]}}},
+    ]
+
+
+def test_hostile_texts_stay_literals_in_python(tmp_path: Path) -> None:
+    writer = Python()
+    text = writer.write(Stubs(hostile(), writer), clean_text(EVIL))
+    tree = ast.parse(text)
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert "os" not in imported
+    called = {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert called == {"TypeAdapter", "TypedDict"}
+    assert "\x1b" not in text
+    (tmp_path / "evil_client.py").write_text(text)
+    load(tmp_path / "evil_client.py")
+
+
+def test_hostile_texts_stay_literals_in_typescript() -> None:
+    writer = TypeScript()
+    text = writer.write(Stubs(hostile(), writer), EVIL)
+    outside = [
+        line
+        for line in text.splitlines()
+        if "os.system" in line and '\\n*/ import os; os.system(\\"x\\")' not in line
+    ]
+    assert all(
+        line.lstrip().startswith(("*", "/**")) and "*/" not in line.removesuffix(" */") for line in outside
+    )
+
+
+def test_names_become_identifiers() -> None:
+    assert identifier("order.place") == "order_place"
+    assert identifier("order.place", capital=True) == "OrderPlace"
+    assert identifier("class") == "class_"
+    assert identifier("9.x") == "_9_x"
+    assert identifier("\u00e9") == "_"
+    assert clean_text("a\x1b[0m\nb\u202e") == "a?[0m\nb?"

@@ -1,0 +1,104 @@
+"""What the modules that `zcproto stubs` writes need: calls and streams whose results and items are checked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
+
+from zcproto.client.session_client import UNSET, SessionClient
+from zcproto.client.streams import SentItems, Stream
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+__all__ = ["UNSET", "TypedClient", "TypedStream"]
+
+SentItem = TypeVar("SentItem")
+Result = TypeVar("Result")
+
+
+class TypedStream(Generic[SentItem, Result]):
+    """A stream of a method, with the types of its items and of its result.
+
+    Take the items with `async for`, inside `async with` to leave early. Raises like `client.stream`, and
+    pydantic.ValidationError for an item or result of another type.
+    """
+
+    def __init__(self, stream: Stream, item: TypeAdapter[SentItem], result: TypeAdapter[Result]) -> None:
+        self._stream: Final = stream
+        self._item: Final = item
+        self._result: Final = result
+
+    async def __aenter__(self) -> Self:
+        await self._stream.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._stream.__aexit__(*exception)
+
+    async def __aiter__(self) -> AsyncIterator[SentItem]:
+        async for item in self._stream:
+            yield self._item.validate_python(item)
+
+    @property
+    def result(self) -> Result:
+        """The result of the method. Raises RuntimeError before the items have ended."""
+        return self._result.validate_python(self._stream.result)
+
+    def close(self) -> None:
+        """Cancel the stream unless it has ended. Idempotent."""
+        self._stream.close()
+
+
+class TypedClient:
+    """Base of the classes that `zcproto stubs` writes.
+
+    A param that is `UNSET` is not sent: the server has a default.
+    """
+
+    def __init__(self, client: SessionClient) -> None:
+        """Call the methods by `client`: a `zcproto.Client` or one of its sessions."""
+        self._client = client
+
+    async def _call(
+        self,
+        result: TypeAdapter[Result],
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        timeout: float | None,  # noqa: ASYNC109  it is sent
+        idempotency_key: str | None,
+    ) -> Result:
+        answer = await self._client.call(
+            method, _given(params), timeout=timeout, idempotency_key=idempotency_key
+        )
+        return result.validate_python(answer)
+
+    async def _send(
+        self,
+        result: TypeAdapter[Result],
+        method: str,
+        params: Mapping[str, Any],
+        items: SentItems,
+        *,
+        timeout: float | None,  # noqa: ASYNC109  it is sent
+    ) -> Result:
+        async with self._client.stream(method, _given(params), items=items, timeout=timeout) as stream:
+            return result.validate_python(await stream.finished())
+
+    def _stream(
+        self,
+        item: TypeAdapter[SentItem],
+        result: TypeAdapter[Result],
+        method: str,
+        params: Mapping[str, Any],
+        items: SentItems | None = None,
+        *,
+        timeout: float | None,
+    ) -> TypedStream[SentItem, Result]:
+        stream = self._client.stream(method, _given(params), items=items, timeout=timeout)
+        return TypedStream(stream, item, result)
+
+
+def _given(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not UNSET}
