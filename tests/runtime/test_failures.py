@@ -181,3 +181,18 @@ async def test_failing_authenticator_is_logged(tmp_path: Path, certs: Path) -> N
     assert line["exc_info"] == "ValueError: no account has the password=(hidden)"
     assert line["traceback"][1].endswith("in check")
     assert "hunter2" not in (tmp_path / "log").read_text()
+
+
+async def test_reload_changes_how_exceptions_are_written(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    file = tmp_path / "log"
+    full = config(log=zcproto.LogConfig(file=file))
+    frames = config(log=zcproto.LogConfig(file=file, exceptions="frames"))
+    async with zcproto.Server(app, full, home=tmp_path, read_config=lambda: frames) as server:
+        assert [change.key for change in (await server.reload()).applied] == ["log.exceptions"]
+        async with connect(server, "ada", await server.users.add("ada")) as client:
+            with pytest.raises(zcproto.InternalError):
+                await client.call("plain")
+        line = await failed(server)
+    assert (line["exc_info"], "traceback" in line) == ("ValueError", False)
+    assert line["exc_info_at"][-1].endswith(" fault")
