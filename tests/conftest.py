@@ -1,13 +1,15 @@
-"""Fixtures for all tests: external certificates."""
+"""Fixtures for all tests: external and managed certificates, and servers."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 from asyncio.selector_events import BaseSelectorEventLoop
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,6 +22,9 @@ from zcproto.testing import plugin as testing_plugin
 
 if TYPE_CHECKING:
     import trustme
+
+    from tests.server.helpers import ServerThread
+    from zcproto.app.app import App
 
 
 # A busy machine may slow down a single example; the limit of the test ends what hangs.
@@ -114,6 +119,46 @@ def server_pairs(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Se
         issued.private_key_pem.write_to_path(pair.key)
         pairs.append(pair)
     return ServerPairs(*pairs)
+
+
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of managed certificates, which servers copy."""
+    from zcproto.certs import managed
+    from zcproto.certs.managed import ManagedSettings
+
+    folder = tmp_path_factory.mktemp("own") / "certs"
+    settings = ManagedSettings(
+        names=(),
+        key_types=("ecdsa-p256",),
+        lifetime=timedelta(days=90),
+        renew_before=timedelta(days=30),
+        renew_key=False,
+    )
+    managed.ensure(folder, settings, datetime.now(UTC))
+    return folder
+
+
+@pytest.fixture
+def serve(tmp_path: Path, certs: Path) -> Iterator[Callable[..., ServerThread]]:
+    """Return a function that starts a server, which is drained at the end of the test."""
+    from tests.server.helpers import ServerThread
+
+    with ExitStack() as stack:
+
+        def start(app: App | None = None, **options: Any) -> ServerThread:
+            return stack.enter_context(ServerThread(tmp_path / "home", certs, app, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[ServerThread]:
+    """Start one server for all tests of a module that do not change it."""
+    from tests.server.helpers import ServerThread
+
+    with ServerThread(tmp_path_factory.mktemp("shared") / "home", certs) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

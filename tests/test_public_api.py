@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import zcproto
+import zcproto.testing
 from zcproto import errors
 
 
@@ -66,6 +67,14 @@ def test_public_names_are_fixed() -> None:
     assert set(zcproto.__all__) == own | sections | raised
     assert list(zcproto.__all__) == sorted(zcproto.__all__, key=lambda name: (not name.isupper(), name))
     assert dir(zcproto) == sorted(zcproto.__all__)
+
+
+def test_public_names_for_tests_are_fixed() -> None:
+    names = ["Link", "LocalServer", "MemoryServer", "MovableClock", "connect_in_memory"]
+    assert zcproto.testing.__all__ == names
+    assert all(getattr(zcproto.testing, name).__doc__ for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = zcproto.testing.nothing
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

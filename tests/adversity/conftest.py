@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 
 from tests.adversity.helpers import Bystander, undisturbed_bystander
-from tests.server.conftest import certs, serve, shared
 from tests.server.helpers import Client, ServerThread
 from zcproto.app.app import App, default_app
-
-__all__ = ["certs", "serve", "shared"]
 
 SETTINGS: dict[str, Any] = {"limits__write_buffer_bytes": 65_536, "limits__max_streams": 16}
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.auth.helpers import FakeLog
-from tests.server.conftest import certs, serve, shared
 from zcproto.auth import UserFile
 
-__all__ = ["certs", "path", "serve", "shared", "users"]
+__all__ = ["path", "users"]
 
 
 @pytest.fixture

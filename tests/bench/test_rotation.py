@@ -35,6 +35,7 @@ from bench.scenarios.rotation import (
 from bench.stage import Server
 from tests.load.helpers import plan as usual_load_plan
 from tests.load.helpers import verified_result
+from tests.server.conftest import Serve
 from zcproto.certs.pair import load_pair
 from zcproto.common.home import Home
 from zcproto.config.model import CertificatesConfig
@@ -42,8 +43,6 @@ from zcproto.errors import ZcprotoError
 from zcproto.load.record import RequestKind
 from zcproto.load.result import Result
 from zcproto.tls.context import client_context
-
-from .conftest import Serve
 
 QUICK = RotationPlan(
     rotations=4,

@@ -19,13 +19,12 @@ from bench.scenarios.sessions import ClientSession
 from bench.scenarios.soak import Sample, SoakOutcome, SoakPlan, growth, judged, slope_per_minute
 from bench.scenarios.soak_clients import Client, Seen, now_ms
 from bench.stage import Stage
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
 from zcproto.errors import ConfigError, ConnectionClosed, Unavailable, ZcprotoError
 from zcproto.load.caller import Caller, LoadTarget
 from zcproto.load.plan import Credential
-
-from .conftest import Serve
 
 HOUR_MS = 3_600_000
 

@@ -16,13 +16,12 @@ from bench.scenarios.helper import Helper
 from bench.scenarios.storm_clients import CameBack, Crowd, Honest, Hostile, Served
 from bench.scenarios.storms import Mix, Storm, report
 from bench.stage import memory_bytes
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
 from zcproto.errors import Code, ZcprotoError
 from zcproto.load.plan import Credential
 from zcproto.load.record import Latencies
-
-from .conftest import Serve
 
 STATS = {
     "longest_pause_s": 0.01,

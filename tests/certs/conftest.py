@@ -10,20 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from tests.certs.support import ensure
-from tests.server.conftest import certs, serve, shared
 from zcproto.certs import authority, keys
 
-__all__ = [
-    "certs",
-    "ec_key",
-    "made",
-    "other_rsa_key",
-    "quick_authority",
-    "quick_keys",
-    "rsa_key",
-    "serve",
-    "shared",
-]
+__all__ = ["ec_key", "made", "other_rsa_key", "quick_authority", "quick_keys", "rsa_key"]
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import certs
 from tests.server.helpers import ROOT, TIMEOUT, eventually
 from zcproto import BlockingClient, connect_blocking
 from zcproto.cli import autoreload, main
 from zcproto.cli.autoreload import supervise
-
-__all__ = ["certs"]
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 import pytest
 
-from tests.server.conftest import Serve, certs, serve, shared
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.app.app import App
 from zcproto.app.context import Context
@@ -28,8 +28,6 @@ from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
 from zcproto.errors import FailedPrecondition
-
-__all__ = ["certs", "serve", "shared"]
 
 Capture = pytest.CaptureFixture[str]
 

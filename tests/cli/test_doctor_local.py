@@ -17,14 +17,13 @@ from tests.certs.support import constrain
 from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
 from tests.cli.helpers import fill, new_session
 from tests.helpers import free_port
-from tests.server.conftest import certs
 from zcproto.auth import UserFile
 from zcproto.cli import doctor as doctor_module
 from zcproto.cli import main
 from zcproto.config import load_config
 from zcproto.errors import ConfigError
 
-__all__ = ["certs", "doctor"]
+__all__ = ["doctor"]
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ import trustme
 
 from tests.cli.doctor_report import NOW, Capture, Doctor, Report, doctor
 from tests.helpers import free_port
-from tests.server.conftest import Serve, certs, serve
+from tests.server.conftest import Serve
 from tests.server.helpers import HEADER, KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.cli.doctor import remote
 from zcproto.tls.failure import TlsFailure
 
-__all__ = ["certs", "doctor", "serve"]
+__all__ = ["doctor"]
 
 
 # --- a server ------------------------------------------------------------------------------------------------

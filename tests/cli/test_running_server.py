@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.capabilities import obeying_file_modes
-from tests.server.conftest import Serve, certs, serve
+from tests.server.conftest import Serve
 from tests.server.helpers import TIMEOUT, ServerThread, eventually
 from tests.server.process import ServerProcess
 from zcproto.admin.snapshot import status_report, take_snapshot
@@ -32,8 +32,6 @@ from zcproto.cli.status import duration, frame, lines_of, size, span
 from zcproto.common.home import Home
 from zcproto.common.network import address_of
 from zcproto.observe.log import level, set_level
-
-__all__ = ["certs", "serve"]
 
 Capture = pytest.CaptureFixture[str]
 

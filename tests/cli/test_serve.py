@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import certs
 from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.cli.serve import load_app
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.runtime import run
-
-__all__ = ["certs"]
 
 Capture = pytest.CaptureFixture[str]
 

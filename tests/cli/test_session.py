@@ -13,15 +13,13 @@ import pytest
 
 from tests.admin.https_client import ask, bearer
 from tests.cli.helpers import HOUR_MS, fill, id_of, kept, new_session, secrets_of
-from tests.server.conftest import Serve, certs, serve, shared
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.cli.connect import KEY_VARIABLE
 from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED
-
-__all__ = ["certs", "serve", "shared"]
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,15 +18,13 @@ import pytest
 
 import zcproto
 from tests.cli import stub_app
-from tests.server.conftest import Serve, certs, serve
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.cli import main
 from zcproto.cli.signatures import signatures
 from zcproto.cli.stub_python import Python
 from zcproto.cli.stub_types import Stubs, clean_text, identifier
 from zcproto.cli.stub_typescript import TypeScript
-
-__all__ = ["certs", "serve"]
 
 Capture = pytest.CaptureFixture[str]
 SOURCE = "tests.cli.stub_app:app"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import Serve, certs, serve, shared
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.cli import main
 
-__all__ = ["Serve", "certs", "serve", "shared"]
+__all__ = ["Serve"]
 
 Capture = pytest.CaptureFixture[str]
 

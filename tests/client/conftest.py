@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import certs, serve, shared
 from tests.server.helpers import KEY, ServerThread
 from zcproto.client.client import Client, connect
-
-__all__ = ["certs", "serve", "shared"]
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import certs
 from tests.server.helpers import ROOT, TIMEOUT, Client
 from zcproto.auth import UserFile
 from zcproto.cli import EXIT_UNUSABLE
 from zcproto.config import Config
-
-__all__ = ["certs"]
 
 UNITS = ROOT / "zcproto" / "deploy" / "systemd"
 SERVICE = (UNITS / "zcproto.service").read_text()

@@ -12,9 +12,6 @@ import pytest
 
 from tests.docs.blocks import Block, PageError, Reader, blocks_of, change, pattern_of, problem_of
 from tests.docs.messages import ROOT
-from tests.server.conftest import certs
-
-__all__ = ["certs"]
 
 DOCS = ROOT / "docs"
 

@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 
 from tests.docs.messages import ROOT
-from tests.server.conftest import certs
-
-__all__ = ["certs"]
 
 
 def write_programs(page: Path, folder: Path, port: int) -> None:

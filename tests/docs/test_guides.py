@@ -17,7 +17,6 @@ import pytest
 
 from bench.__main__ import bench
 from tests.docs.messages import ROOT
-from tests.server.conftest import certs
 from tests.server.helpers import AnsweredError
 from tests.server.process import ServerProcess
 from zcproto.alerts.alert import CATALOGUE
@@ -25,8 +24,6 @@ from zcproto.auth import UserFile
 from zcproto.cli import group
 from zcproto.config.model import keys, sections
 from zcproto.observe.events import EVENTS
-
-__all__ = ["certs"]
 
 DOCS = ROOT / "docs"
 PAGES = sorted(

@@ -20,7 +20,6 @@ from tests.interop.capture import Capture, Item, RecordingProxy, items_in, reada
 from tests.interop.support import needs
 from tests.interop.wireshark import OTHER_PORT, PORT, check_item, complete_items
 from tests.server import helpers
-from tests.server.conftest import certs
 from tests.server.helpers import (
     CANCEL,
     ERROR,
@@ -39,8 +38,6 @@ from tests.server.helpers import (
     ServerThread,
 )
 from zcproto.client.client import connect
-
-__all__ = ["certs"]
 
 pytestmark = needs("tshark")
 

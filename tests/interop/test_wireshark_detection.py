@@ -17,14 +17,11 @@ from tests.interop.capture import Capture, RecordingProxy, layers_in, readable_f
 from tests.interop.support import needs
 from tests.interop.wireshark import PORT, complete_items, first_welcome
 from tests.server import helpers
-from tests.server.conftest import certs
 from tests.server.helpers import (
     KEY,
     ServerThread,
     eventually,
 )
-
-__all__ = ["certs"]
 
 pytestmark = needs("tshark")
 

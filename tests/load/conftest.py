@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import Serve, certs, serve
 from zcproto.load import generator
-
-__all__ = ["Serve", "certs", "serve"]
 
 
 @pytest.fixture

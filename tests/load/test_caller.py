@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.load.conftest import Serve
 from tests.load.helpers import OPERATOR
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY, TIMEOUT, ServerThread
 from zcproto.errors import ConfigError, ConnectionClosed, TlsError, ZcprotoError
 from zcproto.load import caller as module

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.load.conftest import Serve
 from tests.load.helpers import plan, plan_for, verified_result
+from tests.server.conftest import Serve
 from zcproto.app.app import App
 from zcproto.errors import ConfigError
 from zcproto.load import command

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.conftest import Serve
 from tests.load.helpers import all_phases, app_with, share, until
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.errors import Aborted
 from zcproto.load.generator import Generator

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.conftest import Serve
 from tests.load.helpers import all_phases, app_with, share, until
+from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import Method
 from zcproto.load import generator as module

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.conftest import Serve
 from tests.load.helpers import RecordingView, all_phases, plan_for, share, until, users
+from tests.server.conftest import Serve
 from zcproto.app.app import App, default_app
 from zcproto.app.context import Context
 from zcproto.errors import Aborted

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from tests.load.conftest import Serve
 from tests.load.helpers import share
+from tests.server.conftest import Serve
 from zcproto.load import worker
 from zcproto.load.plan import Share
 from zcproto.load.record import Record, RequestKind

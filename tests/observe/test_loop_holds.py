@@ -13,14 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import Serve, certs, serve
+from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.common.middleware import CallNext
 from zcproto.observe.loop_holds import HELD, LEAST_SEEN, Hold, LoopHolds, names_by_code
-
-__all__ = ["certs", "serve"]
 
 
 class Stacks:

@@ -4,10 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.conftest import certs, serve, shared
 from zcproto.sessions import slab
-
-__all__ = ["certs", "serve", "shared"]
 
 
 @pytest.fixture(autouse=True, scope="package")

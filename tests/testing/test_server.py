@@ -88,6 +88,16 @@ async def test_it():
     async with connect_in_memory(app, user="ada") as client:
         await client.call("fail")
 
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+@pytest.mark.anyio
+async def test_with_anyio(zcproto_serve):
+    async with connect_in_memory(app, user="ada") as client, zcproto_serve(app).connect("ada") as other:
+        assert (await client.call("session.info"))["user"] == "ada"
+        assert (await other.call("session.info"))["user"] == "ada"
+
 def test_other():
     assert False
 """
@@ -96,7 +106,7 @@ def test_other():
 def test_report_shows_the_traceback_of_a_method_that_raised(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(TESTS)
     result = pytester.runpytest_subprocess("-p", "zcproto.testing.plugin", "-p", "no:cacheprovider")
-    result.assert_outcomes(failed=2)
+    result.assert_outcomes(failed=2, passed=1)
     result.stdout.re_match_lines_random(
         [r".*exception in method fail, incident [0-9a-f]{16}.*", "LookupError: deep inside"]
     )
