@@ -2,7 +2,7 @@
 
 The line before a block says what it is:
 
-    `gateway.py`:           the block is this file
+    `gateway.py`:           the block is this file; behind changes, it shows what they have made of it
     ... in `gateway.py`:    the block changes this file. A definition replaces the one of the same name. A new one
                             goes before the next definition of the block that is there, or to the end. Imports go to
                             the top
@@ -134,6 +134,7 @@ def names_of(node: ast.stmt) -> frozenset[str]:
 def change(source: str, block: str) -> str:
     """Return a module changed by a block."""
     module, waiting = statements_of(source), []
+    is_first = True
     start = 1 if module and not module[0].is_import and module[0].text.startswith('"""') else 0
     for new in statements_of(block):
         places = [index for index, old in enumerate(module) if old.names & new.names]
@@ -143,7 +144,8 @@ def change(source: str, block: str) -> str:
             module[places[0] : places[0] + 1] = [*waiting, new]
             waiting = []
         else:
-            waiting.append(new._replace(gap=new.gap or 2))
+            waiting.append(new._replace(gap=2) if is_first else new)
+        is_first = new.is_import
     text = "\n".join("\n" * each.gap + each.text for each in [*module, *waiting])
     return tidy(text + "\n")
 
@@ -152,7 +154,9 @@ def tidy(source: str) -> str:
     """Sort and merge the imports of a module, and format it."""
     for command in (["check", "--quiet", "--fix-only", "--select=I", "-"], ["format", "--quiet", "-"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length=110"]
-        source = subprocess.run(ruff, input=source, capture_output=True, text=True, check=True).stdout
+        source = subprocess.run(
+            ruff, input=source, capture_output=True, text=True, check=True, cwd="/"
+        ).stdout
     return source
 
 
@@ -167,12 +171,15 @@ def pattern_of(shown: str) -> str:
 
 # --- a reader ------------------------------------------------------------------------------------------------
 
-PIP: Final = """
-import re, sys
+PIP: Final = f"""
+import re, sys, tomllib
 from importlib import metadata
+with open({str(ROOT / "pyproject.toml")!r}, "rb") as file:
+    own = tomllib.load(file)["project"]["optional-dependencies"]
 for requirement in sys.argv[2:]:
     name, *extras = re.findall(r"[a-z0-9-]+", requirement)
-    assert set(extras) <= set(metadata.metadata(name).get_all("Provides-Extra", [])), requirement
+    known = own if name == "zcproto" else metadata.metadata(name).get_all("Provides-Extra", [])
+    assert set(extras) <= set(known), requirement
 """
 """Checks that a `pip install` names packages that are installed, and extras that they have."""
 
@@ -187,6 +194,9 @@ class RunningServer(NamedTuple):
     def starts(self) -> int:
         """Return how often it has begun to listen."""
         return self.log.read_text().count(READY[0])
+
+    def has_failed(self) -> bool:
+        return self.log.read_text().endswith("it starts again after a change\n")
 
 
 class Reader:
@@ -264,6 +274,10 @@ class Reader:
             text = change(self.files[name], block.text)
         else:
             text = block.text
+            if name in self.files:
+                if text != self.files[name]:
+                    raise PageError(f"{block.place}: {name} is now\n{self.files[name]}")
+                return
         self.files[name] = text
         path.parent.mkdir(parents=True, exist_ok=True)
         reloading = {
@@ -272,10 +286,10 @@ class Reader:
         path.write_text(self._with_ports(text), encoding="utf-8")
         for server, before in reloading.items():
             for _ in range(int(TIMEOUT_S / 0.05)):
-                if server.starts() > before:
+                if server.starts() > before or server.has_failed():
                     break
                 time.sleep(0.05)
-            else:
+            if server.starts() == before:
                 raise PageError(f"{block.place}: the server does not start again\n{server.log.read_text()}")
 
     def _run(self, block: Block, *, may_fail: bool) -> None:
@@ -305,7 +319,7 @@ class Reader:
         else:
             os.killpg(process.pid, signal.SIGKILL)
             raise PageError(f"{block.place}: does not end\n{self._log.read_text()}")
-        self._output = "".join(f"{line}\n" for line in self._log.read_text().splitlines())
+        self._output = "".join(f"{line.rstrip()}\n" for line in self._log.read_text().splitlines())
         if process.returncode and not may_fail:
             raise PageError(f"{block.place}: exit code {process.returncode}\n{self._output}")
 
@@ -344,7 +358,7 @@ class Reader:
         self._bin.mkdir()
         python = shlex.quote(sys.executable)
         for name, command in {
-            "zcproto": f'exec {python} -m zcproto "$@"',
+            "zcproto": f'ZCPROTO_LOG__FORMAT=console exec {python} -m zcproto "$@"',  # as on a terminal
             "python": f'exec {python} "$@"',
             "python3": 'test "$1 $2" = "-m venv" && mkdir -p "$3/bin" && touch "$3/bin/activate"',
             "pip": f'exec {python} -c {shlex.quote(PIP)} "$@"',
