@@ -288,6 +288,29 @@ async def test_session_without_refresh_token_is_renewed_while_there_are_handlers
 
 
 @scripted
+async def test_failed_login_is_repeated_with_growing_delays_while_there_are_handlers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = server_with_calls(expires_at=lambda number: WALL + 100_000 * number)
+    asked: list[float] = []
+
+    def login() -> dict[str, str]:
+        asked.append(now())
+        if 1 < len(asked) < 8:
+            raise OSError("the identity provider is down")
+        return {"scheme": "ticket"}
+
+    client = Asked(server, user=None, login=login, random=lambda: 1.0).client
+    async with client:
+        await asyncio.sleep(150)
+        assert len(asked) == 8
+        delays = [after - before for before, after in itertools.pairwise(asked[1:])]
+        assert delays == pytest.approx([1.1, 1.2, 1.4, 1.8, 2.6, 4.2])
+        assert registrations(server) == [(token(1), METHODS), (token(2), METHODS)]
+    assert "login: the function raised OSError; see the cause" in caplog.text
+
+
+@scripted
 async def test_session_is_shown_before_its_idle_timeout() -> None:
     server = server_with_calls(idle_timeout_ms=60_000)
     async with Asked(server).client:

@@ -21,7 +21,7 @@ from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
 from zcproto.common.clock import MS_PER_SECOND
-from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, ZcprotoError
+from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded, LoginError, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
 
 log = logging.getLogger("zcproto.client")
@@ -98,6 +98,9 @@ class Registrar:
             return inf
         try:
             await sessions.ensure()
+        except LoginError as error:  # such as an identity provider that is down
+            log.warning("handlers of this client wait for a session: %s", error)
+            return self._backoff.next() + MIN_INTERVAL
         except ZcprotoError:  # the next call of the application raises it
             return inf
         await connection.wait_ready()

@@ -20,7 +20,7 @@ import {
   TokenRevoked,
   Unauthenticated,
 } from "../src/errors.js";
-import { Failure, FakeServer, opened, settled, tokenNumber, WALL, watch } from "./support/fake.js";
+import { Failure, FakeServer, opened, STREAMING, settled, tokenNumber, WALL, watch } from "./support/fake.js";
 
 const PASSWORD = { scheme: "password", user: "ada", password: "correct horse" };
 
@@ -222,6 +222,26 @@ describe("faults of the function", () => {
     await assert.rejects(client.call("echo"), /rejected with ConnectionClosed/);
     await client.call("echo");
     assert.equal(client.session?.user, "ada");
+  });
+
+  test("it is repeated with growing delays while there are handlers", async () => {
+    server.welcome = STREAMING;
+    let asked = 0;
+    const times: number[] = [];
+    const login = () => {
+      asked += 1;
+      times.push(server.clock.now());
+      if (asked > 1) {
+        throw new ProviderDown();
+      }
+      return PASSWORD;
+    };
+    server.on("session.open", () => opened(1, { expires_at: WALL + 5_000 }));
+    const client = await connected(login);
+    await client.handle("ask", () => Promise.resolve(null));
+    await server.clock.advance(100_000);
+    const delays = times.slice(2).map((time, index) => time - (times[index + 1] as number));
+    assert.deepEqual(delays, [2_000, 4_000, 8_000, 16_000, 30_000, 30_000]);
   });
 
   test("slow function is named at the timeout", async () => {

@@ -1,7 +1,8 @@
 /**
  * Keeps a session in use that only waits for calls of the server.
  *
- * Decides: when to show it again, before its idle timeout, and when to renew it, after it has expired.
+ * Decides: when to show it again, before its idle timeout, and when to renew it, after it has expired; if that fails, with
+ * growing delays.
  * Must not know: how that is done.
  */
 
@@ -11,6 +12,8 @@ import type { ClientSession } from "./session.js";
 
 /** Minimum interval between two steps. */
 const MIN_INTERVAL_MS = 1_000;
+/** Maximum interval between two attempts to renew the session. */
+const MAX_INTERVAL_MS = 30_000;
 
 export interface SessionKeeperOptions {
   readonly clock: Clock;
@@ -23,6 +26,7 @@ export interface SessionKeeperOptions {
 export class SessionKeeper {
   readonly #options: SessionKeeperOptions;
   #timer: Timer | undefined;
+  #interval = MIN_INTERVAL_MS;
 
   constructor(options: SessionKeeperOptions) {
     this.#options = options;
@@ -35,7 +39,10 @@ export class SessionKeeper {
     const kept = session();
     if (kept !== undefined) {
       const left = kept.usableUntil - clock.now();
-      this.#timer = clock.after(Math.max(left / 2, MIN_INTERVAL_MS), () => this.#check(kept));
+      if (left > 0) {
+        this.#interval = MIN_INTERVAL_MS;
+      }
+      this.#timer = clock.after(Math.max(left / 2, this.#interval), () => this.#check(kept));
     }
   }
 
@@ -47,6 +54,7 @@ export class SessionKeeper {
     const { clock, show, renew } = this.#options;
     const left = usableUntil - clock.now();
     if (left <= 0) {
+      this.#interval = Math.min(this.#interval * 2, MAX_INTERVAL_MS);
       renew();
     } else if (left < idleTimeoutMs / 2) {
       void show()
