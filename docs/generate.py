@@ -283,7 +283,17 @@ API: Final = {
     "Configuration": ("Config", *(model.__name__ for model in sections().values()), "SiteConfig"),
     "Authentication": ("Authenticator", "CallableAuthenticator", "Identity", "BUILT_IN_SCHEMES"),
     "Clients": (
-        *("connect", "Client", "ClientSession", "UserSession", "Event", "Call", "Device", "enroll"),
+        *(
+            "connect",
+            "Client",
+            "ClientSession",
+            "UserSession",
+            "Event",
+            "Call",
+            "OutgoingCall",
+            "Device",
+            "enroll",
+        ),
         *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),
     ),
 }

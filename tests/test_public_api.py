@@ -46,6 +46,7 @@ def test_public_names_are_fixed() -> None:
         "Event",
         "Identity",
         "Items",
+        "OutgoingCall",
         "Server",
         "ServerUsers",
         "SiteConfig",

@@ -310,7 +310,7 @@ class App(Generic[State]):
         stream is within it until it ends, a run with an idempotency key once. Methods of included applications run
         within it too, those of the protocol do not. Raises TypeError for other functions.
         """
-        check_middleware(function)
+        check_middleware(function, "context")
         self._middleware += (function,)
         self._changed()
         return function

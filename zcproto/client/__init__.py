@@ -8,7 +8,7 @@
 one for each other user. `session` opens and refreshes a session with `credentials`. `handlers` runs the functions
 that the server calls, `registration` keeps them registered. `connections` reconnects with `dial`, which returns a
 `protocol`: one connection with its calls. `known_hosts` stores `sts` policies, `events` queues the server's events,
-`address` parses HOST:PORT.
+`middleware` runs the application's functions around calls, `address` parses HOST:PORT.
 """
 
 from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking, enroll_blocking
@@ -16,6 +16,7 @@ from zcproto.client.client import Client, UserSession, connect, enroll
 from zcproto.client.credentials import Device
 from zcproto.client.events import Event, EventStream
 from zcproto.client.handlers import Call
+from zcproto.client.middleware import OutgoingCall
 from zcproto.client.options import ConnectOptions
 from zcproto.client.session import ClientSession
 
@@ -29,6 +30,7 @@ __all__ = [
     "Device",
     "Event",
     "EventStream",
+    "OutgoingCall",
     "UserSession",
     "connect",
     "connect_blocking",

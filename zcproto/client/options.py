@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypedDict, TypeVar
@@ -20,6 +20,8 @@ from zcproto.client.credentials import (
     SchemeLogin,
 )
 from zcproto.client.events import Event
+from zcproto.client.middleware import OutgoingCall
+from zcproto.common.middleware import Middleware
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
@@ -104,6 +106,10 @@ class ConnectOptions:
 
     on_connected: Callable[[], object] | None = None
     """Called after each connect, also after a reconnect; then handlers are registered again."""
+
+    middleware: Sequence[Middleware[OutgoingCall]] = ()
+    """Functions `async def middleware(call, call_next)` around each call and stream, the first one outermost. They
+    may change the call, and raise an error instead of `await call_next(call)`."""
 
     max_calls: int = 16
     """Calls of the server that run at once, for each session; more of them are refused."""

@@ -21,6 +21,7 @@ from zcproto.client.connections import ConnectionManager
 from zcproto.client.events import Event, EventStream
 from zcproto.client.handlers import Function, Handler, Handlers, call_back
 from zcproto.client.kept_session import KeptSessionManager
+from zcproto.client.middleware import OutgoingCall, Prepared, StreamMiddleware
 from zcproto.client.options import ConnectOptions, choose_credentials
 from zcproto.client.protocol import TIMED_OUT, ClientProtocol, PendingStream
 from zcproto.client.registration import Registrar
@@ -38,6 +39,7 @@ from zcproto.client.session_file import SessionFile
 from zcproto.client.streams import DEFAULT_WINDOW, Reopen, SentItems, Stream, StreamRequest
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
+from zcproto.common.middleware import around, check_middleware
 from zcproto.connection.events import NEVER, EventReceived
 from zcproto.errors import CallError, Code, ConnectionClosed, DeadlineExceeded, InvalidArgument, ZcprotoError
 from zcproto.wire.frame import NO_TOKEN
@@ -59,6 +61,8 @@ class SessionClient:
         self._options = options
         self._credentials = choose_credentials(options)
         self._session_file: SessionFile | None = None
+        for each in options.middleware:
+            check_middleware(each, "call")
         self._handlers = Handlers(options.max_calls)
         self._random = random
         self._clock = clock
@@ -132,6 +136,16 @@ class SessionClient:
             named = {**params, **named}
         if not self._opened:
             raise RuntimeError(self._NOT_OPEN)
+        if self._options.middleware and not isinstance(params, Prepared):
+            return await self._call_within_middleware(
+                OutgoingCall(
+                    method=method,
+                    params=named,
+                    timeout=self._timeout(timeout),
+                    idempotency_key=idempotency_key,
+                    traceparent=traceparent,
+                )
+            )
         deadline = self._deadline(timeout)
         attempt: Attempt | None = None
         sessions = self._sessions
@@ -166,6 +180,18 @@ class SessionClient:
                 attempt = attempt or Attempt(self._random)
                 # Delay the retry: the call itself may be what crashes the server.
                 await self._wait(attempt.backoff.next(), error, deadline)
+
+    async def _call_within_middleware(self, call: OutgoingCall) -> Any:
+        async def send(call: OutgoingCall) -> Any:
+            return await self.call(
+                call.method,
+                Prepared(call.params),
+                timeout=call.timeout,
+                idempotency_key=call.idempotency_key,
+                traceparent=call.traceparent,
+            )
+
+        return await around(self._options.middleware, send)(call)
 
     def stream(
         self,
@@ -203,7 +229,17 @@ class SessionClient:
             traceparent,
             Attempt(self._random),
         )
-        return Stream(_Opener(self), request, item_timeout, items, reopen)
+        middleware = None
+        if self._options.middleware:
+            call = OutgoingCall(
+                method=method,
+                params=request.params,
+                timeout=timeout,
+                traceparent=traceparent,
+                is_stream=True,
+            )
+            middleware = StreamMiddleware(self._options.middleware, call)
+        return Stream(_Opener(self), request, item_timeout, items, reopen, middleware)
 
     async def _open_stream(self, request: StreamRequest) -> PendingStream:
         connection = await self._ready_before(request.deadline)
@@ -242,9 +278,11 @@ class SessionClient:
         else:
             await self._wait(attempt.backoff.next(), error, request.deadline)
 
+    def _timeout(self, timeout: float | None) -> float | None:
+        return self._options.timeout if timeout is UNSET else timeout
+
     def _deadline(self, timeout: float | None) -> float:
-        if timeout is UNSET:
-            timeout = self._options.timeout
+        timeout = self._timeout(timeout)
         return NEVER if timeout is None else self._loop.time() + timeout
 
     async def _after_error(
@@ -306,7 +344,7 @@ class SessionClient:
         if connection.conversation.has_session:
             raise error
         left = None if deadline == NEVER else max(0.0, deadline - self._loop.time())
-        await self.call("session.info", timeout=left)
+        await self.call("session.info", Prepared(), timeout=left)
 
     async def _ready_before(self, deadline: float) -> ClientProtocol:
         """Return a connection that accepts a request, with a valid session if required. Raises DeadlineExceeded."""
@@ -384,10 +422,11 @@ class SessionClient:
 class _Opener:
     """The client, as its streams use it."""
 
-    __slots__ = ("after_stream_error", "open_stream")
+    __slots__ = ("after_stream_error", "deadline", "open_stream")
 
     def __init__(self, client: SessionClient) -> None:
         self.open_stream = client._open_stream
+        self.deadline = client._deadline
         self.after_stream_error = client._after_stream_error
 
 

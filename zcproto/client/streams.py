@@ -27,6 +27,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
+from zcproto.client.middleware import OutgoingCall, StreamMiddleware
 from zcproto.client.protocol import PendingStream
 from zcproto.client.retry import Attempt
 from zcproto.errors import CallError, ConnectionClosed, DeadlineExceeded
@@ -61,6 +62,8 @@ class StreamOpener(Protocol):
     """
 
     @property
+    def deadline(self) -> Callable[[float | None], float]: ...
+    @property
     def open_stream(self) -> Callable[[StreamRequest], Awaitable[PendingStream]]: ...
     @property
     def after_stream_error(
@@ -81,12 +84,14 @@ class Stream:
         item_timeout: float | None,
         items: SentItems | None = None,
         reopen: Reopen | None = None,
+        middleware: StreamMiddleware | None = None,
     ) -> None:
         if items is not None and reopen is not None:
             raise ValueError("a stream with items cannot be opened again; choose items or reopen")
         self._reopen = reopen
         self._last: tuple[Any, ...] = ()  # the last item, with `reopen`
         self._opener = opener
+        self._middleware = middleware
         self._request = request
         self._item_timeout = item_timeout
         self._items = items
@@ -118,15 +123,34 @@ class Stream:
     async def __aenter__(self) -> Self:
         if self._pending is not None:
             raise RuntimeError("this stream was opened before; create a new one")
-        self._pending = await self._opener.open_stream(self._request)
+        if self._middleware is None:
+            self._pending = await self._opener.open_stream(self._request)
+        else:
+            try:
+                await self._middleware.enter(self._open_within_middleware)
+            except BaseException:
+                self.close()
+                raise
         if self._items is not None:
             self._sender = asyncio.create_task(self._send_all(self._items))
         return self
+
+    async def _open_within_middleware(self, call: OutgoingCall) -> None:
+        self._request = replace(
+            self._request,
+            method=call.method,
+            params=call.params,
+            deadline=self._opener.deadline(call.timeout),
+            traceparent=call.traceparent,
+        )
+        self._pending = await self._opener.open_stream(self._request)
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
         if self._sender is not None:
             await asyncio.wait([self._sender])
+        if self._middleware is not None:
+            await self._middleware.leave()
 
     def close(self) -> None:
         """Cancel the stream unless it has ended. Idempotent."""
@@ -163,8 +187,12 @@ class Stream:
         try:
             return await self._receive()
         except EOFError:
+            if self._middleware is not None:
+                self._middleware.end(self._result)
             raise
-        except BaseException:
+        except BaseException as error:
+            if self._middleware is not None:
+                self._middleware.end(error=error)
             self.close()
             raise
         finally:

@@ -30,18 +30,21 @@ class CallNext(Protocol[Called_contra]):
 Middleware: TypeAlias = Callable[[Called, CallNext[Called]], Awaitable[Any]]
 
 
-def check_middleware(function: Callable[..., Any]) -> None:
-    """Raise TypeError for a function that is not `async def` or does not take two arguments."""
-    called = function if inspect.isroutine(function) else getattr(function, "__call__", None)  # noqa: B004 - its kind
+def check_middleware(function: Callable[..., Any], called: str) -> None:
+    """Raise TypeError for a function that is not `async def` or does not take two arguments.
+
+    `called` is the name of the first one, for the message.
+    """
+    code = function if inspect.isroutine(function) else getattr(function, "__call__", None)  # noqa: B004 - its kind
     try:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError):
         fits = False
     else:
-        fits = inspect.iscoroutinefunction(called)
+        fits = inspect.iscoroutinefunction(code)
     if not fits:
         name = getattr(function, "__name__", repr(function))
-        raise TypeError(f"middleware {name}: write async def {name}(context, call_next)")
+        raise TypeError(f"middleware {name}: write async def {name}({called}, call_next)")
 
 
 def around(middleware: Sequence[Middleware[Called]], last: CallNext[Called]) -> CallNext[Called]:
