@@ -23,6 +23,11 @@ TOKEN = token_text(bytes(range(100, 132)))
 app = App()
 
 
+@app.middleware
+async def within(context: Context, call_next: Callable[[Context], Awaitable[Any]]) -> Any:
+    return await call_next(context)
+
+
 def fault() -> None:
     try:
         raise KeyError("tea")
@@ -38,6 +43,11 @@ def plain() -> None:
 @app.method("later")
 async def later() -> None:
     await asyncio.sleep(0)
+    fault()
+
+
+@app.method("thread", thread=True)
+def thread() -> None:
     fault()
 
 
@@ -113,6 +123,8 @@ async def call_in_vain(client: Client) -> None:
 CALLS: dict[str, Callable[[Client], Awaitable[Any]]] = {
     "plain": lambda client: client.call("plain"),
     "later": lambda client: client.call("later"),
+    "thread": lambda client: client.call("thread"),
+    "thread with a key": lambda client: client.call("thread", idempotency_key="3"),
     "group": lambda client: client.call("group"),
     "plain with a key": lambda client: client.call("plain", idempotency_key="1"),
     "later with a key": lambda client: client.call("later", idempotency_key="2"),
@@ -162,6 +174,9 @@ async def test_failure_is_logged_with_its_cause_and_answered_by_its_incident(
     cause = shown.index("KeyError: 'tea'")
     assert "direct cause" in shown[cause + 1]
     assert "ValueError: (hidden) is not a token" in shown[cause + 2 :]
+    files = [text.partition('"')[2] for text in shown if text.startswith("File ")]
+    own = [file for file in files if "/zcproto/" in file]
+    assert own == [] or call == "cancelled", "only the cancellation was raised in zcproto"
     assert TOKEN not in (server.home.path / "log").read_text()
 
 
@@ -178,8 +193,8 @@ async def test_failing_authenticator_is_logged(tmp_path: Path, certs: Path) -> N
             async with zcproto.connect(f"localhost:{server.port}", ca_file=server.ca_file, **options):
                 pass
         line = await failed(server)
-    assert line["exc_info"] == "ValueError: no account has the password=(hidden)"
-    assert line["traceback"][1].endswith("in check")
+    assert "ValueError: no account has the password=" in line["exc_info"]
+    assert any(text.endswith("in check") for text in line["traceback"])
     assert "hunter2" not in (tmp_path / "log").read_text()
 
 

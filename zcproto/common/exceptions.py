@@ -4,7 +4,7 @@ Rules:
 - Values of variables are never read. Messages, notes and source lines are written, with everything masked that has
   the form of a secret (`masked`): a message may quote what a peer has sent.
 - An exception, its causes and the members of groups are rendered as Python does, the raised one last.
-- A traceback begins at the code of the application, without the calls inside this package that lead to it.
+- A traceback shows the code of the application without the calls inside this package that lead to it.
 - Frames, exceptions, messages and the whole are bounded.
 
 Must not know: how a line is written, how often.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,8 @@ MASK: Final = "(hidden)"
 
 MAX_FRAMES: Final = 16
 """Frames of one exception; the innermost are kept."""
+
+_READ_FRAMES: Final = 64
 
 MAX_EXCEPTIONS: Final = 8
 """Exceptions of one traceback: the raised one, its causes, the members of groups."""
@@ -231,20 +233,26 @@ class _Traceback:
 
 
 def _frames(error: BaseException) -> list[str]:
-    frames = list(traceback.extract_tb(error.__traceback__, limit=-MAX_FRAMES))
-    within = [frame.filename.startswith(_PACKAGE) for frame in frames]
-    if False in within:  # otherwise it is a fault of this package
-        frames = frames[within.index(False) :]
+    frames = _without_calls(traceback.extract_tb(error.__traceback__, limit=-_READ_FRAMES))[-MAX_FRAMES:]
     lines = ["Traceback (most recent call last):"] if frames else []
     for frame in frames:
-        if frame.filename.startswith("<frozen importlib"):
-            continue
         lines.append(
             f'  File "{frame.filename[-MAX_PATH:]}", line {frame.lineno}, in {frame.name[:MAX_PATH]}'
         )
         if frame.line:
             lines.append(f"    {_source(frame.line)}")
     return lines
+
+
+def _without_calls(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """Leave out the import system, and this package where it calls other code; its own faults stay."""
+    within = [frame.filename.startswith(_PACKAGE) for frame in frames]
+    last = max((index for index, is_within in enumerate(within) if not is_within), default=-1)
+    return [
+        frame
+        for index, frame in enumerate(frames)
+        if (index > last or not within[index]) and not frame.filename.startswith("<frozen importlib")
+    ]
 
 
 def _source(line: str) -> str:
