@@ -34,7 +34,8 @@
  * FAILOVER and CRASH (1.0), FAILOVER and CUT (3.7), CRASH and CUT (2.1), PAUSE and CUT (1.6), CRASH and PAUSE (0.4);
  * SESSIONS=2 without rotations and one FAILOVER (1.4).
  *
- * Not modelled: more nodes, three faults, a store that loses all data, a revocation of a user or a key. What a failover
+ * Not modelled: more nodes, three faults, a store that loses all data, a revocation of a user or a key, leases (which
+ * tests/properties/nodes_model.py checks). What a failover
  * has lost is not expected of a node that has crashed, if no other node remembers it.
  */
 

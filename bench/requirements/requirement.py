@@ -88,7 +88,7 @@ REQUIREMENTS: Final = (
     ),
     Requirement(
         "per_user", _SCALE, "session tokens per user", "5, configurable", "",
-        "the documented default; one session more is refused, or the oldest is evicted", True,
+        "the documented default; one session more evicts the oldest without a connection, else is refused", True,
     ),
     Requirement(
         "token_memory", _SCALE, "token store memory", "< 100 MB for 100,000 tokens", "< 30 MB",

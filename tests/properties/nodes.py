@@ -133,7 +133,8 @@ class MemoryPending(PendingRevocations):
 
 WRITES = frozenset({"create", "rotate", "touch", "end", "end_user", "end_all", "lease", "ping"})
 
-Applied = tuple[str, tuple[Any, ...]]
+Applied = tuple[str, int, str, tuple[Any, ...]]
+"""The node and the time of an operation, its name and arguments."""
 
 
 class Server:
@@ -144,13 +145,15 @@ class Server:
         self.applied: list[Applied] = []
         self.is_read_only = False
         self.registry = SessionRegistry(settings, CountedEntropy())
-        self.store: Any = MemoryStore(self.registry)
-        for name, arguments in applied:
-            self.apply(name, arguments)
+        self._at = 0
+        self.store: Any = MemoryStore(self.registry, time=lambda: self._at)
+        for operation in applied:
+            self.apply(*operation)
 
-    def apply(self, name: str, arguments: tuple[Any, ...]) -> Any:
+    def apply(self, node: str, at: int, name: str, arguments: tuple[Any, ...]) -> Any:
         if name in WRITES and name != "ping":
-            self.applied.append((name, arguments))
+            self.applied.append((node, at, name, arguments))
+        self.store.holder, self._at = node, at
         try:
             getattr(self.store, name)(*arguments).send(None)
         except StopIteration as done:
@@ -190,7 +193,7 @@ class Store:
         before: tuple[Any, ...] = ()
         if name in ("end_all",):
             before = tuple(record.id for record in server.registry.records(None, server.registry.kept))
-        result = server.apply(name, arguments)
+        result = server.apply(link.name, link.wall(), name, arguments)
         if name == "rotate":
             self.on_rotated(arguments[0], result)
         match name, result:
@@ -221,6 +224,7 @@ class StoreLink:
     def __init__(self, store: Store, loop: SteppedLoop) -> None:
         self._shared = store
         self._loop = loop
+        self.name = f"node {id(self)}"
         self._on_change: Callable[[Change], None] = lambda change: None
         self._delayed: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -237,6 +241,10 @@ class StoreLink:
     @property
     def is_reachable(self) -> bool:
         return self.mode in (WORKS, SLOW)
+
+    def wall(self) -> int:
+        """Return the time of the store."""
+        return WALL + round(self._loop.time() * 1_000)
 
     def set_mode(self, mode: str) -> None:
         self.mode = mode
@@ -375,6 +383,7 @@ class Conversation:
     server: ServerConnection
     is_busy: bool = False
     is_joined: bool = False
+    joined_at: float = 0.0
 
 
 class Node:
@@ -400,6 +409,7 @@ class Node:
             self.registry,
             self.pending,
             is_used=self._is_used,
+            in_use=lambda: [each for each in self.conversations if self._is_used(each)],
             wheel=DeadlineWheel(self.loop),
             clock=clock,
             random=lambda: 0.5,
@@ -453,6 +463,12 @@ class Node:
             talk.is_joined = False
             talk.server.session_revoked(session_id, reason, self.clock.wall(), self.clock.now())
 
+    def disconnect(self, session_id: str) -> None:
+        """End the connection of a session, if there is one."""
+        talk = self.conversations.pop(session_id, None)
+        if talk is not None and talk.is_joined:
+            self.sync.leases.connection_changed(session_id)
+
     def _conversation(self, session_id: str) -> Conversation:
         found = self.conversations.get(session_id)
         if found is None:
@@ -470,12 +486,12 @@ class Node:
             return Code.UNAVAILABLE
         talk.is_busy = True
         try:
-            return await self._request(talk, token, on_accepted)
+            return await self._request(talk, session_id, token, on_accepted)
         finally:
             talk.is_busy = False
 
     async def _request(
-        self, talk: Conversation, token: bytes, on_accepted: Callable[[], None]
+        self, talk: Conversation, session_id: str, token: bytes, on_accepted: Callable[[], None]
     ) -> Code | None:
         wall, now = self.clock.wall(), self.clock.now()
         talk.client.request("echo", {}, wall=wall, token=token)
@@ -488,6 +504,8 @@ class Node:
                         event.refusal = encode_error(error.code, error.message, error.details)
                 case SessionJoined():
                     talk.is_joined = True
+                    talk.joined_at = self.clock.now()
+                    self.sync.leases.connection_changed(session_id)
                 case KeyWanted():
                     talk.server.prove(event.key)
                 case tuple() if len(event) == 6:

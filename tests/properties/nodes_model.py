@@ -22,6 +22,9 @@ from zcproto.sessions.token import digest_of
 from zcproto.stores.base import NotRotated, Repeated
 
 BOUND_S = 5.0
+LEASED_S = 2.0
+"""How long a node may take to write the leases of new connections, or all after a gap."""
+
 DETECTION_S = 2.0
 """How long a node may take to notice that it is isolated."""
 
@@ -149,8 +152,23 @@ class Model:
 
     def evicted(self, new: bytes, ended: list[bytes]) -> None:
         self.evictions.setdefault(new, []).extend(ended)
+        if self.simulation.settings.when_full == "evict_disconnected":
+            for session in self.sessions:
+                assert raw_id(session.id) not in ended or not self.is_in_use(session), "in use"
         for session in self.sessions:
             session.may_be_lost |= raw_id(session.id) in ended
+
+    def is_in_use(self, session: ModelSession) -> bool:
+        """Return whether a node that has had the store for a while has a connection that uses a session."""
+        for number, node in enumerate(self.simulation.nodes):
+            talk = None if node is None else node.conversations.get(session.id)
+            if talk is not None and talk.is_joined and session.ended is None:
+                known_since = max(talk.joined_at, self.disturbed_at[number], self.failed_over_at)
+                if self.now > known_since + LEASED_S and node is not None and not node.is_paused:
+                    record = node.registry.record(raw_id(session.id))
+                    if record is not None and self.now < record.expires_at:
+                        return True
+        return False
 
     def rotated(self, rotation: Rotation, result: SessionRecord | NotRotated | Repeated) -> None:
         """Excuse the loss of a session whose client has given up a refresh that reaches the store late.
@@ -419,7 +437,7 @@ class Model:
     def disconnect(self, number: int, session: ModelSession) -> None:
         node = self.simulation.nodes[number]
         if node is not None:
-            node.conversations.pop(session.id, None)
+            node.disconnect(session.id)
 
     def change_limit(self, limit: int) -> None:
         self.limit = limit

@@ -20,6 +20,8 @@ from tests.properties.nodes import DELAY_S, FAULTS, REFUSES, TIMEOUT_S, WORKS
 from tests.properties.nodes_model import SKEW_MS, USERS, Model
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.record import WhenFull
+from zcproto.stores.base import LEASE_MS
+from zcproto.stores.leases import Leases
 from zcproto.stores.operations import Call
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import Revoker
@@ -33,7 +35,7 @@ has_sessions = precondition(lambda self: self.model.sessions)
 
 
 class Nodes(RuleBasedStateMachine):
-    @initialize(when_full=st.sampled_from(["refuse", "evict_oldest", "evict_oldest"]))
+    @initialize(when_full=st.sampled_from(["refuse", "evict_oldest", "evict_disconnected"]))
     def begin(self, when_full: WhenFull) -> None:
         self.model = Model(when_full)
 
@@ -155,7 +157,7 @@ def test_state_machine_detects_seeded_fault(
     monkeypatch: pytest.MonkeyPatch, owner: type, method: str, fault: Callable[..., object]
 ) -> None:
     monkeypatch.setattr(owner, method, fault)
-    chosen = settings(max_examples=60, stateful_step_count=40, derandomize=True, database=None)
+    chosen = settings(max_examples=120, stateful_step_count=40, derandomize=True, database=None)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Nodes, settings=settings(chosen, phases=[Phase.generate]))
 
@@ -249,3 +251,44 @@ def test_simulated_connection_keeps_the_order_of_operations() -> None:
     model.finish()
     assert len(tasks) == len(answered)
     assert answered == sorted(answered)
+
+
+@pytest.mark.parametrize("lost", range(9))
+def test_rotation_lost_by_failover_is_repeated_before_its_refresh_token_is_used(lost: int) -> None:
+    """Also if another operation, such as the lease of a session, found the new primary before."""
+    model = Model("evict_disconnected")
+    model.lose_last_write(0, revokes=False, restarts=True, is_planned=True)
+    (session,) = (each for each in model.sessions if len(each.pairs) > 1)
+    model.disconnect(0, session)
+    model.fail_over(lost, is_planned=False)
+    model.advance(0.2)
+    model.refresh(0, session)
+    model.finish()
+
+
+def use_all_and_log_in() -> None:
+    """Log in at one node while the other has had connections of all sessions for longer than a lease."""
+    model = Model("evict_disconnected")
+    try:
+        for session in model.sessions:
+            model.request(1, session, session.token)
+        model.advance(2 * LEASE_MS / 1_000)
+        model.open(0, "ada")
+        model.advance(1.0)
+    except AssertionError:
+        model.simulation.close()
+        raise
+    model.finish()
+
+
+def test_session_with_a_connection_is_kept_for_longer_than_a_lease() -> None:
+    use_all_and_log_in()
+
+
+def test_session_without_leases_is_found_to_be_evicted_while_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def write_nothing(leases: Leases) -> None:
+        leases._changed.clear()
+
+    monkeypatch.setattr(Leases, "_write", write_nothing)
+    with pytest.raises(AssertionError):
+        use_all_and_log_in()

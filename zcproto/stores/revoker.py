@@ -111,6 +111,9 @@ class Recent(Generic[K, V]):
         if len(self._added) > self._limit:
             self._added.popitem(last=False)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._added
+
     def values(self, since: float = 0.0) -> list[V]:
         """Return the values added since then, oldest first."""
         expired = self._clock.now() - self._keep_s
@@ -224,7 +227,7 @@ class Revoker:
     def remember_rotation(self, rotation: Rotation) -> None:
         """Remember a rotation that the store has made."""
         if self._store.shared:
-            self._rotations.add(rotation.spent_digest, rotation)
+            self._rotations.add(rotation.refresh_digest, rotation)
 
     # --- after an outage -----------------------------------------------------------------------------
 
@@ -326,6 +329,13 @@ class Revoker:
         for first in range(0, len(each), ROTATED_AT_ONCE):
             some = each[first : first + ROTATED_AT_ONCE]
             await asyncio.gather(*(self._rotate_chain(call, chain) for chain in some))
+
+    async def ensure_rotated(self, call: Call, session_id: bytes, refresh_digest: bytes) -> None:
+        """Repeat the rotation that made a refresh token if the store has lost it: the token would look stolen."""
+        if refresh_digest in self._rotations:
+            record = await call(self._store.get(session_id))
+            if isinstance(record, SessionRecord) and record.refresh_digest != refresh_digest:
+                await self.rotate_session_again(call, session_id)
 
     async def rotate_session_again(self, call: Call, session_id: bytes) -> None:
         """Repeat the rotations of a session that the store has lost."""

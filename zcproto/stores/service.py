@@ -350,6 +350,7 @@ class StoredSessionService(SessionService):
             rotation = replace(rotation, sealed=sealed, grace_ms=grace_ms)
         try:
             await changes.ensure_stored(rotation.id)
+            await self.sync.revoker.ensure_rotated(self._call, rotation.id, rotation.spent_digest)
             record = await self._call(self._store.rotate(rotation))
             if isinstance(record, NotRotated):
                 self._undecided.pop(rotation.spent_digest, None)
