@@ -10,12 +10,14 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel
 
 import zcproto
+import zcproto.testing
 from docs.dashboard import dashboard
 from zcproto import errors
 from zcproto.alerts.alert import CATALOGUE, Ending
@@ -296,6 +298,10 @@ API: Final = {
         ),
         *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),
     ),
+    "Testing": tuple(
+        f"testing.{name}"
+        for name in ("connect_in_memory", "MemoryServer", "Link", "MovableClock", "LocalServer")
+    ),
 }
 """The public names by section, except errors."""
 
@@ -324,7 +330,7 @@ What `import zcproto` offers. This page has the first sentences of the docstring
 
 def _first_paragraph(name: str) -> str:
     """Return the first paragraph of the docstring that a public name has itself, or of its type for a constant."""
-    documented = getattr(zcproto, name)
+    documented = attrgetter(name)(zcproto)
     text = vars(documented).get("__doc__") if inspect.isclass(documented) else inspect.getdoc(documented)
     return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
 
