@@ -317,6 +317,7 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert "handled by 3 clients; 1 in flight; 1,200 answered, 2 deadline" in text
     assert "and 2 more" in text
     assert "(for 1m 30s)" in text
+    assert "await  p50 2.5 s" in text
     assert "the webhook is not reachable; waiting: 7 messages" in text
     assert sum(style == "bad" for _, style in lines) >= 15
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import zcproto
 from tests.server.conftest import Serve
-from tests.server.helpers import TIMEOUT, ServerThread
+from tests.server.helpers import ROOT, TIMEOUT, ServerThread
 from zcproto.app.app import App, Context
 from zcproto.app.authentication import Answer, CallableAuthenticator
 from zcproto.auth import BUILT_IN_SCHEMES, Identity, UserFile
@@ -230,3 +236,51 @@ def test_authenticator_has_the_state_of_the_application_and_may_run_in_a_thread(
         *names, loop = client.call("threads")
         assert len(names) == 2
         assert all((name != loop) is thread for name in names)
+
+
+def test_reload_changes_the_limits_of_logins(serve: Serve) -> None:
+    own = CallableAuthenticator("own", never)
+    server = serve(app(own), users_file=True, limits__login_timeout="10m")
+    server.reload(limits__login_timeout="100ms", limits__logins_pending=4)
+    with server.client() as client:
+        assert client.refused("session.open", {"scheme": "own"}).code == Code.UNAVAILABLE
+        streams = [client.send(client.request("session.open", {"scheme": "own"})) for _ in range(5)]
+        answers = [client.receive().code for _ in streams]
+    assert answers[:4] == [Code.RESOURCE_EXHAUSTED] * 4, "one address may have a quarter"
+    assert answers[4] == Code.UNAVAILABLE
+
+
+PROGRAM = """
+from zcproto import App, CallableAuthenticator, Config, Context, ServerConfig, serve
+
+app = App()
+
+
+@app.method
+def who(context: Context) -> str:
+    return context.user
+
+
+serve(
+    app,
+    Config(server=ServerConfig(host=["127.0.0.1"], port=0)),
+    authenticators=[CallableAuthenticator("own", lambda name: name, user_field="name")],
+    ready=lambda server: print(server.port, flush=True),
+)
+"""
+
+
+def test_serve_takes_authenticators(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    environ = {**os.environ, "ZCPROTO_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address, ca_file = f"127.0.0.1:{process.stdout.readline().strip()}", tmp_path / "certs" / "ca.crt"
+            login = {"scheme": "own", "name": "ada"}
+            with zcproto.connect_blocking(address, login=login, ca_file=ca_file, home=tmp_path) as client:
+                assert client.call("who") == "ada"
+        finally:
+            process.terminate()
+            process.communicate(timeout=TIMEOUT)
