@@ -237,7 +237,7 @@ def test_faults_of_user_changes_are_reported(serve: Serve) -> None:
     assert "exists already" in answer.value["error"]
     answer = post(server, "users/remove", {"name": "ben"})
     assert answer.status == 404
-    assert answer.value["error"] == 'no user is named "ben"'
+    assert answer.value["error"] == 'no user is named "ben"; zcproto user list shows the users'
     assert post(server, "users/add", {}).value["error"] == "name is missing"
     assert post(server, "users/add", {"name": "a\nb"}).status == 422
     for digest in ("", "x" * 43 + "=", "x" * 42, "\u00e9" * 43):

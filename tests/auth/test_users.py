@@ -148,7 +148,7 @@ def test_all_users_or_none_are_added(path: Path, users: UserFile) -> None:
     before = path.read_bytes()
     with pytest.raises(ConfigError) as caught:
         users.add_many(["alice", "bob", "carol"])
-    assert caught.value.faults == [f'{path}: user "bob" exists already']
+    assert caught.value.faults == [f'{path}: user "bob" exists already; choose another name']
     assert path.read_bytes() == before
     assert list(users.entries) == ["bob"]
 

@@ -90,7 +90,7 @@ def test_users_are_changed_by_the_running_server(running: ServerThread, capsys: 
         client.event()
         client.open_session("ada", made["key"])
         assert main(["user", "disable", "ada"]) == 0
-        assert capsys.readouterr().err == "ada is disabled now; sessions ended: 1.\n"
+        assert capsys.readouterr().err == "ada is disabled now; 1 session ended.\n"
         client.event()
         assert json_of(capsys, "user", "enable", "ada") == {"name": "ada"}
         client.open_session("ada", made["key"])
@@ -98,7 +98,7 @@ def test_users_are_changed_by_the_running_server(running: ServerThread, capsys: 
     assert json_of(capsys, "user", "add", "robot", "--no-key") == {"name": "robot", "key": None}
     assert [each["name"] for each in json_of(capsys, "user", "list")] == ["robot"]
     assert main(["user", "remove", "ben"]) == 1
-    assert capsys.readouterr().err == 'zcproto: NOT_FOUND: no user is named "ben"\n'
+    assert 'NOT_FOUND: no user is named "ben"; zcproto user list' in capsys.readouterr().err
     assert main(["user", "add", "robot"]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -117,7 +117,10 @@ def test_sessions_are_listed_and_revoked_by_the_running_server(
         assert json_of(capsys, "session", "revoke", client.opened["id"]) == {"revoked": 1}
         client.event()
         assert main(["session", "revoke", client.opened["id"]]) == 1
-        assert "no session has this ID; sessions ended: 0" in capsys.readouterr().err
+        assert (
+            "no session has this ID, 0 sessions ended; zcproto session list shows the IDs"
+            in capsys.readouterr().err
+        )
         assert json_of(capsys, "session", "revoke", "--user", "ada") == {"revoked": 1}
         other.event()
         assert json_of(capsys, "session", "revoke", "--all") == {"revoked": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -14,6 +15,7 @@ import pytest
 from zcproto.app.app import App
 from zcproto.cli import main
 from zcproto.cli.serve import load_app
+from zcproto.common.files import try_lock
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.runtime import run
@@ -217,6 +219,18 @@ def test_key_readable_by_others_is_refused_with_the_fix(prepared: Path, capsys: 
     path.chmod(mode)
     assert f"chmod 600 {path}" in refused(capsys)
     assert path.read_text().splitlines()[1] not in refused(capsys)
+
+
+def test_second_server_of_a_home_folder_changes_nothing(prepared: Path, capsys: Capture) -> None:
+    shutil.rmtree(prepared / "certs")
+    held = try_lock(prepared / "control.lock")
+    assert held is not None
+    before = sorted(prepared.rglob("*"))
+    assert f"{prepared}: a server runs with this home folder; stop it, or give this one another" in refused(
+        capsys
+    )
+    assert sorted(prepared.rglob("*")) == before
+    os.close(held)
 
 
 def test_port_in_use_is_refused(prepared: Path, capsys: Capture) -> None:

@@ -87,12 +87,12 @@ def test_sessions_are_revoked_by_id_by_user_and_all(home: Path, capsys: Capture)
     fill(home, *sessions)
     first, second = id_of(sessions[0]), id_of(sessions[2])
     assert main(["session", "revoke", first, second, first]) == 0
-    assert capsys.readouterr().err == "sessions ended: 2\n"
+    assert capsys.readouterr().err == "2 sessions ended\n"
     assert main(["session", "revoke", "--user", "bob"]) == 0
-    assert capsys.readouterr().err == "sessions ended: 1\n"
+    assert capsys.readouterr().err == "1 session ended\n"
     assert [record.user for record in kept(home)] == ["ada", "eve"]
     assert main(["session", "revoke", "--all"]) == 0
-    assert capsys.readouterr().err == "sessions ended: 2\n"
+    assert capsys.readouterr().err == "2 sessions ended\n"
     assert kept(home) == []
 
 
@@ -105,7 +105,7 @@ def test_id_with_a_leading_dash_is_not_an_option(home: Path, capsys: Capture) ->
         dashed.append(replace(session, record=session.record._replace(id=raw)))
     fill(home, *dashed)
     assert main(["session", "revoke", *ids]) == 0
-    assert capsys.readouterr().err == "sessions ended: 2\n"
+    assert capsys.readouterr().err == "2 sessions ended\n"
 
 
 @pytest.mark.parametrize("ids", [["A" * 22], ["no id"], ["A" * 22, "B" * 22]])
@@ -113,9 +113,9 @@ def test_unknown_id_is_reported(home: Path, capsys: Capture, ids: list[str]) -> 
     session = new_session()
     fill(home, session)
     assert main(["session", "revoke", *ids]) == 1
-    assert "sessions ended: 0" in capsys.readouterr().err
+    assert "0 sessions ended" in capsys.readouterr().err
     assert main(["session", "revoke", id_of(session), *ids]) == 1
-    assert "sessions ended: 1" in capsys.readouterr().err
+    assert "1 session ended" in capsys.readouterr().err
     assert kept(home) == []
 
 

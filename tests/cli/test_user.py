@@ -78,7 +78,7 @@ def test_home_writable_by_others_is_refused(home: Path, capsys: Capture) -> None
 def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "keys"
     assert main(["user", "add", "load", "--count", "3", "--keys-out", str(path)]) == 0
-    assert capsys.readouterr() == ("", f"3 users added; see {path}\n")
+    assert capsys.readouterr() == ("", f"3 users added; the keys are in {path}\n")
     lines = [line.split("\t") for line in path.read_text().splitlines()]
     assert [name for name, _ in lines] == ["load-1", "load-2", "load-3"]
     assert len({key for _, key in lines}) == 3
@@ -90,7 +90,7 @@ def test_many_users_are_added_with_a_key_file(home: Path, tmp_path: Path, capsys
 def test_key_of_one_user_is_written_to_a_private_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "ada.key"
     assert main(["user", "add", "ada", "--keys-out", str(path)]) == 0
-    assert capsys.readouterr() == ("", f"1 user added; see {path}\n")
+    assert capsys.readouterr() == ("", f"ada added; the key is in {path}\n")
     key = path.read_text()
     assert (len(key), key[-1]) == (44, "\n")
     assert path.stat().st_mode & 0o777 == 0o600
@@ -201,7 +201,7 @@ def test_user_list_without_a_file_is_empty(home: Path, capsys: Capture) -> None:
 
 def test_disable_keeps_the_user_and_ends_the_sessions(users: UserFile, home: Path, capsys: Capture) -> None:
     assert main(["user", "disable", "ada"]) == 0
-    assert capsys.readouterr().err == "ada is disabled now; sessions ended: 2.\n"
+    assert capsys.readouterr().err == "ada is disabled now; 2 sessions ended.\n"
     user = find(users, "ada")
     assert user is not None
     assert user.disabled
@@ -214,7 +214,7 @@ def test_disable_keeps_the_user_and_ends_the_sessions(users: UserFile, home: Pat
 
 def test_remove_deletes_the_user_and_ends_the_sessions(users: UserFile, home: Path, capsys: Capture) -> None:
     assert main(["user", "remove", "ada"]) == 0
-    assert capsys.readouterr().err == "ada is removed; sessions ended: 2.\n"
+    assert capsys.readouterr().err == "ada is removed; 2 sessions ended.\n"
     assert find(users, "ada") is None
     assert [record.user for record in kept(home)] == ["bob"]
 
@@ -227,7 +227,7 @@ def test_new_key_prints_only_the_key_and_ends_the_sessions(
     out, err = capsys.readouterr()
     key = out.strip()
     assert out == f"{key}\n"
-    assert err == ("ada has a new key. Keep it; it is shown once:\nada has a new key; sessions ended: 2.\n")
+    assert err == ("ada has a new key. Keep it; it is shown once:\nada has a new key; 2 sessions ended.\n")
     after = find(users, "ada")
     assert after is not None
     assert before is not None
@@ -273,7 +273,7 @@ def test_server_started_meanwhile_ends_the_sessions(
 def test_user_change_without_sessions_creates_no_store(home: Path, capsys: Capture) -> None:
     main(["user", "add", "ada"])
     assert main(["user", "remove", "ada"]) == 0
-    assert capsys.readouterr().err.endswith("ada is removed; sessions ended: 0.\n")
+    assert capsys.readouterr().err.endswith("ada is removed; 0 sessions ended.\n")
     assert not (home / "sessions.db").exists()
 
 

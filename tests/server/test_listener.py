@@ -82,7 +82,8 @@ def test_port_in_use_is_a_config_error(bound: list[socket.socket]) -> None:
     with pytest.raises(ConfigError) as raised:
         bind(["::1", "127.0.0.1"], port)
     assert raised.value.faults == [
-        f"server.host = '127.0.0.1', server.port = {port}: cannot listen: Address already in use"
+        f"server.host = '127.0.0.1', server.port = {port}: cannot listen: Address already in use; end the program"
+        " that uses it (ss -ltnp lists them), or set another port"
     ]
     # Sockets bound before the fault are closed.
     bound += bind(["::1"], port)

@@ -22,10 +22,11 @@ import socket
 import stat
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
-from zcproto.common.files import staging_path, try_lock
+from zcproto.common.files import is_locked, staging_path, try_lock
 from zcproto.common.home import Home
 from zcproto.common.network import address_of
 from zcproto.errors import ConfigError
@@ -96,14 +97,9 @@ class ControlSocket(AcceptLoop):
         return True
 
     def _take_lock(self) -> None:
-        self._lock = try_lock(self._path.with_suffix(".lock"))
+        self._lock = try_lock(_lock_of(self._path))
         if self._lock is None:
-            raise ConfigError(
-                [
-                    f"{self._path.parent}: a server runs with this home folder; stop it, or give this one another"
-                    " home folder (--home or ZCPROTO_HOME) and another server.port"
-                ]
-            )
+            raise _used_by_another(self._path)
 
     def _bind(self) -> None:
         path = self._path
@@ -150,6 +146,26 @@ class ControlSocket(AcceptLoop):
             connection.close()
         else:
             self._adopt(connection, self.endpoint.protocol())
+
+
+def require_unused(home: Home) -> None:
+    """Raise ConfigError if a server runs with this home folder, before anything in it is changed."""
+    with contextlib.suppress(OSError):  # reported by `ControlSocket.open`, if it matters
+        if is_locked(_lock_of(home.control)):
+            raise _used_by_another(home.control)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")
+
+
+def _used_by_another(path: Path) -> ConfigError:
+    return ConfigError(
+        [
+            f"{path.parent}: a server runs with this home folder; stop it, or give this one another home folder"
+            " (--home or ZCPROTO_HOME) and another server.port"
+        ]
+    )
 
 
 def _peer(transport: asyncio.BaseTransport) -> ControlPeer:

@@ -111,7 +111,7 @@ class DeviceFile(TableFile[RegisteredDevice]):
         with self._locked():
             _, _, devices = self._read()
             if name not in devices:
-                raise NotFound(f"no device is named {quoted(name)}")
+                raise NotFound(f"no device is named {quoted(name)}; zcproto device list shows the devices")
             device = devices.pop(name)
             self._write(devices)
         return device

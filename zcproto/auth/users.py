@@ -131,7 +131,9 @@ class UserFile(TableFile[User]):
             self._identity, text, self.entries = self._read()
             taken = [name for name in names if name in self.entries]
             if taken:
-                raise self._fault(*(f"user {quoted(name)} exists already" for name in taken))
+                raise self._fault(
+                    *(f"user {quoted(name)} exists already; choose another name" for name in taken)
+                )
             if text and not text.endswith("\n"):
                 text += "\n"
             text += "".join(_entry(name, digest, operator) for name, digest in added)
@@ -166,7 +168,7 @@ class UserFile(TableFile[User]):
             self._identity, text, self.entries = self._read()
             user = self.entries.get(name)
             if user is None:
-                raise NotFound(f"no user is named {quoted(name)}")
+                raise NotFound(f"no user is named {quoted(name)}; zcproto user list shows the users")
             changed = change(user)
             intended = dict(self.entries)
             if changed is None:

@@ -25,6 +25,7 @@ import click
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import Instance
 from zcproto.cli.connect import (
+    USER_VARIABLE,
     TrustChoice,
     call_once,
     is_typed,
@@ -170,9 +171,11 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         remote = None
         if address is None:
             if is_typed("operator", "key_file", "ca", "pins"):
-                raise click.UsageError("--operator, --key-file, --ca and --pin go with --server.")
+                raise click.UsageError("--operator, --key-file, --ca and --pin go with --server HOST:PORT.")
         elif operator is None:
-            raise click.UsageError("--server goes with --operator NAME: only operators may ask.")
+            raise click.UsageError(
+                f"--server goes with --operator NAME (or {USER_VARIABLE}): only operators may ask."
+            )
         else:
             remote = RemoteServer(instance.home, address, operator, key_file, trust)
         return function(*args, instance=instance, remote=remote, **kwargs)

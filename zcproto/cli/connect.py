@@ -208,7 +208,7 @@ def _read_key_file(path: Path, where: str) -> str:
                 raise ConfigError([f"{where}: others can read this key; run: chmod 600 '{where}'"])
             return file.read(MAX_KEY)
     except OSError as error:
-        raise ConfigError([f"{where}: {error.strerror}"]) from error
+        raise ConfigError([f"{where}: {error.strerror}; check the path of the key file"]) from error
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

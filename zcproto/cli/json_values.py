@@ -12,12 +12,17 @@ import click
 
 from zcproto.common.text import escape_text
 
+_EXAMPLE = """such as '{"name": "value"}'"""
+
 
 def parse_params(text: str | None) -> dict[str, Any]:
     """Return the params of a JSON text. Raises click.UsageError."""
-    value = {} if text is None else parse_json(text)
+    try:
+        value = {} if text is None else parse_json(text)
+    except click.UsageError as error:
+        raise click.UsageError(f"{error.message} Write an object in single quotes, {_EXAMPLE}.") from error
     if not isinstance(value, dict):
-        raise click.UsageError('JSON must be an object with the params, such as {"name": "value"}.')
+        raise click.UsageError(f"JSON must be an object with the params, {_EXAMPLE}.")
     return value
 
 

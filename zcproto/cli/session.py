@@ -13,7 +13,7 @@ from zcproto.cli.connect import TrustChoice, call_once, key_option, read_key, tr
 from zcproto.cli.output import print_report, print_result, report_options, table, utc
 from zcproto.common.clock import system_clock
 from zcproto.common.secret import SecretText
-from zcproto.common.text import escape_text
+from zcproto.common.text import counted, escape_text
 from zcproto.errors import NotFound
 from zcproto.server.protocol_methods import REVOKED_AT_ONCE
 from zcproto.sessions.token import id_from_text, token_text
@@ -114,5 +114,5 @@ def revoke(
         missing = (
             "no session has this ID" if len(ids) == 1 else f"{len(ids) - ended} of these IDs are unknown"
         )
-        raise NotFound(f"{missing}; sessions ended: {ended}")
-    print_result(as_json, {"revoked": ended}, f"sessions ended: {ended}")
+        raise NotFound(f"{missing}, {counted(ended, 'session')} ended; zcproto session list shows the IDs")
+    print_result(as_json, {"revoked": ended}, f"{counted(ended, 'session')} ended")

@@ -77,7 +77,8 @@ def add(
             names = [f"{name}-{number}" for number in range(1, count + 1)]
             added = UserFile(instance.home.users).add_many(names, operator=operator)
             file.writelines(f"{each}\t{secret.reveal()}\n" for each, secret in added)
-    note = f"{counted(count or 1, 'user')} added; see {escape_text(str(keys_out))}"
+    who, what = (name, "key is") if count is None else (counted(count, "user"), "keys are")
+    note = f"{escape_text(who)} added; the {what} in {escape_text(str(keys_out))}"
     print_result(as_json, {"added": count or 1, "keys": str(keys_out)}, note)
 
 
@@ -152,7 +153,7 @@ def ended_text(ended: int | None) -> str:
     return (
         "the running server ends the sessions within a second"
         if ended is None
-        else f"sessions ended: {ended}"
+        else f"{counted(ended, 'session')} ended"
     )
 
 

@@ -57,6 +57,10 @@ class Home:
 
     def require(self) -> None:
         """Raise ConfigError if the folder does not exist."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(
+                [f"{self.path}: is not a folder; name the home folder with --home or {VARIABLE}"]
+            )
         if not self.path.exists():
             raise ConfigError(
                 [

@@ -210,7 +210,12 @@ def read_credentials(path: Path) -> tuple[Credential, ...]:
         user, tab, key = line.partition("\t")
         if not (user and tab and key.strip()):
             # The line is not quoted: it may be a key without a name.
-            raise ConfigError([f"{shown}, line {number}: must have a name, a tab and a key"])
+            raise ConfigError(
+                [
+                    f"{shown}, line {number}: must have a name, a tab and a key; create it with: zcproto user add"
+                    " load --count N --keys-out FILE"
+                ]
+            )
         credentials.append(Credential(user, key.strip()))
     if not credentials:
         raise ConfigError(

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from zcproto.admin.control import ControlSocket
+from zcproto.admin.control import ControlSocket, require_unused
 from zcproto.admin.operations import Operations
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
@@ -139,6 +139,8 @@ class Server:
             if self._first_config.log.model_fields_set and not is_configured():
                 configure_logging(self._first_config.log)
                 self.owns_log = True
+            if self._has_control:
+                await asyncio.to_thread(require_unused, self.home)
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
             routes = Operations(parts, self.reload, self.begin_drain).routes()

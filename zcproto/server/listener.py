@@ -73,6 +73,13 @@ Opening = Coroutine[Any, Any, Any]
 """A running `connect_accepted_socket`."""
 
 
+_LISTEN_CURES: Final = {
+    errno.EADDRINUSE: "; end the program that uses it (ss -ltnp lists them), or set another port",
+    errno.EADDRNOTAVAIL: "; use an address of this machine",
+    errno.EACCES: "; let systemd bind ports below 1024 (zcproto.socket), or set another port",
+}
+
+
 def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[socket.socket]:
     """Return listening sockets for all addresses of the hosts. `key` is the setting of the port, for messages.
 
@@ -89,7 +96,10 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
                 except OSError as error:
                     reason = os.strerror(error.errno or 0)  # create_server adds the address to its own
                     raise ConfigError(
-                        [f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {reason}"]
+                        [
+                            f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {reason}"
+                            f"{_LISTEN_CURES.get(error.errno or 0, '')}"
+                        ]
                     ) from error
                 sockets.append(stack.enter_context(listening))
         stack.pop_all()

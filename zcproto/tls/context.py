@@ -151,7 +151,9 @@ def _load_trusted(context: ssl.SSLContext, path: Path, kind: str, missing: str) 
     try:
         context.load_verify_locations(cafile=path)
     except (ssl.SSLError, OSError) as error:
-        why = f": {error.strerror}; check the path" if not isinstance(error, ssl.SSLError) else ""
+        why = f": {error.strerror}; check the path"
+        if isinstance(error, ssl.SSLError):
+            why = "; name a PEM file"
         raise CertificateError(f"{path}: {missing} could be read from it{why}") from error
     if context.cert_store_stats()[kind] == before:
         raise CertificateError(f"{path}: contains {missing}")

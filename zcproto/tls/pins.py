@@ -53,7 +53,10 @@ def parse_pins(pins: Iterable[str] | str) -> frozenset[str]:
         # Pins are compared as text, so a non-canonical encoding would never match.
         canonical = base64.b64encode(raw).decode() == digest
         if prefix + "/" not in (KEY_PREFIX, CERTIFICATE_PREFIX) or not well_formed or not canonical:
-            raise TlsError("pin_malformed", f"{pin[:80]!r} is not sha256/BASE64 or cert-sha256/BASE64")
+            raise TlsError(
+                "pin_malformed",
+                f"{pin[:80]!r} is not sha256/BASE64 or cert-sha256/BASE64; zcproto cert pins prints pins",
+            )
     return parsed
 
 
