@@ -283,8 +283,9 @@ class App(Generic[State]):
 
             app.include(jobs.app, prefix="jobs.")
 
-        Methods that are registered in `other` afterwards are served too. Raises ValueError for a name that is
-        registered, malformed or reserved, and for an application that includes this one; then nothing changes.
+        Methods that are registered in `other` afterwards are served too. Its middleware and lifespan apply to its
+        methods; its authenticators are not used. Raises ValueError for a name that is registered, malformed or
+        reserved, and for an application that includes this one; then nothing changes.
         """
         if other is self or other._includes(self):
             raise ValueError("an application cannot include itself")

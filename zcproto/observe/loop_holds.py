@@ -1,6 +1,6 @@
 """Finds the method that holds the event loop, from a thread that looks at the stack of the loop's thread.
 
-    the timer of LoopLag is overdue -> the stack, every SAMPLE seconds -> the timer runs: which method was seen?
+    the timer of LoopLag is overdue -> the stack, every SAMPLE s -> the timer runs: which method was seen?
 
 Decides: which code a method is recognised by, and when it has held the loop.
 
@@ -27,7 +27,10 @@ from typing import Any, Final, NamedTuple
 HELD: Final = 0.1
 """Seconds from which on a hold is reported."""
 
-SAMPLE: Final = 0.025
+CHECK: Final = 0.05
+"""Seconds between looks at the timer: each makes the loop give the interpreter away for a moment."""
+
+SAMPLE: Final = 0.015
 LEAST_SEEN: Final = 3
 """Samples of one call in a row, which the shortest hold has."""
 
@@ -121,7 +124,7 @@ class LoopHolds:
 
     def _watch(self) -> None:
         while self._is_awake.wait() and not self._is_stopped:
-            time.sleep(SAMPLE)
+            time.sleep(CHECK if self._seen is None else SAMPLE)
             self.sample()
             if not self._is_awake.is_set():
                 self._seen = None

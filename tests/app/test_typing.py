@@ -1,0 +1,88 @@
+"""What type checkers see of an application's state."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+
+PROGRAM: Final = """
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, assert_type
+
+from zcproto import App, CallNext, Context, Server
+
+@asynccontextmanager
+async def lifespan(app: App[list[int]]) -> AsyncIterator[list[int]]:
+    yield [1]
+
+@asynccontextmanager
+async def bare_lifespan(app: App) -> AsyncIterator[str]:
+    yield "state"
+
+app, plain, other = App(lifespan=lifespan), App(), App(lifespan=bare_lifespan)
+assert_type(app, App[list[int]])
+assert_type(plain, App[Any])
+
+@app.method
+async def first(context: Context[list[int]]) -> int:
+    return assert_type(context.state, list[int])[0]
+
+@plain.method(thread=True)
+def anything(context: Context, n: int) -> int:
+    assert_type(context.state, Any)
+    return n
+
+@app.middleware
+async def typed(context: Context[list[int]], call_next: CallNext[Context[list[int]]]) -> Any:
+    return await call_next(context)
+
+@app.middleware
+async def untyped(context: Context, call_next: CallNext[Context]) -> Any:
+    return await call_next(context)
+
+async def use(context: Context[list[int]]) -> None:
+    assert_type(await first(context), int)
+    assert_type(anything(context, 1), int)
+
+app.include(plain, prefix="plain.")
+app.include(other, prefix="other.")
+Server(app)
+"""
+
+WRONG: Final = """
+from zcproto import App, Context
+
+app = App()
+
+@app.method
+def wrong(context: Context[list[int]]) -> str:
+    return context.state[0]
+
+app.method(public="yes")
+app.include(wrong)
+"""
+
+
+def test_state_is_typed_and_plain_applications_need_no_type(tmp_path: Path) -> None:
+    good, wrong = tmp_path / "good.py", tmp_path / "wrong.py"
+    good.write_text(PROGRAM)
+    wrong.write_text(WRONG)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(good), str(wrong)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        env={"MYPYPATH": str(ROOT)},
+    )
+    assert done.stderr == ""
+    faults = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line.partition(".py:")[2].partition(":")[0] for line in faults] == ["8", "10", "11"], done.stdout
+    assert all("wrong.py" in line for line in faults)
