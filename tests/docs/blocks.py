@@ -256,7 +256,7 @@ class Reader:
 
     def check_that_all_files_ran(self) -> None:
         """Raise PageError if no command runs a program, and no other program imports it."""
-        used = self.scripts + "".join(
+        used = self.scripts + "\n".join(
             line
             for text in self.files.values()
             for line in re.findall(r"^(?:from|import) .*", text, re.MULTILINE)

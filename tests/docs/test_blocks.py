@@ -17,9 +17,9 @@ DOCS = ROOT / "docs"
 
 OTHER_PAGES = {
     *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
-    *("troubleshooting", "upgrades", "commands", "applications"),
+    *("troubleshooting", "upgrades", "commands"),
 }
-"""Pages for operators and reviewers, whose commands test_guides.py checks; test_examples.py runs `applications`."""
+"""Pages for operators and reviewers, whose commands test_guides.py checks."""
 
 PAGES = sorted(page for page in DOCS.glob("*.md") if page.stem not in OTHER_PAGES)
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"), key=lambda page: (page.stem != "README", page.stem))
