@@ -18,6 +18,8 @@ import pytest
 
 import zcproto
 from tests.cli import stub_app
+from tests.docs.blocks import blocks_of, change
+from tests.docs.messages import ROOT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.cli import main
@@ -28,7 +30,8 @@ from zcproto.cli.stub_typescript import TypeScript
 
 Capture = pytest.CaptureFixture[str]
 SOURCE = "tests.cli.stub_app:app"
-NODE = Path(__file__).parents[2] / "clients" / "typescript"
+NODE = ROOT / "clients" / "typescript"
+TUTORIAL = sorted((ROOT / "docs" / "tutorial").glob("[0-9]*.md"))
 TSC = NODE / "node_modules" / ".bin" / "tsc"
 
 
@@ -54,7 +57,7 @@ import datetime
 from decimal import Decimal
 from uuid import UUID
 
-from shop_client import Api, Line, Order
+from stub_client import Api, Line, Order
 
 
 async def main(api: Api) -> str:
@@ -75,7 +78,7 @@ async def main(api: Api) -> str:
 """
 
 WRONG = """
-from shop_client import Api
+from stub_client import Api
 
 
 async def main(api: Api) -> None:
@@ -90,19 +93,71 @@ async def main(api: Api) -> None:
 """
 
 
-def test_python_client_has_strict_types(tmp_path: Path) -> None:
-    write("python", tmp_path / "shop_client.py")
-    (tmp_path / "right.py").write_text(RIGHT)
-    (tmp_path / "wrong.py").write_text(WRONG)
+TUTORIAL_RIGHT = """
+from stub_client import Api
+
+
+async def main(api: Api) -> None:
+    turn = await api.ask(prompt="hi")
+    print(turn["prompt"], [each["model"] for each in await api.history(limit=3)])
+    async for word in api.chat(prompt="hi", model="owl"):
+        print(word.upper())
+    await api.job_cancel(number=await api.job_start(prompt="hi", idempotency_key="1"))
+"""
+
+TUTORIAL_WRONG = """
+from stub_client import Api
+
+
+async def main(api: Api) -> None:
+    await api.ask(prompt=7)
+    await api.ask()
+    await api.history(limit="3")
+    api.chat(prompt="hi", modell="owl")
+    await api.job_cancel(number="1")
+"""
+
+
+def write_for(application: str, language: str, path: Path) -> None:
+    """Write the stubs of the tutorial's application, or of stub_app."""
+    if application == "stub_app":
+        write(language, path)
+        return
+    files: dict[str, str] = {}
+    for page in TUTORIAL:
+        for block in blocks_of(page):
+            if block.language == "python" and block.file is not None:
+                files[block.file] = change(files[block.file], block.text) if block.is_change else block.text
+    for name in ("gateway.py", "model.py"):
+        (path.parent / name).write_text(files[name])
+    command = ["zcproto", "stubs", "gateway:app", "--language", language, "--output", str(path)]
+    subprocess.run([sys.executable, "-m", *command], cwd=path.parent, check=True)
+
+
+def lines_of_main(text: str) -> range:
+    """Return the numbers of the lines of the function main."""
+    lines = text.rstrip("}\n").splitlines()
+    head = next(number for number, line in enumerate(lines, 1) if line.endswith((":", "{")))
+    return range(head + 1, len(lines) + 1)
+
+
+@pytest.mark.parametrize(
+    ("application", "right", "wrong"),
+    [("stub_app", RIGHT, WRONG), ("tutorial", TUTORIAL_RIGHT, TUTORIAL_WRONG)],
+    ids=["stub_app", "tutorial"],
+)
+def test_python_client_has_strict_types(application: str, right: str, wrong: str, tmp_path: Path) -> None:
+    write_for(application, "python", tmp_path / "stub_client.py")
+    (tmp_path / "right.py").write_text(right)
+    (tmp_path / "wrong.py").write_text(wrong)
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "right.py", "wrong.py"]
     checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     found = {tuple(line.split(":")[:2]) for line in checked.stdout.splitlines() if " error: " in line}
-    first = WRONG.splitlines().index("async def main(api: Api) -> None:") + 2
-    assert found == {("wrong.py", str(first + number)) for number in range(8)}, checked.stdout
+    assert found == {("wrong.py", str(number)) for number in lines_of_main(wrong)}, checked.stdout
 
 
 def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
-    shop = load(write("python", tmp_path / "shop_client.py"))
+    shop = load(write("python", tmp_path / "stub_client.py"))
     server = serve(stub_app.app)
 
     async def use() -> None:
@@ -141,7 +196,7 @@ def test_python_client_works(serve: Serve, tmp_path: Path) -> None:
 # --- TypeScript ----------------------------------------------------------------------------------------------
 
 RIGHT_TS = """
-import { Api, type Line, type Order } from "./shop_client.js";
+import { Api, type Line, type Order } from "./stub_client.js";
 
 export async function main(api: Api): Promise<string> {
   const line: Line = { item: "tea" };
@@ -163,7 +218,7 @@ export async function main(api: Api): Promise<string> {
 """
 
 WRONG_TS = """
-import type { Api } from "./shop_client.js";
+import type { Api } from "./stub_client.js";
 
 export async function main(api: Api): Promise<void> {
   await api.orderPlace({ order: { id: 5, lines: [] } });
@@ -178,14 +233,45 @@ export async function main(api: Api): Promise<void> {
 """
 
 
+TUTORIAL_RIGHT_TS = """
+import type { Api } from "./stub_client.js";
+
+export async function main(api: Api): Promise<void> {
+  const turn = await api.ask({ prompt: "hi" });
+  console.log(turn.prompt, (await api.history({ limit: 3 })).map((each) => each.model));
+  for await (const word of api.chat({ prompt: "hi", model: "owl" })) {
+    console.log(word.toUpperCase());
+  }
+  await api.jobCancel({ number: await api.jobStart({ prompt: "hi" }, { idempotencyKey: "1" }) });
+}
+"""
+
+TUTORIAL_WRONG_TS = """
+import type { Api } from "./stub_client.js";
+
+export async function main(api: Api): Promise<void> {
+  await api.ask({ prompt: 7 });
+  await api.ask({});
+  await api.history({ limit: "3" });
+  api.chat({ prompt: "hi", modell: "owl" });
+  await api.jobCancel({ number: "1" });
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("application", "right", "wrong"),
+    [("stub_app", RIGHT_TS, WRONG_TS), ("tutorial", TUTORIAL_RIGHT_TS, TUTORIAL_WRONG_TS)],
+    ids=["stub_app", "tutorial"],
+)
 @pytest.mark.skipif(
     not (TSC.exists() and (NODE / "dist").exists()),
     reason="the client for Node is not built; run npm ci in clients/typescript",
 )
-def test_typescript_client_has_strict_types(tmp_path: Path) -> None:
-    write("typescript", tmp_path / "shop_client.ts")
-    (tmp_path / "right.ts").write_text(RIGHT_TS)
-    (tmp_path / "wrong.ts").write_text(WRONG_TS)
+def test_typescript_client_has_strict_types(application: str, right: str, wrong: str, tmp_path: Path) -> None:
+    write_for(application, "typescript", tmp_path / "stub_client.ts")
+    (tmp_path / "right.ts").write_text(right)
+    (tmp_path / "wrong.ts").write_text(wrong)
     (tmp_path / "package.json").write_text('{"type": "module"}')
     scope = tmp_path / "node_modules" / "@zcproto"
     scope.mkdir(parents=True)
@@ -202,8 +288,7 @@ def test_typescript_client_has_strict_types(tmp_path: Path) -> None:
     found = {
         line.partition(",")[0].rpartition("/")[2] for line in checked.stdout.splitlines() if line[:1] != " "
     }
-    first = WRONG_TS.splitlines().index("export async function main(api: Api): Promise<void> {") + 2
-    assert found == {f"wrong.ts({first + number}" for number in range(8)}, checked.stdout
+    assert found == {f"wrong.ts({number}" for number in lines_of_main(wrong)}, checked.stdout
 
 
 # --- where the methods are found -----------------------------------------------------------------------------
