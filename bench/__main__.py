@@ -41,6 +41,7 @@ MICRO: Final = {
     "session_opening": "Open sessions durably, in a file.",
     "session_opening_valkey": "Open sessions in Valkey or Redis.",
     "token_check": "Check a token among 100,000.",
+    "typed_values": "A nested dataclass as parameter and result, beside pydantic alone.",
 }
 COMMANDS: Final = {
     "requirements": (

@@ -33,6 +33,7 @@ BARS = {
         *("memory_mb", "check_p99_9_us"),
         *("lapsing_rate", "lapsing_slice_longest_ms", "ending_rate", "ending_slice_longest_ms"),
     },
+    "typed_values": {"added"},
 }
 SMALL = {
     "certificate_loading": ["--loads", "3"],
@@ -43,6 +44,7 @@ SMALL = {
     "session_opening": ["--sessions", "300", "--concurrency", "8"],
     "session_opening_valkey": ["--sessions", "500"],
     "token_check": ["--tokens", "300", "--checks", "500"],
+    "typed_values": ["--calls", "300"],
 }
 WITH_VALKEY = {"session_cleanup", "session_opening_valkey"}
 WITH_FOLDER = {*WITH_VALKEY, "session_opening"}
