@@ -8,7 +8,7 @@ import pytest
 
 import zcproto
 from zcproto import App
-from zcproto.testing import Link, MovableClock, connect_in_memory
+from zcproto.testing import Link, MemoryServer, MovableClock, connect_in_memory
 
 
 @pytest.fixture
@@ -24,6 +24,10 @@ def app() -> App:
     @app.method("take")
     def take(data: bytes) -> int:
         return len(data)
+
+    @app.method("give")
+    def give(size: int) -> bytes:
+        return bytes(size)
 
     return app
 
@@ -84,6 +88,46 @@ async def test_isolated_link_refuses_connections_until_it_is_restored(app: App) 
         link.restore()
         clock.advance(5)
         assert await client.call("add", number=2) == 1
+
+
+async def test_new_client_is_refused_while_the_link_is_isolated(app: App) -> None:
+    link = Link()
+    async with MemoryServer(app, link=link) as server:
+        link.isolate()
+        with pytest.raises(zcproto.CannotConnect, match="the test has isolated its link"):
+            await server.connect("ada").open()
+        link.restore()
+        async with server.connect("ada"):
+            pass
+    with pytest.raises(zcproto.CannotConnect, match="the server has ended"):
+        await server.connect("ada").open()
+
+
+async def test_cancelled_attempt_to_connect_leaves_no_connection(app: App) -> None:
+    link = Link()
+    async with MemoryServer(app, link=link) as server:
+        link.hold()
+        opening = asyncio.create_task(server.connect("ada").open())
+        await turns()
+        assert link.accepted == 1
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        await turns()
+        assert not link._open
+
+
+async def test_server_ends_the_connection_of_a_client_that_takes_no_answers(app: App) -> None:
+    link, clock = Link(), MovableClock()
+    async with connect_in_memory(app, user="ada", link=link, clock=clock) as client:
+        link.hold("from_server")
+        calls = [asyncio.create_task(client.call("give", size=900_000)) for _ in range(4)]
+        await turns()
+        clock.advance(25)  # longer than limits.write_timeout, shorter than the timeout of the calls
+        await turns()
+        link.release()
+        for ended in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(ended, zcproto.ConnectionClosed)
 
 
 async def test_delay_passes_with_the_clock(app: App) -> None:

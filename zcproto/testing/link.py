@@ -147,9 +147,6 @@ class MemoryTransport(asyncio.Transport):
         self._other.lose(TlsFailure.CONNECTION_RESET)
         self.lose(None)
 
-    def is_closing(self) -> bool:
-        return self._is_closing
-
     def leaves(self) -> frozenset[bytes]:
         """Return the certificates of the server, which it does not need in memory."""
         return frozenset()
