@@ -7,7 +7,7 @@ import mmap
 import pytest
 
 from zcproto.sessions import slab as slab_module
-from zcproto.sessions.slab import CHUNK, Memory, Slab
+from zcproto.sessions.slab import CHUNK, SMALL_CHUNK, Memory, Slab
 
 PAGE = mmap.PAGESIZE
 
@@ -182,3 +182,15 @@ def test_small_memory_is_not_mapped_and_keeps_its_pages(monkeypatch: pytest.Monk
     memory.view[:] = b"x" * (2 * PAGE)
     memory.discard(0, 2 * PAGE)
     assert memory.view.tobytes() == b"x" * (2 * PAGE)
+
+
+def test_small_slab_grows_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab_module, "SMALL", 16 * 2 * CHUNK)
+    assert make(2 * CHUNK + 1).capacity == 3 * CHUNK
+    slab = make(100)
+    assert slab.capacity == 2 * SMALL_CHUNK
+    slots = [slab.allocate() for _ in range(2 * SMALL_CHUNK)]
+    assert slots == list(range(2 * SMALL_CHUNK))
+    for slot in slots:
+        slab.free_slot(slot)
+    assert (slab.used, slab.size) == (0, SMALL_CHUNK)

@@ -31,6 +31,9 @@ _DISCARD: Final[int | None] = getattr(mmap, "MADV_DONTNEED", None)
 SMALL: Final = 1 << 20
 """Bytes up to which memory is not mapped: that would take longer than all else of a small table."""
 
+SMALL_CHUNK: Final = 64
+"""Slots of a small table that are prepared at once."""
+
 Format = Literal["B", "i", "I", "Q"]
 
 
@@ -65,7 +68,8 @@ class Slab:
     """
 
     def __init__(self, capacity: int, record_size: int, link: int) -> None:
-        self.capacity = -(capacity // -CHUNK) * CHUNK
+        self._chunk = chunk = CHUNK if capacity * record_size > SMALL else SMALL_CHUNK
+        self.capacity = -(capacity // -chunk) * chunk
         self.record_size = record_size
         self._memory = Memory(self.capacity * record_size)
         self.bytes = self._memory.view
@@ -101,34 +105,34 @@ class Slab:
 
     def free_slot(self, slot: int) -> None:
         """Free a slot in use."""
-        chunk = slot // CHUNK
+        chunk = slot // self._chunk
         self._link[slot] = self._free_heads[chunk]
         self._free_heads[chunk] = slot
         self._free[chunk] += 1
         self.free += 1
         self._lowest = min(self._lowest, chunk)
-        if self._free[chunk] == CHUNK:
+        if self._free[chunk] == self._chunk:
             self.trim()
 
     def trim(self) -> None:
         """Return empty chunks at the end, except one, to the system; at most eight a call to bound its time."""
         free = self._free
         for _ in range(_TRIM):
-            if len(free) < 2 or free[-1] < CHUNK or free[-2] < CHUNK:
+            if len(free) < 2 or free[-1] < self._chunk or free[-2] < self._chunk:
                 return
             end = self.size * self.record_size
-            self._memory.discard(end - CHUNK * self.record_size, end)
+            self._memory.discard(end - self._chunk * self.record_size, end)
             free.pop()
             self._free_heads.pop()
-            self.free -= CHUNK
-            self.size -= CHUNK
+            self.free -= self._chunk
+            self.size -= self._chunk
 
     def _grow(self) -> None:
-        first, end = self.size, self.size + CHUNK
+        first, end = self.size, self.size + self._chunk
         assert end <= self.capacity
         self._link[first:end] = memoryview(array("i", range(first + 1, end + 1)))
         self._free_heads.append(first)
-        self._free.append(CHUNK)
+        self._free.append(self._chunk)
         self._lowest = len(self._free) - 1
-        self.free += CHUNK
+        self.free += self._chunk
         self.size = end
