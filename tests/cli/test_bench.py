@@ -15,7 +15,8 @@ from tests.load.helpers import verified_result
 from zcproto.cli import connect, main
 from zcproto.load import command
 from zcproto.load.command import Outputs
-from zcproto.load.plan import Credential, Plan
+from zcproto.load.find_max import Search
+from zcproto.load.plan import Credential, Plan, Target
 from zcproto.load.result import Result
 
 Capture = pytest.CaptureFixture[str]
@@ -74,6 +75,84 @@ def test_each_option_is_passed_on(
     assert plan.operator == Credential("ops-1", "CCC")
     assert str(plan.ca_file) == "my.crt"
     assert outputs == Outputs(Path("a.json"), Path("a.hgrm"), Path("a.png"))
+
+
+def test_method_of_the_application_is_measured_with_one_user(
+    plans: list[tuple[Plan, Outputs]], home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ada.key").touch(0o600)
+    (tmp_path / "ada.key").write_text("AAA\n")
+    (tmp_path / "params.json").write_text('{"name": {"base64": "AAE="}}')
+    who = ["--user", "ada", "--key-file", str(tmp_path / "ada.key")]
+    options = ["--method", "greet", "--params", f"@{tmp_path / 'params.json'}", "--expect", "null"]
+    assert main(["bench", "localhost", *who, *options, "--html", "a.html"]) == 0
+    ((plan, outputs),) = plans
+    assert plan.target == Target("greet", {"name": b"\x00\x01"}, (None,))
+    assert plan.credentials == (Credential("ada", "AAA"),)
+    assert (plan.operator, plan.connections, plan.sessions) == (None, 100, 4)
+    assert outputs == Outputs(html=Path("a.html"))
+
+
+def test_user_of_the_environment_gives_way_to_keys(
+    plans: list[tuple[Plan, Outputs]],
+    keys: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.setenv("ZCPROTO_USER", "ada")
+    monkeypatch.setenv("ZCPROTO_KEY", "AAA")
+    assert main(["bench", "localhost"]) == 0
+    assert main(["bench", "localhost", "--keys", str(keys)]) == 0
+    assert [plan.credentials[0].user for plan, _ in plans] == ["ada", "load-1"]
+    assert main(["bench", "localhost", "--keys", str(keys), "--user", "eve"]) == 2
+    assert "--user excludes --keys." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--expect", "1"], "--params and --expect go with --method."),
+        (["--method", "m", "--params", "[]"], "JSON must be an object"),
+        (
+            ["--method", "m", "--params", "@none.json"],
+            "none.json: No such file or directory; check the path.",
+        ),
+        (["--method", "m", "--expect", "{"], "JSON: "),
+        (["--method", "m", "--stream", "s"], "--stream excludes --method and --find-max."),
+        (["--find-max", "9", "--hdr", "a.hdr"], "--hdr excludes --find-max"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    options: list[str], fault: str, keys: Path, home: Path, capsys: Capture
+) -> None:
+    assert main(["bench", "localhost", "--keys", str(keys), *options]) == 2
+    assert fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "duration", "highest", "code"),
+    [([], 3.0, 700.0, 0), (["--duration", "9"], 9.0, None, 1)],
+)
+def test_highest_rate_is_searched(
+    options: list[str],
+    duration: float,
+    highest: float | None,
+    code: int,
+    keys: Path,
+    home: Path,
+    plans: list[tuple[Plan, Outputs]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def find(plan: Plan, limit_ms: float, outputs: Outputs, console: Any) -> Search:
+        plans.append((plan, outputs))
+        search = Search(limit_ms)
+        search.highest = highest
+        return search
+
+    monkeypatch.setattr(command, "find_max_and_report", find)
+    assert main(["bench", "localhost", "--keys", str(keys), "--find-max", "20", *options]) == code
+    assert plans[0][0].duration_s == duration
 
 
 def test_ca_of_the_home_folder_is_trusted(plans: list[tuple[Plan, Outputs]], keys: Path, home: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,8 +22,8 @@ from tests.load.helpers import plan, plan_for, verified_result
 from tests.server.conftest import Serve
 from zcproto.app.app import App
 from zcproto.errors import ConfigError
-from zcproto.load import command
-from zcproto.load.command import EXIT_CODES, Outputs, run_and_report
+from zcproto.load import command, find_max, report
+from zcproto.load.command import EXIT_CODES, Outputs, find_max_and_report, run_and_report
 from zcproto.load.result import Verdict
 from zcproto.load.run import Stop
 
@@ -34,7 +36,11 @@ def console() -> tuple[Console, io.StringIO]:
 def test_run_prints_its_report_and_writes_its_files(serve: Serve, tmp_path: Path) -> None:
     view, out = console()
     outputs = Outputs(
-        tmp_path / "run.json", tmp_path / "run.hlog", tmp_path / "run.png", {"connect_cpu_s": 1e-9}
+        tmp_path / "run.json",
+        tmp_path / "run.hlog",
+        tmp_path / "run.png",
+        {"connect_cpu_s": 1e-9},
+        tmp_path / "run.html",
     )
     result = run_and_report(plan_for(serve()), outputs, view)
     assert EXIT_CODES[result.verdict] == 0
@@ -44,6 +50,28 @@ def test_run_prints_its_report_and_writes_its_files(serve: Serve, tmp_path: Path
     assert written["figures"]["connect_cpu_s"]["holds"] is False
     assert "HISTF" in (tmp_path / "run.hlog").read_text()
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "run.html").read_text()
+    assert "verified: 10 of 10 connections" in page
+    (plot,) = re.findall('src="data:image/svg[+]xml;base64,([^"]+)"', page)
+    assert b"<svg" in base64.b64decode(plot)
+    assert not re.search("(src|href)=.http", page)
+
+
+def test_search_for_the_highest_rate_writes_its_report(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(find_max, "MAX_RATE", 400.0)
+    monkeypatch.setattr(report, "SATURATED_LAG_MS", 1e6)
+    view, out = console()
+    outputs = Outputs(json=tmp_path / "s.json", plot=tmp_path / "s.png", html=tmp_path / "s.html")
+    search = find_max_and_report(plan_for(serve()), 60_000.0, outputs, view)
+    assert search.highest == 400.0
+    assert [step.rate for step in search.steps] == [200.0, 400.0]
+    sentence = "highest rate with a p99 below 60000 ms: 400 requests/s"
+    assert out.getvalue().splitlines()[-1] == sentence
+    assert json.loads((tmp_path / "s.json").read_text())["conclusion"] == sentence
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert sentence in (tmp_path / "s.html").read_text()
 
 
 def test_failed_run_has_exit_code_1(serve: Serve) -> None:

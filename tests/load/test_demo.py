@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from zcproto.load.demo import child, server
 from zcproto.load.demo import run as module
 from zcproto.load.demo.run import Demo, run_demo, temporary_home
 from zcproto.load.demo.server import DemoServer
+from zcproto.load.plan import Plan
 from zcproto.load.processes import module_command, module_environment, uninterrupted
+from zcproto.load.record import RequestKind, Tally
 from zcproto.load.result import Result, Verdict
 
 QUICK = Demo(connections=20, rate=400.0, seconds=0.2)
@@ -65,6 +68,43 @@ def test_demo_prints_its_report_and_leaves_nothing(
     assert written["figures"]["memory_per_connection_kib"]["value"] > 0
     assert [*temporary.iterdir()] == []
     assert children() == []
+
+
+@pytest.mark.parametrize(
+    ("capacity", "rates"), [((2_000.0, 40_000.0), (450.0, 5_000.0)), ((100.0, 800.0), (50.0, 400.0))]
+)
+def test_rates_fit_the_machine(
+    monkeypatch: pytest.MonkeyPatch, capacity: tuple[float, float], rates: tuple[float, float]
+) -> None:
+    trials: list[Plan] = []
+
+    def measure(trial: Plan, view: Console) -> Result:
+        trials.append(trial)
+        result = verified_result(plan=trial, connected=trial.connections)
+        result.record.tallies[RequestKind.LAST] = Tally(*[trial.connections] * 3)
+        result.connect_s = trial.connections / capacity[0]
+        result.load_s = result.record.tallies[RequestKind.LOAD].equal / capacity[1]
+        monkeypatch.setattr(Result, "reasons", lambda self: [])
+        return result
+
+    monkeypatch.setattr(module, "measure", measure)
+    view, out = console()
+    whole = plan(connections=2_000, sessions=2_000, arrival_rate=450.0, rate=5_000.0)
+    fitting = module.fit(whole, view)
+    assert (fitting.arrival_rate, fitting.rate) == pytest.approx(rates)
+    assert fitting == replace(whole, arrival_rate=fitting.arrival_rate, rate=fitting.rate)
+    assert trials[0].connections == trials[0].sessions == 20
+    assert "this machine opens" in out.getvalue()
+
+
+def test_rates_stay_if_the_machine_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, out = console()
+    few = plan(connections=1_000)
+    assert module.fit(few, view) is few
+    monkeypatch.setattr(module, "measure", lambda *_: verified_result(interrupted=True))
+    many = plan(connections=2_000)
+    assert module.fit(many, view) is many
+    assert out.getvalue() == ""
 
 
 def test_low_file_limit_names_the_possible_connections(

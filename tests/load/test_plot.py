@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.load.helpers import latencies, plan, verified_result
-from zcproto.load.plot import curve, write_plot
+from zcproto.load.plot import curve, draw_run
 from zcproto.load.record import Latencies
 from zcproto.load.result import Result, Verdict
 
@@ -30,12 +30,12 @@ def test_empty_curve_has_no_points() -> None:
 )
 def test_every_result_can_be_plotted(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "run.png"
-    write_plot(path, result)
+    draw_run(result).savefig(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
 
 
 def test_suffix_sets_the_format(tmp_path: Path) -> None:
     path = tmp_path / "run.svg"
-    write_plot(path, verified_result())
+    draw_run(verified_result()).savefig(path)
     assert "<svg" in path.read_text()

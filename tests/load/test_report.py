@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from tests.load.helpers import latencies, plan, stats, verified_result
@@ -40,6 +41,27 @@ def test_verified_run_shows_its_figures() -> None:
     assert row(text, "verified by a last request") == ["10", "10", "ok"]
     assert "Failures" not in text
     assert "saturated" not in text
+
+
+def test_run_without_an_operator_says_that_the_count_of_the_server_is_missing() -> None:
+    result = verified_result(plan=plan(operator=None), readings={})
+    text = shown(result)
+    assert result.verdict is Verdict.VERIFIED
+    assert "the server's own count was not read; give --operator-key-file" in text
+    assert row(text, "connections", "Counts of both sides")[:3] == ["10", "10", "-"]
+
+
+@pytest.mark.parametrize(
+    ("lag_ms", "mark", "text"),
+    [(0.1, ["no"], "above what an idle machine reaches"), (9.0, ["not", "judged"], "are not judged")],
+)
+def test_missed_bar_is_explained(lag_ms: float, mark: list[str], text: str) -> None:
+    result = verified_result()
+    for name in ("lag", "arrival_lag"):
+        result.record.latencies[name] = latencies(round(lag_ms * 1000))
+    page = shown(result, {"handshake_p99_ms": 1.0})
+    assert row(page, "TLS handshake while connecting, p99")[3:] == mark
+    assert text in page
 
 
 def test_run_with_streams_shows_items_instead_of_requests() -> None:
@@ -137,7 +159,7 @@ def test_json_has_all_results_and_no_key() -> None:
     }  # fmt: skip
     assert value["server"]["connected"]["rss_bytes"] == 40_368_640
     assert value["counted"][0] == {
-        "what": "connections", "asked": 10, "client": 10, "server": 10, "agree": True,
+        "what": "connections", "asked": 10, "client": 10, "server": 10, "is_read": True, "agree": True,
     }  # fmt: skip
     assert value["over_time"] == {
         "tick_s": 0.25, "connected": {"0": 4, "1": 6}, "answered": {"2": 50, "3": 10},

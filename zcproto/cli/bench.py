@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from zcproto.cli import Instance, file_option, instance_options, number_option
-from zcproto.cli.connect import TrustChoice, ca_option, check_connection
+from zcproto.cli import EXIT_INTERRUPTED, Instance, file_option, instance_options, number_option
+from zcproto.cli.connect import (
+    TrustChoice,
+    ca_option,
+    check_connection,
+    is_typed,
+    key_option,
+    read_key,
+    user_option,
+)
+from zcproto.cli.json_values import parse_params, read_json
 from zcproto.common.text import escape_text
+
+if TYPE_CHECKING:
+    from zcproto.load.plan import Credential, Target
 
 COUNT = click.IntRange(1, 1_000_000)
 RATE = click.FloatRange(0.1, 10_000_000)
+SESSIONS_OF_ONE_USER: Final = 4
+"""Sessions of --user. The default of `sessions.per_user` leaves one for another program of this user."""
+
+SEARCH_DURATION_S: Final = 3.0
+"""The duration of each load of --find-max, of which there are about twelve."""
+
 json_option = file_option("--json", "json_file", text="Write all results.", dir_okay=False)
 plot_option = file_option(
     "--plot", metavar="FILE.png", text="Draw latencies, connections and rates.", dir_okay=False
+)
+html_option = file_option(
+    "--html", metavar="FILE.html", text="Write the report and its plot as a page.", dir_okay=False
 )
 
 
@@ -26,7 +47,7 @@ plot_option = file_option(
     "--sessions",
     type=COUNT,
     metavar="M",
-    help="Sessions; fewer than connections are shared. [default: one per connection]",
+    help="Sessions; fewer than connections are shared. [default: one per connection; 4 with --user]",
 )
 @number_option(
     "--rate",
@@ -35,6 +56,15 @@ plot_option = file_option(
     "R",
     "Requests (with --stream, items) per second over all connections, sent whether or not answers arrive.",
 )
+@click.option(
+    "--find-max",
+    type=click.FloatRange(0.1, 60_000),
+    metavar="P99",
+    help="Search the highest rate at which the p99 of requests is below so many ms, beginning at --rate.",
+)
+@click.option("--method", metavar="METHOD", help="Call this method, not `echo` with random bytes.")
+@click.option("--params", metavar="JSON|@FILE", help="The params of --method. [default: {}]")
+@click.option("--expect", metavar="JSON|@FILE", help="The result of --method. [default: any result]")
 @click.option(
     "--stream",
     default="",
@@ -52,9 +82,11 @@ plot_option = file_option(
 @number_option("--processes", click.IntRange(1, 256), 1, "P", "Processes that generate the load.")
 @file_option(
     "--keys",
-    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`. Required.",
+    text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
     dir_okay=False,
 )
+@user_option("One user, instead of --keys; the server's count is read with --operator-key-file alone.")
+@key_option("user")
 @file_option(
     "--operator-key-file",
     text="The key of an operator who reads the server's count; a file like --keys. [default: the first of --keys]",
@@ -70,19 +102,27 @@ plot_option = file_option(
     dir_okay=False,
 )
 @plot_option
+@html_option
 @instance_options
 def bench(
     address: str,
     connections: int,
     sessions: int | None,
+    find_max: float | None,
+    method: str | None,
+    params: str | None,
+    expect: str | None,
     duration: float,
     payload: int,
     keys: Path | None,
+    user: str | None,
+    key_file: Path | None,
     operator_key_file: Path | None,
     ca: Path | None,
     json_file: Path | None,
     hdr_file: Path | None,
     plot: Path | None,
+    html: Path | None,
     instance: Instance,
     **load: Any,
 ) -> int:
@@ -91,20 +131,29 @@ def bench(
     Every answer and item is compared with its request, and the server's own count with the client's. Exit code 1 if
     anything was lost, out of order, different or unverified. Latencies are measured from when a request or item was
     due, so a slow server cannot hide behind requests that were not sent. It calls `echo`, which `zcproto serve`
-    offers by default.
+    offers by default, or a --method of your application. A server that limits connections of one address
+    (limits.connections_per_address) refuses more.
     """
     from zcproto.client.address import parse_address  # noqa: PLC0415
-    from zcproto.load.command import EXIT_CODES, Outputs, run_and_report  # noqa: PLC0415
+    from zcproto.load.command import EXIT_CODES, Outputs, find_max_and_report, run_and_report  # noqa: PLC0415
     from zcproto.load.plan import Plan, check_plan, read_credentials  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
     host, port = parse_address(address)
-    sessions = connections if sessions is None else sessions
-    if keys is None:
-        raise click.UsageError(_how_to_make_keys(address, sessions))
-    credentials = read_credentials(keys)
+    target = _target(method, params, expect)
+    if load["stream"] and (target is not None or find_max is not None):
+        raise click.UsageError("--stream excludes --method and --find-max.")
+    if find_max is not None and hdr_file is not None:
+        raise click.UsageError("--hdr excludes --find-max, which measures several loads.")
+    credentials = _credentials(address, connections, keys, user, key_file)
+    if sessions is None:
+        sessions = connections if keys is not None else min(connections, SESSIONS_OF_ONE_USER)
     trust = TrustChoice(ca)
-    operators = credentials if operator_key_file is None else read_credentials(operator_key_file)
+    operators = credentials[:1] if keys is not None else ()
+    if operator_key_file is not None:
+        operators = read_credentials(operator_key_file)
+    if find_max is not None and not is_typed("duration"):
+        duration = SEARCH_DURATION_S
     plan = Plan(
         host=host,
         port=port,
@@ -113,21 +162,52 @@ def bench(
         duration_s=duration,
         payload_bytes=payload,
         credentials=credentials,
-        operator=operators[0],
+        operator=operators[0] if operators else None,
+        target=target,
         ca_file=trust.ca_file(instance.home, address),
         **load,
     )
     check_plan(plan)
     check_connection(trust, instance.home, address)
-    result = run_and_report(plan, Outputs(json_file, hdr_file, plot), new_console())
-    return EXIT_CODES[result.verdict]
+    outputs, console = Outputs(json_file, hdr_file, plot, html=html), new_console()
+    if find_max is None:
+        return EXIT_CODES[run_and_report(plan, outputs, console).verdict]
+    search = find_max_and_report(plan, find_max, outputs, console)
+    return EXIT_INTERRUPTED if search.interrupted else int(search.highest is None)
+
+
+def _target(method: str | None, params: str | None, expect: str | None) -> Target | None:
+    from zcproto.load.plan import Target  # noqa: PLC0415
+
+    if method is None:
+        if params is not None or expect is not None:
+            raise click.UsageError("--params and --expect go with --method.")
+        return None
+    return Target(method, parse_params(params), () if expect is None else (read_json(expect),))
+
+
+def _credentials(
+    address: str, connections: int, keys: Path | None, user: str | None, key_file: Path | None
+) -> tuple[Credential, ...]:
+    """Return the users of --keys, or the one of --user. Raises ConfigError or click.UsageError."""
+    from zcproto.load.plan import Credential, read_credentials  # noqa: PLC0415
+
+    if keys is not None:
+        if is_typed("user"):
+            raise click.UsageError("--user excludes --keys.")
+        return read_credentials(keys)
+    if user is None:
+        raise click.UsageError(_how_to_make_keys(address, connections))
+    return (Credential(user, read_key(key_file)),)
 
 
 def _how_to_make_keys(address: str, sessions: int) -> str:
     from zcproto.load.plan import users_for  # noqa: PLC0415
 
     return (
-        f"Missing option '--keys'. Create {users_for(sessions)} users, and an operator who reads the server's"
+        "Missing option '--user' or '--keys'. Give --user and --key-file of one user, whose four sessions the"
+        " connections share, without the server's count.\n\n"
+        f"For one session each, create {users_for(sessions)} users, and an operator who reads the server's"
         " count; on the server:\n\n"
         f"  zcproto user add load --count {users_for(sessions)} --keys-out load.keys\n"
         "  zcproto user add ops --operator --count 1 --keys-out ops.keys\n\n"
@@ -137,20 +217,29 @@ def _how_to_make_keys(address: str, sessions: int) -> str:
 
 @click.command()
 @number_option("--connections", COUNT, 10_000, "N", "TLS connections, all open at once.")
-@number_option("--rate", RATE, 5_000.0, "R", "Requests per second over all connections.")
+@number_option("--rate", RATE, 5_000.0, "R", "Maximum of requests per second over all connections.")
 @number_option("--seconds", click.FloatRange(0.1, 3_600), 6.0, "S", "The duration of the load.")
 @json_option
 @plot_option
-def demo(connections: int, rate: float, seconds: float, json_file: Path | None, plot: Path | None) -> int:
+@html_option
+def demo(
+    connections: int,
+    rate: float,
+    seconds: float,
+    json_file: Path | None,
+    plot: Path | None,
+    html: Path | None,
+) -> int:
     """Open 10,000 verified connections to a server of its own.
 
     Creates users and certificates in a temporary folder, starts a server in one process, and opens the connections
-    from another, each with its own session and each verified by its answers. It ends within a minute and leaves no
-    process and no file. Exit code 0 if everything is verified.
+    from another, each with its own session and each verified by its answers. It first measures with a few of them
+    what the machine can do, and asks for half of that at most. It ends within a minute on an idle machine, and
+    leaves no process and no file. Exit code 0 if everything is verified.
     """
     from zcproto.load.command import EXIT_CODES  # noqa: PLC0415
     from zcproto.load.demo.run import Demo, run_demo  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
-    result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot), new_console())
+    result = run_demo(Demo(connections, rate, seconds, json=json_file, plot=plot, html=html), new_console())
     return EXIT_CODES[result.verdict]

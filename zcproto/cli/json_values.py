@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,12 +19,25 @@ _EXAMPLE = """such as '{"name": "value"}'"""
 def parse_params(text: str | None) -> dict[str, Any]:
     """Return the params of a JSON text. Raises click.UsageError."""
     try:
-        value = {} if text is None else parse_json(text)
+        value = {} if text is None else read_json(text)
     except click.UsageError as error:
+        if text is not None and text.startswith("@"):
+            raise
         raise click.UsageError(f"{error.message} Write an object in single quotes, {_EXAMPLE}.") from error
     if not isinstance(value, dict):
         raise click.UsageError(f"JSON must be an object with the params, {_EXAMPLE}.")
     return value
+
+
+def read_json(argument: str) -> Any:
+    """Return the value of a JSON text, or of the file that @FILE names. Raises click.UsageError."""
+    if not argument.startswith("@"):
+        return parse_json(argument)
+    try:
+        return parse_json(Path(argument[1:]).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror or "cannot be read") if isinstance(error, OSError) else "is not a text file"
+        raise click.UsageError(f"{escape_text(argument[1:], 300)}: {reason}; check the path.") from error
 
 
 def parse_json(text: str) -> Any:

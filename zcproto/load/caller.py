@@ -224,8 +224,8 @@ class ServerStats(NamedTuple):
             ) from error
 
 
-class Operator(Caller):
-    """A connection with a session that may call `server.stats`."""
+class UserCaller(Caller):
+    """A connection with a session of a user."""
 
     __slots__ = ("_target",)
 
@@ -236,26 +236,41 @@ class Operator(Caller):
     @classmethod
     async def connect(
         cls, host: str, address: str, port: int, ca_file: Path | None, credential: Credential
-    ) -> Operator:
-        """Connect and open the session. Raises ConfigError for an unknown user or one who is not an operator."""
+    ) -> Self:
+        """Connect and open the session. Raises ConfigError if the user gets none."""
         target = LoadTarget(host, address, port, ca_file)
-        operator = await target.connect(cls(target))
+        caller = await target.connect(cls(target))
         try:
-            await operator._open(credential)
+            await caller.open(credential)
         except BaseException:
-            await operator.disconnect()
+            await caller.disconnect()
             raise
-        return operator
+        return caller
 
-    async def _open(self, credential: Credential) -> None:
+    async def open(self, credential: Credential) -> None:
         params = {"scheme": "api_key", "user": credential.user, "key": credential.key, "client": CLIENT_NAME}
         try:
             opened = await self.call("session.open", params)
         except CallError as error:
-            raise ConfigError(
-                [f"the operator {escape_text(credential.user)!r} got no session: {error}"]
-            ) from error
+            raise ConfigError([f"{escape_text(credential.user)!r} got no session: {error}"]) from error
         self.token = opened["token"]
+
+    async def disconnect(self) -> None:
+        """Close the session and the connection. Never fails."""
+        if self.token != NO_TOKEN and not self.ended:
+            with contextlib.suppress(ZcprotoError):  # the server is gone, and its sessions with it
+                await self.call("session.close", {})
+        await super().disconnect()
+        self._target.close()
+
+
+class Operator(UserCaller):
+    """A connection with a session that may call `server.stats`."""
+
+    __slots__ = ()
+
+    async def open(self, credential: Credential) -> None:
+        await super().open(credential)
         try:
             await self.stats()
         except PermissionDenied as error:
@@ -273,11 +288,3 @@ class Operator(Caller):
 
     def lost(self, cause: str) -> None:
         self._fail_all(ConnectionClosed(f"the operator's connection was lost: {cause}"))
-
-    async def disconnect(self) -> None:
-        """Close the session and the connection. Never fails."""
-        if self.token != NO_TOKEN and not self.ended:
-            with contextlib.suppress(ZcprotoError):  # the server is gone, and its sessions with it
-                await self.call("session.close", {})
-        await super().disconnect()
-        self._target.close()

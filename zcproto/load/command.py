@@ -8,10 +8,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 
@@ -19,10 +19,15 @@ from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.load import hdr, report
+from zcproto.load.find_max import Search, show_search
+from zcproto.load.page import write_page
 from zcproto.load.plan import SPARE_FILES, Plan, check_plan, require_open_files
 from zcproto.load.progress import view_for
 from zcproto.load.result import Result, Verdict
 from zcproto.load.run import Stop, View, run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
 EXIT_CODES: Final = {Verdict.VERIFIED: 0, Verdict.FAILED: 1, Verdict.INTERRUPTED: 130}
@@ -36,26 +41,25 @@ class Outputs:
     hdr: Path | None = None
     plot: Path | None = None
     bars: Mapping[str, float] = field(default_factory=dict)
+    html: Path | None = None
 
 
 def check_outputs(outputs: Outputs) -> None:
     """Raise ConfigError before the run for a file that cannot be written after it."""
     faults = []
-    for path in (outputs.json, outputs.hdr, outputs.plot):
+    for path in (outputs.json, outputs.hdr, outputs.plot, outputs.html):
         if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
             faults.append(f"{escape_text(str(path))}: cannot be written; give a file in a writable folder")
-    if outputs.plot is not None:
+    if outputs.plot is not None or outputs.html is not None:
         importlib.import_module("matplotlib")  # fail before the run if it is missing
-        if outputs.plot.suffix not in PLOT_SUFFIXES:
-            faults.append(
-                f"{escape_text(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}"
-            )
+    if outputs.plot is not None and outputs.plot.suffix not in PLOT_SUFFIXES:
+        faults.append(f"{escape_text(str(outputs.plot))}: the name must end in {', '.join(PLOT_SUFFIXES)}")
     if faults:
         raise ConfigError(faults)
 
 
-def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
-    """Carry out a plan, print its report and write its files. Raises ConfigError before it connects."""
+def check(plan: Plan, outputs: Outputs) -> None:
+    """Raise ConfigError with the reasons why a plan cannot be carried out, or its files not written."""
     check_plan(plan)
     check_outputs(outputs)
     require_open_files(
@@ -63,20 +67,70 @@ def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
         plan.connections,
         lambda limit: (limit - SPARE_FILES) * plan.processes,
     )
-    started = time.time()
+
+
+def measure(plan: Plan, console: Console) -> Result:
+    """Carry out a checked plan and show its progress. Raises ConfigError if the server refuses its first user."""
     with view_for(console) as view, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        result = runner.run(_run_interruptible(plan, view))
+        return runner.run(_run_interruptible(plan, view))
+
+
+def run_and_report(plan: Plan, outputs: Outputs, console: Console) -> Result:
+    """Carry out a plan, print its report and write its files. Raises ConfigError before it connects."""
+    check(plan, outputs)
+    started = time.time()
+    result = measure(plan, console)
     report.show(result, console, outputs.bars)
-    if outputs.json is not None:
-        content = json.dumps(report.as_json(result, outputs.bars, started), indent=2)
-        outputs.json.write_text(content + "\n", encoding="utf-8")
+    write_outputs(
+        outputs,
+        report.as_json(result, outputs.bars, started),
+        lambda page: report.show(result, page, outputs.bars),
+        lambda: _draw(result),
+    )
     if outputs.hdr is not None:
         hdr.write_file(outputs.hdr, result.record, started)
-    if outputs.plot is not None:
-        from zcproto.load.plot import write_plot  # noqa: PLC0415 - importing matplotlib takes half a second
-
-        write_plot(outputs.plot, result)
     return result
+
+
+def find_max_and_report(plan: Plan, limit_ms: float, outputs: Outputs, console: Console) -> Search:
+    """Search the highest rate whose p99 is below a limit, print the report and write the files.
+
+    The search begins at the rate of the plan. Raises ConfigError before it connects.
+    """
+    check(plan, outputs)
+    search = Search(limit_ms)
+    for rate in search.rates(plan.rate):
+        console.print(f"{rate:,.0f} requests/s", highlight=False)
+        search.add(measure(replace(plan, rate=rate), console))
+    show_search(search, console)
+    write_outputs(
+        outputs, search.as_json(), lambda page: show_search(search, page), lambda: _draw_search(search)
+    )
+    return search
+
+
+def write_outputs(
+    outputs: Outputs, value: dict[str, Any], show: Callable[[Console], None], draw: Callable[[], Figure]
+) -> None:
+    """Write the result as JSON, as a plot, and as a page with both the plot and the report."""
+    if outputs.json is not None:
+        outputs.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    if outputs.plot is not None:
+        draw().savefig(outputs.plot)
+    if outputs.html is not None:
+        write_page(outputs.html, show, draw())
+
+
+def _draw(result: Result) -> Figure:
+    from zcproto.load.plot import draw_run  # noqa: PLC0415 - importing matplotlib takes half a second
+
+    return draw_run(result)
+
+
+def _draw_search(search: Search) -> Figure:
+    from zcproto.load.plot import draw_search  # noqa: PLC0415
+
+    return draw_search(search)
 
 
 async def _run_interruptible(plan: Plan, view: View) -> Result:

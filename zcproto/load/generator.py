@@ -35,7 +35,7 @@ from zcproto.errors import (
 )
 from zcproto.load.connection import FrameConnection
 from zcproto.load.pacer import Pacer, poisson_times, shuffled_rounds, uniform_times
-from zcproto.load.plan import CLIENT_NAME, Share
+from zcproto.load.plan import CLIENT_NAME, Share, Target
 from zcproto.load.record import TICKS_PER_SECOND, Latencies, Record, RequestKind, count
 from zcproto.load.streams import LoadStream, opening_times
 from zcproto.tls.client import TlsClientTransport, TlsConnector
@@ -181,6 +181,8 @@ class Generator:
         self._random = random.Random(share.seed)  # noqa: S311 - no secret; repeatable with the same seed
         self._pool = self._random.randbytes(POOL_BYTES + share.payload_bytes)
         self._number = share.number
+        self._target = Target.from_text(share.target) if share.target else None
+        self._method = self._target.method if self._target else "echo"
         self._stopped = False
         self._waiting: deque[LoadConnection] = deque()  # due, but MAX_CONNECTING are connecting
         self._connecting: dict[LoadConnection, asyncio.Task[None]] = {}
@@ -372,7 +374,7 @@ class Generator:
         """Use the session of another connection, with a first request that carries its token."""
         connection.token = owner.token
         number = self._take_number()
-        connection.queue(RequestKind.JOIN, "echo", self._params(number), number, time.monotonic())
+        connection.queue(RequestKind.JOIN, self._method, self._params(number), number, time.monotonic())
         connection.flush()
 
     def _handle_opened(self, connection: LoadConnection, request: PendingRequest, value: Any) -> None:
@@ -428,7 +430,7 @@ class Generator:
             return
         for _ in range(number_of_requests):
             number = self._take_number()
-            connection.queue(kind, "echo", self._params(number), number, due)
+            connection.queue(kind, self._method, self._params(number), number, due)
         connection.flush()
 
     def _open_stream(self, connection: LoadConnection, due: float) -> None:
@@ -464,7 +466,9 @@ class Generator:
         return number
 
     def _params(self, number: int) -> dict[str, Any]:
-        """Return the params of a request: its unique number and a payload that depends on it."""
+        """Return the params of a request: of the target, or its unique number and a payload that depends on it."""
+        if self._target is not None:
+            return self._target.params
         start = number * POOL_STEP % POOL_BYTES
         return {"n": number, "data": self._pool[start : start + self.share.payload_bytes]}
 
@@ -479,8 +483,10 @@ class Generator:
         if request.stream is not None:
             self.record.items.lost += request.stream.missing
             is_right = request.stream.is_complete(value)
-        else:
+        elif kind is RequestKind.CLOSE or self._target is None:
             is_right = value == ({} if kind is RequestKind.CLOSE else self._params(request.number))
+        else:
+            is_right = self._target.is_right(value)
         if not is_right:
             tally.unequal += 1
             if kind is RequestKind.JOIN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Final, NamedTuple, Self
 from zcproto.common.process import raise_file_limit
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
+from zcproto.wire.message import decode_body, encode_body
 
 CLIENT_NAME: Final = "zcproto-bench/1"
 SESSIONS_PER_USER: Final = 5
@@ -36,6 +38,27 @@ class Credential(NamedTuple):
         return f"Credential(user={self.user!r})"
 
 
+class Target(NamedTuple):
+    """A method of the server's application, its params, and the result that every call must have."""
+
+    method: str
+    params: dict[str, Any]
+    expected: tuple[Any] | tuple[()] = ()
+    """Empty if any result will do."""
+
+    def is_right(self, value: Any) -> bool:
+        return not self.expected or value == self.expected[0]
+
+    def to_text(self) -> str:
+        """Return it for a process. Raises MessageError if the params cannot be sent."""
+        return base64.b64encode(encode_body([self.method, self.params, [*self.expected]])).decode()
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        method, params, expected = decode_body(base64.b64decode(text))
+        return cls(method, params, tuple(expected))
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The parameters of a run. Rates are per second, for all processes together."""
@@ -49,9 +72,12 @@ class Plan:
     duration_s: float
     payload_bytes: int
     credentials: tuple[Credential, ...] = field(repr=False)
-    operator: Credential = field(repr=False)
+    operator: Credential | None = field(repr=False)
+    """Who reads the server's counters. None: they are not read, and only the answers are verified."""
     pipeline: int = 1
     """Requests per write; streams per connection if there is a stream."""
+    target: Target | None = None
+    """What the requests call; None for `echo` with random bytes."""
     stream: str = ""
     """The method whose items are the load, `rate` of them per second; empty for requests."""
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
@@ -99,6 +125,8 @@ class Share:
     seed: int
     origin: float
     """The start of the run in monotonic seconds, which are the same in all processes of a machine."""
+    target: str = ""
+    """A Target; empty for `echo`."""
     stream: str = ""
     items_per_stream: int = 0
     interval_s: float = 0.0
@@ -147,7 +175,7 @@ def users_for(sessions: int) -> int:
     return -(-sessions // SESSIONS_PER_USER) + 1
 
 
-def session_capacity(credentials: tuple[Credential, ...], operator: Credential) -> int:
+def session_capacity(credentials: tuple[Credential, ...], operator: Credential | None) -> int:
     """Return the number of sessions that the users may open. The operator's own session counts."""
     return SESSIONS_PER_USER * len(credentials) - (operator in credentials)
 
@@ -182,6 +210,7 @@ def shares(plan: Plan, address: str, origin: float, verify_rate: float) -> list[
             verify_rate=verify_rate / count,
             seed=plan.seed + number,
             origin=origin,
+            target="" if plan.target is None else plan.target.to_text(),
             stream=plan.stream,
             items_per_stream=plan.items_per_stream,
             interval_s=plan.streams / plan.rate,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.axes import Axes
@@ -13,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from zcproto.load.find_max import Search
 from zcproto.load.record import TICKS_PER_SECOND, Latencies
 from zcproto.load.result import Moment, Result, Verdict
 
@@ -44,8 +44,8 @@ PHASES: Final = ((Moment.IDLE, Moment.CONNECTED, "connecting"), (Moment.CONNECTE
                  (Moment.LOADED, Moment.VERIFIED, "last requests"))  # fmt: skip
 
 
-def write_plot(path: Path, result: Result) -> None:
-    """Write a plot in the format of the suffix: png, svg or pdf."""
+def draw_run(result: Result) -> Figure:
+    """Plot latencies, connections and rates of a run."""
     figure = Figure(figsize=(10, 9.4), dpi=144, layout="constrained")
     FigureCanvasAgg(figure)
     latencies, connections, rate = figure.subplots(3, 1, height_ratios=(2.4, 1, 1))
@@ -57,13 +57,38 @@ def write_plot(path: Path, result: Result) -> None:
     _draw_rate(rate, result)
     rate.sharex(connections)
     rate.set_xlabel("seconds since the start", color=INK, fontsize=9.5)
-    figure.savefig(path)
+    return figure
+
+
+def draw_search(search: Search) -> Figure:
+    """Plot p50 and p99 by rate, and the limit."""
+    figure = Figure(figsize=(10, 5), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    plain(axes)
+    steps = sorted(search.steps, key=lambda step: step.rate)
+    rates = [step.rate for step in steps]
+    for label, color in (("p99", BLUE), ("p50", "#7aa5f8")):
+        waits = [step.latency_ms.get(label, math.nan) for step in steps]
+        axes.plot(rates, waits, "-o", color=color, linewidth=1.8, label=label)
+    axes.axhline(search.limit_ms, color="#d97706", linewidth=1.2, linestyle="--", label="limit")
+    if search.highest is not None:
+        axes.axvline(search.highest, color=GREEN, linewidth=1.2, linestyle="--", label="highest rate")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlim(0, max(rates, default=1.0) * 1.05)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("requests per second", color=INK, fontsize=9.5)
+    head(axes, "Latency by rate in milliseconds")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return figure
 
 
 def _title(result: Result) -> str:
     plan = result.plan
     unit = "items" if plan.stream else "requests"
-    what = f"{plan.connections:,} connections, {plan.rate:,.0f} {unit}/s, {plan.payload_bytes:,} bytes each"
+    each = f"{plan.payload_bytes:,} bytes each" if plan.target is None else plan.target.method
+    what = f"{plan.connections:,} connections, {plan.rate:,.0f} {unit}/s, {each}"
     if result.verdict is Verdict.VERIFIED:
         return f"{what}: all verified"
     return f"{what}: {result.verdict.value}"

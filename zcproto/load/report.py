@@ -152,17 +152,26 @@ def show(result: Result, console: Console, bars: Mapping[str, float]) -> None:
     console.print()
     console.print(_latency_table(result))
     console.print(_rate_table(result))
-    console.print(_figure_table(figures(result, bars)))
+    rows, saturated = figures(result, bars), generator_saturated(result)
+    console.print(_figure_table(rows, saturated))
+    if not saturated and not all(row.holds for row in rows):
+        console.print(
+            "no: the figure is above what an idle machine reaches. Other programs or a slow processor raise it;"
+            " nothing that was verified depends on it.",
+            soft_wrap=True,
+        )
     console.print(_count_table(result))
     _show_errors(result, console)
-    if generator_saturated(result):
+    if saturated:
         console.print(
             Text(
-                "generator saturated: it could not keep its schedule, so the latencies do not describe the server;"
-                " use more --processes, a lower --rate, or another machine",
+                "generator saturated: it could not keep its schedule, so latencies and pauses do not describe the"
+                " server and are not judged; use more --processes, a lower --rate, or another machine",
                 "yellow",
             )
         )
+    if result.plan.operator is None:
+        console.print("the server's own count was not read; give --operator-key-file to compare it")
     if result.server_was_used:
         console.print(
             "memory per connection is omitted: this server has had connections before, whose memory is reused"
@@ -186,7 +195,8 @@ def _sentence(result: Result) -> str:
     return "failed: " + "; ".join(result.reasons())
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """Return a table whose first column is on the left and whose others are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -194,7 +204,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _latency_table(result: Result) -> Table:
-    table = _table("Latency in ms, from when each was due", "", "count", *PERCENTILES, "max")
+    table = new_table("Latency in ms, from when each was due", "", "count", *PERCENTILES, "max")
     measured = _latencies(result)
     for name, label in LATENCY_LABELS.items():
         if name not in measured:
@@ -207,7 +217,7 @@ def _latency_table(result: Result) -> Table:
 
 
 def _rate_table(result: Result) -> Table:
-    table = _table("Rate per second", "", "planned", "reached", "seconds")
+    table = new_table("Rate per second", "", "planned", "reached", "seconds")
     plan = result.plan
     table.add_row(
         "connections", f"{plan.arrival_rate:,.0f}", f"{result.connect_rate:,.0f}", f"{result.connect_s:.1f}"
@@ -222,21 +232,21 @@ def _load_rate(result: Result) -> tuple[str, float]:
     return ("items", result.item_rate) if result.plan.stream else ("requests", result.request_rate)
 
 
-def _figure_table(rows: list[Figure]) -> Table:
+def _figure_table(rows: list[Figure], saturated: bool) -> Table:
     with_bars = any(row.bar is not None for row in rows)
-    table = _table("Figures", "", "figure", "unit", *(("below", "") if with_bars else ()))
+    table = new_table("Figures", "", "figure", "unit", *(("below", "") if with_bars else ()))
     table.columns[2].justify = "left"
     for row in rows:
         value = "-" if row.value is None else f"{row.value:,.2f}"
         cells: list[str | Text] = [row.label, value, row.unit]
         if with_bars:
-            cells += ["", ""] if row.bar is None else [f"{row.bar:g}", _mark(row.holds)]
+            cells += ["", ""] if row.bar is None else [f"{row.bar:g}", _mark_bar(row, saturated)]
         table.add_row(*cells)
     return table
 
 
 def _count_table(result: Result) -> Table:
-    table = _table("Counts of both sides", "", "planned", "client", "server", "")
+    table = new_table("Counts of both sides", "", "planned", "client", "server", "")
     for row in result.counted():
         table.add_row(*_count_cells(row))
     verified = result.verified_connections
@@ -256,8 +266,14 @@ def _mark(holds: bool) -> Text:
     return Text("ok", "green") if holds else Text("no", "bold red")
 
 
+def _mark_bar(row: Figure, saturated: bool) -> Text:
+    if row.holds:
+        return Text("ok", "green")
+    return Text("not judged" if saturated else "no", "yellow")
+
+
 def _show_errors(result: Result, console: Console) -> None:
-    table = _table("Failures", "", "count")
+    table = new_table("Failures", "", "count")
     for kind, tally in result.record.tallies.items():
         for name, number in sorted(tally.errors.items()):
             table.add_row(f"{kind.value}: error {name}", f"{number:,}")
@@ -289,8 +305,9 @@ def as_json(result: Result, bars: Mapping[str, float], started: float) -> dict[s
         "plan": {
             field.name: getattr(plan, field.name)
             for field in dataclasses.fields(plan)
-            if field.name not in ("credentials", "operator", "ca_file")
-        },
+            if field.name not in ("credentials", "operator", "ca_file", "target")
+        }
+        | ({} if plan.target is None else {"method": plan.target.method}),
         "verdict": result.verdict.value,
         "reasons": result.reasons(),
         "verified_connections": result.verified_connections,

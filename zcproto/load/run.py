@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from zcproto.common.text import escape_text
-from zcproto.errors import ConfigError, ConnectionClosed
-from zcproto.load.caller import Operator
-from zcproto.load.plan import Plan, shares
+from zcproto.errors import CallError, ConfigError, ConnectionClosed
+from zcproto.load.caller import Operator, UserCaller
+from zcproto.load.plan import Plan, Target, shares
 from zcproto.load.result import Moment, Result, StatsReading
 from zcproto.load.worker_pool import WorkerPool
 
@@ -70,6 +70,10 @@ async def run(
     reached. Later errors are in the result.
     """
     address = await resolve(plan.host, plan.port)
+    if plan.target is not None:
+        await _try_target(plan, plan.target, address)
+    if plan.operator is None:
+        return await _Run(plan, view, stop, None).conduct(address)
     operator = await Operator.connect(plan.host, address, plan.port, plan.ca_file, plan.operator)
     try:
         on_operator(operator)
@@ -78,8 +82,26 @@ async def run(
         await operator.disconnect()
 
 
+async def _try_target(plan: Plan, target: Target, address: str) -> None:
+    """Call the target once, alone. Raises ConfigError if its answer is an error or another result."""
+    user = await UserCaller.connect(plan.host, address, plan.port, plan.ca_file, plan.credentials[0])
+    try:
+        value = await user.call(target.method, target.params)
+    except CallError as error:
+        raise ConfigError([f"{escape_text(target.method)} cannot be measured: {error}"]) from error
+    finally:
+        await user.disconnect()
+    if not target.is_right(value):
+        raise ConfigError(
+            [
+                f"{escape_text(target.method)} answered {escape_text(repr(value), 200)}; give that to --expect,"
+                " or leave --expect out if its results differ"
+            ]
+        )
+
+
 class _Run:
-    def __init__(self, plan: Plan, view: View, stop: Stop, operator: Operator) -> None:
+    def __init__(self, plan: Plan, view: View, stop: Stop, operator: Operator | None) -> None:
         self._plan = plan
         self._view = view
         self._stop = stop
@@ -131,6 +153,8 @@ class _Run:
             self._result.load_s = record.load_ended - record.load_started
 
     async def _read(self, moment: Moment) -> None:
+        if self._operator is None:
+            return
         try:
             stats = await self._operator.stats()
         except ConnectionClosed as error:
@@ -142,7 +166,7 @@ class _Run:
 
     async def _read_closed(self) -> None:
         """Read the counters when the server has closed all connections, or after CLOSED_TIMEOUT."""
-        before = self._result.readings.get(Moment.IDLE)
+        before = self._result.readings.get(Moment.IDLE)  # None without an operator
         deadline = time.monotonic() + CLOSED_TIMEOUT
         while before is not None and not self._result.unread:
             await self._read(Moment.CLOSED)

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from zcproto.auth import UserFile
 from zcproto.common.home import Home
-from zcproto.load.command import Outputs, check_outputs, run_and_report
+from zcproto.load.command import Outputs, check_outputs, measure, run_and_report
 from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, require_open_files
 from zcproto.load.processes import uninterrupted
@@ -24,6 +24,15 @@ from zcproto.load.result import Result, Verdict
 
 ARRIVAL_RATE: Final = 450.0
 """Connections per second, at which both ends together use about half of two cores."""
+
+CALIBRATING_SHARE: Final = 100
+"""One of so many connections is opened first, as fast as the machine can."""
+
+CALIBRATING_LEAST: Final = 20
+CALIBRATING_RATE: Final = 20_000.0
+CALIBRATING_SECONDS: Final = 0.25
+USED_SHARE: Final = 0.5
+"""How much of what the machine can do is asked of it, so that its other programs have room."""
 
 PAYLOAD_BYTES: Final = 64
 SERVER_SPARE: Final = 320
@@ -50,12 +59,13 @@ class Demo:
     arrival_rate: float = ARRIVAL_RATE
     json: Path | None = None
     plot: Path | None = None
+    html: Path | None = None
 
 
 def run_demo(demo: Demo, console: Console) -> Result:
     """Run a demonstration. Raises ConfigError if the system does not allow so many connections."""
     require_open_files(demo.connections + SERVER_SPARE, demo.connections, lambda limit: limit - SERVER_SPARE)
-    outputs = Outputs(json=demo.json, plot=demo.plot, bars=BARS)
+    outputs = Outputs(json=demo.json, plot=demo.plot, html=demo.html, bars=BARS)
     check_outputs(outputs)
     started = time.monotonic()
     _print(
@@ -89,9 +99,38 @@ def run_demo(demo: Demo, console: Console) -> Result:
                 arrival_rate=demo.arrival_rate,
                 ca_file=home.certs / "ca.crt",
             )
-            result = run_and_report(plan, outputs, console)
+            result = run_and_report(fit(plan, console), outputs, console)
     _print(console, _conclusion(result, time.monotonic() - started))
     return result
+
+
+def fit(plan: Plan, console: Console) -> Plan:
+    """Return the plan with rates that the machine can hold, found with its first connections."""
+    connections = plan.connections // CALIBRATING_SHARE
+    if connections < CALIBRATING_LEAST:
+        return plan
+    trial = replace(
+        plan,
+        connections=connections,
+        sessions=connections,
+        arrival_rate=CALIBRATING_RATE,
+        rate=CALIBRATING_RATE,
+        duration_s=CALIBRATING_SECONDS,
+    )
+    result = measure(trial, Console(quiet=True))
+    if result.verdict is not Verdict.VERIFIED:
+        return plan  # its report shows why
+    fitting = replace(
+        plan,
+        arrival_rate=min(plan.arrival_rate, USED_SHARE * result.connect_rate),
+        rate=min(plan.rate, USED_SHARE * result.request_rate),
+    )
+    _print(
+        console,
+        f"this machine opens {result.connect_rate:,.0f} connections or answers {result.request_rate:,.0f} requests"
+        f" per second; the load is {fitting.arrival_rate:,.0f} and {fitting.rate:,.0f}",
+    )
+    return fitting
 
 
 @contextmanager
