@@ -139,6 +139,12 @@ async def test_call_cancelled_in_the_queue_is_never_run(blocker: Blocker) -> Non
     second.cancel()
     await asyncio.wait([second])
     assert (pool.running, pool.waiting) == (1, 1)
+    for _ in range(20):  # more than have a place
+        gone = start(pool, blocker, "gone")
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+    assert (pool.running, pool.waiting, pool.refused) == (1, 1, 0)
     blocker.release.set()
     assert await asyncio.gather(first, third) == ["a", "c"]
     assert blocker.begun == ["a", "c"]

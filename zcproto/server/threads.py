@@ -66,7 +66,7 @@ class ThreadPool:
     @property
     def waiting(self) -> int:
         """Calls that wait for a thread."""
-        return sum(not waiter.done() for waiter in self._waiting)
+        return len(self._waiting)
 
     async def run(self, owner: str, work: Callable[[], Any]) -> Any:
         """Run `work` in a thread, for a user or an address, and return its result.
@@ -133,6 +133,9 @@ class ThreadPool:
         except asyncio.CancelledError:
             if not waiter.cancelled():  # it has just got a place
                 self._leave_place()
+            else:  # or callers that come and go would fill the queue
+                with suppress(ValueError):
+                    self._waiting.remove(waiter)
             raise
 
     def _leave_place(self) -> None:
