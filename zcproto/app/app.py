@@ -140,9 +140,7 @@ class Method:
         if method.middleware or method.thread:
             method._wrapped = self._wrapped or self
             method.function = partial(_run_wrapped, method._wrapped, method.middleware)
-            method.bind = (
-                _as_one_argument  # the wrapped method's checks the parameters, within the middleware
-            )
+            method.bind = _as_one_argument  # `_run_wrapped` checks the parameters, within the middleware
             method.context_name = "context"
             method.items = None if self.items is None else ("items", self.items[1])
             method.is_async = True
