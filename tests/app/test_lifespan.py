@@ -187,8 +187,8 @@ def test_lifespan_ends_after_the_methods(serve: Serve, connect_to: ConnectTo) ->
 # --- failures --------------------------------------------------------------------------------------------
 
 
-def failing(when: str) -> App:
-    """An application whose lifespan raises, or waits for ever, at its start or its end."""
+def failing(when: str, release: asyncio.Event | None = None) -> App:
+    """An application whose lifespan raises, waits for ever, or until a release, at its start or its end."""
 
     @asynccontextmanager
     async def lifespan(app: App) -> AsyncIterator[None]:
@@ -200,7 +200,8 @@ def failing(when: str) -> App:
             if when == f"stuck at {moment}":
                 with pytest.raises(asyncio.CancelledError):
                     await asyncio.get_running_loop().create_future()
-                await asyncio.sleep(0.2)
+                assert release is not None
+                await release.wait()
 
         await at("start")
         try:
@@ -268,12 +269,30 @@ async def test_failure_at_the_end_is_raised_on_leaving_the_server(tmp_path: Path
 
 async def test_lifespan_that_cannot_be_cancelled_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifespan_module, "CANCELLED_TIME", 0.01)
-    lifespans = Lifespans(failing("stuck at end").lifespans(), {})
+    release = asyncio.Event()
+    lifespans = Lifespans(failing("stuck at end", release).lifespans(), {})
     await lifespans.start(5.0, never)
     await lifespans.stop(0.01)
     assert lifespans.is_stuck
-    await asyncio.sleep(0.3)
-    assert not lifespans.is_stuck
+    release.set()
+    async with asyncio.timeout(30):
+        while lifespans.is_stuck:  # noqa: ASYNC110 - its task ends in some turns
+            await asyncio.sleep(0)
+
+
+async def test_lifespan_stuck_at_the_start_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifespan_module, "CANCELLED_TIME", 0.01)
+    release = asyncio.Event()
+    lifespans = Lifespans(failing("stuck at start", release).lifespans(), {})
+    with pytest.raises(LifespanError, match="did not start within"):
+        await lifespans.start(0.01, never)
+    assert lifespans.is_stuck
+    await asyncio.wait_for(lifespans.stop(30.0), 5.0)
+    assert lifespans.is_stuck
+    release.set()
+    async with asyncio.timeout(30):
+        while lifespans.is_stuck:  # noqa: ASYNC110 - its task ends in some turns
+            await asyncio.sleep(0)
 
 
 async def test_cancelled_start_ends_the_lifespan(recorder: Recorder) -> None:

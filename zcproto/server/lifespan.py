@@ -73,7 +73,7 @@ class Lifespans:
     async def stop(self, limit: float) -> None:
         """Leave all lifespans within `limit` seconds. Idempotent."""
         self._stopping.set()
-        if self._task is not None and not self._task.done():
+        if self._task is not None and not self._task.done() and self.failure is None:
             self._phase = "end"
             await asyncio.wait([self._task], timeout=limit)
             if not self._task.done():
