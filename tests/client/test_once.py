@@ -3,98 +3,95 @@
 from __future__ import annotations
 
 import asyncio
-from typing import cast
 
 import pytest
 
-from tests.client.conftest import ConnectTo
-from tests.server.conftest import Serve
-from tests.server.helpers import ServerThread
+from tests.client.helpers import turns
 from zcproto.app.app import App
-from zcproto.app.context import Context
 from zcproto.errors import ConnectionClosed, FailedPrecondition
-from zcproto.server.protocol import ServerProtocol
+from zcproto.testing import Link, MemoryServer, MovableClock
 
 
-class CuttingApp:
-    """An application that aborts its connections during calls, `cuts` times."""
+class Shop:
+    """An application in memory whose orders are paid at once, and shipped when `may_ship` is set."""
 
-    def __init__(self, cuts: int) -> None:
-        self.cuts = cuts
+    def __init__(self) -> None:
         self.paid: list[int] = []
-        self.protocols: list[object] = []
-        self.app = App()
-        self.app.method("pay")(self.pay)
-        self.app.method("ship")(self.ship)
+        self.may_ship = asyncio.Event()
+        self.link, self.clock = Link(), MovableClock()
+        app = App()
+        app.method(self.pay)
+        app.method(self.ship)
+        self.server = MemoryServer(app, link=self.link, clock=self.clock)
 
-    def pay(self, context: Context, amount: int) -> dict[str, int]:
-        """Abort the connection after the work, so that the answer is not sent."""
-        self.paid.append(amount)
-        self._cut(context)
-        return {"number": len(self.paid), "amount": amount}
-
-    async def ship(self, context: Context, amount: int) -> dict[str, int]:
-        """Abort the connection during the work, and finish it."""
-        self._cut(context)
-        await asyncio.sleep(0.05)
+    def pay(self, amount: int) -> dict[str, int]:
         self.paid.append(amount)
         return {"number": len(self.paid), "amount": amount}
 
-    def _cut(self, context: Context) -> None:
-        if self.cuts:
-            self.cuts -= 1
-            cast("ServerProtocol", context.caller).abort("cut")
+    async def ship(self, amount: int) -> dict[str, int]:
+        await self.may_ship.wait()
+        return self.pay(amount)
 
-
-def cutting_app(serve: Serve, cuts: int = 1) -> tuple[CuttingApp, ServerThread]:
-    cutting = CuttingApp(cuts)
-    return cutting, serve(cutting.app)
+    async def lose(self) -> None:
+        """Lose the connection with what the server has sent, and let the client reconnect."""
+        self.link.cut()
+        self.link.release()
+        await turns()
+        self.clock.advance(5)
 
 
 @pytest.mark.parametrize("method", ["pay", "ship"])
-async def test_lost_answer_is_repeated_on_another_connection(
-    serve: Serve, connect_to: ConnectTo, method: str
-) -> None:
-    cutting, server = cutting_app(serve)
-    async with connect_to(server) as client:
-        result = await client.call(method, amount=5, idempotency_key="order-7")
-    assert result == {"number": 1, "amount": 5}
-    assert cutting.paid == [5]
-    assert server.stats["connections_opened"] == 2
-    assert server.stats["idempotency"]["repeated"] == 1
+async def test_lost_answer_is_repeated_on_another_connection(method: str) -> None:
+    shop = Shop()
+    async with shop.server, shop.server.connect("ada") as client:
+        shop.link.hold("from_server")
+        call = asyncio.create_task(client.call(method, amount=5, idempotency_key="order-7"))
+        await turns()
+        await shop.lose()
+        shop.may_ship.set()
+        assert await call == {"number": 1, "amount": 5}
+    assert shop.paid == [5]
+    assert shop.link.accepted == 2
 
 
-async def test_lost_answer_without_idempotency_key_raises(serve: Serve, connect_to: ConnectTo) -> None:
-    cutting, server = cutting_app(serve)
-    async with connect_to(server) as client:
+async def test_lost_answer_without_idempotency_key_raises() -> None:
+    shop = Shop()
+    async with shop.server, shop.server.connect("ada") as client:
+        shop.link.hold("from_server")
+        call = asyncio.create_task(client.call("pay", amount=5))
+        await turns()
+        await shop.lose()
         with pytest.raises(ConnectionClosed):
-            await client.call("pay", amount=5)
-        assert cutting.paid == [5]
+            await call
+        assert shop.paid == [5]
         assert (await client.call("pay", amount=5))["number"] == 2
 
 
-async def test_another_client_of_the_user_gets_the_stored_answer(serve: Serve, connect_to: ConnectTo) -> None:
-    cutting, server = cutting_app(serve, cuts=0)
-    async with connect_to(server) as client, connect_to(server) as another:
-        first, second = await asyncio.gather(
-            client.call("ship", amount=5, idempotency_key="k"),
-            another.call("ship", amount=5, idempotency_key="k", timeout=7),
-        )
-        assert first == second == {"number": 1, "amount": 5}
+async def test_another_client_of_the_user_gets_the_stored_answer() -> None:
+    shop = Shop()
+    async with shop.server as server, server.connect("ada") as client, server.connect("ada") as another:
+        calls = [
+            asyncio.create_task(client.call("ship", amount=5, idempotency_key="k")),
+            asyncio.create_task(another.call("ship", amount=5, idempotency_key="k", timeout=7)),
+        ]
+        await turns()
+        shop.may_ship.set()
+        assert await asyncio.gather(*calls) == [{"number": 1, "amount": 5}] * 2
         with pytest.raises(FailedPrecondition, match="another request"):
             await another.call("ship", amount=6, idempotency_key="k")
-    async with connect_to(server, user="bob") as bob:
-        assert (await bob.call("ship", amount=6, idempotency_key="k"))["number"] == 2
-    assert cutting.paid == [5, 6]
+        async with server.connect("bob") as bob:
+            assert (await bob.call("ship", amount=6, idempotency_key="k"))["number"] == 2
+    assert shop.paid == [5, 6]
 
 
-async def test_answer_of_timed_out_call_can_be_fetched_later(serve: Serve, connect_to: ConnectTo) -> None:
-    cutting, server = cutting_app(serve, cuts=0)
-    async with connect_to(server) as client:
-        call = asyncio.ensure_future(client.call("ship", amount=5, idempotency_key="k"))
-        await asyncio.to_thread(server.until, lambda: server.server.state.idempotency.running)
+async def test_answer_of_timed_out_call_can_be_fetched_later() -> None:
+    shop = Shop()
+    async with shop.server, shop.server.connect("ada") as client:
+        call = asyncio.create_task(client.call("ship", amount=5, idempotency_key="k"))
+        await turns()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
+        shop.may_ship.set()
         assert await client.call("ship", amount=5, idempotency_key="k") == {"number": 1, "amount": 5}
-    assert cutting.paid == [5]
+    assert shop.paid == [5]
