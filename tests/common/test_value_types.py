@@ -460,6 +460,14 @@ def test_container_reports_its_first_wrong_item() -> None:
         assert complaint(annotation, value).count("must be") == 1
 
 
+def test_path_of_a_fault_is_bounded() -> None:
+    nested: Any = SECRET
+    annotation: Any = int
+    for _ in range(20):
+        nested, annotation = {"a" * 60: nested}, dict[str, annotation]
+    assert len(complaint(annotation, nested)) < 300
+
+
 @pytest.mark.parametrize("annotation", [Point, Movie, Account, list[Account]])
 def test_faults_are_bounded(annotation: Any) -> None:
     many = {f"k{number}": 1 for number in range(60_000)}

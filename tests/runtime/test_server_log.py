@@ -74,6 +74,26 @@ def test_connection_is_numbered_when_first_logged(serve: Serve) -> None:
     assert number == "1"
 
 
+def test_value_that_cannot_be_sent_is_logged_by_path_and_type(serve: Serve, lines: Log) -> None:
+    app = App()
+
+    @app.method("jobs")
+    def jobs() -> dict[str, Any]:
+        return {"jobs": [{"id": 1}, {"id": 2, "state": object()}]}
+
+    @app.method("job.state")
+    async def state() -> Any:
+        return {"state": 2**64}
+
+    with serve(app).client("ada") as client:
+        client.refused("jobs")
+        client.refused("job.state")
+    assert [line["exc_info"] for line in of(lines(), "request.failed")] == [
+        "MessageError: value.jobs[1].state is of type builtins.object and cannot be sent",
+        "MessageError: value.state is an int of more than 64 bits and cannot be sent",
+    ]
+
+
 def test_incident_id_joins_answer_and_log_line(serve: Serve, lines: Log) -> None:
     app = App()
 

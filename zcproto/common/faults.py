@@ -13,15 +13,18 @@ MAX_FAULTS: Final = 16
 """Faults in one answer."""
 
 _MAX_NAME: Final = 64
+_MAX_PATH: Final = 256
 _IN_MESSAGE: Final = 4
 
 
 def refusal(faults: list[Fault]) -> InvalidArgument:
     """Return the error for wrong values: its message has the first faults, its details those up to `MAX_FAULTS`."""
-    shown = [f"{path} {problem}" for path, problem in faults[:_IN_MESSAGE]]
+    listed = [
+        {"path": path[:_MAX_PATH], "problem": problem[:_MAX_PATH]} for path, problem in faults[:MAX_FAULTS]
+    ]
+    shown = [f"{each['path']} {each['problem']}" for each in listed[:_IN_MESSAGE]]
     if len(faults) > _IN_MESSAGE:
         shown.append("and more")
-    listed = [{"path": path, "problem": problem} for path, problem in faults[:MAX_FAULTS]]
     return InvalidArgument("; ".join(shown), {"faults": listed})
 
 
