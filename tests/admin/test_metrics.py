@@ -181,6 +181,15 @@ def test_expired_and_evicted_sessions_have_different_reasons(serve: Serve) -> No
         assert value(server, "zcproto_sessions", state="live") == 0
 
 
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_session_that_ended_without_a_connection_has_a_reason(serve: Serve, store: str) -> None:
+    server = serve(sessions__per_user=1, store__url=store)
+    server.client("ada").close()
+    server.until_left()
+    with grows(server, "zcproto_sessions_ended_total", reason="disconnected"), server.client("ada"):
+        pass
+
+
 def test_every_end_reason_has_a_label() -> None:
     assert END_LABELS[EndReason.USER_CHANGED] == "user_changed"
     assert set(END_LABELS) == set(EndReason)

@@ -44,6 +44,18 @@ def refused(client: Client, method: str, /, **params: Any) -> int:
     return error.value.code
 
 
+def test_session_that_ended_without_a_connection_is_logged(serve: Serve, lines: Log) -> None:
+    server = serve(sessions__per_user=1)
+    with server.client("ada") as client:
+        evicted = client.opened["id"]
+    server.until_left()
+    with server.client("ada") as client:
+        pass
+    flush(server)
+    found = [(line["event"], line["session"]) for line in lines()]
+    assert found[1:] == [("session.evicted", evicted), ("session.opened", client.opened["id"])]
+
+
 def test_session_open_refresh_and_close_are_logged(serve: Serve, lines: Log) -> None:
     server = serve()
     with server.client() as client:

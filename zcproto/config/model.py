@@ -216,7 +216,7 @@ class SessionsConfig(Settings):
     when_full: Annotated[str, one_of("evict_disconnected", "evict_oldest", "refuse")] = "evict_disconnected"
     """What happens at the limit: the oldest session that no connection uses ends, and the new one is refused if
     all are in use; or the oldest session ends; or the new one is refused. By default clients that crashed do
-    not lock their user out, and a thief with the key cannot end the sessions that their owner is using."""
+    not lock their user out, and a login does not end the session of a client that is connected."""
     refresh: Annotated[bool, FLAG] = True
     """Whether a session has a refresh token, so that a client can continue without its key."""
     refresh_lifetime: Annotated[float, duration("1s", "365d")] = 30 * 86_400.0

@@ -41,8 +41,8 @@ DELAY_S: Final = 0.05
 """How long changes are collected: thousands of connections may end at once."""
 
 RETRY_S: Final = 1.0
-BATCH: Final = 250
-"""Leases written in one operation, which blocks the store for about a millisecond."""
+BATCH: Final = 200
+"""Leases written in one operation, which blocks the store for about 2 ms."""
 
 MAX_CHANGED: Final = 131_072
 """Changes that wait for the store. Without the oldest ones a lease expires later than it could."""

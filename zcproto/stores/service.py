@@ -30,7 +30,7 @@ from zcproto.common.network import network_of
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
-from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit, evicted_code
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import limit_reached, refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
 from zcproto.stores.base import Created, DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
@@ -293,9 +293,9 @@ class StoredSessionService(SessionService):
             complete = await self.sync.leases.complete(limit, record.user)
             created = await self._call(self._store.create(record, complete))
             if isinstance(created, Created):
-                for ended in created.ended:
-                    if ended.code is evicted_code(limit.when_full):
-                        self._registry.end(ended.id, ended.code, EndReason.DISCONNECTED, ended.ended_at)
+                for each in created.ended:
+                    if not self._registry.end(each.id, each.code, EndReason.DISCONNECTED, each.ended_at):
+                        log.info("session.evicted", session=id_text(each.id))  # unknown to this process
         return created
 
     async def _abandon(self, creating: asyncio.Task[None], record: SessionRecord) -> None:

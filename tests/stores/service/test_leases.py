@@ -165,14 +165,16 @@ async def test_own_changes_are_written_before_a_session_is_chosen(start_process:
 
 
 async def test_sessions_of_a_crashed_process_make_room_when_their_leases_have_expired(
-    start_process: StartProcess,
+    start_process: StartProcess, log: list[dict[str, Any]]
 ) -> None:
     one, other = await two_processes(start_process, per_user=1)
-    connect(one, await one.open())
+    crashed = connect(one, await one.open())
     await advance(LEASE_S - 1, other)
     await refused(other.open(), ResourceExhausted)
     await advance(1.0, other)
     await other.open()
+    (evicted,) = [line for line in log if line["event"] == "session.evicted"]
+    assert evicted["session"] == crashed.session.id
 
 
 async def test_expired_leases_do_not_count_for_a_lease_after_an_outage(start_process: StartProcess) -> None:
