@@ -21,6 +21,8 @@ from zcproto.common.exceptions import (
     MAX_EXCEPTIONS,
     MAX_FRAMES,
     MAX_MESSAGE,
+    MAX_MESSAGE_LINES,
+    MAX_NOTES,
     MAX_TRACEBACK,
     masked,
     summary,
@@ -183,6 +185,30 @@ def test_traceback_is_limited_as_json(character: str) -> None:
     assert len(json.dumps(lines)) < MAX_TRACEBACK + 100
     assert all(len(line) <= MAX_MESSAGE + 20 for line in lines)
     assert lines[-1].endswith("...")
+
+
+def test_notes_and_lines_of_a_message_are_limited() -> None:
+    error = ValueError("\n".join(["first", *"abcdefghijklmnopqrst"]))
+    for number in range(10):
+        error.add_note(f"note {number}")
+    lines = traceback_lines(error)
+    assert lines[-5:] == ["o", "note 0", "note 1", "note 2", "note 3"]
+    assert len(lines) == MAX_MESSAGE_LINES + MAX_NOTES
+
+
+def test_end_and_first_cause_of_a_long_traceback_are_kept() -> None:
+    error: Exception = KeyError("the cause")
+    for number in range(MAX_EXCEPTIONS - 1):
+        outer = ValueError(f"number {number} " + "tea " * 500)
+        outer.__cause__ = error
+        outer.add_note("note " * 200)
+        error = outer
+    lines = traceback_lines(error)
+    assert lines[0] == "KeyError: 'the cause'"
+    assert lines[-2].startswith("ValueError: number 6")
+    (left_out,) = [line for line in lines if line.endswith("lines are left out)")]
+    assert 4_800 < len(json.dumps(lines[lines.index(left_out) :])) < 6_100
+    assert 2_800 < len(json.dumps(lines[: lines.index(left_out)])) < 4_100
 
 
 def test_values_of_variables_are_not_shown() -> None:

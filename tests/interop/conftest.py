@@ -20,8 +20,18 @@ from zcproto.config.model import CertificatesConfig
 NAMES = ("zcp.example.com", "192.0.2.7", "2001:db8::7")
 """Configured names; the names of the machine are added by default."""
 
-CERTIFICATES = {"rsa-4096": "server.crt", "ecdsa-p256": "server-ecdsa.crt"}
-"""Certificate files by key type, for the default key types."""
+ALONE = "alone"
+CERTIFICATES = {
+    "rsa-4096": "server.crt",
+    "ecdsa-p256": "server-ecdsa.crt",
+    f"ecdsa-p256 {ALONE}": f"{ALONE}/server-ecdsa.crt",
+}
+"""Certificate files by key type: the default ones, and an ECDSA one alone, whose authority has an ECDSA key too."""
+
+
+def ca_of(certificate: Path) -> Path:
+    """Return the certificate of the authority that issued this one."""
+    return certificate.with_name("ca.crt")
 
 
 def issue(folder: Path, key_types: Sequence[str]) -> Path:
@@ -44,16 +54,15 @@ def issue(folder: Path, key_types: Sequence[str]) -> Path:
 @pytest.fixture(scope="package")
 def managed_certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with certificates of both key types and their authority, issued once as RSA-4096 is slow."""
-    assert set(CERTIFICATES) == set(CertificatesConfig().key_types)
-    return issue(tmp_path_factory.mktemp("interop") / "certs", list(CERTIFICATES))
+    folder = issue(tmp_path_factory.mktemp("interop") / "certs", CertificatesConfig().key_types)
+    issue(folder / ALONE, ["ecdsa-p256"])
+    return folder
 
 
 @pytest.fixture(scope="package")
 def other_ca(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the certificate of another authority."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zcproto.certs.authority.KEY_TYPE", "rsa-2048")
-        return issue(tmp_path_factory.mktemp("other_ca") / "certs", ["ecdsa-p256"]) / "ca.crt"
+    return issue(tmp_path_factory.mktemp("other_ca") / "certs", ["ecdsa-p256"]) / "ca.crt"
 
 
 Serve = Callable[[str], int]
@@ -68,12 +77,10 @@ def serve(managed_certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         def port_of(key_type: str) -> int:
             if key_type not in ports:
                 home = tmp_path_factory.mktemp("served") / "home"
-                server = ServerThread(home, managed_certs, certificates__key_types=[key_type])
+                path = managed_certs / CERTIFICATES[key_type]
+                server = ServerThread(home, path.parent, certificates__key_types=[key_type.partition(" ")[0]])
                 port = stack.enter_context(server).port
-                assert (
-                    served_certificate(port, managed_certs / "ca.crt")
-                    == (managed_certs / CERTIFICATES[key_type]).read_text()
-                )
+                assert served_certificate(port, ca_of(path)) == path.read_text()
                 ports[key_type] = port
             return ports[key_type]
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.certs.support import build, pem
-from tests.interop.conftest import CERTIFICATES, NAMES
+from tests.interop.conftest import CERTIFICATES, NAMES, ca_of
 from tests.interop.support import SOURCES, is_address, needs, run_command
 
 OTHER_NAMES = ["other.example", "com", "sub.zcp.example.com", "192.0.2.8", "2001:db8::8"]
@@ -48,7 +48,7 @@ def test_openssl_strict_verification_accepts_every_name(managed_certs: Path, fil
     names = names_in(managed_certs / file)
     assert {*NAMES, "localhost", "127.0.0.1", "::1"} <= {*names}
     for name in names:
-        verified, output = openssl_verifies(managed_certs / "ca.crt", managed_certs / file, name)
+        verified, output = openssl_verifies(ca_of(managed_certs / file), managed_certs / file, name)
         assert verified, output
 
 
@@ -58,7 +58,7 @@ def test_openssl_refuses_wrong_name_and_untrusted_authority(
     managed_certs: Path, other_ca: Path, file: str
 ) -> None:
     for name in OTHER_NAMES:
-        verified, output = openssl_verifies(managed_certs / "ca.crt", managed_certs / file, name)
+        verified, output = openssl_verifies(ca_of(managed_certs / file), managed_certs / file, name)
         assert not verified
         assert "mismatch" in output
     verified, output = openssl_verifies(other_ca, managed_certs / file, "localhost")
@@ -67,9 +67,10 @@ def test_openssl_refuses_wrong_name_and_untrusted_authority(
 
 
 @needs("openssl")
-def test_openssl_accepts_authority_as_server_ca_only(managed_certs: Path) -> None:
+@files
+def test_openssl_accepts_authority_as_server_ca_only(managed_certs: Path, file: str) -> None:
     strict = ["-x509_strict", "-check_ss_sig", "-auth_level", "3", "-no-CApath"]
-    ca_file = managed_certs / "ca.crt"
+    ca_file = ca_of(managed_certs / file)
     code, output = run_command(["openssl", "verify", *strict, "-CAfile", ca_file, ca_file])
     assert code == 0, output
     _, purposes = run_command(["openssl", "x509", "-in", ca_file, "-noout", "-purpose"])
@@ -93,7 +94,7 @@ def gnutls_verifies(ca_file: Path, certificate: Path, name: str) -> tuple[bool, 
 @files
 def test_gnutls_accepts_every_name(managed_certs: Path, file: str) -> None:
     for name in names_in(managed_certs / file):
-        verified, output = gnutls_verifies(managed_certs / "ca.crt", managed_certs / file, name)
+        verified, output = gnutls_verifies(ca_of(managed_certs / file), managed_certs / file, name)
         assert verified, output
 
 
@@ -103,7 +104,7 @@ def test_gnutls_refuses_wrong_name_and_untrusted_authority(
     managed_certs: Path, other_ca: Path, file: str
 ) -> None:
     for name in OTHER_NAMES:
-        verified, output = gnutls_verifies(managed_certs / "ca.crt", managed_certs / file, name)
+        verified, output = gnutls_verifies(ca_of(managed_certs / file), managed_certs / file, name)
         assert not verified
         assert "The name in the certificate does not match the expected" in output
     verified, output = gnutls_verifies(other_ca, managed_certs / file, "localhost")
@@ -119,7 +120,7 @@ def test_gnutls_refuses_wrong_name_and_untrusted_authority(
 def test_botan_accepts_chain_and_refuses_untrusted_authority(
     managed_certs: Path, other_ca: Path, file: str
 ) -> None:
-    code, output = run_command(["botan", "cert_verify", managed_certs / file, managed_certs / "ca.crt"])
+    code, output = run_command(["botan", "cert_verify", managed_certs / file, ca_of(managed_certs / file)])
     assert (code, output.strip()) == (0, "Certificate passes validation checks")
     _, output = run_command(["botan", "cert_verify", managed_certs / file, other_ca])
     assert "Certificate issuer not found" in output
@@ -146,7 +147,7 @@ def nss_verifies(ca_file: Path, certificate: Path, database: Path) -> tuple[bool
 def test_nss_accepts_chain_and_refuses_untrusted_authority(
     managed_certs: Path, other_ca: Path, file: str, tmp_path: Path
 ) -> None:
-    verified, output = nss_verifies(managed_certs / "ca.crt", managed_certs / file, tmp_path / "trusted")
+    verified, output = nss_verifies(ca_of(managed_certs / file), managed_certs / file, tmp_path / "trusted")
     assert verified, output
     verified, output = nss_verifies(other_ca, managed_certs / file, tmp_path / "other")
     assert not verified
@@ -166,8 +167,8 @@ def test_grpc_accepts_names_and_refuses_wrong_name_and_untrusted_authority(
     managed_certs: Path, other_ca: Path, file: str
 ) -> None:
     for name in names_in(managed_certs / file):
-        assert grpc_call(managed_certs / "ca.crt", managed_certs / file, name) == (0, "accepted")
-    code, output = grpc_call(managed_certs / "ca.crt", managed_certs / file, "other.example")
+        assert grpc_call(ca_of(managed_certs / file), managed_certs / file, name) == (0, "accepted")
+    code, output = grpc_call(ca_of(managed_certs / file), managed_certs / file, "other.example")
     assert code == 3
     assert "Hostname Verification Check failed" in output
     code, output = grpc_call(other_ca, managed_certs / file, "localhost")
@@ -225,14 +226,16 @@ def test_linter_finds_only_bare_host_names_in_leaf(managed_certs: Path, file: st
     assert lint("lint_pkix_cert", managed_certs / file) == allowed_findings(managed_certs / file)
 
 
-def test_linter_finds_only_bare_host_names_in_authority(managed_certs: Path) -> None:
-    assert lint("lint_pkix_cert", managed_certs / "ca.crt") == allowed_findings(managed_certs / "ca.crt")
+@files
+def test_linter_finds_only_bare_host_names_in_authority(managed_certs: Path, file: str) -> None:
+    ca_file = ca_of(managed_certs / file)
+    assert lint("lint_pkix_cert", ca_file) == allowed_findings(ca_file)
 
 
 @pytest.mark.requirement("profile")
 @files
 def test_linter_finds_nothing_in_chain(managed_certs: Path, file: str) -> None:
-    assert lint("lint_pkix_signer_signee_cert_chain", managed_certs / "ca.crt", managed_certs / file) == []
+    assert lint("lint_pkix_signer_signee_cert_chain", ca_of(managed_certs / file), managed_certs / file) == []
 
 
 def test_linter_detects_invalid_certificates(managed_certs: Path, tmp_path: Path) -> None:

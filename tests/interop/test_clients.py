@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.interop.conftest import CERTIFICATES, Serve
+from tests.interop.conftest import CERTIFICATES, Serve, ca_of
 from tests.interop.support import Outcome, Programs, is_address, needs, run_client
 from zcproto.wire.frame import MIN_LENGTH, WELCOME
 
@@ -157,10 +157,11 @@ clients = pytest.mark.parametrize(
 def test_client_of_other_stack_receives_first_frame(
     client: Client, key_type: str, programs: Programs, managed_certs: Path, serve: Serve, tmp_path: Path
 ) -> None:
+    ca_file = ca_of(managed_certs / CERTIFICATES[key_type])
     for name in GOOD_NAMES:
         if ":" in name and not client.has_ipv6:
             continue
-        outcome = client.connect(programs, serve(key_type), name, managed_certs / "ca.crt", tmp_path)
+        outcome = client.connect(programs, serve(key_type), name, ca_file, tmp_path)
         assert outcome.code == 0, outcome.output
         length, head = struct.unpack("!II", outcome.start)
         assert head == WELCOME  # version 1, kind 1, no flags
@@ -186,8 +187,9 @@ def test_client_of_other_stack_refuses_untrusted_authority(
 def test_client_of_other_stack_refuses_wrong_name(
     client: Client, key_type: str, programs: Programs, managed_certs: Path, serve: Serve, tmp_path: Path
 ) -> None:
+    ca_file = ca_of(managed_certs / CERTIFICATES[key_type])
     for name in OTHER_NAMES:
-        outcome = client.connect(programs, serve(key_type), name, managed_certs / "ca.crt", tmp_path)
+        outcome = client.connect(programs, serve(key_type), name, ca_file, tmp_path)
         assert outcome.start == b""
         assert outcome.code == client.refused, outcome.output
         assert re.search(client.wrong_name, outcome.output), outcome.output
@@ -255,7 +257,7 @@ def test_curl_accepts_certificate_and_refuses_wrong_name_and_untrusted_authority
     """A standard HTTPS server serves the certificate because curl does not offer ZCP/1."""
     with standard_server(managed_certs / CERTIFICATES[key_type]) as port:
         for name in GOOD_NAMES:
-            outcome = curl(port, name, managed_certs / "ca.crt")
+            outcome = curl(port, name, ca_of(managed_certs / CERTIFICATES[key_type]))
             assert BODY.startswith(outcome.start), outcome.output
             assert outcome.code == 0, outcome.output
         for ca_file in (other_ca, None):
@@ -263,6 +265,6 @@ def test_curl_accepts_certificate_and_refuses_wrong_name_and_untrusted_authority
             assert outcome.code == PEER_FAILED_VERIFICATION
             assert "unable to get local issuer certificate" in outcome.output
         for name in OTHER_NAMES:
-            outcome = curl(port, name, managed_certs / "ca.crt")
+            outcome = curl(port, name, ca_of(managed_certs / CERTIFICATES[key_type]))
             assert outcome.code == PEER_FAILED_VERIFICATION
             assert "no alternative certificate subject name matches" in outcome.output
