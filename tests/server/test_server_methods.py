@@ -91,6 +91,11 @@ def test_schemas_of_server_info_are_bounded(serve: Serve) -> None:
     assert (listed["m0"], listed["m1"], listed["m9"], listed["deep"]) == (True, True, False, False)
 
 
+def test_schemas_are_made_before_the_first_client(serve: Serve) -> None:
+    methods = serve().server.state.methods
+    assert [name for name, method in methods.items() if "schema_size" not in vars(method)] == []
+
+
 def test_methods_of_server_info_can_be_called(serve: Serve) -> None:
     server = serve()
     for user in (None, "ada", "operator"):

@@ -147,6 +147,7 @@ async def build(
     )
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
+    state.prepare_schemas()
     functions = [each for method in state.methods.values() for each in method.functions()]
     loop_lag.holds = LoopHolds(loop_lag.overdue, functions, _log_hold)
     if http is not None:

@@ -245,6 +245,11 @@ class ServerState:
     def add_methods(self, methods: Iterable[Method]) -> None:
         self.methods.update((method.name, method) for method in methods)
 
+    def prepare_schemas(self) -> None:
+        """Make the schemas of all methods, which takes milliseconds for some, before `server.info` needs them."""
+        for method in self.methods.values():
+            method.schema_size  # noqa: B018  it is cached
+
     def _session_ended(self, session_id: str, code: Code, reason: EndReason) -> None:
         self.counters.sessions_ended[reason] += 1
         if reason is EndReason.DISCONNECTED:
