@@ -204,6 +204,7 @@ class Reader:
 
     def __init__(self, folder: Path, certs: Path, *, has_node: bool = False) -> None:
         self.home, self._bin, self._log = folder / "home", folder / "bin", folder / "output"
+        self._pycache = folder.parent / "pycache"  # of all pages
         self.folder = self.home / "project"
         self.folder.mkdir(parents=True)
         (self.home / ".zeroclaw").mkdir(0o700)
@@ -342,11 +343,13 @@ class Reader:
 
     def _environment(self) -> dict[str, str]:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ZCPROTO_")}
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each command would compile the package
         return {
             **environ,
             "HOME": str(self.home),
             "PATH": f"{self._bin}:{os.environ['PATH']}",
             "PYTHONPATH": f"{ROOT}",
+            "PYTHONPYCACHEPREFIX": str(self._pycache),
             **self._exported,
             "NODE_CLIENT": str(ROOT / "clients" / "typescript"),
             "ZCPROTO_SERVER__PORT": self._with_ports(" 7443").strip(),
