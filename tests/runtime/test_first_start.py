@@ -28,6 +28,15 @@ def server_at(home: Path, **certificates: Any) -> Any:
     )
 
 
+@pytest.fixture(autouse=True)
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `zcproto` in PATH."""
+    folder = tmp_path.with_name(f"{tmp_path.name}-bin")
+    folder.mkdir()
+    (folder / "zcproto").touch(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
 def lines_of(server: Any) -> tuple[list[str], list[str]]:
     """Run through a start; return the lines on the terminal, and the sentences that were passed on."""
     terminal, sentences = io.StringIO(), []
@@ -61,6 +70,15 @@ def test_next_command_is_a_call_if_there_are_users(tmp_path: Path, monkeypatch: 
     assert lines[2] == (
         f"zcproto: next, in another terminal: zcproto --home {tmp_path} call localhost:7443 server.info"
     )
+
+
+def test_next_command_runs_without_an_activated_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines, _ = lines_of(server_at(tmp_path))
+    assert lines[2].endswith(f": {sys.executable} -m zcproto user add ada --keys-out ada.key")
 
 
 def test_later_start_passes_the_progress_on(tmp_path: Path) -> None:

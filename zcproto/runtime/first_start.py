@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -64,8 +66,13 @@ def _next_command(server: Server) -> str:
         "" if _is_default(server.home.path) else f" --home {escape_text(shlex.quote(str(server.home.path)))}"
     )
     if server.home.users.exists():
-        return f"zcproto{option} call localhost:{server.port} server.info"
-    return f"zcproto{option} user add ada --keys-out ada.key"
+        return f"{_program()}{option} call localhost:{server.port} server.info"
+    return f"{_program()}{option} user add ada --keys-out ada.key"
+
+
+def _program() -> str:
+    """Return how to run a command, also from an environment that is not activated."""
+    return "zcproto" if shutil.which("zcproto") else f"{escape_text(shlex.quote(sys.executable))} -m zcproto"
 
 
 def _is_default(path: Path) -> bool:
