@@ -57,11 +57,13 @@ class Home:
 
     def require(self) -> None:
         """Raise ConfigError if the folder does not exist."""
-        if self.path.exists() and not self.path.is_dir():
+        with file_errors(self.path, "used as the home folder", fix="run this as the user of the server"):
+            exists, is_folder = self.path.exists(), self.path.is_dir()
+        if exists and not is_folder:
             raise ConfigError(
                 [f"{self.path}: is not a folder; name the home folder with --home or {VARIABLE}"]
             )
-        if not self.path.exists():
+        if not exists:
             raise ConfigError(
                 [
                     f"{self.path}: this home folder does not exist; name another one with --home or {VARIABLE},"
