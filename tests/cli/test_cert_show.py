@@ -169,6 +169,16 @@ def test_show_notes_a_constrained_ca_until_it_is_renewed_with_the_same_key(
     assert [row["note"] for row in data_of(capsys, "show", "--json")["certificates"]] == [None, None]
 
 
+def test_show_notes_an_ecdsa_ca_that_issues_for_rsa_keys(made: Path, home: Path, capsys: Capture) -> None:
+    assert [row["note"] for row in data_of(capsys, "show", "--json")["certificates"]] == [None, None]
+    (home / "config.toml").write_text(CONFIG.replace('["ecdsa-p256"]', '["ecdsa-p256", "rsa-4096"]'))
+    assert run("show") == 0
+    out = capsys.readouterr().out
+    assert (
+        f"NOTE: {made / 'ca.crt'}: has an ECDSA key, so clients that support only RSA cannot verify it" in out
+    )
+
+
 def test_show_reports_unparsable_constraints_as_no_note(made: Path, capsys: Capture) -> None:
     key = serialization.load_pem_private_key((made / "ca.key").read_bytes(), None)
     bad = x509.UnrecognizedExtension(x509.ExtensionOID.NAME_CONSTRAINTS, b"\x30\x03\x82\x05a")

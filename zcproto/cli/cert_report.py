@@ -225,10 +225,21 @@ class _Reader:
         elif problem:
             status = PROBLEM
         key_type = "" if leaf is None else type_of(leaf)
-        note = (
-            _constraints_note(leaf, certificate) if use == "ca" and leaf is not None and not problem else ""
-        )
+        note = ""
+        if use == "ca" and leaf is not None and not problem:
+            note = _constraints_note(leaf, certificate) or self._key_note(key_type, certificate)
         return CertificateRow(use, site, certificate, key, leaf, key_type, due, status, problem, note)
+
+    def _key_note(self, key_type: str, path: Path) -> str:
+        if keys.family(key_type) == "rsa" or "rsa" not in map(
+            keys.family, self._config.certificates.key_types
+        ):
+            return ""
+        return (
+            f"{path}: has an ECDSA key, so clients that support only RSA cannot verify it; if you have none, remove"
+            " the RSA type from certificates.key_types, otherwise move ca.* and server* away to create another"
+            " authority, which every client then has to trust"
+        )
 
 
 def _key_problem(certificate: x509.Certificate, path: Path, key: Path) -> str:
