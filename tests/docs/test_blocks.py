@@ -40,8 +40,9 @@ def test_page_runs_as_printed(page: Path, tmp_path: Path, certs: Path) -> None:
     follow([page], tmp_path, certs)
 
 
-def test_tutorial_runs_as_printed(tmp_path: Path, certs: Path) -> None:
-    follow(TUTORIAL, tmp_path, certs)
+def test_tutorial_runs_as_printed_and_its_gateway_is_short(tmp_path: Path, certs: Path) -> None:
+    files = follow(TUTORIAL, tmp_path, certs)
+    assert len(files["gateway.py"].splitlines()) < 120, "the tutorial promises less"
 
 
 @pytest.mark.skipif(
@@ -52,7 +53,8 @@ def test_page_for_node_runs_as_printed(pages: list[Path], tmp_path: Path, certs:
     follow(pages, tmp_path, certs, has_node=True)
 
 
-def follow(pages: list[Path], folder: Path, certs: Path, *, has_node: bool = False) -> None:
+def follow(pages: list[Path], folder: Path, certs: Path, *, has_node: bool = False) -> dict[str, str]:
+    """Follow pages in one folder. Return the files that they have written."""
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     for program in PROGRAMS:
         if f"\n{program} " in text and shutil.which(program) is None:
@@ -63,6 +65,7 @@ def follow(pages: list[Path], folder: Path, certs: Path, *, has_node: bool = Fal
         for page in pages:
             reader.follow(page)
         reader.check_that_all_files_ran()
+    return reader.files
 
 
 def test_programs_of_the_pages_have_strict_types(tmp_path: Path) -> None:
