@@ -138,8 +138,8 @@ STREAMS: Final[dict[str, Fault]] = {
         "does not cancel a stream that it fails",
         (
             "zcproto.client.streams:Stream.receive",
-            "except BaseException:\n            self.close()",
-            "except BaseException:",
+            "self._middleware.end(error=error)\n            self.close()",
+            "self._middleware.end(error=error)",
         ),
     ),
     "item-too-long": fault(
