@@ -317,7 +317,7 @@ def lose_a_connection(load: Result) -> None:
     ("harm", "reason"),
     [
         (lose_a_request, "requests lost: 1, must be = 0"),
-        (lose_a_request, "1 requests of the load got no answer"),
+        (lose_a_request, "1 request of the load got no answer"),
         (lose_a_connection, "connections that answered to the end: 9, must be = 10"),
     ],
 )

@@ -90,7 +90,7 @@ def test_wrong_and_lost_items_fail_the_run() -> None:
     text = shown(result)
     assert row(text, "items: wrong or out of order") == ["2"]
     assert row(text, "items: did not arrive") == ["3"]
-    assert "2 streams got a wrong answer; 2 items are wrong or out of order; 3 items did not arrive" in text
+    assert "2 streams got a wrong answer; 2 items wrong or out of order; 3 items did not arrive" in text
 
 
 def test_bars_are_shown_with_their_verdicts() -> None:

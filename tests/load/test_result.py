@@ -25,7 +25,7 @@ def test_operator_requests_are_subtracted() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
-        ("unequal", 1, "1 requests of the load got a wrong answer"),
+        ("unequal", 1, "1 request of the load got a wrong answer"),
         ("lost", 2, "2 requests of the load got no answer"),
         ("errors", {"INTERNAL": 2, "ABORTED": 1}, "3 requests of the load got an error"),
         ("not_sent", {"gone": 1_500}, "1,500 requests of the load could not be sent"),
@@ -41,7 +41,7 @@ def test_each_kind_of_failure_is_a_reason(field: str, value: object, reason: str
 def test_unclosed_sessions_are_a_reason() -> None:
     result = verified_result()
     result.record.tallies[RequestKind.CLOSE].lost = 1
-    assert result.reasons() == ["1 session.close requests got no answer"]
+    assert result.reasons() == ["1 session.close request got no answer"]
 
 
 def test_lost_connections_are_a_reason() -> None:

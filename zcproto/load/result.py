@@ -129,23 +129,22 @@ class Result:
         unverified = self.plan.connections - self.verified_connections
         if unverified:
             reasons.append(f"{unverified:,} of {counted(self.plan.connections, 'connection')} not verified")
-        for kind, name in _NAMES.items():
+        for kind, (noun, which) in _NAMES.items():
             if kind is RequestKind.LOAD and self.plan.stream:
-                name = "streams"  # noqa: PLW2901
+                noun, which = "stream", ""  # noqa: PLW2901
             tally = record.tallies[kind]
-            if tally.unequal:
-                reasons.append(f"{tally.unequal:,} {name} got a wrong answer")
-            if tally.lost:
-                reasons.append(f"{tally.lost:,} {name} got no answer")
-            if tally.errors:
-                reasons.append(f"{sum(tally.errors.values()):,} {name} got an error")
-            if tally.not_sent:
-                reasons.append(f"{sum(tally.not_sent.values()):,} {name} could not be sent")
+            results = {
+                "got a wrong answer": tally.unequal,
+                "got no answer": tally.lost,
+                "got an error": sum(tally.errors.values()),
+                "could not be sent": sum(tally.not_sent.values()),
+            }
+            reasons += [f"{counted(n, noun)}{which} {result}" for result, n in results.items() if n]
         items = record.items
         if items.unequal:
-            reasons.append(f"{items.unequal:,} items are wrong or out of order")
+            reasons.append(f"{counted(items.unequal, 'item')} wrong or out of order")
         if items.lost:
-            reasons.append(f"{items.lost:,} items did not arrive")
+            reasons.append(f"{counted(items.lost, 'item')} did not arrive")
         for each in self.counted():
             if not each.is_read:
                 continue
@@ -223,9 +222,9 @@ class Result:
 
 
 _NAMES: Final = {
-    RequestKind.OPEN: "session.open requests",
-    RequestKind.JOIN: "first uses of a shared session",
-    RequestKind.LOAD: "requests of the load",
-    RequestKind.LAST: "last requests",
-    RequestKind.CLOSE: "session.close requests",
+    RequestKind.OPEN: ("session.open request", ""),
+    RequestKind.JOIN: ("first use", " of a shared session"),
+    RequestKind.LOAD: ("request", " of the load"),
+    RequestKind.LAST: ("last request", ""),
+    RequestKind.CLOSE: ("session.close request", ""),
 }
