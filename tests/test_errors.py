@@ -106,13 +106,19 @@ def test_tls_error_names_its_failure(error: TlsError, text: str) -> None:
     assert str(error) == text
 
 
-@pytest.mark.parametrize("kind", [ConnectionClosed, errors.CannotConnect])
-def test_closed_connection_reports_whether_it_was_clean(kind: type[ConnectionClosed]) -> None:
-    error = kind("draining", clean=True)
+def test_closed_connection_reports_whether_it_was_clean() -> None:
+    error = ConnectionClosed("draining", clean=True)
     assert (str(error), error.clean, error.code) == ("draining", True, None)
-    error = kind("replayed", code=Code.REPLAYED)
+    error = ConnectionClosed("replayed", code=Code.REPLAYED)
     assert (error.clean, error.code) == (False, Code.REPLAYED)
+
+
+def test_failed_connection_reports_whether_it_was_refused() -> None:
+    error = errors.CannotConnect("the port is closed", refused=True)
     assert isinstance(error, ConnectionClosed)
+    assert (str(error), error.refused, error.clean, error.code) == ("the port is closed", True, False, None)
+    assert pickle.loads(pickle.dumps(error)).refused
+    assert not errors.CannotConnect("unknown host").refused
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_closed_stdout_is_not_an_error(
 def test_package_runs_as_a_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["zcproto", "config", "--help"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module("zcproto", run_name="__main__")
+        runpy.run_path(str(Path(cli.__file__).parents[1] / "__main__.py"), run_name="__main__")
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("Usage: zcproto config ")
 

@@ -355,7 +355,7 @@ def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["child", str(home)])
     threads = {*threading.enumerate()}
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module("zcproto.load.demo.child", run_name="__main__")
+        runpy.run_path(child.__file__, run_name="__main__")
     assert caught.value.code == 5
     parent.die()
     for thread in {*threading.enumerate()} - threads:

@@ -160,7 +160,7 @@ def test_the_module_is_the_program(commands: Commands, monkeypatch: pytest.Monke
     commands.close()
     before = signal.getsignal(signal.SIGINT)
     try:
-        runpy.run_module("zcproto.load.worker", run_name="__main__")
+        runpy.run_path(worker.__file__, run_name="__main__")
         assert not gc.isenabled()
     finally:
         signal.signal(signal.SIGINT, before)
