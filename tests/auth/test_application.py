@@ -12,7 +12,7 @@ import pytest
 
 from tests.auth.helpers import FunctionAuthenticator, identified
 from zcproto.auth import ApplicationAuthenticator, Identity, Login, Throttle
-from zcproto.auth.application import MAX_MESSAGES, mask_fields
+from zcproto.auth.application import MAX_CHAIN, MAX_MESSAGES, mask_fields
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.errors import (
     CallError,
@@ -203,6 +203,11 @@ def shown(error: BaseException | None) -> list[str]:
             ],
         ),
         (chained(ValueError("no entry"), OSError("disk")), ["ValueError: no entry", "OSError: disk"]),
+        (
+            chained(ValueError("hunter2"), *(OSError(str(number)) for number in range(MAX_CHAIN))),
+            ["RuntimeError: ValueError: ***"]
+            + [f"RuntimeError: OSError: {number}" for number in range(MAX_CHAIN - 1)],
+        ),
         (noted(ValueError("wrong"), "with hunter2"), ["RuntimeError: ValueError: wrong"]),
         (
             ExceptionGroup("several", [ValueError("hunter2")]),

@@ -55,6 +55,15 @@ def test_lost_client_authority_certificate_is_reissued(folder: CertificateFolder
         assert folder.verify(issued.certificate).endswith(": OK\n")
 
 
+def test_rsa_key_of_the_client_authority_counts_as_missing(folder: CertificateFolder, rsa_key: Any) -> None:
+    folder.issue()
+    folder.path("client-ca.key").write_bytes(pem_of_key(rsa_key))
+    with pytest.raises(
+        CertificateError, match=r"client-ca\.key: the key is rsa-\d+ instead of ecdsa; no client"
+    ):
+        folder.issue("bob")
+
+
 def test_lost_client_authority_key_stops_issuing_and_revoking_but_keeps_the_crl(
     folder: CertificateFolder,
 ) -> None:
