@@ -473,7 +473,7 @@ def test_closing_the_loop_closes_waiting_coroutines() -> None:
     loop.run_until_complete(asyncio.sleep(0))
     worker.task.get_coro().close()  # type: ignore[union-attr]  # as the interpreter does when the loop is gone
     assert closed == [True]
-    assert outcome.calls == 0, "that is no answer"
+    assert outcome.calls == 0, "a closed coroutine has not answered"
     worker.task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
