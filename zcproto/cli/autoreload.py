@@ -139,6 +139,8 @@ def run_child(parent: int, descriptors: Sequence[int], arguments: Sequence[str])
         os.dup2(copy, number, inheritable=False)
         os.close(copy)
     os.environ["LISTEN_FDS"], os.environ["LISTEN_PID"] = str(len(copies)), str(os.getpid())
+    # Python takes a cached file for the new code if it was saved twice in a second, with the same length.
+    sys.dont_write_bytecode = True
     return main(arguments)
 
 
