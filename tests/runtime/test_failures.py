@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -138,6 +139,7 @@ CALLS: dict[str, Callable[[Client], Awaitable[Any]]] = {
 
 @pytest.fixture
 async def server(tmp_path: Path, certs: Path) -> AsyncIterator[zcproto.Server]:
+    gc.collect()  # a method that an earlier test has left is logged when it is collected
     shutil.copytree(certs, tmp_path / "certs")
     log = zcproto.LogConfig(file=tmp_path / "log")
     async with zcproto.Server(app, config(log=log), home=tmp_path) as server:

