@@ -7,9 +7,13 @@ import asyncio
 import errno
 import heapq
 import itertools
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from hypothesis import settings
 
@@ -40,11 +44,27 @@ FATAL_CODES = frozenset({Code.PROTOCOL_ERROR, Code.FRAME_TOO_LARGE, Code.REPLAYE
 """Codes that always end the connection (STALE_TIMESTAMP does so on stream 0 only)."""
 
 
+ROOT: Final = Path(__file__).parents[1]
+
+
 def machine_settings(*, max_examples: int, steps: int) -> settings:
     """Return the settings of a state machine: these, or those of `--hypothesis-profile=long`."""
     if settings.get_current_profile_name() == "long":
         return settings()
     return settings(max_examples=max_examples, stateful_step_count=steps)
+
+
+def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Check the types of programs that use the package."""
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", *arguments],
+        cwd=folder,
+        env={**os.environ, "MYPYPATH": str(ROOT)},  # it does not follow the hooks of an editable install
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
 
 
 def free_port() -> int:

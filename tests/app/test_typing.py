@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT, run_mypy
 
 PROGRAM: Final = """
 from collections.abc import AsyncIterator
@@ -72,16 +70,7 @@ def test_state_is_typed_and_plain_applications_need_no_type(tmp_path: Path) -> N
     good, wrong = tmp_path / "good.py", tmp_path / "wrong.py"
     good.write_text(PROGRAM)
     wrong.write_text(WRONG)
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(good), str(wrong)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-        env={"MYPYPATH": str(ROOT)},
-    )
+    done = run_mypy(ROOT, "--strict", "--follow-imports=silent", good, wrong)
     assert done.stderr == ""
     faults = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert [line.partition(".py:")[2].partition(":")[0] for line in faults] == ["8", "10", "11"], done.stdout

@@ -6,7 +6,6 @@ import ast
 import asyncio
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import zcproto
 from tests.cli import stub_app
 from tests.docs.blocks import blocks_of, change
 from tests.docs.messages import ROOT
+from tests.helpers import run_mypy
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.cli import main
@@ -152,9 +152,7 @@ def test_python_client_has_strict_types(application: str, right: str, wrong: str
     (tmp_path / "right.py").write_text(right)
     (tmp_path / "wrong.py").write_text(wrong)
     options = ["--strict", "--no-error-summary", "--follow-imports=silent"]
-    command = [sys.executable, "-m", "mypy", *options, "right.py", "wrong.py"]
-    environ = {**os.environ, "MYPYPATH": str(ROOT)}  # it does not follow the hooks of an editable install
-    checked = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    checked = run_mypy(tmp_path, *options, "right.py", "wrong.py")
     found = {tuple(line.split(":")[:2]) for line in checked.stdout.splitlines() if " error: " in line}
     assert found == {("wrong.py", str(number)) for number in lines_of_main(wrong)}, checked.stdout
 

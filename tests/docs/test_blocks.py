@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.docs.blocks import Block, PageError, Reader, blocks_of, change, pattern_of, problem_of
 from tests.docs.messages import ROOT
+from tests.helpers import run_mypy
 
 DOCS = ROOT / "docs"
 
@@ -82,9 +80,7 @@ def test_programs_of_the_pages_have_strict_types(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     options = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache"]
-    command = [sys.executable, "-m", "mypy", *options, *files]
-    environ = {**os.environ, "MYPYPATH": str(ROOT)}  # it does not follow the hooks of an editable install
-    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    ran = run_mypy(tmp_path, *options, *files)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

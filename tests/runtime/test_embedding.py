@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import zcproto
+from tests.helpers import run_mypy
 from tests.server.helpers import ROOT
 from zcproto.client.client import Client
 
@@ -192,16 +191,7 @@ def test_configuration_in_code_passes_strict_type_checks(tmp_path: Path) -> None
     wrong.write_text(
         "from zcproto import Config, ServerConfig\nConfig(server=ServerConfig(port='x', prot=1))\n"
     )
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(good), str(wrong)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-        env={"MYPYPATH": str(ROOT)},
-    )
+    done = run_mypy(ROOT, "--strict", "--follow-imports=silent", good, wrong)
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("Found 2 errors in 1 file"), done.stdout
