@@ -12,8 +12,9 @@ import pytest
 
 from tests.auth.helpers import FunctionAuthenticator, identified
 from zcproto.auth import ApplicationAuthenticator, Identity, Login, Throttle
-from zcproto.auth.application import MAX_CHAIN, MAX_MESSAGES, mask_fields
+from zcproto.auth.application import MAX_MESSAGES, mask_fields
 from zcproto.auth.identity import NO_CHANNEL, Channel
+from zcproto.common.exceptions import MAX_EXCEPTIONS
 from zcproto.errors import (
     CallError,
     InvalidArgument,
@@ -204,9 +205,9 @@ def shown(error: BaseException | None) -> list[str]:
         ),
         (chained(ValueError("no entry"), OSError("disk")), ["ValueError: no entry", "OSError: disk"]),
         (
-            chained(ValueError("hunter2"), *(OSError(str(number)) for number in range(MAX_CHAIN))),
+            chained(ValueError("hunter2"), *(OSError(str(number)) for number in range(MAX_EXCEPTIONS))),
             ["RuntimeError: ValueError: ***"]
-            + [f"RuntimeError: OSError: {number}" for number in range(MAX_CHAIN - 1)],
+            + [f"RuntimeError: OSError: {number}" for number in range(MAX_EXCEPTIONS - 1)],
         ),
         (noted(ValueError("wrong"), "with hunter2"), ["RuntimeError: ValueError: wrong"]),
         (

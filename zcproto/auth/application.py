@@ -28,13 +28,11 @@ from zcproto.auth.identity import (
     check_identity,
     user_in,
 )
+from zcproto.common.exceptions import MAX_EXCEPTIONS
 from zcproto.errors import CallError, Code, Unavailable
 
 _UNDECIDED: Final = frozenset({Code.INVALID_ARGUMENT, Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED})
 """Errors that do not refuse the login; the client gets them as they are."""
-
-MAX_CHAIN: Final = 8
-"""Causes of an exception that are logged."""
 
 MAX_MESSAGES: Final = 64
 """Messages of an exception, its causes and members that are searched. With more of them it is replaced."""
@@ -133,7 +131,7 @@ def without_fields(error: BaseException, params: Mapping[str, Any]) -> RuntimeEr
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    for _ in range(MAX_CHAIN):
+    for _ in range(MAX_EXCEPTIONS):  # as many as the log shows
         if error is None:
             return
         yield error
