@@ -127,7 +127,9 @@ async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
 
     def connect() -> None:
         ports.connections += 1
-        ports._counts.add("192.0.2.1", 0)
+        ports._by_network.add("192.0.2.1")
+
+        ports._all.add("")
 
     connect()
     acceptor.on_closed("192.0.2.1")  # none is left, but more may come

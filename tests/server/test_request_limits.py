@@ -9,73 +9,17 @@ import pytest
 
 from tests.server.protocol_harness import Harness, Peer
 from zcproto.app.context import Context
+from zcproto.common.counts import BURST_S
 from zcproto.common.deadlines import TICKS_PER_SECOND
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.protocol import MAX_WASTED, MOST_SLOW_DOWN_S, SLOW_DOWN_S
-from zcproto.server.request_limits import BURST_S, RequestLimits, RequestRate, RequestSettings
+from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.wire.frame import PING, Kind
 
 RATE = 4
 BURST = int(RATE * BURST_S)
 """Requests that a full bucket admits at once."""
-
-
-# --- a rate ----------------------------------------------------------------------------------------------
-
-
-def test_bucket_admits_a_burst_then_the_rate() -> None:
-    rate = RequestRate(RATE)
-    assert [rate.admit("ada", 100.0) for _ in range(BURST + 1)] == [*(BURST * [0]), 250]
-    assert rate.admit("bob", 100.0) == 0
-    assert rate.admit("ada", 100.125) == 125
-    assert rate.admit("ada", 100.25) == 0
-    assert rate.admit("ada", 100.25) == 250
-
-
-def test_bucket_is_full_again_after_the_time_of_a_burst() -> None:
-    rate = RequestRate(RATE)
-    for now in (100.0, 100.0 + BURST_S, 1_000.0):
-        assert [rate.admit("ada", now) for _ in range(BURST + 1)] == [*(BURST * [0]), 250]
-
-
-def test_rate_of_zero_admits_everything_and_counts_nothing() -> None:
-    rate = RequestRate(0)
-    assert not any(rate.admit("ada", 100.0) for _ in range(10_000))
-    assert len(rate) == 0
-
-
-def test_charge_takes_tokens_that_return_with_time() -> None:
-    rate = RequestRate(RATE)
-    assert rate.left("ada", 100.0) == BURST
-    rate.charge("ada", 3, 100.0)
-    assert rate.left("ada", 100.0) == BURST - 3
-    rate.charge("ada", 1_000, 100.0)
-    assert [rate.left("ada", now) for now in (100.0, 100.25, 1_000.0)] == [0, 1, BURST]
-    assert rate.left("bob", 100.0) == BURST
-    unlimited = RequestRate(0)
-    unlimited.charge("ada", 1_000, 100.0)
-    assert len(unlimited) == 0
-
-
-def test_charge_counts_in_a_full_table() -> None:
-    rate = RequestRate(RATE, max_keys=1)
-    for _ in range(BURST):
-        rate.charge("ada", 1, 100.0)
-        rate.charge("bob", 1, 100.0)
-    assert rate.left("ada", 100.0) == 0
-    assert len(rate) == 2
-
-
-def test_full_table_drops_full_buckets_and_then_shares_one() -> None:
-    rate = RequestRate(RATE, max_keys=2)
-    for key in ("ada", "bob"):
-        assert rate.admit(key, 100.0) == 0
-    shared = [rate.admit(f"user{number}", 100.0) for number in range(BURST + 1)]
-    assert shared == [*(BURST * [0]), 250]
-    assert [rate.admit("ada", 100.0) for _ in range(BURST)] == [*((BURST - 1) * [0]), 250]
-    assert rate.admit("carol", 100.0 + BURST_S) == 0
-    assert len(rate) <= 3
 
 
 # --- all limits --------------------------------------------------------------------------------------------

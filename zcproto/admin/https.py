@@ -22,13 +22,14 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
-from zcproto.common.network import plain_address
+from zcproto.common.counts import Counts
+from zcproto.common.network import network_of, plain_address
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Peer, Router, text_response
 from zcproto.http.security_headers import SecurityHeaders, StrictTransportSecurity
-from zcproto.server.listener import AcceptLoop, AddressCounts, bind
+from zcproto.server.listener import AcceptLoop, bind
 from zcproto.server.state import ServerState, log
 from zcproto.tls.server import TlsServerTransport
 
@@ -206,7 +207,7 @@ class RedirectListener(AcceptLoop):
             REDIRECT_LIMITS,
             _plain_peer,
         )
-        self._counts = AddressCounts()
+        self._by_network = Counts()
         self.open: set[LingeringProtocol] = set()
         self.refused = 0
 
@@ -225,7 +226,9 @@ class RedirectListener(AcceptLoop):
 
     def _admit(self, connection: socket.socket, address: Any) -> None:
         client = plain_address(address[0])
-        if len(self.open) >= MAX_REDIRECT_CONNECTIONS or not self._counts.add(client, PER_ADDRESS):
+        if len(self.open) >= MAX_REDIRECT_CONNECTIONS or not self._by_network.add(
+            network_of(client), PER_ADDRESS
+        ):
             self.refused += 1
             connection.close()
             return
@@ -237,7 +240,7 @@ class RedirectListener(AcceptLoop):
         """Release a connection. Idempotent."""
         if protocol in self.open:
             self.open.discard(protocol)
-            self._counts.remove(protocol.client)
+            self._by_network.remove(network_of(protocol.client))
         self.state.wheel.discard(protocol)
 
 

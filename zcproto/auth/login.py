@@ -22,6 +22,7 @@ from zcproto.auth.application import ApplicationAuthenticator
 from zcproto.auth.identity import NO_CHANNEL, Authenticator, Channel, Identity, check_scheme, user_in
 from zcproto.auth.schemes import DeviceAuthenticator
 from zcproto.auth.throttle import Throttle
+from zcproto.common.counts import ALONE, Counting
 from zcproto.common.network import network_of
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 
@@ -35,6 +36,7 @@ PENDING_SHARE: Final = 4
 """The part of all pending logins that one address may have is one in this number."""
 
 _RETRY_PENDING_MS: Final = 1000
+_ALL: Final = ""
 
 Decision = TypeVar("Decision")
 
@@ -47,7 +49,11 @@ class Login:
     """
 
     def __init__(
-        self, authenticators: Iterable[Authenticator], throttle: Throttle, max_pending: int = 1024
+        self,
+        authenticators: Iterable[Authenticator],
+        throttle: Throttle,
+        max_pending: int = 1024,
+        counting: Counting = ALONE,
     ) -> None:
         self._authenticators: dict[str, Authenticator] = {}
         self._namers: dict[str, Callable[[Mapping[str, Any], Channel], str]] = {}
@@ -64,8 +70,9 @@ class Login:
         self.throttle = throttle
         self.max_pending = max_pending
         self.pending = 0
-        self._pending_users: dict[str, int] = {}
-        self._pending_networks: dict[str, int] = {}
+        self._pending_all = counting.counts("logins_pending")
+        self._pending_users = counting.counts("logins_pending_per_user")
+        self._pending_networks = counting.counts("logins_pending_per_address")
         self.throttled = 0
         self.accepted = dict.fromkeys([*self._authenticators, ATTACH], 0)
         self.refused = dict.fromkeys(self.accepted, 0)
@@ -165,18 +172,18 @@ class Login:
 
     async def _decision(self, name: str, address: str, answer: Awaitable[Decision]) -> Decision:
         """Await the authenticator's answer. Until then the login is pending."""
-        counts = (self._pending_users, name), (self._pending_networks, network_of(address))
+        network = network_of(address)
         self.pending += 1
-        for count, key in counts:
-            count[key] = count.get(key, 0) + 1
+        self._pending_all.add(_ALL)
+        self._pending_users.add(name)
+        self._pending_networks.add(network)
         try:
             return await answer
         finally:
             self.pending -= 1
-            for count, key in counts:
-                count[key] -= 1
-                if not count[key]:
-                    del count[key]
+            self._pending_all.remove(_ALL)
+            self._pending_users.remove(name)
+            self._pending_networks.remove(network)
 
     def _authenticator(self, params: Mapping[str, Any]) -> Authenticator:
         scheme = params.get("scheme")
@@ -190,7 +197,7 @@ class Login:
 
     def _admit(self, name: str, address: str, now: float) -> None:
         retry_after_ms = self.throttle.check(name, address, now)
-        if not retry_after_ms and self.pending and self._is_full(name, address):
+        if not retry_after_ms and self._is_full(name, address):
             retry_after_ms = _RETRY_PENDING_MS
         if retry_after_ms:
             self.throttled += 1
@@ -198,8 +205,9 @@ class Login:
 
     def _is_full(self, name: str, address: str) -> bool:
         """Return whether as many logins are pending as may be: of the user, of the address or in all."""
-        return (
-            self.pending >= self.max_pending
-            or (name != "" and self._pending_users.get(name, 0) >= MAX_PENDING)
-            or self._pending_networks.get(network_of(address), 0) * PENDING_SHARE >= self.max_pending
+        pending = self._pending_all[_ALL]
+        return pending > 0 and (
+            pending >= self.max_pending
+            or (name != "" and self._pending_users[name] >= MAX_PENDING)
+            or self._pending_networks[network_of(address)] * PENDING_SHARE >= self.max_pending
         )

@@ -20,7 +20,7 @@ It must not know: connections, frames, how a method is run.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -28,6 +28,7 @@ from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from zcproto.common.clock import Clock, MonotonicClock
+from zcproto.common.counts import Counts
 from zcproto.errors import (
     CallError,
     Code,
@@ -139,6 +140,7 @@ class IdempotencyCache:
         keep_ms: int = DEFAULT_KEEP_MS,
         limits: AnswerLimits = DEFAULT_LIMITS,
         max_running: int = DEFAULT_RUNNING,
+        running_of: Counts | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._tasks = tasks
@@ -148,7 +150,7 @@ class IdempotencyCache:
         self._max_running = max_running
         self._sleep = sleep
         self._running: dict[Name, _KeyedRun] = {}
-        self._running_of: Counter[str] = Counter()
+        self._running_of = Counts() if running_of is None else running_of
         # All answers without a store, else those it failed to store.
         self._memory = Answers(limits, MonotonicClock(clock).wall)
         # Answers in memory, to be written to the store; and requests that it may hold a claim of this process for,
@@ -208,10 +210,9 @@ class IdempotencyCache:
                 return answer_error(self._conflict())
             self.repeated += 1
             return Waiting(run, on_answer)
-        if self._running_of[user] >= self._max_running:
+        if not self._running_of.add(user, self._max_running):
             self.refused += 1
             return answer_error(too_many_requests("of this user "))
-        self._running_of[user] += 1
         run = self._running[name] = _KeyedRun(digest)
         self._no_runs.clear()
         try:
@@ -238,10 +239,7 @@ class IdempotencyCache:
 
     def _ended(self, name: Name) -> None:
         del self._running[name]
-        user = name[0]
-        self._running_of[user] -= 1
-        if not self._running_of[user]:
-            del self._running_of[user]
+        self._running_of.remove(name[0])
         if not self._running:
             self._no_runs.set()
 

@@ -1,8 +1,7 @@
 """Listening sockets: which connections are accepted, and how many at once.
 
-    AcceptLoop     accept, adopt, pause when the system is exhausted: shared with the other listening sockets
-    AddressCounts  open connections by client network
-    Listener       the TLS port
+    AcceptLoop  accept, adopt, pause when the system is exhausted: shared with the other listening sockets
+    Listener    the TLS port
 
 Rules:
 - A connection beyond a limit is closed at accept, without a byte. If dropping a silent connection makes room for
@@ -22,16 +21,15 @@ import errno
 import os
 import socket
 import struct
-from collections import Counter
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final
 
+from zcproto.common.counts import ALONE, Counting
 from zcproto.common.network import AddressSet, network_of, plain_address
 from zcproto.config import Config
 from zcproto.errors import ConfigError
-from zcproto.server.request_limits import RequestRate
 from zcproto.server.state import ServerState, log
 from zcproto.tls.pending import Network
 from zcproto.tls.proxy import ForwardedTransport
@@ -49,6 +47,9 @@ PAUSE_WHEN_EXHAUSTED: Final = 0.5
 
 HANDSHAKE_COST: Final = 4
 """What a handshake that begins and is not completed counts as, in connections that send no ClientHello."""
+
+_ALL: Final = ""
+"""The key of the count of all connections."""
 
 _RESET: Final = struct.pack("ii", 1, 0)
 """Close by a reset (SO_LINGER): the kernel keeps nothing of the connection."""
@@ -112,29 +113,6 @@ def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
     except (OSError, UnicodeError) as error:
         raise ConfigError([f"server.host = {host!r}: no such address; use one of this machine"]) from error
     return list(dict.fromkeys((family, address) for family, *_, address in found))
-
-
-class AddressCounts:
-    """Open connections by client network: an IPv4 address, or the /64 of an IPv6 address."""
-
-    __slots__ = ("by_network",)
-
-    def __init__(self) -> None:
-        self.by_network: Counter[str] = Counter()
-
-    def add(self, address: str, limit: int) -> bool:
-        """Count a connection. Return False if its network is at the limit; 0 means unlimited."""
-        network = network_of(address)
-        if limit and self.by_network[network] >= limit:
-            return False
-        self.by_network[network] += 1
-        return True
-
-    def remove(self, address: str) -> None:
-        network = network_of(address)
-        self.by_network[network] -= 1
-        if not self.by_network[network]:
-            del self.by_network[network]
 
 
 class AcceptLoop:
@@ -244,17 +222,23 @@ class Listener(AcceptLoop):
     """Accept TLS connections within the limits; balancers of `server.proxy_protocol_from` name the client."""
 
     def __init__(
-        self, acceptor: TlsAcceptor, state: ServerState, loop: asyncio.AbstractEventLoop, config: Config
+        self,
+        acceptor: TlsAcceptor,
+        state: ServerState,
+        loop: asyncio.AbstractEventLoop,
+        config: Config,
+        counting: Counting = ALONE,
     ) -> None:
         super().__init__(loop, ACCEPTS_PER_TURN)
         self.addresses: list[tuple[str, int]] = []
         """Host and port of each listening socket; kept after the end."""
         self._acceptor = acceptor
         self._state = state
-        self._wasted = RequestRate(0)
+        self._wasted = counting.rate("failed_handshakes_per_network")
         """The rate of connections that end before their handshake is complete, by network."""
         self._set_limits(config)
-        self._counts = AddressCounts()
+        self._all = counting.counts("max_connections")
+        self._by_network = counting.counts("connections_per_address")
         self.connections = 0
         """Open TCP connections, including those in their handshake."""
         self._empty = asyncio.Event()
@@ -296,7 +280,7 @@ class Listener(AcceptLoop):
     @property
     def most_per_address(self) -> int:
         """The connections of the network with most of them."""
-        return max(self._counts.by_network.values(), default=0)
+        return self._by_network.most
 
     async def wait_empty(self) -> None:
         """Wait, after `close`, until the last connection is gone."""
@@ -313,24 +297,27 @@ class Listener(AcceptLoop):
         client = plain_address(address[0])
         network = self._acceptor.network_of(client)
         is_forwarded = self._has_balancers and self.balancers.contains(client)
-        has_failures = network.name in self._wasted.full_at
-        if has_failures and not is_forwarded and self._refuse_flooding(network, client):
+        if network.name in self._wasted and not is_forwarded and self._refuse_flooding(network, client):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             connection.close()
             return
         pending = self._acceptor.pending
-        if self.connections >= self._max_connections and not pending.drop_oldest():
-            self._state.counters.refused_full += 1
-            log.info("connection.refused_full", limit=self._max_connections)
-            connection.close()
-            return
-        if not self._counts.add(client, 0 if is_forwarded else self._per_address):
+        if not self._all.add(_ALL, self._max_connections):
+            if not pending.drop_oldest():
+                self._state.counters.refused_full += 1
+                log.info("connection.refused_full", limit=self._max_connections)
+                connection.close()
+                return
+            self._all.add(_ALL)
+        if not self._by_network.add(network_of(client), 0 if is_forwarded else self._per_address):
             self._refuse_address(client)
+            self._all.remove(_ALL)
             connection.close()
             return
         if not pending.make_room(network):
             self._refuse_network(client)
-            self._counts.remove(client)
+            self._by_network.remove(network_of(client))
+            self._all.remove(_ALL)
             connection.close()
             return
         self.connections += 1
@@ -364,14 +351,14 @@ class Listener(AcceptLoop):
         network = self._acceptor.network_of(client)
         if self._refuse_flooding(network, client, balancer):
             return False
-        if not self._counts.add(client, self._per_address):
+        if not self._by_network.add(network_of(client), self._per_address):
             self._refuse_address(client, balancer=balancer)
             return False
         if not self._acceptor.pending.make_room(network):
             self._refuse_network(client, balancer=balancer)
-            self._counts.remove(client)
+            self._by_network.remove(network_of(client))
             return False
-        self._counts.remove(balancer)
+        self._by_network.remove(network_of(balancer))
         return True
 
     def _connection_wasted(self, network: Network[TlsServerTransport], begun: bool) -> None:
@@ -381,4 +368,5 @@ class Listener(AcceptLoop):
         self.connections -= 1
         if self._closed and not self.connections:
             self._empty.set()
-        self._counts.remove(address)
+        self._by_network.remove(network_of(address))
+        self._all.remove(_ALL)
