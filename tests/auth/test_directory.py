@@ -162,6 +162,11 @@ class Watched:
         return reported
 
 
+def users_of(file: UserFile) -> UserFile:
+    """Return the file as another process has it."""
+    return UserFile(file.path)
+
+
 class WatchedUsers(Watched):
     """Users of a home folder, checked when a test says so."""
 
@@ -191,6 +196,19 @@ async def test_each_gone_user_is_reported_once(users: UserFile) -> None:
     assert reported == [[], ["ada"], [], ["bob"], []]
     assert set(watched.sleep.slept) == {LOOK_INTERVAL}
     assert LOOK_INTERVAL < 1
+
+
+async def test_change_of_another_process_is_left_to_it_but_not_one_of_our_own(users: UserFile) -> None:
+    users.add("ada")
+    users.add("bob")
+    watched, left = WatchedUsers(users.path.parent), Watched()
+    watched.directory = Directory(
+        users, on_gone=watched.on_gone, on_gone_elsewhere=left.on_gone, sleep=watched.sleep
+    )
+    assert await watched.run(lambda: users_of(users).remove("ada")) == [[]]
+    assert left.reported == ["ada"]
+    _, ended = await watched.directory.change(lambda: users_of(users).remove("bob"), "bob")
+    assert (ended, watched.reported, left.reported) == (2, ["bob"], ["ada"])
 
 
 async def test_change_found_by_a_login_is_reported(users: UserFile) -> None:

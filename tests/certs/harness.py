@@ -33,6 +33,8 @@ MANAGED = ManagedSettings(
 class Harness:
     """A checker with its clocks and its progress sentences."""
 
+    maintains = True
+
     def __init__(
         self, settings: CertificateSettings, environ: Mapping[str, str] | None = None, now: datetime = NOW
     ) -> None:
@@ -51,6 +53,7 @@ class Harness:
             environ=self.environ,
             progress=self.sentences.append,
             rest=rest,
+            maintains=self.maintains,
         )
 
     def check(self, after: timedelta = SECOND, *, sleeps: timedelta = timedelta(0)) -> CheckResult:

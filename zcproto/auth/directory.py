@@ -34,7 +34,8 @@ class Directory(Generic[Entry]):
     """Entries of a file as of now. `watch` finds those that are gone.
 
     `on_gone` ends the sessions of an entry that is gone, by its name and the entry before, and returns how many. If
-    it raises, it is called again after the next check. Raises ConfigError if the file has faults.
+    it raises, it is called again after the next check. `watch` calls `on_gone_elsewhere` instead if it is given:
+    another process watches the file too, and ends the sessions. Raises ConfigError if the file has faults.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Directory(Generic[Entry]):
         file: TableFile[Entry],
         *,
         on_gone: Callable[[str, Entry], Awaitable[int | None]],
+        on_gone_elsewhere: Callable[[str, Entry], Awaitable[int | None]] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         file.load()
         self.file = file
         self._on_gone = on_gone
+        self._on_gone_elsewhere = on_gone if on_gone_elsewhere is None else on_gone_elsewhere
         self._sleep = sleep
         self._faulty = False
         self._gone: dict[tuple[str, Entry], None] = {}
@@ -92,7 +95,7 @@ class Directory(Generic[Entry]):
         while True:
             await self._sleep(LOOK_INTERVAL)
             async with self._checking:
-                await self._check()
+                await self._check(self._on_gone_elsewhere)
 
     async def change(self, change: Callable[[], T], name: str) -> tuple[T, int]:
         """Change an entry in a thread and apply the change at once. `change` uses a file object of its own.
@@ -101,9 +104,9 @@ class Directory(Generic[Entry]):
         """
         async with self._checking:
             result = await asyncio.to_thread(change)
-            return result, (await self._check())[name]
+            return result, (await self._check(self._on_gone))[name]
 
-    async def _check(self) -> Counter[str]:
+    async def _check(self, on_gone: Callable[[str, Entry], Awaitable[int | None]]) -> Counter[str]:
         """Apply changes of the file. Return how many sessions have ended, by name."""
         kind = self.file.kind
         try:
@@ -114,7 +117,7 @@ class Directory(Generic[Entry]):
         ended: Counter[str] = Counter()
         for gone in list(self._gone):
             try:
-                ended[gone[0]] += await self._on_gone(*gone) or 0
+                ended[gone[0]] += await on_gone(*gone) or 0
             except Exception as error:
                 log.error(f"{kind}s.not_gone", exc_info=error, **{kind: gone[0]})
             else:

@@ -94,15 +94,16 @@ class CertificateChecker:
         environ: Mapping[str, str],
         progress: Progress = lambda sentence: None,
         rest: Callable[[], None] = lambda: None,
+        maintains: bool = True,
     ) -> None:
         """`random` jitters the delays of retries; `environ` may contain passphrases.
 
         `progress` receives sentences before slow steps. `rest` is called between steps of some milliseconds, to
-        yield the processor.
+        yield the processor. Without `maintains`, another process issues the managed files and reports expiries.
         """
         default = settings.default
         self._default: SiteSource = (
-            ManagedSource(default, random, progress, rest)
+            ManagedSource(default, random, progress, rest, maintains=maintains)
             if isinstance(default, ManagedSite)
             else ExternalSource(default, environ)
         )
@@ -110,7 +111,11 @@ class CertificateChecker:
             self._default,
             *(ExternalSource(spec, environ) for spec in settings.sites),
         ]
-        self._clients = None if settings.clients is None else ClientTrustSource(settings, random, progress)
+        self._clients = (
+            None
+            if settings.clients is None
+            else ClientTrustSource(settings, random, progress, maintains=maintains)
+        )
         self._sources: list[Source] = [
             *self._site_sources,
             *([] if self._clients is None else [self._clients]),
@@ -119,6 +124,7 @@ class CertificateChecker:
         self._settings = settings
         self._rest = rest
         self._alerts = ExpiryAlerts(settings.alert_days)
+        self._maintains = maintains
         self.sites: tuple[Site, ...] = ()
         """The valid certificates; empty before the first check."""
         self._clock = (datetime.min, 0.0)
@@ -201,7 +207,9 @@ class CertificateChecker:
         if sites != self.sites:
             self.sites = sites
             self._is_proven = False
-        return [*happened, *self._alerts.due(self._expiring(now), now)]
+        if self._maintains:
+            happened += self._alerts.due(self._expiring(now), now)
+        return happened
 
     def _clock_was_changed(self, now: datetime, monotonic: float) -> bool:
         """Return True if the clock was changed, or the machine suspended, since this last returned True."""

@@ -75,7 +75,8 @@ class CertificateManager:
 
     In the loop, `on_serving` is called with what to serve from now on, `on_next_pins` with what is announced
     whenever that changes, `on_notice` with everything that happens, and `on_problem` with the reason why new
-    certificates do not work, or "" when they work again. `notices` counts what happened, by kind.
+    certificates do not work, or "" when they work again. `notices` counts what happened, by kind. Without
+    `maintains`, another process issues and renews the managed certificates, which appear in their files.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class CertificateManager:
         on_notice: Callable[[Notice], None] = lambda notice: None,
         on_problem: Callable[[str], None] = lambda problem: None,
         progress: Callable[[str], None] = lambda sentence: None,
+        maintains: bool = True,
     ) -> None:
         self._clock = clock
         self._checker_for = partial(
@@ -98,6 +100,7 @@ class CertificateManager:
             environ=os.environ,
             progress=progress,
             rest=partial(time.sleep, REST),
+            maintains=maintains,
         )
         self._settings = certificate_settings(config)
         self._checker = self._checker_for(self._settings)

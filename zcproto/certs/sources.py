@@ -111,13 +111,20 @@ class SiteSource(Source, Protocol):
 
 
 class ManagedSource(SiteSource):
-    """The default site, with managed certificates."""
+    """The default site, with managed certificates. Without `maintains`, those that another process issues."""
 
     origin = Origin.OWN
 
     def __init__(
-        self, site: ManagedSite, random: Random, progress: Progress, rest: Callable[[], None]
+        self,
+        site: ManagedSite,
+        random: Random,
+        progress: Progress,
+        rest: Callable[[], None],
+        *,
+        maintains: bool = True,
     ) -> None:
+        self._maintains = maintains
         self._directory = site.directory
         self._settings = site.settings
         self._progress = progress
@@ -156,6 +163,13 @@ class ManagedSource(SiteSource):
         self._pairs = {}  # an earlier start may have succeeded here and failed elsewhere
         self._watcher.look()
         known = self._on_disk(now)
+        if not self._maintains:
+            if len(known) < len(self._settings.key_types):
+                raise CertificateError(
+                    f"{self._directory}: the process that issues certificates has left none that can be served;"
+                    " look for its errors in the log"
+                )
+            return self._take(known)
         try:
             found = managed.ensure(self._directory, self._settings, now, self._progress)
         except _FAILURES as error:
@@ -170,7 +184,7 @@ class ManagedSource(SiteSource):
         if self._watcher.look():
             found = self._touched(now, monotonic)
             self._rest()
-        if not self._is_due(now, monotonic, force):
+        if not (self._maintains and self._is_due(now, monotonic, force)):
             return found
         known = self._pairs
         try:
@@ -250,6 +264,8 @@ class ManagedSource(SiteSource):
 
     def _on_disk(self, now: datetime) -> dict[str, CertificatePair]:
         """Return those pairs in the folder that can be served unchanged, by key type."""
+        if not self._maintains:
+            self.next_pins = rollover.announced(self._directory)
         issuer = self._read_authority()
         return {
             kind: one
@@ -356,11 +372,17 @@ class ExternalSource(SiteSource):
 
 
 class ClientTrustSource(Source):
-    """The authorities for clients and their revocation lists. The managed ones are kept up to date."""
+    """The authorities for clients and their revocation lists. The managed ones are kept up to date.
 
-    def __init__(self, settings: CertificateSettings, random: Random, progress: Progress) -> None:
+    Without `maintains`, another process does that.
+    """
+
+    def __init__(
+        self, settings: CertificateSettings, random: Random, progress: Progress, *, maintains: bool = True
+    ) -> None:
         assert settings.clients is not None
-        trust, directory = self._trust, self._directory = settings.clients, settings.client_directory
+        trust = self._trust = settings.clients
+        directory = self._directory = settings.client_directory if maintains else None
         self._progress = progress
         self._schedule = _Schedule(trust.crl or trust.ca, directory or trust.ca.parent, random)
         paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)

@@ -4,6 +4,8 @@
 
 Nothing listens or runs yet; zcproto/runtime/server.py starts what this file makes. All faults of the configuration
 and the certificates are raised here, before a port is bound.
+
+A `WorkerRole` replaces what workers of one server have in common, and leaves out what must be done once.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.parts import ActiveConfig, Parts
@@ -43,6 +45,7 @@ from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, 
 from zcproto.certs.client_user import user_of
 from zcproto.certs.manager import CertificateManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
+from zcproto.common.counts import ALONE, Counting
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
 from zcproto.config import Config
@@ -86,12 +89,31 @@ from zcproto.tls.server import TlsAcceptor
 from zcproto.wire.frame import LENGTH_SIZE
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRole:
+    """What the process of a server shares with others. By default it is the only one."""
+
+    counting: Counting = ALONE
+    """Counts what is limited."""
+    maintains: bool = True
+    """Whether this process issues certificates, ends the sessions of users and devices that are gone, and removes
+    expired entries from the store. If not, another one does."""
+    store: SessionStore | None = None
+    """Replaces the store of the configuration."""
+    run: str | None = None
+    """The prefix of connection ids; None for a random one."""
+
+
+SINGLE: Final = WorkerRole()
+
+
 async def build(
     config: Config,
     home: Home,
     app: App,
     *,
     authenticators: Authenticators | None = None,
+    role: WorkerRole = SINGLE,
     progress: Callable[[str], None] = lambda sentence: None,
     clock: Clock = system_clock,
     entropy: Entropy = system_entropy,
@@ -105,20 +127,21 @@ async def build(
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
     alerts = await build_alerts(config, clock, entropy)
-    certificates = await build_certificates(config, alerts, clock, progress)
-    found = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
+    certificates = await build_certificates(config, alerts, clock, progress, role)
+    found = role.store or await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
     settings = session_settings(config)
     if found is not None and found.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
-    state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found)
+    state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found, role)
     login = build_login(
         active,
         home,
         state,
         app.authenticators if authenticators is None else authenticators,
         now=certificates.now,
+        role=role,
     )
-    acceptor, listener, http = build_endpoints(config, state, certificates, wheel)
+    acceptor, listener, http = build_endpoints(config, state, certificates, wheel, role)
     loop_lag = LoopLag(
         loop,
         lambda: state.counters.requests + acceptor.handshakes_completed,
@@ -173,16 +196,21 @@ def alert_source(port: int) -> str:
 
 
 async def build_certificates(
-    config: Config, alerts: ServerAlerts, clock: Clock, progress: Callable[[str], None]
+    config: Config,
+    alerts: ServerAlerts,
+    clock: Clock,
+    progress: Callable[[str], None],
+    role: WorkerRole = SINGLE,
 ) -> CertificateManager:
-    """Load the certificates, or make them if the server manages its own."""
+    """Load the certificates, or make them if the server manages its own and this process maintains them."""
     certificates = CertificateManager(
         config,
         clock,
         [ALPN, HTTP_ALPN] if config.http.enabled else [ALPN],
-        on_notice=partial(on_certificate_notice, alerts),
+        on_notice=partial(on_certificate_notice, alerts) if role.maintains else lambda notice: None,
         on_problem=partial(on_certificates_checked, alerts),
         progress=progress,
+        maintains=role.maintains,
     )
     await certificates.start()
     return certificates
@@ -197,6 +225,7 @@ def build_state(
     clock: Clock,
     entropy: Entropy,
     store: SessionStore | None = None,
+    role: WorkerRole = SINGLE,
 ) -> tuple[ServerState, StoreSync | None]:
     """Build what all connections share, and the use of the store; None if sessions end with the process."""
     loop = asyncio.get_running_loop()
@@ -218,6 +247,7 @@ def build_state(
             grace=config.store.grace,
             cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
+            maintains=role.maintains,
             on_event=partial(on_store_event, alerts),
         )
         sessions = StoredSessionService(sync, clock)
@@ -245,13 +275,16 @@ def build_state(
             keep_ms=to_ms(config.idempotency.keep),
             limits=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             max_running=config.idempotency.running_per_user,
+            running_of=role.counting.counts("idempotency.running_per_user"),
         ),
-        request_limits=RequestLimits(request_settings(config)),
+        request_limits=RequestLimits(request_settings(config), role.counting),
         threads=ThreadPool(thread_limits(config)),
         clients=RegisteredClients(call_limits(config)),
         binding=SessionBinding(config.sessions.bind_address, config.sessions.bind_client),
         on_revoked=partial(on_revoked, alerts),
     )
+    if role.run is not None:
+        state.run = role.run
     if sync is not None:
         sync.on_recovered = state.idempotency.save
         changed = sync.leases.connection_changed
@@ -275,6 +308,7 @@ def build_login(
     authenticators: Authenticators,
     *,
     now: Callable[[], datetime],
+    role: WorkerRole = SINGLE,
 ) -> LoginParts:
     """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates.
 
@@ -294,10 +328,18 @@ def build_login(
         if not isinstance(each, BuiltInSchemes)
     ]
     if BUILT_IN_SCHEMES not in authenticators:
-        return LoginParts(Login(found, throttle, limits.logins_pending))
-    users = Directory(UserFile(home.users), on_gone=partial(end_user_sessions, state))
+        return LoginParts(Login(found, throttle, limits.logins_pending, role.counting))
+    users = Directory(
+        UserFile(home.users),
+        on_gone=partial(end_user_sessions, state),
+        on_gone_elsewhere=None if role.maintains else _leave_user,
+    )
     device_file = DeviceFile(home.devices)
-    devices = Directory(device_file, on_gone=partial(end_device_sessions, state))
+    devices = Directory(
+        device_file,
+        on_gone=partial(end_device_sessions, state),
+        on_gone_elsewhere=None if role.maintains else partial(disprove_device, state),
+    )
     enrollment = Enrollment(PairingFile(home.pairing), device_file, users, throttle)
     found += ApiKeyAuthenticator(users), DeviceAuthenticator(devices, users, on_refused=_log_device_refused)
     if active.config.tls.client_auth != "off":
@@ -309,7 +351,8 @@ def build_login(
             CertificateAuthenticator(users, user_of_certificate, on_refused=_log_certificate_refused)
         )
     state.binding.is_user = users.is_known
-    return LoginParts(Login(found, throttle, limits.logins_pending), users, devices, enrollment)
+    login = Login(found, throttle, limits.logins_pending, role.counting)
+    return LoginParts(login, users, devices, enrollment)
 
 
 def _log_login_refused(scheme: str, reason: str, address: str) -> None:
@@ -338,17 +381,30 @@ async def end_user_sessions(state: ServerState, name: str, user: User) -> int:
 
 async def end_device_sessions(state: ServerState, name: str, device: RegisteredDevice) -> int:
     """End the sessions of a device that was removed; return how many. Its proofs on open connections are void."""
-    key = DEVICE_KEY + name
-    for connection in state.connections:
-        connection.disprove(key)
-    ended = await state.sessions.revoke_key(device.user, key, EndReason.DEVICE_REMOVED)
+    await disprove_device(state, name, device)
+    ended = await state.sessions.revoke_key(device.user, DEVICE_KEY + name, EndReason.DEVICE_REMOVED)
     log.info("device.gone", device=name, user=device.user, sessions=ended)
     state.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
     return ended
 
 
+async def disprove_device(state: ServerState, name: str, device: RegisteredDevice) -> None:
+    """Void the proofs of a device on the open connections."""
+    key = DEVICE_KEY + name
+    for connection in state.connections:
+        connection.disprove(key)
+
+
+async def _leave_user(name: str, user: User) -> None:
+    """Leave the sessions of a user to the process that ends them."""
+
+
 def build_endpoints(
-    config: Config, state: ServerState, certificates: CertificateManager, wheel: DeadlineWheel
+    config: Config,
+    state: ServerState,
+    certificates: CertificateManager,
+    wheel: DeadlineWheel,
+    role: WorkerRole = SINGLE,
 ) -> tuple[TlsAcceptor, Listener, HttpSide | None]:
     """Build the TLS endpoint and the protocols that are spoken on it."""
     loop = asyncio.get_running_loop()
@@ -366,7 +422,7 @@ def build_endpoints(
         on_failure=_log_tls_failure,
         client_pins=parse_pins(config.tls.client_pins),
     )
-    return acceptor, Listener(acceptor, state, loop, config), http
+    return acceptor, Listener(acceptor, state, loop, config, role.counting), http
 
 
 def _log_tls_failure(failure: TlsFailure, peer: str) -> None:

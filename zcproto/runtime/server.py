@@ -45,7 +45,7 @@ from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed
 from zcproto.runtime.background import background, background_work, roll_out_certificates
-from zcproto.runtime.build import alert_source, build
+from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
@@ -87,6 +87,7 @@ class Server:
         control: bool = True,
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
+        role: WorkerRole = SINGLE,
     ) -> None:
         self.home = resolve_home(None, os.environ) if home is None else Home(home)
         if config is None:
@@ -104,6 +105,7 @@ class Server:
             progress=progress,
             clock=clock,
             entropy=entropy,
+            role=role,
         )
         self._sockets = list(sockets)
         self._redirect_sockets = list(redirect_sockets)

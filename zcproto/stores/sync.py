@@ -94,6 +94,8 @@ class StoreSync:
     cleanup_interval: float
     keep_ended_ms: int
     heartbeat: float = HEARTBEAT_S
+    maintains: bool = True
+    """Whether this process removes expired entries from the store and examines its servers."""
     on_event: OnEvent = lambda event, values: None
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class StoreSync:
             self.stalls.resume()
         self.tasks.repeat(TOUCH_INTERVAL_S, self.write_uses)
         self.tasks.repeat(self.cleanup_interval, self.clean)
-        if self.store.shared:
+        if self.store.shared and self.maintains:
             self.tasks.run_in_background(self.examine())
             self.tasks.repeat(EXAMINE_INTERVAL_S, self.examine)
 
@@ -204,7 +206,7 @@ class StoreSync:
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
             self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
             self.on_recovered()
-            if self.store.shared:
+            if self.store.shared and self.maintains:
                 self.tasks.run_in_background(self.examine())  # after a failover it is another server
         self._set_deadlines()
 
@@ -325,7 +327,7 @@ class StoreSync:
             registry.clean(wall, SLOTS)
             await asyncio.sleep(0)
         removed = 1
-        while removed:
+        while removed and self.maintains:
             removed = await self.breaker.call(self.store.expire(wall, self.keep_ended_ms, EXPIRED_AT_ONCE))
             await asyncio.sleep(EXPIRE_PAUSE_S if 0 < removed < EXPIRED_AT_ONCE else 0)
         await self.revoker.end_orphans(self.breaker.call)

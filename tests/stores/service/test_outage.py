@@ -143,6 +143,15 @@ async def test_orphaned_sessions_are_ended_by_the_cleanup(
     assert process.store.registry.kept == 1  # the oldest orphan was dropped
 
 
+async def test_cleanup_of_one_process_of_many_leaves_the_store_to_another(process: SessionProcess) -> None:
+    await process.sync.clean()
+    assert "expire" in process.store.calls
+    process.store.calls.clear()
+    process.sync.maintains = False
+    await process.sync.clean()
+    assert "expire" not in process.store.calls
+
+
 async def test_stop_during_an_outage_does_not_hang(
     process: SessionProcess, log: list[dict[str, Any]]
 ) -> None:
