@@ -127,10 +127,10 @@ async def test_server_starts_without_a_socket_in_a_read_only_folder(
     home.mkdir(mode=0o700)
     (home / "certs").symlink_to(certs)
 
-    def read_only(control: ControlSocket) -> None:
+    def read_only(path: Path, backlog: int) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(ControlSocket, "_bind", read_only)
+    monkeypatch.setattr("zcproto.admin.control.listen_unix", read_only)
     async with Server(config=configuration(home), home=home):
         assert "control.unavailable" in capsys.readouterr().err
         assert not (home / "control.sock").exists()

@@ -19,16 +19,14 @@ import contextlib
 import errno
 import os
 import socket
-import stat
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
-from zcproto.common.files import is_locked, staging_path, try_lock
+from zcproto.common.files import is_locked, try_lock
 from zcproto.common.home import Home
-from zcproto.common.network import address_of
+from zcproto.common.unix_socket import listen_unix, peer_process
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer, Router
@@ -49,7 +47,6 @@ _NO_SOCKETS: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EO
 """A read-only folder, as in some containers, or a file system without sockets."""
 
 _ROOT: Final = 0
-_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _REFUSED: Final = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nContent-Length: 46\r\nConnection: close\r\n\r\n"
     b"this socket is for the server's user, and root"
@@ -84,7 +81,8 @@ class ControlSocket(AcceptLoop):
         """
         try:
             self._take_lock()
-            self._bind()
+            self._sockets = [listen_unix(self._path, BACKLOG)]
+            self._inode = self._path.lstat().st_ino
         except OSError as error:
             self.close()
             if error.errno in _NO_SOCKETS:
@@ -100,23 +98,6 @@ class ControlSocket(AcceptLoop):
         self._lock = try_lock(_lock_of(self._path))
         if self._lock is None:
             raise _used_by_another(self._path)
-
-    def _bind(self) -> None:
-        path = self._path
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                raise ConfigError([f"{path}: not a socket; move it away, the control socket needs this path"])
-        beside = staging_path(path)
-        beside.unlink(missing_ok=True)
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sockets = [listening]
-        listening.setblocking(False)
-        with address_of(beside) as address:
-            listening.bind(address)
-        os.chmod(beside, 0o600)  # before it listens: no connection was possible so far
-        listening.listen(BACKLOG)
-        self._inode = beside.lstat().st_ino
-        beside.replace(path)
 
     def close(self) -> None:
         """Stop accepting, close open connections and remove the socket."""
@@ -174,9 +155,7 @@ def _peer(transport: asyncio.BaseTransport) -> ControlPeer:
 
 def peer_of(connection: socket.socket) -> ControlPeer:
     """Return the process that made a connection, which it cannot forge, if the system supports that."""
-    if not hasattr(socket, "SO_PEERCRED"):
+    process = peer_process(connection)
+    if process is None:
         return ControlPeer("local")
-    pid, uid, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
-    return ControlPeer(f"local uid {uid}", uid=uid, pid=pid)
+    return ControlPeer(f"local uid {process.uid}", uid=process.uid, pid=process.pid)

@@ -1,0 +1,57 @@
+"""Make UNIX sockets for one user, and look at who connects to them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from zcproto.common.files import UnusableFileError, staging_path
+from zcproto.common.network import address_of
+
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+
+
+def listen_unix(path: Path, backlog: int) -> socket.socket:
+    """Return a socket that listens at a path, with mode 0600 from the beginning. It replaces a socket left there.
+
+    Raises OSError, or UnusableFileError if something else is at the path.
+    """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise UnusableFileError(path, "not a socket; move it away, the server needs this path for one")
+    staged = staging_path(path)
+    staged.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.setblocking(False)
+        with address_of(staged) as address:
+            listening.bind(address)
+        os.chmod(staged, 0o600)  # before it listens: no connection was possible so far
+        listening.listen(backlog)
+        staged.replace(path)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+class PeerProcess(NamedTuple):
+    """The process at the other end of a UNIX socket, when it connected."""
+
+    pid: int
+    uid: int
+
+
+def peer_process(connection: socket.socket) -> PeerProcess | None:
+    """Return the process that made a connection, which it cannot forge; None if the system does not report it."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    pid, uid, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return PeerProcess(pid, uid)
