@@ -56,6 +56,10 @@ COMMANDS: Final = {
         "bench.compare.command:command",
         "CPU of a request beside a bare server that checks nothing.",
     ),
+    "guard": (
+        "bench.guard.command:command",
+        "Bytecodes and calls of a fixed script, beside the accepted counts.",
+    ),
     "peers": (
         "bench.peers.command:command",
         "CPU and memory beside gRPC, uvicorn, websockets and asyncio's streams.",

@@ -1,0 +1,173 @@
+"""`python -m bench guard`: growth of a count fails, and the function that grew is named."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.guard import command
+from bench.guard.accepted import file_of, read, write
+from bench.guard.command import compare, count_all
+from bench.guard.counting import Cost, Recorder
+from bench.guard.script import STEPS
+
+pytestmark = pytest.mark.no_cover  # coverage traces, too
+
+
+@functools.cache
+def counts_here() -> dict[str, dict[str, Cost]]:
+    return count_all()
+
+
+@pytest.fixture(autouse=True)
+def accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Accept the present counts, in a folder of the test; return the file."""
+    path = file_of(tmp_path)
+    monkeypatch.setattr(command, "file_of", lambda: path)
+    write(path, counts_here(), "for the test")
+    return path
+
+
+def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Let Python run this code at the start of each process."""
+    (folder / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+SLOWER_DECODE = """
+from zcproto.connection import server
+
+usual = server.decode_request
+
+def slower_decode(*args):
+    for _ in range(10):
+        pass
+    return usual(*args)
+
+server.decode_request = slower_decode
+"""
+
+SLOWER_CALL = """
+from zcproto.client.client import Client
+
+usual = Client.call
+
+async def slower_call(self, *args):
+    for _ in range(3):
+        sum(range(1000))  # few bytecodes and much work
+    return await usual(self, *args)
+
+Client.call = slower_call
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "grown", "places", "untouched"),
+    [
+        (
+            SLOWER_DECODE,
+            "request: bytecodes",
+            ["sitecustomize.py slower_decode (0.00 ->"],
+            "call of a client",
+        ),
+        (SLOWER_CALL, "call of a client: calls", ["slower_call (0.00 ->", "sum (0.00 -> 3.00)"], "request"),
+    ],
+)
+def test_planted_slowdown_fails_and_is_named(
+    code: str,
+    grown: str,
+    places: list[str],
+    untouched: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant(tmp_path, monkeypatch, code)
+    assert main(["guard"]) == 1
+    shown = capsys.readouterr().out
+    assert f"{grown} grew by" in shown
+    assert all(place in shown for place in places)
+    assert f"{untouched}: bytecodes grew" not in shown
+
+
+def test_counts_are_same_in_another_process() -> None:
+    assert count_all() == counts_here()
+
+
+def test_failing_script_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plant(tmp_path, monkeypatch, "import bench.guard.script as script\nscript.STEPS = {'x': None}\n")
+    assert main(["guard"]) == 1
+    assert "the script failed with exit code 1" in capfd.readouterr().err
+
+
+def test_growth_within_bar_passes_and_shrinkage_is_noted() -> None:
+    before = {"depth_1": {"a f": Cost(1000, 10)}, "connect": {"a f": Cost(1000, 10)}}
+    now = {"depth_1": {"a f": Cost(1029, 10)}, "connect": {"a f": Cost(900, 10)}}
+    report = compare(now, before)
+    assert report.exit_code == 0
+    assert report.notes == [
+        "connection with a session: bytecodes fell by 10.0%; accept it, or later growth hides in the difference"
+    ]
+
+
+def test_growth_lists_functions_that_grew_most_first() -> None:
+    before = {"depth_1": {"a f": Cost(100, 1), "a g": Cost(50, 1), "a h": Cost(9, 1)}}
+    now = {"depth_1": {"a f": Cost(101, 1), "a g": Cost(1, 1), "b new": Cost(70, 0), "a h": Cost(9, 1)}}
+    report = compare(now, before)
+    assert report.exit_code == 1
+    assert report.notes == [
+        "request: bytecodes grew by 13.8%:",
+        "  +70.00  b new (0.00 -> 70.00)",
+        "  +1.00  a f (100.00 -> 101.00)",
+    ]
+
+
+def test_step_without_accepted_count_fails() -> None:
+    report = compare({"depth_1": {"a f": Cost(1, 1)}}, {})
+    assert report.exit_code == 1
+    assert "no accepted count" in report.faults[0]
+
+
+def test_accepting_stores_counts_with_reason(accepted: Path) -> None:
+    accepted.unlink()
+    assert main(["guard", "--accept", "check the new field"]) == 0
+    assert json.loads(accepted.read_text())["reason"] == "check the new field"
+    assert set(read(accepted)) == set(STEPS)
+    assert read(accepted)["depth_1"] == counts_here()["depth_1"]
+
+
+def test_accepting_needs_reason(accepted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = accepted.read_bytes()
+    assert main(["guard", "--accept", " "]) == 2
+    assert "give a reason" in capsys.readouterr().err
+    assert accepted.read_bytes() == before
+
+
+def test_python_without_accepted_counts_cannot_be_compared(
+    accepted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accepted.unlink()
+    assert main(["guard"]) == 2
+    assert "--accept REASON" in capsys.readouterr().err
+
+
+def test_recorder_counts_block_and_nothing_after() -> None:
+    def inside(values: list[int]) -> int:
+        return len(values)
+
+    recorder = Recorder()
+    for _ in range(3):
+        with recorder:
+            inside([1])
+        inside([2])
+    costs = recorder.costs(3)
+    [name] = [each for each in costs if each.endswith("inside")]
+    assert costs[name].calls == 1
+    assert costs["len"] == Cost(0, 1)
+    assert costs[name].bytecodes > 0
