@@ -151,7 +151,7 @@ def test_async_generator_is_a_stream() -> None:
     app.method("stream")(async_generator)
     app.method("call")(lambda: 1)
     assert [method.shape for method in app] == ["server", "unary"]
-    assert not any(method.is_unchecked for method in app)
+    assert [method.is_direct for method in app] == [False, True]
 
 
 def test_topic_event_may_be_annotated_as_an_item() -> None:
@@ -242,12 +242,27 @@ def test_keyword_function_receives_unchecked_params() -> None:
     assert bind(function) == {}
 
 
-def test_method_that_may_wait_is_never_unchecked() -> None:
-    def function(**params: Any) -> Any:
-        return params
+def test_methods_run_directly_without_context_operators_waits_and_items() -> None:
+    def function(a: int, **params: Any) -> Any: ...
+    async def coroutine(a: int) -> None: ...
+    def with_context(context: Context) -> None: ...
+    async def with_items(items: Items[int]) -> None: ...
 
-    assert Method("m", function).is_unchecked
-    assert not Method("m", function, may_wait=True).is_unchecked
+    assert Method("m", function).is_direct
+    assert Method("m", coroutine).is_direct
+    assert not Method("m", function, may_wait=True).is_direct
+    assert not Method("m", function, operator=True).is_direct
+    assert not Method("m", with_context).is_direct
+    assert not Method("m", with_items).is_direct
+
+
+def test_arguments_of_one_class_are_a_copy_of_the_params() -> None:
+    def function(a: int, b: str = "") -> None: ...
+
+    params = {"a": 1, "b": "x"}
+    arguments = Method("m", function).bind(params)
+    assert arguments == params
+    assert arguments is not params
 
 
 def test_named_parameters_beside_keywords_are_checked() -> None:

@@ -75,7 +75,7 @@ def test_included_method_keeps_its_access_and_function() -> None:
     events = jobs.topic("events")
     app.include(jobs, prefix="jobs.")
     run, subscribe = app
-    assert (run.operator, run.function(), run.is_unchecked) == (True, 5, False)
+    assert (run.operator, run.function(), run.is_direct) == (True, 5, False)
     assert (subscribe.name, subscribe.shape, subscribe.topic) == ("jobs.events", "server", events)
 
 

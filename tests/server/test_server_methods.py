@@ -93,7 +93,7 @@ def test_schemas_of_server_info_are_bounded(serve: Serve) -> None:
 
 def test_schemas_are_made_before_the_first_client(serve: Serve) -> None:
     methods = serve().server.state.methods
-    assert [name for name, method in methods.items() if "schema_size" not in vars(method)] == []
+    assert [name for name, method in methods.items() if not method._schema_size] == []
 
 
 def test_methods_of_server_info_can_be_called(serve: Serve) -> None:

@@ -26,36 +26,6 @@ def test_frame_round_trips() -> None:
     assert decoder.next_frame() is None
 
 
-def test_single_complete_request_is_judged_without_buffering() -> None:
-    decoder = FrameDecoder(Side.SERVER, 1000)
-    data = request(10)
-    header = decoder.judge_one(data)
-    decoder.feed(data)
-    assert header is not None
-    assert (*header, data[HEADER_SIZE:]) == decoder.next_frame()
-
-
-def test_judge_one_returns_none_for_anything_else() -> None:
-    """Everything but one complete frame of the usual kind must go through `feed`."""
-    limit = len(request(10)) - 4
-    others = {
-        "nothing": b"",
-        "half a header": request(10)[:30],
-        "a frame without its end": request(10)[:-1],
-        "a frame and the next byte": request(10) + b"x",
-        "two frames": request(10) + request(10),
-        "another kind": encode_frame(PING, 0, 0, SALT, 1, NO_TOKEN, b""),
-        "stream 0": request(10)[:8] + bytes(4) + request(10)[12:],
-        "a frame above the limit": request(11),
-    }
-    for what, data in others.items():
-        assert FrameDecoder(Side.SERVER, limit).judge_one(data) is None, what
-    partial = FrameDecoder(Side.SERVER, limit)
-    partial.feed(request(10)[:5])
-    assert read_streams(partial) == []
-    assert partial.judge_one(request(10)) is None
-
-
 def test_no_input_gives_no_frame() -> None:
     decoder = FrameDecoder(Side.SERVER, 1000)
     assert decoder.next_frame() is None

@@ -21,7 +21,7 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Final, Generic, TypeVar, overload
 
 from zcproto.app.context import Context, State
@@ -65,9 +65,40 @@ class Method:
     `signature` is that of the function, if it is known already. `bind` checks the parameters of a call and returns
     the arguments. `encode` returns the body of a result, `encode_item` that of an item. With `middleware`, or in a
     thread, `bind` and `function` are those of `_run_wrapped`.
+    `is_unchecked` is whether `bind` returns any parameters unchanged, `is_direct` whether calls with a session need
+    no context and no further check of access.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
     until asynchronous calls were answered; servers in one process share them.
     """
+
+    __slots__ = (
+        "_schema",
+        "_schema_size",
+        "_wrapped",
+        "bind",
+        "calls",
+        "context_name",
+        "doc",
+        "durations",
+        "encode",
+        "encode_item",
+        "function",
+        "is_async",
+        "is_direct",
+        "is_unchecked",
+        "items",
+        "may_wait",
+        "middleware",
+        "name",
+        "operator",
+        "owner",
+        "public",
+        "shape",
+        "signature",
+        "thread",
+        "topic",
+        "waits",
+    )
 
     def __init__(
         self,
@@ -119,8 +150,11 @@ class Method:
         self.encode_item = _encoder(signature.sends)
         self.context_name = signature.injected
         self.items = signature.items
-        self.is_unchecked = signature.is_unchecked and not may_wait and self.shape == "unary"
+        self.is_unchecked = signature.is_unchecked
+        self.is_direct = not (operator or may_wait or signature.injected or self.shape != "unary")
         self._wrapped: Method | None = None  # this method without middleware
+        self._schema: dict[str, Any] | None = None
+        self._schema_size = 0.0
 
     def reset_counters(self) -> None:
         self.calls = 0
@@ -144,7 +178,7 @@ class Method:
             method.context_name = "context"
             method.items = None if self.items is None else ("items", self.items[1])
             method.is_async = True
-            method.is_unchecked = False
+            method.is_unchecked = method.is_direct = False
         return method
 
     def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -158,20 +192,24 @@ class Method:
         """The method as `server.info` lists it, without its schema."""
         return {"name": self.name, "doc": self.doc, "params": self.signature.params, "shape": self.shape}
 
-    @cached_property
+    @property
     def schema(self) -> dict[str, Any]:
         """The JSON Schema of the method (zcproto/app/schema.py)."""
-        return method_schema(self.signature, sends=self.shape in ("server", "both"))
+        if self._schema is None:
+            self._schema = method_schema(self.signature, sends=self.shape in ("server", "both"))
+        return self._schema
 
-    @cached_property
+    @property
     def schema_size(self) -> float:
         """The size of the encoded schema; infinite if clients could not read it."""
-        try:
-            body = encode_body(self.schema)
-            decode_body(body, _SCHEMA_DEPTH)
-        except MessageError:
-            return math.inf
-        return len(body)
+        if not self._schema_size:
+            try:
+                body = encode_body(self.schema)
+                decode_body(body, _SCHEMA_DEPTH)
+                self._schema_size = len(body)
+            except MessageError:
+                self._schema_size = math.inf
+        return self._schema_size
 
 
 async def _run_wrapped(

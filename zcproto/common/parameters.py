@@ -51,6 +51,7 @@ class Signature:
         self.items: tuple[str, ValueType] | None = None
         self.parameters: list[Parameter] = []
         self._checkers: dict[str, Checker] = {}
+        self._classes: dict[str, type] = {}  # of the parameters that accept one class
         self._check_rest: Checker | None = None  # of a `**name` parameter
         try:
             hints = typing.get_type_hints(_annotated(function), include_extras=True)
@@ -89,6 +90,8 @@ class Signature:
             raise TypeError(f"parameter {name!r} must be passable by name")
         else:
             self._checkers[name] = type_.check
+            if type_.only_class is not None:
+                self._classes[name] = type_.only_class
         default = None if parameter.default is inspect.Parameter.empty else parameter.default
         self.parameters.append(Parameter(name, type_, is_required, default))
 
@@ -102,6 +105,13 @@ class Signature:
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument with all faults and their paths."""
+        classes = self._classes
+        for name, value in params.items():
+            if value.__class__ is not classes.get(name):
+                break
+        else:
+            if self._required <= params.keys():
+                return params.copy()
         checkers, check_rest = self._checkers, self._check_rest
         try:
             if check_rest is accept_any and self._reserved.isdisjoint(params):

@@ -50,9 +50,10 @@ class ValueType:
 
     `check` accepts a received value. `dump` makes a value sendable; None if its type is one of msgpack's, with or
     without containers. `adapter` is pydantic's part; None for the types that need none.
+    `only_class` is the class whose instances `check` accepts unchanged; None if that is not enough to accept one.
     """
 
-    __slots__ = ("adapter", "annotation", "check", "dump")
+    __slots__ = ("adapter", "annotation", "check", "dump", "only_class")
 
     check: Checker
     dump: Callable[[Any], Any] | None
@@ -68,10 +69,12 @@ class ValueType:
         self.annotation = annotation
         self.adapter: Adapter | None = None
         self.dump = None
+        self.only_class: type | None = None
         if annotation is Any:
             self.check = accept_any
         elif isinstance(annotation, type) and annotation in _MSGPACK_TYPES:
             self.check = _check_class(annotation)
+            self.only_class = annotation
         else:
             self.adapter = (_adapter if _is_hashable(annotation) else _adapter.__wrapped__)(annotation)
             self.check = self.adapter.check

@@ -16,7 +16,7 @@ It must not know: sockets, TLS, clocks, handlers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Final
 
@@ -63,8 +63,6 @@ from zcproto.wire.frame import (
     REQUEST,
     RESULT,
     WELCOME,
-    RawFrame,
-    RawHeader,
     Side,
 )
 from zcproto.wire.message import (
@@ -76,6 +74,7 @@ from zcproto.wire.message import (
     encode_body,
     encode_error,
 )
+from zcproto.wire.usual import UsualFrame, cut, judge
 
 MS: Final = 1000
 ALWAYS: Final = 2**64
@@ -161,35 +160,70 @@ class ServerConnection(ServerOutput):
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Process decrypted bytes and yield their events, one at a time."""
-        header = self._decoder.judge_one(data)
-        if header is not None:
-            # Fast path: one usual request without special conditions. Same result as `_events`, at less cost.
-            length, _, stream, timestamp, salt, counter, token = header
-            settings = self.settings
-            tolerance = settings.tolerance_ms
-            if (
-                salt == self.salt
-                and counter > self._last_counter
-                and -tolerance <= wall - timestamp <= tolerance
-                and token == self._token
-                and wall < self._recheck_at
-                and self.registry.generation == self._seen_generation
-                and (self._session is not None or length <= settings.max_frame_before_session)
-                and not (self._held or self._lingering or self._stale_in_a_row)
-                and self.state is _OPEN
-            ):
+        # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
+        if (
+            self._decoder.partial is None
+            and wall < self._recheck_at
+            and self.registry.generation == self._seen_generation
+            and not self._stale_in_a_row
+            and self.state is _OPEN
+        ):
+            settings, session, token = self.settings, self._session, self._token
+            limit = self._decoder.limit if session is not None else settings.max_frame_before_session
+            salt, counter, tolerance = self.salt, self._last_counter, settings.tolerance_ms
+            frame = judge(data, limit, REQUEST, salt, counter, token, wall, tolerance)
+            if frame is None:
+                if len(data) >= 2 * HEADER_SIZE:
+                    frames = cut(data, limit, REQUEST, salt, counter, token, wall, tolerance)
+                    if frames:
+                        return self._usual_events(frames, data, wall, now)
+            elif not (self._held or self._lingering) or self._has_room(frame[0]):
+                stream, counter, body = frame
                 try:
-                    method, params, meta = decode_request(data[HEADER_SIZE:], settings.max_depth)
+                    method, params, meta = decode_request(body, settings.max_depth)
                 except MessageError:
-                    return self._events(data, header, wall, now)
+                    return self._events(data, wall, now)
                 if meta is NO_META or meta.deadline_ms is None or meta.deadline_ms > 0:
                     self._last_counter = counter
                     self._last_frame = now
-                    return iter(((stream, token, self._session, method, params, meta),))
-        return self._events(data, header, wall, now)
+                    return iter(((stream, token, session, method, params, meta),))
+        return self._events(data, wall, now)
 
-    def _events(self, data: bytes, header: RawHeader | None, wall: int, now: float) -> Iterator[ServerEvent]:
-        """Yield the events of bytes outside the fast path. `header` is set if they are exactly one frame."""
+    def _has_room(self, stream: int) -> bool:
+        """Return whether a request may run beside those in flight."""
+        return stream not in self._held and len(self._held) + self._lingering < self.settings.max_streams
+
+    def _usual_events(
+        self, frames: list[UsualFrame], data: bytes, wall: int, now: float
+    ) -> Iterator[ServerEvent]:
+        """Yield the events of bytes that begin with usual frames, up to a special condition by `_events`."""
+        token, session, registry, held = self._token, self._session, self.registry, self._held
+        generation, max_depth = self._seen_generation, self.settings.max_depth
+        self._last_frame = now
+        at = 0
+        for stream, counter, body, end in frames:
+            # An earlier request of this read may have changed each of these.
+            if (
+                session is not self._session
+                or registry.generation != generation
+                or self.state is not _OPEN
+                or ((held or self._lingering) and not self._has_room(stream))
+            ):
+                break
+            try:
+                method, params, meta = decode_request(body, max_depth)
+            except MessageError:
+                break
+            if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
+                break
+            self._last_counter = counter
+            at = end
+            yield stream, token, session, method, params, meta
+        if at < len(data):
+            yield from self._events(data[at:] if at else data, wall, now)
+
+    def _events(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
+        """Yield the events of bytes outside the fast paths."""
         if self.state not in _READING:
             return
         registry = self.registry
@@ -198,21 +232,16 @@ class ServerConnection(ServerOutput):
         looks_up = self.settings.looks_up
         own_salt = self.salt
         decoder = self._decoder
-        frames: Iterable[RawFrame]
         judged_at = wall
-        if header is None:
-            decoder.feed(data)
-            frames = decoder.frames()
-            if self._partial is not None:
-                if decoder.expected:
-                    if self._reported < decoder.buffered >= REPORTED_FROM:
-                        yield self._frame_buffered(now)
-                    return
-                judged_at, self._partial = self._partial[0], None
-        else:
-            frames = ((*header, data[HEADER_SIZE:]),)
+        decoder.feed(data)
+        if self._partial is not None:
+            if decoder.expected:
+                if self._reported < decoder.buffered >= REPORTED_FROM:
+                    yield self._frame_buffered(now)
+                return
+            judged_at, self._partial = self._partial[0], None
         try:
-            for length, head, stream, timestamp, salt, counter, token, body in frames:
+            for length, head, stream, timestamp, salt, counter, token, body in decoder.frames():
                 if salt != own_salt:
                     yield self.end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
                     return

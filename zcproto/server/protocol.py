@@ -216,8 +216,8 @@ class ServerProtocol(Dispatcher):
 
     def _process(self, events: Iterator[ServerEvent], wall: int) -> None:
         """Process events until they end or must be suspended, then send what is queued."""
-        state = self._state
-        methods = state.methods
+        state, connection = self._state, self._connection
+        find = state.methods.get
         timed = wall >> PART_BITS != state.timed_part
         checked = timed or state.request_limits.checks_sessions
         requests = opened = 0
@@ -225,14 +225,13 @@ class ServerProtocol(Dispatcher):
             if event.__class__ is tuple:
                 requests += 1
                 stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
-                method = methods.get(name)
+                method = find(name)
                 if (
                     method is None
-                    or not method.is_unchecked
+                    or not method.is_direct
                     or session is None
-                    or method.operator
-                    or (meta is not NO_META and meta.idempotency_key is not None)
                     or checked
+                    or (meta is not NO_META and meta.idempotency_key is not None)
                 ):
                     if timed:
                         self._run_timed(Request(*event), method, wall)
@@ -241,21 +240,28 @@ class ServerProtocol(Dispatcher):
                 else:
                     method.calls += 1
                     try:
+                        if not method.is_unchecked:
+                            bind = method.bind
+                            params = bind(params)
                         result = method.function(**params)
-                        worker = state.tasks.start(result) if method.is_async else None
-                        if worker is None:
-                            body = method.encode(state.tasks.result if method.is_async else result)
+                        encode = method.encode
+                        if method.is_async:
+                            worker = state.tasks.start(result)
+                            body = encode(state.tasks.result) if worker is None else None
+                        else:
+                            body = encode(result)
                     except (KeyboardInterrupt, SystemExit):
                         raise
                     except BaseException as error:  # a method may raise anything; its caller gets one answer
                         self._answer_exception(Request(*event), error)
                     else:
-                        if worker is not None:
+                        if body is None:
+                            assert worker is not None
                             self._hold(Request(*event), worker)
                         elif len(body) >= SENT_AT_ONCE:
                             self._answer_large(Request(*event), body)
-                        elif self._connection is not None:
-                            self._connection.respond_at_once(stream, token, body, wall)
+                        else:
+                            connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
                 if self._is_held_up:
                     self._suspended = events
                     break
@@ -266,7 +272,7 @@ class ServerProtocol(Dispatcher):
                     break
             elif event.__class__ is ServerStream:
                 opened += 1
-                self._run(event, methods.get(event.method))
+                self._run(event, find(event.method))
                 if self._is_held_up:
                     self._suspended = events
                     break

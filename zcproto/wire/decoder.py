@@ -20,7 +20,6 @@ from zcproto.wire.frame import (
     REQUEST,
     RESPONSE,
     RawFrame,
-    RawHeader,
     Side,
     check_head,
     check_length,
@@ -60,10 +59,10 @@ class FrameDecoder:
         "_data",
         "_filled",
         "_missing",
-        "_partial",
         "_usual",
         "accepted",
         "limit",
+        "partial",
     )
 
     def __init__(self, receiver: Side, limit: int) -> None:
@@ -72,7 +71,7 @@ class FrameDecoder:
         self._usual = REQUEST if receiver is Side.SERVER else RESPONSE  # the common kind costs one comparison
         self._data = b""
         self._at = 0
-        self._partial: bytearray | mmap.mmap | None = None  # an incomplete frame
+        self.partial: bytearray | mmap.mmap | None = None  # an incomplete frame
         self._filled = 0  # bytes of it that have arrived
         self._missing = 0  # bytes that `_partial` needs before it is worth parsing again
         # Bytes that begin with a frame accepted under an earlier, larger limit.
@@ -81,30 +80,16 @@ class FrameDecoder:
     @property
     def buffered(self) -> int:
         """Return the number of bytes held of an incomplete frame."""
-        return len(self._data) - self._at if self._partial is None else self._filled
+        return len(self._data) - self._at if self.partial is None else self._filled
 
     @property
     def expected(self) -> int:
         """Return the number of bytes of the incomplete frame, as far as its header has arrived; 0 without one."""
-        return 0 if self._partial is None else self._filled + self._missing
-
-    def judge_one(self, data: bytes) -> RawHeader | None:
-        """Return the header if `data` is exactly one frame of the usual kind and nothing is buffered, else None.
-
-        The body is everything after the header. On None, pass `data` to `feed`. Most reads are one frame, and this
-        costs a third of `frames`.
-        """
-        if self._partial is None and len(data) >= HEADER_SIZE:
-            header = _unpack_header(data)
-            length = header[0]
-            fits = LENGTH_SIZE + length == len(data) and length <= self.limit
-            if fits and header[1] == self._usual and header[2]:
-                return header
-        return None
+        return 0 if self.partial is None else self._filled + self._missing
 
     def feed(self, data: bytes) -> None:
         """Add received bytes. All frames of the previous bytes must have been read."""
-        partial = self._partial
+        partial = self.partial
         if partial is None:
             self._data = data
             self._at = 0
@@ -121,14 +106,14 @@ class FrameDecoder:
         if self._missing <= 0:
             self._data = bytes(partial) + rest
             self._at = 0
-            self._partial = None
+            self.partial = None
             was_judged = filled >= LENGTH_SIZE
             if was_judged and int.from_bytes(partial[:LENGTH_SIZE], "big") > self.limit:
                 self._accepted_before = self._data
 
     def next_frame(self) -> RawFrame | None:
         """Return the next complete frame, or None if more bytes are needed. Raises as `frames` does."""
-        return None if self._partial is not None else next(self.frames(), None)
+        return None if self.partial is not None else next(self.frames(), None)
 
     def frames(self) -> Iterator[RawFrame]:
         """Yield the complete frames in order; `limit` is read again for each.
@@ -173,9 +158,9 @@ class FrameDecoder:
         start = memoryview(self._data)[at:]
         self._filled, self._missing = len(start), missing
         if self._filled + missing >= LARGE:
-            self._partial = _buffer(self._filled + missing)
-            self._partial.write(start)
+            self.partial = _buffer(self._filled + missing)
+            self.partial.write(start)
         else:
-            self._partial = bytearray(start)
+            self.partial = bytearray(start)
         self._data = b""
         self._at = 0

@@ -36,9 +36,6 @@ TOKEN_SIZE: Final = 32
 NO_TOKEN: Final = bytes(TOKEN_SIZE)
 MAX_STREAM: Final = 2**32 - 1
 
-RawHeader = tuple[int, int, int, int, bytes, int, bytes]
-"""A decoded header: length, head, stream, timestamp, salt, counter, token."""
-
 RawFrame = tuple[int, int, int, int, bytes, int, bytes, bytes]
 """A decoded frame: length, head, stream, timestamp, salt, counter, token, body."""
 

@@ -7,14 +7,16 @@ from zcproto.errors import Code, ProtocolError
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     ACCEPTED,
-    HEADER_SIZE,
     LENGTH_SIZE,
     MIN_LENGTH,
+    REQUEST,
+    RESPONSE,
     RawFrame,
     Side,
     check_head,
     encode_frame,
 )
+from zcproto.wire.usual import UsualFrame, cut, judge
 
 SIDES = (Side.SERVER, Side.CLIENT)
 LIMITS = (300, 16_384)
@@ -67,10 +69,29 @@ def check(data: bytes) -> None:
         found, rest = decode(FrameDecoder(side, limit), pieces)
         assert found == frames
         assert rest == (decoder.buffered if fault is None else fault)
-    header = FrameDecoder(side, limit).judge_one(stream)
-    if header is not None:
-        assert fault is None
-        assert frames == [(*header, stream[HEADER_SIZE:])]
+    check_usual(side, limit, stream, frames)
+
+
+def check_usual(side: Side, limit: int, stream: bytes, frames: list[RawFrame]) -> None:
+    """The usual frames, by the header of the first frame, are the first frames until one differs from it."""
+    if not frames:
+        return
+    head = REQUEST if side is Side.SERVER else RESPONSE
+    _, _, _, wall, salt, counter, token, _ = frames[0]
+    last = max(counter, 1) - 1
+    rules = limit, head, salt, last, token, wall, 0
+    expected: list[UsualFrame] = []
+    end = 0
+    for length, its_head, number, timestamp, its_salt, counter, its_token, body in frames:
+        same = (its_head, timestamp, its_salt, its_token) == (head, wall, salt, token)
+        if not same or counter <= last:
+            break
+        end += LENGTH_SIZE + length
+        last = counter
+        expected.append((number, counter, body, end))
+    assert cut(stream, *rules) == expected
+    is_one = len(expected) == 1 and end == len(stream)
+    assert judge(stream, *rules) == (expected[0][:3] if is_one else None)
 
 
 TARGET = Target("frames", run, check)

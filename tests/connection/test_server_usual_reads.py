@@ -1,0 +1,121 @@
+"""Test reads of usual requests against the same bytes in two pieces, which take the general path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.helpers import ConnectionPair
+from zcproto.connection.events import GoAwayReason, Request, ServerEvent
+from zcproto.connection.settings import ConnectionSettings
+from zcproto.errors import Code
+from zcproto.wire.frame import NO_TOKEN, Kind
+
+Edge = Callable[[ConnectionPair, Request], None]
+
+
+def respond(pair: ConnectionPair, request: Request) -> None:
+    pair.respond(request)
+
+
+def hold(pair: ConnectionPair, request: Request) -> None:
+    pair.server.hold(request, pair.clock.now())
+
+
+def end(pair: ConnectionPair, request: Request) -> None:
+    pair.server.end()
+
+
+def go_away(pair: ConnectionPair, request: Request) -> None:
+    pair.server.go_away(GoAwayReason.DRAINING, 1_000, pair.clock.wall())
+    pair.respond(request)
+
+
+def end_session(pair: ConnectionPair, request: Request) -> None:
+    if request.session is not None:
+        pair.registry.close(request.session)
+    pair.respond(request)
+
+
+def forget_key(pair: ConnectionPair, request: Request) -> None:
+    pair.server.prove("device:d")
+    pair.server.disprove("device:d")
+    pair.respond(request)
+
+
+Reads = Callable[[ConnectionPair], list[bytes]]
+
+READS: dict[str, Reads] = {
+    "two": lambda pair: [pair.request(1), pair.request(3)],
+    "four": lambda pair: [pair.request(number) for number in (1, 2, 3, 4)],
+    "one in pieces after another": lambda pair: [pair.request(1), pair.request(2)[:70]],
+    "with a ping": lambda pair: [pair.request(1), pair.ping(), pair.request(2)],
+    "the same stream twice": lambda pair: [pair.request(1), pair.request(1)],
+    "a cancelled one": lambda pair: [pair.request(1), pair.cancel(1), pair.request(2)],
+    "malformed": lambda pair: [pair.request(1), pair.request(2, "NO METHOD"), pair.request(3)],
+    "too late": lambda pair: [
+        pair.request(1, meta={"deadline_ms": 5}),
+        pair.request(2, meta={"deadline_ms": 0}),
+        pair.request(3, meta={"traceparent": "?"}),
+    ],
+    "without a session": lambda pair: [pair.request(1), pair.request(2, token=NO_TOKEN), pair.request(3)],
+    "a replay": lambda pair: [pair.request(1), pair.request(2, counter=pair.counter)],
+    "a stale one": lambda pair: [
+        pair.request(1),
+        pair.request(2, timestamp=pair.clock.wall() - 60_000),
+        pair.request(3),
+    ],
+}
+
+
+def conversation(reads: Reads, edge: Edge, *, in_pieces: bool) -> list[object]:
+    """Return the events and answers of one read after a login, and of a request after it."""
+    pair = ConnectionPair(settings=ConnectionSettings(max_streams=2))
+    pair.login()
+    pair.respond(pair.get(pair.request(8)))  # the token is known here from now on
+    data = b"".join(reads(pair))
+    seen: list[object] = []
+
+    def take(data: bytes) -> None:
+        for event in pair.receive_data(data):
+            seen.append(shown(event))
+            if isinstance(event, Request):
+                edge(pair, event)
+
+    if in_pieces:
+        take(data[:1])
+        take(data[1:])
+    else:
+        take(data)
+    seen += [(answer.kind, answer.stream, answer.body) for answer in pair.answers()]
+    take(pair.request(9))
+    return [
+        *seen,
+        [(answer.kind, answer.stream, answer.body) for answer in pair.answers()],
+        pair.server.state,
+    ]
+
+
+def shown(event: ServerEvent | Request) -> object:
+    if isinstance(event, Request):
+        session = None if event.session is None else event.session.user
+        return event.stream, event.token, session, event.method, event.params, event.meta
+    return repr(event)
+
+
+@pytest.mark.parametrize("edge", [respond, hold, end, go_away, end_session, forget_key])
+@pytest.mark.parametrize("reads", READS.values(), ids=READS)
+def test_division_of_a_read_changes_nothing(reads: Reads, edge: Edge) -> None:
+    assert conversation(reads, edge, in_pieces=False) == conversation(reads, edge, in_pieces=True)
+
+
+def test_requests_beside_a_held_one_are_refused_at_the_limit() -> None:
+    pair = ConnectionPair(settings=ConnectionSettings(max_streams=2))
+    pair.login()
+    pair.hold(pair.request(1))
+    pair.respond(pair.get(pair.request(2)))
+    pair.hold(pair.request(3))
+    assert pair.send(pair.request(4)) == []
+    codes = [answer.code for answer in pair.answers() if answer.kind is Kind.ERROR]
+    assert codes[-1] == Code.RESOURCE_EXHAUSTED
