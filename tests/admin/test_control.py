@@ -130,7 +130,7 @@ async def test_server_starts_without_a_socket_in_a_read_only_folder(
     def read_only(path: Path, backlog: int) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("zcproto.admin.control.listen_unix", read_only)
+    monkeypatch.setattr("zcproto.common.unix_socket.listen_unix", read_only)
     async with Server(config=configuration(home), home=home):
         assert "control.unavailable" in capsys.readouterr().err
         assert not (home / "control.sock").exists()

@@ -18,7 +18,7 @@ from zcproto.cli.serve import load_app
 from zcproto.common.files import try_lock
 from zcproto.config import Config
 from zcproto.errors import ConfigError
-from zcproto.runtime import run
+from zcproto.runtime import process_setup, run
 
 Capture = pytest.CaptureFixture[str]
 
@@ -180,11 +180,7 @@ def test_wrong_options_start_nothing(
 
 def test_serve_prints_addresses_and_progress(home: Path, started: Started, capsys: Capture) -> None:
     main(["serve"])
-
-    class Listening:
-        addresses = (("127.0.0.1", 7443), ("::1", 7443))
-
-    started.options["ready"](Listening())
+    started.options["listening"]([("127.0.0.1", 7443), ("::1", 7443)])
     started.options["progress"]("Making keys.")
     out, err = capsys.readouterr()
     assert out == "zcproto: listening on 127.0.0.1:7443\nzcproto: listening on [::1]:7443\n"
@@ -200,7 +196,7 @@ def prepared(home: Path, certs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(certs, home / "certs")
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[server]\nport = 0')
     # Do not tune this process: it runs other tests too.
-    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 1_000_000)
+    monkeypatch.setattr(process_setup, "raise_file_limit", lambda wanted: 1_000_000)
     monkeypatch.setattr(run, "harden", lambda environ: [])
     return home
 

@@ -48,7 +48,7 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         "the name is that of a phase of an alert",
         [f"alert.{phase.value}" for phase in Phase],
     ),
-    "zcproto/runtime/run.py": (
+    "zcproto/runtime/process_setup.py": (
         "the name is that of a risk which was found",
         ["server.traceable", "server.key_log_ignored", "server.runs_as_root"],
     ),

@@ -41,9 +41,9 @@ def lines_of(server: Any) -> tuple[list[str], list[str]]:
     """Run through a start; return the lines on the terminal, and the sentences that were passed on."""
     terminal, sentences = io.StringIO(), []
     first = FirstStart(sentences.append, terminal)
-    first.begin(server)
+    first.begin(server.config, server.home)
     first.progress("Issued it.")
-    first.ready(server)
+    first.ready(server.certificates[0].names, server.port)
     first.progress("Renewed it.")
     return terminal.getvalue().splitlines(), sentences
 
@@ -95,9 +95,10 @@ def test_external_certificates_are_not_created(tmp_path: Path) -> None:
 def test_without_a_terminal_the_progress_is_passed_on(tmp_path: Path) -> None:
     sentences: list[str] = []
     first = FirstStart(sentences.append, None)
-    first.begin(server_at(tmp_path))
+    server = server_at(tmp_path)
+    first.begin(server.config, server.home)
     first.progress("Issued it.")
-    first.ready(server_at(tmp_path))
+    first.ready(["localhost"], 7443)
     assert sentences == ["Issued it."]
 
 

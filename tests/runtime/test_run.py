@@ -27,9 +27,10 @@ from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
 from zcproto.observe.process import resident_bytes
 from zcproto.runtime import build as build_module
-from zcproto.runtime import run
+from zcproto.runtime import process_setup, run
 from zcproto.runtime import server as server_module
-from zcproto.runtime.run import GC_THRESHOLDS, SWITCH_INTERVAL, serve
+from zcproto.runtime.process_setup import GC_THRESHOLDS, SWITCH_INTERVAL
+from zcproto.runtime.run import serve
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 
@@ -335,7 +336,7 @@ async def test_running_methods_after_drain_exit_the_process(exits: list[int]) ->
 def test_low_file_limit_is_logged(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "raise_file_limit", lambda wanted: 100)
+    monkeypatch.setattr(process_setup, "raise_file_limit", lambda wanted: 100)
     listening: list[Server] = []
     thread = signal_when(lambda: listening)
     config = configuration(home, limits__max_connections=499)  # the limit of 500 has been raised

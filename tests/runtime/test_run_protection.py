@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from zcproto.runtime import run as run_module
-from zcproto.runtime.run import deny_tracing, harden
+from zcproto.runtime import process_setup
+from zcproto.runtime.process_setup import deny_tracing, harden
 
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from zcproto.runtime.run import harden
+from zcproto.runtime.process_setup import harden
 from zcproto.observe.process import resident_bytes
 if os.geteuid() == 0:
     os.setgroups([])
@@ -75,8 +75,8 @@ def test_process_memory_is_unreadable_for_the_same_user(environ: dict[str, str])
 
 def test_sslkeylogfile_is_removed_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(run_module, "deny_tracing", lambda: True)
-    monkeypatch.setattr(run_module, "deny_core_dumps", lambda: None)
+    monkeypatch.setattr(process_setup, "deny_tracing", lambda: True)
+    monkeypatch.setattr(process_setup, "deny_core_dumps", lambda: None)
     environ = {"SSLKEYLOGFILE": "/tmp/keys", "PATH": "/bin"}
     assert list(harden(environ)) == ["server.key_log_ignored"]
     assert environ == {"PATH": "/bin"}
@@ -87,15 +87,15 @@ def test_core_limit_is_lowered_and_never_raised(monkeypatch: pytest.MonkeyPatch)
     limits: list[Any] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (5, 9))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append((kind, pair)))
-    run_module.deny_core_dumps()
+    process_setup.deny_core_dumps()
     assert limits == [(resource.RLIMIT_CORE, (0, 9))]
 
 
 @pytest.mark.parametrize(("uid", "events"), [(0, ["server.runs_as_root"]), (1000, [])])
 def test_running_as_root_is_a_risk(monkeypatch: pytest.MonkeyPatch, uid: int, events: list[str]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    monkeypatch.setattr(run_module, "deny_tracing", lambda: True)
-    monkeypatch.setattr(run_module, "deny_core_dumps", lambda: None)
+    monkeypatch.setattr(process_setup, "deny_tracing", lambda: True)
+    monkeypatch.setattr(process_setup, "deny_core_dumps", lambda: None)
     assert list(harden({})) == events
 
 
@@ -108,6 +108,6 @@ def test_missing_prctl_is_a_risk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not deny_tracing()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not deny_tracing()
-    monkeypatch.setattr(run_module, "deny_core_dumps", lambda: None)
+    monkeypatch.setattr(process_setup, "deny_core_dumps", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert list(harden({})) == ["server.traceable"]

@@ -22,7 +22,7 @@ from zcproto.config.model import LogConfig
 from zcproto.errors import Code, FailedPrecondition
 from zcproto.observe.events import EVENTS
 from zcproto.observe.log import configure_logging
-from zcproto.runtime.run import log_loop_fault
+from zcproto.runtime.process_setup import log_loop_fault
 from zcproto.sessions.token import token_text
 from zcproto.wire.frame import NO_TOKEN
 

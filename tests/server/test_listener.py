@@ -53,13 +53,13 @@ def test_port_0_keeps_the_interface_of_a_link_local_address(
         "fe80::1": (socket.AF_INET6, ("fe80::1", 0, 0, 7)),
     }
     monkeypatch.setattr(listener, "_addresses", lambda host, port: [addresses[host]])
-    create, asked = socket.create_server, []
+    asked = []
 
-    def create_on_loopback(address: Any, **options: Any) -> socket.socket:
+    def bound_to_loopback(family: int, address: Any) -> socket.socket:
         asked.append(address)
-        return create(("127.0.0.1", 0))
+        return socket.create_server(("127.0.0.1", 0))
 
-    monkeypatch.setattr(socket, "create_server", create_on_loopback)
+    monkeypatch.setattr(listener, "_bound", bound_to_loopback)
     bound += bind(list(addresses), 0)
     assert asked[1] == ("fe80::1", bound[0].getsockname()[1], 0, 7)
 

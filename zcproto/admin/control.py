@@ -2,11 +2,9 @@
 
     zcproto status -> HTTP over <home>/control.sock -> operations.py
 
-Decides: which server owns the socket, and who may connect.
+Decides: who may connect. The owner of the socket file is the one server of this home folder.
 
 Rules:
-- The socket has mode 0600 and appears complete: it is bound beside its path and renamed. A socket left by a dead
-  server is replaced. The process with the lock beside it is the one server of this home folder.
 - The operating system reports the peer's user: the server's own user and root may connect. Where it does not, the
   modes of socket and folder decide.
 - HTTP is that of the HTTPS side: the same parser, and limits against malformed and slow requests.
@@ -24,9 +22,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcproto.admin.http_protocol import HttpEndpoint
-from zcproto.common.files import is_locked, try_lock
 from zcproto.common.home import Home
-from zcproto.common.unix_socket import listen_unix, peer_process
+from zcproto.common.unix_socket import SocketFile, peer_process
 from zcproto.errors import ConfigError
 from zcproto.http.connection import HttpLimits
 from zcproto.http.messages import Peer, Router
@@ -65,52 +62,26 @@ class ControlSocket(AcceptLoop):
     """The control socket of one server. `refused` counts connections of other users and those over the limit."""
 
     def __init__(self, home: Home, state: ServerState, router: Router, *, own_uid: int | None = None) -> None:
-        super().__init__(asyncio.get_running_loop())
-        self._path = home.control
+        super().__init__(asyncio.get_running_loop(), backlog=BACKLOG)
+        self._file = SocketFile(home.control)
         self._own_uid = os.geteuid() if own_uid is None else own_uid
-        self._lock: int | None = None
-        self._inode = 0
         self.endpoint = HttpEndpoint(state, router.find, SecurityHeaders(None), LIMITS, _peer)
         self.refused = 0
-
-    # --- the file ------------------------------------------------------------------------------------
 
     def open(self) -> bool:
         """Create the socket without accepting yet. Return False if the folder cannot hold one: a server can do
         without. Raises ConfigError if the operator can fix the problem.
         """
-        try:
-            self._take_lock()
-            self._sockets = [listen_unix(self._path, BACKLOG)]
-            self._inode = self._path.lstat().st_ino
-        except OSError as error:
-            self.close()
-            if error.errno in _NO_SOCKETS:
-                log.warning("control.unavailable", path=self._path, reason=error.strerror)
-                return False
-            raise ConfigError([f"{self._path}: cannot be created: {error.strerror or error}"]) from error
-        except BaseException:
-            self.close()
-            raise
-        return True
-
-    def _take_lock(self) -> None:
-        self._lock = try_lock(_lock_of(self._path))
-        if self._lock is None:
-            raise _used_by_another(self._path)
+        listening = open_control(self._file)
+        if listening is not None:
+            self.listen_on([listening])
+        return listening is not None
 
     def close(self) -> None:
         """Stop accepting, close open connections and remove the socket."""
         super().close()
         self.endpoint.close()
-        if self._inode:
-            with contextlib.suppress(OSError):  # the socket or the whole folder was removed before
-                if self._path.lstat().st_ino == self._inode:
-                    self._path.unlink()
-            self._inode = 0
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._file.close()
 
     # --- connections ---------------------------------------------------------------------------------
 
@@ -129,15 +100,28 @@ class ControlSocket(AcceptLoop):
             self._adopt(connection, self.endpoint.protocol())
 
 
+def open_control(file: SocketFile) -> socket.socket | None:
+    """Return the listening control socket; None, which is logged, if the folder cannot hold one.
+
+    Raises ConfigError if the operator can fix the problem.
+    """
+    try:
+        listening = file.open(BACKLOG)
+    except OSError as error:
+        if error.errno in _NO_SOCKETS:
+            log.warning("control.unavailable", path=file.path, reason=error.strerror)
+            return None
+        raise ConfigError([f"{file.path}: cannot be created: {error.strerror or error}"]) from error
+    if listening is None:
+        raise _used_by_another(file.path)
+    return listening
+
+
 def require_unused(home: Home) -> None:
     """Raise ConfigError if a server runs with this home folder, before anything in it is changed."""
-    with contextlib.suppress(OSError):  # reported by `ControlSocket.open`, if it matters
-        if is_locked(_lock_of(home.control)):
+    with contextlib.suppress(OSError):  # reported by `open_control`, if it matters
+        if SocketFile(home.control).is_locked:
             raise _used_by_another(home.control)
-
-
-def _lock_of(path: Path) -> Path:
-    return path.with_suffix(".lock")
 
 
 def _used_by_another(path: Path) -> ConfigError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from zcproto.errors import ConfigError
 
 if TYPE_CHECKING:
     from zcproto.app.app import App
-    from zcproto.runtime.server import Server
 
 
 @click.command()
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
 @click.argument("app", required=False, metavar="[MODULE:APP]")
 @click.option("--host", multiple=True, metavar="ADDRESS", help="An address to listen on; may be repeated.")
 @click.option("--port", type=int, metavar="N", help="The TCP port; 0 is any free port.")
+@click.option(
+    "--workers", metavar="N", help='Processes that serve; "auto" is one for each core. [default: 1]'
+)
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 @click.option("--reload", is_flag=True, help="Start again when a Python file has changed: for development.")
 @click.option(
@@ -40,6 +42,7 @@ def serve(
     app: str | None,
     host: tuple[str, ...],
     port: int | None,
+    workers: str | None,
     log_level: str | None,
     reload: bool,
     folders: tuple[Path, ...],
@@ -50,7 +53,12 @@ def serve(
     MODULE:APP is an App object, for example `shop.api:app`. SIGTERM and Ctrl-C drain the server: running requests
     finish within server.drain_timeout. A second signal ends it at once.
     """
-    overrides = {"server.host": list(host) or None, "server.port": port, "log.level": log_level}
+    overrides = {
+        "server.host": list(host) or None,
+        "server.port": port,
+        "server.workers": int(workers) if workers is not None and workers.isdecimal() else workers,
+        "log.level": log_level,
+    }
     config = instance.read_config(overrides)
     if folders and not reload:
         raise click.UsageError("--reload-dir goes with --reload.")
@@ -69,7 +77,7 @@ def serve(
         application,
         config,
         home=instance.home.path,
-        ready=_print_addresses,
+        listening=_print_addresses,
         progress=lambda message: click.echo(f"zcproto: {message}", err=True),
         read_config=partial(instance.read_config, overrides),
     )
@@ -81,8 +89,9 @@ def _arguments(instance: Instance, overrides: Mapping[str, Any], app: str | None
     if instance.config_file is not None:
         arguments += ["--config", str(instance.config_file)]
     arguments.append("serve")
-    if overrides["log.level"] is not None:
-        arguments += ["--log-level", overrides["log.level"]]
+    for option, key in (("--workers", "server.workers"), ("--log-level", "log.level")):
+        if overrides[key] is not None:
+            arguments += [option, str(overrides[key])]
     return arguments if app is None else [*arguments, app]
 
 
@@ -124,8 +133,8 @@ def _is_importing(file: str) -> bool:
     return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
 
 
-def _print_addresses(server: Server) -> None:
-    for host, port in server.addresses:
+def _print_addresses(addresses: Sequence[tuple[str, int]]) -> None:
+    for host, port in addresses:
         url_host = f"[{host}]" if ":" in host else host
         click.echo(f"zcproto: listening on {url_host}:{port}")
     sys.stdout.flush()

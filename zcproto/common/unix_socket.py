@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from zcproto.common.files import UnusableFileError, staging_path
+from zcproto.common.files import UnusableFileError, is_locked, staging_path, try_lock
 from zcproto.common.network import address_of
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
@@ -38,6 +38,58 @@ def listen_unix(path: Path, backlog: int) -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+class SocketFile:
+    """A listening socket at a path, which one process at a time owns: the one with the lock beside the path.
+
+    Its children may serve on the socket, but give up the lock. Nothing is created until `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self._inode = 0
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether any process owns the path."""
+        return is_locked(self._lock_path)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_suffix(".lock")
+
+    def open(self, backlog: int) -> socket.socket | None:
+        """Return the listening socket; None if another process owns the path.
+
+        Raises OSError, or ConfigError if something else is at the path.
+        """
+        self._lock = try_lock(self._lock_path)
+        if self._lock is None:
+            return None
+        try:
+            listening = listen_unix(self.path, backlog)
+            self._inode = self.path.lstat().st_ino
+        except BaseException:
+            self.leave()
+            raise
+        return listening
+
+    def close(self) -> None:
+        """Remove the socket and release the lock. Idempotent."""
+        if self._inode:
+            with suppress(OSError):  # the socket or the whole folder was removed before
+                if self.path.lstat().st_ino == self._inode:
+                    self.path.unlink()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the descriptor of the lock, in a child that does not own the path."""
+        self._inode = 0
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 class PeerProcess(NamedTuple):

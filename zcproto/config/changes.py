@@ -33,7 +33,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "server": {
         Effect.NOW: "drain_timeout lifespan_timeout",
         Effect.NEW_CONNECTIONS: "proxy_protocol_from",
-        Effect.RESTART: "host port",
+        Effect.RESTART: "host port workers",
     },
     "tls": {
         Effect.NEW_CONNECTIONS: (

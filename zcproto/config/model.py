@@ -44,6 +44,7 @@ from zcproto.config.types import (
     settings_of,
     tables_of,
     whole,
+    whole_or_auto,
 )
 from zcproto.tls.context import SUITES
 
@@ -71,6 +72,11 @@ class ServerConfig(Settings):
     lifespan_timeout: Annotated[float, duration("100ms", "1h")] = 30.0
     """How long the lifespan of the application may take to start, and again to end. A start that takes longer
     fails, since a service manager would wait without a reason in the log."""
+    workers: Annotated[int | None, whole_or_auto(1, 256)] = 1
+    """The number of processes that serve connections, on Linux and macOS; one process uses one core. "auto" is the
+    number of cores that this process may use. With 1 there is a single process. With more there are also a
+    supervisor and a coordinator, so that small machines do better with the default. Limits hold for all of
+    them together."""
     proxy_protocol_from: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ()
     """The load balancers that send the client's address in a PROXY protocol header, version 2, before TLS
     begins. From these the header is required; from all others, who could forge any address with it, it is

@@ -163,6 +163,16 @@ def whole(low: int, high: int, zero: str = "") -> Accepts:
     return _accepts(words, schema, from_variable=_int_from)
 
 
+def whole_or_auto(low: int, high: int) -> Accepts:
+    """Accept a whole number from `low` to `high`, or "auto", which is None."""
+    schema: CoreSchema = core_schema.no_info_before_validator_function(
+        lambda value: None if value == "auto" else value,
+        core_schema.nullable_schema(core_schema.int_schema(strict=True, ge=low, le=high)),
+    )
+    words = f'a whole number from {low} to {high}, or "auto"'
+    return _accepts(words, schema, from_variable=_int_from, none="auto")
+
+
 def one_of(*choices: str) -> Accepts:
     """Accept one of some words."""
     *others, last = map(toml_string, choices)

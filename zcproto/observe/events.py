@@ -92,7 +92,7 @@ FIELDS: Final[dict[str, str]] = {
     "path": "path of a file",
     "peer": "address of the peer",
     "pending": "revocations not yet written to the store",
-    "pid": "process id of the peer of the control socket",
+    "pid": "process id: of the peer of the control socket, or of a worker",
     "pins": "pins of public keys, in the form that clients accept",
     "port": "TCP port",
     "reason": "reason",
@@ -115,6 +115,7 @@ FIELDS: Final[dict[str, str]] = {
     "user": "name of a user",
     "wanted": "required value",
     "what": "name of a method, operation or internal step",
+    "worker": "process of a server with several workers: its number, or coordinator; in every line that it writes",
     "which": "id of the session that was meant, or all",
 }
 """Meaning of each field, in every event."""
@@ -138,6 +139,20 @@ server.runs_as_root warning (cure)
     The server runs as root, which it does not need.
 service_manager.unreachable warning (cure)
     NOTIFY_SOCKET is set, but the service manager does not answer there.
+worker.ready info (worker pid)
+    A process of a server with several workers has started.
+worker.ended error (worker pid reason retry_after_s)
+    A process ended unexpectedly and is started again. Its connections are lost, those of other workers are not.
+worker.hangs error (worker pid seconds)
+    The event loop of a process did not run within WatchdogSec=; it is aborted, and writes its stacks to stderr.
+worker.killed error (worker pid)
+    A process did not end within its time and is killed.
+workers.threads warning (cure)
+    The program started threads before the fork of the workers: a lock that one holds then stays locked in them.
+workers.reload_slow warning (count seconds)
+    Processes have not applied a new configuration in time; they still apply it when they can.
+workers.gave_up error (seconds)
+    No worker could be started for this long: the server ends.
 server.draining info (connections)
     The server drains: it accepts nothing new and finishes requests in flight.
 server.methods_stuck error (count)

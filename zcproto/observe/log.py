@@ -91,7 +91,7 @@ class Logger(structlog.BoundLoggerBase):
                 if suppressed:
                     values["suppressed"] = suppressed
             # Not by structlog's processors, which need more calls and copies for the same.
-            self._logger.write(_line(method, event, {**self._context, **values}))
+            self._logger.write(_line(method, event, {**self._context, **values, **state.process}))
         except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
 
@@ -112,6 +112,11 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
     _state.exceptions = log.exceptions
     _state.clock = clock
     _state.is_configured = True
+
+
+def name_process(name: str) -> None:
+    """Add `worker` to every line of this process: the name of a process among those of its server."""
+    _state.process = {"worker": name}
 
 
 def is_configured() -> bool:
@@ -211,6 +216,7 @@ class _LogState:
 
     def __init__(self) -> None:
         self.is_configured = False
+        self.process: dict[str, str] = {}
         self.level = logging.WARNING
         self.output: Output = StandardError()
         self.format = "auto"

@@ -98,6 +98,8 @@ class WorkerRole:
     maintains: bool = True
     """Whether this process issues certificates, ends the sessions of users and devices that are gone, and removes
     expired entries from the store. If not, another one does."""
+    has_lifespans: bool = True
+    """Whether the lifespans of the application run in this process."""
     store: SessionStore | None = None
     """Replaces the store of the configuration."""
     run: str | None = None
@@ -164,7 +166,7 @@ async def build(
         acceptor=acceptor,
         listener=listener,
         http=http,
-        lifespans=Lifespans(app.lifespans(), state.lifespan_values),
+        lifespans=Lifespans(app.lifespans() if role.has_lifespans else {}, state.lifespan_values),
         loop_lag=loop_lag,
         traffic=Traffic(clock, state.counters, acceptor, state.methods),
     )

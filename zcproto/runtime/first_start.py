@@ -9,13 +9,13 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from zcproto.common.home import DEFAULT, VARIABLE
+from zcproto.common.home import DEFAULT, VARIABLE, Home
 from zcproto.common.text import counted, escape_text
-from zcproto.runtime.server import Server
+from zcproto.config import Config
 
 SHOWN_NAMES = 4
 
@@ -30,12 +30,13 @@ class FirstStart:
         self._progress = progress
         self._terminal = terminal
 
-    def begin(self, server: Server) -> None:
+    def begin(self, config: Config, home: Home) -> None:
         """Begin with the configuration of a server that has not started."""
-        certificates = server.config.certificates
+        self._config, self._home = config, home
+        certificates = config.certificates
         if certificates.mode == "files" or (certificates.directory / "ca.crt").exists():
             self._terminal = None
-        folder = escape_text(str(server.home.path))
+        folder = escape_text(str(home.path))
         self._print(f"first start: creating {folder} with keys and certificates; RSA keys take some seconds")
 
     def progress(self, sentence: str) -> None:
@@ -43,16 +44,19 @@ class FirstStart:
         if self._terminal is None:
             self._progress(sentence)
 
-    def ready(self, server: Server) -> None:
-        """Report what was created, now that the server listens."""
-        if self._terminal is None or not server.certificates:
+    def ready(self, names: Sequence[str], port: int) -> None:
+        """Report what was created, now that the server listens. `names` are those of its certificate."""
+        if self._terminal is None or not names:
             return
-        names = server.certificates[0].names
         left = len(names) - SHOWN_NAMES
         more = f" and {counted(left, 'more name')}" if left > 0 else ""
-        authority = escape_text(str(server.config.certificates.directory / "ca.crt"))
+        authority = escape_text(str(self._config.certificates.directory / "ca.crt"))
         self._print(f"clients trust {authority}; the server is {', '.join(names[:SHOWN_NAMES])}{more}")
-        self._print(f"next, in another terminal: {_next_command(server)}")
+        self._print(f"next, in another terminal: {_next_command(self._home, port)}")
+        self.end()
+
+    def end(self) -> None:
+        """Pass on what the certificates report from now on."""
         self._terminal = None
 
     def _print(self, line: str) -> None:
@@ -61,12 +65,10 @@ class FirstStart:
             self._terminal.flush()
 
 
-def _next_command(server: Server) -> str:
-    option = (
-        "" if _is_default(server.home.path) else f" --home {escape_text(shlex.quote(str(server.home.path)))}"
-    )
-    if server.home.users.exists():
-        return f"{_program()}{option} call localhost:{server.port} server.info"
+def _next_command(home: Home, port: int) -> str:
+    option = "" if _is_default(home.path) else f" --home {escape_text(shlex.quote(str(home.path)))}"
+    if home.users.exists():
+        return f"{_program()}{option} call localhost:{port} server.info"
     return f"{_program()}{option} user add ada --keys-out ada.key"
 
 

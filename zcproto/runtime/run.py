@@ -8,48 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import os
-import re
-import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, MutableMapping
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from zcproto.app.app import App
 from zcproto.auth import Authenticators
-from zcproto.common.process import new_event_loop, raise_file_limit
+from zcproto.common.process import new_event_loop
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.runtime.first_start import FirstStart
+from zcproto.runtime.place import worker_count
+from zcproto.runtime.process_setup import (
+    exit_at_once,
+    harden,
+    log_loop_fault,
+    log_risks,
+    raise_limit_for,
+    tune_interpreter,
+)
+from zcproto.runtime.processes import serve_by_workers
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.state import log
 
-_PR_SET_DUMPABLE: Final = 4
-KEY_LOG: Final = "SSLKEYLOGFILE"
-
-GC_THRESHOLDS: Final = (10_000, 5, 2_000)
-"""The defaults would walk every object of 10,000 connections again and again. The second number bounds what one
-collection walks: with 50, that was every object of those connections, for 200 ms."""
-
-SWITCH_INTERVAL: Final = 0.000_5
-"""Seconds that another thread may hold the interpreter while the loop waits; the default of 5 ms is noticeable."""
-
-SPARE_FILES: Final = 256
-"""Descriptors in addition to those of connections: certificates, the store, the log, pipes."""
-
 REDIRECT_SOCKET: Final = "redirect"
 """FileDescriptorName= of a socket without TLS, for http.redirect_port. All others are for TLS."""
-
-_PHRASE: Final = re.compile(r"[A-Za-z][A-Za-z' ]*")
-"""What asyncio writes before a callback and its arguments."""
 
 
 def serve(
@@ -59,17 +49,20 @@ def serve(
     home: Path | None = None,
     authenticators: Authenticators | None = None,
     ready: Callable[[Server], None] = lambda server: None,
+    listening: Callable[[Sequence[tuple[str, int]]], None] = lambda addresses: None,
     progress: Callable[[str], None] = lambda sentence: None,
     **options: Any,
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal cuts off what still runs.
 
+    With `server.workers` above 1 these are several processes. The caller's process forks them and supervises them.
+
     `authenticators` decide who may open sessions; by default those of the application. `ready` is called when it
-    listens, `progress` with sentences about new certificates; on a terminal, three lines replace those of the first
-    start. A service manager such as systemd is notified as well; it may run a watchdog and pass the listening
-    sockets. Further options are passed to `Server`. Raises ConfigError, CertificateError or LifespanError before
-    anything listens, LifespanError at the end, and RuntimeError inside a running event loop or outside the main
-    thread: use `Server` there.
+    listens, in each worker, and `listening` once with host and port of every listening socket; `progress` with
+    sentences about new certificates; on a terminal, three lines replace those of the first start. A service manager
+    such as systemd is notified as well; it may run a watchdog and pass the listening sockets. Further options are
+    passed to `Server`. Raises ConfigError, CertificateError or LifespanError before anything listens, LifespanError
+    at the end, and RuntimeError inside a running event loop or outside the main thread: use `Server` there.
     """
     _check_own_process()
     risks = harden(os.environ)  # before any key is loaded
@@ -78,17 +71,32 @@ def serve(
     options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
     first = FirstStart(progress, sys.stderr if sys.stderr.isatty() else None)
     server = Server(app, config, home=home, authenticators=authenticators, progress=first.progress, **options)
-    first.begin(server)
+    first.begin(server.config, server.home)
     configure_logging(server.config.log)
-    server.owns_log = True
-    server.on_config = raise_limit_for
-    server.on_config(server.config)
+    raise_limit_for(server.config)
 
     def on_ready(server: Server) -> None:
-        first.ready(server)
+        first.ready([name for pair in server.certificates[:1] for name in pair.names], server.port)
+        listening(server.addresses)
         ready(server)
 
     try:
+        workers = worker_count(server.config)
+        if workers > 1:
+            serve_by_workers(
+                server,
+                partial(Server, app, authenticators=authenticators),
+                workers,
+                options={name: value for name, value in options.items() if name != "read_config"},
+                manager=manager,
+                first=first,
+                ready=ready,
+                listening=listening,
+                risks=risks,
+            )
+            return
+        server.owns_log = True
+        server.on_config = raise_limit_for
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(server, on_ready, manager, risks))
     finally:
@@ -141,8 +149,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     loop.set_exception_handler(log_loop_fault)
     await server.start()
-    for event, cure in risks.items():
-        log.warning(event, cure=cure)
+    log_risks(risks)
     tune_interpreter()
     ready(server)
     manager.ready(loop, server.summary)
@@ -156,11 +163,11 @@ async def _serve(
     await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():
         log.warning("server.forced")
-        _exit_at_once()
+        exit_at_once()
     forced.cancel()
     manager.close()
     if server.state.tasks.running or server.parts.lifespans.is_stuck:  # it would block the end of the loop
-        _exit_at_once()
+        exit_at_once()
     draining.result()
 
 
@@ -173,79 +180,3 @@ async def _reload(server: Server, manager: ServiceManager) -> None:
     else:
         with manager.reloading():
             reopen_log()
-
-
-def log_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an uncaught exception of the loop; asyncio's own handler would print arguments of callbacks."""
-    phrase = _PHRASE.match(str(context.get("message", "")))
-    log.error("server.fault", what=phrase[0].strip() if phrase else None, exc_info=context.get("exception"))
-
-
-def _exit_at_once() -> None:
-    finish_log()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-# --- the process ------------------------------------------------------------------------------------------
-
-
-def deny_core_dumps() -> None:
-    """Keep a crash from writing the memory to the disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
-
-
-def deny_tracing() -> bool:
-    """Keep other processes of this user from tracing this one: on Linux, prctl(PR_SET_DUMPABLE, 0).
-
-    Its folder in /proc belongs to root from then on; stat, statm and status stay readable for everyone. Core dumps
-    through a pipe, which RLIMIT_CORE does not forbid, are prevented too. Return False on an unsupported system.
-    """
-    if sys.platform != "linux":
-        return False
-    try:
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-    except (OSError, AttributeError):  # a C library without it
-        return False
-    return bool(prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
-
-
-def harden(environ: MutableMapping[str, str]) -> dict[str, str]:
-    """Protect this process; return the log events of risks that only the operator can remove, and the cures.
-
-    None of it stops root, and keys in Python `bytes` cannot be erased. It keeps the memory from the disk and from
-    other processes of the same user.
-    """
-    found = {}
-    deny_core_dumps()
-    if not deny_tracing():
-        found["server.traceable"] = "keep other processes from its user"
-    if environ.pop(KEY_LOG, None) is not None:  # some builds of OpenSSL write the keys of connections to it
-        found["server.key_log_ignored"] = f"unset {KEY_LOG}; no keys are written"
-    if os.geteuid() == 0:
-        found["server.runs_as_root"] = "run it as a separate user: zcproto deploy systemd"
-    return found
-
-
-def tune_interpreter() -> None:
-    """Give other threads (certificates, the disk) short turns, and exclude long-lived objects from collections."""
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-
-
-def raise_limit_for(config: Config) -> None:
-    """Raise the limit on open files to what a configuration needs."""
-    _raise_file_limit(config.limits.max_connections + SPARE_FILES)
-
-
-@cache
-def _raise_file_limit(wanted: int) -> None:
-    limit = raise_file_limit(wanted)
-    if limit < wanted:
-        log.warning(
-            "server.file_limit", limit=limit, wanted=wanted, cure="raise it with ulimit -n or LimitNOFILE="
-        )

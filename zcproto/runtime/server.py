@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed
 from zcproto.runtime.background import background, background_work, roll_out_certificates
 from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build
+from zcproto.runtime.place import ONLY_PROCESS, Place, worker_count
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
@@ -88,13 +89,15 @@ class Server:
         clock: Clock = system_clock,
         entropy: Entropy = system_entropy,
         role: WorkerRole = SINGLE,
+        place: Place = ONLY_PROCESS,
     ) -> None:
         self.home = resolve_home(None, os.environ) if home is None else Home(home)
         if config is None:
             read_config = partial(load_config, None, home=self.home.path, environ=os.environ)
             config = read_config()
-        self._first_config = _at_home(config, self.home)
-        self._read_config = read_config
+        self.place = place
+        self._first_config = at_home(config, self.home)
+        self.read_config = read_config
         self._has_control = control
         self._build = partial(
             build,
@@ -117,6 +120,13 @@ class Server:
         self._ending, self._reloading = asyncio.Lock(), asyncio.Lock()
         self.owns_log = False
         """Whether `[log]` of this configuration applies to the log of the process."""
+        self.before_listening: Callable[[Sequence[str]], Awaitable[None]] | None = None
+        """Awaited with the names of the certificate when all that can fail has been done, before anything is
+        accepted."""
+        self.on_reload_requested: Callable[[], Awaitable[None]] | None = None
+        """Awaited after a reload that an operator requested, for the other processes of the server."""
+        self.on_drain_requested: Callable[[float], object] | None = None
+        """Called in place of a drain that an operator requests."""
         self.on_config: Callable[[Config], None] = lambda config: None
         """Called with each configuration that `reload` applies."""
         self.on_drain: Callable[[float], None] = lambda limit: None
@@ -138,6 +148,13 @@ class Server:
         async with AsyncExitStack() as stack:
             for passed in (*self._sockets, *self._redirect_sockets):
                 stack.callback(passed.close)
+            if self.place.is_single and worker_count(self._first_config) > 1:
+                raise ConfigError(
+                    [
+                        "server.workers: a Server in a program is one process; set it to 1, or run the application"
+                        " by `zcproto serve` or zcproto.serve()"
+                    ]
+                )
             if self._first_config.log.model_fields_set and not is_configured():
                 configure_logging(self._first_config.log)
                 self.owns_log = True
@@ -148,7 +165,9 @@ class Server:
             routes = Operations(parts, self.reload, self.begin_drain).routes()
             self._control = control = ControlSocket(self.home, parts.state, Router(routes))
             stack.callback(control.close)
-            if self._has_control:
+            if self.place.control is not None:
+                control.listen_on([self.place.control])
+            elif self._has_control:
                 await asyncio.to_thread(control.open)
             stack.push_async_callback(parts.alerts.stop)
             if parts.store is not None:
@@ -168,6 +187,8 @@ class Server:
             roll_out_certificates(parts, spawn)
             for work in background_work(parts):
                 spawn(work)
+            if self.before_listening is not None:
+                await self.before_listening(parts.certificate_pairs[0].names)
             control.start()
             parts.listener.start()
             if parts.http is not None and parts.http.redirect is not None:
@@ -181,12 +202,15 @@ class Server:
         await parts.lifespans.stop(self.config.server.lifespan_timeout)
 
     def _bind(self, parts: Parts) -> None:
+        if self.place.is_coordinator:
+            parts.listener.addresses = list(self.place.addresses)
+            return
         config = parts.config
         parts.listener.listen_on(self._sockets or bind(config.server.host, config.server.port))
         if parts.http is not None and (config.http.redirect_port or self._redirect_sockets):
             parts.http.listen_plain(parts.certificate_names, parts.listener.port, self._redirect_sockets)
         elif self._redirect_sockets:
-            raise ConfigError(["http.enabled = false: pass no socket for http.redirect_port, or enable http"])
+            raise no_redirect()
 
     # --- while it runs -------------------------------------------------------------------------------
 
@@ -269,6 +293,13 @@ class Server:
 
         Raises ConfigError with all faults; then nothing has changed. No connection is closed by it.
         """
+        reloaded = await self.reload_here()
+        if self.on_reload_requested is not None:
+            await self.on_reload_requested()
+        return reloaded
+
+    async def reload_here(self) -> Reloaded:
+        """Reload in this process of the server alone."""
         if self._parts is None:
             raise ConfigError(["the server is not running: start it; it reads its configuration then"])
         # A task, so that a caller who goes away cannot leave half of it done.
@@ -284,17 +315,17 @@ class Server:
     @property
     def can_reload(self) -> bool:
         """Whether `reload` has a configuration to read."""
-        return self._read_config is not None and self._parts is not None
+        return self.read_config is not None and self._parts is not None
 
     def _read_again(self) -> Config:
-        if self._read_config is None:
+        if self.read_config is None:
             raise ConfigError(
                 [
                     "the configuration comes from the program that runs this server;"
                     " restart that program, or let it pass read_config to Server"
                 ]
             )
-        return _at_home(self._read_config(), self.home)
+        return at_home(self.read_config(), self.home)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start what an operator has requested; the end of the server does not cancel it."""
@@ -312,6 +343,9 @@ class Server:
 
     def begin_drain(self, limit: float | None = None) -> None:
         """Start `drain` and return at once."""
+        if self.on_drain_requested is not None:
+            self.on_drain_requested(self.config.server.drain_timeout if limit is None else limit)
+            return
         limit = self.config.server.drain_timeout if limit is None else limit
         self._begin(self.drain(limit))
         self.on_drain(limit)
@@ -341,7 +375,12 @@ class Server:
         await self._closed.wait()
 
 
-def _at_home(config: Config, home: Home) -> Config:
+def no_redirect() -> ConfigError:
+    """Return the error for a redirect socket without HTTP."""
+    return ConfigError(["http.enabled = false: pass no socket for http.redirect_port, or enable http"])
+
+
+def at_home(config: Config, home: Home) -> Config:
     """Default the folder of certificates to the home folder."""
     if "directory" in config.certificates.model_fields_set:
         return config

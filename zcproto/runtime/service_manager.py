@@ -77,13 +77,13 @@ class ServiceManager:
         if notify_address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
-        self._interval = STATUS_INTERVAL
+        self.interval = STATUS_INTERVAL
         if watchdog is not None:
-            self._interval = max(MIN_INTERVAL, min(STATUS_INTERVAL, watchdog / 2))
+            self.interval = max(MIN_INTERVAL, min(STATUS_INTERVAL, watchdog / 2))
         self._next: asyncio.TimerHandle | None = None
         self._status: Callable[[], str] = lambda: ""
         self._reported = ""
-        self._is_stopping = False
+        self._is_ready = self._is_stopping = False
 
     @classmethod
     def from_environ(cls, environ: MutableMapping[str, str], pid: int) -> Self:
@@ -118,6 +118,12 @@ class ServiceManager:
 
     def ready(self, loop: asyncio.AbstractEventLoop, status: Callable[[], str]) -> None:
         """Report that the server listens, and feed the watchdog from now on. `status` describes the load."""
+        self.begin(status)
+        if self._is_ready:
+            self._next = loop.call_later(self.interval, self._tick_again, loop)
+
+    def begin(self, status: Callable[[], str]) -> None:
+        """Report that the server listens; the caller calls `tick` every `interval` seconds from now on."""
         if self._socket is None:
             return
         if self.watchdog is not None and not faulthandler.is_enabled() and sys.stderr is not None:
@@ -125,10 +131,14 @@ class ServiceManager:
         self._status, self._reported = status, status()
         if not self.notify(READY=1, MAINPID=os.getpid(), STATUS=self._reported):
             log.warning("service_manager.unreachable", cure="unset NOTIFY_SOCKET, or start it by systemd")
-        self._next = loop.call_later(self._interval, self._tick, loop)
+        self._is_ready = True
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._next = loop.call_later(self._interval, self._tick, loop)
+    def _tick_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._next = loop.call_later(self.interval, self._tick_again, loop)
+        self.tick()
+
+    def tick(self) -> None:
+        """Feed the watchdog, and report the load if it has changed."""
         values: dict[str, str | int] = {}
         if self.watchdog is not None:
             values["WATCHDOG"] = 1
@@ -144,14 +154,20 @@ class ServiceManager:
 
         Reports nothing before `ready` and during a drain.
         """
-        if self._next is None or self._is_stopping:
-            yield
-            return
-        # Type=notify-reload compares this time with that of its signal (systemd.service(5)).
-        self.notify(RELOADING=1, MONOTONIC_USEC=int(self._clock.now() * USEC))
+        self.reload_begins()
         try:
             yield
         finally:
+            self.reload_ends()
+
+    def reload_begins(self) -> None:
+        if not self._is_ready or self._is_stopping:
+            return
+        # Type=notify-reload compares this time with that of its signal (systemd.service(5)).
+        self.notify(RELOADING=1, MONOTONIC_USEC=int(self._clock.now() * USEC))
+
+    def reload_ends(self) -> None:
+        if self._is_ready and not self._is_stopping:
             self._reported = self._status()
             self.notify(READY=1, STATUS=self._reported)
 

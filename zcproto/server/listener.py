@@ -81,10 +81,12 @@ _LISTEN_CURES: Final = {
 }
 
 
-def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[socket.socket]:
+def bind(
+    hosts: Sequence[str], port: int, key: str = "server.port", *, backlog: int = BACKLOG
+) -> list[socket.socket]:
     """Return listening sockets for all addresses of the hosts. `key` is the setting of the port, for messages.
 
-    Raises ConfigError if an address cannot be bound.
+    With a backlog of 0 they are bound only, for `listen` later. Raises ConfigError if an address cannot be bound.
     """
     sockets: list[socket.socket] = []
     with ExitStack() as stack:
@@ -93,18 +95,41 @@ def bind(hosts: Sequence[str], port: int, key: str = "server.port") -> list[sock
                 if sockets and port == 0:  # the same free port on every address
                     address = (address[0], sockets[0].getsockname()[1], *address[2:])  # noqa: PLW2901
                 try:
-                    listening = socket.create_server(address, family=family, backlog=BACKLOG)
+                    listening = stack.enter_context(_bound(family, address))
+                    if backlog:
+                        listening.listen(backlog)
                 except OSError as error:
-                    reason = os.strerror(error.errno or 0)  # create_server adds the address to its own
-                    raise ConfigError(
-                        [
-                            f"server.host = {host!r}, {key} = {address[1]}: cannot listen: {reason}"
-                            f"{_LISTEN_CURES.get(error.errno or 0, '')}"
-                        ]
-                    ) from error
-                sockets.append(stack.enter_context(listening))
+                    raise _cannot_listen(f"server.host = {host!r}, {key} = {address[1]}", error) from error
+                sockets.append(listening)
         stack.pop_all()
     return sockets
+
+
+def listen(sockets: Sequence[socket.socket]) -> None:
+    """Let bound sockets listen. Raises ConfigError if another program listens there meanwhile."""
+    for each in sockets:
+        try:
+            each.listen(BACKLOG)
+        except OSError as error:
+            raise _cannot_listen("{}, port {}".format(*each.getsockname()[:2]), error) from error
+
+
+def _bound(family: int, address: Any) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+def _cannot_listen(where: str, error: OSError) -> ConfigError:
+    reason = os.strerror(error.errno or 0)  # sockets add the address to their own
+    return ConfigError([f"{where}: cannot listen: {reason}{_LISTEN_CURES.get(error.errno or 0, '')}"])
 
 
 def _addresses(host: str, port: int) -> list[tuple[int, Any]]:
@@ -121,9 +146,12 @@ class AcceptLoop:
     Subclasses decide in `_admit`.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_batch: int = 1) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, max_batch: int = 1, *, backlog: int = BACKLOG
+    ) -> None:
         self._loop = loop
         self._max_batch = max_batch
+        self._backlog = backlog
         self._sockets: list[socket.socket] = []
         self._accepting = False
         self._batch = 1.0
@@ -135,9 +163,10 @@ class AcceptLoop:
         self._sockets = list(sockets)
         for listening in sockets:
             listening.setblocking(False)
-            listening.listen(BACKLOG)  # another process may have set a shorter backlog
 
     def start(self) -> None:
+        for listening in self._sockets:
+            listening.listen(self._backlog)  # another process may have set a shorter one
         self._resume()
 
     def close(self) -> None:
@@ -274,7 +303,7 @@ class Listener(AcceptLoop):
 
     def start(self) -> None:
         super().start()
-        for host, port in self.addresses:
+        for host, port in self.addresses if self._sockets else ():
             log.info("server.listening", host=host, port=port)
 
     @property

@@ -1,0 +1,300 @@
+"""A server of several processes, as users start it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import ROOT, Client, configuration, eventually
+from tests.server.process import ServerProcess
+from zcproto.auth import UserFile
+from zcproto.errors import ConfigError
+from zcproto.runtime import place as place_module
+from zcproto.runtime.place import Place, usable_cores, worker_count
+from zcproto.runtime.server import Server
+
+CONFIG = """
+[certificates]
+key_types = ["ecdsa-p256"]
+
+[store]
+url = "memory"
+
+[server]
+drain_timeout = "2s"
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, certs: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text(CONFIG)
+    return home
+
+
+@pytest.fixture
+def key(home: Path) -> str:
+    return UserFile(home / "users.toml").add("ada")
+
+
+@pytest.fixture
+def server(home: Path, certs: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        yield server
+
+
+def events(server: ServerProcess, *names: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] in names]
+
+
+def pids(server: ServerProcess) -> dict[str, int]:
+    """Return the last process of each name."""
+    return {line["worker"]: line["pid"] for line in events(server, "worker.ready")}
+
+
+def test_processes_serve_and_drain_on_one_signal(server: ServerProcess, key: str) -> None:
+    assert set(pids(server)) == {"coordinator", "1", "2"}
+    with server.client("ada", key) as client:
+        assert client.call("echo", {"text": "a"}) == {"text": "a"}
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert {line["worker"] for line in events(server, "server.ended")} == {"coordinator", "1", "2"}
+    opened = events(server, "session.opened")
+    assert [line["worker"] for line in opened] in (["1"], ["2"])
+    assert not (server.home / "control.sock").exists()
+
+
+def test_killed_worker_loses_its_own_connections_alone(server: ServerProcess, key: str) -> None:
+    before = pids(server)
+    with contextlib.ExitStack() as stack:
+        clients: dict[str, Client] = {}
+        while len(clients) < 2:
+            client = stack.enter_context(server.client("ada", key))
+            eventually(lambda: len(events(server, "session.opened")) > len(clients))
+            clients[events(server, "session.opened")[-1]["worker"]] = client
+        os.kill(before["1"], signal.SIGKILL)
+        eventually(lambda: pids(server)["1"] != before["1"])
+        assert clients["2"].call("echo", {"text": "a"}) == {"text": "a"}
+    assert pids(server)["2"] == before["2"]
+    (line,) = events(server, "worker.ended")
+    assert (line["worker"], line["reason"], line["retry_after_s"]) == ("1", "SIGKILL", 0.0)
+
+
+def status(home: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zcproto", "--home", str(home), "status"]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+
+
+def test_control_socket_survives_the_coordinator(server: ServerProcess, key: str) -> None:
+    with server.client("ada", key) as client:
+        os.kill(pids(server)["coordinator"], signal.SIGKILL)
+        done = status(server.home)  # waits in the backlog for the next coordinator
+        assert done.returncode == 0, done.stderr
+        assert client.call("echo", {"text": "a"}) == {"text": "a"}
+    assert [line["worker"] for line in events(server, "worker.ended")] == ["coordinator"]
+
+
+def test_killed_supervisor_frees_port_and_home(home: Path, certs: Path, key: str) -> None:
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        with server.client("ada", key):
+            server.process.kill()
+            server.process.wait()
+        with (
+            ServerProcess(home, certs, "--workers", "2", "--port", str(server.port)) as other,
+            other.client("ada", key) as client,
+        ):
+            assert client.call("echo", {"text": "a"}) == {"text": "a"}
+
+
+def test_hangup_reloads_every_process(server: ServerProcess) -> None:
+    config = server.home / "config.toml"
+    config.write_text(CONFIG + "\n[limits]\nmax_connections = 400\n")
+    server.signal(signal.SIGHUP)
+    eventually(lambda: len(events(server, "config.reloaded")) == 3)
+    assert {tuple(line["changed"]) for line in events(server, "config.reloaded")} == {
+        ("limits.max_connections",)
+    }
+    os.kill(pids(server)["1"], signal.SIGKILL)
+    config.write_text("not TOML")
+    server.signal(signal.SIGHUP)
+    eventually(lambda: events(server, "config.refused"))
+    assert [line["worker"] for line in events(server, "config.refused")] == ["coordinator"]
+    eventually(lambda: len(events(server, "worker.ready")) == 4)  # with the configuration before
+
+
+def test_drain_and_reload_by_the_control_socket_reach_every_process(server: ServerProcess) -> None:
+    for command in ("reload", "drain"):
+        done = subprocess.run(
+            [sys.executable, "-m", "zcproto", "--home", str(server.home), command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert server.wait() == 0
+    assert len(events(server, "config.reloaded")) == 3
+    assert len(events(server, "server.ended")) == 3
+
+
+FAILING = """
+from contextlib import asynccontextmanager
+
+from zcproto.app.app import App
+
+@asynccontextmanager
+async def lifespan(app):
+    {body}
+    yield None
+
+app = App(lifespan=lifespan)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_failed_lifespan_is_reported_once_and_nothing_listens(home: Path, workers: int) -> None:
+    (home / "failing.py").write_text(FAILING.format(body="raise KeyError('database')"))
+    done = run_to_end(home, "--workers", str(workers), "failing:app")
+    assert done.returncode == 1
+    assert re.findall(r"^zcproto: .*", done.stderr, re.MULTILINE) == [
+        "zcproto: the lifespan of the application did not start: it raised KeyError; the log has the traceback"
+        " under lifespan.failed"
+    ]
+    assert done.stdout == ""
+    assert "server.listening" not in done.stderr
+
+
+def test_port_in_use_is_reported_as_by_one_process(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_to_end(home, "--workers", "2", "--port", str(port))
+    assert done.returncode == 2
+    assert "cannot listen: Address already in use" in done.stderr
+    assert "worker." not in done.stderr
+
+
+def run_to_end(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve", "--port", "0", *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+
+
+# --- in a program ------------------------------------------------------------------------------------------------
+
+
+async def test_server_in_a_program_refuses_workers(home: Path) -> None:
+    server = Server(config=configuration(home, server__workers=2), home=home)
+    with pytest.raises(ConfigError, match="a Server in a program is one process"):
+        await server.start()
+
+
+PROGRAM = """
+import os
+import zcproto
+{before}
+zcproto.serve(zcproto.App(), ready=lambda server: os.write(1, b"ready %d\\n" % server.port))
+"""
+
+
+def run_program(home: Path, before: str = "") -> subprocess.Popen[str]:
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ZCPROTO_HOME": str(home),
+        "ZCPROTO_SERVER__WORKERS": "2",
+        "ZCPROTO_SERVER__PORT": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(before=before)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
+    )
+
+
+def test_program_may_have_workers(home: Path) -> None:
+    with run_program(home) as process:
+        assert process.stdout is not None
+        ready = [process.stdout.readline(), process.stdout.readline()]
+        process.terminate()
+        process.communicate(timeout=30)
+    assert ready[0].startswith("ready ")
+    assert ready[0] == ready[1]
+    assert process.returncode == 0
+
+
+def test_system_without_fork_is_refused(home: Path) -> None:
+    with run_program(home, before="del os.fork") as process:
+        _, errors = process.communicate(timeout=30)
+    assert "server.workers = 2: this needs Linux or macOS; set it to 1" in errors
+
+
+def test_threads_of_an_import_are_reported(home: Path) -> None:
+    before = "import threading, time; threading.Thread(target=time.sleep, args=[2], daemon=True).start()"
+    with run_program(home, before) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert '"event":"workers.threads"' in errors
+
+
+# --- how many ----------------------------------------------------------------------------------------------------
+
+
+def test_workers_are_counted_by_the_configuration(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place_module, "usable_cores", lambda: 7)
+    assert worker_count(configuration(home)) == 1
+    assert worker_count(configuration(home, server__workers=3)) == 3
+    assert worker_count(configuration(home, server__workers="auto")) == 7
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        (None, 16),
+        ("max 100000", 16),
+        ("200000 100000", 2),
+        ("50000 100000", 1),
+        ("9900000 100000", 16),
+        ("x", 16),
+    ],
+)
+def test_cores_are_those_that_a_container_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    path = tmp_path / "cpu.max"
+    if limit is not None:
+        path.write_text(limit)
+    assert usable_cores(path) == cores
+
+
+def test_place_names_a_process_in_the_log() -> None:
+    names = [Place(number=number, workers=2).name for number in range(3)]
+    assert (Place().name, names) == ("", ["coordinator", "1", "2"])

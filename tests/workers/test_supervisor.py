@@ -1,0 +1,592 @@
+"""The supervisor, with small processes in place of servers."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from zcproto.errors import CertificateError, ConfigError, LifespanError
+from zcproto.workers import supervisor as module
+from zcproto.workers.channel import Channel
+from zcproto.workers.supervisor import COORDINATOR, Supervisor, failure_of
+
+LIMIT = 20.0
+
+Script = Callable[[int, Channel, int], int]
+
+
+class Service:
+    """A service whose processes do what a script says, and which writes what happens to a pipe."""
+
+    def __init__(self, pipe: int, script: Script, **options: Any) -> None:
+        self.pipe = pipe
+        self.script = script
+        self.options = options
+
+    def note(self, *values: Any) -> None:
+        os.write(self.pipe, json.dumps([os.getpid(), *values]).encode() + b"\n")
+
+    def run(self, number: int, channel: Channel, lifeline: int) -> int:
+        self.note("run", number)
+        return self.script(number, channel, lifeline)
+
+    def coordinator_ready(self, values: dict[str, Any]) -> None:
+        self.note("coordinator_ready", values)
+
+    def listen(self) -> None:
+        if "listen" in self.options:
+            raise ConfigError([self.options["listen"]])
+        self.note("listen")
+
+    def serving(self) -> None:
+        self.note("serving")
+
+    def process_ended(self, number: int) -> None:
+        self.note("process_ended", number)
+
+    def reloading(self, is_begun: bool) -> None:
+        self.note("reloading", is_begun)
+
+    def reload(self) -> None:
+        self.note("reload")
+
+    def drain_limit(self) -> float:
+        return float(self.options.get("drain", 5.0))
+
+    def stopping(self, limit: float) -> None:
+        self.note("stopping", limit)
+
+    def upgrade(self) -> None:
+        self.note("upgrade")
+
+    def tick(self, ready: int) -> float:
+        return 0.05
+
+    def watchdog(self) -> float | None:
+        return self.options.get("watchdog")
+
+
+class Running:
+    """A supervisor in a process of its own. Its exit code is 0, 1 if forced, 3 if it raised."""
+
+    def __init__(self, script: Script, workers: int = 2, **options: Any) -> None:
+        self._reading, writing = os.pipe()
+        self._buffer = b""
+        self.seen: list[list[Any]] = []
+        self.pid = os.fork()
+        if not self.pid:
+            code = 70
+            try:
+                os.close(self._reading)
+                service = Service(writing, script, **options)
+                try:
+                    code = 0 if Supervisor(service, workers).run() else 1
+                except Exception as error:
+                    service.note("raised", type(error).__name__, str(error))
+                    code = 3
+            finally:
+                os._exit(code)
+        os.close(writing)
+
+    def next(self, *wanted: Any, after: int | None = None) -> list[Any]:
+        """Wait for an event that begins with these values, and return it with its pid first."""
+        start = len(self.seen) if after is None else after
+        end = time.monotonic() + LIMIT
+        while True:
+            for event in self.seen[start:]:
+                if event[1 : 1 + len(wanted)] == list(wanted):
+                    return event
+            assert self._read(end - time.monotonic()), f"{wanted} is missing in {self.seen}"
+
+    def all(self, *wanted: Any) -> list[list[Any]]:
+        return [event for event in self.seen if event[1 : 1 + len(wanted)] == list(wanted)]
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self._reading], [], [], max(0.0, seconds))[0]:
+            return False
+        data = os.read(self._reading, 65_536)
+        if not data:
+            return False
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        self.seen += [json.loads(line) for line in lines]
+        return True
+
+    def read_to_end(self) -> None:
+        """Read until every process has closed the pipe."""
+        while self._read(LIMIT):
+            pass
+
+    def serve(self) -> dict[int, int]:
+        """Wait until it serves; return the pids by number."""
+        self.next("serving", after=0)
+        return {event[2]: event[0] for event in self.all("run")}
+
+    def wait(self) -> int:
+        """Wait for the end of the supervisor and all processes; return the exit code."""
+        self.read_to_end()
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def stop(self) -> int:
+        os.kill(self.pid, signal.SIGTERM)
+        return self.wait()
+
+    def close(self) -> None:
+        """Kill the supervisor, whose processes end by themselves then."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+        os.close(self._reading)
+
+
+Run = Callable[..., Running]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    made: list[Running] = []
+
+    def start(script: Script, workers: int = 2, **options: Any) -> Running:
+        made.append(Running(script, workers, **options))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def wait_for(channel: Channel, name: str, seconds: float = LIMIT) -> dict[str, Any] | None:
+    """Wait for a message; None at the end of the supervisor."""
+    end = time.monotonic() + seconds
+    while select.select([channel], [], [], max(0.0, end - time.monotonic()))[0]:
+        messages = channel.receive()
+        if messages is None:
+            return None
+        for message in messages:
+            if message.name == name:
+                return message.values
+    raise AssertionError(f"no message {name}")
+
+
+def obedient(number: int, channel: Channel, lifeline: int) -> int:
+    """Start, serve until the drain, end."""
+    channel.send("ready", number=number)
+    wait_for(channel, "drain")
+    return 0
+
+
+# --- start -----------------------------------------------------------------------------------------------------
+
+
+def test_workers_start_after_the_coordinator_and_listen_together(run: Run) -> None:
+    running = run(obedient, 3)
+    running.serve()
+    names = [tuple(event[1:3]) for event in running.seen if event[1] != "coordinator_ready"]
+    assert names[0] == ("run", 0)
+    assert sorted(names[1:4]) == [("run", 1), ("run", 2), ("run", 3)]
+    assert names[4:] == [("listen",), ("serving",)]
+    assert running.all("coordinator_ready")[0][2] == {"number": 0}
+    assert running.stop() == 0
+
+
+def fail_as(error: Exception, failing: int) -> Script:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        if number == failing:
+            channel.send("failed", **failure_of(error))
+            return 1
+        return obedient(number, channel, lifeline)
+
+    return script
+
+
+@pytest.mark.parametrize("failing", [COORDINATOR, 2])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ConfigError(["one", "two"]), ["ConfigError", str(ConfigError(["one", "two"]))]),
+        (CertificateError("no key"), ["CertificateError", "no key"]),
+        (LifespanError("it raised KeyError"), ["LifespanError", "it raised KeyError"]),
+        (KeyError("secret"), ["ChildFailed", None]),
+    ],
+    ids=["config", "certificate", "lifespan", "other"],
+)
+def test_failed_start_of_one_process_is_raised_before_anything_listens(
+    run: Run, failing: int, error: Exception, raised: list[Any]
+) -> None:
+    running = run(fail_as(error, failing))
+    assert running.wait() == 3
+    (event,) = running.all("raised")
+    assert event[2] == raised[0]
+    if raised[1] is not None:
+        assert event[3] == raised[1]
+    assert "secret" not in event[3]
+    assert not running.all("listen")
+    assert len(running.all("run")) == (1 if failing == COORDINATOR else 3)
+
+
+def test_process_killed_during_the_start_ends_the_start(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return obedient(number, channel, lifeline)
+
+    running = run(script)
+    assert running.wait() == 3
+    (event,) = running.all("raised")
+    assert event[2] == "ChildFailed"
+    assert "SIGKILL" in event[3]
+
+
+def test_port_that_is_taken_meanwhile_is_raised(run: Run) -> None:
+    running = run(obedient, listen="cannot listen")
+    assert running.wait() == 3
+    assert running.all("raised")[0][2:] == ["ConfigError", "cannot listen"]
+    assert not running.all("serving")
+
+
+def test_signal_during_the_start_ends_it(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        if number == COORDINATOR:
+            channel.send("ready")
+        wait_for(channel, "drain")
+        return 0
+
+    running = run(script)
+    running.next("run", 1, after=0)
+    assert running.stop() == 0
+    assert not running.all("serving")
+
+
+# --- a process ends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [COORDINATOR, 1, 2])
+def test_killed_process_alone_is_started_again(run: Run, number: int) -> None:
+    running = run(obedient)
+    pids = running.serve()
+    seen = len(running.seen)
+    os.kill(pids[number], signal.SIGKILL)
+    running.next("run", number, after=seen)
+    assert running.all("process_ended") == [[running.pid, "process_ended", number]]
+    assert len(running.all("run")) == 4
+    assert running.stop() == 0
+
+
+def test_process_that_breaks_the_rules_of_its_channel_is_killed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KILLED_LIMIT", 0.1)
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        if number == 1:
+            wait_for(channel, "go")
+            channel._socket.send(b"rubbish\n")
+        wait_for(channel, "drain", 60)
+        return 0
+
+    running = run(script, 1)
+    running.serve()
+    running.next("process_ended", 1)
+    running.next("run", 1)
+
+
+def test_server_ends_if_no_worker_can_be_started_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GIVE_UP", 0.3)
+    counter_read, counter_write = os.pipe()
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        if number == COORDINATOR:
+            return obedient(number, channel, lifeline)
+        if not select.select([counter_read], [], [], 0)[0]:  # the first time
+            channel.send("ready")
+            wait_for(channel, "go")
+            os.write(counter_write, b"x")
+            return 1
+        channel.send("failed", **failure_of(LifespanError("no database")))
+        return 1
+
+    running = run(script, 1)
+    assert running.wait() == 3
+    assert running.all("raised")[0][2:] == ["LifespanError", "no database"]
+    os.close(counter_read)
+    os.close(counter_write)
+
+
+def test_hung_process_is_aborted_and_started_again(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        if number == 1:
+            faulthandler.disable()  # of pytest
+            time.sleep(LIMIT)
+        while wait_for_or_beat(channel):
+            time.sleep(0.02)
+        return 0
+
+    running = run(script, 2, watchdog=0.5)
+    running.serve()
+    running.next("process_ended", 1)
+    running.next("run", 1)
+    assert not running.all("process_ended", 2)
+    assert not running.all("process_ended", COORDINATOR)
+
+
+def wait_for_or_beat(channel: Channel) -> bool:
+    channel.send("beat")
+    messages = channel.receive()
+    return messages is not None and all(each.name != "drain" for each in messages)
+
+
+# --- stop --------------------------------------------------------------------------------------------------------
+
+
+def noting(pipe_note: Callable[..., None]) -> Script:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        values = wait_for(channel, "drain")
+        pipe_note("drained", number, values)
+        return 0
+
+    return script
+
+
+class NotingService(Service):
+    """A service whose processes note their drain, and may be slow to end."""
+
+    def run(self, number: int, channel: Channel, lifeline: int) -> int:
+        self.note("run", number)
+        return noting(self.note)(number, channel, lifeline)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_drains_workers_before_the_coordinator(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setitem(globals(), "Service", NotingService)
+    running = run(obedient, drain=3.0)
+    running.serve()
+    os.kill(running.pid, number)
+    assert running.wait() == 0
+    drained = running.all("drained")
+    assert sorted(event[2] for event in drained[:2]) == [1, 2]
+    assert drained[2][2] == COORDINATOR
+    assert {event[3]["limit"] for event in drained} == {3.0}
+    assert running.all("stopping")[0][2] == 3.0
+
+
+def stubborn(number: int, channel: Channel, lifeline: int) -> int:
+    channel.send("ready")
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    os.read(lifeline, 1)
+    return 0
+
+
+def test_second_signal_kills_everything(run: Run) -> None:
+    running = run(stubborn)
+    running.serve()
+    os.kill(running.pid, signal.SIGTERM)
+    running.next("stopping")
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait() == 1
+
+
+def test_process_that_does_not_end_is_killed_after_its_limit(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MARGIN", 0.1)
+    running = run(stubborn, drain=0.1)
+    running.serve()
+    assert running.stop() == 0
+
+
+def test_drain_ordered_by_the_coordinator_ends_the_server(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        if number == COORDINATOR:
+            wait_for(channel, "go")
+            channel.send("drain", limit=0.5)
+        else:
+            wait_for(channel, "go")
+            if number == 1:
+                channel.send("drain", limit=9.0)  # not its business
+        wait_for(channel, "drain")
+        return 0
+
+    running = run(script)
+    assert running.wait() == 0
+    assert [event[2] for event in running.all("stopping")] == [0.5]
+
+
+def test_failed_end_of_a_lifespan_is_raised(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        wait_for(channel, "drain")
+        if number == 2:
+            channel.send("failed", **failure_of(LifespanError("it did not end")))
+            return 1
+        return 0
+
+    running = run(script)
+    running.serve()
+    assert running.stop() == 3
+    assert running.all("raised")[0][2:] == ["LifespanError", "it did not end"]
+
+
+def test_killed_supervisor_leaves_no_process_behind(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        assert wait_for(channel, "drain") is None  # the end of its supervisor
+        assert os.read(lifeline, 1) == b""
+        return 0
+
+    running = run(script)
+    running.serve()
+    os.kill(running.pid, signal.SIGKILL)
+    running.read_to_end()  # all have ended
+
+
+# --- reload ------------------------------------------------------------------------------------------------------
+
+
+def reloading(applied: bool) -> Script:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        while True:
+            select.select([channel], [], [])
+            for message in channel.receive() or ():
+                if message.name == "reload":
+                    channel.send("reloaded", applied=applied)
+                elif message.name == "drain":
+                    return 0
+
+    return script
+
+
+def test_hangup_reloads_the_coordinator_then_the_workers(run: Run) -> None:
+    running = run(reloading(applied=True))
+    running.serve()
+    os.kill(running.pid, signal.SIGHUP)
+    running.next("reloading", False)
+    assert [event[1:] for event in running.seen if event[1].startswith("reload")] == [
+        ["reloading", True],
+        ["reload"],
+        ["reloading", False],
+    ]
+    assert running.stop() == 0
+
+
+def test_refused_configuration_reaches_no_worker(run: Run) -> None:
+    running = run(reloading(applied=False))
+    running.serve()
+    os.kill(running.pid, signal.SIGHUP)
+    running.next("reloading", False)
+    assert not running.all("reload")
+    assert running.stop() == 0
+
+
+def test_reload_does_not_wait_for_a_dead_worker(run: Run) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        while True:
+            select.select([channel], [], [])
+            for message in channel.receive() or ():
+                if message.name == "reload" and number == 1:
+                    return 1
+                if message.name == "reload":
+                    channel.send("reloaded", applied=True)
+                elif message.name == "drain":
+                    return 0
+
+    running = run(script)
+    running.serve()
+    os.kill(running.pid, signal.SIGHUP)
+    running.next("reloading", False)
+    running.next("run", 1, after=0)
+    assert running.stop() == 0
+
+
+def test_upgrade_is_requested_by_usr2(run: Run) -> None:
+    running = run(obedient)
+    running.serve()
+    os.kill(running.pid, signal.SIGUSR2)
+    running.next("upgrade")
+    assert running.stop() == 0
+
+
+# --- what a child inherits ---------------------------------------------------------------------------------------
+
+
+class InspectingService(Service):
+    """A service whose workers report their descriptors and signal handlers."""
+
+    def run(self, number: int, channel: Channel, lifeline: int) -> int:
+        kinds = []
+        for name in sorted(os.listdir("/proc/self/fd"), key=int):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/self/fd/{name}")
+                if int(name) > 2 and "/proc/" not in target:
+                    kinds.append((int(name), target.partition(":")[0]))
+        known = {channel.fileno(), lifeline, self.pipe}
+        extra = [
+            kind for number_, kind in kinds if number_ not in known and number_ not in self.options["had"]
+        ]
+        handlers = [signal.getsignal(each) is signal.SIG_DFL for each in (signal.SIGTERM, signal.SIGUSR2)]
+        blocked = [each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+        wakeup = signal.set_wakeup_fd(-1)
+        self.note("run", number, extra, handlers, blocked, wakeup)
+        return obedient(number, channel, lifeline)
+
+
+def test_child_inherits_no_descriptor_and_no_signal_handler(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "Service", InspectingService)
+    had = [int(name) for name in os.listdir("/proc/self/fd")]
+    running = run(obedient, 3, had=had)
+    running.serve()
+    assert {tuple(map(str, event[3:])) for event in running.all("run")} == {
+        ("[]", "[True, True]", "[]", "-1")
+    }
+    assert running.stop() == 0
+
+
+def test_bug_in_a_process_does_not_return_into_the_supervisor(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        raise SystemExit("bug")
+
+    running = run(script)
+    assert running.wait() == 3
+    assert running.all("raised")[0][2] == "ChildFailed"
+    assert '"event":"server.fault"' in capfd.readouterr().err
+
+
+def test_failed_fork_is_retried(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fork, 0
+
+    def fork() -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # of the supervisor: the process that was killed
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    running = run(obedient)  # the first call
+    pids = running.serve()
+    os.kill(pids[2], signal.SIGKILL)
+    running.next("run", 2)
+    assert running.stop() == 0

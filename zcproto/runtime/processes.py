@@ -1,0 +1,371 @@
+"""A server of several processes: what is prepared before the first fork, and what each process does.
+
+    supervisor    binds the sockets, owns the home folder, speaks to the service manager (zcproto/workers)
+    coordinator   a Server that accepts nothing: what must exist once, and the control socket
+    worker        a Server on the inherited sockets
+
+Rules:
+- All workers accept on the same sockets, so that a restart loses no connection of the backlog.
+- Nothing listens before every worker has started its lifespan.
+- A process that loses its supervisor stops accepting, and ends within ORPHAN_LIMIT: the next supervisor needs the
+  port and the home folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
+from mmap import mmap
+from typing import Any, Final
+
+from zcproto.admin.control import open_control
+from zcproto.common.clock import system_entropy
+from zcproto.common.counts import ALONE
+from zcproto.common.process import new_event_loop
+from zcproto.common.shared_counts import SharedMemory, memory_size
+from zcproto.common.text import counted
+from zcproto.common.unix_socket import SocketFile
+from zcproto.config.changes import effective
+from zcproto.errors import ConfigError
+from zcproto.observe.log import LogChange, finish_log, name_process, reopen_log
+from zcproto.runtime.build import WorkerRole
+from zcproto.runtime.first_start import FirstStart
+from zcproto.runtime.place import Place
+from zcproto.runtime.process_setup import (
+    exit_at_once,
+    log_loop_fault,
+    log_risks,
+    raise_limit_for,
+    tune_interpreter,
+)
+from zcproto.runtime.server import Server, at_home, no_redirect
+from zcproto.runtime.service_manager import ServiceManager
+from zcproto.server.listener import bind, listen
+from zcproto.server.state import log
+from zcproto.workers.channel import Channel
+from zcproto.workers.supervisor import COORDINATOR, Supervisor, failure_of
+
+ORPHAN_LIMIT: Final = 2.0
+"""Seconds that a process has to end after its supervisor."""
+
+BEATS: Final = 3
+"""Beats of a process in the time of the watchdog."""
+
+APPLIED_LIMIT: Final = 60.0
+"""Seconds for which a reload by the control socket waits for the workers."""
+
+
+def serve_by_workers(
+    server: Server,
+    make: Callable[..., Server],
+    workers: int,
+    *,
+    options: Mapping[str, Any],
+    manager: ServiceManager,
+    first: FirstStart,
+    ready: Callable[[Server], None],
+    listening: Callable[[Sequence[tuple[str, int]]], None],
+    risks: Mapping[str, str],
+) -> None:
+    """Run a server of several processes until it has ended. Raises as `serve`.
+
+    `server` is not started: it has the configuration. `make` makes that of a process, with `options`.
+    """
+    if not hasattr(os, "fork"):
+        raise ConfigError([f"server.workers = {workers}: this needs Linux or macOS; set it to 1"])
+    if threading.active_count() > 1:
+        log.warning("workers.threads", cure="start threads in a lifespan, not while the program is imported")
+    log_risks(risks)
+    server.home.ensure()
+    with ExitStack() as stack:
+        service = ForkedService(server, make, workers, options, manager, first, ready, listening)
+        stack.callback(service.close)
+        service.open()
+        if not Supervisor(service, workers).run():
+            log.warning("server.forced")
+            exit_at_once()
+    manager.close()
+
+
+class ForkedService:
+    """What the processes of one server inherit, and what each of them does."""
+
+    def __init__(
+        self,
+        server: Server,
+        make: Callable[..., Server],
+        workers: int,
+        options: Mapping[str, Any],
+        manager: ServiceManager,
+        first: FirstStart,
+        ready: Callable[[Server], None],
+        listening: Callable[[Sequence[tuple[str, int]]], None],
+    ) -> None:
+        self._make = make
+        self._options = dict(options)
+        self._home = server.home
+        self._config = server.config
+        self._read_config = server.read_config
+        self._workers = workers
+        self._manager = manager
+        self._first = first
+        self._on_worker_ready = ready
+        self._on_listening = listening
+        self._control_file = SocketFile(server.home.control)
+        self._control: socket.socket | None = None
+        self._sockets: list[socket.socket] = list(self._options.pop("sockets", ()))
+        self._redirect_sockets: list[socket.socket] = list(self._options.pop("redirect_sockets", ()))
+        self._certificate_names: list[str] = []
+        self._ready = workers
+        connections = self._config.limits.max_connections
+        self._counts = SharedMemory(
+            mmap(-1, memory_size(workers, connections)), workers, connections, system_entropy(32)
+        )
+
+    # --- in the supervisor ---------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take the home folder and bind the sockets. Raises ConfigError."""
+        config = self._config
+        if self._options.pop("control", True):
+            self._control = open_control(self._control_file)
+        if not self._sockets:
+            self._sockets = bind(config.server.host, config.server.port, backlog=0)
+        if self._redirect_sockets and not config.http.enabled:
+            raise no_redirect()
+        if config.http.enabled and config.http.redirect_port and not self._redirect_sockets:
+            self._redirect_sockets = bind(
+                config.server.host, config.http.redirect_port, "http.redirect_port", backlog=0
+            )
+
+    def close(self) -> None:
+        for each in (*self._sockets, *self._redirect_sockets):
+            each.close()
+        if self._control is not None:
+            self._control.close()
+        self._control_file.close()
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        return [each.getsockname()[:2] for each in self._sockets]
+
+    def coordinator_ready(self, values: dict[str, Any]) -> None:
+        self._certificate_names = [str(name) for name in values.get("names", ())]
+
+    def listen(self) -> None:
+        listen([*self._sockets, *self._redirect_sockets])
+
+    def serving(self) -> None:
+        self._first.ready(self._certificate_names, self.addresses[0][1])
+        self._on_listening(self.addresses)
+        self._manager.begin(lambda: f"{self._ready} of {counted(self._workers, 'worker')}")
+
+    def process_ended(self, number: int) -> None:
+        if number != COORDINATOR:
+            self._counts.clear(number - 1)
+
+    def reloading(self, is_begun: bool) -> None:
+        if is_begun:
+            self._manager.reload_begins()
+        else:
+            self._manager.reload_ends()
+
+    def reload(self) -> None:
+        if self._read_config is not None:
+            with contextlib.suppress(
+                ConfigError
+            ):  # changed again: the coordinator has applied what was there
+                new = at_home(self._read_config(), self._home)
+                LogChange(self._config.log, new.log).apply()
+                self._config = effective(self._config, new)
+        reopen_log()
+
+    def drain_limit(self) -> float:
+        return self._config.server.drain_timeout
+
+    def stopping(self, limit: float) -> None:
+        self._manager.stopping(limit + self._config.server.lifespan_timeout)
+
+    def upgrade(self) -> None:
+        pass
+
+    def tick(self, ready: int) -> float:
+        self._ready = ready
+        self._manager.tick()
+        return self._manager.interval
+
+    def watchdog(self) -> float | None:
+        return self._manager.watchdog
+
+    # --- in the processes ----------------------------------------------------------------------------
+
+    def run(self, number: int, channel: Channel, lifeline: int) -> int:
+        """Run a process until it is ordered to end, or its supervisor ends."""
+        place = Place(
+            number=number,
+            workers=self._workers,
+            addresses=tuple(self.addresses),
+            control=self._control if number == COORDINATOR else None,
+        )
+        name_process(place.name)
+        self._manager.close()
+        self._control_file.leave()
+        threading.Thread(target=_end_with, args=(lifeline,), name="zcproto-lifeline", daemon=True).start()
+        if self._manager.watchdog is not None and sys.stderr is not None:
+            faulthandler.enable()
+        try:
+            server = self._server(place, channel)
+            orders = Orders(server, channel, self._manager.watchdog)
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(orders.run(self._started))
+        except Exception as error:
+            failure = failure_of(error)
+            if failure["kind"] == "other":
+                log.error("server.fault", what="run", exc_info=error)
+            channel.send("failed", **failure)
+            return 1
+        finally:
+            finish_log()
+        return 0
+
+    def _started(self, server: Server) -> None:
+        if server.place.is_worker:
+            self._on_worker_ready(server)
+        else:
+            self._first.end()
+
+    def _server(self, place: Place, channel: Channel) -> Server:
+        if place.is_coordinator:
+            for each in (*self._sockets, *self._redirect_sockets):
+                each.close()
+            own: dict[str, Any] = {"progress": self._first.progress}
+        else:
+            if self._control is not None:
+                self._control.close()
+            own = {"sockets": self._sockets, "redirect_sockets": self._redirect_sockets}
+        server = self._make(
+            config=self._config,
+            home=self._home.path,
+            read_config=self._read_config,
+            control=False,
+            place=place,
+            role=WorkerRole(
+                counting=self._counts.worker(place.number - 1) if place.is_worker else ALONE,
+                maintains=place.is_coordinator,
+                has_lifespans=place.is_worker,
+            ),
+            **self._options,
+            **own,
+        )
+        server.owns_log = True
+        server.on_config = raise_limit_for
+        return server
+
+
+def _end_with(lifeline: int) -> None:
+    """End this process some time after its supervisor, even if its loop hangs."""
+    os.read(lifeline, 1)  # nothing is ever written to it
+    time.sleep(ORPHAN_LIMIT)
+    os._exit(1)
+
+
+class Orders:
+    """Carries out the orders of the supervisor in a process."""
+
+    def __init__(self, server: Server, channel: Channel, watchdog: float | None) -> None:
+        self._server = server
+        self._channel = channel
+        self._watchdog = watchdog
+        self._go, self._stop, self._applied = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._limit: float | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        server.before_listening = self._before_listening
+        server.on_drain = self._drain
+        if server.place.is_coordinator:
+            server.on_reload_requested = self._reload_everywhere
+            server.on_drain_requested = lambda limit: channel.send("drain", limit=limit)
+
+    async def run(self, ready: Callable[[Server], None]) -> None:
+        """Start the server, and drain it when the supervisor orders it. Raises what `Server.start` raises."""
+        server, loop = self._server, asyncio.get_running_loop()
+        loop.set_exception_handler(log_loop_fault)
+        loop.add_reader(self._channel.fileno(), self._read)
+        if server.place.is_coordinator:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it serves the workers until they have ended
+        else:
+            loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        if self._watchdog is not None:
+            self._beat(loop, self._watchdog / BEATS)
+        starting, stopping = loop.create_task(server.start()), loop.create_task(self._stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return
+        starting.result()
+        tune_interpreter()
+        ready(server)
+        await stopping
+        await server.drain(self._limit)
+        if server.state.tasks.running or server.parts.lifespans.is_stuck:
+            exit_at_once()
+
+    async def _before_listening(self, names: Sequence[str]) -> None:
+        self._channel.send("ready", names=list(names))
+        await self._go.wait()
+
+    def _beat(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+        loop.call_later(interval, self._beat, loop, interval)
+        self._channel.send("beat")
+
+    def _read(self) -> None:
+        messages = self._channel.receive()
+        if messages is None:  # the supervisor has ended
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._drain(0.0)
+            return
+        for name, values in messages:
+            if name == "go":
+                self._go.set()
+            elif name == "drain":
+                self._drain(values.get("limit"))
+            elif name == "reload":
+                self._begin(self._reload())
+            elif name == "applied":
+                self._applied.set()
+
+    def _drain(self, limit: float | None) -> None:
+        self._limit = limit
+        self._stop.set()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _reload(self) -> None:
+        applied = True
+        if self._server.can_reload:
+            try:
+                await self._server.reload_here()
+            except ConfigError:  # logged by the reload
+                applied = False
+        reopen_log()
+        self._channel.send("reloaded", applied=applied)
+
+    async def _reload_everywhere(self) -> None:
+        """Let the workers apply what the coordinator has applied, and wait for them."""
+        self._applied.clear()
+        self._channel.send("reloaded", applied=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(APPLIED_LIMIT):
+                await self._applied.wait()

@@ -1,0 +1,84 @@
+"""Messages between the supervisor and one of its processes: lines of JSON over a pair of sockets.
+
+Rules:
+- No call waits. A peer that does not read until the buffer of the socket is full counts as gone.
+- A message has at most MAX_MESSAGE bytes. A peer that breaks a rule counts as gone.
+
+Must not know: what the messages mean.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any, Final, NamedTuple, Self
+
+MAX_MESSAGE: Final = 65_536
+"""Bytes of a message; the longest ones list the faults of a configuration."""
+
+_CHUNK: Final = 65_536
+
+
+class Message(NamedTuple):
+    """A message: its name, and values of JSON."""
+
+    name: str
+    values: dict[str, Any]
+
+
+class Channel:
+    """One end. Both ends are closed when their processes end, so that each notices the end of the other."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._received = bytearray()
+
+    @classmethod
+    def pair(cls) -> tuple[Self, Self]:
+        """Return the two ends of a new channel."""
+        one, other = socket.socketpair()
+        return cls(one), cls(other)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, name: str, **values: Any) -> bool:
+        """Send a message. Return False if the peer is gone."""
+        line = json.dumps([name, values], separators=(",", ":")).encode() + b"\n"
+        if len(line) > MAX_MESSAGE:
+            raise ValueError(f"the message {name} has {len(line)} bytes; {MAX_MESSAGE} are allowed")
+        try:
+            return self._socket.send(line, socket.MSG_DONTWAIT) == len(line)
+        except OSError:  # the peer has ended, or does not read
+            return False
+
+    def receive(self) -> list[Message] | None:
+        """Return the messages that have arrived; None if the peer is gone."""
+        try:
+            data = self._socket.recv(_CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        self._received += data
+        *lines, rest = self._received.split(b"\n")
+        self._received = rest
+        if len(rest) >= MAX_MESSAGE:
+            return None
+        try:
+            return [Message(*_checked(json.loads(line))) for line in lines]
+        except (ValueError, RecursionError):
+            return None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _checked(value: object) -> tuple[str, dict[str, Any]]:
+    match value:
+        case [str(name), dict(values)]:
+            return name, values
+    raise ValueError("a message is a name and an object")
