@@ -16,12 +16,12 @@ Must not know: sessions, connections, how a scheme decides.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from zcproto.auth.application import ApplicationAuthenticator
 from zcproto.auth.identity import NO_CHANNEL, Authenticator, Channel, Identity, check_scheme, user_in
 from zcproto.auth.schemes import DeviceAuthenticator
-from zcproto.auth.throttle import Throttle
+from zcproto.auth.throttle import LoginThrottle
 from zcproto.common.counts import ALONE, Counting
 from zcproto.common.network import network_of
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
@@ -51,7 +51,7 @@ class Login:
     def __init__(
         self,
         authenticators: Iterable[Authenticator],
-        throttle: Throttle,
+        throttle: LoginThrottle,
         max_pending: int = 1024,
         counting: Counting = ALONE,
     ) -> None:
@@ -102,9 +102,38 @@ class Login:
             Unavailable, or any other exception of the authenticator, which is not counted as a failed login.
         """
         authenticator = self._authenticator(params)
+        name = self._namers[authenticator.scheme](params, channel)
+        wait_ms = self.throttle.check(name, address, now)
+        if not isinstance(wait_ms, int):
+            return self._open_later(wait_ms, authenticator, params, name, address, now, channel)
+        self._admit(wait_ms, name, address)
+        return self._authenticate(authenticator, params, name, address, now, channel)
+
+    async def _open_later(
+        self,
+        wait_ms: Awaitable[int],
+        authenticator: Authenticator,
+        params: Mapping[str, Any],
+        name: str,
+        address: str,
+        now: float,
+        channel: Channel,
+    ) -> Identity:
+        """Open a session whose throttle must be awaited."""
+        self._admit(await wait_ms, name, address)
+        answer = self._authenticate(authenticator, params, name, address, now, channel)
+        return answer if isinstance(answer, Identity) else await answer
+
+    def _authenticate(
+        self,
+        authenticator: Authenticator,
+        params: Mapping[str, Any],
+        name: str,
+        address: str,
+        now: float,
+        channel: Channel,
+    ) -> Identity | Coroutine[Any, Any, Identity]:
         scheme = authenticator.scheme
-        name = self._namers[scheme](params, channel)
-        self._admit(name, address, now)
         try:
             answer = authenticator.authenticate(params, address, channel)
         except Exception as error:
@@ -122,7 +151,8 @@ class Login:
         except Exception as error:
             self._count_failed(error, scheme)
             raise
-        return self._decided(decision, scheme, name, address, now)
+        decided = self._decided(decision, scheme, name, address, now)
+        return decided if isinstance(decided, Identity) else await decided
 
     def _count_failed(self, error: Exception, scheme: str) -> None:
         if not isinstance(error, InvalidArgument):  # that is the client's mistake
@@ -130,11 +160,14 @@ class Login:
 
     def _decided(
         self, identity: Identity | None, scheme: str, name: str, address: str, now: float
-    ) -> Identity:
+    ) -> Identity | Coroutine[Any, Any, Identity]:
         if identity is None:
-            self.throttle.failed(name, address, now)
+            counted = self.throttle.failed(name, address, now)
             self.refused[scheme] += 1
-            raise Unauthenticated("the login was not accepted; check the name, and the key or certificate")
+            error = Unauthenticated("the login was not accepted; check the name, and the key or certificate")
+            if counted is not None:
+                return _raise_after(counted, error)
+            raise error
         self.throttle.succeeded(name, address, now)
         self.accepted[scheme] += 1
         return identity
@@ -153,13 +186,16 @@ class Login:
 
         Raises Unauthenticated and ResourceExhausted as `open`.
         """
-        self._admit(key, address, now)
+        wait_ms = self.throttle.check(key, address, now)
+        self._admit(wait_ms if isinstance(wait_ms, int) else await wait_ms, key, address)
         devices = self._devices
         if devices is None or not await self._decision(
             key, address, devices.attaches(key, user, signature, token, channel)
         ):
-            self.throttle.failed(key, address, now)
+            counted = self.throttle.failed(key, address, now)
             self.refused[ATTACH] += 1
+            if counted is not None:
+                await counted
             raise Unauthenticated(
                 "the key was not proved; sign for this connection, with the key of the session"
             )
@@ -195,8 +231,7 @@ class Login:
             raise InvalidArgument(f"scheme: not offered here; use one of: {offered}")
         return authenticator
 
-    def _admit(self, name: str, address: str, now: float) -> None:
-        retry_after_ms = self.throttle.check(name, address, now)
+    def _admit(self, retry_after_ms: int, name: str, address: str) -> None:
         if not retry_after_ms and self._is_full(name, address):
             retry_after_ms = _RETRY_PENDING_MS
         if retry_after_ms:
@@ -211,3 +246,9 @@ class Login:
             or (name != "" and self._pending_users[name] >= MAX_PENDING)
             or self._pending_networks[network_of(address)] * PENDING_SHARE >= self.max_pending
         )
+
+
+async def _raise_after(counted: Awaitable[None], error: Unauthenticated) -> NoReturn:
+    """Refuse a login when its failure has been counted, so that the next attempt meets the delay."""
+    await counted
+    raise error

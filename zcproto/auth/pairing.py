@@ -36,7 +36,7 @@ from typing import Any, Final, NamedTuple
 from zcproto.auth.devices import DeviceFile, is_public_key
 from zcproto.auth.directory import Directory
 from zcproto.auth.files import PrivateFile, name_faults, quoted
-from zcproto.auth.throttle import Throttle
+from zcproto.auth.throttle import LoginThrottle
 from zcproto.auth.users import User
 from zcproto.common.clock import Entropy, system_entropy
 from zcproto.common.secret import SecretText
@@ -155,7 +155,7 @@ class Enrollment:
     codes: PairingFile
     devices: DeviceFile
     users: Directory[User]
-    throttle: Throttle
+    throttle: LoginThrottle
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _waiting: int = 0
 
@@ -171,7 +171,8 @@ class Enrollment:
             InvalidArgument: the name or the public key is not valid, or the code is far too long.
         """
         _check(code, public_key, name)
-        retry_after_ms = self.throttle.check("", address, now)
+        wait_ms = self.throttle.check("", address, now)
+        retry_after_ms = wait_ms if isinstance(wait_ms, int) else await wait_ms
         if not retry_after_ms and self._waiting >= MAX_WAITING:
             retry_after_ms = _RETRY_MS
         if retry_after_ms:
@@ -184,7 +185,9 @@ class Enrollment:
         finally:
             self._waiting -= 1
         if user is None:
-            self.throttle.failed("", address, now)
+            counted = self.throttle.failed("", address, now)
+            if counted is not None:
+                await counted
             raise Unauthenticated(
                 "the code was not accepted: it is wrong, used or expired; ask for a new one"
             )

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Final, Generic, NamedTuple, TypeVar
+from collections.abc import Awaitable, Hashable
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from zcproto.common.network import network_of
 
@@ -42,6 +42,20 @@ _MS_PER_S: Final = 1000
 
 Key = TypeVar("Key", bound=Hashable)
 Pair = tuple[str, str]
+
+
+class LoginThrottle(Protocol):
+    """What delays logins: a `Throttle`, or one that asks another process."""
+
+    def __len__(self) -> int: ...
+
+    def reconfigure(self, login_failures: int) -> None: ...
+
+    def check(self, user: str, address: str, now: float) -> int | Awaitable[int]: ...
+
+    def failed(self, user: str, address: str, now: float) -> Awaitable[None] | None: ...
+
+    def succeeded(self, user: str, address: str, now: float) -> None: ...
 
 
 class _Count(NamedTuple):

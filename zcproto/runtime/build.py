@@ -42,6 +42,7 @@ from zcproto.auth import (
 from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BuiltInSchemes
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
+from zcproto.auth.throttle import LoginThrottle
 from zcproto.certs.client_user import user_of
 from zcproto.certs.manager import CertificateManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
@@ -102,6 +103,8 @@ class WorkerRole:
     """Whether the lifespans of the application run in this process."""
     store: SessionStore | None = None
     """Replaces the store of the configuration."""
+    throttle: LoginThrottle | None = None
+    """Replaces the throttle of logins."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
 
@@ -317,7 +320,7 @@ def build_login(
     `now` is the time by which certificates are valid.
     """
     limits = active.config.limits
-    throttle = Throttle(limits.login_failures)
+    throttle = role.throttle or Throttle(limits.login_failures)
 
     def timeout() -> float:
         return active.config.limits.login_timeout
