@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -41,7 +42,7 @@ LEAST_SECRET: Final = 16
 """Minimum characters of a webhook's secret: a shorter one could be guessed from one message."""
 
 TEST_TITLE: Final = "test alert of zcproto: alerts are delivered here"
-_NOTHING: Final[Mapping[str, object]] = {}
+NO_DETAILS: Final[Mapping[str, object]] = {}
 _ORIGIN_SIZE: Final = 8
 
 log = get_logger("zcproto.alerts")
@@ -68,6 +69,8 @@ class ServerAlerts:
         self.origin = entropy(_ORIGIN_SIZE).hex()
         """Random id of this process in the ids of messages."""
         self._watched: dict[tuple[AlertKind, str], _WatchedCounter] = {}
+        self.reported: Counter[tuple[AlertKind, str]] = Counter()
+        """What other processes have counted, by kind and subject; added to the counters."""
         self._entropy = entropy
         self._running = False
         self._ending: set[asyncio.Task[None]] = set()
@@ -115,7 +118,7 @@ class ServerAlerts:
         severity: Severity | None = None,
         changed: bool = False,
         count: int = 1,
-        details: Mapping[str, object] = _NOTHING,
+        details: Mapping[str, object] = NO_DETAILS,
     ) -> None:
         """Raise an alert now, see `AlertCenter.raise_`."""
         self.center.raise_(
@@ -132,7 +135,7 @@ class ServerAlerts:
         self._send()
 
     def resolve(
-        self, kind: AlertKind, title: str = "", *, about: str = "", details: Mapping[str, object] = _NOTHING
+        self, kind: AlertKind, title: str = "", *, about: str = "", details: Mapping[str, object] = NO_DETAILS
     ) -> None:
         """Resolve an alert now, see `AlertCenter.resolve`."""
         self.center.resolve(
@@ -160,7 +163,8 @@ class ServerAlerts:
         if old is not None and old.watch.is_on:
             self.resolve(kind, about=about)
         if threshold:
-            watch = RateWatch(rule, 0 if old is None else read())  # earlier events are of another window
+            # Earlier events are of another window.
+            watch = RateWatch(rule, 0 if old is None else read() + self.reported[kind, about])
             self._watched[kind, about] = _WatchedCounter(read, watch, title)
 
     # --- lifecycle -----------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ class ServerAlerts:
         now = self._clock.now()
         for (kind, about), each in self._watched.items():
             watch = each.watch
-            if not watch.read(each.read(), now):
+            if not watch.read(each.read() + self.reported[kind, about], now):
                 continue
             if watch.is_on:
                 details = {

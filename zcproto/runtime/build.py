@@ -103,6 +103,8 @@ class WorkerRole:
     """Whether the lifespans of the application run in this process."""
     store: SessionStore | None = None
     """Replaces the store of the configuration."""
+    alerts: ServerAlerts | None = None
+    """Replaces the alerts, which are then logged and delivered by another process."""
     throttle: LoginThrottle | None = None
     """Replaces the throttle of logins."""
     run: str | None = None
@@ -131,7 +133,7 @@ async def build(
     active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
-    alerts = await build_alerts(config, clock, entropy)
+    alerts = role.alerts or await build_alerts(config, clock, entropy)
     certificates = await build_certificates(config, alerts, clock, progress, role)
     found = role.store or await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
     settings = session_settings(config)
