@@ -5,7 +5,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zcproto.observe.limits import RateLimiter
+from zcproto.observe.events import EVENTS, LogEvent
+from zcproto.observe.limits import EventLimits, RateLimiter
 
 
 def test_event_is_admitted_up_to_its_rate() -> None:
@@ -82,3 +83,19 @@ def test_every_event_is_admitted_or_counted_once(steps: list[tuple[str, float]])
         assert len(rate) <= 3
     outcome["counted"] += sum(count for _, count in rate.expired(now + 61))
     assert outcome["counted"] == len(steps)
+
+
+def lines_of(event: LogEvent, peers: int, processes: int) -> int:
+    """Return how many lines one of some processes writes for so many peers."""
+    limits = EventLimits(processes)
+    found = (limits.admit(event, {"peer": f"192.0.2.{number}"}, {}, 100.0) for number in range(peers))
+    return sum(each is not None for each in found)
+
+
+def test_processes_of_one_log_share_the_lines_of_all_keys() -> None:
+    event = EVENTS["connection.refused_per_address"]
+    assert event.limit is not None
+    assert event.limit.total is not None
+    assert lines_of(event, 1_000, 1) == event.limit.total
+    assert lines_of(event, 1_000, 4) == event.limit.total // 4
+    assert lines_of(event, 1, 4) == 1

@@ -313,6 +313,19 @@ def test_disk_error_within_a_line_keeps_next_line_intact(
     assert (tmp_path / "log").read_text() == "x" * 7 + "\n" + LINE
 
 
+def test_each_write_to_a_pipe_ends_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    written: list[bytes] = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: written.append(bytes(data)) or write(fd, data))
+    output = Descriptor(writer)
+    output.write("".join(letter * 1_500 + "\n" for letter in "abcdefgh") + "i" * 5_000 + "\n")
+    output.close()
+    os.close(reader)
+    assert [len(data) for data in written] == [3_002, 3_002, 3_002, 3_002, 4_096, 905]
+    assert all(data.endswith(b"\n") for data in written[:4])
+
+
 def test_dev_full_never_raises() -> None:
     configure_logging(LogConfig(file=Path("/dev/full")))
     for _ in range(10_000):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Final
 
 from zcproto.common.network import network_of
@@ -35,15 +36,20 @@ _KEY_MAX: Final = 128
 
 
 class EventLimits:
-    """Decide for each event whether it may be written now. Thread-safe."""
+    """Decide for each event whether it may be written now. Thread-safe.
 
-    def __init__(self) -> None:
+    Each of so many `processes` that write one log has its share of the lines of all keys together.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
         self._lock = threading.Lock()
         limits = {event.limit for event in EVENTS.values() if event.limit is not None}
-        self._rates: dict[Limit, RateLimiter] = {
-            limit: RateLimiter(limit.lines, _keys_of(limit), limit.total) for limit in limits
-        }
-        self._tracebacks = RateLimiter(TRACEBACKS, total=MAX_TRACEBACKS)
+        self._rates: dict[Limit, RateLimiter] = {}
+        for limit in limits:
+            lines = limit.lines if limit.by else ceil(limit.lines / processes)
+            total = None if limit.total is None else ceil(limit.total / processes)
+            self._rates[limit] = RateLimiter(lines, _keys_of(limit), total)
+        self._tracebacks = RateLimiter(TRACEBACKS, total=ceil(MAX_TRACEBACKS / processes))
 
     def admit(
         self, event: LogEvent, values: Mapping[str, Any], bound: Mapping[str, Any], now: float

@@ -101,16 +101,19 @@ def get_logger(name: str) -> Logger:
     return Logger(_Writer(), (), {"logger": name})
 
 
-def configure_logging(log: LogConfig, *, clock: Clock = system_clock) -> None:
+def configure_logging(log: LogConfig, *, clock: Clock = system_clock, processes: int = 1) -> None:
     """Set level, format and destination of the log for the process. Called again, it reopens the file.
 
-    Raises ConfigError if the file cannot be opened; then nothing changes.
+    `processes` is how many write to the same log, which share its limits. Raises ConfigError if the file cannot be
+    opened; then nothing changes.
     """
     _state.replace_output(StandardError() if log.file is None else LogFile(log.file))
     _state.level = _LEVELS[log.level]
     _state.format = log.format
     _state.exceptions = log.exceptions
     _state.clock = clock
+    if processes > 1:
+        _state.limits = EventLimits(processes)
     _state.is_configured = True
 
 

@@ -102,7 +102,7 @@ class Descriptor:
             if self._poll is not None and not self._poll.poll(0):
                 break
             try:
-                written = os.write(self._descriptor, waiting if self._poll is None else waiting[:_PART])
+                written = os.write(self._descriptor, waiting if self._poll is None else _part(waiting))
             except OSError as error:
                 if error.errno in _WAIT:
                     break
@@ -114,6 +114,11 @@ class Descriptor:
             self._within_line = waiting[written - 1] != ord("\n")
             del waiting[:written]
         return 0
+
+
+def _part(waiting: bytearray) -> bytearray:
+    """Return what a pipe takes at once: whole lines if one fits, so that those of other processes stay apart."""
+    return waiting[: waiting.rfind(b"\n", 0, _PART) + 1 or _PART]
 
 
 class StandardError:
