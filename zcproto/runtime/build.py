@@ -133,9 +133,11 @@ async def build(
     active = ActiveConfig(config)
     loop = asyncio.get_running_loop()
     wheel = DeadlineWheel(loop)
-    alerts = role.alerts or await build_alerts(config, clock, entropy)
+    alerts = await build_alerts(config, clock, entropy) if role.alerts is None else role.alerts
     certificates = await build_certificates(config, alerts, clock, progress, role)
-    found = role.store or await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
+    found = role.store
+    if found is None:
+        found = await asyncio.to_thread(build_store, config, home, partial(on_store_event, alerts))
     settings = session_settings(config)
     if found is not None and found.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
@@ -322,7 +324,7 @@ def build_login(
     `now` is the time by which certificates are valid.
     """
     limits = active.config.limits
-    throttle = role.throttle or Throttle(limits.login_failures)
+    throttle = Throttle(limits.login_failures) if role.throttle is None else role.throttle
 
     def timeout() -> float:
         return active.config.limits.login_timeout

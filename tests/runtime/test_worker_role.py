@@ -1,0 +1,129 @@
+"""What several processes of one server share."""
+
+from __future__ import annotations
+
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import zcproto
+from tests.server.helpers import ROOT, TIMEOUT
+from zcproto.alerts.workers import WorkerAlerts
+from zcproto.auth import Throttle
+from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.shared_counts import SharedCounts, SharedMemory, memory_size
+from zcproto.config.model import AlertsConfig
+from zcproto.errors import CertificateError
+from zcproto.runtime.build import WorkerRole
+
+CLIENTS = 200
+LIMIT = 50
+
+
+@pytest.fixture
+def port(tmp_path: Path, certs: Path) -> Iterator[int]:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copytree(certs, home / "certs")
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.runtime.counting_workers", str(home), str(LIMIT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+
+
+def connect(port: int, clients: int) -> tuple[list[socket.socket], int]:
+    """Connect clients at once. Return those that are kept, and how many are closed within the time of a test."""
+    selector, connections = selectors.DefaultSelector(), []
+    for _ in range(clients):
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(("127.0.0.1", port))
+        connections.append(connection)
+        selector.register(connection, selectors.EVENT_READ)
+    closed = 0
+    while closed < clients - LIMIT and (found := selector.select(TIMEOUT)):
+        for key, _ in found:
+            selector.unregister(key.fileobj)
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
+            connection.close()
+            closed += 1
+    kept = [each for each in connections if each.fileno() >= 0]
+    more = len(selector.select(0.2))  # those that two processes have refused for the same last place
+    selector.close()
+    return kept, closed + more
+
+
+def test_clients_that_race_for_the_workers_get_as_many_connections_as_their_address_may_have(
+    port: int,
+) -> None:
+    kept, closed = connect(port, CLIENTS)
+    assert CLIENTS - LIMIT <= closed <= CLIENTS - LIMIT + 3
+    for connection in kept:
+        connection.close()
+
+
+def role(**parts: object) -> WorkerRole:
+    return WorkerRole(**parts)  # type: ignore[arg-type]
+
+
+def config() -> zcproto.Config:
+    return zcproto.Config(
+        store=zcproto.StoreConfig(url="memory"),
+        server=zcproto.ServerConfig(port=0),
+        certificates=zcproto.CertificatesConfig(key_types=("ecdsa-p256",)),
+    )
+
+
+async def test_server_uses_the_parts_of_its_role(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    memory = SharedMemory(bytearray(memory_size(1, 10)), 1, 10, bytes(32))
+    throttle = Throttle()
+    alerts = WorkerAlerts(AlertsConfig(), lambda *notice: True, clock=system_clock, entropy=system_entropy)
+    worker = role(counting=memory.worker(0), maintains=False, throttle=throttle, alerts=alerts, run="w1")
+    async with zcproto.Server(None, config(), home=tmp_path, control=False, role=worker) as server:
+        parts = server.parts
+        assert parts.login.throttle is throttle
+        assert parts.alerts is alerts
+        assert server.state.run == "w1"
+        assert isinstance(parts.listener._by_network, SharedCounts)
+
+
+async def test_process_that_does_not_maintain_issues_no_certificate(tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match="has left none"):
+        async with zcproto.Server(None, config(), home=tmp_path, control=False, role=role(maintains=False)):
+            pass
+
+
+async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
+    tmp_path: Path, certs: Path
+) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    async with zcproto.Server(
+        None, config(), home=tmp_path, control=False, role=role(maintains=False)
+    ) as server:
+        await server.users.add("ada")
+        users, devices = server.parts.users, server.parts.devices
+        assert users is not None
+        assert devices is not None
+        opened = server.state.sessions.open_nowait("ada", operator=False, client="", address="192.0.2.1")
+        assert opened is not None
+        zcproto_users = type(users.file)(users.file.path)
+        zcproto_users.disable("ada")
+        await users._check(users._on_gone_elsewhere)
+        assert len(server.state.registry) == 1
+        zcproto_users.enable("ada")
+        await users._check(users._on_gone_elsewhere)
+        assert await server.users.disable("ada") == 1  # its own change ends them
+        assert len(server.state.registry) == 0
