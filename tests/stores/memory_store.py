@@ -80,8 +80,12 @@ class MemoryStore:
             return Created()
         mates = registry.records(record.user, registry.kept)
         if limit.when_full == "evict_disconnected":
-            found = {mate.id for mate in mates if self._is_disconnected(mate, limit.counts_expired)}
-            limit = replace(limit, disconnected=found.union(limit.disconnected))
+            found = {
+                mate.id
+                for mate in mates
+                if mate.id in limit.disconnected or self._is_disconnected(mate, limit.counts_expired)
+            }
+            limit = replace(limit, disconnected=found)
         ending = limit.make_room(mates, record.created_at)
         if ending is None:
             return LimitReached()

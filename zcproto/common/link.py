@@ -333,7 +333,7 @@ class LinkServer:
         self, listening: socket.socket, topics: Topics, *, name: str, facts: dict[str, Any] | None = None
     ) -> None:
         self._listening = listening
-        self._topics = topics
+        self.topics = topics
         self._hello = pack(HELLO, VERSION, name, facts or {})
         self._server: asyncio.AbstractServer | None = None
         self._open: set[Link] = set()
@@ -365,7 +365,7 @@ class LinkServer:
 
     def _protocol(self) -> Link:
         return Link(
-            self._topics, self._hello, on_made=self._made, on_greeted=self._greeted, on_lost=self._lost
+            self.topics, self._hello, on_made=self._made, on_greeted=self._greeted, on_lost=self._lost
         )
 
     def _made(self, link: Link, transport: asyncio.BaseTransport) -> bool:

@@ -6,7 +6,7 @@ encrypted under the spent refresh token.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -64,7 +64,7 @@ class UserLimit:
     when_full: WhenFull
     idle_ms: int | None
     """Idle limit, after which a session counts as lapsed."""
-    disconnected: Collection[bytes] = ()
+    disconnected: Container[bytes] = ()
     """For `evict_disconnected`: the ids of sessions that no connection uses; the others count as in use. A shared
     store looks at its leases instead."""
     counts_expired: bool = False

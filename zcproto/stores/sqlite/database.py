@@ -24,7 +24,17 @@ from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import MAX_LISTED, Notice, StoreUnavailable
 from zcproto.stores.sqlite.file import Connect, DatabaseFile
-from zcproto.stores.sqlite.rows import COLUMNS, Operation, Row, WorkingSet, columns_of, record_of, text, utf8
+from zcproto.stores.sqlite.rows import (
+    COLUMNS,
+    Operation,
+    RecentRotations,
+    Row,
+    WorkingSet,
+    columns_of,
+    record_of,
+    text,
+    utf8,
+)
 
 _BLOBS: Final = ("id", "token", "refresh", "user", "client", "address", "key")
 _NAMES: Final = ", ".join(COLUMNS)
@@ -81,6 +91,7 @@ class SessionDatabase(DatabaseFile):
         self._answers: Answers | None = None  # as in the file, without the answers themselves
         self._changed: dict[Key, Entry | None] = {}  # not written yet
         self._marks: list[tuple[int, int, int]] = []  # the rows of ended_all, oldest first
+        self._rotations = RecentRotations()
         self._swept = 0  # no stored session up to this n is under a mark
 
     def opened(self, db: sqlite3.Connection) -> None:
@@ -95,7 +106,7 @@ class SessionDatabase(DatabaseFile):
     def perform(self, operations: Sequence[Operation[object]]) -> list[Outcome]:
         """Do operations, one after the other, in one transaction."""
         db = self.ready()
-        rows = WorkingSet(self._read(db, operations), self._table(db))
+        rows = WorkingSet(self._read(db, operations), self._table(db), self._rotations)
         outcomes = [_outcome(operation, rows) for operation in operations]
         self._write(db, [*_upserts(list(rows.changed.values())), *_answer_statements(self._changed)])
         self._written()

@@ -99,7 +99,7 @@ _PRAGMAS: Final = (
     "PRAGMA automatic_index = OFF",  # it would scan all sessions to record the use of some
     "PRAGMA journal_size_limit = 16777216",
 )
-_CACHED_STATEMENTS: Final = 16  # statements for many rows are large and of many sizes
+CACHED_STATEMENTS: Final = 16  # statements for many rows are large and of many sizes
 
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _TRANSIENT: Final = (
@@ -222,15 +222,12 @@ class DatabaseFile:
             Path(f"{staged}{part}").unlink(missing_ok=True)
         os.close(create_file(staged))
         with closing(self._connect(str(staged), timeout=0, isolation_level=None)) as db:
-            db.executescript(
-                f"BEGIN; {_SCHEMA} INSERT INTO about VALUES ({VERSION}, 0);"  # noqa: S608 - a number of this file
-                f" PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;"
-            )
+            create_tables(db)
         install_file(staged, self._path)
 
     def _open_database(self) -> sqlite3.Connection:
         db = self._db = self._connect(
-            str(self._path), timeout=0, isolation_level=None, cached_statements=_CACHED_STATEMENTS
+            str(self._path), timeout=0, isolation_level=None, cached_statements=CACHED_STATEMENTS
         )
         status = self._path.stat()
         self._inode = status.st_dev, status.st_ino
@@ -357,6 +354,14 @@ class DatabaseFile:
                 self._disconnect()
                 self._on_notice("store_missing", path=str(self._path))
         return self._db or self._reopen()
+
+
+def create_tables(db: sqlite3.Connection) -> None:
+    """Make a new database one without sessions."""
+    db.executescript(
+        f"BEGIN; {_SCHEMA} INSERT INTO about VALUES ({VERSION}, 0);"  # noqa: S608 - a number of this file
+        f" PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;"
+    )
 
 
 def _schema_of(db: sqlite3.Connection) -> list[tuple[bytes, bytes]]:

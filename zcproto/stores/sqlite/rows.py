@@ -11,6 +11,7 @@ It must not know: where rows come from and go to, threads, clocks.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hmac import compare_digest
@@ -19,10 +20,13 @@ from typing import Any, Final, Generic, TypeVar
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import Answers
-from zcproto.stores.base import Created, LimitReached, NotRotated
+from zcproto.stores.base import Created, LimitReached, NotRotated, Repeated
 
 LIVE: Final = 0
 """The code of a row that is a stored session, live or lapsed."""
+
+MAX_REPEATABLE: Final = 65_536
+"""Refreshes remembered for their grace, about 450 bytes each."""
 
 T = TypeVar("T")
 
@@ -77,14 +81,45 @@ class Row:
     record: SessionRecord | EndedRecord
 
 
+class RecentRotations:
+    """The last refresh of each session that has a sealed pair, in memory, until its grace is over."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, Rotation] = OrderedDict()
+
+    def add(self, rotation: Rotation) -> None:
+        kept = self._kept
+        kept.pop(rotation.id, None)
+        if rotation.grace_ms:
+            kept[rotation.id] = rotation
+        while kept:
+            oldest = next(iter(kept.values()))
+            if len(kept) <= MAX_REPEATABLE and rotation.wall < oldest.wall + oldest.grace_ms:
+                break
+            kept.popitem(last=False)
+
+    def sealed(self, record: SessionRecord, again: Rotation) -> bytes:
+        """Return the sealed pair of the last refresh if `again` repeats it; else nothing."""
+        last = self._kept.get(record.id)
+        if (
+            last is not None
+            and (last.spent_digest, last.token_digest) == (again.spent_digest, record.token_digest)
+            and (record.client, record.address) == (again.client, again.address)
+            and again.wall < last.wall + last.grace_ms
+        ):
+            return last.sealed
+        return b""
+
+
 class WorkingSet:
     """The rows that operations work on, and which of them were changed. `rows` come in the order of opening."""
 
-    def __init__(self, rows: Iterable[Row], answers: Answers) -> None:
+    def __init__(self, rows: Iterable[Row], answers: Answers, rotations: RecentRotations) -> None:
         self._by_id: dict[bytes, Row] = {}
         self._by_token: dict[bytes, Row] = {}
         self._by_user: dict[str, list[Row]] = {}
         self.answers = answers
+        self._rotations = rotations
         self.changed: dict[int, Row] = {}  # by identity, in the order of the first change
         for row in rows:
             self._index(row)
@@ -99,7 +134,7 @@ class WorkingSet:
         self._add(record)
         return Created(ended)
 
-    def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+    def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         record, wall = self.get(rotation.id), rotation.wall
         if record is None:
             return NotRotated(Code.UNAUTHENTICATED)
@@ -110,6 +145,8 @@ class WorkingSet:
         if wall >= due_of(record):
             return NotRotated(Code.TOKEN_EXPIRED)
         if not compare_digest(record.refresh_digest, rotation.spent_digest):
+            if sealed := self._rotations.sealed(record, rotation):
+                return Repeated(record, sealed)
             self._end(record, Code.TOKEN_REVOKED, wall)
             return NotRotated(Code.TOKEN_REVOKED, reused=True)
         if wall >= record.refresh_expires_at:
@@ -122,6 +159,7 @@ class WorkingSet:
             last_used_at=wall,
             expires_at=min(rotation.expires_at, record.refresh_expires_at),
         )
+        self._rotations.add(rotation)
         self._by_token[rotated.token_digest] = self._change(rotated)
         self._add(EndedRecord(b"", record.token_digest, Code.TOKEN_REVOKED, wall))
         return rotated

@@ -1,4 +1,4 @@
-"""Sessions in a SQLite file beside the server: the store of one process.
+"""Sessions in a SQLite file beside the server, or in memory: the store of one process.
 
 All operations run in one thread, which groups them into transactions and answers when they are on disk.
 """
@@ -19,9 +19,19 @@ from zcproto.common.clock import MonotonicClock, system_clock
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
-from zcproto.stores.base import Change, Claim, Created, LimitReached, Notice, NotRotated, StoreUnavailable
+from zcproto.stores.base import (
+    Change,
+    Claim,
+    Created,
+    LimitReached,
+    Notice,
+    NotRotated,
+    Repeated,
+    StoreUnavailable,
+)
 from zcproto.stores.sqlite.database import MAX_TOUCHED, Position, SessionDatabase
 from zcproto.stores.sqlite.file import Connect
+from zcproto.stores.sqlite.memory import MemoryDatabase
 from zcproto.stores.sqlite.rows import Operation
 from zcproto.stores.worker import Job, Worker
 
@@ -39,14 +49,14 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class SqliteStore:
-    """A store in the file `path`, which no other process may use at the same time.
+    """A store in the file `path`, which no other process may use at the same time; in memory if it is None.
 
     `on_notice` is called with `store_damaged` (path, aside, reason) when a damaged file was renamed and replaced by
     an empty one, with `store_missing` (path) when the file was removed while in use, and with `store_close_failed`
     (reason). `time` counts how long answers are kept.
     """
 
-    path: Path
+    path: Path | None
     _: KW_ONLY
     timeout: float = TIMEOUT_S
     answers: AnswerLimits = DEFAULT_LIMITS
@@ -67,8 +77,12 @@ class SqliteStore:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(partial(self.on_notice, name, **values))
 
-        database = self._database = SessionDatabase(
-            self.path, answers=self.answers, time=self.time, on_notice=notify, connect=self.connect
+        database = self._database = (
+            MemoryDatabase(answers=self.answers, time=self.time, on_notice=notify, connect=self.connect)
+            if self.path is None
+            else SessionDatabase(
+                self.path, answers=self.answers, time=self.time, on_notice=notify, connect=self.connect
+            )
         )
         self._worker = Worker(partial(_perform, database), database.sweep, database.close, limit=self.queue)
         try:
@@ -99,7 +113,7 @@ class SqliteStore:
             Operation(lambda rows: rows.create(record, limit), ids=[record.id], users=[record.user])
         )
 
-    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated:
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         return await self._do(Operation(lambda rows: rows.rotate(rotation), ids=[rotation.id]))
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:

@@ -1,0 +1,200 @@
+"""The store of another process passes the contract of all stores, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.sessions.helpers import CountedEntropy
+from tests.stores.contract import (
+    FIVE,
+    WALL,
+    DurabilityContract,
+    RepeatedRefreshContract,
+    StoreContract,
+    opened,
+    session,
+)
+from tests.stores.faulty import BUSY, DAMAGED, FAILS, WORKS, FaultyStore
+from tests.stores.hub_harness import HubHarness, until
+from zcproto.errors import Code, ConfigError, InternalError, ResourceExhausted
+from zcproto.sessions import SessionSettings
+from zcproto.stores import remote
+from zcproto.stores.base import (
+    Change,
+    ChangeKind,
+    Created,
+    DamagedRecord,
+    LimitReached,
+    StoreUnavailable,
+)
+
+
+@pytest.fixture
+async def harness(tmp_path: Path) -> AsyncIterator[HubHarness]:
+    harness = HubHarness(tmp_path)
+    yield harness
+    await harness.close()
+
+
+class TestRemoteStore(StoreContract, DurabilityContract, RepeatedRefreshContract):
+    """Every test of the contract, with a store in a file."""
+
+
+def stored_changes(changes: list[Change]) -> list[ChangeKind]:
+    return [change.kind for change in changes]
+
+
+async def test_change_by_one_process_is_reported_to_the_others(harness: HubHarness) -> None:
+    await harness.start()
+    stores = [await harness.opened() for _ in range(3)]
+    record = session()
+    await opened(stores[0], record)
+    await stores[1].end([record.id], Code.TOKEN_REVOKED, WALL)
+    for store in stores:
+        await store.ping()  # its answer comes after the changes
+    expected = [Change(ChangeKind.SESSION, record.id)]
+    assert harness.changes == [expected, [], expected]
+
+
+async def test_crash_of_the_store_process_is_an_outage_until_it_is_back(harness: HubHarness) -> None:
+    await harness.start()
+    store = await harness.opened()
+    await opened(store, session())
+    await harness.stop()
+    with pytest.raises(StoreUnavailable, match=r"closed the connection|No such file|refused"):
+        await store.find(session().token_digest)
+    with pytest.raises(StoreUnavailable):
+        await store.ping()
+    await harness.start()
+    await until(lambda: ChangeKind.ALL in stored_changes(harness.changes[0]))
+    assert stored_changes(harness.changes[0]) == [ChangeKind.LOST, ChangeKind.ALL]
+    await until(lambda: store._calls.link)
+    assert await store.find(session().token_digest) == session()
+
+
+async def test_store_in_memory_is_emptied_by_a_crash_of_its_process(tmp_path: Path) -> None:
+    harness = HubHarness(tmp_path, in_memory=True)
+    await harness.start()
+    store = await harness.opened()
+    await opened(store, session())
+    assert await store.get(session().id) == session()
+    await harness.stop()
+    await harness.start()
+    await until(lambda: len(harness.changes[0]) == 2)
+    assert stored_changes(harness.changes[0]) == [ChangeKind.LOST, ChangeKind.EMPTIED]
+    await harness.close()
+
+
+async def test_process_whose_connection_was_lost_joins_again(harness: HubHarness) -> None:
+    await harness.start()
+    store, other = await harness.opened(), await harness.opened()
+    for link in list(harness.server.links):
+        link.lose("lost")
+    await until(lambda: all(ChangeKind.ALL in stored_changes(each) for each in harness.changes))
+    await until(lambda: store._calls.link and other._calls.link)
+    await opened(store, session())
+    await other.end([session().id], Code.TOKEN_REVOKED, WALL)
+    await store.ping()
+    assert harness.changes[0][-1] == Change(ChangeKind.SESSION, session().id)
+    assert len(harness.hub._members) == 2
+
+
+async def test_ping_joins_again_after_a_store_that_could_not_be_opened(harness: HubHarness) -> None:
+    faulty = FaultyStore(SessionSettings(), CountedEntropy())
+    await harness.start(faulty)
+    store = await harness.opened()
+    await harness.stop()
+    faulty.mode = FAILS
+    await harness.start(faulty)
+    await until(lambda: store._urgent.link)
+    with pytest.raises(StoreUnavailable, match="the test makes it fail"):
+        await store.ping()
+    with pytest.raises(StoreUnavailable):
+        await store.count()
+    faulty.mode = WORKS
+    await store.ping()
+    await store.ping()
+    assert stored_changes(harness.changes[0]) == [ChangeKind.LOST, ChangeKind.ALL]
+
+
+async def test_opening_fails_without_a_process_and_can_be_repeated(
+    harness: HubHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "CONNECT_LIMIT_S", 0.05)
+    store, _ = harness.remote()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="No such file"):
+            await store.open(lambda change: None)
+    with pytest.raises(StoreUnavailable):
+        await store.ping()
+    monkeypatch.undo()
+    await harness.start()
+    await store.open(lambda change: None)
+    assert await store.count() == 0
+
+
+async def test_fault_that_retrying_cannot_fix_arrives_as_such(harness: HubHarness, tmp_path: Path) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir(mode=0o700)
+    (folder / "sessions.db").mkdir()
+    await harness.start()
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        await harness.opened()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [(FAILS, StoreUnavailable), (DAMAGED, DamagedRecord), (BUSY, ResourceExhausted)],
+)
+async def test_failure_of_the_store_arrives_as_such(
+    harness: HubHarness, mode: str, expected: type[Exception]
+) -> None:
+    faulty = FaultyStore(SessionSettings(), CountedEntropy())
+    await harness.start(faulty)
+    store = await harness.opened()
+    faulty.mode = mode
+    with pytest.raises(expected) as failed:
+        await store.get(session().id)
+    assert type(failed.value) is expected
+
+
+async def test_operation_of_a_process_that_is_no_member_is_refused(harness: HubHarness) -> None:
+    await harness.start()
+    store, calls = harness.remote()
+    await calls.ready(5)
+    store._is_joined = True
+    with pytest.raises(StoreUnavailable, match="has to connect again"):
+        await store.count()
+
+
+async def test_fault_in_the_other_process_is_an_internal_error(harness: HubHarness) -> None:
+    await harness.start()
+    store = await harness.opened()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    with pytest.raises(InternalError):
+        await store.touch([(b"", 1, 2)])  # type: ignore[list-item]
+
+
+async def test_damaged_file_is_reported_as_emptied_to_a_process_that_comes_back(harness: HubHarness) -> None:
+    await harness.start()
+    await harness.opened()
+    await harness.stop()
+    await harness.start()
+    harness.hub.store_emptied()  # while the file was opened
+    await until(lambda: len(harness.changes[0]) == 2)
+    assert stored_changes(harness.changes[0]) == [ChangeKind.LOST, ChangeKind.EMPTIED]
+
+
+async def test_limit_holds_exactly_for_logins_racing_over_four_processes(harness: HubHarness) -> None:
+    await harness.start()
+    stores = [await harness.opened() for _ in range(4)]
+    results = await asyncio.gather(
+        *(stores[number % 4].create(session(number), FIVE) for number in range(200))
+    )
+    assert results.count(Created()) == 5
+    assert results.count(LimitReached()) == 195
+    assert await stores[0].count() == 5

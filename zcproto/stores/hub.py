@@ -1,0 +1,315 @@
+"""One store for several processes of one server: each has it as a shared store.
+
+Decides: who is notified of a change, which sessions count as in use, and which process made a claim.
+
+Rules:
+- One process has the store; the others reach it over a link (remote.py). Each process is a member.
+- Every member but the one that made a change is notified of it, also if it was a repetition, because the first
+  attempt may have failed after it took effect. If an outcome is unknown, all members check all sessions as soon as
+  the store has done what came before.
+- A member has a lease for each session that its connections use, until it gives it up or leaves. The leases of a
+  member that has left count for RETURN_S: its clients are about to connect to another one.
+- A session without a lease counts as in use until the hub has run for the time of a lease: members need time to
+  renew theirs after a crash of this process.
+
+It must not know: how members reach it, connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Final, TypeVar
+
+from zcproto.common.clock import MS_PER_SECOND, Entropy
+from zcproto.errors import Code, ResourceExhausted
+from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+from zcproto.stores.base import (
+    LEASE_MS,
+    Change,
+    ChangeKind,
+    Claim,
+    ClaimState,
+    Created,
+    LimitReached,
+    NotRotated,
+    Repeated,
+    SessionStore,
+    StoreUnavailable,
+)
+
+RETURN_S: Final = 10.0
+SETTLE_PAUSE_S: Final = 0.1
+"""Between attempts to find out that the store has done what came before."""
+
+MAX_CLAIMS: Final = 65_536
+"""Claims whose member is remembered. A member that was forgotten waits for its own claim to expire."""
+
+_EPOCH_SIZE: Final = 8
+
+T = TypeVar("T")
+
+OnChanges = Callable[[ChangeKind, Sequence[bytes]], object]
+"""Called with what happened to sessions, and their ids if it is SESSION."""
+
+
+class StoreHub:
+    """The members of one store, which `open` opens. `now` returns monotonic seconds.
+
+    `epoch` changes when the store has lost its data: it is empty at first if the store outlives this process.
+    """
+
+    def __init__(
+        self, store: SessionStore, *, is_lasting: bool, now: Callable[[], float], entropy: Entropy
+    ) -> None:
+        self.store = store
+        self._now = now
+        self._entropy = entropy
+        self._began = now()
+        self._opening = asyncio.Lock()
+        self._is_open = False
+        self._settling: asyncio.Task[None] | None = None
+        self._members: dict[HubStore, None] = {}
+        self._left: dict[HubStore, float] = {}  # with when their leases end
+        self._given_up: set[bytes] = set()  # while unknown sessions count as in use
+        self.claims: OrderedDict[tuple[str, str], bytes] = OrderedDict()  # the ids of members
+        self.epoch = b"" if is_lasting else entropy(_EPOCH_SIZE)
+
+    async def open(self) -> None:
+        """Open the store, unless it is open. Raises as `SessionStore.open`."""
+        async with self._opening:
+            if not self._is_open:
+                await self.store.open(lambda change: None)
+                self._is_open = True
+
+    async def close(self) -> None:
+        """Close the store."""
+        if self._settling is not None:
+            self._settling.cancel()
+        await self.store.close()
+        self._is_open = False
+
+    def member(self, id: bytes = b"") -> HubStore:
+        """Return the store of one process. Its claims are those of earlier members with the same id."""
+        return HubStore(self, id)
+
+    def store_emptied(self) -> None:
+        """Have the members write back what they know: the store has lost its data."""
+        self.epoch = self._entropy(_EPOCH_SIZE)
+        for member in list(self._members):
+            member.on_changes(ChangeKind.EMPTIED, ())
+
+    # --- for members ---------------------------------------------------------------------------------
+
+    def join(self, member: HubStore) -> None:
+        self._members[member] = None
+
+    def leave(self, member: HubStore) -> None:
+        if member in self._members:
+            del self._members[member]
+            self._forget_left()
+            self._left[member] = self._now() + RETURN_S
+
+    def changed(self, ids: Iterable[bytes], by: HubStore) -> None:
+        """Notify the members of changed sessions."""
+        if ids := tuple(ids):
+            self._notify(ChangeKind.SESSION, ids, by)
+
+    def all_changed(self, by: HubStore) -> None:
+        self._notify(ChangeKind.ALL, (), by)
+
+    def drop_leases(self, ended: Sequence[EndedRecord]) -> None:
+        """Forget the leases of sessions that have ended."""
+        for member in self._members:
+            member.held.difference_update(each.id for each in ended)
+
+    def _notify(self, kind: ChangeKind, ids: Sequence[bytes], by: HubStore | None) -> None:
+        for member in list(self._members):
+            if member is not by:
+                member.on_changes(kind, ids)
+
+    def outcome_unknown(self) -> None:
+        """Have all members check all sessions after what has failed now is done, or will never be."""
+        if self._settling is None:
+            self._settling = asyncio.get_running_loop().create_task(self._settle(), name="zcproto-store")
+
+    async def _settle(self) -> None:
+        while True:
+            try:
+                await self.store.ping()  # comes after it
+                break
+            except (StoreUnavailable, ResourceExhausted):
+                await asyncio.sleep(SETTLE_PAUSE_S)
+        self._settling = None
+        self._notify(ChangeKind.ALL, (), None)
+
+    # --- leases --------------------------------------------------------------------------------------
+
+    @property
+    def _is_trusted(self) -> bool:
+        return self._now() >= self._began + LEASE_MS / MS_PER_SECOND
+
+    def give_up(self, ids: Iterable[bytes]) -> None:
+        """Note that a member does not use sessions any more."""
+        if self._is_trusted:
+            self._given_up.clear()
+        else:
+            self._given_up.update(ids)
+
+    def disconnected(self) -> Disconnected:
+        """Return the sessions that no connection uses."""
+        self._forget_left()
+        holders = [member.held for member in (*self._members, *self._left)]
+        return Disconnected(holders, None if self._is_trusted else self._given_up)
+
+    def _forget_left(self) -> None:
+        now = self._now()
+        for member in [member for member, until in self._left.items() if until <= now]:
+            del self._left[member]
+
+
+class Disconnected:
+    """The sessions without a lease; only those of `given_up`, unless it is None. Safe to read in another thread."""
+
+    def __init__(self, holders: Sequence[set[bytes]], given_up: set[bytes] | None) -> None:
+        self._holders = holders
+        self._given_up = given_up
+
+    def __contains__(self, id: object) -> bool:
+        if any(id in held for held in self._holders):
+            return False
+        return self._given_up is None or id in self._given_up
+
+
+class HubStore:
+    """The store of one process, as in `SessionStore`. `held` are the sessions that it has leases for."""
+
+    shared = True
+    keeps_time = True
+
+    def __init__(self, hub: StoreHub, id: bytes) -> None:
+        self._hub = hub
+        self._id = id
+        self._store = hub.store
+        self.held: set[bytes] = set()
+        self.on_changes: OnChanges = lambda kind, ids: None
+
+    async def open(self, on_change: Callable[[Change], None]) -> None:
+        def hear(kind: ChangeKind, ids: Sequence[bytes]) -> None:
+            for change in [Change(kind, id) for id in ids] or [Change(kind)]:
+                on_change(change)
+
+        self.on_changes = hear
+        await self._hub.open()
+        self._hub.join(self)
+
+    async def close(self) -> None:
+        self._hub.leave(self)
+
+    async def ping(self) -> None:
+        await self._store.ping()
+
+    async def examine(self, wall: int) -> Sequence[str]:
+        return await self._store.examine(wall)
+
+    async def load(self) -> AsyncIterator[Sequence[SessionRecord | EndedRecord]]:
+        """Yield nothing: sessions are looked up when they are needed."""
+        return
+        yield ()  # makes it a generator
+
+    async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
+        hub = self._hub
+        if limit.when_full == "evict_disconnected":
+            limit = replace(limit, disconnected=hub.disconnected())
+        self.held.add(record.id)  # before it can be seen by another login
+        created = await self._change(self._store.create(record, limit))
+        if isinstance(created, Created):
+            self._ended(created.ended)
+        else:
+            self.held.discard(record.id)
+        return created
+
+    async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
+        rotated = await self._change(self._store.rotate(rotation))
+        if isinstance(rotated, SessionRecord) or (isinstance(rotated, NotRotated) and rotated.reused):
+            self._hub.changed([rotation.id], self)
+        return rotated
+
+    async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
+        return await self._store.find(token_digest)
+
+    async def get(self, id: bytes) -> SessionRecord | EndedRecord | None:
+        return await self._store.get(id)
+
+    async def touch(self, uses: Sequence[tuple[bytes, int]]) -> None:
+        await self._store.touch(uses)
+
+    async def lease(self, uses: Sequence[tuple[bytes, bool]]) -> None:
+        self.held.update(id for id, is_used in uses if is_used)
+        unused = [id for id, is_used in uses if not is_used]
+        self.held.difference_update(unused)
+        self._hub.give_up(unused)
+
+    async def end(
+        self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
+    ) -> list[EndedRecord]:
+        ended = await self._change(self._store.end(ids, code, wall, user))
+        self._hub.drop_leases(ended)
+        self._hub.changed(ids, self)
+        return ended
+
+    async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
+        ended = await self._change(self._store.end_user(user, code, wall))
+        self._ended(ended)
+        return ended
+
+    async def end_all(self, code: Code, wall: int) -> int:
+        count = await self._change(self._store.end_all(code, wall))
+        self._hub.all_changed(self)
+        return count
+
+    async def count(self) -> int:
+        return await self._store.count()
+
+    async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
+        return await self._store.expire(wall, keep_ended_ms, limit)
+
+    async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
+        claims, name = self._hub.claims, (user, key)
+        owner = claims.setdefault(name, self._id)  # before the outcome, which may get lost
+        if len(claims) > MAX_CLAIMS:
+            claims.popitem(last=False)
+        claim = await self._store.claim(user, key, request_digest, lease_ms)
+        if claim.state is ClaimState.NEW:
+            claims[name] = self._id
+        elif claim.state is ClaimState.RUNNING:
+            return replace(claim, is_own=claim.is_own and owner == self._id)
+        elif claims.get(name) == self._id:
+            del claims[name]
+        return claim
+
+    async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
+        await self._store.keep_answer(user, key, answer, keep_ms)
+        self._hub.claims.pop((user, key), None)
+
+    async def release_claim(self, user: str, key: str) -> None:
+        await self._store.release_claim(user, key)
+        self._hub.claims.pop((user, key), None)
+
+    def _ended(self, ended: Sequence[EndedRecord]) -> None:
+        self._hub.drop_leases(ended)
+        self._hub.changed([each.id for each in ended], self)
+
+    async def _change(self, operation: Awaitable[T]) -> T:
+        try:
+            return await operation
+        except StoreUnavailable:
+            self._hub.outcome_unknown()
+            raise
+
+    # Last in the class, because its name hides the builtin in annotations.
+
+    async def list(self, user: str | None = None) -> list[SessionRecord]:
+        return await self._store.list(user)
