@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from zcproto.common.home import Home
 from zcproto.config import load_config
 from zcproto.errors import ConfigError
 from zcproto.runtime import store_setup
-from zcproto.runtime.store_setup import build_store
+from zcproto.runtime.store_setup import build_hub, build_store
+from zcproto.stores.base import Change, ChangeKind
+from zcproto.stores.hub import StoreHub
 from zcproto.stores.sqlite.store import SqliteStore
 from zcproto.stores.valkey import store as store_module
 from zcproto.stores.valkey.store import ValkeyStore
@@ -157,3 +160,47 @@ def test_notices_of_a_store_are_logged_and_reported(
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"], line["reason"]) == ("store.damaged", "error", "malformed")
     assert line["path"] == path
+
+
+# --- for several processes -------------------------------------------------------------------------
+
+
+async def hub_of(home: Path, url: str, reported: list[Any]) -> StoreHub | None:
+    config = load_config(None, home=home, environ={}, overrides={"store.url": url})
+    return build_hub(config, Home(home), lambda *event: reported.append(event))
+
+
+async def test_file_and_memory_are_shared_by_a_hub_and_valkey_is_shared_anyway(tmp_path: Path) -> None:
+    assert await hub_of(tmp_path, "redis://localhost", []) is None
+    lasting, ending = await hub_of(tmp_path, "sqlite", []), await hub_of(tmp_path, "memory", [])
+    assert lasting is not None
+    assert ending is not None
+    assert lasting.epoch == b""
+    assert ending.epoch != b""
+    for hub in (lasting, ending):
+        member = hub.member()
+        await member.open(lambda change: None)
+        assert await member.count() == 0
+        await hub.close()
+
+
+async def test_damaged_file_is_reported_and_has_other_processes_write_back_what_they_know(
+    tmp_path: Path,
+) -> None:
+    reported: list[Any] = []
+    path = tmp_path / "sessions.db"
+    path.write_bytes(bytes(4096))
+    path.chmod(0o600)
+    hub = await hub_of(tmp_path, "sqlite", reported)
+    assert hub is not None
+    await hub.open()
+    await asyncio.sleep(0)
+    assert [event for event, _ in reported] == ["store.damaged"]
+    assert hub.epoch != b""
+    heard: list[Change] = []
+    await hub.member().open(heard.append)
+    path.unlink()
+    await hub.store.ping()
+    await asyncio.sleep(0)
+    assert heard == [Change(ChangeKind.EMPTIED)]
+    await hub.close()

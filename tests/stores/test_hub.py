@@ -112,7 +112,9 @@ async def test_other_members_are_notified_of_ends_by_user_of_evictions_and_of_al
     assert members.changes(one) == []
 
 
-async def test_repeated_refresh_is_no_change(members: Members, one: HubStore, other: HubStore) -> None:
+async def test_repeated_refresh_is_not_reported_as_a_change(
+    members: Members, one: HubStore, other: HubStore
+) -> None:
     await opened(one, OLD)
     await one.rotate(rotation(OLD, sealed=b"the pair", grace_ms=MINUTE))
     members.changes(other)

@@ -162,7 +162,7 @@ async def test_failure_of_the_store_arrives_as_such(
     assert type(failed.value) is expected
 
 
-async def test_operation_of_a_process_that_is_no_member_is_refused(harness: HubHarness) -> None:
+async def test_operation_of_a_process_that_has_not_joined_is_refused(harness: HubHarness) -> None:
     await harness.start()
     store, calls = harness.remote()
     await calls.ready(5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.files import read_secret
 from zcproto.common.home import Home
 from zcproto.config import Config
@@ -15,6 +16,7 @@ from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 from zcproto.server.idempotency import answer_limits
 from zcproto.stores.base import SessionStore
+from zcproto.stores.hub import StoreHub
 from zcproto.stores.revoker import OnEvent
 from zcproto.stores.sqlite.store import SqliteStore
 
@@ -25,6 +27,7 @@ NEAR_CACHE: Final = 200_000
 """Sessions of a shared store cached in this process, about 170 bytes each; others are looked up."""
 
 _PACKAGE: Final = "redis"
+_LOSSES: Final = ("store_damaged", "store_missing")
 
 log = get_logger("zcproto.store")
 
@@ -65,6 +68,30 @@ def build_store(
         answers=limits,
         on_notice=partial(_report, on_event),
     )
+
+
+def build_hub(config: Config, home: Home, on_event: OnEvent = lambda event, values: None) -> StoreHub | None:
+    """Return the hub that gives one store to all processes of a server; None if they share the configured one.
+
+    Raises and calls as `build_store`.
+    """
+    settings = config.store
+    if settings.url not in (MEMORY, SQLITE):
+        return None
+
+    def report(name: str, **values: object) -> None:
+        _report(on_event, name, **values)
+        if name in _LOSSES:
+            hub.store_emptied()
+
+    store = SqliteStore(
+        home.sessions if settings.url == SQLITE else None,
+        timeout=settings.timeout,
+        answers=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
+        on_notice=report,
+    )
+    hub = StoreHub(store, is_lasting=settings.url == SQLITE, now=system_clock.now, entropy=system_entropy)
+    return hub
 
 
 def _report(on_event: OnEvent, name: str, **values: object) -> None:
