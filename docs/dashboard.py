@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 WHERE = 'job=~"$job", instance=~"$instance"'
 OVER = "$__rate_interval"
 LIVE = ', state="live"'
+BY, WORKER = "instance, worker", "{{instance}} {{worker}}"
 
 
 class Panel(NamedTuple):
@@ -231,6 +232,15 @@ PANELS: dict[str, list[Panel]] = {
             {rate("python_gc_collections_total", "generation"): "{{generation}}"},
         ),
         Panel("Incidents", "short", {f"sum(increase(zcproto_incidents_total{{{WHERE}}}[1h]))": "per hour"}),
+    ],
+    "Workers": [
+        Panel("Connections of workers", "short", {now("zcproto_worker_connections"): WORKER}),
+        Panel("Requests of workers", "reqps", {rate("zcproto_worker_requests_total", BY): WORKER}),
+        Panel("CPU of workers", "percentunit", {rate("zcproto_worker_cpu_seconds_total", BY): WORKER}),
+        Panel("Memory of workers", "bytes", {now("zcproto_worker_resident_memory_bytes"): WORKER}),
+        Panel(
+            "Loop lag of workers, p99", "s", {quantile(0.99, "zcproto_worker_loop_lag_seconds", BY): WORKER}
+        ),
     ],
 }
 

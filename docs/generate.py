@@ -27,7 +27,7 @@ from zcproto.config.model import descriptions, sections
 from zcproto.config.types import settings_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS, FIELDS, Limit
-from zcproto.observe.metrics import TABLE
+from zcproto.observe.metrics import TABLE, Metric
 
 ROOT: Final = Path(__file__).parents[1]
 
@@ -104,14 +104,6 @@ def _default(section: str, name: str, written: str) -> str:
 
 # --- metrics -------------------------------------------------------------------------------------------------
 
-INTERPRETER_METRICS: Final = {
-    "python_gc_collections_total": "Runs of the garbage collector, by generation.",
-    "python_gc_objects_collected_total": "Objects collected, by generation.",
-    "python_gc_objects_uncollectable_total": "Objects found uncollectable, by generation.",
-    "python_info": "Always 1; the labels are the version of Python.",
-}
-"""Metrics that prometheus_client provides."""
-
 
 def metrics() -> str:
     """Return the page of metrics."""
@@ -123,15 +115,23 @@ def metrics() -> str:
 asks for it. [Who may read them, and how to configure Prometheus](../http.md#metrics). `zcproto deploy prometheus`
 prints alert rules, `zcproto deploy grafana` a dashboard.
 
-No label contains a user name, the address of a peer or a token. Counters start at 0 with the process. A histogram
+No label contains a user name, the address of a peer or a token. Counters start at 0 with the server. A histogram
 consists of `_bucket`, `_sum` and `_count`.
+
+With several workers, `/metrics` of any of them returns the whole server: each metric has one series per combination of
+its labels, as with one process. Counters, histograms and gauges are sums over all workers, except that gauges marked
+`max` or `min` are the highest or lowest value of any worker. Counters do not go backwards when a worker ends. Figures
+by worker have [names of their own](#workers) with a label `worker`, so that `sum(...)` counts nothing twice.
 """
     ]
     for title, group in TABLE.items():
-        rows = [[code(each.name), each.kind, codes(each.labels), each.help] for each in group]
+        rows = [[code(each.name), _kind(each), codes(each.labels), each.help] for each in group]
         parts += [f"\n## {title}\n\n", table("metric | kind | labels | meaning", rows)]
-    rows = [[code(name), help_text] for name, help_text in INTERPRETER_METRICS.items()]
-    return "".join([*parts, "\n## The interpreter\n\n", table("metric | meaning", rows)])
+    return "".join(parts)
+
+
+def _kind(metric: Metric) -> str:
+    return metric.kind if metric.across == "sum" else f"{metric.kind}, {metric.across}"
 
 
 # --- log events ----------------------------------------------------------------------------------------------

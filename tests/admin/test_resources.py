@@ -66,6 +66,7 @@ def report(**changed: Any) -> dict[str, Any]:
         "certificates": [CERTIFICATE],
         "store": {"url": "sqlite", "state": "healthy"},
         "alerts": {"open": [alert(1)], "over": [], "sinks": [{"name": "webhook"}]},
+        "workers": [],
     }
     return {**usual, **changed}
 
@@ -237,26 +238,29 @@ def test_only_the_first_names_are_listed_and_the_rest_counted() -> None:
     assert (found["names"], found["more_names"]) == (["a.example"], 0)
 
 
-def test_figures_are_read_at_most_once_a_second_and_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_figures_are_read_at_most_once_a_second_and_only_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, readings = FakeClock(), []
 
-    def read(parts: object) -> dict[str, Any]:
+    async def read(parts: object) -> dict[str, Any]:
         readings.append(clock.now())
         return report(time=len(readings))
 
-    monkeypatch.setattr(resources, "take_snapshot", lambda parts: parts)
-    monkeypatch.setattr(resources, "status_report", read)
-    monkeypatch.setattr(Resources, "readiness", lambda self: {"ready": False, "reasons": ["store: out"]})
-    found = Resources(cast("Parts", SimpleNamespace(clock=clock, state=None)))
+    monkeypatch.setattr(resources, "read_status", read)
+    monkeypatch.setattr(
+        resources, "readiness_report", lambda parts: {"ready": False, "reasons": ["store: out"]}
+    )
+    found = Resources(cast("Parts", SimpleNamespace(clock=clock, state=None, whole=None)))
     assert readings == []
     for _ in range(1000):
-        found.figures(operator=False)
-        found.figures(operator=True)
+        await found.figures(operator=False)
+        await found.figures(operator=True)
     assert len(readings) == 1
     clock.advance(FRESH_S * 0.9)
-    assert json.loads(found.figures(operator=True).body)["time"] == 1
+    assert json.loads((await found.figures(operator=True)).body)["time"] == 1
     clock.advance(FRESH_S * 0.2)
-    newest = json.loads(found.figures(operator=False).body)
+    newest = json.loads((await found.figures(operator=False)).body)
     assert (newest["time"], newest["ready"], newest["reasons"]) == (2, False, ["store: out"])
     assert len(readings) == 2
 

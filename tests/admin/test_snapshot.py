@@ -6,7 +6,7 @@ import json
 
 from tests.server.conftest import Serve
 from zcproto.admin.snapshot import status_report, take_snapshot
-from zcproto.admin.traffic import RATE_S, WINDOW_S, Traffic
+from zcproto.admin.traffic import RATE_S, WINDOW_S, Traffic, rates_of
 from zcproto.app.app import Method
 from zcproto.observe.histogram import QUICK_S, quantile
 from zcproto.server.state import Counters
@@ -32,14 +32,22 @@ class FakeAcceptor:
         self.failures = dict.fromkeys(TlsFailure, 0)
 
 
+class FakeLoopLag:
+    """The longest lag since the last sample."""
+
+    def __init__(self) -> None:
+        self.recent = 0.0
+
+
 def traffic() -> tuple[Traffic, FakeClock, Counters, FakeAcceptor, Method]:
     clock, counters, acceptor = FakeClock(), Counters(), FakeAcceptor()
     method = Method("m", lambda: None)
-    return Traffic(clock, counters, acceptor, {"m": method}), clock, counters, acceptor, method  # type: ignore[arg-type]
+    samples = Traffic(clock, counters, acceptor, {"m": method}, FakeLoopLag())  # type: ignore[arg-type]
+    return samples, clock, counters, acceptor, method
 
 
 def test_a_new_server_has_zero_rates_and_no_percentiles() -> None:
-    rates = traffic()[0].rates()
+    rates = rates_of(traffic()[0].window())
     assert rates["requests_per_s"] == 0.0
     assert rates["work"] == {"count": 0, "p50": None, "p90": None, "p99": None, "p999": None}
 
@@ -57,7 +65,7 @@ def test_rates_cover_the_last_ten_seconds() -> None:
         acceptor.failures[TlsFailure.NOT_TLS] += 3
         clock.time += 1
         samples.sample()
-    rates = samples.rates()
+    rates = rates_of(samples.window())
     assert rates["rate_window_s"] == RATE_S
     assert rates["requests_per_s"] == 50.0
     assert rates["errors_per_s"] == 1.0
@@ -73,7 +81,7 @@ def test_percentiles_cover_the_last_minute() -> None:
         clock.time += 1
         samples.sample()
         method.durations.add(0.0001)
-    rates = samples.rates()
+    rates = rates_of(samples.window())
     assert rates["latency_window_s"] == WINDOW_S
     assert rates["work"]["count"] == WINDOW_S + 1
     assert rates["work"]["p50"] is not None
@@ -87,13 +95,13 @@ def test_rates_after_a_blocked_loop_compare_with_the_last_sample() -> None:
     samples, clock, counters, _, _ = traffic()
     clock.time += 100  # the loop was blocked
     counters.requests += 200
-    assert samples.rates()["requests_per_s"] == 2.0
+    assert rates_of(samples.window())["requests_per_s"] == 2.0
 
 
 def test_a_server_without_methods_has_no_percentiles() -> None:
-    samples = Traffic(FakeClock(), Counters(), FakeAcceptor(), {})  # type: ignore[arg-type]
+    samples = Traffic(FakeClock(), Counters(), FakeAcceptor(), {}, FakeLoopLag())  # type: ignore[arg-type]
     samples.sample()
-    assert samples.rates()["work"]["count"] == 0
+    assert rates_of(samples.window())["work"]["count"] == 0
 
 
 def test_quantiles_are_interpolated_between_bounds() -> None:

@@ -29,7 +29,7 @@ def test_reference_has_no_page_that_is_not_generated() -> None:
     ("page", "names"),
     [
         ("configuration.md", keys()),
-        ("metrics.md", [*METRICS, *generate.INTERPRETER_METRICS]),
+        ("metrics.md", METRICS),
         ("log-events.md", EVENTS),
         ("alerts.md", [kind.value for kind in CATALOGUE]),
     ],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from zcproto.observe.metrics import Metrics
@@ -37,6 +39,23 @@ def test_values_match_prometheus_client_collector() -> None:
         assert ours[name] == pytest.approx(theirs[name], rel=0.2)
     assert ours["process_cpu_seconds_total"] == pytest.approx(theirs["process_cpu_seconds_total"], abs=1)
     assert ours["process_start_time_seconds"] < time.time()
+
+
+def test_interpreter_metrics_match_prometheus_client_collectors() -> None:
+    registry = CollectorRegistry()
+    GCCollector(registry=registry)
+    PlatformCollector(registry=registry)
+
+    def series(families: Iterable[Metric]) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+        return {
+            (sample.name, frozenset(sample.labels.items()))
+            for family in families
+            for sample in family.samples
+            if sample.name.startswith("python_")
+        }
+
+    ours = Metrics(process_readings).render("")[1].decode()
+    assert series(parse(ours)) == series(registry.collect())
 
 
 def test_open_descriptors_are_counted(tmp_path: Path) -> None:

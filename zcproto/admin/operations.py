@@ -26,8 +26,9 @@ from urllib.parse import parse_qsl
 
 from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
-from zcproto.admin.snapshot import certificate_report, status_report, take_snapshot
+from zcproto.admin.snapshot import certificate_report
 from zcproto.admin.users import NO_FILES, ServerUsers
+from zcproto.admin.whole import read_status
 from zcproto.alerts.service import try_sinks
 from zcproto.auth import DeviceFile, RegisteredDevice, UserFile
 from zcproto.auth.directory import Directory
@@ -117,7 +118,7 @@ class Operations:
     # --- the server ----------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
-        return status_report(take_snapshot(self._parts))
+        return await read_status(self._parts)
 
     async def reload(self) -> dict[str, Any]:
         return (await self._reload()).as_dict()

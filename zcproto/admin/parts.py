@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zcproto.admin.https import HttpSide
+from zcproto.admin.merge import Whole
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login, RegisteredDevice, User
@@ -38,7 +39,8 @@ class Parts:
     """The parts of one server.
 
     `store` is None if sessions end with the process, `users` and `devices` if the program brings its own
-    authenticators, `http` if it is switched off. `started_at` is milliseconds since the Unix epoch.
+    authenticators, `http` if it is switched off, `whole` if this process is the whole server. `started_at` is
+    milliseconds since the Unix epoch.
     """
 
     active: ActiveConfig
@@ -58,6 +60,7 @@ class Parts:
     lifespans: Lifespans
     loop_lag: LoopLag
     traffic: Traffic
+    whole: Whole | None = None
 
     @property
     def config(self) -> Config:

@@ -31,14 +31,18 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Final
 
+from zcproto.admin.merge import Depth
 from zcproto.admin.metrics import server_metrics
 from zcproto.admin.parts import Parts
-from zcproto.admin.snapshot import status_report, take_snapshot
+from zcproto.admin.snapshot import readiness_report
+from zcproto.admin.whole import read_status
 from zcproto.auth.schemes import certificate_key
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.network import AddressSet, plain_address
 from zcproto.errors import CallError, CertificateError, Code
 from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_response, text_response
+from zcproto.observe.metrics import Metrics
+from zcproto.observe.series import readings_of
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import Session
 from zcproto.sessions.token import token_from_text
@@ -69,7 +73,7 @@ BAD_TOKEN: Final = text_response(
 
 _PAGE_KEYS: Final = (
     *("api", "version", "time", "started_at", "uptime_s", "draining", "connections", "sessions", "requests"),
-    *("streams", "traffic", "handshakes", "store", "process"),
+    *("streams", "traffic", "handshakes", "store", "process", "workers"),
 )
 _CERTIFICATE_KEYS: Final = ("file", "source", "key_type", "not_after", "days_left", "seconds_left")
 _ALERT_KEYS: Final = ("kind", "severity", "began_at", "last_at", "ended_at", "count", "many")
@@ -83,7 +87,8 @@ class Resources:
         self._parts = parts
         self._metrics = server_metrics(parts)
         self._tokens = BearerTokens(parts.state)
-        self._read_at = float("-inf")
+        self._read_at = self._checked_at = float("-inf")
+        self._checked: Mapping[str, Any] = {}
         self._figures: dict[bool, HttpResponse] = {}
 
     def routes(self) -> Iterator[Route]:
@@ -96,43 +101,24 @@ class Resources:
 
     # --- public ----------------------------------------------------------------------------------------
 
-    def _readyz(self, request: HttpRequest) -> HttpResponse:
-        body = self.readiness()
+    async def _readyz(self, request: HttpRequest) -> HttpResponse:
+        body = await self._readiness()
         return json_response(200 if body["ready"] else 503, body)
 
-    def readiness(self) -> dict[str, Any]:
-        """Return as JSON fields whether new clients should connect, and the checks with the reasons against it.
-
-        Cheap, since anyone may ask: no snapshot is taken.
-        """
-        state, now = self._parts.state, self._parts.certificates.now()
-        store = str(state.sessions.statistics()["state"])
-        lives = [
-            (pair.key_type, round((pair.not_after - now).total_seconds()))
-            for pair in self._parts.certificate_pairs
-        ]
-        stored = self._parts.store
-        reasons = []
-        if state.draining:
-            reasons.append("draining: the server is stopping")
-        if state.registry.closed:
-            reasons.append("store: sessions cannot be checked, and every token is refused")
-        elif store != "healthy":
-            reasons.append("store: it does not answer; known sessions continue, none can be opened")
-        if not lives or min(seconds for _, seconds in lives) <= 0:
-            reasons.append("certificate: a serving certificate has expired")
-        return {
-            "ready": not reasons,
-            "reasons": reasons,
-            "warnings": [f"store: {problem}" for problem in stored.problems] if stored else [],
-            "checks": {
-                "draining": state.draining,
-                "store": store,
-                "certificates": [
-                    {"key_type": key_type, "seconds_left": seconds} for key_type, seconds in lives
-                ],
-            },
-        }
+    async def _readiness(self) -> Mapping[str, Any]:
+        """Return whether new clients should connect. While the coordinator is silent, this worker decides."""
+        parts = self._parts
+        if parts.whole is None:
+            return readiness_report(parts)
+        now = parts.clock.now()
+        if now - self._checked_at >= FRESH_S:
+            try:
+                self._checked = (await parts.whole.report(Depth.READINESS)).readiness
+            except CallError as error:
+                own = readiness_report(parts)
+                self._checked = {**own, "warnings": [*own["warnings"], f"workers: {error.message}"]}
+            self._checked_at = now
+        return self._checked
 
     def _well_known(self, request: HttpRequest) -> HttpResponse:
         state = self._parts.state
@@ -169,14 +155,18 @@ class Resources:
 
     async def _show_status(self, request: HttpRequest) -> HttpResponse:
         session = await self._tokens.session_of(request)
-        return self.figures(session.operator) if isinstance(session, Session) else session
+        if not isinstance(session, Session):
+            return session
+        try:
+            return await self.figures(session.operator)
+        except CallError as error:
+            return _retry_later(error)
 
-    def figures(self, operator: bool) -> HttpResponse:
-        """Return the figures of the status page, for an operator or for any other user."""
+    async def figures(self, operator: bool) -> HttpResponse:
+        """Return the figures of the status page, for an operator or for any other user. Raises Unavailable."""
         now = self._parts.clock.now()
         if now - self._read_at >= FRESH_S:
-            report = status_report(take_snapshot(self._parts))
-            readiness = self.readiness()
+            report, readiness = await read_status(self._parts), await self._readiness()
             is_ready = {key: readiness[key] for key in ("ready", "reasons")}
             self._figures = {
                 role: json_response(200, {**is_ready, **page_figures(report, role)}) for role in (False, True)
@@ -188,7 +178,14 @@ class Resources:
         refusal = await self._refuse_metrics(request)
         if refusal is not None:
             return refusal
-        content_type, body = self._metrics.render(request.headers.get("accept", ""))
+        metrics = self._metrics
+        if self._parts.whole is not None:
+            try:
+                report = await self._parts.whole.report()
+            except CallError as error:
+                return _retry_later(error)
+            metrics = Metrics(lambda: readings_of(report.series))
+        content_type, body = metrics.render(request.headers.get("accept", ""))
         return HttpResponse(200, body, content_type)
 
     async def _refuse_metrics(self, request: HttpRequest) -> HttpResponse | None:

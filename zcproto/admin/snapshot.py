@@ -1,8 +1,9 @@
-"""One reading of a running server, and the two reports that are made of it: the status and `server.stats`.
+"""One reading of a running server, and the reports that are made of it: the status, `server.stats`, readiness.
 
     server objects count  ->  take_snapshot(parts)  ->  status, server.stats, metrics.py, the page of https.py
 
-Decides: what is read, and the names and units of both reports. Times are milliseconds since the Unix
+Decides: what is read, and the names and units of the reports; merge.py decides how those of several processes are
+added. Times are milliseconds since the Unix
 epoch, durations seconds, memory bytes.
 
 Rules:
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final
@@ -23,7 +24,7 @@ from typing import Any, Final
 from zcproto.admin.http_protocol import HttpEndpoint
 from zcproto.admin.https import HttpSide
 from zcproto.admin.parts import Parts
-from zcproto.app.app import Method
+from zcproto.admin.traffic import rates_of
 from zcproto.certs.checker import CertificateStatus
 from zcproto.certs.manager import unix_ms
 from zcproto.common.clock import MS_PER_SECOND
@@ -46,7 +47,7 @@ class Snapshot:
 
     `in_flight` and `slow_readers` are sums over the connections of zcp/1, `most_in_flight` and `most_streams_open`
     the maximum.
-    `rates`, `store_report` and `alerts` are reports of the traffic, the session store and the alerts.
+    `window`, `store_report` and `alerts` are reports of the traffic, the session store and the alerts.
     """
 
     parts: Parts
@@ -55,7 +56,7 @@ class Snapshot:
     most_in_flight: int
     most_streams_open: int
     slow_readers: int
-    rates: Mapping[str, Any]
+    window: Mapping[str, Any]
     store_report: Mapping[str, Any]
     certificates: tuple[CertificateStatus, ...]
     alerts: Mapping[str, Any]
@@ -78,7 +79,7 @@ def take_snapshot(parts: Parts) -> Snapshot:
         most_in_flight=max(in_flight, default=0),
         most_streams_open=max((protocol.streams_open for protocol in connections), default=0),
         slow_readers=sum(protocol.is_slow_reader for protocol in connections),
-        rates=parts.traffic.rates(),
+        window=parts.traffic.window(),
         store_report=parts.state.sessions.statistics(),
         certificates=parts.certificates.status(),
         alerts=parts.alerts.report(),
@@ -89,6 +90,16 @@ def take_snapshot(parts: Parts) -> Snapshot:
 
 def status_report(snapshot: Snapshot) -> dict[str, Any]:
     """Return the status of the control API, which `zcproto status` and the status page show."""
+    return finish_status(status_figures(snapshot))
+
+
+def finish_status(figures: Mapping[str, Any], workers: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Return the status of some figures: with percentiles in place of counts, and with the lines of workers."""
+    return {**figures, "traffic": rates_of(figures["traffic"]), "workers": list(workers)}
+
+
+def status_figures(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the figures of a status, which `merge` can add to those of other processes."""
     parts, counters = snapshot.parts, snapshot.counters
     state, acceptor = parts.state, parts.acceptor
     return {
@@ -142,7 +153,7 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
             "in_flight": state.clients.in_flight,
             "ended": dict(state.clients.ended),
         },
-        "traffic": snapshot.rates,
+        "traffic": snapshot.window,
         "handshakes": {
             "completed": acceptor.handshakes_completed,
             "in_progress": acceptor.handshakes_in_progress,
@@ -152,7 +163,11 @@ def status_report(snapshot: Snapshot) -> dict[str, Any]:
         "certificates": certificate_report(snapshot.certificates),
         "store": {"url": parts.config.store.url.partition(":")[0], **snapshot.store_report},
         "alerts": snapshot.alerts,
-        "process": {"cpu_s": snapshot.cpu_s, "rss_bytes": snapshot.rss_bytes},
+        "process": {
+            "cpu_s": snapshot.cpu_s,
+            "rss_bytes": snapshot.rss_bytes,
+            "loop_lag_s": round(parts.traffic.longest_lag(), 6),
+        },
     }
 
 
@@ -174,19 +189,45 @@ def certificate_report(certificates: Iterable[CertificateStatus]) -> list[dict[s
     ]
 
 
-def stats_method(parts: Parts) -> Method:
-    """Return the protocol method `server.stats`."""
+def readiness_report(parts: Parts) -> dict[str, Any]:
+    """Return as JSON fields whether new clients should connect, and the checks with the reasons against it.
 
-    def server_stats() -> dict[str, Any]:
-        """Connections, sessions, requests, CPU, memory and loop pauses."""
-        return read_stats(parts)
-
-    return Method("server.stats", server_stats, operator=True)
+    Cheap, since anyone may ask: no snapshot is taken.
+    """
+    state, now = parts.state, parts.certificates.now()
+    store = str(state.sessions.statistics()["state"])
+    lives = [
+        (pair.key_type, round((pair.not_after - now).total_seconds())) for pair in parts.certificate_pairs
+    ]
+    reasons = []
+    if state.draining:
+        reasons.append("draining: the server is stopping")
+    if state.registry.closed:
+        reasons.append("store: sessions cannot be checked, and every token is refused")
+    elif store != "healthy":
+        reasons.append("store: it does not answer; known sessions continue, none can be opened")
+    if not lives or min(seconds for _, seconds in lives) <= 0:
+        reasons.append("certificate: a serving certificate has expired")
+    return {
+        "ready": not reasons,
+        "reasons": reasons,
+        "warnings": [f"store: {problem}" for problem in parts.store.problems] if parts.store else [],
+        "checks": {
+            "draining": state.draining,
+            "store": store,
+            "certificates": [{"key_type": key_type, "seconds_left": seconds} for key_type, seconds in lives],
+        },
+    }
 
 
 def read_stats(parts: Parts) -> dict[str, Any]:
     """Return the result of `server.stats`, and start the interval of the longest pauses again."""
-    snapshot, state, acceptor = take_snapshot(parts), parts.state, parts.acceptor
+    return stats_figures(parts, take_snapshot(parts), take=True)
+
+
+def stats_figures(parts: Parts, snapshot: Snapshot, take: bool) -> dict[str, Any]:
+    """Return the figures of `server.stats`. `take` starts the interval of the longest pauses again."""
+    state, acceptor, loop_lag = parts.state, parts.acceptor, parts.loop_lag
     counters = state.counters
     last = parts.certificates.last_renewal
     return {
@@ -218,9 +259,9 @@ def read_stats(parts: Parts) -> dict[str, Any]:
         "tls_failures": _by_cause(acceptor.failures),
         "cpu_s": snapshot.cpu_s,
         "rss_bytes": snapshot.rss_bytes,
-        "longest_pause_s": parts.loop_lag.take_longest(),
-        "longest_own_pause_s": parts.loop_lag.take_longest_own(),
-        "pauses": parts.loop_lag.lags.counts,
+        "longest_pause_s": loop_lag.take_longest() if take else loop_lag.longest,
+        "longest_own_pause_s": loop_lag.take_longest_own() if take else loop_lag.longest_own,
+        "pauses": loop_lag.lags.counts,
         "certificates": [
             {key: one[key] for key in _STATS_CERTIFICATE_KEYS}
             for one in certificate_report(snapshot.certificates)

@@ -14,6 +14,7 @@ from zcproto.app.app import Method
 from zcproto.common.clock import Clock
 from zcproto.observe.histogram import QUICK_S, WAITED_S, quantile
 from zcproto.observe.log import get_logger
+from zcproto.observe.loop_lag import LoopLag
 from zcproto.server.state import Counters
 from zcproto.tls.server import TlsAcceptor
 
@@ -37,18 +38,26 @@ class _Sample(NamedTuple):
     handshake_failures: int
     work: list[int]
     waits: list[int]
+    lag: float
+    """The longest lag of the loop since the sample before."""
 
 
 class Traffic:
     """The samples of the last minute of one server."""
 
     def __init__(
-        self, clock: Clock, counters: Counters, acceptor: TlsAcceptor, methods: Mapping[str, Method]
+        self,
+        clock: Clock,
+        counters: Counters,
+        acceptor: TlsAcceptor,
+        methods: Mapping[str, Method],
+        loop_lag: LoopLag,
     ) -> None:
         self._clock = clock
         self._counters = counters
         self._acceptor = acceptor
         self._methods = methods
+        self._loop_lag = loop_lag
         self._samples: deque[_Sample] = deque([self._read()])
 
     async def run(self) -> None:
@@ -64,14 +73,19 @@ class Traffic:
         """Add a sample and drop those older than the window."""
         samples = self._samples
         samples.append(self._read())
+        self._loop_lag.recent = 0.0
         while samples[0].at < samples[-1].at - WINDOW_S:
             samples.popleft()
 
-    def rates(self) -> dict[str, Any]:
-        """Return events per second over about 10 s, and percentiles over about a minute, as JSON fields.
+    def longest_lag(self) -> float:
+        """Return the longest lag of the loop in about the last minute, in seconds."""
+        return max(self._loop_lag.recent, *(each.lag for each in self._samples))
+
+    def window(self) -> dict[str, Any]:
+        """Return events per second over about 10 s, and counts of durations over about a minute, as JSON fields.
 
         `work` is the time of the loop up to the answer or the first await, sampled. `waits` is the time from the
-        first await to the end, of all requests that awaited.
+        first await to the end, of all requests that awaited. See `rates_of`.
         """
         now, oldest = self._read(), self._samples[0]
         recent = next(
@@ -85,8 +99,8 @@ class Traffic:
             "handshakes_per_s": _rate(now.handshakes - recent.handshakes, seconds),
             "handshake_failures_per_s": _rate(now.handshake_failures - recent.handshake_failures, seconds),
             "latency_window_s": round(now.at - oldest.at, 3),
-            "work": _percentiles(QUICK_S, oldest.work, now.work),
-            "waits": _percentiles(WAITED_S, oldest.waits, now.waits),
+            "work": _difference(oldest.work, now.work),
+            "waits": _difference(oldest.waits, now.waits),
         }
 
     def _read(self) -> _Sample:
@@ -100,6 +114,7 @@ class Traffic:
             sum(self._acceptor.failures.values()),
             [sum(column) for column in zip(*(method.durations.counts for method in methods), strict=True)],
             [sum(column) for column in zip(*(method.waits.counts for method in methods), strict=True)],
+            self._loop_lag.recent,
         )
 
 
@@ -107,9 +122,21 @@ def _rate(events: int, seconds: float) -> float:
     return round(max(0, events) / seconds, 3) if seconds > 0 else 0.0
 
 
-def _percentiles(bounds: Sequence[float], before: list[int], now: list[int]) -> dict[str, Any]:
+def _difference(before: list[int], now: list[int]) -> list[int]:
+    return [max(0, later - earlier) for earlier, later in zip(before or [0] * len(now), now, strict=True)]
+
+
+def rates_of(window: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a window with percentiles in place of its counts."""
+    return {
+        **window,
+        "work": _percentiles(QUICK_S, window["work"]),
+        "waits": _percentiles(WAITED_S, window["waits"]),
+    }
+
+
+def _percentiles(bounds: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
     """Return durations in seconds; None without any request."""
-    counts = [max(0, later - earlier) for earlier, later in zip(before or [0] * len(now), now, strict=True)]
 
     def part(of_all: float) -> float | None:
         value = quantile(bounds, counts, of_all)

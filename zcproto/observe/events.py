@@ -114,7 +114,7 @@ FIELDS: Final[dict[str, str]] = {
     "uid": "system user id of the peer of the control socket",
     "user": "name of a user",
     "wanted": "required value",
-    "what": "name of a method, operation or internal step",
+    "what": "name of a method, operation, worker or internal step",
     "worker": "process of a server with several workers: its number, or coordinator; in every line that it writes",
     "which": "id of the session that was meant, or all",
 }
@@ -169,6 +169,10 @@ loop.held warning (what at seconds) by peer, limit per method
     A method, or a middleware, held the event loop for longer than 100 ms: nothing else ran meanwhile.
 server.fault error (what exc_info) by peer, limit per event
     Internal error in the event loop.
+
+# Workers
+worker.silent warning (what pid cause), limit per event
+    A worker did not answer in time. Its figures are missing in status and metrics; those of the others are shown.
 
 # The configuration, read again
 config.reloaded info (changed restart), limit per event

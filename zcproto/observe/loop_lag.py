@@ -87,6 +87,8 @@ class LoopLag:
         """Longest lag in seconds since `take_longest`."""
         self.longest_own = 0.0
         """Longest lag in seconds without the time of other programs, since `take_longest_own`."""
+        self.recent = 0.0
+        """Longest lag in seconds since the reader of this attribute set it to 0."""
         self.lags = Histogram([bound / MS_PER_SECOND for bound in BOUNDS_MS])
         """All lags in seconds."""
 
@@ -158,5 +160,6 @@ class LoopLag:
     def record(self, late: float, others: float = 0.0) -> None:
         """Record the delay of one timer, and the part taken by other programs; in seconds."""
         self.longest = max(self.longest, late)
+        self.recent = max(self.recent, late)
         self.longest_own = max(self.longest_own, late - others)
         self.lags.add(max(0.0, late))

@@ -7,6 +7,8 @@ All work happens at a scrape. docs/reference/metrics.md is generated from the ta
 Rules:
 - A metric has a fixed set of labels with few values: names of causes, methods and files, never of users or peers.
 - Each series appears once; of two readings the later one counts.
+- Over several processes, counters and histograms are added. A gauge is added, too, unless the table says `max` or
+  `min`: then the highest or lowest value is reported.
 - The registry is separate from the global one of prometheus_client.
 
 Must not know: where the values come from.
@@ -18,9 +20,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Final, TypeAlias
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import generate_latest
@@ -35,23 +38,23 @@ OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8
 MAX_LABEL: Final = 200
 """Maximum characters of a label value: paths may be long."""
 
-_PREFIXES: Final = ("zcproto_", "process_")  # the second is usual for metrics of any process
+_PREFIXES: Final = ("zcproto_", "process_", "python_")  # the others are usual for any process
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _UNITS: Final = ("seconds", "bytes")
 _OPENMETRICS_VERSIONS: Final = ("0.0.1", "1.0.0")
 _generate_openmetrics: Final[Callable[[CollectorRegistry], bytes]] = openmetrics.generate_latest
 _NEVER: Final = re.compile(r"0(\.0{0,3})?")
 
-# Title of a part of the page, NAME KIND (LABELS), meaning.
+# Title of a part of the page, NAME KIND [max|min] (LABELS), meaning.
 _TABLE: Final = """\
 # The server
-zcproto_build_info gauge (version python openssl)
+zcproto_build_info gauge max (version python openssl)
     Always 1; the labels are the versions of zcproto, Python and OpenSSL.
-zcproto_draining gauge
+zcproto_draining gauge min
     1 while the server drains, else 0.
-zcproto_limit gauge (limit)
+zcproto_limit gauge max (limit)
     Value of a limit. `limit` is the name of its setting, if it has one.
-zcproto_limit_use gauge (limit)
+zcproto_limit_use gauge max (limit)
     Current use of a limit. For limits per connection or address: the highest use of any of them.
 zcproto_log_lines_lost_total counter
     Log lines that could not be written. Lines suppressed by a limit are counted in the log itself.
@@ -95,17 +98,17 @@ zcproto_tls_failures_total counter (cause)
     TLS handshakes and connections that failed.
 
 # Certificates
-zcproto_certificate_expires_timestamp_seconds gauge (path source site key_type)
+zcproto_certificate_expires_timestamp_seconds gauge min (path source site key_type)
     Expiry of a certificate in use, in seconds since the Unix epoch. `source`: own (managed), files, authority
     (the CA of managed certificates), client_authority.
-zcproto_certificate_left_seconds gauge (path source site key_type)
+zcproto_certificate_left_seconds gauge min (path source site key_type)
     Remaining validity of a certificate in use by the server's clock; negative if it has expired.
 zcproto_certificate_events_total counter (event)
     Certificate events: loaded, renewed, invalid files, expiry and others.
-zcproto_certificate_last_renewal_timestamp_seconds gauge
+zcproto_certificate_last_renewal_timestamp_seconds gauge max
     Time of the last renewal of managed certificates, successful or not, in seconds since the Unix epoch.
     Missing before the first one since the start.
-zcproto_certificate_last_renewal_success gauge
+zcproto_certificate_last_renewal_success gauge min
     1 if the last renewal succeeded, 0 if it failed. Missing before the first one since the start.
 
 # Sessions
@@ -203,12 +206,12 @@ zcproto_client_answers_dropped_total counter
     Answers of clients to no call, or too late. Counted when the connection ends.
 
 # The store of sessions
-zcproto_store_state gauge (state)
+zcproto_store_state gauge max (state)
     1 for the current state of the session store, 0 for the others: healthy; degraded (unavailable and not
     used); recovering (a probe is running).
-zcproto_store_refusing gauge
+zcproto_store_refusing gauge max
     1 while every token is refused because an outage exceeds store.grace.
-zcproto_store_outage_seconds gauge
+zcproto_store_outage_seconds gauge max
     Duration of the current outage of the store; 0 without one.
 zcproto_store_outages_total counter
     Outages of the store begun.
@@ -232,6 +235,23 @@ zcproto_loop_lag_seconds histogram
     Delay of a timer of the event loop: how long a request may have waited. Measured every 5 ms under traffic,
     else four times a second.
 
+# Workers
+zcproto_worker_up gauge max (worker)
+    1 if the worker answers, 0 if it does not answer in time. Only with server.workers above 1, as all metrics of
+    this part. `worker`: 1 and so on, or coordinator, the process that keeps what the workers share.
+zcproto_worker_restarts_total counter (worker)
+    Times that the process was replaced because it had ended unexpectedly.
+zcproto_worker_connections gauge (worker)
+    Open TCP connections of a worker.
+zcproto_worker_requests_total counter (worker)
+    Requests dispatched by a worker and its predecessors of this number.
+zcproto_worker_cpu_seconds_total counter (worker)
+    CPU time of a worker and its predecessors of this number.
+zcproto_worker_resident_memory_bytes gauge (worker)
+    Resident memory of a worker, with the pages that it shares with the others.
+zcproto_worker_loop_lag_seconds histogram (worker)
+    The delays of zcproto_loop_lag_seconds by worker: the sum over all hides a single slow one.
+
 # HTTPS
 zcproto_http_connections gauge
     Open HTTPS connections.
@@ -252,7 +272,7 @@ zcproto_alert_messages_total counter (sink result)
     lost (given up).
 zcproto_alert_messages_waiting gauge (sink)
     Messages waiting for delivery.
-zcproto_alert_sink_down gauge (sink)
+zcproto_alert_sink_down gauge max (sink)
     1 if the last delivery failed, else 0.
 
 # The process
@@ -262,22 +282,36 @@ process_resident_memory_bytes gauge
     Resident memory of the process.
 process_virtual_memory_bytes gauge
     Address space of the process.
-process_start_time_seconds gauge
+process_start_time_seconds gauge min
     Start time of the process, in seconds since the Unix epoch.
-process_open_fds gauge
+process_open_fds gauge max
     Open file descriptors.
-process_max_fds gauge
+process_max_fds gauge max
     The limit of file descriptors.
+
+# The interpreter
+python_gc_collections_total counter (generation)
+    Runs of the garbage collector, by generation.
+python_gc_objects_collected_total counter (generation)
+    Objects collected, by generation.
+python_gc_objects_uncollectable_total counter (generation)
+    Objects found uncollectable, by generation.
+python_info gauge max (version implementation major minor patchlevel)
+    Always 1; the labels are the version of Python.
 """
-_HEAD: Final = re.compile(r"(\S+) (counter|gauge|histogram)(?: \((.+)\))?")
+_HEAD: Final = re.compile(r"(\S+) (counter|gauge|histogram)(?: (max|min))?(?: \((.+)\))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric with its full name. `kind` is counter, gauge or histogram, `labels` are names."""
+    """A metric with its full name. `kind` is counter, gauge or histogram, `labels` are names.
+
+    `across` is how the values of several processes become one: sum, max or min.
+    """
 
     name: str
     kind: str
+    across: str
     help: str
     labels: tuple[str, ...]
 
@@ -292,13 +326,14 @@ def parse_metric(entry: str) -> Metric:
     """Return the metric of one entry of the table, which must follow the conventions of Prometheus."""
     head, *help_lines = entry.split("\n    ")
     match = _HEAD.fullmatch(head)
-    assert match is not None, f"{head!r} is not: NAME KIND (LABELS)"
-    name, kind, labels = match.groups(default="")
-    metric = Metric(name, kind, " ".join(help_lines), tuple(labels.split()))
+    assert match is not None, f"{head!r} is not: NAME KIND [max|min] (LABELS)"
+    name, kind, across, labels = match.groups(default="")
+    metric = Metric(name, kind, across or "sum", " ".join(help_lines), tuple(labels.split()))
     assert name.startswith(_PREFIXES), name
     assert all(map(_NAME.fullmatch, (name, *metric.labels))), name
     assert name.endswith("_total") == (kind == "counter"), name
     assert metric.help.endswith("."), name
+    assert not across or kind == "gauge", name
     assert "le" not in metric.labels, name
     return metric
 
@@ -314,19 +349,20 @@ METRICS: Final[dict[str, Metric]] = {metric.name: metric for part in TABLE.value
 Reading: TypeAlias = tuple[str, float | Histogram, *tuple[str, ...]]
 """The name of a metric, and the current value and the label values of one of its series."""
 
+Series: TypeAlias = dict[str, dict[tuple[str, ...], float | Histogram]]
+"""The values of each metric, by the values of its labels."""
+
 Source: TypeAlias = Callable[[], Iterable[Reading]]
 """Reads some metrics. Called at each scrape, in the thread of `Metrics.render`."""
 
 
 class Metrics:
-    """All metrics of a process: those of its sources and those of the interpreter."""
+    """All metrics of a process."""
 
     def __init__(self, *sources: Source) -> None:
         self._sources = sources
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        GCCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
 
     def render(self, accept: str) -> tuple[str, bytes]:
         """Return content type and text: OpenMetrics if the `Accept` header requests it, else Prometheus's
@@ -341,12 +377,16 @@ class Metrics:
 
     def collect(self) -> Iterator[Family]:
         """Read all sources for prometheus_client's registry."""
-        found: dict[str, dict[tuple[str, ...], float | Histogram]] = {}
-        for source in self._sources:
-            for name, value, *labels in source():
-                found.setdefault(name, {})[tuple(map(_label, labels))] = value
-        for name, series in found.items():
+        for name, series in series_of(chain.from_iterable(source() for source in self._sources)).items():
             yield _family(METRICS[name], series)
+
+
+def series_of(readings: Iterable[Reading]) -> Series:
+    """Return the series of some readings, with their labels as they are rendered."""
+    found: Series = {}
+    for name, value, *labels in readings:
+        found.setdefault(name, {})[tuple(map(_label, labels))] = value
+    return found
 
 
 def _wants_openmetrics(accept: str) -> bool:
@@ -368,7 +408,7 @@ def _wants_openmetrics(accept: str) -> bool:
 
 @lru_cache(maxsize=4_096)
 def _label(value: str) -> str:
-    return escape_text(value[:MAX_LABEL])
+    return escape_text(value[:MAX_LABEL])[:MAX_LABEL]
 
 
 def _family(metric: Metric, series: dict[tuple[str, ...], float | Histogram]) -> Family:

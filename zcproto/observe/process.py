@@ -1,4 +1,4 @@
-"""Read metrics of this process from the system, under the names of Prometheus's own libraries.
+"""Read metrics of this process and its interpreter, under the names of Prometheus's own libraries.
 
 prometheus_client's collector lists all file descriptors to count them, which blocks a loop with 10,000 connections
 for 10 ms per scrape. Since Linux 6.2 the size of the descriptor folder is their number.
@@ -6,7 +6,9 @@ for 10 ms per scrape. Since Linux 6.2 the size of the descriptor folder is their
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +25,12 @@ _START_FIELD: Final = 19
 
 def process_readings(proc: Path = PROC) -> Iterator[Reading]:
     """Yield the metrics of this process; only some of them without a Linux-like /proc."""
+    version = platform.python_version_tuple()
+    yield "python_info", 1, platform.python_version(), platform.python_implementation(), *version
+    for generation, counts in enumerate(gc.get_stats()):
+        yield "python_gc_collections_total", counts["collections"], str(generation)
+        yield "python_gc_objects_collected_total", counts["collected"], str(generation)
+        yield "python_gc_objects_uncollectable_total", counts["uncollectable"], str(generation)
     yield "process_cpu_seconds_total", used_cpu_s()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield "process_max_fds", float("inf") if limit == resource.RLIM_INFINITY else limit

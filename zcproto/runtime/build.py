@@ -21,8 +21,8 @@ from typing import Final, NamedTuple, cast
 from zcproto.admin.https import HTTP_ALPN, HttpSide
 from zcproto.admin.parts import ActiveConfig, Parts
 from zcproto.admin.resources import ALPN, Resources
-from zcproto.admin.snapshot import stats_method
 from zcproto.admin.traffic import Traffic
+from zcproto.admin.whole import stats_method
 from zcproto.alerts.service import ServerAlerts, sinks_of
 from zcproto.app.app import App
 from zcproto.auth import (
@@ -175,7 +175,7 @@ async def build(
         http=http,
         lifespans=Lifespans(app.lifespans() if role.has_lifespans else {}, state.lifespan_values),
         loop_lag=loop_lag,
-        traffic=Traffic(clock, state.counters, acceptor, state.methods),
+        traffic=Traffic(clock, state.counters, acceptor, state.methods, loop_lag),
     )
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
