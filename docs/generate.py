@@ -118,10 +118,10 @@ prints alert rules, `zcproto deploy grafana` a dashboard.
 No label contains a user name, the address of a peer or a token. Counters start at 0 with the server. A histogram
 consists of `_bucket`, `_sum` and `_count`.
 
-With several workers, `/metrics` of any of them returns the whole server: each metric has one series per combination of
-its labels, as with one process. Counters, histograms and gauges are sums over all workers, except that gauges marked
-`max` or `min` are the highest or lowest value of any worker. Counters do not go backwards when a worker ends. Figures
-by worker have [names of their own](#workers) with a label `worker`, so that `sum(...)` counts nothing twice.
+With several workers, `/metrics` of any of them returns the whole server, with the same series as one process has.
+Counters, histograms and gauges are sums over all workers; of a gauge marked `max` or `min` it is the highest or lowest
+value. Counters do not go backwards when a worker ends. Figures by worker have [names of their own](#workers) and the
+label `worker`, so that `sum(...)` counts nothing twice.
 """
     ]
     for title, group in TABLE.items():
