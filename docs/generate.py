@@ -119,9 +119,9 @@ No label contains a user name, the address of a peer or a token. Counters start 
 consists of `_bucket`, `_sum` and `_count`.
 
 With several workers, `/metrics` of any of them returns the whole server, with the same series as one process has.
-Counters, histograms and gauges are sums over all workers; of a gauge marked `max` or `min` it is the highest or lowest
-value. Counters do not go backwards when a worker ends. Figures by worker have [names of their own](#workers) and the
-label `worker`, so that `sum(...)` counts nothing twice.
+Counters, histograms and gauges are sums over all workers; of a gauge marked `max` or `min` it is the highest or
+lowest value. Counters do not go backwards when a worker ends. Figures by worker have [names of their own](#workers)
+and the label `worker`, so that `sum(...)` counts nothing twice.
 """
     ]
     for title, group in TABLE.items():

@@ -39,7 +39,7 @@ from zcproto.admin.snapshot import (
 )
 from zcproto.app.app import Method
 from zcproto.common.clock import MS_PER_SECOND, Clock
-from zcproto.errors import Unavailable
+from zcproto.errors import Unavailable, ZcprotoError
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import get_logger
 from zcproto.observe.metrics import Reading, series_of
@@ -63,7 +63,7 @@ JOIN_S: Final = 2.0
 COORDINATOR: Final = "coordinator"
 
 Ask = Callable[[bytes], Awaitable[bytes]]
-"""Sends a question to a process and returns its answer. May raise OSError or TimeoutError."""
+"""Sends a question to a process and returns its answer. May raise OSError, LinkLost or a CallError."""
 
 log = get_logger("zcproto.server")
 
@@ -381,7 +381,7 @@ class Collector:
         try:
             async with asyncio.timeout(self._answer_s):
                 answer = self._read_answer(await worker.ask(question))
-        except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        except (OSError, ValueError, ZcprotoError) as error:  # TimeoutError is an OSError
             if not worker.is_silent:
                 cause = str(error) or f"no answer within {self._answer_s:g} s"
                 log.warning("worker.silent", what=worker.member.name, pid=worker.member.pid, cause=cause)
@@ -423,7 +423,7 @@ class RemoteWhole:
             async with asyncio.timeout(ASK_S):
                 (report,) = _open(await self._ask(_seal(depth)), 1)
             return unpack_report(report)
-        except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        except (OSError, ValueError, ZcprotoError) as error:  # TimeoutError is an OSError
             raise Unavailable(
                 "the figures of all workers cannot be collected just now; retry",
                 {"retry_after_ms": MS_PER_SECOND},
