@@ -147,6 +147,8 @@ worker.hangs error (worker pid seconds)
     The event loop of a process did not run within WatchdogSec=; it is aborted, and writes its stacks to stderr.
 worker.killed error (worker pid)
     A process did not end within its time and is killed.
+worker.silent warning (what pid cause), limit per event
+    A worker did not answer in time. Its figures are missing in status and metrics; those of the others are shown.
 workers.threads warning (cure)
     The program started threads before the fork of the workers: a lock that one holds then stays locked in them.
 workers.reload_slow warning (count seconds)
@@ -169,10 +171,6 @@ loop.held warning (what at seconds) by peer, limit per method
     A method, or a middleware, held the event loop for longer than 100 ms: nothing else ran meanwhile.
 server.fault error (what exc_info) by peer, limit per event
     Internal error in the event loop.
-
-# Workers
-worker.silent warning (what pid cause), limit per event
-    A worker did not answer in time. Its figures are missing in status and metrics; those of the others are shown.
 
 # The configuration, read again
 config.reloaded info (changed restart), limit per event
