@@ -1,6 +1,6 @@
 """The fixed script of requests whose cost is counted: a server and a client, without sockets and without time.
 
-    client's TLS in memory -> TlsServerTransport -> ServerProtocol -> method -> ServerProtocol -> TlsServerTransport
+    client in memory -> Listener, TlsServerTransport -> ServerProtocol -> method -> the same way back
 
 Rules:
 - The parts are those that `build` makes for a real server. Only the raw transport, the clock and the time of the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -194,12 +195,13 @@ class RawTransport:
 class Peer:
     """A client of the server, written by hand: its cost is not counted."""
 
+    transport: TlsServerTransport
+
     def __init__(self, site: Site) -> None:
         self.raw = RawTransport()
         self._site = site
         self._to_client, self._to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = site.client_tls.wrap_bio(self._to_client, self._to_server, server_hostname="localhost")
-        self.transport = TlsServerTransport(site.parts.acceptor, PEER)
         self._counter = 0
         self.salt, self.token = bytes(SALT_SIZE), NO_TOKEN
 
@@ -304,6 +306,12 @@ async def _no_one_is_removed(name: str, user: User) -> int:
     raise AssertionError(name)
 
 
+def _adopt(peer: Peer, transport: TlsServerTransport) -> None:
+    """Connect an accepted connection, as the event loop does."""
+    peer.transport = transport
+    transport.connection_made(cast("asyncio.Transport", peer.raw))
+
+
 class Site:
     """A server built in a folder, whose time stands still from then on."""
 
@@ -322,6 +330,7 @@ class Site:
             build(config, home, app, authenticators=[keys], clock=self.clock, entropy=entropy)
         )
         self.parts.acceptor.perf_counter = self.clock.now
+        self.parts.listener._adopt = _adopt  # type: ignore[assignment, method-assign]
         self.loop.stopped_at = self.loop.time()
         self.client_tls = client_context(ca_file=home.certs / "ca.crt", protocols=(ALPN,))
 
@@ -339,7 +348,7 @@ class Site:
         user, key = next(self._users)
         peer = Peer(self)
         with count:
-            peer.transport.connection_made(cast("asyncio.Transport", peer.raw))
+            self.parts.listener._admit(cast("socket.socket", peer), (PEER, 0))
         while data := peer.handshake_step():
             with count:
                 peer.receive(data)
