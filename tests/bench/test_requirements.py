@@ -29,7 +29,6 @@ from bench.requirements.sizes import FULL, QUICK
 from bench.stage import Stages, make_own_certificates
 from zcproto.certs import authority
 from zcproto.errors import ConfigError, ZcprotoError
-from zcproto.load.generator import PORTS_PER_ADDRESS, source_address
 from zcproto.load.record import Latencies
 
 GOOD = Finding("as it should be", True)
@@ -395,10 +394,3 @@ def test_largest_number_of_connections_that_fits_replaces_larger_ones(
     found, notes = fitting((100, 3_000, 30_000), most)
     assert found == counts
     assert len(notes) == (most < 30_000)
-
-
-def test_connections_beyond_ports_of_address_use_another_address() -> None:
-    assert source_address("127.0.0.1", PORTS_PER_ADDRESS - 1) is None
-    assert source_address("127.0.0.1", PORTS_PER_ADDRESS) == ("127.0.0.2", 0)
-    assert source_address("127.0.0.1", 3 * PORTS_PER_ADDRESS) == ("127.0.0.4", 0)
-    assert source_address("192.0.2.7", PORTS_PER_ADDRESS) is None

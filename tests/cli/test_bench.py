@@ -48,6 +48,7 @@ def test_default_run_is_small(plans: list[tuple[Plan, Outputs]], keys: Path, hom
     ((plan, outputs),) = plans
     assert (plan.host, plan.port) == ("localhost", 7443)
     assert plan.connections == plan.sessions == 100
+    assert (plan.processes, plan.sources) == (1, None)
     assert plan.credentials[:2] == (Credential("load-1", "AAA"), Credential("load-2", "BBB"))
     assert len(plan.credentials) == 22
     assert plan.operator == plan.credentials[0]
@@ -63,7 +64,7 @@ def test_each_option_is_passed_on(
     options = {
         "--connections": 50, "--sessions": 20, "--rate": 70, "--duration": 3, "--payload": 1000, "--pipeline": 4,
         "--arrival-rate": 90, "--processes": 2, "--keys": keys, "--operator-key-file": ops, "--ca": "my.crt",
-        "--seed": 9, "--stream": "repeat", "--json": "a.json", "--hdr": "a.hgrm", "--plot": "a.png",
+        "--sources": 3, "--seed": 9, "--stream": "repeat", "--json": "a.json", "--hdr": "a.hgrm", "--plot": "a.png",
     }  # fmt: skip
     arguments = [str(part) for option in options.items() for part in option]
     assert main(["bench", "[::1]:9000", *arguments]) == 0
@@ -71,7 +72,7 @@ def test_each_option_is_passed_on(
     assert (plan.host, plan.port, plan.connections, plan.sessions) == ("::1", 9000, 50, 20)
     assert (plan.rate, plan.duration_s, plan.payload_bytes, plan.pipeline) == (70.0, 3.0, 1000, 4)
     assert plan.stream == "repeat"
-    assert (plan.arrival_rate, plan.processes, plan.seed) == (90.0, 2, 9)
+    assert (plan.arrival_rate, plan.processes, plan.sources, plan.seed) == (90.0, 2, 3, 9)
     assert plan.operator == Credential("ops-1", "CCC")
     assert str(plan.ca_file) == "my.crt"
     assert outputs == Outputs(Path("a.json"), Path("a.hgrm"), Path("a.png"))

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from tests.load.helpers import OPERATOR, plan, users
 from zcproto.errors import ConfigError
+from zcproto.load import plan as load_plan
 from zcproto.load.plan import (
     MAX_KEY_FILE_BYTES,
     Credential,
     Plan,
     Share,
     check_plan,
+    processes_for,
     read_credentials,
     require_open_files,
     session_credentials,
@@ -106,6 +110,69 @@ def test_repr_of_plan_contains_no_key() -> None:
     assert "operator" in repr(OPERATOR)
 
 
+# --- source addresses ---------------------------------------------------------------------------------
+
+
+def sources_of(asked: Plan, address: str = "127.0.0.1") -> list[list[str | None]]:
+    """Return the source addresses of the connections of each process."""
+    return [
+        [None if source is None else source[0] for source in map(part.source, range(part.connections))]
+        for part in shares(asked, address, 0.0, 100.0)
+    ]
+
+
+def test_few_connections_come_from_the_address_that_the_system_chooses() -> None:
+    assert sources_of(plan(connections=3, sessions=3)) == [[None] * 3]
+
+
+def test_connections_of_all_processes_are_spread_evenly_over_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load_plan, "CONNECTIONS_PER_SOURCE", 3)
+    found = sources_of(plan(connections=8, sessions=8, processes=2))
+    assert Counter(chain(*found)) == {"127.0.0.1": 3, "127.0.0.2": 3, "127.0.0.3": 2}
+    assert found[0] == ["127.0.0.1", "127.0.0.3", "127.0.0.2", "127.0.0.1"]
+
+
+def test_more_than_255_addresses_continue_in_the_next_byte() -> None:
+    (found,) = sources_of(plan(connections=300, sessions=300, sources=300))
+    assert (found[0], found[255], len(set(found))) == ("127.0.0.1", "127.0.1.0", 300)
+
+
+@pytest.mark.parametrize(("platform", "address"), [("darwin", "127.0.0.1"), ("linux", "192.0.2.7")])
+def test_further_addresses_are_refused_where_there_are_none(
+    platform: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_plan.sys, "platform", platform)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"--sources 2: .* only on Linux"):
+        sources_of(plan(sources=2), address)
+    assert sources_of(plan(sources=1, connections=2, sessions=2), address) == [[None] * 2]
+
+
+@pytest.mark.parametrize(
+    ("address", "sources", "cure"),
+    [
+        ("192.0.2.7", None, "give --connections 28232 on each of several machines"),
+        ("127.0.0.1", 2, "give --sources 3, or --connections 56464 on each of several machines"),
+    ],
+)
+def test_more_connections_than_ports_are_refused(
+    address: str, sources: int | None, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "range").write_text("32768\t60999\n")
+    monkeypatch.setattr(load_plan, "PORT_RANGE", tmp_path / "range")
+    with pytest.raises(ConfigError, match=cure):
+        sources_of(plan(connections=60_000, sources=sources), address)
+
+
+def test_ports_of_unknown_systems_are_those_of_the_standard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_plan, "PORT_RANGE", tmp_path / "missing")
+    with pytest.raises(ConfigError, match="16384 ports"):
+        sources_of(plan(connections=16_385), "192.0.2.7")
+
+
 # --- keys files ---------------------------------------------------------------------------------------
 
 
@@ -194,3 +261,11 @@ def test_fixed_file_limit_names_the_possible_connections(
     assert "LimitNOFILE=5000" in str(caught.value)
     assert str(caught.value).endswith(f"--connections {fitting}")
     assert limits.now == (hard, hard)
+
+
+@pytest.mark.parametrize(("connections", "processes"), [(900, 1), (936, 1), (937, 2), (60_000, 65)])
+def test_processes_are_as_many_as_open_files_require(
+    connections: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Limits(monkeypatch, 256, 1000)
+    assert processes_for(connections) == processes

@@ -79,7 +79,19 @@ html_option = file_option(
     "--pipeline", click.IntRange(1, 1_024), 1, "D", "Requests in each write; streams of each connection."
 )
 @number_option("--arrival-rate", click.FloatRange(0.1, 100_000), 500.0, "A", "New connections per second.")
-@number_option("--processes", click.IntRange(1, 256), 1, "P", "Processes that generate the load.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 256),
+    metavar="P",
+    help="Processes that generate the load. [default: 1, or as many as the limit of open files requires]",
+)
+@click.option(
+    "--sources",
+    type=click.IntRange(1, 10_000),
+    metavar="N",
+    help="Addresses that connections to 127.0.0.1 come from, beginning there. Linux only. [default: one for each"
+    " 20,000 connections]",
+)
 @file_option(
     "--keys",
     text="Keys of users, five sessions each: from `zcproto user add load --count 2000 --keys-out FILE`.",
@@ -114,6 +126,7 @@ def bench(
     expect: str | None,
     duration: float,
     payload: int,
+    processes: int | None,
     keys: Path | None,
     user: str | None,
     key_file: Path | None,
@@ -136,7 +149,7 @@ def bench(
     """
     from zcproto.client.address import parse_address  # noqa: PLC0415
     from zcproto.load.command import EXIT_CODES, Outputs, find_max_and_report, run_and_report  # noqa: PLC0415
-    from zcproto.load.plan import Plan, check_plan, read_credentials  # noqa: PLC0415
+    from zcproto.load.plan import Plan, check_plan, processes_for, read_credentials  # noqa: PLC0415
     from zcproto.load.progress import new_console  # noqa: PLC0415
 
     host, port = parse_address(address)
@@ -161,6 +174,7 @@ def bench(
         sessions=sessions,
         duration_s=duration,
         payload_bytes=payload,
+        processes=processes_for(connections) if processes is None else processes,
         credentials=credentials,
         operator=operators[0] if operators else None,
         target=target,

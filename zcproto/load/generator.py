@@ -53,9 +53,6 @@ ANSWER_TIMEOUT: Final = 10.0
 """Seconds after the last request of a phase during which answers count."""
 
 CLOSE_TIMEOUT: Final = 10.0
-PORTS_PER_ADDRESS: Final = 20_000
-"""Maximum of connections to one port from one source address; Linux has 28,232 ephemeral ports by default."""
-
 CLOSES_PER_TURN: Final = 64
 POOL_BYTES: Final = 65_536
 POOL_STEP: Final = 31
@@ -337,7 +334,7 @@ class Generator:
                     lambda: transport,
                     self.share.address,
                     self.share.port,
-                    local_addr=source_address(self.share.address, connection.index),
+                    local_addr=self.share.source(connection.index),
                 )
         except TimeoutError:
             self._fail(connection, "no TCP connection in time")
@@ -572,13 +569,3 @@ def code_name(code: int) -> str:
         return Code(code).name
     except ValueError:
         return f"CODE_{code}"
-
-
-def source_address(address: str, index: int) -> tuple[str, int] | None:
-    """Return the local address of a connection, or None to let the system choose.
-
-    Connections to loopback use further addresses of 127.0.0.0/8 when the ports of one are exhausted.
-    """
-    if index < PORTS_PER_ADDRESS or not address.startswith("127."):
-        return None
-    return f"127.0.0.{1 + index // PORTS_PER_ADDRESS}", 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
@@ -23,6 +25,15 @@ DEFAULT_ARRIVAL_RATE: Final = 500.0
 
 SPARE_FILES: Final = 64
 """Open files of a process besides its connections: pipes, the event loop, modules."""
+
+CONNECTIONS_PER_SOURCE: Final = 20_000
+"""Connections from one address before the next is used. Linux has 28,232 ephemeral ports by default."""
+
+PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+USUAL_PORTS: Final = 16_384
+"""Ephemeral ports of other systems (RFC 6335)."""
+
+FIRST_SOURCE: Final = IPv4Address("127.0.0.1")
 
 MAX_KEY_FILE_BYTES: Final = 64 * 1024 * 1024
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
@@ -82,6 +93,8 @@ class Plan:
     """The method whose items are the load, `rate` of them per second; empty for requests."""
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
     processes: int = 1
+    sources: int | None = None
+    """Addresses of 127.0.0.0/8 that connections come from; None for as many as their ports require."""
     ca_file: Path | None = None
     """None for the system's store."""
     seed: int = 1
@@ -125,12 +138,19 @@ class Share:
     seed: int
     origin: float
     """The start of the run in monotonic seconds, which are the same in all processes of a machine."""
+    sources: int = 1
     target: str = ""
     """A Target; empty for `echo`."""
     stream: str = ""
     items_per_stream: int = 0
     interval_s: float = 0.0
     """Seconds between the items of a stream."""
+
+    def source(self, index: int) -> tuple[str, int] | None:
+        """Return the local address of a connection, or None to let the system choose."""
+        if self.sources == 1:
+            return None
+        return str(FIRST_SOURCE + (self.number + index * self.processes) % self.sources), 0
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -170,6 +190,48 @@ def check_plan(plan: Plan) -> None:
         raise ConfigError(faults)
 
 
+def sources_for(plan: Plan, address: str) -> int:
+    """Return how many local addresses the connections to a numeric address come from.
+
+    Raises ConfigError if this system cannot give them enough ports.
+    """
+    connections, sources = plan.connections, plan.sources
+    is_possible = sys.platform == "linux" and address.startswith("127.")
+    if sources is None:
+        sources = -(-connections // CONNECTIONS_PER_SOURCE) if is_possible else 1
+    elif sources > 1 and not is_possible:
+        raise ConfigError(
+            [
+                f"--sources {sources}: connections can come from further addresses only on Linux, to a server at"
+                " 127.0.0.1; leave it out, or connect from several machines"
+            ]
+        )
+    ports = _ephemeral_ports()
+    if connections > sources * ports:
+        more = f"--sources {-(-connections // ports)}, or " if is_possible else ""
+        raise ConfigError(
+            [
+                f"{connections} connections: each address of this machine has {ports} ports for one server; give"
+                f" {more}--connections {sources * ports} on each of several machines"
+            ]
+        )
+    return sources
+
+
+def _ephemeral_ports() -> int:
+    try:
+        first, last = PORT_RANGE.read_text().split()
+    except OSError:
+        return USUAL_PORTS
+    return int(last) - int(first) + 1
+
+
+def processes_for(connections: int) -> int:
+    """Return how many processes the limit of open files requires for so many connections, after raising it."""
+    limit = raise_file_limit(connections + SPARE_FILES)
+    return -(-connections // max(limit - SPARE_FILES, 1))
+
+
 def users_for(sessions: int) -> int:
     """Return how many users may open these sessions, and one more for the operator."""
     return -(-sessions // SESSIONS_PER_USER) + 1
@@ -189,9 +251,10 @@ def session_credentials(plan: Plan) -> list[Credential]:
 
 
 def shares(plan: Plan, address: str, origin: float, verify_rate: float) -> list[Share]:
-    """Divide a plan evenly between its processes."""
+    """Divide a plan evenly between its processes. Raises ConfigError like `sources_for`."""
     credentials = session_credentials(plan)
     count = plan.processes
+    sources = sources_for(plan, address)
     return [
         Share(
             number=number,
@@ -210,6 +273,7 @@ def shares(plan: Plan, address: str, origin: float, verify_rate: float) -> list[
             verify_rate=verify_rate / count,
             seed=plan.seed + number,
             origin=origin,
+            sources=sources,
             target="" if plan.target is None else plan.target.to_text(),
             stream=plan.stream,
             items_per_stream=plan.items_per_stream,

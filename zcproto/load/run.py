@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from zcproto.common.text import escape_text
 from zcproto.errors import CallError, ConfigError, ConnectionClosed
 from zcproto.load.caller import Operator, UserCaller
-from zcproto.load.plan import Plan, Target, shares
+from zcproto.load.plan import Plan, Target, shares, sources_for
 from zcproto.load.result import Moment, Result, StatsReading
 from zcproto.load.worker_pool import WorkerPool
 
@@ -70,6 +70,7 @@ async def run(
     reached. Later errors are in the result.
     """
     address = await resolve(plan.host, plan.port)
+    sources_for(plan, address)  # fail before the first connection
     if plan.target is not None:
         await _try_target(plan, plan.target, address)
     if plan.operator is None:
