@@ -140,7 +140,7 @@ def test_more_than_255_addresses_continue_in_the_next_byte() -> None:
 
 
 @pytest.mark.parametrize(("platform", "address"), [("darwin", "127.0.0.1"), ("linux", "192.0.2.7")])
-def test_further_addresses_are_refused_where_there_are_none(
+def test_further_addresses_are_refused_on_other_systems_and_for_other_hosts(
     platform: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load_plan.sys, "platform", platform)  # type: ignore[attr-defined]
