@@ -16,7 +16,7 @@ from tests.auth.helpers import write
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, Client
 from zcproto.auth import DeviceFile, UserFile
-from zcproto.auth.directory import LOOK_INTERVAL, Directory
+from zcproto.auth.directory import LOOK_INTERVAL, LOOKS_REMEMBERED, Directory
 from zcproto.auth.files import TableFile
 from zcproto.errors import Code, NotFound
 from zcproto.wire.frame import NO_TOKEN
@@ -209,6 +209,34 @@ async def test_change_of_another_process_is_left_to_it_but_not_one_of_our_own(us
     assert left.reported == ["ada"]
     _, ended = await watched.directory.change(lambda: users_of(users).remove("bob"), "bob")
     assert (ended, watched.reported, left.reported) == (2, ["bob"], ["ada"])
+
+
+async def test_entry_that_others_report_gone_is_ended_once_and_again_later(users: UserFile) -> None:
+    users.add("ada")
+    users.add("bob")
+    watched = WatchedUsers(users.path.parent)
+    ada, bob = (watched.directory.known(name) for name in ("ada", "bob"))
+    users.remove("ada")
+    for _ in range(3):  # found here by the first report
+        await watched.directory.report_gone("ada", ada)
+    assert watched.reported == ["ada"]
+    for _ in range(3):  # changed before this process has read the file
+        await watched.directory.report_gone("carol", bob)
+    assert watched.reported == ["ada", "carol"]
+    await watched.run(*(2 * LOOKS_REMEMBERED * [lambda: None]))
+    await watched.directory.report_gone("ada", ada)
+    assert watched.reported == ["ada"]
+
+
+async def test_reported_entry_whose_sessions_could_not_be_ended_is_tried_again(users: UserFile) -> None:
+    users.add("ada")
+    watched = WatchedUsers(users.path.parent)
+    watched.fails = True
+    with pytest.raises(RuntimeError):
+        await watched.directory.report_gone("bob", None)
+    watched.fails = False
+    await watched.directory.report_gone("bob", None)
+    assert watched.reported == ["bob", "bob"]
 
 
 async def test_change_found_by_a_login_is_reported(users: UserFile) -> None:

@@ -22,6 +22,9 @@ from zcproto.auth.files import Entry, TableFile
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 
+LOOKS_REMEMBERED: Final = 10
+"""Checks for which an ended entry is remembered, at least: reports of other processes follow."""
+
 LOOK_INTERVAL: Final = 0.5
 """Seconds between checks of a file: sessions of a removed user or device end within a second."""
 
@@ -53,6 +56,8 @@ class Directory(Generic[Entry]):
         self._sleep = sleep
         self._faulty = False
         self._gone: dict[tuple[str, Entry], None] = {}
+        self._ended: set[str] = set()
+        self._ended_before: set[str] = set()
         self._reading = asyncio.Lock()
         self._checking = asyncio.Lock()
 
@@ -93,9 +98,22 @@ class Directory(Generic[Entry]):
     async def watch(self) -> None:
         """Check the file until cancelled."""
         while True:
-            await self._sleep(LOOK_INTERVAL)
-            async with self._checking:
-                await self._check(self._on_gone_elsewhere)
+            for _ in range(LOOKS_REMEMBERED):
+                await self._sleep(LOOK_INTERVAL)
+                async with self._checking:
+                    await self._check(self._on_gone_elsewhere)
+            self._ended, self._ended_before = set(), self._ended
+
+    async def report_gone(self, name: str, entry: Entry) -> None:
+        """End the sessions of an entry that another process has found gone, unless that has been done lately.
+
+        This process may have read the file for the first time after the change.
+        """
+        async with self._checking:
+            await self._check(self._on_gone)
+            if name not in self._ended and name not in self._ended_before:
+                await self._on_gone(name, entry)
+                self._ended.add(name)
 
     async def change(self, change: Callable[[], T], name: str) -> tuple[T, int]:
         """Change an entry in a thread and apply the change at once. `change` uses a file object of its own.
@@ -122,4 +140,5 @@ class Directory(Generic[Entry]):
                 log.error(f"{kind}s.not_gone", exc_info=error, **{kind: gone[0]})
             else:
                 del self._gone[gone]
+                self._ended.add(gone[0])
         return ended

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -107,6 +107,8 @@ class WorkerRole:
     """Replaces the alerts, which are then logged and delivered by another process."""
     throttle: LoginThrottle | None = None
     """Replaces the throttle of logins."""
+    report_gone: Callable[[str, str, str], Awaitable[None]] | None = None
+    """Called without `maintains` with each user or device that is gone: see zcproto/runtime/gone.py."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
 
@@ -341,13 +343,13 @@ def build_login(
     users = Directory(
         UserFile(home.users),
         on_gone=partial(end_user_sessions, state),
-        on_gone_elsewhere=None if role.maintains else _leave_user,
+        on_gone_elsewhere=None if role.maintains else partial(_leave_user, role),
     )
     device_file = DeviceFile(home.devices)
     devices = Directory(
         device_file,
         on_gone=partial(end_device_sessions, state),
-        on_gone_elsewhere=None if role.maintains else partial(disprove_device, state),
+        on_gone_elsewhere=None if role.maintains else partial(_leave_device, role, state),
     )
     enrollment = Enrollment(PairingFile(home.pairing), device_file, users, throttle)
     found += ApiKeyAuthenticator(users), DeviceAuthenticator(devices, users, on_refused=_log_device_refused)
@@ -390,22 +392,31 @@ async def end_user_sessions(state: ServerState, name: str, user: User) -> int:
 
 async def end_device_sessions(state: ServerState, name: str, device: RegisteredDevice) -> int:
     """End the sessions of a device that was removed; return how many. Its proofs on open connections are void."""
-    await disprove_device(state, name, device)
+    disprove_device(state, name)
     ended = await state.sessions.revoke_key(device.user, DEVICE_KEY + name, EndReason.DEVICE_REMOVED)
     log.info("device.gone", device=name, user=device.user, sessions=ended)
     state.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
     return ended
 
 
-async def disprove_device(state: ServerState, name: str, device: RegisteredDevice) -> None:
+def disprove_device(state: ServerState, name: str) -> None:
     """Void the proofs of a device on the open connections."""
     key = DEVICE_KEY + name
     for connection in state.connections:
         connection.disprove(key)
 
 
-async def _leave_user(name: str, user: User) -> None:
+async def _leave_user(role: WorkerRole, name: str, user: User) -> None:
     """Leave the sessions of a user to the process that ends them."""
+    if role.report_gone is not None:
+        await role.report_gone(UserFile.kind, name, name)
+
+
+async def _leave_device(role: WorkerRole, state: ServerState, name: str, device: RegisteredDevice) -> None:
+    """Leave the sessions of a device to the process that ends them."""
+    disprove_device(state, name)
+    if role.report_gone is not None:
+        await role.report_gone(DeviceFile.kind, name, device.user)
 
 
 def build_endpoints(
