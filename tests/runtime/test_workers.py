@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from tests.server.helpers import ROOT, Client, configuration, eventually
+from tests.server.helpers import ROOT, AnsweredError, Client, configuration, eventually
 from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
-from zcproto.errors import ConfigError
+from zcproto.errors import Code, ConfigError
 from zcproto.runtime import place as place_module
 from zcproto.runtime.place import Place, usable_cores, worker_count
 from zcproto.runtime.server import Server
@@ -28,9 +28,6 @@ from zcproto.runtime.server import Server
 CONFIG = """
 [certificates]
 key_types = ["ecdsa-p256"]
-
-[store]
-url = "memory"
 
 [server]
 drain_timeout = "2s"
@@ -79,24 +76,114 @@ def test_processes_serve_and_drain_on_one_signal(server: ServerProcess, key: str
     assert not (server.home / "control.sock").exists()
 
 
-def test_killed_worker_loses_its_own_connections_alone(server: ServerProcess, key: str) -> None:
-    before = pids(server)
+PLACE = """
+import os
+
+from zcproto.app.app import App
+
+app = App()
+
+@app.method("pid")
+def pid():
+    return os.getpid()
+"""
+
+
+@pytest.fixture
+def placed(home: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
+    """A server with a user, and a method that returns which worker answers."""
+    (home / "placed.py").write_text(PLACE)
+    with ServerProcess(home, certs, "--workers", "2", app="placed:app") as server:
+        yield server
+
+
+def one_in_each(server: ServerProcess, key: str, stack: contextlib.ExitStack) -> dict[int, Client]:
+    """Connect until each worker has a client with the session of the first one. Return them by pid."""
+    clients: dict[int, Client] = {}
+    token = None
+    while len(clients) < 2:
+        client = stack.enter_context(server.client(*(("ada", key) if token is None else ())))
+        client.token = token = token or client.token
+        clients.setdefault(client.call("pid"), client)
+    return clients
+
+
+def test_killed_worker_loses_its_own_connections_alone(placed: ServerProcess, key: str) -> None:
+    before = pids(placed)
     with contextlib.ExitStack() as stack:
-        clients: dict[str, Client] = {}
-        while len(clients) < 2:
-            client = stack.enter_context(server.client("ada", key))
-            eventually(lambda: len(events(server, "session.opened")) > len(clients))
-            clients[events(server, "session.opened")[-1]["worker"]] = client
+        clients = one_in_each(placed, key, stack)
         os.kill(before["1"], signal.SIGKILL)
-        eventually(lambda: pids(server)["1"] != before["1"])
-        assert clients["2"].call("echo", {"text": "a"}) == {"text": "a"}
-    assert pids(server)["2"] == before["2"]
-    (line,) = events(server, "worker.ended")
+        eventually(lambda: pids(placed)["1"] != before["1"])
+        assert clients[before["2"]].call("pid") == before["2"]
+        assert not clients[before["1"]].is_open()
+    assert pids(placed)["2"] == before["2"]
+    (line,) = events(placed, "worker.ended")
     assert (line["worker"], line["reason"], line["retry_after_s"]) == ("1", "SIGKILL", 0.0)
 
 
-def status(home: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "zcproto", "--home", str(home), "status"]
+def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(
+    placed: ServerProcess, key: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = one_in_each(placed, key, stack)
+        assert set(clients) == {pids(placed)["1"], pids(placed)["2"]}
+        before = pids(placed)["coordinator"]
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: pids(placed)["coordinator"] != before)
+        for pid, client in clients.items():
+            assert client.call("pid") == pid
+        assert set(one_in_each(placed, key, stack)) == set(clients)  # logins work again
+
+
+def test_session_outlives_a_restart(home: Path, certs: Path, key: str) -> None:
+    with ServerProcess(home, certs, "--workers", "2") as server, server.client("ada", key) as client:
+        token = client.token
+    with ServerProcess(home, certs, "--workers", "2") as server, server.client() as client:
+        client.token = token
+        assert client.call("echo", {"text": "a"}) == {"text": "a"}
+
+
+def test_session_in_memory_ends_with_the_server(home: Path, certs: Path, key: str) -> None:
+    (home / "config.toml").write_text(CONFIG + '[store]\nurl = "memory"\n')
+    (home / "placed.py").write_text(PLACE)
+    with (
+        ServerProcess(home, certs, "--workers", "2", app="placed:app") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        token = next(iter(one_in_each(server, key, stack).values())).token
+    with ServerProcess(home, certs, "--workers", "2") as server, server.client() as client:
+        client.token = token
+        assert client.refused("echo", {"text": "a"}).kind
+
+
+def test_revocation_is_heard_by_every_worker(placed: ServerProcess, key: str) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = one_in_each(placed, key, stack)
+        one, other = clients.values()
+        one.call("session.revoke", {"all": True})
+        eventually(lambda: is_refused(other))
+
+
+def is_refused(client: Client) -> bool:
+    try:
+        client.call("pid")
+    except AnsweredError as error:
+        return error.code == Code.TOKEN_REVOKED
+    return False
+
+
+def test_log_level_reaches_every_worker(placed: ServerProcess, key: str) -> None:
+    assert zcproto(placed.home, "log", "level", "warning").returncode == 0
+    os.kill(pids(placed)["1"], signal.SIGKILL)
+    with contextlib.ExitStack() as stack:
+        one_in_each(placed, key, stack)
+    placed.signal(signal.SIGTERM)
+    assert placed.wait() == 0
+    assert not events(placed, "session.opened")
+
+
+def zcproto(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zcproto", "--home", str(home), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )
@@ -105,7 +192,7 @@ def status(home: Path) -> subprocess.CompletedProcess[str]:
 def test_control_socket_survives_the_coordinator(server: ServerProcess, key: str) -> None:
     with server.client("ada", key) as client:
         os.kill(pids(server)["coordinator"], signal.SIGKILL)
-        done = status(server.home)  # waits in the backlog for the next coordinator
+        done = zcproto(server.home, "status")  # waits in the backlog for the next coordinator
         assert done.returncode == 0, done.stderr
         assert client.call("echo", {"text": "a"}) == {"text": "a"}
     assert [line["worker"] for line in events(server, "worker.ended")] == ["coordinator"]
@@ -141,13 +228,7 @@ def test_hangup_reloads_every_process(server: ServerProcess) -> None:
 
 def test_drain_and_reload_by_the_control_socket_reach_every_process(server: ServerProcess) -> None:
     for command in ("reload", "drain"):
-        done = subprocess.run(
-            [sys.executable, "-m", "zcproto", "--home", str(server.home), command],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            check=False,
-        )
+        done = zcproto(server.home, command)
         assert done.returncode == 0, done.stderr
     assert server.wait() == 0
     assert len(events(server, "config.reloaded")) == 3

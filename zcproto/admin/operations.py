@@ -40,7 +40,6 @@ from zcproto.common.parameters import Signature
 from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level as current_level
-from zcproto.observe.log import set_level
 from zcproto.server.protocol_methods import LISTED, describe, revoke_sessions
 from zcproto.server.state import log
 from zcproto.sessions.token import token_from_text
@@ -82,11 +81,13 @@ class Operations:
         parts: Parts,
         reload: Callable[[], Awaitable[HasChanges]],
         begin_drain: Callable[[float], None],
+        set_level: Callable[[str], None],
     ) -> None:
         self._parts = parts
         self._users = ServerUsers(parts)
         self._reload = reload
         self._begin_drain = begin_drain
+        self._set_level = set_level
 
     def routes(self) -> Iterator[Route]:
         """Yield the routes of the control API."""
@@ -136,7 +137,7 @@ class Operations:
     async def set_log_level(self, level: str) -> dict[str, Any]:
         before = current_level()
         try:
-            set_level(level)
+            self._set_level(level)
         except ConfigError as error:
             raise InvalidArgument(error.faults[0]) from error
         return {"level": current_level(), "before": before}

@@ -43,6 +43,9 @@ class Home:
         self.control = path / "control.sock"
         """The control socket of a running server."""
 
+        self.workers = path / "workers.sock"
+        """The socket of a running server for its workers."""
+
     def __repr__(self) -> str:
         return f"Home({str(self.path)!r})"
 

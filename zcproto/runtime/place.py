@@ -27,6 +27,8 @@ class Place:
     """Host and port of every listening socket of the workers, for the coordinator."""
     control: socket.socket | None = None
     """The listening control socket, for the coordinator."""
+    link: socket.socket | None = None
+    """The listening socket for the workers, for the coordinator."""
 
     @property
     def is_single(self) -> bool:

@@ -24,21 +24,24 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from mmap import mmap
 from typing import Any, Final
 
 from zcproto.admin.control import open_control
 from zcproto.common.clock import system_entropy
-from zcproto.common.counts import ALONE
 from zcproto.common.process import new_event_loop
 from zcproto.common.shared_counts import SharedMemory, memory_size
 from zcproto.common.text import counted
 from zcproto.common.unix_socket import SocketFile
+from zcproto.config import Config
 from zcproto.config.changes import effective
+from zcproto.config.shares import share_of
 from zcproto.errors import ConfigError
 from zcproto.observe.log import LogChange, finish_log, name_process, reopen_log
-from zcproto.runtime.build import WorkerRole
+from zcproto.runtime import joined
 from zcproto.runtime.first_start import FirstStart
+from zcproto.runtime.joined import Joined
 from zcproto.runtime.place import Place
 from zcproto.runtime.process_setup import (
     exit_at_once,
@@ -47,6 +50,7 @@ from zcproto.runtime.process_setup import (
     raise_limit_for,
     tune_interpreter,
 )
+from zcproto.runtime.reload import ReadConfig
 from zcproto.runtime.server import Server, at_home, no_redirect
 from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.listener import bind, listen
@@ -56,6 +60,9 @@ from zcproto.workers.supervisor import COORDINATOR, Supervisor, failure_of
 
 ORPHAN_LIMIT: Final = 2.0
 """Seconds that a process has to end after its supervisor."""
+
+LINK_BACKLOG: Final = 1_024
+"""Workers, with two links each, that wait for a new coordinator."""
 
 BEATS: Final = 3
 """Beats of a process in the time of the watchdog."""
@@ -122,6 +129,8 @@ class ForkedService:
         self._on_listening = listening
         self._control_file = SocketFile(server.home.control)
         self._control: socket.socket | None = None
+        self._link_file = SocketFile(server.home.workers)
+        self._link: socket.socket | None = None
         self._sockets: list[socket.socket] = list(self._options.pop("sockets", ()))
         self._redirect_sockets: list[socket.socket] = list(self._options.pop("redirect_sockets", ()))
         self._certificate_names: list[str] = []
@@ -138,6 +147,7 @@ class ForkedService:
         config = self._config
         if self._options.pop("control", True):
             self._control = open_control(self._control_file)
+        self._link = open_link(self._link_file)
         if not self._sockets:
             self._sockets = bind(config.server.host, config.server.port, backlog=0)
         if self._redirect_sockets and not config.http.enabled:
@@ -150,9 +160,11 @@ class ForkedService:
     def close(self) -> None:
         for each in (*self._sockets, *self._redirect_sockets):
             each.close()
-        if self._control is not None:
-            self._control.close()
+        for listening in (self._control, self._link):
+            if listening is not None:
+                listening.close()
         self._control_file.close()
+        self._link_file.close()
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -215,18 +227,18 @@ class ForkedService:
             workers=self._workers,
             addresses=tuple(self.addresses),
             control=self._control if number == COORDINATOR else None,
+            link=self._link if number == COORDINATOR else None,
         )
         name_process(place.name)
         self._manager.close()
         self._control_file.leave()
+        self._link_file.leave()
         threading.Thread(target=_end_with, args=(lifeline,), name="zcproto-lifeline", daemon=True).start()
         if self._manager.watchdog is not None and sys.stderr is not None:
             faulthandler.enable()
         try:
-            server = self._server(place, channel)
-            orders = Orders(server, channel, self._manager.watchdog)
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                runner.run(orders.run(self._started))
+                runner.run(self._run(place, channel))
         except Exception as error:
             failure = failure_of(error)
             if failure["kind"] == "other":
@@ -237,38 +249,70 @@ class ForkedService:
             finish_log()
         return 0
 
+    async def _run(self, place: Place, channel: Channel) -> None:
+        asyncio.get_running_loop().set_exception_handler(log_loop_fault)
+        config = self._config
+        if place.is_worker:
+            assert self._link is not None
+            for each in (self._control, self._link):
+                if each is not None:
+                    each.close()
+            counting = self._counts.worker(place.number - 1)
+            joining = joined.worker(place, config, self._home.workers, counting)
+        else:
+            for each in (*self._sockets, *self._redirect_sockets):
+                each.close()
+            joining = joined.coordinator(place, config, self._home)
+        async with joining as part:
+            orders = Orders(self._server(place, part), part, channel, self._manager.watchdog)
+            await orders.run(self._started)
+
     def _started(self, server: Server) -> None:
         if server.place.is_worker:
             self._on_worker_ready(server)
         else:
             self._first.end()
 
-    def _server(self, place: Place, channel: Channel) -> Server:
-        if place.is_coordinator:
-            for each in (*self._sockets, *self._redirect_sockets):
-                each.close()
-            own: dict[str, Any] = {"progress": self._first.progress}
-        else:
-            if self._control is not None:
-                self._control.close()
-            own = {"sockets": self._sockets, "redirect_sockets": self._redirect_sockets}
+    def _server(self, place: Place, part: Joined) -> Server:
+        own: dict[str, Any] = {"progress": self._first.progress, "config": self._config}
+        read = self._read_config
+        if place.is_worker:
+            own = {
+                "sockets": self._sockets,
+                "redirect_sockets": self._redirect_sockets,
+                "config": share_of(self._config, self._workers),
+            }
+            if read is not None:
+                read = partial(_read_share, read, self._workers)
         server = self._make(
-            config=self._config,
             home=self._home.path,
-            read_config=self._read_config,
+            read_config=read,
             control=False,
             place=place,
-            role=WorkerRole(
-                counting=self._counts.worker(place.number - 1) if place.is_worker else ALONE,
-                maintains=place.is_coordinator,
-                has_lifespans=place.is_worker,
-            ),
+            role=part.role,
             **self._options,
             **own,
         )
         server.owns_log = True
         server.on_config = raise_limit_for
         return server
+
+
+def _read_share(read: ReadConfig, workers: int) -> Config:
+    return share_of(read(), workers)
+
+
+def open_link(file: SocketFile) -> socket.socket:
+    """Return the listening socket for the workers. Raises ConfigError."""
+    try:
+        listening = file.open(LINK_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            [f"{file.path}: cannot be created: {error.strerror}; workers need it, or set server.workers = 1"]
+        ) from error
+    if listening is None:
+        raise ConfigError([f"{file.path}: a server with workers runs with this home folder; stop it"])
+    return listening
 
 
 def _end_with(lifeline: int) -> None:
@@ -281,7 +325,7 @@ def _end_with(lifeline: int) -> None:
 class Orders:
     """Carries out the orders of the supervisor in a process."""
 
-    def __init__(self, server: Server, channel: Channel, watchdog: float | None) -> None:
+    def __init__(self, server: Server, part: Joined, channel: Channel, watchdog: float | None) -> None:
         self._server = server
         self._channel = channel
         self._watchdog = watchdog
@@ -292,12 +336,12 @@ class Orders:
         server.on_drain = self._drain
         if server.place.is_coordinator:
             server.on_reload_requested = self._reload_everywhere
+            server.on_log_level = part.share_log_level
             server.on_drain_requested = lambda limit: channel.send("drain", limit=limit)
 
     async def run(self, ready: Callable[[Server], None]) -> None:
         """Start the server, and drain it when the supervisor orders it. Raises what `Server.start` raises."""
         server, loop = self._server, asyncio.get_running_loop()
-        loop.set_exception_handler(log_loop_fault)
         loop.add_reader(self._channel.fileno(), self._read)
         if server.place.is_coordinator:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it serves the workers until they have ended

@@ -72,7 +72,8 @@ def serve(
     first = FirstStart(progress, sys.stderr if sys.stderr.isatty() else None)
     server = Server(app, config, home=home, authenticators=authenticators, progress=first.progress, **options)
     first.begin(server.config, server.home)
-    configure_logging(server.config.log)
+    workers = worker_count(server.config)
+    configure_logging(server.config.log, processes=workers)
     raise_limit_for(server.config)
 
     def on_ready(server: Server) -> None:
@@ -81,7 +82,6 @@ def serve(
         ready(server)
 
     try:
-        workers = worker_count(server.config)
         if workers > 1:
             serve_by_workers(
                 server,

@@ -43,7 +43,7 @@ from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
 from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
-from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed
+from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
 from zcproto.runtime.background import background, background_work, roll_out_certificates
 from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build
 from zcproto.runtime.place import ONLY_PROCESS, Place, worker_count
@@ -125,6 +125,8 @@ class Server:
         accepted."""
         self.on_reload_requested: Callable[[], Awaitable[None]] | None = None
         """Awaited after a reload that an operator requested, for the other processes of the server."""
+        self.on_log_level: Callable[[], None] | None = None
+        """Called when an operator has set the level of the log."""
         self.on_drain_requested: Callable[[float], object] | None = None
         """Called in place of a drain that an operator requests."""
         self.on_config: Callable[[Config], None] = lambda config: None
@@ -162,7 +164,7 @@ class Server:
                 await asyncio.to_thread(require_unused, self.home)
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
-            routes = Operations(parts, self.reload, self.begin_drain).routes()
+            routes = Operations(parts, self.reload, self.begin_drain, self._set_log_level).routes()
             self._control = control = ControlSocket(self.home, parts.state, Router(routes))
             stack.callback(control.close)
             if self.place.control is not None:
@@ -311,6 +313,11 @@ class Server:
                 return await reload_config(
                     parts, self._read_again, on_config=self.on_config, owns_log=self.owns_log
                 )
+
+    def _set_log_level(self, level: str) -> None:
+        set_level(level)
+        if self.on_log_level is not None:
+            self.on_log_level()
 
     @property
     def can_reload(self) -> bool:

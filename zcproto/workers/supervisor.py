@@ -140,6 +140,7 @@ class Supervisor:
         self._is_stopping = self._is_forced = False
         self._limit = 0.0
         self._failure: ZcprotoError | None = None
+        self._last_failure: ZcprotoError | None = None
         self._unready_since = self._now()
         self._next_tick = 0.0
         self._reloading: set[ChildProcess] | None = None
@@ -250,11 +251,8 @@ class Supervisor:
         if any(each.ready_at is not None for each in self.workers):
             self._unready_since = now
         elif self._has_served and now - self._unready_since > GIVE_UP:
-            self._failure = next(
-                (each.failure for each in self.workers if each.failure is not None),
-                ChildFailed(
-                    f"no worker could be started for {GIVE_UP:g} s; the log has the reason under worker.ended"
-                ),
+            self._failure = self._last_failure or ChildFailed(
+                f"no worker could be started for {GIVE_UP:g} s; the log has the reason under worker.ended"
             )
             log.error("workers.gave_up", seconds=GIVE_UP)
             self._begin_stop(0.0)
@@ -429,6 +427,8 @@ class Supervisor:
             )
             self._begin_stop(0.0)
             return
+        if process is not self.coordinator:
+            self._last_failure = process.failure
         delay = process.pacer.ended(served)
         process.start_at = now + delay
         log.error("worker.ended", worker=process.name, pid=pid, reason=reason, retry_after_s=round(delay, 3))

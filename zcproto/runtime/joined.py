@@ -1,0 +1,131 @@
+"""Joins the processes of one server: what the coordinator has for all of them, and what a worker uses of it.
+
+    coordinator: the store, the throttle of logins, the alerts -> served on <home>/workers.sock
+    worker:      a link to it, which is made again when it is lost
+
+Must not know: how the processes are started and ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from zcproto.alerts.workers import WorkerAlerts, WorkerReports
+from zcproto.auth import Throttle
+from zcproto.auth.shared_throttle import SharedThrottle, throttle_calls
+from zcproto.common.clock import random_fraction, system_clock, system_entropy
+from zcproto.common.home import Home
+from zcproto.common.link import Link, LinkClient, LinkServer, Topics
+from zcproto.common.shared_counts import WorkerCounting
+from zcproto.config import Config
+from zcproto.observe.log import level, set_level
+from zcproto.runtime.alert_sources import on_store_event
+from zcproto.runtime.build import WorkerRole, build_alerts
+from zcproto.runtime.place import Place
+from zcproto.runtime.store_setup import MEMORY, SQLITE, build_hub
+from zcproto.server.idempotency import answer_limits
+from zcproto.stores.remote import RemoteStore, StoreServer
+
+LOG_LEVEL: Final = "log.level"
+"""Notice of the coordinator: the level of the log, which an operator has set."""
+
+_RUN_SIZE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The part of one process in its server. Handlers may be added to `topics`.
+
+    `server` is the coordinator's end of the links, `client` that of a worker.
+    """
+
+    role: WorkerRole
+    topics: Topics
+    server: LinkServer | None = None
+    client: LinkClient | None = None
+
+    def share_log_level(self) -> None:
+        """Have the workers log at the level of this process, the coordinator."""
+        assert self.server is not None
+        self.server.notify(LOG_LEVEL, level())
+
+
+@asynccontextmanager
+async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator[Joined]:
+    """Serve what exists once to the workers while the body runs."""
+    assert place.link is not None
+    alerts = await build_alerts(config, system_clock, system_entropy)
+    reports = WorkerReports(alerts)
+    throttle = Throttle(config.limits.login_failures)
+    calls, notices = throttle_calls(throttle, system_clock.now)
+    topics = Topics(calls, {**notices, **reports.topics})
+    server = LinkServer(place.link, topics, name=place.name)
+    first_level = level()
+
+    def on_link(link: Link) -> None:
+        if level() != first_level:  # else a worker has that of its configuration
+            link.notify(LOG_LEVEL, level())
+
+    server.on_link.append(on_link)
+    server.on_lost.append(reports.link_lost)
+    hub = build_hub(config, home, partial(on_store_event, alerts))
+    if hub is not None:
+        StoreServer(hub).serve(server)
+    await server.start()
+    try:
+        role = WorkerRole(
+            has_lifespans=False,
+            store=None if hub is None else hub.member(),
+            alerts=alerts,
+            throttle=throttle,
+        )
+        yield Joined(role, topics, server=server)
+    finally:
+        await server.close()
+        if hub is not None:
+            await hub.close()
+
+
+@asynccontextmanager
+async def worker(place: Place, config: Config, path: Path, counting: WorkerCounting) -> AsyncIterator[Joined]:
+    """Use what the coordinator serves at `path` while the body runs."""
+    topics = Topics(notices={LOG_LEVEL: lambda link, name: set_level(name)})
+    client = LinkClient(
+        path,
+        topics,
+        name=place.name,
+        silence=config.store.timeout,
+        random=partial(random_fraction, system_entropy),
+    )
+    alerts = WorkerAlerts(config.alerts, client.notify, clock=system_clock, entropy=system_entropy)
+    client.on_up.append(alerts.link_made)
+    throttle = SharedThrottle(client, counting, config.limits.login_failures)
+    client.on_down.append(throttle.link_lost)
+    store = None
+    if config.store.url in (MEMORY, SQLITE):
+        store = RemoteStore(
+            path,
+            client,
+            name=place.name,
+            timeout=config.store.timeout,
+            answers=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
+            entropy=system_entropy,
+        )
+    client.start()
+    try:
+        role = WorkerRole(
+            counting=counting,
+            maintains=False,
+            store=store,
+            alerts=alerts,
+            throttle=throttle,
+            run=f"{place.number:x}{system_entropy(_RUN_SIZE).hex()}",
+        )
+        yield Joined(role, topics, client=client)
+    finally:
+        await client.close()
