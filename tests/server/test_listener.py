@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.helpers import ServerThread, StoppedClock, bystander, eventually, read_to_end, reset
+from tests.server.helpers import (
+    ServerThread,
+    StoppedClock,
+    bystander,
+    configuration,
+    eventually,
+    read_to_end,
+    reset,
+)
 from tests.tls.support import captured_hello
+from zcproto.app.app import App
+from zcproto.common.shared_counts import SharedMemory, memory_size
 from zcproto.config import Config
 from zcproto.errors import ConfigError
+from zcproto.runtime.build import WorkerRole
 from zcproto.server import listener
 from zcproto.server.listener import Listener, bind
+from zcproto.testing import LocalServer
 from zcproto.tls.failure import TlsFailure
 
 Serve = Callable[..., ServerThread]
@@ -499,3 +513,37 @@ def test_burst_of_connections_is_accepted(serve: Serve) -> None:
     for each in waiting:
         reset(each)
     server.until_left()
+
+
+def test_worker_leaves_connections_to_others_with_fewer_and_takes_what_they_leave(
+    certs: Path, tmp_path: Path
+) -> None:
+    memory = SharedMemory(bytearray(memory_size(2, 1_000)), 2, 1_000, bytes(32))
+    [listening] = bind(["127.0.0.1"], 0)
+    address = listening.getsockname()
+    with listening, ExitStack() as stack:
+
+        def worker(number: int) -> LocalServer:
+            home = tmp_path / str(number)
+            shutil.copytree(certs, home / "certs")
+            config = configuration(home, limits__connections_per_address=0, tls__max_pending=1_000)
+            role = WorkerRole(counting=memory.worker(number))
+            options: dict[str, Any] = {"sockets": [listening.dup()], "control": False, "role": role}
+            return stack.enter_context(LocalServer(App(), config, home=home, **options))
+
+        def connect() -> None:
+            before = opened(*workers)
+            for _ in range(60):
+                stack.enter_context(socket.create_connection(address))
+            eventually(lambda: opened(*workers) == before + 60)
+
+        def opened(*workers: LocalServer) -> int:
+            return sum(each.server.parts.listener.connections for each in workers)
+
+        workers = [worker(0)]
+        connect()
+        workers.append(worker(1))
+        connect()
+        assert opened(workers[1]) > 50
+        workers.pop().drain(0.0)
+        connect()

@@ -143,6 +143,10 @@ class SharedCounts(Counts):
         own = self._own
         return self[max(own, key=own.__getitem__)] if own else 0
 
+    def surplus(self, key: str) -> int:
+        workers = len(self._cells) // self._stride
+        return self._own.get(key, 0) - ceil(self[key] / workers)
+
     def add(self, key: str, limit: int = 0) -> bool:
         self._change(key, 1)
         if limit:

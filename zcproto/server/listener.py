@@ -10,6 +10,8 @@ Rules:
   must refuse faster than an attacker connects, or others wait in the backlog behind the refused ones.
 - While all places of pending connections are taken by clients that wait for a slot, nothing is accepted: the rest
   wait in the kernel's backlog, which costs this process no memory.
+- A worker that has more connections than the mean of all leaves new ones to the others for a moment. The kernel
+  wakes any of them, so one of them would otherwise have most.
 - A connection from a listed load balancer counts as the balancer's, without a limit, until its PROXY header names
   the client. Then it counts as the client's, and is closed if the client is over its limit.
 """
@@ -44,6 +46,13 @@ BATCH_GROWTH: Final = 1.125
 
 PAUSE_WHEN_EXHAUSTED: Final = 0.5
 """Seconds without accepting after the system ran out of descriptors or memory: it would fail again at once."""
+
+MEAN_PARTS: Final = 64
+"""A worker may have this part of the mean of all, and one more, before it leaves connections to the others."""
+
+LEFT_TIME: Final = 0.001
+MOST_LEFT_TIME: Final = 0.02
+"""Seconds for each connection beyond that. Then it accepts what is left: the others may be busy or gone."""
 
 HANDSHAKE_COST: Final = 4
 """What a handshake that begins and is not completed counts as, in connections that send no ClientHello."""
@@ -271,6 +280,8 @@ class Listener(AcceptLoop):
         self.connections = 0
         """Open TCP connections, including those in their handshake."""
         self._empty = asyncio.Event()
+        self._left: asyncio.TimerHandle | None = None
+        self._takes_left = False
         acceptor.on_room = self._resume
         acceptor.on_closed = self._connection_closed
         acceptor.on_wasted = self._connection_wasted
@@ -317,7 +328,27 @@ class Listener(AcceptLoop):
             await self._empty.wait()
 
     def _is_full(self) -> bool:
-        return self._acceptor.pending.is_full
+        return self._acceptor.pending.is_full or self._leaves_to_others()
+
+    def _leaves_to_others(self) -> bool:
+        """Return whether other workers have the chance to accept, for as long as this one has more connections."""
+        surplus = self._all.surplus(_ALL)
+        surplus -= 1 + (self.connections - surplus) // MEAN_PARTS
+        if surplus <= 0 or self._takes_left:
+            return False
+        if self._left is None:
+            self._left = self._loop.call_later(min(surplus * LEFT_TIME, MOST_LEFT_TIME), self._take_left)
+        return True
+
+    def _take_left(self) -> None:
+        """Accept one batch of what the others have left."""
+        self._left = None
+        if not self._closed:
+            self._takes_left = True
+            for listening in self._sockets:
+                self._accept(listening, int(listening.family))
+            self._takes_left = False
+            self._resume()
 
     def _exhausted(self) -> None:
         self._state.counters.accept_failed += 1
