@@ -15,12 +15,14 @@ from cryptography import x509
 
 from tests.admin.chromium import Chromium, Tab
 from tests.admin.https_client import add
+from tests.admin.test_figures_of_workers import group_of_one
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, Client, ServerThread
 from zcproto.alerts import AlertKind
 from zcproto.client import connect_blocking
 from zcproto.http.messages import HttpResponse, Route, text_response
+from zcproto.runtime.build import WorkerRole
 from zcproto.sessions.token import token_text
 from zcproto.tls.pins import key_pin
 
@@ -173,6 +175,17 @@ def test_streams_are_shown_once_there_are_some(serve: Serve, show: Open) -> None
             assert tab.run("document.querySelector('#streams-card').checkVisibility()")
         tab.until(f"/^Cut\\s+1$/m.test({figure('#streams')})")
         assert re.search(r"^Items sent\s+0 MB\s+1$", tab.text("#streams"), re.MULTILINE)
+
+
+def test_workers_are_shown_with_those_that_do_not_answer(serve: Serve, show: Open) -> None:
+    server = serve(role=WorkerRole(whole=group_of_one))
+    with server.client("operator") as operator:
+        tab = open_figures(show, server, operator)
+        assert tab.run("document.querySelector('#workers-card').checkVisibility()")
+        shows(tab, "#workers", "Coordinator")
+        tab.until(f"/^1\\s+serving, pid \\d+, 1 restart\\s+\\d/m.test({figure('#workers')})")
+        tab.until(f"/^3\\s+absent(\\s+\\u2013){{4}}$/m.test({figure('#workers')})")
+        shows(tab, "#state", "Ready")
 
 
 def test_alert_details_are_only_shown_to_operators(serve: Serve, show: Open) -> None:

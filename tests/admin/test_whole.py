@@ -27,7 +27,8 @@ class Process:
         self.member = Member(number, pid, restarts=3)
         self.requests = 0
         self.reads: list[Depth] = []
-        self.reporter = Reporter(self.read)
+        self.reporter = Reporter()
+        self.reporter.read = self.read
 
     def read(self, depth: Depth) -> Report:
         self.reads.append(depth)
@@ -70,9 +71,8 @@ class Group:
         """Start a coordinator, the first or the next."""
         self.pid += 1
         self.own = Process(0, self.pid)
-        self.collector = Collector(
-            self.own.read, self.pid, len(self.workers), self.clock, answer_s=0.01, join_s=0
-        )
+        self.collector = Collector(self.pid, len(self.workers), self.clock, answer_s=0.01, join_s=0)
+        self.collector.read = self.own.read
         for worker in self.workers.values():
             self.collector.joined(worker.member, worker.ask)
 
@@ -286,7 +286,8 @@ async def test_new_coordinator_waits_for_the_workers_before_it_reports_sums() ->
     group = Group()
     for number in (1, 2):
         group.add(number).requests = 10
-    collector = Collector(group.own.read, 4711, 2, group.clock)
+    collector = Collector(4711, 2, group.clock)
+    collector.read = group.own.read
     collector.joined(group.workers[1].member, group.workers[1].ask)
     reading = asyncio.create_task(collector.report())
     ready = await collector.report(Depth.READINESS)
@@ -356,8 +357,7 @@ async def test_report_that_does_not_fit_makes_a_worker_silent() -> None:
     worker = group.add(1)
     worker.requests = 10
     await group.report()
-    read = worker.read
-    worker.reporter = Reporter(lambda depth: Report({"requests": 1}, {}, {}, {}) if read(depth) else None)  # type: ignore[arg-type, return-value]
+    worker.reporter.read = lambda depth: Report({"requests": 1}, {}, {}, {})
     report = await group.report()
     assert states(report)["1"] == "silent"
     assert report.status["requests"]["total"] == 10

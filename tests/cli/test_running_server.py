@@ -325,6 +325,28 @@ def test_problems_are_highlighted_and_output_is_escaped(found: dict[str, Any]) -
     assert sum(style == "bad" for _, style in lines) >= 15
 
 
+def test_workers_have_a_line_each(found: dict[str, Any]) -> None:
+    assert not any("workers" in line for line, _ in lines_of(found))
+    known = {"connections": 1_234, "requests_per_s": 5.25, "loop_lag_s": 0.002, "rss_bytes": 45 << 20}
+    unknown = dict.fromkeys(known)
+    found["workers"] = [
+        {"worker": "coordinator", "pid": 4711, "state": "serving", "restarts": 0, **known},
+        {"worker": "1", "pid": 4712, "state": "serving", "restarts": 1, **known},
+        {"worker": "2", "pid": 4713, "state": "draining", "restarts": 0, **known},
+        {"worker": "3", "pid": 4714, "state": "silent", "restarts": 0, **unknown},
+        {"worker": "4", "pid": 0, "state": "absent", "restarts": 2, **unknown},
+    ]
+    lines = lines_of(found)
+    at = lines.index(("workers: 1 of 4 serving", "head"))
+    assert lines[at + 1 : at + 6] == [
+        ("  coordinator pid 4711, loop lag 2 ms, 45 MiB", ""),
+        ("  1           pid 4712, 1,234 connections, 5.2 requests/s, loop lag 2 ms, 45 MiB, 1 restart", ""),
+        ("  2           pid 4713, draining, 1,234 connections, 5.2 requests/s, loop lag 2 ms, 45 MiB", ""),
+        ("  3           pid 4714, SILENT", "bad"),
+        ("  4           ABSENT, 2 restarts", "bad"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [

@@ -24,6 +24,7 @@ from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Authenticators, Identity
 from zcproto.common.clock import Clock, SystemClock
 from zcproto.config import Config, load_config
+from zcproto.runtime.build import SINGLE, WorkerRole
 from zcproto.runtime.reload import Reloaded
 from zcproto.testing import LocalServer
 
@@ -90,6 +91,7 @@ class ServerThread(LocalServer):
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
         authenticators: Authenticators | None = None,
         users_file: bool = False,
+        role: WorkerRole = SINGLE,
         **settings: Any,
     ) -> None:
         home.mkdir(mode=0o700, exist_ok=True)
@@ -112,6 +114,7 @@ class ServerThread(LocalServer):
             home=home,
             loop_factory=new_loop,
             authenticators=authenticators,
+            role=role,
             read_config=lambda: configuration(home, **self.settings),
             clock=self.clock,
         )

@@ -65,6 +65,9 @@ COORDINATOR: Final = "coordinator"
 Ask = Callable[[bytes], Awaitable[bytes]]
 """Sends a question to a process and returns its answer. May raise OSError, LinkLost or a CallError."""
 
+Read = Callable[[Depth], Report]
+"""Reads the figures of this process."""
+
 log = get_logger("zcproto.server")
 
 
@@ -121,15 +124,18 @@ def _member_readings(status: dict[str, Any], member: Member, lags: Histogram) ->
 
 
 def _line(status: dict[str, Any], member: Member) -> dict[str, Any]:
+    of_clients = {
+        "connections": status["connections"]["tcp"],
+        "requests": status["requests"]["total"],
+        "requests_per_s": status["traffic"]["requests_per_s"],
+    }
     return {
         "worker": member.name,
         "pid": member.pid,
         "state": "draining" if status.get("draining") else "serving",
         "started_at": status["started_at"],
         "restarts": member.restarts,
-        "connections": status["connections"]["tcp"],
-        "requests": status["requests"]["total"],
-        "requests_per_s": status["traffic"]["requests_per_s"],
+        **(of_clients if member.number else dict.fromkeys(of_clients)),
         **status["process"],
     }
 
@@ -154,6 +160,11 @@ _VERSION: Final = version("zcproto")
 _NOTHING: Final = Report({}, {}, {}, {})
 
 
+def _read_nothing(depth: Depth) -> Report:
+    """Stand for a server that is not built yet."""
+    return _NOTHING
+
+
 @dataclass(slots=True)
 class _Kept:
     """The counters of processes that have ended, as a coordinator gave them to the workers.
@@ -167,10 +178,13 @@ class _Kept:
 
 
 class Reporter:
-    """Answers the coordinator in a worker, and keeps what the next coordinator needs."""
+    """Answers the coordinator in a worker, and keeps what the next coordinator needs.
 
-    def __init__(self, read: Callable[[Depth], Report]) -> None:
-        self._read = read
+    `read` reads the figures of the worker once it is built.
+    """
+
+    def __init__(self) -> None:
+        self.read: Read = _read_nothing
         self._kept = _Kept()
 
     def answer(self, question: bytes) -> bytes:
@@ -180,11 +194,11 @@ class Reporter:
         returned = [] if epoch == kept.epoch or not kept.totals else [kept.epoch, kept.serial, kept.totals]
         if totals:
             self._kept = _Kept(epoch, serial, totals)
-        return _seal(pack_report(self._read(Depth(depth))), returned)
+        return _seal(pack_report(self.read(Depth(depth))), returned)
 
     def last(self) -> bytes:
         """Return the answer for the end of this process, which the coordinator then counts to its last request."""
-        return _seal(pack_report(self._read(Depth.FIGURES)), [])
+        return _seal(pack_report(self.read(Depth.FIGURES)), [])
 
 
 def _seal(*fields: Any) -> bytes:
@@ -216,13 +230,12 @@ class _Asked:
 class Collector:
     """Adds up the figures of the coordinator and its workers.
 
-    `own` reads those of the coordinator, `pid` is its process id, `workers` the number of workers that there should
-    be.
+    `read` reads those of the coordinator once it is built, `pid` is its process id, `workers` the number of workers
+    that there should be.
     """
 
     def __init__(
         self,
-        own: Callable[[Depth], Report],
         pid: int,
         workers: int,
         clock: Clock,
@@ -230,7 +243,7 @@ class Collector:
         answer_s: float = ANSWER_S,
         join_s: float = JOIN_S,
     ) -> None:
-        self._own = own
+        self.read: Read = _read_nothing
         self._epoch, self._serial = pid, 0
         self._clock = clock
         self._answer_s, self._join_s = answer_s, join_s
@@ -313,7 +326,7 @@ class Collector:
     async def _collect(self, depth: Depth) -> Report:
         if depth is not Depth.READINESS and self._inherited is None:
             await self._inherit()
-        own, totals = self._own(depth), b""
+        own, totals = self.read(depth), b""
         if depth is not Depth.READINESS:  # what is reported now is with the workers if this process is killed
             totals = msgpack.packb(pack_report(merge([lasting(own), self._past()])))
         asked = list(self._workers.values())

@@ -95,7 +95,7 @@ def frame(report: dict[str, Any], width: int, height: int) -> str:
 
 def lines_of(report: Mapping[str, Any]) -> list[Line]:
     """Return the status as styled lines, escaped for a terminal."""
-    parts = (_server, _traffic, _handshakes, _store, _certificates, _alerts)
+    parts = (_server, _traffic, _handshakes, _store, _workers, _certificates, _alerts)
     return [(escape_text(text, MAX_TEXT), style) for part in parts for text, style in part(report)]
 
 
@@ -169,6 +169,27 @@ def _store(report: Mapping[str, Any]) -> Iterator[Line]:
     more = f", {counted(pending, 'revocation')} pending" if pending else ""
     refusing = ", all tokens are refused" if store.get("refusing") else ""
     yield _row("store", f"{store['url']}: {store['state']}{refusing}{more}", bad=bad)
+
+
+def _workers(report: Mapping[str, Any]) -> Iterator[Line]:
+    processes = report.get("workers", [])
+    workers = [each for each in processes if each["worker"] != "coordinator"]
+    if workers:
+        serving = sum(each["state"] == "serving" for each in workers)
+        yield from (("", ""), (f"workers: {serving} of {len(workers)} serving", "head"))
+    for each in processes:
+        more = [f"pid {each['pid']}"] if each["pid"] else []
+        if each["rss_bytes"] is None:
+            more.append(each["state"].upper())
+        else:
+            if each["state"] != "serving":
+                more.append(each["state"])
+            if each in workers:
+                more += [f"{each['connections']:,} connections", f"{each['requests_per_s']:,.1f} requests/s"]
+            more += [f"loop lag {duration(each['loop_lag_s'])}", size(each["rss_bytes"])]
+        if each["restarts"]:
+            more.append(counted(each["restarts"], "restart"))
+        yield f"  {each['worker']:{_WIDTH - 2}}{', '.join(more)}", "bad" if each["rss_bytes"] is None else ""
 
 
 def _certificates(report: Mapping[str, Any]) -> Iterator[Line]:

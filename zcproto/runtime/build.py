@@ -19,6 +19,7 @@ from functools import partial
 from typing import Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
+from zcproto.admin.merge import Whole
 from zcproto.admin.parts import ActiveConfig, Parts
 from zcproto.admin.resources import ALPN, Resources
 from zcproto.admin.traffic import Traffic
@@ -111,6 +112,8 @@ class WorkerRole:
     """Called without `maintains` with each user or device that is gone: see zcproto/runtime/gone.py."""
     run: str | None = None
     """The prefix of connection ids; None for a random one."""
+    whole: Callable[[Parts], Whole] | None = None
+    """Makes, of the parts of this process, what reports the figures of all."""
 
 
 SINGLE: Final = WorkerRole()
@@ -179,6 +182,8 @@ async def build(
         loop_lag=loop_lag,
         traffic=Traffic(clock, state.counters, acceptor, state.methods, loop_lag),
     )
+    if role.whole is not None:
+        parts = replace(parts, whole=role.whole(parts))
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
     state.prepare_schemas()

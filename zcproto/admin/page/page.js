@@ -204,6 +204,7 @@
     showStreams(figures.streams);
     showCertificates(figures.certificates);
     showStore(figures.store);
+    showWorkers(figures.workers);
     showAlerts(figures.alerts, figures.time, figures.operator);
     showProcess(figures);
 
@@ -257,6 +258,19 @@
       ...["outages", "failures", "pending_revocations"].filter((name) => name in store)
         .map((name) => ({ label: words(name), values: [count(store[name])] })),
     ]);
+  }
+
+  function showWorkers(workers) { // a server of one process has no lines
+    at("workers-card").hidden = !workers.length;
+    const known = (value, asText) => value === null ? "–" : asText(value);
+    rows(at("workers"), workers.map((one) => ({
+      label: words(one.worker),
+      small: [one.state, one.pid ? `pid ${one.pid}` : "", one.restarts ? plural(one.restarts, "restart", "restarts") : ""]
+        .filter(Boolean).join(", "),
+      values: [known(one.connections, count), known(one.requests_per_s, rate), known(one.loop_lag_s, latency),
+        known(one.rss_bytes, bytes)],
+      mood: one.rss_bytes === null ? "bad" : one.state === "serving" ? "" : "warn",
+    })));
   }
 
   function showAlerts({ open, more_open: moreOpen, over, more_over: moreOver }, now, operator) {
