@@ -36,6 +36,7 @@ MICRO: Final = {
     "certificate_loading": "Load a server's certificates from the disk.",
     "hot_path": "The steps of a request, beside the bare server's.",
     "hsts_header": "Strict-Transport-Security in a response.",
+    "large_bodies": "Echoes of 1 MiB, and the memory after a burst of them.",
     "metrics_cost": "Counting, for each request, and a scrape.",
     "session_cleanup": "Remove expired sessions from the registry and from stores.",
     "session_opening": "Open sessions durably, in a file.",

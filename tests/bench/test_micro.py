@@ -22,6 +22,7 @@ BARS = {
     "certificate_loading": {"all_p50_ms", "all_p99_ms"},
     "hot_path": {"ratio"},
     "hsts_header": {"added_ns", "alone_ns"},
+    "large_bodies": {"faults", "after_mb"},
     "metrics_cost": {"added"},
     "session_cleanup": {
         *("lapsing_rate", "lapsing_slice_longest_ms", "ending_rate", "ending_slice_longest_ms"),
@@ -39,6 +40,7 @@ SMALL = {
     "certificate_loading": ["--loads", "3"],
     "hot_path": ["--requests", "500"],
     "hsts_header": ["--responses", "200"],
+    "large_bodies": ["--requests", "6", "--connections", "3"],
     "metrics_cost": ["--requests", "2000"],
     "session_cleanup": ["--sessions", "500"],
     "session_opening": ["--sessions", "300", "--concurrency", "8"],

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import resource
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import uvloop
 
-from zcproto.common.process import new_event_loop, raise_file_limit
+from zcproto.common.process import (
+    HEAP_BLOCK,
+    HEAP_SPARE,
+    heap_trim,
+    new_event_loop,
+    raise_file_limit,
+    tune_heap,
+)
 
 NO_LIMIT = resource.RLIM_INFINITY
 
@@ -51,3 +61,35 @@ def test_unlimited_process_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_limit_of_this_process_is_read() -> None:
     assert raise_file_limit(0) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class Libc:
+    """A C library with some functions."""
+
+    def __init__(self, **functions: Any) -> None:
+        self.calls: list[tuple[int, int]] = []
+        self.__dict__.update(functions)
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.calls.append((parameter, value))
+        return 1
+
+
+def test_heap_keeps_memory_of_large_bodies_with_glibc_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    glibc, bionic = Libc(gnu_get_libc_version=lambda: b"2.41"), Libc()
+    for libc in (glibc, bionic, SimpleNamespace()):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, libc=libc: libc)
+        tune_heap()
+    assert glibc.calls == [(-3, HEAP_BLOCK), (-1, HEAP_SPARE)]
+    assert bionic.calls == []
+
+
+def test_heap_is_trimmed_completely_where_the_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=kept.append))
+    trim = heap_trim()
+    assert trim is not None
+    trim()
+    assert kept == [0]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert heap_trim() is None

@@ -142,6 +142,23 @@ def test_connection_that_ends_meanwhile_is_not_cut(harness: Harness) -> None:
     assert peer.answers() == []
 
 
+def test_large_bodies_are_counted_in_both_directions(harness: Harness) -> None:
+    peer = harness.connect()
+    peer.login()
+    counters = harness.state.counters
+    peer.send(unfinished(peer, 100_000))
+    peer.send(b"x")
+    peer.send(peer.request(2, "big", {"n": 1, "size": 131_000}))
+    assert counters.large_bytes == 0
+    peer.send(peer.request(3, "big", {"n": 1, "size": 140_000}))
+    assert 140_000 <= counters.large_bytes < 140_100
+    big = unfinished(peer, 400_000)
+    for start in range(0, len(big), 16_384):
+        peer.send(big[start : start + 16_384])
+    assert 140_000 + 400_000 - 131_072 <= counters.large_bytes < 140_000 + 400_000
+    peer.lose()
+
+
 def test_frame_that_never_completes_closes_its_connection_and_is_counted(harness: Harness) -> None:
     peer = harness.connect()
     peer.login()

@@ -9,8 +9,9 @@ import pytest
 
 from tests.wire.helpers import MIB, SALT, read_streams, request
 from zcproto.errors import Code, ProtocolError
-from zcproto.wire.decoder import LARGE, FrameDecoder
-from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, RESPONSE, Side, encode_frame
+from zcproto.wire import decoder as module
+from zcproto.wire.decoder import LARGE, MAX_SPARE, FrameDecoder
+from zcproto.wire.frame import HEADER_SIZE, NO_TOKEN, PING, REQUEST, RESPONSE, Side, encode_frame
 
 
 def refusal_code(decoder: FrameDecoder) -> Code:
@@ -182,6 +183,53 @@ def test_incomplete_frame_of_128_kib_is_kept_outside_the_heap(size: int, is_on_h
     assert (kept > 100_000) is is_on_heap
     decoder.feed(last)
     assert decoder.next_frame() is not None
+
+
+def test_mapping_of_large_frame_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_spare", [])
+    made: list[int] = []
+
+    class Counted(mmap.mmap):
+        def __new__(cls, fileno: int, length: int, **options: int) -> Counted:
+            made.append(length)
+            return super().__new__(cls, fileno, length, **options)
+
+    monkeypatch.setattr(mmap, "mmap", Counted)
+    sizes = (2 * LARGE, LARGE, 2 * LARGE, 3 * LARGE, MAX_SPARE + 1, LARGE)
+    decoder = FrameDecoder(Side.SERVER, 2 * MAX_SPARE)
+    for number, size in enumerate(sizes):
+        data = encode_frame(REQUEST, 1, 0, SALT, 1, NO_TOKEN, bytes([number]) * (size - HEADER_SIZE))
+        decoder.feed(data[:100])
+        assert decoder.next_frame() is None
+        decoder.feed(data[100:])
+        frame = decoder.next_frame()
+        assert frame is not None
+        assert frame[7] == data[HEADER_SIZE:]
+    assert made == [2 * LARGE, 3 * LARGE, MAX_SPARE + 1, LARGE]
+
+
+def test_two_large_frames_at_once_have_separate_memory() -> None:
+    pieces = [(FrameDecoder(Side.SERVER, MIB), request(LARGE, stream)) for stream in (1, 2)]
+    for start, end in ((0, 200), (200, LARGE), (LARGE, None)):
+        for decoder, data in pieces:
+            decoder.feed(data[start:end])
+            if end is not None:
+                assert decoder.next_frame() is None
+    for decoder, data in pieces:
+        frame = decoder.next_frame()
+        assert frame is not None
+        assert frame[7] == data[HEADER_SIZE:]
+
+
+def test_header_is_validated_once_while_its_body_arrives() -> None:
+    decoder = FrameDecoder(Side.SERVER, 1000)
+    data = request(500)
+    decoder.feed(data[:200])
+    assert decoder.next_frame() is None
+    decoder.accepted = FrameDecoder(Side.CLIENT, 1000).accepted  # applies to frames that begin later
+    decoder.feed(data[200:] + data)
+    assert decoder.next_frame() is not None
+    assert read_streams(decoder) == [1]
 
 
 def test_remaining_frames_of_a_read_can_be_read_later() -> None:

@@ -8,7 +8,6 @@ Rules for certificates:
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -18,6 +17,7 @@ from zcproto.certs.checker import ServingCertificates
 from zcproto.certs.client_user import CertificateId, certificate_id
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.rollover import NextPins
+from zcproto.common.process import heap_trim
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.server.state import log
 from zcproto.wire.message import encode_body
@@ -33,6 +33,12 @@ FLUSHES_PER_SUMMARY: Final = 60
 TRIM_INTERVAL: Final = 1.0
 TRIM_FROM: Final = 256
 """Connections from which on memory is returned after half of them have ended: about ten MiB."""
+
+TRIM_FROM_BYTES: Final = 16 << 20
+"""Bytes of large bodies from which on memory is returned, once none is moved for TRIM_INTERVAL."""
+
+LONGEST_BURST: Final = 60
+"""Intervals after which memory is returned although large bodies are still moved."""
 
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
@@ -71,11 +77,10 @@ def background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
     """Yield what runs until the server ends."""
     yield parts.traffic.run()
     yield flush_log_regularly()
-    trim = getattr(
-        ctypes.CDLL(None), "malloc_trim", None
-    )  # glibc alone keeps free memory below what is in use
+    trim = heap_trim()
     if trim is not None:
-        yield return_memory(lambda: parts.listener.connections, lambda: trim(0))
+        counters = parts.state.counters
+        yield return_memory(lambda: parts.listener.connections, lambda: counters.large_bytes, trim)
     if parts.store is None:
         yield clean_sessions(parts)
     yield parts.alerts.run()
@@ -107,17 +112,26 @@ async def flush_log_regularly() -> None:
 
 async def return_memory(
     connections: Callable[[], int],
+    large_bytes: Callable[[], int],
     trim: Callable[[], object],
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
-    """Return free memory to the system when half of many connections have ended, until cancelled."""
-    most = 0
+    """Return free memory to the system when half of many connections have ended, or a burst of large bodies, until
+    cancelled."""
+    most = intervals = moved = trimmed_at = 0
     while True:
         await sleep(TRIM_INTERVAL)
         most = max(most, connections())
-        if most >= TRIM_FROM and connections() <= most // 2:
+        before, moved = moved, large_bytes()
+        is_burst = moved - trimmed_at >= TRIM_FROM_BYTES
+        intervals = intervals + 1 if is_burst else 0
+        if (
+            (most >= TRIM_FROM and connections() <= most // 2)
+            or (is_burst and moved == before)
+            or intervals == LONGEST_BURST
+        ):
             await asyncio.to_thread(trim)
-            most = connections()
+            most, trimmed_at, intervals = connections(), moved, 0
 
 
 # --- certificates ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from functools import cache
 from typing import Any, Final, NoReturn
 
-from zcproto.common.process import raise_file_limit
+from zcproto.common.process import raise_file_limit, tune_heap
 from zcproto.config import Config
 from zcproto.observe.log import finish_log
 from zcproto.server.state import log
@@ -80,8 +80,10 @@ def log_risks(risks: Mapping[str, str]) -> None:
 
 
 def tune_interpreter() -> None:
-    """Give other threads (certificates, the disk) short turns, and exclude long-lived objects from collections."""
+    """Give other threads (certificates, the disk) short turns, keep the memory of large bodies, and exclude
+    long-lived objects from collections."""
     sys.setswitchinterval(SWITCH_INTERVAL)
+    tune_heap()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

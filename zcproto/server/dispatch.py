@@ -45,6 +45,7 @@ from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.server.streams import StreamRunner, StreamWorker
 from zcproto.sessions import Session
+from zcproto.wire.decoder import LARGE
 from zcproto.wire.message import MessageError, encode_error
 
 SENT_AT_ONCE: Final = 4_096
@@ -416,6 +417,8 @@ class Dispatcher(asyncio.Protocol):
         if len(body) > self._connection.settings.max_body:
             self._answer_exception(request, MessageError(f"the answer has {len(body)} bytes"))
         else:
+            if len(body) >= LARGE:
+                self._state.counters.large_bytes += len(body)
             self._connection.respond(request, body, self.wall())
             self._flush()
 

@@ -42,7 +42,7 @@ from zcproto.connection.events import (
     TokenUnknown,
 )
 from zcproto.connection.refusals import TOKEN_ERRORS
-from zcproto.connection.server import ServerConnection
+from zcproto.connection.server import REPORTED_STEP, ServerConnection
 from zcproto.connection.state import State
 from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
@@ -53,6 +53,7 @@ from zcproto.server.streams import STREAM_TURN_BYTES, StreamRunner
 from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
 from zcproto.tls.server import TlsServerTransport
+from zcproto.wire.decoder import LARGE
 from zcproto.wire.frame import SALT_SIZE
 from zcproto.wire.message import NO_META, encode_error
 
@@ -326,6 +327,8 @@ class ServerProtocol(Dispatcher):
 
     def _frame_buffered(self, frame: FrameBuffered) -> None:
         """Count the bytes of an incomplete frame, and close the connections that exceed the bounds."""
+        if frame.size >= LARGE:
+            self._state.counters.large_bytes += REPORTED_STEP
         owner = f"user {frame.user}" if frame.user else f"address {self.peer}"
         for connection in self._state.partial_frames.hold(self, owner, frame.size, frame.began, self.now()):
             connection.cut_frame()

@@ -70,6 +70,8 @@ class Counters:
     """Streams that have not been answered, by method."""
     streams_cut: Counter[str] = field(default_factory=Counter)
     """Streams that were cancelled before their methods had returned, by reason."""
+    large_bytes: int = 0
+    """Bytes of bodies that are large enough to leave gaps in the heap, received and sent."""
     write_pauses: int = 0
     incidents: int = 0
     reloads: int = 0

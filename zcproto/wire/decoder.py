@@ -28,21 +28,39 @@ from zcproto.wire.frame import (
 LARGE: Final = 131_072
 """Size of a frame, in bytes, from which an incomplete one is kept outside the heap."""
 
+MAX_SPARE: Final = 4 << 20
+"""The largest mapping kept for the next large frame, in bytes."""
+
 _unpack_header = HEADER.unpack_from
+_spare: list[mmap.mmap] = []  # at most one for each thread
 
 
-def _buffer(size: int) -> mmap.mmap:
-    """Return separate memory for a large frame.
+def _take_buffer(size: int) -> mmap.mmap:
+    """Return separate memory for a large frame, of at least `size` bytes.
 
     A buffer that grows on the heap is copied many times and leaves gaps that do not return to the system. A mapping
-    takes pages as bytes arrive, and returns all of them when it is released.
+    takes pages as bytes arrive, and returns all of them when it is released. The last one is kept: pages that the
+    kernel has to clear cost more than all that is done with the bytes.
     """
+    try:
+        spare = _spare.pop()
+    except IndexError:
+        pass
+    else:
+        if len(spare) >= size:
+            return spare
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
         return mmap.mmap(-1, size)
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
         buffer.madvise(mmap.MADV_NOHUGEPAGE)  # otherwise the first byte may take 2 MiB
     return buffer
+
+
+def _return_buffer(buffer: mmap.mmap) -> None:
+    if not _spare and len(buffer) <= MAX_SPARE:
+        buffer.seek(0)
+        _spare.append(buffer)
 
 
 class FrameDecoder:
@@ -58,8 +76,10 @@ class FrameDecoder:
         "_at",
         "_data",
         "_filled",
+        "_header",
         "_missing",
         "_usual",
+        "_whole",
         "accepted",
         "limit",
         "partial",
@@ -73,9 +93,11 @@ class FrameDecoder:
         self._at = 0
         self.partial: bytearray | mmap.mmap | None = None  # an incomplete frame
         self._filled = 0  # bytes of it that have arrived
-        self._missing = 0  # bytes that `_partial` needs before it is worth parsing again
+        self._missing = 0  # bytes that `partial` needs before it is worth parsing again
+        self._header: tuple[int, int, int, int, bytes, int, bytes] | None = None  # of the incomplete frame
         # Bytes that begin with a frame accepted under an earlier, larger limit.
         self._accepted_before: bytes | None = None
+        self._whole: RawFrame | None = None  # the frame that the last bytes completed
 
     @property
     def buffered(self) -> int:
@@ -95,21 +117,28 @@ class FrameDecoder:
             self._at = 0
             return
         filled, missing = self._filled, self._missing
-        self._filled = filled + len(data)
-        self._missing = missing - len(data)
-        rest = b""
+        part, rest = data[:missing], data[missing:]
         if isinstance(partial, bytearray):
-            partial += data
+            partial += part
         else:
-            partial.write(data[:missing])
-            rest = data[missing:]
-        if self._missing <= 0:
+            partial.write(part)
+        self._filled = filled + len(part)
+        self._missing = missing - len(part)
+        if self._missing:
+            return
+        self.partial = None
+        self._at = 0
+        if self._header is None:
             self._data = bytes(partial) + rest
-            self._at = 0
-            self.partial = None
-            was_judged = filled >= LENGTH_SIZE
-            if was_judged and int.from_bytes(partial[:LENGTH_SIZE], "big") > self.limit:
+            if filled >= LENGTH_SIZE and int.from_bytes(partial[:LENGTH_SIZE], "big") > self.limit:
                 self._accepted_before = self._data
+            return
+        with memoryview(partial) as view:
+            self._whole = (*self._header, bytes(view[HEADER_SIZE : self._filled]))
+        if not isinstance(partial, bytearray):
+            _return_buffer(partial)
+        self._header = None
+        self._data = rest
 
     def next_frame(self) -> RawFrame | None:
         """Return the next complete frame, or None if more bytes are needed. Raises as `frames` does."""
@@ -121,6 +150,9 @@ class FrameDecoder:
         Raises:
             ProtocolError: an invalid header, before its body arrives.
         """
+        if self._whole is not None:
+            whole, self._whole = self._whole, None
+            yield whole
         data = self._data
         at = self._at
         size = len(data)
@@ -135,6 +167,7 @@ class FrameDecoder:
                 check_head(head, stream, length, self.accepted)
             end = at + LENGTH_SIZE + length
             if end > size:
+                self._header = _unpack_header(data, at)
                 self._keep(at, end - size)
                 return
             self._at = end
@@ -158,7 +191,7 @@ class FrameDecoder:
         start = memoryview(self._data)[at:]
         self._filled, self._missing = len(start), missing
         if self._filled + missing >= LARGE:
-            self.partial = _buffer(self._filled + missing)
+            self.partial = _take_buffer(self._filled + missing)
             self.partial.write(start)
         else:
             self.partial = bytearray(start)
