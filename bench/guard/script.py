@@ -346,7 +346,6 @@ class Site:
     def connect(self, count: Counted) -> Peer:
         """Return a connection with a session of another user."""
         user, key = next(self._users)
-        self._count_accepted()
         peer = Peer(self)
         with count:
             self.parts.listener._admit(cast("socket.socket", peer), (PEER, 0))
@@ -362,13 +361,6 @@ class Site:
         [(_, body)] = peer.answers()
         peer.token = msgpack.unpackb(body)["token"]
         return peer
-
-    def _count_accepted(self) -> None:
-        """Count a connection as the listener does, which takes it off when it is closed."""
-        listener = self.parts.listener
-        listener.connections += 1
-        listener._all.add("")
-        listener._by_network.add(PEER)
 
     async def client(self) -> tuple[Client, Answering]:
         """Return an open client with a session, and its transport."""
