@@ -95,12 +95,12 @@ class TlsConfig(Settings):
     max_handshakes: Annotated[int, whole(1, 65_536)] = 256
     """Concurrent handshakes, each counted from its complete ClientHello to its end. It costs tens of KiB and up
     to 2 ms of CPU; the default is about half a second of work. A network gets at most as many as it leaves free:
-    half of them alone, a fifth each beside three others."""
+    half of them alone, a fifth each beside three others. Each worker has as many."""
     max_pending: Annotated[int, whole(1, 1_000_000)] = 4096
     """Connections without a complete ClientHello, or that wait for their handshake. They are shared between
     networks as above. Beyond its share a new connection replaces the oldest one that sent no complete ClientHello.
     Each takes about 5 KiB, and up to 16 KiB of half a ClientHello. Raise it if a load balancer without PROXY
-    protocol forwards all clients from one address."""
+    protocol forwards all clients from one address. Divided among workers, each of which has at least 256."""
     client_auth: Annotated[str, one_of("off", "optional", "required")] = "off"
     """Whether clients present certificates. "optional": a client with a certificate may open sessions with
     it; "required": connections without one are refused. By default users open sessions with keys, which need
@@ -314,7 +314,7 @@ class LimitsConfig(Settings):
     """The largest frame of a connection without a session, in bytes: opening a session takes under 1 KiB."""
     partial_frame_bytes: Annotated[int, whole(65_536, 17_179_869_184)] = 50_331_648
     """Bytes of all incomplete frames. Beyond the limit the slowest frame of the user that holds the most is refused
-    and its connection closed; 48 MiB are 48 of the largest frames on their way at once."""
+    and its connection closed; 48 MiB are 48 of the largest frames on their way at once. Divided among workers."""
     partial_frame_bytes_per_user: Annotated[int, whole(16_384, 17_179_869_184)] = 16_777_216
     """Bytes of the incomplete frames of one user, or of one address without a session. One frame of
     `max_frame_bytes` always fits."""
@@ -345,7 +345,7 @@ class LimitsConfig(Settings):
     running_per_address: Annotated[int, whole(1, 1_000_000, "no limit")] = 0
     """Requests in progress of one address. Many users may share an address."""
     threads: Annotated[int, whole(1, 1024)] = 16
-    """Methods with `thread=True` that run at once, each in a thread."""
+    """Methods with `thread=True` that run at once in one worker, each in a thread."""
     waiting_for_thread: Annotated[int, whole(1, 65_536)] = 64
     """Calls of these methods that wait for a thread; more are refused. One user gets as many places as there are
     threads, or half of both if that is more."""
@@ -371,7 +371,7 @@ class StreamsConfig(Settings):
     """Bytes of these items."""
     memory_bytes: Annotated[int, whole(1_048_576, 1_099_511_627_776)] = 67_108_864
     """Bytes of items of all clients that wait for their methods. Beyond it each stream may send one item at a time,
-    and new streams of methods that take items are refused."""
+    and new streams of methods that take items are refused. Divided among workers."""
     write_bytes: Annotated[int, whole(16_384, 67_108_864)] = 65_536
     """Bytes of items that wait for a client that reads slowly, beyond which its methods wait."""
     stall_timeout: Annotated[float, duration("1s", "24h")] = 300.0
@@ -384,9 +384,9 @@ class CallsConfig(Settings):
     max: Annotated[int, whole(1, 65_535, "no calls")] = 32
     """Calls in flight on one connection; the client may allow fewer."""
     per_user: Annotated[int, whole(1, 1_000_000)] = 256
-    """Calls in flight to the clients of one user."""
+    """Calls in flight to the clients of one user, in one worker."""
     total: Annotated[int, whole(1, 10_000_000)] = 16_384
-    """Calls in flight to all clients."""
+    """Calls in flight to all clients, in one worker."""
     names_per_user: Annotated[int, whole(1, 1_000_000)] = 4_096
     """Names of methods that the clients of one user handle, together."""
 
