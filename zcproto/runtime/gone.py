@@ -1,6 +1,6 @@
 """End the sessions of users and devices that are gone once, although every worker watches their files.
 
-    worker: Directory.watch -> report -> the coordinator: Directory.report_gone
+    worker: Directory.watch -> report_gone -> the coordinator: Directory.report_gone
 
 The coordinator watches the files too. It would miss a change made while it is being replaced, so the workers report
 each change until its sessions have ended.
@@ -23,7 +23,7 @@ WITHIN_S: Final = 5.0
 _UNKNOWN: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-async def report(client: LinkClient, kind: str, name: str, user: str) -> None:
+async def report_gone(client: LinkClient, kind: str, name: str, user: str) -> None:
     """Report a user or a device of a user. Returns when the sessions have ended."""
     await client.call(GONE, kind, name, user, within=WITHIN_S)
 

@@ -26,6 +26,7 @@ from zcproto.config import Config
 from zcproto.observe.log import level, set_level
 from zcproto.runtime.alert_sources import on_store_event
 from zcproto.runtime.build import WorkerRole, build_alerts
+from zcproto.runtime.gone import report_gone
 from zcproto.runtime.place import Place
 from zcproto.runtime.store_setup import MEMORY, SQLITE, build_hub
 from zcproto.server.idempotency import answer_limits
@@ -124,6 +125,7 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
             store=store,
             alerts=alerts,
             throttle=throttle,
+            report_gone=partial(report_gone, client),
             run=f"{place.number:x}{system_entropy(_RUN_SIZE).hex()}",
         )
         yield Joined(role, topics, client=client)

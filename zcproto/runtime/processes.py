@@ -41,6 +41,7 @@ from zcproto.errors import ConfigError
 from zcproto.observe.log import LogChange, finish_log, name_process, reopen_log
 from zcproto.runtime import joined
 from zcproto.runtime.first_start import FirstStart
+from zcproto.runtime.gone import gone_calls
 from zcproto.runtime.joined import Joined
 from zcproto.runtime.place import Place
 from zcproto.runtime.process_setup import (
@@ -265,13 +266,14 @@ class ForkedService:
             joining = joined.coordinator(place, config, self._home)
         async with joining as part:
             orders = Orders(self._server(place, part), part, channel, self._manager.watchdog)
-            await orders.run(self._started)
+            await orders.run(partial(self._started, part))
 
-    def _started(self, server: Server) -> None:
+    def _started(self, part: Joined, server: Server) -> None:
         if server.place.is_worker:
             self._on_worker_ready(server)
         else:
             self._first.end()
+            part.topics.calls.update(gone_calls(server.parts))
 
     def _server(self, place: Place, part: Joined) -> Server:
         own: dict[str, Any] = {"progress": self._first.progress, "config": self._config}

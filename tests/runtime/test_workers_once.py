@@ -1,0 +1,110 @@
+"""What a server with workers does once, and not in each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.test_workers import CONFIG, events, pids
+from tests.server.helpers import AnsweredError, Client, eventually
+from tests.server.process import ServerProcess
+from zcproto.auth import UserFile
+from zcproto.errors import Code
+
+LIMITS = """
+[limits]
+login_failures = 3
+connections_per_address = 12
+
+[sessions]
+per_user = 100
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, certs: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text(CONFIG + LIMITS)
+    return home
+
+
+@pytest.fixture
+def key(home: Path) -> str:
+    return UserFile(home / "users.toml").add("ada").reveal()
+
+
+@pytest.fixture
+def server(home: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def clients_of_each(server: ServerProcess, key: str) -> Iterator[dict[str, Client]]:
+    """Yield a client with a session for each worker."""
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Client] = {}
+        opened: list[Client] = []
+        while len(found) < 2:
+            opened.append(stack.enter_context(server.client("ada", key)))
+            eventually(lambda: len(events(server, "session.opened")) == len(opened))
+            found[events(server, "session.opened")[-1]["worker"]] = opened[-1]
+        yield found
+
+
+def is_revoked(client: Client) -> bool:
+    """Return whether the session of a client is refused."""
+    try:
+        client.call("echo", {"n": 1})
+    except AnsweredError as error:
+        return error.code == Code.TOKEN_REVOKED
+    return False
+
+
+def test_failed_logins_are_counted_over_all_workers(server: ServerProcess) -> None:
+    codes = []
+    for _ in range(6):
+        with server.client() as client, pytest.raises(AnsweredError) as refused:
+            client.open_session("ada", "x" * 43)
+        codes.append(refused.value.code)
+    assert codes == 3 * [Code.UNAUTHENTICATED] + 3 * [Code.RESOURCE_EXHAUSTED]
+
+
+def test_connections_of_an_address_are_counted_over_all_workers(server: ServerProcess) -> None:
+    kept = 0
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # closed, or reset
+        while kept < 20:
+            stack.enter_context(server.client())
+            kept += 1
+    assert kept == 12
+
+
+def test_sessions_of_a_user_who_is_disabled_end_once_and_everywhere(server: ServerProcess, key: str) -> None:
+    with clients_of_each(server, key) as clients:
+        UserFile(server.home / "users.toml").disable("ada")
+        for client in clients.values():
+            eventually(lambda client=client: is_revoked(client))  # type: ignore[misc]
+    lines = events(server, "user.gone")
+    assert [line["worker"] for line in lines] == ["coordinator"]
+    assert Counter(line["event"] for line in events(server, "alert.began")) == {"alert.began": 1}
+
+
+def test_user_disabled_while_the_coordinator_is_replaced_loses_the_sessions(
+    server: ServerProcess, key: str
+) -> None:
+    with clients_of_each(server, key) as clients:
+        os.kill(pids(server)["coordinator"], signal.SIGKILL)
+        UserFile(server.home / "users.toml").disable("ada")
+        for client in clients.values():
+            eventually(lambda client=client: is_revoked(client))  # type: ignore[misc]
+    eventually(lambda: events(server, "user.gone"))
+    assert [line["worker"] for line in events(server, "user.gone")] == ["coordinator"]
