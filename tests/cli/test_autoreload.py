@@ -36,7 +36,7 @@ def answer() -> int:
 class Reloading:
     """`zcproto serve --reload` of an application in a folder."""
 
-    def __init__(self, folder: Path, certs: Path) -> None:
+    def __init__(self, folder: Path, certs: Path, *options: str) -> None:
         self.folder = folder
         self.home = folder / "home"
         self.home.mkdir(0o700)
@@ -44,7 +44,7 @@ class Reloading:
         (self.home / "config.toml").write_text("[certificates]\nkey_types = ['ecdsa-p256']\n")
         self.write(APP.format(answer=1))
         self._output = open(folder / "output", "w")  # noqa: SIM115 - closed by `close`
-        command = ["--home", str(self.home), "serve", "shop:app", "--reload", "--port", "0"]
+        command = ["--home", str(self.home), "serve", "shop:app", "--reload", "--port", "0", *options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "zcproto", *command],
             stdout=self._output,
@@ -78,12 +78,18 @@ class Reloading:
 
 
 @pytest.fixture
-def reloading(tmp_path: Path, certs: Path) -> Iterator[Reloading]:
-    server = Reloading(tmp_path, certs)
+def reloading(tmp_path: Path, certs: Path, request: pytest.FixtureRequest) -> Iterator[Reloading]:
+    server = Reloading(tmp_path, certs, *getattr(request, "param", ()))
     yield server
     server.close()
 
 
+with_and_without_workers = pytest.mark.parametrize(
+    "reloading", [(), ("--workers", "2")], indirect=True, ids=["one process", "workers"]
+)
+
+
+@with_and_without_workers
 def test_changed_application_is_served_at_the_same_port(reloading: Reloading) -> None:
     assert reloading.answer() == 1
     reloading.write(APP.format(answer=22))
@@ -115,6 +121,7 @@ def test_client_waits_while_the_server_starts_again(reloading: Reloading) -> Non
             eventually(lambda: client.call("answer") == number)  # noqa: B023 - evaluated in this turn
 
 
+@with_and_without_workers
 def test_server_ends_if_its_parent_is_killed(reloading: Reloading) -> None:
     reloading.process.kill()
     eventually(lambda: "server.ended" in reloading.output)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeClock, FakeTimers
-from tests.server.helpers import ROOT, TIMEOUT, Client, configuration
+from tests.server.helpers import ROOT, TIMEOUT, Client, configuration, eventually
 from zcproto.auth import UserFile
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import STATUS_INTERVAL, ServiceManager
@@ -313,6 +313,44 @@ def test_hanging_loop_does_not_feed_the_watchdog(
     log = (home / "log").read_text()
     assert "Fatal Python error: Aborted" in log
     assert "blocking_app.py" in log
+
+
+def test_supervisor_of_workers_reports_ready_reload_and_stop(
+    start: Start, manager: FakeServiceManager, home: Path
+) -> None:
+    process = start("--port", "0", "--workers", "2", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="400000")
+    assert manager.next() == {"READY": "1", "MAINPID": str(process.pid), "STATUS": "2 of 2 workers"}
+    assert manager.next() == {"WATCHDOG": "1"}
+    process.send_signal(signal.SIGHUP)
+    manager.until("RELOADING", "1")
+    manager.until("READY", "1")
+    process.send_signal(signal.SIGTERM)
+    assert manager.until("STOPPING", "1")["EXTEND_TIMEOUT_USEC"] == "70000000"
+    assert process.wait(TIMEOUT) == 0
+
+
+def test_hanging_worker_is_aborted_and_replaced(
+    start: Start, manager: FakeServiceManager, home: Path
+) -> None:
+    process = start(
+        *("--port", "0", "--workers", "2", "blocking_app:app"),
+        NOTIFY_SOCKET=str(manager.path),
+        WATCHDOG_USEC="600000",
+    )
+    (port,) = where(process, home)
+    os.mkfifo(home / "pipe")
+    with Client(port, home / "certs" / "ca.crt") as client:
+        client.send(client.request("block", {"path": str(home / "pipe")}))
+        with open(home / "pipe", "w"):
+            eventually(lambda: (home / "log").read_text().count('"event":"worker.ready"') == 4)
+            manager.drain()
+            manager.until("WATCHDOG", "1")
+    process.terminate()
+    assert process.wait(TIMEOUT) == 0
+    log = (home / "log").read_text()
+    assert "Fatal Python error: Aborted" in log
+    assert "blocking_app.py" in log
+    assert '"event":"worker.hangs"' in log
 
 
 def listening(host: str, *, dual: bool = False) -> socket.socket:
