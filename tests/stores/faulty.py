@@ -87,9 +87,9 @@ class FaultyStore:
         """Reach the same data as another store."""
         self.registry, self.inner = other.registry, other.inner
 
-    def report_change(self, session_id: bytes) -> None:
-        """Report a session as changed by another process."""
-        self.on_change(Change(ChangeKind.SESSION, session_id))
+    def report_change(self, session_id: bytes, ended: EndedRecord | None = None) -> None:
+        """Report a session as changed by another process, or how it ended."""
+        self.on_change(Change(ChangeKind.SESSION, session_id, ended))
 
     def report_all_changed(self) -> None:
         self.on_change(Change(ChangeKind.ALL))

@@ -13,7 +13,7 @@ from tests.stores.contract import IDLE, KEEP, LEASE, MINUTE, WALL, digest, ended
 from tests.stores.faulty import BUSY, FAILS, FAILS_AFTER, WORKS, FaultyStore
 from zcproto.errors import Code
 from zcproto.sessions import SessionSettings
-from zcproto.sessions.record import UserLimit
+from zcproto.sessions.record import EndedRecord, UserLimit
 from zcproto.stores import hub as hub_module
 from zcproto.stores.base import (
     LEASE_MS,
@@ -69,8 +69,14 @@ async def other(members: Members) -> HubStore:
     return await members.join(b"2")
 
 
-def changed(*ids: bytes) -> list[Change]:
-    return [Change(ChangeKind.SESSION, id) for id in ids]
+def changed(*found: bytes | EndedRecord) -> list[Change]:
+    """Return changes of sessions by id, or with how they ended."""
+    return [
+        Change(ChangeKind.SESSION, each.id, each)
+        if isinstance(each, EndedRecord)
+        else Change(ChangeKind.SESSION, each)
+        for each in found
+    ]
 
 
 async def test_store_is_opened_once(members: Members, one: HubStore, other: HubStore) -> None:
@@ -93,7 +99,7 @@ async def test_other_members_are_notified_of_each_change(
     await one.rotate(rotation(OLD, 3))
     assert members.changes(other) == []
     await one.end([NEW.id, OLD.id], Code.TOKEN_REVOKED, WALL)
-    assert members.changes(other) == changed(NEW.id, OLD.id)
+    assert members.changes(other) == changed(ended(NEW), OLD.id)
     await one.end([NEW.id], Code.TOKEN_REVOKED, WALL)  # repeated: the first attempt may have seemed to fail
     assert members.changes(other) == changed(NEW.id)
     assert members.changes(one) == []
@@ -104,9 +110,9 @@ async def test_other_members_are_notified_of_ends_by_user_of_evictions_and_of_al
 ) -> None:
     await opened(one, OLD, session(3, "bob"))
     await one.end_user("alice", Code.TOKEN_REVOKED, WALL)
-    assert members.changes(other) == changed(OLD.id)
+    assert members.changes(other) == changed(ended(OLD))
     await one.create(session(4, "bob"), UserLimit(1, "evict_oldest", IDLE))
-    assert members.changes(other) == changed(session(3).id)
+    assert members.changes(other) == changed(ended(session(3), Code.SESSION_REPLACED))
     await one.end_all(Code.TOKEN_REVOKED, WALL)
     assert members.changes(other) == [Change(ChangeKind.ALL)]
     assert members.changes(one) == []

@@ -15,6 +15,7 @@ from tests.stores.contract import (
     DurabilityContract,
     RepeatedRefreshContract,
     StoreContract,
+    ended,
     opened,
     session,
 )
@@ -56,7 +57,7 @@ async def test_change_by_one_process_is_reported_to_the_others(harness: HubHarne
     await stores[1].end([record.id], Code.TOKEN_REVOKED, WALL)
     for store in stores:
         await store.ping()  # its answer comes after the changes
-    expected = [Change(ChangeKind.SESSION, record.id)]
+    expected = [Change(ChangeKind.SESSION, record.id, ended(record))]
     assert harness.changes == [expected, [], expected]
 
 
@@ -99,7 +100,7 @@ async def test_process_whose_connection_was_lost_joins_again(harness: HubHarness
     await opened(store, session())
     await other.end([session().id], Code.TOKEN_REVOKED, WALL)
     await store.ping()
-    assert harness.changes[0][-1] == Change(ChangeKind.SESSION, session().id)
+    assert harness.changes[0][-1] == Change(ChangeKind.SESSION, session().id, ended(session()))
     assert len(harness.hub._members) == 2
 
 

@@ -130,6 +130,8 @@ class ChangeKind(Enum):
 class Change:
     kind: ChangeKind
     id: bytes = b""
+    ended: EndedRecord | None = None
+    """How the session ended, if the store reports that too: it need not be asked."""
 
 
 class SessionStore(Protocol):

@@ -51,8 +51,8 @@ _EPOCH_SIZE: Final = 8
 
 T = TypeVar("T")
 
-OnChanges = Callable[[ChangeKind, Sequence[bytes]], object]
-"""Called with what happened to sessions, and their ids if it is SESSION."""
+OnChanges = Callable[[Sequence[Change]], object]
+"""Called with changes by other members, in their order."""
 
 
 class StoreHub:
@@ -98,8 +98,7 @@ class StoreHub:
     def store_emptied(self) -> None:
         """Have the members write back what they know: the store has lost its data."""
         self.epoch = self._entropy(_EPOCH_SIZE)
-        for member in list(self._members):
-            member.on_changes(ChangeKind.EMPTIED, ())
+        self.notify([Change(ChangeKind.EMPTIED)], None)
 
     # --- for members ---------------------------------------------------------------------------------
 
@@ -112,23 +111,19 @@ class StoreHub:
             self._forget_left()
             self._left[member] = self._now() + RETURN_S
 
-    def changed(self, ids: Iterable[bytes], by: HubStore) -> None:
-        """Notify the members of changed sessions."""
-        if ids := tuple(ids):
-            self._notify(ChangeKind.SESSION, ids, by)
-
-    def all_changed(self, by: HubStore) -> None:
-        self._notify(ChangeKind.ALL, (), by)
-
-    def drop_leases(self, ended: Sequence[EndedRecord]) -> None:
-        """Forget the leases of sessions that have ended."""
+    def ended(self, ended: Sequence[EndedRecord], by: HubStore, others: Iterable[bytes] = ()) -> None:
+        """Notify the members of sessions that have ended now, and of others that may have ended before."""
         for member in self._members:
             member.held.difference_update(each.id for each in ended)
+        changes = {id: Change(ChangeKind.SESSION, id) for id in others}
+        changes |= {each.id: Change(ChangeKind.SESSION, each.id, each) for each in ended}
+        self.notify([*changes.values()], by)
 
-    def _notify(self, kind: ChangeKind, ids: Sequence[bytes], by: HubStore | None) -> None:
+    def notify(self, changes: Sequence[Change], by: HubStore | None) -> None:
+        """Notify the members, except the one that made the changes."""
         for member in list(self._members):
-            if member is not by:
-                member.on_changes(kind, ids)
+            if member is not by and changes:
+                member.on_changes(changes)
 
     def outcome_unknown(self) -> None:
         """Have all members check all sessions after what has failed now is done, or will never be."""
@@ -143,7 +138,7 @@ class StoreHub:
             except (StoreUnavailable, ResourceExhausted):
                 await asyncio.sleep(SETTLE_PAUSE_S)
         self._settling = None
-        self._notify(ChangeKind.ALL, (), None)
+        self.notify([Change(ChangeKind.ALL)], None)
 
     # --- leases --------------------------------------------------------------------------------------
 
@@ -194,11 +189,11 @@ class HubStore:
         self._id = id
         self._store = hub.store
         self.held: set[bytes] = set()
-        self.on_changes: OnChanges = lambda kind, ids: None
+        self.on_changes: OnChanges = lambda changes: None
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
-        def hear(kind: ChangeKind, ids: Sequence[bytes]) -> None:
-            for change in [Change(kind, id) for id in ids] or [Change(kind)]:
+        def hear(changes: Sequence[Change]) -> None:
+            for change in changes:
                 on_change(change)
 
         self.on_changes = hear
@@ -226,7 +221,7 @@ class HubStore:
         self.held.add(record.id)  # before it can be seen by another login
         created = await self._change(self._store.create(record, limit))
         if isinstance(created, Created):
-            self._ended(created.ended)
+            hub.ended(created.ended, self)
         else:
             self.held.discard(record.id)
         return created
@@ -234,7 +229,7 @@ class HubStore:
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         rotated = await self._change(self._store.rotate(rotation))
         if isinstance(rotated, SessionRecord) or (isinstance(rotated, NotRotated) and rotated.reused):
-            self._hub.changed([rotation.id], self)
+            self._hub.notify([Change(ChangeKind.SESSION, rotation.id)], self)
         return rotated
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:
@@ -256,18 +251,17 @@ class HubStore:
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
         ended = await self._change(self._store.end(ids, code, wall, user))
-        self._hub.drop_leases(ended)
-        self._hub.changed(ids, self)
+        self._hub.ended(ended, self, ids)
         return ended
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
         ended = await self._change(self._store.end_user(user, code, wall))
-        self._ended(ended)
+        self._hub.ended(ended, self)
         return ended
 
     async def end_all(self, code: Code, wall: int) -> int:
         count = await self._change(self._store.end_all(code, wall))
-        self._hub.all_changed(self)
+        self._hub.notify([Change(ChangeKind.ALL)], self)
         return count
 
     async def count(self) -> int:
@@ -297,10 +291,6 @@ class HubStore:
     async def release_claim(self, user: str, key: str) -> None:
         await self._store.release_claim(user, key)
         self._hub.claims.pop((user, key), None)
-
-    def _ended(self, ended: Sequence[EndedRecord]) -> None:
-        self._hub.drop_leases(ended)
-        self._hub.changed([each.id for each in ended], self)
 
     async def _change(self, operation: Awaitable[T]) -> T:
         try:

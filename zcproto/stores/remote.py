@@ -83,6 +83,10 @@ def _ended_of(values: list[Any]) -> EndedRecord:
     return EndedRecord(id, token_digest, Code(code), ended_at)
 
 
+def _change_values(change: Change) -> tuple[Any, ...]:
+    return change.kind.value, change.id, found_values(change.ended)
+
+
 # --- the process with the store ------------------------------------------------------------------------------
 
 
@@ -124,7 +128,7 @@ class StoreServer:
         if not link.lost and link not in self._member_of:
             member = self._members[id] = self._hub.member(id)
             self._member_of[link] = id, member
-            member.on_changes = lambda kind, ids: link.notify("store.changed", kind.value, ids)
+            member.on_changes = lambda changes: link.notify("store.changed", *map(_change_values, changes))
             self._hub.join(member)
         return self._hub.epoch
 
@@ -376,13 +380,9 @@ class RemoteStore:
         except (CallError, LinkLost) as error:
             raise _failure(error) from error
 
-    def _hear(self, link: Link, kind: str, ids: Sequence[bytes]) -> None:
-        changed = ChangeKind(kind)
-        if changed is ChangeKind.SESSION:
-            for id in ids:
-                self._report(Change(changed, id))
-        else:
-            self._report(Change(changed))
+    def _hear(self, link: Link, *changes: Sequence[Any]) -> None:
+        for kind, id, ended in changes:
+            self._report(Change(ChangeKind(kind), id, None if ended is None else _ended_of(ended)))
 
     def _report(self, change: Change) -> None:
         if self._on_change is not None:

@@ -4,9 +4,9 @@ Decides:
 - Pending revocations reach the store before anything else, and before a token is accepted.
 - A store that is not shared is loaded completely at the start and never asked about unknown tokens.
 - When last uses are written, and when expired entries are removed.
-- A session changed by another process is dropped from the registry if no connection uses it. Otherwise the store
-  is asked for it within the second. If both still disagree about its token when all processes have repeated their
-  rotations, the session is ended.
+- A session changed by another process is dropped from the registry if no connection uses it. Otherwise it is ended
+  if the store has reported its end, else the store is asked for it within the second. If both still disagree about
+  its token when all processes have repeated their rotations, the session is ended.
 - After this process did not run for longer than heartbeat and timeout, no token is accepted before the store has
   answered and all changes it reported are applied. An outage has no grace then (DISTRUST in spec/store.pml).
 - A store that lost its data (EMPTIED) gets the sessions that are known here back: those in use before anything
@@ -430,11 +430,13 @@ class ChangeTracker:
         self._changed_at[change.id] = self.count
         if len(self._changed_at) > CHANGES:
             _, self._all_changed_at = self._changed_at.popitem(last=False)
-        if self._is_used(id_text(change.id)):
+        if not self._is_used(id_text(change.id)):
+            self._registry.forget(change.id)
+        elif change.ended is not None:
+            end_here(self._registry, change.ended)
+        else:
             self._to_check[change.id] = self.count
             self.start_checking()
-        else:
-            self._registry.forget(change.id)
 
     def handle_all_ended(self) -> None:
         """Check sessions that were read while this process ended all in the store, which does not report them."""

@@ -11,6 +11,7 @@ from tests.stores.faulty import BUSY, FAILS
 from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWithOtherFind, raw
 from zcproto.errors import Code
 from zcproto.sessions import Session
+from zcproto.sessions.record import EndedRecord
 from zcproto.stores import sync as sync_module
 
 
@@ -61,6 +62,28 @@ async def test_session_in_use_replaced_by_another_process_ends_here(start_proces
     other.store.report_change(raw(opened))
     await other.settle()
     assert other.ended == [(opened.session.id, Code.SESSION_REPLACED, "replaced by a newer session")]
+
+
+async def test_session_in_use_whose_end_is_reported_ends_without_asking_the_store(
+    start_process: StartProcess,
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store))
+    used, unused = await one.open(), await one.open()
+    for each in (used, unused):
+        await other.find(each.token)
+    other.use(used)
+    calls = len(other.store.calls)
+    for each in (used, unused):
+        record = other.registry.record(raw(each))
+        assert record is not None
+        ended = EndedRecord(record.id, record.token_digest, Code.TOKEN_REVOKED, one.clock.wall())
+        other.store.report_change(record.id, ended)
+    assert other.ended == [(used.session.id, Code.TOKEN_REVOKED, "revoked")]
+    assert other.check(used.token) is Code.TOKEN_REVOKED
+    assert other.check(unused.token) is Code.UNAUTHENTICATED  # forgotten: the store is asked if it comes back
+    await other.settle()
+    assert len(other.store.calls) == calls
 
 
 async def test_session_in_use_refreshed_by_another_process_has_the_new_token(
