@@ -40,6 +40,7 @@ MICRO: Final = {
     "metrics_cost": "Counting, for each request, and a scrape.",
     "session_cleanup": "Remove expired sessions from the registry and from stores.",
     "session_opening": "Open sessions durably, in a file.",
+    "session_opening_workers": "Open sessions durably from two workers, and revoke some on the other.",
     "session_opening_valkey": "Open sessions in Valkey or Redis.",
     "token_check": "Check a token among 100,000.",
     "typed_values": "A nested dataclass as parameter and result, beside pydantic alone.",

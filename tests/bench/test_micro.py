@@ -30,6 +30,7 @@ BARS = {
     },
     "session_opening": {"rate", "memory_mb", "start_s", "clean_rate"},
     "session_opening_valkey": {"rate", "news_longest_ms"},
+    "session_opening_workers": {"rate", "revocation_p99_ms"},
     "token_check": {
         *("memory_mb", "check_p99_9_us"),
         *("lapsing_rate", "lapsing_slice_longest_ms", "ending_rate", "ending_slice_longest_ms"),
@@ -45,11 +46,14 @@ SMALL = {
     "session_cleanup": ["--sessions", "500"],
     "session_opening": ["--sessions", "300", "--concurrency", "8"],
     "session_opening_valkey": ["--sessions", "500"],
+    "session_opening_workers": [
+        *("--sessions", "200", "--concurrency", "8", "--rate", "200", "--revocations", "5"),
+    ],
     "token_check": ["--tokens", "300", "--checks", "500"],
     "typed_values": ["--calls", "300"],
 }
 WITH_VALKEY = {"session_cleanup", "session_opening_valkey"}
-WITH_FOLDER = {*WITH_VALKEY, "session_opening"}
+WITH_FOLDER = {*WITH_VALKEY, "session_opening", "session_opening_workers"}
 
 
 def measured(name: str, words: list[str], file: Path) -> dict[str, dict[str, Any]]:
