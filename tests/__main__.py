@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from zcproto.accelerator import VARIABLE
+
 ROOT = Path(__file__).parent.parent
 COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
 """Rooms that require full coverage of lines and branches."""
@@ -30,6 +32,7 @@ class Group(NamedTuple):
     """Rooms whose tests run in one process."""
 
     rooms: tuple[str, ...]
+    environment: Mapping[str, str] = {}
     secrets: int = 0
     """Minimum number of secrets created by the tests, none of which may leak (tests/secrets_watch.py)."""
 
@@ -51,8 +54,10 @@ GROUPS = (
         ("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec"),
         is_covered=False,
     ),
+    Group(("wire", "connection", "fuzz/test_fuzz.py", "properties"), {VARIABLE: "off"}),
 )
-"""Groups run concurrently, because they mostly wait for timeouts and other programs."""
+"""Groups run concurrently, because they mostly wait for timeouts and other programs. The last one repeats
+the tests of what the accelerator does, without it."""
 
 TOOL_TIMEOUT_S = 840.0
 """Timeout of one tool on an idle machine, to detect a hang."""
@@ -131,7 +136,7 @@ def run_groups(options: list[str], slowdown: float, *, is_quick: bool, is_anothe
             arguments = [*options, *(coverage if group.is_covered else ())]
             if group.secrets and not is_another_python:
                 arguments.append(f"--secrets-at-least={group.secrets}")
-            data = {"COVERAGE_FILE": str(Path(folder) / f".coverage.{number}")}
+            data = {**group.environment, "COVERAGE_FILE": str(Path(folder) / f".coverage.{number}")}
             with open(report, "w", encoding="utf-8") as output:
                 arguments += paths(group, is_another_python)
                 passed = run("pytest", *arguments, output=output, environment=data, slowdown=slowdown)

@@ -17,6 +17,7 @@ from tests.certs.support import constrain
 from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
 from tests.cli.helpers import fill, new_session
 from tests.helpers import free_port
+from zcproto import accelerator
 from zcproto.auth import UserFile
 from zcproto.cli import doctor as doctor_module
 from zcproto.cli import main
@@ -56,6 +57,19 @@ def test_home_of_a_stopped_server_is_ok(folder: Path, doctor: Doctor) -> None:
     assert sorted(path for path in folder.rglob("*") if not path.name.startswith("sessions.db")) == [
         path for path in before if not path.name.startswith("sessions.db")
     ]
+
+
+@pytest.mark.parametrize("state", ["in use", "off", "missing"])
+def test_accelerator_in_use_is_reported(
+    state: str, folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerator, "compiled", accelerator if state == "in use" else None)
+    monkeypatch.setattr(accelerator, "missing", "No module named 'zcproto._accelerator'")
+    monkeypatch.setattr(accelerator, "is_off", state == "off")
+    found = doctor().one("accelerator", "ok")
+    assert found.startswith(accelerator.describe())
+    assert found.startswith("in use") is (state == "in use")
+    assert ("finds a C compiler" in found) is (state == "missing")
 
 
 def test_findings_are_printed_as_a_table(folder: Path, capsys: Capture) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from zcproto import cli
+from zcproto import accelerator, cli
 from zcproto.cli import COMMANDS, Instance, instance_options, main
 from zcproto.errors import CertificateError, ConfigError, ConnectionClosed, InvalidArgument, ZcprotoError
 
@@ -90,7 +90,7 @@ def test_version_is_printed_before_and_after_the_command(
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: "1.2.3")
     assert main(words) == 0
-    assert capsys.readouterr().out == "zcproto 1.2.3\n"
+    assert capsys.readouterr().out == f"zcproto 1.2.3\naccelerator: {accelerator.describe()}\n"
 
 
 def test_version_of_an_uninstalled_checkout(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_version_of_an_uninstalled_checkout(capsys: Capture, monkeypatch: pytest
 
     monkeypatch.setattr(metadata, "version", absent)
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == "zcproto (not installed)\n"
+    assert capsys.readouterr().out.startswith("zcproto (not installed)\n")
 
 
 @pytest.mark.parametrize(

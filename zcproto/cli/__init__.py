@@ -119,11 +119,14 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     if value:
         from importlib import metadata  # noqa: PLC0415 - rarely used, and slow to import
 
+        from zcproto import accelerator  # noqa: PLC0415
+
         try:
             version = metadata.version("zcproto")
         except metadata.PackageNotFoundError:
             version = "(not installed)"
         click.echo(f"zcproto {version}")
+        click.echo(f"accelerator: {accelerator.describe()}")
         ctx.exit()
 
 

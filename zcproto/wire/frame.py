@@ -24,6 +24,7 @@ import struct
 from enum import Enum, IntEnum
 from typing import Final, NamedTuple
 
+from zcproto.accelerator import accelerated
 from zcproto.errors import Code, ProtocolError
 
 VERSION: Final = 1
@@ -136,6 +137,7 @@ def accepted_with_calls(receiver: Side, accepted: Accepted) -> Accepted:
     return accepted._replace(heads=accepted.heads | _OF_CALLS[receiver])
 
 
+@accelerated
 def encode_frame(
     head: int, stream: int, timestamp: int, salt: bytes, counter: int, token: bytes, body: bytes = b""
 ) -> bytes:

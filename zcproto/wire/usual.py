@@ -8,6 +8,7 @@ It must not know: sessions, messages, what is in flight.
 
 from __future__ import annotations
 
+from zcproto.accelerator import accelerated
 from zcproto.wire.frame import HEADER, HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH
 
 UsualFrame = tuple[int, int, bytes, int]
@@ -16,6 +17,7 @@ UsualFrame = tuple[int, int, bytes, int]
 _unpack_header = HEADER.unpack_from
 
 
+@accelerated
 def judge(
     data: bytes, limit: int, head: int, salt: bytes, counter: int, token: bytes, wall: int, tolerance: int
 ) -> tuple[int, int, bytes] | None:
@@ -40,6 +42,7 @@ def judge(
     return None
 
 
+@accelerated
 def cut(
     data: bytes, limit: int, head: int, salt: bytes, counter: int, token: bytes, wall: int, tolerance: int
 ) -> list[UsualFrame]:

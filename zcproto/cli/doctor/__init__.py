@@ -17,6 +17,7 @@ from typing import Final
 
 import click
 
+from zcproto import accelerator
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
 from zcproto.cli.doctor import remote
@@ -192,6 +193,12 @@ def _process(config: Config, home: Home) -> Iterator[Result]:
         yield OK, f"uid {os.geteuid()}"
 
 
+def _accelerator(config: Config, home: Home) -> Iterator[Result]:
+    is_missing = accelerator.compiled is None and not accelerator.is_off
+    hint = "; it is built if the installation finds a C compiler and Python's headers" if is_missing else ""
+    yield OK, accelerator.describe() + hint
+
+
 def _disk(config: Config, home: Home) -> Iterator[Result]:
     places = [home.path, config.certificates.directory]
     if config.log.file is not None:
@@ -314,6 +321,7 @@ def _port(config: Config, home: Home) -> Iterator[Result]:
 
 _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "process": _process,
+    "accelerator": _accelerator,
     "disk": _disk,
     "file limit": _file_limit,
     "certificate": _certificates,

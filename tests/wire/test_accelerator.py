@@ -1,0 +1,322 @@
+"""Test that the compiled functions do what their Python references do, and how one of them is chosen."""
+
+from __future__ import annotations
+
+import gc
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.wire.accelerators import (
+    EDGES,
+    ODD_BYTES,
+    ODD_NUMBERS,
+    RULES,
+    check_call,
+    check_decoders,
+    check_random,
+    check_scan,
+    compiled,
+)
+from tests.wire.test_usual import SALT, TOKEN, UNUSUAL, WALL, frame
+from zcproto import accelerator
+from zcproto.wire import message
+from zcproto.wire.frame import REQUEST
+from zcproto.wire.message import encode_body
+
+needs_compiled = pytest.mark.skipif(
+    compiled is None, reason=f"compare both: {accelerator.missing}; python setup.py build_ext --inplace"
+)
+many = settings(max_examples=200, deadline=None, database=None)
+
+MSGPACK = {
+    "every kind of number": [
+        0,
+        127,
+        128,
+        255,
+        256,
+        2**16,
+        2**32,
+        2**64 - 1,
+        -1,
+        -32,
+        -33,
+        -(2**15),
+        -(2**63),
+        1.5,
+    ],
+    "sizes of str": ["x" * size for size in (0, 31, 32, 255, 256, 65_535, 65_536)],
+    "sizes of bin": [bytes(size) for size in (0, 255, 256, 65_535, 65_536)],
+    "sizes of arrays": [[0] * size for size in (0, 15, 16, 65_535, 65_536)],
+    "sizes of maps": [{str(key): None for key in range(size)} for size in (0, 15, 16, 65_536)],
+    "simple": [None, True, False],
+}
+BROKEN = {
+    "nothing": b"",
+    "the byte that is never used": b"\xc1",
+    "two values": b"\xc0\xc0",
+    "an ext type": b"\xd4\x05\x00",
+    "an ext 8": b"\xc7\x01\x05\x00",
+    "a timestamp": b"\xd6\xff\x00\x00\x00\x00",
+    "an int as key": b"\x81\x01\xc0",
+    "bin as key": b"\x81\xc4\x01a\xc0",
+    "an array as key": b"\x81\x90\xc0",
+    "a str with invalid UTF-8": b"\xa1\xff",
+    "a nested int as key": b"\x92\xa1m\x81\xa1a\x92\xc0\x81\x05\xc0",
+    "2**32 - 1 values that are missing": b"\xdd\xff\xff\xff\xff",
+    "2**32 - 1 pairs that are missing": b"\xdf\xff\xff\xff\xff\xa1a",
+    "a str that is missing": b"\xdb\xff\xff\xff\xffx",
+}
+
+
+@needs_compiled
+@pytest.mark.parametrize("kind", MSGPACK)
+def test_valid_bodies_are_scanned_alike_whole_and_cut_off(kind: str) -> None:
+    for value in MSGPACK[kind]:
+        body = encode_body(value)
+        check_scan(body, 32)
+        assert compiled.scan_body(body, 32) is True
+        for end in {*range(min(len(body), 8)), len(body) // 2, len(body) - 1}:
+            check_scan(body[:end], 32)
+            check_decoders(body[:end], 32)
+        check_scan(body + b"\xc0", 32)
+        check_decoders(encode_body(["m", {"x": value}]), 32)
+
+
+@needs_compiled
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_bodies_are_refused_alike(what: str) -> None:
+    for body in (BROKEN[what], b"\x92\xa1m" + BROKEN[what], b"\x92\xa1m\x81\xa1a" + BROKEN[what]):
+        for padded in (body, b"\xdc\x01\x2d" + b"\xc0" * 300 + body):  # above the size that is trusted
+            check_scan(padded, 32)
+            check_decoders(padded, 32)
+            if not what.endswith("UTF-8"):
+                found = "refused" if _refuses(padded) else compiled.scan_body(padded, 32)
+                assert found in ("refused", False)
+
+
+def _refuses(body: bytes) -> bool:
+    try:
+        compiled.scan_body(body, 32)
+    except message.MessageError:
+        return True
+    return False
+
+
+@needs_compiled
+@pytest.mark.parametrize("depth", [0, 1, 2, 63, 64, 65, 66, 200, 2_000])
+@pytest.mark.parametrize("container", [b"\x91", b"\x81\xa1a", b"\xdc\x00\x01", b"\xdf\x00\x00\x00\x01\xa1a"])
+def test_depth_is_limited_alike(container: bytes, depth: int) -> None:
+    body = container * depth + b"\xc0"
+    for max_depth in {1, 32, 64, 65, depth - 1, depth, depth + 1} - {-1}:
+        check_scan(body, max_depth)
+        check_decoders(body, max_depth)
+    for max_depth in ODD_NUMBERS:
+        check_scan(body, max_depth)
+
+
+@needs_compiled
+@many
+@given(
+    st.recursive(
+        st.none() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ),
+    st.integers(0, 9),
+)
+def test_any_value_is_decoded_alike(value: Any, max_depth: int) -> None:
+    body = encode_body(value)
+    check_scan(body, max_depth)
+    check_decoders(body, max_depth)
+    check_decoders(encode_body(["m", {"value": value}]), max_depth)
+
+
+@needs_compiled
+@many
+@given(st.binary(max_size=600), st.integers(0, 9))
+def test_any_bytes_are_scanned_alike(body: bytes, max_depth: int) -> None:
+    check_scan(body, max_depth)
+    check_decoders(body, max_depth)
+
+
+@needs_compiled
+def test_frames_are_judged_alike_at_the_edges_and_for_odd_arguments() -> None:
+    for data in (*UNUSUAL.values(), frame(), frame() + frame(counter=9), frame(counter=2**64 - 1)):
+        for name in ("judge", "cut"):
+            check_call(name, data, *RULES)
+            for number in range(len(RULES)):
+                for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
+                    check_call(name, data, *RULES[:number], value, *RULES[number + 1 :])
+    for timestamp in EDGES:
+        for wall in (*EDGES, -1, -(2**63), 2**64):
+            for tolerance in (0, 1, 2**63, 2**64 - 1, 2**64, -1):
+                check_call("judge", frame(timestamp=timestamp), *RULES[:5], wall, tolerance)
+    for data in ODD_BYTES:
+        check_call("judge", data, *RULES)
+        check_call("cut", data, *RULES)
+    check_call("judge", bytearray(frame()), *RULES)
+    check_call("cut", memoryview(frame()), *RULES)
+
+
+@needs_compiled
+def test_frames_are_encoded_alike_for_odd_arguments() -> None:
+    usual = (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body")
+    for number in range(len(usual)):
+        for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
+            check_call("encode_frame", *usual[:number], value, *usual[number + 1 :])
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", sorted(accelerator.twins))
+def test_wrong_number_of_arguments_is_refused_alike(name: str) -> None:
+    for count in range(12):
+        check_call(name, *[5] * count)
+    with pytest.raises(TypeError):
+        getattr(compiled, name)(keyword=1)
+
+
+@needs_compiled
+@pytest.mark.parametrize("seed", range(4))
+def test_random_calls_give_the_same(seed: int) -> None:
+    source = random.Random(seed)
+    for _ in range(300):
+        check_random(source)
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "judge": (frame(counter=2**40), *RULES),
+    "cut": (frame(counter=2**40) + frame(counter=2**41), *RULES),
+    "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
+    "scan_body": (encode_body({"a": [1, 2]}), 32),
+}
+FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
+    "judge": (bytearray(frame()), *RULES),
+    "cut": (frame(), 5),
+    "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
+    "scan_body": (b"\xc1" * 300, 32),
+}
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", sorted(CALLS))
+@pytest.mark.parametrize("calls", [CALLS, FOR_THE_TWIN], ids=["usual", "for the twin"])
+def test_calls_leak_nothing(name: str, calls: dict[str, tuple[Any, ...]]) -> None:
+    args = calls[name]
+
+    def call(function: Any, times: int) -> int:
+        for _ in range(times):
+            try:
+                function(*args)
+            except Exception:
+                continue
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    def growth(function: Any) -> int:
+        call(function, 100)
+        return -call(function, 100) + call(function, 2_000)
+
+    counts = [sys.getrefcount(each) for each in args]
+    assert growth(getattr(compiled, name)) < max(0, growth(accelerator.twins[name])) + 200
+    leaked = [sys.getrefcount(each) - count for each, count in zip(args, counts, strict=True)]
+    assert max(map(abs, leaked)) < 1_000  # others use small ints, too
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", sorted(CALLS))
+@pytest.mark.parametrize("calls", [CALLS, FOR_THE_TWIN], ids=["usual", "for the twin"])
+def test_lack_of_memory_is_raised(name: str, calls: dict[str, tuple[Any, ...]]) -> None:
+    testcapi = pytest.importorskip(
+        "_testcapi", reason="_testcapi makes allocations fail; this Python lacks it"
+    )
+    function, args = getattr(compiled, name), calls[name]
+    failed = 0
+    for number in range(40):
+        expected: Any = None
+        testcapi.set_nomemory(number, number + 1)
+        try:
+            result = function(*args)
+        except MemoryError:
+            failed += 1
+        except Exception as error:
+            expected = error
+        else:
+            expected = result
+        finally:
+            testcapi.remove_mem_hooks()
+        assert failed or expected is not None
+    assert failed or name == "scan_body"
+
+
+@needs_compiled
+def test_module_is_loaded_in_an_interpreter_of_its_own() -> None:
+    program = f"""
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+load = '''
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+loader = ExtensionFileLoader("zcproto._accelerator", {compiled.__file__!r})
+module = module_from_spec(spec_from_loader(loader.name, loader))
+loader.exec_module(module)
+assert module.encode_frame(1, 2, 3, bytes(8), 4, bytes(32), b"x")[-1:] == b"x"
+'''
+for _ in range(2):
+    interpreter = interpreters.create()
+    failed = interpreters.run_string(interpreter, load)
+    interpreters.destroy(interpreter)
+    assert failed is None, failed
+print("loaded")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.stdout == "loaded\n", run.stderr
+
+
+# --- with either of them -------------------------------------------------------------------------
+
+
+def test_scanned_body_needs_no_further_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(message, "_SCANNED_ABOVE", 0)
+    monkeypatch.setattr(message, "scan_body", lambda body, max_depth: True)
+    assert message.decode_body(b"\x91\x90", 1) == [[]]
+    assert message.decode_request(encode_body(["m", {"x": [1]}]), 1)[1] == {"x": [1]}
+
+
+def test_package_uses_the_chosen_functions() -> None:
+    from zcproto.wire import frame as frames
+    from zcproto.wire import usual
+
+    chosen = {"judge": usual.judge, "cut": usual.cut, "encode_frame": frames.encode_frame}
+    chosen["scan_body"] = message.scan_body
+    assert chosen.keys() == accelerator.twins.keys()
+    for name, function in chosen.items():
+        assert function is (accelerator.twins[name] if compiled is None else getattr(compiled, name))
+    assert bool(accelerator.missing) is (compiled is None)
+
+
+def chosen_with(setting: str, prelude: str = "") -> str:
+    """Return the module that a new process chooses and why."""
+    program = f"{prelude}\nfrom zcproto import accelerator as a; print(a.compiled is not None, a.missing)"
+    environment = {accelerator.VARIABLE: setting, "PYTHONPATH": ":".join(filter(None, sys.path))}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_variable_selects_python() -> None:
+    assert chosen_with("off") == "False ZCPROTO_ACCELERATOR is off"
+
+
+def test_module_that_cannot_be_loaded_is_replaced_by_python() -> None:
+    prelude = "import sys; sys.modules['zcproto._accelerator'] = None"
+    assert chosen_with("", prelude).startswith("False import of zcproto._accelerator halted")

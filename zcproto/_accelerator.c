@@ -1,0 +1,307 @@
+/* The functions of the request path in C: judge, cut, encode_frame, scan_body.
+ *
+ * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
+ * bodies with anything unusual, are passed on to them, so that results and errors are the same by construction.
+ *
+ * Compiled for the stable ABI of Python 3.11 where there is one (setup.py). There is no state: several interpreters
+ * and threads may use the module at once. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Offsets of the fields of a frame (zcp1.md, section 5). */
+enum { HEAD = 4, STREAM = 8, TIMESTAMP = 12, SALT = 20, COUNTER = 28, TOKEN = 36, BODY = 68 };
+enum { LENGTH_SIZE = HEAD, MIN_LENGTH = BODY - LENGTH_SIZE, SALT_SIZE = COUNTER - SALT, TOKEN_SIZE = BODY - TOKEN };
+
+typedef const unsigned char *Bytes;
+
+static inline uint32_t
+get32(Bytes p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
+static inline uint64_t
+get64(Bytes p)
+{
+    return (uint64_t)get32(p) << 32 | get32(p + 4);
+}
+
+static inline void
+put32(unsigned char *p, uint64_t value)
+{
+    p[0] = (unsigned char)(value >> 24);
+    p[1] = (unsigned char)(value >> 16);
+    p[2] = (unsigned char)(value >> 8);
+    p[3] = (unsigned char)value;
+}
+
+static inline void
+put64(unsigned char *p, uint64_t value)
+{
+    put32(p, value >> 32);
+    put32(p + 4, value);
+}
+
+/* Return whether a value is an int from 0 to `most`, no subclass; store it. Never leaves an exception. */
+static int
+is_uint(PyObject *value, uint64_t most, uint64_t *out)
+{
+    if (!PyLong_CheckExact(value))
+        return 0;
+    *out = PyLong_AsUnsignedLongLong(value);
+    if (*out == UINT64_MAX && PyErr_Occurred()) {
+        PyErr_Clear();
+        return 0;
+    }
+    return *out <= most;
+}
+
+/* Return whether a value is bytes, or also a subclass; store them. `size` is the only allowed one, or -1. */
+static int
+is_bytes(PyObject *value, int or_subclass, Py_ssize_t size, Bytes *out)
+{
+    if (!(PyBytes_CheckExact(value) || (or_subclass && PyBytes_Check(value))))
+        return 0;
+    if (size >= 0 && PyBytes_Size(value) != size)
+        return 0;
+    *out = (Bytes)PyBytes_AsString(value);
+    return 1;
+}
+
+static PyObject *
+call_twin(const char *name, PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *module = PyImport_ImportModule("zcproto.accelerator");
+    PyObject *twins = module == NULL ? NULL : PyObject_GetAttrString(module, "twins");
+    PyObject *twin = twins == NULL ? NULL : PyMapping_GetItemString(twins, name);
+    PyObject *all = twin == NULL ? NULL : PyTuple_New(nargs), *result = NULL;
+    for (Py_ssize_t i = 0; all != NULL && i < nargs; i++) {
+        Py_INCREF(args[i]);
+        PyTuple_SetItem(all, i, args[i]);
+    }
+    if (all != NULL)
+        result = PyObject_CallObject(twin, all);
+    Py_XDECREF(all);
+    Py_XDECREF(twin);
+    Py_XDECREF(twins);
+    Py_XDECREF(module);
+    return result;
+}
+
+/* What makes a frame usual (zcproto/wire/usual.py). */
+typedef struct {
+    uint64_t limit, head, counter, wall, tolerance;
+    Bytes salt, token;
+} Rules;
+
+/* Read the arguments of judge and cut. Return 0 if they are for the twin. */
+static int
+read_rules(PyObject *const *args, Py_ssize_t nargs, Bytes *data, Rules *rules)
+{
+    return nargs == 8 && is_bytes(args[0], 0, -1, data) && is_uint(args[1], UINT64_MAX, &rules->limit) &&
+           is_uint(args[2], UINT64_MAX, &rules->head) && is_bytes(args[3], 0, SALT_SIZE, &rules->salt) &&
+           is_uint(args[4], UINT64_MAX, &rules->counter) && is_bytes(args[5], 0, TOKEN_SIZE, &rules->token) &&
+           is_uint(args[6], UINT64_MAX, &rules->wall) && is_uint(args[7], UINT64_MAX, &rules->tolerance);
+}
+
+/* Return the size of the usual frame at the start of `left` bytes, or 0. */
+static size_t
+usual_size(const Rules *rules, Bytes frame, size_t left)
+{
+    if (left < BODY)
+        return 0;
+    uint64_t length = get32(frame), timestamp = get64(frame + TIMESTAMP);
+    uint64_t age = rules->wall > timestamp ? rules->wall - timestamp : timestamp - rules->wall;
+    if (length < MIN_LENGTH || length > rules->limit || length > left - LENGTH_SIZE ||
+        get32(frame + HEAD) != rules->head || get32(frame + STREAM) == 0 || age > rules->tolerance ||
+        get64(frame + COUNTER) <= rules->counter || memcmp(frame + SALT, rules->salt, SALT_SIZE) != 0 ||
+        memcmp(frame + TOKEN, rules->token, TOKEN_SIZE) != 0)
+        return 0;
+    return LENGTH_SIZE + (size_t)length;
+}
+
+/* Return (stream, counter, body), and with `end` as its fourth item if it is not 0. */
+static PyObject *
+usual_frame(Bytes frame, size_t size, size_t end)
+{
+    PyObject *parts[4] = {
+        PyLong_FromUnsignedLong(get32(frame + STREAM)),
+        PyLong_FromUnsignedLongLong(get64(frame + COUNTER)),
+        PyBytes_FromStringAndSize((const char *)frame + BODY, (Py_ssize_t)(size - BODY)),
+        end == 0 ? NULL : PyLong_FromSize_t(end),
+    };
+    Py_ssize_t count = end == 0 ? 3 : 4;
+    PyObject *result = parts[0] && parts[1] && parts[2] && (end == 0 || parts[3]) ? PyTuple_New(count) : NULL;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (result != NULL)
+            PyTuple_SetItem(result, i, parts[i]);
+        else
+            Py_XDECREF(parts[i]);
+    }
+    return result;
+}
+
+/* judge(data, limit, head, salt, counter, token, wall, tolerance) */
+static PyObject *
+judge(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    Bytes data;
+    Rules rules;
+    if (!read_rules(args, nargs, &data, &rules))
+        return call_twin("judge", args, nargs);
+    size_t size = (size_t)PyBytes_Size(args[0]);
+    if (usual_size(&rules, data, size) != size || size == 0)
+        Py_RETURN_NONE;
+    return usual_frame(data, size, 0);
+}
+
+/* cut(data, limit, head, salt, counter, token, wall, tolerance) */
+static PyObject *
+cut(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    Bytes data;
+    Rules rules;
+    if (!read_rules(args, nargs, &data, &rules))
+        return call_twin("cut", args, nargs);
+    PyObject *frames = PyList_New(0);
+    size_t at = 0, end = (size_t)PyBytes_Size(args[0]), size;
+    while (frames != NULL && (size = usual_size(&rules, data + at, end - at)) != 0) {
+        PyObject *frame = usual_frame(data + at, size, at + size);
+        if (frame == NULL || PyList_Append(frames, frame) < 0)
+            Py_CLEAR(frames);
+        Py_XDECREF(frame);
+        rules.counter = get64(data + at + COUNTER);
+        at += size;
+    }
+    return frames;
+}
+
+/* encode_frame(head, stream, timestamp, salt, counter, token, body) */
+static PyObject *
+encode_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    Bytes salt, token, body;
+    uint64_t head, stream, timestamp, counter;
+    if (nargs != 7 || !is_uint(args[0], UINT32_MAX, &head) || !is_uint(args[1], UINT32_MAX, &stream) ||
+        !is_uint(args[2], UINT64_MAX, &timestamp) || !is_bytes(args[3], 1, SALT_SIZE, &salt) ||
+        !is_uint(args[4], UINT64_MAX, &counter) || !is_bytes(args[5], 1, TOKEN_SIZE, &token) ||
+        !is_bytes(args[6], 0, -1, &body) || PyBytes_Size(args[6]) > PY_SSIZE_T_MAX - BODY ||
+        (uint64_t)PyBytes_Size(args[6]) > UINT32_MAX - MIN_LENGTH)
+        return call_twin("encode_frame", args, nargs);
+    Py_ssize_t size = PyBytes_Size(args[6]);
+    PyObject *result = PyBytes_FromStringAndSize(NULL, BODY + size);
+    if (result == NULL)
+        return NULL;
+    unsigned char *frame = (unsigned char *)PyBytes_AsString(result);
+    put32(frame, MIN_LENGTH + (uint64_t)size);
+    put32(frame + HEAD, head);
+    put32(frame + STREAM, stream);
+    put64(frame + TIMESTAMP, timestamp);
+    memcpy(frame + SALT, salt, SALT_SIZE);
+    put64(frame + COUNTER, counter);
+    memcpy(frame + TOKEN, token, TOKEN_SIZE);
+    memcpy(frame + BODY, body, (size_t)size);
+    return result;
+}
+
+enum { DEEPEST = 64, SIZED = 16, REFUSED = 32 };
+
+/* What follows the first byte of a value, from 0xc0 on: so many bytes; or, above SIZED, a size of so many bytes. */
+static const unsigned char FOLLOWS[32] = {
+    0, REFUSED, 0, 0, SIZED + 1, SIZED + 2, SIZED + 4, REFUSED, REFUSED, REFUSED, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8,
+    REFUSED, REFUSED, REFUSED, REFUSED, REFUSED, SIZED + 1, SIZED + 2, SIZED + 4, SIZED + 2, SIZED + 4, SIZED + 2,
+    SIZED + 4,
+};
+
+/* Return whether the bytes are one msgpack value without ext types, with str keys, nested at most `max_depth` deep.
+ * Each value takes at least one byte, so the work is linear, whatever sizes are declared. */
+static int
+is_plain(Bytes p, Bytes end, uint64_t max_depth)
+{
+    uint64_t left[DEEPEST + 1] = {1}; /* values that each level still needs */
+    int is_map[DEEPEST + 1] = {0};
+    unsigned depth = 0;
+    for (;;) {
+        while (left[depth] == 0) {
+            if (depth-- == 0)
+                return p == end;
+        }
+        if (p == end)
+            return 0;
+        unsigned first = *p++;
+        int is_str = (first >= 0xa0 && first <= 0xbf) || (first >= 0xd9 && first <= 0xdb);
+        if (is_map[depth] && left[depth] % 2 == 0 && !is_str)
+            return 0;
+        left[depth]--;
+        uint64_t size = 0;
+        if (first >= 0xc0 && first <= 0xdf) {
+            unsigned follows = FOLLOWS[first - 0xc0];
+            if (follows == REFUSED)
+                return 0;
+            size = follows;
+            if (follows > SIZED) {
+                follows -= SIZED;
+                if ((size_t)(end - p) < follows)
+                    return 0;
+                for (size = 0; follows > 0; follows--)
+                    size = size << 8 | *p++;
+            }
+        } else if (first >= 0x80 && first <= 0xbf) {
+            size = first & (is_str ? 31 : 15);
+        }
+        if ((first >= 0x80 && first <= 0x9f) || (first >= 0xdc && first <= 0xdf)) { /* map or array */
+            if (++depth > max_depth || depth > DEEPEST)
+                return 0;
+            is_map[depth] = first <= 0x8f || first >= 0xde;
+            left[depth] = is_map[depth] ? 2 * size : size;
+        } else if ((uint64_t)(end - p) < size) {
+            return 0;
+        } else {
+            p += size;
+        }
+    }
+}
+
+/* scan_body(body, max_depth) */
+static PyObject *
+scan_body(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    Bytes body;
+    uint64_t max_depth;
+    if (nargs == 2 && is_bytes(args[0], 0, -1, &body) && is_uint(args[1], UINT64_MAX, &max_depth) &&
+        is_plain(body, body + PyBytes_Size(args[0]), max_depth))
+        Py_RETURN_TRUE;
+    return call_twin("scan_body", args, nargs);
+}
+
+#define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
+
+static PyMethodDef METHODS[] = {
+    FUNCTION(judge),
+    FUNCTION(cut),
+    FUNCTION(encode_frame),
+    FUNCTION(scan_body),
+    {NULL, NULL, 0, NULL},
+};
+
+/* Slots that the headers of Python 3.11 do not have, by their numbers in the stable ABI. */
+static PyModuleDef_Slot SLOTS[] = {
+    {4, (void *)1}, /* 3.13: Py_mod_gil, Py_MOD_GIL_NOT_USED */
+    {3, (void *)2}, /* 3.12: Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED */
+    {0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "zcproto._accelerator", NULL, 0, METHODS, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC
+PyInit__accelerator(void)
+{
+    /* An older Python refuses a slot that it does not have. */
+    MODULE.m_slots = SLOTS + (Py_Version < 0x030d0000) + (Py_Version < 0x030c0000);
+    return PyModuleDef_Init(&MODULE);
+}
