@@ -190,6 +190,24 @@ def test_racing_processes_never_exceed_a_limit_while_others_leave() -> None:
     assert memory.worker(0).counts("connections")["192.0.2.1"] == 0
 
 
+@pytest.mark.parametrize(("seen", "admitted"), [([False, True], True), (10 * [False], False)])
+def test_attempts_of_others_at_the_last_place_are_outwaited_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, seen: list[bool], admitted: bool
+) -> None:
+    counts = shared().worker(0).counts("connections")
+    monkeypatch.setattr(module.SharedCounts, "_is_at_most", lambda counts, key, limit: seen.pop(0))
+    assert counts.add("192.0.2.1", 5) is admitted
+    assert counts["192.0.2.1"] == admitted
+
+
+def test_window_that_some_workers_have_left_is_counted_without_them() -> None:
+    memory = shared(2)
+    old, new = (memory.worker(number).failures("logins", 4.0) for number in range(2))
+    old.add("ada", 5, 101.0)
+    new.add("ada", 1, 109.0)  # two windows later
+    assert new.count("ada", 109.0) == old.count("ada", 109.0) == 1
+
+
 # --- rates -----------------------------------------------------------------------------------------------
 
 

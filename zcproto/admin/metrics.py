@@ -89,7 +89,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
     )
     requests = parts.state.request_limits
     rows: list[tuple[str, int, int | None]] = [
-        ("limits.max_connections", limits.max_connections, listener.connections),
+        ("limits.max_connections", limits.max_connections, listener.all_connections),
         ("limits.connections_per_address", limits.connections_per_address, listener.most_per_address),
         ("limits.failed_handshakes_per_network", limits.failed_handshakes_per_network, None),
         ("limits.partial_frame_bytes", limits.partial_frame_bytes, parts.state.partial_frames.bytes),
@@ -104,7 +104,7 @@ def _limits(snapshot: Snapshot) -> Iterator[Reading]:
         ("limits.max_depth", limits.max_depth, None),
         ("limits.write_buffer_bytes", limits.write_buffer_bytes, None),
         ("limits.login_failures", limits.login_failures, None),
-        ("limits.logins_pending", limits.logins_pending, parts.login.pending),
+        ("limits.logins_pending", limits.logins_pending, parts.login.all_pending),
         ("limits.requests_per_user", limits.requests_per_user, None),
         ("limits.requests_per_address", limits.requests_per_address, None),
         ("limits.public_requests_per_address", limits.public_requests_per_address, None),

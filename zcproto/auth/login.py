@@ -79,6 +79,11 @@ class Login:
         self.failed = dict.fromkeys(self.accepted, 0)
 
     @property
+    def all_pending(self) -> int:
+        """The logins that wait for their authenticators in all workers."""
+        return self._pending_all[_ALL]
+
+    @property
     def schemes(self) -> tuple[str, ...]:
         """The schemes that `session.open` accepts."""
         return tuple(self._authenticators)

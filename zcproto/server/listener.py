@@ -322,6 +322,11 @@ class Listener(AcceptLoop):
         """The connections of the network with most of them."""
         return self._by_network.most
 
+    @property
+    def all_connections(self) -> int:
+        """The connections that `limits.max_connections` counts: those of all workers."""
+        return self._all[_ALL]
+
     async def wait_empty(self) -> None:
         """Wait, after `close`, until the last connection is gone."""
         if self.connections:
