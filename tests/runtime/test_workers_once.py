@@ -6,14 +6,17 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.runtime.test_workers import CONFIG, events, pids
-from tests.server.helpers import AnsweredError, Client, eventually
+from tests.server.helpers import ROOT, AnsweredError, Client, eventually
 from tests.server.process import ServerProcess
 from zcproto.auth import UserFile
 from zcproto.errors import Code
@@ -108,3 +111,30 @@ def test_user_disabled_while_the_coordinator_is_replaced_loses_the_sessions(
             eventually(lambda client=client: is_revoked(client))  # type: ignore[misc]
     eventually(lambda: events(server, "user.gone"))
     assert [line["worker"] for line in events(server, "user.gone")] == ["coordinator"]
+
+
+def ask(client: Client, **params: object) -> Any:
+    """Call with an idempotency key; return the answer."""
+    client.send(client.request("echo", params, {"idempotency_key": "k"}))
+    return client.answer(client.stream)
+
+
+def test_idempotency_key_is_claimed_once_for_all_workers(server: ServerProcess, key: str) -> None:
+    with clients_of_each(server, key) as clients:
+        one, other = clients.values()
+        assert ask(one, n=1).value == ask(other, n=1).value == {"n": 1}
+        assert ask(other, n=2).code == Code.FAILED_PRECONDITION
+
+
+def test_certificates_are_renewed_once_and_served_by_every_worker(server: ServerProcess) -> None:
+    command = [sys.executable, "-m", "zcproto", "--home", str(server.home), "cert", "renew"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    eventually(lambda: len(events(server, "certificate.renewed", "certificate.loaded")) >= 3)
+    found = {
+        line["worker"]: line["event"] for line in events(server, "certificate.renewed", "certificate.loaded")
+    }
+    assert found == {
+        "coordinator": "certificate.loaded",
+        "1": "certificate.loaded",
+        "2": "certificate.loaded",
+    }
