@@ -22,7 +22,7 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
-from zcproto.common.counts import Counts
+from zcproto.common.counts import ALONE, Counting, Counts
 from zcproto.common.network import network_of, plain_address
 from zcproto.config import Config
 from zcproto.config.model import HttpConfig
@@ -56,9 +56,10 @@ UNKNOWN_NAME: Final = text_response(421, "this server has no such name")
 class HttpSide:
     """The HTTPS side of one server. Routes may be added to `router` until it serves."""
 
-    def __init__(self, config: Config, state: ServerState) -> None:
+    def __init__(self, config: Config, state: ServerState, counting: Counting = ALONE) -> None:
         self._config = config
         self._state = state
+        self._counting = counting
         self.redirect: RedirectListener | None = None
         self.router = Router()
         self.endpoint = HttpEndpoint(
@@ -89,7 +90,8 @@ class HttpSide:
         """
         config = self._config
         sockets = passed or bind(config.server.host, config.http.redirect_port, "http.redirect_port")
-        self.redirect = RedirectListener(sockets, self._state, names, https_port)
+        counts = self._counting.counts("redirects_per_address")
+        self.redirect = RedirectListener(sockets, self._state, names, https_port, counts)
 
     def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
         """Close the connections of clients with a bad certificate (DER)."""
@@ -196,6 +198,7 @@ class RedirectListener(AcceptLoop):
         state: ServerState,
         names: Callable[[], Iterable[str]],
         https_port: int,
+        by_network: Counts,
     ) -> None:
         super().__init__(asyncio.get_running_loop())
         self.listen_on(sockets)
@@ -207,7 +210,7 @@ class RedirectListener(AcceptLoop):
             REDIRECT_LIMITS,
             _plain_peer,
         )
-        self._by_network = Counts()
+        self._by_network = by_network
         self.open: set[LingeringProtocol] = set()
         self.refused = 0
 

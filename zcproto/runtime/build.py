@@ -434,7 +434,7 @@ def build_endpoints(
     """Build the TLS endpoint and the protocols that are spoken on it."""
     loop = asyncio.get_running_loop()
     protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(ServerProtocol, state)}
-    http = HttpSide(config, state) if config.http.enabled else None
+    http = HttpSide(config, state, role.counting) if config.http.enabled else None
     if http is not None:
         protocols |= http.protocols
     acceptor = TlsAcceptor(
