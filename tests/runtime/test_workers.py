@@ -210,6 +210,39 @@ def test_killed_supervisor_frees_port_and_home(home: Path, certs: Path, key: str
             assert client.call("echo", {"text": "a"}) == {"text": "a"}
 
 
+def test_end_of_a_process_raises_an_alert(server: ServerProcess) -> None:
+    for name in ("1", "coordinator"):
+        before = pids(server)
+        os.kill(before[name], signal.SIGKILL)
+        eventually(lambda name=name, before=before: pids(server)[name] != before[name])
+        eventually(lambda name=name: any(name in line["about"] for line in events(server, "alert.began")))
+    alerts = [(line["kind"], line["about"]) for line in events(server, "alert.began")]
+    assert {("worker.ended", "worker 1"), ("worker.ended", "coordinator")} <= set(alerts)
+
+
+FAIL_ONCE = """
+    with contextlib.suppress(FileExistsError):
+        open("once", "x").close()
+        asyncio.get_running_loop().call_later(0.2, asyncio.current_task().cancel)
+"""
+
+
+def test_lifespan_that_fails_later_ends_its_worker_alone(home: Path, certs: Path) -> None:
+    (home / "failing.py").write_text(FAILING.format(body=FAIL_ONCE))
+    with ServerProcess(home, certs, "--workers", "2", app="failing:app") as server:
+        eventually(lambda: events(server, "worker.ended"))
+        eventually(lambda: len(events(server, "worker.ready")) == 4)
+        (line,) = events(server, "worker.ended")
+        assert line["reason"].startswith("the lifespan of the application ended early")
+
+
+def test_sigterm_drains_one_worker_which_is_replaced(server: ServerProcess) -> None:
+    before = pids(server)
+    os.kill(before["2"], signal.SIGTERM)
+    eventually(lambda: pids(server)["2"] != before["2"])
+    assert [line["worker"] for line in events(server, "server.ended")] == ["2"]
+
+
 def test_hangup_reloads_every_process(server: ServerProcess) -> None:
     config = server.home / "config.toml"
     config.write_text(CONFIG + "\n[limits]\nmax_connections = 400\n")
@@ -236,6 +269,8 @@ def test_drain_and_reload_by_the_control_socket_reach_every_process(server: Serv
 
 
 FAILING = """
+import asyncio
+import contextlib
 from contextlib import asynccontextmanager
 
 from zcproto.app.app import App
@@ -336,7 +371,7 @@ def test_system_without_fork_is_refused(home: Path) -> None:
 
 
 def test_threads_of_an_import_are_reported(home: Path) -> None:
-    before = "import threading, time; threading.Thread(target=time.sleep, args=[2], daemon=True).start()"
+    before = "import threading, time; threading.Thread(target=time.sleep, args=[60], daemon=True).start()"
     with run_program(home, before) as process:
         assert process.stdout is not None
         process.stdout.readline()

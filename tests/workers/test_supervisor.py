@@ -348,6 +348,33 @@ def wait_for_or_beat(channel: Channel) -> bool:
     return messages is not None and all(each.name != "drain" for each in messages)
 
 
+@pytest.mark.parametrize("number", [COORDINATOR, 1])
+def test_end_of_a_process_is_reported_by_the_coordinator(run: Run, number: int) -> None:
+    report_read, report_write = os.pipe()
+
+    def script(number: int, channel: Channel, lifeline: int) -> int:
+        channel.send("ready")
+        while number == COORDINATOR:
+            select.select([channel], [], [])
+            for message in channel.receive() or ():
+                if message.name == "ended":
+                    os.write(report_write, json.dumps(message.values).encode())
+                elif message.name == "drain":
+                    return 0
+        wait_for(channel, "drain")
+        return 0
+
+    running = run(script)
+    pids = running.serve()
+    os.kill(pids[number], signal.SIGKILL)
+    assert select.select([report_read], [], [], LIMIT)[0]
+    name = "coordinator" if number == COORDINATOR else "1"
+    assert json.loads(os.read(report_read, 4096)) == {"worker": name, "reason": "SIGKILL"}
+    assert running.stop() == 0
+    os.close(report_read)
+    os.close(report_write)
+
+
 # --- stop --------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,7 @@ class AlertKind(Enum):
     STORE_MISCONFIGURED = "store.misconfigured"
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
     SERVER_FULL = "server.full"
+    WORKER_ENDED = "worker.ended"
     UNDELIVERED = "alerts.undelivered"
     TEST = "alerts.test"
 
@@ -185,6 +186,11 @@ server.full: error, ends rate; limit
     Connections were refused: `max_connections` is reached, or the system has no more file descriptors or
     memory (`descriptors`).
     Cure: Raise the limit if the clients are legitimate; the log has their addresses.
+worker.ended: error, ends quiet; process
+    A process of a server with workers crashed or was killed, and was started again. A worker has lost its
+    connections.
+    Cure: The log event `worker.ended` has the signal or the error. SIGKILL is often the system, which was short of
+    memory.
 alerts.undelivered: error, ends resolved; sink
     Alerts cannot be delivered to the webhook, or the command fails. They are queued, up to a limit, and
     retried. The other sinks report it, and this one when it works again.

@@ -29,6 +29,7 @@ from mmap import mmap
 from typing import Any, Final
 
 from zcproto.admin.control import open_control
+from zcproto.alerts import AlertKind
 from zcproto.common.clock import system_entropy
 from zcproto.common.process import new_event_loop
 from zcproto.common.shared_counts import SharedMemory, memory_size
@@ -329,6 +330,7 @@ class Orders:
 
     def __init__(self, server: Server, part: Joined, channel: Channel, watchdog: float | None) -> None:
         self._server = server
+        self._part = part
         self._channel = channel
         self._watchdog = watchdog
         self._go, self._stop, self._applied = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -386,8 +388,17 @@ class Orders:
                 self._drain(values.get("limit"))
             elif name == "reload":
                 self._begin(self._reload())
+            elif name == "ended":
+                self._report_ended(str(values.get("worker")), str(values.get("reason")))
             elif name == "applied":
                 self._applied.set()
+
+    def _report_ended(self, name: str, reason: str) -> None:
+        alerts = self._part.role.alerts
+        assert alerts is not None
+        process = name if name == "coordinator" else f"worker {name}"
+        title = f"a process of the server, {process}, has ended and was started again: {reason}"
+        alerts.raise_(AlertKind.WORKER_ENDED, title, about=process)
 
     def _drain(self, limit: float | None) -> None:
         self._limit = limit

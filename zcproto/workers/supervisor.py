@@ -25,6 +25,7 @@ import selectors
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NoReturn, Protocol
 
@@ -49,6 +50,10 @@ RELOAD_LIMIT: Final = 30.0
 
 KILLED_LIMIT: Final = 5.0
 """Seconds for which the end of killed processes is awaited; an uninterruptible system call may take longer."""
+
+MAX_ENDED: Final = 64
+MAX_REASON: Final = 200
+"""Characters of a reason in an alert."""
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 _STOP: Final = (signal.SIGTERM, signal.SIGINT)
@@ -146,6 +151,8 @@ class Supervisor:
         self._reloading: set[ChildProcess] | None = None
         self._reload_until = 0.0
         self._reload_again = False
+        self._ended: deque[tuple[str, str]] = deque(maxlen=MAX_ENDED)
+        """Processes that have ended, and why, which the coordinator has yet to report."""
 
     def run(self) -> bool:
         """Run the server until it has ended. Return False if a second signal has ended it at once.
@@ -310,6 +317,7 @@ class Supervisor:
         log.info("worker.ready", worker=process.name, pid=process.pid)
         if self._has_served:
             process.send("go")
+            self._report_ended()
             return
         if process is self.coordinator:
             self._service.coordinator_ready(values)
@@ -432,6 +440,15 @@ class Supervisor:
         delay = process.pacer.ended(served)
         process.start_at = now + delay
         log.error("worker.ended", worker=process.name, pid=pid, reason=reason, retry_after_s=round(delay, 3))
+        self._ended.append((process.name, reason[:MAX_REASON]))
+        self._report_ended()
+
+    def _report_ended(self) -> None:
+        while self._ended and self.coordinator.ready_at is not None:
+            name, reason = self._ended[0]
+            if not self.coordinator.send("ended", worker=name, reason=reason):
+                break  # it has ended too
+            self._ended.popleft()
 
     def _close_channel(self, process: ChildProcess) -> None:
         if process.channel is not None:
