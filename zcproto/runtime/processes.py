@@ -29,7 +29,6 @@ from mmap import mmap
 from typing import Any, Final
 
 from zcproto.admin.control import open_control
-from zcproto.alerts import AlertKind
 from zcproto.common.clock import system_entropy
 from zcproto.common.process import new_event_loop
 from zcproto.common.shared_counts import SharedMemory, memory_size
@@ -41,6 +40,7 @@ from zcproto.config.shares import share_of
 from zcproto.errors import ConfigError
 from zcproto.observe.log import LogChange, finish_log, name_process, reopen_log
 from zcproto.runtime import joined
+from zcproto.runtime.alert_sources import on_process_ended
 from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.gone import gone_calls
 from zcproto.runtime.joined import Joined
@@ -389,16 +389,10 @@ class Orders:
             elif name == "reload":
                 self._begin(self._reload())
             elif name == "ended":
-                self._report_ended(str(values.get("worker")), str(values.get("reason")))
+                assert self._part.role.alerts is not None
+                on_process_ended(self._part.role.alerts, str(values["worker"]), str(values["reason"]))
             elif name == "applied":
                 self._applied.set()
-
-    def _report_ended(self, name: str, reason: str) -> None:
-        alerts = self._part.role.alerts
-        assert alerts is not None
-        process = name if name == "coordinator" else f"worker {name}"
-        title = f"a process of the server, {process}, has ended and was started again: {reason}"
-        alerts.raise_(AlertKind.WORKER_ENDED, title, about=process)
 
     def _drain(self, limit: float | None) -> None:
         self._limit = limit
