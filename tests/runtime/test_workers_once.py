@@ -28,6 +28,9 @@ connections_per_address = 12
 
 [sessions]
 per_user = 100
+
+[alerts]
+throttled_logins = 3
 """
 
 
@@ -80,6 +83,9 @@ def test_failed_logins_are_counted_over_all_workers(server: ServerProcess) -> No
             client.open_session("ada", "x" * 43)
         codes.append(refused.value.code)
     assert codes == 3 * [Code.UNAUTHENTICATED] + 3 * [Code.RESOURCE_EXHAUSTED]
+    eventually(lambda: events(server, "alert.began"))
+    (alert,) = events(server, "alert.began")
+    assert (alert["worker"], alert["kind"]) == ("coordinator", "login.throttled")
 
 
 def test_connections_of_an_address_are_counted_over_all_workers(server: ServerProcess) -> None:
