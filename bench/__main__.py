@@ -30,6 +30,8 @@ SCENARIOS: Final = {
     "rotation": "Replace certificates once a second under load: no request fails.",
     "soak": "Churn and faults for a long time: no wrong answer, no growth.",
     "storms": "10,000 reconnects at once, and hostile clients among honest ones.",
+    "worker_kills": "Kill workers, coordinator and supervisor at random: nothing acknowledged is lost.",
+    "workers": "Several workers: balance, cost, a limit over all, and 58,000 connections.",
     "streams": "10,000 connections, each with an open stream: every item in order and in time.",
 }
 MICRO: Final = {

@@ -246,6 +246,18 @@ def memory_bytes(pid: int) -> tuple[int, int]:
     return int(fields["VmRSS"].split()[0]) * KIB, int(fields["VmHWM"].split()[0]) * KIB
 
 
+def family(pid: int) -> list[int]:
+    """Return a process and its children, the first made first: of a server its coordinator, then its workers."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *sorted(map(int, children))]
+
+
+def private_bytes(pid: int) -> int:
+    """Return the memory of a process that it shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * KIB for line in lines if line.startswith("Private_"))
+
+
 def cpu_seconds(pid: int) -> float:
     """Return the CPU time of all threads of a process, from the scheduler's account."""
     total = 0

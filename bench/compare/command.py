@@ -37,7 +37,16 @@ import msgpack
 from bench.command import COUNT, measurement
 from bench.compare.client import ALPN, Connection, context_for
 from bench.report import Report, Row
-from bench.stage import CLIENT_CPU, ECDSA_ONLY, SERVER_CPU, Stage, bench_environment, cpu_seconds, settle
+from bench.stage import (
+    CLIENT_CPU,
+    ECDSA_ONLY,
+    SERVER_CPU,
+    Stage,
+    bench_environment,
+    cpu_seconds,
+    family,
+    settle,
+)
 from zcproto.errors import ZcprotoError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
@@ -73,10 +82,14 @@ class Case(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A server process."""
+    """A server, by its first process."""
 
     pid: int
     port: int
+
+    def cpu_us(self) -> float:
+        """Return the CPU time of all its processes, in microseconds."""
+        return sum(map(cpu_seconds, family(self.pid))) * 1e6
 
 
 class Side:
@@ -108,27 +121,27 @@ class Side:
         """Make a slice of requests; return the server's CPU time for each, in microseconds."""
         connections = self._connections
         turns = max(1, SLICE // (len(connections) * depth))
-        before = cpu_seconds(self._server.pid)
+        before = self._server.cpu_us()
         for _ in range(turns):
             for connection in connections:
                 connection.echo(method, PARAMS, depth)
             for connection in connections:
                 connection.check_echoes(ANSWER, depth)
-        return (cpu_seconds(self._server.pid) - before) * 1e6 / (turns * len(connections) * depth)
+        return (self._server.cpu_us() - before) / (turns * len(connections) * depth)
 
     def item_cost(self) -> float:
         """Take a slice of items from one stream; return the server's CPU time for each, in microseconds."""
         connection = self._connections[0]
-        before = cpu_seconds(self._server.pid)
+        before = self._server.cpu_us()
         connection.open_items("echo_items", {**PARAMS, "n": SLICE}, SLICE)
         connection.check_items([ANSWER] * SLICE)
-        return (cpu_seconds(self._server.pid) - before) * 1e6 / SLICE
+        return (self._server.cpu_us() - before) / SLICE
 
     def connection_cost(self) -> float:
         """Make a slice of connections; return the server's CPU time for 10,000 of them, in seconds."""
-        before = cpu_seconds(self._server.pid)
+        before = self._server.cpu_us()
         self._opened += self._connect(CONNECTED)
-        return (cpu_seconds(self._server.pid) - before) * 10_000 / CONNECTED
+        return (self._server.cpu_us() - before) / 1e6 * 10_000 / CONNECTED
 
     def close_opened(self) -> None:
         for connection in self._opened:

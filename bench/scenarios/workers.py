@@ -1,0 +1,226 @@
+"""A server of several workers: how evenly they share connections, what they cost, and a limit that holds for all.
+
+    balance   10,000 connections on two workers: how many each has, and what a worker takes at its start
+    cpu       a request at two workers on one core, beside one at a single process on the same core, in turns
+    limit     200 logins of one user at once, over four workers: five get a session
+    crowd     58,000 connections on three workers, each with its own session, and the memory of one
+
+The crowd connects from several addresses of 127.0.0.0/8, by four processes, as each may have 20,000 open files. On
+two cores it takes several minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from bench.command import COUNT, measurement, progress
+from bench.compare.client import ALPN, context_for
+from bench.compare.command import Case, Running, Side, in_turn
+from bench.report import Report, Row
+from bench.scenarios.harness import cause_of, load_rows, run_load_beside
+from bench.scenarios.sessions import is_accepted, open_session
+from bench.stage import (
+    ECDSA_ONLY,
+    KIB,
+    SERVER_CPU,
+    Server,
+    Stage,
+    family,
+    memory_bytes,
+    private_bytes,
+    room_for,
+    settle,
+)
+from zcproto.common.process import new_event_loop
+from zcproto.errors import ZcprotoError
+from zcproto.load.caller import Caller, Operator
+from zcproto.load.demo.run import temporary_home
+from zcproto.load.plan import SESSIONS_PER_USER, check_plan, processes_for
+from zcproto.load.result import Result
+
+MIB: Final = 1 << 20
+MAX_SHARE: Final = 52.0
+MAX_PRIVATE_MIB: Final = 30.0
+MAX_CPU_RATIO: Final = 1.06
+MAX_KIB: Final = 38.0
+
+LOGINS: Final = 200
+RATE: Final = 1_000.0
+SECONDS: Final = 3.0
+ARRIVAL_RATE: Final = 400.0
+SLICES: Final = 15
+
+
+def stage_in(folder: Path, workers: int, settings: Mapping[str, Any] = {}) -> Stage:
+    """Return a stage whose servers have so many workers."""
+    quiet = {"log.level": "warning"}
+    return Stage(folder, {"server.workers": workers, **quiet, **ECDSA_ONLY, **settings})
+
+
+def workers_of(server: Server) -> list[int]:
+    """Return the processes of the workers; the first child is the coordinator."""
+    return family(server.pid)[2:]
+
+
+def open_files(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def resident(pids: list[int]) -> int:
+    return sum(memory_bytes(pid)[0] for pid in pids)
+
+
+class Held:
+    """A load of idle connections, and what the workers have of them."""
+
+    def __init__(self, folder: Path, workers: int, connections: int) -> None:
+        # The last connection may come long after the first, on a busy machine.
+        settings = {**room_for(connections), "limits.idle_timeout": "1h", "sessions.open_timeout": "1m"}
+        self.stage = stage_in(folder, workers, settings)
+        self.users = self.stage.add_users_for("user", connections)
+        self.connections = connections
+        self.counts: list[int] = []
+        self.private: list[int] = []
+        self.memory = 0
+
+    def run(self) -> Result:
+        with self.stage.serve(cpu=None) as server:
+            settle()
+            workers = workers_of(server)
+            self.private = [private_bytes(pid) for pid in workers]
+            files, memory = [open_files(pid) for pid in workers], resident(workers)
+            plan = server.load(
+                self.users,
+                self.connections,
+                RATE,
+                SECONDS,
+                arrival_rate=ARRIVAL_RATE,
+                processes=processes_for(self.connections),
+            )
+            check_plan(plan)
+
+            async def look(operator: Operator) -> None:
+                self.counts = [open_files(pid) - before for pid, before in zip(workers, files, strict=True)]
+                self.memory = resident(workers) - memory
+
+            return run_load_beside(plan, look)
+
+
+def balance(folder: Path, connections: int) -> tuple[list[Row], list[str]]:
+    held = Held(folder, 2, connections)
+    result = held.run()
+    share = 100 * max(held.counts, default=0) / max(sum(held.counts), 1)
+    rows = [
+        *load_rows(result),
+        Row("share", "connections of the worker with more", share, "%", below=MAX_SHARE),
+        Row("private_mib", "private memory of the last worker at its start", held.private[-1] / MIB, "MiB",
+            below=MAX_PRIVATE_MIB),
+    ]  # fmt: skip
+    return rows, [f"connections by worker: {held.counts}"]
+
+
+def crowd(folder: Path, connections: int) -> tuple[list[Row], list[str]]:
+    held = Held(folder, 3, connections)
+    result = held.run()
+    rows = [
+        *load_rows(result),
+        Row("share", "connections of the worker with most", 100 * max(held.counts) / sum(held.counts), "%"),
+        Row("kib", "memory of a connection", held.memory / KIB / connections, "KiB", below=MAX_KIB),
+    ]
+    notes = [f"connections by worker: {held.counts}"]
+    notes += [f"lost: {cause} {count:,}" for cause, count in result.record.lost_connections.items()]
+    return rows, notes
+
+
+def cpu(folder: Path, rounds: int) -> tuple[list[Row], list[str]]:
+    folder.mkdir()
+    with ExitStack() as stack:
+        sides = []
+        for workers in (2, 1):
+            stage = stage_in(folder / str(workers), workers, {"limits.connections_per_address": 0})
+            users = iter(stage.add_users("user", 100))
+            server = stack.enter_context(stage.serve(cpu=SERVER_CPU))
+            context = context_for(stage.ca_file, ALPN)
+            sides.append(Side(Running(server.pid, server.port), context, users))
+        rows = []
+        for depth in (1, 16):
+            costs = [partial(side.request_cost, "echo", depth) for side in sides]
+            case = Case(f"depth {depth}", MAX_CPU_RATIO, "us", *costs)
+            in_turn(case, 2)  # to warm up
+            pairs = in_turn(case, rounds)
+            for name, values in zip(("two", "one"), zip(*pairs, strict=True), strict=True):
+                label = {"two": "two workers", "one": "a single process"}[name]
+                rows.append(
+                    Row(f"{name}_{depth}", f"depth {depth}, {label}", statistics.median(values), "us")
+                )
+            ratio = statistics.median(two / one for two, one in pairs)
+            rows.append(Row(f"ratio_{depth}", f"depth {depth}, two / one", ratio, below=MAX_CPU_RATIO))
+        return rows, []
+
+
+def limit(folder: Path, logins: int) -> tuple[list[Row], list[str]]:
+    # Sessions that no connection uses are replaced by default; here each login keeps its connection.
+    stage = stage_in(folder, 4, {**room_for(logins), "store.url": "sqlite", "sessions.when_full": "refuse"})
+    [user] = stage.add_users("racer", 1)
+    answers: Counter[str] = Counter()
+
+    async def race(server: Server) -> int:
+        target = server.target()
+        callers = [await target.caller() for _ in range(logins)]
+        tokens: list[bytes] = []
+
+        async def login(caller: Caller) -> None:
+            try:
+                tokens.append((await open_session(caller, user)).token)
+            except ZcprotoError as error:
+                answers[cause_of(error)] += 1
+
+        try:
+            await asyncio.gather(*map(login, callers))
+            return sum([await is_accepted(callers[0], token) for token in tokens])
+        finally:
+            for caller in callers:
+                await caller.disconnect()
+            target.close()
+
+    with stage.serve("sqlite", cpu=None) as server, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        accepted = runner.run(race(server))
+    rows = [
+        Row("logins", "logins at once", logins),
+        Row("sessions", "sessions that are accepted", accepted, equals=SESSIONS_PER_USER),
+        Row("refused", "logins refused", answers.total(), equals=logins - SESSIONS_PER_USER),
+    ]
+    return rows, [f"{cause}: {count}" for cause, count in answers.items()]
+
+
+PARTS: Final[dict[str, tuple[Callable[[Path, int], tuple[list[Row], list[str]]], int]]] = {
+    "balance": (balance, 10_000),
+    "cpu": (cpu, SLICES),
+    "limit": (limit, LOGINS),
+    "crowd": (crowd, 58_000),
+}
+"""The parts, and the number of connections, slices or logins of each."""
+
+
+@measurement
+@click.option("--only", multiple=True, type=click.Choice([*PARTS]), help="Only this part; repeatable.")
+@click.option("--size", type=COUNT, help="Connections, slices or logins of each part.")
+def command(only: tuple[str, ...], size: int | None) -> Report:
+    report = Report({})
+    with temporary_home() as home:
+        for name in only or PARTS:
+            progress(f"{name} ...")
+            part, usual = PARTS[name]
+            rows, notes = part(home.path / name, size or usual)
+            report.columns[name] = rows
+            report.notes += [f"{name}: {note}" for note in notes]
+    return report
