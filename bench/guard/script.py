@@ -467,7 +467,7 @@ def run(folder: Path, count: Callable[[str], Counted]) -> None:
 
     It configures the log of the process as a server does.
     """
-    configure_logging(LogConfig(file=folder / "server.log"))
+    configure_logging(LogConfig(file=folder / "server.log"), clock=StoppedClock())
     for name, step in STEPS.items():
         site = Site(folder / name)
         gc.collect()

@@ -121,7 +121,8 @@ class Client:
                 self._unanswered.append(Unanswered(what, sessions))
                 for session in sessions:
                     self.live.remove(session)
-                if isinstance(error, ConnectionClosed) or caller.ended:
+                # All may still be revoked, and with them those that would be opened now.
+                if isinstance(error, ConnectionClosed) or caller.ended or what == "revoke all":
                     return
             except CallError as error:
                 self._seen.failed[f"{what}: {error}"] += 1

@@ -148,7 +148,13 @@ async def check(caller: Caller, sessions: Iterable[ClientSession]) -> Broken:
         if session.is_unsure:
             return
         if session.is_refreshing and not session.is_ended:
-            await with_retries(partial(refresh, caller, session))
+            try:
+                await with_retries(partial(refresh, caller, session))
+            except CallError as error:
+                if error.code not in ENDED_CODES:
+                    raise
+                broken.lost.add(session.name)
+                return
         accepted = await is_accepted(caller, session.token)
         if accepted and session.is_ended:
             broken.revived.add(session.name)
