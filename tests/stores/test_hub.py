@@ -11,7 +11,7 @@ from tests.sessions.helpers import CountedEntropy
 from tests.stores import hub_harness
 from tests.stores.contract import IDLE, KEEP, LEASE, MINUTE, WALL, digest, ended, opened, rotation, session
 from tests.stores.faulty import BUSY, FAILS, FAILS_AFTER, WORKS, FaultyStore
-from zcproto.errors import Code
+from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions import SessionSettings
 from zcproto.sessions.record import EndedRecord, UserLimit
 from zcproto.stores import hub as hub_module
@@ -304,3 +304,30 @@ async def test_member_that_joins_again_keeps_its_claims(members: Members, one: H
     await claimed(one)
     await one.close()
     assert (await claimed(await members.join(b"1"))).is_own
+
+
+# --- the number of sessions ------------------------------------------------------------------------
+
+
+async def test_number_of_sessions_is_bounded(
+    members: Members, one: HubStore, other: HubStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "MAX_SESSIONS", 2)
+    await opened(one, session(1), session(2, "bob"))
+    with pytest.raises(ResourceExhausted, match="limit of sessions"):
+        await other.create(session(3), ONE)
+    await other.end([session(1).id, session(2).id], Code.TOKEN_REVOKED, WALL)
+    await opened(other, session(4), session(5, "bob"))
+    await one.end_user("bob", Code.TOKEN_REVOKED, WALL)
+    await opened(one, session(6, "bob"))
+    await one.end_all(Code.TOKEN_REVOKED, WALL)
+    await opened(one, session(7), session(8, "bob"))
+
+
+async def test_sessions_that_were_there_or_expired_are_counted(members: Members) -> None:
+    await members.store.create(OLD, ONE)
+    one = await members.join(b"1")
+    assert members.hub.sessions == 1
+    while await one.expire(OLD.refresh_expires_at, MINUTE, 100):
+        pass
+    assert members.hub.sessions == 0

@@ -29,6 +29,7 @@ CLOCK_SKEW_MS: Final = 10_000
 """Between processes that share a store, and between them and the store."""
 
 _RETRY_MS: Final = 250
+_RETRY_FULL_MS: Final = 10_000
 
 LEASE_MS: Final = 60_000
 """How long a session counts as in use after its process has crashed."""
@@ -59,6 +60,13 @@ def too_many_operations() -> ResourceExhausted:
     """Return the error for an operation that is refused although the store is well."""
     return ResourceExhausted(
         "too many operations wait for the session store; retry later", {"retry_after_ms": _RETRY_MS}
+    )
+
+
+def too_many_sessions() -> ResourceExhausted:
+    """Return the error for a session of a server that has as many as it may have."""
+    return ResourceExhausted(
+        "the server has reached its limit of sessions; retry later", {"retry_after_ms": _RETRY_FULL_MS}
     )
 
 

@@ -9,6 +9,7 @@ Rules:
   the store has done what came before.
 - A member has a lease for each session that its connections use, until it gives it up or leaves. The leases of a
   member that has left count for RETURN_S: its clients are about to connect to another one.
+- The sessions of all members together are bounded, by a count that each clean-up corrects.
 - A session without a lease counts as in use until the hub has run for the time of a lease: members need time to
   renew theirs after a crash of this process.
 
@@ -38,11 +39,15 @@ from zcproto.stores.base import (
     Repeated,
     SessionStore,
     StoreUnavailable,
+    too_many_sessions,
 )
 
 RETURN_S: Final = 10.0
 SETTLE_PAUSE_S: Final = 0.1
 """Between attempts to find out that the store has done what came before."""
+
+MAX_SESSIONS: Final = 1_000_000
+"""As in one process: about 600 bytes each, in the file or in memory."""
 
 MAX_CLAIMS: Final = 65_536
 """Claims whose member is remembered. A member that was forgotten waits for its own claim to expire."""
@@ -73,6 +78,7 @@ class StoreHub:
         self._settling: asyncio.Task[None] | None = None
         self._members: dict[HubStore, None] = {}
         self._left: dict[HubStore, float] = {}  # with when their leases end
+        self.sessions = 0
         self._given_up: set[bytes] = set()  # while unknown sessions count as in use
         self.claims: OrderedDict[tuple[str, str], bytes] = OrderedDict()  # the ids of members
         self.epoch = b"" if is_lasting else entropy(_EPOCH_SIZE)
@@ -83,6 +89,7 @@ class StoreHub:
             if not self._is_open:
                 await self.store.open(lambda change: None)
                 self._is_open = True
+                self.sessions = await self.store.count()
 
     async def close(self) -> None:
         """Close the store."""
@@ -98,6 +105,7 @@ class StoreHub:
     def store_emptied(self) -> None:
         """Have the members write back what they know: the store has lost its data."""
         self.epoch = self._entropy(_EPOCH_SIZE)
+        self.sessions = 0
         self.notify([Change(ChangeKind.EMPTIED)], None)
 
     # --- for members ---------------------------------------------------------------------------------
@@ -113,6 +121,7 @@ class StoreHub:
 
     def ended(self, ended: Sequence[EndedRecord], by: HubStore, others: Iterable[bytes] = ()) -> None:
         """Notify the members of sessions that have ended now, and of others that may have ended before."""
+        self.sessions -= len(ended)
         for member in self._members:
             member.held.difference_update(each.id for each in ended)
         changes = {id: Change(ChangeKind.SESSION, id) for id in others}
@@ -216,11 +225,14 @@ class HubStore:
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         hub = self._hub
+        if hub.sessions >= MAX_SESSIONS:
+            raise too_many_sessions()
         if limit.when_full == "evict_disconnected":
             limit = replace(limit, disconnected=hub.disconnected())
         self.held.add(record.id)  # before it can be seen by another login
         created = await self._change(self._store.create(record, limit))
         if isinstance(created, Created):
+            hub.sessions += 1
             hub.ended(created.ended, self)
         else:
             self.held.discard(record.id)
@@ -261,6 +273,7 @@ class HubStore:
 
     async def end_all(self, code: Code, wall: int) -> int:
         count = await self._change(self._store.end_all(code, wall))
+        self._hub.sessions -= count
         self._hub.notify([Change(ChangeKind.ALL)], self)
         return count
 
@@ -268,7 +281,10 @@ class HubStore:
         return await self._store.count()
 
     async def expire(self, wall: int, keep_ended_ms: int, limit: int) -> int:
-        return await self._store.expire(wall, keep_ended_ms, limit)
+        removed = await self._store.expire(wall, keep_ended_ms, limit)
+        if not removed:  # the clean-up ends
+            self._hub.sessions = await self._store.count()
+        return removed
 
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
         claims, name = self._hub.claims, (user, key)

@@ -253,6 +253,7 @@ class RemoteStore:
             path,
             Topics(notices={"store.changed": self._hear}),
             name=name,
+            facts={"urgent": True},
             silence=timeout,
             heartbeat=HEARTBEAT_S,
             random=partial(random_fraction, entropy),

@@ -33,7 +33,15 @@ from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegis
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import limit_reached, refresh_refused, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
-from zcproto.stores.base import Created, DamagedRecord, LimitReached, NotRotated, Repeated, StoreUnavailable
+from zcproto.stores.base import (
+    Created,
+    DamagedRecord,
+    LimitReached,
+    NotRotated,
+    Repeated,
+    StoreUnavailable,
+    too_many_sessions,
+)
 from zcproto.stores.pending import Revocation
 from zcproto.stores.revoker import end_here
 from zcproto.stores.seal import open_pair, seal_pair
@@ -59,7 +67,6 @@ OPENINGS_PER_USER: Final = 32
 """Sessions of one user that are opened at once: others would wait behind a user who logs in without end."""
 
 _RETRY_BUSY_MS: Final = 100
-_RETRY_FULL_MS: Final = 10_000
 
 SuppressEvent = AbstractContextManager[Any]
 """Entered while sessions end, so that the connection that asked for it gets no event about it."""
@@ -224,10 +231,7 @@ class StoredSessionService(SessionService):
         self.sync.breaker.check()
         registry = self._registry
         if not self.is_shared and registry.kept + len(self._opening) >= registry.settings.max_sessions:
-            raise ResourceExhausted(
-                "the server has reached its limit of sessions; retry later",
-                {"retry_after_ms": _RETRY_FULL_MS},
-            )
+            raise too_many_sessions()
         if self._opening_of[user] >= OPENINGS_PER_USER:
             raise ResourceExhausted(
                 "too many logins of this user at once; wait for one to end",
