@@ -20,6 +20,7 @@ from typing import Final
 import click
 
 from bench.command import COUNT, FOLDER, measurement, progress
+from bench.peers.calls import Target, measure_calls, run_callers
 from bench.peers.environment import Environment, default_folder
 from bench.peers.measure import (
     CONNECTIONS,
@@ -48,6 +49,8 @@ REQUEST: Final = "request_us"
 ITEM: Final = "item_us"
 CONNECT: Final = "connect_us"
 MEMORY: Final = "memory_kib"
+CALL_BAR: Final = 3 / 4
+"""What a call may cost zcproto's client at most, one in flight, as a part of what it costs that of websockets."""
 
 FIGURES: Final = {
     REQUEST: ("server CPU of a request, depth 1", "us"),
@@ -113,6 +116,20 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
                 ratios = [own / other for own, other in zip(by_round[ZCPROTO], by_round[name], strict=True)]
                 key, bar = f"{figure}_ratio", BARS[figure].get(name)
                 rows.append(Row(key, f"{label}: zcproto / it", statistics.median(ratios), below=bar))
+    for depth, by_client in figures.call_us.items():
+        label = f"client CPU of a call, {depth} in flight"
+        own, other = by_client["zcproto"], by_client["websockets"]
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(own, other, strict=True))
+        columns[ZCPROTO].append(Row(f"call_{depth}_us", label, statistics.median(own), "us"))
+        columns[WEBSOCKETS] += [
+            Row(f"call_{depth}_us", label, statistics.median(other), "us"),
+            Row(
+                f"call_{depth}_us_ratio",
+                f"{label}: zcproto / it",
+                ratio,
+                below=CALL_BAR if depth == 1 else None,
+            ),
+        ]
     notes = [
         f"echo of {plan.payload_bytes} bytes; {plan.held:,} connections held",
         *(
@@ -120,6 +137,8 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
             for figure in rounds
             for name in rounds[figure]
         ),
+        "client CPU: each library's own client on uvloop; zcproto's with ids, deadlines and retries of calls;"
+        " that of websockets without compression, pings and timeouts, its answers matched by their order",
         *(
             ", ".join(f"{name} {value}" for name, value in words.items())
             for words in (versions, figures.suites)
@@ -152,4 +171,9 @@ def command(
     with temporary_home() as home:
         servers = Servers(home.path, others, plan)
         figures = measure(servers, plan, progress)
+        progress("calls by the clients of zcproto and websockets ...")
+        with servers.run(ZCPROTO) as own, servers.run(WEBSOCKETS) as websockets:
+            mine, theirs = (Target(each.port, servers.ca_file, payload) for each in (own, websockets))
+            with run_callers(mine, theirs, servers.user, others, home.path) as callers:
+                figures.call_us = measure_calls(callers, 2 * rounds)
     return report(figures, plan, {**others.versions(), "zcproto": importlib.metadata.version("zcproto")})

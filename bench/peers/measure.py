@@ -115,14 +115,17 @@ class Figures:
     item_s: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ITEM_NAMES})
     memory_kib: dict[str, float] = field(default_factory=dict)
     suites: dict[str, str] = field(default_factory=dict)
+    call_us: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """CPU of a call at the clients of zcproto and websockets, by the calls in flight."""
 
 
 class Server:
     """A running server, and how to connect to it."""
 
-    def __init__(self, name: str, pid: int, connect: Callable[[], Asked]) -> None:
+    def __init__(self, name: str, pid: int, port: int, connect: Callable[[], Asked]) -> None:
         self.name = name
         self.pid = pid
+        self.port = port
         self.connect = connect
 
     def cpu_s(self) -> float:
@@ -149,6 +152,8 @@ class Servers:
         self._payload = os.urandom(plan.payload_bytes)
         self._users = self._stage.add_users("load", plan.held // SESSIONS_PER_USER + 1)
         self._stage.make_certificates()
+        self.ca_file = self._stage.ca_file
+        self.user = self._users[0]
         certs = self._stage.home.certs
         self._certificate = (certs / "server-ecdsa.crt", certs / "server-ecdsa.key")
 
@@ -165,7 +170,10 @@ class Servers:
         params, users = {"data": self._payload}, itertools.cycle(self._users)
         with self._stage.serve() as server:
             yield Server(
-                ZCPROTO, server.pid, lambda: ZcprotoClient(server.port, context, params, *next(users))
+                ZCPROTO,
+                server.pid,
+                server.port,
+                lambda: ZcprotoClient(server.port, context, params, *next(users)),
             )
 
     @contextlib.contextmanager
@@ -192,7 +200,7 @@ class Servers:
             port = int(line)
             context = context_for(self._stage.ca_file, *client.alpn)
             yield Server(
-                name, process.pid, lambda: client(connect_tls(port, context, TIMEOUT_S), self._payload)
+                name, process.pid, port, lambda: client(connect_tls(port, context, TIMEOUT_S), self._payload)
             )
         finally:
             process.stdin.close()

@@ -13,6 +13,7 @@ import pytest
 from bench import stage
 from bench.peers import environment as environment_module
 from bench.peers import measure as module
+from bench.peers.calls import measure_calls, run_caller
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
 from bench.peers.command import BARS, FIGURES, ITEM, NOTES, REQUEST, report
 from bench.peers.environment import MARK, REQUIREMENTS, Environment, default_folder
@@ -66,6 +67,17 @@ def test_unmet_bar_is_named(name: str) -> None:
     assert report(figures(**{name: 20.0 / most * 1.01}), QUICK, {}).reasons() == []
     (why,) = report(figures(**{name: 20.0 / most * 0.99}), QUICK, {}).reasons()
     assert name in why
+
+
+@pytest.mark.parametrize(("own", "reasons"), [(37.0, 0), (38.0, 1)])
+def test_call_has_a_bar_with_one_in_flight(own: float, reasons: int) -> None:
+    made = figures()
+    made.call_us = {depth: {"zcproto": [own, 500.0, own], "websockets": [50.0] * 3} for depth in (1, 16)}
+    made.call_us[16]["zcproto"] = [50.0] * 3
+    shown = report(made, QUICK, {})
+    assert shown.row("call_1_us_ratio", WEBSOCKETS).value == pytest.approx(own / 50)
+    assert shown.row("call_16_us_ratio", WEBSOCKETS).value == pytest.approx(1)
+    assert len(shown.reasons()) == reasons
 
 
 def test_memory_has_bars() -> None:
@@ -270,6 +282,25 @@ def test_two_servers_are_measured_side_by_side(servers: Servers, monkeypatch: py
     assert min(found.item_s[ZCPROTO]) > 0
     assert found.memory_kib.keys() == {ZCPROTO, STREAMS}
     assert any("round 2 of 2" in line for line in lines)
+
+
+def test_calls_of_a_client_are_measured_in_slices(home: Path, servers: Servers, tmp_path: Path) -> None:
+    with servers.run(ZCPROTO) as server:
+        arguments = [str(server.port), str(servers.ca_file), *servers.user, "64"]
+        log = tmp_path / "log"
+        with run_caller("zcproto", sys.executable, "zcproto_client", arguments, log) as caller:
+            found = measure_calls((caller, caller), 1)
+    assert {depth: len(by_client["zcproto"]) for depth, by_client in found.items()} == {1: 2, 16: 2}
+    assert min(found[1]["zcproto"] + found[16]["zcproto"]) > 0
+
+
+def test_client_that_fails_is_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        pytest.raises(ZcprotoError, match=r"client of zcproto has failed: .*ValueError"),
+        run_caller("zcproto", sys.executable, "zcproto_client", [], log),
+    ):
+        pass
 
 
 def test_server_that_does_not_start_is_error(home: Path, servers: Servers) -> None:

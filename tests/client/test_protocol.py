@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from hashlib import sha256
 from typing import Any
 
@@ -219,7 +220,7 @@ async def test_call_cancelled_in_the_same_turn_is_not_failed_again() -> None:
     ends = Ends()
     late = ends.call(now() + 1)
     late.cancel()
-    late.handle_deadline(now() + 1)
+    ends.protocol.handle_deadline(now() + 1)
     assert late.cancelled()
 
 
@@ -315,6 +316,54 @@ async def test_close_sends_queued_data_first() -> None:
     assert ends.protocol.conversation.state is State.CLOSED
     ends.protocol.close("again")
     ends.protocol.abort()
+
+
+@scripted
+async def test_each_pending_call_fails_at_its_own_deadline() -> None:
+    ends = Ends()
+    calls = [ends.call(now() + seconds) for seconds in (3, 1, 2, 2)]
+    endless = ends.call()
+    for elapsed, overdue in ((0.5, 0), (1.1, 1), (2.2, 3), (9.0, 4)):
+        ends.protocol.handle_deadline(now() + elapsed)
+        assert [call.done() for call in calls].count(True) == overdue
+    assert all(isinstance(call.exception(), DeadlineExceeded) for call in calls)
+    assert not endless.done()
+    again = ends.call(now() + 1)
+    ends.protocol.handle_deadline(now() + 2)
+    assert isinstance(again.exception(), DeadlineExceeded)
+
+
+@scripted
+async def test_call_alone_is_sent_at_once_and_several_in_one_write() -> None:
+    ends = Ends()
+    protocol, token = ends.protocol, b"t" * 32
+    counter = itertools.count(1)
+    written: list[bytes] = []
+    ends.link.write = written.append  # type: ignore[method-assign]
+
+    def call() -> PendingCall:
+        return protocol.request("echo", {}, token, None, FOREVER)
+
+    def answer(*calls: PendingCall) -> None:
+        wall, salt = protocol._clock.wall(), ends.link.salt
+        frames = [
+            encode_frame(RESPONSE, each.stream, wall, salt, next(counter), token, b"\xc0") for each in calls
+        ]
+        protocol.data_received(b"".join(frames))
+
+    first = call()
+    assert len(written) == 1
+    answer(first)
+    calls = [call() for _ in range(4)]
+    assert len(written) == 2
+    await turns()
+    assert len(written) == 3
+    answer(*calls)
+    for _ in range(4):  # by the callers that the answers have woken
+        call()
+    assert len(written) == 3
+    await turns()
+    assert len(written) == 4
 
 
 @scripted

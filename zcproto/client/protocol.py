@@ -26,6 +26,7 @@ from zcproto.connection.client import ClientConnection
 from zcproto.connection.client_calls import ClientCall
 from zcproto.connection.client_streams import ClientStream
 from zcproto.connection.events import (
+    NEVER,
     CallReceived,
     CallWithdrawn,
     ClientEvent,
@@ -73,19 +74,13 @@ class CallReceiver(Protocol):
 
 
 class PendingCall(asyncio.Future[Any]):
-    """The future answer to a request. The deadline wheel calls it at the request's deadline."""
+    """The future answer to a request. `deadline` is in the loop's time, or infinite."""
 
-    __slots__ = ("connection", "deadline_tick", "stream")
+    __slots__ = ("connection", "deadline", "stream")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, connection: ClientProtocol, stream: int) -> None:
-        super().__init__(loop=loop)
-        self.deadline_tick = 0
-        self.connection = connection
-        self.stream = stream
-
-    def handle_deadline(self, now: float) -> None:
-        if self.connection.abandon(self) and not self.done():
-            self.set_exception(DeadlineExceeded(TIMED_OUT))
+    connection: ClientProtocol
+    deadline: float
+    stream: int
 
 
 class PendingStream(PendingCall):
@@ -93,10 +88,8 @@ class PendingStream(PendingCall):
 
     __slots__ = ("_sender", "_waiter", "half")
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, connection: ClientProtocol, half: ClientStream
-    ) -> None:
-        super().__init__(loop, connection, half.number)
+    def __init__(self, loop: asyncio.AbstractEventLoop, half: ClientStream) -> None:
+        super().__init__(loop=loop)
         self.half = half
         self._waiter: asyncio.Future[None] | None = None  # of the task that receives
         self._sender: asyncio.Future[None] | None = None
@@ -182,6 +175,8 @@ class ClientProtocol(asyncio.Protocol):
     _paused: bool = field(default=False, init=False)
     _writable: asyncio.Future[None] | None = field(default=None, init=False)  # while answers wait
     _max_streams: int = field(default=0, init=False)
+    _calls_due: float = field(default=NEVER, init=False)  # when a deadline of a pending call may have passed
+    _had_many_answers: bool = field(default=False, init=False)  # in the last read
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
     draining: bool = field(default=False, init=False)
@@ -213,14 +208,29 @@ class ClientProtocol(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        pending, now = self._pending, self._wheel.now()
-        for event in self.conversation.receive_data(data, self._clock.wall(), now):
+        wall, now = self._clock.wall(), self._wheel.now()
+        answers, rest = self.conversation.receive_answers(data, wall, now)
+        pending = self._pending
+        for stream, value in answers:
+            call = pending.pop(stream, None)
+            if call is not None and not call.done():  # its task may have been cancelled in this turn
+                call.set_result(value)
+        if rest and not self._receive_others(rest, wall, now):
+            return
+        self._had_many_answers = len(answers) > 1
+        if not self.ready or self._ready_waiters:
+            self._update_ready()
+        if self.draining:
+            self._close_if_drained()
+
+    def _receive_others(self, data: bytes, wall: int, now: float) -> bool:
+        """Process what is not a usual answer. Return False if the connection has ended."""
+        pending = self._pending
+        for event in self.conversation.receive_data(data, wall, now):
             if event.__class__ is ResponseReceived:
                 call = pending.pop(event.stream, None)
-                if call is not None:
-                    self._wheel.discard(call)
-                    if not call.done():  # its task may have been cancelled in this turn
-                        call.set_result(event.value)
+                if call is not None and not call.done():
+                    call.set_result(event.value)
             elif event.__class__ is ItemReceived:
                 stream = pending.get(event.stream)
                 if stream is not None:
@@ -228,23 +238,18 @@ class ClientProtocol(asyncio.Protocol):
             else:
                 self._handle(event)
                 if self.error is not None:
-                    return
+                    return False
         if self.conversation.queued_bytes:
             self._flush_soon()
-        if not self.ready or self._ready_waiters:
-            self._update_ready()
-        if self._close_if_drained():
-            return
         delay = self.conversation.reading_delay(now)
         if delay:
             self._pause_reading(max(delay, MIN_READING_PAUSE))
-
-    def _close_if_drained(self) -> bool:
-        """Close if the server is going away and nothing is in flight. Return True if so."""
-        if not self.draining or self._pending or self.conversation.running_calls:
-            return False
-        self.close("the server is going away")
         return True
+
+    def _close_if_drained(self) -> None:
+        """Close if the server is going away and nothing is in flight."""
+        if self.draining and not self._pending and not self.conversation.running_calls:
+            self.close("the server is going away")
 
     def _pause_reading(self, delay: float) -> None:
         """Read nothing for a time: the server floods this connection."""
@@ -298,11 +303,9 @@ class ClientProtocol(asyncio.Protocol):
     def _handle(self, event: ClientEvent) -> None:
         if isinstance(event, ErrorReceived):
             call = self._pending.pop(event.stream, None)
-            if call is not None:
-                self._wheel.discard(call)
-                if not call.done():
-                    message = escape_text(event.message, MESSAGE_SHOWN)
-                    call.set_exception(CallError.from_wire(event.code, message, event.details))
+            if call is not None and not call.done():
+                message = escape_text(event.message, MESSAGE_SHOWN)
+                call.set_exception(CallError.from_wire(event.code, message, event.details))
         elif isinstance(event, EventReceived):
             assert self._owner is not None
             if event.name == "session.revoked":
@@ -314,7 +317,7 @@ class ClientProtocol(asyncio.Protocol):
             event.call.session.receiver.call_withdrawn(event.call)
         elif isinstance(event, Welcomed):
             self._max_streams = event.settings["max_streams"]
-            self._wheel.set(self, self.conversation.next_deadline())
+            self._set_deadline()
             self._update_ready()
             if not self.welcomed.done():  # the attempt to connect may have been cancelled
                 self.welcomed.set_result(event.settings)
@@ -355,8 +358,8 @@ class ClientProtocol(asyncio.Protocol):
         """
         conversation = self.conversation
         stream = conversation.request(method, params, token=token, meta=meta, wall=self._clock.wall())
-        call = PendingCall(self._loop, self, stream)
-        self._add_pending(call, deadline)
+        call = PendingCall(loop=self._loop)
+        self._add_pending(call, stream, deadline)
         return call
 
     def open_stream(
@@ -372,8 +375,8 @@ class ClientProtocol(asyncio.Protocol):
         half = self.conversation.open_stream(
             method, params, token=token, meta=meta, window=window, wall=self._clock.wall()
         )
-        stream = PendingStream(self._loop, self, half)
-        self._add_pending(stream, deadline)
+        stream = PendingStream(self._loop, half)
+        self._add_pending(stream, half.number, deadline)
         return stream
 
     def handle(
@@ -381,8 +384,8 @@ class ClientProtocol(asyncio.Protocol):
     ) -> PendingCall:
         """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
         stream = self.conversation.handle(methods, most, receiver, token=token, wall=self._clock.wall())
-        call = PendingCall(self._loop, self, stream)
-        self._add_pending(call, deadline)
+        call = PendingCall(loop=self._loop)
+        self._add_pending(call, stream, deadline)
         return call
 
     def take_item(self, half: ClientStream) -> Any:
@@ -408,13 +411,20 @@ class ClientProtocol(asyncio.Protocol):
         self.conversation.end_items(half, self._clock.wall())
         self._flush_queued()
 
-    def _add_pending(self, call: PendingCall, deadline: float) -> None:
+    def _add_pending(self, call: PendingCall, stream: int, deadline: float) -> None:
+        call.connection, call.stream, call.deadline = self, stream, deadline
+        pending = self._pending
+        pending[stream] = call
+        if deadline < self._calls_due:
+            self._calls_due = deadline
+            self._set_deadline()
         conversation = self.conversation
-        self._pending[call.stream] = call
-        self._wheel.set(call, deadline)
         if conversation.in_flight >= self._max_streams:
             self.ready = False
-        self._flush_queued()
+        if len(pending) == 1 and not (self._had_many_answers or self._flush_planned):
+            self._flush()  # a caller that makes one call after the other
+        elif not self._flush_planned or conversation.queued_bytes >= SENT_AT_ONCE:
+            self._flush_queued()
 
     def _flush_queued(self) -> None:
         """Send what is queued: at the end of this turn, or at once if it is much."""
@@ -425,7 +435,6 @@ class ClientProtocol(asyncio.Protocol):
 
     def abandon(self, call: PendingCall) -> bool:
         """Cancel a call on the server. Return False if it was answered already."""
-        self._wheel.discard(call)
         if self._pending.get(call.stream) is not call:
             return False
         del self._pending[call.stream]
@@ -516,7 +525,19 @@ class ClientProtocol(asyncio.Protocol):
         if data and self._transport is not None:
             self._transport.write(data)
 
+    def _set_deadline(self) -> None:
+        self._wheel.set(self, min(self._calls_due, self.conversation.next_deadline()))
+
+    def _end_overdue(self, now: float) -> None:
+        """Cancel the calls whose deadlines have passed."""
+        for call in [each for each in self._pending.values() if each.deadline <= now]:
+            if self.abandon(call) and not call.done():
+                call.set_exception(DeadlineExceeded(TIMED_OUT))
+        self._calls_due = min((each.deadline for each in self._pending.values()), default=NEVER)
+
     def handle_deadline(self, now: float) -> None:
+        if now >= self._calls_due:
+            self._end_overdue(now)
         unsent = 0 if self._transport is None else self._transport.get_write_buffer_size()
         for event in self.conversation.handle_timeout(self._clock.wall(), now, unsent):
             assert isinstance(event, ConnectionEnded)
@@ -524,7 +545,7 @@ class ClientProtocol(asyncio.Protocol):
             self.abort()  # the peer does not answer: do not wait for its close
             return
         self._flush()
-        self._wheel.set(self, self.conversation.next_deadline())
+        self._set_deadline()
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -551,7 +572,6 @@ class ClientProtocol(asyncio.Protocol):
         self._wheel.discard(self)
         pending, self._pending = self._pending, {}
         for call in pending.values():
-            self._wheel.discard(call)
             if not call.done():
                 call.set_exception(_copy(error))
         if not self.welcomed.done():

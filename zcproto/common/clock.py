@@ -48,15 +48,11 @@ class MonotonicClock:
     """
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._start_wall = clock.wall()
-        self._start_now = clock.now()
+        self.now = clock.now
+        self._offset = clock.wall() - int(clock.now() * MS_PER_SECOND)
 
     def wall(self) -> int:
-        return self._start_wall + int((self._clock.now() - self._start_now) * MS_PER_SECOND)
-
-    def now(self) -> float:
-        return self._clock.now()
+        return self._offset + int(self.now() * MS_PER_SECOND)
 
 
 def random_fraction(entropy: Entropy) -> float:

@@ -57,6 +57,7 @@ class ClientOutput:
         "_calls",
         "_counter",
         "_in_flight",
+        "_last_token",
         "_next_stream",
         "_out",
         "_owes_pong",
@@ -84,6 +85,7 @@ class ClientOutput:
     _calls: ClientCalls | None
     _counter: int
     _in_flight: dict[int, bytes]
+    _last_token: bytes
     _next_stream: int
     _out: list[bytes]
     _owes_pong: bytes | None
@@ -135,7 +137,7 @@ class ClientOutput:
                 self._calls.refreshing[stream] = token
             token = NO_TOKEN
         else:
-            in_flight[stream] = token
+            in_flight[stream] = self._last_token = token
         self._send(head, stream, token, body, wall)
         return stream
 
@@ -352,7 +354,9 @@ class ClientOutput:
         self._counter = counter
         self._sent_since_check = True
         # Never negative, even if our clock goes back by more than the server's time.
-        timestamp = max(wall + self.clock_offset_ms, 0)
+        timestamp = wall + self.clock_offset_ms
+        if timestamp < 0:  # noqa: PLR1730  less than half the cost of max()
+            timestamp = 0
         length = MIN_LENGTH + len(body)
         self.queued_bytes += length
         self._out.append(_pack_header(length, head, stream, timestamp, self.salt, counter, token) + body)

@@ -84,8 +84,15 @@ def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
         value = _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError(_phrase(error, body)) from error
-    if value.__class__ in _CONTAINERS and not is_checked:
-        _check_nested([value], max_depth)
+    if is_checked or value.__class__ not in _CONTAINERS:
+        return value
+    if value.__class__ is dict and max_depth > 0:
+        for name, part in value.items():  # at less cost than `_check_nested`: most results are flat
+            if name.__class__ is not str or part.__class__ in _CONTAINERS:
+                break
+        else:
+            return value
+    _check_nested([value], max_depth)
     return value
 
 

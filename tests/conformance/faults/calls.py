@@ -62,6 +62,11 @@ CALLS: Final[dict[str, Fault]] = {
         "matches responses by their order",
         (
             f"{_PUMP}.data_received",
+            "call = pending.pop(stream, None)",
+            "call = pending.pop(next(iter(pending)), None)",
+        ),
+        (
+            f"{_PUMP}._receive_others",
             "call = pending.pop(event.stream, None)",
             "call = pending.pop(next(iter(pending)), None)",
         ),
@@ -135,15 +140,15 @@ CALLS: Final[dict[str, Fault]] = {
         "does not send the deadline",
         (
             f"{_CLIENT}.call",
-            '{"deadline_ms": min(math.ceil((deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}',
+            '{"deadline_ms": milliseconds}',
             "{}",
         ),
     ),
     "deadline-at-the-client": fault(
         "does not enforce deadlines",
         (
-            "zcproto.client.protocol:PendingCall.handle_deadline",
-            "if self.connection.abandon(self) and not self.done():",
+            "zcproto.client.protocol:ClientProtocol._end_overdue",
+            "if self.abandon(call) and not call.done():",
             "if False:",
         ),
     ),

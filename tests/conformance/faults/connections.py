@@ -413,7 +413,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
     ),
     "clock-ahead": fault(
         "sends its own time",
-        (f"{_CONNECTION}._send", "max(wall + self.clock_offset_ms, 0)", "max(wall, 0)"),
+        (f"{_CONNECTION}._send", "timestamp = wall + self.clock_offset_ms", "timestamp = wall"),
     ),
     "clock-behind": fault(
         "compares timestamps with its own time",

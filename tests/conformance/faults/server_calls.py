@@ -147,8 +147,8 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
         "closes the connection after GOAWAY while calls run",
         (
             f"{_PROTOCOL}._close_if_drained",
-            "if not self.draining or self._pending or self.conversation.running_calls:",
-            "if not self.draining or self._pending:",
+            "if self.draining and not self._pending and not self.conversation.running_calls:",
+            "if self.draining and not self._pending:",
         ),
     ),
 }
