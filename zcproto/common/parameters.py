@@ -105,14 +105,15 @@ class Signature:
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument with all faults and their paths."""
-        classes = self._classes
-        for name, value in params.items():
-            if value.__class__ is not classes.get(name):
-                break
-        else:
-            if self._required <= params.keys():
-                return params.copy()
         checkers, check_rest = self._checkers, self._check_rest
+        if check_rest is None:
+            classes = self._classes
+            for name, value in params.items():
+                if value.__class__ is not classes.get(name):
+                    break
+            else:
+                if self._required <= params.keys():
+                    return params.copy()
         try:
             if check_rest is accept_any and self._reserved.isdisjoint(params):
                 arguments = params.copy()  # every login passes here

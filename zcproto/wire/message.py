@@ -147,8 +147,10 @@ def _check_method(method: Any) -> None:
 def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:
     if meta.__class__ is not dict:
         raise MessageError("meta must be a map")
-    _check_nested([meta], max_depth - 1)
     deadline_ms = meta.get("deadline_ms")
+    if deadline_ms.__class__ is int and len(meta) == 1 and max_depth > 1:  # what clients send with most calls
+        return RequestMeta(deadline_ms)
+    _check_nested([meta], max_depth - 1)
     if deadline_ms is not None and deadline_ms.__class__ is not int:
         raise MessageError("meta.deadline_ms must be an int")
     key = meta.get("idempotency_key")

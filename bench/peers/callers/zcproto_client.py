@@ -6,14 +6,14 @@ import asyncio
 import os
 import sys
 
-import zcproto
 from bench.peers.callers.common import run, run_slices
+from zcproto.client import connect
 
 
 async def main() -> None:
     _, port, ca_file, user, key, size = sys.argv
     payload = os.urandom(int(size))
-    async with zcproto.connect(f"localhost:{port}", user=user, key=key, ca_file=ca_file) as client:
+    async with connect(f"localhost:{port}", user=user, key=key, ca_file=ca_file) as client:
 
         async def call(count: int) -> None:
             for _ in range(count):
