@@ -188,7 +188,11 @@ async def test_worker_that_does_not_answer_is_listed_as_silent_and_its_counters_
     assert report.readiness["ready"]
     assert report.readiness["warnings"] == ["worker 2: it does not answer"]
     silent = report.workers[-1]
-    assert (silent["pid"], silent["started_at"], silent["requests"]) == (worker.member.pid, 7, None)
+    assert (silent["pid"], silent["started_at"], silent["requests"]) == (
+        worker.member.pid,
+        worker.member.pid,
+        None,
+    )
     await group.report()
     assert logged == [("worker.silent", "2")]  # once
     group.collector.joined(worker.member, worker.ask)

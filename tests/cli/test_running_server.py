@@ -334,7 +334,7 @@ def test_workers_have_a_line_each(found: dict[str, Any]) -> None:
         {"worker": "1", "pid": 4712, "state": "serving", "restarts": 1, **known},
         {"worker": "2", "pid": 4713, "state": "draining", "restarts": 0, **known},
         {"worker": "3", "pid": 4714, "state": "silent", "restarts": 0, **unknown},
-        {"worker": "4", "pid": 0, "state": "absent", "restarts": 2, **unknown},
+        {"worker": "4", "pid": None, "state": "absent", "restarts": 2, **unknown},
     ]
     lines = lines_of(found)
     at = lines.index(("workers: 1 of 4 serving", "head"))

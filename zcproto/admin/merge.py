@@ -166,7 +166,7 @@ def merge(reports: Iterable[Report]) -> Report:
 
 def _rank(line: Mapping[str, Any]) -> tuple[int, int, int]:
     name = line["worker"]
-    return int(name) if name.isdecimal() else 0, line["started_at"], line["pid"]
+    return int(name) if name.isdecimal() else 0, line["started_at"], line["pid"] or 0
 
 
 def lasting(report: Report) -> Report:

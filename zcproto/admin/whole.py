@@ -57,7 +57,7 @@ ASK_S: Final = 2.0
 POLL_S: Final = 10.0
 """Seconds between two collections without a request: what a killed worker has counted since is lost."""
 
-JOIN_S: Final = 2.0
+JOIN_S: Final = 1.0
 """Seconds for which a new coordinator waits for the workers before it reports sums without some of them."""
 
 COORDINATOR: Final = "coordinator"
@@ -75,12 +75,14 @@ log = get_logger("zcproto.server")
 class Member:
     """One process of a server. The coordinator has the number 0, workers count from 1.
 
-    `restarts` is how many processes of this number have ended unexpectedly.
+    `restarts` is how many processes of this number have ended before. `server_started_at` is when the first process
+    of the server started, in milliseconds since the Unix epoch; 0 if it is not known.
     """
 
     number: int
     pid: int
     restarts: int = 0
+    server_started_at: int = 0
 
     @property
     def name(self) -> str:
@@ -99,7 +101,12 @@ def read_report(parts: Parts, member: Member, depth: Depth = Depth.FIGURES) -> R
     if depth is Depth.READINESS:
         return Report({}, {}, readiness, {})
     snapshot = take_snapshot(parts)
-    status = {**status_figures(snapshot), "pid": os.getppid()}  # that of the supervisor
+    status = status_figures(snapshot)
+    line = _line(status, member)
+    status["pid"] = os.getppid()  # the supervisor
+    if member.server_started_at:
+        status["started_at"] = member.server_started_at
+        status["uptime_s"] = max(0, snapshot.time - member.server_started_at) // MS_PER_SECOND
     series = series_of(chain(readings(snapshot), process_readings()))
     series |= series_of(_member_readings(status, member, parts.loop_lag.lags))
     if not member.number:
@@ -110,7 +117,7 @@ def read_report(parts: Parts, member: Member, depth: Depth = Depth.FIGURES) -> R
         stats=stats_figures(parts, snapshot, take=depth is Depth.STATS),
         readiness=readiness,
         series=series,
-        workers=[_line(status, member)],
+        workers=[line],
     )
 
 
@@ -145,7 +152,7 @@ def _missing_line(member: Member, state: str, started_at: int = 0) -> dict[str, 
     keys = ("connections", "requests", "requests_per_s", "cpu_s", "rss_bytes", "loop_lag_s")
     return {
         "worker": member.name,
-        "pid": member.pid,
+        "pid": member.pid or None,
         "state": state,
         "started_at": started_at,
         "restarts": member.restarts,
@@ -341,9 +348,9 @@ class Collector:
         for worker, answer in answered:
             whole = self._add(whole, worker, answer, depth)
             await asyncio.sleep(0)  # with a thousand methods each takes milliseconds
-        found = {worker.member.number for worker, _ in answered}
+        built = {worker.member.number for worker, answer in answered if answer is None or answer.workers}
         whole = self._add_absent(
-            whole, [each for each in self._expected.values() if each.number not in found]
+            whole, [each for each in self._expected.values() if each.number not in built]
         )
         whole = replace(whole, series=whole.series | series_of(_line_readings(whole.workers)))
         self._collected[depth] = self._clock.now(), whole
@@ -371,7 +378,7 @@ class Collector:
             except ValueError as error:
                 log.error("server.fault", what="figures", exc_info=error)
                 worker.last = before
-        started_at = before.status["started_at"] if before is not None else 0
+        started_at = next((line["started_at"] for line in before.workers), 0) if before is not None else 0
         line = _missing_line(worker.member, "silent", started_at)
         warning = f"worker {worker.member.name}: it does not answer"
         past = [lasting(before)] if before is not None and depth is not Depth.READINESS else []

@@ -1,6 +1,6 @@
 """Joins the processes of one server: what the coordinator has for all of them, and what a worker uses of it.
 
-    coordinator: the store, the throttle of logins, the alerts -> served on <home>/workers.sock
+    coordinator: the store, the throttle of logins, the alerts, all figures -> served on <home>/workers.sock
     worker:      a link to it, which is made again when it is lost
 
 Must not know: how the processes are started and ended.
@@ -8,6 +8,7 @@ Must not know: how the processes are started and ended.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from zcproto.common.link import Link, LinkClient, LinkServer, Topics
 from zcproto.common.shared_counts import WorkerCounting
 from zcproto.config import Config
 from zcproto.observe.log import level, set_level
+from zcproto.runtime import joined_figures
 from zcproto.runtime.alert_sources import on_store_event
 from zcproto.runtime.build import WorkerRole, build_alerts
 from zcproto.runtime.gone import report_gone
@@ -74,19 +76,23 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
 
     server.on_link.append(on_link)
     server.on_lost.append(reports.link_lost)
+    collector, whole = joined_figures.collect(server, topics, place)
     hub = build_hub(config, home, partial(on_store_event, alerts))
     if hub is not None:
         StoreServer(hub).serve(server)
     await server.start()
+    collecting = asyncio.create_task(collector.run(), name="zcproto-figures")
     try:
         role = WorkerRole(
             has_lifespans=False,
             store=None if hub is None else hub.member(),
             alerts=alerts,
             throttle=throttle,
+            whole=whole,
         )
         yield Joined(role, topics, server=server)
     finally:
+        collecting.cancel()
         await server.close()
         if hub is not None:
             await hub.close()
@@ -100,6 +106,7 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
         path,
         topics,
         name=place.name,
+        facts=joined_figures.facts_of(place),
         silence=config.store.timeout,
         random=partial(random_fraction, system_entropy),
     )
@@ -107,6 +114,7 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
     client.on_up.append(alerts.link_made)
     throttle = SharedThrottle(client, counting, config.limits.login_failures)
     client.on_down.append(throttle.link_lost)
+    whole, report_last = joined_figures.report(client, topics, place)
     store = None
     if config.store.url in (MEMORY, SQLITE):
         store = RemoteStore(
@@ -127,7 +135,9 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
             throttle=throttle,
             report_gone=partial(report_gone, client),
             run=f"{place.number:x}{system_entropy(_RUN_SIZE).hex()}",
+            whole=whole,
         )
         yield Joined(role, topics, client=client)
     finally:
+        await report_last()
         await client.close()

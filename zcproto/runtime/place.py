@@ -23,6 +23,10 @@ class Place:
 
     number: int = 1
     workers: int = 1
+    restarts: int = 0
+    """How many processes of this number have ended before."""
+    started_at: int = 0
+    """When the supervisor started, in milliseconds since the Unix epoch."""
     addresses: tuple[tuple[str, int], ...] = ()
     """Host and port of every listening socket of the workers, for the coordinator."""
     control: socket.socket | None = None

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,7 +30,7 @@ from mmap import mmap
 from typing import Any, Final
 
 from zcproto.admin.control import open_control
-from zcproto.common.clock import system_entropy
+from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.process import new_event_loop
 from zcproto.common.shared_counts import SharedMemory, memory_size
 from zcproto.common.text import counted
@@ -137,6 +138,8 @@ class ForkedService:
         self._redirect_sockets: list[socket.socket] = list(self._options.pop("redirect_sockets", ()))
         self._certificate_names: list[str] = []
         self._ready = workers
+        self._ended: Counter[int] = Counter()
+        self._started_at = system_clock.wall()
         connections = self._config.limits.max_connections
         self._counts = SharedMemory(
             mmap(-1, memory_size(workers, connections)), workers, connections, system_entropy(32)
@@ -184,6 +187,7 @@ class ForkedService:
         self._manager.begin(lambda: f"{self._ready} of {counted(self._workers, 'worker')}")
 
     def process_ended(self, number: int) -> None:
+        self._ended[number] += 1
         if number != COORDINATOR:
             self._counts.clear(number - 1)
 
@@ -227,6 +231,8 @@ class ForkedService:
         place = Place(
             number=number,
             workers=self._workers,
+            restarts=self._ended[number],
+            started_at=self._started_at,
             addresses=tuple(self.addresses),
             control=self._control if number == COORDINATOR else None,
             link=self._link if number == COORDINATOR else None,
