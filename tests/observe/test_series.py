@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.metrics import MAX_LABEL, METRICS, Metric, Metrics, Series, series_of
 from zcproto.observe.series import (
-    SHARED_LIMITS,
     lasting_series,
     merge_series,
     pack_series,
@@ -112,7 +111,6 @@ def test_merging_changes_no_part() -> None:
         ("process_open_fds", (), 3),
         ("process_resident_memory_bytes", (), 5),
         (LIMIT_USE, ("limits.max_streams",), 3),
-        *((LIMIT_USE, (limit,), 5) for limit in SHARED_LIMITS),
     ],
 )
 def test_values_are_combined_as_the_table_says(name: str, labels: tuple[str, ...], expected: float) -> None:

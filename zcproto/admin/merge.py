@@ -208,7 +208,9 @@ def _certificates(values: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]
         key = repr([value for name, value in sorted(one.items()) if name not in _LEFT])
         if key not in found or one["seconds_left"] < found[key]["seconds_left"]:
             found[key] = one
-    return sorted(found.values(), key=lambda one: (_SOURCES.get(one.get("source", ""), 0), repr(one)))
+    return sorted(
+        found.values(), key=lambda one: (_SOURCES.get(one.get("source", ""), 0), repr(sorted(one.items())))
+    )
 
 
 _LEFT: Final = frozenset({"days_left", "seconds_left"})

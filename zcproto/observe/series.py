@@ -25,9 +25,6 @@ MAX_SERIES: Final = 100_000
 MAX_BOUNDS: Final = 64
 """Bounds of one histogram."""
 
-SHARED_LIMITS: Final = frozenset({"limits.max_connections"})
-"""Limits that hold for all workers together: their uses are added."""
-
 _JOIN: Final[Mapping[str, Callable[[Any, Any], Any]]] = {"sum": add, "max": max, "min": min}
 
 
@@ -47,8 +44,7 @@ def merge_series(parts: Iterable[Series]) -> Series:
                 elif before is None:
                     into[labels] = value
                 else:
-                    is_shared = name == "zcproto_limit_use" and labels[0] in SHARED_LIMITS
-                    into[labels] = (add if is_shared else join)(before, value)
+                    into[labels] = join(before, value)
     return merged
 
 
