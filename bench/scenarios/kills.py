@@ -29,7 +29,7 @@ from bench.scenarios.harness import for_each
 from bench.scenarios.sessions import Broken, ClientSession, check, is_accepted, open_session, refresh
 from bench.stage import ECDSA_ONLY, Server, Stage
 from zcproto.common.process import new_event_loop
-from zcproto.errors import CallError, ConnectionClosed, Unavailable, ZcprotoError
+from zcproto.errors import CallError, Cancelled, ConnectionClosed, Unavailable, ZcprotoError
 from zcproto.load.caller import Caller
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
@@ -117,7 +117,7 @@ class Client:
             what, sessions, call = self._choose(caller)
             try:
                 await call
-            except (ConnectionClosed, Unavailable) as error:
+            except (ConnectionClosed, Unavailable, Cancelled) as error:
                 self._unanswered.append(Unanswered(what, sessions))
                 for session in sessions:
                     self.live.remove(session)

@@ -1,7 +1,8 @@
 """A server of several workers: how evenly they share connections, what they cost, and a limit that holds for all.
 
     balance   10,000 connections on two workers: how many each has, and what a worker takes at its start
-    cpu       a request at two workers on one core, beside one at a single process on the same core, in turns
+    cpu       a request at two workers on one core, beside one at a single process on the same core, in turns and
+              without what each takes when idle
     limit     200 logins of one user at once, over four workers: five get a session
     crowd     58,000 connections on three workers, each with its own session, and the memory of one
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ import click
 
 from bench.command import COUNT, measurement, progress
 from bench.compare.client import ALPN, context_for
-from bench.compare.command import Case, Running, Side, in_turn
+from bench.compare.command import SLICE, Case, Running, Side, in_turn
 from bench.report import Report, Row
 from bench.scenarios.harness import cause_of, load_rows, run_load_beside
 from bench.scenarios.sessions import is_accepted, open_session
@@ -60,7 +62,9 @@ ARRIVAL_RATE: Final = 400.0
 CROWD_RATE: Final = 200.0
 """Connections a second: four generators and three workers share two cores."""
 
-SLICES: Final = 15
+SLICES: Final = 40
+IDLE_S: Final = 3.0
+NAMES: Final = {"two": "two workers", "one": "a single process"}
 
 
 def stage_in(folder: Path, workers: int, settings: Mapping[str, Any] = {}) -> Stage:
@@ -153,27 +157,41 @@ def crowd(folder: Path, connections: int) -> tuple[list[Row], list[str]]:
 def cpu(folder: Path, rounds: int) -> tuple[list[Row], list[str]]:
     folder.mkdir()
     with ExitStack() as stack:
-        sides = []
+        sides, idle = [], []
         for workers in (2, 1):
             stage = stage_in(folder / str(workers), workers, {"limits.connections_per_address": 0})
             users = iter(stage.add_users("user", 100))
             server = stack.enter_context(stage.serve(cpu=SERVER_CPU))
             context = context_for(stage.ca_file, ALPN)
-            sides.append(Side(Running(server.pid, server.port), context, users))
-        rows = []
+            running = Running(server.pid, server.port)
+            sides.append(Side(running, context, users))
+            settle()
+            before = running.cpu_us()
+            time.sleep(IDLE_S)
+            idle.append((running.cpu_us() - before) / IDLE_S)
+        rows = [
+            Row(f"idle_{name}", f"idle, {label}", each / 1000, "ms/s")
+            for (name, label), each in zip(NAMES.items(), idle, strict=True)
+        ]
         for depth in (1, 16):
-            costs = [partial(side.request_cost, "echo", depth) for side in sides]
+            costs = [partial(busy_cost, *each, depth) for each in zip(sides, idle, strict=True)]
             case = Case(f"depth {depth}", MAX_CPU_RATIO, "us", *costs)
             in_turn(case, 2)  # to warm up
             pairs = in_turn(case, rounds)
-            for name, values in zip(("two", "one"), zip(*pairs, strict=True), strict=True):
-                label = {"two": "two workers", "one": "a single process"}[name]
+            for (name, label), values in zip(NAMES.items(), zip(*pairs, strict=True), strict=True):
                 rows.append(
                     Row(f"{name}_{depth}", f"depth {depth}, {label}", statistics.median(values), "us")
                 )
             ratio = statistics.median(two / one for two, one in pairs)
             rows.append(Row(f"ratio_{depth}", f"depth {depth}, two / one", ratio, below=MAX_CPU_RATIO))
         return rows, []
+
+
+def busy_cost(side: Side, idle: float, depth: int) -> float:
+    """Return the CPU time of a request, without what the processes take while nothing happens."""
+    began = time.monotonic()
+    cost = side.request_cost("echo", depth)
+    return cost - idle * (time.monotonic() - began) / SLICE
 
 
 def limit(folder: Path, logins: int) -> tuple[list[Row], list[str]]:
