@@ -1,4 +1,4 @@
-"""The accepted counts: a file for each version of Python.
+"""The accepted counts: a file for each version of Python, with and without the accelerator.
 
 Each file has the totals of every step and the costs of its functions, so that growth can be located without the
 code that was measured, and the reason for which the counts were accepted.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.guard.counting import Cost
+from zcproto import accelerator
 from zcproto.errors import ConfigError
 
 FOLDER: Final = Path(__file__).parent / "accepted"
@@ -23,7 +24,8 @@ Counts = Mapping[str, Mapping[str, Cost]]
 
 def file_of(folder: Path = FOLDER) -> Path:
     """Return the file for this Python."""
-    return folder / f"python-{sys.version_info[0]}.{sys.version_info[1]}.json"
+    variant = "" if accelerator.compiled is None else "-accelerated"
+    return folder / f"python-{sys.version_info[0]}.{sys.version_info[1]}{variant}.json"
 
 
 def read(path: Path) -> Counts:

@@ -189,7 +189,8 @@ class ServerOutput:
         streams.sent_bytes += length
         streams.totals.items_sent += 1
         streams.totals.bytes_sent += length
-        self._out.append(encode_frame(ITEM, stream.stream, wall, self.salt, counter, stream.token, body))
+        head = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
+        self._out.append(head + body)
 
     def grant(self, stream: ServerStream, wall: int) -> bool:
         """Send the credit that is due: call this when the method asks for an item, and when it has taken one.
