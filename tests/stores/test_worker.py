@@ -202,6 +202,45 @@ async def test_jobs_go_ahead_of_those_behind(bench: Bench) -> None:
     assert bench.groups[2] == [*range(GROUP - 1, GROUP + 5)]
 
 
+async def test_jobs_ahead_form_the_next_group(bench: Bench) -> None:
+    held = await bench.hold()
+    asked = asyncio.gather(*(bench.worker.submit(number, LONG) for number in range(GROUP + 5)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    ahead = asyncio.gather(*(bench.worker.submit(f"ahead {number}", LONG, ahead=True) for number in range(2)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert bench.worker.is_waited_for
+    bench.go_on.set()
+    assert await ahead == ["ahead 0", "ahead 1"]
+    assert await asked == [*range(GROUP + 5)]
+    await held
+    assert bench.groups[1:] == [["ahead 0", "ahead 1"], [*range(GROUP)], [*range(GROUP, GROUP + 5)]]
+
+
+async def test_too_many_jobs_ahead_make_several_groups(bench: Bench) -> None:
+    held = await bench.hold()
+    ahead = asyncio.gather(*(bench.worker.submit(number, LONG, ahead=True) for number in range(GROUP + 5)))
+    asked = asyncio.gather(bench.worker.submit("asked", LONG))
+    await asyncio.sleep(0)
+    bench.go_on.set()
+    await asyncio.gather(held, ahead, asked)
+    assert bench.groups[1:] == [[*range(GROUP)], [*range(GROUP, GROUP + 5)], ["asked"]]
+
+
+async def test_stop_runs_the_jobs_ahead_too() -> None:
+    bench = Bench()
+    held = await bench.hold()
+    ahead = asyncio.create_task(bench.worker.submit("ahead", LONG, ahead=True))
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(bench.worker.stop(LONG))
+    await asyncio.sleep(0)
+    bench.go_on.set()
+    assert await ahead == "ahead"
+    assert await stopping
+    await held
+
+
 async def test_full_queue_refuses_jobs_and_drains() -> None:
     bench = Bench(limit=3)
     held = await bench.hold()

@@ -10,8 +10,9 @@ Rules:
   well. A job that has not begun when it ends is not run, unless it is a lasting one.
 - A busy event loop takes the interpreter back from the thread within microseconds, again and again. So when an
   answer is late the loop sleeps for a moment, repeatedly but not without limit.
-- Jobs submitted as `behind` wait until no others do. Both queues are bounded: a job for a full one is refused,
-  unless it is a lasting one, of which each follows a job that was admitted.
+- Jobs submitted as `ahead` form the next group. Jobs submitted as `behind` wait until no others do. Both
+  queues are bounded: a job for a full one is refused, unless it is a lasting one, of which each follows a job that
+  was admitted.
 
 It must not know: what the jobs do.
 """
@@ -56,6 +57,7 @@ class Job:
     lasting: bool
     behind: bool
     future: asyncio.Future[Any]
+    ahead: bool = False
     timer: asyncio.TimerHandle | None = None
     given_up: bool = False
     begun: bool = False
@@ -84,6 +86,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[list[Job] | None] = SimpleQueue()
         self._behind: deque[Job] = deque()
+        self._ahead: deque[Job] = deque()
         self._next: list[Job] = []
         self._waiting = [0, 0]  # jobs ahead, jobs behind
         self._groups = 0
@@ -96,7 +99,9 @@ class Worker:
         self._thread = Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
-    async def submit(self, work: Any, within: float, *, lasting: bool = False, behind: bool = False) -> Any:
+    async def submit(
+        self, work: Any, within: float, *, lasting: bool = False, behind: bool = False, ahead: bool = False
+    ) -> Any:
         """Run a job and return its result.
 
         Raises StoreUnavailable if the thread takes longer than `within` seconds, ResourceExhausted at a full queue.
@@ -105,7 +110,7 @@ class Worker:
             raise StoreUnavailable("it is closed")
         if self._waiting[behind] >= self._limit and not lasting:
             raise too_many_operations()
-        job = Job(work, lasting, behind, self._loop.create_future())
+        job = Job(work, lasting, behind, self._loop.create_future(), ahead)
         self._waiting[behind] += 1
         self._next.append(job)
         if len(self._next) == 1:
@@ -132,7 +137,8 @@ class Worker:
         if self._next:
             jobs, self._next = self._next, []
             self._behind.extend(job for job in jobs if job.behind)
-            self._queue.put([job for job in jobs if not job.behind])
+            self._ahead.extend(job for job in jobs if job.ahead)
+            self._queue.put([job for job in jobs if not job.behind and not job.ahead])
             if self._watched is None:
                 self._watched = self._loop.call_later(_LATE_S, self._watch, self._groups, 0)
 
@@ -185,14 +191,17 @@ class Worker:
     @property
     def is_waited_for(self) -> bool:
         """Whether more than one job is to be done."""
-        return self._is_group or bool(self._behind) or not self._queue.empty()
+        return self._is_group or bool(self._behind or self._ahead) or not self._queue.empty()
 
     def _run(self) -> None:
         try:
             while (jobs := self._take()) is not None:
-                for start in range(0, len(jobs), GROUP):
-                    group = jobs[start : start + GROUP]
-                    self._is_group = len(jobs) > 1
+                while jobs or self._ahead:
+                    if self._ahead:
+                        group = [self._ahead.popleft() for _ in range(min(len(self._ahead), GROUP))]
+                    else:
+                        group, jobs = jobs[:GROUP], jobs[GROUP:]
+                    self._is_group = len(jobs) + len(group) > 1
                     with self._lock:
                         for job in group:
                             job.begun = job.lasting or not job.given_up
@@ -219,7 +228,7 @@ class Worker:
                 break
             block = False
             if more is None:
-                if not jobs and not self._behind:
+                if not jobs and not self._behind and not self._ahead:
                     return None
                 self._queue.put(None)
                 break

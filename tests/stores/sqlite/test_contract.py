@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from tests.stores.contract import DurabilityContract, RepeatedRefreshContract, StoreContract, opened, session
+from tests.stores.contract import (
+    FIVE,
+    WALL,
+    DurabilityContract,
+    RepeatedRefreshContract,
+    StoreContract,
+    opened,
+    session,
+)
 from tests.stores.sqlite.harness import LONG, SqliteHarness
+from zcproto.errors import Code
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits
 from zcproto.stores.base import SessionStore, StoreUnavailable
 from zcproto.stores.sqlite.store import SqliteStore
@@ -13,6 +24,20 @@ from zcproto.stores.sqlite.store import SqliteStore
 
 class TestSqliteStore(StoreContract, DurabilityContract, RepeatedRefreshContract):
     """It is not shared, but other processes may have it over a link."""
+
+    async def test_end_overtakes_waiting_logins(self, store: SessionStore) -> None:
+        record = session(0)
+        await opened(store, record)
+        finished: list[str] = []
+        tasks = [
+            asyncio.create_task(store.create(session(number, f"user-{number}"), FIVE), name="login")
+            for number in range(1, 600)
+        ]
+        tasks.append(asyncio.create_task(store.end([record.id], Code.TOKEN_REVOKED, WALL), name="end"))
+        for task in tasks:
+            task.add_done_callback(lambda done: finished.append(done.get_name()))
+        await asyncio.gather(*tasks)
+        assert finished[0] == "end"
 
 
 class MemorySqliteHarness(SqliteHarness):

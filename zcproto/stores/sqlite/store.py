@@ -133,7 +133,8 @@ class SqliteStore:
     async def end(
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
-        return await self._do(Operation(lambda rows: rows.end(ids, code, wall, user), ids=ids), lasting=True)
+        ending = Operation(lambda rows: rows.end(ids, code, wall, user), ids=ids)
+        return await self._do(ending, lasting=True, ahead=True)
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
         ending = Operation(lambda rows: rows.end_user(user, code, wall), users=[user])
@@ -186,12 +187,15 @@ class SqliteStore:
         within: float | None = None,
         lasting: bool = False,
         behind: bool = False,
+        ahead: bool = False,
     ) -> T:
         """Run an operation or a function in the thread, and return its result."""
         if self._worker is None:
             raise StoreUnavailable("it is not open")
         job = work if isinstance(work, Operation) else partial(self._database.attempt, work)
-        result: T = await self._worker.submit(job, within or self.timeout, lasting=lasting, behind=behind)
+        result: T = await self._worker.submit(
+            job, within or self.timeout, lasting=lasting, behind=behind, ahead=ahead
+        )
         return result
 
 
