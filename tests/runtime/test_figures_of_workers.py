@@ -105,7 +105,7 @@ def test_any_worker_reports_the_whole(server: ServerProcess, key: str) -> None:
         found = metrics(server)
         assert found["zcproto_method_calls_total", "echo"] == 8
         assert found["zcproto_connections",] == 8
-        assert found["zcproto_sessions_opened_total",] == 1
+        assert found["zcproto_sessions_opened_total",] == found["zcproto_sessions", "live"] == 1
         by_worker = [found["zcproto_worker_requests_total", name] for name in "12"]
         assert sum(by_worker) == found["zcproto_requests_total",] == 9
         assert found["zcproto_limit_use", "limits.max_connections"] >= 8
@@ -114,10 +114,12 @@ def test_any_worker_reports_the_whole(server: ServerProcess, key: str) -> None:
         assert status["connections"]["zcp"] == 8
         assert status["pid"] == server.process.pid
         assert status["requests"]["total"] == 9
+        assert status["sessions"]["live"] == 1
         assert {line["pid"] for line in status["workers"]}.isdisjoint({status["pid"]})
         for client in clients:
             stats = client.call("server.stats", {})
             assert stats["connections"] == 8
+            assert stats["sessions"] == 1
             assert len(stats["workers"]) == 3
     assert json.loads(get(server, "/readyz")[1])["ready"]
 

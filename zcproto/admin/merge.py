@@ -32,7 +32,8 @@ _MAX_NODES: Final = 50_000
 """Numbers, texts and containers in the figures of a report, without the series of its metrics."""
 _MAX_NESTING: Final = 8
 
-# Path of a figure, rule. `*` stands for all figures below. `total` and `buckets` are sums that only grow.
+# Path of a figure, rule. `*` stands for all figures below. `total` and `buckets` are sums that only grow. Workers
+# know sessions of one another, so that sessions are not added.
 _STATUS: Final = """
 api same
 version same
@@ -48,7 +49,7 @@ connections.refused.* total
 connections.* sum
 sessions.opened total
 sessions.revoked total
-sessions.* sum
+sessions.* max
 requests.in_flight sum
 requests.* total
 streams.open sum
@@ -82,7 +83,7 @@ tcp_connections sum
 http.connections sum
 http.redirect.connections sum
 http.* total
-sessions sum
+sessions max
 running sum
 tasks sum
 idempotency.running sum

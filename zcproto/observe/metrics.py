@@ -112,8 +112,10 @@ zcproto_certificate_last_renewal_success gauge min
     1 if the last renewal succeeded, 0 if it failed. Missing before the first one since the start.
 
 # Sessions
-zcproto_sessions gauge (state)
-    Sessions known to this server. `state`: live, or lapsed (the token has expired; a refresh revives it).
+zcproto_sessions gauge max (state)
+    Sessions known to this server. `state`: live, or lapsed (the token has expired; a refresh revives it). With
+    several workers: live are those in their common store, lapsed ones included; with Valkey, those that one worker
+    knows.
 zcproto_sessions_opened_total counter
     Sessions opened here.
 zcproto_sessions_refreshed_total counter

@@ -76,10 +76,12 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
 
     server.on_link.append(on_link)
     server.on_lost.append(reports.link_lost)
-    collector, whole = joined_figures.collect(server, topics, place)
     hub = build_hub(config, home, partial(on_store_event, alerts))
     if hub is not None:
         StoreServer(hub).serve(server)
+    collector, whole = joined_figures.collect(
+        server, topics, place, lambda: None if hub is None else hub.sessions
+    )
     await server.start()
     collecting = asyncio.create_task(collector.run(), name="zcproto-figures")
     try:

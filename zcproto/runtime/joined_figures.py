@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from zcproto.admin.merge import Whole
+from zcproto.admin.merge import Depth, Report, Whole
 from zcproto.admin.parts import Parts
 from zcproto.admin.whole import ANSWER_S, ASK_S, Collector, Member, RemoteWhole, Reporter, read_report
 from zcproto.common.clock import system_clock
 from zcproto.common.link import Link, LinkClient, LinkServer, Topics
 from zcproto.errors import ZcprotoError
+from zcproto.observe.metrics import Series
 from zcproto.runtime.place import Place
 
 REPORT: Final = "figures.report"
@@ -43,9 +45,12 @@ def facts_of(place: Place) -> dict[str, int]:
     return {"number": place.number, "pid": os.getpid(), "restarts": place.restarts}
 
 
-def collect(server: LinkServer, topics: Topics, place: Place) -> tuple[Collector, Join]:
+def collect(
+    server: LinkServer, topics: Topics, place: Place, sessions: Callable[[], int | None]
+) -> tuple[Collector, Join]:
     """Collect the figures of all workers that connect to the coordinator.
 
+    `sessions` returns how many sessions the store of this server has; None if it is a store of several servers.
     Return the collector, and what gives it those of the coordinator once it is built.
     """
     collector = Collector(os.getpid(), place.workers, system_clock)
@@ -78,7 +83,15 @@ def collect(server: LinkServer, topics: Topics, place: Place) -> tuple[Collector
     server.on_lost.append(lost)
 
     def join(parts: Parts) -> Whole:
-        collector.read = partial(read_report, parts, member_of(place))
+        def read(depth: Depth) -> Report:
+            report, count = read_report(parts, member_of(place), depth), sessions()
+            if count is None or depth is Depth.READINESS:
+                return report
+            status = {**report.status, "sessions": {**report.status["sessions"], "live": count}}
+            series: Series = {**report.series, "zcproto_sessions": {("live",): count}}
+            return replace(report, status=status, stats={**report.stats, "sessions": count}, series=series)
+
+        collector.read = read
         return collector
 
     return collector, join
