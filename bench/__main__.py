@@ -18,6 +18,7 @@ CANNOT: Final = 2
 INTERRUPTED: Final = 130
 
 SCENARIOS: Final = {
+    "accelerator_fuzz": "The accelerator under sanitizers: the same results as Python.",
     "attacks": "Silent connections, floods and half frames: the others notice nothing.",
     "failover": "Failovers of Valkey and paused servers: no dead token is accepted again.",
     "half_rate": "Latency at half of the maximum rate, with 10,000 connections.",

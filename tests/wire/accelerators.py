@@ -46,6 +46,9 @@ class Index:
         return 3
 
 
+TYPES: Final = bytes(range(0xC0, 0xE0))
+"""First bytes of values of msgpack, and of those that are refused."""
+
 EDGES: Final = (0, 1, 63, 64, 255, 256, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 ODD_NUMBERS: Final = (
     -1,
@@ -186,5 +189,7 @@ def random_body(source: random.Random) -> bytes:
         return bytes(body)
     for _ in range(source.randrange(3)):
         at = source.randrange(len(body) + 1)
-        body[at : at + source.randrange(2)] = source.randbytes(source.randrange(3))
+        body[at : at + source.randrange(2)] = source.choice(
+            (b"", source.randbytes(2), TYPES[source.randrange(32) :][:1])
+        )
     return bytes(body)
