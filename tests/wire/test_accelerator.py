@@ -231,27 +231,27 @@ def test_calls_leak_nothing(name: str, calls: dict[str, tuple[Any, ...]]) -> Non
 @needs_compiled
 @pytest.mark.parametrize("name", sorted(CALLS))
 @pytest.mark.parametrize("calls", [CALLS, FOR_THE_TWIN], ids=["usual", "for the twin"])
-def test_lack_of_memory_is_raised(name: str, calls: dict[str, tuple[Any, ...]]) -> None:
+def test_lack_of_memory_is_raised(
+    name: str, calls: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     testcapi = pytest.importorskip(
         "_testcapi", reason="_testcapi makes allocations fail; this Python lacks it"
     )
+    # A reference without frames: interpreters and msgpack do not survive a lack of memory everywhere.
+    monkeypatch.setitem(accelerator.twins, name, "".format)
     function, args = getattr(compiled, name), calls[name]
-    failed = 0
+    failed, expected = 0, function(*args)
     for number in range(40):
-        expected: Any = None
+        result = None
         testcapi.set_nomemory(number, number + 1)
         try:
             result = function(*args)
         except MemoryError:
             failed += 1
-        except Exception as error:
-            expected = error
-        else:
-            expected = result
         finally:
             testcapi.remove_mem_hooks()
-        assert failed or expected is not None
-    assert failed or name == "scan_body"
+        assert result in (None, expected)
+    assert failed or expected is True
 
 
 @needs_compiled
