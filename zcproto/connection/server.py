@@ -161,20 +161,21 @@ class ServerConnection(ServerOutput):
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Process decrypted bytes and yield their events, one at a time."""
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
+        decoder = self._decoder
         if (
-            self._decoder.partial is None
+            decoder.partial is None
             and wall < self._recheck_at
             and self.registry.generation == self._seen_generation
             and not self._stale_in_a_row
             and self.state is _OPEN
         ):
             settings, session, token = self.settings, self._session, self._token
-            limit = self._decoder.limit if session is not None else settings.max_frame_before_session
-            salt, counter, tolerance = self.salt, self._last_counter, settings.tolerance_ms
-            frame = judge(data, limit, REQUEST, salt, counter, token, wall, tolerance)
+            limit = decoder.limit if session is not None else settings.max_frame_before_session
+            tolerance = settings.tolerance_ms
+            frame = judge(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
             if frame is None:
                 if len(data) >= 2 * HEADER_SIZE:
-                    frames = cut(data, limit, REQUEST, salt, counter, token, wall, tolerance)
+                    frames = cut(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
                     if frames:
                         return self._usual_events(frames, data, wall, now)
             elif not (self._held or self._lingering) or self._has_room(frame[0]):
