@@ -54,6 +54,7 @@ class Churn:
 async def start(folder: Path) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.stores.test_hub_kill", str(folder)),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -93,7 +94,7 @@ async def serve(folder: Path) -> None:
     await harness.start()
     await harness.hub.open()
     print("ready", flush=True)
-    await asyncio.Event().wait()
+    await asyncio.to_thread(sys.stdin.read)  # until the test has ended, or failed
 
 
 if __name__ == "__main__":
