@@ -17,7 +17,10 @@ import pytest
 from zcproto.errors import CertificateError, ConfigError, LifespanError
 from zcproto.workers import supervisor as module
 from zcproto.workers.channel import Channel
-from zcproto.workers.supervisor import COORDINATOR, Supervisor, failure_of
+from zcproto.workers.child import COORDINATOR
+from zcproto.workers.failures import failure_of
+from zcproto.workers.successor import Successor
+from zcproto.workers.supervisor import Supervisor
 
 LIMIT = 20.0
 
@@ -65,8 +68,15 @@ class Service:
     def stopping(self, limit: float) -> None:
         self.note("stopping", limit)
 
-    def upgrade(self) -> None:
-        self.note("upgrade")
+    def start_successor(self) -> Successor:
+        self.note("start_successor")
+        raise OSError(12, "no memory")
+
+    def upgrade_limit(self) -> float:
+        return 5.0
+
+    def left(self, pid: int) -> None:
+        self.note("left", pid)
 
     def tick(self, ready: int) -> float:
         return 0.05
@@ -548,7 +558,7 @@ def test_upgrade_is_requested_by_usr2(run: Run) -> None:
     running = run(obedient)
     running.serve()
     os.kill(running.pid, signal.SIGUSR2)
-    running.next("upgrade")
+    running.next("start_successor")
     assert running.stop() == 0
 
 

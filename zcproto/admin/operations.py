@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
@@ -57,7 +58,7 @@ _STATUS: Final = {
     Code.UNAVAILABLE: 503,
 }
 
-_LOGGED_FIRST: Final = frozenset({"reload", "drain", "alerts/test"})
+_LOGGED_FIRST: Final = frozenset({"reload", "drain", "upgrade", "alerts/test"})
 """Operations that are logged before they run: they may fail, end the server or take minutes."""
 
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -82,12 +83,16 @@ class Operations:
         reload: Callable[[], Awaitable[HasChanges]],
         begin_drain: Callable[[float], None],
         set_level: Callable[[str], None],
+        begin_upgrade: Callable[[], None],
+        upgrade_failure: Callable[[], str],
     ) -> None:
         self._parts = parts
         self._users = ServerUsers(parts)
         self._reload = reload
         self._begin_drain = begin_drain
         self._set_level = set_level
+        self._begin_upgrade = begin_upgrade
+        self._upgrade_failure = upgrade_failure
 
     def routes(self) -> Iterator[Route]:
         """Yield the routes of the control API."""
@@ -111,6 +116,8 @@ class Operations:
             ("POST", "alerts/test", self.test_alerts),
             ("POST", "reload", self.reload),
             ("POST", "drain", self.drain),
+            ("GET", "upgrade", self.upgrade_state),
+            ("POST", "upgrade", self.upgrade),
             ("GET", "log", self.log_level),
             ("POST", "log", self.set_log_level),
         ):
@@ -130,6 +137,15 @@ class Operations:
         limit = self._parts.config.server.drain_timeout if timeout is None else timeout
         self._begin_drain(limit)
         return {"connections": len(self._parts.state.connections), "timeout": limit}
+
+    async def upgrade(self) -> dict[str, Any]:
+        self._begin_upgrade()
+        return await self.upgrade_state()
+
+    async def upgrade_state(self) -> dict[str, Any]:
+        """Return the process that is replaced, or has replaced it, and why it has not."""
+        timeout = self._parts.config.server.upgrade_timeout
+        return {"supervisor": os.getppid(), "timeout": timeout, "failure": self._upgrade_failure()}
 
     async def log_level(self) -> dict[str, Any]:
         return {"level": current_level()}
@@ -284,7 +300,7 @@ def _handler(method: str, path: str, run: Run) -> Handler:
     async def handle(request: HttpRequest) -> HttpResponse:
         try:
             arguments = signature.bind(_query(request) if method == "GET" else _body(request))
-            if path in _LOGGED_FIRST:
+            if method != "GET" and path in _LOGGED_FIRST:
                 _log_change(request, path, arguments)
             result = await run(**arguments)
         except (ConfigError, CertificateError) as error:

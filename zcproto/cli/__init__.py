@@ -42,6 +42,10 @@ COMMANDS = {
     "status": ("zcproto.cli.status:status", "Show the status of a running server, once or continuously."),
     "reload": ("zcproto.cli.control:reload", "Apply a changed configuration to a running server."),
     "drain": ("zcproto.cli.control:drain", "Let a running server finish its requests and end."),
+    "upgrade": (
+        "zcproto.cli.control:upgrade",
+        "Replace a running server by a new one, without a lost request.",
+    ),
     "log": ("zcproto.cli.control:log", "Show and set the log level of a running server."),
     "call": ("zcproto.cli.connect:call", "Call a method of a server and print the result."),
     "stubs": ("zcproto.cli.stubs:stubs", "Write a typed client for the methods of a server."),

@@ -223,6 +223,33 @@ def drain(instance: Instance, timeout: float | None, wait: bool, as_json: bool) 
     print_result(as_json, {**done, "ended": wait}, "the server has ended" if wait else draining)
 
 
+@click.command()
+@report_options
+def upgrade(instance: Instance, as_json: bool) -> None:
+    """Replace a running server by a new one of the installed version, on the same sockets.
+
+    For servers with workers. The new server reads the configuration and loads the application; when it serves, the
+    workers of the old one are drained one at a time. If it fails, or does not serve within server.upgrade_timeout,
+    the old one serves on, and the exit code is 1. SIGUSR2 does the same.
+    """
+    begun = require_control(instance.home).post("/v1/upgrade")
+    for _ in range(int((begun["timeout"] + MARGIN_S) / POLL_S)):
+        time.sleep(POLL_S)
+        try:
+            found = require_control(instance.home).get("/v1/upgrade")
+        except ControlError:  # between the old coordinator and the new one
+            continue
+        if found["supervisor"] != begun["supervisor"]:
+            pid = {"pid": found["supervisor"]}
+            print_result(as_json, pid, f"the new server serves, with process id {pid['pid']}")
+            return
+        if found["failure"]:
+            raise ControlError(
+                f"the old server serves on; the new one has failed: {found['failure']}; see its log"
+            )
+    raise ControlError(f"the new server does not serve after {begun['timeout']:g} s; see its log")
+
+
 def _wait_for_end(home: Home, seconds: float) -> None:
     for _ in range(int(seconds / POLL_S)):
         found = find_control(home)

@@ -76,6 +76,21 @@ class SocketFile:
             raise
         return listening
 
+    @property
+    def lock(self) -> int | None:
+        """The descriptor that holds the lock; None if this process does not own the path."""
+        return self._lock
+
+    def adopt(self, lock: int) -> None:
+        """Share the lock of the process that owns the path, until it leaves: then `take_over`."""
+        self._lock = lock
+
+    def take_over(self) -> None:
+        """Own the path from now on; without `adopt` nothing changes."""
+        if self._lock is not None:
+            with suppress(OSError):  # the socket was removed
+                self._inode = self.path.lstat().st_ino
+
     def close(self) -> None:
         """Remove the socket and release the lock. Idempotent."""
         if self._inode:

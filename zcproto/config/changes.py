@@ -31,7 +31,7 @@ class Effect(Enum):
 
 _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "server": {
-        Effect.NOW: "drain_timeout lifespan_timeout",
+        Effect.NOW: "drain_timeout lifespan_timeout upgrade_timeout",
         Effect.NEW_CONNECTIONS: "proxy_protocol_from",
         Effect.RESTART: "host port workers",
     },

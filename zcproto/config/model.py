@@ -72,6 +72,9 @@ class ServerConfig(Settings):
     lifespan_timeout: Annotated[float, duration("100ms", "1h")] = 30.0
     """How long the lifespan of the application may take to start, and again to end. A start that takes longer
     fails, since a service manager would wait without a reason in the log."""
+    upgrade_timeout: Annotated[float, duration("1s", "1h")] = 60.0
+    """How long `zcproto upgrade` waits for the new server. If it does not serve by then, the old one serves on. The
+    default is twice the time that a lifespan may take to start."""
     workers: Annotated[int | None, whole_or_auto(1, 256)] = 1
     """The number of processes that serve connections, on Linux and macOS; one process uses one core. "auto" is the
     number of cores that this process may use. With 1 there is a single process. With more there are also a

@@ -155,6 +155,14 @@ workers.reload_slow warning (count seconds)
     Processes have not applied a new configuration in time; they still apply it when they can.
 workers.gave_up error (seconds)
     No worker could be started for this long: the server ends.
+upgrade.started info (pid)
+    A new server was started beside this one, to replace it.
+upgrade.done info (pid)
+    The new server serves. This one drains its workers and ends.
+upgrade.slow error (pid seconds)
+    The new server did not serve within server.upgrade_timeout; it is ended.
+upgrade.failed error (reason cure)
+    The new server has ended before it served. This one serves on; the output of the new one has the reason.
 server.draining info (connections)
     The server drains: it accepts nothing new and finishes requests in flight.
 server.methods_stuck error (count)

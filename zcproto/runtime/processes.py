@@ -44,6 +44,7 @@ from zcproto.runtime import joined
 from zcproto.runtime.alert_sources import on_process_ended
 from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.gone import gone_calls
+from zcproto.runtime.inheritance import VARIABLE, Inheritance
 from zcproto.runtime.joined import Joined
 from zcproto.runtime.place import Place
 from zcproto.runtime.process_setup import (
@@ -59,7 +60,10 @@ from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.listener import bind, listen
 from zcproto.server.state import log
 from zcproto.workers.channel import Channel
-from zcproto.workers.supervisor import COORDINATOR, Supervisor, failure_of
+from zcproto.workers.child import COORDINATOR
+from zcproto.workers.failures import failure_of
+from zcproto.workers.successor import Successor
+from zcproto.workers.supervisor import Supervisor
 
 ORPHAN_LIMIT: Final = 2.0
 """Seconds that a process has to end after its supervisor."""
@@ -85,6 +89,7 @@ def serve_by_workers(
     ready: Callable[[Server], None],
     listening: Callable[[Sequence[tuple[str, int]]], None],
     risks: Mapping[str, str],
+    inheritance: Inheritance | None = None,
 ) -> None:
     """Run a server of several processes until it has ended. Raises as `serve`.
 
@@ -99,8 +104,12 @@ def serve_by_workers(
     with ExitStack() as stack:
         service = ForkedService(server, make, workers, options, manager, first, ready, listening)
         stack.callback(service.close)
-        service.open()
-        if not Supervisor(service, workers).run():
+        if inheritance is None:
+            service.open()
+        else:
+            service.inherit(inheritance)
+        predecessor = None if inheritance is None else inheritance.channel
+        if not Supervisor(service, workers, predecessor=predecessor).run():
             log.warning("server.forced")
             exit_at_once()
     manager.close()
@@ -162,6 +171,16 @@ class ForkedService:
                 config.server.host, config.http.redirect_port, "http.redirect_port", backlog=0
             )
 
+    def inherit(self, inheritance: Inheritance) -> None:
+        """Take what a predecessor has passed in place of `open`."""
+        self._options.pop("control", None)
+        self._sockets, self._redirect_sockets = inheritance.sockets, inheritance.redirect_sockets
+        if inheritance.control is not None:
+            self._control, lock = inheritance.control
+            self._control_file.adopt(lock)
+        self._link, lock = inheritance.link
+        self._link_file.adopt(lock)
+
     def close(self) -> None:
         for each in (*self._sockets, *self._redirect_sockets):
             each.close()
@@ -182,6 +201,8 @@ class ForkedService:
         listen([*self._sockets, *self._redirect_sockets])
 
     def serving(self) -> None:
+        self._control_file.take_over()
+        self._link_file.take_over()
         self._first.ready(self._certificate_names, self.addresses[0][1])
         self._on_listening(self.addresses)
         self._manager.begin(lambda: f"{self._ready} of {counted(self._workers, 'worker')}")
@@ -213,8 +234,36 @@ class ForkedService:
     def stopping(self, limit: float) -> None:
         self._manager.stopping(limit + self._config.server.lifespan_timeout)
 
-    def upgrade(self) -> None:
-        pass
+    def start_successor(self) -> Successor:
+        ours, theirs = Channel.pair()
+        try:
+            assert self._link is not None
+            assert self._link_file.lock is not None
+            control = self._control_file.lock
+            passed = Inheritance(
+                theirs,
+                self._sockets,
+                self._redirect_sockets,
+                None if self._control is None or control is None else (self._control, control),
+                (self._link, self._link_file.lock),
+            )
+            environment = {**os.environ, **self._manager.environment(), VARIABLE: passed.encode()}
+            command = [sys.executable, *sys.orig_argv[1:]]
+            return Successor(command, environment, passed.descriptors(), ours)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+
+    def upgrade_limit(self) -> float:
+        return self._config.server.upgrade_timeout
+
+    def left(self, pid: int) -> None:
+        self._manager.notify(MAINPID=pid)
+        self._manager.close()
+        self._control_file.leave()
+        self._link_file.leave()
 
     def tick(self, ready: int) -> float:
         self._ready = ready
@@ -348,6 +397,7 @@ class Orders:
             server.on_reload_requested = self._reload_everywhere
             server.on_log_level = part.share_log_level
             server.on_drain_requested = lambda limit: channel.send("drain", limit=limit)
+            server.on_upgrade_requested = lambda: channel.send("upgrade")
 
     async def run(self, ready: Callable[[Server], None]) -> None:
         """Start the server, and drain it when the supervisor orders it. Raises what `Server.start` raises."""
@@ -397,6 +447,8 @@ class Orders:
             elif name == "ended":
                 assert self._part.role.alerts is not None
                 on_process_ended(self._part.role.alerts, str(values["worker"]), str(values["reason"]))
+            elif name == "upgrade_failed":
+                self._server.upgrade_failure = str(values.get("reason"))
             elif name == "applied":
                 self._applied.set()
 

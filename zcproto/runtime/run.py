@@ -24,6 +24,7 @@ from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
 from zcproto.runtime.first_start import FirstStart
+from zcproto.runtime.inheritance import Inheritance
 from zcproto.runtime.place import worker_count
 from zcproto.runtime.process_setup import (
     exit_at_once,
@@ -67,6 +68,7 @@ def serve(
     _check_own_process()
     risks = harden(os.environ)  # before any key is loaded
     manager = ServiceManager.from_environ(os.environ, os.getpid())
+    inheritance = Inheritance.from_environ(os.environ)
     options["sockets"] = [passed for name, passed in manager.sockets if name != REDIRECT_SOCKET]
     options["redirect_sockets"] = [passed for name, passed in manager.sockets if name == REDIRECT_SOCKET]
     first = FirstStart(progress, sys.stderr if sys.stderr.isatty() else None)
@@ -93,8 +95,13 @@ def serve(
                 ready=ready,
                 listening=listening,
                 risks=risks,
+                inheritance=inheritance,
             )
             return
+        if inheritance is not None:
+            raise ConfigError(
+                ["server.workers = 1: one process cannot take over from several; restart the server instead"]
+            )
         server.owns_log = True
         server.on_config = raise_limit_for
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -139,6 +146,11 @@ async def _serve(
     server.around_reload = manager.reloading
     reloads: set[asyncio.Task[None]] = set()
 
+    def on_upgrade() -> None:
+        log.error(
+            "upgrade.failed", reason="server.workers = 1", cure="restart the server, or let it have workers"
+        )
+
     def on_hangup() -> None:
         if len(reloads) > 1:  # the one that waits will read whatever has changed by then
             return
@@ -147,6 +159,7 @@ async def _serve(
         reload.add_done_callback(reloads.discard)
 
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    loop.add_signal_handler(signal.SIGUSR2, on_upgrade)
     loop.set_exception_handler(log_loop_fault)
     await server.start()
     log_risks(risks)

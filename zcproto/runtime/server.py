@@ -41,7 +41,7 @@ from zcproto.common.home import Home, resolve_home
 from zcproto.common.text import counted
 from zcproto.config import Config, load_config
 from zcproto.connection.events import GoAwayReason
-from zcproto.errors import ConfigError
+from zcproto.errors import ConfigError, FailedPrecondition
 from zcproto.http.messages import Router
 from zcproto.observe.log import configure_logging, flush_log, is_configured, report_suppressed, set_level
 from zcproto.runtime.background import background, background_work, roll_out_certificates
@@ -129,6 +129,10 @@ class Server:
         """Called when an operator has set the level of the log."""
         self.on_drain_requested: Callable[[float], object] | None = None
         """Called in place of a drain that an operator requests."""
+        self.on_upgrade_requested: Callable[[], object] | None = None
+        """Called when an operator requests an upgrade; None if this server cannot be upgraded in place."""
+        self.upgrade_failure = ""
+        """Why the last upgrade has failed."""
         self.on_config: Callable[[Config], None] = lambda config: None
         """Called with each configuration that `reload` applies."""
         self.on_drain: Callable[[float], None] = lambda limit: None
@@ -164,7 +168,14 @@ class Server:
                 await asyncio.to_thread(require_unused, self.home)
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
-            routes = Operations(parts, self.reload, self.begin_drain, self._set_log_level).routes()
+            routes = Operations(
+                parts,
+                self.reload,
+                self.begin_drain,
+                self._set_log_level,
+                self._begin_upgrade,
+                lambda: self.upgrade_failure,
+            ).routes()
             self._control = control = ControlSocket(self.home, parts.state, Router(routes))
             stack.callback(control.close)
             if self.place.control is not None:
@@ -345,6 +356,12 @@ class Server:
         self._requested.discard(task)
         if not task.cancelled():
             task.exception()  # retrieved by the caller, unless it has gone
+
+    def _begin_upgrade(self) -> None:
+        if self.on_upgrade_requested is None:
+            raise FailedPrecondition("server.workers = 1: one process cannot be replaced; restart it instead")
+        self.upgrade_failure = ""
+        self.on_upgrade_requested()
 
     # --- the end -------------------------------------------------------------------------------------
 

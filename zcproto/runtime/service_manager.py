@@ -72,6 +72,7 @@ class ServiceManager:
         self.watchdog = watchdog
         self.sockets = sockets
         self._clock = clock
+        self._notify_address = notify_address
         self._address = "\0" + notify_address[1:] if notify_address.startswith("@") else notify_address
         self._socket: socket.socket | None = None
         if notify_address:
@@ -102,6 +103,15 @@ class ServiceManager:
         if found.get("LISTEN_PID") == str(pid) and "LISTEN_FDS" in found:
             sockets = _passed_sockets(found)
         return cls(address, watchdog if address else None, sockets)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables for a process that will be the main one."""
+        if self._socket is None:
+            return {}
+        found = {"NOTIFY_SOCKET": self._notify_address}
+        if self.watchdog is not None:
+            found["WATCHDOG_USEC"] = str(int(self.watchdog * USEC))
+        return found
 
     def notify(self, **values: str | int) -> bool:
         """Send one message: `notify(READY=1, STATUS="serving")`. Return False if it was not sent."""

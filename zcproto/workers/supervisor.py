@@ -2,6 +2,7 @@
 
     start:  coordinator ready -> workers ready -> "go" to all of them -> serving
     stop:   "drain" to the workers -> they end -> "drain" to the coordinator -> it ends
+    upgrade: a successor does the same beside it (handover.py); "prepared" -> "store" -> "serving" -> "left"
 
 Decides: which process runs, and when a process that does not obey is killed.
 
@@ -27,29 +28,24 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 
 from zcproto.common.clock import Clock, system_clock
-from zcproto.errors import CertificateError, ConfigError, LifespanError, ZcprotoError
+from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.observe.log import flush_log, get_logger
 from zcproto.workers.channel import Channel, Message
-from zcproto.workers.restarts import RestartPacer
-
-COORDINATOR: Final = 0
-"""The number of the coordinator; workers have those from 1 on."""
+from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN, ChildProcess
+from zcproto.workers.failures import ChildFailed, failure_from
+from zcproto.workers.handover import Action, Handover, Input, Step
+from zcproto.workers.service import SupervisedService
+from zcproto.workers.successor import Successor
 
 GIVE_UP: Final = 60.0
 """Seconds without a ready worker after which the server ends: time for a database to come back, and no more than
 clients wait."""
 
-MARGIN: Final = 10.0
-"""Seconds that a process has to end in addition to its drain, before it is killed."""
-
 RELOAD_LIMIT: Final = 30.0
 """Seconds for which a reload waits for the processes."""
-
-KILLED_LIMIT: Final = 5.0
-"""Seconds for which the end of killed processes is awaited; an uninterruptible system call may take longer."""
 
 MAX_ENDED: Final = 64
 MAX_REASON: Final = 200
@@ -61,79 +57,17 @@ _STOP: Final = (signal.SIGTERM, signal.SIGINT)
 log = get_logger("zcproto.server")
 
 
-class ChildFailed(ZcprotoError):
-    """A process of the server failed by an error that has no message for the operator."""
-
-
-class SupervisedService(Protocol):
-    """What is supervised. Its methods run in the supervisor, except for `run`, and must return soon."""
-
-    def run(self, number: int, channel: Channel, lifeline: int) -> int:
-        """Run a process, in the child; return its exit code. The lifeline is at its end when the supervisor is."""
-
-    def coordinator_ready(self, values: dict[str, Any]) -> None:
-        """The coordinator has started for the first time. `values` are those of its message."""
-
-    def listen(self) -> None:
-        """All processes have started for the first time: let the sockets listen. Raises ConfigError."""
-
-    def serving(self) -> None:
-        """The workers accept from now on."""
-
-    def process_ended(self, number: int) -> None:
-        """Clear what the process has left in shared memory."""
-
-    def reloading(self, is_begun: bool) -> None:
-        """A reload has begun, or ended."""
-
-    def reload(self) -> None:
-        """Read the configuration again, which the coordinator has applied, for processes to come."""
-
-    def drain_limit(self) -> float:
-        """Return the seconds of a drain."""
-
-    def stopping(self, limit: float) -> None:
-        """A drain of the server has begun."""
-
-    def upgrade(self) -> None:
-        """SIGUSR2 has arrived."""
-
-    def tick(self, ready: int) -> float:
-        """Report that this many workers are ready; return the seconds until the next call."""
-
-    def watchdog(self) -> float | None:
-        """Return the seconds within which a process must send a beat; None without a limit."""
-
-
-class ChildProcess:
-    """One process of the server, and its successors."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.name = "coordinator" if number == COORDINATOR else str(number)
-        self.pid = 0
-        """0 while it does not run."""
-        self.channel: Channel | None = None
-        self.ready_at: float | None = None
-        self.heard_at = 0.0
-        self.kill_at: float | None = None
-        self.start_at: float | None = 0.0
-        """When to start it; None while it runs, or if it is not to run."""
-        self.failure: ZcprotoError | None = None
-        self.pacer = RestartPacer()
-
-    @property
-    def is_running(self) -> bool:
-        return bool(self.pid)
-
-    def send(self, name: str, **values: Any) -> bool:
-        return self.channel is not None and self.channel.send(name, **values)
-
-
 class Supervisor:
-    """The supervisor of one server with `workers` workers."""
+    """The supervisor of one server with `workers` workers, which replaces `predecessor` if there is one."""
 
-    def __init__(self, service: SupervisedService, workers: int, *, clock: Clock = system_clock) -> None:
+    def __init__(
+        self,
+        service: SupervisedService,
+        workers: int,
+        *,
+        predecessor: Channel | None = None,
+        clock: Clock = system_clock,
+    ) -> None:
         self._service = service
         self._now = clock.now
         self.coordinator = ChildProcess(COORDINATOR)
@@ -153,6 +87,14 @@ class Supervisor:
         self._reload_again = False
         self._ended: deque[tuple[str, str]] = deque(maxlen=MAX_ENDED)
         """Processes that have ended, and why, which the coordinator has yet to report."""
+        self._handover = Handover()
+        self._successor: Successor | None = None
+        self._successor_until = 0.0
+        self._upgrade_failure = ""
+        self._predecessor = predecessor
+        if predecessor is not None:
+            self.coordinator.start_at = None  # the predecessor has the store
+            self._selector.register(predecessor, selectors.EVENT_READ, self._handle_predecessor)
 
     def run(self) -> bool:
         """Run the server until it has ended. Return False if a second signal has ended it at once.
@@ -210,6 +152,7 @@ class Supervisor:
         self._start_due(now)
         for each in self._processes():
             self._check_time(each, now)
+        self._check_successor(now)
         if self._reloading is not None and now >= self._reload_until:
             log.warning("workers.reload_slow", count=len(self._reloading), seconds=RELOAD_LIMIT)
             self._end_reload()
@@ -219,6 +162,8 @@ class Supervisor:
         for key, _ in self._selector.select(max(0.0, self._next_event() - self._now())):
             if key.data is None:
                 self._handle_signals()
+            elif callable(key.data):
+                key.data()
             elif key.data.channel is not None and key.data.channel.fileno() == key.fd:
                 self._handle_messages(key.data)
         return True
@@ -236,7 +181,7 @@ class Supervisor:
         coordinator = self.coordinator
         if coordinator.start_at is not None and coordinator.start_at <= now:
             self._start(coordinator)
-        if not self._has_served and coordinator.ready_at is None:
+        if not self._has_served and coordinator.ready_at is None and self._predecessor is None:
             return  # it makes what the workers read
         for worker in self.workers:
             if worker.start_at is not None and worker.start_at <= now and not self._is_stopping:
@@ -279,11 +224,12 @@ class Supervisor:
                 if self._is_stopping:
                     self._is_forced = True
                 else:
+                    self._upgrade(Input.FAILED)
                     self._begin_stop(self._service.drain_limit())
             elif number == signal.SIGHUP and self._has_served:
                 self._begin_reload()
             elif number == signal.SIGUSR2 and self._has_served and not self._is_stopping:
-                self._service.upgrade()
+                self._upgrade(Input.REQUESTED)
 
     def _handle_messages(self, process: ChildProcess) -> None:
         assert process.channel is not None
@@ -303,12 +249,14 @@ class Supervisor:
         if name == "ready":
             self._handle_ready(process, values)
         elif name == "failed":
-            process.failure = failure_from(process, values)
+            process.failure = failure_from(process.name, values)
         elif name == "reloaded":
             self._handle_reloaded(process, values.get("applied") is True)
         elif name == "drain" and is_coordinator and not self._is_stopping:
             limit = values.get("limit")
             self._begin_stop(float(limit) if isinstance(limit, int | float) else self._service.drain_limit())
+        elif name == "upgrade" and is_coordinator and self._has_served and not self._is_stopping:
+            self._upgrade(Input.REQUESTED)
 
     def _handle_ready(self, process: ChildProcess, values: dict[str, Any]) -> None:
         if process.ready_at is not None or self._is_stopping:
@@ -318,6 +266,8 @@ class Supervisor:
         if self._has_served:
             process.send("go")
             self._report_ended()
+            if process is self.coordinator and self._upgrade_failure:
+                process.send("upgrade_failed", reason=self._upgrade_failure)
             return
         if process is self.coordinator:
             self._service.coordinator_ready(values)
@@ -331,7 +281,12 @@ class Supervisor:
             self._has_served = True
             for each in self._processes():
                 each.send("go")
-            self._service.serving()
+            if self._predecessor is None:
+                self._service.serving()
+            else:
+                self._predecessor.send("serving")
+        elif self._predecessor is not None and all(each.ready_at is not None for each in self.workers):
+            self._predecessor.send("prepared")
 
     # --- start and end of a process ------------------------------------------------------------------
 
@@ -365,8 +320,8 @@ class Supervisor:
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            for each in _SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+            for signal_number in _SIGNALS:
+                signal.signal(signal_number, signal.SIG_DFL)
             signal.signal(
                 signal.SIGINT, signal.SIG_IGN
             )  # Ctrl-C reaches every process; the supervisor decides
@@ -376,9 +331,10 @@ class Supervisor:
             self._signals.close()
             self._wakeup.close()
             os.close(self._lifeline)
-            for process in self._processes():
-                if process.channel is not None:
-                    process.channel.close()
+            peer = None if self._successor is None else self._successor.channel
+            for each in (peer, self._predecessor, *(process.channel for process in self._processes())):
+                if each is not None:
+                    each.close()
             code = self._service.run(number, channel, self._life)
         except BaseException as error:  # nothing may return into the supervisor's code
             with contextlib.suppress(BaseException):
@@ -401,12 +357,14 @@ class Supervisor:
                 pid, status = process.pid, 0
             if pid:
                 self._handle_end(process, os.waitstatus_to_exitcode(status))
+        if self._successor is not None and self._successor.reason is not None:
+            self._lose_successor(self._successor.reason)
 
     def _handle_end(self, process: ChildProcess, code: int) -> None:
         if process.channel is not None:
             for message in process.channel.receive() or ():  # its last words
                 if message.name == "failed":
-                    process.failure = failure_from(process, message.values)
+                    process.failure = failure_from(process.name, message.values)
             self._close_channel(process)
         self._service.process_ended(process.number)
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -434,6 +392,12 @@ class Supervisor:
                 f"the process {process.name} ended during the start: {reason}; the log has more"
             )
             self._begin_stop(0.0)
+            return
+        if self._handover.is_retiring:
+            self._upgrade(Input.WORKER_ENDED)
+            return
+        if process is self.coordinator and not self._handover.has_coordinator:
+            self._upgrade(Input.COORDINATOR_ENDED)
             return
         if process is not self.coordinator:
             self._last_failure = process.failure
@@ -501,11 +465,110 @@ class Supervisor:
             self._reload_again = False
             self._begin_reload()
 
+    # --- upgrade -------------------------------------------------------------------------------------
+
+    def _upgrade(self, given: Input) -> None:
+        for action in self._handover.handle(given):
+            if action is Action.START_SUCCESSOR:
+                self._start_successor()
+            elif action is Action.END_COORDINATOR:
+                self._end_coordinator()
+            elif action is Action.SERVE_ON:
+                if not self.coordinator.is_running and not self._is_stopping:
+                    self.coordinator.start_at = self._now()
+            elif action is Action.DRAIN_NEXT:
+                self._drain_next()
+            elif self._successor is not None:
+                if action is Action.GIVE_STORE:
+                    self._successor.channel.send("store")
+                elif action is Action.LEAVE:
+                    self._service.left(self._successor.pid)
+                    self._successor.channel.send("left")
+                    log.info("upgrade.done", pid=self._successor.pid)
+                else:
+                    self._successor_until = self._now() + MARGIN
+                    self._successor.terminate()
+
+    def _start_successor(self) -> None:
+        try:
+            self._successor = successor = self._service.start_successor()
+        except OSError as error:
+            self._lose_successor(f"it cannot be started: {error.strerror}")
+            return
+        self._successor_until = self._now() + self._service.upgrade_limit()
+        self._selector.register(successor.channel, selectors.EVENT_READ, self._handle_successor)
+        log.info("upgrade.started", pid=successor.pid)
+
+    def _end_coordinator(self) -> None:
+        self.coordinator.start_at = None
+        if self.coordinator.is_running:
+            self._drain(self.coordinator)
+        else:
+            self._upgrade(Input.COORDINATOR_ENDED)
+
+    def _drain_next(self) -> None:
+        self._limit = self._service.drain_limit()
+        for worker in self.workers:
+            worker.start_at = None
+        for worker in self.workers:
+            if worker.is_running:
+                return self._drain(worker)
+        return self._begin_stop(0.0)
+
+    def _handle_successor(self) -> None:
+        assert self._successor is not None
+        messages = self._successor.channel.receive()
+        for name, _ in messages or ():
+            if name in ("prepared", "serving"):
+                self._upgrade(Input(name))
+        if messages is None:
+            self._selector.unregister(self._successor.channel)
+            self._upgrade(Input.FAILED)
+            self._reap()
+
+    def _check_successor(self, now: float) -> None:
+        if self._successor is None or now < self._successor_until:
+            return
+        if self._handover.is_timed:
+            log.error("upgrade.slow", pid=self._successor.pid, seconds=self._service.upgrade_limit())
+            self._upgrade(Input.FAILED)
+        elif self._handover.step is Step.ENDING:
+            self._successor.kill()
+
+    def _lose_successor(self, reason: str) -> None:
+        if self._successor is not None:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(self._successor.channel)
+            self._successor.close()
+            self._successor = None
+        if not self._handover.is_retiring:
+            self._upgrade_failure = reason
+            self.coordinator.send("upgrade_failed", reason=reason)
+            log.error("upgrade.failed", reason=reason, cure="correct that; the old server serves on")
+        self._upgrade(Input.SUCCESSOR_ENDED)
+
+    def _handle_predecessor(self) -> None:
+        assert self._predecessor is not None
+        messages = self._predecessor.receive()
+        names = [message.name for message in messages or ()]
+        if "store" in names:
+            self.coordinator.start_at = self._now()
+        if "left" not in names and messages is not None:
+            return
+        self._selector.unregister(self._predecessor)
+        self._predecessor.close()
+        self._predecessor = None
+        if self._has_served:
+            self._service.serving()
+        elif self.coordinator.start_at is None and not self.coordinator.is_running:
+            self._failure = ChildFailed("the server that this one was to replace has ended; start it again")
+            self._begin_stop(0.0)
+
     # --- stop ----------------------------------------------------------------------------------------
 
     def _begin_stop(self, limit: float) -> None:
         self._is_stopping, self._limit = True, limit
-        if self._has_served:
+        if self._has_served and self._predecessor is None:
             self._service.stopping(limit)
         for worker in self.workers:
             worker.start_at = None
@@ -534,30 +597,3 @@ class Supervisor:
             with contextlib.suppress(BlockingIOError):
                 self._signals.recv(4096)
             self._reap()
-
-
-_ERRORS: Final = {"certificate": CertificateError, "lifespan": LifespanError}
-"""Errors with one sentence for the operator, by the `kind` of the message `failed`."""
-
-
-def failure_of(error: BaseException) -> dict[str, Any]:
-    """Return the values of the message `failed`, of which `failure_from` makes the error again."""
-    if isinstance(error, ConfigError):
-        return {"kind": "config", "text": [fault[:1000] for fault in error.faults[:50]]}
-    for kind, error_type in _ERRORS.items():
-        if isinstance(error, error_type):
-            return {"kind": kind, "text": [str(error)[:4000]]}
-    return {"kind": "other", "text": [type(error).__name__]}
-
-
-def failure_from(process: ChildProcess, values: dict[str, Any]) -> ZcprotoError:
-    """Return the error that a process has reported."""
-    kind, text = values.get("kind"), values.get("text")
-    lines = [str(each) for each in text] if isinstance(text, list) and text else ["(no text)"]
-    if kind == "config":
-        return ConfigError(lines)
-    if kind in _ERRORS:
-        return _ERRORS[kind](lines[0])
-    return ChildFailed(
-        f"the process {process.name} raised {lines[0]}; the log has the traceback under server.fault"
-    )

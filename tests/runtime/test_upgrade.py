@@ -1,0 +1,194 @@
+"""Replace a running server by a new one on the same sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import ROOT, eventually
+from tests.server.process import ServerProcess
+from zcproto import connect
+from zcproto.auth import UserFile
+from zcproto.errors import ConfigError
+from zcproto.runtime.inheritance import MAX_SIZE, VARIABLE, Inheritance
+
+CONFIG = """
+[certificates]
+key_types = ["ecdsa-p256"]
+
+[server]
+drain_timeout = "2s"
+upgrade_timeout = "20s"
+"""
+PLACE = """
+import os
+from zcproto.app.app import App
+
+app = App()
+
+@app.method("parent")
+def parent():
+    return os.getppid()
+"""
+
+FAILING = """
+from contextlib import asynccontextmanager
+from zcproto.app.app import App
+
+@asynccontextmanager
+async def lifespan(app):
+    raise RuntimeError("no database")
+    yield
+
+app = App(lifespan=lifespan)
+"""
+
+
+@pytest.fixture
+def key(tmp_path: Path, certs: Path) -> str:
+    home = tmp_path / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text(CONFIG)
+    (home / "placed.py").write_text(PLACE)
+    return UserFile(home / "users.toml").add("ada")
+
+
+@pytest.fixture
+def server(tmp_path: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path / "home", certs, "--workers", "2", app="placed:app") as server:
+        try:
+            yield server
+        finally:
+            for line in events(server, "upgrade.started"):
+                end(line["pid"])
+
+
+def end(pid: int) -> None:
+    """End a successor, which has no parent here."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not is_running(pid))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def events(server: ServerProcess, *names: str) -> list[dict[str, Any]]:
+    log = (server.home / "log").read_text()
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] in names]
+
+
+def call(server: ServerProcess, key: str, token: bytes | None) -> tuple[bytes, int]:
+    """Connect, with a new session without a token, and return the token and the supervisor that answers."""
+    with server.client(*(("ada", key) if token is None else ())) as client:
+        client.token = client.token if token is None else token
+        return client.token, client.call("parent")
+
+
+def upgrade(server: ServerProcess) -> tuple[int, str]:
+    """Return the exit code and the output of the command."""
+    command = [sys.executable, "-m", "zcproto", "--home", str(server.home), "upgrade"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+async def test_upgrade_keeps_sessions_and_loses_no_request(server: ServerProcess, key: str) -> None:
+    first = server.process.pid
+    token, parent = call(server, key, None)
+    assert parent == first
+    ca_file = server.home / "certs" / "ca.crt"
+    options: dict[str, Any] = {"user": "ada", "key": key, "ca_file": ca_file}
+    async with connect(f"127.0.0.1:{server.port}", **options) as kept:
+        assert await kept.call("parent") == first
+        server.signal(signal.SIGUSR2)
+        while server.process.poll() is None:
+            assert await kept.call("parent") > 0
+            async with connect(f"127.0.0.1:{server.port}", **options) as new:
+                assert await new.call("parent") > 0
+        (started,) = events(server, "upgrade.started")
+        assert await kept.call("parent") == started["pid"]
+    assert server.process.returncode == 0
+    assert [line["pid"] for line in events(server, "upgrade.done")] == [started["pid"]]
+    assert call(server, key, token) == (token, started["pid"])
+    assert not events(server, "worker.ended", "worker.killed", "server.fault")
+    os.kill(started["pid"], signal.SIGTERM)
+    eventually(lambda: not (server.home / "control.sock").exists())
+
+
+def test_upgrade_is_rolled_back_if_the_new_application_fails(server: ServerProcess, key: str) -> None:
+    first = server.process.pid
+    token, _ = call(server, key, None)
+    (server.home / "placed.py").write_text("raise RuntimeError('not ready')\n")
+    for count in (1, 2):
+        server.signal(signal.SIGUSR2)
+        eventually(lambda count=count: len(events(server, "upgrade.failed")) == count)
+        assert call(server, key, token) == (token, first)
+    (server.home / "placed.py").write_text(PLACE)
+    code, output = upgrade(server)
+    (pid,) = [line["pid"] for line in events(server, "upgrade.done")]
+    assert (code, output) == (0, f"the new server serves, with process id {pid}\n")
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_single_process_refuses_an_upgrade_and_serves_on(
+    tmp_path: Path, certs: Path, key: str, by_signal: bool
+) -> None:
+    with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
+        if by_signal:
+            server.signal(signal.SIGUSR2)
+            eventually(lambda: bool(events(server, "upgrade.failed")))
+        else:
+            code, output = upgrade(server)
+            assert code == 1
+            assert "one process cannot be replaced; restart it instead" in output
+        assert call(server, key, None)[1] == os.getpid()
+
+
+def test_upgrade_is_rolled_back_if_a_lifespan_fails(server: ServerProcess, key: str) -> None:
+    token, _ = call(server, key, None)
+    (server.home / "placed.py").write_text(FAILING)
+    code, output = upgrade(server)
+    assert code == 1
+    assert "the old server serves on; the new one has failed: it ended with exit code" in output
+    assert call(server, key, token) == (token, server.process.pid)
+    assert (server.home / "control.sock").is_socket()
+    assert (server.home / "workers.sock").is_socket()
+
+
+def test_upgrade_is_rolled_back_if_the_successor_is_killed(server: ServerProcess, key: str) -> None:
+    token, _ = call(server, key, None)
+    server.signal(signal.SIGUSR2)
+    eventually(lambda: bool(events(server, "upgrade.started")))
+    os.kill(events(server, "upgrade.started")[0]["pid"], signal.SIGKILL)
+    eventually(lambda: bool(events(server, "upgrade.failed")))
+    assert call(server, key, token) == (token, server.process.pid)
+    assert call(server, key, None)[1] == server.process.pid
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{}", "[]", '{"channel":1}', '{"channel":"1"}', "9" * (MAX_SIZE + 1), "[" * 4_000]
+)
+def test_malformed_inheritance_is_refused(value: str) -> None:
+    environ = {VARIABLE: value}
+    with pytest.raises(ConfigError, match="unset it"):
+        Inheritance.from_environ(environ)
+    assert environ == {}
+    assert Inheritance.from_environ(environ) is None
