@@ -218,6 +218,16 @@ async def test_refused_session_has_no_lease(members: Members, one: HubStore) -> 
     assert one.held == set()
 
 
+@pytest.mark.parametrize(("mode", "error"), [(FAILS_AFTER, StoreUnavailable), (BUSY, ResourceExhausted)])
+async def test_failed_login_has_no_lease(
+    members: Members, one: HubStore, mode: str, error: type[Exception]
+) -> None:
+    members.store.modes["create"] = mode
+    with pytest.raises(error):
+        await one.create(NEW, ONE)
+    assert one.held == set()
+
+
 async def test_sessions_of_a_member_that_left_are_in_use_until_its_clients_may_be_back(
     members: Members, one: HubStore, other: HubStore
 ) -> None:

@@ -230,12 +230,15 @@ class HubStore:
         if limit.when_full == "evict_disconnected":
             limit = replace(limit, disconnected=hub.disconnected())
         self.held.add(record.id)  # before it can be seen by another login
-        created = await self._change(self._store.create(record, limit))
+        created: Created | LimitReached | None = None
+        try:
+            created = await self._change(self._store.create(record, limit))
+        finally:
+            if not isinstance(created, Created):  # a failed login uses no session, whatever became of it
+                self.held.discard(record.id)
         if isinstance(created, Created):
             hub.sessions += 1
             hub.ended(created.ended, self)
-        else:
-            self.held.discard(record.id)
         return created
 
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
