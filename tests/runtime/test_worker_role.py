@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import selectors
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,6 +24,9 @@ from zcproto.common.shared_counts import SharedCounts, SharedMemory, memory_size
 from zcproto.config.model import AlertsConfig
 from zcproto.errors import CertificateError
 from zcproto.runtime.build import WorkerRole
+from zcproto.runtime.place import Place
+from zcproto.runtime.processes import MAX_NAMES, Orders
+from zcproto.workers.channel import Channel
 
 CLIENTS = 200
 LIMIT = 50
@@ -131,3 +136,15 @@ async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
         await users._check(users._on_gone_elsewhere)
         assert await server.users.disable("ada") == 1  # its own change ends them
         assert len(server.state.registry) == 0
+
+
+async def test_supervisor_is_told_some_names_of_a_certificate_with_thousands() -> None:
+    server, (ours, theirs) = Mock(place=Place(number=1, workers=2)), Channel.pair()
+    Orders(server, Mock(), theirs, None)
+    names = [f"{number}.{'a' * 60}.example" for number in range(5_000)]
+    ready = asyncio.create_task(server.before_listening(names))
+    await asyncio.sleep(0)
+    assert ours.receive() == [("ready", {"names": names[:MAX_NAMES]})]
+    ready.cancel()
+    ours.close()
+    theirs.close()

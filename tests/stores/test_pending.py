@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from zcproto.config.load import load_config
 from zcproto.errors import Code, ConfigError
 from zcproto.stores import pending as module
 from zcproto.stores.base import StoreUnavailable
@@ -459,6 +460,18 @@ async def test_file_of_an_ended_process_is_taken_over(opened: Open, path: Path) 
     assert third.entries == [one(2)]
     await third.close()
     assert await reopened(again, path) == [one(0), one(1), one(2)]
+
+
+def test_all_processes_of_the_largest_server_have_a_file_each_during_an_upgrade(tmp_path: Path) -> None:
+    def workers(count: int) -> int | None:
+        overrides = {"server.workers": count}
+        return load_config(None, home=tmp_path, environ={}, overrides=overrides).server.workers
+
+    most = 256
+    assert workers(most) == most
+    with pytest.raises(ConfigError):
+        workers(most + 1)
+    assert 2 * (most + 1) <= module.MAX_PROCESSES
 
 
 async def test_processes_of_one_home_are_bounded(

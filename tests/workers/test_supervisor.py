@@ -220,6 +220,16 @@ def fail_as(error: Exception, failing: int) -> Script:
     return script
 
 
+@pytest.mark.parametrize("character", ["x", "é", "\U0001f512", "\x01", "\udcff", "\\"])
+def test_failure_of_any_length_fits_into_a_message(character: str) -> None:
+    ours, theirs = Channel.pair()
+    failure = failure_of(ConfigError([character * 5_000] * 1_000))
+    assert ours.send("failed", **failure)
+    assert theirs.receive() == [("failed", failure)]
+    ours.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("failing", [COORDINATOR, 2])
 @pytest.mark.parametrize(
     ("error", "raised"),

@@ -74,6 +74,9 @@ LINK_BACKLOG: Final = 1_024
 BEATS: Final = 3
 """Beats of a process in the time of the watchdog."""
 
+MAX_NAMES: Final = 100
+"""Names of a certificate that the supervisor may show: a certificate may have thousands."""
+
 APPLIED_LIMIT: Final = 60.0
 """Seconds for which a reload by the control socket waits for the workers."""
 
@@ -424,7 +427,7 @@ class Orders:
             exit_at_once()
 
     async def _before_listening(self, names: Sequence[str]) -> None:
-        self._channel.send("ready", names=list(names))
+        self._channel.send("ready", names=names[:MAX_NAMES])
         await self._go.wait()
 
     def _beat(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:

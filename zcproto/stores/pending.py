@@ -39,8 +39,8 @@ OPEN_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 2.0
 
 MAX_FILE_BYTES: Final = 256 << 20
-MAX_PROCESSES: Final = 256
-"""Processes that share a home: 64 workers before and after an upgrade, and other servers."""
+MAX_PROCESSES: Final = 1_024
+"""Processes that share a home: 256 workers before and after an upgrade, and other servers."""
 
 WASTE: Final = 1_024
 """Obsolete lines after which the file is rewritten."""

@@ -45,7 +45,8 @@ class Channel:
 
     def send(self, name: str, **values: Any) -> bool:
         """Send a message. Return False if the peer is gone."""
-        line = json.dumps([name, values], separators=(",", ":")).encode() + b"\n"
+        text = json.dumps([name, values], ensure_ascii=False, separators=(",", ":"))
+        line = text.encode("utf-8", "surrogatepass") + b"\n"
         if len(line) > MAX_MESSAGE:
             raise ValueError(f"the message {name} has {len(line)} bytes; {MAX_MESSAGE} are allowed")
         try:

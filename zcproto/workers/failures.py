@@ -6,19 +6,22 @@ from typing import Any, Final
 
 from zcproto.errors import CertificateError, ConfigError, LifespanError, ZcprotoError
 
-
-class ChildFailed(ZcprotoError):
-    """A process of the server failed by an error that has no message for the operator."""
-
+MAX_FAULTS: Final = 20
+MAX_FAULT: Final = 500
+"""Characters of a fault of the configuration: with six bytes for each, all of them fit into a message."""
 
 _ERRORS: Final = {"certificate": CertificateError, "lifespan": LifespanError}
 """Errors with one sentence for the operator, by the `kind` of the message `failed`."""
 
 
+class ChildFailed(ZcprotoError):
+    """A process of the server failed by an error that has no message for the operator."""
+
+
 def failure_of(error: BaseException) -> dict[str, Any]:
     """Return the values of the message `failed`, of which `failure_from` makes the error again."""
     if isinstance(error, ConfigError):
-        return {"kind": "config", "text": [fault[:1000] for fault in error.faults[:50]]}
+        return {"kind": "config", "text": [fault[:MAX_FAULT] for fault in error.faults[:MAX_FAULTS]]}
     for kind, error_type in _ERRORS.items():
         if isinstance(error, error_type):
             return {"kind": kind, "text": [str(error)[:4000]]}
