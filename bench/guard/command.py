@@ -25,7 +25,6 @@ from bench.guard.counting import Cost
 from bench.guard.script import STEPS
 from bench.report import Report, Row
 from bench.stage import bench_environment
-from zcproto import accelerator
 from zcproto.errors import ZcprotoError
 from zcproto.load.processes import module_command
 
@@ -36,7 +35,7 @@ SHOWN: Final = 5
 
 def count_all() -> dict[str, dict[str, Cost]]:
     """Run the script in a new process; return what each function costs, by step."""
-    environment = {**bench_environment(), "PYTHONHASHSEED": "0", accelerator.VARIABLE: "off"}
+    environment = {**bench_environment(), "PYTHONHASHSEED": "0"}
     done = subprocess.run(
         module_command("bench.guard.run"), env=environment, stdout=subprocess.PIPE, check=False
     )
