@@ -176,7 +176,7 @@ class ClientProtocol(asyncio.Protocol):
     _writable: asyncio.Future[None] | None = field(default=None, init=False)  # while answers wait
     _max_streams: int = field(default=0, init=False)
     _calls_due: float = field(default=NEVER, init=False)  # when a deadline of a pending call may have passed
-    _had_many_answers: bool = field(default=False, init=False)  # in the last read
+    _had_one_answer: bool = field(default=False, init=False)  # in the last read
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
     draining: bool = field(default=False, init=False)
@@ -217,7 +217,7 @@ class ClientProtocol(asyncio.Protocol):
                 call.set_result(value)
         if rest and not self._receive_others(rest, wall, now):
             return
-        self._had_many_answers = len(answers) > 1
+        self._had_one_answer = len(answers) == 1
         if not self.ready or self._ready_waiters:
             self._update_ready()
         if self.draining:
@@ -421,7 +421,7 @@ class ClientProtocol(asyncio.Protocol):
         conversation = self.conversation
         if conversation.in_flight >= self._max_streams:
             self.ready = False
-        if len(pending) == 1 and not (self._had_many_answers or self._flush_planned):
+        if len(pending) == 1 and self._had_one_answer and not self._flush_planned:
             self._flush()  # a caller that makes one call after the other
         elif not self._flush_planned or conversation.queued_bytes >= SENT_AT_ONCE:
             self._flush_queued()
