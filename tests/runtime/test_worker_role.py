@@ -138,7 +138,7 @@ async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
         assert len(server.state.registry) == 0
 
 
-async def test_supervisor_is_told_some_names_of_a_certificate_with_thousands() -> None:
+async def test_supervisor_hears_some_names_of_a_certificate_with_thousands() -> None:
     server, (ours, theirs) = Mock(place=Place(number=1, workers=2)), Channel.pair()
     Orders(server, Mock(), theirs, None)
     names = [f"{number}.{'a' * 60}.example" for number in range(5_000)]
