@@ -167,3 +167,14 @@ def test_worker_takes_another_configuration_and_no_sinks(reporting: Reporting) -
     worker = reporting.workers[0]
     worker.reconfigure(AlertsConfig(revocations="any"), [object()])
     assert (worker.config.revocations, worker.queues) == ("any", [])
+
+
+def test_kinds_and_severities_of_a_newer_worker_are_ignored(reporting: Reporting) -> None:
+    topics = reporting.reports.topics
+    topics["alerts.raised"]("a", "of tomorrow", "new", "", None, False, 1, {})
+    topics["alerts.grew"]("a", [["of tomorrow", "", 100], [RATE.value, "", 1]])
+    topics["alerts.resolved"]("a", "of tomorrow")
+    assert reporting.open == []
+    assert reporting.alerts.reported == {(RATE, ""): 1}
+    topics["alerts.raised"]("a", CONDITION.value, "out", "", 99, False, 1, {})
+    assert reporting.open == [(CONDITION, "", 1)]

@@ -61,6 +61,17 @@ async def test_change_by_one_process_is_reported_to_the_others(harness: HubHarne
     assert harness.changes == [expected, [], expected]
 
 
+async def test_kind_of_change_of_a_newer_process_is_ignored(harness: HubHarness) -> None:
+    await harness.start()
+    store = await harness.opened()
+    link = store._urgent.link
+    known = ["session", session().id, None]
+    harness.server.notify("store.changed", ["of tomorrow", b"", None], known)
+    await store.ping()
+    assert harness.changes == [[Change(ChangeKind.SESSION, session().id)]]
+    assert store._urgent.link is link
+
+
 async def test_crash_of_the_store_process_is_an_outage_until_it_is_back(harness: HubHarness) -> None:
     await harness.start()
     store = await harness.opened()

@@ -7,6 +7,7 @@ Rules:
 - Counters are read once a second in each worker; the alerts evaluate the sum of their growth.
 - While the other process is away, the last events wait. Conditions are reported again when it is back, because
   another process may have replaced it.
+- A kind that this version does not know is ignored: during an upgrade a newer worker may report one.
 
 It must not know: the link between the processes.
 """
@@ -32,6 +33,8 @@ MAX_WAITING: Final = 256
 
 MAX_CONDITIONS: Final = 4_096
 """Conditions of all workers; further ones end when one worker says so."""
+
+_SEVERITIES: Final = frozenset(Severity)
 
 Notify = Callable[..., bool]
 """Sends a topic and its arguments; returns False if that is not possible now."""
@@ -136,7 +139,9 @@ class WorkerReports:
         details: Mapping[str, object],
     ) -> None:
         """Raise an alert of the worker behind `link`."""
-        which = AlertKind(kind)
+        which = _known(kind)
+        if which is None:
+            return
         key = which, about
         if CATALOGUE[which].ending is Ending.RESOLVED:
             if key in self._conditions:
@@ -147,7 +152,7 @@ class WorkerReports:
             which,
             title,
             about=about,
-            severity=None if severity is None else Severity(severity),
+            severity=Severity(severity) if severity in _SEVERITIES else None,
             changed=changed,
             count=count,
             details=details,
@@ -162,22 +167,34 @@ class WorkerReports:
         details: Mapping[str, object] = NO_DETAILS,
     ) -> None:
         """End an alert, unless another worker still has its condition."""
-        key = AlertKind(kind), about
+        which = _known(kind)
+        if which is None:
+            return
+        key = which, about
         workers = self._conditions.get(key)
         if workers is not None:
             workers.discard(link)
             if workers:
                 return
             del self._conditions[key]
-        self._alerts.resolve(key[0], title, about=about, details=details)
+        self._alerts.resolve(which, title, about=about, details=details)
 
     def grew(self, link: object, counts: list[list[Any]]) -> None:
         """Add to the counters whose growth is watched."""
         for kind, about, count in counts:
-            self._alerts.reported[AlertKind(kind), about] += count
+            which = _known(kind)
+            if which is not None:
+                self._alerts.reported[which, about] += count
 
     def link_lost(self, link: object) -> None:
         """End the conditions of a worker that has ended."""
         for (kind, about), workers in list(self._conditions.items()):
             if link in workers:
                 self.resolved(link, kind.value, about=about)
+
+
+def _known(kind: str) -> AlertKind | None:
+    try:
+        return AlertKind(kind)
+    except ValueError:
+        return None

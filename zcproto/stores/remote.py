@@ -52,6 +52,7 @@ OPEN_LIMIT_S: Final = 30.0
 OPERATION_LIMIT_S: Final = 30.0
 """The store's process gives up long before; this is for an answer that got lost."""
 
+_CHANGE_KINDS: Final = frozenset(kind.value for kind in ChangeKind)
 _MEMBER_SIZE: Final = 8
 _ENDED_FIELDS: Final = 4
 _rotation_values: Final = attrgetter(*Rotation.__slots__)
@@ -383,7 +384,8 @@ class RemoteStore:
 
     def _hear(self, link: Link, *changes: Sequence[Any]) -> None:
         for kind, id, ended in changes:
-            self._report(Change(ChangeKind(kind), id, None if ended is None else _ended_of(ended)))
+            if kind in _CHANGE_KINDS:  # a newer process may have more to say
+                self._report(Change(ChangeKind(kind), id, None if ended is None else _ended_of(ended)))
 
     def _report(self, change: Change) -> None:
         if self._on_change is not None:
