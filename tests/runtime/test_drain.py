@@ -23,7 +23,9 @@ from tests.server.helpers import (
     read_to_end,
 )
 from zcproto.app.app import App
+from zcproto.app.authentication import CallableAuthenticator
 from zcproto.app.context import Context
+from zcproto.auth.identity import Identity
 from zcproto.errors import Code
 from zcproto.runtime import server as server_module
 from zcproto.runtime.server import Server
@@ -195,6 +197,29 @@ def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, metho
         server.in_loop(lambda: methods.running[0].set_result("x"))
         client.rest_until_closed()
     server.join()
+
+
+def test_session_opened_during_a_drain_does_not_fail_its_end(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logins: list[asyncio.Future[Identity]] = []
+
+    async def log_in() -> Identity:
+        logins.append(asyncio.get_running_loop().create_future())
+        return await logins[0]
+
+    server = serve(authenticators=[CallableAuthenticator("slow", log_in)])
+    with server.client() as client:
+        client.send(client.request("session.open", {"scheme": "slow"}))
+        eventually(lambda: logins)
+        server.begin_drain(30.0)
+        assert client.receive().kind == GOAWAY
+        server.in_loop(lambda: logins[0].set_result(Identity("ada")))
+        assert client.answer().kind == RESPONSE
+        client.rest_until_closed()
+    server.join()
+    assert len(server.server.parts.state.wheel) == 0
+    assert '"event":"session.opened"' in capsys.readouterr().err
 
 
 def test_unfinished_handshake_is_aborted_at_the_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

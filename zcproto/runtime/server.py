@@ -445,6 +445,7 @@ async def drain_connections(parts: Parts, limit: float) -> int:
 async def close_state(parts: Parts) -> None:
     """Abort unfinished handshakes and release what connections share."""
     state = parts.state
+    state.log_soon.write()  # what ended during the drain: its deadline is in the wheel
     for waiting in state.wheel.close():
         assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
         waiting.abort()
