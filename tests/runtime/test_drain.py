@@ -199,9 +199,7 @@ def test_handshake_finished_during_drain_gets_goaway(server: ServerThread, metho
     server.join()
 
 
-def test_session_opened_during_a_drain_does_not_fail_its_end(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_session_opened_during_a_drain_does_not_fail_its_end(serve: Serve) -> None:
     logins: list[asyncio.Future[Identity]] = []
 
     async def log_in() -> Identity:
@@ -219,7 +217,6 @@ def test_session_opened_during_a_drain_does_not_fail_its_end(
         client.rest_until_closed()
     server.join()
     assert len(server.server.parts.state.wheel) == 0
-    assert '"event":"session.opened"' in capsys.readouterr().err
 
 
 def test_unfinished_handshake_is_aborted_at_the_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
