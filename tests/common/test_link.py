@@ -220,6 +220,26 @@ async def test_client_reconnects_to_a_restarted_server_and_waiting_calls_fail(pa
     assert seen == ["down: the other process closed the connection", "up: coordinator"]
 
 
+async def test_server_that_ends_each_connection_after_hello_is_called_less_and_less(pair: Pair) -> None:
+    pair.server.on_link.append(lambda link: link.lose("refused"))
+    client = pair.client()
+    client.start()
+    await until(lambda: client._pause > 2 * link_module.FIRST_PAUSE_S)
+
+
+async def test_client_reconnects_at_once_when_a_connection_has_lasted(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await pair.connected()
+    client._pause = link_module.LONGEST_PAUSE_S
+    pauses: list[float] = []
+    client.on_down.append(lambda link: pauses.append(client._pause))
+    monkeypatch.setattr(link_module, "LASTING_S", 0.0)
+    pair.link.lose("lost")
+    await until(lambda: pauses)
+    assert pauses == [0.0]
+
+
 async def test_server_reports_clients_that_come_and_go(pair: Pair) -> None:
     seen: list[str] = []
     pair.server.on_link.append(lambda link: seen.append(f"{link.name} came"))

@@ -85,6 +85,9 @@ FIRST_PAUSE_S: Final = 0.01
 LONGEST_PAUSE_S: Final = 0.5
 """Between attempts to connect: a process that starts again is found within this time."""
 
+LASTING_S: Final = 1.0
+"""A connection that ended sooner counts as a failed attempt: its peer may end each one after HELLO."""
+
 _ROOT: Final = 0
 _RETRY_MS: Final = 250
 
@@ -418,6 +421,7 @@ class LinkClient:
         self._is_up = asyncio.Event()
         self._has_ended = asyncio.Event()
         self._pause = 0.0
+        self._up_at = 0.0
         self.link: Link | None = None
         self.reason = "it is not connected yet"
         self.on_up: list[Callable[[Link], object]] = []
@@ -488,13 +492,16 @@ class LinkClient:
         )
 
     def _greeted(self, link: Link) -> None:
-        self.link, self.reason, self._pause = link, "", 0.0
+        self.link, self.reason = link, ""
+        self._up_at = asyncio.get_running_loop().time()
         self._is_up.set()
         for callback in self.on_up:
             callback(link)
 
     def _lost(self, link: Link) -> None:
         was_up, self.link, self.reason = self.link is link, None, link.lost
+        if was_up and asyncio.get_running_loop().time() - self._up_at >= LASTING_S:
+            self._pause = 0.0
         self._is_up.clear()
         self._has_ended.set()
         if was_up:
