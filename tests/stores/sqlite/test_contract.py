@@ -39,6 +39,15 @@ class TestSqliteStore(StoreContract, DurabilityContract, RepeatedRefreshContract
         await asyncio.gather(*tasks)
         assert finished[0] == "end"
 
+    async def test_end_of_a_session_whose_creation_waits_ends_it(self, store: SessionStore) -> None:
+        records = [session(number, f"user-{number}") for number in range(600)]
+        creating = [asyncio.create_task(store.create(record, FIVE)) for record in records]
+        ids = [records[0].id, records[-1].id]
+        ended = await store.end(ids, Code.TOKEN_REVOKED, WALL)
+        assert sorted(each.id for each in ended) == sorted(ids)
+        await asyncio.gather(*creating)
+        assert await store.count() == 598
+
 
 class MemorySqliteHarness(SqliteHarness):
     """Stores in memory."""

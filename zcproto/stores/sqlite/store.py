@@ -134,7 +134,10 @@ class SqliteStore:
         self, ids: Sequence[bytes], code: Code, wall: int, user: str | None = None
     ) -> list[EndedRecord]:
         ending = Operation(lambda rows: rows.end(ids, code, wall, user), ids=ids)
-        return await self._do(ending, lasting=True, ahead=True)
+        ended = await self._do(ending, lasting=True, ahead=True)
+        if len(ended) == len(ids):
+            return ended
+        return ended + await self._do(ending, lasting=True)  # it may have overtaken the creation of one
 
     async def end_user(self, user: str, code: Code, wall: int) -> list[EndedRecord]:
         ending = Operation(lambda rows: rows.end_user(user, code, wall), users=[user])
