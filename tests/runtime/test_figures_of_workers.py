@@ -108,6 +108,16 @@ def pid_of(server: ServerProcess, name: str) -> int:
 ALL = {"coordinator": "serving", "1": "serving", "2": "serving"}
 
 
+def test_drain_reports_the_connections_of_all_workers(server: ServerProcess, key: str) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client("ada", key)) for _ in range(4)]
+        for client in clients:
+            client.call("echo", {})
+        eventually(lambda: status_of(server)["connections"]["zcp"] == 4)
+        with contextlib.closing(require_control(Home(server.home), TIMEOUT)) as control:
+            assert control.post("/v1/drain", timeout=5)["connections"] == 4
+
+
 def test_any_worker_reports_the_whole(server: ServerProcess, key: str) -> None:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(server.client("ada", key))

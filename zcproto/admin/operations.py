@@ -135,8 +135,11 @@ class Operations:
         if timeout is not None and not 0 <= timeout <= MAX_DRAIN_S:
             raise InvalidArgument(f"timeout must be from 0 to {MAX_DRAIN_S:g} seconds")
         limit = self._parts.config.server.drain_timeout if timeout is None else timeout
-        self._begin_drain(limit)
-        return {"connections": len(self._parts.state.connections), "timeout": limit}
+        try:
+            status = await read_status(self._parts)
+        finally:  # also if the figures cannot be collected, or the operator has gone
+            self._begin_drain(limit)
+        return {"connections": status["connections"]["zcp"], "timeout": limit}
 
     async def upgrade(self) -> dict[str, Any]:
         self._begin_upgrade()
