@@ -277,6 +277,13 @@ async def test_server_that_stops_answering_is_lost_although_its_socket_is_open(p
     assert await client.call("echo", 1) == [1]
 
 
+async def test_call_finds_a_silent_server_without_a_heartbeat(pair: Pair) -> None:
+    client = await pair.connected(silence=0.02, heartbeat=3600.0)
+    pair.link._handle = lambda *message: None  # type: ignore[method-assign] # reads, and does nothing
+    with pytest.raises(LinkLost, match="the other process does not answer"):
+        await client.call("echo", 1, within=60.0)
+
+
 async def test_idle_link_is_kept_by_pings(pair: Pair) -> None:
     client = await pair.connected(silence=0.02, heartbeat=0.001)
     link, pongs = client.link, 0

@@ -76,7 +76,9 @@ MAX_LINKS: Final = 1_024
 CALL_LIMIT_S: Final = 5.0
 HELLO_LIMIT_S: Final = 5.0
 SILENCE_S: Final = 1.0
-HEARTBEAT_S: Final = 0.4
+
+HEARTBEAT_S: Final = 2.0
+"""Of a link without calls. Each call finds a silent peer by itself, within the silence."""
 
 TICK_S: Final = 0.25
 """Of a server, which does not watch for silence: the kernel reports a process that has ended."""

@@ -10,7 +10,8 @@ Rules:
   not wait behind thousands of logins; everything else takes the one that the process shares for its calls.
 - A process is a member of the hub (hub.py) as long as its urgent connection lasts. When that is lost, changes are
   not reported any more: LOST. When it is back: ALL, or EMPTIED if the store has lost its data meanwhile.
-- The answer to a ping comes after the notices of all changes until then.
+- The answer to a ping comes after the notices of all changes until then. The pings of the store watch the urgent
+  connection; the link itself hardly ever sends one.
 - The store's own process decides when an operation is late, because only it can distinguish a slow disk from a busy
   process. A connection on which nothing arrives for the timeout is lost, and fails the operations that wait.
 
@@ -33,7 +34,6 @@ from zcproto.errors import CallError, Code, ConfigError, FailedPrecondition, Una
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, check_size
 from zcproto.stores.base import (
-    HEARTBEAT_S,
     Change,
     ChangeKind,
     Claim,
@@ -256,7 +256,6 @@ class RemoteStore:
             name=name,
             facts={"urgent": True},
             silence=timeout,
-            heartbeat=HEARTBEAT_S,
             random=partial(random_fraction, entropy),
         )
         self._urgent.on_up.append(self._is_up)
