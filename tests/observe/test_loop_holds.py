@@ -71,6 +71,31 @@ def test_call_seen_all_along_is_reported(holds: LoopHolds, stacks: Stacks, found
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("next_frame", [None, other()])
+def test_call_that_ended_before_the_timer_ran_is_reported(
+    holds: LoopHolds, stacks: Stacks, found: list[Hold], next_frame: FrameType | None
+) -> None:
+    stacks.frame = slow()
+    for _ in range(LEAST_SEEN):
+        holds.sample()
+    stacks.frame = next_frame
+    holds.sample()
+    holds.timer_ran(0.25)
+    assert holds.counts == {"slow": 1}
+    holds.timer_ran(0.25)
+    assert len(found) == 1
+
+
+def test_call_that_ended_before_the_loop_was_late_is_not_reported(holds: LoopHolds, stacks: Stacks) -> None:
+    stacks.frame, stacks.overdue = slow(), HELD / 2
+    for _ in range(LEAST_SEEN):
+        holds.sample()
+    stacks.frame = None
+    holds.sample()
+    holds.timer_ran(0.25)
+    assert not holds.counts
+
+
 def test_method_is_found_above_what_it_calls(holds: LoopHolds, stacks: Stacks, found: list[Hold]) -> None:
     def blocked() -> None:
         stacks.frame = sys._getframe()

@@ -76,6 +76,7 @@ class LoopHolds:
         self._stacks = stacks
         self._loop_thread = threading.get_ident()
         self._seen: SeenCall | None = None
+        self._held: SeenCall | None = None  # it has ended, and the timer has not run since
         self._is_awake = threading.Event()
         self._is_stopped = False
         self.counts: Counter[str] = Counter()
@@ -98,23 +99,26 @@ class LoopHolds:
 
     def timer_ran(self, late: float) -> None:
         """Report a hold if the loop's timer ran late because of one. Called in the loop."""
-        seen, self._seen = self._seen, None
+        seen, self._seen, self._held = self._held or self._seen, None, None
         if late >= HELD and seen is not None and seen.times >= LEAST_SEEN:
             self.counts[seen.method] += 1
             self._on_hold(Hold(seen.method, seen.at, late))
 
     def sample(self) -> None:
         """Look at the stack if the timer is overdue."""
-        if self._overdue() <= 0:
-            self._seen = None
+        overdue = self._overdue()
+        if overdue <= 0:
+            self._seen = self._held = None
             return
         frame = self._stacks().get(self._loop_thread)
         while frame is not None and frame.f_code not in self._names:
             frame = frame.f_back
+        seen = self._seen
+        if seen is not None and seen.frame is not frame and seen.times >= LEAST_SEEN and overdue >= HELD:
+            self._held = seen
         if frame is None:
             self._seen = None
             return
-        seen = self._seen
         if seen is None or seen.frame is not frame:
             seen = SeenCall(self._names[frame.f_code], frame)
         seen.times += 1
@@ -127,7 +131,7 @@ class LoopHolds:
             time.sleep(CHECK if self._seen is None else SAMPLE)
             self.sample()
             if not self._is_awake.is_set():
-                self._seen = None
+                self._seen = self._held = None
 
 
 def names_by_code(functions: Iterable[tuple[str, Callable[..., Any]]]) -> dict[CodeType, str]:
