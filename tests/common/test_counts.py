@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from zcproto.common.counts import BURST_S, Counts, EventRate
 
 RATE = 4
@@ -22,6 +24,16 @@ def test_count_without_a_limit_is_always_admitted() -> None:
     counts = Counts()
     assert all(counts.add("ada") for _ in range(100))
     assert counts["ada"] == 100
+
+
+@pytest.mark.parametrize("now", [0.0, 66_206.455176598, 1e8 + 0.1])
+def test_rounding_takes_no_token(now: float) -> None:
+    rate = EventRate(10)
+    for taken in range(20):
+        assert rate.left("ada", now) == 20 - taken
+        rate.charge("ada", 1, now)
+    rate = EventRate(10)
+    assert [rate.admit("ada", now) for _ in range(21)] == [*(20 * [0]), 100]
 
 
 def test_removed_counts_leave_nothing_behind() -> None:

@@ -63,6 +63,10 @@ class Counts:
             del own[key]
 
 
+_DIGITS: Final = 6
+"""Sums of times are a little off, the more the longer the machine has run: that must not take the last token."""
+
+
 class EventRate:
     """A token bucket for each key. `per_second` is 0 for no limit."""
 
@@ -97,7 +101,7 @@ class EventRate:
             key = self._new_key(key, now)
             full = full_at.pop(key, now)
         full = max(full, now)
-        wait = full + step - now - max(BURST_S, step)
+        wait = round(full + step - now - max(BURST_S, step), _DIGITS)
         full_at[key] = full if wait > 0 else full + step
         return ceil(wait * 1000) if wait > 0 else 0
 
@@ -113,7 +117,8 @@ class EventRate:
 
     def left(self, key: str, now: float) -> float:
         """Return how many of the tokens of BURST_S a key has left."""
-        return (BURST_S - max(self._full_at.get(key, now) - now, 0.0)) * self.per_second
+        left = (BURST_S - max(self._full_at.get(key, now) - now, 0.0)) * self.per_second
+        return round(left, _DIGITS)
 
     def _new_key(self, key: str, now: float) -> str:
         while len(self._full_at) >= self._max_keys:
