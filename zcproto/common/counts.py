@@ -63,7 +63,7 @@ class Counts:
             del own[key]
 
 
-_DIGITS: Final = 6
+_DIGITS: Final = 4
 """Sums of times are a little off, the more the longer the machine has run: that must not take the last token."""
 
 
