@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import ssl
 import urllib.request
@@ -17,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.server.helpers import TIMEOUT, eventually
-from tests.server.process import ServerProcess
+from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
 from zcproto.cli.control import ControlError, require_control
 from zcproto.common.home import Home
@@ -33,11 +32,7 @@ metrics = "open"
 
 @pytest.fixture
 def home(tmp_path: Path, certs: Path) -> Path:
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    (home / "config.toml").write_text(CONFIG)
-    return home
+    return home_with(tmp_path, certs, CONFIG)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import gc
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import GOAWAY, RESPONSE, configuration, eventually, read_to_end
-from tests.server.process import ServerProcess
+from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
 from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
@@ -46,11 +45,7 @@ max_connections = 500
 @pytest.fixture
 def home(tmp_path: Path, certs: Path) -> Path:
     """Return a home folder with certificates, a user and a configuration."""
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    (home / "config.toml").write_text(CONFIG)
-    return home
+    return home_with(tmp_path, certs, CONFIG)
 
 
 @pytest.fixture

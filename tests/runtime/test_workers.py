@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import ROOT, AnsweredError, Client, configuration, eventually
-from tests.server.process import ServerProcess
+from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
 from zcproto.errors import Code, ConfigError
 from zcproto.runtime import place as place_module
@@ -36,11 +35,7 @@ drain_timeout = "2s"
 
 @pytest.fixture
 def home(tmp_path: Path, certs: Path) -> Path:
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    (home / "config.toml").write_text(CONFIG)
-    return home
+    return home_with(tmp_path, certs, CONFIG)
 
 
 @pytest.fixture

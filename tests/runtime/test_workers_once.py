@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 
 from tests.runtime.test_workers import CONFIG, events, pids
 from tests.server.helpers import ROOT, AnsweredError, Client, eventually
-from tests.server.process import ServerProcess
+from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
 from zcproto.errors import Code
 
@@ -36,11 +35,7 @@ throttled_logins = 3
 
 @pytest.fixture
 def home(tmp_path: Path, certs: Path) -> Path:
-    home = tmp_path / "home"
-    home.mkdir(0o700)
-    shutil.copytree(certs, home / "certs")
-    (home / "config.toml").write_text(CONFIG + LIMITS)
-    return home
+    return home_with(tmp_path, certs, CONFIG + LIMITS)
 
 
 @pytest.fixture

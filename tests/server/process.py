@@ -12,6 +12,15 @@ from typing import Any, Self
 from tests.server.helpers import ROOT, TIMEOUT, Client
 
 
+def home_with(folder: Path, certs: Path, config: str) -> Path:
+    """Return a new home in a folder, with certificates and a configuration."""
+    home = folder / "home"
+    home.mkdir(0o700)
+    shutil.copytree(certs, home / "certs")
+    (home / "config.toml").write_text(config)
+    return home
+
+
 class ServerProcess:
     """`zcproto serve` in its own process. `log` is its log."""
 

@@ -54,9 +54,8 @@ def collect(
     Return the collector, and what gives it those of the coordinator once it is built.
     """
     collector = Collector(os.getpid(), place.workers, system_clock)
-    links: dict[
-        int, Link
-    ] = {}  # by process id: a worker that connects again may be seen before its old link is lost
+    # By process id: a worker that connects again may be seen before its old link is lost.
+    links: dict[int, Link] = {}
 
     def joined(link: Link) -> None:
         member = _member(link)
