@@ -59,12 +59,19 @@ is_uint(PyObject *value, uint64_t most, uint64_t *out)
     return *out <= most;
 }
 
-/* Return whether a value is bytes, or also a subclass; store them. `size` is the only allowed one, or -1. */
+typedef enum { PLAIN, COMPARED_AS_PLAIN, ANY_SUBCLASS } Allowed;
+
+/* Return whether a value is bytes, or also such a subclass; store them. `size` is the only allowed one, or -1. */
 static int
-is_bytes(PyObject *value, int or_subclass, Py_ssize_t size, Bytes *out)
+is_bytes(PyObject *value, Allowed allowed, Py_ssize_t size, Bytes *out)
 {
-    if (!(PyBytes_CheckExact(value) || (or_subclass && PyBytes_Check(value))))
-        return 0;
+    if (!PyBytes_CheckExact(value)) {
+        if (allowed == PLAIN || !PyBytes_Check(value))
+            return 0;
+        if (allowed == COMPARED_AS_PLAIN && PyType_GetSlot(Py_TYPE(value), Py_tp_richcompare) !=
+                                                PyType_GetSlot(&PyBytes_Type, Py_tp_richcompare))
+            return 0;
+    }
     if (size >= 0 && PyBytes_Size(value) != size)
         return 0;
     *out = (Bytes)PyBytes_AsString(value);
@@ -101,9 +108,10 @@ typedef struct {
 static int
 read_rules(PyObject *const *args, Py_ssize_t nargs, Bytes *data, Rules *rules)
 {
-    return nargs == 8 && is_bytes(args[0], 0, -1, data) && is_uint(args[1], UINT64_MAX, &rules->limit) &&
-           is_uint(args[2], UINT64_MAX, &rules->head) && is_bytes(args[3], 0, SALT_SIZE, &rules->salt) &&
-           is_uint(args[4], UINT64_MAX, &rules->counter) && is_bytes(args[5], 0, TOKEN_SIZE, &rules->token) &&
+    return nargs == 8 && is_bytes(args[0], PLAIN, -1, data) && is_uint(args[1], UINT64_MAX, &rules->limit) &&
+           is_uint(args[2], UINT64_MAX, &rules->head) && is_bytes(args[3], PLAIN, SALT_SIZE, &rules->salt) &&
+           is_uint(args[4], UINT64_MAX, &rules->counter) &&
+           is_bytes(args[5], COMPARED_AS_PLAIN, TOKEN_SIZE, &rules->token) &&
            is_uint(args[6], UINT64_MAX, &rules->wall) && is_uint(args[7], UINT64_MAX, &rules->tolerance);
 }
 
@@ -186,9 +194,9 @@ encode_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
     Bytes salt, token, body;
     uint64_t head, stream, timestamp, counter;
     if (nargs != 7 || !is_uint(args[0], UINT32_MAX, &head) || !is_uint(args[1], UINT32_MAX, &stream) ||
-        !is_uint(args[2], UINT64_MAX, &timestamp) || !is_bytes(args[3], 1, SALT_SIZE, &salt) ||
-        !is_uint(args[4], UINT64_MAX, &counter) || !is_bytes(args[5], 1, TOKEN_SIZE, &token) ||
-        !is_bytes(args[6], 0, -1, &body) || PyBytes_Size(args[6]) > PY_SSIZE_T_MAX - BODY ||
+        !is_uint(args[2], UINT64_MAX, &timestamp) || !is_bytes(args[3], ANY_SUBCLASS, SALT_SIZE, &salt) ||
+        !is_uint(args[4], UINT64_MAX, &counter) || !is_bytes(args[5], ANY_SUBCLASS, TOKEN_SIZE, &token) ||
+        !is_bytes(args[6], PLAIN, -1, &body) || PyBytes_Size(args[6]) > PY_SSIZE_T_MAX - BODY ||
         (uint64_t)PyBytes_Size(args[6]) > UINT32_MAX - MIN_LENGTH)
         return call_twin("encode_frame", args, nargs);
     Py_ssize_t size = PyBytes_Size(args[6]);
@@ -271,7 +279,7 @@ scan_body(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     Bytes body;
     uint64_t max_depth;
-    if (nargs == 2 && is_bytes(args[0], 0, -1, &body) && is_uint(args[1], UINT64_MAX, &max_depth) &&
+    if (nargs == 2 && is_bytes(args[0], PLAIN, -1, &body) && is_uint(args[1], UINT64_MAX, &max_depth) &&
         is_plain(body, body + PyBytes_Size(args[0]), max_depth))
         Py_RETURN_TRUE;
     return call_twin("scan_body", args, nargs);

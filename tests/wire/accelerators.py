@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from tests.wire.test_usual import LIMIT, SALT, TOKEN, TOLERANCE, WALL, frame
 from zcproto import accelerator
+from zcproto.common.secret import SecretBytes
 from zcproto.wire import message
 from zcproto.wire.frame import HEADER_SIZE, REQUEST
 
@@ -66,6 +67,7 @@ ODD_NUMBERS: Final = (
 )
 ODD_BYTES: Final = (
     *(b"", bytes(7), bytes(9), bytes(31), bytes(33), bytearray(SALT), memoryview(TOKEN), bytearray(TOKEN)),
+    *(SecretBytes(SALT), SecretBytes(TOKEN), SecretBytes(bytes(32)), SecretBytes(frame())),
     *(Odd(SALT), Odd(TOKEN), Odd(frame()), None, "text", 5, [1]),
 )
 

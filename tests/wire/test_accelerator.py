@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 import subprocess
@@ -24,7 +25,8 @@ from tests.wire.accelerators import (
     compiled,
 )
 from tests.wire.test_usual import SALT, TOKEN, UNUSUAL, WALL, frame
-from zcproto import accelerator
+from zcproto import App, accelerator
+from zcproto.testing import connect_in_memory
 from zcproto.wire import message
 from zcproto.wire.frame import REQUEST
 from zcproto.wire.message import encode_body
@@ -252,6 +254,24 @@ def test_lack_of_memory_is_raised(
             testcapi.remove_mem_hooks()
         assert result in (None, expected)
     assert failed or expected is True
+
+
+@needs_compiled
+async def test_usual_calls_need_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App()
+
+    @app.method
+    async def echo(data: bytes, tags: list[str]) -> dict[str, Any]:
+        return {"data": data, "tags": tags}
+
+    async with connect_in_memory(app, user="ada") as client:
+        for name in accelerator.twins:
+            monkeypatch.setitem(
+                accelerator.twins, name, lambda *_, name=name: pytest.fail(f"{name} was called")
+            )
+        calls = [client.call("echo", data=bytes(size), tags=["a"]) for size in range(40)]
+        assert [len(answer["data"]) for answer in await asyncio.gather(*calls)] == [*range(40)]
+        assert await client.call("echo", data=b"last", tags=[]) == {"data": b"last", "tags": []}
 
 
 @needs_compiled
