@@ -35,12 +35,13 @@ SUFFIXES: Final = {
         ".md",
         ".mjs",
         ".py",
+        ".rs",
         ".service",
         ".socket",
     ),
     *(".sysusers", ".toml", ".ts", ".yml"),
 }
-SKIPPED: Final = {"node_modules", "dist", "build", "corpus", "__pycache__", "package-lock.json"}
+SKIPPED: Final = {"node_modules", "target", "dist", "build", "corpus", "__pycache__", "package-lock.json"}
 """Names of folders and files that hold built, installed or binary content."""
 
 _GAP: Final = r"[\s#*/]+"

@@ -1,0 +1,97 @@
+//! Addresses of servers: `host`, `host:port`, `[::1]:7443`.
+
+use crate::error::{Error, Result};
+use crate::text;
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+
+/// The port of an address without one.
+pub const DEFAULT_PORT: u16 = 7443;
+const MAX_NAME: usize = 253; // RFC 1035 section 2.3.4
+
+/// A port and a host: an IP address, or a name in lower case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Address {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, port } = self;
+        if host.contains(':') { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+    }
+}
+
+impl Address {
+    pub(crate) fn parse(address: &str) -> Result<Self> {
+        let fault = |what: &str| Err(Error::Config(format!("\"{}\": {what}", text::escape(address, 120))));
+        let (host, port) = if let Some((host, rest)) = address.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+            let port = rest.strip_prefix(':');
+            if host.parse::<Ipv6Addr>().is_err() || (port.is_none() && !rest.is_empty()) {
+                return fault("write an IPv6 address with a port as [::1]:7443");
+            }
+            (host, port)
+        } else if address.parse::<Ipv6Addr>().is_ok() {
+            (address, None)
+        } else {
+            match address.split_once(':') {
+                Some((_, port)) if port.contains(':') => return fault("write HOST:PORT, or [ADDRESS]:PORT for IPv6"),
+                Some((host, port)) => (host, Some(port)),
+                None => (address, None),
+            }
+        };
+        let port = match port {
+            None => DEFAULT_PORT,
+            Some(digits) => match digits.parse::<u16>() {
+                Ok(port) if port > 0 && digits.bytes().all(|byte| byte.is_ascii_digit()) => port,
+                _ => return fault("the port must be a number from 1 to 65535"),
+            },
+        };
+        let host = host.to_ascii_lowercase();
+        let name = host.strip_suffix('.').unwrap_or(&host);
+        if host.parse::<IpAddr>().is_err() && !is_name(name) {
+            return fault("not a host name or an IP address; write an international name in its ASCII form");
+        }
+        Ok(Self { host: name.to_owned(), port })
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'))
+    };
+    // Otherwise "1.2.3" would be resolved as an IPv4 address.
+    let is_number = name.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
+    name.len() <= MAX_NAME && !is_number && name.split('.').all(is_label)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_have_a_host_and_a_port() {
+        for (text, shown) in [
+            ("localhost", "localhost:7443"),
+            ("Example.COM.:1", "example.com:1"),
+            ("127.0.0.1:65535", "127.0.0.1:65535"),
+            ("::1", "[::1]:7443"),
+            ("[::1]:80", "[::1]:80"),
+            ("[::1]", "[::1]:7443"),
+            ("a_b.c", "a_b.c:7443"),
+        ] {
+            assert_eq!(Address::parse(text).unwrap().to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn malformed_addresses_are_refused() {
+        for text in
+            ["", ":80", "a:", "a:0", "a:65536", "a:+1", "a b", "1.2.3", "a..b", "[a]:1", "[::1]80", "a:1:2", "a\n"]
+        {
+            assert!(matches!(Address::parse(text), Err(Error::Config(_))), "{text:?}");
+        }
+    }
+}

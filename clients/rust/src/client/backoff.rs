@@ -1,0 +1,55 @@
+//! Exponential backoff with full jitter.
+
+use std::time::Duration;
+
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+const MAX_DELAY: Duration = Duration::from_secs(30);
+
+/// Random delays between 0 and a ceiling of 100 ms that doubles up to 30 s.
+///
+/// Full jitter spreads the reconnects after an outage evenly, however many clients there are.
+#[derive(Clone, Debug)]
+pub(crate) struct Backoff {
+    ceiling: Duration,
+    random: fn() -> f64,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { ceiling: FIRST_DELAY, random: crate::random::fraction }
+    }
+}
+
+impl Backoff {
+    /// Return the next delay, which is added to the delay that the server asks for.
+    pub(crate) fn next(&mut self, retry_after: Duration) -> Duration {
+        let delay = retry_after + self.ceiling.mul_f64((self.random)());
+        self.ceiling = (self.ceiling * 2).min(MAX_DELAY);
+        delay
+    }
+
+    /// Start again from 100 ms, after a success.
+    pub(crate) fn reset(&mut self) {
+        self.ceiling = FIRST_DELAY;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ceiling_doubles_up_to_thirty_seconds() {
+        let mut backoff = Backoff { random: || 1.0, ..Backoff::default() };
+        let delays: Vec<_> = (0..11).map(|_| backoff.next(Duration::ZERO).as_millis()).collect();
+        assert_eq!(delays, [100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000]);
+        backoff.reset();
+        assert_eq!(backoff.next(Duration::from_secs(1)).as_millis(), 1_100);
+    }
+
+    #[test]
+    fn the_delay_is_random_below_the_ceiling() {
+        let mut backoff = Backoff::default();
+        assert!((0..100).all(|_| backoff.next(Duration::ZERO) <= MAX_DELAY));
+    }
+}

@@ -1,0 +1,26 @@
+//! The client over tokio. It drives [`core`](crate::core).
+
+mod address;
+mod api;
+mod backoff;
+mod connection;
+mod dial;
+mod events;
+mod handlers;
+mod hub;
+mod options;
+mod renewal;
+mod retry;
+mod session;
+mod shared;
+mod stream;
+mod transport;
+mod user;
+
+pub use address::DEFAULT_PORT;
+pub use api::{Client, Request, enroll};
+pub use events::ServerEvent;
+pub use handlers::Call;
+pub use options::{ConnectOptions, Credentials, Login};
+pub use session::SessionInfo;
+pub use stream::{DEFAULT_WINDOW, Stream, StreamBuilder};

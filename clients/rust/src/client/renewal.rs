@@ -1,0 +1,765 @@
+//! The session of one user: when to open, refresh and attach it, and when it has ended.
+//!
+//! Rules: all waiting calls share one attempt. No call is sent during a refresh, since the server revokes the old token with
+//! its answer. A refresh token works once; if the answer was lost, it can be sent again for a few seconds and never after that.
+//! After TOKEN_REVOKED, SESSION_REPLACED or a refused `session.open`, every call gets that error until the application asks
+//! for a new session. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that
+//! has already expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
+
+use super::backoff::Backoff;
+use super::connection::{Connection, PendingCall, Slot};
+use super::options::{Credentials, login_fault};
+use super::retry::{self, Action};
+use super::session::{Session, SessionInfo};
+use super::shared::Attempt;
+use super::user::User;
+use crate::codec::{self, Value};
+use crate::error::{CallError, Code, Error, Result};
+use crate::message::Meta;
+use crate::secret::Token;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use zeroize::Zeroizing;
+
+/// Timeout of requests of `session.*`.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout of `session.close`.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a refresh token can be sent again after a lost answer: half of the server's default grace period.
+const REFRESH_GRACE: Duration = Duration::from_secs(5);
+/// Consecutive lost answers to `session.open`. Each may have left a session that counts against the limit.
+const MAX_LOST: u32 = 3;
+/// Minimum interval between early refreshes, and from a session that is usable for less than that to the next one.
+const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a login that a function has returned can wait for a connection: it may be short-lived.
+const LOGIN_HOLDS: Duration = Duration::from_secs(10);
+/// Maximum interval between two attempts to renew a session that only waits for calls from the server.
+const MAX_KEEP_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The state of the session of one user.
+#[derive(Default)]
+pub(crate) struct Sessions {
+    session: Option<Session>,
+    is_required: bool,
+    unknown_token: Option<Token>, // refused with UNAUTHENTICATED
+    ended_by: Option<CallError>,
+    renewing: Option<Attempt>,
+    attached_to: Option<u64>, // the connection where the session of a device was attached last
+    refreshed_early_at: Option<Instant>,
+    not_before: Option<Instant>, // of the next renewal
+    backoff: Backoff,            // of sessions that expire at once
+    checked_revocation: Option<(u64, Token)>,
+    login: Option<(Value, Instant)>, // fetched, and until when it holds
+    is_fetching_login: bool,
+    refresh_timer: Option<AbortHandle>,
+    keeper: Option<AbortHandle>,
+}
+
+impl Sessions {
+    fn is_usable(&self, now: Instant) -> bool {
+        if self.ended_by.is_some() || self.renewing.is_some() {
+            return false;
+        }
+        self.session.as_ref().map_or(!self.is_required, |session| now < session.usable_until)
+    }
+}
+
+/// The state of one renewal.
+struct Renewal {
+    /// Whether calls wait for it. Otherwise the old token still works: give up at the first error.
+    must: bool,
+    backoff: Backoff,
+    done: Vec<Action>,
+    lost: u32,
+}
+
+impl User {
+    fn lock(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Return the open session, if any.
+    pub(crate) fn session(&self) -> Option<SessionInfo> {
+        self.lock().session.as_ref().map(|session| session.info.clone())
+    }
+
+    pub(crate) fn user_name(&self) -> String {
+        self.session().map(|session| session.user).unwrap_or_default()
+    }
+
+    /// Return whether the session was revoked, replaced or refused. Only the application can open a new one.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.lock().ended_by.is_some()
+    }
+
+    /// Return whether a call can be sent now, as far as the session is concerned.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.lock().is_usable(Instant::now())
+    }
+
+    /// Return why the renewal takes its time, if there is a reason.
+    pub(crate) fn renewal_problem(&self) -> Option<&'static str> {
+        let sessions = self.lock();
+        if sessions.not_before.is_some_and(|time| Instant::now() < time) {
+            Some("the server opens only expired sessions; report it to its operator")
+        } else if sessions.is_fetching_login {
+            Some("the function given as login has not returned")
+        } else {
+            None
+        }
+    }
+
+    /// Require a session for calls, and forget one that has ended or was refused.
+    pub(crate) fn require_session(&self) -> Result<()> {
+        if self.credentials.is_none() {
+            return Err(Error::call(
+                Code::Unauthenticated,
+                "this client has no credentials; give a key, a device, a certificate or a login to connect",
+            ));
+        }
+        let mut sessions = self.lock();
+        sessions.is_required = true;
+        sessions.ended_by = None;
+        let is_unknown =
+            sessions.session.as_ref().is_some_and(|session| sessions.unknown_token.as_ref() == Some(session.token()));
+        if is_unknown {
+            sessions.session = None;
+            drop(sessions);
+            self.tokens().current = None;
+        }
+        Ok(())
+    }
+
+    /// Wait until calls can be sent: with a valid session, or without one if none is required.
+    pub(crate) async fn wait_usable(self: &Arc<Self>) -> Result<()> {
+        loop {
+            let attempt = {
+                let mut sessions = self.lock();
+                if let Some(error) = &sessions.ended_by {
+                    return Err(error.clone().into());
+                }
+                if sessions.is_usable(Instant::now()) {
+                    return Ok(());
+                }
+                self.renewing(&mut sessions, true)
+            };
+            attempt.wait().await?;
+        }
+    }
+
+    /// Return the token for a call that is sent now, and record that it is used.
+    pub(crate) fn begin(&self) -> Token {
+        self.touch();
+        self.token()
+    }
+
+    pub(crate) fn touch(&self) {
+        if let Some(session) = &mut self.lock().session {
+            session.touch(Instant::now());
+        }
+    }
+
+    // --- errors of calls -------------------------------------------------------------------------
+
+    fn is_current(&self, token: &Token) -> bool {
+        self.tokens().current.as_ref() == Some(token)
+    }
+
+    /// Handle TOKEN_EXPIRED for a token.
+    pub(crate) fn mark_expired(&self, token: &Token) {
+        if self.is_current(token) {
+            if let Some(session) = &mut self.lock().session {
+                session.expire(Instant::now());
+            }
+        }
+    }
+
+    /// Handle a token that belongs to another certificate. Return false for credentials without one.
+    pub(crate) fn reopen(&self, token: &Token) -> bool {
+        if !self.credentials.as_ref().is_some_and(Credentials::can_reopen) {
+            return false;
+        }
+        if self.is_current(token) {
+            if let Some(session) = &mut self.lock().session {
+                session.drop_refresh_token();
+            }
+            self.mark_expired(token);
+        }
+        true
+    }
+
+    /// Handle UNAUTHENTICATED for a token. It stays in use until the application asks for a new session.
+    pub(crate) fn mark_unknown(&self, token: &Token) {
+        self.lock().unknown_token = Some(token.clone());
+    }
+
+    /// Handle TOKEN_REVOKED or SESSION_REPLACED for a token.
+    pub(crate) fn mark_ended(&self, token: &Token, error: &CallError) {
+        if self.is_current(token) {
+            self.end_session(error);
+        }
+    }
+
+    fn end_session(&self, error: &CallError) {
+        {
+            let mut sessions = self.lock();
+            sessions.ended_by = Some(error.clone());
+            sessions.session = None;
+            stop(&mut sessions.refresh_timer);
+            stop(&mut sessions.keeper);
+        }
+        {
+            let mut tokens = self.tokens();
+            tokens.previous = tokens.current.take();
+        }
+        self.handlers.abort(&error.message, None);
+    }
+
+    // --- new connections and events --------------------------------------------------------------
+
+    /// Show the token on a new connection, so that events and calls of the session arrive there. Attach a session that is bound
+    /// to a device. The request is small: a large one is refused on a connection without a session.
+    pub(crate) async fn present(self: &Arc<Self>, connection: &Arc<Connection>) {
+        let (is_bound, is_attached) = {
+            let sessions = self.lock();
+            match &sessions.session {
+                Some(session) if sessions.renewing.is_none() => {
+                    (session.info.bound, sessions.attached_to == Some(connection.id))
+                }
+                _ => return,
+            }
+        };
+        let token = self.token();
+        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
+        let shown = if is_bound && is_device && !is_attached {
+            match self.attach(connection, &token).await {
+                Ok(_) => self.register_if_any(connection).await,
+                Err(error) => Err(error),
+            }
+        } else if !self.handlers.is_empty() && connection.has_calls() {
+            self.register_if_any(connection).await
+        } else {
+            self.request(connection, "session.info", &[0xc0], &token).await.map(drop)
+        };
+        if let Err(Error::Call(error)) = shown {
+            self.handle_refusal(&token, &error);
+        } // otherwise the next connection shows the token
+    }
+
+    /// Send a small request of the session, and wait for its result.
+    async fn request(
+        &self,
+        connection: &Arc<Connection>,
+        method: &str,
+        params: &[u8],
+        token: &Token,
+    ) -> Result<Vec<u8>> {
+        let Some(slot) = connection.slot().await else {
+            return Err(crate::error::Closed::broken("the connection accepts no requests").into());
+        };
+        let pending = connection.request(slot, method, params, token, &Meta::default())?;
+        in_time(REQUEST_TIMEOUT, pending).await
+    }
+
+    /// Send the registration of the application's handlers for the session.
+    pub(crate) fn register(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        slot: Slot,
+        token: &Token,
+    ) -> Result<PendingCall> {
+        self.touch();
+        self.keep();
+        let methods = self.handlers.methods();
+        let methods: Vec<&str> = methods.iter().map(String::as_str).collect();
+        let max = self.handlers.max;
+        connection.send(slot, None, None, |conversation, wall| conversation.handle(token, &methods, max, wall))
+    }
+
+    async fn register_if_any(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<()> {
+        if self.handlers.is_empty() || !connection.has_calls() {
+            return Ok(());
+        }
+        if let Some(slot) = connection.slot().await {
+            let token = self.token();
+            in_time(REQUEST_TIMEOUT, self.register(connection, slot, &token)?).await?;
+        }
+        Ok(())
+    }
+
+    /// Attach the session of a token to a connection if both are still in use. Return false without a device. Concurrent
+    /// callers share one request.
+    pub(crate) async fn attach(&self, connection: &Arc<Connection>, token: &Token) -> Result<bool> {
+        let Some(Credentials::Device { device, .. }) = &self.credentials else {
+            return Ok(false);
+        };
+        let is_first = self.attaching.try_lock().is_ok_and(|_guard| true);
+        let _guard = self.attaching.lock().await;
+        let is_attached = self.lock().attached_to == Some(connection.id);
+        if !self.is_current(token) || !connection.is_open() || (is_attached && !is_first) {
+            return Ok(true);
+        }
+        self.lock().attached_to = None;
+        let mut params = Vec::new();
+        codec::write_map(&mut params, 1);
+        codec::write_str(&mut params, "signature");
+        codec::write_bin(&mut params, &device.sign(&connection.channel().attach_message(token)));
+        match self.request(connection, "session.attach", &params, token).await {
+            Ok(_) => self.lock().attached_to = Some(connection.id),
+            Err(Error::Closed(_)) => {} // the next connection attaches it
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    fn handle_refusal(&self, token: &Token, error: &CallError) {
+        if retry::action(error) == Action::Reopen {
+            self.reopen(token);
+        } else if error.code == Code::Unauthenticated {
+            self.mark_unknown(token);
+        } else if error.code == Code::TokenExpired {
+            self.mark_expired(token);
+        } else if retry::ends_session(error.code) {
+            self.mark_ended(token, error);
+        }
+    }
+
+    /// Handle an event of the session or of the server.
+    pub(crate) fn event_received(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        name: &str,
+        body: Vec<u8>,
+        token: &Token,
+    ) {
+        if self.is_current(token) {
+            match name {
+                "session.revoked" => {
+                    self.handlers.abort("the session has ended", None);
+                    let key = (connection.id, token.clone());
+                    let mut sessions = self.lock();
+                    if sessions.checked_revocation.as_ref() != Some(&key) {
+                        sessions.checked_revocation = Some(key);
+                        drop(sessions);
+                        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
+                        // The answer has the code: revoked or replaced.
+                        tokio::spawn(async move { user.present(&connection).await });
+                    }
+                }
+                "session.expiring" => self.refresh_early(),
+                _ => {}
+            }
+        }
+        self.events.put(body);
+    }
+
+    // --- renewing --------------------------------------------------------------------------------
+
+    /// Return the renewal that runs, or start one.
+    fn renewing(self: &Arc<Self>, sessions: &mut Sessions, must: bool) -> Attempt {
+        sessions.renewing.get_or_insert_with(|| Attempt::start(Arc::clone(self).renew(must))).clone()
+    }
+
+    fn refresh_early(self: &Arc<Self>) {
+        let mut sessions = self.lock();
+        let now = Instant::now();
+        let can_refresh = sessions.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some());
+        if !can_refresh || sessions.renewing.is_some() || self.is_closed.load(Ordering::Acquire) {
+            return;
+        }
+        if let Some(allowed_at) = sessions.refreshed_early_at.map(|at| at + MIN_REFRESH_INTERVAL).filter(|&at| now < at)
+        {
+            self.refresh_at(&mut sessions, allowed_at);
+            return;
+        }
+        sessions.refreshed_early_at = Some(now);
+        self.renewing(&mut sessions, false);
+    }
+
+    fn refresh_at(self: &Arc<Self>, sessions: &mut Sessions, at: Instant) {
+        stop(&mut sessions.refresh_timer);
+        let user = Arc::downgrade(self);
+        let timer = tokio::spawn(async move {
+            sleep_until(at).await;
+            if let Some(user) = user.upgrade() {
+                user.refresh_early();
+            }
+        });
+        sessions.refresh_timer = Some(timer.abort_handle());
+    }
+
+    async fn renew(self: Arc<Self>, must: bool) -> Result<()> {
+        let result = self.try_renew(must).await;
+        self.lock().renewing = None;
+        self.tokens().coming = None;
+        self.keep();
+        result
+    }
+
+    /// Refresh or open the session.
+    async fn try_renew(self: &Arc<Self>, must: bool) -> Result<()> {
+        let not_before = self.lock().not_before;
+        if let Some(time) = not_before {
+            sleep_until(time).await;
+        }
+        let mut renewal = Renewal { must, backoff: Backoff::default(), done: Vec::new(), lost: 0 };
+        loop {
+            let connection = self.hub.get().await?;
+            if self.needs_login() {
+                self.fetch_login().await?;
+                continue; // with the connection that is current now
+            }
+            let Some(slot) = connection.slot().await else {
+                tokio::task::yield_now().await; // its end is being recorded
+                continue;
+            };
+            if self.needs_login() {
+                continue;
+            }
+            let (method, params) = self.next_request(&connection)?;
+            let is_refresh = method == "session.refresh";
+            let token = self.token();
+            let me = Arc::clone(self);
+            // A call or an event with the new token may be in the same read.
+            let on_result = move |body: &[u8]| me.tokens().coming = token_of(body);
+            let sent_at = Instant::now();
+            let sent = connection.send(slot, None, Some(Box::new(on_result)), |conversation, wall| {
+                conversation.request(method, &params, &token, &Meta::default(), wall)
+            });
+            let outcome = match sent {
+                Ok(pending) => in_time(REQUEST_TIMEOUT, pending).await,
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(body) => return self.adopt(&body, &connection, is_refresh),
+                Err(Error::Closed(closed)) => {
+                    renewal.lost += 1;
+                    if renewal.lost > MAX_LOST {
+                        return Err(closed.into());
+                    }
+                    renewal.must |= is_refresh; // the old token may be revoked
+                    if sent_at.elapsed() > REFRESH_GRACE {
+                        self.drop_refresh_token();
+                    }
+                }
+                Err(Error::Call(error)) => {
+                    if !self.should_retry(error, is_refresh, &connection, &mut renewal).await? {
+                        return Ok(());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn drop_refresh_token(&self) {
+        if let Some(session) = &mut self.lock().session {
+            session.drop_refresh_token();
+        }
+    }
+
+    /// Return whether to retry; false if the old token still works. Return the error if a retry cannot help.
+    async fn should_retry(
+        self: &Arc<Self>,
+        error: CallError,
+        is_refresh: bool,
+        connection: &Arc<Connection>,
+        renewal: &mut Renewal,
+    ) -> Result<bool> {
+        let action = retry::action(&error);
+        let is_first = !renewal.done.contains(&action);
+        renewal.done.push(action);
+        match action {
+            Action::Later if renewal.must => {
+                sleep(renewal.backoff.next(error.retry_after())).await;
+                return Ok(true);
+            }
+            Action::AtOnce if is_first => return Ok(true),
+            Action::Attach if is_first => {
+                return match self.attach(connection, &self.token()).await {
+                    Ok(_) | Err(Error::Call(_)) => Ok(true), // the next answer reports a refusal, too
+                    Err(error) => Err(error),
+                };
+            }
+            _ => {}
+        }
+        if is_refresh && self.should_open_instead(&error) {
+            self.drop_refresh_token();
+            renewal.must = true;
+            return Ok(true);
+        }
+        if !renewal.must && !retry::ends_session(error.code) {
+            let mut sessions = self.lock();
+            let now = Instant::now();
+            let left = sessions.session.as_ref().map_or(Duration::ZERO, |session| session.usable_until - now);
+            let pause = left.mul_f64(0.25 + crate::random::fraction() / 4.0).max(MIN_REFRESH_INTERVAL);
+            self.refresh_at(&mut sessions, now + pause);
+            return Ok(false);
+        }
+        if retry::refuses(error.code) {
+            self.end_session(&error);
+        }
+        Err(error.into())
+    }
+
+    /// Return whether to open a new session instead: the refresh token has expired, may have been used, or belongs to a
+    /// previous certificate.
+    fn should_open_instead(&self, error: &CallError) -> bool {
+        let is_other_certificate =
+            retry::action(error) == Action::Reopen && self.credentials.as_ref().is_some_and(Credentials::can_reopen);
+        error.code == Code::TokenExpired || retry::may_have_run(error.code) || is_other_certificate
+    }
+
+    // --- requests that open sessions -------------------------------------------------------------
+
+    /// Return whether a login must be fetched before the next request.
+    fn needs_login(&self) -> bool {
+        let now = Instant::now();
+        let sessions = self.lock();
+        let can_refresh = sessions.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some());
+        let is_fetched = sessions.login.as_ref().is_some_and(|(_, until)| now < *until);
+        matches!(self.credentials, Some(Credentials::Login(_))) && !can_refresh && !is_fetched
+    }
+
+    /// Call the function that returns a login.
+    async fn fetch_login(&self) -> Result<()> {
+        let Some(Credentials::Login(login)) = &self.credentials else {
+            return Ok(());
+        };
+        self.lock().is_fetching_login = true;
+        let result = (login.0)().await;
+        let mut sessions = self.lock();
+        sessions.is_fetching_login = false;
+        let login = result.map_err(|error| Error::Login(Arc::from(error)))?;
+        if let Some(fault) = login_fault(&login) {
+            return Err(Error::Login(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(format!(
+                "it returned what cannot be sent: {fault}"
+            )))));
+        }
+        sessions.login = Some((login, Instant::now() + LOGIN_HOLDS));
+        Ok(())
+    }
+
+    /// Return the method and the params of the next request.
+    fn next_request(&self, connection: &Connection) -> Result<(&'static str, Zeroizing<Vec<u8>>)> {
+        let mut sessions = self.lock();
+        let mut params = Zeroizing::new(Vec::with_capacity(512)); // not moved while it grows, as a rule
+        let text = |params: &mut Vec<u8>, key: &str, value: &str| {
+            codec::write_str(params, key);
+            codec::write_str(params, value);
+        };
+        if let Some(token) = sessions.session.as_ref().and_then(|session| session.refresh_token(Instant::now())) {
+            codec::write_map(&mut params, 2);
+            codec::write_str(&mut params, "refresh_token");
+            codec::write_bin(&mut params, token.as_bytes());
+            text(&mut params, "client", &self.client);
+            return Ok(("session.refresh", params));
+        }
+        match &self.credentials {
+            None => codec::write_map(&mut params, 1),
+            Some(Credentials::ApiKey { user, key }) => {
+                codec::write_map(&mut params, 4);
+                text(&mut params, "scheme", "api_key");
+                text(&mut params, "user", user);
+                text(&mut params, "key", key.expose());
+            }
+            Some(Credentials::Device { device, name }) => {
+                codec::write_map(&mut params, 4);
+                text(&mut params, "scheme", "ed25519");
+                text(&mut params, "device", name);
+                codec::write_str(&mut params, "signature");
+                codec::write_bin(&mut params, &device.sign(&connection.channel().open_message(name)));
+            }
+            Some(Credentials::Certificate { user }) => {
+                codec::write_map(&mut params, 2 + usize::from(user.is_some()));
+                text(&mut params, "scheme", "tls");
+                if let Some(user) = user {
+                    text(&mut params, "user", user);
+                }
+            }
+            Some(Credentials::Login(_)) => {
+                // Each login is sent once.
+                let login = sessions.login.take().map_or(Value::Nil, |(login, _)| login);
+                let Value::Map(fields) = login else {
+                    return Err(Error::call(Code::Internal, "the login is missing"));
+                };
+                codec::write_map(&mut params, fields.len() + 1);
+                for (key, value) in &fields {
+                    codec::write_str(&mut params, key);
+                    codec::write_value(&mut params, value)
+                        .map_err(|fault| Error::call(Code::InvalidArgument, fault.phrase()))?;
+                }
+            }
+        }
+        text(&mut params, "client", &self.client);
+        Ok(("session.open", params))
+    }
+
+    /// Use the session of an answer.
+    fn adopt(self: &Arc<Self>, body: &[u8], connection: &Arc<Connection>, is_refresh: bool) -> Result<()> {
+        let now = Instant::now();
+        let session = Session::parse(body, connection.server_wall(), now, crate::random::fraction())?;
+        let old = {
+            let mut tokens = self.tokens();
+            let old = tokens.current.replace(session.token().clone());
+            if is_refresh {
+                tokens.previous.clone_from(&old);
+            }
+            tokens.coming = None;
+            old
+        };
+        if let Some(old) = old.filter(|_| !is_refresh) {
+            connection.session_ended(&old);
+        }
+        let must_attach = {
+            let mut sessions = self.lock();
+            if !is_refresh {
+                sessions.attached_to = Some(connection.id);
+            }
+            if session.usable_until < now + MIN_REFRESH_INTERVAL {
+                let delay = MIN_REFRESH_INTERVAL + sessions.backoff.next(Duration::ZERO);
+                sessions.not_before = Some(now + delay);
+            } else {
+                sessions.not_before = None;
+                sessions.backoff.reset();
+            }
+            stop(&mut sessions.refresh_timer);
+            let refresh_at = session.refresh_token(now).map(|_| session.refresh_at);
+            sessions.session = Some(session);
+            if let Some(at) = refresh_at {
+                self.refresh_at(&mut sessions, at);
+            }
+            is_refresh && sessions.attached_to != Some(connection.id)
+        };
+        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
+        if !is_refresh || (is_device && must_attach) {
+            let (user, connection) = (Arc::clone(self), Arc::clone(connection));
+            tokio::spawn(async move {
+                if is_refresh {
+                    user.after_renewal().await;
+                    user.present(&connection).await;
+                } else {
+                    let _ = user.register_if_any(&connection).await; // or the next connection registers them
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Wait until no renewal runs.
+    async fn after_renewal(&self) {
+        let attempt = self.lock().renewing.clone();
+        if let Some(attempt) = attempt {
+            let _ = attempt.wait().await; // reported to those who need it
+        }
+    }
+
+    // --- a session that only waits for calls from the server -------------------------------------
+
+    /// Keep the session in use if there are handlers: show it again before its idle timeout, and renew it after it has
+    /// expired.
+    pub(crate) fn keep(self: &Arc<Self>) {
+        if self.handlers.is_empty() || self.is_closed.load(Ordering::Acquire) {
+            return;
+        }
+        let mut sessions = self.lock();
+        if sessions.session.is_none() || sessions.keeper.as_ref().is_some_and(|keeper| !keeper.is_finished()) {
+            return;
+        }
+        let me = Arc::downgrade(self);
+        let keeper = tokio::spawn(async move {
+            let mut interval = MIN_REFRESH_INTERVAL;
+            loop {
+                let Some(left) = me.upgrade().and_then(|user| user.time_left()) else {
+                    return;
+                };
+                if left > Duration::ZERO {
+                    interval = MIN_REFRESH_INTERVAL;
+                }
+                sleep((left / 2).max(interval)).await;
+                let Some(user) = me.upgrade() else {
+                    return;
+                };
+                let Some((left, idle)) = user.time_left().zip(user.session().map(|info| info.idle_timeout_ms)) else {
+                    return;
+                };
+                if left.is_zero() {
+                    interval = (interval * 2).min(MAX_KEEP_INTERVAL);
+                    let _ = user.wait_usable().await; // the next round tries again
+                } else if left < Duration::from_millis(idle) / 2 {
+                    if let Ok(connection) = user.hub.get().await {
+                        user.touch();
+                        user.present(&connection).await;
+                    }
+                }
+            }
+        });
+        sessions.keeper = Some(keeper.abort_handle());
+    }
+
+    /// Return for how long the session can be used, if there is one.
+    fn time_left(&self) -> Option<Duration> {
+        let sessions = self.lock();
+        Some(sessions.session.as_ref()?.usable_until.saturating_duration_since(Instant::now()))
+    }
+
+    // --- the end ---------------------------------------------------------------------------------
+
+    /// Stop all work in the background. Return the attempt to renew the session, if one runs.
+    pub(crate) fn stop(&self) {
+        self.is_closed.store(true, Ordering::Release);
+        {
+            let mut sessions = self.lock();
+            if let Some(renewing) = sessions.renewing.take() {
+                renewing.abort();
+            }
+            stop(&mut sessions.refresh_timer);
+            stop(&mut sessions.keeper);
+        }
+        self.handlers.abort("this session is closed", None);
+        self.events.close();
+        self.hub.remove(self);
+    }
+
+    /// Close the session on the server if the connection is ready, since the server limits sessions per user.
+    pub(crate) async fn close(self: &Arc<Self>) {
+        if self.is_closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let session = self.lock().session.take();
+        self.stop();
+        let Some((session, connection)) = session.zip(self.hub.current()) else {
+            return;
+        };
+        let token = session.token();
+        if let Some(slot) = connection.try_slot() {
+            let pending = connection.request(slot, "session.close", &[0xc0], token, &Meta::default());
+            if let Ok(pending) = pending {
+                let _ = in_time(CLOSE_TIMEOUT, pending).await; // otherwise the session expires on the server
+            }
+        }
+        connection.session_ended(token);
+    }
+}
+
+fn stop(task: &mut Option<AbortHandle>) {
+    if let Some(task) = task.take() {
+        task.abort();
+    }
+}
+
+/// Return the token in the result of `session.open` or `session.refresh`.
+fn token_of(body: &[u8]) -> Option<Token> {
+    let result = codec::decode(body).ok()?;
+    Some(Token::new(<[u8; 32]>::try_from(result.get("token")?.as_bin()?).ok()?))
+}
+
+/// Wait for an answer, at most for a time.
+async fn in_time(limit: Duration, pending: PendingCall) -> Result<Vec<u8>> {
+    timeout(limit, pending)
+        .await
+        .unwrap_or_else(|_| Err(Error::call(Code::DeadlineExceeded, "no response within the call's timeout")))
+}

@@ -1,0 +1,328 @@
+//! Calls, streams and handlers of one user, over the connection that the sessions of a client share.
+//!
+//! Decides: whether a call or a stream is retried after an error, by the table of zcp1.md, section 11.1 (`retry.rs`).
+//! Must not know: when connections are made (`hub.rs`) and how sessions are renewed (`renewal.rs`).
+
+use super::backoff::Backoff;
+use super::connection::{Connection, PendingCall, Slot};
+use super::events::EventQueue;
+use super::handlers::Handlers;
+use super::hub::Hub;
+use super::options::{ConnectOptions, Credentials};
+use super::renewal::Sessions;
+use super::retry::{self, Action};
+use super::stream::Items;
+use crate::core::ServerCall;
+use crate::error::{CallError, Closed, Code, Error, Result};
+use crate::message::Meta;
+use crate::secret::Token;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// The tokens of a session. Its lock is held for a moment, and never while another is taken.
+#[derive(Default)]
+pub(crate) struct Tokens {
+    pub(crate) current: Option<Token>,
+    /// The token before the last refresh: frames with it may be under way.
+    pub(crate) previous: Option<Token>,
+    /// The token of an answer that was received and is not in use yet.
+    pub(crate) coming: Option<Token>,
+}
+
+/// One user of a client.
+pub(crate) struct User {
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) credentials: Option<Credentials>,
+    pub(crate) client: String,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) handlers: Handlers,
+    pub(crate) events: EventQueue,
+    pub(crate) tokens: Mutex<Tokens>,
+    pub(crate) sessions: Mutex<Sessions>,
+    pub(crate) attaching: tokio::sync::Mutex<()>,
+    pub(crate) is_closed: AtomicBool,
+}
+
+/// The retries of a call. Created at its first error, which most calls never have.
+#[derive(Default)]
+struct Retries {
+    backoff: Backoff,
+    done: Vec<Action>,
+}
+
+impl Retries {
+    /// Return whether this is the first time that an action is due.
+    fn is_first(&mut self, action: Action) -> bool {
+        let is_first = !self.done.contains(&action);
+        if is_first {
+            self.done.push(action);
+        }
+        is_first
+    }
+}
+
+/// What is known of a request apart from its content.
+pub(crate) struct Attempts<'a> {
+    pub(crate) deadline: Option<Instant>,
+    /// Whether it can be sent again even if it may have run.
+    pub(crate) is_idempotent: bool,
+    /// The items of a stream, which is never opened again once it has begun.
+    pub(crate) items: Option<&'a Items>,
+}
+
+/// Return when a timeout ends. One that ends after centuries is none.
+pub(crate) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+/// Return the value of `deadline_ms`.
+pub(crate) fn remaining_ms(deadline: Option<Instant>) -> Option<u64> {
+    let left = deadline?.saturating_duration_since(Instant::now());
+    Some(u64::try_from(left.as_micros().div_ceil(1_000)).unwrap_or(u64::MAX).max(1))
+}
+
+impl User {
+    pub(crate) fn new(hub: Arc<Hub>, credentials: Option<Credentials>, options: &ConnectOptions) -> Arc<Self> {
+        let user = Arc::new(Self {
+            hub,
+            credentials,
+            client: options.client.clone(),
+            timeout: options.timeout,
+            handlers: Handlers::new(options.max_calls),
+            events: EventQueue::default(),
+            tokens: Mutex::default(),
+            sessions: Mutex::default(),
+            attaching: tokio::sync::Mutex::default(),
+            is_closed: AtomicBool::new(false),
+        });
+        user.hub.add(&user);
+        user
+    }
+
+    pub(crate) fn tokens(&self) -> MutexGuard<'_, Tokens> {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Return the token of calls that are sent now.
+    pub(crate) fn token(&self) -> Token {
+        self.tokens().current.clone().unwrap_or(Token::NONE)
+    }
+
+    /// Return whether this is the token of the session, or was its last one.
+    pub(crate) fn owns(&self, token: &Token) -> bool {
+        let Tokens { current, previous, coming } = &*self.tokens();
+        !token.is_none() && [current, previous, coming].into_iter().flatten().any(|own| own == token)
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.is_closed.load(Ordering::Acquire) { Err(Closed::clean("this client is closed").into()) } else { Ok(()) }
+    }
+
+    // --- calls -----------------------------------------------------------------------------------
+
+    /// Call a method and return the body of its result.
+    pub(crate) async fn call(
+        self: &Arc<Self>,
+        method: &str,
+        params: &[u8],
+        meta: Meta<'_>,
+        timeout: Option<Duration>,
+    ) -> Result<Vec<u8>> {
+        let deadline = deadline_of(timeout);
+        let attempts = Attempts { deadline, is_idempotent: meta.idempotency_key.is_some(), items: None };
+        self.run(attempts, |connection, slot, token| {
+            let meta = Meta { deadline_ms: remaining_ms(deadline), ..meta };
+            connection.request(slot, method, params, token, &meta)
+        })
+        .await
+    }
+
+    /// Send a request until it gets an answer or a definite error, at most until its deadline.
+    pub(crate) async fn run<F>(self: &Arc<Self>, attempts: Attempts<'_>, send: F) -> Result<Vec<u8>>
+    where
+        F: FnMut(&Arc<Connection>, Slot, &Token) -> Result<PendingCall>,
+    {
+        let Some(deadline) = attempts.deadline else {
+            return self.try_until_answered(&attempts, send).await;
+        };
+        let answered = timeout_at(deadline, self.try_until_answered(&attempts, send)).await;
+        answered.unwrap_or_else(|_| Err(self.deadline_error()))
+    }
+
+    pub(crate) fn deadline_error(&self) -> Error {
+        let problem = match self.hub.last_error() {
+            Some(error) => Some(format!("no connection ({error})")),
+            None => self.renewal_problem().map(|problem| format!("no session ({problem})")),
+        };
+        let what = problem.unwrap_or_else(|| "no response".to_owned());
+        Error::call(Code::DeadlineExceeded, format!("{what} within the call's timeout"))
+    }
+
+    async fn try_until_answered<F>(self: &Arc<Self>, attempts: &Attempts<'_>, mut send: F) -> Result<Vec<u8>>
+    where
+        F: FnMut(&Arc<Connection>, Slot, &Token) -> Result<PendingCall>,
+    {
+        let mut retries = None;
+        loop {
+            let (connection, slot) = match self.try_ready() {
+                Some(ready) => ready,
+                None => self.ready().await?,
+            };
+            let token = self.begin();
+            let outcome = match send(&connection, slot, &token) {
+                Ok(pending) => pending.await,
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(body) => return Ok(body),
+                Err(error) => {
+                    let retries = retries.get_or_insert_with(Retries::default);
+                    self.after_failure(error, attempts, retries, &connection, &token).await?;
+                }
+            }
+        }
+    }
+
+    /// Return a connection and a slot, if a call can be sent at once.
+    fn try_ready(&self) -> Option<(Arc<Connection>, Slot)> {
+        if self.is_closed.load(Ordering::Acquire) || !self.is_usable() {
+            return None;
+        }
+        let connection = self.hub.current()?;
+        let slot = connection.try_slot()?;
+        Some((connection, slot))
+    }
+
+    /// Wait until a request can be sent, with a session if one is required.
+    pub(crate) async fn ready(self: &Arc<Self>) -> Result<(Arc<Connection>, Slot)> {
+        loop {
+            self.check_open()?;
+            self.wait_usable().await?;
+            let connection = self.hub.get().await?;
+            let Some(slot) = connection.slot().await else {
+                tokio::task::yield_now().await; // its end is being recorded
+                continue;
+            };
+            if self.is_usable() {
+                self.check_open()?;
+                return Ok((connection, slot));
+            }
+        }
+    }
+
+    // --- retries ---------------------------------------------------------------------------------
+
+    /// Wait until a failed request can be sent again. Return its error if it must not be.
+    ///
+    /// Boxed: it is rarely needed, and may make calls itself.
+    fn after_failure<'a>(
+        self: &'a Arc<Self>,
+        error: Error,
+        attempts: &'a Attempts<'_>,
+        retries: &'a mut Retries,
+        connection: &'a Arc<Connection>,
+        token: &'a Token,
+    ) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
+        Box::pin(async move {
+            if attempts.items.is_some_and(Items::has_begun) {
+                return Err(error);
+            }
+            match error {
+                Error::Call(failure) => self.after_call_error(failure, attempts, retries, connection, token).await,
+                Error::Closed(_)
+                    if self.check_open().is_ok() && (connection.unanswered_did_not_run() || attempts.is_idempotent) =>
+                {
+                    // Back off: the call itself may be what crashes the server.
+                    let delay = retries.backoff.next(Duration::ZERO);
+                    self.wait(delay, error, attempts).await
+                }
+                _ => Err(error),
+            }
+        })
+    }
+
+    async fn after_call_error(
+        self: &Arc<Self>,
+        failure: CallError,
+        attempts: &Attempts<'_>,
+        retries: &mut Retries,
+        connection: &Arc<Connection>,
+        token: &Token,
+    ) -> Result<()> {
+        let has_token = !token.is_none();
+        match retry::action(&failure) {
+            Action::Later => {
+                let delay = retries.backoff.next(failure.retry_after());
+                self.wait(delay, failure.into(), attempts).await
+            }
+            Action::AtOnce if retries.is_first(Action::AtOnce) => Ok(()),
+            Action::Attach if has_token && retries.is_first(Action::Attach) => {
+                match self.attach(connection, token).await {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(failure.into()),
+                    Err(Error::Call(refusal)) if refusal.code != Code::DeadlineExceeded => {
+                        if retry::action(&refusal) == Action::Later {
+                            retries.done.retain(|&action| action != Action::Attach); // the session was not attached
+                        }
+                        self.after_failure(refusal.into(), attempts, retries, connection, token).await
+                    }
+                    Err(refusal) => Err(refusal),
+                }
+            }
+            Action::Reopen if has_token && retries.is_first(Action::Reopen) && self.reopen(token) => Ok(()),
+            Action::Renew if has_token && retries.is_first(Action::Renew) => {
+                self.mark_expired(token);
+                Ok(())
+            }
+            action if retry::ends_session(failure.code) && has_token => {
+                if *token != self.token() && !self.has_ended() && retries.is_first(action) {
+                    return Ok(()); // the token of a previous session
+                }
+                self.mark_ended(token, &failure);
+                Err(failure.into())
+            }
+            _ if failure.code == Code::InvalidArgument
+                && failure.details.get("size").is_some()
+                && has_token
+                && !connection.has_session()
+                && retries.is_first(Action::AtOnce) =>
+            {
+                // Too large for a connection without a session: show the token by a small request first.
+                let left = attempts.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                self.call("session.info", &[0xc0], Meta::default(), left).await.map(drop)
+            }
+            _ => {
+                if failure.code == Code::Unauthenticated && has_token {
+                    self.mark_unknown(token);
+                }
+                Err(failure.into())
+            }
+        }
+    }
+
+    /// Wait before a retry. Return the error at once if the deadline would pass.
+    async fn wait(&self, delay: Duration, error: Error, attempts: &Attempts<'_>) -> Result<()> {
+        if attempts.deadline.is_some_and(|deadline| Instant::now() + delay >= deadline) {
+            return Err(error);
+        }
+        sleep(delay).await;
+        Ok(())
+    }
+
+    // --- notifications of the connection ---------------------------------------------------------
+
+    pub(crate) fn call_received(&self, connection: &Arc<Connection>, call: ServerCall) {
+        self.handlers.call(connection, call, self.user_name());
+    }
+
+    pub(crate) fn call_withdrawn(&self, connection: &Connection, number: u32) {
+        self.handlers.withdraw(connection, number);
+    }
+
+    pub(crate) fn connection_ended(&self, connection: &Connection, error: &Closed) {
+        self.handlers.abort(&error.reason, Some(connection));
+    }
+}
