@@ -1,0 +1,3 @@
+module github.com/zcproto/zcproto/clients/go
+
+go 1.23
