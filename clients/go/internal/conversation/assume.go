@@ -11,7 +11,7 @@ func (c *Conversation) AssumeNumber(number uint32) { c.requests.next = number }
 // AssumeCall records a call of the server that is in flight.
 func (c *Conversation) AssumeCall(number uint32, token wire.Token) { c.calls.inFlight[number] = token }
 
-// AssumeCredit sets what the server allows to send, and what it has sent, all of which was taken.
+// AssumeCredit sets what the server allows to send, and what it has sent, all of which was taken. No more is granted.
 func (s *ItemStream) AssumeCredit(allowed, received wire.Grant) {
-	s.allowed, s.received, s.taken = allowed, received, received
+	s.allowed, s.received, s.taken, s.window = allowed, received, received, wire.Grant{}
 }

@@ -120,7 +120,10 @@ func (c *Conversation) Handle(token wire.Token, methods []string, most int, now 
 	if c.welcome.Calls == nil {
 		return 0, &Error{Code: wire.Unimplemented, Message: "this server does not call clients"}
 	}
-	params := map[string]any{"methods": append([]string{}, methods...), "max": most}
+	params := struct {
+		Methods []string `msgpack:"methods"`
+		Max     int      `msgpack:"max"`
+	}{append([]string{}, methods...), most}
 	number, err := c.request(wire.Request, sessionHandle, params, token, &wire.Meta{}, now)
 	if err == nil {
 		c.calls.register(token, methods)
