@@ -99,7 +99,11 @@ class Hit(NamedTuple):
 
 
 def split_identifiers(text: str) -> str:
-    """Separate the words of identifiers, so that `_nobody` and `isTold` are found. Lines stay where they are."""
+    """Separate the words of identifiers, so that `_nobody` and `isTold` are found. Lines stay where they are.
+
+    `is_none` is a method of Rust's Option.
+    """
+    text = re.sub(r"\bis_none(_or)?\b", "isNone", text)
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text).replace("_", " ")
 
 
@@ -149,6 +153,7 @@ def test_no_text_has_a_banned_word() -> None:
         ("this is no number", ["is no X"]),
         ("There is no number, and it is no longer than there\n    # is no other", []),
         ("if value is None:", []),
+        ("if value.is_none()", []),
         ("of these there is none", ["is none"]),
         ("intolerable, janewman", []),
     ],

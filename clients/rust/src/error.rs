@@ -155,7 +155,7 @@ impl CallError {
         self
     }
 
-    /// Return the delay that the server asks for before a retry, at most an hour. Zero if there is none.
+    /// Return the delay that the server asks for before a retry, at most an hour; zero without one.
     #[must_use]
     pub fn retry_after(&self) -> Duration {
         let asked = self.details.get("retry_after_ms").and_then(Value::as_int).unwrap_or(0);

@@ -73,7 +73,7 @@ pub(crate) struct Attempts<'a> {
     pub(crate) items: Option<&'a Items>,
 }
 
-/// Return when a timeout ends. One that ends after centuries is none.
+/// Return when a timeout ends. `None` for one of centuries.
 pub(crate) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
