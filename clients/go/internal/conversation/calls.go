@@ -5,15 +5,15 @@ import (
 	"github.com/zcproto/zcproto/clients/go/internal/wire"
 )
 
-// maxBlockedRefusals is how many FAILUREs of calls that were not run may wait for a server that reads nothing.
-const maxBlockedRefusals = 1_000
+// maxBlockedFailures is how many FAILUREs may wait for a server that calls and reads nothing.
+const maxBlockedFailures = 1_000
 
 // serverCalls are the calls of the server without an answer, and the methods that sessions have registered (zcp1.md, section 19).
 // Which handlers there are, and how many may run, is not their business.
 type serverCalls struct {
 	registrations   map[wire.Token]registration
 	inFlight        map[uint32]wire.Token
-	blockedRefusals int
+	blockedFailures int // sent while the transport cannot send
 }
 
 type registration struct {
@@ -54,13 +54,18 @@ func (c *Conversation) receiveCall(frame *wire.Frame, isStale bool, now Instant)
 	if _, isInFlight := c.calls.inFlight[frame.Stream]; isInFlight {
 		return broken("the number of this CALL is in flight")
 	}
+	if c.calls.blockedFailures > maxBlockedFailures {
+		return broken("the server calls, but reads no answers")
+	}
 	c.calls.inFlight[frame.Stream] = frame.Token
 	if isStale {
-		return c.refuse(frame.Stream, &Error{Code: wire.StaleTimestamp, Message: "the call was delayed for too long"}, now)
+		c.Fail(frame.Stream, &Error{Code: wire.StaleTimestamp, Message: "the call was delayed for too long"}, now)
+		return nil
 	}
 	call, err := c.parseCall(frame)
 	if err != nil {
-		return c.refuse(frame.Stream, err, now)
+		c.Fail(frame.Stream, err, now)
+		return nil
 	}
 	c.emit(Event{
 		Type:        Call,
@@ -105,17 +110,7 @@ func (c *Conversation) receiveWithdraw(frame *wire.Frame, now Instant) *wire.Fau
 		return nil
 	}
 	c.emit(Event{Type: Withdrawn, Stream: frame.Stream})
-	return c.refuse(frame.Stream, &Error{Code: wire.Cancelled, Message: "the server has withdrawn the call"}, now)
-}
-
-// refuse sends a FAILURE that the server causes. A server that reads none of many has a fault.
-func (c *Conversation) refuse(number uint32, err *Error, now Instant) *wire.Fault {
-	if !c.isBlocked {
-		c.calls.blockedRefusals = 0
-	} else if c.calls.blockedRefusals++; c.calls.blockedRefusals > maxBlockedRefusals {
-		return broken("the server calls, but reads no answers")
-	}
-	c.Fail(number, err, now)
+	c.Fail(frame.Stream, &Error{Code: wire.Cancelled, Message: "the server has withdrawn the call"}, now)
 	return nil
 }
 
@@ -134,6 +129,9 @@ func (c *Conversation) Answer(number uint32, value any, now Instant) {
 
 // Fail answers a call with an error. Without effect after an answer.
 func (c *Conversation) Fail(number uint32, err *Error, now Instant) {
+	if c.isBlocked {
+		c.calls.blockedFailures++
+	}
 	c.answer(wire.Failure, number, failureBody(err, c.welcome.MaxFrame), now)
 }
 

@@ -470,6 +470,7 @@ func (c *Conversation) BlockOutput() { c.isBlocked = true }
 // UnblockOutput records that the transport can send again, and queues the PONG that waits.
 func (c *Conversation) UnblockOutput(now Instant) {
 	c.isBlocked = false
+	c.calls.blockedFailures = 0
 	if c.pongOwed {
 		c.sendPong(now)
 	}

@@ -292,15 +292,34 @@ func TestCallsFollowARefreshedToken(t *testing.T) {
 }
 
 func TestServerThatReadsNoAnswersIsAFault(t *testing.T) {
+	for name, answer := range map[string]func(*peer, uint32){
+		"other":   func(*peer, uint32) {},
+		"approve": func(p *peer, number uint32) { p.Fail(number, &Error{Code: wire.ResourceExhausted}, p.now) },
+	} {
+		p := handling(t)
+		p.BlockOutput()
+		var events []Event
+		for number := range uint32(2_000) {
+			events = p.send(wire.Call, number+1, token, call(name, 1))
+			if p.State() == Closed {
+				break
+			}
+			answer(p, number+1)
+		}
+		p.wantEnd(events, wire.ProtocolError, "reads no answers")
+	}
 	p := handling(t)
 	p.BlockOutput()
-	var events []Event
-	for number := range uint32(2_000) {
-		if events = p.send(wire.Call, number+1, token, call("other", 1)); len(events) > 0 {
-			break
+	for number := range uint32(5_000) {
+		if number%500 == 0 {
+			p.UnblockOutput(p.now)
+			p.BlockOutput()
 		}
+		p.send(wire.Call, number+1, token, call("other", 1))
 	}
-	p.wantEnd(events, wire.ProtocolError, "reads no answers")
+	if p.State() != Open {
+		t.Error("a server that reads its answers was cut off")
+	}
 }
 
 func TestResultsThatCannotBeSentAreFailures(t *testing.T) {
@@ -314,4 +333,42 @@ func TestResultsThatCannotBeSentAreFailures(t *testing.T) {
 	p.send(wire.Call, 1, token, call("approve", 1))
 	p.Fail(1, &Error{Code: wire.Replayed, Message: strings.Repeat("x", 1<<20)}, p.now)
 	p.wantAnswer(wire.Failure, wire.Unknown)
+}
+
+func TestInvalidCreditIsFatal(t *testing.T) {
+	for _, body := range []any{nil, []int{1}, []int{-1, 1}, []any{1.0, 1}, []any{nil, nil}, []uint64{1 << 53, 1}, []any{"1", 1}} {
+		p := welcomed(t)
+		stream := p.open(wire.Grant{})
+		p.wantEnd(p.send(wire.Credit, stream.Number, token, body), wire.ProtocolError, "CREDIT is invalid")
+	}
+}
+
+func TestNothingNewIsOpenedWhileDraining(t *testing.T) {
+	p := welcomed(t)
+	p.send(wire.GoAway, 0, wire.Token{}, map[string]any{"reason": "draining", "retry_after_ms": 0})
+	_, err := p.Open("tokens", nil, token, wire.Meta{}, wire.Grant{}, p.now)
+	wantCode(t, err, wire.Unavailable)
+	_, err = p.Handle(token, nil, 1, p.now)
+	wantCode(t, err, wire.Unavailable)
+	p = welcomed(t)
+	_, err = p.Open("No Such", nil, token, wire.Meta{}, wire.Grant{}, p.now)
+	wantCode(t, err, wire.InvalidArgument)
+}
+
+func TestWithdrawWithABodyIsFatal(t *testing.T) {
+	p := handling(t)
+	frame := p.frame(wire.Withdraw, 1, token, nil)
+	frame.Body = []byte{0xc0}
+	frame.Timestamp = 0
+	p.wantEnd(p.Receive(frame.Append(nil), p.now), wire.ProtocolError, "body")
+}
+
+func TestFailuresCarryDetails(t *testing.T) {
+	p := handling(t)
+	p.send(wire.Call, 1, token, call("approve", 1))
+	p.Fail(1, &Error{Code: wire.NotFound, Message: "none", Details: map[string]any{"id": "x"}}, p.now)
+	code, message, details, err := wire.ParseError(p.sent()[0].Body, 32)
+	if err != nil || code != wire.NotFound || message != "none" || details["id"] != "x" {
+		t.Errorf("%v %q %v: %v", code, message, details, err)
+	}
 }

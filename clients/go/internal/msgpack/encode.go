@@ -44,6 +44,9 @@ func appendAny(dst []byte, value any, depth int) ([]byte, error) {
 	case Raw:
 		return appendRaw(dst, value, depth)
 	case []any:
+		if value == nil {
+			return append(dst, 0xc0), nil
+		}
 		dst, err := appendArrayHead(dst, len(value), depth)
 		for _, item := range value {
 			if err != nil {

@@ -14,8 +14,9 @@ type fields struct {
 }
 
 type field struct {
-	index     []int
+	name      string
 	key       []byte // the encoded name
+	index     []int
 	omitEmpty bool
 }
 
@@ -46,11 +47,10 @@ func fieldsOf(of reflect.Type) *fields {
 	made.add(of, nil)
 	for index := range made.list {
 		one := &made.list[index]
-		name := string(one.key[len(one.key)-nameLength(one.key):])
-		if made.byName[name] != nil {
-			made.fault = of.String() + " has two fields named " + name
+		if made.byName[one.name] != nil {
+			made.fault = of.String() + " has two fields named " + one.name
 		}
-		made.byName[name] = one
+		made.byName[one.name] = one
 	}
 	if len(made.list) == 0 && of.NumField() > 0 {
 		made.fault = of.String() + " has no exported fields"
@@ -79,15 +79,6 @@ func (f *fields) add(of reflect.Type, parent []int) {
 		if err != nil {
 			f.fault = of.String() + ": the name of " + found.Name + " is not UTF-8"
 		}
-		f.list = append(f.list, field{index, key, options == "omitempty"})
+		f.list = append(f.list, field{name, key, index, options == "omitempty"})
 	}
-}
-
-// nameLength returns the length of an encoded name.
-func nameLength(key []byte) int {
-	head, err := readHead(key, 0)
-	if err != nil {
-		return 0
-	}
-	return len(key) - head.at
 }

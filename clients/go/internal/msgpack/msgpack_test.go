@@ -6,6 +6,7 @@ import (
 	"math"
 	"reflect"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -335,5 +336,66 @@ func BenchmarkUnmarshalStruct(b *testing.B) {
 	for range b.N {
 		var value order
 		_ = Unmarshal(body, &value, MaxDepth)
+	}
+}
+
+func TestLengthsOfEachForm(t *testing.T) {
+	for _, size := range []int{0, 15, 16, 31, 32, 255, 256, 65_535, 65_536} {
+		entries := map[string]int{}
+		for number := range size {
+			entries[strings.Repeat("k", number%3)+string(rune('a'+number%26))+strconv.Itoa(number)] = number
+		}
+		for _, value := range []any{strings.Repeat("x", size), make([]byte, size), make([]int8, size), entries} {
+			body, err := Append(nil, value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			back := reflect.New(reflect.TypeOf(value))
+			if err := Unmarshal(body, back.Interface(), MaxDepth); err != nil || !reflect.DeepEqual(back.Elem().Interface(), value) {
+				t.Errorf("%T of %d does not round-trip: %v", value, size, err)
+			}
+		}
+	}
+}
+
+func TestNilOfEachTypeIsNil(t *testing.T) {
+	for _, value := range []any{
+		nil, []byte(nil), []any(nil), []int(nil), map[string]any(nil), map[string]int(nil), (*order)(nil), Raw(nil), error(nil),
+	} {
+		if body, err := Append(nil, value); err != nil || !bytes.Equal(body, []byte{0xc0}) {
+			t.Errorf("%T became %x: %v", value, body, err)
+		}
+	}
+	type holder struct {
+		Pointer **int          `msgpack:"p"`
+		Any     any            `msgpack:"a"`
+		Map     map[string]int `msgpack:"m"`
+	}
+	body, _ := Append(nil, holder{})
+	number := 1
+	pointer := &number
+	full := holder{&pointer, 5, map[string]int{"x": 1}}
+	if err := Unmarshal(body, &full, MaxDepth); err != nil || full.Pointer != nil || full.Any != nil || full.Map != nil {
+		t.Errorf("nil left %+v: %v", full, err)
+	}
+}
+
+func TestFaultsInsideContainersAreFound(t *testing.T) {
+	bad := func() {}
+	type outer struct {
+		Inner any            `msgpack:"inner"`
+		Map   map[string]any `msgpack:"map,omitempty"`
+	}
+	for _, value := range []any{
+		[]any{bad}, map[string]any{"a": bad}, outer{Inner: bad}, outer{Map: map[string]any{"a": bad}}, []outer{{Inner: bad}},
+		map[string]outer{"a": {Inner: bad}}, map[string]int{"\xff": 1}, [1]any{bad},
+	} {
+		if body, err := Append(nil, value); err == nil {
+			t.Errorf("%T was encoded as %x", value, body)
+		}
+	}
+	type unreadable struct{ hidden int }
+	if err := Unmarshal([]byte{0x80}, &unreadable{1}, MaxDepth); err == nil {
+		t.Error("a struct without exported fields was read")
 	}
 }

@@ -82,10 +82,8 @@ func (c Code) String() string {
 	return "code " + strconv.Itoa(int(c))
 }
 
-// A Fault is a violation of the protocol by the peer, which ends the connection. Reason is a fixed phrase.
+// A Fault is a violation of the protocol by the peer, which ends the connection. Reason contains nothing of the peer's bytes.
 type Fault struct {
 	Code   Code
 	Reason string
 }
-
-func (f *Fault) Error() string { return f.Code.String() + ": " + f.Reason }

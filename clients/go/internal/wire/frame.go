@@ -105,13 +105,8 @@ func Kinds() map[string]Kind {
 	return kinds
 }
 
-// String returns the name of a kind, such as REQUEST.
-func (k Kind) String() string {
-	if name := rules[k].name; name != "" {
-		return name
-	}
-	return "an unknown kind"
-}
+// String returns the name of a kind, such as REQUEST; "" for one that does not exist.
+func (k Kind) String() string { return rules[k].name }
 
 // HasBody reports whether frames of this kind have a body.
 func (k Kind) HasBody() bool {

@@ -221,14 +221,17 @@ func AppendCredit(dst []byte, credit Grant) ([]byte, error) {
 
 // ParseCredit reads `[items, bytes]`.
 func ParseCredit(body []byte) (Grant, error) {
-	var totals [2]uint64
-	if err := msgpack.Scan(body, msgpack.MaxDepth); err != nil {
-		return Grant{}, err
-	}
-	if msgpack.Unmarshal(body, &totals, msgpack.MaxDepth) != nil || max(totals[0], totals[1]) > MaxCredit {
+	value, err := msgpack.Decode(body, msgpack.MaxDepth)
+	totals, _ := value.([]any)
+	if err != nil || len(totals) != 2 {
 		return Grant{}, errCredit
 	}
-	return Grant{Items: totals[0], Bytes: totals[1]}, nil
+	items, isItems := totals[0].(int64)
+	size, isSize := totals[1].(int64)
+	if !isItems || !isSize || min(items, size) < 0 || max(items, size) > MaxCredit {
+		return Grant{}, errCredit
+	}
+	return Grant{Items: uint64(items), Bytes: uint64(size)}, nil
 }
 
 // AppendError encodes the body of a FAILURE behind dst.

@@ -15,9 +15,6 @@ type Token [TokenSize]byte
 // String hides the token.
 func (t Token) String() string { return "Token(...)" }
 
-// GoString hides the token.
-func (t Token) GoString() string { return t.String() }
-
 // Format hides the token, whatever the verb.
 func (t Token) Format(state fmt.State, _ rune) { _, _ = state.Write([]byte(t.String())) }
 
