@@ -14,7 +14,10 @@ from tests.helpers import FakeTimers
 from zcproto.observe.loop_lag import (
     BOUNDS_MS,
     DETAIL_TIME,
+    HEAVY,
     IDLE_PERIOD,
+    LATE,
+    LIGHT_PERIOD,
     PERIOD,
     WAITING_PERIOD,
     LoopLag,
@@ -91,27 +94,47 @@ def test_blocked_loop_is_measured_as_lag(meter: LoopLag, timers: FakeTimers, tra
     meter.start()
     timers.advance(PERIOD)
     assert meter.longest == pytest.approx(0.0)
-    timers.clock += PERIOD + 0.1  # blocks the loop
+    timers.clock += LIGHT_PERIOD + 0.1  # blocks the loop
     timers.run()
     assert meter.longest == pytest.approx(0.1)
 
 
-def test_timer_is_frequent_under_traffic_and_rare_without(
+def test_timer_is_frequent_under_heavy_traffic_and_rare_without_traffic(
     meter: LoopLag, timers: FakeTimers, traffic: Traffic
 ) -> None:
     meter.start()
-    timers.advance(PERIOD)  # the first reading always counts as traffic
     for _ in range(5):
-        traffic.count += 1
+        traffic.count += round(HEAVY * PERIOD * 1.01) + 1
         timers.advance(PERIOD)
         assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
     timers.advance(PERIOD)
     assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
     timers.advance(IDLE_PERIOD)
     assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
-    traffic.count += 1
+    traffic.count += round(HEAVY * IDLE_PERIOD * 1.01)
     timers.advance(IDLE_PERIOD)
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
+
+
+def test_timer_is_less_frequent_under_light_traffic_unless_the_loop_lags(
+    meter: LoopLag, timers: FakeTimers, traffic: Traffic
+) -> None:
+    meter.start()
+    timers.advance(PERIOD)  # the first reading always counts as traffic
+    assert timers.armed == [pytest.approx(timers.clock + LIGHT_PERIOD)]
+    traffic.count += round(HEAVY * LIGHT_PERIOD * 0.9)
+    timers.advance(LIGHT_PERIOD)
+    meter.traffic_begins()  # a timed request
+    assert timers.armed == [pytest.approx(timers.clock + LIGHT_PERIOD)]
+    traffic.count += 1
+    timers.clock += LIGHT_PERIOD + LATE + 0.001
+    timers.run()
+    assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
+    traffic.count += 1
+    timers.advance(PERIOD)
+    assert timers.armed == [pytest.approx(timers.clock + LIGHT_PERIOD)]
+    timers.advance(LIGHT_PERIOD)
+    assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
 
 
 def test_timer_is_less_rare_while_requests_wait(
@@ -124,7 +147,7 @@ def test_timer_is_less_rare_while_requests_wait(
     meter = LoopLag(loop, lambda: 0, lambda: read, is_waiting=lambda: waits)
     meter.start()
     timers.advance(PERIOD)
-    timers.advance(PERIOD)
+    timers.advance(LIGHT_PERIOD)
     assert timers.armed == [pytest.approx(timers.clock + WAITING_PERIOD)]
     waits.clear()
     timers.advance(WAITING_PERIOD)
@@ -158,7 +181,7 @@ def test_holds_are_watched_from_the_first_request_after_a_silence(meter: LoopLag
     meter.holds = holds  # type: ignore[assignment]
     meter.start()
     timers.advance(PERIOD)
-    timers.advance(PERIOD)
+    timers.advance(LIGHT_PERIOD)
     assert holds.seen == ["start", 0.0, 0.0, "sleep"]
     timers.clock += 0.1
     assert meter.overdue() == pytest.approx(0.1 - IDLE_PERIOD)

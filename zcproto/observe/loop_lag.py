@@ -1,7 +1,8 @@
 """Measure the lag of the event loop by the delay of a timer.
 
-The timer runs every few milliseconds under traffic and rarely without, so that an idle server sleeps. A lag shorter
-than the period may be missed in part: the figures are low by at most PERIOD.
+The timer runs every few milliseconds under heavy traffic or while the loop lags, less often under light traffic,
+when each run wakes a sleeping loop, and rarely without traffic. A lag shorter than the period may be missed in
+part: the figures are low by at most PERIOD, or LIGHT_PERIOD under light traffic.
 
 A loop lags because it works, because another thread holds the interpreter, or because it waits for a processor.
 The last may be caused by other programs, so each lag is reported twice: in total, and without the time taken by
@@ -25,6 +26,13 @@ from zcproto.observe.histogram import Histogram
 from zcproto.observe.loop_holds import LoopHolds
 
 PERIOD: Final = 0.005
+LIGHT_PERIOD: Final = 0.02
+HEAVY: Final = 2_000
+"""Requests and handshakes a second from which on traffic is heavy: some percent of a processor."""
+
+LATE: Final = 0.002
+"""Seconds of lag from which on the loop is measured every PERIOD, as under heavy traffic."""
+
 IDLE_PERIOD: Final = 0.25
 WAITING_PERIOD: Final = 0.05
 """While requests are in flight that wait: their methods may go on at any time."""
@@ -101,7 +109,7 @@ class LoopLag:
 
     def traffic_begins(self) -> None:
         """Measure the request that has just arrived, if the loop was idle."""
-        if self._period != PERIOD and self._timer is not None:
+        if self._period > LIGHT_PERIOD and self._timer is not None:
             self._timer.cancel()
             self._arm(PERIOD)
 
@@ -149,13 +157,17 @@ class LoopLag:
             others = max(0.0, self._waited - before)
             if now > self._read_until:
                 self._waited = None
-        self.record(now - self._due, others)
+        late = now - self._due
+        self.record(late, others)
         if self.holds is not None:
-            self.holds.timer_ran(now - self._due)
+            self.holds.timer_ran(late)
         activity = self._activity()
-        busy = activity != self._seen
-        self._seen = activity
-        self._arm(PERIOD if busy else WAITING_PERIOD if self._is_waiting() else IDLE_PERIOD)
+        grown, self._seen = activity - self._seen, activity
+        if grown:
+            is_heavy = late >= LATE or grown >= HEAVY * (self._period + late)
+            self._arm(PERIOD if is_heavy else LIGHT_PERIOD)
+        else:
+            self._arm(WAITING_PERIOD if self._is_waiting() else IDLE_PERIOD)
 
     def record(self, late: float, others: float = 0.0) -> None:
         """Record the delay of one timer, and the part taken by other programs; in seconds."""
