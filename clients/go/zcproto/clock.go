@@ -1,0 +1,57 @@
+package zcproto
+
+import (
+	"context"
+	"time"
+)
+
+// clock is the only source of time, so that tests advance it by hand.
+type clock interface {
+	// now returns monotonic time.
+	now() time.Duration
+	// wall returns milliseconds since the Unix epoch. It advances with monotonic time, so that setting the clock of the
+	// machine does not change the timestamps of a running client; each WELCOME corrects the offset from the server's clock.
+	wall() int64
+	// afterFunc calls then once in a goroutine of its own, after at least d.
+	afterFunc(d time.Duration, then func()) timer
+}
+
+type timer interface {
+	Stop() bool
+}
+
+// systemClock is the clock of the machine.
+type systemClock struct {
+	start     time.Time
+	startWall int64
+}
+
+func newSystemClock() *systemClock {
+	start := time.Now()
+	return &systemClock{start: start, startWall: start.UnixMilli()}
+}
+
+func (c *systemClock) now() time.Duration { return time.Since(c.start) }
+
+func (c *systemClock) wall() int64 { return c.startWall + time.Since(c.start).Milliseconds() }
+
+func (c *systemClock) afterFunc(d time.Duration, then func()) timer { return time.AfterFunc(d, then) }
+
+// forever is a time that never comes.
+const forever = time.Duration(1<<63 - 1)
+
+// sleep waits for d, or until ctx is done, whose cause it returns.
+func sleep(ctx context.Context, clock clock, d time.Duration) error {
+	if d <= 0 {
+		return context.Cause(ctx)
+	}
+	over := make(chan struct{})
+	timer := clock.afterFunc(d, func() { close(over) })
+	defer timer.Stop()
+	select {
+	case <-over:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

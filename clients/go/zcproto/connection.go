@@ -1,0 +1,639 @@
+package zcproto
+
+import (
+	"context"
+	"errors"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/zcproto/zcproto/clients/go/internal/conversation"
+	"github.com/zcproto/zcproto/clients/go/internal/msgpack"
+	"github.com/zcproto/zcproto/clients/go/internal/wire"
+)
+
+const (
+	// Bytes of frames that are gathered, above which no further item is taken from the application.
+	maxGathered = 64 << 10
+	// The shortest pause of reading: a server that floods the connection is read in batches, not frame by frame.
+	minReadingPause = 50 * time.Millisecond
+)
+
+// connection drives one connection: byteStream <-> conversation <-> pending calls.
+//
+// It decides which call gets which answer, when a call can be sent, how a call is abandoned without affecting others, and the
+// error of calls that are pending at the end. It does not know retries and sessions.
+//
+// The mutex of the client guards it, and the conversation. A caller appends its frame under the mutex. The first one that
+// finds frames to write writes them, without the mutex; those of other callers that come meanwhile are in its next record.
+type connection struct {
+	owner *connections
+	mu    *sync.Mutex // of the client
+	clock clock
+	conv  *conversation.Conversation
+	link  byteStream
+	leaf  [32]byte
+
+	pending   map[uint32]*pendingCall
+	waiters   []*waiter
+	handled   map[uint32]*runningCall // calls of the server, by number
+	isWriting bool
+	spare     []byte // written, for the next frames
+	isPaused  bool   // the network takes no more bytes
+	draining  bool
+	// Whether requests without an answer certainly did not run: the server sent GOAWAY and then closed cleanly.
+	unansweredDidNotRun bool
+	failure             *ClosedError // why it ended
+	isShut              bool
+	writable            chan struct{} // closed and replaced when isPaused ends
+	welcomed            chan struct{} // closed by WELCOME, or by the end
+	ended               chan struct{} // closed at the end
+	released            chan struct{} // closed once the socket is closed
+	timer               timer         // of the conversation
+	timerAt             time.Duration
+	deadlineTimer       timer // of the first deadline among pending
+	deadlineAt          time.Duration
+}
+
+// pendingCall is a request in flight. done gets one value when it is answered.
+type pendingCall struct {
+	conn     *connection
+	number   uint32
+	deadline time.Duration
+	done     chan struct{}
+	isDone   bool
+	body     []byte // of the RESPONSE
+	err      error
+	// onResponse processes the result before what the server has sent behind it, with the mutex, which it must not release.
+	onResponse func(body []byte) error
+	stream     *conversation.ItemStream // if it is a stream of items
+	owner      *Stream                  // of stream
+}
+
+// waiter is a caller that waits until a request can be sent.
+type waiter struct {
+	wake chan struct{}
+}
+
+func newConnection(owner *connections, clock clock, conv *conversation.Conversation, link byteStream) *connection {
+	c := &connection{
+		owner: owner, mu: owner.mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(),
+		pending:  map[uint32]*pendingCall{},
+		handled:  map[uint32]*runningCall{},
+		writable: make(chan struct{}),
+		welcomed: make(chan struct{}),
+		ended:    make(chan struct{}),
+		released: make(chan struct{}),
+		timerAt:  forever, deadlineAt: forever,
+	}
+	link.onSent(c.sent)
+	return c
+}
+
+func (c *connection) instant() conversation.Instant {
+	return conversation.Instant{Wall: c.clock.wall(), Mono: c.clock.now()}
+}
+
+func (c *connection) channel() channel { return channel{salt: c.conv.Salt(), leaf: c.leaf} }
+
+// ready returns whether a request can be sent now.
+func (c *connection) ready() bool {
+	return c.isOpen() && !c.isPaused && c.conv.InFlight() < c.conv.Welcome().MaxStreams
+}
+
+// isOpen returns whether requests can be sent on this connection, now or later.
+func (c *connection) isOpen() bool {
+	return c.failure == nil && !c.draining && c.conv.State() == conversation.Open
+}
+
+// --- reading -----------------------------------------------------------------------------------------------------------
+
+// read handles what the server sends until the end, and then closes the socket.
+func (c *connection) read() {
+	defer close(c.released)
+	buffer := make([]byte, readSize)
+	discarded := 0
+	for {
+		n, err := c.link.read(buffer)
+		c.mu.Lock()
+		switch {
+		case c.isShut:
+			if discarded += n; discarded > lingerBytes {
+				err = errTruncated
+			}
+		case n > 0:
+			c.received(buffer[:n])
+		}
+		if err != nil {
+			c.endReceived(err)
+			c.mu.Unlock()
+			break
+		}
+		pause := c.conv.ReadingDelay(c.instant())
+		c.mu.Unlock()
+		if pause > 0 {
+			c.pauseReading(max(pause, minReadingPause))
+		}
+	}
+	c.link.release()
+	c.mu.Lock()
+	c.owner.released(c)
+	c.mu.Unlock()
+}
+
+// pauseReading waits: the server floods this connection.
+func (c *connection) pauseReading(pause time.Duration) {
+	over := make(chan struct{})
+	timer := c.clock.afterFunc(pause, func() { close(over) })
+	defer timer.Stop()
+	select {
+	case <-over:
+	case <-c.ended:
+	}
+}
+
+func (c *connection) received(data []byte) {
+	for _, event := range c.conv.Receive(data, c.instant()) {
+		c.handle(&event)
+		if c.failure != nil {
+			return
+		}
+	}
+	c.wakeWaiters()
+	c.settle()
+}
+
+func (c *connection) handle(event *conversation.Event) {
+	switch event.Type {
+	case conversation.Response:
+		if call := c.remove(event.Stream); call != nil {
+			call.body = append(call.body[:0], event.Body...)
+			var err error
+			if call.onResponse != nil {
+				err = call.onResponse(event.Body)
+			}
+			call.finish(err)
+		}
+	case conversation.Failure:
+		if call := c.remove(event.Stream); call != nil {
+			call.finish(errorOf(event.Err))
+		}
+	case conversation.Item, conversation.CreditRaised:
+		if call := c.pending[event.Stream]; call != nil {
+			call.change()
+		}
+	case conversation.Call:
+		c.owner.callReceived(c, event)
+	case conversation.Withdrawn:
+		if running := c.handled[event.Stream]; running != nil {
+			running.withdraw()
+		}
+	case conversation.Notice:
+		c.owner.eventReceived(c, event)
+	case conversation.GoAway:
+		c.goAway(event.Name, event.Delay)
+	case conversation.Welcomed:
+		c.setTimer()
+		close(c.welcomed)
+	case conversation.Ended:
+		c.end(&ClosedError{Reason: wire.Escape(event.Err.Message, maxMessage), Code: Code(event.Err.Code)})
+		c.shut()
+	}
+}
+
+func (c *connection) goAway(reason string, retryAfter time.Duration) {
+	if c.draining {
+		return
+	}
+	c.draining = true
+	c.wakeAll()
+	for _, call := range c.pending {
+		call.change()
+	}
+	c.owner.connectionDrains(c, reason, retryAfter)
+}
+
+// closeIfDrained closes the connection after GOAWAY, once all requests and calls are answered.
+func (c *connection) closeIfDrained() {
+	if c.failure == nil && c.draining && len(c.pending) == 0 && c.conv.CallsInFlight() == 0 {
+		c.close("the server is going away")
+	}
+}
+
+// endReceived handles the end of the byteStream: after close_notify err is io.EOF.
+func (c *connection) endReceived(err error) {
+	if err != io.EOF {
+		failure := tlsFailureOf(err, true)
+		c.end(&ClosedError{Reason: string(failure.Failure), Cause: failure})
+		c.isShut = true
+		return
+	}
+	if c.failure == nil {
+		c.unansweredDidNotRun = c.draining
+		c.end(&ClosedError{Reason: "the server closed the connection", Clean: true})
+	}
+	c.shut()
+}
+
+// --- requests ----------------------------------------------------------------------------------------------------------
+
+var callPool = sync.Pool{New: func() any { return &pendingCall{done: make(chan struct{}, 1)} }}
+
+// request sends a request. Call it only while ready, then flush. It returns an *Error for a request that cannot be sent.
+func (c *connection) request(
+	method string, params any, token wire.Token, meta wire.Meta, deadline time.Duration,
+) (*pendingCall, error) {
+	number, err := c.conv.Request(method, params, token, meta, c.instant())
+	if err != nil {
+		return nil, c.refusal(err)
+	}
+	call := callPool.Get().(*pendingCall)
+	c.sentRequest(call, number, deadline)
+	return call, nil
+}
+
+// openStream opens a stream of items like a request.
+func (c *connection) openStream(
+	method string, params any, token wire.Token, meta wire.Meta, owner *Stream, deadline time.Duration,
+) (*pendingCall, error) {
+	stream, err := c.conv.Open(method, params, token, meta, owner.window, c.instant())
+	if err != nil {
+		return nil, c.refusal(err)
+	}
+	call := &pendingCall{done: make(chan struct{}, 1), stream: stream, owner: owner}
+	c.sentRequest(call, stream.Number, deadline)
+	return call, nil
+}
+
+// register lets the server call methods in the session of a token.
+func (c *connection) register(token wire.Token, methods []string, most int, deadline time.Duration) (*pendingCall, error) {
+	number, err := c.conv.Handle(token, methods, most, c.instant())
+	if err != nil {
+		return nil, c.refusal(err)
+	}
+	call := callPool.Get().(*pendingCall)
+	c.sentRequest(call, number, deadline)
+	return call, nil
+}
+
+func (c *connection) sentRequest(call *pendingCall, number uint32, deadline time.Duration) {
+	call.conn, call.number, call.deadline = c, number, deadline
+	call.isDone, call.err, call.onResponse = false, nil, nil
+	c.pending[number] = call
+	if deadline < c.deadlineAt {
+		c.setDeadlineTimer(deadline)
+	}
+}
+
+func (c *connection) refusal(err error) error {
+	var refused *conversation.Error
+	if errors.As(err, &refused) {
+		return errorOf(refused)
+	}
+	if c.failure != nil {
+		return c.failure
+	}
+	return &ClosedError{Reason: err.Error()}
+}
+
+func (c *connection) remove(number uint32) *pendingCall {
+	call := c.pending[number]
+	delete(c.pending, number)
+	return call
+}
+
+func (call *pendingCall) finish(err error) {
+	call.isDone = true
+	call.err = err
+	call.done <- struct{}{}
+	call.change()
+}
+
+// change wakes the reader or the sender of a stream.
+func (call *pendingCall) change() {
+	if call.owner != nil {
+		call.owner.change()
+	}
+}
+
+// wait waits for the answer, without the mutex. If ctx is done first, it cancels the call on the server.
+func (call *pendingCall) wait(ctx context.Context) error {
+	if ctx.Done() == nil {
+		<-call.done
+		return call.err
+	}
+	select {
+	case <-call.done:
+	case <-ctx.Done():
+		call.conn.mu.Lock()
+		call.conn.abandon(call, contextError(ctx))
+		call.conn.flush()
+		call.conn.mu.Unlock()
+		<-call.done
+	}
+	return call.err
+}
+
+// recycle returns a call whose result is decoded to the pool.
+func (call *pendingCall) recycle() {
+	if cap(call.body) > maxGathered {
+		call.body = nil
+	}
+	call.conn, call.err, call.onResponse = nil, nil, nil
+	callPool.Put(call)
+}
+
+// abandon cancels a call on the server and fails it; then flush. It does nothing after the answer.
+func (c *connection) abandon(call *pendingCall, err error) {
+	if call.isDone || c.pending[call.number] != call {
+		return
+	}
+	delete(c.pending, call.number)
+	c.conv.Cancel(call.number, c.instant())
+	call.finish(err)
+}
+
+// waitReady waits until a request can be sent, or no more can be sent on this connection. First come, first served. It
+// releases the mutex meanwhile.
+func (c *connection) waitReady(ctx context.Context) error {
+	var own *waiter
+	for !c.ready() && c.isOpen() {
+		waits := &waiter{wake: make(chan struct{})}
+		if own == nil {
+			c.waiters = append(c.waiters, waits)
+		} else {
+			c.waiters = slices.Insert(c.waiters, 0, waits) // another caller sent first: keep the place in the queue
+		}
+		own = waits
+		c.mu.Unlock()
+		select {
+		case <-waits.wake:
+			c.mu.Lock()
+		case <-ctx.Done():
+			c.mu.Lock()
+			if index := slices.Index(c.waiters, waits); index >= 0 {
+				c.waiters = slices.Delete(c.waiters, index, index+1)
+			} else {
+				c.wakeWaiters() // it was woken and sends nothing: the next one is due
+			}
+			return contextError(ctx)
+		}
+	}
+	return nil
+}
+
+// wakeWaiters wakes as many callers as can send.
+func (c *connection) wakeWaiters() {
+	if len(c.waiters) == 0 || c.isPaused || !c.isOpen() {
+		return
+	}
+	free := min(c.conv.Welcome().MaxStreams-c.conv.InFlight(), len(c.waiters))
+	for range max(free, 0) {
+		close(c.waiters[0].wake)
+		c.waiters = c.waiters[1:]
+	}
+}
+
+func (c *connection) wakeAll() {
+	for _, waits := range c.waiters {
+		close(waits.wake)
+	}
+	c.waiters = nil
+}
+
+// await waits for the answer of a call, and decodes the result. It releases the mutex meanwhile.
+func (c *connection) await(ctx context.Context, call *pendingCall, result any) error {
+	c.flush()
+	c.mu.Unlock()
+	err := call.wait(ctx)
+	if err == nil && result != nil {
+		err = decode(call.body, result)
+	}
+	call.recycle()
+	c.mu.Lock()
+	return err
+}
+
+// --- calls of the server ------------------------------------------------------------------------------------------------
+
+// answerCall answers a call of the server; then settle. It does nothing if the call was answered before.
+func (c *connection) answerCall(number uint32, value any) {
+	if c.failure == nil {
+		c.conv.Answer(number, value, c.instant())
+	}
+}
+
+// failCall answers a call of the server with an error; then settle. It does nothing if the call was answered before.
+func (c *connection) failCall(number uint32, err *Error) {
+	if c.failure == nil {
+		c.conv.Fail(number, toCore(err), c.instant())
+	}
+}
+
+// settle sends what is queued, and closes a drained connection.
+func (c *connection) settle() {
+	c.flush()
+	c.closeIfDrained()
+}
+
+// --- writing -----------------------------------------------------------------------------------------------------------
+
+// canGather returns whether an item can be taken from the application.
+func (c *connection) canGather() bool {
+	return !c.isPaused && c.conv.QueuedBytes() < maxGathered && c.link.unsent() < maxGathered
+}
+
+// flush writes all frames, unless another caller writes: it takes them too. It releases the mutex meanwhile.
+func (c *connection) flush() {
+	if c.isWriting || c.isPaused || c.conv.QueuedBytes() == 0 {
+		return
+	}
+	c.isWriting = true
+	if len(c.pending) > 1 && c.conv.QueuedBytes() < maxGathered {
+		// Let callers that were woken together put their frames into this record.
+		c.mu.Unlock()
+		runtime.Gosched()
+		c.mu.Lock()
+	}
+	for !c.isPaused && !c.isShut {
+		data := c.conv.Output(c.spare)
+		c.spare = nil
+		if len(data) == 0 {
+			break
+		}
+		c.mu.Unlock()
+		c.link.write(data)
+		c.mu.Lock()
+		if cap(data) <= maxGathered {
+			c.spare = data[:0]
+		}
+		if c.link.unsent() > maxUnsent {
+			c.isPaused = true
+			c.conv.BlockOutput()
+		}
+	}
+	c.isWriting = false
+}
+
+// sent continues after the network has taken all bytes.
+func (c *connection) sent() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failure != nil {
+		return
+	}
+	if c.isPaused {
+		c.isPaused = false
+		c.conv.UnblockOutput(c.instant())
+		close(c.writable)
+		c.writable = make(chan struct{})
+		c.flush()
+		c.wakeWaiters()
+	}
+	for _, call := range c.pending {
+		call.change()
+	}
+}
+
+// waitWritable waits until the network takes bytes, or the connection has ended. It releases the mutex meanwhile.
+func (c *connection) waitWritable() {
+	for c.isPaused && c.failure == nil {
+		writable := c.writable
+		c.mu.Unlock()
+		select {
+		case <-writable:
+		case <-c.ended:
+		}
+		c.mu.Lock()
+	}
+}
+
+// --- time --------------------------------------------------------------------------------------------------------------
+
+func (c *connection) setTimer() {
+	at, found := c.conv.NextDeadline()
+	if c.timer != nil {
+		c.timer.Stop()
+	}
+	if found && c.failure == nil {
+		c.timer = c.clock.afterFunc(at-c.clock.now(), c.timedOut)
+	}
+}
+
+func (c *connection) timedOut() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failure != nil {
+		return
+	}
+	if event, ended := c.conv.HandleTimeout(c.instant()); ended {
+		c.end(&ClosedError{Reason: event.Err.Message})
+		c.isShut = true
+		c.link.reset() // the server is unreachable: no close_notify
+		return
+	}
+	c.flush()
+	c.setTimer()
+}
+
+// setDeadlineTimer arms the one timer for the deadlines of all pending calls. It is armed for the first of them, and then
+// looks again: most calls are answered long before.
+func (c *connection) setDeadlineTimer(at time.Duration) {
+	if c.deadlineTimer != nil {
+		c.deadlineTimer.Stop()
+	}
+	c.deadlineAt = at
+	if at != forever {
+		c.deadlineTimer = c.clock.afterFunc(at-c.clock.now(), c.deadlinePassed)
+	}
+}
+
+func (c *connection) deadlinePassed() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.clock.now()
+	next := forever
+	for _, call := range c.pending {
+		if call.deadline <= now {
+			c.abandon(call, errDeadline())
+		} else {
+			next = min(next, call.deadline)
+		}
+	}
+	if c.failure == nil {
+		c.setDeadlineTimer(next)
+		c.flush()
+	}
+}
+
+func errDeadline() *Error {
+	return &Error{Code: DeadlineExceeded, Message: "no response within the call's timeout"}
+}
+
+// --- the end -----------------------------------------------------------------------------------------------------------
+
+// close sends queued frames and close_notify. Pending calls get a ClosedError.
+func (c *connection) close(reason string) {
+	c.flush()
+	c.end(&ClosedError{Reason: reason, Clean: true})
+	c.shut()
+}
+
+// abort resets the connection, like a network failure.
+func (c *connection) abort() {
+	if !c.isShut {
+		c.end(&ClosedError{Reason: string(TLSConnectionReset), Cause: newTLSError(TLSConnectionReset, nil)})
+	}
+	c.isShut = true
+	c.link.reset()
+}
+
+// shut sends close_notify once.
+func (c *connection) shut() {
+	if !c.isShut {
+		c.isShut = true
+		c.link.shut()
+	}
+}
+
+// end fails everything that is pending. Only the first failure counts.
+func (c *connection) end(failure *ClosedError) {
+	if c.failure != nil {
+		return
+	}
+	c.failure = failure
+	c.conv.End()
+	for _, timer := range []timer{c.timer, c.deadlineTimer} {
+		if timer != nil {
+			timer.Stop()
+		}
+	}
+	for number, call := range c.pending {
+		delete(c.pending, number)
+		call.finish(failure)
+	}
+	c.wakeAll()
+	close(c.ended)
+	for _, running := range c.handled {
+		running.cancel(failure)
+	}
+	c.owner.connectionEnded(c, failure)
+}
+
+func encode(value any) (msgpack.Raw, error) {
+	body, err := msgpack.Append(nil, value)
+	if err != nil {
+		return nil, &Error{Code: InvalidArgument, Message: err.Error()}
+	}
+	return body, nil
+}
+
+// decode reads a result. A body that does not suit the target fails the call as INTERNAL.
+func decode(body []byte, target any) error {
+	if err := msgpack.Unmarshal(body, target, msgpack.MaxDepth); err != nil {
+		return &Error{Code: Internal, Message: "the result cannot be read: " + err.Error(), Cause: err}
+	}
+	return nil
+}

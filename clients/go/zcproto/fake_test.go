@@ -1,0 +1,454 @@
+package zcproto
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/zcproto/zcproto/clients/go/internal/conversation"
+	"github.com/zcproto/zcproto/clients/go/internal/msgpack"
+	"github.com/zcproto/zcproto/clients/go/internal/wire"
+)
+
+const (
+	// patience limits what a test waits for; nothing waits for it to pass.
+	patience = 10 * time.Second
+	testKey  = "c3RhbmRzIGZvciBhIGtleSBvZiAzMiBieXRlcy4uLi4"
+	testWall = 1_767_225_600_000 // 2026-01-01T00:00:00Z
+)
+
+func welcomeBody() map[string]any {
+	return map[string]any{
+		"server": "fake", "versions": []any{1}, "max_frame": 1 << 20, "max_streams": 128, "idle_timeout_ms": 0,
+		"tolerance_ms": 30_000, "sts": map[string]any{"max_age": 0, "include_subdomains": false},
+		"streams": map[string]any{"max_open": 64, "max_item": 65_536}, "calls": map[string]any{"max": 32},
+	}
+}
+
+// fakeServer is a server in memory that a test scripts.
+type fakeServer struct {
+	t     *testing.T
+	clock *manualClock
+	// welcome is what it announces; failures are the errors of the next attempts to connect.
+	welcome map[string]any
+
+	mu       sync.Mutex
+	failures []error
+	dials    int
+	accepted chan *fakeConnection
+	owner    *connections
+	salt     uint64
+}
+
+func newFakeServer(t *testing.T) *fakeServer {
+	return &fakeServer{
+		t: t, clock: newManualClock(), welcome: welcomeBody(), accepted: make(chan *fakeConnection, 100), salt: 100,
+	}
+}
+
+// failNext makes the next attempts to connect fail.
+func (s *fakeServer) failNext(failures ...error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failures = append(s.failures, failures...)
+}
+
+func (s *fakeServer) dialed() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dials
+}
+
+func (s *fakeServer) dial(context.Context) (*connection, error) {
+	s.mu.Lock()
+	s.dials++
+	if len(s.failures) > 0 {
+		failure := s.failures[0]
+		s.failures = s.failures[1:]
+		s.mu.Unlock()
+		return nil, failure
+	}
+	s.salt++
+	peer := &fakeConnection{t: s.t, server: s, salt: s.salt, frames: make(chan wire.Frame, 10_000), counter: math.MaxUint64}
+	s.mu.Unlock()
+	peer.cond.L = &peer.mu
+	peer.decoder = wire.Decoder{Receiver: wire.Server, Limit: math.MaxInt32, Extensions: wire.Streams | wire.Calls}
+	connection := newConnection(s.owner, s.clock, conversation.New(conversation.Settings{}), peer)
+	peer.connection = connection
+	s.owner.mu.Lock()
+	s.owner.opened(connection)
+	s.owner.mu.Unlock()
+	go connection.read()
+	peer.send(wire.Welcome, 0, s.welcome)
+	<-connection.welcomed
+	s.accepted <- peer
+	return connection, nil
+}
+
+// accept waits for the next connection.
+func (s *fakeServer) accept() *fakeConnection {
+	s.t.Helper()
+	select {
+	case peer := <-s.accepted:
+		return peer
+	case <-time.After(patience):
+		s.t.Fatal("no connection was made")
+		return nil
+	}
+}
+
+// client returns a client of this server, which is closed at the end of the test.
+func (s *fakeServer) client(options Options) *Client {
+	s.t.Helper()
+	options, err := options.withDefaults()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	client, err := newClient(address{"fake", 1}, options, s.clock, func() float64 { return 0.5 })
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.owner = client.shared.connections
+	s.owner.dial = s.dial
+	s.t.Cleanup(func() {
+		s.owner.mu.Lock()
+		s.owner.abort()
+		s.owner.mu.Unlock()
+		_ = client.Close()
+	})
+	return client
+}
+
+// opened returns a client with an open session, whose token consists of ones.
+func (s *fakeServer) opened(options Options) (*Client, *fakeConnection) {
+	s.t.Helper()
+	if options.Credentials == nil {
+		options.Credentials = APIKey("ada", testKey)
+	}
+	client := s.client(options)
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := s.accept()
+	request := peer.request("session.open")
+	peer.respond(request, sessionResult(1, nil))
+	if err := <-done; err != nil {
+		s.t.Fatal(err)
+	}
+	return client, peer
+}
+
+func tokenOf(number byte) wire.Token { return wire.Token(bytes.Repeat([]byte{number}, wire.TokenSize)) }
+
+// sessionResult returns a result of session.open whose token consists of one byte.
+func sessionResult(number byte, more map[string]any) map[string]any {
+	token := tokenOf(number)
+	result := map[string]any{
+		"token": token[:], "id": "s-1", "user": "ada", "expires_at": testWall + 3_600_000 + 3_600_000, "idle_timeout_ms": 0,
+		"refresh_token": nil, "refresh_expires_at": nil, "bound": false,
+	}
+	for name, value := range more {
+		result[name] = value
+	}
+	return result
+}
+
+// fakeConnection is the server's end of a connection, and the client's byteStream.
+type fakeConnection struct {
+	t          *testing.T
+	server     *fakeServer
+	connection *connection
+	salt       uint64
+	frames     chan wire.Frame
+
+	mu       sync.Mutex
+	cond     sync.Cond
+	incoming bytes.Buffer // to the client
+	end      error
+	decoder  wire.Decoder
+	counter  uint64
+	waits    int // unsent
+	sent     func()
+	isShut   bool
+	isReset  bool
+	gathered []byte
+	gathers  bool
+}
+
+func (p *fakeConnection) read(data []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.incoming.Len() == 0 && p.end == nil {
+		p.cond.Wait()
+	}
+	if p.incoming.Len() > 0 {
+		return p.incoming.Read(data)
+	}
+	return 0, p.end
+}
+
+func (p *fakeConnection) write(data []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.decoder.Feed(bytes.Clone(data))
+	for {
+		frame, found, fault := p.decoder.Next()
+		if fault != nil {
+			p.t.Errorf("the client sent an invalid frame: %s", fault.Reason)
+		}
+		if !found {
+			return
+		}
+		if frame.Salt != p.salt {
+			p.t.Error("the client sent a wrong salt")
+		}
+		p.frames <- frame
+	}
+}
+
+func (p *fakeConnection) unsent() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.waits
+}
+
+func (p *fakeConnection) onSent(then func()) { p.sent = then }
+
+func (p *fakeConnection) leafHash() [32]byte { return [32]byte(bytes.Repeat([]byte{7}, 32)) }
+
+func (p *fakeConnection) shut() {
+	p.mu.Lock()
+	p.isShut = true
+	p.mu.Unlock()
+	p.finish(io.EOF)
+}
+
+func (p *fakeConnection) reset() {
+	p.mu.Lock()
+	p.isReset = true
+	p.mu.Unlock()
+	p.finish(newTLSError(TLSConnectionReset, nil))
+}
+
+func (p *fakeConnection) release() {}
+
+// finish ends the byteStream: io.EOF is close_notify.
+func (p *fakeConnection) finish(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.end == nil {
+		p.end = err
+	}
+	p.cond.Broadcast()
+}
+
+// block makes bytes of the client wait for the network, or sends them.
+func (p *fakeConnection) block(size int) {
+	p.mu.Lock()
+	p.waits = size
+	p.mu.Unlock()
+	if size == 0 {
+		p.sent()
+	}
+}
+
+func (p *fakeConnection) send(kind wire.Kind, stream uint32, value any) {
+	p.sendWith(kind, stream, value, wire.Token{}, 0)
+}
+
+func (p *fakeConnection) sendWith(kind wire.Kind, stream uint32, value any, token wire.Token, off time.Duration) {
+	var body []byte
+	if kind.HasBody() {
+		var err error
+		if body, err = msgpack.Append(nil, value); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.counter++
+	frame := wire.Frame{
+		Kind: kind, Stream: stream, Timestamp: uint64(p.server.clock.wall() + off.Milliseconds()), Salt: p.salt,
+		Counter: p.counter, Token: token, Body: body,
+	}
+	if p.gathers {
+		p.gathered = frame.Append(p.gathered)
+		return
+	}
+	p.incoming.Write(frame.Append(nil))
+	p.cond.Broadcast()
+}
+
+// together sends all frames of a step in one read.
+func (p *fakeConnection) together(step func()) {
+	p.mu.Lock()
+	p.gathers = true
+	p.mu.Unlock()
+	step()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gathers = false
+	p.incoming.Write(p.gathered)
+	p.gathered = nil
+	p.cond.Broadcast()
+}
+
+// next waits for the next frame of the client.
+func (p *fakeConnection) next(kind wire.Kind) wire.Frame {
+	p.t.Helper()
+	select {
+	case frame := <-p.frames:
+		if frame.Kind != kind {
+			p.t.Fatalf("the client sent %s instead of %s", frame.Kind, kind)
+		}
+		return frame
+	case <-time.After(patience):
+		p.t.Fatalf("the client sent no %s", kind)
+		return wire.Frame{}
+	}
+}
+
+// fakeRequest is a REQUEST or an OPEN of the client.
+type fakeRequest struct {
+	wire.Message
+	stream uint32
+	token  wire.Token
+}
+
+func (r fakeRequest) param(name string) any {
+	values, _ := msgpack.Decode(r.Params, msgpack.MaxDepth)
+	params, _ := values.(map[string]any)
+	return params[name]
+}
+
+// request waits for the next REQUEST, which must be of this method.
+func (p *fakeConnection) request(method string) fakeRequest {
+	p.t.Helper()
+	return p.requestOf(wire.Request, method)
+}
+
+func (p *fakeConnection) requestOf(kind wire.Kind, method string) fakeRequest {
+	p.t.Helper()
+	frame := p.next(kind)
+	message, err := wire.ParseRequest(kind, frame.Body, msgpack.MaxDepth)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if message.Method != method {
+		p.t.Fatalf("the client called %s instead of %s", message.Method, method)
+	}
+	return fakeRequest{Message: message, stream: frame.Stream, token: frame.Token}
+}
+
+// soon advances the clock until the client sends a REQUEST, which must be of this method.
+func (p *fakeConnection) soon(method string) fakeRequest {
+	p.t.Helper()
+	p.server.advanceUntil(func() bool { return len(p.frames) > 0 })
+	return p.request(method)
+}
+
+// advanceUntil advances the clock in small steps, and lets the client run between them.
+func (s *fakeServer) advanceUntil(isDone func() bool) {
+	s.t.Helper()
+	for limit := time.Now().Add(patience); !isDone(); time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			s.t.Fatal("nothing has happened")
+		}
+		s.clock.advance(50 * time.Millisecond)
+	}
+}
+
+// reconnected waits for the next connection.
+func (s *fakeServer) reconnected() *fakeConnection {
+	s.t.Helper()
+	s.advanceUntil(func() bool { return len(s.accepted) > 0 })
+	return s.accept()
+}
+
+// none checks that the client has sent nothing.
+func (p *fakeConnection) none() {
+	p.t.Helper()
+	select {
+	case frame := <-p.frames:
+		p.t.Fatalf("the client sent %s", frame.Kind)
+	default:
+	}
+}
+
+func (p *fakeConnection) respond(request fakeRequest, value any) {
+	p.sendWith(wire.Response, request.stream, value, request.token, 0)
+}
+
+func (p *fakeConnection) fail(request fakeRequest, code Code, details map[string]any) {
+	p.sendWith(wire.Error, request.stream, []any{int(code), "because", details}, request.token, 0)
+}
+
+func (p *fakeConnection) goAway(reason string, retryAfter time.Duration) {
+	p.send(wire.GoAway, 0, map[string]any{"reason": reason, "retry_after_ms": retryAfter.Milliseconds()})
+}
+
+// call is a call of a client in a goroutine.
+type call struct {
+	t      *testing.T
+	cancel context.CancelFunc
+	done   chan struct{}
+	result any
+	err    error
+}
+
+func begin(t *testing.T, session *Session, method string, params any, options ...CallOption) *call {
+	ctx, cancel := context.WithCancel(context.Background())
+	made := &call{t: t, cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(made.done)
+		made.err = session.Call(ctx, method, params, &made.result, options...)
+	}()
+	return made
+}
+
+func (c *call) hasEnded() bool {
+	select {
+	case <-c.done:
+		return true
+	default:
+		return false
+	}
+}
+
+func (c *call) wait() {
+	c.t.Helper()
+	select {
+	case <-c.done:
+	case <-time.After(patience):
+		c.t.Fatal("the call has not ended")
+	}
+}
+
+func (c *call) succeeds(want any) {
+	c.t.Helper()
+	c.wait()
+	if c.err != nil || c.result != want {
+		c.t.Fatalf("got %v, %v", c.result, c.err)
+	}
+}
+
+func (c *call) fails(target error) {
+	c.t.Helper()
+	c.wait()
+	if !errors.Is(c.err, target) {
+		c.t.Fatalf("got %v, %v instead of %v", c.result, c.err, target)
+	}
+}
+
+func (c *call) isClosed(isClean bool) {
+	c.t.Helper()
+	c.wait()
+	var closed *ClosedError
+	if !errors.As(c.err, &closed) || closed.Clean != isClean {
+		c.t.Fatalf("got %v, %v", c.result, c.err)
+	}
+}

@@ -1,0 +1,699 @@
+package zcproto
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/zcproto/zcproto/clients/go/internal/msgpack"
+	"github.com/zcproto/zcproto/clients/go/internal/wire"
+)
+
+func refreshable(number byte) map[string]any {
+	token := bytes.Repeat([]byte{number + 100}, 32)
+	return sessionResult(number, map[string]any{"refresh_token": token, "refresh_expires_at": testWall + 1<<40})
+}
+
+// openedWith returns a client whose session.open had this result.
+func openedWith(t *testing.T, options Options, result map[string]any) (*Client, *fakeConnection) {
+	t.Helper()
+	server := newFakeServer(t)
+	if options.Credentials == nil {
+		options.Credentials = APIKey("ada", testKey)
+	}
+	client := server.client(options)
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := server.accept()
+	peer.respond(peer.request("session.open"), result)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	return client, peer
+}
+
+func TestSessionOpenHasNoTokenButTheCredentials(t *testing.T) {
+	server := newFakeServer(t)
+	client := server.client(Options{Credentials: APIKey("ada", testKey), ClientName: "test/1"})
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := server.accept()
+	request := peer.request("session.open")
+	if request.token != (wire.Token{}) || request.param("user") != "ada" || request.param("key") != testKey ||
+		request.param("scheme") != "api_key" || request.param("client") != "test/1" {
+		t.Errorf("got %s", request.Params)
+	}
+	peer.respond(request, sessionResult(1, nil))
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	info, open := client.Info()
+	if !open || info.ID != "s-1" || info.User != "ada" || info.ExpiresAt.UnixMilli() != testWall+7_200_000 || info.Bound {
+		t.Errorf("got %+v", info)
+	}
+}
+
+func TestRefusedSessionOpenIsNotRetried(t *testing.T) {
+	server := newFakeServer(t)
+	client := server.client(Options{Credentials: APIKey("ada", testKey)})
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := server.accept()
+	peer.fail(peer.request("session.open"), Unauthenticated, nil)
+	if err := <-done; !errors.Is(err, Unauthenticated) {
+		t.Errorf("got %v", err)
+	}
+	peer.none()
+}
+
+func TestInvalidResultOfSessionOpenIsRefused(t *testing.T) {
+	for name, value := range map[string]any{
+		"token": []byte("short"), "id": 1, "user": nil, "expires_at": "soon", "idle_timeout_ms": nil, "bound": 1, "refresh_token": []byte{1},
+	} {
+		server := newFakeServer(t)
+		client := server.client(Options{Credentials: APIKey("ada", testKey)})
+		done := make(chan error, 1)
+		go func() { done <- client.open(context.Background()) }()
+		peer := server.accept()
+		peer.respond(peer.request("session.open"), sessionResult(1, map[string]any{name: value}))
+		if err := <-done; !errors.Is(err, ProtocolError) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+func TestVeryLargeTimesOfTheServerAreAccepted(t *testing.T) {
+	client, _ := openedWith(t, Options{}, sessionResult(1, map[string]any{
+		"expires_at": uint64(1<<64 - 1), "idle_timeout_ms": int64(1<<63 - 1),
+	}))
+	client.shared.mu.Lock()
+	defer client.shared.mu.Unlock()
+	if client.sessions.usableUntil != forever {
+		t.Errorf("usable until %v", client.sessions.usableUntil)
+	}
+}
+
+func TestSessionIsRefreshedOnceAndCallsWait(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	clock := peer.server.clock
+	clock.advance(49 * time.Minute)
+	peer.none()
+	clock.advance(30 * time.Second) // 82.5 % of an hour
+	request := peer.request("session.refresh")
+	if request.token != (wire.Token{}) || !bytes.Equal(request.param("refresh_token").([]byte), bytes.Repeat([]byte{101}, 32)) {
+		t.Errorf("got %s", request.Params)
+	}
+	first, second := begin(t, client.Session, "work", nil), begin(t, client.Session, "work", nil)
+	peer.none()
+	peer.respond(request, refreshable(2))
+	for range 2 {
+		call := peer.request("work")
+		if call.token != tokenOf(2) {
+			t.Error("a call has the old token")
+		}
+		peer.respond(call, "done")
+	}
+	first.succeeds("done")
+	second.succeeds("done")
+	peer.none()
+}
+
+func TestExpiredTokenIsRefreshedOnceForAllCalls(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	calls := []*call{begin(t, client.Session, "work", nil), begin(t, client.Session, "work", nil), begin(t, client.Session, "work", nil)}
+	var requests []fakeRequest
+	for range calls {
+		requests = append(requests, peer.request("work"))
+	}
+	for _, request := range requests {
+		peer.fail(request, TokenExpired, nil)
+	}
+	peer.respond(peer.request("session.refresh"), refreshable(2))
+	for range calls {
+		peer.respond(peer.request("work"), "done")
+	}
+	for _, call := range calls {
+		call.succeeds("done")
+	}
+}
+
+func TestExpiredRefreshTokenOpensASession(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	peer.fail(peer.request("session.refresh"), TokenExpired, nil)
+	peer.respond(peer.request("session.open"), sessionResult(2, nil))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestRevokedRefreshTokenEndsTheSession(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	peer.fail(peer.request("session.refresh"), TokenRevoked, nil)
+	call.fails(TokenRevoked)
+	begin(t, client.Session, "work", nil).fails(TokenRevoked)
+	peer.none()
+}
+
+func TestLostRefreshIsSentAgainWithTheSameToken(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	peer.request("session.refresh")
+	peer.finish(newTLSError(TLSTruncated, nil))
+	peer = peer.server.reconnected()
+	again := peer.request("session.refresh")
+	if !bytes.Equal(again.param("refresh_token").([]byte), bytes.Repeat([]byte{101}, 32)) {
+		t.Error("another refresh token was sent")
+	}
+	peer.respond(again, refreshable(2))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestServerThatOpensExpiredSessionsCausesNoStorm(t *testing.T) {
+	expired := sessionResult(1, map[string]any{"expires_at": 0})
+	server := newFakeServer(t)
+	client := server.client(Options{Credentials: APIKey("ada", testKey), Timeout: NoTimeout})
+	go func() { _ = client.open(context.Background()) }()
+	peer := server.accept()
+	for wait := time.Duration(0); wait < 3*time.Second; wait += 1050 * time.Millisecond {
+		peer.respond(peer.request("session.open"), expired)
+		server.clock.awaitTimer(t, 3*time.Second)
+		peer.none()
+		server.clock.advance(3 * time.Second)
+	}
+}
+
+func TestEventsOfTheSession(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	peer.sendWith(wire.Event, 0, []any{"session.expiring", map[string]any{"expires_at": 1}}, tokenOf(1), 0)
+	peer.respond(peer.request("session.refresh"), refreshable(2))
+	peer.sendWith(wire.Event, 0, []any{"session.revoked", map[string]any{"reason": "admin"}}, tokenOf(2), 0)
+	peer.fail(peer.request("session.info"), SessionReplaced, nil)
+	for _, name := range []string{"session.expiring", "session.revoked"} {
+		if event, err := client.NextEvent(context.Background()); err != nil || event.Name != name {
+			t.Errorf("got %v, %v", event, err)
+		}
+	}
+	for open := true; open; {
+		_, open = client.Info()
+	}
+	begin(t, client.Session, "work", nil).fails(SessionReplaced)
+}
+
+// --- devices and logins ------------------------------------------------------------------------------------------------------
+
+func testDevice(t *testing.T) *Device {
+	t.Helper()
+	device, err := DeviceFromSeed(bytes.Repeat([]byte{5}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return device
+}
+
+func TestDeviceSignsSessionOpenAndAttachesOnReconnect(t *testing.T) {
+	server := newFakeServer(t)
+	device := testDevice(t)
+	client := server.client(Options{Credentials: DeviceKey(device, "laptop")})
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := server.accept()
+	request := peer.request("session.open")
+	signed := wire.OpenMessage(peer.salt, peer.leafHash(), "laptop")
+	if !ed25519.Verify(device.PublicKey(), signed, request.param("signature").([]byte)) || request.param("device") != "laptop" {
+		t.Error("the signature is invalid")
+	}
+	peer.respond(request, sessionResult(1, map[string]any{"bound": true}))
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	peer.finish(newTLSError(TLSTruncated, nil))
+	peer = server.reconnected()
+	request = peer.request("session.attach")
+	signed = wire.AttachMessage(peer.salt, peer.leafHash(), tokenOf(1))
+	if !ed25519.Verify(device.PublicKey(), signed, request.param("signature").([]byte)) || request.token != tokenOf(1) {
+		t.Error("the signature is invalid")
+	}
+	peer.respond(request, map[string]any{})
+}
+
+func TestRefusedCallsShareOneAttach(t *testing.T) {
+	client, peer := openedWith(t, Options{Credentials: DeviceKey(testDevice(t), "d")}, sessionResult(1, map[string]any{"bound": true}))
+	first, second := begin(t, client.Session, "work", nil), begin(t, client.Session, "work", nil)
+	one, two := peer.request("work"), peer.request("work")
+	peer.together(func() {
+		peer.fail(one, Unauthenticated, map[string]any{"attach": true})
+		peer.fail(two, Unauthenticated, map[string]any{"attach": true})
+	})
+	attaching := peer.request("session.attach")
+	peer.none()
+	peer.respond(attaching, map[string]any{})
+	for range 2 {
+		frame := peer.next(wire.Request)
+		message, _ := wire.ParseRequest(wire.Request, frame.Body, msgpack.MaxDepth)
+		for message.Method == "session.attach" { // the second one was refused after the first had attached
+			peer.sendWith(wire.Response, frame.Stream, map[string]any{}, frame.Token, 0)
+			frame = peer.next(wire.Request)
+			message, _ = wire.ParseRequest(wire.Request, frame.Body, msgpack.MaxDepth)
+		}
+		peer.sendWith(wire.Response, frame.Stream, "done", frame.Token, 0)
+	}
+	first.succeeds("done")
+	second.succeeds("done")
+}
+
+func TestSessionOfAnotherCertificateIsOpenedAgain(t *testing.T) {
+	client, peer := openedWith(t, Options{Credentials: ClientCertificate("ada")}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), Unauthenticated, map[string]any{"certificate": true})
+	request := peer.request("session.open")
+	if request.param("scheme") != "tls" || request.param("user") != "ada" {
+		t.Errorf("got %s", request.Params)
+	}
+	peer.respond(request, sessionResult(2, nil))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestLoginIsFetchedForEachSession(t *testing.T) {
+	count := 0
+	login := LoginWith(func(context.Context) (Login, error) {
+		count++
+		return Login{Scheme: "ticket", Fields: map[string]any{"number": count}}, nil
+	})
+	server := newFakeServer(t)
+	client := server.client(Options{Credentials: login})
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	peer := server.accept()
+	request := peer.request("session.open")
+	if request.param("scheme") != "ticket" || request.param("number") != int64(1) {
+		t.Errorf("got %s", request.Params)
+	}
+	peer.respond(request, sessionResult(1, nil))
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	request = peer.request("session.open")
+	if request.param("number") != int64(2) {
+		t.Errorf("got %s", request.Params)
+	}
+	peer.respond(request, sessionResult(2, nil))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestFailedLoginReachesTheCall(t *testing.T) {
+	server := newFakeServer(t)
+	broken := errors.New("the provider is down")
+	client := server.client(Options{Credentials: LoginWith(func(context.Context) (Login, error) { return Login{}, broken })})
+	err := client.open(context.Background())
+	var login *LoginError
+	if !errors.As(err, &login) || !errors.Is(err, broken) {
+		t.Errorf("got %v", err)
+	}
+	server = newFakeServer(t)
+	client = server.client(Options{Credentials: LoginWith(func(context.Context) (Login, error) { return Login{}, nil })})
+	if err := client.open(context.Background()); !errors.As(err, &login) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestCredentialsThatAreIncompleteAreRefused(t *testing.T) {
+	for _, credentials := range []Credentials{APIKey("", "k"), APIKey("ada", ""), DeviceKey(nil, "d"), DeviceKey(testDevice(t), ""), LoginWith(nil)} {
+		_, err := Dial(context.Background(), "localhost", Options{Credentials: credentials})
+		var config *ConfigError
+		if !errors.As(err, &config) {
+			t.Errorf("%s: got %v", credentials, err)
+		}
+	}
+}
+
+// --- users ---------------------------------------------------------------------------------------------------------------------
+
+func openUser(t *testing.T, client *Client, peer *fakeConnection, user string, number byte) *Session {
+	t.Helper()
+	type opened struct {
+		session *Session
+		err     error
+	}
+	done := make(chan opened, 1)
+	go func() {
+		session, err := client.SessionFor(context.Background(), APIKey(user, testKey))
+		done <- opened{session, err}
+	}()
+	request := peer.request("session.open")
+	if request.param("user") != user {
+		t.Errorf("got %s", request.Params)
+	}
+	peer.respond(request, sessionResult(number, map[string]any{"user": user}))
+	result := <-done
+	if result.err != nil {
+		t.Fatal(result.err)
+	}
+	return result.session
+}
+
+func TestUsersHaveTheirOwnSessionsAndEventsOnOneConnection(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	bob := openUser(t, client, peer, "bob", 2)
+	call := begin(t, bob, "work", nil)
+	request := peer.request("work")
+	if request.token != tokenOf(2) {
+		t.Error("the call has the token of another user")
+	}
+	peer.fail(request, TokenRevoked, nil)
+	call.fails(TokenRevoked)
+	own := begin(t, client.Session, "work", nil)
+	peer.respond(peer.request("work"), "mine")
+	own.succeeds("mine")
+
+	carol := openUser(t, client, peer, "carol", 3)
+	peer.sendWith(wire.Event, 0, []any{"note", nil}, tokenOf(3), 0)
+	if event, err := carol.NextEvent(context.Background()); err != nil || event.Name != "note" {
+		t.Errorf("got %v, %v", event, err)
+	}
+	closed := make(chan struct{})
+	go func() {
+		_ = carol.Close()
+		close(closed)
+	}()
+	peer.respond(peer.request("session.close"), map[string]any{})
+	<-closed
+	peer.sendWith(wire.Event, 0, []any{"late", nil}, tokenOf(3), 0)
+	peer.send(wire.Event, 0, []any{"for.all", nil})
+	if event, err := client.NextEvent(context.Background()); err != nil || event.Name != "for.all" {
+		t.Errorf("got %v, %v", event, err)
+	}
+}
+
+func TestReconnectShowsEachSession(t *testing.T) {
+	server := newFakeServer(t)
+	connected := make(chan struct{}, 10)
+	client, peer := server.opened(Options{OnConnected: func() { connected <- struct{}{} }})
+	<-connected
+	openUser(t, client, peer, "bob", 2)
+	peer.finish(newTLSError(TLSTruncated, nil))
+	peer = server.reconnected()
+	tokens := map[wire.Token]bool{}
+	for range 2 {
+		request := peer.request("session.info")
+		tokens[request.token] = true
+		peer.respond(request, map[string]any{})
+	}
+	if !tokens[tokenOf(1)] || !tokens[tokenOf(2)] {
+		t.Error("a session was not shown")
+	}
+	<-connected
+}
+
+// --- calls of the server -----------------------------------------------------------------------------------------------------
+
+// handle registers a handler and waits for the registration.
+func handle(t *testing.T, session *Session, peer *fakeConnection, method string, handler Handler) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- session.Handle(context.Background(), method, handler) }()
+	peer.respond(peer.request("session.handle"), map[string]any{})
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (p *fakeConnection) call(number uint32, method string, token wire.Token) {
+	p.sendWith(wire.Call, number, []any{method, map[string]any{"tool": "shell"}, map[string]any{"deadline_ms": 120_000}}, token, 0)
+}
+
+func TestCallOfTheServerIsAnsweredByItsHandler(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	handle(t, client.Session, peer, "approve", func(_ context.Context, call *ServerCall) (any, error) {
+		var params struct {
+			Tool string `msgpack:"tool"`
+		}
+		err := call.Decode(&params)
+		return call.User + " " + call.Method + " " + params.Tool, err
+	})
+	peer.call(2, "approve", tokenOf(1))
+	frame := peer.next(wire.Result)
+	if value, _ := msgpack.Decode(frame.Body, 32); value != "ada approve shell" || frame.Stream != 2 || frame.Token != tokenOf(1) {
+		t.Errorf("got %v", value)
+	}
+}
+
+func TestErrorOfAHandlerIsAnswered(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	outcome := error(nil)
+	handle(t, client.Session, peer, "fail", func(context.Context, *ServerCall) (any, error) { return func() {}, outcome })
+	for number, test := range []struct {
+		err  error
+		code Code
+	}{{PermissionDenied, PermissionDenied}, {&Error{Code: NotFound}, NotFound}, {errors.New("bug"), Internal}, {nil, InvalidArgument}} {
+		outcome = test.err
+		peer.call(uint32(number+1), "fail", tokenOf(1))
+		code, _, _, err := wire.ParseError(peer.next(wire.Failure).Body, 32)
+		if Code(code) != test.code || err != nil {
+			t.Errorf("%v: got %v", test.err, code)
+		}
+	}
+	peer.call(9, "other", tokenOf(1))
+	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.Unimplemented {
+		t.Errorf("got %v", code)
+	}
+}
+
+func TestWithdrawnCallIsAnsweredOnceAndItsNumberIsFree(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	begun, release := make(chan context.Context), make(chan struct{})
+	handle(t, client.Session, peer, "ask", func(ctx context.Context, _ *ServerCall) (any, error) {
+		begun <- ctx
+		<-release
+		return "late", nil
+	})
+	peer.call(1, "ask", tokenOf(1))
+	ctx := <-begun
+	peer.sendWith(wire.Withdraw, 1, nil, tokenOf(1), 0)
+	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.Cancelled {
+		t.Errorf("got %v", code)
+	}
+	<-ctx.Done()
+	peer.call(1, "ask", tokenOf(1))
+	<-begun
+	close(release)
+	peer.next(wire.Result)
+	peer.none()
+}
+
+func TestHandlersAreLimitedAndRegisteredAgain(t *testing.T) {
+	server := newFakeServer(t)
+	client, peer := server.opened(Options{MaxCalls: 1})
+	begun := make(chan context.Context, 1)
+	handle(t, client.Session, peer, "ask", func(ctx context.Context, _ *ServerCall) (any, error) {
+		begun <- ctx
+		<-ctx.Done()
+		return nil, ctx.Err()
+	})
+	peer.call(1, "ask", tokenOf(1))
+	ctx := <-begun
+	peer.call(2, "ask", tokenOf(1))
+	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.ResourceExhausted {
+		t.Errorf("got %v", code)
+	}
+	peer.finish(newTLSError(TLSTruncated, nil))
+	<-ctx.Done()
+	peer = server.reconnected()
+	request := peer.request("session.handle")
+	if request.token != tokenOf(1) || request.param("max") != int64(1) {
+		t.Errorf("got %s", request.Params)
+	}
+}
+
+func TestCallWithTheNewTokenInTheReadOfARefreshReachesItsHandler(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return true, nil })
+	peer.sendWith(wire.Event, 0, []any{"session.expiring", nil}, tokenOf(1), 0)
+	request := peer.request("session.refresh")
+	peer.together(func() {
+		peer.respond(request, refreshable(2))
+		peer.call(1, "ask", tokenOf(2))
+	})
+	if frame := peer.next(wire.Result); frame.Token != tokenOf(2) {
+		t.Error("the answer has another token")
+	}
+}
+
+func TestSessionOfHandlersIsShownBeforeItsIdleTimeout(t *testing.T) {
+	client, peer := openedWith(t, Options{}, sessionResult(1, map[string]any{"idle_timeout_ms": 60_000}))
+	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return nil, nil })
+	begun := peer.server.clock.now()
+	peer.respond(peer.soon("session.handle"), map[string]any{})
+	if waited := peer.server.clock.now() - begun; waited < 30*time.Second || waited >= time.Minute {
+		t.Errorf("it was shown after %v", waited)
+	}
+}
+
+// --- streams -------------------------------------------------------------------------------------------------------------------
+
+func (p *fakeConnection) item(request fakeRequest, value any) {
+	p.sendWith(wire.Item, request.stream, value, request.token, 0)
+}
+
+func TestStreamYieldsItemsAndThenItsResult(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	stream := client.Stream(context.Background(), "words", map[string]any{"text": "to be"}, Window(2, 1_000))
+	request := peer.requestOf(wire.Open, "words")
+	if *request.Meta.Credit != (wire.Grant{Items: 2, Bytes: 1_000}) || request.Meta.HasDeadline {
+		t.Errorf("got %+v", request.Meta)
+	}
+	peer.item(request, "to")
+	peer.item(request, "be")
+	var words []string
+	for word, err := range Items[string](stream) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if words = append(words, word); len(words) == 2 {
+			peer.respond(request, map[string]any{"words": 2})
+		}
+	}
+	if len(words) != 2 || words[0] != "to" || words[1] != "be" {
+		t.Errorf("got %v", words)
+	}
+	var result struct {
+		Words int `msgpack:"words"`
+	}
+	if err := stream.Result(&result); err != nil || result.Words != 2 {
+		t.Errorf("got %v, %v", result, err)
+	}
+	peer.next(wire.Credit)
+}
+
+func TestItemsComeBeforeTheErrorOfAStream(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	stream := client.Stream(context.Background(), "words", nil)
+	request := peer.requestOf(wire.Open, "words")
+	peer.together(func() {
+		peer.item(request, "one")
+		peer.fail(request, Internal, nil)
+	})
+	var word string
+	if err := stream.Recv(&word); err != nil || word != "one" {
+		t.Errorf("got %q, %v", word, err)
+	}
+	if err := stream.Recv(&word); !errors.Is(err, Internal) {
+		t.Errorf("got %v", err)
+	}
+	if err := stream.Result(nil); !errors.Is(err, Internal) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestLeavingALoopCancelsTheStream(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	stream := client.Stream(context.Background(), "words", nil)
+	request := peer.requestOf(wire.Open, "words")
+	peer.item(request, "one")
+	for range Items[string](stream) {
+		break
+	}
+	peer.next(wire.Cancel)
+	if err := stream.Result(nil); !errors.Is(err, Cancelled) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestItemsAreSentWithCreditAlone(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	stream := client.Stream(context.Background(), "upload", nil)
+	request := peer.requestOf(wire.Open, "upload")
+	sent := make(chan error, 1)
+	go func() { sent <- stream.Send("one") }()
+	peer.none()
+	peer.sendWith(wire.Credit, request.stream, []any{1, 1_000}, request.token, 0)
+	if frame := peer.next(wire.Item); frame.Token != tokenOf(1) {
+		t.Error("the item has another token")
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
+	}
+	_ = stream.CloseSend()
+	peer.next(wire.End)
+	if err := stream.Send("two"); !errors.Is(err, FailedPrecondition) {
+		t.Errorf("got %v", err)
+	}
+	go func() { peer.respond(request, 1) }()
+	var count int
+	if err := stream.Result(&count); err != nil || count != 1 {
+		t.Errorf("got %d, %v", count, err)
+	}
+}
+
+func TestSendEndsWithItsStream(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	stream := client.Stream(context.Background(), "upload", nil)
+	request := peer.requestOf(wire.Open, "upload")
+	sent := make(chan error, 1)
+	go func() { sent <- stream.Send("one") }()
+	peer.fail(request, PermissionDenied, nil)
+	if err := <-sent; err != io.EOF {
+		t.Errorf("got %v", err)
+	}
+	if err := stream.Result(nil); !errors.Is(err, PermissionDenied) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestItemTimeoutEndsTheStream(t *testing.T) {
+	client, peer := newFakeServer(t).opened(Options{})
+	stream := client.Stream(context.Background(), "words", nil, ItemTimeout(time.Minute))
+	peer.requestOf(wire.Open, "words")
+	received := make(chan error, 1)
+	go func() { received <- stream.Recv(nil) }()
+	peer.server.advanceUntil(func() bool { return len(received) > 0 })
+	if err := <-received; !errors.Is(err, DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+	peer.next(wire.Cancel)
+}
+
+func TestInterruptedStreamIsOpenedAgainOnlyWithReopen(t *testing.T) {
+	server := newFakeServer(t)
+	client, peer := server.opened(Options{})
+	plain := client.Stream(context.Background(), "log", nil)
+	request := peer.requestOf(wire.Open, "log")
+	peer.item(request, 1)
+	again := client.Stream(context.Background(), "log", map[string]any{"name": "x", "after": 0}, Reopen(func(last Raw) map[string]any {
+		return map[string]any{"after": last}
+	}))
+	request = peer.requestOf(wire.Open, "log")
+	peer.item(request, 7)
+	var number int
+	if err := again.Recv(&number); err != nil || number != 7 {
+		t.Fatalf("got %d, %v", number, err)
+	}
+	peer.finish(newTLSError(TLSTruncated, nil))
+	if err := plain.Result(nil); !isClosed(err) {
+		t.Errorf("got %v", err)
+	}
+	peer = server.reconnected()
+	peer.respond(peer.request("session.info"), map[string]any{})
+	server.advanceUntil(func() bool { return len(peer.frames) > 0 })
+	request = peer.requestOf(wire.Open, "log")
+	if request.param("after") != int64(7) || request.param("name") != "x" {
+		t.Errorf("got %s", request.Params)
+	}
+	peer.item(request, 8)
+	if err := again.Recv(&number); err != nil || number != 8 {
+		t.Errorf("got %d, %v", number, err)
+	}
+	_ = again.Close()
+}
