@@ -40,6 +40,7 @@ struct OpenStream {
 
 impl Context {
     /// Parse the context of a vector. Return `None` if it is malformed.
+    #[must_use]
     pub fn parse(json: &Json) -> Option<Self> {
         let announced = |name: &str| json.pointer(&format!("/announced/{name}")).filter(|limits| !limits.is_null());
         // The limits are plain JSON, not typed.
@@ -114,6 +115,7 @@ pub type Piece = (Vec<u8>, i64);
 /// # Panics
 ///
 /// If a rule of the crate is broken that no outcome can express, such as that the result does not depend on the pieces.
+#[must_use]
 pub fn outcomes_of(receiver: Side, context: &Context, pieces: &[(Vec<u8>, Option<i64>)]) -> Vec<Json> {
     let pieces: Vec<Piece> = pieces.iter().map(|(bytes, time)| (bytes.clone(), time.unwrap_or(context.now))).collect();
     match receiver {

@@ -9,9 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use zcproto::codec::Value;
-use zcproto::{
-    Call, CallError, Client, Code, ConnectOptions, Credentials, Device, Error, Stream, TlsFailure,
-};
+use zcproto::{Call, CallError, Client, Code, ConnectOptions, Credentials, Device, Error, Stream, TlsFailure};
 
 const KIT: u32 = 1;
 
@@ -294,7 +292,7 @@ impl Conform {
     async fn handle(&self, step: &Json) -> Answer {
         let session = self.session(step)?;
         let held = Arc::clone(&session.held);
-        session.client.handle(text(step, "method")?, move |call: Call| hold(Arc::clone(&held), call)).await?;
+        session.client.handle(text(step, "method")?, move |call: Call| hold(&held, &call)).await?;
         Ok(Json::Null)
     }
 
@@ -323,9 +321,9 @@ impl Conform {
 }
 
 /// Hold a call until a step answers it.
-fn hold(held: Arc<Mutex<Held>>, call: Call) -> impl Future<Output = Result<Value, CallError>> + Send {
+fn hold(held: &Mutex<Held>, call: &Call) -> impl Future<Output = Result<Value, CallError>> + Send + use<> {
     let (answer, answered) = oneshot::channel();
-    let mut held = lock(&held);
+    let mut held = lock(held);
     let seen = json!({
         "call": held.answers.len(), "method": call.method, "user": call.user, "params": typed(&call.raw_params),
     });

@@ -6,6 +6,7 @@ use zcproto::codec::Value;
 const MAX_EXACT: i128 = (1 << 53) - 1;
 
 /// Encode a value as typed JSON.
+#[must_use]
 pub fn typed(value: &Value) -> Json {
     match value {
         Value::Nil => Json::Null,
@@ -27,6 +28,7 @@ pub fn typed(value: &Value) -> Json {
 }
 
 /// Decode a value from typed JSON. Return `None` for any other JSON.
+#[must_use]
 pub fn untyped(json: &Json) -> Option<Value> {
     Some(match json {
         Json::Null => Value::Nil,
@@ -50,11 +52,13 @@ pub fn untyped(json: &Json) -> Option<Value> {
 }
 
 /// Encode bytes in hexadecimal.
+#[must_use]
 pub fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
 /// Decode hexadecimal. Return `None` for any other text.
+#[must_use]
 pub fn from_hex(text: &str) -> Option<Vec<u8>> {
     let digits: Option<Vec<u32>> = text.chars().map(|digit| digit.to_digit(16)).collect();
     let digits = digits.filter(|digits| digits.len() % 2 == 0)?;

@@ -3,9 +3,9 @@
 use crate::outcomes::{Context, outcomes_of};
 use crate::typed::{from_hex, to_hex, untyped};
 use serde_json::{Map, Value as Json, json};
-use zcproto::codec;
+use zcproto::codec::{self, Value};
 use zcproto::frame::{Frame, Kind, Side, encode_frame};
-use zcproto::message::{Meta, encode_request, is_traceparent};
+use zcproto::message::{Meta, decode_credit, encode_request, is_traceparent};
 use zcproto::{Channel, Code, Device, Token};
 
 /// Run a step and return its answer. `None` if it is malformed, or is not one of these.
@@ -70,15 +70,17 @@ fn encode(step: &Json) -> Option<Json> {
 }
 
 fn request(step: &Json) -> Option<Json> {
-    let meta = &step["meta"];
+    let given = untyped(&step["meta"])?; // nil without meta
+    let number = |value: &Value| u64::try_from(value.as_int()?).ok();
     let meta = Meta {
-        deadline_ms: meta["deadline_ms"].as_u64(),
-        idempotency_key: meta["idempotency_key"].as_str(),
-        traceparent: meta["traceparent"].as_str(),
+        deadline_ms: given.get("deadline_ms").and_then(number),
+        idempotency_key: given.get("idempotency_key").and_then(Value::as_str),
+        traceparent: given.get("traceparent").and_then(Value::as_str),
     };
+    let credit = given.get("credit").and_then(|credit| decode_credit(&codec::encode(credit).ok()?).ok());
     let params = codec::encode(&untyped(&step["params"])?).ok()?;
     let mut body = Vec::new();
-    encode_request(&mut body, step["method"].as_str()?, &params, &meta, None).ok()?;
+    encode_request(&mut body, step["method"].as_str()?, &params, &meta, credit).ok()?;
     Some(json!({"body": to_hex(&body)}))
 }
 

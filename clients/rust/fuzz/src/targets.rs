@@ -1,5 +1,7 @@
 //! The targets and their invariants.
 
+#![allow(clippy::missing_panics_doc, reason = "a target panics if an invariant is broken")]
+
 use crate::Corpus;
 use crate::memory::allocated;
 use crate::random::Random;
@@ -140,7 +142,7 @@ const SALT: u64 = 0x0102_0304_0506_0708;
 impl Server {
     /// Return a frame that is mostly fresh.
     fn frame(&mut self, random: &mut Random, kind: Kind, stream: u32, token: &Token, body: &[u8]) -> Vec<u8> {
-        self.counter += if random.once_in(50) { 0 } else { 1 };
+        self.counter += u64::from(!random.once_in(50));
         let drift = if random.once_in(12) { 40_000 } else { 10 };
         let late = i64::try_from(random.below(drift)).unwrap_or(0);
         let frame = Frame {
