@@ -1,4 +1,5 @@
 //! Runs `zcproto serve` of this repository as a process.
+#![allow(dead_code, reason = "each program of tests uses a part of it")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
