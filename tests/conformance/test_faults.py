@@ -30,6 +30,7 @@ FAILS_FAST = {
     "results-of-all-types": "instead of 9007199254740993",
     "cancel": "another token",
     "goaway-retry-after": "before retry_after_ms",
+    "events-are-delivered": "('first', None) instead of",
     "secrets": "printed a token or a key",
     "refresh-rotation": "a refresh token other than the latest",
     "concurrent-calls-share-one-refresh": "during a refresh",

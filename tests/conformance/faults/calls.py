@@ -193,7 +193,11 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "events-are-delivered": fault(
         "loses the data of events",
-        (f"{_CLIENT}._receive_event", "Event(event.name, event.data)", "Event(event.name, None)"),
+        (
+            "zcproto.client.events:EventStream.__anext__",
+            "Event(*decode_event(body))",
+            "Event(decode_event(body)[0], None)",
+        ),
     ),
 }
 

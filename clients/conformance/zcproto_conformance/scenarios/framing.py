@@ -92,7 +92,7 @@ _invalid_frame(
     "version-2", "5.4: an unknown version is fatal", "after a frame of version 2", "PING", version=2
 )
 _invalid_frame("flag-set", "5.4: a flag is fatal", "after a frame with a flag", "PING", flags=1)
-_invalid_frame("reserved-kind", "6.1: a reserved kind is fatal", "after a frame of kind 0x10", 0x10)
+_invalid_frame("reserved-kind", "6.1: a reserved kind is fatal", "after a frame of kind 0x1F", 0x1F)
 _invalid_frame(
     "kind-of-client",
     "6.1: a kind that only clients may send is fatal",
