@@ -62,12 +62,27 @@ async def test_first_failed_attempt_raises_its_error(error: Exception) -> None:
 
 
 @scripted
-async def test_goaway_during_first_attempt_raises() -> None:
+async def test_first_attempt_is_repeated_after_goaway(caplog: pytest.LogCaptureFixture) -> None:
     server = ScriptedServer()
-    server.on_welcome = [lambda link: link.go_away("draining", 1_000)]
+    server.on_welcome = [lambda link: link.go_away("draining", 1_000), lambda link: None]
+    async with client_of(server, random=numbers(0.0)) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    first, second = server.dialled
+    assert second - first == pytest.approx(1.0, rel=1e-3)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("retry_after_ms", "seconds"), [(4_000, 0), (4_000, 3), (3_600_000, 10)])
+@scripted
+async def test_goaway_is_raised_if_the_server_asks_to_wait_beyond_the_start_timeout(
+    retry_after_ms: int, seconds: float
+) -> None:
+    server = ScriptedServer()
+    server.on_welcome = [lambda link: link.go_away("draining", retry_after_ms)]
     with pytest.raises(CannotConnect, match="going away"):
-        await client_of(server)
+        await client_of(server, start_timeout=seconds)
     assert server.link.ended
+    assert len(server.dialled) == 1
 
 
 @scripted

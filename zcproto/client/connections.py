@@ -3,8 +3,8 @@
 Decides: when to connect and reconnect.
 
 Rules:
-- Before the first connection, repeat an attempt only while nothing listens, for `start_timeout` seconds: the
-  server may be starting.
+- Before the first connection, repeat an attempt only while nothing listens or the server goes away, for
+  `start_timeout` seconds: the server may be starting, or replaced by a new one.
 - After a loss, reconnect automatically with growing, jittered delays; after GOAWAY, when the server asked for it;
   after an idle close, when the next call needs it. The delays start again once a connection has lasted
   STABLE_AFTER: a server that answers and ends each one must not make its clients reconnect many times a second.
@@ -33,6 +33,10 @@ STABLE_AFTER: Final = 5.0
 
 MAX_START_DELAY: Final = 1.0
 """Maximum of seconds between two attempts to connect to a server that is starting."""
+
+
+class _GoingAway(CannotConnect):
+    """GOAWAY arrived together with WELCOME."""
 
 
 @dataclass(eq=False, repr=False)
@@ -94,8 +98,8 @@ class ConnectionManager:
                 await asyncio.sleep(delay)
             try:
                 connection = await self._dial(self)
-                if connection.draining:  # GOAWAY arrived together with WELCOME
-                    raise CannotConnect("the server is going away")
+                if connection.draining:
+                    raise _GoingAway("the server is going away")
                 if connection.error is not None:
                     raise connection.error
             except (ConnectionClosed, TlsError) as error:
@@ -107,9 +111,10 @@ class ConnectionManager:
                 else:
                     delay = min(delay, MAX_START_DELAY)
                     is_refused = isinstance(error, CannotConnect) and error.refused
-                    if not is_refused or self._loop.time() + delay >= starts_until:
+                    begins_at = max(self._loop.time() + delay, self._not_before)
+                    if not (is_refused or isinstance(error, _GoingAway)) or begins_at >= starts_until:
                         raise
-                    if not is_starting:
+                    if is_refused and not is_starting:
                         is_starting = True
                         self.on_starting()
                 self._delay(delay)

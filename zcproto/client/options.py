@@ -95,8 +95,8 @@ class ConnectOptions:
     """Seconds for one attempt to connect, from the name to the server's WELCOME."""
 
     start_timeout: float = 10.0
-    """Seconds to wait for a server that is starting: while nothing listens at its address, the first attempt is
-    repeated, and a missing `ca_file` may still be created. 0 raises at once."""
+    """Seconds to wait for a server that is starting: while nothing listens at its address, or the server is going
+    away, the first attempt is repeated, and a missing `ca_file` may still be created. 0 raises at once."""
 
     client: str | None = None
     """The product and version that the server lists, by default this package's."""

@@ -365,6 +365,30 @@ describe("connections", () => {
     assert.equal(server.connections.length, 2);
   });
 
+  test("first attempt is repeated after GOAWAY, unless it asks to wait beyond the start timeout", async () => {
+    for (const [retryAfterMs, connects] of [
+      [1_000, true],
+      [4_000, false],
+    ] as const) {
+      const before = server.connections.length;
+      server.onConnection = (connection) => {
+        if (server.connections.length === before + 1) {
+          connection.goAway("draining", retryAfterMs);
+        }
+      };
+      const opened = server.client({ startTimeoutMs: 3_000 });
+      const opening = watch(opened.open());
+      await server.clock.advance(900);
+      assert.equal(server.connections.length, before + 1);
+      await server.clock.advance(300);
+      assert.ok(opening.isDone);
+      assert.equal(opening.error === undefined, connects);
+      assert.equal(server.connections.length, before + (connects ? 2 : 1));
+      await opened.close();
+    }
+    assert.deepEqual(server.warnings, []);
+  });
+
   test("refusal is reported after the start timeout, another error at once", async () => {
     const refused = () => new CannotConnect("fake:7443: ECONNREFUSED", { refused: true });
     server.connectErrors = Array.from({ length: 1_000 }, refused);

@@ -83,7 +83,7 @@ TRUST: Final[dict[str, Fault]] = {
         "treats a server without TLS like one that is down",
         (
             "zcproto.client.connections:ConnectionManager._connect",
-            "if not is_refused or self._loop.time() + delay >= starts_until:",
+            "if not (is_refused or isinstance(error, _GoingAway)) or begins_at >= starts_until:",
             "if False:",
         ),
     ),

@@ -1,8 +1,8 @@
 /**
  * The client's connections: one for new calls, and older ones that drain.
  *
- * Decides: when to connect and reconnect. The first attempt is repeated only while nothing listens, because the server may
- * be starting. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
+ * Decides: when to connect and reconnect. The first attempt is repeated only while nothing listens or the server goes away,
+ * because a server may be starting. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
  * server requested it; after a close for idleness with the next call; and not at all once the session was revoked or
  * replaced.
  * Rules: all callers that wait for a connection share one attempt. The delays start again once a connection has lasted
@@ -26,6 +26,9 @@ const STABLE_AFTER_MS = 5_000;
 
 /** The longest delay between two attempts to connect to a server that is starting. */
 const MAX_START_DELAY_MS = 1_000;
+
+/** GOAWAY arrived in the same read as WELCOME. */
+class GoingAway extends CannotConnect {}
 
 export interface ConnectionManagerOptions {
   readonly clock: Clock;
@@ -105,7 +108,7 @@ export class ConnectionManager implements ConnectionListener {
           throw signal.reason;
         }
         if (connection.draining) {
-          throw new CannotConnect("the server is going away"); // GOAWAY in the same read as WELCOME
+          throw new GoingAway("the server is going away");
         }
         if (connection.error !== undefined) {
           throw connection.error;
@@ -130,10 +133,12 @@ export class ConnectionManager implements ConnectionListener {
           }
         } else {
           delay = Math.min(delay, MAX_START_DELAY_MS);
-          if (!(error instanceof CannotConnect && error.refused) || clock.now() + delay >= startsUntil) {
+          const isRefused = error instanceof CannotConnect && error.refused;
+          const beginsAt = Math.max(clock.now() + delay, this.#notBefore);
+          if (!(isRefused || error instanceof GoingAway) || beginsAt >= startsUntil) {
             throw error;
           }
-          if (!isStarting) {
+          if (isRefused && !isStarting) {
             isStarting = true;
             onStarting();
           }
