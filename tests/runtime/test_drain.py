@@ -167,6 +167,31 @@ def test_drain_without_limit_cancels_at_once(server: ServerThread, methods: Wait
     server.join()
 
 
+def test_server_that_leaves_serves_on_and_lets_its_clients_connect_again_at_once(
+    server: ServerThread, methods: WaitingMethods
+) -> None:
+    with server.client("ada") as client, server.client() as idle:
+        server.in_loop(server.server.leave)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port))
+        assert client.call("echo", {"x": 1}) == {"x": 1}
+        client.send(client.request("wait"))
+        eventually(lambda: methods.running)
+        server.begin_drain(30.0)
+        at_once = {"retry_after_ms": 0}
+        assert client.receive().value == {"reason": "draining", **at_once}
+        assert client.refused("echo").details == at_once
+        assert [frame.value["retry_after_ms"] for frame in idle.rest_until_closed()[0]] == [0]
+        server.in_loop(lambda: methods.running[0].set_result("x"))
+        client.rest_until_closed()
+    server.join()
+
+
+async def test_leaving_before_the_start_does_nothing(tmp_path: Path, certs: Path) -> None:
+    home = prepared(tmp_path, certs)
+    Server(config=configuration(home), home=home).leave()
+
+
 def test_connect_during_drain_is_refused(server: ServerThread, methods: WaitingMethods) -> None:
     with server.client("ada") as client:
         client.send(client.request("wait"))

@@ -54,6 +54,11 @@ app = App(lifespan=lifespan)
 """
 
 
+HANGING = FAILING.replace('raise RuntimeError("no database")', "await Event().wait()").replace(
+    "import asynccontextmanager", "import asynccontextmanager\nfrom asyncio import Event"
+)
+
+
 @pytest.fixture
 def key(tmp_path: Path, certs: Path) -> str:
     home = tmp_path / "home"
@@ -171,6 +176,24 @@ def test_upgrade_is_rolled_back_if_a_lifespan_fails(server: ServerProcess, key: 
     assert call(server, key, token) == (token, server.process.pid)
     assert (server.home / "control.sock").is_socket()
     assert (server.home / "workers.sock").is_socket()
+
+
+def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
+    server: ServerProcess, key: str
+) -> None:
+    token, _ = call(server, key, None)
+    (server.home / "config.toml").write_text(CONFIG.replace('"20s"', '"1s"'))
+    server.signal(signal.SIGHUP)
+    eventually(lambda: bool(events(server, "config.reloaded")))
+    (server.home / "placed.py").write_text(HANGING)
+    code, output = upgrade(server)
+    assert code == 1, output
+    assert "the old server serves on; the new one has failed" in output
+    (slow,) = events(server, "upgrade.slow")
+    assert slow["seconds"] == 1.0
+    assert not is_running(slow["pid"])
+    assert call(server, key, token) == (token, server.process.pid)
+    assert call(server, key, None)[1] == server.process.pid
 
 
 def test_upgrade_is_rolled_back_if_the_successor_is_killed(server: ServerProcess, key: str) -> None:

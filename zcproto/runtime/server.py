@@ -21,6 +21,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -373,6 +374,17 @@ class Server:
         limit = self.config.server.drain_timeout if limit is None else limit
         self._begin(self.drain(limit))
         self.on_drain(limit)
+
+    def leave(self) -> None:
+        """Stop accepting, because another server does on the same sockets, and serve on until `drain`.
+
+        It then asks its clients to connect again at once: no server has to start first.
+        """
+        if self._parts is None:
+            return
+        state = self._parts.state
+        state.settings = replace(state.settings, retry_draining_ms=0)
+        self._parts.listener.close()
 
     async def drain(self, limit: float | None = None) -> None:
         """Stop accepting, send GOAWAY, wait for running methods, close every connection, end.

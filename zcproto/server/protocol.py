@@ -545,6 +545,7 @@ class ServerProtocol(Dispatcher):
         if connection is None:
             return
         state = self._state
+        connection.settings = state.settings  # refusals from now on have the delay of GOAWAY
         connection.go_away(reason, state.settings.retry_draining_ms, state.clock.wall())
         self._flush()
         if not (connection.in_flight or connection.has_calls):

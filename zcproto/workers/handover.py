@@ -10,7 +10,8 @@ Decides: what happens next. There is no way back once the successor serves.
 
 Rules:
 - At no time do two coordinators run, and no longer than for one start none.
-- Workers of both servers accept until the successor serves, so that no connection is refused.
+- Workers of both servers accept until the successor serves, so that no connection is refused. From then on only its
+  own do, so that no client has to connect again twice.
 
 It must not know: processes, sockets, clocks.
 """

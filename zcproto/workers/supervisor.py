@@ -322,10 +322,8 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for signal_number in _SIGNALS:
                 signal.signal(signal_number, signal.SIG_DFL)
-            signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # Ctrl-C reaches every process; the supervisor decides
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            for signal_number in (signal.SIGINT, signal.SIGHUP):  # sent to the whole group at a terminal
+                signal.signal(signal_number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._selector.close()
             self._signals.close()
@@ -484,6 +482,8 @@ class Supervisor:
                 elif action is Action.LEAVE:
                     self._service.left(self._successor.pid)
                     self._successor.channel.send("left")
+                    for worker in self.workers:
+                        worker.send("leave")
                     log.info("upgrade.done", pid=self._successor.pid)
                 else:
                     self._successor_until = self._now() + MARGIN
