@@ -437,6 +437,21 @@ async def test_operations_of_one_turn_are_one_write(pair: Pair) -> None:
     assert len(writes) == 1
 
 
+async def test_server_that_closes_answers_the_calls_that_run_and_begins_no_other(pair: Pair) -> None:
+    client = await pair.connected()
+    running = asyncio.create_task(client.call("wait"))
+    await until(lambda: pair.served)
+    closing = asyncio.create_task(pair.server.close(within=5))
+    late = asyncio.create_task(client.call("echo"))
+    await asyncio.sleep(0)
+    pair.released.set()
+    assert await running == "released"
+    with pytest.raises(LinkLost):
+        await late
+    await closing
+    assert pair.served == ["waits", "ended"]
+
+
 async def test_handler_that_outlasts_the_closing_server_is_cancelled(tmp_path: Path) -> None:
     pair = Pair(tmp_path / "link.sock")
     await pair.server.start()

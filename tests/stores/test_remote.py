@@ -120,6 +120,7 @@ async def test_ping_joins_again_after_a_store_that_could_not_be_opened(harness: 
     await harness.start(faulty)
     store = await harness.opened()
     await harness.stop()
+    await until(lambda: not store._urgent.link)
     faulty.mode = FAILS
     await harness.start(faulty)
     await until(lambda: store._urgent.link)

@@ -138,6 +138,7 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._out: list[bytes] = []
         self._is_paused = False
+        self._is_ending = False
         self._timer: asyncio.TimerHandle | None = None
         self._is_ticking = False
         self._running: set[asyncio.Task[None]] = set()
@@ -175,18 +176,28 @@ class Link(asyncio.Protocol):
         if not self.lost:
             self._send(data)
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, abort: bool = True) -> None:
         """End the connection. Calls that wait fail with LinkLost."""
         if self.lost:
             return
         self.lost = reason
         if self._timer is not None:
             self._timer.cancel()
-        if self._transport is not None:
+        if self._transport is not None and abort:
             self._transport.abort()
         for future in self._core.take_all():
             _fail(future, reason)
         self._on_lost(self)
+
+    async def end(self, within: float) -> None:
+        """Begin no more calls, answer those that run, within so many seconds, and end the connection."""
+        self._is_ending = True
+        await self.finish(within)
+        if not self.lost:
+            assert self._transport is not None
+            self._flush()
+            self._transport.close()  # unlike an abort, after what is written
+            self.lose("closed", abort=False)
 
     async def finish(self, within: float) -> None:
         """Wait for the handlers that run, at most so many seconds; then cancel them."""
@@ -216,7 +227,7 @@ class Link(asyncio.Protocol):
             self.lose(str(error))
             return
         for message in messages:
-            if not self.lost:
+            if not self.lost and not self._is_ending:
                 self._handle(*message)
 
     def pause_writing(self) -> None:
@@ -360,13 +371,10 @@ class LinkServer:
             link.send(data)
 
     async def close(self, within: float = 1.0) -> None:
-        """Stop listening, end all connections and wait at most so many seconds for the handlers that run."""
+        """Stop listening and end all connections, after the answers of the handlers that run for so many seconds."""
         if self._server is not None:
             self._server.close()
-        links = list(self._open)
-        for link in links:
-            link.lose("closed")
-        await asyncio.gather(*(link.finish(within) for link in links))
+        await asyncio.gather(*(link.end(within) for link in list(self._open)))
 
     def _protocol(self) -> Link:
         return Link(
