@@ -24,7 +24,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from mmap import mmap
 from typing import Any, Final
@@ -81,51 +80,18 @@ APPLIED_LIMIT: Final = 60.0
 """Seconds for which a reload by the control socket waits for the workers."""
 
 
-def serve_by_workers(
-    server: Server,
-    make: Callable[..., Server],
-    workers: int,
-    *,
-    options: Mapping[str, Any],
-    manager: ServiceManager,
-    first: FirstStart,
-    ready: Callable[[Server], None],
-    listening: Callable[[Sequence[tuple[str, int]]], None],
-    risks: Mapping[str, str],
-    inheritance: Inheritance | None = None,
-) -> None:
-    """Run a server of several processes until it has ended. Raises as `serve`.
+class ForkedService:
+    """What the processes of one server inherit, and what each of them does.
 
     `server` is not started: it has the configuration. `make` makes that of a process, with `options`.
     """
-    if not hasattr(os, "fork"):
-        raise ConfigError([f"server.workers = {workers}: this needs Linux or macOS; set it to 1"])
-    if threading.active_count() > 1:
-        log.warning("workers.threads", cure="start threads in a lifespan, not while the program is imported")
-    log_risks(risks)
-    server.home.ensure()
-    with ExitStack() as stack:
-        service = ForkedService(server, make, workers, options, manager, first, ready, listening)
-        stack.callback(service.close)
-        if inheritance is None:
-            service.open()
-        else:
-            service.inherit(inheritance)
-        predecessor = None if inheritance is None else inheritance.channel
-        if not Supervisor(service, workers, predecessor=predecessor).run():
-            log.warning("server.forced")
-            exit_at_once()
-    manager.close()
-
-
-class ForkedService:
-    """What the processes of one server inherit, and what each of them does."""
 
     def __init__(
         self,
         server: Server,
         make: Callable[..., Server],
         workers: int,
+        *,
         options: Mapping[str, Any],
         manager: ServiceManager,
         first: FirstStart,
@@ -158,6 +124,27 @@ class ForkedService:
         )
 
     # --- in the supervisor ---------------------------------------------------------------------------
+
+    def serve(self, risks: Mapping[str, str], inheritance: Inheritance | None = None) -> None:
+        """Run the server until it has ended. Raises as `serve`."""
+        if not hasattr(os, "fork"):
+            raise ConfigError([f"server.workers = {self._workers}: this needs Linux or macOS; set it to 1"])
+        if threading.active_count() > 1:
+            log.warning(
+                "workers.threads", cure="start threads in a lifespan, not while the program is imported"
+            )
+        log_risks(risks)
+        self._home.ensure()
+        with contextlib.closing(self):
+            if inheritance is None:
+                self.open()
+            else:
+                self.inherit(inheritance)
+            predecessor = None if inheritance is None else inheritance.channel
+            if not Supervisor(self, self._workers, predecessor=predecessor).run():
+                log.warning("server.forced")
+                exit_at_once()
+        self._manager.close()
 
     def open(self) -> None:
         """Take the home folder and bind the sockets. Raises ConfigError."""
@@ -443,6 +430,8 @@ class Orders:
         for name, values in messages:
             if name == "go":
                 self._go.set()
+            elif name == "leave":
+                self._server.leave()
             elif name == "drain":
                 self._drain(values.get("limit"))
             elif name == "reload":

@@ -34,7 +34,7 @@ from zcproto.runtime.process_setup import (
     raise_limit_for,
     tune_interpreter,
 )
-from zcproto.runtime.processes import serve_by_workers
+from zcproto.runtime.processes import ForkedService
 from zcproto.runtime.server import Server
 from zcproto.runtime.service_manager import ServiceManager
 from zcproto.server.state import log
@@ -85,7 +85,7 @@ def serve(
 
     try:
         if workers > 1:
-            serve_by_workers(
+            ForkedService(
                 server,
                 partial(Server, app, authenticators=authenticators),
                 workers,
@@ -94,9 +94,7 @@ def serve(
                 first=first,
                 ready=ready,
                 listening=listening,
-                risks=risks,
-                inheritance=inheritance,
-            )
+            ).serve(risks, inheritance)
             return
         if inheritance is not None:
             raise ConfigError(
