@@ -28,6 +28,7 @@ SCENARIOS: Final = {
     "outages": "Kill, hang, slow down, empty and cut off Valkey under load.",
     "readers": "Topics, unread streams and rapid cancels: memory and time stay bounded.",
     "reloads": "Reload the configuration under load: no request fails.",
+    "rolling_restart": "Replace the server by a new one under load: no request is lost, no connection refused.",
     "rotation": "Replace certificates once a second under load: no request fails.",
     "soak": "Churn and faults for a long time: no wrong answer, no growth.",
     "storms": "10,000 reconnects at once, and hostile clients among honest ones.",

@@ -7,8 +7,11 @@ A scenario starts a server on a `Stage`, loads it, does something to it, and jud
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import random
 import signal
+import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -17,6 +20,8 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from bench.report import Row
+from zcproto.common.home import Home
+from zcproto.common.network import address_of
 from zcproto.common.process import new_event_loop
 from zcproto.errors import CallError, TlsError, ZcprotoError
 from zcproto.load.caller import Caller, Operator
@@ -30,6 +35,7 @@ from zcproto.load.run import Stop, View, run
 
 POLL_S: Final = 0.02
 FOREVER_S: Final = 3_600.0
+ANSWER_S: Final = 30.0
 LAST_ANSWERS_S: Final = 10.0
 """Seconds after the last request within which answers count; later ones are lost."""
 
@@ -183,6 +189,18 @@ class OpenLoop:
             self.failed["a different answer"] += 1
         else:
             self.equal += 1
+
+
+def ask_control(home: Home, verb: str, name: str, body: str | None = None) -> tuple[int, Any]:
+    """Ask a server by its control socket; return status and body. Raises OSError, HTTPException or ValueError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected, address_of(home.control) as address:
+        connected.settimeout(ANSWER_S)
+        connected.connect(address)
+        connection = http.client.HTTPConnection("localhost", timeout=ANSWER_S)
+        connection.sock = connected
+        connection.request(verb, f"/v1/{name}", body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
 
 
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float) -> bool:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
-import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -22,17 +20,15 @@ import click
 
 from bench.command import COUNT, RATE, SECONDS, measurement, progress
 from bench.report import Report, Row
-from bench.scenarios.harness import load_faults, load_rows, run_load_beside
+from bench.scenarios.harness import ask_control, load_faults, load_rows, run_load_beside
 from bench.stage import ECDSA_ONLY, Stage, check_open_files, room_for
 from zcproto.common.home import Home
-from zcproto.common.network import address_of
 from zcproto.load import report as load_report
 from zcproto.load.caller import Operator
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.result import Result
 
 TAIL_S: Final = 1.0
-ANSWER_S: Final = 30.0
 FAULTY_EVERY: Final = 10
 ARRIVAL_RATE: Final = 200.0
 
@@ -85,15 +81,8 @@ class Settings:
 
 
 def ask_reload(home: Home) -> tuple[int, Any]:
-    """Ask the server of a home folder for a reload; return status and body. Raises OSError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connected, address_of(home.control) as address:
-        connected.settimeout(ANSWER_S)
-        connected.connect(address)
-        connection = http.client.HTTPConnection("localhost", timeout=ANSWER_S)
-        connection.sock = connected
-        connection.request("POST", "/v1/reload", "{}")
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+    """Ask the server of a home folder for a reload, as `ask_control`."""
+    return ask_control(home, "POST", "reload", "{}")
 
 
 @dataclass(slots=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import bench.scenarios.reloads as module
 from bench.__main__ import main
 from bench.report import Report
+from bench.scenarios.harness import ask_control
 from bench.scenarios.reloads import CHANGES, FAULTY, ReloadPlan, Settings, reload_under_load
 from bench.stage import Stage
 from zcproto.common.home import Home
@@ -90,12 +89,7 @@ def test_lost_connection_fails(home: Home, monkeypatch: pytest.MonkeyPatch) -> N
 
     def end_sessions(home: Home) -> Any:
         """Do what a reload must not do."""
-        with socket.socket(socket.AF_UNIX) as connected, module.address_of(home.control) as address:
-            connected.connect(address)
-            connection = http.client.HTTPConnection("localhost")
-            connection.sock = connected
-            connection.request("POST", "/v1/sessions/revoke", '{"user": "load-1"}')
-            connection.getresponse().read()
+        ask_control(home, "POST", "sessions/revoke", '{"user": "load-1"}')
         return real(home)
 
     monkeypatch.setattr(module, "ask_reload", end_sessions)

@@ -371,7 +371,7 @@ class LinkServer:
             link.send(data)
 
     async def close(self, within: float = 1.0) -> None:
-        """Stop listening and end all connections, after the answers of the handlers that run for so many seconds."""
+        """Stop listening and end all connections, after the answers of handlers that run for so many seconds."""
         if self._server is not None:
             self._server.close()
         await asyncio.gather(*(link.end(within) for link in list(self._open)))

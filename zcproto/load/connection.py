@@ -15,6 +15,7 @@ from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import (
     ConnectionEnded,
     ErrorReceived,
+    GoAwayReceived,
     ItemReceived,
     ResponseReceived,
     Welcomed,
@@ -49,6 +50,9 @@ class FrameConnection(asyncio.Protocol):
     def refused(self, stream: int, code: int, message: str, details: dict[str, Any]) -> None:
         """A request got an ERROR."""
 
+    def going_away(self, retry_after_ms: int) -> None:
+        """The server runs no request that it receives from now on."""
+
     def lost(self, cause: str) -> None:
         """The connection ended, but not by `close`. Called at most once."""
 
@@ -75,10 +79,12 @@ class FrameConnection(asyncio.Protocol):
             elif isinstance(event, Welcomed):
                 self._wheel.set(self, conversation.next_deadline())
                 self.welcomed()
+            elif isinstance(event, GoAwayReceived):
+                self.going_away(event.retry_after_ms)
             elif isinstance(event, ConnectionEnded):
                 self._end(f"ended by {event.code.name}" if event.code is not None else event.reason)
                 return
-            # Events and GOAWAY need no reaction: if the server closes after them, that counts as a loss.
+            # An EVENT needs no reaction.
         self.flush()
 
     def eof_received(self) -> None:
