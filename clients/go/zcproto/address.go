@@ -30,8 +30,6 @@ type address struct {
 
 func (a address) String() string { return net.JoinHostPort(a.host, strconv.Itoa(a.port)) }
 
-func (a address) isIP() bool { return isIP(a.host) }
-
 func isIP(host string) bool {
 	_, err := netip.ParseAddr(host)
 	return err == nil

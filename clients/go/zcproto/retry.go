@@ -133,12 +133,5 @@ type attempts struct {
 	done [attach + 1]bool
 }
 
-// once returns true the first time.
-func (a *attempts) once(step then) bool {
-	was := a.done[step]
-	a.done[step] = true
-	return !was
-}
-
 // systemRandom is the source of jitter.
 func systemRandom() float64 { return rand.Float64() }
