@@ -185,6 +185,22 @@ def test_session_in_use_stays_alive_with_shortest_idle_limit(every_ms: int) -> N
     assert pair.refused(pair.request(1)).code == Code.TOKEN_EXPIRED
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_last_use_of_a_valid_token_is_recorded_without_a_check(
+    frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = ConnectionPair()
+    opened = pair.login()
+    pair.get(pair.request(1))
+    checked: list[bytes] = []
+    monkeypatch.setattr(type(pair.registry), "check", lambda registry, token, wall: checked.append(token))
+    for _ in range(5):
+        pair.clock.advance(1.5)
+        assert len(pair.send(b"".join(pair.request(n + 1) for n in range(frames)))) == frames
+        assert pair.registry.info(opened.session.id, pair.clock.wall()).last_used_at == pair.clock.wall()
+    assert checked == []
+
+
 def test_last_use_is_recorded_at_most_once_per_second() -> None:
     pair = ConnectionPair()
     opened = pair.login()

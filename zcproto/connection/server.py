@@ -53,7 +53,6 @@ from zcproto.wire.frame import (
     ERROR,
     EVENT,
     FAILURE,
-    HEADER,
     HEADER_SIZE,
     ITEM,
     NO_TOKEN,
@@ -94,7 +93,6 @@ REPORTED_FROM: Final = 4_096
 REPORTED_STEP: Final = 65_536
 
 _WITH_BODY: Final = frozenset({REQUEST, OPEN, ITEM, CREDIT, RESULT, FAILURE})
-_pack_header = HEADER.pack
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
@@ -158,27 +156,24 @@ class ServerConnection(ServerOutput):
 
     # --- input ----------------------------------------------------------------------------------
 
-    def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
-        """Process decrypted bytes and yield their events, one at a time."""
+    def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent] | tuple[RawRequest]:
+        """Process decrypted bytes and yield their events, one at a time; a single request may come in a tuple."""
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
         decoder = self._decoder
-        if (
-            decoder.partial is None
-            and wall < self._recheck_at
-            and self.registry.generation == self._seen_generation
-            and not self._stale_in_a_row
-            and self.state is _OPEN
-        ):
-            settings, session, token = self.settings, self._session, self._token
-            limit = decoder.limit if session is not None else settings.max_frame_before_session
+        if decoder.partial is None and self.state is _OPEN and not self._stale_in_a_row:
+            settings, token = self.settings, self._token
+            limit = decoder.limit if self._session is not None else settings.max_frame_before_session
             tolerance = settings.tolerance_ms
             frame = judge(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
             if frame is None:
                 if len(data) >= 2 * HEADER_SIZE:
                     frames = cut(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
-                    if frames:
+                    if frames and self._is_accepted(wall):
                         return self._usual_events(frames, data, wall, now)
-            elif not (self._held or self._lingering) or self._has_room(frame[0]):
+            elif (
+                (wall < self._recheck_at and self.registry.generation == self._seen_generation)
+                or self._is_accepted(wall)
+            ) and (not (self._held or self._lingering) or self._has_room(frame[0])):
                 stream, counter, body = frame
                 try:
                     method, params, meta = decode_request(body, settings.max_depth)
@@ -187,8 +182,21 @@ class ServerConnection(ServerOutput):
                 if meta is NO_META or meta.deadline_ms is None or meta.deadline_ms > 0:
                     self._last_counter = counter
                     self._last_frame = now
-                    return iter(((stream, token, session, method, params, meta),))
+                    return ((stream, token, self._session, method, params, meta),)
         return self._events(data, wall, now)
+
+    def _is_accepted(self, wall: int) -> bool:
+        """Return whether the last accepted token needs no check. If it has not been used lately, it is now."""
+        session, registry = self._session, self.registry
+        if registry.generation != self._seen_generation:
+            return False
+        if wall < self._recheck_at:
+            return True
+        if session is None or wall >= registry.trusted_until or session.valid_until - wall <= 2 * MS:
+            return False
+        registry.touch(session, wall)
+        self._recheck_at = min(wall + TOUCH_INTERVAL_MS, registry.trusted_until)
+        return True
 
     def _has_room(self, stream: int) -> bool:
         """Return whether a request may run beside those in flight."""
@@ -243,11 +251,9 @@ class ServerConnection(ServerOutput):
             judged_at, self._partial = self._partial[0], None
         try:
             for length, head, stream, timestamp, salt, counter, token, body in decoder.frames():
-                if salt != own_salt:
-                    yield self.end_with(Code.REPLAYED, "nonce belongs to another connection", wall)
-                    return
-                if counter <= self._last_counter:
-                    yield self.end_with(Code.REPLAYED, "nonce counter did not grow", wall)
+                if salt != own_salt or counter <= self._last_counter:
+                    what = "belongs to another connection" if salt != own_salt else "counter did not grow"
+                    yield self.end_with(Code.REPLAYED, f"nonce {what}", wall)
                     return
                 self._last_counter = counter
                 self._last_frame = now
@@ -287,11 +293,7 @@ class ServerConnection(ServerOutput):
                 if self._held and stream in self._held:
                     yield self.end_with(Code.PROTOCOL_ERROR, "stream is in flight", wall)
                     return
-                if (
-                    token != self._token
-                    or wall >= self._recheck_at
-                    or registry.generation != self._seen_generation
-                ):
+                if token != self._token or not self._is_accepted(wall):
                     joined = self._session_of(token, wall, now)
                     if looks_up and isinstance(joined, bytes) and joined in refusals.LOOKED_UP:
                         unknown = TokenUnknown(token, refusals.LOOKED_UP[joined])
@@ -539,14 +541,10 @@ class ServerConnection(ServerOutput):
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        earliest = min(self._open_deadline, self.sessions.expiring_at, self._silent_at())
-        if self._streams is not None:
-            earliest = min(earliest, self._streams.next_deadline())
-        if self._calls is not None:
-            earliest = min(earliest, self._calls.next_deadline())
-        if not self._held:
-            return earliest
-        return min(earliest, *(request.deadline for request in self._held.values()))
+        times = [self._open_deadline, self.sessions.expiring_at, self._silent_at()]
+        times += [part.next_deadline() for part in (self._streams, self._calls) if part is not None]
+        times += [request.deadline for request in self._held.values()]
+        return min(times)
 
     def _silent_at(self) -> float:
         """Return when silence ends the connection. An incomplete frame has a limit of its own."""
@@ -558,17 +556,15 @@ class ServerConnection(ServerOutput):
 
     def handle_timeout(self, wall: int, now: float, unsent: int = 0) -> list[ServerEvent]:
         """Handle due timers. An early call does nothing. `unsent` are bytes that wait in the transport."""
-        events: list[ServerEvent] = []
         if self.state is _CLOSED:
-            return events
-        for request in [held for held in self._held.values() if held.deadline <= now]:
-            events.append(self._cut(request, refusals.DEADLINE_EXCEEDED, wall))
+            return []
+        overdue = [held for held in self._held.values() if held.deadline <= now]
+        events: list[ServerEvent] = [self._cut(each, refusals.DEADLINE_EXCEEDED, wall) for each in overdue]
         events += self.withdraw_overdue(wall, now)
         streams = self._streams
         if streams is not None and streams.in_flight:
-            events += [
-                self._cut(stream, refusals.SLOW, wall) for stream in streams.take_slow(self._held, now)
-            ]
+            slow = streams.take_slow(self._held, now)
+            events += [self._cut(stream, refusals.SLOW, wall) for stream in slow]
             streams.touch(self._held, self.sessions, self.registry, wall, now)
         if self.sessions.expiring_at <= now:
             for joined in self.sessions.take_expiring(now):
@@ -580,8 +576,8 @@ class ServerConnection(ServerOutput):
         elif self._silent_at() <= now:
             if self._partial is not None:
                 reason = GoAwayReason.SLOW_FRAME
-                for request in [*self._held.values()]:  # unanswered, they would count as not run
-                    events.append(self._cut(request, refusals.SLOW_FRAME, wall))
+                unanswered = [*self._held.values()]  # without an answer they would count as not run
+                events += [self._cut(request, refusals.SLOW_FRAME, wall) for request in unanswered]
             elif streams is not None and streams.pinged_at > self._last_frame:
                 if not streams.ping.has_advanced(streams.sent_bytes - unsent):
                     self.end()
@@ -590,8 +586,7 @@ class ServerConnection(ServerOutput):
             elif streams is not None and streams.in_flight:
                 self._send(PING, 0, NO_TOKEN, b"", wall)
                 streams.pinged_at = now
-                sent = streams.sent_bytes
-                streams.ping = SentPing(sent, sent - unsent)
+                streams.ping = SentPing(streams.sent_bytes, streams.sent_bytes - unsent)
             elif self._held or self.has_calls:
                 self._last_frame = now  # requests and calls in flight count as activity
             else:

@@ -34,6 +34,7 @@ from zcproto.connection.events import (
     GoAwayReason,
     ItemsReceived,
     KeyWanted,
+    RawRequest,
     Request,
     RequestEnded,
     ServerEvent,
@@ -215,16 +216,15 @@ class ServerProtocol(Dispatcher):
 
     # --- requests ------------------------------------------------------------------------------------
 
-    def _process(self, events: Iterator[ServerEvent], wall: int) -> None:
+    def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
         """Process events until they end or must be suspended, then send what is queued."""
         state, connection = self._state, self._connection
         find = state.methods.get
         timed = wall >> PART_BITS != state.timed_part
         checked = timed or state.request_limits.checks_sessions
-        requests = opened = 0
+        requests = 0
         for event in events:
             if event.__class__ is tuple:
-                requests += 1
                 stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
                 method = find(name)
                 if (
@@ -263,49 +263,21 @@ class ServerProtocol(Dispatcher):
                             self._answer_large(Request(*event), body)
                         else:
                             connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
-                if self._is_held_up:
-                    self._suspended = events
-                    break
-                if not requests % 16 and (
-                    requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS
-                ):
-                    self._wait_turn(events)
-                    break
             elif event.__class__ is ServerStream:
-                opened += 1
                 self._run(event, find(event.method))
-                if self._is_held_up:
-                    self._suspended = events
-                    break
-                if opened == REQUESTS_PER_TURN or (not opened % 16 and state.clock.wall() - wall > TURN_MS):
-                    self._wait_turn(events)
-                    break
-            elif event.__class__ is CreditReceived:
-                if self._streams is not None:
-                    self._streams.credit_received(event.stream)
-            elif event.__class__ is CallEnded:
-                self._settle(event)
-            elif event.__class__ is ItemsReceived:
-                if self._streams is not None:
-                    self._streams.items_received(event.stream)
-            elif event.__class__ is SessionJoined:
-                state.session_connections.join(event.session_id, self)
-            elif event.__class__ is TokenUnknown:
-                if self._look_up(event):
-                    self._suspended = events
-                    break
-            elif event.__class__ is RequestEnded:
-                self._stop(event)
-            elif event.__class__ is FrameBuffered:
-                self._frame_buffered(event)
-            elif event.__class__ is KeyWanted:
-                self._prove_by_certificate(event.key)
+            elif self._handle(event):  # type: ignore[arg-type]  # no tuple
+                self._suspended = cast("Iterator[ServerEvent]", events)
+                break
             else:
-                self._conversation_ended(cast("ConnectionEnded", event))
+                continue
+            requests += 1
+            if self._is_held_up:
+                self._suspended = None if events.__class__ is tuple else events  # type: ignore[assignment]
+                break
+            if not requests % 16 and (requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS):
+                self._wait_turn(cast("Iterator[ServerEvent]", events))
                 break
         state.counters.requests += requests
-        if opened:
-            state.counters.requests += opened
         connection = self._connection
         if connection is None:
             return
@@ -319,6 +291,30 @@ class ServerProtocol(Dispatcher):
                 self._write(data)
         if connection.deadline_moved:
             self._set_deadline()
+
+    def _handle(self, event: ServerEvent) -> bool:
+        """Process an event other than a request. Return True if those after it must wait."""
+        if event.__class__ is CreditReceived:
+            if self._streams is not None:
+                self._streams.credit_received(event.stream)
+        elif event.__class__ is ItemsReceived:
+            if self._streams is not None:
+                self._streams.items_received(event.stream)
+        elif event.__class__ is CallEnded:
+            self._settle(event)
+        elif event.__class__ is SessionJoined:
+            self._state.session_connections.join(event.session_id, self)
+        elif event.__class__ is TokenUnknown:
+            return self._look_up(event)
+        elif event.__class__ is RequestEnded:
+            self._stop(event)
+        elif event.__class__ is FrameBuffered:
+            self._frame_buffered(event)
+        elif event.__class__ is KeyWanted:
+            self._prove_by_certificate(event.key)
+        else:
+            self._conversation_ended(cast("ConnectionEnded", event))
+        return False
 
     @property
     def is_slow_reader(self) -> bool:
@@ -561,18 +557,16 @@ class ServerProtocol(Dispatcher):
 
     def close(self, reason: str) -> None:
         """Close after sending what is queued."""
-        transport = self._transport
         self._ended(reason)
-        if transport is not None:
-            transport.close()
+        if self._transport is not None:
+            self._transport.close()
 
     def abort(self, reason: str) -> None:
         """Reset the connection of a peer that does not read."""
-        transport = self._transport
         log.info("connection.aborted", peer=self.peer, connection=self.id, reason=reason)
         self._ended(reason)
-        if transport is not None:
-            transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
     def _ended(self, reason: str) -> None:
         """Release all references. Idempotent."""

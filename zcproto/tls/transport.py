@@ -32,6 +32,9 @@ from zcproto.tls.failure import TlsFailure, failure_of
 RECORD_SIZE: Final = 16_384
 """Maximum plaintext of one TLS record (RFC 8446 section 5.1)."""
 
+SMALL_READ: Final = 1_024
+"""Bytes up to which a read gets a buffer of the size of what has arrived, which costs less than one of a record."""
+
 RECEIVE_BUFFER_SIZE: Final = 65_536
 LINGER_TIME: Final = 2.0
 """Seconds during which a peer may still send after our close; then the connection is reset."""
@@ -211,13 +214,17 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def _read_records(self, arrived: int) -> None:
         """Decrypt received records and pass the data on until nothing is left or reading is paused."""
-        tls = self._tls
+        # Past SSLObject, whose methods in Python only call those of this object in C.
+        tls = self._tls._sslobj  # type: ignore[attr-defined]
         incoming = self._incoming
         barren = True
+        size = arrived if 0 < arrived <= SMALL_READ else RECORD_SIZE
         # Reading `pending` costs a tenth of catching SSLWantReadError.
         while arrived or incoming.pending:
             try:
-                data = tls.read(RECORD_SIZE)
+                data = tls.read(size)
+                if len(data) == size:  # the record began with an earlier arrival; OpenSSL is to keep nothing
+                    data += tls.read(tls.pending())
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:
@@ -257,7 +264,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if self._phase is not _OPEN:
             return
         if len(data) <= RECORD_SIZE:
-            self._tls.write(data)
+            self._tls._sslobj.write(data)  # type: ignore[attr-defined]
             self._raw.write(self._outgoing.read())
             return
         view = memoryview(data)

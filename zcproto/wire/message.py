@@ -81,7 +81,7 @@ def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
     """Return the value of a body. Raises MessageError."""
     is_checked = len(body) > _SCANNED_ABOVE and scan_body(body, max_depth)
     try:
-        value = _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+        value = _unpack(body) if is_checked else _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError(_phrase(error, body)) from error
     if is_checked or value.__class__ not in _CONTAINERS:
@@ -102,7 +102,7 @@ def decode_request(
     """Return method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
     is_checked = len(body) > _SCANNED_ABOVE and scan_body(body, max_depth)
     try:
-        value = _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+        value = _unpack(body) if is_checked else _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError(_phrase(error, body)) from error
     if value.__class__ is list and len(value) == 2:
@@ -279,8 +279,8 @@ def decode_map(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> dict[str, Any
 def scan_body(body: bytes, max_depth: int) -> bool:
     """Walk the value of a large body without building it: it must be complete, with nothing after it.
 
-    Return True if its keys and depth need no further check: only the compiled function does, for bodies of any
-    size. Raises MessageError.
+    Return True if it has no ext types, and its keys and depth need no further check: only the compiled function
+    does, for bodies of any size. Raises MessageError.
     """
     if len(body) <= _TRUSTED_SIZE:
         return False
