@@ -133,17 +133,21 @@ class Side:
             connections.append(connection)
         return connections
 
+    def requests_in_slice(self, depth: int) -> int:
+        """Return how many requests `request_cost` makes: about SLICE, and as many on each connection."""
+        in_turn = len(self._connections) * depth
+        return max(1, SLICE // in_turn) * in_turn
+
     def request_cost(self, method: str, depth: int) -> float:
         """Make a slice of requests; return the server's CPU time for each, in microseconds."""
-        connections = self._connections
-        turns = max(1, SLICE // (len(connections) * depth))
+        connections, requests = self._connections, self.requests_in_slice(depth)
         before = self._server.cpu_us()
-        for _ in range(turns):
+        for _ in range(requests // (len(connections) * depth)):
             for connection in connections:
                 connection.echo(method, PARAMS, depth)
             for connection in connections:
                 connection.check_echoes(ANSWER, depth)
-        return (self._server.cpu_us() - before) / (turns * len(connections) * depth)
+        return (self._server.cpu_us() - before) / requests
 
     def item_cost(self) -> float:
         """Take a slice of items from one stream; return the server's CPU time for each, in microseconds."""

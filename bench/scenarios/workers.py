@@ -26,7 +26,7 @@ import click
 
 from bench.command import COUNT, measurement, progress
 from bench.compare.client import ALPN, context_for
-from bench.compare.command import SLICE, Case, Running, Side, in_turn
+from bench.compare.command import Case, Running, Side, in_turn
 from bench.report import Report, Row
 from bench.scenarios.harness import cause_of, load_rows, run_load_beside
 from bench.scenarios.sessions import is_accepted, open_session
@@ -191,7 +191,7 @@ def busy_cost(side: Side, idle: float, depth: int) -> float:
     """Return the CPU time of a request, without what the processes take while nothing happens."""
     began = time.monotonic()
     cost = side.request_cost("echo", depth)
-    return cost - idle * (time.monotonic() - began) / SLICE
+    return cost - idle * (time.monotonic() - began) / side.requests_in_slice(depth)
 
 
 def limit(folder: Path, logins: int) -> tuple[list[Row], list[str]]:
