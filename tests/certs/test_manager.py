@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -287,6 +288,32 @@ def test_thread_applies_news_and_ends_with_the_server(tmp_path: Path, certs: Pat
         server.until(lambda: server.server.certificates[0].leaf_sha256 != before)
     thread.join(TIMEOUT)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("is_incomplete", "wait"), [(False, manager_module.RARE_S), (True, manager_module.SOON)]
+)
+async def test_process_that_does_not_maintain_checks_rarely_by_itself(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch, is_incomplete: bool, wait: float
+) -> None:
+    config = configuration(tmp_path / "home", certificates__directory=certs, **ECDSA)
+    manager = CertificateManager(config, system_clock, ["zcp/1"], maintains=False)
+    manager._checker = Mock(is_incomplete=is_incomplete)
+    steps: list[object] = []
+
+    async def sleep(seconds: float) -> None:
+        if len(steps) == 4:
+            raise asyncio.CancelledError
+        steps.append(seconds)
+
+    async def check() -> None:
+        steps.append("check")
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(manager, "check", check)
+    with pytest.raises(asyncio.CancelledError):
+        await manager.run()
+    assert steps == [wait, "check", wait, "check"]
 
 
 async def test_thread_that_cannot_be_started_is_retried(

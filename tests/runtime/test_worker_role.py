@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import selectors
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -19,11 +20,16 @@ import zcproto
 from tests.server.helpers import ROOT, TIMEOUT
 from zcproto.alerts.workers import WorkerAlerts
 from zcproto.auth import Throttle
+from zcproto.certs import managed
+from zcproto.certs.settings import managed_site
 from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.link import Topics
 from zcproto.common.shared_counts import SharedCounts, SharedMemory, memory_size
 from zcproto.config.model import AlertsConfig
 from zcproto.errors import CertificateError
+from zcproto.runtime import processes
 from zcproto.runtime.build import WorkerRole
+from zcproto.runtime.joined import CERTIFICATES
 from zcproto.runtime.place import Place
 from zcproto.runtime.processes import MAX_NAMES, Orders
 from zcproto.workers.channel import Channel
@@ -136,6 +142,45 @@ async def test_process_that_does_not_maintain_leaves_gone_users_to_another(
         await users._check(users._on_gone_elsewhere)
         assert await server.users.disable("ada") == 1  # its own change ends them
         assert len(server.state.registry) == 0
+
+
+async def test_server_reports_that_it_serves_new_certificates(tmp_path: Path, certs: Path) -> None:
+    shutil.copytree(certs, tmp_path / "certs")
+    server = zcproto.Server(None, config(), home=tmp_path, control=False)
+    server.on_certificates = served = Mock()
+    async with server:
+        site = managed_site(server.config)
+        assert site is not None
+        served.assert_not_called()
+        managed.renew(tmp_path / "certs", site.settings, server.parts.certificates.now())
+        await server.parts.certificates.check()
+        served.assert_called_once_with()
+        await server.parts.certificates.check()
+        served.assert_called_once_with()
+
+
+async def test_worker_checks_certificates_when_the_coordinator_serves_new_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "tune_interpreter", lambda: None)
+    server, (ours, theirs) = Mock(place=Place(number=1, workers=2)), Channel.pair()
+    server.start, server.drain, server.parts.certificates.check = AsyncMock(), AsyncMock(), AsyncMock()
+    server.state.tasks.running, server.parts.lifespans.is_stuck = 0, False
+    client, topics, ready = Mock(on_up=[]), Topics(), asyncio.Event()
+    orders = Orders(server, Mock(client=client, topics=topics), theirs, None)
+    running = asyncio.create_task(orders.run(lambda server: ready.set()))
+    await ready.wait()
+    topics.notices[CERTIFICATES](Mock())
+    for connected in client.on_up:  # the coordinator may have been replaced
+        connected(Mock())
+    await asyncio.sleep(0)
+    assert server.parts.certificates.check.await_count == 2
+    orders._drain(0.0)
+    await running
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+    asyncio.get_running_loop().remove_reader(theirs.fileno())
+    ours.close()
+    theirs.close()
 
 
 async def test_supervisor_hears_some_names_of_a_certificate_with_thousands() -> None:

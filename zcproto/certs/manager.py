@@ -48,6 +48,9 @@ LONGEST_WAIT: Final = 0.5
 SOON: Final = 0.1
 """Seconds until the next check if one fell between the writing of a certificate and of its key."""
 
+RARE_S: Final = 2.0
+"""Seconds between checks, at least, in a process that also checks when another one has found changes."""
+
 REST: Final = 0.002
 """Seconds for which the thread sleeps between steps of some milliseconds."""
 
@@ -76,7 +79,8 @@ class CertificateManager:
     In the loop, `on_serving` is called with what to serve from now on, `on_next_pins` with what is announced
     whenever that changes, `on_notice` with everything that happens, and `on_problem` with the reason why new
     certificates do not work, or "" when they work again. `notices` counts what happened, by kind. Without
-    `maintains`, another process issues and renews the managed certificates, which appear in their files.
+    `maintains`, another process issues and renews the managed certificates, which appear in their files. It checks
+    all files, and the caller is to call `check` when it has found changes.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class CertificateManager:
             rest=partial(time.sleep, REST),
             maintains=maintains,
         )
+        self._maintains = maintains
         self._settings = certificate_settings(config)
         self._checker = self._checker_for(self._settings)
         self._interval = config.certificates.watch_interval
@@ -123,6 +128,9 @@ class CertificateManager:
 
     async def run(self) -> None:
         """Check periodically in a thread until cancelled; a check in progress then is the last."""
+        while not self._maintains:  # too rarely to keep a thread
+            await asyncio.sleep(SOON if self._checker.is_incomplete else max(self._interval, RARE_S))
+            await self.check()
         loop = asyncio.get_running_loop()
         ended = threading.Event()
         try:

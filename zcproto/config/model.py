@@ -204,7 +204,8 @@ class CertificatesConfig(Settings):
     """With mode = "files": the environment variable with the passphrase, to keep it off the disk."""
     watch_interval: Annotated[float, duration("100ms", "1h")] = 0.25
     """How often the certificate files are checked for changes. A check costs a few system calls; with the
-    default a new certificate is active before a person can look."""
+    default a new certificate is active before a person can look. With workers the coordinator checks, and the
+    workers follow; by themselves they check every two seconds at most."""
     alert_days: Annotated[tuple[int, ...], list_of(whole(1, 396), 0, 16)] = (30, 14, 7, 3, 1)
     """Days before the expiry of a certificate at which an alert is sent."""
     site: Annotated[tuple[SiteConfig, ...], SITES] = ()

@@ -137,8 +137,11 @@ async def return_memory(
 # --- certificates ----------------------------------------------------------------------------------------
 
 
-def roll_out_certificates(parts: Parts, spawn: Spawn) -> None:
-    """Put new certificates and announced keys into service from now on. `spawn` starts background work."""
+def roll_out_certificates(parts: Parts, spawn: Spawn, served: Callable[[], object]) -> None:
+    """Put new certificates and announced keys into service from now on.
+
+    `spawn` starts background work; `served` is called when new certificates are in service.
+    """
     revoked = parts.certificates.serving.revoked
 
     def serve(serving: ServingCertificates) -> None:
@@ -148,6 +151,7 @@ def roll_out_certificates(parts: Parts, spawn: Spawn) -> None:
         added, revoked = serving.revoked - revoked, serving.revoked
         if added:
             spawn(close_revoked(parts, added))
+        served()
 
     def announce(next_pins: NextPins | None) -> None:
         state = parts.state

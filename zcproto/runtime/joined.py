@@ -37,6 +37,9 @@ from zcproto.stores.remote import RemoteStore, StoreServer
 LOG_LEVEL: Final = "log.level"
 """Notice of the coordinator: the level of the log, which an operator has set."""
 
+CERTIFICATES: Final = "certificates.changed"
+"""Notice of the coordinator: it serves new certificates, or verifies clients by new files."""
+
 _RUN_SIZE: Final = 2
 
 
@@ -56,6 +59,11 @@ class Joined:
         """Have the workers log at the level of this process, the coordinator."""
         assert self.server is not None
         self.server.notify(LOG_LEVEL, level())
+
+    def certificates_changed(self) -> None:
+        """Have the workers check the certificates now."""
+        assert self.server is not None
+        self.server.notify(CERTIFICATES)
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from typing import Any, Final
 
 from zcproto.admin.control import open_control
 from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.link import Link
 from zcproto.common.process import new_event_loop
 from zcproto.common.shared_counts import SharedMemory, memory_size
 from zcproto.common.text import counted
@@ -386,6 +387,7 @@ class Orders:
         if server.place.is_coordinator:
             server.on_reload_requested = self._reload_everywhere
             server.on_log_level = part.share_log_level
+            server.on_certificates = part.certificates_changed
             server.on_drain_requested = lambda limit: channel.send("drain", limit=limit)
             server.on_upgrade_requested = lambda: channel.send("upgrade")
 
@@ -407,6 +409,9 @@ class Orders:
             return
         starting.result()
         tune_interpreter()
+        if self._part.client is not None:
+            self._part.topics.notices[joined.CERTIFICATES] = self._check_certificates
+            self._part.client.on_up.append(self._check_certificates)
         ready(server)
         await stopping
         await server.drain(self._limit)
@@ -447,6 +452,9 @@ class Orders:
     def _drain(self, limit: float | None) -> None:
         self._limit = limit
         self._stop.set()
+
+    def _check_certificates(self, link: Link) -> None:
+        self._begin(self._server.parts.certificates.check())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

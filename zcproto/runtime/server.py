@@ -128,6 +128,8 @@ class Server:
         """Awaited after a reload that an operator requested, for the other processes of the server."""
         self.on_log_level: Callable[[], None] | None = None
         """Called when an operator has set the level of the log."""
+        self.on_certificates: Callable[[], object] = lambda: None
+        """Called when new certificates are in service."""
         self.on_drain_requested: Callable[[float], object] | None = None
         """Called in place of a drain that an operator requests."""
         self.on_upgrade_requested: Callable[[], object] | None = None
@@ -198,7 +200,7 @@ class Server:
             stack.callback(parts.loop_lag.stop)
             parts.loop_lag.start()
             spawn = await stack.enter_async_context(background())
-            roll_out_certificates(parts, spawn)
+            roll_out_certificates(parts, spawn, self.on_certificates)
             for work in background_work(parts):
                 spawn(work)
             if self.before_listening is not None:
