@@ -12,7 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import NOW, FakeTimers
-from zcproto.common.deadlines import ENTRIES_PER_TURN, TICKS_PER_SECOND, DeadlineWheel
+from zcproto.common.deadlines import ENTRIES_PER_TURN, TICKS_PER_SECOND, DeadlineWheel, next_multiple
+
+
+@pytest.mark.parametrize(
+    ("interval", "now", "due"),
+    [
+        (0.5, 100.0, 100.5),
+        (0.5, 100.3, 100.5),
+        (0.5, 100.499, 101.0),
+        (0.25, 100.1, 100.25),
+        (2.0, 7.9, 10.0),
+    ],
+)
+def test_regular_work_is_due_at_multiples_of_its_interval(interval: float, now: float, due: float) -> None:
+    assert next_multiple(interval, now) == due
 
 
 class Entry:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import FakeTimers
+from zcproto.common.deadlines import next_multiple
 from zcproto.observe.loop_lag import (
     BOUNDS_MS,
     DETAIL_TIME,
@@ -23,6 +24,11 @@ from zcproto.observe.loop_lag import (
     LoopLag,
     WaitingTime,
 )
+
+
+def advance_to_next(timers: FakeTimers) -> None:
+    """Let the time pass until the timer of an idle loop."""
+    timers.advance(timers.armed[0] - timers.clock)
 
 
 class Traffic:
@@ -108,11 +114,11 @@ def test_timer_is_frequent_under_heavy_traffic_and_rare_without_traffic(
         timers.advance(PERIOD)
         assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
     timers.advance(PERIOD)
-    assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
-    timers.advance(IDLE_PERIOD)
-    assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
+    assert timers.armed == [pytest.approx(next_multiple(IDLE_PERIOD, timers.clock))]
+    advance_to_next(timers)
+    assert timers.armed == [pytest.approx(next_multiple(IDLE_PERIOD, timers.clock))]
     traffic.count += round(HEAVY * IDLE_PERIOD * 1.01)
-    timers.advance(IDLE_PERIOD)
+    advance_to_next(timers)
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
 
 
@@ -134,7 +140,7 @@ def test_timer_is_less_frequent_under_light_traffic_unless_the_loop_lags(
     timers.advance(PERIOD)
     assert timers.armed == [pytest.approx(timers.clock + LIGHT_PERIOD)]
     timers.advance(LIGHT_PERIOD)
-    assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
+    assert timers.armed == [pytest.approx(next_multiple(IDLE_PERIOD, timers.clock))]
 
 
 def test_timer_is_less_rare_while_requests_wait(
@@ -151,7 +157,7 @@ def test_timer_is_less_rare_while_requests_wait(
     assert timers.armed == [pytest.approx(timers.clock + WAITING_PERIOD)]
     waits.clear()
     timers.advance(WAITING_PERIOD)
-    assert timers.armed == [pytest.approx(timers.clock + IDLE_PERIOD)]
+    assert timers.armed == [pytest.approx(next_multiple(IDLE_PERIOD, timers.clock))]
 
 
 class FakeHolds:
@@ -183,8 +189,9 @@ def test_holds_are_watched_from_the_first_request_after_a_silence(meter: LoopLag
     timers.advance(PERIOD)
     timers.advance(LIGHT_PERIOD)
     assert holds.seen == ["start", 0.0, 0.0, "sleep"]
+    due = next_multiple(IDLE_PERIOD, timers.clock)
     timers.clock += 0.1
-    assert meter.overdue() == pytest.approx(0.1 - IDLE_PERIOD)
+    assert meter.overdue() == pytest.approx(timers.clock - due)
     meter.traffic_begins()
     meter.traffic_begins()
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
@@ -239,7 +246,7 @@ def test_nothing_is_subtracted_before_and_long_after_reading(
 ) -> None:
     def pause() -> float:
         traffic.count += 1
-        timers.advance(IDLE_PERIOD)  # from here on it is read
+        advance_to_next(timers)  # from here on it is read
         waiting.now += 0.08
         timers.clock = timers.armed[0] + 0.1
         timers.run()

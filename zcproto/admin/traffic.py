@@ -5,13 +5,13 @@ Must not know: requests. Nothing is counted here, and no request pays for it.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from zcproto.app.app import Method
 from zcproto.common.clock import Clock
+from zcproto.common.deadlines import sleep_together
 from zcproto.observe.histogram import QUICK_S, WAITED_S, quantile
 from zcproto.observe.log import get_logger
 from zcproto.observe.loop_lag import LoopLag
@@ -63,7 +63,7 @@ class Traffic:
     async def run(self) -> None:
         """Sample the counters once a second until cancelled."""
         while True:
-            await asyncio.sleep(SAMPLE_S)
+            await sleep_together(SAMPLE_S)
             try:
                 self.sample()
             except Exception as error:  # an internal error must not end the sampling

@@ -25,6 +25,7 @@ from zcproto.alerts.command import Command
 from zcproto.alerts.sinks import Sink, SinkQueue, Undelivered
 from zcproto.alerts.webhook import Webhook
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction
+from zcproto.common.deadlines import sleep_together
 from zcproto.common.files import read_secret
 from zcproto.common.secret import Secret
 from zcproto.common.text import escape_text
@@ -178,7 +179,7 @@ class ServerAlerts:
     async def run(self) -> None:
         """Evaluate counters once a second until cancelled."""
         while True:
-            await asyncio.sleep(TICK_S)
+            await sleep_together(TICK_S)
             try:
                 self.tick()
             except Exception as error:  # an internal error must not stop alerts

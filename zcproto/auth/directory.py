@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from zcproto.auth.files import Entry, TableFile
+from zcproto.common.deadlines import sleep_together
 from zcproto.errors import ConfigError
 from zcproto.observe.log import get_logger
 
@@ -47,7 +48,7 @@ class Directory(Generic[Entry]):
         *,
         on_gone: Callable[[str, Entry], Awaitable[int | None]],
         on_gone_elsewhere: Callable[[str, Entry], Awaitable[int | None]] | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = sleep_together,
     ) -> None:
         file.load()
         self.file = file

@@ -9,6 +9,7 @@ more buckets than ticks ahead.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import sys
 from collections.abc import Callable
@@ -19,6 +20,20 @@ TICKS_PER_SECOND: Final = 64
 NEVER: Final = sys.maxsize
 ENTRIES_PER_TURN: Final = 64
 """Entries handled before the event loop gets a turn, when thousands are due at once."""
+
+
+def next_multiple(interval: float, now: float) -> float:
+    """Return a multiple of `interval`, the next one that is at least a quarter of it away.
+
+    An idle process wakes up rarely if what it does regularly is due at the same moments.
+    """
+    return ceil(now / interval + 0.25) * interval
+
+
+async def sleep_together(interval: float) -> None:
+    """Sleep until the next multiple of `interval` seconds, for work that is repeated."""
+    now = asyncio.get_running_loop().time()
+    await asyncio.sleep(next_multiple(interval, now) - now)
 
 
 class Timed(Protocol):

@@ -44,6 +44,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Final, cast
 
+from zcproto.common.deadlines import next_multiple
 from zcproto.common.link_core import (
     ANSWER,
     CALL,
@@ -261,6 +262,9 @@ class Link(asyncio.Protocol):
                 future.set_exception(CallError.from_wire(code, text, details))
         elif kind == PING:
             self._send(pack(PONG))
+        elif kind == PONG:
+            if not self._core.is_due:
+                self._plan()
         elif kind == HELLO:
             _, self.name, self.facts = fields
             self._plan()
@@ -318,7 +322,7 @@ class Link(asyncio.Protocol):
         if self._is_ticking:
             self._timer = self._loop.call_later(self._tick, self._count)
         elif self._heartbeat is not None:
-            self._timer = self._loop.call_later(self._heartbeat, self._ping)
+            self._timer = self._loop.call_at(next_multiple(self._heartbeat, self._loop.time()), self._ping)
 
     def _count(self) -> None:
         try:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from zcproto.common.clock import MS_PER_SECOND
+from zcproto.common.deadlines import next_multiple
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.loop_holds import LoopHolds
 
@@ -33,7 +34,7 @@ HEAVY: Final = 2_000
 LATE: Final = 0.002
 """Seconds of lag from which on the loop is measured every PERIOD, as under heavy traffic."""
 
-IDLE_PERIOD: Final = 0.25
+IDLE_PERIOD: Final = 0.5
 WAITING_PERIOD: Final = 0.05
 """While requests are in flight that wait: their methods may go on at any time."""
 
@@ -142,11 +143,15 @@ class LoopLag:
         return longest
 
     def _arm(self, period: float) -> None:
-        self._due = time.perf_counter() + period
+        wait = period
+        if period == IDLE_PERIOD:
+            now = self._loop.time()
+            wait = next_multiple(period, now) - now
+        self._due = time.perf_counter() + wait
         if self.holds is not None and (period == IDLE_PERIOD) != (self._period == IDLE_PERIOD):
             (self.holds.sleep if period == IDLE_PERIOD else self.holds.wake)()
         self._period = period
-        self._timer = self._loop.call_later(period, self._tick)
+        self._timer = self._loop.call_later(wait, self._tick)
 
     def _tick(self) -> None:
         now = time.perf_counter()

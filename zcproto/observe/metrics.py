@@ -235,7 +235,7 @@ zcproto_loop_held_total counter (method)
     Times that a method, or a middleware, held the event loop for longer than 100 ms, during which nothing else ran.
 zcproto_loop_lag_seconds histogram
     Delay of a timer of the event loop: how long a request may have waited. Measured every 5 ms under
-    heavy traffic or while it lags, every 20 ms under light traffic, else four times a second.
+    heavy traffic or while it lags, every 20 ms under light traffic, else twice a second.
 
 # Workers
 zcproto_worker_up gauge max (worker)

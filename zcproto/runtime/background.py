@@ -17,6 +17,7 @@ from zcproto.certs.checker import ServingCertificates
 from zcproto.certs.client_user import CertificateId, certificate_id
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.rollover import NextPins
+from zcproto.common.deadlines import sleep_together
 from zcproto.common.process import heap_trim
 from zcproto.observe.log import flush_log, report_suppressed
 from zcproto.server.state import log
@@ -105,7 +106,7 @@ async def flush_log_regularly() -> None:
     """Retry log lines that could not be written, and log suppressed lines every minute, until cancelled."""
     while True:
         for _ in range(FLUSHES_PER_SUMMARY):
-            await asyncio.sleep(FLUSH_INTERVAL)
+            await sleep_together(FLUSH_INTERVAL)
             flush_log()
         report_suppressed()
 
@@ -114,7 +115,7 @@ async def return_memory(
     connections: Callable[[], int],
     large_bytes: Callable[[], int],
     trim: Callable[[], object],
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    sleep: Callable[[float], Awaitable[None]] = sleep_together,
 ) -> None:
     """Return free memory to the system when half of many connections have ended, or a burst of large bodies, until
     cancelled."""

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from math import inf
 from typing import Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
@@ -80,7 +81,8 @@ from zcproto.sessions.binding import SessionBinding
 from zcproto.sessions.record import WhenFull
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.sessions.token import id_text
-from zcproto.stores.base import SessionStore
+from zcproto.stores.base import HEARTBEAT_S, SessionStore
+from zcproto.stores.hub import HubStore
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.service import SessionService, StoredSessionService
 from zcproto.stores.sync import StoreSync
@@ -263,6 +265,8 @@ def build_state(
             grace=config.store.grace,
             cleanup_interval=config.store.cleanup_interval,
             keep_ended_ms=settings.dead_keep_ms,
+            # The changes of a hub are calls in this process: none is missed, however long it does not run.
+            heartbeat=inf if isinstance(store, HubStore) else HEARTBEAT_S,
             maintains=role.maintains,
             on_event=partial(on_store_event, alerts),
         )

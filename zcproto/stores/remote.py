@@ -10,8 +10,7 @@ Rules:
   not wait behind thousands of logins; everything else takes the one that the process shares for its calls.
 - A process is a member of the hub (hub.py) as long as its urgent connection lasts. When that is lost, changes are
   not reported any more: LOST. When it is back: ALL, or EMPTIED if the store has lost its data meanwhile.
-- The answer to a ping comes after the notices of all changes until then. The pings of the store watch the urgent
-  connection; the link itself hardly ever sends one.
+- The answer to a ping comes after the notices of all changes until then.
 - The store's own process decides when an operation is late, because only it can distinguish a slow disk from a busy
   process. A connection on which nothing arrives for the timeout is lost, and fails the operations that wait.
 
