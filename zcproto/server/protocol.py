@@ -265,7 +265,7 @@ class ServerProtocol(Dispatcher):
                             connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
             elif event.__class__ is ServerStream:
                 self._run(event, find(event.method))
-            elif self._handle(event):  # type: ignore[arg-type]  # no tuple
+            elif self._handle(event):
                 self._suspended = cast("Iterator[ServerEvent]", events)
                 break
             else:
