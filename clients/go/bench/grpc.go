@@ -1,4 +1,4 @@
-//go:build grpc
+//go:build grpc && unix
 
 package main
 

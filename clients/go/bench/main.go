@@ -1,3 +1,5 @@
+//go:build unix
+
 // Bench measures the client's CPU per call, with one call in flight and with 16: the same echo over TLS 1.3 and one connection.
 //
 //	go run ./bench      # with `zcproto serve` of this repository

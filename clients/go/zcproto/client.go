@@ -35,6 +35,7 @@ type shared struct {
 	address     address
 	connections *connections
 	all         []*Session // the first one is the client's own: it also gets events that belong to no session
+	onConnected func()     // set once the client is open
 }
 
 // Dial connects to the server at "host", "host:port" or "[::1]:port", and opens a session if there are credentials. The port is
@@ -124,6 +125,12 @@ func (c *Client) open(ctx context.Context) error {
 	if err != nil {
 		_ = c.Close()
 		return err
+	}
+	if s.options.OnConnected != nil {
+		s.mu.Lock()
+		s.onConnected = func() { s.options.OnConnected(c) }
+		s.mu.Unlock()
+		go s.onConnected()
 	}
 	return nil
 }
@@ -289,10 +296,10 @@ func (s *shared) connected(c *connection) {
 		}
 		showing.Wait()
 		s.mu.Lock()
-		isCurrent := s.connections.current == c
+		isCurrent, onConnected := s.connections.current == c, s.onConnected
 		s.mu.Unlock()
-		if isCurrent && s.options.OnConnected != nil {
-			s.options.OnConnected()
+		if isCurrent && onConnected != nil {
+			onConnected()
 		}
 	}()
 }

@@ -65,9 +65,9 @@ type Options struct {
 
 	// OnEvent is called with each event of the server, one at a time. Without it, events are queued in Session.Events.
 	OnEvent func(Event)
-	// OnConnected is called once the client has connected, and again after each reconnect when all sessions are known to the
-	// server: a good place to open long streams again.
-	OnConnected func()
+	// OnConnected is called in a goroutine of its own once the client has connected and opened its session, and again after each
+	// reconnect when all sessions are known to the server: a good place to open long streams again.
+	OnConnected func(*Client)
 	// MaxCalls is how many calls of the server are handled at once in a session: DefaultMaxCalls if 0.
 	MaxCalls int
 	// MaxFrame is the largest frame accepted from the server, in bytes: DefaultMaxFrame if 0.

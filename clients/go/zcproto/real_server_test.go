@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -99,6 +100,7 @@ func TestWithARealServer(t *testing.T) {
 		"streams":    testStreams,
 		"calls":      testCallsOfTheServer,
 		"users":      testUsers,
+		"cuts":       testManyCuts,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s.t = t
@@ -424,6 +426,51 @@ func testUsers(t *testing.T, s *server, _ string) {
 	}
 	if err := sessions[1].Call(ctx, "echo", nil, nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// Every answer belongs to its call, however often the connection is cut, and nothing is left behind.
+func testManyCuts(t *testing.T, s *server, key string) {
+	before := runtime.NumGoroutine()
+	client := s.dialAs("ada", key)
+	var calls sync.WaitGroup
+	for worker := range 20 {
+		calls.Add(1)
+		go func() {
+			defer calls.Done()
+			for number := range 20 {
+				value := fmt.Sprintf("%d of %d", number, worker)
+				limited, cancel := context.WithTimeout(ctx, time.Minute)
+				var result string
+				err := client.Call(limited, "echo", map[string]any{"value": value}, &result, zcproto.IdempotencyKey("cuts "+value))
+				cancel()
+				if err != nil || result != value {
+					t.Errorf("%s: got %q, %v", value, result, err)
+				}
+			}
+		}()
+	}
+	done := make(chan struct{})
+	go func() {
+		calls.Wait()
+		close(done)
+	}()
+	for cuts := 0; cuts < 10; {
+		select {
+		case <-done:
+			cuts = 10
+		case <-time.After(20 * time.Millisecond):
+			client.Cut()
+			cuts++
+		}
+	}
+	<-done
+	_ = client.Close()
+	for limit := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(limit) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines were left:\n%s", runtime.NumGoroutine()-before, stacks[:runtime.Stack(stacks, true)])
+		}
 	}
 }
 

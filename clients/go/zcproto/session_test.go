@@ -399,9 +399,14 @@ func TestUsersHaveTheirOwnSessionsAndEventsOnOneConnection(t *testing.T) {
 
 func TestReconnectShowsEachSession(t *testing.T) {
 	server := newFakeServer(t)
-	connected := make(chan struct{}, 10)
-	client, peer := server.opened(Options{OnConnected: func() { connected <- struct{}{} }})
-	<-connected
+	connected := make(chan bool, 10)
+	client, peer := server.opened(Options{OnConnected: func(client *Client) {
+		_, isOpen := client.Info()
+		connected <- isOpen
+	}})
+	if !<-connected {
+		t.Error("OnConnected was called before the session was open")
+	}
 	openUser(t, client, peer, "bob", 2)
 	peer.finish(newTLSError(TLSTruncated, nil))
 	peer = server.reconnected()
