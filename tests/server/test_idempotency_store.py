@@ -94,6 +94,75 @@ def test_claim_that_could_not_be_released_is_reused(make_harness: MakeHarness) -
     assert harness.slept == []
 
 
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_claim_with_unknown_outcome_is_released_for_other_processes(
+    make_harness: MakeHarness, is_claimed: bool
+) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    store.out, store.fails_after_the_effect = True, is_claimed
+    assert code(harness.call()) is Code.UNAVAILABLE
+    store.out = False
+    harness.cache.save()
+    harness.turn()
+    another = make_harness(FakeStore(shared=True, data_of=store))
+    assert another.call("paid").code == 0
+    assert (harness.ran, another.ran, another.slept) == (0, 1, [])
+
+
+def test_claim_of_another_process_is_not_released(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    another = make_harness(store)
+    gate = another.loop.create_future()
+    caller = another.begin("paid", wait=gate)
+    another.turn()
+    seen_by_harness = FakeStore(shared=True, data_of=store)
+    harness = make_harness(seen_by_harness)
+    seen_by_harness.out = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    seen_by_harness.out = False
+    harness.cache.save()
+    harness.turn()
+    assert "release" not in seen_by_harness.asked
+    gate.set_result(None)
+    another.turn()
+    assert harness.call("again") == caller.answer
+
+
+def test_claim_whose_release_fails_is_released_later(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    store.out = store.fails_after_the_effect = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    store.fails_after_the_effect = False
+    harness.cache.save()
+    harness.turn()
+    store.out = False
+    harness.cache.save()
+    harness.turn()
+    assert store.asked[-2:] == ["claim", "release"]
+    assert not store.answers
+
+
+def test_request_that_comes_during_a_release_runs_once(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    store.out = store.fails_after_the_effect = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    store.out, store.held = False, harness.loop.create_future()
+    harness.cache.save()
+    harness.turn()
+    callers = [harness.begin("paid"), harness.begin("paid")]
+    store.held.set_result(None)
+    store.held = None
+    harness.turn()
+    assert [caller.answer.code for caller in callers] == [0, 0]
+    assert harness.ran == 1
+    harness.cache.save()
+    harness.turn()
+    assert harness.call("again") == callers[0].answer
+
+
 @pytest.mark.parametrize("all_the_same", [False, True])
 def test_answer_that_failed_to_be_stored_is_kept_here_and_written_later(
     make_harness: MakeHarness, all_the_same: bool

@@ -29,6 +29,24 @@ def test_entries_and_bytes_are_counted() -> None:
     assert answers._users == {}
 
 
+def test_claim_names_its_process_by_what_follows_the_digest() -> None:
+    changed: dict[Key, Entry | None] = {}
+    answers = Answers(AnswerLimits(), StoreTime(), changed.__setitem__)
+    answers.claim("alice", "p", BODY + b"one", LEASE)
+    claims = [answers.claim("alice", "p", BODY + id, LEASE) for id in (b"one", b"two", b"")]
+    assert [(claim.state, claim.is_own) for claim in claims] == [
+        (ClaimState.RUNNING, True),
+        (ClaimState.RUNNING, False),
+        (ClaimState.RUNNING, False),
+    ]
+    assert answers.claim("alice", "p", digest("other") + b"one", LEASE).state is ClaimState.CONFLICT
+    answers.keep("alice", "p", b"x", KEEP)
+    assert answers.claim("alice", "p", BODY + b"two", LEASE).state is ClaimState.DONE
+    kept = changed["alice", "p"]
+    assert kept is not None
+    assert kept.digest == BODY
+
+
 def test_new_answer_replaces_the_first() -> None:
     answers = Answers(AnswerLimits(), StoreTime())
     answered(answers, "alice", "p", 10 * b"x")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import FakeClock
 from tests.sessions.helpers import CountedEntropy
 from tests.stores import hub_harness
-from tests.stores.contract import IDLE, KEEP, LEASE, MINUTE, WALL, digest, ended, opened, rotation, session
+from tests.stores.contract import IDLE, LEASE, MINUTE, WALL, digest, ended, opened, rotation, session
 from tests.stores.faulty import BUSY, FAILS, FAILS_AFTER, WORKS, FaultyStore
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions import SessionSettings
@@ -27,6 +28,7 @@ from zcproto.stores.base import (
     StoreUnavailable,
 )
 from zcproto.stores.hub import RETURN_S, HubStore, StoreHub
+from zcproto.stores.sqlite.store import SqliteStore
 
 ONE = UserLimit(1, "evict_disconnected", IDLE)
 OLD, NEW = session(1), session(2)
@@ -292,28 +294,23 @@ async def test_released_claim_is_taken_by_another_member(one: HubStore, other: H
     assert not (await claimed(one)).is_own
 
 
-async def test_answered_claim_is_forgotten(members: Members, one: HubStore, other: HubStore) -> None:
-    await claimed(one)
-    await one.keep_answer("alice", "key", b"answer", KEEP)
-    assert (await claimed(other)).answer == b"answer"
-    assert not members.hub.claims
-
-
-async def test_number_of_remembered_claims_is_bounded(
-    members: Members, one: HubStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub_module, "MAX_CLAIMS", 2)
-    for key in "abc":
-        await one.claim("alice", key, digest("body"), LEASE)
-    assert [key for _, key in members.hub.claims] == ["b", "c"]
-    claim = await one.claim("alice", "a", digest("body"), LEASE)
-    assert claim.state is ClaimState.RUNNING
-
-
 async def test_member_that_joins_again_keeps_its_claims(members: Members, one: HubStore) -> None:
     await claimed(one)
     await one.close()
     assert (await claimed(await members.join(b"1"))).is_own
+
+
+async def test_claim_is_own_after_the_death_of_the_process_with_the_store(tmp_path: Path) -> None:
+    claims = []
+    for id in (b"1", b"1", b"2"):
+        store = SqliteStore(tmp_path / "sessions.db")
+        hub = StoreHub(store, is_lasting=True, now=FakeClock().now, entropy=CountedEntropy())
+        member = hub.member(id)
+        await member.open(lambda change: None)
+        claims.append(await claimed(member))
+        await hub.close()
+    assert [claim.state for claim in claims] == [ClaimState.NEW, ClaimState.RUNNING, ClaimState.RUNNING]
+    assert [claim.is_own for claim in claims[1:]] == [True, False]
 
 
 # --- the number of sessions ------------------------------------------------------------------------

@@ -154,9 +154,9 @@ class IdempotencyCache:
         # All answers without a store, else those it failed to store.
         self._memory = Answers(limits, MonotonicClock(clock).wall)
         # Answers in memory, to be written to the store; and requests that it may hold a claim of this process for,
-        # though nothing runs.
-        self._unsaved: OrderedDict[Name, None] = OrderedDict()
-        self._idle_claims: OrderedDict[Name, None] = OrderedDict()
+        # though nothing runs: they are released when it is back. Both by name, with the digest of the request.
+        self._unsaved: OrderedDict[Name, bytes] = OrderedDict()
+        self._idle_claims: OrderedDict[Name, bytes] = OrderedDict()
         self._is_saving = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()
@@ -258,7 +258,7 @@ class IdempotencyCache:
         except (Exception, asyncio.CancelledError) as error:  # not one that stops the process
             answer = answer_error(error)
         if answer.code in NOT_RUN:
-            await self._release(name)
+            await self._release(name, run.digest)
         else:
             await self._keep(name, run.digest, self._fit(answer, answer_error))
         return answer
@@ -298,7 +298,7 @@ class IdempotencyCache:
         try:
             claim = await breaker.call(breaker.store.claim(*name, run.digest, self._keep_ms))
         except StoreUnavailable as error:
-            _remember(self._idle_claims, name)  # it may have been claimed nevertheless
+            _remember(self._idle_claims, name, run.digest)  # it may have been claimed nevertheless
             raise Unavailable(
                 "the session store does not answer, so no request with an idempotency key is run: try again",
                 {"retry_after_ms": RETRY_MS},
@@ -331,12 +331,12 @@ class IdempotencyCache:
                 await breaker.call(breaker.store.keep_answer(*name, data, self._keep_ms))
             except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
                 self._memory.claim(*name, digest, self._keep_ms)
-                _remember(self._unsaved, name)
+                _remember(self._unsaved, name, digest)
             else:
                 return
         self._memory.keep(*name, data, self._keep_ms)
 
-    async def _release(self, name: Name) -> None:
+    async def _release(self, name: Name, digest: bytes) -> None:
         breaker = self._breaker
         if breaker is None:
             self._memory.release(*name)
@@ -344,11 +344,13 @@ class IdempotencyCache:
         try:
             await breaker.call(breaker.store.release_claim(*name))
         except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
-            _remember(self._idle_claims, name)
+            _remember(self._idle_claims, name, digest)
 
     def save(self) -> None:
-        """Start to write the answers to the store that it failed to store. Call it when the store is back."""
-        if self._unsaved and not self._is_saving and self._breaker is not None:
+        """Start to write the answers to the store that it failed to store, and to release the claims that nothing
+        runs for: the request may come to another process. Call it when the store is back.
+        """
+        if (self._unsaved or self._idle_claims) and not self._is_saving and self._breaker is not None:
             self._is_saving = True
             self._tasks.start(self._save(self._breaker))
 
@@ -361,14 +363,30 @@ class IdempotencyCache:
                     left_ms = self._memory.left_ms(entry)
                     await breaker.call(breaker.store.keep_answer(*name, entry.answer, left_ms))
                 self._unsaved.pop(name, None)
+            for name, digest in list(self._idle_claims.items()):
+                if name not in self._running:
+                    await self._release_idle(breaker, name, digest)
         except (StoreUnavailable, ResourceExhausted):
             pass  # retried at the next claim, or when the store is back
         finally:
             self._is_saving = False
 
+    async def _release_idle(self, breaker: CircuitBreaker, name: Name, digest: bytes) -> None:
+        """Release a claim if it is of this process. A request that comes meanwhile waits for that."""
+        self._idle_claims.pop(name, None)
+        try:
+            claim = await breaker.call(breaker.store.claim(*name, digest, self._keep_ms))
+            if name in self._running:
+                _remember(self._idle_claims, name, digest)  # it may run by this claim
+            elif claim.state is ClaimState.NEW or claim.is_own:
+                await breaker.call(breaker.store.release_claim(*name))
+        except (StoreUnavailable, ResourceExhausted):
+            _remember(self._idle_claims, name, digest)
+            raise
 
-def _remember(names: OrderedDict[Name, None], name: Name) -> None:
-    names[name] = None
+
+def _remember(names: OrderedDict[Name, bytes], name: Name, digest: bytes) -> None:
+    names[name] = digest
     if len(names) > MAX_REMEMBERED:
         names.popitem(last=False)
 

@@ -30,6 +30,9 @@ Key = tuple[str, str]
 """The user and the idempotency key."""
 
 
+DIGEST_SIZE: Final = 32
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerLimits:
     """Bounds of the table. An answer of more than `user_bytes` is never stored."""
@@ -116,13 +119,17 @@ class Answers:
         return entry.until - self._time()
 
     def claim(self, user: str, key: str, digest: bytes, lease_ms: int) -> Claim:
-        """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted if too many requests are running."""
+        """Claim a request as in `SessionStore.claim`. Raises ResourceExhausted if too many requests are running.
+
+        The bytes of `digest` beyond DIGEST_SIZE name the process that claims. They are stored with the claim.
+        """
         entry = self.entry(user, key)
         if entry is not None:
-            if not compare_digest(entry.digest, digest):
+            if not compare_digest(entry.digest[:DIGEST_SIZE], digest[:DIGEST_SIZE]):
                 return Claim(ClaimState.CONFLICT)
             if entry.running:
-                return Claim(ClaimState.RUNNING, is_own=entry.is_own)
+                is_known = entry.is_own or len(digest) > DIGEST_SIZE
+                return Claim(ClaimState.RUNNING, is_own=is_known and entry.digest == digest)
             answer = self._read_answer((user, key)) if entry.answer is None else entry.answer
             return Claim(ClaimState.DONE, answer)
         if (user, key) in self._entries:
@@ -147,6 +154,7 @@ class Answers:
         while self.bytes + len(answer) > limits.bytes:
             self._remove(next(iter(self._done)))
         entry.running, entry.answer, entry.size = False, answer, len(answer)
+        entry.digest = entry.digest[:DIGEST_SIZE]
         entry.until = self._until(keep_ms)
         self._add((user, key), entry)
 

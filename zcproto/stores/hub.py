@@ -1,6 +1,6 @@
 """One store for several processes of one server: each has it as a shared store.
 
-Decides: who is notified of a change, which sessions count as in use, and which process made a claim.
+Decides: who is notified of a change, and which sessions count as in use.
 
 Rules:
 - One process has the store; the others reach it over a link (remote.py). Each process is a member.
@@ -10,6 +10,7 @@ Rules:
 - A member has a lease for each session that its connections use, until it gives it up or leaves. The leases of a
   member that has left count for RETURN_S: its clients are about to connect to another one.
 - The sessions of all members together are bounded, by a count that each clean-up corrects.
+- A claim is stored with the id of its member, which is its owner also after a crash of this process.
 - A session without a lease counts as in use until the hub has run for the time of a lease: members need time to
   renew theirs after a crash of this process.
 
@@ -19,7 +20,6 @@ It must not know: how members reach it, connections.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar
@@ -32,7 +32,6 @@ from zcproto.stores.base import (
     Change,
     ChangeKind,
     Claim,
-    ClaimState,
     Created,
     LimitReached,
     NotRotated,
@@ -48,9 +47,6 @@ SETTLE_PAUSE_S: Final = 0.1
 
 MAX_SESSIONS: Final = 1_000_000
 """As in one process: about 600 bytes each, in the file or in memory."""
-
-MAX_CLAIMS: Final = 65_536
-"""Claims whose member is remembered. A member that was forgotten waits for its own claim to expire."""
 
 _EPOCH_SIZE: Final = 8
 
@@ -80,7 +76,6 @@ class StoreHub:
         self._left: dict[HubStore, float] = {}  # with when their leases end
         self.sessions = 0
         self._given_up: set[bytes] = set()  # while unknown sessions count as in use
-        self.claims: OrderedDict[tuple[str, str], bytes] = OrderedDict()  # the ids of members
         self.epoch = b"" if is_lasting else entropy(_EPOCH_SIZE)
 
     async def open(self) -> None:
@@ -290,26 +285,13 @@ class HubStore:
         return removed
 
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
-        claims, name = self._hub.claims, (user, key)
-        owner = claims.setdefault(name, self._id)  # before the outcome, which may get lost
-        if len(claims) > MAX_CLAIMS:
-            claims.popitem(last=False)
-        claim = await self._store.claim(user, key, request_digest, lease_ms)
-        if claim.state is ClaimState.NEW:
-            claims[name] = self._id
-        elif claim.state is ClaimState.RUNNING:
-            return replace(claim, is_own=claim.is_own and owner == self._id)
-        elif claims.get(name) == self._id:
-            del claims[name]
-        return claim
+        return await self._store.claim(user, key, request_digest + self._id, lease_ms)
 
     async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         await self._store.keep_answer(user, key, answer, keep_ms)
-        self._hub.claims.pop((user, key), None)
 
     async def release_claim(self, user: str, key: str) -> None:
         await self._store.release_claim(user, key)
-        self._hub.claims.pop((user, key), None)
 
     async def _change(self, operation: Awaitable[T]) -> T:
         try:
