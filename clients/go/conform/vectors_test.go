@@ -21,9 +21,14 @@ func TestVectorsOfFrames(t *testing.T) {
 		for _, vector := range vectors.Load[vectors.Vector](t, file) {
 			t.Run(file+"/"+vector.Name, func(t *testing.T) {
 				expected := expectationsOf(t, &vector)
-				for _, pieces := range cutsOf(vector.Bytes, len(expected) > 0 && expected[len(expected)-1].stopsReading(vector.Receiver)) {
-					if err := judge(&vector, expected, pieces, nil); err != nil {
-						t.Fatalf("%d pieces, the first of %d bytes: %v", len(pieces), len(pieces[0]), err)
+				whole := outcomesOfVector(t, &vector, [][]byte{vector.Bytes}, nil)
+				if err := judge(&vector, expected, whole); err != nil {
+					t.Fatal(err)
+				}
+				stopsReading := len(expected) > 0 && expected[len(expected)-1].stopsReading(vector.Receiver)
+				for _, pieces := range cutsOf(vector.Bytes, stopsReading) {
+					if outcomes := outcomesOfVector(t, &vector, pieces, nil); !reflect.DeepEqual(outcomes, whole) {
+						t.Fatalf("%d pieces, the first of %d bytes: %v", len(pieces), len(pieces[0]), outcomes)
 					}
 				}
 			})
@@ -41,7 +46,8 @@ func TestVectorsOfSlowFrames(t *testing.T) {
 				pieces = append(pieces, piece.Bytes)
 				times = append(times, piece.Now)
 			}
-			if err := judge(&vector, expectationsOf(t, &vector), pieces, times); err != nil {
+			outcomes := outcomesOfVector(t, &vector, pieces, times)
+			if err := judge(&vector, expectationsOf(t, &vector), outcomes); err != nil {
 				t.Fatal(err)
 			}
 		})
@@ -51,7 +57,7 @@ func TestVectorsOfSlowFrames(t *testing.T) {
 // cutsOf returns the ways to divide bytes: all, for short ones.
 func cutsOf(data []byte, stopsReading bool) [][][]byte {
 	junk := bytes.Repeat([]byte{0xff}, 100)
-	cuts := [][][]byte{{data}}
+	var cuts [][][]byte
 	if stopsReading {
 		cuts = append(cuts, [][]byte{append(bytes.Clone(data), junk...)}, [][]byte{data, junk})
 	}
@@ -93,19 +99,24 @@ func (e *expectation) stopsReading(receiver string) bool {
 	return e.Fatal && (receiver == "client" || e.Stage == "header")
 }
 
-// judge compares the outcomes with those that the receiver can find out.
-func judge(vector *vectors.Vector, expected []expectation, pieces [][]byte, times []string) error {
+func outcomesOfVector(t *testing.T, vector *vectors.Vector, pieces [][]byte, times []string) []outcome {
+	t.Helper()
 	var context vectorContext
 	if err := json.Unmarshal(vector.Context, &context); err != nil {
-		return err
+		t.Fatal(err)
 	}
 	if times != nil {
 		context.Now = times[0]
 	}
 	outcomes, err := outcomesOf(vector.Receiver, &context, pieces, times)
 	if err != nil {
-		return err
+		t.Fatal(err)
 	}
+	return outcomes
+}
+
+// judge compares the outcomes with those that the receiver can find out.
+func judge(vector *vectors.Vector, expected []expectation, outcomes []outcome) error {
 	isComplete := true
 	for index, one := range expected {
 		if index >= len(outcomes) {
