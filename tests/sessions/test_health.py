@@ -10,6 +10,7 @@ import pytest
 from zcproto.sessions.health import (
     FAILURES,
     FIRST_DELAY_S,
+    HASTENED_S,
     MAX_DELAY_S,
     MIN_RETRY_MS,
     NEVER,
@@ -211,7 +212,7 @@ def test_new_connection_hastens_the_next_probe(watch: Watch) -> None:
     assert watch.health.next_deadline() - watch.now > 1.0
     watch.health.hasten_probe(watch.now)
     due = watch.health.next_deadline()
-    assert due - watch.now == pytest.approx(FIRST_DELAY_S * 0.75)
+    assert due - watch.now == pytest.approx(HASTENED_S * 0.5)
     watch.health.hasten_probe(due - 0.001)
     assert watch.health.next_deadline() == due
 

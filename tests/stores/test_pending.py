@@ -462,6 +462,46 @@ async def test_file_of_an_ended_process_is_taken_over(opened: Open, path: Path) 
     assert await reopened(again, path) == [one(0), one(1), one(2)]
 
 
+async def test_file_of_a_process_that_ends_later_is_taken_over_by_one_that_runs(
+    opened: Open, path: Path
+) -> None:
+    first, second, third = await opened(), await opened(), await opened()
+    for number, pending in enumerate((first, second, third)):
+        await pending.add(one(number), WITHIN)
+    await second.add(one(0, WALL + 1), WITHIN)
+    await first.take_left(WITHIN)  # of running processes nothing is taken
+    assert first.entries == [one(0)]
+    await second.close()
+    await first.take_left(WITHIN)
+    assert first.entries == [one(0), one(1)]
+    assert not is_there(path.with_name("revocations-2.pending"))
+    await first.take_left(WITHIN)
+    assert third.entries == [one(2)]
+    again = await opened()  # with the number that is free
+    await again.add(one(3), WITHIN)
+    assert is_there(path.with_name("revocations-2.pending"))
+    await again.close()
+    await third.close()
+    assert await reopened(first, path) == [one(0), one(1), one(3), one(2)]
+
+
+async def test_file_that_cannot_be_taken_over_stays(
+    opened: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await opened(), await opened()
+    await second.add(one(1), WITHIN)
+    await second.close()
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "replace_file", fail)
+        with pytest.raises(StoreUnavailable, match="No space left"):
+            await first.take_left(WITHIN)
+    assert await reopened(first, path) == [one(1)]
+
+
 def test_all_processes_of_the_largest_server_have_a_file_each_during_an_upgrade(tmp_path: Path) -> None:
     def workers(count: int) -> int | None:
         overrides = {"server.workers": count}

@@ -61,15 +61,27 @@ async def test_change_by_one_process_is_reported_to_the_others(harness: HubHarne
     assert harness.changes == [expected, [], expected]
 
 
-async def test_kind_of_change_of_a_newer_process_is_ignored(harness: HubHarness) -> None:
+async def test_kind_of_change_of_a_newer_process_drops_the_cache(harness: HubHarness) -> None:
     await harness.start()
     store = await harness.opened()
     link = store._urgent.link
     known = ["session", session().id, None]
     harness.server.notify("store.changed", ["of tomorrow", b"", None], known)
     await store.ping()
-    assert harness.changes == [[Change(ChangeKind.SESSION, session().id)]]
+    assert harness.changes == [[Change(ChangeKind.ALL), Change(ChangeKind.SESSION, session().id)]]
     assert store._urgent.link is link
+
+
+async def test_members_hear_that_the_store_will_be_away_before_the_connection_ends(
+    harness: HubHarness,
+) -> None:
+    await harness.start()
+    await harness.opened()
+    harness.hub.notify([Change(ChangeKind.AWAY)], None)
+    await harness.server.flush()
+    await harness.stop()
+    await until(lambda: len(harness.changes[0]) == 2)
+    assert harness.changes[0] == [Change(ChangeKind.AWAY), Change(ChangeKind.LOST)]
 
 
 async def test_crash_of_the_store_process_is_an_outage_until_it_is_back(harness: HubHarness) -> None:
@@ -86,6 +98,37 @@ async def test_crash_of_the_store_process_is_an_outage_until_it_is_back(harness:
     assert stored_changes(harness.changes[0]) == [ChangeKind.LOST, ChangeKind.ALL]
     await until(lambda: store._calls.link)
     assert await store.find(session().token_digest) == session()
+
+
+async def test_store_is_back_when_both_connections_are(
+    harness: HubHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await harness.start()
+    store = await harness.opened()
+    found: list[object] = []
+    monkeypatch.setattr(store, "_on_change", lambda change: found.append((change.kind, store._calls.link)))
+    store._calls._pause = 0.2  # it connects later than the urgent one
+    await harness.stop()
+    await harness.start()
+    await until(lambda: len(found) == 2)
+    assert found[1] == (ChangeKind.ALL, store._calls.link)
+    assert store._calls.link is not None
+
+
+async def test_connection_lost_before_both_are_up_is_joined_again(harness: HubHarness) -> None:
+    await harness.start()
+    store = await harness.opened()
+    store._calls._pause = 0.2
+    await harness.stop()
+    await harness.start()
+    await until(lambda: len(harness.hub._members) == 1)  # and waits for the connection for calls
+    first = store._urgent.link
+    assert first is not None
+    first.lose("lost")
+    await until(lambda: ChangeKind.ALL in stored_changes(harness.changes[0]))
+    assert store._urgent.link is not first
+    assert [*harness.hub._members]
+    await store.ping()
 
 
 async def test_store_in_memory_is_emptied_by_a_crash_of_its_process(tmp_path: Path) -> None:

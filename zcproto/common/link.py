@@ -91,6 +91,9 @@ LONGEST_PAUSE_S: Final = 0.5
 LASTING_S: Final = 1.0
 """A connection that ended sooner counts as a failed attempt: its peer may end each one after HELLO."""
 
+_TURNS_TO_WRITE: Final = 2
+"""Turns of the event loop: the link hands the bytes to the transport, which may write them at the end of a turn."""
+
 _ROOT: Final = 0
 _RETRY_MS: Final = 250
 
@@ -373,6 +376,11 @@ class LinkServer:
         data = pack(NOTICE, topic, arguments)
         for link in list(self.links):
             link.send(data)
+
+    async def flush(self) -> None:
+        """Wait until what was sent is written, to peers that read."""
+        for _ in range(_TURNS_TO_WRITE):
+            await asyncio.sleep(0)
 
     async def close(self, within: float = 1.0) -> None:
         """Stop listening and end all connections, after the answers of handlers that run for so many seconds."""

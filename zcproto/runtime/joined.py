@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from zcproto.common.home import Home
 from zcproto.common.link import Link, LinkClient, LinkServer, Topics
 from zcproto.common.shared_counts import WorkerCounting
 from zcproto.config import Config
+from zcproto.errors import ConfigError
 from zcproto.observe.log import level, set_level
 from zcproto.runtime import joined_figures
 from zcproto.runtime.alert_sources import on_store_event
@@ -32,13 +33,18 @@ from zcproto.runtime.gone import report_gone
 from zcproto.runtime.place import Place
 from zcproto.runtime.store_setup import MEMORY, SQLITE, build_hub
 from zcproto.server.idempotency import answer_limits
+from zcproto.stores.base import Change, ChangeKind, StoreUnavailable
 from zcproto.stores.remote import RemoteStore, StoreServer
+from zcproto.stores.sync import StoreSync
 
 LOG_LEVEL: Final = "log.level"
 """Notice of the coordinator: the level of the log, which an operator has set."""
 
 CERTIFICATES: Final = "certificates.changed"
 """Notice of the coordinator: it serves new certificates, or verifies clients by new files."""
+
+LEFT_AFTER_S: Final = 0.2
+"""After the end of a worker's link: the process ends, and its files are free."""
 
 _RUN_SIZE: Final = 2
 
@@ -64,6 +70,24 @@ class Joined:
         """Have the workers check the certificates now."""
         assert self.server is not None
         self.server.notify(CERTIFICATES)
+
+    def take_left_revocations(self, store: StoreSync) -> None:
+        """Have the coordinator's store take over the pending revocations of workers that end from now on."""
+        assert self.server is not None
+        loop, is_planned = asyncio.get_running_loop(), False
+
+        def take() -> None:
+            nonlocal is_planned
+            is_planned = False
+            store.take_left()
+
+        def on_lost(link: Link) -> None:
+            nonlocal is_planned
+            if not is_planned:
+                is_planned = True
+                loop.call_later(LEFT_AFTER_S, take)
+
+        self.server.on_lost.append(on_lost)
 
 
 @asynccontextmanager
@@ -91,6 +115,10 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
         server, topics, place, lambda: None if hub is None else hub.sessions
     )
     await server.start()
+    if hub is not None:
+        # First of all, because the workers wait for it. A failure is reported when the server opens the store.
+        with suppress(StoreUnavailable, ConfigError):
+            await hub.open()
     collecting = asyncio.create_task(collector.run(), name="zcproto-figures")
     try:
         role = WorkerRole(
@@ -103,6 +131,9 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
         yield Joined(role, topics, server=server)
     finally:
         collecting.cancel()
+        if hub is not None:
+            hub.notify([Change(ChangeKind.AWAY)], None)
+            await server.flush()
         await server.close()
         if hub is not None:
             await hub.close()

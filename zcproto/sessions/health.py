@@ -30,6 +30,9 @@ FAILURES: Final = 3
 WINDOW_S: Final = 10.0
 FIRST_DELAY_S: Final = 0.2
 MAX_DELAY_S: Final = 5.0
+HASTENED_S: Final = 0.1
+"""Within which all processes probe a store that can be reached again."""
+
 STEADY_S: Final = 60.0
 MIN_RETRY_MS: Final = 100
 
@@ -177,7 +180,7 @@ class StoreHealth:
         """Plan the next probes soon, because the store can be reached again."""
         self._ceiling = FIRST_DELAY_S
         if self.state is HealthState.DEGRADED:
-            self._probe_at = min(self._probe_at, now + self._jitter(FIRST_DELAY_S))
+            self._probe_at = min(self._probe_at, now + HASTENED_S * self._random())
 
     def next_deadline(self) -> float:
         """Return the latest time for the next call of `handle_time`, or NEVER."""

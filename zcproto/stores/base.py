@@ -132,6 +132,7 @@ class ChangeKind(Enum):
     EMPTIED = "emptied"  # like ALL, and the store lost its data unexpectedly
     FLUSHED = "flushed"  # like ALL, and all data was deleted by a command
     LOST = "lost"  # a connection is lost, so that changes are not reported until ALL
+    AWAY = "away"  # nothing has changed: by order, the store will be away for a moment
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ Rules:
 - One line each, with a checksum. A crash may truncate the last line, whose `add` has not returned. Any other line
   that is not as it was written is damage: the file is copied, and the lines that can be read are used.
 - A file belongs to one process, which holds a lock beside it. Other processes of the same home use files with a
-  number. Files left by processes that have ended are taken over by the next one that starts.
+  number. Files left by processes that have ended are taken over by the next one that starts, or that is asked to.
 - The file is 0600. It is written in a thread, in groups.
 
 It must not know: the store, who waits for a revocation.
@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from zcproto.common.files import read_file, replace_file, try_lock
 from zcproto.errors import Code, ConfigError
@@ -115,6 +116,11 @@ class PendingRevocations:
         if worker is not None:
             await worker.stop(CLOSE_TIMEOUT_S)
 
+    async def take_left(self, within: float) -> None:
+        """Take over the files of processes that have ended since `open`. Raises StoreUnavailable."""
+        for entry in await self._submit(self._file.take_left, within):
+            self._entries.setdefault(entry.key, entry)
+
     async def add(self, revocation: Revocation, within: float) -> None:
         """Store a revocation. It is in `entries` immediately, before anything is awaited.
 
@@ -135,10 +141,10 @@ class PendingRevocations:
                 del self._entries[revocation.key]
         await self._submit(partial(self._file.remove, list(revocations)), within)
 
-    async def _submit(self, work: Callable[[], object], within: float) -> None:
+    async def _submit(self, work: Callable[[], Any], within: float) -> Any:
         if self._worker is None:
             raise StoreUnavailable("the file of pending revocations is closed")
-        await self._worker.submit(work, within, lasting=True)
+        return await self._worker.submit(work, within, lasting=True)
 
 
 class _File:
@@ -168,13 +174,39 @@ class _File:
             if len(taken) > 1:
                 self._rewrite()
                 for path in taken[1:]:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # another process may have had it just before
                     os.close(self._locks.pop(1))
         except OSError as error:
             raise ConfigError(
                 [f"{self._path}: pending revocations cannot be stored: {error.strerror or error}"]
             ) from error
         return list(self._entries.values())
+
+    def take_left(self) -> list[Revocation]:
+        """Add the revocations in files without a process to this file, and return them."""
+        found: dict[RevocationKey, Revocation] = {}
+        locks: list[int] = []
+        try:
+            left = []
+            for path in self._existing():
+                if (lock := try_lock(path.with_name(path.name + ".lock"))) is not None:
+                    locks.append(lock)
+                    left.append(path)
+                    found.update((entry.key, entry) for entry in self._read(path))
+            if found:
+                own = self._entries
+                self._entries = own | {key: entry for key, entry in found.items() if key not in own}
+                try:
+                    self._rewrite()
+                except BaseException:
+                    self._entries = own
+                    raise
+            for path in left:
+                path.unlink(missing_ok=True)
+        finally:
+            for lock in locks:
+                os.close(lock)
+        return list(found.values())
 
     def add(self, revocation: Revocation) -> None:
         self._entries[revocation.key] = revocation
@@ -230,6 +262,11 @@ class _File:
             )
         self._path = taken[0]
         return taken
+
+    def _existing(self) -> list[Path]:
+        """Return the files of all processes of this home."""
+        name = re.compile(f"{re.escape(self._first.stem)}(-[0-9]+)?{re.escape(self._first.suffix)}")
+        return [path for path in sorted(self._first.parent.iterdir()) if name.fullmatch(path.name)]
 
     def _read(self, path: Path) -> list[Revocation]:
         try:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -382,7 +383,9 @@ class RemoteStore:
 
     def _hear(self, link: Link, *changes: Sequence[Any]) -> None:
         for kind, id, ended in changes:
-            if kind in _CHANGE_KINDS:  # a newer process may have more to say
+            if kind not in _CHANGE_KINDS:  # of a newer process: it may be a revocation
+                self._report(Change(ChangeKind.ALL))
+            else:
                 self._report(Change(ChangeKind(kind), id, None if ended is None else _ended_of(ended)))
 
     def _report(self, change: Change) -> None:
@@ -400,10 +403,12 @@ class RemoteStore:
 
     async def _rejoin(self) -> None:
         """Become a member again. A failure is left to the next ping."""
+        tried: Link | None = None
         try:
-            await self._join()
-        except StoreUnavailable:
-            pass
+            while self._urgent.link is not tried:
+                tried = self._urgent.link
+                with suppress(StoreUnavailable):
+                    await self._join()
         finally:
             self._joining = None
 
@@ -411,12 +416,18 @@ class RemoteStore:
         """Become a member again, and report what may have happened meanwhile. Raises StoreUnavailable."""
         if self._on_change is None:
             raise StoreUnavailable("it is not open")
+        link = self._urgent.link
         try:
             epoch = await self._urgent.call("store.join", self._id, within=OPEN_LIMIT_S)
+            await self._calls.ready(
+                CONNECT_LIMIT_S
+            )  # else what is called from now on would begin another outage
         except (CallError, LinkLost) as error:
             raise _failure(error) from error
         if self._is_joined:  # by another task
             return
+        if self._urgent.link is not link:
+            raise StoreUnavailable(self._urgent.reason or "this process has to connect again")
         self._is_joined = True
         was_emptied, self._epoch = epoch != self._epoch, epoch
         self._report(Change(ChangeKind.EMPTIED if was_emptied else ChangeKind.ALL))

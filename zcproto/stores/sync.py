@@ -37,6 +37,7 @@ from zcproto.sessions.token import id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.leases import IsUsed, Leases
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
+from zcproto.stores.outage_report import OutageFigures, OutageReport
 from zcproto.stores.pending import PendingRevocations
 from zcproto.stores.revoker import AFTER_GAP_S, RETRY_PAUSE_S, OnEvent, Revoker, end_here
 from zcproto.stores.stall import StallWatch
@@ -121,6 +122,9 @@ class StoreSync:
         self.stalls = StallWatch(
             self.registry, self.wheel, self.clock, self.heartbeat + self.timeout, self._stalled
         )
+        self.report = OutageReport(
+            lambda: OutageFigures(self.breaker.reason, len(self.registry), len(self.pending)), self.on_event
+        )
         self._is_open = False
         self._is_loaded = False
         self._touched_until = 0
@@ -141,9 +145,7 @@ class StoreSync:
             await self.pending.open()
         except StoreUnavailable as error:
             raise ConfigError([f"pending revocations cannot be read: {error.reason}"]) from error
-        for copy in self.pending.damaged:
-            log.error("revocations.damaged", copy=str(copy))
-            self.on_event("revocations.damaged", {"copy": str(copy)})
+        self._report_damaged()
         try:
             await self._recover()
         except StoreUnavailable as error:
@@ -181,30 +183,25 @@ class StoreSync:
     # --- outages -----------------------------------------------------------------------------------
 
     def handle_deadline(self, now: float) -> None:
+        self.report.handle_time(now)
         if self.health.handle_time(now):
             self.tasks.run_in_background(self._probe())
         self._set_deadlines()
 
     def _set_deadlines(self) -> None:
         if not self.tasks.is_stopping:
-            self.wheel.set(self, self.health.next_deadline())
+            self.wheel.set(self, min(self.health.next_deadline(), self.report.next_deadline()))
             self.revoker.set_deadline()
 
     def _alerted(self, alert: HealthAlert) -> None:
-        health, registry, reason = self.health, self.registry, self.breaker.reason
-        if alert is HealthAlert.BEGAN:
-            log.error("store.degraded", reason=reason, sessions=len(registry), pending=len(self.pending))
-            self.on_event("store.degraded", {"reason": reason, "sessions": len(registry)})
-        elif alert is HealthAlert.GRACE_OVER:
-            registry.refuse_all()
-            log.error("store.grace_over", reason=reason)
-            self.on_event("store.grace_over", {"reason": reason})
+        if alert is not HealthAlert.ENDED:
+            if alert is HealthAlert.GRACE_OVER:
+                self.registry.refuse_all()
+            self.report.handle(alert, self.clock.now())
         else:
-            registry.stop_refusing()
+            self.registry.stop_refusing()
             self.leases.begin()
-            seconds, replayed = round(self.clock.now() - health.since, 3), self.revoker.replayed
-            log.warning("store.recovered", seconds=seconds, replayed=replayed)
-            self.on_event("store.recovered", {"seconds": seconds, "replayed": replayed})
+            self.report.end(round(self.clock.now() - self.health.since, 3), self.revoker.replayed)
             self.on_recovered()
             if self.store.shared and self.maintains:
                 self.tasks.run_in_background(self.examine())  # after a failover it is another server
@@ -228,7 +225,30 @@ class StoreSync:
         if not self.tasks.is_stopping:
             self.stalls.resume()
 
+    def take_left(self) -> None:
+        """Write the revocations to the store that other processes of this home have left."""
+        if not self.tasks.is_stopping:
+            self.tasks.run_in_background(self._take_left())
+
+    async def _take_left(self) -> None:
+        known = len(self.pending.damaged)
+        await self.pending.take_left(OPEN_LIMIT_S)
+        self._report_damaged(known)
+        try:
+            if self.health.is_healthy:  # else the next probe does it
+                await self.revoker.replay(self.breaker.call)
+        except StoreUnavailable:
+            self.health.begin_outage(self.clock.now())  # only a probe repeats it
+
+    def _report_damaged(self, first: int = 0) -> None:
+        for copy in self.pending.damaged[first:]:
+            log.error("revocations.damaged", copy=str(copy))
+            self.on_event("revocations.damaged", {"copy": str(copy)})
+
     def _changed(self, change: Change) -> None:
+        if change.kind is ChangeKind.AWAY:
+            self.report.expect(self.clock.now())
+            return
         self.changes.handle(change)
         if change.kind is not ChangeKind.SESSION:
             self.leases.begin()

@@ -14,6 +14,7 @@ from zcproto.sessions import EndReason
 from zcproto.sessions.health import FAILURES, FIRST_DELAY_S, MAX_DELAY_S, HealthState
 from zcproto.stores import revoker as revoker_module
 from zcproto.stores.base import Change, ChangeKind
+from zcproto.stores.outage_report import AWAY_S
 
 
 @pytest.mark.parametrize("mode", [FAILS, HANGS, FAILS_AFTER, HANGS_AFTER, READ_ONLY])
@@ -104,6 +105,30 @@ async def test_lost_connection_begins_an_outage_without_an_operation(
         await process.settle()
     assert process.state is HealthState.DEGRADED
     assert process.check(opened.token) is Code.UNAVAILABLE
+
+
+async def test_store_away_by_order_is_an_outage_without_an_alert(
+    start_process: StartProcess, log: list[dict[str, Any]]
+) -> None:
+    process = await start_process(shared=True, grace=0.0)
+    opened = await process.open()
+    process.use(opened)
+    for has_alert in (False, True):
+        log.clear()
+        process.store.on_change(Change(ChangeKind.AWAY))
+        assert process.is_valid(opened)
+        await process.outage()
+        assert process.check(opened.token) is Code.UNAVAILABLE
+        if has_alert:
+            await process.advance(AWAY_S)
+        process.store.mode = WORKS
+        await process.advance(2 * FIRST_DELAY_S)
+        if has_alert:
+            await process.recover()
+        assert process.is_valid(opened)
+        found = [event for event in events(log) if event.startswith("store.")]
+        expected = ["store.degraded", "store.grace_over", "store.recovered"] if has_alert else ["store.moved"]
+        assert found == expected
 
 
 async def test_wall_clock_jump_does_not_end_the_grace(start_process: StartProcess) -> None:

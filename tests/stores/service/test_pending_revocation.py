@@ -303,3 +303,32 @@ async def test_slow_store_and_file_are_written_concurrently(
         assert len(process.pending) == failed
         assert not process.is_valid(each)
     assert process.state is HealthState.DEGRADED
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_revocations_left_by_another_process_are_taken_over_while_this_one_runs(
+    start_process: StartProcess, *, fails: bool
+) -> None:
+    one = await start_process(shared=True)
+    other = await start_process(FaultyStoreView(one.store), shared=True)
+    opened = await other.open()
+    await other.outage()
+    await other.revoke(opened)
+    assert isinstance(one.store.registry.record(raw(opened)), SessionRecord)
+    await other.sync.stop()
+    if fails:
+        one.store.mode = FAILS
+    one.sync.take_left()
+    await one.settle()
+    assert (one.state is HealthState.DEGRADED) is fails
+    if fails:
+        await one.recover()
+    assert one.store.registry.record(raw(opened)) is None
+    assert len(one.pending) == 0
+
+
+async def test_nothing_is_taken_over_by_a_process_that_stops(start_process: StartProcess) -> None:
+    process = await start_process()
+    await process.sync.stop()
+    process.sync.take_left()
+    assert not process.sync.tasks.running

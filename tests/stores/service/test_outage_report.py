@@ -1,0 +1,70 @@
+"""Outages are reported, unless the store is away by order and comes back soon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from zcproto.sessions.health import NEVER, HealthAlert
+from zcproto.stores.outage_report import AWAY_S, OutageFigures, OutageReport
+
+
+@pytest.fixture
+def events() -> list[tuple[str, dict[str, Any]]]:
+    return []
+
+
+@pytest.fixture
+def report(events: list[tuple[str, dict[str, Any]]]) -> OutageReport:
+    return OutageReport(
+        lambda: OutageFigures("it is gone", 7, 2), lambda event, values: events.append((event, dict(values)))
+    )
+
+
+def names(events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    return [name for name, _ in events], [line["event"] for line in log]
+
+
+def test_outage_is_reported_at_once(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
+) -> None:
+    report.handle(HealthAlert.BEGAN, 10.0)
+    assert events == [("store.degraded", {"reason": "it is gone", "sessions": 7})]
+    report.handle(HealthAlert.GRACE_OVER, 20.0)
+    assert report.next_deadline() == NEVER
+    report.end(12.5, 3)
+    assert events[1:] == [
+        ("store.grace_over", {"reason": "it is gone"}),
+        ("store.recovered", {"seconds": 12.5, "replayed": 3}),
+    ]
+    assert names(events, log)[0] == names(events, log)[1]
+
+
+def test_store_that_is_away_by_order_raises_no_alert(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
+) -> None:
+    report.expect(10.0)
+    assert report.next_deadline() == NEVER
+    report.handle(HealthAlert.BEGAN, 10.1)
+    report.handle(HealthAlert.GRACE_OVER, 10.1)
+    assert report.next_deadline() == 10.0 + AWAY_S
+    report.handle_time(10.0 + AWAY_S - 0.1)
+    report.end(0.4, 0)
+    assert names(events, log) == ([], ["store.moved"])
+    assert report.next_deadline() == NEVER
+    report.handle(HealthAlert.BEGAN, 11.0)  # the order was carried out: this is an outage
+    assert names(events, log)[0] == ["store.degraded"]
+
+
+def test_store_that_is_away_for_too_long_is_an_outage(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
+) -> None:
+    report.expect(10.0)
+    report.handle(HealthAlert.BEGAN, 10.1)
+    report.handle(HealthAlert.GRACE_OVER, 12.0)
+    report.handle_time(10.0 + AWAY_S)
+    report.handle_time(10.0 + AWAY_S + 1.0)
+    report.end(9.0, 0)
+    expected = ["store.degraded", "store.grace_over", "store.recovered"]
+    assert names(events, log) == (expected, expected)
