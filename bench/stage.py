@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from zcproto.auth import UserFile
@@ -109,10 +110,10 @@ class Stage:
 
     @contextmanager
     def serve(
-        self, store: str = "memory", cpu: int | None = SERVER_CPU, app: str | None = None
+        self, store: str = "memory", cpu: int | None = SERVER_CPU, app: str | None = None, port: int = 0
     ) -> Iterator[Server]:
         """Run a server, on one processor if there are several. `store` is its `store.url`, `app` a MODULE:APP."""
-        server = Server(self, store, app)
+        server = Server(self, store, app, port)
         with nullcontext() if cpu is None else on_processor(cpu):
             server.__enter__()
         try:
@@ -138,8 +139,8 @@ class Stage:
 class Server(DemoServer):
     """A server on a stage, in a process of its own."""
 
-    def __init__(self, stage: Stage, store: str, app: str | None = None) -> None:
-        super().__init__(stage.home.path, store, app)
+    def __init__(self, stage: Stage, store: str, app: str | None = None, port: int = 0) -> None:
+        super().__init__(stage.home.path, store, app, port)
         self.stage = stage
 
     def target(self) -> LoadTarget:
@@ -232,6 +233,20 @@ def bench_environment() -> dict[str, str]:
     environment = module_environment()
     clone = str(Path(__file__).parents[1])
     return {**environment, "PYTHONPATH": os.pathsep.join([clone, environment["PYTHONPATH"]])}
+
+
+@contextmanager
+def compiled() -> Iterator[None]:
+    """Let processes that are started in the body keep bytecode, as an installed package has it."""
+    names = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    with TemporaryDirectory(prefix="zcproto-bytecode-") as folder:
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["PYTHONPYCACHEPREFIX"]
+            os.environ.update(before)
 
 
 def settle() -> None:

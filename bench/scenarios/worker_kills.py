@@ -2,24 +2,27 @@
 
 Eight clients open, refresh, close and revoke sessions at a server of four workers, which keeps them in a file. At a
 random moment one process is killed (SIGKILL). A worker and the coordinator are started again by the supervisor. Its
-own death ends all others, and the server is started again, as a service manager would. Then every live session must
-be accepted and its newest refresh token must give a new pair, at whatever worker; every replaced token and every
-session that was closed or revoked must be refused.
+own death ends all others, and the server is started again at once on the same port, as a service manager does.
+Then every live session must be accepted and its newest refresh token must give a new pair, at whatever worker;
+every replaced token and every session that was closed or revoked must be refused.
 
-The service is back with the first login of a new connection. After the death of the supervisor that takes the start
-of a server, which stands apart.
+The service is back with the first login of a new connection, measured from the kill. After the death of the
+supervisor that includes the start of Python, and of the server while the old processes end. The slowest returns are
+listed with what the server has logged meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Final
 
 import click
@@ -28,7 +31,8 @@ from bench.command import COUNT, measurement, progress
 from bench.report import Report, Row
 from bench.scenarios.kills import CLIENTS, DAMAGE, LONGEST_S, Kills, Seen
 from bench.scenarios.sessions import open_session
-from bench.stage import ECDSA_ONLY, Server, Stage, family, room_for
+from bench.server_process import free_port
+from bench.stage import ECDSA_ONLY, Server, Stage, compiled, family, room_for
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
 from zcproto.load.caller import Caller, LoadTarget
@@ -38,8 +42,29 @@ from zcproto.load.plan import Credential
 WORKERS: Final = 4
 VICTIMS: Final = ("worker",) * 5 + ("coordinator",) * 4 + ("supervisor",)
 MAX_BACK_S: Final = 1.0
+MAX_GONE_S: Final = 1.0
 GONE_S: Final = 10.0
-"""Seconds within which the other processes end after their supervisor, and a server has to be back."""
+"""Seconds after which processes that are left, and a server that is not back, are given up."""
+
+PROGRESS_KILLS: Final = 10
+SLOWEST: Final = 3
+"""Returns of each kind that are explained."""
+
+TELLING: Final = ("worker.", "workers.", "store.", "server.", "sessions.", "revocations.")
+"""The log events that explain a return, by their parts of the program."""
+
+MAX_SHOWN: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """One return of the service. `wall` is when the process died, in Unix seconds, `back_s` how long it took."""
+
+    victim: str
+    kill: int
+    wall: float
+    back_s: float
+    tries: int
 
 
 class WorkerKills(Kills):
@@ -49,15 +74,25 @@ class WorkerKills(Kills):
         super().__init__(stage, users, seed, seen)
         [self._prober] = stage.add_users("prober", 1)
         self._moments = random.Random(seed)  # noqa: S311 - moments and choices, no secret
-        self.back_s: dict[str, list[float]] = defaultdict(list)
+        self._port = free_port()
+        self._died: float | None = None
+        """When the supervisor before was killed."""
+        self._gone: asyncio.Future[float | None] | None = None
+        self.returns: list[Return] = []
+        self.gone_s: list[float] = []
+        """How long the other processes took to end after their supervisor."""
         self.left = 0
         """Processes that were left after their supervisor."""
 
     async def one_server(self, *, last: bool = False, kills: int = 0) -> None:
         """Start a server and kill its processes, until that was the supervisor or there were so many kills."""
         begin = time.monotonic()
-        with self.stage.serve("sqlite", cpu=None) as server:
+        with self.stage.serve("sqlite", cpu=None, port=self._port) as server:
             self._seen.starts_s.append(time.monotonic() - begin)
+            if self._died is not None:
+                await self._probe(server, "supervisor", self._died)
+                self._died = None
+                await self._await_gone()
             while True:
                 callers = await self._callers(server)
                 try:
@@ -82,43 +117,52 @@ class WorkerKills(Kills):
 
     async def _churn_and_kill(self, callers: Sequence[Caller], server: Server, victim: str) -> None:
         """Kill a process while the clients work, and let them work until the service is back."""
-        processes = family(server.pid)
-        pid = {
-            "supervisor": server.pid,
-            "coordinator": processes[1],
-            "worker": self._moments.choice(processes[2:]),
-        }[victim]
+        _, *processes = family(server.pid)
+        coordinator = int(self.stage.home.sessions.with_suffix(".db.lock").read_text())  # it owns the file
+        workers = [pid for pid in processes if pid != coordinator]
+        pid = coordinator if victim == "coordinator" else self._moments.choice(workers)
         async with asyncio.TaskGroup() as group:
             for client, caller in zip(self._clients, callers, strict=True):
                 group.create_task(client.churn(caller))
             await asyncio.sleep(self._moments.choice(LONGEST_S) * self._moments.random())
+            died = time.monotonic()
+            self._seen.kills += 1
             if victim == "supervisor":
                 server.kill()
-                await self._ended(processes)
+                self._died = died
+                # In a thread: the start of the next server blocks this one.
+                self._gone = asyncio.get_running_loop().run_in_executor(None, ended, processes, died)
             else:
                 os.kill(pid, signal.SIGKILL)
-                await self._probe(server, victim, time.monotonic())
+                await self._probe(server, victim, died)
             for caller in callers:
                 if caller.transport is not None:
                     caller.transport.abort()
-        self._seen.kills += 1
+        if self._seen.kills % PROGRESS_KILLS == 0:
+            slowest = max((each.back_s for each in self.returns), default=0.0)
+            progress(f"{self._seen.kills:,} kills: back after {slowest:.2f} s at most")
 
-    async def _ended(self, processes: Sequence[int]) -> None:
-        """Wait until no process is left, and count those that are."""
-        end = time.monotonic() + GONE_S
-        while any(map(is_running, processes)) and time.monotonic() < end:  # noqa: ASYNC110 - another process ends
-            await asyncio.sleep(0.01)
-        self.left += sum(map(is_running, processes))
+    async def _await_gone(self) -> None:
+        assert self._gone is not None
+        gone_s = await self._gone
+        if gone_s is None:
+            self.left += 1
+        else:
+            self.gone_s.append(gone_s)
 
     async def _probe(self, server: Server, victim: str, died: float) -> None:
         """Measure the time until a new connection gets a session."""
+        wall = time.time() - (time.monotonic() - died)
+        tries = 0
         with target_of(server) as target:
             while True:
+                tries += 1
                 try:
                     caller = await target.caller()
                     try:
                         session = await open_session(caller, self._prober)
-                        self.back_s[victim].append(time.monotonic() - died)
+                        back_s = time.monotonic() - died
+                        self.returns.append(Return(victim, self._seen.kills, wall, back_s, tries))
                         await caller.call("session.close", {}, session.token)
                         return
                     finally:
@@ -138,6 +182,15 @@ def target_of(server: Server) -> Iterator[LoadTarget]:
         target.close()
 
 
+def ended(processes: Sequence[int], since: float) -> float | None:
+    """Wait until no process is left; return how long that took. None if some are left after GONE_S."""
+    while any(map(is_running, processes)):
+        if time.monotonic() > since + GONE_S:
+            return None
+        time.sleep(0.005)
+    return time.monotonic() - since
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process runs; one that has ended and is not yet waited for does not."""
     try:
@@ -154,22 +207,60 @@ async def kill_often(run: WorkerKills, kills: int, seen: Seen) -> None:
             await run.one_server(kills=kills)
         except ZcprotoError as error:
             raise ZcprotoError(f"after {seen.kills:,} kills: {error}") from error
-        progress(f"{seen.kills:,} of {kills:,} kills: {seen.acknowledged.total():,} acknowledged")
+    progress(f"{seen.kills:,} of {kills:,} kills: {seen.acknowledged.total():,} acknowledged")
     await run.one_server(last=True)
 
 
-def report(run: WorkerKills, seen: Seen, kills: int) -> Report:
+def report(run: WorkerKills, seen: Seen, kills: int, log: str = "") -> Report:
     made = seen.report(kills)
     rows = made.columns["figure"]
-    for victim, times in sorted(run.back_s.items()):
-        ordered = sorted(times)
+    by_victim = returns_by_victim(run.returns)
+    for victim, returns in by_victim.items():
+        times = [each.back_s for each in returns]
         rows += [
             Row(f"{victim}_kills", f"kills of a {victim}", len(times)),
-            Row(f"{victim}_back_p50_s", "back after, p50", ordered[len(ordered) // 2], "s"),
-            Row(f"{victim}_back_s", "back after, longest", ordered[-1], "s", below=MAX_BACK_S),
+            Row(f"{victim}_back_p50_s", "back after, p50", times[len(times) // 2], "s"),
+            Row(f"{victim}_back_s", "back after, longest", times[0], "s", below=MAX_BACK_S),
         ]
+    if run.gone_s:
+        longest_s = max(run.gone_s)
+        rows.append(Row("gone_s", "end after their supervisor, longest", longest_s, "s", below=MAX_GONE_S))
     rows.append(Row("left", "processes left after their supervisor", run.left, equals=0))
+    logged = telling(log.splitlines())
+    made.notes += [explained(each, logged) for returns in by_victim.values() for each in returns[:SLOWEST]]
+    made.details = {"returns": [asdict(each) for each in run.returns]}
     return made
+
+
+def returns_by_victim(returns: Sequence[Return]) -> dict[str, list[Return]]:
+    """Return the returns of each kind, the slowest first."""
+    found: dict[str, list[Return]] = {}
+    for each in sorted(returns, key=lambda each: (each.victim, -each.back_s)):
+        found.setdefault(each.victim, []).append(each)
+    return found
+
+
+def telling(lines: Iterable[str]) -> list[tuple[float, str]]:
+    """Return the log events that explain a return, with their times in Unix seconds."""
+    found = []
+    for line in lines:
+        with suppress(ValueError):  # cut off by a kill
+            event = json.loads(line)
+            if event["event"].startswith(TELLING):
+                about = " ".join(str(event[name]) for name in ("worker", "reason") if name in event)
+                moment = datetime.fromisoformat(event["timestamp"]).timestamp()
+                found.append((moment, f"{event['event']} {about}".rstrip()))
+    return found
+
+
+def explained(returned: Return, events: Iterable[tuple[float, str]]) -> str:
+    """Return a line with what the server has logged until it was back."""
+    until = returned.wall + returned.back_s
+    meanwhile = [
+        f"{moment - returned.wall:.2f} {text}" for moment, text in events if returned.wall <= moment <= until
+    ]
+    head = f"{returned.victim}, kill {returned.kill}: {returned.back_s:.2f} s, {returned.tries} tries"
+    return f"{head}: {', '.join(meanwhile[:MAX_SHOWN]) or 'nothing was logged'}"
 
 
 @measurement
@@ -177,7 +268,7 @@ def report(run: WorkerKills, seen: Seen, kills: int) -> Report:
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the moments and the calls.")
 def command(kills: int, seed: int) -> Report:
     seen = Seen()
-    with temporary_home() as home, asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with temporary_home() as home, compiled(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         settings = {"server.workers": WORKERS, "sessions.per_user": 100_000, **room_for(100), **ECDSA_ONLY}
         stage = Stage(home.path, settings)
         stage.make_certificates()
@@ -185,4 +276,4 @@ def command(kills: int, seed: int) -> Report:
         runner.run(kill_often(run, kills, seen))
         log = stage.log_file.read_text(encoding="utf-8", errors="replace")
     seen.damage = sum(log.count(f'"{event}"') for event in DAMAGE)
-    return report(run, seen, kills)
+    return report(run, seen, kills, log)

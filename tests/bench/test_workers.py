@@ -63,12 +63,34 @@ def test_slow_return_and_left_process_fail(tmp_path: Path) -> None:
     seen = Seen(kills=1, starts_s=[1.0])
     seen.acknowledged.update({"open": 1, "refresh": 1, "close": 1})
     killed = worker_kills.WorkerKills(Stage(tmp_path / "home"), [], 1, seen)
-    killed.back_s["worker"] = [0.2, 0.3]
+    killed.returns = [returned("worker", 0.2), returned("supervisor", 0.3)]
+    killed.gone_s = [0.5]
     assert worker_kills.report(killed, seen, 1).exit_code == 0
-    killed.back_s["worker"].append(1.5)
+    killed.returns.append(returned("worker", 1.5))
+    killed.gone_s.append(2.0)
     killed.left = 1
     rows = worker_kills.report(killed, seen, 1).columns["figure"]
-    assert [row.key for row in rows if not row.holds] == ["worker_back_s", "left"]
+    assert [row.key for row in rows if not row.holds] == ["worker_back_s", "gone_s", "left"]
+
+
+def returned(victim: str, back_s: float) -> worker_kills.Return:
+    return worker_kills.Return(victim, 3, 1_000_000_000.0, back_s, 2)
+
+
+def test_slowest_returns_are_explained_by_the_log() -> None:
+    lines = [
+        '{"timestamp":"2001-09-09T01:46:39.900Z","level":"info","event":"worker.ready","worker":"2"}',
+        '{"timestamp":"2001-09-09T01:46:40.250Z","level":"error","event":"worker.ended","worker":"1",'
+        '"reason":"SIGKILL"}',
+        '{"timestamp":"2001-09-09T01:46:40.300Z","level":"info","event":"session.opened"}',
+        '{"timestamp":"2001-09-09T01:46:40.4',
+        '{"timestamp":"2001-09-09T01:46:41.600Z","level":"info","event":"worker.ready","worker":"1"}',
+    ]
+    logged = worker_kills.telling(lines)
+    assert worker_kills.explained(returned("worker", 1.0), logged) == (
+        "worker, kill 3: 1.00 s, 2 tries: 0.25 worker.ended 1 SIGKILL"
+    )
+    assert worker_kills.explained(returned("worker", 0.1), logged).endswith("nothing was logged")
 
 
 @needs_linux

@@ -327,7 +327,7 @@ def test_child_serves_its_folder_and_keeps_it(
     watched: list[int] = []
     monkeypatch.setattr(child, "zcproto", lambda arguments: started.append(arguments) or 0)
     monkeypatch.setattr(child, "_end_with_parent", lambda parent, *_: watched.append(parent))
-    assert child.main(str(home)) == 0
+    assert child.main(str(home), "--port", "0") == 0
     assert started == [["--home", str(home), "serve", "--port", "0"]]
     assert watched == [parent.stdin.fileno()]
     assert home.exists()
@@ -356,7 +356,7 @@ def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.Monke
     threads = {*threading.enumerate()}
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(child.__file__, run_name="__main__")
-    assert caught.value.code == 5
+    assert caught.value.code == 3
     parent.die()
     for thread in {*threading.enumerate()} - threads:
         thread.join(10)

@@ -1,7 +1,7 @@
-"""The server process of a demonstration: `python -m zcproto.load.demo.child HOME [MODULE:APP]`.
+"""The server process of a demonstration: `python -m zcproto.load.demo.child HOME [ARGUMENTS]`.
 
-It runs `zcproto serve` in a home folder. When its parent ends in whatever way, which closes the pipe on standard
-input, it exits and deletes the folder.
+It runs `zcproto serve` in a home folder, with these arguments. When its parent ends in whatever way, which closes
+the pipe on standard input, it exits and deletes the folder.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ DRAIN_TIMEOUT: Final = 5.0
 """Seconds for an orphaned server to drain."""
 
 
-def main(home: str, *app: str) -> int:
+def main(home: str, *arguments: str) -> int:
     signal.signal(signal.SIGTERM, _terminated)  # until the server has its own handler
     orphaned, ended = threading.Event(), threading.Event()
     threading.Thread(
         target=_end_with_parent, args=(sys.stdin.fileno(), home, orphaned, ended), daemon=True
     ).start()
     try:
-        return zcproto(["--home", home, "serve", "--port", "0", *app])
+        return zcproto(["--home", home, "serve", *arguments])
     finally:
         ended.set()
         if orphaned.is_set():

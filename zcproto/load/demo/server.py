@@ -26,14 +26,14 @@ LINES_SHOWN: Final = 5
 
 
 class DemoServer:
-    """`zcproto serve` in a home folder, as a context manager. It listens on `port` of 127.0.0.1.
+    """`zcproto serve` in a home folder, as a context manager. It listens on `port` of 127.0.0.1; 0 is any free one.
 
     `store` is the URL of its session store, by default that of the environment, or else memory. `app` is a
     MODULE:APP, by default the built-in one. It can be started again after it has ended.
     """
 
-    def __init__(self, home: Path, store: str | None = None, app: str | None = None) -> None:
-        self._arguments = [str(home)] if app is None else [str(home), app]
+    def __init__(self, home: Path, store: str | None = None, app: str | None = None, port: int = 0) -> None:
+        self._arguments = [str(home), "--port", str(port), *(() if app is None else (app,))]
         self._store = {} if store is None else {"ZCPROTO_STORE__URL": store}
         self._errors = home / "server.err"
         self._process: subprocess.Popen[bytes] | None = None
