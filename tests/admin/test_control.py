@@ -21,9 +21,11 @@ from tests.admin.control_helpers import ask, connect, exchange
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, configuration, eventually
 from tests.server.process import ServerProcess
-from zcproto.admin.control import MAX_CONNECTIONS, ControlSocket, peer_of
+from zcproto.admin import control as control_module
+from zcproto.admin.control import MAX_CONNECTIONS, ControlSocket, peer_of, renewed_socket
 from zcproto.common.home import Home
 from zcproto.common.network import MAX_SOCKET_PATH, address_of
+from zcproto.common.unix_socket import SocketFile
 from zcproto.errors import ConfigError
 from zcproto.http.messages import Router
 from zcproto.runtime.server import Server
@@ -75,6 +77,38 @@ async def test_socket_of_a_killed_server_is_replaced(tmp_path: Path, certs: Path
     async with Server(config=configuration(home), home=home):
         assert path.exists()
     assert not path.exists()
+
+
+def test_removed_socket_of_a_running_server_is_made_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_module, "KEEP_INTERVAL", 0.01)
+    server = serve()
+    path = server.home / "control.sock"
+    path.unlink()
+    eventually(path.exists)
+    eventually(lambda: control(server)._accepting)
+    assert ask(path, "GET", "/v1/status").value["pid"] == os.getpid()
+    path.unlink()
+    path.mkdir()  # which only the operator can remove
+    path.rmdir()
+    eventually(path.exists)
+    server.drain()
+    assert not path.exists()
+
+
+def test_socket_that_cannot_be_made_again_is_reported(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = SocketFile(tmp_path / "x.sock")
+    with file.open(1):  # type: ignore[union-attr]
+        assert renewed_socket(file, 1) is None  # it is there
+        file.path.unlink()
+        file.path.write_text("mine")
+        assert renewed_socket(file, 1) is None
+    assert '"event":"server.socket_missing"' in capfd.readouterr().err
+    assert file.path.read_text() == "mine"
+    file.close()
 
 
 async def test_regular_file_at_the_socket_path_is_never_replaced(tmp_path: Path, certs: Path) -> None:

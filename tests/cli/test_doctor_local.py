@@ -72,6 +72,37 @@ def test_accelerator_in_use_is_reported(
     assert ("finds a C compiler" in found) is (state == "missing")
 
 
+@pytest.mark.parametrize(
+    ("workers", "cores", "state", "found"),
+    [
+        (1, 1, "ok", "1 worker, 1 core"),
+        (1, 8, "ok", '1 worker, 8 cores; server.workers = "auto" uses all of them'),
+        (8, 8, "ok", "8 workers, 8 cores"),
+        (9, 8, "warning", '9 workers, 8 cores | set server.workers = "auto"'),
+    ],
+)
+def test_workers_are_compared_with_the_cores(
+    workers: int,
+    cores: int,
+    state: str,
+    found: str,
+    folder: Path,
+    doctor: Doctor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ZCPROTO_SERVER__WORKERS", str(workers))
+    monkeypatch.setattr(doctor_module, "usable_cores", lambda: cores)
+    assert doctor().one("workers", state).startswith(found)
+
+
+def test_workers_without_fork_are_a_fault(
+    folder: Path, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZCPROTO_SERVER__WORKERS", "2")
+    monkeypatch.delattr(os, "fork")
+    assert "this needs Linux or macOS | set it to 1" in doctor().one("workers", "fault")
+
+
 def test_findings_are_printed_as_a_table(folder: Path, capsys: Capture) -> None:
     os.chmod(folder / "users.toml", 0o644)
     assert main(["doctor"]) == 1

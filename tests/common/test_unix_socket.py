@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zcproto.common.files import UnusableFileError
-from zcproto.common.unix_socket import PeerProcess, listen_unix, peer_process
+from zcproto.common.unix_socket import PeerProcess, SocketFile, listen_unix, peer_process
 
 
 def test_socket_has_mode_0600_and_replaces_one_left_behind(tmp_path: Path) -> None:
@@ -43,3 +43,39 @@ def test_peer_is_unknown_where_the_system_does_not_report_it(monkeypatch: pytest
     monkeypatch.delattr(socket, "SO_PEERCRED")
     with socket.socket(socket.AF_UNIX) as peer:
         assert peer_process(peer) is None
+
+
+def test_removed_or_replaced_socket_is_missing_and_made_again(tmp_path: Path) -> None:
+    file = SocketFile(tmp_path / "x.sock")
+    assert not file.is_missing  # of no process
+    first = file.open(1)
+    assert first is not None
+    assert not file.is_missing
+    file.path.unlink()
+    assert file.is_missing
+    with first, file.renew(1):
+        assert not file.is_missing
+        listen_unix(file.path, 1).close()
+        assert file.is_missing
+        with file.renew(1), socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(file.path))
+            assert SocketFile(file.path).open(1) is None  # the lock is held all the time
+        file.close()
+    assert not file.path.exists()
+    assert not file.is_missing
+
+
+def test_socket_in_a_folder_that_cannot_be_read_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = SocketFile(tmp_path / "x.sock")
+    with file.open(1) as listening:  # type: ignore[union-attr]
+
+        def lstat(path: Path) -> os.stat_result:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "lstat", lstat)
+        assert not file.is_missing
+        assert listening.fileno() >= 0
+    monkeypatch.undo()
+    file.close()

@@ -30,7 +30,8 @@ UNKNOWN = [
     (
         "[server]\nzzz = 1",
         "server.zzz = 1 (config.toml): unknown key;"
-        " [server] has host, port, drain_timeout, lifespan_timeout, upgrade_timeout, workers, proxy_protocol_from",
+        " [server] has host, port, drain_timeout, lifespan_timeout, upgrade_timeout, workers, hang_timeout,"
+        " proxy_protocol_from",
     ),
     ("[sever]\nport = 1", "[sever] (config.toml): unknown section; did you mean [server]?"),
     (
@@ -108,7 +109,7 @@ def test_unknown_name_is_reported_with_the_nearest_one(home: Path, toml: str, fa
             "ZCPROTO_SERVER__",
             "server. = 1 (…): unknown key;"
             " [server] has host, port, drain_timeout, lifespan_timeout, upgrade_timeout, workers,"
-            " proxy_protocol_from",
+            " hang_timeout, proxy_protocol_from",
         ),
     ],
 )

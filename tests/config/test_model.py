@@ -27,6 +27,7 @@ DEFAULTS = {
     "server.drain_timeout": 30.0,
     "server.lifespan_timeout": 30.0,
     "server.upgrade_timeout": 60.0,
+    "server.hang_timeout": 30.0,
     "server.workers": 1,
     "server.proxy_protocol_from": (),
     "tls.suites": ("TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"),

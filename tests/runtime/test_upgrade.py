@@ -134,6 +134,7 @@ async def test_upgrade_keeps_sessions_and_loses_no_request(server: ServerProcess
     assert [line["pid"] for line in events(server, "upgrade.done")] == [started["pid"]]
     assert call(server, key, token) == (token, started["pid"])
     assert not events(server, "worker.ended", "worker.killed", "server.fault")
+    assert not events(server, "store.degraded", "store.recovered", "alert.began")
     os.kill(started["pid"], signal.SIGTERM)
     eventually(lambda: not (server.home / "control.sock").exists())
 

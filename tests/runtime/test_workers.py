@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -12,17 +13,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from tests.server.helpers import ROOT, AnsweredError, Client, configuration, eventually
 from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
+from zcproto.common.link import Topics
+from zcproto.config import Config
 from zcproto.errors import Code, ConfigError
+from zcproto.runtime import joined
 from zcproto.runtime import place as place_module
+from zcproto.runtime.build import WorkerRole
 from zcproto.runtime.place import Place, usable_cores, worker_count
+from zcproto.runtime.processes import ForkedService
 from zcproto.runtime.server import Server
+from zcproto.runtime.service_manager import ServiceManager
+
+if TYPE_CHECKING:
+    from zcproto.common.link import LinkServer
+    from zcproto.stores.sync import StoreSync
 
 CONFIG = """
 [certificates]
@@ -203,6 +215,108 @@ def test_killed_supervisor_frees_port_and_home(home: Path, certs: Path, key: str
             other.client("ada", key) as client,
         ):
             assert client.call("echo", {"text": "a"}) == {"text": "a"}
+
+
+HANG = """
+import time
+
+from zcproto.app.app import App
+
+app = App()
+
+@app.method("hang")
+async def hang():
+    time.sleep(60)
+"""
+
+
+def test_hung_worker_of_a_killed_supervisor_does_not_keep_the_port(home: Path, certs: Path, key: str) -> None:
+    (home / "hanging.py").write_text(HANG)
+    with ServerProcess(home, certs, "--workers", "2", app="hanging:app") as server:
+        old = pids(server)
+        client = server.client("ada", key)
+        client.send(client.request("hang"))
+        server.process.kill()
+        server.process.wait()
+        with (
+            ServerProcess(home, certs, "--workers", "2", "--port", str(server.port)) as other,
+            other.client("ada", key) as again,
+        ):
+            assert again.call("echo", {"text": "a"}) == {"text": "a"}
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old.values()))
+        client.tls.close()
+
+
+def test_hung_worker_is_replaced_without_a_service_manager(home: Path, certs: Path, key: str) -> None:
+    (home / "hanging.py").write_text(HANG)
+    (home / "config.toml").write_text(CONFIG + 'hang_timeout = "3s"\n')
+    with ServerProcess(home, certs, "--workers", "2", app="hanging:app") as server:
+        client = server.client("ada", key)
+        client.send(client.request("hang"))
+        eventually(lambda: events(server, "worker.hangs"))
+        eventually(lambda: len(events(server, "worker.ready")) > 3)
+        assert events(server, "worker.ended")[0]["reason"] == "SIGABRT"
+        assert "in hang" in server.log  # the stack
+        client.tls.close()
+        server.client("ada", key).close()
+
+
+@pytest.mark.parametrize(
+    ("watchdog", "hang_timeout", "limit"),
+    [(None, 30.0, 30.0), (10.0, 30.0, 10.0), (60.0, 30.0, 30.0), (10.0, None, 10.0), (None, None, None)],
+)
+def test_shorter_limit_of_hung_processes_applies(
+    watchdog: float | None, hang_timeout: float | None, limit: float | None
+) -> None:
+    config = Config.model_validate({"server": {"hang_timeout": hang_timeout}})
+    service = SimpleNamespace(_manager=ServiceManager(watchdog=watchdog), _config=config)
+    assert ForkedService.hang_limit(cast("ForkedService", service)) == limit
+
+
+def test_removed_sockets_are_made_again(
+    home: Path, certs: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "@zcproto-test-unread")
+    monkeypatch.setenv("WATCHDOG_USEC", "6000000")  # it looks every three seconds
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        before = pids(server)
+        for name in ("control.sock", "workers.sock"):
+            (home / name).unlink()
+        eventually(lambda: pids(server)["coordinator"] != before["coordinator"])
+        assert zcproto(home, "status").returncode == 0
+        os.kill(before["1"], signal.SIGKILL)
+        eventually(lambda: pids(server)["1"] != before["1"])
+        with server.client("ada", key) as client:
+            assert client.call("echo", {"text": "a"}) == {"text": "a"}
+        assert [line["worker"] for line in events(server, "worker.ended")] == ["1"]
+        assert len(events(server, "server.socket_renewed")) == 2
+
+
+async def test_coordinator_takes_over_the_revocations_of_a_worker_that_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(joined, "LEFT_AFTER_S", 0.0)
+    server, taken = SimpleNamespace(on_lost=[]), asyncio.Event()
+    part = joined.Joined(WorkerRole(), Topics(), server=cast("LinkServer", server))
+    part.take_left_revocations(cast("StoreSync", SimpleNamespace(take_left=taken.set)))
+    assert not taken.is_set()
+    for _ in range(2):  # of both links of a worker
+        for on_lost in server.on_lost:
+            on_lost(None)
+    await taken.wait()
+    taken.clear()
+    for on_lost in server.on_lost:
+        on_lost(None)
+    await taken.wait()
+
+
+def test_option_that_hides_a_change_of_the_file_is_logged_at_a_reload(server: ServerProcess) -> None:
+    (server.home / "config.toml").write_text(CONFIG + "workers = 3\n")
+    server.signal(signal.SIGHUP)
+    eventually(lambda: len(events(server, "config.reloaded")) == 3)
+    assert {*map(tuple, (line["restart"] for line in events(server, "config.overridden")))} == {
+        ("server.workers",)
+    }
 
 
 def test_end_of_a_process_raises_an_alert(server: ServerProcess) -> None:

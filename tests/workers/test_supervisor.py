@@ -7,6 +7,7 @@ import faulthandler
 import json
 import os
 import select
+import selectors
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import FakeClock
 from zcproto.errors import CertificateError, ConfigError, LifespanError
 from zcproto.workers import supervisor as module
 from zcproto.workers.channel import Channel
 from zcproto.workers.child import COORDINATOR
 from zcproto.workers.failures import failure_of
+from zcproto.workers.handover import Step
 from zcproto.workers.successor import Successor
 from zcproto.workers.supervisor import Supervisor
 
@@ -81,8 +84,11 @@ class Service:
     def tick(self, ready: int) -> float:
         return 0.05
 
-    def watchdog(self) -> float | None:
-        return self.options.get("watchdog")
+    def renew_sockets(self) -> bool:
+        return bool(self.options.pop("renewed", False))
+
+    def hang_limit(self) -> float | None:
+        return self.options.get("hang_limit")
 
 
 class Running:
@@ -354,12 +360,98 @@ def test_hung_process_is_aborted_and_started_again(run: Run) -> None:
             time.sleep(0.02)
         return 0
 
-    running = run(script, 2, watchdog=0.5)
+    running = run(script, 2, hang_limit=0.5)
     running.serve()
     running.next("process_ended", 1)
     running.next("run", 1)
     assert not running.all("process_ended", 2)
     assert not running.all("process_ended", COORDINATOR)
+
+
+def beating(number: int, channel: Channel, lifeline: int) -> int:
+    faulthandler.disable()  # of pytest
+    channel.send("ready")
+    while wait_for_or_beat(channel):
+        time.sleep(0.02)
+    return 0
+
+
+def test_stopped_process_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MARGIN", LIMIT)  # SIGABRT ends it, not SIGKILL
+    running = run(beating, 2, hang_limit=0.5)
+    pids = running.serve()
+    os.kill(pids[1], signal.SIGSTOP)
+    running.next("process_ended", 1)
+    assert not running.all("process_ended", 2)
+
+
+@contextlib.contextmanager
+def unstarted(**options: Any) -> Iterator[Supervisor]:
+    """Yield a supervisor that does not run. Its service notes nothing."""
+    pipe = os.open(os.devnull, os.O_WRONLY)
+    supervisor = Supervisor(Service(pipe, obedient, **options), 2, clock=FakeClock(now=1_000.0))
+    try:
+        yield supervisor
+    finally:
+        for descriptor in (pipe, supervisor._life, supervisor._lifeline):
+            os.close(descriptor)
+        for each in (supervisor._selector, supervisor._signals, supervisor._wakeup):
+            each.close()
+
+
+@pytest.mark.parametrize(("seconds", "is_late"), [(1.0, True), (100.0, False)])
+def test_supervisor_that_was_stopped_takes_no_process_for_hung(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, is_late: bool
+) -> None:
+    with unstarted(hang_limit=30.0) as supervisor:
+        for each in supervisor._processes():
+            each.start_at, each.ready_at, each.heard_at = None, 900.0, 970.0
+        clock = FakeClock(now=1_000.0)
+        monkeypatch.setattr(supervisor, "_now", clock.now)
+        monkeypatch.setattr(supervisor._selector, "select", lambda timeout: clock.advance(seconds) or [])
+        supervisor._wait()
+        process = supervisor.workers[0]
+        supervisor._check_time(process, clock.now())
+        assert (process.kill_at is not None) is is_late
+
+
+def test_last_words_are_read_to_their_end() -> None:
+    with unstarted() as supervisor:
+        process = supervisor.workers[0]
+        process.channel, theirs = Channel.pair()
+        supervisor._selector.register(process.channel, selectors.EVENT_READ, process)
+        for _ in range(4):
+            assert theirs.send("beat", text="x" * 16_000)
+        assert theirs.send("failed", **failure_of(LifespanError("no database: " + "x" * 3_000)))
+        theirs.close()
+        process.pid, process.start_at = 7, None
+        supervisor._handle_end(process, 1)
+        assert isinstance(process.failure, LifespanError)
+
+
+def test_crash_of_a_retiring_worker_is_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    with unstarted() as supervisor:
+        supervisor._has_served = True
+        supervisor._handover.step = Step.RETIRING
+        process = supervisor.workers[0]
+        for code in (-signal.SIGKILL, 0):
+            process.pid, process.start_at, process.is_drained = 7, None, True
+            supervisor._handle_end(process, code)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    ended = [(each["worker"], each["reason"]) for each in lines if each["event"] == "worker.ended"]
+    assert ended == [("1", "SIGKILL")]
+
+
+def test_coordinator_gets_renewed_sockets_by_an_orderly_restart(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = run(obedient, renewed=True)
+    running.serve()
+    running.next("process_ended", COORDINATOR)
+    running.next("run", COORDINATOR)
+    assert running.stop() == 0
+    assert len(running.all("run")) == 4
+    assert "worker.ended" not in capfd.readouterr().err
 
 
 def wait_for_or_beat(channel: Channel) -> bool:

@@ -33,6 +33,9 @@ from zcproto.server.state import ServerState, log
 
 MAX_CONNECTIONS: Final = 32
 BACKLOG: Final = 64
+KEEP_INTERVAL: Final = 10.0
+"""Seconds between two looks whether the socket was removed."""
+
 LIMITS: Final = HttpLimits(
     max_body=262_144,  # a thousand session ids
     max_requests=100_000,  # status once a second for a day
@@ -77,6 +80,15 @@ class ControlSocket(AcceptLoop):
             self.listen_on([listening])
         return listening is not None
 
+    async def keep(self) -> None:
+        """Make the socket again if it is removed, until cancelled."""
+        while True:
+            await asyncio.sleep(KEEP_INTERVAL)
+            if self._file.is_missing:
+                listening = await asyncio.to_thread(renewed_socket, self._file, BACKLOG)
+                if listening is not None:
+                    self.replace_sockets([listening])
+
     def close(self) -> None:
         """Stop accepting, close open connections and remove the socket."""
         super().close()
@@ -114,6 +126,19 @@ def open_control(file: SocketFile) -> socket.socket | None:
         raise ConfigError([f"{file.path}: cannot be created: {error.strerror or error}"]) from error
     if listening is None:
         raise _used_by_another(file.path)
+    return listening
+
+
+def renewed_socket(file: SocketFile, backlog: int) -> socket.socket | None:
+    """Return a new listening socket, which is logged, if that of a running server was removed; else None."""
+    if not file.is_missing:
+        return None
+    try:
+        listening = file.renew(backlog)
+    except (OSError, ConfigError) as error:
+        log.error("server.socket_missing", path=file.path, reason=str(error))
+        return None
+    log.warning("server.socket_renewed", path=file.path)
     return listening
 
 

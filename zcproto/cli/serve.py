@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -18,6 +19,7 @@ from zcproto.errors import ConfigError
 
 if TYPE_CHECKING:
     from zcproto.app.app import App
+    from zcproto.config import Config
 
 
 @click.command()
@@ -79,8 +81,27 @@ def serve(
         home=instance.home.path,
         listening=_print_addresses,
         progress=lambda message: click.echo(f"zcproto: {message}", err=True),
-        read_config=partial(instance.read_config, overrides),
+        read_config=partial(_read_again, instance, overrides),
     )
+
+
+def _read_again(instance: Instance, overrides: Mapping[str, Any]) -> Config:
+    """Read the configuration for a reload. Log the keys of the file that an option of this command overrides."""
+    from zcproto.config.checks import split_key, value_of  # noqa: PLC0415 - as above
+    from zcproto.server.state import log  # noqa: PLC0415 - as above
+
+    config = in_file = instance.read_config(overrides)
+    with contextlib.suppress(ConfigError):  # the file may need the options
+        in_file = instance.read_config()
+    hidden = []
+    for key, value in overrides.items():
+        section, name = split_key(key)
+        is_set = name in getattr(in_file, section).model_fields_set
+        if value is not None and is_set and value_of(config, key) != value_of(in_file, key):
+            hidden.append(key)
+    if hidden:
+        log.warning("config.overridden", restart=hidden, cure="restart without these options")
+    return config
 
 
 def _arguments(instance: Instance, overrides: Mapping[str, Any], app: str | None) -> list[str]:

@@ -6,6 +6,7 @@ Children inherit heap and limit.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import resource
 import sys
@@ -21,6 +22,12 @@ glibc maps each, and the kernel clears its pages for every request."""
 
 HEAP_SPARE: Final = 16 << 20
 """Bytes that may be free at the end of the heap before they return to the system."""
+
+
+def import_event_loop() -> None:
+    """Import what `new_event_loop` needs, once for all processes that are forked later."""
+    with contextlib.suppress(ImportError):
+        import uvloop  # noqa: F401, PLC0415 - optional
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

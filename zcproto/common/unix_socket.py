@@ -69,11 +69,25 @@ class SocketFile:
         if self._lock is None:
             return None
         try:
-            listening = listen_unix(self.path, backlog)
-            self._inode = self.path.lstat().st_ino
+            return self.renew(backlog)
         except BaseException:
             self.leave()
             raise
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether this process owns the path, and its socket was removed or replaced."""
+        try:
+            return bool(self._inode) and self.path.lstat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+    def renew(self, backlog: int) -> socket.socket:
+        """Return a new listening socket at the path, whose lock this process holds. Raises as `open`."""
+        listening = listen_unix(self.path, backlog)
+        self._inode = self.path.lstat().st_ino
         return listening
 
     @property

@@ -33,7 +33,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
     "server": {
         Effect.NOW: "drain_timeout lifespan_timeout upgrade_timeout",
         Effect.NEW_CONNECTIONS: "proxy_protocol_from",
-        Effect.RESTART: "host port workers",
+        Effect.RESTART: "host port workers hang_timeout",
     },
     "tls": {
         Effect.NEW_CONNECTIONS: (

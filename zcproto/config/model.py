@@ -80,6 +80,11 @@ class ServerConfig(Settings):
     number of cores that this process may use. With 1 there is a single process. With more there are also a
     supervisor and a coordinator, so that small machines do better with the default. Limits hold for all of
     them together."""
+    hang_timeout: Annotated[float | None, duration("1s", "1h", off=True)] = 30.0
+    """How long the event loop of a worker or of the coordinator may stand still. Then the process is aborted,
+    writes the stack of each thread to stderr, and is started again. The default is longer than any pause of a busy
+    machine. WatchdogSec= of systemd applies if it is shorter. "off" is for a debugger in a worker. With one process
+    only systemd can notice."""
     proxy_protocol_from: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ()
     """The load balancers that send the client's address in a PROXY protocol header, version 2, before TLS
     begins. From these the header is required; from all others, who could forge any address with it, it is

@@ -137,6 +137,12 @@ server.key_log_ignored warning (cure)
     SSLKEYLOGFILE is set; it is ignored and no keys are written.
 server.runs_as_root warning (cure)
     The server runs as root, which it does not need.
+server.start_waits warning (what seconds)
+    A port or the file of sessions is still in use, as after a server was killed; the start waits so long for it.
+server.socket_renewed warning (path)
+    A socket of the running server was removed from the home folder; it is made again.
+server.socket_missing error (path reason), limit per event
+    Such a socket cannot be made again; that is repeated.
 service_manager.unreachable warning (cure)
     NOTIFY_SOCKET is set, but the service manager does not answer there.
 worker.ready info (worker pid)
@@ -144,7 +150,8 @@ worker.ready info (worker pid)
 worker.ended error (worker pid reason retry_after_s)
     A process ended unexpectedly and is started again. Its connections are lost, those of other workers are not.
 worker.hangs error (worker pid seconds)
-    The event loop of a process did not run within WatchdogSec=; it is aborted, and writes its stacks to stderr.
+    The event loop of a process did not run within server.hang_timeout, or WatchdogSec=; it is aborted, and writes
+    its stacks to stderr.
 worker.killed error (worker pid)
     A process did not end within its time and is killed.
 worker.silent warning (what pid cause), limit per event
@@ -183,6 +190,8 @@ server.fault error (what exc_info) by peer, limit per event
 # The configuration, read again
 config.reloaded info (changed restart), limit per event
     The configuration was reloaded. Changes are active, except those that require a restart.
+config.overridden warning (restart cure), limit per event
+    A reload did not apply keys of the file: options of `zcproto serve` have other values for them.
 config.refused error (faults), limit per event
     The reloaded configuration is invalid; the previous one stays active.
 
@@ -292,6 +301,8 @@ store.stalled warning (seconds), limit per event
     The server did not run for a while: no token is accepted until the store has answered.
 store.recovered warning (seconds replayed), limit per event
     The store is available again.
+store.moved info (seconds)
+    Another process has opened the store, by order, as in an upgrade. Logins had to wait for so long.
 store.emptied error (sessions), limit per event
     The store lost its data unexpectedly; known sessions are written to it again.
 store.missing error (path), limit per event

@@ -148,6 +148,7 @@ async def build(
     settings = session_settings(config)
     if found is not None and found.shared:
         settings = replace(settings, max_sessions=NEAR_CACHE)
+    await asyncio.sleep(0)  # here and below: a coordinator answers the workers, whose logins wait
     state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found, role)
     login = build_login(
         active,
@@ -164,6 +165,7 @@ async def build(
         is_waiting=lambda: state.tasks.running,
     )
     state.traffic_begins = loop_lag.traffic_begins
+    await asyncio.sleep(0)
     state.add_methods([*protocol_methods(state, login.login, login.enrollment, app), *app])
     parts = Parts(
         active=active,
@@ -188,7 +190,9 @@ async def build(
         parts = replace(parts, whole=role.whole(parts))
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
-    state.prepare_schemas()
+    await asyncio.sleep(0)
+    if role.has_lifespans:  # else no client calls a method
+        state.prepare_schemas()
     functions = [each for method in state.methods.values() for each in method.functions()]
     loop_lag.holds = LoopHolds(loop_lag.overdue, functions, _log_hold)
     if http is not None:

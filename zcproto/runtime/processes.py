@@ -7,8 +7,8 @@
 Rules:
 - All workers accept on the same sockets, so that a restart loses no connection of the backlog.
 - Nothing listens before every worker has started its lifespan.
-- A process that loses its supervisor stops accepting, and ends within ORPHAN_LIMIT: the next supervisor needs the
-  port and the home folder.
+- A process that loses its supervisor closes the port at once, and ends within ORPHAN_LIMIT: the next supervisor
+  needs the port and the sessions, and limits do not hold over the processes of two servers.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from functools import partial
 from mmap import mmap
 from typing import Any, Final
 
-from zcproto.admin.control import open_control
+from zcproto.admin.control import BACKLOG as CONTROL_BACKLOG
+from zcproto.admin.control import open_control, renewed_socket
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.link import Link
-from zcproto.common.process import new_event_loop
+from zcproto.common.process import import_event_loop, new_event_loop
 from zcproto.common.shared_counts import SharedMemory, memory_size
 from zcproto.common.text import counted
 from zcproto.common.unix_socket import SocketFile
@@ -46,6 +47,7 @@ from zcproto.runtime.first_start import FirstStart
 from zcproto.runtime.gone import gone_calls
 from zcproto.runtime.inheritance import VARIABLE, Inheritance
 from zcproto.runtime.joined import Joined
+from zcproto.runtime.leftovers import bind_patiently, wait_unlocked
 from zcproto.runtime.place import Place
 from zcproto.runtime.process_setup import (
     exit_at_once,
@@ -57,7 +59,8 @@ from zcproto.runtime.process_setup import (
 from zcproto.runtime.reload import ReadConfig
 from zcproto.runtime.server import Server, at_home, no_redirect
 from zcproto.runtime.service_manager import ServiceManager
-from zcproto.server.listener import bind, listen
+from zcproto.runtime.store_setup import SQLITE
+from zcproto.server.listener import listen
 from zcproto.server.state import log
 from zcproto.workers.channel import Channel
 from zcproto.workers.child import COORDINATOR
@@ -65,14 +68,14 @@ from zcproto.workers.failures import failure_of
 from zcproto.workers.successor import Successor
 from zcproto.workers.supervisor import Supervisor
 
-ORPHAN_LIMIT: Final = 2.0
-"""Seconds that a process has to end after its supervisor."""
+ORPHAN_LIMIT: Final = 0.3
+"""Seconds that a process has to end after its supervisor: for GOAWAY, and the answers that wait to be sent."""
 
 LINK_BACKLOG: Final = 1_024
 """Workers, with two links each, that wait for a new coordinator."""
 
 BEATS: Final = 3
-"""Beats of a process in the time of the watchdog."""
+"""Beats of a process in the time after which it counts as hung."""
 
 MAX_NAMES: Final = 100
 """Names of a certificate that the supervisor may show: a certificate may have thousands."""
@@ -136,6 +139,7 @@ class ForkedService:
             )
         log_risks(risks)
         self._home.ensure()
+        import_event_loop()
         with contextlib.closing(self):
             if inheritance is None:
                 self.open()
@@ -153,13 +157,15 @@ class ForkedService:
         if self._options.pop("control", True):
             self._control = open_control(self._control_file)
         self._link = open_link(self._link_file)
+        if config.store.url == SQLITE:
+            wait_unlocked(self._home.sessions)
         if not self._sockets:
-            self._sockets = bind(config.server.host, config.server.port, backlog=0)
+            self._sockets = bind_patiently(config.server.host, config.server.port)
         if self._redirect_sockets and not config.http.enabled:
             raise no_redirect()
         if config.http.enabled and config.http.redirect_port and not self._redirect_sockets:
-            self._redirect_sockets = bind(
-                config.server.host, config.http.redirect_port, "http.redirect_port", backlog=0
+            self._redirect_sockets = bind_patiently(
+                config.server.host, config.http.redirect_port, "http.redirect_port"
             )
 
     def inherit(self, inheritance: Inheritance) -> None:
@@ -261,8 +267,18 @@ class ForkedService:
         self._manager.tick()
         return self._manager.interval
 
-    def watchdog(self) -> float | None:
-        return self._manager.watchdog
+    def renew_sockets(self) -> bool:
+        control = renewed_socket(self._control_file, CONTROL_BACKLOG)
+        link = renewed_socket(self._link_file, LINK_BACKLOG)
+        for old in (self._control if control else None, self._link if link else None):
+            if old is not None:
+                old.close()
+        self._control, self._link = control or self._control, link or self._link
+        return control is not None or link is not None
+
+    def hang_limit(self) -> float | None:
+        limits = (self._manager.watchdog, self._config.server.hang_timeout)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     # --- in the processes ----------------------------------------------------------------------------
 
@@ -282,7 +298,7 @@ class ForkedService:
         self._control_file.leave()
         self._link_file.leave()
         threading.Thread(target=_end_with, args=(lifeline,), name="zcproto-lifeline", daemon=True).start()
-        if self._manager.watchdog is not None and sys.stderr is not None:
+        if sys.stderr is not None:
             faulthandler.enable()
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -312,7 +328,7 @@ class ForkedService:
                 each.close()
             joining = joined.coordinator(place, config, self._home)
         async with joining as part:
-            orders = Orders(self._server(place, part), part, channel, self._manager.watchdog)
+            orders = Orders(self._server(place, part), part, channel, self.hang_limit())
             await orders.run(partial(self._started, part))
 
     def _started(self, part: Joined, server: Server) -> None:
@@ -321,6 +337,8 @@ class ForkedService:
         else:
             self._first.end()
             part.topics.calls.update(gone_calls(server.parts))
+            if server.parts.store is not None:
+                part.take_left_revocations(server.parts.store)
 
     def _server(self, place: Place, part: Joined) -> Server:
         own: dict[str, Any] = {"progress": self._first.progress, "config": self._config}
@@ -374,11 +392,11 @@ def _end_with(lifeline: int) -> None:
 class Orders:
     """Carries out the orders of the supervisor in a process."""
 
-    def __init__(self, server: Server, part: Joined, channel: Channel, watchdog: float | None) -> None:
+    def __init__(self, server: Server, part: Joined, channel: Channel, hang_limit: float | None) -> None:
         self._server = server
         self._part = part
         self._channel = channel
-        self._watchdog = watchdog
+        self._hang_limit = hang_limit
         self._go, self._stop, self._applied = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._limit: float | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -399,8 +417,8 @@ class Orders:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it serves the workers until they have ended
         else:
             loop.add_signal_handler(signal.SIGTERM, self._stop.set)
-        if self._watchdog is not None:
-            self._beat(loop, self._watchdog / BEATS)
+        if self._hang_limit is not None:
+            self._beat(loop, self._hang_limit / BEATS)
         starting, stopping = loop.create_task(server.start()), loop.create_task(self._stop.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():

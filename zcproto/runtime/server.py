@@ -203,6 +203,8 @@ class Server:
             roll_out_certificates(parts, spawn, self.on_certificates)
             for work in background_work(parts):
                 spawn(work)
+            if self._has_control:
+                spawn(control.keep())
             if self.before_listening is not None:
                 await self.before_listening(parts.certificate_pairs[0].names)
             control.start()

@@ -173,6 +173,14 @@ class AcceptLoop:
         for listening in sockets:
             listening.setblocking(False)
 
+    def replace_sockets(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept on other listening sockets from now on, and close the old ones. Open connections are kept."""
+        self._pause()
+        for listening in self._sockets:
+            listening.close()
+        self.listen_on(sockets)
+        self.start()
+
     def start(self) -> None:
         for listening in self._sockets:
             listening.listen(self._backlog)  # another process may have set a shorter one

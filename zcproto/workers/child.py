@@ -31,6 +31,8 @@ class ChildProcess:
         self.ready_at: float | None = None
         self.heard_at = 0.0
         self.kill_at: float | None = None
+        self.is_drained = False
+        """Whether it was ordered to end."""
         self.start_at: float | None = 0.0
         """When to start it; None while it runs, or if it is not to run."""
         self.failure: ZcprotoError | None = None

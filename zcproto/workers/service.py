@@ -50,5 +50,8 @@ class SupervisedService(Protocol):
     def tick(self, ready: int) -> float:
         """Report that this many workers are ready; return the seconds until the next call."""
 
-    def watchdog(self) -> float | None:
+    def renew_sockets(self) -> bool:
+        """Make sockets again that were removed. Return whether a new coordinator is needed, which gets them."""
+
+    def hang_limit(self) -> float | None:
         """Return the seconds within which a process must send a beat; None without a limit."""

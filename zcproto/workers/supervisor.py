@@ -37,6 +37,7 @@ from zcproto.workers.channel import Channel, Message
 from zcproto.workers.child import COORDINATOR, KILLED_LIMIT, MARGIN, ChildProcess
 from zcproto.workers.failures import ChildFailed, failure_from
 from zcproto.workers.handover import Action, Handover, Input, Step
+from zcproto.workers.reload import Reload
 from zcproto.workers.service import SupervisedService
 from zcproto.workers.successor import Successor
 
@@ -44,8 +45,8 @@ GIVE_UP: Final = 60.0
 """Seconds without a ready worker after which the server ends: time for a database to come back, and no more than
 clients wait."""
 
-RELOAD_LIMIT: Final = 30.0
-"""Seconds for which a reload waits for the processes."""
+LATE: Final = 3.0
+"""A turn of the supervisor that is late by this part of the limit of hung processes says nothing about them."""
 
 MAX_ENDED: Final = 64
 MAX_REASON: Final = 200
@@ -82,9 +83,7 @@ class Supervisor:
         self._last_failure: ZcprotoError | None = None
         self._unready_since = self._now()
         self._next_tick = 0.0
-        self._reloading: set[ChildProcess] | None = None
-        self._reload_until = 0.0
-        self._reload_again = False
+        self._reload = Reload(service, self.coordinator, self.workers, self._now)
         self._ended: deque[tuple[str, str]] = deque(maxlen=MAX_ENDED)
         """Processes that have ended, and why, which the coordinator has yet to report."""
         self._handover = Handover()
@@ -153,13 +152,14 @@ class Supervisor:
         for each in self._processes():
             self._check_time(each, now)
         self._check_successor(now)
-        if self._reloading is not None and now >= self._reload_until:
-            log.warning("workers.reload_slow", count=len(self._reloading), seconds=RELOAD_LIMIT)
-            self._end_reload()
+        self._reload.check_time(now)
         if self._has_served and now >= self._next_tick:
             ready = sum(each.ready_at is not None for each in self.workers)
             self._next_tick = now + self._service.tick(ready)
-        for key, _ in self._selector.select(max(0.0, self._next_event() - self._now())):
+            is_settled = self._handover.step is Step.IDLE and not self._is_stopping
+            if is_settled and self._service.renew_sockets():
+                self._drain(self.coordinator)  # the next one has them
+        for key, _ in self._wait():
             if key.data is None:
                 self._handle_signals()
             elif callable(key.data):
@@ -167,6 +167,16 @@ class Supervisor:
             elif key.data.channel is not None and key.data.channel.fileno() == key.fd:
                 self._handle_messages(key.data)
         return True
+
+    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for the next event, or until something is due."""
+        due = max(self._now(), self._next_event())
+        events = self._selector.select(due - self._now())
+        now, limit = self._now(), self._service.hang_limit()
+        if limit is not None and now - due > limit / LATE:
+            for each in self._processes():  # this process was stopped, and perhaps all: they are not late yet
+                each.heard_at = now
+        return events
 
     def _next_event(self) -> float:
         """Return the time of the next thing to do, if nothing happens before."""
@@ -192,12 +202,13 @@ class Supervisor:
             process.kill_at = None
             log.error("worker.killed", worker=process.name, pid=process.pid)
             self._signal(process, signal.SIGKILL)
-        limit = self._service.watchdog()
+        limit = self._service.hang_limit()
         if limit is not None and process.ready_at is not None and now - process.heard_at > limit:
             process.heard_at = now  # one signal each time
             log.error("worker.hangs", worker=process.name, pid=process.pid, seconds=limit)
             process.kill_at = now + MARGIN
             self._signal(process, signal.SIGABRT)  # it writes the stack of each thread
+            self._signal(process, signal.SIGCONT)  # if it was stopped
 
     def _gives_up(self, now: float) -> bool:
         if any(each.ready_at is not None for each in self.workers):
@@ -227,7 +238,7 @@ class Supervisor:
                     self._upgrade(Input.FAILED)
                     self._begin_stop(self._service.drain_limit())
             elif number == signal.SIGHUP and self._has_served:
-                self._begin_reload()
+                self._reload.request()
             elif number == signal.SIGUSR2 and self._has_served and not self._is_stopping:
                 self._upgrade(Input.REQUESTED)
 
@@ -251,7 +262,7 @@ class Supervisor:
         elif name == "failed":
             process.failure = failure_from(process.name, values)
         elif name == "reloaded":
-            self._handle_reloaded(process, values.get("applied") is True)
+            self._reload.handle_reloaded(process, has_applied=values.get("applied") is True)
         elif name == "drain" and is_coordinator and not self._is_stopping:
             limit = values.get("limit")
             self._begin_stop(float(limit) if isinstance(limit, int | float) else self._service.drain_limit())
@@ -313,7 +324,7 @@ class Supervisor:
         theirs.close()
         process.pid, process.channel, process.start_at = pid, ours, None
         process.failure, process.ready_at, process.kill_at = None, None, None
-        process.heard_at = self._now()
+        process.is_drained, process.heard_at = False, self._now()
         self._selector.register(ours, selectors.EVENT_READ, process)
 
     def _run_child(self, number: int, channel: Channel, mask: Iterable[int]) -> NoReturn:
@@ -360,29 +371,29 @@ class Supervisor:
 
     def _handle_end(self, process: ChildProcess, code: int) -> None:
         if process.channel is not None:
-            for message in process.channel.receive() or ():  # its last words
-                if message.name == "failed":
-                    process.failure = failure_from(process.name, message.values)
+            while messages := process.channel.receive():  # until all of its last words are read
+                for message in messages:
+                    if message.name == "failed":
+                        process.failure = failure_from(process.name, message.values)
             self._close_channel(process)
         self._service.process_ended(process.number)
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if process.failure is not None:
             reason = str(process.failure)
-        self._lose(process, reason, is_expected=self._is_stopping and not code)
+        self._lose(process, reason, is_expected=process.is_drained and not code)
 
     def _lose(self, process: ChildProcess, reason: str, *, is_expected: bool = False) -> None:
         """Note that a process does not run, and when it starts again."""
-        now = self._now()
+        now, is_coordinator = self._now(), process is self.coordinator
         pid, process.pid, process.kill_at = process.pid, 0, None
         served = None if process.ready_at is None else now - process.ready_at
         process.ready_at = process.start_at = None
-        if self._reloading is not None:
-            self._reload_done(process)
+        self._reload.remove(process)
         if self._is_stopping:
             if not is_expected:
                 log.error("worker.ended", worker=process.name, pid=pid, reason=reason)
                 self._failure = self._failure or process.failure
-            if process is self.coordinator and any(each.is_running for each in self.workers):
+            if is_coordinator and any(each.is_running for each in self.workers):
                 process.start_at = now + process.pacer.ended(served)  # the workers have sessions to store
             return
         if not self._has_served:
@@ -391,13 +402,15 @@ class Supervisor:
             )
             self._begin_stop(0.0)
             return
-        if self._handover.is_retiring:
-            self._upgrade(Input.WORKER_ENDED)
+        if self._handover.is_retiring or (is_coordinator and not self._handover.has_coordinator):
+            if not is_expected:
+                log.error("worker.ended", worker=process.name, pid=pid, reason=reason)
+            self._upgrade(Input.COORDINATOR_ENDED if is_coordinator else Input.WORKER_ENDED)
             return
-        if process is self.coordinator and not self._handover.has_coordinator:
-            self._upgrade(Input.COORDINATOR_ENDED)
+        if is_expected:
+            process.start_at = now
             return
-        if process is not self.coordinator:
+        if not is_coordinator:
             self._last_failure = process.failure
         delay = process.pacer.ended(served)
         process.start_at = now + delay
@@ -422,46 +435,6 @@ class Supervisor:
         if process.is_running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
-
-    # --- reload --------------------------------------------------------------------------------------
-
-    def _begin_reload(self) -> None:
-        """Let the coordinator apply the configuration first: if it refuses, nothing changes."""
-        if self._is_stopping:
-            return
-        if self._reloading is not None:
-            self._reload_again = True  # it will read whatever has changed by then
-            return
-        self._wait_for_reload([self.coordinator])
-
-    def _wait_for_reload(self, processes: Iterable[ChildProcess]) -> None:
-        if self._reloading is None:
-            self._service.reloading(True)
-        self._reload_until = self._now() + RELOAD_LIMIT
-        self._reloading = {each for each in processes if each.ready_at is not None and each.send("reload")}
-        if not self._reloading:
-            self._end_reload()
-
-    def _handle_reloaded(self, process: ChildProcess, has_applied: bool) -> None:
-        if process is self.coordinator and has_applied and not self._is_stopping:
-            self._service.reload()
-            self._wait_for_reload(self.workers)
-        elif self._reloading is not None:
-            self._reload_done(process)
-
-    def _reload_done(self, process: ChildProcess) -> None:
-        assert self._reloading is not None
-        self._reloading.discard(process)
-        if not self._reloading:
-            self._end_reload()
-
-    def _end_reload(self) -> None:
-        self._reloading = None
-        self._service.reloading(False)
-        self.coordinator.send("applied")
-        if self._reload_again:
-            self._reload_again = False
-            self._begin_reload()
 
     # --- upgrade -------------------------------------------------------------------------------------
 
@@ -567,7 +540,8 @@ class Supervisor:
     # --- stop ----------------------------------------------------------------------------------------
 
     def _begin_stop(self, limit: float) -> None:
-        self._is_stopping, self._limit = True, limit
+        self._is_stopping = self._reload.is_stopped = True
+        self._limit = limit
         if self._has_served and self._predecessor is None:
             self._service.stopping(limit)
         for worker in self.workers:
@@ -584,7 +558,7 @@ class Supervisor:
     def _drain(self, process: ChildProcess) -> None:
         if process.is_running:
             process.kill_at = self._now() + self._limit + MARGIN
-            process.send("drain", limit=self._limit)
+            process.is_drained |= process.send("drain", limit=self._limit)
 
     def _kill_rest(self) -> None:
         """Kill what still runs, and wait for it, so that the port and the store are free."""

@@ -28,6 +28,7 @@ from zcproto.common.home import Home
 from zcproto.common.text import counted, escape_text
 from zcproto.config import Config
 from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.runtime.place import usable_cores, worker_count
 from zcproto.runtime.process_setup import KEY_LOG, SPARE_FILES
 from zcproto.runtime.store_setup import MEMORY, SQLITE
 from zcproto.server.listener import bind
@@ -199,6 +200,23 @@ def _accelerator(config: Config, home: Home) -> Iterator[Result]:
     yield OK, accelerator.describe() + hint
 
 
+def _workers(config: Config, home: Home) -> Iterator[Result]:
+    workers, cores = worker_count(config), usable_cores()
+    found = f"{counted(workers, 'worker')}, {counted(cores, 'core')}"
+    if workers > 1 and not hasattr(os, "fork"):
+        yield FAULT, f"server.workers = {workers}: this needs Linux or macOS", "set it to 1"
+    elif workers > cores:
+        yield (
+            WARNING,
+            found,
+            'set server.workers = "auto": more workers than cores cost memory and gain nothing',
+        )
+    elif workers == 1 and cores > 1:
+        yield OK, f'{found}; server.workers = "auto" uses all of them'
+    else:
+        yield OK, found
+
+
 def _disk(config: Config, home: Home) -> Iterator[Result]:
     places = [home.path, config.certificates.directory]
     if config.log.file is not None:
@@ -321,6 +339,7 @@ def _port(config: Config, home: Home) -> Iterator[Result]:
 
 _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "process": _process,
+    "workers": _workers,
     "accelerator": _accelerator,
     "disk": _disk,
     "file limit": _file_limit,
