@@ -9,7 +9,7 @@ Must not know: how the processes are started and ended.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +60,8 @@ class Joined:
     topics: Topics
     server: LinkServer | None = None
     client: LinkClient | None = None
+    announce_end: Callable[[], None] = lambda: None
+    """Let the workers know that this process, the coordinator, is about to end by order."""
 
     def share_log_level(self) -> None:
         """Have the workers log at the level of this process, the coordinator."""
@@ -109,6 +111,11 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
     server.on_link.append(on_link)
     server.on_lost.append(reports.link_lost)
     hub = build_hub(config, home, partial(on_store_event, alerts))
+
+    def announce_end() -> None:
+        if hub is not None:
+            hub.notify([Change(ChangeKind.AWAY)], None)
+
     if hub is not None:
         StoreServer(hub).serve(server)
     collector, whole = joined_figures.collect(
@@ -128,12 +135,11 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
             throttle=throttle,
             whole=whole,
         )
-        yield Joined(role, topics, server=server)
+        yield Joined(role, topics, server=server, announce_end=announce_end)
     finally:
         collecting.cancel()
-        if hub is not None:
-            hub.notify([Change(ChangeKind.AWAY)], None)
-            await server.flush()
+        announce_end()  # again: the drain may have been long
+        await server.flush()
         await server.close()
         if hub is not None:
             await hub.close()

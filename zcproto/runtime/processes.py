@@ -468,6 +468,7 @@ class Orders:
                 self._applied.set()
 
     def _drain(self, limit: float | None) -> None:
+        self._part.announce_end()
         self._limit = limit
         self._stop.set()
 

@@ -1,6 +1,7 @@
 """Logs the outages of a store and raises their alerts.
 
-Rule: a store that is away by order (ChangeKind.AWAY), as in an upgrade, counts as out only if it takes too long.
+Rule: a store that is away by order (ChangeKind.AWAY), as in an upgrade, counts as out only if it takes too long. It
+may come back in several attempts meanwhile, since its new process is busy with its start.
 
 It must not know: the store, what an outage means for sessions.
 """
@@ -72,7 +73,6 @@ class OutageReport:
         """Report that an outage has ended after so many seconds, with so many revocations that waited."""
         was_reported = not self._held
         self._held.clear()
-        self._away_until = 0.0
         if was_reported:
             log.warning("store.recovered", seconds=seconds, replayed=replayed)
             self._on_event("store.recovered", {"seconds": seconds, "replayed": replayed})

@@ -33,7 +33,7 @@ from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.health import HealthAlert, StoreHealth
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.sessions.token import id_text
+from zcproto.sessions.token import id_from_text, id_text
 from zcproto.stores.base import HEARTBEAT_S, NO_LIMIT, Change, ChangeKind, SessionStore, StoreUnavailable
 from zcproto.stores.leases import IsUsed, Leases
 from zcproto.stores.operations import BackgroundTasks, Call, CircuitBreaker
@@ -115,7 +115,7 @@ class StoreSync:
             self.keep_ended_ms,
             self.on_event,
         )
-        self.changes = ChangeTracker(self.revoker, self.is_used)
+        self.changes = ChangeTracker(self.revoker, self._is_kept)
         self.leases = Leases(
             self.breaker, self.registry, self.is_used, self.in_use, self.tasks, self.wheel, self.clock
         )
@@ -179,6 +179,12 @@ class StoreSync:
             log.warning("store.uses_not_written", reason=self.breaker.reason)
         await self.pending.close()
         await self.store.close()
+
+    def _is_kept(self, session_id: str) -> bool:
+        """Return whether a session is in use here, or is being opened."""
+        return self.is_used(session_id) or (
+            bool(self.leases.unjoined) and id_from_text(session_id) in self.leases.unjoined
+        )
 
     # --- outages -----------------------------------------------------------------------------------
 

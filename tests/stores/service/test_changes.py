@@ -11,8 +11,9 @@ from tests.stores.faulty import BUSY, FAILS
 from tests.stores.service.harness import FaultyStoreView, StartProcess, StoreWithOtherFind, raw
 from zcproto.errors import Code
 from zcproto.sessions import Session
-from zcproto.sessions.record import EndedRecord
+from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores import sync as sync_module
+from zcproto.stores.base import Change, ChangeKind
 
 
 async def test_unused_session_changed_by_another_process_is_forgotten(start_process: StartProcess) -> None:
@@ -204,3 +205,21 @@ async def test_session_ended_by_another_process_during_its_lookup_is_not_accepte
 
     other.store.inner = StoreWithOtherFind(other.store.inner, late)
     assert await other.find(opened.token) is Code.TOKEN_REVOKED
+
+
+async def test_session_that_is_reported_as_changed_while_it_is_opened_is_open(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = await start_process(shared=True)
+    restore = process.registry.restore
+
+    def restore_and_report(record: SessionRecord, **options: Any) -> bool:
+        restored = restore(record, **options)
+        process.store.on_change(Change(ChangeKind.SESSION, record.id))
+        return restored
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process.registry, "restore", restore_and_report)
+        opened = await process.open()
+    await process.settle()
+    assert process.is_valid(opened)

@@ -53,8 +53,13 @@ def test_store_that_is_away_by_order_raises_no_alert(
     report.end(0.4, 0)
     assert names(events, log) == ([], ["store.moved"])
     assert report.next_deadline() == NEVER
-    report.handle(HealthAlert.BEGAN, 11.0)  # the order was carried out: this is an outage
+    report.handle(HealthAlert.BEGAN, 11.0)  # it is still busy with its start
+    assert events == []
+    report.handle_time(10.0 + AWAY_S)
     assert names(events, log)[0] == ["store.degraded"]
+    report.end(5.0, 0)
+    report.handle(HealthAlert.BEGAN, 11.0 + AWAY_S)
+    assert names(events, log)[0] == ["store.degraded", "store.recovered", "store.degraded"]
 
 
 def test_store_that_is_away_for_too_long_is_an_outage(
