@@ -95,10 +95,7 @@ func (s *ItemStream) Take(now Instant) ([]byte, error) {
 		return nil, &Error{Code: wire.Internal, Message: fmt.Sprintf("item %d is invalid: %v", s.taken.Items-1, err)}
 	}
 	if s.grant() {
-		credit, err := wire.AppendCredit(nil, s.granted)
-		if err == nil {
-			s.conversation.send(wire.Credit, s.Number, s.token, credit, now)
-		}
+		s.conversation.send(wire.Credit, s.Number, s.token, s.granted.Append(nil), now)
 	}
 	return body, nil
 }

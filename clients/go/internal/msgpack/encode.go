@@ -34,11 +34,11 @@ func appendAny(dst []byte, value any, depth int) ([]byte, error) {
 	case int64:
 		return appendInt(dst, value), nil
 	case uint64:
-		return appendUint(dst, value), nil
+		return AppendUint(dst, value), nil
 	case float64:
 		return appendFloat(dst, value), nil
 	case string:
-		return appendString(dst, value)
+		return AppendString(dst, value)
 	case []byte:
 		return appendBytes(dst, value)
 	case Raw:
@@ -75,7 +75,7 @@ func appendStringMap(dst []byte, value map[string]any, depth int) ([]byte, error
 	dst, err := appendMapHead(dst, len(keys), depth)
 	for _, key := range keys {
 		if err == nil {
-			dst, err = appendString(dst, key)
+			dst, err = AppendString(dst, key)
 		}
 		if err == nil {
 			dst, err = appendAny(dst, value[key], depth-1)
@@ -93,13 +93,13 @@ func appendValue(dst []byte, value reflect.Value, depth int) ([]byte, error) {
 	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64:
 		return appendInt(dst, value.Int()), nil
 	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64, reflect.Uintptr:
-		return appendUint(dst, value.Uint()), nil
+		return AppendUint(dst, value.Uint()), nil
 	case reflect.Float32:
 		return binary.BigEndian.AppendUint32(append(dst, 0xca), math.Float32bits(float32(value.Float()))), nil
 	case reflect.Float64:
 		return appendFloat(dst, value.Float()), nil
 	case reflect.String:
-		return appendString(dst, value.String())
+		return AppendString(dst, value.String())
 	case reflect.Interface:
 		return appendAny(dst, value.Interface(), depth)
 	case reflect.Pointer:
@@ -170,7 +170,7 @@ func appendMap(dst []byte, value reflect.Value, depth int) ([]byte, error) {
 	dst, err := appendMapHead(dst, len(keys), depth)
 	for _, key := range keys {
 		if err == nil {
-			dst, err = appendString(dst, key.String())
+			dst, err = AppendString(dst, key.String())
 		}
 		if err == nil {
 			dst, err = appendValue(dst, value.MapIndex(key), depth-1)
@@ -212,7 +212,7 @@ func appendBool(dst []byte, value bool) []byte {
 func appendInt(dst []byte, value int64) []byte {
 	switch {
 	case value >= 0:
-		return appendUint(dst, uint64(value))
+		return AppendUint(dst, uint64(value))
 	case value >= -32:
 		return append(dst, byte(value))
 	case value >= math.MinInt8:
@@ -226,7 +226,8 @@ func appendInt(dst []byte, value int64) []byte {
 	}
 }
 
-func appendUint(dst []byte, value uint64) []byte {
+// AppendUint encodes an int behind dst.
+func AppendUint(dst []byte, value uint64) []byte {
 	switch {
 	case value <= 0x7f:
 		return append(dst, byte(value))
@@ -245,7 +246,8 @@ func appendFloat(dst []byte, value float64) []byte {
 	return binary.BigEndian.AppendUint64(append(dst, 0xcb), math.Float64bits(value))
 }
 
-func appendString(dst []byte, text string) ([]byte, error) {
+// AppendString encodes a str behind dst.
+func AppendString(dst []byte, text string) ([]byte, error) {
 	if !utf8.ValidString(text) {
 		return dst, cannotSend("a string is not UTF-8; use []byte for bytes")
 	}

@@ -75,7 +75,7 @@ func (f *fields) add(of reflect.Type, parent []int) {
 		if name == "" {
 			name = found.Name
 		}
-		key, err := appendString(nil, name)
+		key, err := AppendString(nil, name)
 		if err != nil {
 			f.fault = of.String() + ": the name of " + found.Name + " is not UTF-8"
 		}

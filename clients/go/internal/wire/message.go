@@ -24,7 +24,10 @@ type Grant struct {
 	Bytes uint64
 }
 
-func (g Grant) array() []uint64 { return []uint64{g.Items, g.Bytes} }
+// Append encodes the body of a CREDIT behind dst.
+func (g Grant) Append(dst []byte) []byte {
+	return msgpack.AppendUint(msgpack.AppendUint(append(dst, 0x92), g.Items), g.Bytes)
+}
 
 // Meta is what a request says about itself.
 type Meta struct {
@@ -72,13 +75,9 @@ func AppendRequest(dst []byte, method string, params any, meta *Meta) ([]byte, e
 	if meta.IdempotencyKey != "" && utf8.RuneCountInString(meta.IdempotencyKey) > maxIdempotencyKey {
 		return dst, errKey
 	}
-	entries := meta.entries()
-	if entries == 0 {
-		dst = append(dst, 0x92)
-	} else {
-		dst = append(dst, 0x93)
-	}
-	dst, err := msgpack.Append(dst, method)
+	count := meta.count()
+	dst = append(dst, 0x92+byte(min(count, 1)))
+	dst, err := msgpack.AppendString(dst, method)
 	if err != nil {
 		return dst, err
 	}
@@ -89,15 +88,16 @@ func AppendRequest(dst []byte, method string, params any, meta *Meta) ([]byte, e
 	if !msgpack.IsMapOrNil(dst[at:]) {
 		return dst, errParams
 	}
-	if entries > 0 {
-		dst, err = meta.append(append(dst, 0x80|byte(entries)))
+	if count > 0 {
+		dst, err = meta.append(append(dst, 0x80|byte(count)))
 	}
 	return dst, err
 }
 
-func (m *Meta) entries() int {
+// count returns the number of keys.
+func (m *Meta) count() int {
 	count := 0
-	for _, isSet := range []bool{m.Credit != nil, m.HasDeadline, m.IdempotencyKey != "", m.Traceparent != ""} {
+	for _, isSet := range [...]bool{m.Credit != nil, m.HasDeadline, m.IdempotencyKey != "", m.Traceparent != ""} {
 		if isSet {
 			count++
 		}
@@ -105,27 +105,20 @@ func (m *Meta) entries() int {
 	return count
 }
 
+// append encodes the keys and their values.
 func (m *Meta) append(dst []byte) ([]byte, error) {
-	var err error
-	add := func(key string, value any) {
-		if err == nil {
-			dst, err = msgpack.Append(dst, key)
-		}
-		if err == nil {
-			dst, err = msgpack.Append(dst, value)
-		}
-	}
 	if m.Credit != nil {
-		add("credit", m.Credit.array())
+		dst = m.Credit.Append(append(dst, "\xa6credit"...))
 	}
 	if m.HasDeadline {
-		add("deadline_ms", m.DeadlineMs)
+		dst = msgpack.AppendUint(append(dst, "\xabdeadline_ms"...), m.DeadlineMs)
 	}
+	var err error
 	if m.IdempotencyKey != "" {
-		add("idempotency_key", m.IdempotencyKey)
+		dst, err = msgpack.AppendString(append(dst, "\xafidempotency_key"...), m.IdempotencyKey)
 	}
-	if m.Traceparent != "" {
-		add("traceparent", m.Traceparent)
+	if m.Traceparent != "" && err == nil {
+		dst, err = msgpack.AppendString(append(dst, "\xabtraceparent"...), m.Traceparent)
 	}
 	return dst, err
 }
@@ -212,11 +205,6 @@ func parseMeta(kind Kind, body msgpack.Raw, maxDepth int) (Meta, error) {
 func Milliseconds(count uint64) time.Duration {
 	const most = math.MaxInt64 / uint64(time.Millisecond)
 	return time.Duration(min(count, most)) * time.Millisecond
-}
-
-// AppendCredit encodes the body of a CREDIT behind dst.
-func AppendCredit(dst []byte, credit Grant) ([]byte, error) {
-	return msgpack.Append(dst, credit.array())
 }
 
 // ParseCredit reads `[items, bytes]`.
