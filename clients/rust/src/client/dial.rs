@@ -128,9 +128,11 @@ impl Dialer {
             .map_err(|error| Error::Certificate(format!("cannot configure TLS: {error}")))?;
         let mut transport = Transport::new(tcp, tls);
         let leaf = transport.handshake().await?;
-        let connection = AbortOnDrop(Connection::start(transport, leaf, self.settings, listener));
-        connection.0.welcomed().await?;
-        Ok(connection.keep())
+        let connection = Connection::start(transport, leaf, self.settings, listener);
+        let attempt = AbortOnDrop { connection: Arc::clone(&connection), is_kept: false };
+        connection.welcomed().await?;
+        attempt.keep();
+        Ok(connection)
     }
 
     /// Explain an error after the handshake: in TLS 1.3 a server refuses a client certificate only then, by an alert or by a
@@ -173,18 +175,21 @@ async fn blocking<T: Send + 'static>(function: impl FnOnce() -> Result<T> + Send
 }
 
 /// Cuts a connection whose attempt is given up.
-struct AbortOnDrop(Arc<Connection>);
+struct AbortOnDrop {
+    connection: Arc<Connection>,
+    is_kept: bool,
+}
 
 impl AbortOnDrop {
-    fn keep(self) -> Arc<Connection> {
-        let connection = Arc::clone(&self.0);
-        std::mem::forget(self);
-        connection
+    fn keep(mut self) {
+        self.is_kept = true;
     }
 }
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
-        self.0.abort();
+        if !self.is_kept {
+            self.connection.abort();
+        }
     }
 }

@@ -18,7 +18,8 @@ pub struct Server {
 
 /// Return the folder of the repository.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+    let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+    folders.find(|folder| folder.join("spec/zcp1.md").exists()).expect("these tests run in a clone").to_owned()
 }
 
 /// Return a command of the Python that has zcproto: ZCPROTO_PYTHON, that of the repository's environment, or the system's.
