@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import click
 import msgpack
@@ -108,11 +108,19 @@ class Running(NamedTuple):
         return sum(map(cpu_seconds, family(self.pid))) * 1e6
 
 
+class Measured(Protocol):
+    """A server, or several that are measured as one: `port` is that for the next connection."""
+
+    @property
+    def port(self) -> int: ...
+    def cpu_us(self) -> float: ...
+
+
 class Side:
     """A server, with connections for requests, and what slices of work cost it."""
 
     def __init__(
-        self, server: Running, context: ssl.SSLContext, users: Iterator[Credential] | None = None
+        self, server: Measured, context: ssl.SSLContext, users: Iterator[Credential] | None = None
     ) -> None:
         """With `users` each connection opens a session, five of each user."""
         self._server = server

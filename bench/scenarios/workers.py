@@ -2,7 +2,8 @@
 
     balance   10,000 connections on two workers: how many each has, and what a worker takes at its start
     cpu       a request at two workers on one core, beside one at a single process on the same core, in turns and
-              without what each takes when idle
+              without what each takes when idle; and at two servers of a single process, to which the connections
+              are dealt out: what two processes cost that share nothing, because each wakes up for fewer requests
     limit     200 logins of one user at once, over four workers: five get a session
     crowd     58,000 connections on three workers, each with its own session, and the memory of one
 
@@ -16,9 +17,9 @@ import asyncio
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ import click
 
 from bench.command import COUNT, measurement, progress
 from bench.compare.client import ALPN, context_for
-from bench.compare.command import Case, Running, Side, in_turn
+from bench.compare.command import Running, Side
 from bench.report import Report, Row
 from bench.scenarios.harness import cause_of, load_rows, run_load_beside
 from bench.scenarios.sessions import is_accepted, open_session
@@ -63,14 +64,18 @@ CROWD_RATE: Final = 200.0
 """Connections a second: four generators and three workers share two cores."""
 
 SLICES: Final = 40
+WARM_UP: Final = 2
 IDLE_S: Final = 3.0
-NAMES: Final = {"two": "two workers", "one": "a single process"}
+NAMES: Final = {"two": "two workers", "apart": "two single processes", "one": "a single process"}
+
+
+def settings_for(workers: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"server.workers": workers, "log.level": "warning", **ECDSA_ONLY, **settings}
 
 
 def stage_in(folder: Path, workers: int, settings: Mapping[str, Any] = {}) -> Stage:
     """Return a stage whose servers have so many workers."""
-    quiet = {"log.level": "warning"}
-    return Stage(folder, {"server.workers": workers, **quiet, **ECDSA_ONLY, **settings})
+    return Stage(folder, settings_for(workers, settings))
 
 
 def workers_of(server: Server) -> list[int]:
@@ -154,17 +159,38 @@ def crowd(folder: Path, connections: int) -> tuple[list[Row], list[str]]:
     return rows, notes
 
 
+class Together:
+    """Servers that are measured as one. They get connections in turn."""
+
+    def __init__(self, servers: Sequence[Running]) -> None:
+        self._servers = servers
+        self._ports = cycle([server.port for server in servers])
+
+    @property
+    def port(self) -> int:
+        return next(self._ports)
+
+    def cpu_us(self) -> float:
+        return sum(server.cpu_us() for server in self._servers)
+
+
 def cpu(folder: Path, rounds: int) -> tuple[list[Row], list[str]]:
     folder.mkdir()
+    settings = {"limits.connections_per_address": 0}
+    first = stage_in(folder / "first", 1, settings)
+    users = first.add_users("user", 100)
+    first.make_certificates()
     with ExitStack() as stack:
         sides, idle = [], []
-        for workers in (2, 1):
-            stage = stage_in(folder / str(workers), workers, {"limits.connections_per_address": 0})
-            users = iter(stage.add_users("user", 100))
-            server = stack.enter_context(stage.serve(cpu=SERVER_CPU))
-            context = context_for(stage.ca_file, ALPN)
-            running = Running(server.pid, server.port)
-            sides.append(Side(running, context, users))
+        for name, (servers, workers) in {"two": (1, 2), "apart": (2, 1), "one": (1, 1)}.items():
+            started = []
+            for number in range(servers):
+                stage = first.copy(folder / f"{name}-{number}")
+                stage.configure(settings_for(workers, settings))
+                server = stack.enter_context(stage.serve(cpu=SERVER_CPU))
+                started.append(Running(server.pid, server.port))
+            running = Together(started)
+            sides.append(Side(running, context_for(first.ca_file, ALPN), iter(users)))
             settle()
             before = running.cpu_us()
             time.sleep(IDLE_S)
@@ -174,16 +200,20 @@ def cpu(folder: Path, rounds: int) -> tuple[list[Row], list[str]]:
             for (name, label), each in zip(NAMES.items(), idle, strict=True)
         ]
         for depth in (1, 16):
-            costs = [partial(busy_cost, *each, depth) for each in zip(sides, idle, strict=True)]
-            case = Case(f"depth {depth}", MAX_CPU_RATIO, "us", *costs)
-            in_turn(case, 2)  # to warm up
-            pairs = in_turn(case, rounds)
-            for (name, label), values in zip(NAMES.items(), zip(*pairs, strict=True), strict=True):
+            costs = [
+                [busy_cost(*each, depth) for each in zip(sides, idle, strict=True)]
+                for _ in range(WARM_UP + rounds)
+            ][WARM_UP:]
+            for (name, label), values in zip(NAMES.items(), zip(*costs, strict=True), strict=True):
                 rows.append(
                     Row(f"{name}_{depth}", f"depth {depth}, {label}", statistics.median(values), "us")
                 )
-            ratio = statistics.median(two / one for two, one in pairs)
-            rows.append(Row(f"ratio_{depth}", f"depth {depth}, two / one", ratio, below=MAX_CPU_RATIO))
+            ratio = statistics.median(two / one for two, _, one in costs)
+            rows.append(
+                Row(f"ratio_{depth}", f"depth {depth}, two workers / one", ratio, below=MAX_CPU_RATIO)
+            )
+            apart = statistics.median(apart / one for _, apart, one in costs)
+            rows.append(Row(f"apart_ratio_{depth}", f"depth {depth}, two single processes / one", apart))
         return rows, []
 
 

@@ -309,6 +309,7 @@ class ServerOutput:
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""
-        data = b"".join(self._out)
-        self._out.clear()
+        out = self._out
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
         return data
