@@ -309,7 +309,6 @@ class ServerOutput:
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""
-        out = self._out
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
+        data = b"".join(self._out)
+        self._out.clear()
         return data

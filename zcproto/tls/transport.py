@@ -32,9 +32,6 @@ from zcproto.tls.failure import TlsFailure, failure_of
 RECORD_SIZE: Final = 16_384
 """Maximum plaintext of one TLS record (RFC 8446 section 5.1)."""
 
-SMALL_READ: Final = 1_024
-"""Bytes up to which a read gets a buffer of the size of what has arrived, which costs less than one of a record."""
-
 RECEIVE_BUFFER_SIZE: Final = 65_536
 LINGER_TIME: Final = 2.0
 """Seconds during which a peer may still send after our close; then the connection is reset."""
@@ -218,13 +215,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         tls = self._tls._sslobj  # type: ignore[attr-defined]
         incoming = self._incoming
         barren = True
-        size = arrived if 0 < arrived <= SMALL_READ else RECORD_SIZE
         # Reading `pending` costs a tenth of catching SSLWantReadError.
         while arrived or incoming.pending:
             try:
-                data = tls.read(size)
-                if len(data) == size:  # the record began with an earlier arrival; OpenSSL is to keep nothing
-                    data += tls.read(tls.pending())
+                data = tls.read(RECORD_SIZE)
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:
