@@ -17,14 +17,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.server import READ_BUDGET
-from zcproto.tls.transport import (
-    MAX_BARREN_BYTES,
-    RECORD_SIZE,
-    SMALL_READ,
-    ReceiveBuffer,
-    TlsPhase,
-    TlsTransport,
-)
+from zcproto.tls.transport import MAX_BARREN_BYTES, RECORD_SIZE, ReceiveBuffer, TlsPhase, TlsTransport
 
 MIB = 1_048_576
 
@@ -48,19 +41,6 @@ def test_data_is_delivered_complete_and_in_order(agreed: TlsPair, size: int, pie
 def test_record_byte_by_byte_is_decrypted(agreed: TlsPair) -> None:
     agreed.say(b"hello", 1)
     assert agreed.protocol.pieces == [b"hello"]
-
-
-@pytest.mark.parametrize("size", [3, 22, 100, SMALL_READ, RECORD_SIZE])
-@pytest.mark.parametrize("last", [1, 2, 22, 23, 100, SMALL_READ, SMALL_READ + 1])
-def test_record_that_a_small_arrival_completes_is_delivered_whole(
-    agreed: TlsPair, size: int, last: int
-) -> None:
-    data, sealed = pattern(size), agreed.sealed(pattern(size))
-    for part in (sealed[:-last], sealed[-last:]):
-        agreed.raw.deliver(part)
-    assert agreed.protocol.received == data
-    agreed.say(b"next")
-    assert agreed.protocol.received == data + b"next"
 
 
 def test_bio_gets_at_most_one_record_at_a_time(agreed: TlsPair) -> None:
