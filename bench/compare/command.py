@@ -171,6 +171,11 @@ class Side:
         self._opened += self._connect(CONNECTED)
         return (self._server.cpu_us() - before) / 1e6 * 10_000 / CONNECTED
 
+    def close(self) -> None:
+        self.close_opened()
+        for connection in self._connections:
+            connection.close()
+
     def close_opened(self) -> None:
         for connection in self._opened:
             connection.close()

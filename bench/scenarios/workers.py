@@ -191,6 +191,7 @@ def cpu(folder: Path, rounds: int) -> tuple[list[Row], list[str]]:
                 started.append(Running(server.pid, server.port))
             running = Together(started)
             sides.append(Side(running, context_for(first.ca_file, ALPN), iter(users)))
+            stack.callback(sides[-1].close)
             settle()
             before = running.cpu_us()
             time.sleep(IDLE_S)
