@@ -110,6 +110,22 @@ def test_claim_with_unknown_outcome_is_released_for_other_processes(
     assert (harness.ran, another.ran, another.slept) == (0, 1, [])
 
 
+def test_end_waits_until_claims_are_released_and_answers_are_written(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    store.out = store.fails_after_the_effect = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    store.out = store.fails_after_the_effect = False
+    finish_during_outage(harness, store)
+    waiting = harness.loop.create_task(harness.cache.wait_idle())
+    harness.turn()
+    assert not waiting.done()
+    store.out = False
+    harness.turn()
+    assert waiting.done()
+    assert [entry.running for entry in store.answers._entries.values()] == [False]
+
+
 def test_claim_of_another_process_is_not_released(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     another = make_harness(store)
