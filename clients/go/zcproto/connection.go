@@ -338,6 +338,9 @@ func (call *pendingCall) wait(ctx context.Context) error {
 
 // recycle returns a call whose result is decoded to the pool.
 func (call *pendingCall) recycle() {
+	if call.onResponse != nil {
+		clear(call.body) // it has tokens
+	}
 	if cap(call.body) > maxGathered {
 		call.body = nil
 	}

@@ -89,8 +89,8 @@ func (o Options) withDefaults() (Options, error) {
 			return o, configError(fmt.Sprintf("%s: %s is below 0; leave it out for the default", name, *timeout))
 		}
 	}
-	if o.MaxCalls < 0 || o.MaxFrame < 0 {
-		return o, configError("MaxCalls and MaxFrame: a limit is below 0; leave it out for the default")
+	if o.MaxCalls < 0 || o.MaxFrame < 0 || o.MaxFrame > math.MaxInt32 {
+		return o, configError("MaxCalls and MaxFrame: a limit is below 0 or above 2 GiB; leave it out for the default")
 	}
 	setDefault(&o.Timeout, DefaultTimeout)
 	setDefault(&o.ConnectTimeout, DefaultConnectTimeout)

@@ -631,6 +631,9 @@ func (s *sessions) adopt(body []byte, c *connection, method string) error {
 		return err
 	}
 	old := s.token
+	if s.session != nil {
+		s.session.dropRefreshToken() // spent
+	}
 	s.session, s.token = session, session.token
 	if method == "session.refresh" {
 		s.previousToken = old
