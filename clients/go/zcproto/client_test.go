@@ -55,6 +55,7 @@ func TestTimedOutCallIsCancelledWithoutAffectingOthers(t *testing.T) {
 	pending := peer.request("other")
 	server.clock.advance(time.Second)
 	slow.fails(DeadlineExceeded)
+	slow.fails(context.DeadlineExceeded)
 	if frame := peer.next(wire.Cancel); frame.Stream != request.stream || frame.Token != tokenOf(1) {
 		t.Errorf("got a CANCEL of %d", frame.Stream)
 	}

@@ -1,6 +1,7 @@
 package zcproto
 
 import (
+	"context"
 	"fmt"
 	"strings"
 
@@ -90,8 +91,11 @@ type Error struct {
 
 func (e *Error) Error() string { return e.Code.String() + ": " + e.Message }
 
-// Is reports whether target is the code of the error.
-func (e *Error) Is(target error) bool { return target == e.Code }
+// Is reports whether target is the code of the error. DeadlineExceeded is context.DeadlineExceeded, too: whether the server or the
+// client notices the deadline first is chance.
+func (e *Error) Is(target error) bool {
+	return target == e.Code || target == context.DeadlineExceeded && e.Code == DeadlineExceeded
+}
 
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Cause }
