@@ -335,6 +335,13 @@ async def count(context: Context, n: int, size: int = 0) -> AsyncIterator[list]:
     context.result = {"sent": n}
 
 
+@app.method("numbers")
+async def numbers(to: int, after: int = 0) -> AsyncIterator[int]:
+    for number in range(after + 1, to + 1):
+        yield number
+        await asyncio.sleep(0.001)
+
+
 @app.method("forever")
 async def forever() -> AsyncIterator[int]:
     global closed
@@ -393,6 +400,7 @@ async fn a_server_with_an_application() {
     a_dropped_stream_is_cancelled(&client).await;
     items_are_sent_when_the_server_wants_them(&client).await;
     a_stream_that_cannot_be_opened_reports_why(&client).await;
+    an_interrupted_stream_continues_behind_its_last_item(&client).await;
     handlers_answer_calls_from_the_server(&client).await;
     withdrawn_calls_drop_their_handlers(&client).await;
     handlers_are_registered_again_after_a_cut(&client).await;
@@ -468,6 +476,34 @@ async fn items_are_sent_when_the_server_wants_them(client: &Client) {
 async fn a_stream_that_cannot_be_opened_reports_why(client: &Client) {
     assert_eq!(code(client.stream("no.such.method", &()).open().next::<Value>().await), Code::Unimplemented);
     assert_eq!(code(client.call::<Value>("count", &map("n", 1)).await), Code::FailedPrecondition);
+}
+
+async fn an_interrupted_stream_continues_behind_its_last_item(client: &Client) {
+    #[derive(Serialize)]
+    struct Numbers {
+        to: u32,
+        after: u32,
+    }
+    let builder = client.stream("numbers", &Numbers { to: 50, after: 0 }).window(4, 10_000);
+    let stream = builder.reopen(|last: u32| Numbers { to: 50, after: last }).open();
+    for number in 1..=50 {
+        if number % 20 == 0 {
+            client.cut();
+        }
+        assert_eq!(stream.next::<u32>().await.unwrap(), Some(number));
+    }
+    assert_eq!(stream.next::<u32>().await.unwrap(), None);
+    assert!(matches!(stream.send(&1).await, Err(Error::Config(_) | Error::Call(_))));
+    let plain = client.stream("numbers", &Numbers { to: 50, after: 0 }).window(4, 10_000).open();
+    plain.next::<u32>().await.unwrap();
+    client.cut();
+    let lost = loop {
+        match plain.next::<u32>().await {
+            Ok(item) => assert!(item.is_some()),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(lost, Error::Closed(_)), "{lost:?}");
 }
 
 #[derive(Serialize)]

@@ -1,7 +1,7 @@
 //! What a client does after an error: the table of zcp1.md, section 11.1. This module only decides.
 
 use crate::codec::Value;
-use crate::error::{CallError, Code};
+use crate::error::{CallError, Code, Error};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -49,9 +49,39 @@ pub(crate) fn may_have_run(code: Code) -> bool {
     matches!(code, Code::DeadlineExceeded | Code::Cancelled | Code::Internal | Code::Unknown)
 }
 
+/// Return whether a stream ended because of its connection, and not because of its method or session. `was_lost`: this end
+/// found a frame of the stream stale. A method may answer with DATA_LOSS, too.
+pub(crate) fn is_interruption(error: &Error, was_lost: bool) -> bool {
+    match error {
+        Error::Call(CallError { code: Code::DataLoss, .. }) => was_lost,
+        Error::Call(CallError { code: Code::Cancelled, details, .. }) => {
+            matches!(details.get("reason").and_then(Value::as_str), Some("draining" | "stale"))
+        }
+        Error::Closed(_) => true,
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Closed;
+
+    #[test]
+    fn only_the_connection_interrupts_a_stream() {
+        let call = |code, reason: &str| Error::Call(CallError::new(code, "").with("reason", reason));
+        for (error, was_lost, expected) in [
+            (call(Code::Cancelled, "draining"), false, true),
+            (call(Code::Cancelled, "stale"), false, true),
+            (call(Code::Cancelled, "slow"), false, false),
+            (call(Code::DataLoss, ""), true, true),
+            (call(Code::DataLoss, ""), false, false),
+            (Closed::broken("cut").into(), false, true),
+            (call(Code::NotFound, ""), true, false),
+        ] {
+            assert_eq!(is_interruption(&error, was_lost), expected, "{error:?}");
+        }
+    }
 
     #[test]
     fn follows_the_table_of_the_specification() {

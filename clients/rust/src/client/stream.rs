@@ -29,6 +29,7 @@ pub(crate) struct Items {
 }
 
 #[derive(Default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, not a state machine")]
 struct State {
     /// Where the stream is in flight, and its number there.
     place: Option<(Arc<Connection>, u32)>,
@@ -38,7 +39,15 @@ struct State {
     has_ended_items: bool,
     outcome: Option<Result<Vec<u8>>>,
     taken: u64,
+    /// Whether the application can continue the stream after an interruption. Then `last` is the last item that it took.
+    can_reopen: bool,
+    last: Option<Vec<u8>>,
+    has_progressed: bool,
+    was_lost: bool,
 }
+
+/// Makes the params that continue a stream after an item.
+type Reopen = Arc<dyn Fn(&[u8]) -> Result<Vec<u8>> + Send + Sync>;
 
 impl Items {
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -47,7 +56,11 @@ impl Items {
 
     /// Record that the stream was opened. Called under the lock of the connection, like the next three.
     pub(crate) fn opened(&self, connection: &Arc<Connection>, number: u32) {
-        self.lock().place = Some((Arc::clone(connection), number));
+        let mut state = self.lock();
+        state.place = Some((Arc::clone(connection), number));
+        state.has_begun = false;
+        state.was_lost = false;
+        drop(state);
         self.changed();
     }
 
@@ -69,6 +82,7 @@ impl Items {
         let mut state = self.lock();
         state.place = None;
         state.has_begun |= was_lost;
+        state.was_lost = was_lost;
         drop(state);
         self.changed();
     }
@@ -79,6 +93,28 @@ impl Items {
 
     pub(crate) fn has_begun(&self) -> bool {
         self.lock().has_begun
+    }
+
+    pub(crate) fn can_reopen(&self) -> bool {
+        self.lock().can_reopen
+    }
+
+    pub(crate) fn was_lost(&self) -> bool {
+        self.lock().was_lost
+    }
+
+    /// Wait until the application has taken all items. Return whether it has taken any since the last attempt.
+    pub(crate) async fn drained(&self) -> bool {
+        loop {
+            let notified = self.notify.notified();
+            {
+                let mut state = self.lock();
+                if state.bodies.is_empty() {
+                    return std::mem::take(&mut state.has_progressed);
+                }
+            }
+            notified.await;
+        }
     }
 
     fn finish(&self, outcome: Result<Vec<u8>>) {
@@ -101,11 +137,13 @@ pub struct StreamBuilder<'a> {
     timeout: Option<Duration>,
     item_timeout: Option<Duration>,
     traceparent: Option<&'a str>,
+    reopen: Option<Reopen>,
 }
 
 impl<'a> StreamBuilder<'a> {
     pub(crate) fn new(user: Arc<User>, method: &'a str, params: Result<Vec<u8>>) -> Self {
-        Self { user, method, params, window: DEFAULT_WINDOW, timeout: None, item_timeout: None, traceparent: None }
+        let window = DEFAULT_WINDOW;
+        Self { user, method, params, window, timeout: None, item_timeout: None, traceparent: None, reopen: None }
     }
 
     /// How many items and bytes the server may send ahead of the application: 64 and 262,144 by default.
@@ -132,11 +170,27 @@ impl<'a> StreamBuilder<'a> {
         self
     }
 
+    /// Open the stream again if its connection has interrupted it: the function gets the last item that the application has
+    /// taken, and returns the params that continue behind it. Without it, a stream that has begun is never opened again. Such a
+    /// stream sends no items.
+    pub fn reopen<T, P>(mut self, params_after: impl Fn(T) -> P + Send + Sync + 'static) -> Self
+    where
+        T: DeserializeOwned,
+        P: Serialize,
+    {
+        self.reopen = Some(Arc::new(move |last| {
+            let last = codec::from_scanned(last).map_err(Error::Type)?;
+            codec::to_vec(&params_after(last)).map_err(|fault| Error::call(Code::InvalidArgument, fault.phrase()))
+        }));
+        self
+    }
+
     /// Begin to open the stream. Its errors are those of [`Client::call`](crate::Client::call), and are returned by its methods.
     #[must_use]
     pub fn open(self) -> Stream {
-        let Self { user, method, params, window, timeout, item_timeout, traceparent } = self;
+        let Self { user, method, params, window, timeout, item_timeout, traceparent, reopen } = self;
         let items = Arc::new(Items::default());
+        items.lock().can_reopen = reopen.is_some();
         let params = match params {
             Ok(params) => params,
             Err(error) => {
@@ -156,9 +210,17 @@ impl<'a> StreamBuilder<'a> {
                     .run(attempts, |connection, slot, token| {
                         let traceparent = traceparent.as_deref();
                         let meta = Meta { deadline_ms: remaining_ms(deadline), traceparent, ..Meta::default() };
-                        let has_ended_items = items.lock().has_ended_items;
+                        let (has_ended_items, last) = {
+                            let state = items.lock();
+                            (state.has_ended_items, state.last.clone())
+                        };
+                        let continued = match (&reopen, last) {
+                            (Some(reopen), Some(last)) => Some(reopen(&last)?),
+                            _ => None,
+                        };
+                        let params = continued.as_ref().unwrap_or(&params);
                         connection.send(slot, Some(Arc::clone(&items)), None, |conversation, wall| {
-                            let number = conversation.open(&method, &params, token, &meta, window, wall)?;
+                            let number = conversation.open(&method, params, token, &meta, window, wall)?;
                             if has_ended_items {
                                 conversation.end_items(number, wall);
                             }
@@ -247,12 +309,24 @@ impl Stream {
                 codec::scan(&body, codec::MAX_DEPTH).map_err(|fault| {
                     Error::call(Code::Internal, format!("item {number} is invalid: {}", fault.phrase()))
                 })?;
+                self.taken(&body);
                 if let Some((connection, stream)) = place {
                     connection.with(|conversation, wall| conversation.item_taken(stream, body.len(), wall));
                 }
                 return Ok(Some(body));
             }
             notified.await;
+        }
+    }
+
+    /// Remember the last item, if the stream can be opened again behind it.
+    fn taken(&self, body: &[u8]) {
+        let mut state = self.items.lock();
+        if state.can_reopen {
+            state.last = Some(body.to_vec());
+            state.has_progressed = true;
+            drop(state);
+            self.items.changed();
         }
     }
 
@@ -286,7 +360,7 @@ impl Stream {
                 match &state.outcome {
                     Some(Err(error)) => return Err(error.clone()),
                     Some(Ok(_)) => return Err(Error::call(Code::Cancelled, "the server has ended the stream")),
-                    None if state.has_ended_items => {
+                    None if state.has_ended_items || state.can_reopen => {
                         return Err(Error::Config("no more items can be sent on this stream".to_owned()));
                     }
                     None => {}

@@ -69,7 +69,7 @@ pub(crate) struct Attempts<'a> {
     pub(crate) deadline: Option<Instant>,
     /// Whether it can be sent again even if it may have run.
     pub(crate) is_idempotent: bool,
-    /// The items of a stream, which is never opened again once it has begun.
+    /// The items of a stream, which is not opened again once it has begun, unless the application can continue it.
     pub(crate) items: Option<&'a Items>,
 }
 
@@ -227,8 +227,18 @@ impl User {
         token: &'a Token,
     ) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
         Box::pin(async move {
-            if attempts.items.is_some_and(Items::has_begun) {
-                return Err(error);
+            if let Some(items) = attempts.items {
+                if items.can_reopen() && self.check_open().is_ok() && retry::is_interruption(&error, items.was_lost()) {
+                    if items.drained().await {
+                        *retries = Retries::default();
+                    }
+                    let asked = error.as_call().map_or(Duration::ZERO, CallError::retry_after);
+                    let delay = retries.backoff.next(asked);
+                    return self.wait(delay, error, attempts).await;
+                }
+                if items.has_begun() {
+                    return Err(error);
+                }
             }
             match error {
                 Error::Call(failure) => self.after_call_error(failure, attempts, retries, connection, token).await,
