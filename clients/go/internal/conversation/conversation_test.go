@@ -235,7 +235,7 @@ func TestClockOffsetComesFromWelcomeAndFromServerTime(t *testing.T) {
 	}
 	// The local clock is set forward by a minute: frames of the server look stale, and theirs reach the server so.
 	p.now.Wall += 60_000
-	frame := p.frame(wire.Error, number, token, []any{67, "stale", map[string]any{"server_time": serverTime + 5}})
+	frame := p.frame(wire.Error, number, token, []any{67, "stale", map[string]any{"server_time": int64(serverTime + 5)}})
 	frame.Timestamp = serverTime + 5
 	p.wantFailure(p.Receive(frame.Append(nil), p.now), wire.StaleTimestamp)
 	if p.ClockOffset() != 3_600_000-60_000+5 {
