@@ -102,7 +102,7 @@ fn scalars_have_their_shortest_form() {
         (i128::from(i64::MIN), "d38000000000000000"),
     ] {
         let body = encode(&Value::Int(value)).unwrap();
-        assert_eq!(body.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), hex);
+        assert_eq!(body.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")), hex);
         assert_eq!(decode(&body), Ok(Value::Int(value)));
         assert_eq!(to_vec(&value).unwrap(), body);
         assert_eq!(from_slice::<i128>(&body), Ok(value));
@@ -154,6 +154,11 @@ fn keys_of_maps_must_be_str() {
 
 #[test]
 fn values_nested_too_deep_are_refused_in_both_directions() {
+    #[derive(Serialize)]
+    enum Deep {
+        In(Box<Deep>),
+        Out,
+    }
     let nested = |depth: usize| (0..depth).fold(Value::Nil, |inner, _| Value::Array(vec![inner]));
     let deepest = encode(&nested(MAX_DEPTH)).unwrap();
     assert_eq!(decode(&deepest), Ok(nested(MAX_DEPTH)));
@@ -168,11 +173,6 @@ fn values_nested_too_deep_are_refused_in_both_directions() {
     // A variant with content is one level, and its own content another.
     let wrapped = |depth: usize| (0..depth).fold(Value::Nil, |inner, _| Value::from([("circle", inner)]));
     assert!(to_vec(&wrapped(MAX_DEPTH)).is_ok());
-    #[derive(Serialize)]
-    enum Deep {
-        In(Box<Deep>),
-        Out,
-    }
     let variants = |depth: usize| (0..depth).fold(Deep::Out, |inner, _| Deep::In(Box::new(inner)));
     assert!(decode(&to_vec(&variants(MAX_DEPTH)).unwrap()).is_ok());
     assert_eq!(phrase(to_vec(&variants(MAX_DEPTH + 1))), "value cannot be sent: nested too deep");

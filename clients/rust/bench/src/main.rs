@@ -8,7 +8,7 @@
 
 mod grpc;
 
-use std::collections::HashMap;
+use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -38,6 +38,12 @@ fn main() -> Result<(), Failure> {
     }
 }
 
+/// The message, as tonic's in `grpc.rs`.
+#[derive(Serialize, Deserialize)]
+struct Echo {
+    text: String,
+}
+
 // --- clients -------------------------------------------------------------------------------------
 
 async fn zcproto_client(address: &str, ca: &str, key: &str, concurrent: usize) -> Result<(), Failure> {
@@ -46,8 +52,8 @@ async fn zcproto_client(address: &str, ca: &str, key: &str, concurrent: usize) -
     let measured = measure(concurrent, move || {
         let client = caller.clone();
         async move {
-            let answer: HashMap<String, String> = client.call("echo", &HashMap::from([("text", TEXT)])).await?;
-            assert_eq!(answer["text"], TEXT);
+            let answer: Echo = client.call("echo", &Echo { text: TEXT.to_owned() }).await?;
+            assert_eq!(answer.text, TEXT);
             Ok(())
         }
     });

@@ -12,7 +12,7 @@ use crate::message::{Meta, Welcome};
 use crate::secret::Token;
 use crate::text;
 use crate::trust::Channel;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -62,7 +62,7 @@ enum Closing {
 #[allow(clippy::struct_excessive_bools, reason = "independent facts, not a state machine")]
 struct State {
     conversation: Conversation,
-    pending: HashMap<u32, Entry>,
+    pending: BTreeMap<u32, Entry>,
     error: Option<Closed>,
     is_draining: bool,
     unanswered_did_not_run: bool,
@@ -110,7 +110,7 @@ impl Connection {
             changed: Notify::new(),
             state: Mutex::new(State {
                 conversation: Conversation::new(settings),
-                pending: HashMap::new(),
+                pending: BTreeMap::new(),
                 error: None,
                 is_draining: false,
                 unanswered_did_not_run: false,

@@ -5,7 +5,7 @@
 use crate::codec;
 use crate::error::Code;
 use crate::secret::Token;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 /// The largest `length` on a connection without a session, in both directions, whatever WELCOME allows.
 pub const MAX_FRAME_BEFORE_SESSION: u32 = 16_384;
@@ -32,13 +32,13 @@ pub(crate) struct Requests {
     pub(crate) max_streams: u32,
     pub(crate) max_frame: u32,
     next: u32,
-    in_flight: HashMap<u32, InFlight>,
+    in_flight: BTreeMap<u32, InFlight>,
     tokens: HashSet<Token>,
 }
 
 impl Requests {
     pub(crate) fn new() -> Self {
-        Self { max_streams: 0, max_frame: 0, next: 1, in_flight: HashMap::new(), tokens: HashSet::new() }
+        Self { max_streams: 0, max_frame: 0, next: 1, in_flight: BTreeMap::new(), tokens: HashSet::new() }
     }
 
     pub(crate) fn len(&self) -> usize {
