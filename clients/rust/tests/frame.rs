@@ -1,5 +1,8 @@
 //! Frames: any split of the bytes gives the same result, and headers are judged as soon as they have arrived.
 
+use std::time::Duration;
+use zcproto::codec::{Value, encode};
+use zcproto::core::{Conversation, Event, FRAME_TIMEOUT, Settings};
 use zcproto::frame::{Accepted, Frame, FrameDecoder, HEADER_SIZE, Kind, MIN_LENGTH, Side, encode_frame};
 use zcproto::{Code, ProtocolError};
 
@@ -139,6 +142,39 @@ fn a_length_that_was_accepted_stays_accepted() {
     assert_eq!(decoder.next(&smaller).unwrap().unwrap().body.len(), 1_000);
     decoder.feed(&bytes);
     assert!(decoder.next(&smaller).is_err());
+}
+
+#[test]
+fn a_frame_that_takes_too_long_ends_the_connection_however_it_is_split() {
+    let welcome = Value::from([
+        ("server", Value::from("x")),
+        ("versions", vec![1].into()),
+        ("max_frame", 65_536.into()),
+        ("max_streams", 8.into()),
+        ("idle_timeout_ms", 0.into()),
+        ("tolerance_ms", 30_000.into()),
+        ("sts", [("max_age", Value::from(0)), ("include_subdomains", false.into())].into()),
+    ]);
+    let body = encode(&welcome).unwrap();
+    let mut bytes = Vec::new();
+    let (kind, counter) = (Kind::Welcome, 0);
+    encode_frame(&mut bytes, &Frame { kind, stream: 0, timestamp: 1, salt: 2, counter, token: &[0; 32], body: &body });
+    let (start, rest) = bytes.split_at(HEADER_SIZE);
+    for (late, is_late) in
+        [(FRAME_TIMEOUT.checked_sub(Duration::from_millis(1)).unwrap(), false), (FRAME_TIMEOUT, true)]
+    {
+        for pieces in [vec![rest], rest.chunks(1).collect()] {
+            let mut conversation = Conversation::new(Settings::default());
+            let mut events = Vec::new();
+            conversation.receive(start, 1, Duration::ZERO, &mut events);
+            for piece in pieces {
+                conversation.receive(piece, 1, late, &mut events);
+            }
+            assert_eq!(events.len(), 1);
+            assert_eq!(matches!(events[0], Event::Ended { code: None, .. }), is_late, "{events:?}");
+            assert_eq!(matches!(events[0], Event::Welcomed), !is_late, "{events:?}");
+        }
+    }
 }
 
 #[test]

@@ -245,6 +245,11 @@ impl Conversation {
         now: Duration,
         events: &mut Vec<Event>,
     ) -> Result<(), ProtocolError> {
+        // Before the frames, so that the result does not depend on how the bytes are split.
+        if self.partial.is_some_and(|partial| now >= partial.now + FRAME_TIMEOUT) {
+            self.end_with(None, "a frame of the server took too long to arrive".to_owned(), events);
+            return Ok(());
+        }
         let mut judged_at = self.partial.map_or(wall, |partial| partial.wall);
         while let Some(frame) = decoder.next(&self.accepted)? {
             self.received(&frame, judged_at, wall, now, events)?;
@@ -255,11 +260,8 @@ impl Conversation {
             }
         }
         if decoder.buffered() >= HEADER_SIZE {
-            let partial = *self.partial.get_or_insert(Partial { wall, now });
+            self.partial.get_or_insert(Partial { wall, now });
             self.keepalive.received(now);
-            if now >= partial.now + FRAME_TIMEOUT {
-                self.end_with(None, "a frame of the server took too long to arrive".to_owned(), events);
-            }
         }
         Ok(())
     }
