@@ -31,9 +31,9 @@ pub(crate) fn decode_padded(text: &str) -> Option<Vec<u8>> {
 fn encode(data: &[u8], alphabet: &[u8; 64]) -> String {
     let mut text = String::with_capacity(data.len().div_ceil(3) * 4);
     for group in data.chunks(3) {
-        let bits = group.iter().fold(0u32, |bits, &byte| bits << 8 | u32::from(byte)) << (8 * (3 - group.len()));
+        let bits = group.iter().fold(0u32, |bits, &byte| (bits << 8) | u32::from(byte)) << (8 * (3 - group.len()));
         for index in 0..=group.len() {
-            text.push(char::from(alphabet[(bits >> (18 - 6 * index) & 63) as usize]));
+            text.push(char::from(alphabet[((bits >> (18 - 6 * index)) & 63) as usize]));
         }
     }
     text
@@ -47,11 +47,11 @@ fn decode(text: &str, alphabet: &[u8; 64]) -> Option<Vec<u8>> {
     let (mut bits, mut count) = (0u32, 0);
     for byte in text.bytes() {
         let value = alphabet.iter().position(|&each| each == byte)?;
-        bits = bits << 6 | u32::try_from(value).ok()?;
+        bits = (bits << 6) | u32::try_from(value).ok()?;
         count += 6;
         if count >= 8 {
             count -= 8;
-            data.push((bits >> count & 0xff) as u8);
+            data.push(((bits >> count) & 0xff) as u8);
         }
     }
     (bits & ((1 << count) - 1) == 0).then_some(data) // the unused bits must be zero

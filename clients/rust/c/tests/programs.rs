@@ -4,7 +4,6 @@
 extern crate zcproto_client as zcproto;
 
 #[path = "../../tests/support/mod.rs"]
-#[expect(dead_code, reason = "the tests of the crate use more of it")]
 mod support;
 
 use std::path::{Path, PathBuf};

@@ -374,7 +374,7 @@ impl Decoded {
     }
 
     fn integer(&self, at: usize, size: usize) -> u64 {
-        self.bytes[at..at + size].iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+        self.bytes[at..at + size].iter().fold(0, |value, byte| (value << 8) | u64::from(*byte))
     }
 
     fn outcome(&self, message: Option<Json>) -> Json {

@@ -15,9 +15,9 @@ impl Random {
     pub fn new(seed: u64) -> Self {
         // The finalizer of splitmix64.
         let mut state = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        state = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        state = (state ^ state >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Self((state ^ state >> 31) | 1)
+        state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        Self((state ^ (state >> 31)) | 1)
     }
 
     /// Return 64 random bits.

@@ -42,7 +42,7 @@ fn element(der: &[u8]) -> Option<(&[u8], &[u8])> {
         long @ 0x81..=0x83 => {
             let count = usize::from(long & 0x7f);
             let bytes = der.get(2..2 + count)?;
-            (2 + count, bytes.iter().fold(0, |size, &byte| size << 8 | usize::from(byte)))
+            (2 + count, bytes.iter().fold(0, |size, &byte| (size << 8) | usize::from(byte)))
         }
         _ => return None,
     };
