@@ -80,7 +80,7 @@ PLUGIN = "zcproto/testing/plugin.py"
 
 CORE = {"wire", "connection", "sessions", "http"}
 NOT_IN_THE_CORE = {
-    *("asyncio", "ssl", "socket", "os", "time", "pathlib", "random", "secrets", "logging", "structlog"),
+    *("asyncio", "ssl", "socket", "os", "time", "pathlib", "random", "secrets", "logging"),
     *("io", "threading", "select", "selectors", "subprocess", "tempfile", "shutil", "uuid", "datetime"),
 }
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -404,15 +403,6 @@ def test_value_that_raises_is_counted_and_never_raises() -> None:
     configure(format="json")
     log.info("a.b", error=BrokenError([]))
     assert lost_lines() == 1
-
-
-def test_structlog_configuration_of_program_is_untouched(capsys: pytest.CaptureFixture[str]) -> None:
-    before = structlog.get_config()
-    configure(format="json")
-    log.info("a.b")
-    assert structlog.get_config() == before
-    assert not structlog.is_configured()
-    assert capsys.readouterr().out == ""
 
 
 @given(

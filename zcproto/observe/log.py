@@ -10,7 +10,7 @@ Rules:
 Must not know: sessions, connections, the event loop.
 
 Until `configure_logging` is called, as in a program that only uses the client, warnings and errors go to standard
-error. A program's own structlog configuration is neither used nor changed.
+error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-
-import structlog
 
 from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -62,8 +60,15 @@ _TEXT_ALONE = frozenset({str})
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 
 
-class Logger(structlog.BoundLoggerBase):
+class Logger:
     """Write events. `bind(name=value)` returns a logger that adds these values to each of its events."""
+
+    def __init__(self, write: Callable[[str], object], context: dict[str, Any]) -> None:
+        self._write = write
+        self._context = context
+
+    def bind(self, **values: Any) -> Logger:
+        return Logger(self._write, {**self._context, **values})
 
     def debug(self, event: str, **values: Any) -> None:
         self._log(logging.DEBUG, "debug", event, values)
@@ -90,15 +95,14 @@ class Logger(structlog.BoundLoggerBase):
                     return
                 if suppressed:
                     values["suppressed"] = suppressed
-            # Not by structlog's processors, which need more calls and copies for the same.
-            self._logger.write(_line(method, event, {**self._context, **values, **state.process}))
+            self._write(_line(method, event, {**self._context, **values, **state.process}))
         except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
 
 
 def get_logger(name: str) -> Logger:
     """Return the logger of a part of the program, named after its module."""
-    return Logger(_Writer(), (), {"logger": name})
+    return Logger(_write_line, {"logger": name})
 
 
 def configure_logging(log: LogConfig, *, clock: Clock = system_clock, processes: int = 1) -> None:
@@ -251,18 +255,8 @@ class _LogState:
 _state = _LogState()
 
 
-class _Writer:
-    """Write each line at once."""
-
-    def write(self, line: str) -> None:
-        _state.write(line)
-
-
-class _Gatherer(list[str]):
-    """Gather lines to write them together."""
-
-    def write(self, line: str) -> None:
-        self.append(line)
+def _write_line(line: str) -> None:
+    _state.write(line)
 
 
 class LogBatch:
@@ -294,11 +288,11 @@ class LogBatch:
         self._wheel.discard(self)
         lines, self._lines = self._lines, []
         if lines:
-            gatherer = _Gatherer()
-            logger = Logger(gatherer, (), self._log._context)
+            written: list[str] = []
+            logger = Logger(written.append, self._log._context)
             for event, values in lines:
                 logger.info(event, **values)
-            _state.write("".join(gatherer))
+            _state.write("".join(written))
 
     def handle_deadline(self, now: float) -> None:
         self.write()
