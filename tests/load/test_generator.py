@@ -11,6 +11,7 @@ from tests.load.helpers import all_phases, app_with, share, until
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.errors import Aborted
+from zcproto.load import generator as module
 from zcproto.load.generator import Generator
 from zcproto.load.record import RequestKind
 
@@ -107,7 +108,8 @@ async def test_request_numbers_are_unique_across_processes(serve: Serve) -> None
     assert {number % 2 for number in seen} == {0, 1}
 
 
-async def test_load_with_large_payload_ends(serve: Serve) -> None:
+async def test_load_with_large_payload_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT", 30.0)
     generator = Generator(share(serve(), payload_bytes=100_000), asyncio.get_running_loop())
     await all_phases(generator)
     assert generator.record.tallies[RequestKind.LOAD].equal == 40
