@@ -555,7 +555,7 @@ func TestProgramOfTheReadmeRunsAsPasted(t *testing.T) {
 	} {
 		command := exec.Command("go", arguments...)
 		command.Dir = folder
-		command.Env = append(os.Environ(), "HOME="+folder, "GOCACHE="+goCache(t), "GOFLAGS=-mod=mod", "GOPROXY=off", "GOTOOLCHAIN=local")
+		command.Env = append(os.Environ(), "HOME="+folder, "GOCACHE="+goCache(t), "GOPROXY=off", "GOTOOLCHAIN=local")
 		output, err := command.CombinedOutput()
 		if err != nil {
 			t.Fatalf("go %s: %v\n%s", strings.Join(arguments, " "), err, output)

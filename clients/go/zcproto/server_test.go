@@ -30,7 +30,7 @@ type server struct {
 	log bytes.Buffer
 }
 
-const startTimeout = 60 * time.Second
+const startTimeout = 2 * time.Minute
 
 var listening = regexp.MustCompile(`^zcproto: listening on .*:(\d+)$`)
 
