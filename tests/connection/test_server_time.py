@@ -252,11 +252,27 @@ def test_session_expiring_is_sent_for_each_session_at_its_own_time() -> None:
     assert pair.server.next_deadline() > NOW + 1_000
 
 
-def test_session_joined_in_last_tenth_gets_session_expiring_immediately() -> None:
+def test_first_session_moves_the_deadline_only_if_it_expires_before_the_open_deadline() -> None:
     pair = lifetimes()
     opened = pair.open_session()
+    assert pair.server.next_deadline() == NOW + 10
+    pair.send(pair.request(1, token=opened.token))
+    assert not pair.server.deadline_moved  # the edge looks again at the open deadline
+    assert pair.server.next_deadline() == NOW + 90
+    pair.clock.advance(85)
+    late = ConnectionPair(pair.registry, pair.settings, clock=pair.clock)
+    late.server.next_deadline()
+    late.send(late.request(1, token=opened.token))
+    assert late.server.deadline_moved
+    assert late.server.next_deadline() == NOW + 90
+
+
+def test_session_joined_in_last_tenth_gets_session_expiring_immediately() -> None:
+    pair = lifetimes()
+    pair.login("ben")
+    opened = pair.open_session()
     pair.clock.advance(95)
-    pair.send(pair.ping())
+    pair.timeout()
     pair.answers()
     pair.server.next_deadline()
     pair.send(pair.request(1, token=opened.token))

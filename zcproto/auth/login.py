@@ -111,7 +111,8 @@ class Login:
         wait_ms = self.throttle.check(name, address, now)
         if not isinstance(wait_ms, int):
             return self._open_later(wait_ms, authenticator, params, name, address, now, channel)
-        self._admit(wait_ms, name, address)
+        if wait_ms or self._pending_all[_ALL]:
+            self._admit(wait_ms, name, address)
         return self._authenticate(authenticator, params, name, address, now, channel)
 
     async def _open_later(

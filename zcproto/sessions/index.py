@@ -64,12 +64,15 @@ class LinearHash:
 
     def add(self, slot: int, hash_: int) -> None:
         """Add a slot that is not in the index."""
-        bucket = self._bucket(hash_)
+        bucket = hash_ & self._mask  # `_bucket` inlined: every login adds two or three
+        if bucket >= self.buckets:
+            bucket &= self._mask >> 1
+        heads = self._heads
         self._hashes[slot] = hash_
-        self._next[slot] = self._heads[bucket]
-        self._heads[bucket] = slot
-        self.count += 1
-        if self.count > self.buckets:
+        self._next[slot] = heads[bucket]
+        heads[bucket] = slot
+        count = self.count = self.count + 1
+        if count > self.buckets:
             self._split()
 
     def remove(self, slot: int) -> None:

@@ -93,13 +93,13 @@ class Slab:
         """Return a free slot. The caller keeps the number in use below `capacity`."""
         if not self.free:
             self._grow()
-        chunk = self._lowest
-        while not self._free[chunk]:
+        chunk, free, heads = self._lowest, self._free, self._free_heads
+        while not (left := free[chunk]):
             chunk += 1
-        self._lowest = chunk
-        slot = self._free_heads[chunk]
-        self._free_heads[chunk] = self._link[slot]
-        self._free[chunk] -= 1
+            self._lowest = chunk
+        slot = heads[chunk]
+        heads[chunk] = self._link[slot]
+        free[chunk] = left - 1
         self.free -= 1
         return slot
 

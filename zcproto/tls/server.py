@@ -213,7 +213,7 @@ class TlsServerTransport(TlsTransport):
             self.abort()
             return
         # Absolute, so that slow bytes do not extend it.
-        self._wheel.set(self, self._now() + self._acceptor.handshake_timeout)
+        self._wheel.set(self, self._wheel.now() + self._acceptor.handshake_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -329,7 +329,7 @@ class TlsServerTransport(TlsTransport):
         self._phase = TlsPhase.OPEN
         protocol = self._protocol = factory()
         protocol.connection_made(self)
-        if self._phase is TlsPhase.OPEN and not self._reading_paused:
+        if self._incoming.pending and self._phase is TlsPhase.OPEN and not self._reading_paused:
             self._read_records(0)
 
     def leaves(self) -> frozenset[bytes]:
