@@ -4,15 +4,19 @@ import asyncio
 import ctypes
 import resource
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvloop
 
+from zcproto.common import process
 from zcproto.common.process import (
     HEAP_BLOCK,
     HEAP_SPARE,
+    MOST_COLLAPSED,
+    collapse_heap,
     heap_trim,
     new_event_loop,
     raise_file_limit,
@@ -93,3 +97,78 @@ def test_heap_is_trimmed_completely_where_the_library_can(monkeypatch: pytest.Mo
     assert kept == [0]
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     assert heap_trim() is None
+
+
+PAGE = 2 << 20
+
+
+def mapping(start: int, size: int, resident: int, line: str = "rw-p 00000000 00:00 0 ") -> str:
+    """Return an entry of /proc/self/smaps."""
+    return (
+        f"{start:x}-{start + size:x} {line}\n"
+        f"Size:{size >> 10:15} kB\nKernelPageSize:{4:5} kB\nMMUPageSize:{4:8} kB\n"
+        f"Rss:{resident >> 10:16} kB\nPss:{resident >> 10:16} kB\nVmFlags: rd wr mr\n"
+    )
+
+
+class Kernel:
+    """A kernel with huge pages, which moves memory to them; `failing` is where it does not."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.moved: list[tuple[int, int]] = []
+        self.failing: int | None = None
+        self.smaps = folder / "smaps"
+        self.enabled = folder / "enabled"
+        self.enabled.write_text("always [madvise] never\n")
+        (folder / "hpage_pmd_size").write_text(f"{PAGE}\n")
+        monkeypatch.setattr(process, "HUGE_PAGES", folder)
+        monkeypatch.setattr(process, "MAPPINGS", self.smaps)
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(madvise=self.madvise))
+
+    def madvise(self, address: Any, size: Any, advice: int) -> int:
+        assert advice == 25, "MADV_COLLAPSE"
+        if address.value == self.failing:
+            return -1
+        self.moved.append((address.value, size.value))
+        return 0
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    return Kernel(tmp_path, monkeypatch)
+
+
+def test_heap_in_use_is_moved_to_huge_pages(kernel: Kernel) -> None:
+    kernel.smaps.write_text(
+        mapping(8 * PAGE + 4096, 4 * PAGE, 4 * PAGE, "rw-p 00000000 00:00 0    [heap]")
+        + mapping(20 * PAGE, 3 * PAGE, 3 * PAGE)
+        + mapping(30 * PAGE, PAGE - 4096, PAGE - 4096)  # less than a page
+        + mapping(40 * PAGE, 8 * PAGE, 4096)  # the stack of a thread
+        + mapping(50 * PAGE, 2 * PAGE, 2 * PAGE, "r-xp 00000000 fe:00 7    /usr/bin/python3")
+        + mapping(60 * PAGE, 2 * PAGE, 2 * PAGE, "rw-s 00000000 00:01 9    /dev/zero (deleted)")
+    )
+    assert collapse_heap() == 6 * PAGE
+    assert kernel.moved == [(9 * PAGE, 3 * PAGE), (20 * PAGE, 3 * PAGE)]
+
+
+def test_huge_pages_are_limited_for_a_large_heap(kernel: Kernel) -> None:
+    kernel.smaps.write_text(mapping(PAGE, PAGE, PAGE) + mapping(8 * PAGE, 1 << 40, 1 << 40) * 2)
+    assert collapse_heap() == MOST_COLLAPSED
+    assert kernel.moved == [(PAGE, PAGE), (8 * PAGE, MOST_COLLAPSED - PAGE)]
+
+
+def test_memory_that_the_kernel_cannot_move_stays(kernel: Kernel) -> None:
+    kernel.failing = PAGE
+    kernel.smaps.write_text(mapping(PAGE, PAGE, PAGE) + mapping(8 * PAGE, PAGE, PAGE))
+    assert collapse_heap() == PAGE
+    assert kernel.moved == [(8 * PAGE, PAGE)]
+
+
+def test_huge_pages_are_not_used_if_switched_off_or_missing(kernel: Kernel) -> None:
+    assert collapse_heap() == 0  # no /proc
+    kernel.smaps.write_text(mapping(PAGE, PAGE, PAGE))
+    kernel.enabled.write_text("always madvise [never]\n")
+    assert collapse_heap() == 0
+    kernel.enabled.unlink()
+    assert collapse_heap() == 0
+    assert kernel.moved == []

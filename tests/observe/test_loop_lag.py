@@ -17,7 +17,6 @@ from zcproto.observe.loop_lag import (
     DETAIL_TIME,
     HEAVY,
     IDLE_PERIOD,
-    LATE,
     LIGHT_PERIOD,
     PERIOD,
     WAITING_PERIOD,
@@ -133,7 +132,7 @@ def test_timer_is_less_frequent_under_light_traffic_unless_the_loop_lags(
     meter.traffic_begins()  # a timed request
     assert timers.armed == [pytest.approx(timers.clock + LIGHT_PERIOD)]
     traffic.count += 1
-    timers.clock += LIGHT_PERIOD + LATE + 0.001
+    timers.clock += LIGHT_PERIOD + PERIOD + 0.001
     timers.run()
     assert timers.armed == [pytest.approx(timers.clock + PERIOD)]
     traffic.count += 1

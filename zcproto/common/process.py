@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 _M_TRIM_THRESHOLD: Final = -1
@@ -22,6 +24,20 @@ glibc maps each, and the kernel clears its pages for every request."""
 
 HEAP_SPARE: Final = 16 << 20
 """Bytes that may be free at the end of the heap before they return to the system."""
+
+
+_MADV_COLLAPSE: Final = 25
+HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
+MAPPINGS: Final = Path("/proc/self/smaps")
+_ANONYMOUS: Final = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ 00:00 0 *(?:\[heap\])?\n(?:[A-Z].*\n)*?Rss: +(\d+) kB$",
+    re.MULTILINE,
+)
+MOST_COLLAPSED: Final = 64 << 20
+"""Bytes that are moved to huge pages: more than a server has at its start, in some tens of milliseconds."""
+
+FILLED: Final = 0.75
+"""The part of a mapping that is in use, at least, so that huge pages take little more memory."""
 
 
 def import_event_loop() -> None:
@@ -58,6 +74,37 @@ def tune_heap() -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_MMAP_THRESHOLD, HEAP_BLOCK)
         libc.mallopt(_M_TRIM_THRESHOLD, HEAP_SPARE)
+
+
+def collapse_heap() -> int:
+    """Move the memory in use to huge pages and return its bytes: 0 before Linux 6.1, or where the operator has
+    switched huge pages off.
+
+    A server sleeps between requests. With small pages it misses the TLB hundreds of times each time it wakes.
+    """
+    try:
+        if "[never]" in (HUGE_PAGES / "enabled").read_text():
+            return 0
+        page = int((HUGE_PAGES / "hpage_pmd_size").read_text())
+        mappings = [*_filled_mappings(MAPPINGS.read_text())]
+    except (OSError, ValueError):
+        return 0
+    madvise = ctypes.CDLL(None).madvise
+    moved = 0
+    for start, end in mappings:
+        first = -(-start // page) * page
+        size = min((end - first) // page * page, (MOST_COLLAPSED - moved) // page * page)
+        if size > 0 and madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_COLLAPSE) == 0:
+            moved += size
+    return moved
+
+
+def _filled_mappings(smaps: str) -> Iterator[tuple[int, int]]:
+    """Yield the start and end of anonymous mappings that are mostly in use (proc(5), smaps)."""
+    for found in _ANONYMOUS.finditer(smaps):
+        start, end, resident = int(found[1], 16), int(found[2], 16), int(found[3]) << 10
+        if resident >= FILLED * (end - start):
+            yield start, end
 
 
 def heap_trim() -> Callable[[], object] | None:

@@ -31,9 +31,6 @@ LIGHT_PERIOD: Final = 0.02
 HEAVY: Final = 2_000
 """Requests and handshakes a second from which on traffic is heavy: some percent of a processor."""
 
-LATE: Final = 0.002
-"""Seconds of lag from which on the loop is measured every PERIOD, as under heavy traffic."""
-
 IDLE_PERIOD: Final = 0.5
 WAITING_PERIOD: Final = 0.05
 """While requests are in flight that wait: their methods may go on at any time."""
@@ -169,7 +166,7 @@ class LoopLag:
         activity = self._activity()
         grown, self._seen = activity - self._seen, activity
         if grown:
-            is_heavy = late >= LATE or grown >= HEAVY * (self._period + late)
+            is_heavy = late >= PERIOD or grown >= HEAVY * (self._period + late)
             self._arm(PERIOD if is_heavy else LIGHT_PERIOD)
         else:
             self._arm(WAITING_PERIOD if self._is_waiting() else IDLE_PERIOD)

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from zcproto.app.app import App
 from zcproto.auth import Authenticators
-from zcproto.common.process import new_event_loop
+from zcproto.common.process import collapse_heap, new_event_loop
 from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.observe.log import configure_logging, finish_log, reopen_log
@@ -162,6 +162,7 @@ async def _serve(
     await server.start()
     log_risks(risks)
     tune_interpreter()
+    collapse_heap()
     ready(server)
     manager.ready(loop, server.summary)
     await stop.wait()
