@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Final
 
 from zcproto.common.clock import MS_PER_SECOND, Clock
-from zcproto.common.deadlines import DeadlineWheel, next_multiple
+from zcproto.common.deadlines import DeadlineWheel
 from zcproto.sessions import SessionRegistry
 
-EXTEND_S: Final = 0.25
-"""How often trust is extended; at least twice within its limit."""
+_EXTENSIONS: Final = 4
+"""Extensions within one limit."""
 
 
 class StallWatch:
@@ -55,7 +55,7 @@ class StallWatch:
         if self._wall < before:  # what connections reuse until the old time must be checked again
             self._registry.generation += 1
         self._registry.trusted_until = self._wall + round(self._limit * MS_PER_SECOND)
-        self._wheel.set(self, next_multiple(min(EXTEND_S, self._limit / 2), self._now))
+        self._wheel.set(self, self._now + self._limit / _EXTENSIONS)
 
     def stop(self) -> None:
         self._wheel.discard(self)

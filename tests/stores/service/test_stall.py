@@ -89,7 +89,7 @@ async def test_machine_that_slept_is_noticed_by_the_wall_clock(start_process: St
     process.use(opened)
     process.clock.wall_ms += 60_000
     assert process.check(opened.token) is Code.UNAVAILABLE
-    await process.advance(LIMIT / 2)
+    await process.advance(0.2)
     assert process.is_valid(opened)
 
 
@@ -114,10 +114,10 @@ async def test_connections_check_their_sessions_again_after_the_wall_clock_went_
     start_process: StartProcess,
 ) -> None:
     process = await start_process(shared=True, heartbeat=HEARTBEAT_S)
-    await run_for(process, LIMIT / 2)
+    await process.advance(LIMIT / 4)
     generation = process.registry.generation
     process.clock.wall_ms -= 60_000
-    await run_for(process, LIMIT / 2)
+    await process.advance(LIMIT / 4)
     assert process.registry.generation > generation
     assert process.registry.trusted_until <= process.clock.wall() + LIMIT * 1000
     generation = process.registry.generation
