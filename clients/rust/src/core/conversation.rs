@@ -279,6 +279,7 @@ impl Conversation {
             events.push(Event::Welcomed);
             return Ok(());
         };
+        self.keepalive.received(now); // of stale frames too: the server is not silent
         let server_time = i128::from(judged_at) + self.output.clock_offset;
         let replayed = |reason| ProtocolError { code: Code::Replayed, reason };
         match freshness.check(frame.salt, frame.counter, frame.timestamp, server_time) {
@@ -289,7 +290,6 @@ impl Conversation {
             Verdict::Stale => return self.receive_stale(frame, wall, events),
         }
         self.stale_count = 0;
-        self.keepalive.received(now);
         let is_of_call = matches!(frame.kind, Kind::Call | Kind::Withdraw); // their numbers are the server's
         if is_of_call || !self.requests.has(frame.stream) {
             self.unrequested.count(frame.body.len(), now);
