@@ -35,12 +35,6 @@ struct Flat {
     more: BTreeMap<String, Value>,
 }
 
-#[derive(Serialize)]
-enum Deep {
-    In(Box<Deep>),
-    Out,
-}
-
 fn round_trip<T: Serialize + serde::de::DeserializeOwned + PartialEq + Debug>(value: &T) -> Vec<u8> {
     let body = to_vec(value).unwrap();
     scan(&body, MAX_DEPTH).unwrap();
