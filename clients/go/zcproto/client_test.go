@@ -233,7 +233,7 @@ func TestLostConnectionRetriesOnlyIdempotentCalls(t *testing.T) {
 	}
 	peer = server.reconnected()
 	peer.respond(peer.request("session.info"), map[string]any{})
-	peer.respond(peer.soon("safe"), "done")
+	peer.respond(peer.soon(wire.Request, "safe"), "done")
 	safe.succeeds("done")
 }
 
@@ -246,7 +246,7 @@ func TestGoAwayAndThenACleanEndRetriesTheCall(t *testing.T) {
 	peer.finish(io.EOF)
 	peer = server.reconnected()
 	peer.respond(peer.request("session.info"), map[string]any{})
-	peer.respond(peer.soon("work"), "done")
+	peer.respond(peer.soon(wire.Request, "work"), "done")
 	call.succeeds("done")
 }
 
@@ -266,9 +266,9 @@ func TestGoAwayLetsCallsFinishAndOpensAnotherConnection(t *testing.T) {
 	running := begin(t, client.Session, "old", nil)
 	request := old.request("old")
 	old.goAway("draining", 100*time.Millisecond)
-	server.clock.awaitTimer(t, time.Second)
+	server.clock.awaitTimer(t, 150*time.Millisecond) // with half of 100 ms of jitter
 	next := begin(t, client.Session, "new", nil)
-	server.clock.advance(time.Second)
+	server.clock.advance(150 * time.Millisecond)
 	peer := server.accept()
 	first := peer.next(wire.Request) // session.info and the call, in either order
 	second := peer.next(wire.Request)
@@ -302,9 +302,9 @@ func TestRefusedFirstAttemptIsRepeatedUntilTheServerListens(t *testing.T) {
 	client := server.client(Options{})
 	done := make(chan error, 1)
 	go func() { done <- client.open(context.Background()) }()
-	for range 3 {
-		server.clock.awaitTimer(t, time.Second)
-		server.clock.advance(time.Second)
+	for delay := 50 * time.Millisecond; delay <= 200*time.Millisecond; delay *= 2 {
+		server.clock.awaitTimer(t, delay)
+		server.clock.advance(delay)
 	}
 	server.accept()
 	if err := <-done; err != nil {
@@ -317,20 +317,40 @@ func TestRefusedFirstAttemptIsRepeatedUntilTheServerListens(t *testing.T) {
 	}
 }
 
+func TestGoAwayAtTheFirstConnectionIsRetriedWithinTheStartTimeout(t *testing.T) {
+	server := newFakeServer(t)
+	server.goAways = []time.Duration{200 * time.Millisecond, 0}
+	client := server.client(Options{StartTimeout: time.Second})
+	done := make(chan error, 1)
+	go func() { done <- client.open(context.Background()) }()
+	for _, delay := range []time.Duration{250 * time.Millisecond, 400 * time.Millisecond} { // with jitter
+		server.clock.awaitTimer(t, delay)
+		server.clock.advance(delay)
+	}
+	server.accept()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	server.goAways = []time.Duration{2 * time.Second}
+	var connect *ConnectError
+	if err := server.client(Options{StartTimeout: time.Second}).open(context.Background()); !errors.As(err, &connect) {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestReconnectBacksOffUntilAConnectionHasLasted(t *testing.T) {
 	server := newFakeServer(t)
 	_, peer := server.opened(Options{})
+	delay := 50 * time.Millisecond // half of the ceiling, from 100 ms to 30 s
 	for range 12 {
 		peer.finish(newTLSError(TLSTruncated, nil))
-		<-peer.connection.ended
-		server.clock.awaitTimer(t, 15*time.Second)
-		server.clock.advance(15 * time.Second) // half of the ceiling of 30 s
+		server.clock.awaitTimer(t, delay)
+		server.clock.advance(delay)
 		peer = server.accept()
-		// It ends before 5 s have passed.
+		delay = min(delay*2, 15*time.Second)
 	}
-	server.clock.advance(6 * time.Second)
+	server.clock.advance(stableAfter)
 	peer.finish(newTLSError(TLSTruncated, nil))
-	<-peer.connection.ended
 	server.clock.awaitTimer(t, 50*time.Millisecond)
 	server.clock.advance(50 * time.Millisecond)
 	server.accept()
@@ -343,7 +363,7 @@ func TestPinMismatchOnReconnectIsReported(t *testing.T) {
 	peer.finish(newTLSError(TLSTruncated, nil))
 	<-peer.connection.ended
 	call := begin(t, client.Session, "work", nil)
-	server.advanceUntil(call.hasEnded)
+	advanceUntil(server, call.done)
 	var failure *TLSError
 	if !errors.As(call.err, &failure) || failure.Failure != TLSPinMismatch {
 		t.Errorf("got %v", call.err)
@@ -426,6 +446,11 @@ func TestServerThatReadsNothingHoldsRequestsBack(t *testing.T) {
 	peer.block(maxUnsent + 1)
 	first := begin(t, client.Session, "first", nil)
 	request := peer.request("first")
+	eventually(t, func() bool {
+		peer.connection.mu.Lock()
+		defer peer.connection.mu.Unlock()
+		return peer.connection.isPaused
+	})
 	second := begin(t, client.Session, "second", nil)
 	second.cancel()
 	second.fails(Cancelled)

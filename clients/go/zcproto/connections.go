@@ -19,10 +19,10 @@ const (
 
 // connections maintains the connection to one server: one for new calls, and older ones that drain.
 //
-// It decides when to connect and reconnect. The first attempt is repeated only while nothing listens, because the server may
-// be starting. After a loss it reconnects with growing, jittered delays; after GOAWAY when the server asked for it; after a
-// close for idleness with the next call; and not at all once the sessions were revoked or replaced. All callers that wait
-// for a connection share one attempt. It does not know calls, retries and how sessions are opened.
+// It decides when to connect and reconnect. The first attempt is repeated only while nothing listens or the server goes away,
+// because the server may be starting, or be replaced. After a loss it reconnects with growing, jittered delays; after GOAWAY when
+// the server asked for it; after a close for idleness with the next call; and not at all once the sessions were revoked or
+// replaced. All callers that wait for a connection share one attempt. It does not know calls, retries and how sessions are opened.
 type connections struct {
 	mu           *sync.Mutex // of the client
 	clock        clock
@@ -116,16 +116,17 @@ func (c *connections) connect() error {
 		c.mu.Unlock()
 		connection, err := c.dial(c.closing)
 		c.mu.Lock()
+		isGoingAway := err == nil && connection.draining // GOAWAY in the same read as WELCOME
 		switch {
 		case c.isClosed:
 			if err == nil {
 				connection.close("closed by this client")
 			}
 			return errClientClosed()
+		case isGoingAway:
+			err = &ConnectError{Reason: "the server is going away; try again once it has been replaced"}
 		case err == nil && connection.failure != nil:
 			err = connection.failure
-		case err == nil && connection.draining:
-			err = &ConnectError{Reason: "the server is going away"} // GOAWAY in the same read as WELCOME
 		}
 		if err == nil {
 			if !c.hasConnected {
@@ -151,11 +152,13 @@ func (c *connections) connect() error {
 			}
 		} else {
 			delay = min(delay, maxStartDelay)
-			var refused *ConnectError
-			if !errors.As(err, &refused) || !refused.Refused || c.clock.now()+delay >= startsUntil {
+			var failed *ConnectError
+			isRefused := errors.As(err, &failed) && failed.Refused
+			beginsAt := max(c.clock.now()+delay, c.notBefore)
+			if !isRefused && !isGoingAway || beginsAt >= startsUntil {
 				return err
 			}
-			if !isStarting {
+			if isRefused && !isStarting {
 				isStarting = true
 				c.onStarting()
 			}
@@ -195,14 +198,10 @@ func (c *connections) callReceived(connection *connection, event *conversation.E
 }
 
 func (c *connections) connectionDrains(connection *connection, reason string, retryAfter time.Duration) {
-	wasCurrent := connection == c.current
-	if wasCurrent {
+	if connection == c.current {
 		c.current = nil
 	}
-	if reason == "idle" || reason == "no_session" {
-		return // another unused connection would be closed for the same reason
-	}
-	if wasCurrent {
+	if reason != "idle" && reason != "no_session" { // another unused connection would be closed for the same reason
 		c.reconnect(min(retryAfter, maxRetryAfter))
 	}
 }

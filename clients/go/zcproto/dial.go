@@ -8,7 +8,6 @@ import (
 	"syscall"
 
 	"github.com/zcproto/zcproto/clients/go/internal/conversation"
-
 	"github.com/zcproto/zcproto/clients/go/internal/wire"
 )
 
@@ -51,9 +50,9 @@ func (d *dialer) dial(ctx context.Context) (*connection, error) {
 		return nil, context.Cause(ctx)
 	}
 	connection.mu.Lock()
-	failure, welcome := connection.failure, connection.conv.Welcome()
+	failure, isGoingAway, welcome := connection.failure, connection.draining, connection.conv.Welcome()
 	connection.mu.Unlock()
-	if failure != nil {
+	if failure != nil && !isGoingAway {
 		return nil, d.explained(failure)
 	}
 	if !d.trust.skipVerify && d.hosts != nil && welcome != nil {

@@ -16,8 +16,10 @@ import (
 )
 
 const (
-	// patience limits what a test waits for; nothing waits for it to pass.
-	patience = 10 * time.Second
+	// patience limits what a test waits for, also on a busy machine; nothing waits for it to pass.
+	patience = 2 * time.Minute
+	// soon is how long a timer may take that advanceUntil waits for: delays of retries, but not timeouts of requests.
+	soon     = time.Second
 	testKey  = "c3RhbmRzIGZvciBhIGtleSBvZiAzMiBieXRlcy4uLi4"
 	testWall = 1_767_225_600_000 // 2026-01-01T00:00:00Z
 )
@@ -34,11 +36,12 @@ func welcomeBody() map[string]any {
 type fakeServer struct {
 	t     *testing.T
 	clock *manualClock
-	// welcome is what it announces; failures are the errors of the next attempts to connect.
+	// welcome is what it announces.
 	welcome map[string]any
 
 	mu       sync.Mutex
-	failures []error
+	failures []error         // of the next attempts to connect
+	goAways  []time.Duration // delays of GOAWAYs, with the WELCOMEs of the next connections
 	dials    int
 	accepted chan *fakeConnection
 	owner    *connections
@@ -75,6 +78,10 @@ func (s *fakeServer) dial(context.Context) (*connection, error) {
 	}
 	s.salt++
 	peer := &fakeConnection{t: s.t, server: s, salt: s.salt, frames: make(chan wire.Frame, 10_000), counter: math.MaxUint64}
+	var goAways []time.Duration
+	if len(s.goAways) > 0 {
+		goAways, s.goAways = s.goAways[:1], s.goAways[1:]
+	}
 	s.mu.Unlock()
 	peer.cond.L = &peer.mu
 	peer.decoder = wire.Decoder{Receiver: wire.Server, Limit: math.MaxInt32, Extensions: wire.Streams | wire.Calls}
@@ -84,13 +91,17 @@ func (s *fakeServer) dial(context.Context) (*connection, error) {
 	s.owner.opened(connection)
 	s.owner.mu.Unlock()
 	go connection.read()
-	peer.send(wire.Welcome, 0, s.welcome)
+	peer.together(func() {
+		peer.send(wire.Welcome, 0, s.welcome)
+		for _, delay := range goAways {
+			peer.goAway("draining", delay)
+		}
+	})
 	<-connection.welcomed
-	s.accepted <- peer
 	return connection, nil
 }
 
-// accept waits for the next connection.
+// accept waits until the client uses its next connection.
 func (s *fakeServer) accept() *fakeConnection {
 	s.t.Helper()
 	select {
@@ -115,6 +126,11 @@ func (s *fakeServer) client(options Options) *Client {
 	}
 	s.owner = client.shared.connections
 	s.owner.dial = s.dial
+	adopted := s.owner.onConnected
+	s.owner.onConnected = func(connection *connection) {
+		adopted(connection)
+		s.accepted <- connection.link.(*fakeConnection)
+	}
 	s.t.Cleanup(func() {
 		s.owner.mu.Lock()
 		s.owner.abort()
@@ -302,9 +318,7 @@ func (p *fakeConnection) next(kind wire.Kind) wire.Frame {
 	p.t.Helper()
 	select {
 	case frame := <-p.frames:
-		if frame.Kind != kind {
-			p.t.Fatalf("the client sent %s instead of %s", frame.Kind, kind)
-		}
+		p.isOf(frame, kind)
 		return frame
 	case <-time.After(patience):
 		p.t.Fatalf("the client sent no %s", kind)
@@ -333,7 +347,18 @@ func (p *fakeConnection) request(method string) fakeRequest {
 
 func (p *fakeConnection) requestOf(kind wire.Kind, method string) fakeRequest {
 	p.t.Helper()
-	frame := p.next(kind)
+	return p.parse(p.next(kind), kind, method)
+}
+
+// soon advances the clock until the client sends a REQUEST or an OPEN, which must be of this method.
+func (p *fakeConnection) soon(kind wire.Kind, method string) fakeRequest {
+	p.t.Helper()
+	return p.parse(advanceUntil(p.server, p.frames), kind, method)
+}
+
+func (p *fakeConnection) parse(frame wire.Frame, kind wire.Kind, method string) fakeRequest {
+	p.t.Helper()
+	p.isOf(frame, kind)
 	message, err := wire.ParseRequest(kind, frame.Body, msgpack.MaxDepth)
 	if err != nil {
 		p.t.Fatal(err)
@@ -344,29 +369,52 @@ func (p *fakeConnection) requestOf(kind wire.Kind, method string) fakeRequest {
 	return fakeRequest{Message: message, stream: frame.Stream, token: frame.Token}
 }
 
-// soon advances the clock until the client sends a REQUEST, which must be of this method.
-func (p *fakeConnection) soon(method string) fakeRequest {
+func (p *fakeConnection) isOf(frame wire.Frame, kind wire.Kind) {
 	p.t.Helper()
-	p.server.advanceUntil(func() bool { return len(p.frames) > 0 })
-	return p.request(method)
-}
-
-// advanceUntil advances the clock in small steps, and lets the client run between them.
-func (s *fakeServer) advanceUntil(isDone func() bool) {
-	s.t.Helper()
-	for limit := time.Now().Add(patience); !isDone(); time.Sleep(time.Millisecond) {
-		if time.Now().After(limit) {
-			s.t.Fatal("nothing has happened")
-		}
-		s.clock.advance(50 * time.Millisecond)
+	if frame.Kind != kind {
+		p.t.Fatalf("the client sent %s instead of %s", frame.Kind, kind)
 	}
 }
 
-// reconnected waits for the next connection.
+// advanceUntil runs the timers that are due soon, until a value comes. It never passes a timer that limits how long the client
+// may take, however slow the machine is.
+func advanceUntil[T any](s *fakeServer, values <-chan T) T {
+	s.t.Helper()
+	limit := time.After(patience)
+	for {
+		advanced, added := s.clock.advanceToFirst(soon)
+		if advanced {
+			select {
+			case value := <-values:
+				return value
+			default:
+				continue
+			}
+		}
+		select {
+		case value := <-values:
+			return value
+		case <-added:
+		case <-limit:
+			s.t.Fatal("nothing has happened")
+		}
+	}
+}
+
+// eventually waits until a condition holds.
+func eventually(t *testing.T, holds func() bool) {
+	t.Helper()
+	for limit := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("the condition does not hold")
+		}
+	}
+}
+
+// reconnected waits for the next connection, and runs the timers until then.
 func (s *fakeServer) reconnected() *fakeConnection {
 	s.t.Helper()
-	s.advanceUntil(func() bool { return len(s.accepted) > 0 })
-	return s.accept()
+	return advanceUntil(s, s.accepted)
 }
 
 // none checks that the client has sent nothing.
@@ -408,15 +456,6 @@ func begin(t *testing.T, session *Session, method string, params any, options ..
 		made.err = session.Call(ctx, method, params, &made.result, options...)
 	}()
 	return made
-}
-
-func (c *call) hasEnded() bool {
-	select {
-	case <-c.done:
-		return true
-	default:
-		return false
-	}
 }
 
 func (c *call) wait() {

@@ -29,9 +29,6 @@ type ServerCall struct {
 
 // Decode stores the params of the call in what target points to: a struct, or a map with string keys.
 func (c *ServerCall) Decode(target any) error {
-	if len(c.params) == 0 {
-		return nil
-	}
 	if err := decode(c.params, target); err != nil {
 		return &Error{Code: InvalidArgument, Message: "the params of the call do not suit the handler", Cause: err}
 	}

@@ -1,6 +1,7 @@
 package zcproto
 
 import (
+	"cmp"
 	"slices"
 	"sync"
 	"testing"
@@ -57,16 +58,7 @@ func (t *manualTimer) Stop() bool {
 func (c *manualClock) advance(d time.Duration) {
 	c.mu.Lock()
 	until := c.at + d
-	for {
-		var due *manualTimer
-		for _, timer := range c.timers {
-			if timer.at <= until && (due == nil || timer.at < due.at) {
-				due = timer
-			}
-		}
-		if due == nil {
-			break
-		}
+	for due := c.first(); due != nil && due.at <= until; due = c.first() {
 		c.at = max(c.at, due.at)
 		c.timers = slices.DeleteFunc(c.timers, func(timer *manualTimer) bool { return timer == due })
 		c.mu.Unlock()
@@ -77,13 +69,34 @@ func (c *manualClock) advance(d time.Duration) {
 	c.mu.Unlock()
 }
 
-// awaitTimer waits until a timer is set that runs within d.
+// first returns the timer that is due first; nil without timers.
+func (c *manualClock) first() *manualTimer {
+	if len(c.timers) == 0 {
+		return nil
+	}
+	return slices.MinFunc(c.timers, func(a, b *manualTimer) int { return cmp.Compare(a.at, b.at) })
+}
+
+// advanceToFirst runs the first timer if it is due within most. It returns whether it was, and otherwise a channel that is closed
+// when a timer is set.
+func (c *manualClock) advanceToFirst(most time.Duration) (advanced bool, added <-chan struct{}) {
+	c.mu.Lock()
+	first, added, now := c.first(), c.added, c.at
+	c.mu.Unlock()
+	if first == nil || first.at > now+most {
+		return false, added
+	}
+	c.advance(first.at - now)
+	return true, nil
+}
+
+// awaitTimer waits until a timer is set that runs in exactly d.
 func (c *manualClock) awaitTimer(t *testing.T, d time.Duration) {
 	t.Helper()
-	limit := time.After(10 * time.Second)
+	limit := time.After(patience)
 	for {
 		c.mu.Lock()
-		found := slices.ContainsFunc(c.timers, func(timer *manualTimer) bool { return timer.at <= c.at+d })
+		found := slices.ContainsFunc(c.timers, func(timer *manualTimer) bool { return timer.at == c.at+d })
 		added := c.added
 		c.mu.Unlock()
 		if found {
@@ -92,7 +105,7 @@ func (c *manualClock) awaitTimer(t *testing.T, d time.Duration) {
 		select {
 		case <-added:
 		case <-limit:
-			t.Fatalf("no timer was set within %s", d)
+			t.Fatalf("no timer was set for %s", d)
 		}
 	}
 }

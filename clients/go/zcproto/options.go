@@ -59,11 +59,12 @@ type Options struct {
 	Timeout time.Duration
 	// ConnectTimeout limits one attempt to connect, from the name to WELCOME: DefaultConnectTimeout if 0.
 	ConnectTimeout time.Duration
-	// StartTimeout is how long Dial waits for a server that is starting: while nothing listens at its address, the attempt is
-	// repeated, and a missing CAFile may still be created. DefaultStartTimeout if 0; negative does not wait.
+	// StartTimeout is how long Dial waits for a server that is starting: while nothing listens at its address, or the server is
+	// going away, the attempt is repeated, and a missing CAFile may still be created. DefaultStartTimeout if 0; negative does not
+	// wait.
 	StartTimeout time.Duration
 
-	// OnEvent is called with each event of the server, one at a time. Without it, events are queued in Session.Events.
+	// OnEvent is called with each event of the server, one at a time. Without it, events are queued for Session.NextEvent.
 	OnEvent func(Event)
 	// OnConnected is called in a goroutine of its own once the client has connected and opened its session, and again after each
 	// reconnect when all sessions are known to the server: a good place to open long streams again.

@@ -149,6 +149,19 @@ func TestRetryTable(t *testing.T) {
 	}
 }
 
+func TestNothingIsDecodedFromAnEmptyBody(t *testing.T) {
+	number := 7
+	for _, err := range []error{Event{}.Decode(&number), (&ServerCall{}).Decode(&number), decode([]byte{1}, nil)} {
+		if err != nil || number != 7 {
+			t.Errorf("got %d, %v", number, err)
+		}
+	}
+	var text string
+	if err := (Event{data: Raw{1}}).Decode(&text); !errors.Is(err, Internal) {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestBackoffDoublesUpToAMaximum(t *testing.T) {
 	backoff := newBackoff(func() float64 { return 0.5 })
 	want := 50 * time.Millisecond

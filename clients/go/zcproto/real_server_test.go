@@ -24,83 +24,28 @@ import (
 
 var ctx = context.Background()
 
-const app = `
-import asyncio
-from collections.abc import AsyncIterator
-
-import zcproto
-from zcproto import BUILT_IN_SCHEMES, App, CallableAuthenticator, Context, Items
-
-used = set()
-
-
-async def redeem(user: str, ticket: int) -> str | None:
-    if (user, ticket) in used:
-        return None
-    used.add((user, ticket))
-    return user
-
-
-app = App(authenticators=[BUILT_IN_SCHEMES, CallableAuthenticator("ticket", redeem)])
-
-
-@app.method("echo")
-async def echo(value: object = None) -> object:
-    return value
-
-
-@app.method("sleep")
-async def sleep(ms: int) -> dict:
-    await asyncio.sleep(ms / 1000)
-    return {}
-
-
-@app.method("count")
-async def count(context: Context, n: int) -> AsyncIterator[int]:
-    for number in range(n):
-        yield number
-    context.result = {"sent": n}
-
-
-@app.method("total")
-async def total(numbers: Items[int]) -> int:
-    result = 0
-    async for number in numbers:
-        result += number
-    return result
-
-
-@app.method("ask")
-async def ask(context: Context, method: str) -> object:
-    return await context.client.call(method, {"user": context.user}, timeout=30.0)
-`
-
-// newAppServer starts a server with the application, and a user ada.
-func newAppServer(t *testing.T) (s *server, key string) {
-	s = newServer(t, "[sessions]\nper_user = 1000\n")
-	s.write("everything.py", app)
-	key = s.addUser("ada")
-	return s.start("everything:app"), key
-}
-
 func TestWithARealServer(t *testing.T) {
-	s, key := newAppServer(t)
+	s := newServer(t, "[sessions]\nper_user = 1000\n[tls]\nclient_auth = \"optional\"\n")
+	key := s.start("ada")[0]
 	for name, test := range map[string]func(*testing.T, *server, string){
-		"values":     testValues,
-		"concurrent": testConcurrentCalls,
-		"large":      testLargeFirstCall,
-		"errors":     testErrors,
-		"wrong key":  testWrongKey,
-		"revoked":    testRevokedSession,
-		"device":     testDeviceIsAttachedAfterACut,
-		"login":      testLogin,
-		"cut":        testCutRetriesIdempotentCalls,
-		"truncated":  testTruncatingProxy,
-		"pins":       testPins,
-		"streams":    testStreams,
-		"calls":      testCallsOfTheServer,
-		"users":      testUsers,
-		"cuts":       testManyCuts,
+		"readme":      testProgramOfTheReadme,
+		"values":      testValues,
+		"concurrent":  testConcurrentCalls,
+		"large":       testLargeFirstCall,
+		"errors":      testErrors,
+		"wrong key":   testWrongKey,
+		"revoked":     testRevokedSession,
+		"certificate": testClientCertificate,
+		"device":      testDeviceIsAttachedAfterACut,
+		"login":       testLogin,
+		"cut":         testCutRetriesIdempotentCalls,
+		"truncated":   testTruncatingProxy,
+		"pins":        testPins,
+		"streams":     testStreams,
+		"calls":       testCallsOfTheServer,
+		"users":       testUsers,
+		"cuts":        testManyCuts,
+		"restart":     testRestartedServer,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s.t = t
@@ -119,7 +64,7 @@ func testValues(t *testing.T, s *server, key string) {
 		"numbers": []any{int64(0), int64(-1), int64(-1 << 63), uint64(1<<64 - 1)},
 	}
 	var result any
-	if err := client.Call(ctx, "echo", map[string]any{"value": value}, &result); err != nil || !reflect.DeepEqual(result, value) {
+	if err := client.Call(ctx, "same", map[string]any{"value": value}, &result); err != nil || !reflect.DeepEqual(result, value) {
 		t.Errorf("got %v, %v", result, err)
 	}
 	if welcome, found := client.Welcome(); !found || welcome.MaxFrame != 1<<20 || !welcome.HasStreams || !welcome.HasCalls {
@@ -135,7 +80,7 @@ func testConcurrentCalls(t *testing.T, s *server, key string) {
 		go func() {
 			defer calls.Done()
 			var result int
-			if err := client.Call(ctx, "echo", map[string]any{"value": number}, &result); err != nil || result != number {
+			if err := client.Call(ctx, "same", map[string]any{"value": number}, &result); err != nil || result != number {
 				t.Errorf("%d: got %d, %v", number, result, err)
 			}
 		}()
@@ -148,7 +93,7 @@ func testLargeFirstCall(t *testing.T, s *server, key string) {
 	client.Cut() // the next connection has no session yet
 	text := strings.Repeat("x", 500_000)
 	var result string
-	err := client.Call(ctx, "echo", map[string]any{"value": text}, &result, zcproto.IdempotencyKey("large"))
+	err := client.Call(ctx, "same", map[string]any{"value": text}, &result, zcproto.IdempotencyKey("large"))
 	if err != nil || result != text {
 		t.Errorf("got %d bytes, %v", len(result), err)
 	}
@@ -162,15 +107,15 @@ func testErrors(t *testing.T, s *server, key string) {
 	time.AfterFunc(20*time.Millisecond, stop)
 	for want, err := range map[error]error{
 		zcproto.Unimplemented:    client.Call(ctx, "no.such.method", nil, nil),
-		zcproto.InvalidArgument:  client.Call(ctx, "sleep", map[string]any{"minutes": 1}, nil),
-		zcproto.DeadlineExceeded: client.Call(short, "sleep", map[string]any{"ms": 60_000}, nil),
-		context.Canceled:         client.Call(cancelled, "sleep", map[string]any{"ms": 60_000}, nil),
+		zcproto.InvalidArgument:  client.Call(ctx, "hold", map[string]any{"minutes": 1}, nil),
+		zcproto.DeadlineExceeded: client.Call(short, "hold", map[string]any{"name": "for ever"}, nil),
+		context.Canceled:         client.Call(cancelled, "hold", map[string]any{"name": "for ever"}, nil),
 	} {
 		if !errors.Is(err, want) {
 			t.Errorf("got %v instead of %v", err, want)
 		}
 	}
-	if err := client.Call(ctx, "echo", nil, nil); err != nil {
+	if err := client.Call(ctx, "same", nil, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -183,7 +128,7 @@ func testWrongKey(t *testing.T, s *server, _ string) {
 	}
 	options.Credentials = nil
 	client := s.dial(options)
-	if err := client.Call(ctx, "echo", nil, nil); !errors.Is(err, zcproto.Unauthenticated) {
+	if err := client.Call(ctx, "same", nil, nil); !errors.Is(err, zcproto.Unauthenticated) {
 		t.Errorf("got %v", err)
 	}
 	var info struct {
@@ -203,21 +148,21 @@ func testRevokedSession(t *testing.T, s *server, key string) {
 	if event, err := first.NextEvent(ctx); err != nil || event.Name != "session.revoked" {
 		t.Errorf("got %v, %v", event, err)
 	}
-	if err := first.Call(ctx, "echo", nil, nil); !errors.Is(err, zcproto.TokenRevoked) {
+	if err := first.Call(ctx, "same", nil, nil); !errors.Is(err, zcproto.TokenRevoked) {
 		t.Errorf("got %v", err)
 	}
 	if again, err := first.Open(ctx); err != nil || again.ID == info.ID {
 		t.Errorf("got %v, %v", again, err)
 	}
-	if err := first.Call(ctx, "echo", nil, nil); err != nil {
+	if err := first.Call(ctx, "same", nil, nil); err != nil {
 		t.Error(err)
 	}
 }
 
-func testDeviceIsAttachedAfterACut(t *testing.T, s *server, _ string) {
+func testDeviceIsAttachedAfterACut(t *testing.T, s *server, key string) {
 	path := filepath.Join(t.TempDir(), "laptop.key")
 	device := must(zcproto.CreateDevice(path))
-	code := s.run("pair", "--user", "ada")
+	code := s.run(key, "pair", "--user", "ada")
 	if user, err := zcproto.Enroll(ctx, s.address(), code, device, "laptop", s.options()); err != nil || user != "ada" {
 		t.Fatalf("got %q, %v", user, err)
 	}
@@ -229,7 +174,7 @@ func testDeviceIsAttachedAfterACut(t *testing.T, s *server, _ string) {
 	client := s.dial(options)
 	before, _ := client.Info()
 	client.Cut()
-	if err := client.Call(ctx, "echo", nil, nil, zcproto.IdempotencyKey("after the cut")); err != nil {
+	if err := client.Call(ctx, "same", nil, nil, zcproto.IdempotencyKey("after the cut")); err != nil {
 		t.Fatal(err)
 	}
 	if after, _ := client.Info(); !before.Bound || after.ID != before.ID {
@@ -250,21 +195,30 @@ func testLogin(t *testing.T, s *server, _ string) {
 	}
 }
 
+// hold makes a call that runs until it is released, and returns once it has begun.
+func hold(t *testing.T, client *zcproto.Client, name string, options ...zcproto.CallOption) <-chan error {
+	t.Helper()
+	done := make(chan error, 1)
+	params := map[string]any{"name": name}
+	go func() { done <- client.Call(ctx, "hold", params, nil, options...) }()
+	if err := client.Call(ctx, "begun", params, nil); err != nil {
+		t.Fatal(err)
+	}
+	return done
+}
+
 func testCutRetriesIdempotentCalls(t *testing.T, s *server, key string) {
 	client := s.dialAs("ada", key)
 	before, _ := client.Info()
-	lost, retried := make(chan error, 1), make(chan error, 1)
-	go func() { lost <- client.Call(ctx, "sleep", map[string]any{"ms": 300}, nil) }()
-	go func() {
-		retried <- client.Call(ctx, "sleep", map[string]any{"ms": 300}, nil, zcproto.IdempotencyKey("retried"))
-	}()
-	if err := client.Call(ctx, "sleep", map[string]any{"ms": 50}, nil); err != nil {
-		t.Fatal(err)
-	}
+	lost := hold(t, client, "lost")
+	retried := hold(t, client, "retried", zcproto.IdempotencyKey("retried"))
 	client.Cut()
 	var closed *zcproto.ClosedError
 	if err := <-lost; !errors.As(err, &closed) || closed.Clean {
 		t.Errorf("got %v", err)
+	}
+	if err := client.Call(ctx, "release", map[string]any{"name": "retried"}, nil); err != nil {
+		t.Error(err)
 	}
 	if err := <-retried; err != nil {
 		t.Error(err)
@@ -290,7 +244,10 @@ func testTruncatingProxy(t *testing.T, s *server, key string) {
 			}
 			near <- conn.(*net.TCPConn)
 			go func() { _, _ = io.Copy(conn, far) }()
-			go func() { _, _ = io.Copy(far, conn) }()
+			go func() {
+				_, _ = io.Copy(far, conn)
+				_ = far.Close()
+			}()
 		}
 	}()
 	options := s.options()
@@ -301,11 +258,7 @@ func testTruncatingProxy(t *testing.T, s *server, key string) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	done := make(chan error, 1)
-	go func() { done <- client.Call(ctx, "sleep", map[string]any{"ms": 60_000}, nil) }()
-	if err := client.Call(ctx, "echo", nil, nil); err != nil {
-		t.Fatal(err)
-	}
+	done := hold(t, client, "truncated")
 	_ = (<-near).CloseWrite()
 	var failure *zcproto.TLSError
 	if err := <-done; !errors.As(err, &failure) || failure.Failure != zcproto.TLSTruncated {
@@ -314,7 +267,13 @@ func testTruncatingProxy(t *testing.T, s *server, key string) {
 }
 
 func testPins(t *testing.T, s *server, _ string) {
-	pins := strings.Fields(s.run("cert", "pins", "--plain"))
+	var info struct {
+		Pins []string `msgpack:"pins"`
+	}
+	if err := s.dial(s.options()).Call(ctx, "server.info", nil, &info); err != nil || len(info.Pins) == 0 {
+		t.Fatalf("got %v, %v", info, err)
+	}
+	pins := info.Pins
 	backup := "sha256/" + strings.Repeat("A", 43) + "="
 	for _, test := range []struct {
 		pins     []string
@@ -392,7 +351,7 @@ func testCallsOfTheServer(t *testing.T, s *server, key string) {
 			t.Errorf("got %q, %v", answer, err)
 		}
 		client.Cut()
-		if err := client.Call(ctx, "echo", nil, nil, zcproto.IdempotencyKey(fmt.Sprint("after cut ", round))); err != nil {
+		if err := client.Call(ctx, "same", nil, nil, zcproto.IdempotencyKey(fmt.Sprint("after cut ", round))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -421,10 +380,10 @@ func testUsers(t *testing.T, s *server, _ string) {
 		}
 	}
 	_ = sessions[0].Close()
-	if err := sessions[0].Call(ctx, "echo", nil, nil); err == nil {
+	if err := sessions[0].Call(ctx, "same", nil, nil); err == nil {
 		t.Error("a closed session was used")
 	}
-	if err := sessions[1].Call(ctx, "echo", nil, nil); err != nil {
+	if err := sessions[1].Call(ctx, "same", nil, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -440,10 +399,8 @@ func testManyCuts(t *testing.T, s *server, key string) {
 			defer calls.Done()
 			for number := range 20 {
 				value := fmt.Sprintf("%d of %d", number, worker)
-				limited, cancel := context.WithTimeout(ctx, time.Minute)
 				var result string
-				err := client.Call(limited, "echo", map[string]any{"value": value}, &result, zcproto.IdempotencyKey("cuts "+value))
-				cancel()
+				err := client.Call(ctx, "same", map[string]any{"value": value}, &result, zcproto.IdempotencyKey("cuts "+value))
 				if err != nil || result != value {
 					t.Errorf("%s: got %q, %v", value, result, err)
 				}
@@ -466,7 +423,7 @@ func testManyCuts(t *testing.T, s *server, key string) {
 	}
 	<-done
 	_ = client.Close()
-	for limit := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(10 * time.Millisecond) {
+	for limit := time.Now().Add(patience); runtime.NumGoroutine() > before; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(limit) {
 			stacks := make([]byte, 1<<20)
 			t.Fatalf("%d goroutines were left:\n%s", runtime.NumGoroutine()-before, stacks[:runtime.Stack(stacks, true)])
@@ -474,26 +431,20 @@ func testManyCuts(t *testing.T, s *server, key string) {
 	}
 }
 
-func TestClientReconnectsToARestartedServerWithTheSameSession(t *testing.T) {
-	s := newServer(t, "")
-	key := s.addUser("eve")
-	s.start()
-	options := s.options()
-	options.Credentials = zcproto.APIKey("eve", key)
-	options.Timeout = 2 * time.Minute // the server starts slowly on a busy machine
-	client := s.dial(options)
+func testRestartedServer(t *testing.T, s *server, key string) {
+	client := s.dialAs("ada", key)
 	before, _ := client.Info()
-	sleeping := make(chan error, 1)
-	go func() { sleeping <- client.Call(ctx, "sleep", map[string]any{"ms": 500}, nil) }()
-	if err := client.Call(ctx, "sleep", map[string]any{"ms": 50}, nil); err != nil {
+	stream := client.Stream(ctx, "until.stopping", nil)
+	if err := stream.Recv(nil); err != nil {
 		t.Fatal(err)
 	}
 	s.stop(syscall.SIGTERM)
-	if err := <-sleeping; err != nil {
-		t.Errorf("the call in flight was not answered during the drain: %v", err)
+	var result string
+	if err := stream.Result(&result); err != nil || result != "stopped" || !stream.Draining() {
+		t.Errorf("a stream in flight was not answered during the drain: %q, %v", result, err)
 	}
 	waiting := make(chan error, 1)
-	go func() { waiting <- client.Call(ctx, "echo", nil, nil) }()
+	go func() { waiting <- client.Call(ctx, "same", nil, nil) }()
 	s.start()
 	if err := <-waiting; err != nil {
 		t.Error(err)
@@ -503,23 +454,20 @@ func TestClientReconnectsToARestartedServerWithTheSameSession(t *testing.T) {
 	}
 }
 
-func TestClientCertificateOpensASession(t *testing.T) {
-	s := newServer(t, "[tls]\nclient_auth = \"optional\"\n")
-	s.addUser("eve")
-	s.start()
-	folder := filepath.Join(s.home, "handout")
-	s.run("cert", "issue-client", "eve", "--out", folder)
+func testClientCertificate(t *testing.T, s *server, key string) {
+	folder := filepath.Join(t.TempDir(), "handout")
+	s.run(key, "cert", "issue-client", "ada", "--out", folder)
 	options := s.options()
-	options.Certificate, options.KeyFile = filepath.Join(folder, "eve.crt"), filepath.Join(folder, "eve.key")
+	options.Certificate, options.KeyFile = filepath.Join(folder, "ada.crt"), filepath.Join(folder, "ada.key")
 	client := s.dial(options)
-	if info, _ := client.Info(); info.User != "eve" || !info.Bound {
+	if info, _ := client.Info(); info.User != "ada" || !info.Bound {
 		t.Errorf("got %+v", info)
 	}
 	client.Cut()
-	if err := client.Call(ctx, "echo", nil, nil, zcproto.IdempotencyKey("after the cut")); err != nil {
+	if err := client.Call(ctx, "same", nil, nil, zcproto.IdempotencyKey("after the cut of ada")); err != nil {
 		t.Error(err)
 	}
-	options.Credentials = zcproto.ClientCertificate("ada")
+	options.Credentials = zcproto.ClientCertificate("eve")
 	if _, err := zcproto.Dial(ctx, s.address(), options); !errors.Is(err, zcproto.Unauthenticated) {
 		t.Errorf("got %v", err)
 	}
@@ -532,10 +480,7 @@ func TestClientCertificateOpensASession(t *testing.T) {
 	}
 }
 
-func TestProgramOfTheReadmeRunsAsPasted(t *testing.T) {
-	s := newServer(t, "")
-	key := s.addUser("ada")
-	s.start()
+func testProgramOfTheReadme(t *testing.T, s *server, key string) {
 	readme := must(os.ReadFile("../README.md"))
 	found := regexp.MustCompile("(?s)`ask.go`:\n\n```go\n(.*?)```").FindSubmatch(readme)
 	program := strings.ReplaceAll(string(found[1]), "localhost:7443", s.address())

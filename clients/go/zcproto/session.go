@@ -200,7 +200,7 @@ func (s *Session) Call(ctx context.Context, method string, params, result any, o
 	request.deadline = s.deadlineOf(ctx)
 	call, err := s.run(&request)
 	s.mu.Unlock()
-	if err == nil && result != nil {
+	if err == nil {
 		err = decode(call.body, result)
 	}
 	if call != nil {

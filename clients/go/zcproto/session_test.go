@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"errors"
-	"io"
 	"testing"
 	"time"
 
@@ -183,11 +182,11 @@ func TestServerThatOpensExpiredSessionsCausesNoStorm(t *testing.T) {
 	client := server.client(Options{Credentials: APIKey("ada", testKey), Timeout: NoTimeout})
 	go func() { _ = client.open(context.Background()) }()
 	peer := server.accept()
-	for wait := time.Duration(0); wait < 3*time.Second; wait += 1050 * time.Millisecond {
+	for jitter := 50 * time.Millisecond; jitter <= 800*time.Millisecond; jitter *= 2 {
 		peer.respond(peer.request("session.open"), expired)
-		server.clock.awaitTimer(t, 3*time.Second)
+		server.clock.awaitTimer(t, time.Second+jitter)
 		peer.none()
-		server.clock.advance(3 * time.Second)
+		server.clock.advance(time.Second + jitter)
 	}
 }
 
@@ -202,9 +201,10 @@ func TestEventsOfTheSession(t *testing.T) {
 			t.Errorf("got %v, %v", event, err)
 		}
 	}
-	for open := true; open; {
-		_, open = client.Info()
-	}
+	eventually(t, func() bool {
+		_, open := client.Info()
+		return !open
+	})
 	begin(t, client.Session, "work", nil).fails(SessionReplaced)
 }
 
@@ -420,285 +420,4 @@ func TestReconnectShowsEachSession(t *testing.T) {
 		t.Error("a session was not shown")
 	}
 	<-connected
-}
-
-// --- calls of the server -----------------------------------------------------------------------------------------------------
-
-// handle registers a handler and waits for the registration.
-func handle(t *testing.T, session *Session, peer *fakeConnection, method string, handler Handler) {
-	t.Helper()
-	done := make(chan error, 1)
-	go func() { done <- session.Handle(context.Background(), method, handler) }()
-	peer.respond(peer.request("session.handle"), map[string]any{})
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-}
-
-func (p *fakeConnection) call(number uint32, method string, token wire.Token) {
-	p.sendWith(wire.Call, number, []any{method, map[string]any{"tool": "shell"}, map[string]any{"deadline_ms": 120_000}}, token, 0)
-}
-
-func TestCallOfTheServerIsAnsweredByItsHandler(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	handle(t, client.Session, peer, "approve", func(_ context.Context, call *ServerCall) (any, error) {
-		var params struct {
-			Tool string `msgpack:"tool"`
-		}
-		err := call.Decode(&params)
-		return call.User + " " + call.Method + " " + params.Tool, err
-	})
-	peer.call(2, "approve", tokenOf(1))
-	frame := peer.next(wire.Result)
-	if value, _ := msgpack.Decode(frame.Body, 32); value != "ada approve shell" || frame.Stream != 2 || frame.Token != tokenOf(1) {
-		t.Errorf("got %v", value)
-	}
-}
-
-func TestErrorOfAHandlerIsAnswered(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	outcome := error(nil)
-	handle(t, client.Session, peer, "fail", func(context.Context, *ServerCall) (any, error) { return func() {}, outcome })
-	for number, test := range []struct {
-		err  error
-		code Code
-	}{{PermissionDenied, PermissionDenied}, {&Error{Code: NotFound}, NotFound}, {errors.New("bug"), Internal}, {nil, InvalidArgument}} {
-		outcome = test.err
-		peer.call(uint32(number+1), "fail", tokenOf(1))
-		code, _, _, err := wire.ParseError(peer.next(wire.Failure).Body, 32)
-		if Code(code) != test.code || err != nil {
-			t.Errorf("%v: got %v", test.err, code)
-		}
-	}
-	peer.call(9, "other", tokenOf(1))
-	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.Unimplemented {
-		t.Errorf("got %v", code)
-	}
-}
-
-func TestWithdrawnCallIsAnsweredOnceAndItsNumberIsFree(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	begun, release := make(chan context.Context), make(chan struct{})
-	handle(t, client.Session, peer, "ask", func(ctx context.Context, _ *ServerCall) (any, error) {
-		begun <- ctx
-		<-release
-		return "late", nil
-	})
-	peer.call(1, "ask", tokenOf(1))
-	ctx := <-begun
-	peer.sendWith(wire.Withdraw, 1, nil, tokenOf(1), 0)
-	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.Cancelled {
-		t.Errorf("got %v", code)
-	}
-	<-ctx.Done()
-	peer.call(1, "ask", tokenOf(1))
-	<-begun
-	close(release)
-	peer.next(wire.Result)
-	peer.none()
-}
-
-func TestHandlersAreLimitedAndRegisteredAgain(t *testing.T) {
-	server := newFakeServer(t)
-	client, peer := server.opened(Options{MaxCalls: 1})
-	begun := make(chan context.Context, 1)
-	handle(t, client.Session, peer, "ask", func(ctx context.Context, _ *ServerCall) (any, error) {
-		begun <- ctx
-		<-ctx.Done()
-		return nil, ctx.Err()
-	})
-	peer.call(1, "ask", tokenOf(1))
-	ctx := <-begun
-	peer.call(2, "ask", tokenOf(1))
-	if code, _, _, _ := wire.ParseError(peer.next(wire.Failure).Body, 32); code != wire.ResourceExhausted {
-		t.Errorf("got %v", code)
-	}
-	peer.finish(newTLSError(TLSTruncated, nil))
-	<-ctx.Done()
-	peer = server.reconnected()
-	request := peer.request("session.handle")
-	if request.token != tokenOf(1) || request.param("max") != int64(1) {
-		t.Errorf("got %s", request.Params)
-	}
-}
-
-func TestCallWithTheNewTokenInTheReadOfARefreshReachesItsHandler(t *testing.T) {
-	client, peer := openedWith(t, Options{}, refreshable(1))
-	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return true, nil })
-	peer.sendWith(wire.Event, 0, []any{"session.expiring", nil}, tokenOf(1), 0)
-	request := peer.request("session.refresh")
-	peer.together(func() {
-		peer.respond(request, refreshable(2))
-		peer.call(1, "ask", tokenOf(2))
-	})
-	if frame := peer.next(wire.Result); frame.Token != tokenOf(2) {
-		t.Error("the answer has another token")
-	}
-}
-
-func TestSessionOfHandlersIsShownBeforeItsIdleTimeout(t *testing.T) {
-	client, peer := openedWith(t, Options{}, sessionResult(1, map[string]any{"idle_timeout_ms": 60_000}))
-	handle(t, client.Session, peer, "ask", func(context.Context, *ServerCall) (any, error) { return nil, nil })
-	begun := peer.server.clock.now()
-	peer.respond(peer.soon("session.handle"), map[string]any{})
-	if waited := peer.server.clock.now() - begun; waited < 30*time.Second || waited >= time.Minute {
-		t.Errorf("it was shown after %v", waited)
-	}
-}
-
-// --- streams -------------------------------------------------------------------------------------------------------------------
-
-func (p *fakeConnection) item(request fakeRequest, value any) {
-	p.sendWith(wire.Item, request.stream, value, request.token, 0)
-}
-
-func TestStreamYieldsItemsAndThenItsResult(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	stream := client.Stream(context.Background(), "words", map[string]any{"text": "to be"}, Window(2, 1_000))
-	request := peer.requestOf(wire.Open, "words")
-	if *request.Meta.Credit != (wire.Grant{Items: 2, Bytes: 1_000}) || request.Meta.HasDeadline {
-		t.Errorf("got %+v", request.Meta)
-	}
-	peer.item(request, "to")
-	peer.item(request, "be")
-	var words []string
-	for word, err := range Items[string](stream) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if words = append(words, word); len(words) == 2 {
-			peer.respond(request, map[string]any{"words": 2})
-		}
-	}
-	if len(words) != 2 || words[0] != "to" || words[1] != "be" {
-		t.Errorf("got %v", words)
-	}
-	var result struct {
-		Words int `msgpack:"words"`
-	}
-	if err := stream.Result(&result); err != nil || result.Words != 2 {
-		t.Errorf("got %v, %v", result, err)
-	}
-	peer.next(wire.Credit)
-}
-
-func TestItemsComeBeforeTheErrorOfAStream(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	stream := client.Stream(context.Background(), "words", nil)
-	request := peer.requestOf(wire.Open, "words")
-	peer.together(func() {
-		peer.item(request, "one")
-		peer.fail(request, Internal, nil)
-	})
-	var word string
-	if err := stream.Recv(&word); err != nil || word != "one" {
-		t.Errorf("got %q, %v", word, err)
-	}
-	if err := stream.Recv(&word); !errors.Is(err, Internal) {
-		t.Errorf("got %v", err)
-	}
-	if err := stream.Result(nil); !errors.Is(err, Internal) {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestLeavingALoopCancelsTheStream(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	stream := client.Stream(context.Background(), "words", nil)
-	request := peer.requestOf(wire.Open, "words")
-	peer.item(request, "one")
-	for range Items[string](stream) {
-		break
-	}
-	peer.next(wire.Cancel)
-	if err := stream.Result(nil); !errors.Is(err, Cancelled) {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestItemsAreSentWithCreditAlone(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	stream := client.Stream(context.Background(), "upload", nil)
-	request := peer.requestOf(wire.Open, "upload")
-	sent := make(chan error, 1)
-	go func() { sent <- stream.Send("one") }()
-	peer.none()
-	peer.sendWith(wire.Credit, request.stream, []any{1, 1_000}, request.token, 0)
-	if frame := peer.next(wire.Item); frame.Token != tokenOf(1) {
-		t.Error("the item has another token")
-	}
-	if err := <-sent; err != nil {
-		t.Fatal(err)
-	}
-	_ = stream.CloseSend()
-	peer.next(wire.End)
-	if err := stream.Send("two"); !errors.Is(err, FailedPrecondition) {
-		t.Errorf("got %v", err)
-	}
-	go func() { peer.respond(request, 1) }()
-	var count int
-	if err := stream.Result(&count); err != nil || count != 1 {
-		t.Errorf("got %d, %v", count, err)
-	}
-}
-
-func TestSendEndsWithItsStream(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	stream := client.Stream(context.Background(), "upload", nil)
-	request := peer.requestOf(wire.Open, "upload")
-	sent := make(chan error, 1)
-	go func() { sent <- stream.Send("one") }()
-	peer.fail(request, PermissionDenied, nil)
-	if err := <-sent; err != io.EOF {
-		t.Errorf("got %v", err)
-	}
-	if err := stream.Result(nil); !errors.Is(err, PermissionDenied) {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestItemTimeoutEndsTheStream(t *testing.T) {
-	client, peer := newFakeServer(t).opened(Options{})
-	stream := client.Stream(context.Background(), "words", nil, ItemTimeout(time.Minute))
-	peer.requestOf(wire.Open, "words")
-	received := make(chan error, 1)
-	go func() { received <- stream.Recv(nil) }()
-	peer.server.advanceUntil(func() bool { return len(received) > 0 })
-	if err := <-received; !errors.Is(err, DeadlineExceeded) {
-		t.Errorf("got %v", err)
-	}
-	peer.next(wire.Cancel)
-}
-
-func TestInterruptedStreamIsOpenedAgainOnlyWithReopen(t *testing.T) {
-	server := newFakeServer(t)
-	client, peer := server.opened(Options{})
-	plain := client.Stream(context.Background(), "log", nil)
-	request := peer.requestOf(wire.Open, "log")
-	peer.item(request, 1)
-	again := client.Stream(context.Background(), "log", map[string]any{"name": "x", "after": 0}, Reopen(func(last Raw) map[string]any {
-		return map[string]any{"after": last}
-	}))
-	request = peer.requestOf(wire.Open, "log")
-	peer.item(request, 7)
-	var number int
-	if err := again.Recv(&number); err != nil || number != 7 {
-		t.Fatalf("got %d, %v", number, err)
-	}
-	peer.finish(newTLSError(TLSTruncated, nil))
-	if err := plain.Result(nil); !isClosed(err) {
-		t.Errorf("got %v", err)
-	}
-	peer = server.reconnected()
-	peer.respond(peer.request("session.info"), map[string]any{})
-	server.advanceUntil(func() bool { return len(peer.frames) > 0 })
-	request = peer.requestOf(wire.Open, "log")
-	if request.param("after") != int64(7) || request.param("name") != "x" {
-		t.Errorf("got %s", request.Params)
-	}
-	peer.item(request, 8)
-	if err := again.Recv(&number); err != nil || number != 8 {
-		t.Errorf("got %d, %v", number, err)
-	}
-	_ = again.Close()
 }

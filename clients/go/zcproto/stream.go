@@ -296,12 +296,8 @@ func Items[T any](s *Stream) iter.Seq2[T, error] {
 // Result waits for the end of the stream and stores its result in what target points to; nil drops it. It takes no items: receive
 // those first.
 func (s *Stream) Result(target any) error {
-	<-s.ended
-	if s.err != nil {
+	if <-s.ended; s.err != nil {
 		return s.err
-	}
-	if target == nil {
-		return nil
 	}
 	return decode(s.result, target)
 }

@@ -114,7 +114,7 @@ func welcomes(conn *tls.Conn, _ net.Conn) {
 }
 
 func (s *tlsServer) dial(options Options) error {
-	options.Home = filepath.Join(s.home, "client")
+	options.Home, options.ConnectTimeout = filepath.Join(s.home, "client"), patience
 	client, err := Dial(context.Background(), s.address, options)
 	if err == nil {
 		_ = client.Close()
@@ -194,7 +194,7 @@ func TestServerWithoutTLSIsReported(t *testing.T) {
 			_ = tcp.Close()
 		}
 	}()
-	_, err = Dial(context.Background(), listener.Addr().String(), Options{Home: t.TempDir()})
+	_, err = Dial(context.Background(), listener.Addr().String(), Options{Home: t.TempDir(), ConnectTimeout: patience})
 	var failure *TLSError
 	if !errors.As(err, &failure) || failure.Failure != TLSNotTLS {
 		t.Errorf("got %v", err)
@@ -214,7 +214,8 @@ func TestTruncationIsNotACleanEnd(t *testing.T) {
 			end(conn, tcp)
 			_, _ = conn.Read(make([]byte, 1_000))
 		})
-		client, err := Dial(context.Background(), s.address, Options{CAFile: s.caFile, Home: s.home})
+		options := Options{CAFile: s.caFile, Home: s.home, ConnectTimeout: patience, Timeout: patience}
+		client, err := Dial(context.Background(), s.address, options)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -313,6 +314,47 @@ func TestContradictingOptionsAreRefused(t *testing.T) {
 			t.Errorf("%q: got %v", pin, err)
 		}
 	}
+}
+
+func TestPreviousCertificateIsShownWhileItsFilesAreReplaced(t *testing.T) {
+	folder := t.TempDir()
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(folder, name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	var certificates, keys [][]byte
+	for range 2 {
+		shown := newTLSServer(t, nil, welcomes).config.Certificates[0]
+		key, err := x509.MarshalPKCS8PrivateKey(shown.PrivateKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		certificates, keys = append(certificates, shown.Certificate[0]), append(keys, key)
+	}
+	options, err := Options{
+		Certificate: write("crt", "CERTIFICATE", certificates[0]), KeyFile: write("key", "PRIVATE KEY", keys[0]),
+	}.withDefaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := newTrust(&options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shows := func(want []byte) {
+		t.Helper()
+		if shown, err := trust.certificate(); err != nil || !bytes.Equal(shown.Certificate[0], want) {
+			t.Errorf("another certificate is shown, %v", err)
+		}
+	}
+	shows(certificates[0])
+	write("crt", "CERTIFICATE", certificates[1])
+	shows(certificates[0]) // the key is still the previous one
+	write("key", "PRIVATE KEY", keys[1])
+	shows(certificates[1])
 }
 
 func TestUnusableFilesAreReported(t *testing.T) {

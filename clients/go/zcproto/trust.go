@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/zcproto/zcproto/clients/go/internal/wire"
@@ -32,6 +33,8 @@ type trust struct {
 	skipVerify bool
 	options    *Options
 	now        func() time.Time // for dates of certificates
+	mu         sync.Mutex
+	shown      *tls.Certificate // the last one that was usable; guarded by mu
 }
 
 // newTrust returns a *ConfigError for options that contradict each other, a *TLSError for a malformed pin.
@@ -199,8 +202,24 @@ func readCA(path string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// certificate returns the client certificate of one connection.
+// certificate returns the client certificate of one connection. While the files do not match, as during their replacement, it is
+// the previous one.
 func (t *trust) certificate() (*tls.Certificate, error) {
+	certificate, err := t.readCertificate()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case err == nil:
+		t.shown = certificate
+	case t.shown != nil:
+		t.options.warn(err.Error() + "; still showing the previous client certificate")
+	default:
+		return nil, err
+	}
+	return t.shown, nil
+}
+
+func (t *trust) readCertificate() (*tls.Certificate, error) {
 	if t.options.GetCertificate != nil {
 		certificate, err := t.options.GetCertificate()
 		if err != nil {

@@ -21,12 +21,17 @@ func Decode(body []byte, maxDepth int) (any, error) {
 //
 // It returns an *UnmarshalError if the value does not suit the type; some fields may be set then.
 func Unmarshal(body []byte, target any, maxDepth int) error {
+	if err := Scan(body, maxDepth); err != nil {
+		return err
+	}
+	return UnmarshalScanned(body, target)
+}
+
+// UnmarshalScanned is Unmarshal for a body that Scan has accepted; it panics for another one.
+func UnmarshalScanned(body []byte, target any) error {
 	pointer := reflect.ValueOf(target)
 	if pointer.Kind() != reflect.Pointer || pointer.IsNil() {
 		return &UnmarshalError{Problem: fmt.Sprintf("the target must be a pointer that is not nil, not %T", target)}
-	}
-	if err := Scan(body, maxDepth); err != nil {
-		return err
 	}
 	if into, ok := target.(*any); ok {
 		*into, _ = decodeAny(body, 0)

@@ -97,11 +97,16 @@ func TestMemoryOfAValueIsProportionalToItsBody(t *testing.T) {
 	bodies["65,535 nil"] = append([]byte{0xdc, 0xff, 0xff}, bytes.Repeat([]byte{0xc0}, 65_535)...)
 	bodies["10,000 empty maps"] = append([]byte{0xdc, 0x27, 0x10}, bytes.Repeat([]byte{0x80}, 10_000)...)
 	for name, body := range bodies {
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		_, _ = Decode(body, MaxDepth)
-		runtime.ReadMemStats(&after)
-		if taken := after.TotalAlloc - before.TotalAlloc; taken > uint64(100*len(body)+4096) {
+		most := uint64(100*len(body) + 4096)
+		taken := most + 1
+		for attempt := 0; attempt < 10 && taken > most; attempt++ { // other goroutines may allocate memory meanwhile
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			_, _ = Decode(body, MaxDepth)
+			runtime.ReadMemStats(&after)
+			taken = after.TotalAlloc - before.TotalAlloc
+		}
+		if taken > most {
 			t.Errorf("%s: %d bytes took %d", name, len(body), taken)
 		}
 	}

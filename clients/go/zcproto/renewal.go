@@ -1,0 +1,243 @@
+package zcproto
+
+import (
+	"errors"
+	"time"
+
+	"github.com/zcproto/zcproto/clients/go/internal/wire"
+)
+
+// How a session is opened and refreshed.
+
+func (s *sessions) refreshEarly() {
+	now := s.clock.now()
+	if s.session == nil || s.renewing != nil || !s.session.canRefresh(now) || s.closing.Err() != nil {
+		return
+	}
+	if allowedAt := s.refreshedEarlyAt + minRefreshInterval; now < allowedAt {
+		s.setTimer(allowedAt)
+		return
+	}
+	s.refreshedEarlyAt = now
+	s.start(false)
+}
+
+func (s *sessions) start(must bool) {
+	renewing := &task{done: make(chan struct{})}
+	s.renewing = renewing
+	s.updateUsableUntil()
+	s.inBackground(func() {
+		renewing.err = s.renew(must)
+		s.renewing = nil
+		s.updateUsableUntil()
+		s.keep()
+		close(renewing.done)
+	})
+}
+
+// renewal is one attempt to get a token. Unless it must succeed, because the old token still works, it gives up at the first
+// error.
+type renewal struct {
+	must    bool
+	backoff *backoff
+	done    [attach + 1]bool
+	lost    int
+}
+
+func (s *sessions) renew(must bool) error {
+	if delay := s.notBefore - s.clock.now(); s.notBefore != never && delay > 0 {
+		if err := s.pause(delay); err != nil {
+			return err
+		}
+	}
+	renewal := &renewal{must: must, backoff: newBackoff(s.random)}
+	for {
+		c, err := s.getConnection(s.closing)
+		if err != nil {
+			return err
+		}
+		if login := s.loginToFetch(); login != nil {
+			if err := login.fetch(s.closing, s.mu, s.clock); err != nil {
+				return err
+			}
+			continue // with the connection that is current now
+		}
+		if err := c.waitReady(s.closing); err != nil {
+			return err
+		}
+		if !c.ready() || s.loginToFetch() != nil {
+			continue
+		}
+		method, params, err := s.nextRequest(c)
+		if err != nil {
+			return err
+		}
+		sentAt := s.clock.now()
+		call, err := c.request(method, params, s.token, wire.Meta{}, sentAt+requestTimeout)
+		if err == nil {
+			// The token is replaced at once: what the server has sent behind its answer belongs to the new one.
+			call.onResponse = func(body []byte) error { return s.adopt(body, c, method) }
+			err = c.await(s.closing, call, nil)
+		}
+		var refused *Error
+		switch {
+		case err == nil:
+			if s.needsAttach(c) && method == "session.refresh" {
+				s.inBackground(func() {
+					if s.renewing != nil {
+						_ = s.renewing.await(s.closing, s.mu)
+					}
+					s.presentWhenReady(c)
+				})
+			} else if method == "session.open" && s.canRegister(c) {
+				s.inBackground(func() { _ = s.registerIfAny(c) }) // the next connection registers them, if this one fails
+			}
+			return nil
+		case s.closing.Err() != nil:
+			return err
+		case isClosed(err):
+			if renewal.lost++; renewal.lost > maxLost {
+				return err
+			}
+			renewal.must = renewal.must || method == "session.refresh" // the old token may be dead
+			if s.session != nil && s.clock.now()-sentAt > refreshGrace {
+				s.session.dropRefreshToken()
+			}
+		case errors.As(err, &refused) && refused.Code != ProtocolError:
+			again, err := s.afterRefusal(refused, method, c, renewal)
+			if !again {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+}
+
+// afterRefusal returns whether to try again. Without an error, the old token still works.
+func (s *sessions) afterRefusal(err *Error, method string, c *connection, renewal *renewal) (bool, error) {
+	step := whatNext(err)
+	isFirst := !renewal.done[step]
+	renewal.done[step] = true
+	switch {
+	case step == later && renewal.must:
+		if err := s.pause(renewal.backoff.next(retryAfter(err.Details))); err != nil {
+			return false, err
+		}
+		return true, nil
+	case step == atOnce && isFirst:
+		return true, nil
+	case step == attach && isFirst:
+		_, _ = s.attachFor(s.closing, c, s.token) // the next answer reports its error, too
+		return true, nil
+	case method == "session.refresh" && s.opensInstead(err):
+		renewal.must = true
+		return true, nil
+	case !renewal.must && !endsSession(err.Code):
+		s.setTimer(s.nextRefreshAttempt())
+		return false, nil
+	}
+	if refusesRenewal(err.Code) {
+		s.endSession(err)
+	}
+	return false, err
+}
+
+// pause waits without the mutex.
+func (s *sessions) pause(delay time.Duration) error {
+	s.mu.Unlock()
+	defer s.mu.Lock()
+	if sleep(s.closing, s.clock, delay) != nil {
+		return contextError(s.closing)
+	}
+	return nil
+}
+
+// loginToFetch returns the login that must be fetched before the next request; nil if it needs none.
+func (s *sessions) loginToFetch() *schemeLogin {
+	login, ok := s.credentials.(*schemeLogin)
+	now := s.clock.now()
+	if !ok || login.isFetched(now) || s.session != nil && s.session.canRefresh(now) {
+		return nil
+	}
+	return login
+}
+
+func (s *sessions) nextRequest(c *connection) (string, map[string]any, error) {
+	if s.session != nil && s.session.canRefresh(s.clock.now()) {
+		return "session.refresh", map[string]any{"refresh_token": s.session.refreshToken, "client": s.clientName}, nil
+	}
+	params, err := s.credentials.params(c.channel())
+	if err != nil {
+		return "", nil, err
+	}
+	params["client"] = s.clientName
+	return "session.open", params, nil
+}
+
+// opensInstead returns whether to open a session, because the refresh token has expired, may be spent, or belongs to the
+// previous certificate.
+func (s *sessions) opensInstead(err *Error) bool {
+	isOtherCertificate := whatNext(err) == reopen && s.credentials.canReopen()
+	if err.Code != TokenExpired && !mayHaveRun(err.Code) && !isOtherCertificate {
+		return false
+	}
+	if s.session != nil {
+		s.session.dropRefreshToken()
+	}
+	return true
+}
+
+// nextRefreshAttempt returns when to retry an early refresh: after a quarter to a half of the remaining time.
+func (s *sessions) nextRefreshAttempt() time.Duration {
+	now := s.clock.now()
+	left := 0.0
+	if s.session != nil {
+		left = float64(max(0, s.session.usableUntil-now))
+	}
+	return addTime(now, max(time.Duration(left*(0.25+s.random()/4)), minRefreshInterval))
+}
+
+// adopt uses the result of session.open or session.refresh. It does not release the mutex.
+func (s *sessions) adopt(body []byte, c *connection, method string) error {
+	now := s.clock.now()
+	session, err := parseSession(body, s.clock.wall()+c.conv.ClockOffset(), now, s.random())
+	if err != nil {
+		return err
+	}
+	old := s.token
+	if s.session != nil {
+		s.session.dropRefreshToken() // spent
+	}
+	s.session, s.token = session, session.token
+	if method == "session.refresh" {
+		s.previousToken = old
+	} else {
+		c.conv.SessionEnded(old)
+		s.attachedTo = c
+	}
+	if session.canRefresh(now) {
+		s.setTimer(session.refreshAt)
+	} else if s.timer != nil {
+		s.timer.Stop()
+	}
+	if session.usableUntil-now < minRefreshInterval {
+		s.notBefore = now + minRefreshInterval + s.backoff.next(0)
+	} else {
+		s.backoff.reset()
+	}
+	return nil
+}
+
+func (s *sessions) setTimer(at time.Duration) {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+	if at != forever && s.closing.Err() == nil {
+		s.timer = s.clock.afterFunc(at-s.clock.now(), func() {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.refreshEarly()
+		})
+	}
+}

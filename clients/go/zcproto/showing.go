@@ -1,0 +1,232 @@
+package zcproto
+
+import (
+	"context"
+	"errors"
+
+	"github.com/zcproto/zcproto/clients/go/internal/wire"
+)
+
+// How a session is shown on connections, so that the server sends its events and calls there.
+
+// present shows the token on a new connection that is ready, so that events and calls of the session arrive there, and attaches a
+// session that is bound to a device. The request is small: a large one is refused on a connection without a session. It does not
+// release the mutex; the function that it returns waits for the answer and does; then flush.
+func (s *sessions) present(c *connection) (await func()) {
+	if s.session == nil || !c.ready() {
+		return func() {}
+	}
+	token := s.token
+	refused := func(err error) {
+		var refused *Error
+		if errors.As(err, &refused) {
+			s.refused(token, refused)
+		} // otherwise the connection has ended, and the next one gets the token
+	}
+	if s.needsAttach(c) {
+		attaching, err := s.beginAttach(c, token)
+		return func() {
+			if err == nil {
+				err = attaching.await(s.closing, s.mu)
+			}
+			if err == nil {
+				err = s.registerIfAny(c)
+			}
+			refused(err)
+		}
+	}
+	var call *pendingCall
+	var err error
+	if s.canRegister(c) {
+		call, err = s.beginRegister(c)
+	} else {
+		call, err = c.request("session.info", nil, token, wire.Meta{}, s.clock.now()+requestTimeout)
+	}
+	return func() {
+		if err == nil {
+			err = c.await(s.closing, call, nil)
+		}
+		refused(err)
+	}
+}
+
+// presentWhenReady waits for a free request, and for the answer. It releases the mutex meanwhile.
+func (s *sessions) presentWhenReady(c *connection) {
+	if s.renewing == nil && c.waitReady(s.closing) == nil {
+		await := s.present(c)
+		c.flush()
+		await()
+	}
+}
+
+func (s *sessions) needsAttach(c *connection) bool {
+	return s.session != nil && s.session.info.Bound && s.device() != nil && s.attachedTo != c
+}
+
+func (s *sessions) device() *deviceKey {
+	device, _ := s.credentials.(*deviceKey)
+	return device
+}
+
+// beginRegister lets the server call the application's handlers in the session, on a connection that is ready.
+func (s *sessions) beginRegister(c *connection) (*pendingCall, error) {
+	now := s.clock.now()
+	s.touch(now)
+	s.keep()
+	return c.register(s.token, s.handlers.methods(), s.handlers.most, now+requestTimeout)
+}
+
+func (s *sessions) registerIfAny(c *connection) error {
+	if !s.canRegister(c) {
+		return nil
+	}
+	if err := c.waitReady(s.closing); err != nil || !c.ready() || !s.canRegister(c) {
+		return err
+	}
+	call, err := s.beginRegister(c)
+	if err == nil {
+		err = c.await(s.closing, call, nil)
+	}
+	return err
+}
+
+func (s *sessions) canRegister(c *connection) bool {
+	return s.session != nil && s.handlers.any() && c.conv.Welcome().Calls != nil
+}
+
+// beginAttach proves the key of a session on a connection that is ready. Concurrent callers share one request. It does not
+// release the mutex.
+func (s *sessions) beginAttach(c *connection, token wire.Token) (*attachment, error) {
+	if current := s.attaching; current != nil && current.token == token && current.to == c {
+		return current, nil
+	}
+	params, err := s.device().attachParams(c.channel(), token)
+	if err != nil {
+		return nil, err
+	}
+	call, err := c.request("session.attach", params, token, wire.Meta{}, s.clock.now()+requestTimeout)
+	if err != nil {
+		return nil, err
+	}
+	attaching := &attachment{task: task{done: make(chan struct{})}, token: token, to: c}
+	s.attaching, s.attachedTo = attaching, nil
+	s.inBackground(func() {
+		if attaching.err = c.await(s.closing, call, nil); attaching.err == nil {
+			s.attachedTo = c
+		}
+		if s.attaching == attaching {
+			s.attaching = nil
+		}
+		close(attaching.done)
+	})
+	return attaching, nil
+}
+
+// attachFor attaches the session for a call that was refused, if token and connection are still in use. It returns false
+// without a device.
+func (s *sessions) attachFor(ctx context.Context, c *connection, token wire.Token) (bool, error) {
+	if s.device() == nil {
+		return false, nil
+	}
+	if token != s.token || !c.ready() {
+		return true, nil
+	}
+	attaching, err := s.beginAttach(c, token)
+	if err == nil {
+		err = attaching.await(ctx, s.mu)
+	}
+	if isClosed(err) {
+		return true, nil
+	}
+	return true, err
+}
+
+// refused handles the error of a request that only shows the token.
+func (s *sessions) refused(token wire.Token, err *Error) {
+	switch {
+	case whatNext(err) == reopen:
+		s.reopen(token)
+	case err.Code == Unauthenticated:
+		s.unknown(token)
+	case err.Code == TokenExpired:
+		s.expired(token)
+	case endsSession(err.Code):
+		s.revoked(token, err)
+	}
+}
+
+// eventReceived handles an event of the session. It does not release the mutex.
+func (s *sessions) eventReceived(name string, token wire.Token, c *connection) {
+	if token != s.token || s.session == nil {
+		return
+	}
+	switch name {
+	case "session.revoked":
+		s.handlers.cancelAll(&Error{Code: Cancelled, Message: "the session has ended"})
+		if c != nil && s.checkedRevocation != (revocation{c.conv.Salt(), token}) {
+			s.checkedRevocation = revocation{c.conv.Salt(), token}
+			s.inBackground(func() {
+				if s.renewing != nil {
+					_ = s.renewing.await(s.closing, s.mu)
+				}
+				if s.token == token {
+					s.presentWhenReady(c) // the answer has the code: revoked or replaced
+				}
+			})
+		}
+	case "session.expiring":
+		s.refreshEarly()
+	}
+}
+
+// inBackground runs a step in a goroutine, with the mutex.
+func (s *sessions) inBackground(step func()) {
+	go func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		step()
+	}()
+}
+
+// --- keeping a session that only waits for calls of the server ------------------------------------------------------------
+
+// keep shows the session again before its idle timeout, and renews it after it has expired, while there are handlers.
+func (s *sessions) keep() {
+	if s.keepTimer != nil {
+		s.keepTimer.Stop()
+	}
+	if s.session == nil || !s.handlers.any() || s.closing.Err() != nil {
+		return
+	}
+	kept := s.session
+	left := kept.usableUntil - s.clock.now()
+	if left > 0 {
+		s.keepInterval = minRefreshInterval
+	}
+	s.keepTimer = s.clock.afterFunc(max(left/2, s.keepInterval), func() {
+		s.inBackground(func() {
+			if s.session == kept && s.closing.Err() == nil {
+				s.keepNow(kept)
+			}
+		})
+	})
+}
+
+func (s *sessions) keepNow(kept *openSession) {
+	left := kept.usableUntil - s.clock.now()
+	switch {
+	case left <= 0:
+		s.keepInterval = min(s.keepInterval*2, maxKeepInterval)
+		if s.renewing == nil {
+			s.start(true)
+		}
+	case kept.idle != forever && left < kept.idle/2:
+		if c, err := s.getConnection(s.closing); err == nil {
+			s.touch(s.clock.now())
+			s.presentWhenReady(c)
+		}
+		s.keep()
+	default:
+		s.keep() // it was used meanwhile
+	}
+}
