@@ -34,7 +34,7 @@ from zcproto.tls.client import TlsClientTransport, TlsConnector
 from zcproto.tls.context import client_context
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pins import CERTIFICATE_PREFIX, MAX_PINS, parse_pins
-from zcproto.tls.transport import ReceiveBuffer
+from zcproto.tls.transport import receive_buffer
 
 log: Final = logging.getLogger("zcproto.client")
 
@@ -142,7 +142,7 @@ class LoopResources:
     __slots__ = ("buffer", "contexts", "users", "wheel")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.buffer = ReceiveBuffer()
+        self.buffer = receive_buffer()
         self.wheel = DeadlineWheel(loop)
         self.contexts: Contexts = {}
         self.users = 0

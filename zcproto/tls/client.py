@@ -33,7 +33,7 @@ from zcproto.errors import TlsError
 from zcproto.tls.context import SUITES, suites_are_allowed
 from zcproto.tls.failure import TlsFailure, failure_of, reason_of
 from zcproto.tls.pins import certificate_pin, key_pin
-from zcproto.tls.transport import ReceiveBuffer, TlsPhase, TlsTransport
+from zcproto.tls.transport import TlsPhase, TlsTransport, receive_buffer
 
 ALPN: Final = "zcp/1"
 _SUITES: Final = frozenset(SUITES)
@@ -98,7 +98,7 @@ class TlsConnector:
     _: KW_ONLY
     pins: frozenset[str] = frozenset()
     wall: Callable[[], int]
-    buffer: ReceiveBuffer = field(default_factory=ReceiveBuffer)
+    buffer: memoryview = field(default_factory=receive_buffer)
     handshake_timeout: float = 5.0
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from zcproto.tls.context import SiteContexts, suites_are_allowed
 from zcproto.tls.failure import TlsFailure
 from zcproto.tls.pending import ENDED, READY, SLOT, Network, PendingHandshakes
 from zcproto.tls.pins import pins_match
-from zcproto.tls.transport import RECORD_SIZE, ReceiveBuffer, TlsPhase, TlsTransport
+from zcproto.tls.transport import RECORD_SIZE, TlsPhase, TlsTransport, receive_buffer
 
 PLAINTEXT_ANSWER: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 30\r\n"
@@ -94,7 +94,7 @@ class TlsAcceptor:
     on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True
     perf_counter: Callable[[], float] = time.perf_counter
     judge: ClientHelloJudge = field(init=False)
-    buffer: ReceiveBuffer = field(init=False, default_factory=ReceiveBuffer)
+    buffer: memoryview = field(init=False, default_factory=receive_buffer)
     failures: dict[TlsFailure, int] = field(init=False, default_factory=lambda: dict.fromkeys(TlsFailure, 0))
     pending: PendingHandshakes[TlsServerTransport] = field(init=False, default_factory=PendingHandshakes)
     handshakes_completed: int = field(init=False, default=0)
@@ -323,8 +323,7 @@ class TlsServerTransport(TlsTransport):
             if acceptor.client_pins and not pins_match(certificate, acceptor.client_pins):
                 self._end_for(TlsFailure.PIN_MISMATCH)
                 return
-        self._wheel.discard(self)
-        self._leave_handshake()
+        acceptor.left(self)  # the deadline of the handshake stays in the wheel: it does nothing any more
         acceptor.handshakes_completed += 1
         self._phase = TlsPhase.OPEN
         protocol = self._protocol = factory()

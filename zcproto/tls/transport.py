@@ -62,16 +62,13 @@ _NO_TRANSPORT: Final = cast("asyncio.Transport", None)
 _NO_PROTOCOL: Final = cast("asyncio.Protocol", None)
 
 
-class ReceiveBuffer:
-    """The receive buffer shared by all connections of a loop.
+def receive_buffer() -> memoryview:
+    """Return a receive buffer to share between all connections of a loop.
 
     asyncio calls `get_buffer` right before each read and `buffer_updated` right after it, so connections never
     use it concurrently.
     """
-
-    def __init__(self, size: int = RECEIVE_BUFFER_SIZE) -> None:
-        self.array = bytearray(size)
-        self.view = memoryview(self.array)
+    return memoryview(bytearray(RECEIVE_BUFFER_SIZE))
 
 
 class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
@@ -94,7 +91,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         "_reading_paused",
         "_tls",
         "_unsent",
-        "_view",
         "_wheel",
         "_writing_paused",
         "deadline_tick",
@@ -103,14 +99,12 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     reads_while_writing_is_paused = True
 
-    def __init__(self, buffer: ReceiveBuffer, wheel: DeadlineWheel, peer: str) -> None:
-        self._extra: dict[str, Any] = {}
+    def __init__(self, buffer: memoryview, wheel: DeadlineWheel, peer: str) -> None:
         self._buffer = buffer
         self._wheel = wheel
         self.peer = peer
         self.deadline_tick = 0
         self._raw = _NO_TRANSPORT
-        self._view = buffer.view
         self._tls: ssl.SSLObject = _NO_TLS
         self._incoming = self._outgoing = _NO_BIO
         self._protocol = _NO_PROTOCOL
@@ -127,16 +121,16 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._raw = cast("asyncio.Transport", transport)  # uvloop's transport is not a subclass
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self._buffer.array
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         if nbytes <= RECORD_SIZE:
             if self._phase is _OPEN:
-                self._incoming.write(self._view[:nbytes])
+                self._incoming.write(self._buffer[:nbytes])
                 self._read_records(nbytes)
             else:
-                self._received_outside_open(self._view[:nbytes])
+                self._received_outside_open(self._buffer[:nbytes])
         else:
             self._read_parts(nbytes)
 
@@ -145,9 +139,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         for start in range(0, nbytes, RECORD_SIZE):
             size = min(RECORD_SIZE, nbytes - start)
             if self._phase is not _OPEN:
-                self._received_outside_open(self._view[start : start + size])
+                self._received_outside_open(self._buffer[start : start + size])
                 continue
-            self._incoming.write(self._view[start : start + size])
+            self._incoming.write(self._buffer[start : start + size])
             if not self._reading_paused:  # otherwise the BIO holds it, at most one receive buffer
                 self._read_records(size)
 
@@ -181,7 +175,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         protocol = self._protocol
         self._protocol, self._raw, self._tls = _NO_PROTOCOL, _NO_TRANSPORT, _NO_TLS
         self._incoming = self._outgoing = _NO_BIO
-        self._extra = {}
         if protocol is not None:
             protocol.connection_lost(self._error)
 
@@ -211,14 +204,12 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def _read_records(self, arrived: int) -> None:
         """Decrypt received records and pass the data on until nothing is left or reading is paused."""
-        # Past SSLObject, whose methods in Python only call those of this object in C.
-        tls = self._tls._sslobj  # type: ignore[attr-defined]
         incoming = self._incoming
-        barren = True
+        barren = self._barren + arrived
         # Reading `pending` costs a tenth of catching SSLWantReadError.
         while arrived or incoming.pending:
             try:
-                data = tls.read(RECORD_SIZE)
+                data = self._tls.read(RECORD_SIZE)
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:
@@ -227,18 +218,14 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             if not data:
                 self._peer_closed()
                 return
-            barren = False
+            barren = 0
             self._protocol.data_received(data)
             if not incoming.pending or self._reading_paused or self._phase is not _OPEN:
                 break
-        if barren:
-            self._barren += arrived
-            if self._barren > MAX_BARREN_BYTES:
-                self._end_for(TlsFailure.BARREN_RECORDS)
-                return
-        else:
-            self._barren = 0
-        if self._outgoing.pending and self._phase is _OPEN:  # answers to KeyUpdates
+        self._barren = barren
+        if barren > MAX_BARREN_BYTES:
+            self._end_for(TlsFailure.BARREN_RECORDS)
+        elif self._outgoing.pending and self._phase is _OPEN:  # answers to KeyUpdates
             self._raw.write(self._outgoing.read())
 
     def _peer_closed(self) -> None:
@@ -258,7 +245,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if self._phase is not _OPEN:
             return
         if len(data) <= RECORD_SIZE:
-            self._tls._sslobj.write(data)  # type: ignore[attr-defined]
+            self._tls.write(data)
             self._raw.write(self._outgoing.read())
             return
         view = memoryview(data)
