@@ -148,13 +148,13 @@ def test_large_frame_in_pieces_is_buffered_once(pair: ConnectionPair) -> None:
     sizes = []
     for start in range(0, len(data) - 1, 65_536):
         sizes += pair.send(data[start : min(start + 65_536, len(data) - 1)])
-    assert pair.server._decoder.buffered == len(data) - 1
+    assert pair.server.buffered == len(data) - 1
     reported = [*range(65_536, LARGE + 1, 65_536), LARGE + 4]
     assert sizes == [FrameBuffered(size, pair.clock.now(), "ada") for size in reported]
     request, buffered = pair.send(data[-1:])
     assert isinstance(request, Request)
     assert buffered == FrameBuffered(0, pair.clock.now(), "ada")
-    assert pair.server._decoder.buffered == 0
+    assert pair.server.buffered == 0
 
 
 def test_incomplete_frame_is_reported_from_4_kib_in_steps(pair: ConnectionPair) -> None:

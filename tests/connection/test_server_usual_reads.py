@@ -119,3 +119,22 @@ def test_requests_beside_a_held_one_are_refused_at_the_limit() -> None:
     assert pair.send(pair.request(4)) == []
     codes = [answer.code for answer in pair.answers() if answer.kind is Kind.ERROR]
     assert codes[-1] == Code.RESOURCE_EXHAUSTED
+
+
+def test_decoder_is_made_for_the_first_unusual_frame(pair: ConnectionPair) -> None:
+    pair.get(pair.request())
+    assert pair.server._decoder is None
+    assert pair.server.buffered == 0
+    pair.send(pair.ping())
+    assert pair.server._decoder is not None
+
+
+def test_decoder_made_after_the_session_accepts_large_frames(pair: ConnectionPair) -> None:
+    opened = pair.open_session("ada")
+    pair.server.join(opened.session, opened.token, pair.clock.wall(), pair.clock.now())
+    assert pair.server._decoder is None
+    pair.token = opened.token
+    large = pair.request(params={"data": bytes(20_000)})
+    pair.send(large[:100])
+    assert pair.server.buffered == 100
+    assert pair.get(large[100:]).params == {"data": bytes(20_000)}

@@ -152,7 +152,7 @@ def test_server_produces_expected_outcome_of_vector(name: str) -> None:
         for piece in pieces_of(data, division):
             harness.feed(piece)
         assert harness.outcomes == seen, division
-        assert harness.server._decoder.buffered == left or harness.outcomes[-1]["fatal"]
+        assert harness.server.buffered == left or harness.outcomes[-1]["fatal"]
         assert harness.server.dropped_stale == dropped
 
 

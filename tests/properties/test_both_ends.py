@@ -477,7 +477,7 @@ class BothEnds(RuleBasedStateMachine):
         assert not client.queued_bytes
         if server.state is not State.CLOSED:
             assert server.in_flight + server._lingering == len(self.held) <= MAX_STREAMS
-            assert server._decoder.buffered <= 4_000 + LENGTH_SIZE
+            assert server.buffered <= 4_000 + LENGTH_SIZE
             assert len(list(server.sessions)) <= len(self.sessions)
             assert server.next_deadline() <= self.now + IDLE_S
         if client.state is not State.CLOSED:

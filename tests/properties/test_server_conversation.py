@@ -242,7 +242,7 @@ def output_of(pieces: list[bytes]) -> tuple[list[str], bytes, State, int]:
                 else:
                     pair.respond(event, encode_body(event.params))
         sent += pair.server.data_to_send()
-    left = 0 if pair.server.state is State.CLOSED else pair.server._decoder.buffered
+    left = 0 if pair.server.state is State.CLOSED else pair.server.buffered
     return events, sent, pair.server.state, left
 
 

@@ -126,7 +126,9 @@ class ServerConnection(ServerOutput):
     wasted: int = field(default=0, init=False)  # refused frames and PINGs, until the edge resets it
     dropped_stale: int = field(default=0, init=False)
     dropped_answers: int = field(default=0, init=False)  # of calls that nothing waits for
-    _decoder: FrameDecoder = field(init=False)
+    _decoder: FrameDecoder | None = field(
+        default=None, init=False
+    )  # once there was another than a usual frame
     _partial: tuple[int, float] | None = field(default=None, init=False)  # of a header: wall, now
     _reported: int = field(default=0, init=False)  # bytes of an incomplete frame
     _counter: int = field(default=0, init=False)  # of the next frame sent; WELCOME is frame 0
@@ -147,8 +149,6 @@ class ServerConnection(ServerOutput):
     _out: list[bytes] = field(default_factory=list, init=False)
 
     def __post_init__(self, wall: int, now: float) -> None:
-        self._decoder = FrameDecoder(Side.SERVER, self.settings.max_frame_before_session)
-        self._decoder.accepted = self.settings.accepted
         self._last_frame = now
         self._seen_generation = self.registry.generation
         self._open_deadline = now + self.settings.open_timeout_s
@@ -160,9 +160,9 @@ class ServerConnection(ServerOutput):
         """Process decrypted bytes and yield their events, one at a time; a single request may come in a tuple."""
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
         decoder = self._decoder
-        if decoder.partial is None and self.state is _OPEN and not self._stale_in_a_row:
+        if (decoder is None or decoder.partial is None) and self.state is _OPEN and not self._stale_in_a_row:
             settings, token = self.settings, self._token
-            limit = decoder.limit if self._session is not None else settings.max_frame_before_session
+            limit = settings.max_frame if self._session is not None else settings.max_frame_before_session
             tolerance = settings.tolerance_ms
             frame = judge(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
             if frame is None:
@@ -241,6 +241,9 @@ class ServerConnection(ServerOutput):
         looks_up = self.settings.looks_up
         own_salt = self.salt
         decoder = self._decoder
+        if decoder is None:
+            decoder = self._decoder = FrameDecoder(Side.SERVER, self.limit)
+            decoder.accepted = self.settings.accepted
         judged_at = wall
         decoder.feed(data)
         if self._partial is not None:
@@ -356,9 +359,11 @@ class ServerConnection(ServerOutput):
 
     def _frame_buffered(self, now: float) -> FrameBuffered:
         """Report an incomplete frame: what it holds, in whole steps, and at most its size."""
-        buffered = self._decoder.buffered
+        decoder = self._decoder
+        assert decoder is not None, "it holds the frame"
+        buffered = decoder.buffered
         in_steps = -(-buffered // REPORTED_STEP) * REPORTED_STEP
-        self._reported = min(in_steps, self._decoder.expected) if buffered >= REPORTED_FROM else 0
+        self._reported = min(in_steps, decoder.expected) if buffered >= REPORTED_FROM else 0
         user = next((joined.user for joined in self.sessions.values()), "")
         return FrameBuffered(self._reported, self._partial[1] if self._partial else now, user)
 
@@ -501,31 +506,6 @@ class ServerConnection(ServerOutput):
         self.wasted += 1
         self.deadline_moved = True
         self._send(ERROR, stream, token, body, wall)
-
-    # --- sessions -------------------------------------------------------------------------------
-
-    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """Add a session opened, refreshed or used here, and apply the limits of a connection with a session."""
-        # Before the open deadline the edge need not look: `handle_timeout` comes then.
-        if self.sessions.join(session, token, wall, now) and self.sessions.expiring_at < self._open_deadline:
-            self.deadline_moved = True
-        self._open_deadline = NEVER
-        self._decoder.limit = self.settings.max_frame
-
-    def leave(self, session_id: str, now: float) -> None:
-        """Remove an ended session. Without any session, the limits of a new connection apply again."""
-        self.sessions.pop(session_id, None)
-        if not self.sessions and self._open_deadline == NEVER:
-            self._decoder.limit = self.settings.max_frame_before_session
-            self._open_deadline = now + self.settings.open_timeout_s
-            self.deadline_moved = True
-
-    def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
-        """Send `session.revoked` for a session used here, and remove it."""
-        known = self.sessions.get(session_id)
-        if known is not None and self.state is not _CLOSED:
-            self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
-        self.leave(session_id, now)
 
     # --- the end --------------------------------------------------------------------------------
 

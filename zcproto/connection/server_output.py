@@ -11,6 +11,7 @@ from typing import Any, Final
 from zcproto.accelerator import compiled
 from zcproto.connection import refusals
 from zcproto.connection.events import (
+    NEVER,
     CallEnded,
     ConnectionEnded,
     GoAwayReason,
@@ -24,6 +25,8 @@ from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, Unavailable
+from zcproto.sessions import Session
+from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CALL,
     CREDIT,
@@ -52,8 +55,10 @@ class ServerOutput:
     __slots__ = (
         "_calls",
         "_counter",
+        "_decoder",
         "_held",
         "_lingering",
+        "_open_deadline",
         "_out",
         "_streams",
         "deadline_moved",
@@ -71,8 +76,10 @@ class ServerOutput:
     deadline_moved: bool
     _calls: ServerCalls | None
     _counter: int
+    _decoder: FrameDecoder | None
     _held: dict[int, Request]
     _lingering: int
+    _open_deadline: float
     _out: list[bytes]
     _streams: ServerStreams | None
 
@@ -258,6 +265,43 @@ class ServerOutput:
         for call in ended:
             self.withdraw(call, wall)
         return ended
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
+        """Add a session opened, refreshed or used here, and apply the limits of a connection with a session."""
+        # Before the open deadline the edge need not look: `handle_timeout` comes then.
+        if self.sessions.join(session, token, wall, now) and self.sessions.expiring_at < self._open_deadline:
+            self.deadline_moved = True
+        self._open_deadline = NEVER
+        if self._decoder is not None:
+            self._decoder.limit = self.limit
+
+    def leave(self, session_id: str, now: float) -> None:
+        """Remove an ended session. Without any session, the limits of a new connection apply again."""
+        self.sessions.pop(session_id, None)
+        if not self.sessions and self._open_deadline == NEVER:
+            if self._decoder is not None:
+                self._decoder.limit = self.limit
+            self._open_deadline = now + self.settings.open_timeout_s
+            self.deadline_moved = True
+
+    def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
+        """Send `session.revoked` for a session used here, and remove it."""
+        known = self.sessions.get(session_id)
+        if known is not None and self.state is not _CLOSED:
+            self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
+        self.leave(session_id, now)
+
+    @property
+    def limit(self) -> int:
+        """The largest `length` of a frame that is accepted now."""
+        return self.settings.max_frame if self.sessions else self.settings.max_frame_before_session
+
+    @property
+    def buffered(self) -> int:
+        """Return the number of bytes held of an incomplete frame."""
+        return 0 if self._decoder is None else self._decoder.buffered
 
     # --- events ---------------------------------------------------------------------------------
 

@@ -208,7 +208,7 @@ class HostileClient:
             assert server.next_deadline() == NEVER
             assert not self.pair.timeout()
         else:
-            assert server._decoder.buffered <= SETTINGS.max_frame + LENGTH_SIZE
+            assert server.buffered <= SETTINGS.max_frame + LENGTH_SIZE
             assert server.next_deadline() <= self.pair.clock.now() + SETTINGS.idle_timeout_s
 
 
