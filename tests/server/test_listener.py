@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -33,7 +33,7 @@ from zcproto.config import Config
 from zcproto.errors import ConfigError
 from zcproto.runtime.build import WorkerRole
 from zcproto.server import listener
-from zcproto.server.listener import Listener, bind
+from zcproto.server.listener import AcceptLoop, Listener, bind
 from zcproto.testing import LocalServer
 from zcproto.tls.failure import TlsFailure
 
@@ -381,6 +381,71 @@ def test_disconnect_before_adoption_leaves_nothing(serve: Serve, monkeypatch: py
     assert server.stats["tls_failures"] == {"disconnected": 1}
     with server.client("ada") as client:
         client.echo()
+
+
+class AdoptingLoop:
+    """A loop that has an accepted socket when its waiter is done."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.waiters: list[asyncio.Future[None]] = []
+        self.turns: list[Callable[[], None]] = []
+        self.ended: list[str] = []
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.turns.append(callback)
+
+    def turn(self) -> None:
+        turns, self.turns = self.turns, []
+        for callback in turns:
+            callback()
+
+    async def connect_accepted_socket(self, factory: Callable[[], Any], connection: socket.socket) -> None:
+        waiter = self._loop.create_future()
+        self.waiters.append(waiter)
+        try:
+            await waiter
+        except BaseException:
+            self.ended.append("closed")
+            raise
+        self.ended.append("adopted")
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+@pytest.fixture
+def adopting() -> Iterator[tuple[AcceptLoop, AdoptingLoop]]:
+    """An AcceptLoop that has handed two sockets to its loop."""
+    loop = AdoptingLoop()
+    accepting = AcceptLoop(cast("asyncio.AbstractEventLoop", loop))
+    for _ in range(2):
+        accepting._adopt(cast("socket.socket", None), asyncio.Protocol())
+    yield accepting, loop
+    loop.close()
+
+
+def test_adoptions_end_together_when_loop_has_the_sockets(adopting: tuple[AcceptLoop, AdoptingLoop]) -> None:
+    accepting, loop = adopting
+    loop.waiters[0].set_result(None)
+    loop.turn()
+    assert loop.ended == ["adopted"]
+    loop.waiters[1].set_result(None)
+    loop.turn()
+    assert loop.ended == ["adopted", "adopted"]
+    assert not accepting._adopting
+    assert not loop.turns
+
+
+def test_protocol_that_closes_at_once_does_not_stop_other_adoptions(
+    adopting: tuple[AcceptLoop, AdoptingLoop],
+) -> None:
+    accepting, loop = adopting
+    loop.waiters[0].set_exception(RuntimeError("closed Transport handle"))
+    loop.waiters[1].set_result(None)
+    loop.turn()
+    assert loop.ended == ["closed", "adopted"]
+    assert not accepting._adopting
 
 
 def test_connection_aborted_in_backlog_ends_the_turn(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

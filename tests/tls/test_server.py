@@ -33,6 +33,12 @@ def test_handshake_negotiates_tls_1_3_and_first_suite(agreed: TlsPair) -> None:
     assert agreed.acceptor.handshakes_completed == 1
     assert agreed.acceptor.handshakes_in_progress == 0
     assert agreed.failures == {}
+
+
+def test_deadline_of_handshake_means_nothing_after_it(agreed: TlsPair, timers: FakeTimers) -> None:
+    timers.advance(agreed.acceptor.handshake_timeout + 1)
+    assert agreed.phase is TlsPhase.OPEN
+    assert agreed.failures == {}
     assert len(agreed.acceptor.wheel) == 0
 
 

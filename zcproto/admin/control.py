@@ -105,7 +105,7 @@ class ControlSocket(AcceptLoop):
             with contextlib.suppress(OSError):  # the peer has gone
                 connection.send(_REFUSED)
             connection.close()
-        elif len(self.endpoint.connections.union(self._adopting.values())) >= MAX_CONNECTIONS:
+        elif len(self.endpoint.connections) + len(self._adopting) >= MAX_CONNECTIONS:
             self.refused += 1
             connection.close()
         else:

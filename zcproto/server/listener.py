@@ -24,8 +24,7 @@ import os
 import socket
 import struct
 from collections.abc import Coroutine, Sequence
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from zcproto.common.counts import ALONE, Counting
@@ -165,7 +164,7 @@ class AcceptLoop:
         self._accepting = False
         self._batch = 1.0
         self._closed = False
-        self._adopting: dict[Opening, asyncio.BaseProtocol] = {}  # held here until the loop has them
+        self._adopting: list[tuple[Opening, asyncio.Future[Any]]] = []  # until the loop has them
 
     def listen_on(self, sockets: Sequence[socket.socket]) -> None:
         """Take listening sockets: `start` accepts on them, `close` closes them."""
@@ -245,23 +244,29 @@ class AcceptLoop:
     def _adopt(self, connection: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         """Hand a socket to the loop. Stepped by hand: a task would cost as much as the rest of an accept."""
         opening: Opening = self._loop.connect_accepted_socket(lambda: protocol, connection)
-        self._adopting[opening] = protocol
-        self._step(opening, connection)
-
-    def _step(
-        self, opening: Opening, connection: socket.socket, waiter: asyncio.Future[Any] | None = None
-    ) -> None:
-        # Avoid a per-socket closure: it would form a reference cycle that keeps the transport.
         try:
             waiter = opening.send(None)
-        except StopIteration:
-            del self._adopting[opening]
         except OSError as error:  # the peer left before the loop had the socket
-            protocol = self._adopting.pop(opening)
             connection.close()
             protocol.connection_lost(error)
-        else:
-            waiter.add_done_callback(partial(self._step, opening, connection))
+            return
+        if not self._adopting:
+            self._loop.call_soon(self._end_adoptions)
+        self._adopting.append((opening, waiter))
+
+    def _end_adoptions(self) -> None:
+        """End the coroutines of the sockets that the loop has by now. A callback for each would wake it again."""
+        adopting, self._adopting = self._adopting, []
+        for opening, waiter in adopting:
+            if not waiter.done():
+                self._adopting.append((opening, waiter))
+            elif waiter.exception() is None:
+                with suppress(StopIteration):
+                    opening.send(None)
+            else:  # the protocol has closed its connection at once
+                opening.close()
+        if self._adopting:
+            self._loop.call_soon(self._end_adoptions)
 
 
 class Listener(AcceptLoop):

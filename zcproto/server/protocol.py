@@ -143,8 +143,8 @@ class ServerProtocol(Dispatcher):
             state.counters.events += 1
         if state.draining:
             self._connection.go_away(GoAwayReason.DRAINING, state.settings.retry_draining_ms, wall)
-        self._write(self._connection.data_to_send())
-        self._set_deadline()
+        self._transport.write(self._connection.data_to_send())
+        state.wheel.set(self, self._connection.next_deadline())
         if state.draining:
             self.close(GoAwayReason.DRAINING)
 
