@@ -31,3 +31,4 @@ pub use events::{Event, ServerCall};
 pub use freshness::{Freshness, MAX_CONSECUTIVE_STALE, Verdict};
 pub use keepalive::{Keepalive, PONG_TIMEOUT};
 pub use requests::MAX_FRAME_BEFORE_SESSION;
+pub(crate) use requests::issued_token;

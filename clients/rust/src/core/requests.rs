@@ -130,7 +130,7 @@ impl Requests {
 }
 
 /// Return the token in the result of `session.open` or `session.refresh`.
-fn issued_token(body: &[u8]) -> Option<Token> {
+pub(crate) fn issued_token(body: &[u8]) -> Option<Token> {
     let result = codec::decode(body).ok()?;
     let bytes = <[u8; 32]>::try_from(result.get("token")?.as_bin()?).ok()?;
     Some(Token::new(bytes)).filter(|token| !token.is_none())
