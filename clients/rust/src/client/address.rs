@@ -23,6 +23,32 @@ impl fmt::Display for Address {
     }
 }
 
+/// Where a connection is: the address of its server, and the IP address that it has resolved to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Endpoint {
+    /// The host of the address, as it was given.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// The IP address.
+    pub ip: IpAddr,
+}
+
+impl Endpoint {
+    pub(crate) fn new(address: &Address, ip: IpAddr) -> Self {
+        Self { host: address.host.clone(), port: address.port, ip }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, port, ip } = self;
+        write!(f, "{}", Address { host: host.clone(), port: *port })?;
+        if host.parse::<IpAddr>().is_err() { write!(f, " ({ip})") } else { Ok(()) }
+    }
+}
+
 impl Address {
     pub(crate) fn parse(address: &str) -> Result<Self> {
         let fault = |what: &str| Err(Error::Config(format!("\"{}\": {what}", text::escape(address, 120))));
@@ -84,6 +110,14 @@ mod tests {
         ] {
             assert_eq!(Address::parse(text).unwrap().to_string(), shown);
         }
+    }
+
+    #[test]
+    fn an_endpoint_shows_the_ip_address_of_a_name() {
+        let shown =
+            |host: &str, ip: &str| Endpoint::new(&Address::parse(host).unwrap(), ip.parse().unwrap()).to_string();
+        assert_eq!(shown("a.example", "192.0.2.1"), "a.example:7443 (192.0.2.1)");
+        assert_eq!(shown("[::1]:80", "::1"), "[::1]:80");
     }
 
     #[test]

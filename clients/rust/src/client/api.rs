@@ -1,5 +1,6 @@
 //! What an application meets: a client, its calls, and the enrolment of devices.
 
+use super::address::Endpoint;
 use super::dial::Dialer;
 use super::events::ServerEvent;
 use super::handlers::Call;
@@ -65,11 +66,12 @@ impl Client {
         options.check()?;
         let credentials = options.own_credentials()?;
         let dialer = Dialer::new(&options)?;
-        let hub = Hub::new(dialer, options.start_timeout, Arc::clone(&options.warn));
+        let hub = Hub::new(dialer, &options);
         let opens_session = options.opens_session && credentials.is_some();
         let client = Self::new(&hub, credentials, options, true);
         hub.get().await?; // limited by the start and connect timeouts
         client.open(opens_session).await?;
+        hub.opened();
         Ok(client)
     }
 
@@ -166,6 +168,19 @@ impl Client {
         T: Serialize,
     {
         self.user.handlers.add(method, handler);
+        self.register().await
+    }
+
+    /// Handle a method no longer, and withdraw its registration. Calls that run go on.
+    ///
+    /// # Errors
+    ///
+    /// As [`handle`](Self::handle). The handler is removed in any case; the server's calls get UNIMPLEMENTED.
+    pub async fn remove_handler(&self, method: &str) -> Result<()> {
+        if self.user.handlers.remove(method) { self.register().await } else { Ok(()) }
+    }
+
+    async fn register(&self) -> Result<()> {
         let attempts = Attempts { deadline: deadline_of(self.user.timeout), is_idempotent: true, items: None };
         self.user.run(attempts, |connection, slot, token| self.user.register(connection, slot, token)).await.map(drop)
     }
@@ -189,6 +204,12 @@ impl Client {
         self.user.hub.current()?.welcome()
     }
 
+    /// Return where the current connection is, if there is one.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<Endpoint> {
+        Some(self.user.hub.current()?.endpoint.clone())
+    }
+
     /// Return the address of the server as `host:port`.
     #[must_use]
     pub fn address(&self) -> String {
@@ -199,11 +220,7 @@ impl Client {
     /// dropped. Idempotent.
     pub async fn close(&self) {
         if self.handle.is_owner {
-            for user in self.user.hub.users() {
-                if !Arc::ptr_eq(&user, &self.user) {
-                    user.close().await;
-                }
-            }
+            self.user.hub.close_others(&self.user).await;
         }
         self.user.close().await;
         if self.handle.is_owner {

@@ -4,30 +4,28 @@
 //! without affecting others, keepalive, and the error of calls that wait at the end.
 //! Must not know: retries and sessions.
 
+mod driving;
+
+use super::address::Endpoint;
 use super::stream::Items;
-use super::transport::{End, Transport, reset};
+use super::transport::Transport;
 use crate::core::{Conversation, Event, Settings, State as Phase};
 use crate::error::{CallError, Closed, Error, Result};
 use crate::message::{Meta, Welcome};
 use crate::secret::Token;
-use crate::text;
 use crate::trust::Channel;
 use std::collections::BTreeMap;
-use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::{Instant, sleep_until};
-use zeroize::Zeroizing;
+use tokio::time::Instant;
 
-/// The shortest pause of reading: flooding servers are read in batches, not frame by frame.
-const MIN_READING_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that wait to be sent, beyond which no further items are queued.
 const MAX_QUEUED_ITEMS: usize = 65_536;
-const FOREVER: Duration = Duration::from_secs(365 * 86_400);
 
 /// Receives what concerns more than one call. Called without locks.
 pub(crate) trait Listener: Send + Sync {
@@ -64,7 +62,8 @@ struct State {
     conversation: Conversation,
     pending: BTreeMap<u32, Entry>,
     error: Option<Closed>,
-    is_draining: bool,
+    /// What the server has asked to wait before the next connection, after GOAWAY.
+    draining: Option<Duration>,
     unanswered_did_not_run: bool,
     is_blocked: bool,
     /// Whether an item waits until what is queued was sent.
@@ -77,6 +76,7 @@ struct State {
 /// One connection to a server.
 pub(crate) struct Connection {
     pub(crate) id: u64,
+    pub(crate) endpoint: Endpoint,
     leaf: [u8; 32],
     started: Instant,
     slots: Arc<Semaphore>,
@@ -98,12 +98,14 @@ impl Connection {
     /// Start a connection over a transport whose handshake is complete.
     pub(crate) fn start(
         transport: Transport,
+        endpoint: Endpoint,
         leaf: [u8; 32],
         settings: Settings,
         listener: Arc<dyn Listener>,
     ) -> Arc<Self> {
         let connection = Arc::new(Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            endpoint,
             leaf,
             started: Instant::now(),
             slots: Arc::new(Semaphore::new(0)), // until WELCOME
@@ -112,7 +114,7 @@ impl Connection {
                 conversation: Conversation::new(settings),
                 pending: BTreeMap::new(),
                 error: None,
-                is_draining: false,
+                draining: None,
                 unanswered_did_not_run: false,
                 is_blocked: false,
                 has_waiting_items: false,
@@ -142,11 +144,11 @@ impl Connection {
             let changed = self.changed.notified();
             {
                 let state = self.lock();
+                if let Some(welcome) = state.conversation.welcome() {
+                    return Ok(welcome.clone()); // the connection may have ended since
+                }
                 if let Some(error) = &state.error {
                     return Err(error.clone().into());
-                }
-                if let Some(welcome) = state.conversation.welcome() {
-                    return Ok(welcome.clone());
                 }
             }
             changed.await;
@@ -173,7 +175,12 @@ impl Connection {
     }
 
     pub(crate) fn is_draining(&self) -> bool {
-        self.lock().is_draining
+        self.lock().draining.is_some()
+    }
+
+    /// Return what the server has asked to wait before the next connection, if it is going away.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        self.lock().draining
     }
 
     /// Return whether new requests can be sent, perhaps after a wait for a slot.
@@ -359,210 +366,6 @@ impl Connection {
         self.changed.notify_waiters();
         listener.ended(self, error);
     }
-
-    // --- the task --------------------------------------------------------------------------------
-
-    async fn run(self: Arc<Self>, mut transport: Transport, listener: Arc<dyn Listener>) {
-        let how = self.drive(&mut transport, &*listener).await;
-        let reason = "the connection was closed by this client";
-        let error = if how == Closing::Abort { Closed::broken(reason) } else { Closed::clean(reason) };
-        self.end(&error, &*listener);
-        if how == Closing::Graceful {
-            transport.close().await;
-        } else {
-            drop(transport);
-        }
-        self.is_closed.store(true, Ordering::Release);
-        self.changed.notify_waiters();
-    }
-
-    /// Drive the connection until it ends, and return how to close it.
-    async fn drive(self: &Arc<Self>, transport: &mut Transport, listener: &dyn Listener) -> Closing {
-        let mut output = Zeroizing::new(Vec::new());
-        let mut events = Vec::new();
-        let mut is_blocked = false;
-        let mut reading_pause: Option<Instant> = None;
-        let mut timer = pin!(sleep_until(self.started + FOREVER));
-        let mut end = None; // of the bytes that were read with the handshake
-        loop {
-            if !transport.plaintext.is_empty() {
-                let pause = self.receive(&transport.plaintext, &mut events, listener);
-                transport.plaintext.clear();
-                if pause > Duration::ZERO {
-                    reading_pause = Some(Instant::now() + pause.max(MIN_READING_PAUSE));
-                }
-            }
-            if let Some(end) = end.take() {
-                return self.ended_by_peer(end, listener);
-            }
-            let (closing, deadline) = {
-                let mut state = self.lock();
-                state.is_woken = false;
-                if !is_blocked {
-                    state.conversation.swap_output(&mut output);
-                    state.wake_waiting_items();
-                }
-                (state.closing, state.conversation.next_deadline())
-            };
-            if closing == Some(Closing::Abort) {
-                return Closing::Abort;
-            }
-            if !output.is_empty() {
-                transport.encrypt(&output);
-                output.clear();
-            }
-            match transport.try_flush() {
-                Ok(is_flushed) => {
-                    if is_blocked == is_flushed {
-                        is_blocked = !is_flushed;
-                        self.set_blocked(is_blocked);
-                        if !is_blocked {
-                            continue; // with what has waited
-                        }
-                    }
-                }
-                Err(error) => return self.ended_by_peer(End::Broken(reset(&error)), listener),
-            }
-            if closing.is_some() {
-                return Closing::Graceful;
-            }
-            let deadline = deadline.map_or(self.started + FOREVER, |deadline| self.started + deadline);
-            let wake_at = reading_pause.map_or(deadline, |until| until.min(deadline));
-            if timer.deadline() != wake_at {
-                timer.as_mut().reset(wake_at);
-            }
-            let turn = poll_fn(|cx| self.poll_turn(cx, transport, is_blocked, reading_pause.is_some(), timer.as_mut()));
-            match turn.await {
-                Turn::Woken => {}
-                Turn::Read(Ok(size)) => end = transport.decrypt(size),
-                Turn::Read(Err(error)) => end = Some(End::Broken(reset(&error))),
-                Turn::Time => {
-                    reading_pause = reading_pause.filter(|&until| Instant::now() < until);
-                    self.lock().conversation.handle_timeout(wall(), self.now(), &mut events);
-                    if let Some(Event::Ended { reason, .. }) = events.pop() {
-                        self.end(&Closed::broken(reason), listener);
-                        return Closing::Abort; // the server is unreachable: skip close_notify
-                    }
-                }
-            }
-        }
-    }
-
-    fn poll_turn(
-        &self,
-        cx: &mut Context<'_>,
-        transport: &mut Transport,
-        is_blocked: bool,
-        is_paused: bool,
-        timer: Pin<&mut tokio::time::Sleep>,
-    ) -> Poll<Turn> {
-        {
-            let mut state = self.lock();
-            if state.is_woken {
-                return Poll::Ready(Turn::Woken);
-            }
-            if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
-                state.waker = Some(cx.waker().clone());
-            }
-        }
-        if is_blocked && transport.poll_writable(cx).is_ready() {
-            return Poll::Ready(Turn::Woken);
-        }
-        if !is_paused {
-            if let Poll::Ready(size) = transport.poll_read(cx) {
-                return Poll::Ready(Turn::Read(size));
-            }
-        }
-        timer.poll(cx).map(|()| Turn::Time)
-    }
-
-    fn set_blocked(&self, is_blocked: bool) {
-        let mut state = self.lock();
-        state.is_blocked = is_blocked;
-        if is_blocked {
-            state.conversation.block_output();
-            return;
-        }
-        state.conversation.unblock_output(wall());
-        drop(state);
-        self.changed.notify_waiters();
-    }
-
-    fn ended_by_peer(self: &Arc<Self>, end: End, listener: &dyn Listener) -> Closing {
-        let (error, how) = match end {
-            End::Clean => {
-                let mut state = self.lock();
-                state.unanswered_did_not_run = state.is_draining && state.error.is_none();
-                (Closed::clean("the server closed the connection"), Closing::Graceful)
-            }
-            End::Broken(error) => {
-                (Closed { tls: Some(error.clone()), ..Closed::broken(error.detail) }, Closing::Graceful)
-            }
-        };
-        self.end(&error, listener);
-        how
-    }
-
-    /// Process decrypted bytes. Return for how long to stop reading.
-    fn receive(self: &Arc<Self>, data: &[u8], events: &mut Vec<Event>, listener: &dyn Listener) -> Duration {
-        let now = self.now();
-        let mut others = Vec::new();
-        let delay = {
-            let mut state = self.lock();
-            if state.error.is_some() {
-                return Duration::ZERO; // what arrives after the end is discarded
-            }
-            state.conversation.receive(data, wall(), now, events);
-            for event in events.drain(..) {
-                match event {
-                    Event::Response { stream, body } => state.answered(stream, Ok(body), false),
-                    Event::Failed { stream, mut error, lost } => {
-                        error.message = text::escape(&error.message, text::MAX_MESSAGE);
-                        state.answered(stream, Err(error.into()), lost);
-                    }
-                    Event::Item { stream, body } => state.with_items(stream, |items| items.received(body)),
-                    Event::Credit { stream } => state.with_items(stream, Items::credited),
-                    Event::Welcomed => {
-                        let max = state.conversation.welcome().map_or(0, |welcome| welcome.max_streams);
-                        self.slots.add_permits((max as usize).min(Semaphore::MAX_PERMITS));
-                        self.changed.notify_waiters();
-                    }
-                    other => {
-                        if let Event::GoAway { .. } = other {
-                            self.slots.close();
-                        }
-                        others.push(other);
-                    }
-                }
-            }
-            state.close_if_drained();
-            state.conversation.reading_delay(now)
-        };
-        for event in others {
-            match event {
-                Event::GoAway { .. } => {
-                    let is_first = !std::mem::replace(&mut self.lock().is_draining, true);
-                    if is_first {
-                        listener.event(self, event);
-                    }
-                    self.lock().close_if_drained();
-                }
-                Event::Ended { code, reason } => {
-                    let error = Closed { code, ..Closed::broken(text::escape(&reason, text::MAX_MESSAGE)) };
-                    self.end(&error, listener);
-                    self.closing(Closing::Graceful);
-                }
-                event => listener.event(self, event),
-            }
-        }
-        delay
-    }
-}
-
-enum Turn {
-    Woken,
-    Read(std::io::Result<usize>),
-    Time,
 }
 
 /// Wake the task if it has something to send.
@@ -578,45 +381,10 @@ fn wake(mut state: MutexGuard<'_, State>) {
 }
 
 impl State {
-    fn answered(&mut self, number: u32, outcome: Result<Vec<u8>>, was_lost: bool) {
-        let waiter = if self.conversation.is_in_flight(number) {
-            // A stream that this end has cancelled keeps its slot until the answer.
-            self.pending.get_mut(&number).and_then(|entry| entry.waiter.take())
-        } else {
-            self.pending.remove(&number).and_then(|entry| entry.waiter)
-        };
-        let Some(mut waiter) = waiter else {
-            return;
-        };
-        if let (Some(on_result), Ok(body)) = (waiter.on_result.take(), &outcome) {
-            on_result(body);
-        }
-        if let Some(items) = &waiter.items {
-            items.ended(was_lost);
-        }
-        let _ = waiter.sender.send(outcome);
-    }
-
-    fn with_items(&mut self, number: u32, step: impl FnOnce(&Items)) {
-        if let Some(Waiter { items: Some(items), .. }) =
-            self.pending.get(&number).and_then(|entry| entry.waiter.as_ref())
-        {
-            step(items);
-        }
-    }
-
-    fn wake_waiting_items(&mut self) {
-        if std::mem::take(&mut self.has_waiting_items) {
-            for items in self.pending.values().filter_map(|entry| entry.waiter.as_ref()?.items.as_ref()) {
-                items.changed();
-            }
-        }
-    }
-
     /// Close the connection after GOAWAY, once all requests and calls are answered.
     fn close_if_drained(&mut self) {
         let is_waiting = || self.pending.values().any(|entry| entry.waiter.is_some());
-        if self.is_draining
+        if self.draining.is_some()
             && self.closing.is_none()
             && self.conversation.state() != Phase::Closed
             && self.conversation.calls_in_flight() == 0

@@ -1,6 +1,6 @@
 //! Makes one connection: TCP, TLS, WELCOME, and the `sts` policy of the host.
 
-use super::address::Address;
+use super::address::{Address, Endpoint};
 use super::connection::{Connection, Listener, wall};
 use super::options::{ConnectOptions, Warn};
 use super::transport::Transport;
@@ -44,7 +44,7 @@ impl Dialer {
             address,
             name,
             server_hostname,
-            trust: Arc::new(Trust::new(options.tls.clone(), &*options.warn)?),
+            trust: Arc::new(Trust::new(options.tls.clone(), Arc::clone(&options.warn))?),
             known_hosts: home.map(|home| KnownHosts::new(&home)),
             connect_timeout: options.connect_timeout,
             settings: Settings { max_frame: options.max_frame, ..Settings::default() },
@@ -91,7 +91,7 @@ impl Dialer {
         })
     }
 
-    async fn reach(&self) -> Result<TcpStream> {
+    async fn reach(&self) -> Result<(TcpStream, Endpoint)> {
         let Address { host, port } = &self.address;
         let addresses = lookup_host((host.as_str(), *port)).await.map_err(|_| Error::CannotConnect {
             reason: format!("{}: the host name cannot be resolved; check the name and DNS", self.address),
@@ -100,7 +100,7 @@ impl Dialer {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in addresses {
             match TcpStream::connect(address).await {
-                Ok(tcp) => return Ok(tcp),
+                Ok(tcp) => return Ok((tcp, Endpoint::new(&self.address, address.ip()))),
                 Err(error) => last = error,
             }
         }
@@ -122,13 +122,13 @@ impl Dialer {
         config: Arc<rustls::ClientConfig>,
         listener: Arc<dyn Listener>,
     ) -> Result<Arc<Connection>> {
-        let tcp = self.reach().await?;
+        let (tcp, endpoint) = self.reach().await?;
         let _ = tcp.set_nodelay(true);
         let tls = ClientConnection::new(config, self.name.clone())
             .map_err(|error| Error::Certificate(format!("cannot configure TLS: {error}")))?;
         let mut transport = Transport::new(tcp, tls);
         let leaf = transport.handshake().await?;
-        let connection = Connection::start(transport, leaf, self.settings, listener);
+        let connection = Connection::start(transport, endpoint, leaf, self.settings, listener);
         let attempt = AbortOnDrop { connection: Arc::clone(&connection), is_kept: false };
         connection.welcomed().await?;
         attempt.keep();

@@ -106,6 +106,11 @@ impl Handlers {
         self.lock().handlers.insert(method.to_owned(), Arc::new(boxed));
     }
 
+    /// Remove the handler of a method. Return false without one.
+    pub(crate) fn remove(&self, method: &str) -> bool {
+        self.lock().handlers.remove(method).is_some()
+    }
+
     /// Run the handler of a call and answer it.
     pub(crate) fn call(&self, connection: &Arc<Connection>, call: ServerCall, user: String) {
         let key = (connection.id, call.number);

@@ -1,7 +1,7 @@
 //! The connections of a client, which all its sessions share: one for new calls, and older ones that drain.
 //!
 //! Decides: when to connect and reconnect, and which session an event or a call from the server belongs to. The first attempt
-//! is repeated only while nothing listens, because the server may be starting. After a loss it reconnects with growing,
+//! is repeated only while nothing listens or the server goes away, because it may be starting, or be replaced. After a loss it reconnects with growing,
 //! jittered delays; after GOAWAY when the server asks for it; after a close for idleness with the next call; and not at all once
 //! all sessions were revoked or replaced.
 //! Rules: all who wait for a connection share one attempt. The delays start again once a connection has lasted
@@ -11,7 +11,8 @@
 use super::backoff::Backoff;
 use super::connection::{Connection, Listener};
 use super::dial::Dialer;
-use super::options::Warn;
+use super::options::{ConnectOptions, OnConnected, Warn};
+use super::renewal::CLOSE_TIMEOUT;
 use super::shared::Attempt;
 use super::user::User;
 use crate::core::{Event, ServerCall};
@@ -19,24 +20,27 @@ use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::secret::Token;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
-use tokio::time::{Instant, sleep_until};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
 
 /// How long a connection must last to count as a success.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
 /// The longest delay between two attempts to connect to a server that is starting.
 const MAX_START_DELAY: Duration = Duration::from_secs(1);
-/// The longest delay that a server can ask for.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(3_600);
+/// How many sessions of users are closed at once.
+const CLOSED_AT_ONCE: usize = 32;
 
 pub(crate) struct Hub {
     dialer: Dialer,
     start_timeout: Duration,
     warn: Warn,
+    on_connected: Option<OnConnected>,
     state: Mutex<State>,
     me: Weak<Hub>,
 }
 
 #[derive(Default)]
+#[allow(clippy::struct_excessive_bools, reason = "independent facts, not a state machine")]
 struct State {
     current: Option<Arc<Connection>>,
     /// Connections that drain, and ended ones whose transport is still closing.
@@ -49,12 +53,25 @@ struct State {
     stable_at: Option<Instant>,
     backoff: Backoff,
     has_connected: bool,
+    /// Whether the client's own session is open, or none is wanted.
+    is_open: bool,
+    /// The connection that the application was last notified of.
+    reported: u64,
+    /// Whether there were other sessions than the client's own.
+    was_shared: bool,
     is_closed: bool,
 }
 
 impl Hub {
-    pub(crate) fn new(dialer: Dialer, start_timeout: Duration, warn: Warn) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self { dialer, start_timeout, warn, state: Mutex::default(), me: me.clone() })
+    pub(crate) fn new(dialer: Dialer, options: &ConnectOptions) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            dialer,
+            start_timeout: options.start_timeout,
+            warn: Arc::clone(&options.warn),
+            on_connected: options.on_connected.clone(),
+            state: Mutex::default(),
+            me: me.clone(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -115,9 +132,18 @@ impl Hub {
             if let Some(time) = not_before {
                 sleep_until(time).await;
             }
-            let error = match self.dialer.dial(self.arc()).await.and_then(|connection| self.adopt(&connection)) {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
+            let dialled = self.dialer.dial(self.arc()).await;
+            let (error, may_be_starting) = match dialled.and_then(|connection| self.adopt(&connection)) {
+                Ok(None) => return Ok(()),
+                Ok(Some(retry_after)) => {
+                    self.lock().delay_next_attempt(retry_after);
+                    let reason = format!("{}: the server is going away; try again later", self.dialer.address);
+                    (Error::CannotConnect { reason, refused: false }, true)
+                }
+                Err(error) => {
+                    let is_refused = matches!(error, Error::CannotConnect { refused: true, .. });
+                    (error, is_refused)
+                }
             };
             let mut state = self.lock();
             if state.is_closed || !matches!(error, Error::Closed(_) | Error::CannotConnect { .. } | Error::Tls(_)) {
@@ -131,11 +157,12 @@ impl Hub {
                 }
             } else {
                 delay = delay.min(MAX_START_DELAY);
-                let is_refused = matches!(error, Error::CannotConnect { refused: true, .. });
-                if !is_refused || Instant::now() + delay >= starts_until {
+                let earliest = Instant::now() + delay;
+                let begins_at = state.not_before.map_or(earliest, |time| time.max(earliest));
+                if !may_be_starting || begins_at >= starts_until {
                     return Err(error);
                 }
-                if !is_starting {
+                if !is_starting && matches!(error, Error::CannotConnect { refused: true, .. }) {
                     is_starting = true;
                     (self.warn)(&format!(
                         "{}: nothing listens there yet; waiting up to {} s for the server to start",
@@ -148,17 +175,17 @@ impl Hub {
         }
     }
 
-    /// Use a new connection for calls, and show it to all sessions.
-    fn adopt(&self, connection: &Arc<Connection>) -> Result<()> {
+    /// Use a new connection for calls, and show it to all sessions. If its server is going away, return for how long.
+    fn adopt(&self, connection: &Arc<Connection>) -> Result<Option<Duration>> {
         {
             let mut state = self.lock();
             if state.is_closed {
                 connection.close();
                 return Err(Closed::clean("this client is closed").into());
             }
-            if connection.is_draining() {
-                // GOAWAY in the same read as WELCOME
-                return Err(Error::CannotConnect { reason: "the server is going away".to_owned(), refused: false });
+            let retry_after = connection.retry_after(); // GOAWAY in the same read as WELCOME
+            if retry_after.is_some() {
+                return Ok(retry_after);
             }
             if let Some(error) = connection.error() {
                 return Err(error.into());
@@ -173,18 +200,55 @@ impl Hub {
         if connection.error().is_some() {
             self.lost(connection); // it has ended meanwhile
         }
-        for user in self.users() {
-            let connection = Arc::clone(connection);
-            tokio::spawn(async move { user.present(&connection).await });
+        let (hub, connection) = (self.arc(), Arc::clone(connection));
+        tokio::spawn(async move {
+            let mut showing = JoinSet::new();
+            for user in hub.users() {
+                let connection = Arc::clone(&connection);
+                showing.spawn(async move { user.present(&connection).await });
+            }
+            while showing.join_next().await.is_some() {}
+            hub.report(&connection);
+        });
+        Ok(None)
+    }
+
+    /// Record that the client is open, and notify the application of the connection.
+    pub(crate) fn opened(&self) {
+        let current = {
+            let mut state = self.lock();
+            state.is_open = true;
+            state.current.clone()
+        };
+        if let Some(connection) = current {
+            self.report(&connection);
         }
-        Ok(())
+    }
+
+    /// Notify the application of a connection, once, if it is in use and the client is open.
+    fn report(&self, connection: &Connection) {
+        let Some(on_connected) = self.on_connected.clone() else {
+            return;
+        };
+        {
+            let mut state = self.lock();
+            let is_current = state.current.as_ref().is_some_and(|current| current.id == connection.id);
+            if !state.is_open || !is_current || state.reported == connection.id {
+                return;
+            }
+            state.reported = connection.id;
+        }
+        let endpoint = connection.endpoint.clone();
+        tokio::spawn(async move { on_connected(&endpoint) });
     }
 
     // --- sessions --------------------------------------------------------------------------------
 
     /// Add a session. The first is the client's own: it also gets events that belong to no session.
     pub(crate) fn add(&self, user: &Arc<User>) {
-        self.lock().users.push(Arc::downgrade(user));
+        let mut state = self.lock();
+        state.was_shared |= !state.users.is_empty();
+        state.users.push(Arc::downgrade(user));
     }
 
     pub(crate) fn remove(&self, user: &User) {
@@ -240,6 +304,25 @@ impl Hub {
         }
     }
 
+    /// Close the sessions of all other users.
+    pub(crate) async fn close_others(&self, own: &Arc<User>) {
+        let others: Vec<_> = self.users().into_iter().filter(|user| !Arc::ptr_eq(user, own)).collect();
+        let closing = async {
+            for some in others.chunks(CLOSED_AT_ONCE) {
+                let mut closing = JoinSet::new();
+                for user in some {
+                    let user = Arc::clone(user);
+                    closing.spawn(async move { user.close().await });
+                }
+                while closing.join_next().await.is_some() {}
+            }
+        };
+        let _ = timeout(CLOSE_TIMEOUT, closing).await; // for all of them: there may be thousands
+        for user in others {
+            user.stop(); // without a request: its session expires on the server
+        }
+    }
+
     /// Begin to close all connections, without waiting.
     pub(crate) fn shut_down(&self) -> Vec<Arc<Connection>> {
         let mut state = self.lock();
@@ -291,12 +374,14 @@ impl Listener for Hub {
                 }
             }
             Event::Event { name, body, token } => {
-                let user = self.user_of(&token).or_else(|| self.users().into_iter().next());
+                let is_unknown_session = !token.is_none() && self.lock().was_shared; // it may have been closed
+                let user = self.user_of(&token);
+                let user = user.or_else(|| self.users().into_iter().next().filter(|_| !is_unknown_session));
                 if let Some(user) = user {
                     user.event_received(connection, &name, body, &token);
                 }
             }
-            Event::GoAway { reason, retry_after_ms } => {
+            Event::GoAway { reason, .. } => {
                 let mut state = self.lock();
                 if state.current.as_ref().is_some_and(|current| current.id == connection.id) {
                     let draining = state.current.take();
@@ -304,7 +389,7 @@ impl Listener for Hub {
                 }
                 // A connection that was not used: another one would be closed for the same reason.
                 if !matches!(reason.as_str(), "idle" | "no_session") {
-                    self.reconnect(state, Duration::from_millis(retry_after_ms).min(MAX_RETRY_AFTER));
+                    self.reconnect(state, connection.retry_after().unwrap_or_default());
                 }
             }
             _ => {}

@@ -17,7 +17,7 @@ mod stream;
 mod transport;
 mod user;
 
-pub use address::DEFAULT_PORT;
+pub use address::{DEFAULT_PORT, Endpoint};
 pub use api::{Client, Request, enroll};
 pub use events::ServerEvent;
 pub use handlers::Call;

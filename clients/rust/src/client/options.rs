@@ -1,5 +1,6 @@
 //! How to reach a server, and how to open a session there.
 
+use super::address::Endpoint;
 use crate::codec::{self, Value};
 use crate::error::{Error, Result};
 use crate::secret::Secret;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 /// A function that receives warnings, such as that a pin has no backup.
 pub(crate) type Warn = Arc<dyn Fn(&str) + Send + Sync>;
+pub(crate) type OnConnected = Arc<dyn Fn(&Endpoint) + Send + Sync>;
 
 type LoginError = Box<dyn std::error::Error + Send + Sync>;
 type LoginFuture = Pin<Box<dyn Future<Output = Result<Value, LoginError>> + Send>>;
@@ -135,6 +137,7 @@ pub struct ConnectOptions {
     pub(crate) max_calls: u32,
     pub(crate) max_frame: u32,
     pub(crate) warn: Warn,
+    pub(crate) on_connected: Option<OnConnected>,
 }
 
 impl fmt::Debug for ConnectOptions {
@@ -156,7 +159,9 @@ impl ConnectOptions {
             credentials: None,
             tls: TlsOptions {
                 ca_file: None,
+                ca_pem: None,
                 roots: None,
+                system_store: false,
                 pins: Vec::new(),
                 verify: true,
                 certificate: None,
@@ -173,6 +178,7 @@ impl ConnectOptions {
             max_calls: 16,
             max_frame: 1_048_576,
             warn: Arc::new(|_| {}),
+            on_connected: None,
         }
     }
 
@@ -192,15 +198,27 @@ impl ConnectOptions {
         self.credentials(Credentials::device(device, name))
     }
 
-    /// Trust the CAs of a PEM file. Without it, `roots` and pins, the CAs of the system are trusted.
+    /// Trust the CAs of a PEM file. Without any CAs and pins, those of the system are trusted.
     pub fn ca_file(mut self, path: impl AsRef<Path>) -> Self {
         self.tls.ca_file = Some(path.as_ref().to_owned());
+        self
+    }
+
+    /// Trust the CAs in a text in PEM.
+    pub fn ca_pem(mut self, pem: impl AsRef<[u8]>) -> Self {
+        self.tls.ca_pem = Some(pem.as_ref().into());
         self
     }
 
     /// Trust these CAs, for example those of `rustls-native-certs` or `webpki-roots`.
     pub fn roots(mut self, roots: impl Into<Arc<RootCertStore>>) -> Self {
         self.tls.roots = Some(roots.into());
+        self
+    }
+
+    /// Trust the CAs of the system in addition to pins. Without any CAs and pins that is the default.
+    pub fn system_store(mut self) -> Self {
+        self.tls.system_store = true;
         self
     }
 
@@ -256,8 +274,8 @@ impl ConnectOptions {
         self
     }
 
-    /// How long to wait for a server that is starting: while nothing listens at its address the first attempt is repeated, and
-    /// a missing CA file may still be created. 10 seconds by default; zero fails at once.
+    /// How long to wait for a server that is starting: while nothing listens at its address, or the server is going away, the
+    /// first attempt is repeated, and a missing CA file may still be created. 10 seconds by default; zero fails at once.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
         self
@@ -296,6 +314,13 @@ impl ConnectOptions {
     /// Receive warnings: a pin without a backup, a server that does not listen yet, an `sts` policy that cannot be stored.
     pub fn on_warning(mut self, warn: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.warn = Arc::new(warn);
+        self
+    }
+
+    /// Call a function once the client has connected and opened its session, and again after each reconnect when all sessions
+    /// are known to the server: a good place to open long streams again. It runs in a task of its own, and must not block.
+    pub fn on_connected(mut self, function: impl Fn(&Endpoint) + Send + Sync + 'static) -> Self {
+        self.on_connected = Some(Arc::new(function));
         self
     }
 

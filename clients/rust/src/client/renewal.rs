@@ -6,14 +6,18 @@
 //! for a new session. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that
 //! has already expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
 
+mod opening;
+mod presence;
+
 use super::backoff::Backoff;
-use super::connection::{Connection, PendingCall, Slot};
-use super::options::{Credentials, login_fault};
+use super::connection::{Connection, PendingCall};
+use super::options::Credentials;
 use super::retry::{self, Action};
 use super::session::{Session, SessionInfo};
 use super::shared::Attempt;
 use super::user::User;
-use crate::codec::{self, Value};
+use crate::codec::Value;
+use crate::core::issued_token;
 use crate::error::{CallError, Code, Error, Result};
 use crate::message::Meta;
 use crate::secret::Token;
@@ -22,22 +26,17 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use zeroize::Zeroizing;
 
 /// Timeout of requests of `session.*`.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout of `session.close`.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout of `session.close`, and of all those that end with a client.
+pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a refresh token can be sent again after a lost answer: half of the server's default grace period.
 const REFRESH_GRACE: Duration = Duration::from_secs(5);
 /// Consecutive lost answers to `session.open`. Each may have left a session that counts against the limit.
 const MAX_LOST: u32 = 3;
 /// Minimum interval between early refreshes, and from a session that is usable for less than that to the next one.
 const MIN_REFRESH_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a login that a function has returned can wait for a connection: it may be short-lived.
-const LOGIN_HOLDS: Duration = Duration::from_secs(10);
-/// Maximum interval between two attempts to renew a session that only waits for calls from the server.
-const MAX_KEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The state of the session of one user.
 #[derive(Default)]
@@ -218,144 +217,6 @@ impl User {
         self.handlers.abort(&error.message, None);
     }
 
-    // --- new connections and events --------------------------------------------------------------
-
-    /// Show the token on a new connection, so that events and calls of the session arrive there. Attach a session that is bound
-    /// to a device. The request is small: a large one is refused on a connection without a session.
-    pub(crate) async fn present(self: &Arc<Self>, connection: &Arc<Connection>) {
-        let (is_bound, is_attached) = {
-            let sessions = self.lock();
-            match &sessions.session {
-                Some(session) if sessions.renewing.is_none() => {
-                    (session.info.bound, sessions.attached_to == Some(connection.id))
-                }
-                _ => return,
-            }
-        };
-        let token = self.token();
-        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
-        let shown = if is_bound && is_device && !is_attached {
-            match self.attach(connection, &token).await {
-                Ok(_) => self.register_if_any(connection).await,
-                Err(error) => Err(error),
-            }
-        } else if !self.handlers.is_empty() && connection.has_calls() {
-            self.register_if_any(connection).await
-        } else {
-            self.request(connection, "session.info", &[0xc0], &token).await.map(drop)
-        };
-        if let Err(Error::Call(error)) = shown {
-            self.handle_refusal(&token, &error);
-        } // otherwise the next connection shows the token
-    }
-
-    /// Send a small request of the session, and wait for its result.
-    async fn request(
-        &self,
-        connection: &Arc<Connection>,
-        method: &str,
-        params: &[u8],
-        token: &Token,
-    ) -> Result<Vec<u8>> {
-        let Some(slot) = connection.slot().await else {
-            return Err(crate::error::Closed::broken("the connection accepts no requests").into());
-        };
-        let pending = connection.request(slot, method, params, token, &Meta::default())?;
-        in_time(REQUEST_TIMEOUT, pending).await
-    }
-
-    /// Send the registration of the application's handlers for the session.
-    pub(crate) fn register(
-        self: &Arc<Self>,
-        connection: &Arc<Connection>,
-        slot: Slot,
-        token: &Token,
-    ) -> Result<PendingCall> {
-        self.touch();
-        self.keep();
-        let methods = self.handlers.methods();
-        let methods: Vec<&str> = methods.iter().map(String::as_str).collect();
-        let max = self.handlers.max;
-        connection.send(slot, None, None, |conversation, wall| conversation.handle(token, &methods, max, wall))
-    }
-
-    async fn register_if_any(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<()> {
-        if self.handlers.is_empty() || !connection.has_calls() {
-            return Ok(());
-        }
-        if let Some(slot) = connection.slot().await {
-            let token = self.token();
-            in_time(REQUEST_TIMEOUT, self.register(connection, slot, &token)?).await?;
-        }
-        Ok(())
-    }
-
-    /// Attach the session of a token to a connection if both are still in use. Return false without a device. Concurrent
-    /// callers share one request.
-    pub(crate) async fn attach(&self, connection: &Arc<Connection>, token: &Token) -> Result<bool> {
-        let Some(Credentials::Device { device, .. }) = &self.credentials else {
-            return Ok(false);
-        };
-        let is_first = self.attaching.try_lock().is_ok_and(|_guard| true);
-        let _guard = self.attaching.lock().await;
-        let is_attached = self.lock().attached_to == Some(connection.id);
-        if !self.is_current(token) || !connection.is_open() || (is_attached && !is_first) {
-            return Ok(true);
-        }
-        self.lock().attached_to = None;
-        let mut params = Vec::new();
-        codec::write_map(&mut params, 1);
-        codec::write_str(&mut params, "signature");
-        codec::write_bin(&mut params, &device.sign(&connection.channel().attach_message(token)));
-        match self.request(connection, "session.attach", &params, token).await {
-            Ok(_) => self.lock().attached_to = Some(connection.id),
-            Err(Error::Closed(_)) => {} // the next connection attaches it
-            Err(error) => return Err(error),
-        }
-        Ok(true)
-    }
-
-    fn handle_refusal(&self, token: &Token, error: &CallError) {
-        if retry::action(error) == Action::Reopen {
-            self.reopen(token);
-        } else if error.code == Code::Unauthenticated {
-            self.mark_unknown(token);
-        } else if error.code == Code::TokenExpired {
-            self.mark_expired(token);
-        } else if retry::ends_session(error.code) {
-            self.mark_ended(token, error);
-        }
-    }
-
-    /// Handle an event of the session or of the server.
-    pub(crate) fn event_received(
-        self: &Arc<Self>,
-        connection: &Arc<Connection>,
-        name: &str,
-        body: Vec<u8>,
-        token: &Token,
-    ) {
-        if self.is_current(token) {
-            match name {
-                "session.revoked" => {
-                    self.handlers.abort("the session has ended", None);
-                    let key = (connection.id, token.clone());
-                    let mut sessions = self.lock();
-                    if sessions.checked_revocation.as_ref() != Some(&key) {
-                        sessions.checked_revocation = Some(key);
-                        drop(sessions);
-                        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
-                        // The answer has the code: revoked or replaced.
-                        tokio::spawn(async move { user.present(&connection).await });
-                    }
-                }
-                "session.expiring" => self.refresh_early(),
-                _ => {}
-            }
-        }
-        self.events.put(body);
-    }
-
     // --- renewing --------------------------------------------------------------------------------
 
     /// Return the renewal that runs, or start one.
@@ -424,7 +285,7 @@ impl User {
             let token = self.token();
             let me = Arc::clone(self);
             // A call or an event with the new token may be in the same read.
-            let on_result = move |body: &[u8]| me.tokens().coming = token_of(body);
+            let on_result = move |body: &[u8]| me.tokens().coming = issued_token(body);
             let sent_at = Instant::now();
             let sent = connection.send(slot, None, Some(Box::new(on_result)), |conversation, wall| {
                 conversation.request(method, &params, &token, &Meta::default(), wall)
@@ -513,91 +374,6 @@ impl User {
         error.code == Code::TokenExpired || retry::may_have_run(error.code) || is_other_certificate
     }
 
-    // --- requests that open sessions -------------------------------------------------------------
-
-    /// Return whether a login must be fetched before the next request.
-    fn needs_login(&self) -> bool {
-        let now = Instant::now();
-        let sessions = self.lock();
-        let can_refresh = sessions.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some());
-        let is_fetched = sessions.login.as_ref().is_some_and(|(_, until)| now < *until);
-        matches!(self.credentials, Some(Credentials::Login(_))) && !can_refresh && !is_fetched
-    }
-
-    /// Call the function that returns a login.
-    async fn fetch_login(&self) -> Result<()> {
-        let Some(Credentials::Login(login)) = &self.credentials else {
-            return Ok(());
-        };
-        self.lock().is_fetching_login = true;
-        let result = (login.0)().await;
-        let mut sessions = self.lock();
-        sessions.is_fetching_login = false;
-        let login = result.map_err(|error| Error::Login(Arc::from(error)))?;
-        if let Some(fault) = login_fault(&login) {
-            return Err(Error::Login(Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(format!(
-                "it returned what cannot be sent: {fault}"
-            )))));
-        }
-        sessions.login = Some((login, Instant::now() + LOGIN_HOLDS));
-        Ok(())
-    }
-
-    /// Return the method and the params of the next request.
-    fn next_request(&self, connection: &Connection) -> Result<(&'static str, Zeroizing<Vec<u8>>)> {
-        let mut sessions = self.lock();
-        let mut params = Zeroizing::new(Vec::with_capacity(512)); // not moved while it grows, as a rule
-        let text = |params: &mut Vec<u8>, key: &str, value: &str| {
-            codec::write_str(params, key);
-            codec::write_str(params, value);
-        };
-        if let Some(token) = sessions.session.as_ref().and_then(|session| session.refresh_token(Instant::now())) {
-            codec::write_map(&mut params, 2);
-            codec::write_str(&mut params, "refresh_token");
-            codec::write_bin(&mut params, token.as_bytes());
-            text(&mut params, "client", &self.client);
-            return Ok(("session.refresh", params));
-        }
-        match &self.credentials {
-            None => codec::write_map(&mut params, 1),
-            Some(Credentials::ApiKey { user, key }) => {
-                codec::write_map(&mut params, 4);
-                text(&mut params, "scheme", "api_key");
-                text(&mut params, "user", user);
-                text(&mut params, "key", key.expose());
-            }
-            Some(Credentials::Device { device, name }) => {
-                codec::write_map(&mut params, 4);
-                text(&mut params, "scheme", "ed25519");
-                text(&mut params, "device", name);
-                codec::write_str(&mut params, "signature");
-                codec::write_bin(&mut params, &device.sign(&connection.channel().open_message(name)));
-            }
-            Some(Credentials::Certificate { user }) => {
-                codec::write_map(&mut params, 2 + usize::from(user.is_some()));
-                text(&mut params, "scheme", "tls");
-                if let Some(user) = user {
-                    text(&mut params, "user", user);
-                }
-            }
-            Some(Credentials::Login(_)) => {
-                // Each login is sent once.
-                let login = sessions.login.take().map_or(Value::Nil, |(login, _)| login);
-                let Value::Map(fields) = login else {
-                    return Err(Error::call(Code::Internal, "the login is missing"));
-                };
-                codec::write_map(&mut params, fields.len() + 1);
-                for (key, value) in &fields {
-                    codec::write_str(&mut params, key);
-                    codec::write_value(&mut params, value)
-                        .map_err(|fault| Error::call(Code::InvalidArgument, fault.phrase()))?;
-                }
-            }
-        }
-        text(&mut params, "client", &self.client);
-        Ok(("session.open", params))
-    }
-
     /// Use the session of an answer.
     fn adopt(self: &Arc<Self>, body: &[u8], connection: &Arc<Connection>, is_refresh: bool) -> Result<()> {
         let now = Instant::now();
@@ -657,55 +433,6 @@ impl User {
         }
     }
 
-    // --- a session that only waits for calls from the server -------------------------------------
-
-    /// Keep the session in use if there are handlers: show it again before its idle timeout, and renew it after it has
-    /// expired.
-    pub(crate) fn keep(self: &Arc<Self>) {
-        if self.handlers.is_empty() || self.is_closed.load(Ordering::Acquire) {
-            return;
-        }
-        let mut sessions = self.lock();
-        if sessions.session.is_none() || sessions.keeper.as_ref().is_some_and(|keeper| !keeper.is_finished()) {
-            return;
-        }
-        let me = Arc::downgrade(self);
-        let keeper = tokio::spawn(async move {
-            let mut interval = MIN_REFRESH_INTERVAL;
-            loop {
-                let Some(left) = me.upgrade().and_then(|user| user.time_left()) else {
-                    return;
-                };
-                if left > Duration::ZERO {
-                    interval = MIN_REFRESH_INTERVAL;
-                }
-                sleep((left / 2).max(interval)).await;
-                let Some(user) = me.upgrade() else {
-                    return;
-                };
-                let Some((left, idle)) = user.time_left().zip(user.session().map(|info| info.idle_timeout_ms)) else {
-                    return;
-                };
-                if left.is_zero() {
-                    interval = (interval * 2).min(MAX_KEEP_INTERVAL);
-                    let _ = user.wait_usable().await; // the next round tries again
-                } else if left < Duration::from_millis(idle) / 2 {
-                    if let Ok(connection) = user.hub.get().await {
-                        user.touch();
-                        user.present(&connection).await;
-                    }
-                }
-            }
-        });
-        sessions.keeper = Some(keeper.abort_handle());
-    }
-
-    /// Return for how long the session can be used, if there is one.
-    fn time_left(&self) -> Option<Duration> {
-        let sessions = self.lock();
-        Some(sessions.session.as_ref()?.usable_until.saturating_duration_since(Instant::now()))
-    }
-
     // --- the end ---------------------------------------------------------------------------------
 
     /// Stop all work in the background. Return the attempt to renew the session, if one runs.
@@ -749,12 +476,6 @@ fn stop(task: &mut Option<AbortHandle>) {
     if let Some(task) = task.take() {
         task.abort();
     }
-}
-
-/// Return the token in the result of `session.open` or `session.refresh`.
-fn token_of(body: &[u8]) -> Option<Token> {
-    let result = codec::decode(body).ok()?;
-    Some(Token::new(<[u8; 32]>::try_from(result.get("token")?.as_bin()?).ok()?))
 }
 
 /// Wait for an answer, at most for a time.

@@ -1,6 +1,6 @@
 //! TLS 1.3 with the two suites of the protocol, and which servers are trusted:
 //!
-//! - CA file, or the system's CAs by default: rustls verifies chain, validity period and name; pins are checked in addition;
+//! - CAs, those of the system by default: rustls verifies chain, validity period and name; pins are checked in addition;
 //! - pins only: a pin replaces the chain, and validity period and name are verified here;
 //! - `verify(false)`: nothing is verified.
 
@@ -10,20 +10,20 @@ use super::private_file;
 use crate::error::{Error, Result, TlsError, TlsFailure};
 use crate::text;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_name};
+use rustls::client::{ResolvesClientCert, Resumption, WantsClientCert, WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{
-    AlertDescription, CertificateError, CipherSuite, ClientConfig, ClientConnection, DigitallySignedStruct, KeyLog,
-    OtherError, ProtocolVersion, RootCertStore, SignatureScheme,
+    AlertDescription, CertificateError, CipherSuite, ClientConfig, ClientConnection, ConfigBuilder,
+    DigitallySignedStruct, KeyLog, OtherError, ProtocolVersion, RootCertStore, SignatureScheme,
 };
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use zeroize::Zeroizing;
 
 const ALPN: &[u8] = b"zcp/1";
@@ -43,7 +43,9 @@ const SYSTEM_CA_FILES: [&str; 6] = [
 #[derive(Clone, Debug)]
 pub(crate) struct TlsOptions {
     pub(crate) ca_file: Option<PathBuf>,
+    pub(crate) ca_pem: Option<Arc<[u8]>>,
     pub(crate) roots: Option<Arc<RootCertStore>>,
+    pub(crate) system_store: bool,
     pub(crate) pins: Vec<String>,
     pub(crate) verify: bool,
     pub(crate) certificate: Option<PathBuf>,
@@ -51,22 +53,33 @@ pub(crate) struct TlsOptions {
     pub(crate) key_log: Option<PathBuf>,
 }
 
+impl TlsOptions {
+    /// Return how many sources of CAs the application has given.
+    fn count_cas(&self) -> usize {
+        [self.ca_file.is_some(), self.ca_pem.is_some(), self.roots.is_some(), self.system_store]
+            .into_iter()
+            .filter(|&is_given| is_given)
+            .count()
+    }
+}
+
 /// The servers that a client trusts, and the certificate that it shows.
-#[derive(Debug)]
 pub(crate) struct Trust {
     options: TlsOptions,
     pins: Pins,
     provider: Arc<CryptoProvider>,
+    /// The certificate of the last connection, with its key.
+    shown: Mutex<Option<Arc<dyn ResolvesClientCert>>>,
+    warn: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
 impl Trust {
-    pub(crate) fn new(options: TlsOptions, warn: &dyn Fn(&str)) -> Result<Self> {
+    pub(crate) fn new(options: TlsOptions, warn: Arc<dyn Fn(&str) + Send + Sync>) -> Result<Self> {
         let pins = Pins::parse(&options.pins)?;
-        let has_ca = options.ca_file.is_some() || options.roots.is_some();
-        let fault = if !options.verify && (has_ca || !pins.is_empty()) {
+        let fault = if !options.verify && (options.count_cas() > 0 || !pins.is_empty()) {
             Some("verify(false) contradicts CAs and pins; leave out one or the other")
-        } else if options.ca_file.is_some() && options.roots.is_some() {
-            Some("ca_file and roots exclude each other; give one of them")
+        } else if options.count_cas() > 1 {
+            Some("ca_file, ca_pem, roots and system_store exclude each other; give one of them")
         } else if options.certificate.is_none() && options.key_file.is_some() {
             Some("key_file requires a certificate; give it, too")
         } else {
@@ -85,7 +98,7 @@ impl Trust {
         let cipher_suites =
             vec![ring::cipher_suite::TLS13_AES_256_GCM_SHA384, ring::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256];
         let provider = Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() });
-        Ok(Self { options, pins, provider })
+        Ok(Self { options, pins, provider, shown: Mutex::default(), warn })
     }
 
     pub(crate) fn verifies(&self) -> bool {
@@ -102,7 +115,7 @@ impl Trust {
     }
 
     /// Return the configuration for one connection. Reads the files each time, so that the next connection uses a renewed
-    /// certificate.
+    /// certificate. While certificate and key cannot be used, as during their replacement, the previous ones are.
     pub(crate) fn config(&self) -> Result<Arc<ClientConfig>> {
         let unusable = |error: &dyn std::fmt::Display| Error::Certificate(format!("cannot configure TLS: {error}"));
         let builder = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
@@ -113,11 +126,18 @@ impl Trust {
         let mut config = match &self.options.certificate {
             None => builder.with_no_client_auth(),
             Some(path) => {
-                let chain = read_certificates(path)?;
-                let key = read_key(self.options.key_file.as_ref().unwrap_or(path))?;
-                builder.with_client_auth_cert(chain, key).map_err(|error| {
-                    Error::Certificate(format!("{}: cannot use certificate and key: {error}", text::path(path)))
-                })?
+                let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+                match (self.with_certificate(builder.clone(), path), &*shown) {
+                    (Ok(config), _) => {
+                        *shown = Some(Arc::clone(&config.client_auth_cert_resolver));
+                        config
+                    }
+                    (Err(error), Some(previous)) => {
+                        (self.warn)(&format!("{error}; still presenting the previous client certificate"));
+                        builder.with_client_cert_resolver(Arc::clone(previous))
+                    }
+                    (Err(error), None) => return Err(error),
+                }
             }
         };
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -129,9 +149,20 @@ impl Trust {
         Ok(Arc::new(config))
     }
 
+    fn with_certificate(
+        &self,
+        builder: ConfigBuilder<ClientConfig, WantsClientCert>,
+        path: &Path,
+    ) -> Result<ClientConfig> {
+        let chain = read_certificates(path)?;
+        let key = read_key(self.options.key_file.as_deref().unwrap_or(path))?;
+        builder.with_client_auth_cert(chain, key).map_err(|error| {
+            Error::Certificate(format!("{}: cannot use certificate and key: {error}", text::path(path)))
+        })
+    }
+
     fn verifier(&self) -> Result<Verifier> {
-        let has_ca = self.options.ca_file.is_some() || self.options.roots.is_some();
-        let chain = if self.options.verify && (has_ca || self.pins.is_empty()) {
+        let chain = if self.options.verify && (self.options.count_cas() > 0 || self.pins.is_empty()) {
             let provider = Arc::clone(&self.provider);
             let verifier = WebPkiServerVerifier::builder_with_provider(self.roots()?, provider).build();
             Some(verifier.map_err(|error| Error::Certificate(format!("no CA can be used: {error}")))?)
@@ -151,7 +182,12 @@ impl Trust {
             return Ok(Arc::clone(roots));
         }
         let mut roots = RootCertStore::empty();
-        if let Some(path) = &self.options.ca_file {
+        if let Some(pem) = &self.options.ca_pem {
+            let unusable = |what: &str| Error::Certificate(format!("ca_pem: {what}"));
+            for certificate in parse_certificates(pem).map_err(unusable)? {
+                roots.add(certificate).map_err(|_| unusable(INVALID_CERTIFICATE))?;
+            }
+        } else if let Some(path) = &self.options.ca_file {
             if !path.exists() {
                 return Err(private_file::unusable(
                     path,
@@ -160,9 +196,7 @@ impl Trust {
                 ));
             }
             for certificate in read_certificates(path)? {
-                roots
-                    .add(certificate)
-                    .map_err(|_| private_file::unusable(path, "has an invalid certificate; replace the file"))?;
+                roots.add(certificate).map_err(|_| private_file::unusable(path, INVALID_CERTIFICATE))?;
             }
         } else {
             let configured = std::env::var_os("SSL_CERT_FILE").map(PathBuf::from);
@@ -194,16 +228,22 @@ pub(crate) fn check_handshake(tls: &ClientConnection) -> Result<[u8; 32], TlsErr
     <[u8; 32]>::try_from(digest.as_ref()).map_err(|_| explained(TlsFailure::WrongParameters))
 }
 
+const INVALID_CERTIFICATE: &str = "has an invalid certificate; replace it";
+
 fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let pem = std::fs::read(path)
         .map_err(|error| private_file::unusable(path, &format!("cannot be read: {}; check the path", error.kind())))?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|_| private_file::unusable(path, "has an invalid certificate; replace the file"))?;
-    if certificates.is_empty() {
-        return Err(private_file::unusable(path, "has no certificate in PEM; check the path"));
+    parse_certificates(&pem).map_err(|what| private_file::unusable(path, what))
+}
+
+/// Return the certificates of a text in PEM, or what is wrong with it.
+fn parse_certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match certificates {
+        Err(_) => Err(INVALID_CERTIFICATE),
+        Ok(certificates) if certificates.is_empty() => Err("has no certificate in PEM; check it"),
+        Ok(certificates) => Ok(certificates),
     }
-    Ok(certificates)
 }
 
 fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>> {

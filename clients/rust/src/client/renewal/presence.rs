@@ -1,0 +1,217 @@
+//! A session on connections: it is shown on each new one, with the application's handlers, and kept in use while only the server
+//! calls.
+
+use super::super::backoff::Backoff;
+use super::super::connection::{Connection, PendingCall, Slot};
+use super::super::options::Credentials;
+use super::super::retry::{self, Action};
+use super::super::user::User;
+use super::{MIN_REFRESH_INTERVAL, REQUEST_TIMEOUT, in_time};
+use crate::codec;
+use crate::error::{CallError, Closed, Code, Error, Result};
+use crate::message::Meta;
+use crate::secret::Token;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+/// Maximum interval between two attempts to renew a session that only waits for calls from the server.
+const MAX_KEEP_INTERVAL: Duration = Duration::from_secs(30);
+
+impl User {
+    /// Show the token on a new connection, so that events and calls of the session arrive there. Attach a session that is bound
+    /// to a device. The request is small: a large one is refused on a connection without a session.
+    pub(crate) async fn present(self: &Arc<Self>, connection: &Arc<Connection>) {
+        let (is_bound, is_attached) = {
+            let sessions = self.lock();
+            match &sessions.session {
+                Some(session) if sessions.renewing.is_none() => {
+                    (session.info.bound, sessions.attached_to == Some(connection.id))
+                }
+                _ => return,
+            }
+        };
+        let token = self.token();
+        let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
+        let shown = if is_bound && is_device && !is_attached {
+            match self.attach(connection, &token).await {
+                Ok(_) => self.register_if_any(connection).await,
+                Err(error) => Err(error),
+            }
+        } else if !self.handlers.is_empty() && connection.has_calls() {
+            self.register_if_any(connection).await
+        } else {
+            self.request(connection, "session.info", &[0xc0], &token).await.map(drop)
+        };
+        if let Err(Error::Call(error)) = shown {
+            self.handle_refusal(&token, &error);
+        } // otherwise the next connection shows the token
+    }
+
+    /// Send a small request of the session, and wait for its result.
+    async fn request(
+        &self,
+        connection: &Arc<Connection>,
+        method: &str,
+        params: &[u8],
+        token: &Token,
+    ) -> Result<Vec<u8>> {
+        let Some(slot) = connection.slot().await else {
+            return Err(Closed::broken("the connection accepts no requests").into());
+        };
+        let pending = connection.request(slot, method, params, token, &Meta::default())?;
+        in_time(REQUEST_TIMEOUT, pending).await
+    }
+
+    /// Send the registration of the application's handlers for the session.
+    pub(crate) fn register(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        slot: Slot,
+        token: &Token,
+    ) -> Result<PendingCall> {
+        self.touch();
+        self.keep();
+        let methods = self.handlers.methods();
+        let methods: Vec<&str> = methods.iter().map(String::as_str).collect();
+        let max = self.handlers.max;
+        connection.send(slot, None, None, |conversation, wall| conversation.handle(token, &methods, max, wall))
+    }
+
+    /// Register the application's handlers, if there are any. Retries while that may succeed on this connection.
+    pub(super) async fn register_if_any(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<()> {
+        let mut backoff = Backoff::default();
+        while !self.handlers.is_empty() && connection.has_calls() && !self.has_ended() {
+            let Some(slot) = connection.slot().await else {
+                return Ok(()); // the next connection registers them
+            };
+            let token = self.token();
+            match in_time(REQUEST_TIMEOUT, self.register(connection, slot, &token)?).await {
+                Err(Error::Call(error)) if may_succeed_later(&error) => sleep(backoff.next(error.retry_after())).await,
+                registered => return registered.map(drop),
+            }
+        }
+        Ok(())
+    }
+
+    /// Attach the session of a token to a connection if both are still in use. Return false without a device. Concurrent
+    /// callers share one request.
+    pub(crate) async fn attach(&self, connection: &Arc<Connection>, token: &Token) -> Result<bool> {
+        let Some(Credentials::Device { device, .. }) = &self.credentials else {
+            return Ok(false);
+        };
+        let is_first = self.attaching.try_lock().is_ok_and(|_guard| true);
+        let _guard = self.attaching.lock().await;
+        let is_attached = self.lock().attached_to == Some(connection.id);
+        if !self.is_current(token) || !connection.is_open() || (is_attached && !is_first) {
+            return Ok(true);
+        }
+        self.lock().attached_to = None;
+        let mut params = Vec::new();
+        codec::write_map(&mut params, 1);
+        codec::write_str(&mut params, "signature");
+        codec::write_bin(&mut params, &device.sign(&connection.channel().attach_message(token)));
+        match self.request(connection, "session.attach", &params, token).await {
+            Ok(_) => self.lock().attached_to = Some(connection.id),
+            Err(Error::Closed(_)) => {} // the next connection attaches it
+            Err(error) => return Err(error),
+        }
+        Ok(true)
+    }
+
+    fn handle_refusal(&self, token: &Token, error: &CallError) {
+        if retry::action(error) == Action::Reopen {
+            self.reopen(token);
+        } else if error.code == Code::Unauthenticated {
+            self.mark_unknown(token);
+        } else if error.code == Code::TokenExpired {
+            self.mark_expired(token);
+        } else if retry::ends_session(error.code) {
+            self.mark_ended(token, error);
+        }
+    }
+
+    /// Handle an event of the session or of the server.
+    pub(crate) fn event_received(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        name: &str,
+        body: Vec<u8>,
+        token: &Token,
+    ) {
+        if self.is_current(token) {
+            match name {
+                "session.revoked" => {
+                    self.handlers.abort("the session has ended", None);
+                    let key = (connection.id, token.clone());
+                    let mut sessions = self.lock();
+                    if sessions.checked_revocation.as_ref() != Some(&key) {
+                        sessions.checked_revocation = Some(key);
+                        drop(sessions);
+                        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
+                        // The answer has the code: revoked or replaced.
+                        tokio::spawn(async move { user.present(&connection).await });
+                    }
+                }
+                "session.expiring" => self.refresh_early(),
+                _ => {}
+            }
+        }
+        self.events.put(body);
+    }
+
+    // --- a session that only waits for calls from the server -------------------------------------
+
+    /// Keep the session in use if there are handlers: show it again before its idle timeout, and renew it after it has
+    /// expired.
+    pub(crate) fn keep(self: &Arc<Self>) {
+        if self.handlers.is_empty() || self.is_closed.load(Ordering::Acquire) {
+            return;
+        }
+        let mut sessions = self.lock();
+        if sessions.session.is_none() || sessions.keeper.as_ref().is_some_and(|keeper| !keeper.is_finished()) {
+            return;
+        }
+        let me = Arc::downgrade(self);
+        let keeper = tokio::spawn(async move {
+            let mut interval = MIN_REFRESH_INTERVAL;
+            loop {
+                let user = me.upgrade().filter(|user| !user.handlers.is_empty());
+                let Some(left) = user.and_then(|user| user.time_left()) else {
+                    return;
+                };
+                if left > Duration::ZERO {
+                    interval = MIN_REFRESH_INTERVAL;
+                }
+                sleep((left / 2).max(interval)).await;
+                let Some(user) = me.upgrade() else {
+                    return;
+                };
+                let Some((left, idle)) = user.time_left().zip(user.session().map(|info| info.idle_timeout_ms)) else {
+                    return;
+                };
+                if left.is_zero() {
+                    interval = (interval * 2).min(MAX_KEEP_INTERVAL);
+                    let _ = user.wait_usable().await; // the next round tries again
+                } else if left < Duration::from_millis(idle) / 2 {
+                    if let Ok(connection) = user.hub.get().await {
+                        user.touch();
+                        user.present(&connection).await;
+                    }
+                }
+            }
+        });
+        sessions.keeper = Some(keeper.abort_handle());
+    }
+
+    /// Return for how long the session can be used, if there is one.
+    fn time_left(&self) -> Option<Duration> {
+        let sessions = self.lock();
+        Some(sessions.session.as_ref()?.usable_until.saturating_duration_since(Instant::now()))
+    }
+}
+
+fn may_succeed_later(error: &CallError) -> bool {
+    matches!(retry::action(error), Action::Later | Action::AtOnce) || error.code == Code::DeadlineExceeded
+}
