@@ -5,7 +5,11 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 use zcproto::{Client, ConnectOptions, Result};
+
+/// The timeout of clients, which no test waits for: a busy machine may take long.
+pub const TIMEOUT: Duration = Duration::from_secs(300);
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -97,9 +101,14 @@ impl Server {
         self.home.join("certs/ca.crt")
     }
 
-    /// Return options with the address and a home folder for clients, without trust.
+    /// Return options with an address and a home folder for clients, without trust.
+    pub fn options_at(&self, address: impl Into<String>) -> ConnectOptions {
+        ConnectOptions::new(address).home(self.home.join("client")).timeout(TIMEOUT).connect_timeout(TIMEOUT)
+    }
+
+    /// Return options with the address of the server, without trust.
     pub fn untrusted(&self) -> ConnectOptions {
-        ConnectOptions::new(self.address()).home(self.home.join("client"))
+        self.options_at(self.address())
     }
 
     /// Return options that trust the server's CA.

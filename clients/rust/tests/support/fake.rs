@@ -1,0 +1,127 @@
+//! A server that tests script: it speaks TLS, and sends what a test says. Its methods block.
+
+use crate::support::{TIMEOUT, root};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use zcproto::frame::{Accepted, Frame, FrameDecoder, Kind, Side, encode_frame};
+use zcproto::{ConnectOptions, Value, codec};
+
+pub struct Fake {
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+}
+
+/// A connection of a client.
+pub struct Peer {
+    stream: StreamOwned<ServerConnection, TcpStream>,
+    decoder: FrameDecoder,
+    counter: u64,
+}
+
+/// A frame: kind, number and body.
+pub type Sent = (Kind, u32, Vec<u8>);
+
+impl Fake {
+    pub fn new() -> Self {
+        let folder = root().join("clients/typescript/test/support");
+        let certificate = CertificateDer::from_pem_file(folder.join("certificate.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_file(folder.join("key.pem")).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let versions = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]);
+        let mut config = versions.unwrap().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
+        config.alpn_protocols = vec![b"zcp/1".to_vec()];
+        config.send_tls13_tickets = 0;
+        Self { listener: TcpListener::bind("127.0.0.1:0").unwrap(), config: Arc::new(config) }
+    }
+
+    pub fn address(&self) -> String {
+        self.listener.local_addr().unwrap().to_string()
+    }
+
+    /// Return options for a client that trusts any server.
+    pub fn options(&self) -> ConnectOptions {
+        let home = std::env::temp_dir().join("zcproto-rust-no-home");
+        let options = ConnectOptions::new(self.address()).verify(false).home(home);
+        options.timeout(TIMEOUT).connect_timeout(TIMEOUT).start_timeout(TIMEOUT)
+    }
+
+    /// Wait for a client.
+    pub fn accept(&self) -> Peer {
+        let (tcp, _) = self.listener.accept().unwrap();
+        let tls = ServerConnection::new(Arc::clone(&self.config)).unwrap();
+        Peer { stream: StreamOwned::new(tls, tcp), decoder: FrameDecoder::new(), counter: 0 }
+    }
+}
+
+impl Peer {
+    /// Send frames in one TLS record.
+    pub fn send(&mut self, frames: &[Sent]) {
+        let timestamp = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
+        let mut bytes = Vec::new();
+        for (kind, stream, body) in frames {
+            let (salt, counter, token) = (7, self.counter, &[0; 32]);
+            encode_frame(&mut bytes, &Frame { kind: *kind, stream: *stream, timestamp, salt, counter, token, body });
+            self.counter += 1;
+        }
+        self.stream.write_all(&bytes).unwrap();
+        self.stream.flush().unwrap();
+    }
+
+    /// Wait for the next frame of the client. Return `None` after the end.
+    pub fn receive(&mut self) -> Option<Sent> {
+        let accepted =
+            Accepted { receiver: Side::Server, max_length: 1 << 20, max_item: 1 << 20, streams: true, calls: true };
+        loop {
+            if let Some(frame) = self.decoder.next(&accepted).unwrap() {
+                return Some((frame.kind, frame.stream, frame.body.to_vec()));
+            }
+            let mut bytes = [0; 4096];
+            match self.stream.read(&mut bytes).unwrap_or(0) {
+                0 => return None,
+                size => self.decoder.feed(&bytes[..size]),
+            }
+        }
+    }
+
+    /// Answer requests with what a function makes of their bodies, until the end.
+    pub fn serve(&mut self, answer: impl Fn(&Value) -> Value) {
+        while let Some((kind, stream, body)) = self.receive() {
+            if kind == Kind::Request {
+                let result = answer(&codec::decode(&body).unwrap());
+                self.send(&[(Kind::Response, stream, codec::encode(&result).unwrap())]);
+            }
+        }
+    }
+
+    /// Send close_notify, and wait for the end of the client.
+    pub fn close(mut self) {
+        self.stream.conn.send_close_notify();
+        self.stream.flush().unwrap();
+        while self.receive().is_some() {}
+    }
+}
+
+/// WELCOME of a server without streams.
+pub fn welcome() -> Sent {
+    let sts = Value::from([("max_age", Value::from(0)), ("include_subdomains", false.into())]);
+    let body = Value::from([
+        ("server", Value::from("fake")),
+        ("versions", vec![1].into()),
+        ("max_frame", 1_048_576.into()),
+        ("max_streams", 4.into()),
+        ("idle_timeout_ms", 0.into()),
+        ("tolerance_ms", 30_000.into()),
+        ("sts", sts),
+    ]);
+    (Kind::Welcome, 0, codec::encode(&body).unwrap())
+}
+
+pub fn goaway(reason: &str, retry_after_ms: i64) -> Sent {
+    let body = Value::from([("reason", Value::from(reason)), ("retry_after_ms", retry_after_ms.into())]);
+    (Kind::GoAway, 0, codec::encode(&body).unwrap())
+}
