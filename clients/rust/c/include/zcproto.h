@@ -11,7 +11,8 @@
  * - All functions can be called from any thread, and a client by several at the same time. Where a type permits less, its
  *   description says so. An object must not be used while or after it is freed.
  * - Functions that wait must not be called in a callback; they return ZCP_ARGUMENT there. Callbacks run in a thread of
- *   this library, and must return soon: other calls wait for it.
+ *   this library, and must return soon: other calls wait for it. They must not wait for a lock that is held during a
+ *   function that ends them, such as zcp_close.
  * - After fork, the child must not use objects of the parent.
  */
 
@@ -20,6 +21,20 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+/**
+ * The version of this header. zcp_version returns that of the library.
+ */
+#define ZCP_VERSION "0.1.0"
+#define ZCP_VERSION_MAJOR 0
+#define ZCP_VERSION_MINOR 1
+#define ZCP_VERSION_PATCH 0
+
+/**
+ * A version as a number, to compare: #if ZCP_VERSION_NUMBER >= ZCP_MAKE_VERSION(0, 2, 0)
+ */
+#define ZCP_MAKE_VERSION(major, minor, patch) ((major) << 16 | (minor) << 8 | (patch))
+#define ZCP_VERSION_NUMBER ZCP_MAKE_VERSION(ZCP_VERSION_MAJOR, ZCP_VERSION_MINOR, ZCP_VERSION_PATCH)
 
 /**
  * Success.
@@ -247,9 +262,19 @@ typedef void (*zcp_done)(void *data, struct zcp_value *result, struct zcp_error 
  */
 typedef void (*zcp_handler)(void *data, struct zcp_server_call *call);
 
+/**
+ * Receives a text, which is valid during the call.
+ */
+typedef void (*zcp_notice)(void *data, const char *text);
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
+
+/**
+ * Return the version of the library, such as "0.1.0". ZCP_VERSION is that of the header.
+ */
+const char *zcp_version(void);
 
 /**
  * Connect to a server, and open a session if the options have credentials. Waits for that.
@@ -306,6 +331,11 @@ int32_t zcp_session(const struct zcp_client *client,
                     struct zcp_error **error);
 
 /**
+ * Return where the client is connected, such as `a.example:7443 (192.0.2.1)`, or nil without a connection.
+ */
+int32_t zcp_endpoint(const struct zcp_client *client, struct zcp_value **endpoint, struct zcp_error **error);
+
+/**
  * Open a new session, as after ZCP_TOKEN_REVOKED or ZCP_SESSION_REPLACED. Waits for it.
  */
 int32_t zcp_open_session(const struct zcp_client *client, struct zcp_error **error);
@@ -320,7 +350,8 @@ int32_t zcp_event(const struct zcp_client *client,
 
 /**
  * Close a client and its connection, or a session of `zcp_session_for` alone, and free it. Calls that were started end with
- * ZCP_CLOSED. In a callback it does not wait. NULL is accepted.
+ * ZCP_CLOSED. Then no handler of it runs any more, and no callback of its options. In a callback it does not wait for that. NULL
+ * is accepted.
  */
 int32_t zcp_close(struct zcp_client *client);
 
@@ -371,14 +402,22 @@ const char *zcp_code_name(int32_t code);
 void zcp_error_free(struct zcp_error *error);
 
 /**
- * Let the server call a method of this client. `handler` gets each call with `data`. Waits until the server can call it.
- * After a reconnect the client registers its methods again.
+ * Let the server call a method of this client. `handler` gets each call with `data`, until it is replaced or removed, or the client
+ * is closed. Waits until the server can call it. After a reconnect the client registers its methods again.
  */
 int32_t zcp_handle(const struct zcp_client *client,
                    const char *method,
                    zcp_handler handler,
                    void *data,
                    struct zcp_error **error);
+
+/**
+ * Handle a method no longer. Afterwards the handler does not run, also if this function fails because the server could not be
+ * notified; calls that it has not answered can still be answered. Waits for that.
+ */
+int32_t zcp_remove_handler(const struct zcp_client *client,
+                           const char *method,
+                           struct zcp_error **error);
 
 /**
  * Return the name of the method that is called. Return NULL for NULL.
@@ -421,8 +460,10 @@ int32_t zcp_options_new(const char *address,
  * - `user`, `key`: open the session by an API key
  * - `device`, `device_name`: open the session by an enrolled device, with its key file
  * - `certificate`, `key_file`: show a client certificate; without other credentials it opens the session
- * - `ca_file`: trust the CAs of this PEM file; without it and without `pins`, those of the system
+ * - `ca_file`: trust the CAs of this PEM file; without any CAs and pins, those of the system
+ * - `ca_pem`: trust the CAs in this text in PEM
  * - `pins`: `sha256/BASE64` of the server's key; several are separated by spaces
+ * - `system_store`: `true` trusts the CAs of the system, in addition to pins
  * - `server_hostname`: the name to verify in the certificate, instead of the host
  * - `verify`: `false` trusts any server
  * - `open_session`: `false` opens no session on connect
@@ -439,6 +480,24 @@ int32_t zcp_options_set(struct zcp_options *options,
                         const char *name,
                         const char *value,
                         struct zcp_error **error);
+
+/**
+ * Call a function with each warning, such as that a pin has no backup. It can run in the thread that connects, and in threads of
+ * this library, until `zcp_close` of the last client that was connected by these options. NULL removes it.
+ */
+int32_t zcp_options_on_warning(struct zcp_options *options,
+                               zcp_notice notice,
+                               void *data,
+                               struct zcp_error **error);
+
+/**
+ * Call a function once a client has connected and opened its session, and again after each reconnect, in a thread of this library,
+ * until `zcp_close`. The text says where: `a.example:7443 (192.0.2.1)`. NULL removes it.
+ */
+int32_t zcp_options_on_connected(struct zcp_options *options,
+                                 zcp_notice notice,
+                                 void *data,
+                                 struct zcp_error **error);
 
 /**
  * Free options. A client does not need them after it has connected.
@@ -479,6 +538,11 @@ int32_t zcp_stream_finish(const struct zcp_stream *stream, struct zcp_error **er
 int32_t zcp_stream_result(const struct zcp_stream *stream,
                           struct zcp_value **result,
                           struct zcp_error **error);
+
+/**
+ * Cancel a stream unless it has ended: functions that wait for it return ZCP_CANCELLED. Can be called while other threads wait.
+ */
+void zcp_stream_cancel(const struct zcp_stream *stream);
 
 /**
  * Free a stream. The method is cancelled if it has not ended.

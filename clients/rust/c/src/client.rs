@@ -1,14 +1,16 @@
 //! Clients, calls and events.
 
 use crate::error::{guard, Error, Failure, ZCP_ARGUMENT};
+use crate::gate::Gate;
 use crate::options::Options;
 use crate::pointer::{free, give, object, optional_text, text, Data};
 use crate::runtime::Shared;
 use crate::value::Value;
+use std::collections::HashMap;
 use std::ffi::{c_char, c_void};
 use std::future::Future;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use zcproto_client::codec;
@@ -17,6 +19,33 @@ use zcproto_client::codec;
 pub struct Client {
     pub(crate) runtime: Arc<Shared>,
     pub(crate) inner: zcproto_client::Client,
+    /// For the callbacks of the options.
+    gate: Gate,
+    /// For the handlers of methods.
+    handlers: Mutex<HashMap<String, Gate>>,
+}
+
+impl Client {
+    fn new(runtime: Arc<Shared>, inner: zcproto_client::Client, gate: Gate) -> Self {
+        Self { runtime, inner, gate, handlers: Mutex::default() }
+    }
+
+    /// Use another gate for the handler of a method, or none. Return the previous one.
+    pub(crate) fn replace_handler(&self, method: &str, gate: Option<Gate>) -> Option<Gate> {
+        let mut handlers = self.handlers.lock().unwrap_or_else(PoisonError::into_inner);
+        match gate {
+            Some(gate) => handlers.insert(method.to_owned(), gate),
+            None => handlers.remove(method),
+        }
+    }
+
+    /// Run no more callbacks.
+    fn close_gates(&self) {
+        let handlers = std::mem::take(&mut *self.handlers.lock().unwrap_or_else(PoisonError::into_inner));
+        for gate in handlers.into_values().chain([self.gate.clone()]) {
+            gate.close();
+        }
+    }
 }
 
 /// Options of one call. All zero is the default.
@@ -44,11 +73,13 @@ pub struct Pending {
 pub unsafe extern "C" fn zcp_connect(options: *const Options, client: *mut *mut Client, error: *mut *mut Error) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes options that no other thread uses.
-        let options = unsafe { object(options, "options") }?.connect()?;
+        let options = unsafe { object(options, "options") }?;
+        let gate = Gate::default();
         let runtime = Shared::get()?;
-        let inner = runtime.wait(zcproto_client::Client::connect(options))??;
+        let connected = runtime.wait(zcproto_client::Client::connect(options.connect(&gate)?));
+        let inner = connected.and_then(|client| client.map_err(Failure::from)).inspect_err(|_| gate.close())?;
         // SAFETY: the caller passes a place for a client.
-        unsafe { give(client, Client { runtime, inner }) }
+        unsafe { give(client, Client::new(runtime, inner, gate)) }
     })
 }
 
@@ -67,7 +98,7 @@ pub unsafe extern "C" fn zcp_session_for(
         let credentials = options.credentials()?.ok_or_else(|| Failure::argument("the options have no credentials"))?;
         let inner = client.runtime.wait(client.inner.session_for(credentials))??;
         // SAFETY: the caller passes a place for a client.
-        unsafe { give(session, Client { runtime: Arc::clone(&client.runtime), inner }) }
+        unsafe { give(session, Client::new(Arc::clone(&client.runtime), inner, Gate::default())) }
     })
 }
 
@@ -206,6 +237,18 @@ pub unsafe extern "C" fn zcp_session(client: *const Client, session: *mut *mut V
     })
 }
 
+/// Return where the client is connected, such as `a.example:7443 (192.0.2.1)`, or nil without a connection.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_endpoint(client: *const Client, endpoint: *mut *mut Value, error: *mut *mut Error) -> i32 {
+    guard(error, || {
+        // SAFETY: the caller passes a client.
+        let client = unsafe { object(client, "client") }?;
+        let found = client.inner.endpoint().map(|endpoint| endpoint.to_string());
+        // SAFETY: the caller passes a place for a value.
+        unsafe { give(endpoint, Value::new(found.into())) }
+    })
+}
+
 /// Open a new session, as after ZCP_TOKEN_REVOKED or ZCP_SESSION_REPLACED. Waits for it.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_open_session(client: *const Client, error: *mut *mut Error) -> i32 {
@@ -237,7 +280,8 @@ pub unsafe extern "C" fn zcp_event(
 }
 
 /// Close a client and its connection, or a session of `zcp_session_for` alone, and free it. Calls that were started end with
-/// ZCP_CLOSED. In a callback it does not wait. NULL is accepted.
+/// ZCP_CLOSED. Then no handler of it runs any more, and no callback of its options. In a callback it does not wait for that. NULL
+/// is accepted.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_close(client: *mut Client) -> i32 {
     if client.is_null() {
@@ -246,7 +290,9 @@ pub unsafe extern "C" fn zcp_close(client: *mut Client) -> i32 {
     let code = guard(ptr::null_mut(), || {
         // SAFETY: the caller passes a client for the last time.
         let client = unsafe { object(client, "client") }?;
-        client.runtime.wait(client.inner.close())
+        let closed = client.runtime.wait(client.inner.close());
+        client.close_gates();
+        closed
     });
     // SAFETY: the caller passes a client for the last time.
     unsafe { free(client) };

@@ -1,6 +1,7 @@
 //! Devices and their enrolment.
 
 use crate::error::{guard, Error};
+use crate::gate::Gate;
 use crate::options::Options;
 use crate::pointer::{give, object, text};
 use crate::runtime::Shared;
@@ -35,7 +36,10 @@ pub unsafe extern "C" fn zcp_enroll(
             unsafe { (object(options, "options")?, text(code, "code")?, text(file, "file")?, text(name, "name")?) };
         let device = Device::load(file)?;
         let runtime = Shared::get()?;
-        let found = runtime.wait(zcproto_client::enroll(options.connect()?, code, &device, name))??;
+        let gate = Gate::default();
+        let enrolled = runtime.wait(zcproto_client::enroll(options.connect(&gate)?, code, &device, name));
+        gate.close();
+        let found = enrolled??;
         // SAFETY: the caller passes a place for a value.
         unsafe { give(user, Value::new(found.into())) }
     })

@@ -2,6 +2,7 @@
 
 use crate::client::Client;
 use crate::error::{guard, Error, Failure};
+use crate::gate::Gate;
 use crate::pointer::{object, optional_text, text, Data};
 use crate::value::Value;
 use std::ffi::{c_char, c_void, CString};
@@ -24,8 +25,8 @@ pub struct ServerCall {
 /// answered later, by another thread.
 pub type Handler = Option<extern "C" fn(data: *mut c_void, call: *mut ServerCall)>;
 
-/// Let the server call a method of this client. `handler` gets each call with `data`. Waits until the server can call it.
-/// After a reconnect the client registers its methods again.
+/// Let the server call a method of this client. `handler` gets each call with `data`, until it is replaced or removed, or the client
+/// is closed. Waits until the server can call it. After a reconnect the client registers its methods again.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_handle(
     client: *const Client,
@@ -39,19 +40,46 @@ pub unsafe extern "C" fn zcp_handle(
         let (client, method) = unsafe { (object(client, "client")?, text(method, "method")?) };
         let handler = handler.ok_or_else(|| Failure::argument("handler is NULL"))?;
         let data = Data::new(data);
-        let handle = client.inner.handle(method, move |call: zcproto_client::Call| async move {
-            let (answer, answered) = oneshot::channel();
-            let call = ServerCall {
-                method: CString::new(call.method).unwrap_or_default(),
-                user: CString::new(call.user).unwrap_or_default(),
-                params: Value::new(call.raw_params),
-                answer,
-            };
-            handler(data.get(), Box::into_raw(Box::new(call)));
-            answered.await.unwrap_or_else(|_| Err(CallError::new(Code::Internal, "the handler gave no answer")))
+        let gate = Gate::default();
+        let own_gate = gate.clone();
+        let handle = client.inner.handle(method, move |call: zcproto_client::Call| {
+            let gate = gate.clone();
+            async move {
+                let (answer, answered) = oneshot::channel();
+                let call = ServerCall {
+                    method: CString::new(call.method).unwrap_or_default(),
+                    user: CString::new(call.user).unwrap_or_default(),
+                    params: Value::new(call.raw_params),
+                    answer,
+                };
+                gate.run(|| handler(data.get(), Box::into_raw(Box::new(call))));
+                answered.await.unwrap_or_else(|_| Err(CallError::new(Code::Internal, "the handler gave no answer")))
+            }
         });
-        client.runtime.wait(handle)??;
-        Ok(())
+        let registered = client.runtime.wait(handle)?;
+        if let Some(previous) = client.replace_handler(method, Some(own_gate)) {
+            previous.close();
+        }
+        registered.map_err(Failure::from)
+    })
+}
+
+/// Handle a method no longer. Afterwards the handler does not run, also if this function fails because the server could not be
+/// notified; calls that it has not answered can still be answered. Waits for that.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_remove_handler(
+    client: *const Client,
+    method: *const c_char,
+    error: *mut *mut Error,
+) -> i32 {
+    guard(error, || {
+        // SAFETY: the caller passes a client and a text.
+        let (client, method) = unsafe { (object(client, "client")?, text(method, "method")?) };
+        let removed = client.runtime.wait(client.inner.remove_handler(method))?;
+        if let Some(gate) = client.replace_handler(method, None) {
+            gate.close();
+        }
+        removed.map_err(Failure::from)
     })
 }
 

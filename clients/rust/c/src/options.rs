@@ -1,8 +1,9 @@
 //! Options of a connection.
 
 use crate::error::{guard, Error, Failure};
-use crate::pointer::{free, give, text};
-use std::ffi::c_char;
+use crate::gate::{Gate, Notice};
+use crate::pointer::{free, give, text, Data};
+use std::ffi::{c_char, c_void};
 use std::time::Duration;
 use zcproto_client::{ConnectOptions, Credentials, Device, Secret};
 
@@ -13,6 +14,8 @@ pub struct Options {
     key: Option<Secret>,
     device: Option<String>,
     device_name: Option<String>,
+    on_warning: Option<(Notice, Data)>,
+    on_connected: Option<(Notice, Data)>,
 }
 
 impl Options {
@@ -31,6 +34,8 @@ impl Options {
         let connect = self.connect.clone();
         Ok(match name {
             "ca_file" => connect.ca_file(value),
+            "ca_pem" => connect.ca_pem(value),
+            "system_store" if boolean(name, value)? => connect.system_store(),
             "pins" => connect.pins(value.split_ascii_whitespace()),
             "verify" => connect.verify(boolean(name, value)?),
             "server_hostname" => connect.server_hostname(value),
@@ -45,18 +50,25 @@ impl Options {
             "max_calls" => connect.max_calls(number(name, value)?),
             "max_frame" => connect.max_frame(number(name, value)?),
             "open_session" if !boolean(name, value)? => connect.without_session(),
-            "open_session" => connect,
+            "system_store" | "open_session" => connect,
             _ => return Err(Failure::argument(&format!("there is no option {name:?}; zcproto.h lists them"))),
         })
     }
 
-    /// Return the options with their credentials.
-    pub(crate) fn connect(&self) -> Result<ConnectOptions, Failure> {
-        let connect = self.connect.clone();
-        Ok(match self.credentials()? {
-            Some(credentials) => connect.credentials(credentials),
-            None => connect,
-        })
+    /// Return the options with their credentials, and with their callbacks, which run until the gate is closed.
+    pub(crate) fn connect(&self, gate: &Gate) -> Result<ConnectOptions, Failure> {
+        let mut connect = self.connect.clone();
+        if let Some(credentials) = self.credentials()? {
+            connect = connect.credentials(credentials);
+        }
+        if let Some((notice, data)) = self.on_warning {
+            connect = connect.on_warning(gate.notice(notice, data));
+        }
+        if let Some((notice, data)) = self.on_connected {
+            let notice = gate.notice(notice, data);
+            connect = connect.on_connected(move |endpoint| notice(&endpoint.to_string()));
+        }
+        Ok(connect)
     }
 
     pub(crate) fn credentials(&self) -> Result<Option<Credentials>, Failure> {
@@ -91,7 +103,8 @@ pub unsafe extern "C" fn zcp_options_new(
     guard(error, || {
         // SAFETY: the caller passes a text.
         let connect = ConnectOptions::new(unsafe { text(address, "address") }?);
-        let made = Options { connect, user: None, key: None, device: None, device_name: None };
+        let (user, key, device, device_name) = (None, None, None, None);
+        let made = Options { connect, user, key, device, device_name, on_warning: None, on_connected: None };
         // SAFETY: the caller passes a place for options.
         unsafe { give(options, made) }
     })
@@ -102,8 +115,10 @@ pub unsafe extern "C" fn zcp_options_new(
 /// - `user`, `key`: open the session by an API key
 /// - `device`, `device_name`: open the session by an enrolled device, with its key file
 /// - `certificate`, `key_file`: show a client certificate; without other credentials it opens the session
-/// - `ca_file`: trust the CAs of this PEM file; without it and without `pins`, those of the system
+/// - `ca_file`: trust the CAs of this PEM file; without any CAs and pins, those of the system
+/// - `ca_pem`: trust the CAs in this text in PEM
 /// - `pins`: `sha256/BASE64` of the server's key; several are separated by spaces
+/// - `system_store`: `true` trusts the CAs of the system, in addition to pins
 /// - `server_hostname`: the name to verify in the certificate, instead of the host
 /// - `verify`: `false` trusts any server
 /// - `open_session`: `false` opens no session on connect
@@ -126,6 +141,40 @@ pub unsafe extern "C" fn zcp_options_set(
         // SAFETY: the caller passes options that no other thread uses, and texts.
         let (options, name, value) = unsafe { (options.as_mut(), text(name, "name")?, text(value, "value")?) };
         options.ok_or_else(|| Failure::argument("options is NULL"))?.set(name, value)
+    })
+}
+
+/// Call a function with each warning, such as that a pin has no backup. It can run in the thread that connects, and in threads of
+/// this library, until `zcp_close` of the last client that was connected by these options. NULL removes it.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_options_on_warning(
+    options: *mut Options,
+    notice: Notice,
+    data: *mut c_void,
+    error: *mut *mut Error,
+) -> i32 {
+    guard(error, || {
+        // SAFETY: the caller passes options that no other thread uses.
+        let options = unsafe { options.as_mut() }.ok_or_else(|| Failure::argument("options is NULL"))?;
+        options.on_warning = notice.is_some().then(|| (notice, Data::new(data)));
+        Ok(())
+    })
+}
+
+/// Call a function once a client has connected and opened its session, and again after each reconnect, in a thread of this library,
+/// until `zcp_close`. The text says where: `a.example:7443 (192.0.2.1)`. NULL removes it.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_options_on_connected(
+    options: *mut Options,
+    notice: Notice,
+    data: *mut c_void,
+    error: *mut *mut Error,
+) -> i32 {
+    guard(error, || {
+        // SAFETY: the caller passes options that no other thread uses.
+        let options = unsafe { options.as_mut() }.ok_or_else(|| Failure::argument("options is NULL"))?;
+        options.on_connected = notice.is_some().then(|| (notice, Data::new(data)));
+        Ok(())
     })
 }
 

@@ -91,6 +91,18 @@ pub unsafe extern "C" fn zcp_stream_result(
     })
 }
 
+/// Cancel a stream unless it has ended: functions that wait for it return ZCP_CANCELLED. Can be called while other threads wait.
+#[no_mangle]
+pub unsafe extern "C" fn zcp_stream_cancel(stream: *const Stream) {
+    // SAFETY: the caller passes NULL or a stream.
+    if let Some(stream) = unsafe { stream.as_ref() } {
+        guard(std::ptr::null_mut(), || {
+            stream.inner.cancel();
+            Ok(())
+        });
+    }
+}
+
 /// Free a stream. The method is cancelled if it has not ended.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_stream_free(stream: *mut Stream) {

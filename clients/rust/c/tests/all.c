@@ -11,6 +11,8 @@
 
 #define THREADS 4
 #define CALLS 25
+/* No call waits for it: a busy machine, and valgrind, may take long. */
+#define TIMEOUT_MS "300000"
 
 #define CHECK(condition) \
     do { \
@@ -29,7 +31,7 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 struct outcome {
     int is_done;
     int code;
-    char text[64];
+    char text[256];
 };
 
 static void record(struct outcome *outcome, int code, const char *text) {
@@ -81,6 +83,8 @@ static zcp_options *options_for(const char *user, const char *key) {
     zcp_options *options = NULL;
     zcp_error *error = NULL;
     EXPECT(zcp_options_new(address, &options, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "timeout_ms", TIMEOUT_MS, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "connect_timeout_ms", TIMEOUT_MS, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "ca_file", ca_file, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "home", home, &error), ZCP_OK);
     if (user != NULL) {
@@ -158,6 +162,10 @@ static void check_nothing(void) {
     EXPECT(zcp_open_session(NULL, &error), ZCP_ARGUMENT);
     EXPECT(zcp_event(NULL, 0, NULL, &error), ZCP_ARGUMENT);
     EXPECT(zcp_handle(NULL, "x", NULL, NULL, &error), ZCP_ARGUMENT);
+    EXPECT(zcp_remove_handler(NULL, "x", &error), ZCP_ARGUMENT);
+    EXPECT(zcp_endpoint(NULL, NULL, &error), ZCP_ARGUMENT);
+    EXPECT(zcp_options_on_warning(NULL, NULL, NULL, &error), ZCP_ARGUMENT);
+    EXPECT(zcp_options_on_connected(NULL, NULL, NULL, &error), ZCP_ARGUMENT);
     EXPECT(zcp_stream_open(NULL, "x", NULL, 0, NULL, &error), ZCP_ARGUMENT);
     EXPECT(zcp_stream_next(NULL, NULL, &error), ZCP_ARGUMENT);
     EXPECT(zcp_stream_send(NULL, NULL, &error), ZCP_ARGUMENT);
@@ -178,7 +186,17 @@ static void check_nothing(void) {
     zcp_value_free(NULL);
     zcp_error_free(NULL);
     zcp_options_free(NULL);
+    zcp_stream_cancel(NULL);
     zcp_stream_free(NULL);
+}
+
+static void check_version(void) {
+    char numbers[32];
+    snprintf(numbers, sizeof numbers, "%d.%d.%d", ZCP_VERSION_MAJOR, ZCP_VERSION_MINOR, ZCP_VERSION_PATCH);
+    CHECK(strcmp(zcp_version(), ZCP_VERSION) == 0 && strcmp(numbers, ZCP_VERSION) == 0);
+#if ZCP_VERSION_NUMBER < ZCP_MAKE_VERSION(0, 1, 0) || ZCP_VERSION_NUMBER >= ZCP_MAKE_VERSION(1000, 0, 0)
+#error "the version is not a number"
+#endif
 }
 
 static void check_options(const char *key) {
@@ -209,6 +227,57 @@ static void check_options(const char *key) {
     EXPECT(zcp_options_set(options, "ca_file", ca_file, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "start_timeout_ms", "0", &error), ZCP_OK);
     refused(options, ZCP_CANNOT_CONNECT);
+}
+
+static void on_notice(void *data, const char *text) {
+    record(data, 0, text);
+}
+
+static char *content_of(const char *path) {
+    FILE *file = fopen(path, "r");
+    char *text = calloc(1, 65536);
+    CHECK(file != NULL && text != NULL && fread(text, 1, 65535, file) > 0);
+    fclose(file);
+    return text;
+}
+
+/* The CA as text, a callback of the options for each of their kinds, and where the client is. */
+static void check_trust_and_notices(const char *key) {
+    zcp_error *error = NULL;
+    zcp_options *options = NULL;
+    zcp_client *client = NULL;
+    zcp_value *endpoint = NULL;
+    struct outcome warning = {0}, connected = {0};
+    char *pem = content_of(ca_file);
+
+    EXPECT(zcp_options_new(address, &options, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "ca_pem", "no PEM", &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "home", home, &error), ZCP_OK);
+    EXPECT(zcp_connect(options, &client, &error), ZCP_CERTIFICATE);
+    EXPECT(zcp_options_set(options, "ca_pem", pem, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "connect_timeout_ms", TIMEOUT_MS, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "user", "ada", &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "key", key, &error), ZCP_OK);
+    EXPECT(zcp_options_on_warning(options, on_notice, &warning, &error), ZCP_OK);
+    EXPECT(zcp_options_on_connected(options, on_notice, &connected, &error), ZCP_OK);
+    EXPECT(zcp_connect(options, &client, &error), ZCP_OK);
+    await_done(&connected);
+    CHECK(strncmp(connected.text, address, strlen(address)) == 0);
+    EXPECT(zcp_endpoint(client, &endpoint, &error), ZCP_OK);
+    CHECK(strstr(zcp_value_json(endpoint), connected.text) != NULL);
+    zcp_value_free(endpoint);
+    CHECK(zcp_close(client) == ZCP_OK);
+    CHECK(!warning.is_done);
+
+    EXPECT(zcp_options_set(options, "pins", "sha256/AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", &error), ZCP_OK);
+    EXPECT(zcp_options_on_connected(options, NULL, NULL, &error), ZCP_OK);
+    EXPECT(zcp_connect(options, &client, &error), ZCP_TLS);
+    CHECK(strstr(warning.text, "is the only pin") != NULL);
+    EXPECT(zcp_options_on_warning(options, NULL, NULL, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "system_store", "true", &error), ZCP_OK);
+    EXPECT(zcp_connect(options, &client, &error), ZCP_CONFIG); /* two sources of CAs */
+    zcp_options_free(options);
+    free(pem);
 }
 
 static void check_calls(zcp_client *client) {
@@ -305,13 +374,18 @@ static void check_callbacks(zcp_client *client, const char *key) {
     zcp_value_free(rest);
 }
 
+static void *cancel_stream(void *data) {
+    zcp_stream_cancel(data);
+    return NULL;
+}
+
 static void check_streams(zcp_client *client) {
     zcp_error *error = NULL;
     zcp_stream *stream = NULL;
     zcp_value *item = NULL, *result = NULL, *params = json("{\"n\":100}");
     int count = 0, code;
 
-    EXPECT(zcp_stream_open(client, "count", params, 30000, &stream, &error), ZCP_OK);
+    EXPECT(zcp_stream_open(client, "count", params, 300000, &stream, &error), ZCP_OK);
     while ((code = zcp_stream_next(stream, &item, &error)) == ZCP_OK) {
         CHECK(atoi(zcp_value_json(item)) == count++);
         zcp_value_free(item);
@@ -342,6 +416,16 @@ static void check_streams(zcp_client *client) {
     zcp_value_free(result);
     zcp_stream_free(stream);
 
+    /* Cancelled by another thread. */
+    EXPECT(zcp_stream_open(client, "total", NULL, 0, &stream, &error), ZCP_OK);
+    {
+        pthread_t thread;
+        CHECK(pthread_create(&thread, NULL, cancel_stream, stream) == 0);
+        EXPECT(zcp_stream_next(stream, &item, &error), ZCP_CANCELLED);
+        CHECK(pthread_join(thread, NULL) == 0);
+    }
+    zcp_stream_free(stream);
+
     EXPECT(zcp_stream_open(client, "no.such", NULL, 0, &stream, &error), ZCP_OK);
     EXPECT(zcp_stream_next(stream, &item, &error), ZCP_UNIMPLEMENTED);
     zcp_stream_free(stream);
@@ -370,6 +454,42 @@ static void on_call(void *data, zcp_server_call *call) {
     CHECK(pthread_detach(thread) == 0);
 }
 
+/* A handler without an answer yet when it is removed. */
+struct held {
+    zcp_client *client;
+    zcp_server_call *call;
+    struct outcome outcome;
+};
+
+static void on_held_call(void *data, zcp_server_call *call) {
+    struct held *held = data;
+    held->call = call;
+    record(&held->outcome, zcp_remove_handler(held->client, "approve", NULL), NULL);
+}
+
+static void check_removed_handler(zcp_client *client) {
+    zcp_error *error = NULL;
+    zcp_value *params = json("{\"method\":\"approve\",\"text\":\"x\"}"), *result = NULL;
+    struct held *held = calloc(1, sizeof *held);
+    struct outcome answer = {0};
+
+    CHECK(held != NULL);
+    held->client = client;
+    EXPECT(zcp_handle(client, "approve", on_held_call, held, &error), ZCP_OK); /* replaces the other one */
+    EXPECT(zcp_call_start(client, "ask", params, NULL, on_done, &answer, NULL, &error), ZCP_OK);
+    await_done(&held->outcome);
+    CHECK(held->outcome.code == ZCP_ARGUMENT); /* in a callback */
+    EXPECT(zcp_remove_handler(client, "approve", &error), ZCP_OK);
+    zcp_server_call_fail(held->call, ZCP_NOT_FOUND, NULL);
+    free(held); /* the handler does not run any more */
+    await_done(&answer);
+    CHECK(answer.code == ZCP_OK && strcmp(answer.text, "\"NOT_FOUND\"") == 0);
+    EXPECT(zcp_call(client, "ask", params, NULL, &result, &error), ZCP_OK);
+    CHECK(strcmp(zcp_value_json(result), "\"UNAVAILABLE\"") == 0);
+    zcp_value_free(params);
+    zcp_value_free(result);
+}
+
 static void check_server_calls(zcp_client *client) {
     static const char *const cases[][2] = {
         {"{\"method\":\"approve\",\"text\":\"yes\"}", "true"},
@@ -389,6 +509,7 @@ static void check_server_calls(zcp_client *client) {
         zcp_value_free(result);
     }
     CHECK(count == 3);
+    check_removed_handler(client);
 }
 
 static void *call_often(void *data) {
@@ -459,7 +580,9 @@ int main(int count, char **arguments) {
     home = arguments[6];
     check_values();
     check_nothing();
+    check_version();
     check_options(arguments[3]);
+    check_trust_and_notices(arguments[3]);
     client = connected(options_for("ada", arguments[3]));
     check_calls(client);
     check_streams(client);

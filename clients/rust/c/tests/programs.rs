@@ -6,6 +6,7 @@ extern crate zcproto_client as zcproto;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::Server;
@@ -84,6 +85,56 @@ fn the_header_is_the_one_that_cbindgen_writes() {
         std::fs::remove_file(&written).unwrap();
         assert!(now.unwrap() == kept, "write include/zcproto.h by cbindgen again; cbindgen.toml says how");
     }
+}
+
+#[test]
+fn the_library_is_installed_for_linking_by_pkg_config() {
+    let (server, ada, _) = server();
+    let prefix = server.home.join("prefix");
+    let target = library().parent().unwrap().to_owned();
+    let mut make = Command::new("make");
+    make.args(["--silent", "-C"]).arg(package()).args(["install", "PROFILE=dev"]);
+    make.arg(format!("CARGO={} --quiet", env!("CARGO")));
+    make.arg(format!("PREFIX={}", prefix.display())).arg(format!("CARGO_TARGET_DIR={}", target.display()));
+    let mut flags = Command::new("pkg-config");
+    flags.args(["--cflags", "--libs", "zcproto"]).env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig"));
+    if try_run(&mut make).is_none() {
+        return;
+    }
+    let Some(flags) = try_run(&mut flags) else { return };
+    let program = server.home.join("linked");
+    let mut compiler = Command::new("cc");
+    compiler.args(WARNINGS).arg("-D_POSIX_C_SOURCE=200809L").arg(package().join("examples/ask.c"));
+    run(compiler.arg("-o").arg(&program).args(flags.split_whitespace()).arg("-lpthread"));
+    let needed = run(Command::new("readelf").arg("-d").arg(&program));
+    assert!(needed.contains("[libzcproto.so.0.1]"), "{needed}");
+    let mut linked = Command::new(&program);
+    linked.env("LD_LIBRARY_PATH", prefix.join("lib")).arg(server.address()).arg(server.ca_file()).args(["ada", &ada]);
+    assert_eq!(run(&mut linked), "{\"word\":\"hello\"}\n".repeat(2));
+}
+
+#[test]
+fn the_shared_library_exports_the_functions_of_the_header_alone() {
+    let header = include_str!("../include/zcproto.h");
+    let declared = header.split(|c: char| !c.is_ascii_alphanumeric() && !"_(".contains(c));
+    let declared: BTreeSet<&str> = declared
+        .filter_map(|word| word.trim_start_matches('(').split_once('(').map(|(name, _)| name))
+        .filter(|name| name.starts_with("zcp_"))
+        .collect();
+    let mut symbols = Command::new("nm");
+    symbols.args(["--dynamic", "--defined-only", "--format=just-symbols"]).arg(library().join("libzcproto.so"));
+    let symbols = run(&mut symbols);
+    assert_eq!(symbols.lines().collect::<BTreeSet<_>>(), declared);
+}
+
+#[test]
+fn the_header_compiles_as_cpp() {
+    let source = std::env::temp_dir().join(format!("zcproto-{}.cpp", std::process::id()));
+    std::fs::write(&source, "#include \"zcproto.h\"\nint main() { return zcp_version() == nullptr; }\n").unwrap();
+    let mut compiler = Command::new("c++");
+    compiler.args(["-std=c++11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-I"]);
+    try_run(compiler.arg(package().join("include")).arg(&source));
+    std::fs::remove_file(&source).unwrap();
 }
 
 #[test]
