@@ -17,7 +17,8 @@ from tests.conftest import ServerPairs
 from tests.helpers import FakeClock
 from tests.server.helpers import TIMEOUT
 from zcproto.alerts.sinks import Undelivered
-from zcproto.alerts.webhook import MAX_ANSWER, REFUSED_TRIES, Webhook, check_signature
+from zcproto.alerts.webhook import REFUSED_TRIES, Webhook, check_signature
+from zcproto.common.https import MAX_ANSWER
 from zcproto.common.secret import Secret
 from zcproto.errors import ConfigError
 
@@ -255,7 +256,7 @@ async def test_hanging_resolver_is_abandoned(
     assert await asyncio.to_thread(asked.wait, TIMEOUT)
     go_on.set()
     for thread in threading.enumerate():
-        if thread.name == "zcproto-alerts-name":
+        if thread.name == "zcproto-https-name":
             await asyncio.to_thread(thread.join, TIMEOUT)
     await asyncio.sleep(0)
 
