@@ -24,6 +24,7 @@ from zcproto.auth import UserFile
 from zcproto.certs import managed
 from zcproto.certs.managed import ManagedSettings
 from zcproto.common.home import Home
+from zcproto.common.roles import OPERATORS
 from zcproto.config.model import CertificatesConfig
 from zcproto.load.caller import LoadTarget, Operator
 from zcproto.load.demo.run import ARRIVAL_RATE, PAYLOAD_BYTES, SERVER_SPARE, SPARE_CONNECTIONS
@@ -64,7 +65,7 @@ class Stage:
         folder.mkdir(mode=0o700, exist_ok=True)
         if certificates is not None:
             shutil.copytree(certificates, self.home.certs)
-        self.operator = Credential("operator", UserFile(self.home.users).add("operator", operator=True))
+        self.operator = Credential("operator", UserFile(self.home.users).add("operator", roles=OPERATORS))
         self.configure(settings or {})
 
     def _set_folder(self, folder: Path) -> None:

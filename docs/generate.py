@@ -282,7 +282,12 @@ def _exception_tree() -> str:
 API: Final = {
     "Applications": ("App", "Context", "CallNext", "Items", "Topic", "TopicEvent", "ConnectedClient"),
     "Running a server": ("serve", "Server", "ServerUsers", "UserEntry"),
-    "Configuration": ("Config", *(model.__name__ for model in sections().values()), "SiteConfig"),
+    "Configuration": (
+        "Config",
+        *(model.__name__ for model in sections().values()),
+        "SiteConfig",
+        "RoleConfig",
+    ),
     "Authentication": ("Authenticator", "CallableAuthenticator", "Identity", "BUILT_IN_SCHEMES"),
     "Clients": (
         *(

@@ -471,9 +471,7 @@ class ConnectionPair:
 
     def open_session(self, user: str = "ada") -> OpenedSession:
         """Return a session that has not been used on this connection."""
-        return self.registry.open(
-            user, operator=False, client="test/1", address="192.0.2.7", wall=self.clock.wall()
-        )
+        return self.registry.open(user, client="test/1", address="192.0.2.7", wall=self.clock.wall())
 
     def use(self, opened: OpenedSession) -> OpenedSession:
         """Use this session's token from now on, as if it had been opened on this connection."""

@@ -49,6 +49,7 @@ def test_public_names_are_fixed() -> None:
         "OutgoingCall",
         "Server",
         "ServerUsers",
+        "RoleConfig",
         "SiteConfig",
         "Topic",
         "TopicEvent",

@@ -108,7 +108,7 @@ def test_tokens_of_the_package_are_watched() -> None:
 
     before = watch.created
     registry = SessionRegistry(SessionSettings(), system_entropy)
-    registry.open("ada", operator=False, client="x/1", address="192.0.2.1", wall=system_clock.wall())
+    registry.open("ada", client="x/1", address="192.0.2.1", wall=system_clock.wall())
     assert watch.created - before in (2, 3)  # both tokens, and the random part of one
 
 

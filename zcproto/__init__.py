@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from zcproto.common.middleware import CallNext
     from zcproto.config import (
         AlertsConfig,
+        AuthConfig,
         CallsConfig,
         CertificatesConfig,
         Config,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         IdempotencyConfig,
         LimitsConfig,
         LogConfig,
+        RoleConfig,
         ServerConfig,
         SessionsConfig,
         SiteConfig,
@@ -93,6 +95,7 @@ __all__ = [
     "AlertsConfig",
     "AlreadyExists",
     "App",
+    "AuthConfig",
     "Authenticator",
     "BlockingClient",
     "BlockingUserSession",
@@ -135,6 +138,7 @@ __all__ = [
     "PermissionDenied",
     "ProtocolError",
     "ResourceExhausted",
+    "RoleConfig",
     "Server",
     "ServerConfig",
     "ServerUsers",
@@ -166,6 +170,7 @@ __all__ = [
 
 _MODULES = {
     "AlertsConfig": "zcproto.config",
+    "AuthConfig": "zcproto.config",
     "App": "zcproto.app.app",
     "Authenticator": "zcproto.auth",
     "BUILT_IN_SCHEMES": "zcproto.auth",
@@ -190,6 +195,7 @@ _MODULES = {
     "Items": "zcproto.app.items",
     "LimitsConfig": "zcproto.config",
     "LogConfig": "zcproto.config",
+    "RoleConfig": "zcproto.config",
     "OutgoingCall": "zcproto.client",
     "Server": "zcproto.runtime.server",
     "ServerConfig": "zcproto.config",

@@ -105,7 +105,7 @@ class Peer:
         self.protocol = kind(state)
         self.protocol.connection_made(cast("asyncio.BaseTransport", self.transport))
         wall = system_clock.wall()
-        opened = state.registry.open(user, operator=False, client="", address="", wall=wall)
+        opened = state.registry.open(user, client="", address="", wall=wall)
         self.token = opened.token
         self.counter = 0
 

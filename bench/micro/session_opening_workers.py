@@ -111,7 +111,7 @@ class Worker:
         number = self.opened
         self.opened += 1
         opened = await self.sessions.open(
-            f"user-{self.number}-{number // PER_USER}", operator=False, client="bench/1", address="127.0.0.1"
+            f"user-{self.number}-{number // PER_USER}", client="bench/1", address="127.0.0.1"
         )
         return opened.session.id
 

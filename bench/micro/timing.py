@@ -119,7 +119,6 @@ async def open_sessions(
             begin = time.perf_counter_ns()
             new = registry.new_session(
                 f"user-{first_user + number // PER_USER}",
-                operator=False,
                 client="bench/1",
                 address="127.0.0.1",
                 wall=system_clock.wall(),

@@ -92,7 +92,7 @@ def fill(registry: SessionRegistry, tokens: int, wall: int, kept: bytearray) -> 
     for number in range(tokens):
         user = f"user-{number // PER_USER}"
         begin = time.thread_time_ns()
-        opened = registry.open(user, operator=False, client="bench/1", address="127.0.0.1", wall=wall)
+        opened = registry.open(user, client="bench/1", address="127.0.0.1", wall=wall)
         longest = max(longest, time.thread_time_ns() - begin)
         kept[number * TOKEN_SIZE : (number + 1) * TOKEN_SIZE] = opened.token
     return longest

@@ -46,6 +46,7 @@ from bench.stage import Stage
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.client.credentials import Device, DeviceKey
 from zcproto.common.process import new_event_loop
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import ZcprotoError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
@@ -116,7 +117,7 @@ class People:
             [user for user in stage.add_users(prefix, count * spare + 20) if stores(user.user)]
         )
         names = [f"{prefix}-operator-{number}" for number in range(count)]
-        made = UserFile(stage.home.users).add_many(names, operator=True)
+        made = UserFile(stage.home.users).add_many(names, roles=OPERATORS)
         self._operators = iter([Credential(*each) for each in made])
         self._devices: dict[str, DeviceKey] = {}
         self._with_device: list[Credential] = []

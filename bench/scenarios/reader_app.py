@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from zcproto.app.app import default_app
 from zcproto.app.context import Context
+from zcproto.common.roles import OPERATORS
 
 WATCHED_S: Final = 1.0
 """For how long the turns of the event loop are watched after an event."""
@@ -44,19 +45,19 @@ async def hold(context: Context) -> AsyncIterator[int]:
         alive[connection] -= 1
 
 
-@app.method("alive", operator=True)
+@app.method("alive", roles=OPERATORS)
 def count_alive() -> int:
     """Return the most calls of `hold` that have been alive at once on one connection."""
     return most_alive
 
 
-@app.method("subscribers", operator=True)
+@app.method("subscribers", roles=OPERATORS)
 def subscribers() -> int:
     """Return the number of subscribers."""
     return news.subscribers
 
 
-@app.method("publish", operator=True)
+@app.method("publish", roles=OPERATORS)
 async def publish(number: int, size: int) -> dict[str, Any]:
     """Publish an event; return how long that took, and the longest turn of the loop afterwards, in seconds.
 

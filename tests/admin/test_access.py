@@ -61,9 +61,7 @@ class TokenCheck:
         self.tokens = BearerTokens(cast("ServerState", self.state))
 
     def open(self, key: str = "", address: str = "192.0.2.1") -> OpenedSession:
-        return self.registry.open(
-            "ada", operator=False, client="test/1", address=address, wall=self.clock.wall(), key=key
-        )
+        return self.registry.open("ada", client="test/1", address=address, wall=self.clock.wall(), key=key)
 
     async def ask(
         self, authorization: str | None, address: str = "192.0.2.1", certificate: bytes | None = None
@@ -171,7 +169,7 @@ async def test_503_while_tokens_cannot_be_checked() -> None:
 async def test_unknown_token_of_a_shared_session_is_looked_up() -> None:
     check = TokenCheck()
     check.state.sessions = sessions = FakeSharedSessions(check.registry, check.clock)
-    new = check.registry.new_session("ada", operator=False, client="", address="192.0.2.1", wall=WALL)
+    new = check.registry.new_session("ada", client="", address="192.0.2.1", wall=WALL)
     sessions.found = lambda: check.registry.restore(new.record)
     found = await check.ask(f"Bearer {token_text(new.token)}")
     assert isinstance(found, Session)

@@ -203,11 +203,11 @@ def test_users_are_added_changed_and_removed(serve: Serve) -> None:
     server = serve(users_file=True)
     key, digest = made_key()
     assert done(server, "users/add", {"name": "ada", "key_digest": digest}) == {}
-    assert done(server, "users/add", {"name": "robot", "operator": True}) == {}
+    assert done(server, "users/add", {"name": "robot", "roles": ["operator"]}) == {}
     assert get(server, "users") == {
         "users": [
-            {"name": "ada", "operator": False, "key": True, "disabled": False},
-            {"name": "robot", "operator": True, "key": False, "disabled": False},
+            {"name": "ada", "roles": [], "key": True, "disabled": False},
+            {"name": "robot", "roles": ["operator"], "key": False, "disabled": False},
         ],
         "more": False,
     }

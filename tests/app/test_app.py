@@ -14,6 +14,7 @@ from zcproto.app.app import App, Method, default_app
 from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.app.topics import TopicEvent
+from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.errors import InvalidArgument
 from zcproto.wire.message import METHOD_MAX_LENGTH, decode_body
 
@@ -45,14 +46,14 @@ def test_decorator_registers_and_returns_the_function() -> None:
         """Say hello."""
         return f"hello {name}"
 
-    @app.method("stop", operator=True)
+    @app.method("stop", roles=OPERATORS)
     async def stop() -> None: ...
 
     assert greet("you") == "hello you"
     assert len(list(app)) == 2
     first, second = app
-    assert (first.name, first.public, first.operator, first.doc) == ("greet", True, False, "Say hello.")
-    assert (second.name, second.public, second.operator, second.doc) == ("stop", False, True, "")
+    assert (first.name, first.public, first.roles, first.doc) == ("greet", True, NO_ROLES, "Say hello.")
+    assert (second.name, second.public, second.roles, second.doc) == ("stop", False, OPERATORS, "")
     assert (first.is_async, second.is_async) == (False, True)
 
 
@@ -96,9 +97,9 @@ def test_duplicate_method_name_is_refused() -> None:
     assert next(iter(app)).function() == 1
 
 
-def test_public_operator_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="choose public or operator"):
-        App().method("m", public=True, operator=True)(lambda: None)
+def test_public_method_with_roles_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose public or roles"):
+        App().method("m", public=True, roles=OPERATORS)(lambda: None)
 
 
 # --- signatures that cannot be served ----------------------------------------------------------------------
@@ -251,7 +252,7 @@ def test_methods_run_directly_without_context_operators_waits_and_items() -> Non
     assert Method("m", function).is_direct
     assert Method("m", coroutine).is_direct
     assert not Method("m", function, may_wait=True).is_direct
-    assert not Method("m", function, operator=True).is_direct
+    assert not Method("m", function, roles=OPERATORS).is_direct
     assert not Method("m", with_context).is_direct
     assert not Method("m", with_items).is_direct
 

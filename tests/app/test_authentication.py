@@ -11,6 +11,7 @@ from zcproto.app.app import Context
 from zcproto.app.authentication import Answer, CallableAuthenticator
 from zcproto.auth import Identity
 from zcproto.auth.identity import NO_CHANNEL
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import InvalidArgument
 
 CHANNEL = NO_CHANNEL._replace(context="the context")
@@ -21,8 +22,8 @@ CHANNEL = NO_CHANNEL._replace(context="the context")
     ("answer", "identity"),
     [
         (None, None),
-        ("alice", Identity("alice", False)),
-        (Identity("root", operator=True), Identity("root", True)),
+        ("alice", Identity("alice")),
+        (Identity("root", roles=OPERATORS), Identity("root", OPERATORS)),
     ],
 )
 async def test_fields_are_passed_by_name_and_the_answer_becomes_an_identity(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from zcproto.app.app import App, Method
+from zcproto.common.roles import OPERATORS
 from zcproto.wire.message import METHOD_MAX_LENGTH
 
 
@@ -37,7 +38,7 @@ def test_method_without_name_has_the_name_of_its_function() -> None:
     def called() -> int:
         return 2
 
-    @app.method(operator=True)
+    @app.method(roles=OPERATORS)
     async def with_flag() -> int:
         return 3
 
@@ -46,7 +47,7 @@ def test_method_without_name_has_the_name_of_its_function() -> None:
         return 4
 
     assert names(app) == ["bare", "called", "with_flag", "other.name"]
-    assert [method.operator for method in app] == [False, False, True, False]
+    assert [bool(method.roles) for method in app] == [False, False, True, False]
     assert (bare(), called(), named()) == (1, 2, 4)
 
 
@@ -71,11 +72,11 @@ def test_included_methods_have_the_prefix() -> None:
 
 def test_included_method_keeps_its_access_and_function() -> None:
     app, jobs = App(), App()
-    jobs.method("run", operator=True)(lambda: 5)
+    jobs.method("run", roles=OPERATORS)(lambda: 5)
     events = jobs.topic("events")
     app.include(jobs, prefix="jobs.")
     run, subscribe = app
-    assert (run.operator, run.function(), run.is_direct) == (True, 5, False)
+    assert (run.roles, run.function(), run.is_direct) == (OPERATORS, 5, False)
     assert (subscribe.name, subscribe.shape, subscribe.topic) == ("jobs.events", "server", events)
 
 

@@ -16,6 +16,7 @@ from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.client.client import Client
 from zcproto.common.middleware import CallNext
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import InternalError, InvalidArgument, NotFound, PermissionDenied, Unauthenticated
 
 Next = CallNext[Context]
@@ -289,7 +290,7 @@ def test_access_is_checked_before_the_middleware(
     recorder: Recorder, serve: Serve, connect_to: ConnectTo
 ) -> None:
     app = application(recorder)
-    app.method("operators", operator=True)(lambda: 1)
+    app.method("operators", roles=OPERATORS)(lambda: 1)
     server = serve(app)
 
     async def main() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from zcproto.app.app import App
 from zcproto.app.topics import KEPT_BYTES, SUBSCRIBERS_PER_TURN, Subscription, Topic
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Cancelled
 from zcproto.wire.frame import MIN_LENGTH
 from zcproto.wire.message import MessageError, encode_body
@@ -279,8 +280,8 @@ def test_unknown_policy_or_bound_is_refused(options: dict[str, Any]) -> None:
 
 def test_topic_is_registered_as_a_stream() -> None:
     app = App()
-    topic = app.topic("jobs", operator=True)
+    topic = app.topic("jobs", roles=OPERATORS)
     (method,) = app
-    assert (method.name, method.shape, method.operator, method.topic) == ("jobs", "server", True, topic)
+    assert (method.name, method.shape, method.roles, method.topic) == ("jobs", "server", OPERATORS, topic)
     with pytest.raises(ValueError, match="registered twice"):
         app.topic("jobs")

@@ -15,6 +15,7 @@ from zcproto.auth import ApplicationAuthenticator, Identity, Login, Throttle
 from zcproto.auth.application import MAX_MESSAGES, mask_fields
 from zcproto.auth.identity import NO_CHANNEL, Channel
 from zcproto.common.exceptions import MAX_EXCEPTIONS
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import (
     CallError,
     InvalidArgument,
@@ -71,8 +72,8 @@ waits = pytest.mark.parametrize("waits", [False, True])
 
 @waits
 async def test_identity_opens_a_session_of_an_external_user(waits: bool) -> None:
-    own = Recorded(lambda params, address: Identity(params["user"], operator=True), waits=waits)
-    assert await own.open() == Identity("alice", True)
+    own = Recorded(lambda params, address: Identity(params["user"], roles=OPERATORS), waits=waits)
+    assert await own.open() == Identity("alice", OPERATORS)
     assert own.login.is_external("own")
     assert not own.login.is_external("other")
 
@@ -80,7 +81,14 @@ async def test_identity_opens_a_session_of_an_external_user(waits: bool) -> None
 @waits
 @pytest.mark.parametrize(
     "answer",
-    [True, False, 0, b"alice", "alice", ("alice", True, ""), Identity(5), Identity("a", operator=1)],  # type: ignore[arg-type]
+    [
+        *(True, False, 0, b"alice", "alice", ("alice", OPERATORS, "")),
+        Identity(5),  # type: ignore[arg-type]
+        Identity("a", True),  # type: ignore[arg-type]
+        Identity("a", "admin"),  # type: ignore[arg-type]
+        Identity("a", key=5),  # type: ignore[arg-type]
+        Identity("a", ends_at=1.5),  # type: ignore[arg-type]
+    ],
 )
 async def test_answer_of_another_type_is_an_error(answer: Any, waits: bool) -> None:
     own = Recorded(lambda params, address: answer, waits=waits)

@@ -269,3 +269,37 @@ async def test_faulty_file_ends_no_device_and_hidden_changes_are_reported_later(
     await watched.current.refresh()
     assert log.events == ["devices.unreadable", "devices.readable"]
     assert watched.take_gone() == ["a"]
+
+
+# Roles
+
+
+def test_device_is_narrowed_to_roles_and_back(path: Path, devices: DeviceFile) -> None:
+    add(devices, "laptop"), add(devices, "phone", key=KEYS[1])
+    before = path.read_text()
+    assert devices.set_roles("laptop", frozenset({"b", "a"})).roles is None
+    assert 'roles = ["a","b"]\n' in path.read_text()
+    assert devices.set_roles("laptop", frozenset()).roles == {"a", "b"}
+    devices.load()
+    laptop, phone = devices.entries["laptop"], devices.entries["phone"]
+    assert (laptop.roles, laptop.as_dict("laptop")["roles"], phone.roles) == (frozenset(), [], None)
+    assert laptop.narrow(frozenset({"a"})) == frozenset()
+    assert phone.narrow(frozenset({"a"})) == {"a"}
+    devices.set_roles("laptop", None)
+    assert path.read_text() == before
+    with pytest.raises(NotFound, match='no device is named "lost"'):
+        devices.set_roles("lost", None)
+
+
+def test_device_with_other_roles_is_gone(path: Path, devices: DeviceFile) -> None:
+    add(devices, "laptop"), add(devices, "phone", key=KEYS[1])
+    devices.load()
+    DeviceFile(path).set_roles("laptop", frozenset({"a"}))
+    devices.reload()
+    assert [name for name, _ in devices.take_gone()] == ["laptop"]
+
+
+def test_malformed_roles_of_a_device_are_a_fault(path: Path, devices: DeviceFile) -> None:
+    write(path, f"[devices.laptop]\n{ENTRY}roles = 'a'\n")
+    with pytest.raises(ConfigError, match="roles must be a list of names"):
+        devices.load()

@@ -86,7 +86,7 @@ def test_session_of_an_unknown_user_is_refused(serve: Serve, users: UserFile) ->
 
     def open_session() -> Any:
         return server.server.state.registry.open(
-            "ada", operator=False, client="", address="127.0.0.1", wall=server.clock.wall()
+            "ada", client="", address="127.0.0.1", wall=server.clock.wall()
         )
 
     opened = server.in_loop(open_session)

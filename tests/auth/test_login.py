@@ -13,6 +13,7 @@ from tests.auth.helpers import DIGEST, FunctionAuthenticator, directory, drive, 
 from zcproto.auth import Identity, Login, Throttle, UserFile
 from zcproto.auth.login import MAX_PENDING
 from zcproto.auth.schemes import ApiKeyAuthenticator
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import CallError, InvalidArgument, ResourceExhausted, Unauthenticated, Unavailable
 from zcproto.sessions import token_text
 
@@ -26,7 +27,7 @@ def never(params: Mapping[str, Any], address: str) -> None:
 
 @pytest.fixture
 def key(users: UserFile) -> str:
-    return users.add("alice", operator=True)
+    return users.add("alice", roles=OPERATORS)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def ask(login: Login, user: str, key: str, address: str = ADDRESS, now: float = 
 
 
 def test_valid_key_is_accepted_without_suspending(login: Login, key: str) -> None:
-    assert ask(login, "alice", key) == Identity("alice", operator=True)
+    assert ask(login, "alice", key) == Identity("alice", roles=OPERATORS)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_throttled_login_gets_the_time_to_wait(login: Login, key: str) -> None:
         with pytest.raises(ResourceExhausted) as caught:
             ask(login, "alice", text)
         assert caught.value.details == {"retry_after_ms": 1000}
-    assert ask(login, "alice", key, now=NOW + 1.0) == Identity("alice", operator=True)
+    assert ask(login, "alice", key, now=NOW + 1.0) == Identity("alice", roles=OPERATORS)
 
 
 def test_throttled_login_is_not_examined() -> None:

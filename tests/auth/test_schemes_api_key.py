@@ -12,6 +12,7 @@ import pytest
 from tests.auth.helpers import DIGEST, FakeLog, decision, directory, drive, write
 from zcproto.auth import Identity, UserFile, schemes
 from zcproto.auth.schemes import LOOK_HOLDS_S, ApiKeyAuthenticator
+from zcproto.common.roles import NO_ROLES, OPERATORS, Roles
 from zcproto.errors import InvalidArgument
 from zcproto.sessions import token_text
 
@@ -39,11 +40,11 @@ def scheme(path: Path) -> Scheme:
     return Scheme(path)
 
 
-@pytest.mark.parametrize("operator", [False, True])
-def test_valid_key_opens_a_session(scheme: Scheme, operator: bool) -> None:
-    key = scheme.users.add("alice", operator=operator)
-    assert drive(scheme.ask("alice", key)) == Identity("alice", operator)
-    assert drive(scheme.ask("alice", key, client="zc/1")) == Identity("alice", operator)
+@pytest.mark.parametrize("roles", [NO_ROLES, OPERATORS, frozenset({"admin"})])
+def test_valid_key_opens_a_session(scheme: Scheme, roles: Roles) -> None:
+    key = scheme.users.add("alice", roles=roles)
+    assert drive(scheme.ask("alice", key)) == Identity("alice", roles)
+    assert drive(scheme.ask("alice", key, client="zc/1")) == Identity("alice", roles)
 
 
 def test_wrong_user_or_key_is_refused(scheme: Scheme) -> None:

@@ -15,6 +15,7 @@ from zcproto.auth import DeviceFile, Identity, Login, Throttle, UserFile, scheme
 from zcproto.auth.devices import is_public_key, is_signed
 from zcproto.auth.identity import Channel
 from zcproto.auth.schemes import ApiKeyAuthenticator, DeviceAuthenticator
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from zcproto.wire.message import attach_message, open_message
 
@@ -47,7 +48,7 @@ class Scheme:
 
     def __init__(self, home: Path) -> None:
         self.users = UserFile(home / "users.toml")
-        self.users.add("ada"), self.users.add("root", operator=True)
+        self.users.add("ada"), self.users.add("root", roles=OPERATORS)
         self.devices = DeviceFile(home / "devices.toml")
         for name, user, number in (("laptop", "ada", 0), ("desktop", "root", 1), ("lost", "unknown", 2)):
             self.devices.add(name, user, public(number), datetime(2026, 1, 1, tzinfo=UTC))
@@ -92,11 +93,20 @@ def scheme(tmp_path: Path) -> Scheme:
 
 
 def test_device_opens_a_session_of_its_user_bound_to_the_device(scheme: Scheme) -> None:
-    assert scheme.ask(signature=opening()) == Identity("ada", operator=False, key="device:laptop")
+    assert scheme.ask(signature=opening()) == Identity("ada", key="device:laptop")
     assert scheme.ask("desktop", opening(1, "desktop"), client="zc/1") == Identity(
-        "root", True, "device:desktop"
+        "root", OPERATORS, "device:desktop"
     )
     assert scheme.refused == []
+
+
+def test_device_has_the_roles_of_its_user_that_it_is_narrowed_to(scheme: Scheme) -> None:
+    scheme.users.set_roles("ada", frozenset({"admin", "billing"}))  # read: it is the object of the directory
+    assert scheme.ask(signature=opening()).roles == {"admin", "billing"}
+    for narrowed, left in (("billing operator", {"billing"}), ("", set()), (None, {"admin", "billing"})):
+        scheme.devices.set_roles("laptop", None if narrowed is None else frozenset(narrowed.split()))
+        scheme.devices.reload()
+        assert scheme.ask(signature=opening()).roles == left
 
 
 def test_signature_for_any_certificate_shown_to_the_connection_is_valid(scheme: Scheme) -> None:

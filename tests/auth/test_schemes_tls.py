@@ -15,6 +15,7 @@ from tests.auth.helpers import FakeLog, directory, drive, identified, write
 from zcproto.auth import Identity, Login, Throttle, UserFile
 from zcproto.auth.identity import Channel
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, certificate_key
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import CertificateError, InvalidArgument, ResourceExhausted, Unauthenticated
 
 ADDRESS, ELSEWHERE = "192.0.2.1", "198.51.100.7"
@@ -39,7 +40,7 @@ class Scheme:
     def __init__(self, path: Path) -> None:
         self.file = UserFile(path)
         self.file.add("ada")
-        self.file.add("root", operator=True)
+        self.file.add("root", roles=OPERATORS)
         self.refused: list[tuple[str, str]] = []
         self.authenticator = CertificateAuthenticator(
             directory(self.file),
@@ -64,12 +65,12 @@ def scheme(path: Path) -> Scheme:
 
 @pytest.mark.parametrize("fields", [{}, {"user": "ada"}, {"user": None}, {"client": "zc/1"}])
 def test_certificate_names_the_user(scheme: Scheme, fields: dict[str, Any]) -> None:
-    assert scheme.ask(b"ada", **fields) == Identity("ada", operator=False, key="tls:ada")
+    assert scheme.ask(b"ada", **fields) == Identity("ada", key="tls:ada")
     assert scheme.refused == []
 
 
 def test_operator_role_comes_from_the_file(scheme: Scheme) -> None:
-    assert scheme.ask(b"root") == Identity("root", operator=True, key="tls:root")
+    assert scheme.ask(b"root") == Identity("root", roles=OPERATORS, key="tls:root")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_failures_are_counted_for_the_user_of_the_certificate(scheme: Scheme) ->
         scheme.ask(b"ada", user="root")
     with pytest.raises(ResourceExhausted):
         scheme.ask(b"ada")
-    assert scheme.ask(b"root") == Identity("root", operator=True, key="tls:root")
+    assert scheme.ask(b"root") == Identity("root", roles=OPERATORS, key="tls:root")
     assert scheme.ask(b"ada", now=NOW + 1.0) == Identity("ada", key="tls:ada")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.auth.helpers import DIGEST, VALID_NAMES, digest_of, write
 from zcproto.auth import UserFile
+from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.errors import ConfigError, NotFound
 from zcproto.sessions import token_from_text
 
@@ -51,13 +52,13 @@ def test_disabled_user_is_stored_but_not_found(path: Path, written: UserFile) ->
     written.disable("alice")
     for users in (written, again(path)):
         assert users.find("alice") is None
-        assert users.entries.get("alice") == (token_from_text(DIGEST), True, True)
+        assert users.entries.get("alice") == (token_from_text(DIGEST), OPERATORS, True)
         assert "alice" in list(users.entries)
     assert difference(path) == ([], ["disabled = true"])
     assert path.read_text().count("disabled = true") == 2
     written.enable("alice")
     written.enable("carol")
-    assert again(path).find("carol") == (token_from_text(DIGEST), False, False)
+    assert again(path).find("carol") == (token_from_text(DIGEST), NO_ROLES, False)
     assert difference(path) == (["disabled = true # on leave"], [])
 
 
@@ -130,12 +131,12 @@ def test_new_key_replaces_the_old_one(path: Path, written: UserFile, name: str) 
 
 
 def test_user_without_a_key_can_get_one(path: Path, users: UserFile) -> None:
-    users.add_digest("dora", None, operator=True)
+    users.add_digest("dora", None, roles=OPERATORS)
     user = again(path).find("dora")
     assert user is not None
-    assert user.operator
+    assert user.roles == OPERATORS
     assert not user.has_key
-    assert path.read_text() == "\n[users.dora]\noperator = true\n"
+    assert path.read_text() == '\n[users.dora]\nroles = ["operator"]\n'
     key = users.new_key("dora")
     user = again(path).find("dora")
     assert user is not None
@@ -188,7 +189,7 @@ def test_comments_and_empty_tables_are_not_users(path: Path, users: UserFile) ->
     assert path.read_text() == "# [users.bob]\n"
     write(path, f"[users]\n[users.'a b']\nkey_sha256 = '{DIGEST}'")
     users.disable("a b")
-    assert again(path).entries.get("a b") == (token_from_text(DIGEST), False, True)
+    assert again(path).entries.get("a b") == (token_from_text(DIGEST), NO_ROLES, True)
 
 
 def test_gone_users_are_reported_once(path: Path, users: UserFile) -> None:
@@ -211,6 +212,39 @@ def test_gone_users_are_reported_once(path: Path, users: UserFile) -> None:
     assert reader.take_gone() == []
 
 
+def test_user_with_other_roles_is_gone_and_with_the_same_ones_is_not(path: Path, users: UserFile) -> None:
+    users.add("alice", roles=frozenset({"admin", "operator"}))
+    reader = again(path)
+    write(path, path.read_text().replace('["admin","operator"]', '[ "operator", "admin" ]'))
+    reader.reload()
+    assert reader.take_gone() == []
+    users.set_roles("alice", frozenset({"admin"}))
+    reader.reload()
+    assert [name for name, _ in reader.take_gone()] == ["alice"]
+
+
+def test_roles_are_replaced_in_place_and_replace_the_old_mark_of_an_operator(
+    path: Path, written: UserFile
+) -> None:
+    written.set_roles("alice", frozenset({"b", "a"}))
+    assert difference(path) == (["operator = true"], ['roles = ["a","b"]'])
+    assert again(path).entries["alice"].roles == {"a", "b"}
+    before = path.read_text().replace('roles = ["a","b"]', "roles = [ 'a', 'b' ]  # of May")
+    write(path, before)
+    written.set_roles("alice", OPERATORS)
+    assert path.read_text() == before.replace("[ 'a', 'b' ]", '["operator"]')
+    written.set_roles("alice", NO_ROLES)
+    assert again(path).entries["alice"].roles == NO_ROLES
+    assert "roles" not in path.read_text()
+
+
+def test_roles_on_several_lines_are_left_to_an_editor(path: Path, users: UserFile) -> None:
+    write(path, '[users.alice]\nroles = [\n  "a",\n]\n')
+    with pytest.raises(ConfigError, match="cannot be changed by a command; edit the file"):
+        users.set_roles("alice", OPERATORS)
+    assert again(path).entries["alice"].roles == {"a"}
+
+
 def test_no_user_is_gone_while_the_file_is_faulty(path: Path, users: UserFile) -> None:
     users.add("alice")
     reader = again(path)
@@ -225,10 +259,10 @@ def test_no_user_is_gone_while_the_file_is_faulty(path: Path, users: UserFile) -
 
 def test_digest_of_an_external_key_is_stored(tmp_path: Path) -> None:
     users = UserFile(tmp_path / "users.toml")
-    users.add_digest("ada", bytes(range(32)), operator=True)
+    users.add_digest("ada", bytes(range(32)), roles=OPERATORS)
     user = users.entries.get("ada")
     assert user is not None
-    assert (user.digest, user.operator) == (bytes(range(32)), True)
+    assert (user.digest, user.roles) == (bytes(range(32)), OPERATORS)
     users.replace_digest("ada", bytes(32)[:31] + b"x")
     again = UserFile(tmp_path / "users.toml")
     again.load()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.auth.helpers import DIGEST, VALID_NAMES, digest_of, write
 from zcproto.auth import UserFile
 from zcproto.common import files
+from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.errors import ConfigError
 from zcproto.sessions import token_from_text, token_text
 
@@ -59,7 +60,7 @@ def test_added_user_is_found_by_writer_and_reader(path: Path, users: UserFile) -
     for each in (users, other):
         user = each.find("alice")
         assert user is not None
-        assert (user.digest, user.operator) == (digest_of(key), False)
+        assert (user.digest, user.roles) == (digest_of(key), NO_ROLES)
         assert list(each.entries) == ["alice"]
         assert len(each.entries) == 1
         assert not each.changed()
@@ -82,14 +83,14 @@ def test_file_contains_no_key(path: Path, users: UserFile) -> None:
         assert token_text(digest_of(key)).encode() in data
 
 
-@pytest.mark.parametrize("operator", [False, True])
-def test_operator_role_is_stored(path: Path, users: UserFile, operator: bool) -> None:
-    users.add("alice", operator=operator)
+@pytest.mark.parametrize("names", ["", "operator", "admin billing operator"])
+def test_roles_are_stored(path: Path, users: UserFile, names: str) -> None:
+    users.add("alice", roles=frozenset(names.split()))
     users.load()
     user = users.find("alice")
     assert user is not None
-    assert user.operator is operator
-    assert ("operator" in path.read_text()) is operator
+    assert user.roles == frozenset(names.split())
+    assert ("roles" in path.read_text()) is bool(names)
 
 
 @pytest.mark.parametrize("name", VALID_NAMES)
@@ -124,13 +125,13 @@ def test_invalid_name_is_refused_before_anything_is_written(path: Path, users: U
 
 
 def test_many_users_are_added_in_order(users: UserFile) -> None:
-    added = users.add_many([f"user-{number}" for number in range(300)], operator=True)
+    added = users.add_many([f"user-{number}" for number in range(300)], roles=OPERATORS)
     assert [name for name, _ in added] == list(users.entries) == [f"user-{number}" for number in range(300)]
     assert len({key for _, key in added}) == 300
     for name, key in added:
         user = users.find(name)
         assert user is not None
-        assert (user.digest, user.operator) == (digest_of(key), True)
+        assert (user.digest, user.roles) == (digest_of(key), OPERATORS)
 
 
 def test_adding_no_users_is_allowed(users: UserFile) -> None:
@@ -426,6 +427,13 @@ def test_path_through_a_file_is_reported_and_changed_does_not_raise(tmp_path: Pa
             'user "alice": operator must be true or false',
         ),
         (f'[users.alice]\nkey_sha256 = "{DIGEST}"\noperator = "true"', "operator must be true or false"),
+        ("[users.alice]\nroles = 'admin'", 'user "alice": roles must be a list of names'),
+        ("[users.alice]\nroles = ['']", "roles must be a list of names, each of 1 to 64 characters of A-Z"),
+        ("[users.alice]\nroles = [1]", "roles must be a list of names"),
+        (
+            f"[users.alice]\nroles = {[f'r{number}' for number in range(33)]}",
+            "roles must be at most 32 names",
+        ),
         (f'[users.alice]\nkey_sha256 = "{DIGEST}"\nadmin = true', 'user "alice": unknown key "admin"'),
         (f'[users.""]\nkey_sha256 = "{DIGEST}"', "a name has 1 to 128 characters"),
         (f'[users." a"]\nkey_sha256 = "{DIGEST}"', "a name has printable characters"),

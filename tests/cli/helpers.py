@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from zcproto.common.clock import system_clock, system_entropy
+from zcproto.common.roles import NO_ROLES
 from zcproto.sessions import SessionRegistry, SessionSettings, token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.sessions.session import NewSession
@@ -21,7 +22,7 @@ def new_session(user: str = "ada", age_ms: int = 0, **options: object) -> NewSes
     registry = SessionRegistry(SessionSettings(), system_entropy)
     return registry.new_session(
         user,
-        operator=bool(options.get("operator", False)),
+        roles=options.get("roles", NO_ROLES),
         client=str(options.get("client", "test/1")),
         address="192.0.2.7",
         wall=system_clock.wall() - age_ms,

@@ -18,6 +18,7 @@ from tests.server.helpers import KEY, ServerThread
 from zcproto.auth import UserFile
 from zcproto.cli import main
 from zcproto.cli.connect import KEY_VARIABLE
+from zcproto.common.roles import OPERATORS
 from zcproto.sessions.token import id_from_text, token_from_text
 from zcproto.stores.base import MAX_LISTED
 
@@ -46,15 +47,15 @@ def test_sessions_are_listed_oldest_first_without_secrets(home: Path, capsys: Ca
     sessions = [
         new_session("ada", 24 * 40 * HOUR_MS),
         new_session("ada", 25 * HOUR_MS),
-        new_session("bob", 2 * HOUR_MS, operator=True, client="b/1"),
+        new_session("bob", 2 * HOUR_MS, roles=OPERATORS, client="b/1"),
         new_session("ada", HOUR_MS, key="device:phone", client="a/1"),
     ]
     fill(home, *sessions)
     found = listed(capsys)
     assert [each["id"] for each in found] == [id_of(session) for session in sessions]
-    assert [(each["user"], each["operator"], each["bound"]) for each in found[2:]] == [
-        ("bob", True, False),
-        ("ada", False, True),
+    assert [(each["user"], each["roles"], each["bound"]) for each in found[2:]] == [
+        ("bob", ["operator"], False),
+        ("ada", [], True),
     ]
     assert [each["id"] for each in listed(capsys, "--user", "bob")] == [id_of(sessions[2])]
     assert listed(capsys, "--user", "unknown") == []
@@ -173,7 +174,8 @@ class Running:
 def running(tmp_path: Path, home: Path, certs: Path) -> Iterator[Running]:
     home.mkdir(mode=0o700)
     users = UserFile(home / "users.toml")
-    keys = {name: users.add(name, operator=name == "root") for name in ("ada", "bob", "root")}
+    keys = {name: users.add(name) for name in ("ada", "bob")}
+    keys["root"] = users.add("root", roles=OPERATORS)
     with ServerThread(home, certs, users_file=True) as server:
         yield Running(server, keys, tmp_path / "root.key")
 

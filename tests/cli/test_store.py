@@ -12,6 +12,7 @@ from tests.cli.helpers import ANY_NUMBER, HOUR_MS, fill, kept, new_session, secr
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
 from zcproto.auth import UserFile
 from zcproto.cli import main
+from zcproto.common.roles import OPERATORS
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.stores.sqlite.store import SqliteStore
 
@@ -107,7 +108,7 @@ def test_migrate_to_a_server_and_back_keeps_sessions_unchanged(
     home: Path, capsys: Capture, server: ServerProcess
 ) -> None:
     sessions = [
-        new_session("ada", 2 * HOUR_MS, operator=True),
+        new_session("ada", 2 * HOUR_MS, roles=OPERATORS),
         new_session("ada", 25 * HOUR_MS, client=""),
         new_session("bob", key="device:phone"),
         *(new_session(f"user-{number}") for number in range(300)),

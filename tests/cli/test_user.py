@@ -3,16 +3,20 @@ from __future__ import annotations
 import fcntl
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tests.cli.helpers import fill, kept, new_session
-from zcproto.auth import UserFile
+from zcproto.auth import DeviceFile, UserFile
 from zcproto.auth.users import User
 from zcproto.cli import main, store
+from zcproto.common.roles import OPERATORS
 from zcproto.sessions import token_from_text
 from zcproto.sessions.token import digest_of
+
+RFC_8032_KEY = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,8 +39,8 @@ def test_add_stores_no_key(home: Path, capsys: Capture) -> None:
 
 def test_add_operator(home: Path, capsys: Capture) -> None:
     assert main(["user", "add", "alice", "--operator"]) == 0
-    assert capsys.readouterr().err.startswith("alice is an operator now.")
-    assert "operator = true" in (home / "users.toml").read_text()
+    assert capsys.readouterr().err.startswith("alice is a user with the role operator now.")
+    assert 'roles = ["operator"]' in (home / "users.toml").read_text()
 
 
 def test_add_accepts_home_before_and_after_the_command(tmp_path: Path, home: Path) -> None:
@@ -169,7 +173,7 @@ def find(users: UserFile, name: str) -> User | None:
 def test_user_without_a_key(users: UserFile, capsys: Capture) -> None:
     user = find(users, "root")
     assert user is not None
-    assert (user.operator, user.has_key) == (True, False)
+    assert (user.roles, user.has_key) == (OPERATORS, False)
     assert main(["user", "add", "eve", "--no-key"]) == 0
     assert capsys.readouterr() == ("", "eve is a user now, without a key.\n")
     assert main(["user", "add", "many", "--no-key", "--count", "2", "--keys-out", "x"]) == 2
@@ -181,14 +185,14 @@ def test_users_are_listed(users: UserFile, capsys: Capture) -> None:
     assert main(["user", "list"]) == 0
     out = capsys.readouterr().out
     assert [line.split() for line in out.splitlines()] == [
-        ["USER", "ROLE", "KEY", "STATE"],
-        ["ada", "user", "yes", "enabled"],
-        ["bob", "user", "yes", "disabled"],
+        ["USER", "ROLES", "KEY", "STATE"],
+        ["ada", "-", "yes", "enabled"],
+        ["bob", "-", "yes", "disabled"],
         ["root", "operator", "no", "enabled"],
     ]
     assert main(["user", "list", "--json"]) == 0
     out = capsys.readouterr().out
-    assert json.loads(out)[1] == {"name": "bob", "operator": False, "key": True, "disabled": True}
+    assert json.loads(out)[1] == {"name": "bob", "roles": [], "key": True, "disabled": True}
     assert "sha256" not in out
 
 
@@ -308,3 +312,49 @@ def test_invalid_configuration_changes_no_user(users: UserFile, home: Path, caps
         assert main(["user", command, "ada"]) == 2
         assert capsys.readouterr().out == ""
     assert users.path.read_text() == text
+
+
+# --- roles -----------------------------------------------------------------------------------------------
+
+
+def test_roles_are_given_and_replaced(home: Path, capsys: Capture) -> None:
+    assert main(["user", "add", "ada", "--role", "b", "--role", "a", "--operator", "--no-key"]) == 0
+    assert capsys.readouterr().err == "ada is a user with the roles a, b, operator now, without a key.\n"
+    assert main(["user", "roles", "ada", "billing", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "ada", "roles": ["billing"], "sessions": 0}
+    assert main(["user", "roles", "ada"]) == 0
+    assert capsys.readouterr().err == "ada has no role now; 0 sessions ended.\n"
+    assert main(["user", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["roles"] == []
+    assert main(["user", "roles", "bob", "a"]) == 1
+    assert "no user is named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["user", "add", "ada", "--role", "a b"], ["user", "roles", "ada", "-a"]]
+)
+def test_malformed_role_is_a_usage_error(home: Path, capsys: Capture, arguments: list[str]) -> None:
+    assert main([*arguments[:3], "--", *arguments[3:]] if arguments[1] == "roles" else arguments) == 2
+    assert "a name has 1 to 64 characters" in capsys.readouterr().err
+
+
+def test_device_is_narrowed(home: Path, capsys: Capture) -> None:
+    DeviceFile(home / "devices.toml").add(
+        "phone", "ada", bytes.fromhex(RFC_8032_KEY), datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    assert main(["device", "roles", "phone", "reader"]) == 0
+    note = "phone has the role reader, as far as its user has it, now; 0 sessions ended.\n"
+    assert capsys.readouterr().err == note
+    assert main(["device", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["phone", "ada", "reader"]
+    assert main(["device", "roles", "phone", "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "name": "phone",
+        "roles": None,
+        "user": "ada",
+        "sessions": 0,
+    }
+    assert main(["device", "list"]) == 0
+    assert "of the user" in capsys.readouterr().out
+    assert main(["device", "roles", "phone", "reader", "--all"]) == 2
+    assert "--all and ROLE do not go together" in capsys.readouterr().err

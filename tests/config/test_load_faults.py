@@ -38,14 +38,14 @@ UNKNOWN = [
         "[zzz]",
         "[zzz] (config.toml): unknown section;"
         " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, streams,"
-        " calls, http, alerts, log",
+        " calls, http, auth, alerts, log",
     ),
     ("port = 7443", "port = 7443 (config.toml): must be in a section; did you mean server.port?"),
     (
         "zzz = 7443",
         "zzz = 7443 (config.toml): must be in a section;"
         " the sections are server, tls, certificates, sessions, store, idempotency, freshness, limits, streams,"
-        " calls, http, alerts, log",
+        " calls, http, auth, alerts, log",
     ),
     ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below it"),
     (
@@ -101,7 +101,7 @@ def test_unknown_name_is_reported_with_the_nearest_one(home: Path, toml: str, fa
             "ZCPROTO_ZZZ__ZZZ",
             "zzz.zzz = 1 (…): unknown section;"
             " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, streams,"
-            " calls, http, alerts, log",
+            " calls, http, auth, alerts, log",
         ),
         ("ZCPROTO_SERVER_PORT", "server.port = 1 (…): two underscores must follow the section"),
         ("ZCPROTO_HTTP__HSTSS", "http.hstss = 1 (…): unknown key; did you mean http.hsts?"),

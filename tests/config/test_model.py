@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from zcproto.config import Config
+from zcproto.config import AuthConfig, Config, RoleConfig
 from zcproto.config.checks import CHECKS, SITE_CHECKS, split_key, value_of
 from zcproto.config.model import (
     AlertsConfig,
@@ -124,6 +124,7 @@ DEFAULTS = {
     "http.request_timeout": 10.0,
     "http.idle_timeout": 60.0,
     "http.redirect_port": 0,
+    "auth.role": (),
     "alerts.webhook": "",
     "alerts.webhook_secret_file": None,
     "alerts.webhook_ca_file": None,
@@ -212,8 +213,11 @@ def test_each_key_of_a_site_is_described(name: str) -> None:
     assert description.endswith(".")
 
 
-def test_keys_of_a_site_are_keys() -> None:
-    assert keys() - set(settings()) == {f"certificates.site.{name}" for name in settings_of(SiteConfig)}
+def test_keys_of_tables_are_keys() -> None:
+    models = {"certificates.site": SiteConfig, "auth.role": RoleConfig}
+    assert keys() - set(settings()) == {
+        f"{key}.{name}" for key, model in models.items() for name in settings_of(model)
+    }
 
 
 A, B = Path("/a.pem"), Path("/b.pem")
@@ -262,3 +266,29 @@ def test_repr_has_no_address_that_may_hold_a_secret() -> None:
     )
     assert "hunter2" not in repr(config) + str(config)
     assert "port=7443" in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": "a b"}, "must be the name of a role"),
+        ({"name": "a", "allow": ["A"]}, r"allow\[0\] must be the name of a method"),
+        ({"name": "a", "allow": ["x.*y"]}, r"allow\[0\] must be the name of a method"),
+        ({"name": "a", "deny": ["**"]}, r"deny\[0\] must be the name of a method"),
+        ({"name": "a", "deny": [""]}, r"deny\[0\] must be the name of a method"),
+        ({"name": "a", "deny": ["x", "x"]}, r"deny\[1\] is the same as"),
+    ],
+)
+def test_invalid_role_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        AuthConfig(role=(fields,))  # type: ignore[arg-type]
+
+
+def test_two_tables_of_one_role_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"\[1\]\.name is the role of auth\.role\[0\] too"):
+        AuthConfig(role=(RoleConfig(name="a"), RoleConfig(name="a")))
+    assert AuthConfig(role=(RoleConfig(name="a", allow=("*", "x", "x.*")),)).role[0].allow == (
+        "*",
+        "x",
+        "x.*",
+    )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import tomli
 
-from zcproto.config import Config, config_as_toml, default_config_file, load_config
+from zcproto.config import AuthConfig, Config, SiteConfig, config_as_toml, default_config_file, load_config
 from zcproto.config.checks import split_key
-from zcproto.config.model import SiteConfig, descriptions, keys, settings
+from zcproto.config.model import descriptions, keys, settings
 from zcproto.config.types import settings_of
 
 
@@ -45,6 +45,12 @@ def test_written_settings_are_read_as_the_same(tmp_path: Path) -> None:
         refresh = false
         [store]
         timeout = "1500ms"
+        [[auth.role]]
+        name = "billing"
+        allow = ["invoice.*"]
+        deny = ["invoice.delete", "server.*"]
+        [[auth.role]]
+        name = "guest"
         [log]
         file = "/var/log/zcproto.log"
     """
@@ -110,6 +116,9 @@ def test_sites_can_be_written_on_one_line(tmp_path: Path) -> None:
     assert read(tmp_path, line).certificates.site == sites
 
 
+TABLES = {key: split_key(key) for key, accepts in settings().items() if accepts.tables is not None}
+
+
 def uncommented(home: Path) -> str:
     return re.sub(r"^#(?! )", "", default_config_file(home), flags=re.MULTILINE)
 
@@ -117,24 +126,26 @@ def uncommented(home: Path) -> str:
 def test_each_key_of_the_default_file_can_be_uncommented(tmp_path: Path) -> None:
     tables = tomli.loads(uncommented(tmp_path))
     assert [f"{s}.{name}" for s, table in tables.items() for name in table] == list(settings())
-    (site,) = tables["certificates"]["site"]
-    assert {f"certificates.site.{name}" for name in site} == keys() - set(settings())
+    of_tables = [(key, tables[section][name][0]) for key, (section, name) in TABLES.items()]
+    assert {f"{key}.{name}" for key, table in of_tables for name in table} == keys() - set(settings())
     defaults = load_config(None, home=tmp_path, environ={})
     config = read(tmp_path, uncommented(tmp_path))
     assert config.certificates.site[0].names == ("a.example.com", "*.a.example.com")
     without = config.certificates.model_copy(update={"site": ()})
-    assert config.model_copy(update={"certificates": without}) == defaults
+    assert config.model_copy(update={"certificates": without, "auth": AuthConfig()}) == defaults
 
 
 def test_default_file_documents_each_key(tmp_path: Path) -> None:
     text = default_config_file(tmp_path)
     words = " ".join(line.removeprefix("# ") for line in text.splitlines())
     for key, accepts in settings().items():
-        line = "#[[certificates.site]]" if key == "certificates.site" else f"#{split_key(key)[1]} = "
+        line = f"#[[{key}]]" if key in TABLES else f"#{split_key(key)[1]} = "
         assert f"Must be {accepts.words}. {line}" in words
-    for name, accepts in settings_of(SiteConfig).items():
-        description = descriptions(SiteConfig)[name]
-        assert f"{description} Must be {accepts.words}. #{name} = " in words
+    for key in TABLES:
+        model = settings()[key].tables
+        assert model is not None
+        for name, accepts in settings_of(model).items():
+            assert f"{descriptions(model)[name]} Must be {accepts.words}. #{name} = " in words
 
 
 def test_default_file_fits_a_screen(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Ends:
         self.said: dict[int, Any] = {}
         self.deliver(2**20)
         for user in USERS:
-            opened = registry.open(user, operator=False, client="", address="", wall=WALL)
+            opened = registry.open(user, client="", address="", wall=WALL)
             self.opened[user] = opened
             self.server.join(opened.session, opened.token, WALL, self.now)
             self.register(user, METHODS)

@@ -251,7 +251,7 @@ class SlowLink:
     def __init__(self) -> None:
         self.wall, self.now = WALL, NOW
         registry = small_registry()
-        self.opened = registry.open("ada", operator=False, client="", address="", wall=WALL)
+        self.opened = registry.open("ada", client="", address="", wall=WALL)
         settings = ConnectionSettings(open_timeout_s=60.0)
         self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
         self.client = ClientConnection()

@@ -61,9 +61,7 @@ def test_session_opened_on_this_connection_needs_no_admission(pair: ConnectionPa
 
 def test_rejected_bound_session_is_not_asked_to_attach(pair: ConnectionPair) -> None:
     admission = FakeAdmission(pair)
-    opened = pair.registry.open(
-        "ada", operator=False, client="", address="", wall=pair.clock.wall(), key="device:phone"
-    )
+    opened = pair.registry.open("ada", client="", address="", wall=pair.clock.wall(), key="device:phone")
     assert pair.send(pair.request(1, "session.attach", token=opened.token)) == []
     refused = pair.answer().error
     assert refused.code == Code.UNAUTHENTICATED

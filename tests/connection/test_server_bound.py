@@ -20,9 +20,7 @@ MINUTE = 60.0
 
 
 def bound(pair: ConnectionPair, key: str = LAPTOP, user: str = "ada") -> OpenedSession:
-    return pair.registry.open(
-        user, operator=False, client="test/1", address="192.0.2.7", wall=pair.clock.wall(), key=key
-    )
+    return pair.registry.open(user, client="test/1", address="192.0.2.7", wall=pair.clock.wall(), key=key)
 
 
 def refused(pair: ConnectionPair, data: bytes) -> Any:

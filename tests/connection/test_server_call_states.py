@@ -52,7 +52,7 @@ class CallPair:
 
     def __init__(self, settings: ConnectionSettings = SETTINGS) -> None:
         self.registry = registry = small_registry(idle_timeout_ms=None)
-        self.opened = registry.open("ada", operator=False, client="", address="", wall=WALL)
+        self.opened = registry.open("ada", client="", address="", wall=WALL)
         self.session_id = self.opened.session.id
         self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
         self.server.join(self.opened.session, self.opened.token, WALL, NOW)
@@ -240,7 +240,7 @@ def test_method_that_is_not_registered_is_unavailable() -> None:
 
 def test_session_that_registered_elsewhere_is_unavailable() -> None:
     pair = CallPair()
-    other = pair.registry.open("bob", operator=False, client="", address="", wall=WALL)
+    other = pair.registry.open("bob", client="", address="", wall=WALL)
     pair.server.join(other.session, other.token, WALL, NOW)
     pair.session_id = other.session.id
     expect(Unavailable, pair)

@@ -40,7 +40,7 @@ class StreamPair:
     def __init__(self, limits: StreamLimits = LIMITS) -> None:
         registry = small_registry(idle_timeout_ms=None)
         self.registry = registry
-        self.opened = registry.open("ada", operator=False, client="", address="", wall=WALL)
+        self.opened = registry.open("ada", client="", address="", wall=WALL)
         settings = ConnectionSettings(streams=limits, max_streams=8)
         self.server = ServerConnection(settings, registry, salt=SALT, wall=WALL, now=NOW)
         self.server.join(self.opened.session, self.opened.token, WALL, NOW)

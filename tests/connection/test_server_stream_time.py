@@ -71,8 +71,8 @@ def test_item_that_waits_too_long_cuts_its_stream_alone() -> None:
 def test_streams_in_flight_count_as_use_of_their_sessions() -> None:
     pair = StreamPair()
     key = "device:laptop"
-    bound = pair.registry.open("ben", operator=False, client="", address="", wall=WALL, key=key)
-    ended = pair.registry.open("eve", operator=False, client="", address="", wall=WALL)
+    bound = pair.registry.open("ben", client="", address="", wall=WALL, key=key)
+    ended = pair.registry.open("eve", client="", address="", wall=WALL)
     pair.server.prove(key)
     for number, opened in enumerate((pair.opened, bound, ended), 1):
         pair.server.join(opened.session, opened.token, WALL, NOW)

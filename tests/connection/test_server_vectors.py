@@ -30,10 +30,7 @@ def registry_of(tokens: tuple[bytes, ...], wall: int) -> tuple[SessionRegistry, 
     queue = [part for token in tokens for part in (token, next(numbers).to_bytes(32, "little"))]
     settings = SessionSettings(max_sessions=8, dead_limit=8, grace_limit=8)
     registry = SessionRegistry(settings, lambda size: queue.pop(0)[:size])
-    return registry, [
-        registry.open(f"user{n}", operator=False, client="", address="", wall=wall)
-        for n in range(len(tokens))
-    ]
+    return registry, [registry.open(f"user{n}", client="", address="", wall=wall) for n in range(len(tokens))]
 
 
 class Harness:

@@ -39,7 +39,7 @@ class Ends:
 
     def __init__(self, window: tuple[int, int], server_window: tuple[int, int]) -> None:
         registry = small_registry(idle_timeout_ms=None)
-        opened = registry.open("ada", operator=False, client="", address="", wall=WALL)
+        opened = registry.open("ada", client="", address="", wall=WALL)
         limits = StreamLimits(
             max_open=8, max_item=MAX_ITEM, window_items=server_window[0], window_bytes=server_window[1]
         )

@@ -320,7 +320,7 @@ class Model:
 
         self.spawn(
             number,
-            lambda node: node.sessions.open(user, operator=False, key=key, **CLIENT),
+            lambda node: node.sessions.open(user, key=key, **CLIENT),
             done,
             self.refused,
         )

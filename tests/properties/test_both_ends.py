@@ -316,9 +316,7 @@ class BothEnds(RuleBasedStateMachine):
         self.server.session_revoked(known.id, "x", self.server_wall, self.now)
 
     def open_session(self, user: str) -> Any:
-        return self.registry.open(
-            user, operator=False, client="test/1", address="192.0.2.7", wall=self.server_wall
-        )
+        return self.registry.open(user, client="test/1", address="192.0.2.7", wall=self.server_wall)
 
     def add_session(self, opened: Any) -> None:
         session = opened.session

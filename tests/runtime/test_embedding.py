@@ -14,6 +14,7 @@ import zcproto
 from tests.helpers import run_mypy
 from tests.server.helpers import ROOT
 from zcproto.client.client import Client
+from zcproto.common.roles import NO_ROLES, OPERATORS
 
 
 @pytest.fixture
@@ -43,19 +44,19 @@ async def test_added_user_can_call(server: zcproto.Server) -> None:
     assert "hidden" in repr(key)
     async with connect(server, "ada", key) as client:
         assert await client.call("echo", n=1) == {"n": 1}
-    assert await server.users.list() == [zcproto.UserEntry("ada", False, True, False)]
+    assert await server.users.list() == [zcproto.UserEntry("ada", NO_ROLES, True, False)]
     with pytest.raises(zcproto.ConfigError, match='user "ada" exists already'):
         await server.users.add("ada")
 
 
 async def test_operator_and_user_without_key_are_added(server: zcproto.Server) -> None:
-    key = await server.users.add("root", operator=True)
+    key = await server.users.add("root", roles=OPERATORS)
     await server.users.add_without_key("robot")
-    await server.users.add_without_key("chief", operator=True)
+    await server.users.add_without_key("chief", roles=OPERATORS)
     assert await server.users.list() == [
-        zcproto.UserEntry("root", True, True, False),
-        zcproto.UserEntry("robot", False, False, False),
-        zcproto.UserEntry("chief", True, False, False),
+        zcproto.UserEntry("root", OPERATORS, True, False),
+        zcproto.UserEntry("robot", NO_ROLES, False, False),
+        zcproto.UserEntry("chief", OPERATORS, False, False),
     ]
     async with connect(server, "root", key.reveal()) as client:
         assert (await client.call("server.stats"))["connections"] == 1
@@ -173,7 +174,7 @@ config = Config(
 
 async def main() -> None:
     async with zcproto.Server(zcproto.App(), config, home=Path("/tmp")) as server:
-        key: str = await server.users.add("ada", operator=True)
+        key: str = await server.users.add("ada", roles={"operator"})
         names: list[str] = [user.name for user in await server.users.list()]
         ended: int = await server.users.remove("ada")
         ca_file: Path | None = server.ca_file

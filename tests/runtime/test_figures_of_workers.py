@@ -20,6 +20,7 @@ from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
 from zcproto.cli.control import ControlError, require_control
 from zcproto.common.home import Home
+from zcproto.common.roles import OPERATORS
 
 CONFIG = """
 [certificates]
@@ -43,7 +44,7 @@ def server(home: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def key(home: Path) -> str:
-    return UserFile(home / "users.toml").add("ada", operator=True)
+    return UserFile(home / "users.toml").add("ada", roles=OPERATORS)
 
 
 def get(server: ServerProcess, path: str) -> tuple[int, str]:

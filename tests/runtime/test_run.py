@@ -21,6 +21,7 @@ import pytest
 from tests.server.helpers import GOAWAY, RESPONSE, configuration, eventually, read_to_end
 from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
+from zcproto.common.roles import OPERATORS
 from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
 from zcproto.errors import CertificateError, Code, ConfigError
@@ -182,7 +183,7 @@ def test_process_disables_core_dumps_and_raises_file_limit(home: Path, certs: Pa
 
 def test_changed_users_file_is_read_again(home: Path, certs: Path, key: str) -> None:
     with ServerProcess(home, certs) as server:
-        later = UserFile(home / "users.toml").add("eve", operator=True)
+        later = UserFile(home / "users.toml").add("eve", roles=OPERATORS)
         with server.client("eve", later) as eve:
             assert eve.call("server.stats")["connections"] == 1
         text = (home / "users.toml").read_text()
@@ -411,7 +412,7 @@ async def test_ended_sessions_are_cleaned_up(home: Path) -> None:
     config = configuration(home, store__cleanup_interval="100ms", sessions__refresh=False)
     async with Server(config=config, home=home) as server:
         registry = server.state.registry
-        registry.open("ada", operator=False, client="", address="", wall=0)
+        registry.open("ada", client="", address="", wall=0)
         assert len(registry) == 1
         async with asyncio.timeout(5):
             while len(registry):  # noqa: ASYNC110 - the registry knows no events

@@ -14,6 +14,7 @@ import uvloop
 from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.app.app import App
 from zcproto.app.context import Context
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import (
     Aborted,
     AlreadyExists,
@@ -88,7 +89,7 @@ def application(gate: WaitingMethods) -> App:
     def hello(context: Context) -> Any:
         return [context.session is None, context.peer]
 
-    @app.method("operators", operator=True)
+    @app.method("operators", roles=OPERATORS)
     def operators() -> str:
         return "welcome"
 

@@ -23,6 +23,7 @@ from zcproto.app.app import App, default_app
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Authenticators, Identity
 from zcproto.common.clock import Clock, SystemClock
+from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.config import Config, load_config
 from zcproto.runtime.build import SINGLE, WorkerRole
 from zcproto.runtime.reload import Reloaded
@@ -60,7 +61,11 @@ def configuration(home: Path, **settings: Any) -> Config:
 
 def identify(user: Any = None, key: Any = None) -> Identity | None:
     """Accept every user with the key; users named operator* are operators."""
-    return Identity(str(user), operator=str(user).startswith("operator")) if key == KEY else None
+    return (
+        Identity(str(user), roles=OPERATORS if str(user).startswith("operator") else NO_ROLES)
+        if key == KEY
+        else None
+    )
 
 
 class TestClock(SystemClock):

@@ -217,9 +217,7 @@ class Peer:
         return [Answer(frame) for frame in self._decoder.frames()]
 
     def login(self, user: str = "ada") -> OpenedSession:
-        opened = self.harness.registry.open(
-            user, operator=False, client="", address="", wall=self.harness.clock.wall()
-        )
+        opened = self.harness.registry.open(user, client="", address="", wall=self.harness.clock.wall())
         self.token = opened.token
         self.send(self.frame(REQUEST, 99, encode_request("big", {"n": 0, "size": 0})))
         self.answers()

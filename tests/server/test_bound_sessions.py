@@ -243,7 +243,7 @@ def test_binding_survives_a_restart(tmp_path: Path, certs: Path) -> None:
         client.call("session.attach", attaching(client, client.token))
         client.echo()
         harness.devices.remove("laptop")
-        assert client.event().value == ["session.revoked", {"reason": "the device was removed"}]
+        assert client.event().value == ["session.revoked", {"reason": "the device was removed or changed"}]
 
 
 # --- devices come and go -----------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_removed_device_loses_only_its_sessions(harness: DeviceServer) -> None:
         for client in (first, second):
             event = client.event()
             assert (event.kind, event.token) == (EVENT, client.token)
-            assert event.value == ["session.revoked", {"reason": "the device was removed"}]
+            assert event.value == ["session.revoked", {"reason": "the device was removed or changed"}]
             assert client.refused("echo").code == Code.TOKEN_REVOKED
         phone.echo()
         assert phone.events == []

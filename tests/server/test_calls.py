@@ -331,7 +331,7 @@ def test_cancellation_before_the_answer_of_the_same_turn_drops_it(client: CallPe
 
 
 def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) -> None:
-    bob = harness.registry.open("bob", operator=False, client="", address="", wall=harness.clock.wall())
+    bob = harness.registry.open("bob", client="", address="", wall=harness.clock.wall())
     token, client.token = client.token, bob.token
     client.handle("tell", stream=91)
     client.token = token

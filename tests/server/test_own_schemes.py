@@ -33,7 +33,7 @@ def check(context: Context, user: str, password: str) -> Answer:
     assert context.peer == "127.0.0.1"
     if PASSWORDS.get(user) != password:
         return None
-    return Identity(user, operator=user == "root")
+    return Identity(user, roles={"operator"} if user == "root" else set())
 
 
 PASSWORD = CallableAuthenticator("password", check)

@@ -139,9 +139,7 @@ def test_session_that_joins_late_gets_its_expiring_event_in_time(harness: Harnes
     peer = harness.connect()
     tenth = SessionSettings().lifetime_ms // 10
     wall = harness.clock.wall()
-    opened = harness.registry.open(
-        "ada", operator=False, client="", address="", wall=wall - 9 * tenth + 5_000
-    )
+    opened = harness.registry.open("ada", client="", address="", wall=wall - 9 * tenth + 5_000)
     peer.protocol.join(opened.session, opened.token)
     peer.send(peer.frame(PING))
     harness.advance(4)

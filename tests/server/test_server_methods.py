@@ -15,6 +15,7 @@ from tests.server.helpers import (
     wall,
 )
 from zcproto.app.app import App
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code
 from zcproto.server.protocol_methods import LISTED, REVOKED_AT_ONCE, server_methods
 from zcproto.sessions.token import token_text
@@ -36,7 +37,7 @@ def test_server_info_lists_callable_methods_only(serve: Serve) -> None:
         return []
 
     app.method("shout")(lambda: None)
-    app.method("restart", operator=True)(lambda: None)
+    app.method("restart", roles=OPERATORS)(lambda: None)
     server = serve(app)
     public = ["news", "server.info", "session.open", "session.refresh"]
     sessions = [f"session.{name}" for name in ("attach", "close", "handle", "info", "list", "revoke")]
@@ -184,7 +185,7 @@ def test_server_sessions_lists_all_sessions_without_secrets(serve: Serve) -> Non
     with server.client("ada") as ada, server.client("ada"), server.client("operator") as operator:
         found = operator.call("server.sessions")
         assert [each["user"] for each in found] == ["ada", "ada", "operator"]
-        assert [each["operator"] for each in found] == [False, False, True]
+        assert [each["roles"] for each in found] == [[], [], ["operator"]]
         assert operator.call("server.sessions", {"user": "ada"}) == found[:2]
         assert operator.call("server.sessions", {"user": "stranger"}) == []
         own = ada.call("session.info")
@@ -272,7 +273,7 @@ def test_server_sessions_is_bounded(serve: Serve) -> None:
     def fill() -> None:
         for number in range(LISTED + 10):
             server.server.state.registry.open(
-                f"{number:0128}", operator=False, client="c" * 128, address="192.0.2.7", wall=number
+                f"{number:0128}", client="c" * 128, address="192.0.2.7", wall=number
             )
 
     server.in_loop(fill)
@@ -284,4 +285,7 @@ def test_server_sessions_is_bounded(serve: Serve) -> None:
 def test_operator_methods_are_marked_operator(serve: Serve) -> None:
     server = serve()
     methods = server_methods(server.server.state)
-    assert [method.name for method in methods if method.operator] == ["server.sessions", "server.revoke"]
+    assert [method.name for method in methods if method.roles == OPERATORS] == [
+        "server.sessions",
+        "server.revoke",
+    ]

@@ -21,6 +21,7 @@ from tests.server.helpers import (
 )
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Identity, UserFile
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code
 
 Serve = Callable[..., ServerThread]
@@ -175,7 +176,7 @@ def test_changed_users_file_applies_to_logins(
         assert client.refused("session.open", wrong).body == stranger.body
         client.open_session("ada", key)
         assert client.refused("server.stats").code == Code.PERMISSION_DENIED
-        client.open_session("root", users.add("root", operator=True))
+        client.open_session("root", users.add("root", roles=OPERATORS))
         assert client.call("server.stats")["sessions"] == 2
         # A malformed file leaves the users unchanged.
         text = users.path.read_text()

@@ -28,6 +28,7 @@ from zcproto.auth.schemes import CertificateAuthenticator
 from zcproto.certs import client_ca
 from zcproto.certs.client_user import user_of
 from zcproto.client.blocking import BlockingClient, connect_blocking
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Unauthenticated
 from zcproto.tls.context import ClientTrust, SiteContexts, server_context
 
@@ -63,7 +64,7 @@ class CertificateServer:
     def __init__(self, home: Path, certs: Path, kind: str = "dns", **options: Any) -> None:
         home.mkdir(mode=0o700)
         users = UserFile(home / "users.toml")
-        users.add("ada"), users.add("root", operator=True)
+        users.add("ada"), users.add("root", roles=OPERATORS)
         self.users = users
         self.refused: list[str] = []
         self.server = ServerThread(

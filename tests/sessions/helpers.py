@@ -6,6 +6,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
+from zcproto.common.roles import NO_ROLES, Roles
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.index import END, DigestIndex, LinearHash
@@ -49,14 +50,14 @@ class RegistryHarness:
         user: str = "alice",
         wall: int = WALL,
         *,
-        operator: bool = False,
+        roles: Roles = NO_ROLES,
         client: str = "zc/1",
         address: str = "192.0.2.1",
         bound: bool = False,
     ) -> OpenedSession:
         return self.registry.open(
             user,
-            operator=operator,
+            roles=roles,
             client=client,
             address=address,
             wall=wall,

@@ -115,9 +115,7 @@ def peer_at(harness: Harness, address: str, monkeypatch: pytest.MonkeyPatch, tok
 
 
 def open_at(harness: Harness, address: str) -> bytes:
-    return harness.registry.open(
-        "ada", operator=False, client="", address=address, wall=harness.clock.wall()
-    ).token
+    return harness.registry.open("ada", client="", address=address, wall=harness.clock.wall()).token
 
 
 def code(peer: Peer, stream: int) -> int:

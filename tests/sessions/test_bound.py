@@ -13,7 +13,7 @@ CERTIFICATE = "tls:" + "0f" * 32
 
 
 def bound(harness: RegistryHarness, key: str, user: str = "alice") -> OpenedSession:
-    return harness.registry.open(user, operator=False, client="zc/1", address="192.0.2.1", wall=WALL, key=key)
+    return harness.registry.open(user, client="zc/1", address="192.0.2.1", wall=WALL, key=key)
 
 
 @pytest.mark.parametrize("key", [LAPTOP, PHONE, CERTIFICATE])

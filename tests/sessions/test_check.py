@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code
 from zcproto.sessions import Session
 
@@ -15,10 +16,10 @@ NONE = bytes(32)
 
 def test_valid_token_gives_its_session() -> None:
     harness = RegistryHarness()
-    opened = harness.open("alice", operator=True)
+    opened = harness.open("alice", roles=OPERATORS)
     session = harness.good(opened.token, WALL + 5)
     assert session.id == opened.session.id
-    assert (session.user, session.operator, session.slot) == ("alice", True, opened.session.slot)
+    assert (session.user, session.roles, session.slot) == ("alice", OPERATORS, opened.session.slot)
     assert session.expires_at == WALL + DAY
     assert session.valid_until == WALL + 5 + HOUR
     assert session.expiring_at == WALL + DAY - DAY // 10

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, MINUTE, SECOND, WALL, RegistryHarness
+from zcproto.common.roles import OPERATORS, Roles
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
 from zcproto.sessions import SessionRegistry
 from zcproto.sessions.exchange import EVICTION_SAMPLE
@@ -16,9 +17,7 @@ from zcproto.sessions.token import digest_of
 
 
 def new(harness: RegistryHarness, user: str = "alice", wall: int = WALL, *, key: str = "") -> NewSession:
-    return harness.registry.new_session(
-        user, operator=False, client="zc/1", address="192.0.2.1", wall=wall, key=key
-    )
+    return harness.registry.new_session(user, client="zc/1", address="192.0.2.1", wall=wall, key=key)
 
 
 def taken_in(harness: RegistryHarness, user: str = "alice", wall: int = WALL, *, key: str = "") -> NewSession:
@@ -62,14 +61,15 @@ def test_new_session_that_ended_meanwhile_is_not_opened() -> None:
     assert harness.registry.opened == 0
 
 
+@pytest.mark.parametrize("roles", [OPERATORS, OPERATORS | {"admin", "billing"}, frozenset({"admin"})])
 @pytest.mark.parametrize("key", ["", "device:phone", "tls:" + 64 * "a"])
-def test_restored_record_equals_stored_record(key: str) -> None:
+def test_restored_record_equals_stored_record(key: str, roles: Roles) -> None:
     harness = RegistryHarness()
-    harness.registry.open("bob", operator=True, client="x/2", address="::1", wall=WALL, key=key)
+    harness.registry.open("bob", roles=roles, client="x/2", address="::1", wall=WALL, key=key)
     other = moved(harness)
     (info,) = other.registry.list("bob", WALL)
     assert [info] == harness.registry.list("bob", WALL)
-    assert (info.operator, info.bound) == (True, bool(key))
+    assert (info.roles, info.bound) == (roles, bool(key))
 
 
 def test_session_without_refresh_has_no_refresh_token() -> None:

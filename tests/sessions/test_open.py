@@ -7,24 +7,26 @@ from dataclasses import replace
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, WALL, RegistryHarness
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code, InvalidArgument, NotFound, ResourceExhausted, TokenExpired
+from zcproto.sessions import Session
 from zcproto.sessions.registry import MAX_TEXT
 
 
 def test_opened_session_has_all_fields() -> None:
     harness = RegistryHarness()
-    opened = harness.open("alice", operator=True, client="zc/2.0", address="2001:db8::1")
+    opened = harness.open("alice", roles=OPERATORS, client="zc/2.0", address="2001:db8::1")
     assert len(opened.token) == 32
     assert opened.refresh_token is not None
     assert len(opened.refresh_token) == 32
     assert opened.refresh_expires_at == WALL + 30 * DAY
     session = opened.session
-    assert (session.user, session.operator) == ("alice", True)
+    assert (session.user, session.roles) == ("alice", OPERATORS)
     assert (session.expires_at, session.valid_until) == (WALL + DAY, WALL + HOUR)
     info = harness.registry.info(session.id, WALL)
     assert (info.id, info.user, info.client, info.address) == (session.id, "alice", "zc/2.0", "2001:db8::1")
     assert (info.created_at, info.last_used_at, info.expires_at) == (WALL, WALL, WALL + DAY)
-    assert (info.live, info.bound, info.operator) == (True, False, True)
+    assert (info.live, info.bound, info.roles) == (True, False, OPERATORS)
     assert info.refresh_expires_at == WALL + 30 * DAY
     assert (len(harness.registry), harness.registry.opened) == (1, 1)
 
@@ -317,3 +319,37 @@ def test_observer_sees_completed_change() -> None:
     )
     harness.open()
     assert seen == [(Code.SESSION_REPLACED, 1)]
+
+
+def test_session_ends_at_a_given_time_and_has_no_refresh_token_that_would_not_prolong_it() -> None:
+    harness = RegistryHarness()
+    ends_at = WALL + HOUR
+    opened = harness.registry.open("ada", client="", address="", wall=WALL, ends_at=ends_at)
+    assert (opened.session.expires_at, opened.refresh_token, opened.refresh_expires_at) == (
+        ends_at,
+        None,
+        None,
+    )
+    assert isinstance(harness.registry.check(opened.token, ends_at - 1), Session)
+    assert harness.registry.check(opened.token, ends_at) is Code.TOKEN_EXPIRED
+
+
+def test_refreshed_session_ends_at_a_given_time() -> None:
+    harness = RegistryHarness()
+    ends_at = WALL + 30 * HOUR
+    opened = harness.registry.open("ada", client="", address="", wall=WALL, ends_at=ends_at)
+    assert (opened.session.expires_at, opened.refresh_expires_at) == (WALL + 24 * HOUR, ends_at)
+    assert opened.refresh_token is not None
+    again = harness.registry.refresh(opened.refresh_token, client="", address="", wall=WALL + 20 * HOUR)
+    assert (again.session.expires_at, again.refresh_expires_at) == (ends_at, ends_at)
+
+
+def test_roles_share_their_text_and_leave_none_behind() -> None:
+    harness = RegistryHarness()
+    roles = frozenset({"admin", "operator"})
+    sessions = [harness.open(f"u{number}", roles=roles).session for number in range(3)]
+    assert {each.roles for each in sessions} == {roles}
+    assert len(harness.registry._table.keys) == 1
+    for each in sessions:
+        harness.registry.close(each)
+    assert len(harness.registry._table.keys) == 0

@@ -19,7 +19,7 @@ def registry(**settings: object) -> SessionRegistry:
 
 
 def open_one(sessions: SessionRegistry, wall: int = 0, user: str = "ada") -> bytes:
-    return sessions.open(user, operator=False, client="t/1", address="192.0.2.1", wall=wall).token
+    return sessions.open(user, client="t/1", address="192.0.2.1", wall=wall).token
 
 
 def test_new_lifetime_applies_to_new_sessions_only() -> None:
@@ -86,7 +86,7 @@ def test_lower_limit_evicts_down_to_it() -> None:
 
 def test_new_grace_applies_to_next_refresh() -> None:
     sessions = registry(refresh_grace_ms=0)
-    opened = sessions.open("ada", operator=False, client="t/1", address="192.0.2.1", wall=0)
+    opened = sessions.open("ada", client="t/1", address="192.0.2.1", wall=0)
     sessions.reconfigure(SessionSettings(refresh_grace_ms=5000))
     assert opened.refresh_token is not None
     first = sessions.refresh(opened.refresh_token, client="t/1", address="192.0.2.1", wall=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sessions.helpers import DAY, HOUR, SECOND, WALL, CountedEntropy, RegistryHarness
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import (
     Code,
     InvalidArgument,
@@ -22,14 +23,14 @@ LATER = WALL + GRACE
 @pytest.mark.requirement("refresh")
 def test_refresh_gives_new_pair_for_same_session() -> None:
     harness = RegistryHarness()
-    first = harness.open(operator=True, bound=True)
+    first = harness.open(roles=OPERATORS, bound=True)
     second = harness.refresh(first.refresh_token, WALL + HOUR // 2, client="zc/2", address="192.0.2.9")
     assert second.session.id == first.session.id
     assert second.refresh_expires_at == first.refresh_expires_at == WALL + 30 * DAY
     assert second.token != first.token
     assert second.refresh_token != first.refresh_token
     assert second.session.expires_at == WALL + HOUR // 2 + DAY
-    assert (second.session.operator, second.session.bound) == (True, True)
+    assert (second.session.roles, second.session.bound) == (OPERATORS, True)
     info = harness.registry.info(first.session.id, WALL + HOUR // 2)
     assert (info.created_at, info.client, info.address) == (WALL, "zc/2", "192.0.2.9")
     assert (len(harness.registry), harness.registry.opened, harness.registry.refreshed) == (1, 1, 1)

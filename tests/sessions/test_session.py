@@ -108,13 +108,13 @@ def test_id_text_is_22_characters_and_cached() -> None:
     assert session.id is session.id
 
 
-@pytest.mark.parametrize("operator", [False, True])
+@pytest.mark.parametrize("roles", ["", "operator", "admin", "admin operator"])
 @pytest.mark.parametrize("bound", [False, True])
-def test_flags_are_independent(operator: bool, bound: bool) -> None:
+def test_flags_are_independent(roles: str, bound: bool) -> None:
     harness = RegistryHarness()
-    opened = harness.open(operator=operator, bound=bound)
+    opened = harness.open(roles=frozenset(roles.split()), bound=bound)
     checked = harness.good(opened.token)
     info = harness.registry.info(checked.id, WALL)
     for record in (opened.session, checked, info):
         assert isinstance(record, Session | SessionInfo)
-        assert (record.operator, record.bound) == (operator, bound)
+        assert (record.roles, record.bound) == (frozenset(roles.split()), bound)

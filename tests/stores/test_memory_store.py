@@ -89,7 +89,7 @@ async def test_registry_is_the_only_copy() -> None:
     store = MemoryStore(shared)
     reported: list[Code] = []
     shared.observers.append(lambda session_id, code, reason: reported.append(code))
-    opened = shared.open("alice", operator=False, client="zc/1", address="", wall=WALL)
+    opened = shared.open("alice", client="zc/1", address="", wall=WALL)
     (record,) = await store.list()
     assert record.user == "alice"
     assert not store.shared

@@ -23,6 +23,7 @@ from zcproto import (
     LifespanError,
     SessionsConfig,
 )
+from zcproto.common.roles import OPERATORS
 from zcproto.testing import MemoryServer, connect_in_memory
 
 
@@ -38,7 +39,7 @@ def app() -> App:
     def open_() -> str:
         return "welcome"
 
-    @app.method("rule", operator=True)
+    @app.method("rule", roles=OPERATORS)
     def rule() -> bool:
         return True
 
@@ -99,7 +100,7 @@ async def test_client_without_a_user_may_call_public_methods_only(app: App) -> N
 
 async def test_users_of_one_server_have_their_own_sessions_and_roles(app: App) -> None:
     async with MemoryServer(app) as server:
-        key = server.users.add("root", operator=True)
+        key = server.users.add("root", roles=OPERATORS)
         async with server.connect("ada") as ada, server.connect("root") as root:
             assert await root.call("rule")
             assert await ada.call("greet", name="you") == "hello you from ada"
@@ -112,7 +113,7 @@ async def test_users_of_one_server_have_their_own_sessions_and_roles(app: App) -
 
 async def test_schemes_of_the_application_open_sessions_beside_its_users() -> None:
     def check(word: str) -> Identity | None:
-        return Identity("eve", operator=True) if word == "sesame" else None
+        return Identity("eve", roles=OPERATORS) if word == "sesame" else None
 
     app = App(authenticators=[CallableAuthenticator("word", check), BUILT_IN_SCHEMES])
 

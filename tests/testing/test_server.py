@@ -10,6 +10,7 @@ import pytest
 import zcproto
 from tests.helpers import free_port
 from zcproto import App, CertificatesConfig, Config, Context, LimitsConfig, ServerConfig, TlsConfig
+from zcproto.common.roles import OPERATORS
 from zcproto.testing import LocalServer
 from zcproto.testing.plugin import Serve
 
@@ -24,7 +25,7 @@ def app() -> App:
     def greet(context: Context, name: str) -> str:
         return f"hello {name} from {context.user}"
 
-    @app.method("rule", operator=True)
+    @app.method("rule", roles=OPERATORS)
     def rule() -> bool:
         return True
 
@@ -39,7 +40,7 @@ async def test_async_test_calls_the_server(zcproto_serve: Serve, app: App) -> No
 
 def test_blocking_test_calls_the_server(zcproto_serve: Serve, app: App) -> None:
     server = zcproto_serve(app)
-    server.users.add("root", operator=True)
+    server.users.add("root", roles=OPERATORS)
     with server.connect_blocking("root") as client:
         assert client.call("rule")
         assert server.in_loop(lambda: len(server.server.state.connections)) == 1

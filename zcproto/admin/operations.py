@@ -38,6 +38,7 @@ from zcproto.certs.keys import family
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.common.parameters import Signature
+from zcproto.common.roles import Roles, roles_from
 from zcproto.errors import CallError, CertificateError, Code, ConfigError, FailedPrecondition, InvalidArgument
 from zcproto.http.messages import Handler, HttpRequest, HttpResponse, Route, json_response
 from zcproto.observe.log import level as current_level
@@ -106,8 +107,10 @@ class Operations:
             ("POST", "users/enable", self.enable_user),
             ("POST", "users/remove", self.remove_user),
             ("POST", "users/new-key", self.replace_key),
+            ("POST", "users/roles", self.set_user_roles),
             ("GET", "devices", self.list_devices),
             ("POST", "devices/remove", self.remove_device),
+            ("POST", "devices/roles", self.set_device_roles),
             ("GET", "certificates", self.list_certificates),
             ("POST", "certificates/renew", self.renew_certificates),
             ("POST", "certificates/rotate", self.rotate_keys),
@@ -180,11 +183,14 @@ class Operations:
         return _bounded("users", (user.as_dict(name) for name, user in entries.items()), LISTED_NAMES)
 
     async def add_user(
-        self, name: str, operator: bool = False, key_digest: str | None = None
+        self, name: str, roles: list[str] | None = None, key_digest: str | None = None
     ) -> dict[str, Any]:
         digest = None if key_digest is None else _digest(key_digest)
-        await self._change_user(UserFile.add_digest, name, digest, operator)
+        await self._change_user(UserFile.add_digest, name, digest, _roles(roles or []))
         return {}
+
+    async def set_user_roles(self, name: str, roles: list[str]) -> dict[str, Any]:
+        return await self._change_user(UserFile.set_roles, name, _roles(roles))
 
     async def disable_user(self, name: str) -> dict[str, Any]:
         return await self._change_user(UserFile.disable, name)
@@ -211,6 +217,12 @@ class Operations:
         file = DeviceFile(self._parts.home.devices)
         removed, sessions = await self._devices.change(partial(file.remove, name), name)
         return {"user": removed.user, "sessions": sessions}
+
+    async def set_device_roles(self, name: str, roles: list[str] | None = None) -> dict[str, Any]:
+        file = DeviceFile(self._parts.home.devices)
+        narrowed = None if roles is None else _roles(roles)
+        before, sessions = await self._devices.change(partial(file.set_roles, name, narrowed), name)
+        return {"user": before.user, "sessions": sessions}
 
     @property
     def _devices(self) -> Directory[RegisteredDevice]:
@@ -294,6 +306,13 @@ def _digest(text: str) -> bytes:
     if digest is None:
         raise InvalidArgument("key_digest must be a SHA-256 as 43 characters of base64url")
     return digest
+
+
+def _roles(names: list[str]) -> Roles:
+    try:
+        return roles_from(names)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None
 
 
 def _handler(method: str, path: str, run: Run) -> Handler:

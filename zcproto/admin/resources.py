@@ -39,6 +39,7 @@ from zcproto.admin.whole import read_status
 from zcproto.auth.schemes import certificate_key
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.network import AddressSet, plain_address
+from zcproto.common.roles import OPERATOR
 from zcproto.errors import CallError, CertificateError, Code
 from zcproto.http.messages import HTML, HttpRequest, HttpResponse, Route, json_response, text_response
 from zcproto.observe.metrics import Metrics
@@ -158,7 +159,7 @@ class Resources:
         if not isinstance(session, Session):
             return session
         try:
-            return await self.figures(session.operator)
+            return await self.figures(OPERATOR in session.roles)
         except CallError as error:
             return _retry_later(error)
 

@@ -11,13 +11,14 @@ ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from zcproto.admin.parts import Parts
 from zcproto.auth import User, UserFile
 from zcproto.auth.directory import Directory
+from zcproto.common.roles import roles_from
 from zcproto.common.secret import SecretText
 from zcproto.errors import FailedPrecondition
 
@@ -31,8 +32,8 @@ class UserEntry(NamedTuple):
     """One user."""
 
     name: str
-    operator: bool
-    """Whether the user may administer the server."""
+    roles: frozenset[str]
+    """With the role "operator" the user may administer the server."""
     has_key: bool
     """Whether the user has an API key. Devices and client certificates need none."""
     disabled: bool
@@ -54,22 +55,29 @@ class ServerUsers:
         directory = self.directory
         await directory.refresh()
         return [
-            UserEntry(name, user.operator, user.has_key, user.disabled)
+            UserEntry(name, user.roles, user.has_key, user.disabled)
             for name, user in directory.file.entries.items()
         ]
 
-    async def add(self, name: str, *, operator: bool = False) -> SecretText:
+    async def add(self, name: str, *, roles: Collection[str] = ()) -> SecretText:
         """Add a user, and return the API key. It is not shown again: the file holds a digest.
 
-        Raises ConfigError for a name that exists or is malformed.
+        Raises ConfigError for a name that exists or is malformed, ValueError for a malformed role.
         """
         key: SecretText
-        key, _ = await self.change(UserFile.add, name, operator)
+        key, _ = await self.change(UserFile.add, name, roles_from(roles))
         return key
 
-    async def add_without_key(self, name: str, *, operator: bool = False) -> None:
-        """Add a user who opens sessions by devices and client certificates only. Raises ConfigError like `add`."""
-        await self.change(UserFile.add_digest, name, None, operator)
+    async def add_without_key(self, name: str, *, roles: Collection[str] = ()) -> None:
+        """Add a user who opens sessions by devices and client certificates only. Raises like `add`."""
+        await self.change(UserFile.add_digest, name, None, roles_from(roles))
+
+    async def set_roles(self, name: str, roles: Collection[str]) -> int:
+        """Replace the roles of a user, and end the sessions opened with the old ones. Return how many have ended.
+
+        Raises NotFound for an unknown name, ValueError for a malformed role.
+        """
+        return (await self.change(UserFile.set_roles, name, roles_from(roles)))[1]
 
     async def new_key(self, name: str) -> SecretText:
         """Replace the key of a user, end the sessions opened with the old one, and return the new key.

@@ -39,6 +39,7 @@ from zcproto.admin.snapshot import (
 )
 from zcproto.app.app import Method
 from zcproto.common.clock import MS_PER_SECOND, Clock
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Unavailable, ZcprotoError
 from zcproto.observe.histogram import Histogram
 from zcproto.observe.log import get_logger
@@ -474,4 +475,4 @@ def stats_method(parts: Parts) -> Method:
         return {**report.stats, "workers": report.workers}
 
     all_stats.__doc__ = server_stats.__doc__
-    return Method("server.stats", server_stats if parts.whole is None else all_stats, operator=True)
+    return Method("server.stats", server_stats if parts.whole is None else all_stats, roles=OPERATORS)

@@ -19,11 +19,12 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Final, Generic, TypeVar, overload
 
+from zcproto.app.access import Access
 from zcproto.app.context import Context, State
 from zcproto.app.items import Items
 from zcproto.app.schema import method_schema
@@ -31,9 +32,11 @@ from zcproto.app.topics import Slow, Topic
 from zcproto.auth.identity import BUILT_IN_SCHEMES, Authenticators
 from zcproto.common.middleware import Middleware, around, check_middleware
 from zcproto.common.parameters import Signature
+from zcproto.common.roles import roles_from
 from zcproto.common.value_types import ValueType
 from zcproto.errors import InvalidArgument, PermissionDenied
 from zcproto.observe.histogram import QUICK_S, WAITED_S, Histogram
+from zcproto.sessions import Session
 from zcproto.wire.message import METHOD_ALPHABET, METHOD_MAX_LENGTH, MessageError, decode_body, encode_body
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -66,7 +69,9 @@ class Method:
     the arguments. `encode` returns the body of a result, `encode_item` that of an item. With `middleware`, or in a
     thread, `bind` and `function` are those of `_run_wrapped`.
     `is_unchecked` is whether `bind` returns any parameters unchanged, `is_direct` whether calls with a session need
-    no context and no further check of access.
+    no context and no further check of access; without `access` that may be so (`is_simple`).
+    `roles` are those of which a session needs one, as the application names them; none are needed without them.
+    `access` is who may call the method, also by the configuration of the server; None for every session.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
     until asynchronous calls were answered; servers in one process share them.
     """
@@ -75,6 +80,7 @@ class Method:
         "_schema",
         "_schema_size",
         "_wrapped",
+        "access",
         "bind",
         "calls",
         "context_name",
@@ -85,14 +91,15 @@ class Method:
         "function",
         "is_async",
         "is_direct",
+        "is_simple",
         "is_unchecked",
         "items",
         "may_wait",
         "middleware",
         "name",
-        "operator",
         "owner",
         "public",
+        "roles",
         "shape",
         "signature",
         "thread",
@@ -106,14 +113,14 @@ class Method:
         function: Callable[..., Any],
         *,
         public: bool = False,
-        operator: bool = False,
+        roles: Collection[str] = (),
         may_wait: bool = False,
         thread: bool = False,
         signature: Signature | None = None,
     ) -> None:
         _check_name(name)
-        if public and operator:
-            raise ValueError(f"method {name}: choose public or operator, not both")
+        if public and roles:
+            raise ValueError(f"method {name}: choose public or roles, not both")
         if inspect.isgeneratorfunction(function):
             raise TypeError(f"method {name}: a stream must be an async generator; write async def")
         if thread and (
@@ -132,7 +139,7 @@ class Method:
         self.name = name
         self.function = function
         self.public = public
-        self.operator = operator
+        self.roles = roles_from(roles)
         self.doc = inspect.getdoc(function) or ""
         self.may_wait = may_wait
         self.thread = thread
@@ -151,10 +158,24 @@ class Method:
         self.context_name = signature.injected
         self.items = signature.items
         self.is_unchecked = signature.is_unchecked
-        self.is_direct = not (operator or may_wait or signature.injected or self.shape != "unary")
+        self.is_simple = not (may_wait or signature.injected or self.shape != "unary")
+        self.access: Access | None = None
+        self.is_direct = self.is_simple
+        self.restrict(Access(self.roles) if self.roles else None)
         self._wrapped: Method | None = None  # this method without middleware
         self._schema: dict[str, Any] | None = None
         self._schema_size = 0.0
+
+    def restrict(self, access: Access | None) -> None:
+        """Let only the sessions that `access` admits call this method; with None all of them."""
+        self.access = access
+        self.is_direct = self.is_simple and access is None
+
+    def may_be_called_by(self, session: Session | None) -> bool:
+        """Return whether a caller may call this method."""
+        if session is None:
+            return self.public
+        return self.access is None or self.access.admits(session.roles)
 
     def reset_counters(self) -> None:
         self.calls = 0
@@ -178,7 +199,7 @@ class Method:
             method.context_name = "context"
             method.items = None if self.items is None else ("items", self.items[1])
             method.is_async = True
-            method.is_unchecked = method.is_direct = False
+            method.is_unchecked = method.is_simple = method.is_direct = False
         return method
 
     def functions(self) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -286,7 +307,7 @@ class App(Generic[State]):
         name: str | None = None,
         *,
         public: bool = False,
-        operator: bool = False,
+        roles: Collection[str] = (),
         thread: bool = False,
     ) -> Callable[[Handler], Handler]: ...
     def method(
@@ -294,22 +315,23 @@ class App(Generic[State]):
         name: str | Callable[..., Any] | None = None,
         *,
         public: bool = False,
-        operator: bool = False,
+        roles: Collection[str] = (),
         thread: bool = False,
     ) -> Callable[..., Any]:
         """Register a function under `name`, by default its own: `@app.method`, `@app.method("name")`.
 
-        A `public` method may be called without a session, an `operator` method by operators only. With `thread` a
-        plain function may block: it runs in one of the server's threads. Raises ValueError for a name that is
-        malformed, registered or reserved, and for `public` with `operator`; TypeError for an annotation that cannot
-        be used, and for `thread` with `async def`.
+        A `public` method may be called without a session. With `roles`, such as {"admin"}, a session needs one of
+        them; the configuration may allow and deny the method to roles too. With `thread` a plain function may
+        block: it runs in one of the server's threads. Raises ValueError for a name that is malformed, registered or
+        reserved, for a malformed role, and for `public` with `roles`; TypeError for an annotation that cannot be
+        used, and for `thread` with `async def`.
         """
         if not (name is None or isinstance(name, str)):
             return self.method()(name)
 
         def register(function: Handler) -> Handler:
             own_name = _name_of(function) if name is None else name
-            self.add(Method(own_name, function, public=public, operator=operator, thread=thread))
+            self.add(Method(own_name, function, public=public, roles=roles, thread=thread))
             return function
 
         return register
@@ -360,14 +382,15 @@ class App(Generic[State]):
         slow: Slow = "drop_oldest",
         of: Any = Any,
         allow: Callable[[Context], bool] | None = None,
-        operator: bool = False,
+        roles: Collection[str] = (),
     ) -> Topic:
         """Register a stream under `name` that sends every event of the returned topic.
 
         At most `keep` events, and 64 KiB, wait for a slow subscriber; then `slow` either drops the oldest for it or
         ends its stream. `of` is the type of the events, checked like that of a parameter: for a dataclass, an
-        instance or a dict of its fields. `allow` returns whether a caller may subscribe. Raises ValueError like
-        `method`, and for other values of `keep` and `slow`; TypeError for an `of` that cannot be used.
+        instance or a dict of its fields. `allow` returns whether a caller may subscribe; `roles` are as for
+        methods. Raises ValueError like `method`, and for other values of `keep` and `slow`; TypeError for an `of`
+        that cannot be used.
         """
         topic = Topic(name, keep=keep, slow=slow, of=of)
 
@@ -382,7 +405,7 @@ class App(Generic[State]):
             finally:
                 topic.leave(context.stopping)
 
-        method = Method(name, subscribe, operator=operator)
+        method = Method(name, subscribe, roles=roles)
         method.topic = topic
         method.signature.sends = topic.type
         self.add(method)

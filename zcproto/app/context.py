@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.auth.identity import Channel
+from zcproto.common.roles import NO_ROLES
 from zcproto.connection.events import NEVER, Request
 from zcproto.errors import Unauthenticated
 from zcproto.sessions import Session
@@ -81,6 +82,11 @@ class Context(Generic[State]):
         if self._request.session is None:
             raise Unauthenticated("this method needs a session; call session.open first")
         return self._request.session.user
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles of the call's session; none without a session."""
+        return NO_ROLES if self._request.session is None else self._request.session.roles
 
     @property
     def peer(self) -> str:

@@ -4,14 +4,16 @@
     user = "alice"
     public_key = "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
     added = 2026-01-01T12:00:00Z
+    roles = ["reader"]
 
-Decides: how devices are read, added and removed, and which bytes are a public key.
+Decides: how devices are read, added, changed and removed, and which bytes are a public key.
 
 Rules:
 - A device's name is unique among all users. Its public key is an Ed25519 key of 32 bytes. Points of small order are
   refused: anyone can sign for them.
 - The file is rewritten as a whole: comments are lost.
-- A device is gone if removed or given another user or key.
+- A device has the roles of its user; with `roles` only those of them that it lists.
+- A device is gone if removed or given another user, key or roles.
 
 Must not know: sessions, who tries to log in.
 """
@@ -25,7 +27,8 @@ from typing import Any, Final, NamedTuple
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from zcproto.auth.files import TableFile, name_faults, quoted, toml_key
+from zcproto.auth.files import TableFile, name_faults, quoted, roles_faults, toml_key, toml_roles
+from zcproto.common.roles import Roles
 from zcproto.common.text import toml_string
 from zcproto.errors import AlreadyExists, NotFound
 from zcproto.sessions.token import token_from_text, token_text
@@ -48,6 +51,12 @@ class RegisteredDevice(NamedTuple):
     public_key: bytes
     added: datetime
     """Aware, in UTC."""
+    roles: Roles | None = None
+    """The roles of its user that it has; None for all of them."""
+
+    def narrow(self, roles: Roles) -> Roles:
+        """Return the roles of this device, given those of its user."""
+        return roles if self.roles is None else roles & self.roles
 
     def as_dict(self, name: str) -> dict[str, Any]:
         """Return this device as lists show it."""
@@ -56,6 +65,7 @@ class RegisteredDevice(NamedTuple):
             "user": self.user,
             "public_key": token_text(self.public_key),
             "added": f"{self.added:%Y-%m-%dT%H:%M:%SZ}",
+            "roles": None if self.roles is None else sorted(self.roles),
         }
 
 
@@ -64,7 +74,7 @@ class DeviceFile(TableFile[RegisteredDevice]):
 
     what = "file of devices"
     kind = "device"
-    keys = ("user", "public_key", "added")
+    keys = ("user", "public_key", "added", "roles")
     max_bytes = 64 << 20
     """Enough for about 400,000 devices."""
 
@@ -74,11 +84,15 @@ class DeviceFile(TableFile[RegisteredDevice]):
 
     @staticmethod
     def is_gone(before: RegisteredDevice, now: RegisteredDevice | None) -> bool:
-        return now is None or now[:2] != before[:2]
+        return now is None or (now.user, now.public_key, now.roles) != (
+            before.user,
+            before.public_key,
+            before.roles,
+        )
 
     def _parse_values(self, table: dict[str, Any]) -> RegisteredDevice | list[str]:
-        user, public_key, added = (table.get(key) for key in self.keys)
-        faults = []
+        user, public_key, added, roles = (table.get(key) for key in self.keys)
+        faults = [] if roles is None else roles_faults(roles)
         if not isinstance(user, str) or name_faults(user):
             faults.append("user must be the name of a user")
         raw = token_from_text(public_key) if isinstance(public_key, str) else None
@@ -89,7 +103,8 @@ class DeviceFile(TableFile[RegisteredDevice]):
         if faults:
             return faults
         assert raw is not None
-        return RegisteredDevice(table["user"], raw, table["added"].astimezone(UTC))
+        narrowed = None if roles is None else frozenset(roles)
+        return RegisteredDevice(table["user"], raw, table["added"].astimezone(UTC), narrowed)
 
     # Writing. `entries` stays as it is: any change, by this process or another, is seen by the next reading.
 
@@ -110,11 +125,27 @@ class DeviceFile(TableFile[RegisteredDevice]):
         """Remove and return a device. Raises NotFound for an unknown name."""
         with self._locked():
             _, _, devices = self._read()
-            if name not in devices:
-                raise NotFound(f"no device is named {quoted(name)}; zcproto device list shows the devices")
-            device = devices.pop(name)
+            device = self._known(devices, name)
+            del devices[name]
             self._write(devices)
         return device
+
+    def set_roles(self, name: str, roles: Roles | None) -> RegisteredDevice:
+        """Narrow a device to some roles of its user, or with None to all. Return the device as it was before.
+
+        Raises NotFound for an unknown name.
+        """
+        with self._locked():
+            _, _, devices = self._read()
+            before = self._known(devices, name)
+            devices[name] = before._replace(roles=roles)
+            self._write(devices)
+        return before
+
+    def _known(self, devices: Mapping[str, RegisteredDevice], name: str) -> RegisteredDevice:
+        if name not in devices:
+            raise NotFound(f"no device is named {quoted(name)}; zcproto device list shows the devices")
+        return devices[name]
 
     def _write(self, devices: Mapping[str, RegisteredDevice]) -> None:
         text = _HEADER + "".join(_entry(name, device) for name, device in devices.items())
@@ -157,4 +188,5 @@ def _entry(name: str, device: RegisteredDevice) -> str:
         f"user = {toml_string(device.user)}\n"
         f'public_key = "{token_text(device.public_key)}"\n'
         f"added = {device.added.replace(microsecond=0, tzinfo=None).isoformat()}Z\n"
+        + ("" if device.roles is None else f"roles = {toml_roles(device.roles)}\n")
     )

@@ -26,6 +26,7 @@ import tomli
 
 from zcproto.auth.identity import MAX_USER
 from zcproto.common.files import file_errors, locked, read_file, replace_file
+from zcproto.common.roles import MAX_ROLES, ROLE_WORDS, Roles, is_role
 from zcproto.common.text import escape_text, toml_string
 from zcproto.common.watcher import NO_FILE, FileIdentity, file_identity, identity_of
 from zcproto.errors import ConfigError
@@ -51,6 +52,18 @@ def name_faults(name: str) -> list[str]:
     if not name.isprintable() or name != name.strip() or not unicodedata.is_normalized("NFC", name):
         return ["a name has printable characters, in Unicode's form NFC, and no space at its ends"]
     return []
+
+
+def roles_faults(roles: object) -> list[str]:
+    """Return what is wrong with a list of roles."""
+    if not isinstance(roles, list) or not all(map(is_role, roles)):
+        return [f"roles must be a list of names, each of {ROLE_WORDS}"]
+    return [f"roles must be at most {MAX_ROLES} names"] if len(roles) > MAX_ROLES else []
+
+
+def toml_roles(roles: Roles) -> str:
+    """Return roles as TOML, without spaces, so that an edit can find the end."""
+    return f"[{','.join(map(toml_string, sorted(roles)))}]"
 
 
 def quoted(name: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
+from zcproto.common.roles import NO_ROLES, roles_from
 from zcproto.sessions.session import DEVICE_KEY
 from zcproto.wire.message import METHOD_ALPHABET
 
@@ -34,15 +35,18 @@ NO_CHANNEL: Final = Channel()
 
 
 class Identity(NamedTuple):
-    """An authenticated user. An operator may inspect and control the server.
+    """An authenticated user.
 
-    `key` is what the session is bound to, empty for none: `device:NAME`, or `tls:` and the hex SHA-256 of the
-    public key in a client's certificate.
+    `roles` are those of the session; with the role "operator" it may inspect and control the server. `key` is what
+    the session is bound to, empty for none: `device:NAME`, or `tls:` and the hex SHA-256 of the public key in a
+    client's certificate. The session ends at `ends_at` at the latest, in milliseconds since the Unix epoch; None is
+    as configured.
     """
 
     user: str
-    operator: bool = False
+    roles: Set[str] = NO_ROLES
     key: str = ""
+    ends_at: int | None = None
 
 
 class Authenticator(Protocol):
@@ -99,18 +103,27 @@ def check_scheme(scheme: str) -> None:
 def check_identity(identity: object, scheme: str) -> Identity | None:
     """Return the answer of an application's authenticator. A bug there must not let anyone in.
 
-    Raises TypeError or ValueError for anything but an Identity with the name of a user, or None.
+    Raises TypeError or ValueError for anything but an Identity with the name of a user and roles, or None.
     """
     if identity is None:
         return None
-    if not isinstance(identity, Identity) or tuple(map(type, identity)) != (str, bool, str):
+    if not isinstance(identity, Identity) or not _has_types(*identity):
         raise TypeError(
-            f"the authenticator of the scheme {scheme!r} must return None, or an Identity of a str and a bool,"
-            f" not {type(identity).__name__}"
+            f"the authenticator of the scheme {scheme!r} must return None, or an Identity of a str and a set of"
+            f" roles, not {type(identity).__name__}"
         )
     if not 0 < len(identity.user) <= MAX_USER or not identity.user.isprintable():
         raise ValueError(
             f"the authenticator of the scheme {scheme!r} must return a user's name of 1 to {MAX_USER} printable"
             f" characters, not {len(identity.user)}"
         )
-    return identity
+    return identity._replace(roles=roles_from(identity.roles)) if identity.roles else identity
+
+
+def _has_types(user: object, roles: object, key: object, ends_at: object) -> bool:
+    return (
+        isinstance(user, str)
+        and isinstance(roles, Set)
+        and isinstance(key, str)
+        and (ends_at is None or type(ends_at) is int)
+    )

@@ -96,7 +96,7 @@ class ApiKeyAuthenticator:
         matches = compare_digest(digest, self._decoy if known is None else known.digest)
         if not matches or known is None or secret is None:
             return None
-        return Identity(user, known.operator)
+        return Identity(user, known.roles)
 
 
 def certificate_key(certificate: bytes) -> str:
@@ -157,7 +157,7 @@ class CertificateAuthenticator:
         elif expected is not None and expected != user:
             reason = "but the client expects another user"
         else:
-            return Identity(user, known.operator, key)
+            return Identity(user, known.roles, key)
         self.on_refused(f"the client's certificate names {user!r}, {reason}", address)
         return None
 
@@ -207,7 +207,7 @@ class DeviceAuthenticator:
         elif user is None:
             reason = f"belongs to {device.user!r}, who is not a user here"
         else:
-            return Identity(device.user, user.operator, DEVICE_KEY + name)
+            return Identity(device.user, device.narrow(user.roles), DEVICE_KEY + name)
         self.on_refused(f"the device {name!r} {reason}", address)
         return None
 

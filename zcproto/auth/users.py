@@ -1,8 +1,8 @@
-"""Store users in `users.toml`: names, key digests, operators, disabled users.
+"""Store users in `users.toml`: names, key digests, roles, disabled users.
 
     [users.alice]
     key_sha256 = "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
-    operator = true
+    roles = ["operator"]
 
     [users.bob]
     disabled = true
@@ -15,7 +15,8 @@ Rules:
 - A user needs no key: devices and client certificates open sessions too.
 - Users are appended to the text and edited in place, so that comments and layout survive. An edit that does not
   have exactly the intended effect is refused.
-- A user is gone if removed, disabled or given another key or role.
+- `operator = true`, as earlier versions wrote it, is the role "operator". A change of roles replaces it.
+- A user is gone if removed, disabled or given another key or other roles.
 
 Must not know: who tries to log in.
 """
@@ -30,8 +31,9 @@ from typing import Any, Final, NamedTuple
 
 import tomli
 
-from zcproto.auth.files import TableFile, name_faults, quoted, toml_key
+from zcproto.auth.files import TableFile, name_faults, quoted, roles_faults, toml_key, toml_roles
 from zcproto.common.clock import Entropy, system_entropy
+from zcproto.common.roles import NO_ROLES, OPERATOR, Roles
 from zcproto.common.secret import SecretText
 from zcproto.common.text import toml_string
 from zcproto.common.watcher import file_identity
@@ -39,9 +41,11 @@ from zcproto.errors import ConfigError, NotFound
 from zcproto.sessions.token import DIGEST_SIZE, TOKEN_SIZE, digest_of, token_from_text, token_text
 
 KEY: Final = "key_sha256"
-OPERATOR: Final = "operator"
+ROLES: Final = "roles"
 DISABLED: Final = "disabled"
-_VALUE: Final = re.compile(r"""(?P<key>[ \t]*["']?(?P<name>[a-z0-9_]+)["']?[ \t]*=[ \t]*)[^ \t\r\n#]+""")
+_VALUE: Final = re.compile(
+    r"""(?P<key>[ \t]*["']?(?P<name>[a-z0-9_]+)["']?[ \t]*=[ \t]*)(\[[^\]\r\n]*\]|[^ \t\r\n#]+)"""
+)
 
 NO_KEY: Final = bytes(DIGEST_SIZE)
 """The digest of a user without a key. No key has it."""
@@ -51,7 +55,7 @@ class User(NamedTuple):
     """A user as stored."""
 
     digest: bytes
-    operator: bool
+    roles: Roles = NO_ROLES
     disabled: bool = False
 
     @property
@@ -60,10 +64,15 @@ class User(NamedTuple):
 
     def as_dict(self, name: str) -> dict[str, Any]:
         """Return this user as lists show it."""
-        return {"name": name, "operator": self.operator, "key": self.has_key, "disabled": self.disabled}
+        return {
+            "name": name,
+            "roles": sorted(self.roles),
+            "key": self.has_key,
+            "disabled": self.disabled,
+        }
 
     def __repr__(self) -> str:
-        return f"User(operator={self.operator}, disabled={self.disabled}, has_key={self.has_key})"
+        return f"User(roles={sorted(self.roles)}, disabled={self.disabled}, has_key={self.has_key})"
 
 
 class UserFile(TableFile[User]):
@@ -71,7 +80,7 @@ class UserFile(TableFile[User]):
 
     what = "file of users"
     kind = "user"
-    keys = (KEY, OPERATOR, DISABLED)
+    keys = (KEY, ROLES, OPERATOR, DISABLED)
     max_bytes = 256 << 20
     """Enough for about two million users."""
 
@@ -99,28 +108,32 @@ class UserFile(TableFile[User]):
             for key in (OPERATOR, DISABLED)
             if not isinstance(table.get(key, False), bool)
         ]
-        return faults or User(digest or NO_KEY, table.get(OPERATOR, False), table.get(DISABLED, False))
+        faults += roles_faults(table.get(ROLES, []))
+        if faults:
+            return faults
+        roles = frozenset(table.get(ROLES, [])) | ({OPERATOR} if table.get(OPERATOR) else NO_ROLES)
+        return User(digest or NO_KEY, roles, table.get(DISABLED, False))
 
     # Writing
 
-    def add(self, name: str, operator: bool = False) -> SecretText:
+    def add(self, name: str, roles: Roles = NO_ROLES) -> SecretText:
         """Add a user. Return the key as text; it is not shown again."""
-        return self.add_many([name], operator)[0][1]
+        return self.add_many([name], roles)[0][1]
 
-    def add_digest(self, name: str, digest: bytes | None, operator: bool = False) -> None:
+    def add_digest(self, name: str, digest: bytes | None, roles: Roles = NO_ROLES) -> None:
         """Add a user with a key made elsewhere, of which only the digest (32 bytes) is given.
 
         With None the user has no key, and opens sessions by devices and client certificates only.
         """
-        self._add([(name, digest)], operator)
+        self._add([(name, digest)], roles)
 
-    def add_many(self, names: Sequence[str], operator: bool = False) -> list[tuple[str, SecretText]]:
+    def add_many(self, names: Sequence[str], roles: Roles = NO_ROLES) -> list[tuple[str, SecretText]]:
         """Add users, all or none. Return each name with its key as text; keys are not shown again."""
         added = [(name, self._entropy(TOKEN_SIZE)) for name in names]
-        self._add([(name, digest_of(key)) for name, key in added], operator)
+        self._add([(name, digest_of(key)) for name, key in added], roles)
         return [(name, SecretText(token_text(key))) for name, key in added]
 
-    def _add(self, added: Sequence[tuple[str, bytes | None]], operator: bool) -> None:
+    def _add(self, added: Sequence[tuple[str, bytes | None]], roles: Roles) -> None:
         names = [name for name, _ in added]
         faults = [f"user {quoted(name)}: {fault}" for name in names for fault in name_faults(name)]
         if len(set(names)) < len(names):
@@ -136,7 +149,7 @@ class UserFile(TableFile[User]):
                 )
             if text and not text.endswith("\n"):
                 text += "\n"
-            text += "".join(_entry(name, digest, operator) for name, digest in added)
+            text += "".join(_entry(name, digest, roles) for name, digest in added)
             self._replace(text, self._parse(text))
 
     def disable(self, name: str) -> None:
@@ -145,6 +158,14 @@ class UserFile(TableFile[User]):
 
     def enable(self, name: str) -> None:
         self._change(name, lambda user: user._replace(disabled=False), partial(_set, DISABLED, None))
+
+    def set_roles(self, name: str, roles: Roles) -> None:
+        """Replace the roles of a user."""
+
+        def edit(lines: list[str]) -> list[str]:
+            return _set(ROLES, toml_roles(roles) if roles else None, _set(OPERATOR, None, lines))
+
+        self._change(name, lambda user: user._replace(roles=roles), edit)
 
     def remove(self, name: str) -> None:
         self._change(name, lambda user: None, lambda lines: [])
@@ -195,11 +216,11 @@ class UserFile(TableFile[User]):
         self._identity = file_identity(self._path)
 
 
-def _entry(name: str, digest: bytes | None, operator: bool) -> str:
+def _entry(name: str, digest: bytes | None, roles: Roles) -> str:
     """Return a user as TOML."""
     secret = "" if digest is None else f'{KEY} = "{token_text(digest)}"\n'
-    role = f"{OPERATOR} = true\n" if operator else ""
-    return f"\n[users.{toml_key(name)}]\n{secret}{role}"
+    granted = f"{ROLES} = {toml_roles(roles)}\n" if roles else ""
+    return f"\n[users.{toml_key(name)}]\n{secret}{granted}"
 
 
 # Edits of the text. An edit takes the lines of one user, beginning with `[users.NAME]`.

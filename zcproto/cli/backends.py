@@ -100,7 +100,9 @@ class HomeFiles:
             "users/enable": self._enable_user,
             "users/remove": functools.partial(self._change_user, UserFile.remove),
             "users/new-key": self._replace_key,
+            "users/roles": self._set_user_roles,
             "devices/remove": self._remove_device,
+            "devices/roles": self._set_device_roles,
         }
         return operations[operation](**params)
 
@@ -126,10 +128,13 @@ class HomeFiles:
         config, home = with_store(self.instance.read_config(), CONFIGURED), self.instance.home
         return without if has_no_sessions(config, home) else run_in_store(config, home, work)
 
-    def _add_user(self, name: str, operator: bool, key_digest: str | None) -> dict[str, Any]:
+    def _add_user(self, name: str, roles: list[str], key_digest: str | None) -> dict[str, Any]:
         digest = None if key_digest is None else _digest(key_digest)
-        UserFile(self.instance.home.users).add_digest(name, digest, operator=operator)
+        UserFile(self.instance.home.users).add_digest(name, digest, frozenset(roles))
         return {}
+
+    def _set_user_roles(self, name: str, roles: list[str]) -> dict[str, Any]:
+        return self._change_user(UserFile.set_roles, name, frozenset(roles))
 
     def _enable_user(self, name: str) -> dict[str, Any]:
         UserFile(self.instance.home.users).enable(name)
@@ -146,6 +151,12 @@ class HomeFiles:
     def _remove_device(self, name: str) -> dict[str, Any]:
         config = self.instance.read_config()
         user = DeviceFile(self.instance.home.devices).remove(name).user
+        return {"user": user, "sessions": end_sessions(config, self.instance.home, user, DEVICE_KEY + name)}
+
+    def _set_device_roles(self, name: str, roles: list[str] | None) -> dict[str, Any]:
+        config = self.instance.read_config()
+        narrowed = None if roles is None else frozenset(roles)
+        user = DeviceFile(self.instance.home.devices).set_roles(name, narrowed).user
         return {"user": user, "sessions": end_sessions(config, self.instance.home, user, DEVICE_KEY + name)}
 
 

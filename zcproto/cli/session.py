@@ -50,7 +50,7 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
         state = "to be refreshed"
     else:
         state = "over"
-    kinds = [kind for kind in ("bound", "operator") if found[kind]]
+    kinds = [*(["bound"] if found["bound"] else []), *found["roles"]]
     return (
         found["id"],
         found["user"],

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from zcproto.auth import DeviceFile, PairingFile, User, UserFile
+from zcproto.auth import DeviceFile, PairingFile, RegisteredDevice, User, UserFile
 from zcproto.cli import Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli.backends import local_backend
 from zcproto.cli.output import print_report, print_result, private_file, report_options, table
 from zcproto.cli.store import SessionsNotEndedError
 from zcproto.common.clock import MS_PER_SECOND, system_clock, system_entropy
+from zcproto.common.roles import OPERATOR, roles_from
 from zcproto.common.text import counted, escape_text
 from zcproto.errors import ConfigError
 from zcproto.sessions.token import TOKEN_SIZE, digest_of, token_text
@@ -28,12 +30,25 @@ MAX_COUNT = 1_000_000
 MAX_MINUTES = 24 * 60
 
 
+def _check_roles(ctx: click.Context, param: click.Parameter, roles: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        roles_from(roles)
+    except ValueError as error:
+        raise click.BadParameter(f"{str(error).removeprefix('roles: ')}.") from None
+    return roles
+
+
 user = command_group("user", "Add, list and change users.")
 
 
 @user.command()
 @click.argument("name")
-@click.option("--operator", is_flag=True, help="Allow the user to administer the server.")
+@click.option(
+    "--role", "roles", multiple=True, metavar="ROLE", callback=_check_roles, help="A role of the user."
+)
+@click.option(
+    "--operator", is_flag=True, help="The same as --role operator: the user administers the server."
+)
 @click.option("--no-key", is_flag=True, help="No API key: only devices and client certificates.")
 @click.option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N", help="Add NAME-1 to NAME-N.")
 @file_option(
@@ -45,6 +60,7 @@ user = command_group("user", "Add, list and change users.")
 def add(
     instance: Instance,
     name: str,
+    roles: tuple[str, ...],
     operator: bool,
     no_key: bool,
     count: int | None,
@@ -58,11 +74,13 @@ def add(
     if no_key and keys_out is not None:
         raise click.UsageError("--no-key and --keys-out do not go together.")
     instance.home.ensure()
+    granted = sorted({*roles, *((OPERATOR,) if operator else ())})
     if keys_out is None:
         key, digest = (None, None) if no_key else _new_key()
-        local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
+        local_backend(instance).run("users/add", name=name, roles=granted, key_digest=digest)
         hint = ", without a key." if key is None else ". Keep this key; it is shown once:"
-        note = f"{escape_text(name)} is {'an operator' if operator else 'a user'} now{hint}"
+        who = f"a user with {_roles_text(granted)}" if granted else "a user"
+        note = f"{escape_text(name)} is {who} now{hint}"
         print_result(as_json, {"name": name, "key": key}, note)
         if key is not None and not as_json:
             click.echo(key)
@@ -71,11 +89,11 @@ def add(
     with private_file(keys_out, replace=force) as file:
         if count is None:
             key, digest = _new_key()
-            local_backend(instance).run("users/add", name=name, operator=operator, key_digest=digest)
+            local_backend(instance).run("users/add", name=name, roles=granted, key_digest=digest)
             file.write(f"{key}\n")
         else:
             names = [f"{name}-{number}" for number in range(1, count + 1)]
-            added = UserFile(instance.home.users).add_many(names, operator=operator)
+            added = UserFile(instance.home.users).add_many(names, frozenset(granted))
             file.writelines(f"{each}\t{secret.reveal()}\n" for each, secret in added)
     who, what = (name, "key is") if count is None else (counted(count, "user"), "keys are")
     note = f"{escape_text(who)} added; the {what} in {escape_text(str(keys_out))}"
@@ -96,14 +114,14 @@ def list_users(instance: Instance, as_json: bool) -> None:
     file = UserFile(instance.home.users)
     file.load()
     users = file.entries.items()
-    text = table(("USER", "ROLE", "KEY", "STATE"), [_row(name, user) for name, user in users])
+    text = table(("USER", "ROLES", "KEY", "STATE"), [_row(name, user) for name, user in users])
     print_report(as_json, [user.as_dict(name) for name, user in users], text)
 
 
 def _row(name: str, user: User) -> tuple[str, ...]:
     return (
         name,
-        "operator" if user.operator else "user",
+        ", ".join(sorted(user.roles)) or "-",
         "yes" if user.has_key else "no",
         "disabled" if user.disabled else "enabled",
     )
@@ -146,6 +164,24 @@ def new_key(instance: Instance, name: str, as_json: bool) -> None:
         raise failure
     if not as_json:
         click.echo(f"{escape_text(name)} has a new key; {ended_text(ended)}.", err=True)
+
+
+@user.command("roles")
+@click.argument("name")
+@click.argument("roles", nargs=-1, metavar="[ROLE]...", callback=_check_roles)
+@report_options
+def set_user_roles(instance: Instance, name: str, roles: tuple[str, ...], as_json: bool) -> None:
+    """Replace the roles of a user, and end the open sessions: the next ones have the new roles. None: no role."""
+    granted = sorted({*roles})
+    result = local_backend(instance).run("users/roles", name=name, roles=granted)
+    note = f"{escape_text(name)} has {_roles_text(granted)} now; {ended_text(result['sessions'])}."
+    print_result(as_json, {"name": name, "roles": granted, **result}, note)
+
+
+def _roles_text(roles: Sequence[str]) -> str:
+    if not roles:
+        return "no role"
+    return f"the {'role' if len(roles) == 1 else 'roles'} {', '.join(roles)}"
 
 
 def ended_text(ended: int | None) -> str:
@@ -220,11 +256,43 @@ def list_devices(instance: Instance, user: str | None, as_json: bool) -> None:
     file.load()
     devices = [(name, each) for name, each in file.entries.items() if user in (None, each.user)]
     rows = [
-        (name, each.user, f"{each.added:%Y-%m-%d %H:%M} UTC", token_text(each.public_key))
+        (
+            name,
+            each.user,
+            _device_roles(each),
+            f"{each.added:%Y-%m-%d %H:%M} UTC",
+            token_text(each.public_key),
+        )
         for name, each in devices
     ]
-    text = table(("DEVICE", "USER", "ADDED", "PUBLIC KEY"), rows)
+    text = table(("DEVICE", "USER", "ROLES", "ADDED", "PUBLIC KEY"), rows)
     print_report(as_json, [each.as_dict(name) for name, each in devices], text)
+
+
+def _device_roles(device: RegisteredDevice) -> str:
+    return "of the user" if device.roles is None else ", ".join(sorted(device.roles)) or "-"
+
+
+@device.command("roles")
+@click.argument("name")
+@click.argument("roles", nargs=-1, metavar="[ROLE]...", callback=_check_roles)
+@click.option("--all", "of_user", is_flag=True, help="All roles of its user, as after the enrollment.")
+@report_options
+def set_device_roles(
+    instance: Instance, name: str, roles: tuple[str, ...], of_user: bool, as_json: bool
+) -> None:
+    """Narrow a device to some roles of its user, and end its open sessions. None: no role."""
+    if of_user and roles:
+        raise click.UsageError("--all and ROLE do not go together.")
+    narrowed = None if of_user else sorted({*roles})
+    result = local_backend(instance).run("devices/roles", name=name, roles=narrowed)
+    what = (
+        "all roles of its user"
+        if narrowed is None
+        else f"{_roles_text(narrowed)}, as far as its user has it,"
+    )
+    note = f"{escape_text(name)} has {what} now; {ended_text(result['sessions'])}."
+    print_result(as_json, {"name": name, "roles": narrowed, **result}, note)
 
 
 @device.command()

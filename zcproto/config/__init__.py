@@ -5,10 +5,11 @@
     config_as_toml        all settings as TOML
     default_config_file   a commented file to start with
 
-Reading order: types (what a key accepts), checks (what must hold between settings), model (the settings), load,
-render, changes (what a reload applies).
+Reading order: types (what a key accepts), checks (what must hold between settings), auth and model (the settings),
+load, render, changes (what a reload applies).
 """
 
+from zcproto.config.auth import AuthConfig, RoleConfig
 from zcproto.config.load import load_config
 from zcproto.config.model import (
     AlertsConfig,
@@ -31,6 +32,7 @@ from zcproto.config.render import config_as_toml, default_config_file
 
 __all__ = [
     "AlertsConfig",
+    "AuthConfig",
     "CallsConfig",
     "CertificatesConfig",
     "Config",
@@ -39,6 +41,7 @@ __all__ = [
     "IdempotencyConfig",
     "LimitsConfig",
     "LogConfig",
+    "RoleConfig",
     "ServerConfig",
     "SessionsConfig",
     "SiteConfig",

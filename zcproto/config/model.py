@@ -16,9 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from zcproto.common.home import resolve_home
+from zcproto.config.auth import AuthConfig
 from zcproto.config.checks import SITE_CHECKS, contradictions
 from zcproto.config.types import (
     BINDING,
@@ -28,6 +29,7 @@ from zcproto.config.types import (
     FLAG,
     HOST_NAME,
     NETWORK,
+    OPTIONAL_PATH,
     PIN,
     SITE_NAME,
     STORE_URL,
@@ -36,11 +38,11 @@ from zcproto.config.types import (
     Accepts,
     Fault,
     FaultsError,
+    Settings,
     duration,
     each_of,
     list_of,
     one_of,
-    optional,
     settings_of,
     tables_of,
     whole,
@@ -48,14 +50,7 @@ from zcproto.config.types import (
 )
 from zcproto.tls.context import SUITES
 
-OPTIONAL_PATH = optional(FILE_PATH)
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
-
-
-class Settings(BaseModel):
-    """A frozen table of settings. The docstring below each attribute describes it, see `descriptions`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ServerConfig(Settings):
@@ -504,6 +499,7 @@ class Config(Settings):
     streams: StreamsConfig = StreamsConfig()
     calls: CallsConfig = CallsConfig()
     http: HttpConfig = HttpConfig()
+    auth: AuthConfig = AuthConfig()
     alerts: AlertsConfig = AlertsConfig()
     log: LogConfig = LogConfig()
 

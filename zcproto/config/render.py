@@ -19,14 +19,15 @@ def config_as_toml(config: Config) -> str:
     for section, model in sections().items():
         values = getattr(config, section)
         lines.append(f"[{section}]")
+        tables: list[str] = []  # behind the keys, which would belong to them
         for name, accepts in settings_of(model).items():
             value = getattr(values, name)
             if accepts.tables is not None and value:
                 for table in value:
-                    lines += ["", f"[[{section}.{name}]]", *table_lines(table)]
+                    tables += ["", f"[[{section}.{name}]]", *table_lines(table)]
             else:
                 lines.append(f"{name} = {accepts.write(value)}")
-        lines.append("")
+        lines += [*tables, ""]
     return "\n".join(lines[:-1]) + "\n"
 
 

@@ -22,10 +22,11 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import tomli
-from pydantic import BaseModel, ValidationError, ValidationInfo
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
 from zcproto.common.home import MAX_PATH
+from zcproto.common.roles import ROLE_WORDS, is_role
 from zcproto.common.text import toml_string
 
 MAX_NETWORK: Final = 49
@@ -55,6 +56,7 @@ _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # Base64 of 32 bytes: the last of 43 digits carries four bits only, so its other two are 0.
 _PIN: Final = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _VARIABLE: Final = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
+_METHOD_PATTERN: Final = re.compile(r"(?!\Z)[a-z0-9_.]{0,128}\*?")
 _WEBHOOK: Final = re.compile(r"https?://[!$-~]{1,2000}")
 _STORE: Final = re.compile(
     r"memory|sqlite|((redis|rediss|valkey|valkeys)(\+(sentinel|cluster))?|((redis|valkey)\+)?unix)://.{1,1000}"
@@ -110,6 +112,15 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
     if 1 <= len(longer) <= _MAX_LONGER:
         return longer
     return difflib.get_close_matches(name, known, 1, cutoff)
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+class Settings(BaseModel):
+    """A frozen table of settings. The docstring below each attribute describes it, see `descriptions`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 # --- kinds of values -------------------------------------------------------------------------------------
@@ -265,7 +276,10 @@ def each_of(item: Accepts, least: int, most: int) -> Accepts:
 
 
 def tables_of(
-    model: type[BaseModel], key: str, most: int, between: Callable[[Mapping[int, Any]], Iterable[Fault]]
+    model: type[BaseModel],
+    key: str,
+    most: int,
+    between: Callable[[Mapping[int, Any]], Iterable[Fault]] = lambda tables: (),
 ) -> Accepts:
     """Accept up to `most` tables under [[`key`]]: a tuple of models in the program.
 
@@ -504,6 +518,8 @@ FILE_PATH: Final = text(
 )
 """Absolute, since a relative path would mean another file when the server is started elsewhere."""
 
+OPTIONAL_PATH: Final = optional(FILE_PATH)
+
 STORE_URL: Final = text(
     '"sqlite", "memory", or an address that begins with redis://, rediss://, valkey:// or unix://, and with'
     " +sentinel or +cluster for several servers, such as valkey+sentinel://a,b/service",
@@ -521,6 +537,13 @@ BINDING: Final = text(
     lambda text: text in ("off", "exact") or (_INTEGER.fullmatch(text) and 1 <= int(text) <= 128),
 )
 """How much of a client's address a session is bound to."""
+
+ROLE_NAME: Final = text(f'the name of a role, such as "admin": {ROLE_WORDS}', is_role)
+
+METHOD_PATTERN: Final = text(
+    'the name of a method, such as "invoice.create", or its beginning and a star, such as "invoice.*" or "*"',
+    _METHOD_PATTERN.fullmatch,
+)
 
 _ARGUMENTS: Final = core_schema.tuple_schema(
     [core_schema.str_schema(strict=True, max_length=4096)], variadic_item_index=0, max_length=64

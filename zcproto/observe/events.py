@@ -71,6 +71,7 @@ FIELDS: Final[dict[str, str]] = {
     "cure": "how to fix it",
     "cut_off": "connections cut off at the end of server.drain_timeout",
     "days_left": "days until a certificate expires, rounded down",
+    "denied": "roles of a session by which a method is denied",
     "details": "values of an alert",
     "device": "name of a device",
     "exc_info": "exception: its type, and the first line of its message",
@@ -85,6 +86,7 @@ FIELDS: Final[dict[str, str]] = {
     "lines": "number of lines",
     "lost": "total of messages lost by this sink",
     "message": "description in a sentence",
+    "missing": "roles of which one is needed",
     "new_level": "new log level",
     "of": "name of the suppressed event",
     "operator": "user who did it",
@@ -226,6 +228,8 @@ connection.aborted info (peer connection reason) by peer, limit per reason
     A connection was reset because its peer does not read.
 request.limited info (peer user what) by peer, limit per address
     A request was refused: a limit of requests a second or in progress of `limits` is reached.
+request.denied info (peer user what missing denied) by peer, limit per user
+    A session called a method that its roles do not allow: it has none of the missing roles, or one that denies it.
 stream.cut info (peer user what reason) by peer, limit per user
     A stream was cancelled because of its client or network: an item waited too long for credit (slow), a frame was
     delayed for too long (stale), or had another token than the stream (wrong_token).
@@ -268,7 +272,7 @@ operator.revoked warning (operator user all sessions peer) by peer, limit per op
 user.gone info (user sessions)
     A user was removed, disabled or given another key.
 device.gone info (device user sessions)
-    A device was removed.
+    A device was removed or changed.
 sessions.loaded info (sessions)
     Sessions were loaded from the store.
 sessions.left_out error (sessions cure)

@@ -65,6 +65,7 @@ from zcproto.runtime.alert_sources import (
     watch_rates,
 )
 from zcproto.runtime.store_setup import NEAR_CACHE, build_store
+from zcproto.server.access import access_of
 from zcproto.server.clients import CallLimits, RegisteredClients
 from zcproto.server.eager import EagerTasks
 from zcproto.server.idempotency import IdempotencyCache, answer_limits
@@ -190,6 +191,7 @@ async def build(
         parts = replace(parts, whole=role.whole(parts))
     watch_rates(parts)
     state.add_methods([stats_method(parts)])
+    state.restrict(access_of(state.methods, config.auth.role))
     await asyncio.sleep(0)
     if role.has_lifespans:  # else no client calls a method
         state.prepare_schemas()
@@ -408,7 +410,7 @@ async def end_device_sessions(state: ServerState, name: str, device: RegisteredD
     disprove_device(state, name)
     ended = await state.sessions.revoke_key(device.user, DEVICE_KEY + name, EndReason.DEVICE_REMOVED)
     log.info("device.gone", device=name, user=device.user, sessions=ended)
-    state.on_revoked(f"the device {name} of {device.user} was removed", ended, False)
+    state.on_revoked(f"the device {name} of {device.user} was removed or changed", ended, False)
     return ended
 
 

@@ -38,4 +38,4 @@ async def _end_reported(parts: Parts, link: object, kind: str, name: str, user: 
         if parts.devices is not None:
             await parts.devices.report_gone(name, RegisteredDevice(user, b"", _UNKNOWN))
     elif parts.users is not None:
-        await parts.users.report_gone(name, User(NO_KEY, operator=False))
+        await parts.users.report_gone(name, User(NO_KEY))

@@ -34,6 +34,7 @@ from zcproto.runtime.build import (
     session_settings,
     thread_limits,
 )
+from zcproto.server.access import access_of
 from zcproto.server.state import log
 from zcproto.tls.pins import parse_pins
 
@@ -95,12 +96,14 @@ async def _reload(
     kept = frozenset() if owns_log else LOG_KEYS
     changes = changes_between(old, found, kept)
     new = effective(old, found, kept)
+    access = access_of(parts.state.methods, new.auth.role)
     sinks = await asyncio.to_thread(sinks_of, new.alerts, parts.clock)
     log_change = await asyncio.to_thread(LogChange, old.log, new.log)
 
     def apply() -> None:
         _check_draining(parts)  # a drain may have begun meanwhile
         _apply(parts, new)
+        parts.state.restrict(access)
         parts.alerts.reconfigure(new.alerts, sinks)
         watch_rates(parts)
         if owns_log:

@@ -52,7 +52,10 @@ SENT_AT_ONCE: Final = 4_096
 """An answer of this size is sent at once: back-pressure must take effect before the next one is made."""
 
 UNIMPLEMENTED: Final = encode_error(Code.UNIMPLEMENTED, "unknown method; call server.info to list methods")
-OPERATORS_ONLY: Final = encode_error(Code.PERMISSION_DENIED, "this method needs a session of an operator")
+NOT_PERMITTED: Final = encode_error(
+    Code.PERMISSION_DENIED,
+    "the roles of this session do not allow this method; call server.info to list those that they allow",
+)
 LOGGED_CUTS: Final = frozenset({"slow", "stale", "wrong_token"})
 """Reasons of a fault of the client or of the network, which its operator should know."""
 
@@ -172,6 +175,8 @@ class Dispatcher(asyncio.Protocol):
                 return
         refusal = _refusal(request, method)
         if refusal is not None:
+            if refusal[0] is Code.PERMISSION_DENIED:
+                self._log_denied(request, method)
             self._fail(request, *refusal)
             return
         assert method is not None
@@ -446,6 +451,21 @@ class Dispatcher(asyncio.Protocol):
         incident = self._state.incident(what, error, peer=self.peer, connection=self.id)
         return encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
 
+    def _log_denied(self, request: Request, method: Method | None) -> None:
+        session = request.session
+        assert session is not None
+        assert method is not None
+        assert method.access is not None
+        needed, denied = method.access
+        log.info(
+            "request.denied",
+            what=method.name,
+            user=session.user,
+            peer=self.peer,
+            missing=None if needed & session.roles else sorted(needed) or None,
+            denied=sorted(denied & session.roles) or None,
+        )
+
     def _fail(self, request: Request, code: int, body: bytes) -> None:
         if self._connection is not None and self._connection.fail(request, body, self.wall()):
             self._state.counters.errors[code] += 1
@@ -460,8 +480,8 @@ def _refusal(request: Request, method: Method | None) -> tuple[Code, bytes] | No
         return Code.UNAUTHENTICATED, NEEDS_SESSION
     if method is None:
         return Code.UNIMPLEMENTED, UNIMPLEMENTED
-    if method.operator and (request.session is None or not request.session.operator):
-        return Code.PERMISSION_DENIED, OPERATORS_ONLY
+    if method.access is not None and not method.may_be_called_by(request.session):
+        return Code.PERMISSION_DENIED, NOT_PERMITTED
     if method.shape != "unary" and not isinstance(request, ServerStream):
         return Code.FAILED_PRECONDITION, encode_error(
             Code.FAILED_PRECONDITION, "this method is a stream: open it as one", {"shape": method.shape}

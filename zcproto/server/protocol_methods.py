@@ -18,6 +18,7 @@ from zcproto.app.app import App, Method
 from zcproto.app.context import Context
 from zcproto.auth import Enrollment, Identity, Login
 from zcproto.common.parameters import Signature
+from zcproto.common.roles import NO_ROLES, OPERATORS, Roles, roles_of
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason, OpenedSession, Session, SessionInfo
@@ -48,9 +49,11 @@ _signatures: dict[str, Signature] = {}
 """By method: reading them takes longer than all else of a server in memory."""
 
 
-def protocol_method(name: str, function: Callable[..., Any], **access: bool) -> Method:
+def protocol_method(
+    name: str, function: Callable[..., Any], roles: Roles = NO_ROLES, **access: bool
+) -> Method:
     """Return a method of the protocol. Its function differs from server to server, its parameters do not."""
-    method = Method(name, function, signature=_signatures.get(name), **access)
+    method = Method(name, function, signature=_signatures.get(name), roles=roles, **access)
     _signatures[name] = method.signature
     return method
 
@@ -101,10 +104,11 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         if isinstance(identity, Identity) and not identity.key:
             opened = state.sessions.open_nowait(
                 identity.user,
-                operator=identity.operator,
+                roles=frozenset(identity.roles),
                 client=client,
                 address=peer,
                 external=login.is_external(scheme),
+                ends_at=identity.ends_at,
             )
             if opened is not None:
                 return answer_opened(context, opened, scheme, client)
@@ -122,11 +126,12 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 raise
         opened = await state.sessions.open(
             identity.user,
-            operator=identity.operator,
+            roles=frozenset(identity.roles),
             client=client,
             address=context.peer,
             key=identity.key,
             external=login.is_external(scheme),
+            ends_at=identity.ends_at,
         )
         if identity.key:
             if login.is_gone(identity.key):  # removed while the session was opened
@@ -372,7 +377,7 @@ def server_methods(state: ServerState) -> list[Method]:
         methods: list[dict[str, Any]] = []
         room: float = state.settings.max_body // _SCHEMA_SHARE
         for _, method in sorted(state.methods.items()):
-            if method.public or (session is not None and (session.operator or not method.operator)):
+            if method.may_be_called_by(session):
                 methods.append(method.listing)
                 if method.schema_size <= room:
                     methods[-1]["schema"] = method.schema
@@ -404,8 +409,8 @@ def server_methods(state: ServerState) -> list[Method]:
 
     return [
         protocol_method("server.info", server_info, public=True),
-        protocol_method("server.sessions", server_sessions, operator=True),
-        protocol_method("server.revoke", server_revoke, operator=True),
+        protocol_method("server.sessions", server_sessions, roles=OPERATORS),
+        protocol_method("server.revoke", server_revoke, roles=OPERATORS),
     ]
 
 
@@ -421,5 +426,5 @@ def describe(record: SessionRecord) -> dict[str, Any]:
         "client": record.client,
         "address": record.address,
         "bound": record.flags & BOUND != 0,
-        "operator": record.flags & OPERATOR != 0,
+        "roles": sorted(roles_of(record.flags & OPERATOR != 0, record.roles)),
     }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
 
+from zcproto.app.access import Access
 from zcproto.app.app import App, Method
 from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
@@ -246,6 +248,16 @@ class ServerState:
 
     def add_methods(self, methods: Iterable[Method]) -> None:
         self.methods.update((method.name, method) for method in methods)
+
+    def restrict(self, access: Mapping[str, Access]) -> None:
+        """Let each method be called by those whom its access admits; a method without one by every session.
+
+        Methods are replaced by copies, because other servers in this process may serve them too.
+        """
+        for name, method in self.methods.items():
+            if method.access != access.get(name):
+                restricted = self.methods[name] = copy.copy(method)
+                restricted.restrict(access.get(name))
 
     def prepare_schemas(self) -> None:
         """Make the schemas of all methods, which takes milliseconds for some, before `server.info` needs them."""

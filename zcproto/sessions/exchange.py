@@ -184,7 +184,7 @@ class Exchange(Lifecycle):
 
     def _record(self, slot: int) -> SessionRecord:
         table = self._table
-        key = table.key[slot]
+        key, roles = table.key[slot], table.roles[slot]
         return SessionRecord(
             id=table.ids[slot],
             token_digest=table.tokens[slot],
@@ -198,4 +198,5 @@ class Exchange(Lifecycle):
             expires_at=table.expires_at[slot],
             refresh_expires_at=table.refresh_expires_at[slot],
             key="" if key == NONE else table.keys[key],
+            roles="" if roles == NONE else table.keys[roles],
         )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from zcproto.errors import Code
 
 WhenFull = Literal["evict_disconnected", "evict_oldest", "refuse"]
+
+ROLES: Final = 8
+"""Flag: the session has other roles than `operator`."""
 
 
 class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclass costs a call per field
@@ -28,7 +31,7 @@ class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclas
     client: str
     address: str
     flags: int
-    """OPERATOR, BOUND and EXTERNAL, see session.py."""
+    """OPERATOR, BOUND, EXTERNAL and ROLES, see session.py."""
     created_at: int
     last_used_at: int
     """Written behind: the time of the last `touch` of the store."""
@@ -38,6 +41,21 @@ class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclas
     """0 without a refresh token."""
     key: str = ""
     """Key of a bound session: `device:NAME`, or `tls:` and the hex SHA-256 of a certificate's public key."""
+    roles: str = ""
+    """The names of its roles with ROLES in `flags`, see zcproto/common/roles.py."""
+
+
+def stored_key(record: SessionRecord) -> str:
+    """Return the key and the roles of a session as one text: stores have had a field for the key alone."""
+    return f"{record.key}\0{record.roles}" if record.flags & ROLES else record.key
+
+
+def key_and_roles(stored: str, flags: int) -> tuple[str, str]:
+    """Reverse `stored_key`."""
+    if not flags & ROLES:
+        return stored, ""
+    key, _, roles = stored.rpartition("\0")
+    return key, roles
 
 
 @dataclass(frozen=True, slots=True)

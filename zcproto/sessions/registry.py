@@ -21,13 +21,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final
+from typing import Final, Unpack
 
+from zcproto.common.roles import NO_ROLES, Roles, names_without_operator, roles_of
+from zcproto.common.roles import OPERATOR as OPERATOR_ROLE
 from zcproto.common.secret import SecretBytes
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
 from zcproto.sessions.exchange import Exchange
 from zcproto.sessions.index import DigestIndex
-from zcproto.sessions.record import Rotation, SessionRecord, WhenFull, evicted_code
+from zcproto.sessions.record import ROLES, Rotation, SessionRecord, WhenFull, evicted_code
 from zcproto.sessions.session import (
     BOUND,
     EXTERNAL,
@@ -35,6 +37,7 @@ from zcproto.sessions.session import (
     EndReason,
     NewSession,
     OpenedSession,
+    Opening,
     Session,
     SessionInfo,
     SessionSettings,
@@ -107,6 +110,7 @@ class SessionRegistry(Exchange):
                     expires_at,
                     idle_at if idle_at < expires_at else expires_at,
                     expires_at - self._tenth,
+                    self._role_names(slot) if flags & ROLES else "",
                 )
         self.checks_refused += 1
         if self.closed or wall >= self.trusted_until:
@@ -154,24 +158,13 @@ class SessionRegistry(Exchange):
 
     # Opening and refreshing
 
-    def open(
-        self,
-        user: str,
-        *,
-        operator: bool,
-        client: str,
-        address: str,
-        wall: int,
-        key: str = "",
-        external: bool = False,
-    ) -> OpenedSession:
+    def open(self, user: str, *, wall: int, **opening: Unpack[Opening]) -> OpenedSession:
         """Open a session for an authenticated user.
 
         A user has at most `per_user` sessions, live and lapsed. The oldest lapsed ones are evicted first, without
         notice: they have no live token, and remnants of old logins must not lock a user out. `when_full` applies
         when `per_user` are live: `evict_disconnected` evicts those without a connection as if their tokens had
-        expired. After the limit was lowered, as many are evicted as are too many. A session with a `key` is bound
-        to it; `external` is whether the user is the application's.
+        expired. After the limit was lowered, as many are evicted as are too many.
 
         Raises:
             ResourceExhausted: the user has `details["limit"]` live sessions, none of which may be evicted; or, with
@@ -179,9 +172,7 @@ class SessionRegistry(Exchange):
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
-        new = self.new_session(
-            user, operator=operator, client=client, address=address, wall=wall, key=key, external=external
-        )
+        new = self.new_session(user, wall=wall, **opening)
         self._make_room(user, wall)
         slot = self._table.add(new.record)  # new ids and digests: none of `restore`'s checks applies
         self._live += 1
@@ -192,12 +183,13 @@ class SessionRegistry(Exchange):
         self,
         user: str,
         *,
-        operator: bool,
+        wall: int,
         client: str,
         address: str,
-        wall: int,
+        roles: Roles = NO_ROLES,
         key: str = "",
         external: bool = False,
+        ends_at: int | None = None,
     ) -> NewSession:
         """Return a new session for a store, with its tokens. It is unknown here until `restore`.
 
@@ -211,9 +203,15 @@ class SessionRegistry(Exchange):
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if self._table.ids.find(session_id) != NONE:
             raise _entropy_repeats()
-        flags = (OPERATOR if operator else 0) | (BOUND if key else 0) | (EXTERNAL if external else 0)
+        names = names_without_operator(roles)
+        flags = (OPERATOR if OPERATOR_ROLE in roles else 0) | (ROLES if names else 0)
+        flags |= (BOUND if key else 0) | (EXTERNAL if external else 0)
         expires_at = wall + settings.lifetime_ms
         refresh_expires_at = wall + settings.refresh_lifetime_ms if settings.refresh else 0
+        if ends_at is not None:
+            # Without a refresh token if it could prolong nothing.
+            refresh_expires_at = min(refresh_expires_at, ends_at) if ends_at > expires_at else 0
+            expires_at = min(expires_at, ends_at)
         # By position: with keywords a named tuple costs six times as much.
         record = SessionRecord(
             session_id,
@@ -228,8 +226,9 @@ class SessionRegistry(Exchange):
             expires_at,
             refresh_expires_at,
             key,
+            names,
         )
-        return NewSession(record, token, refresh_token if settings.refresh else None)
+        return NewSession(record, token, refresh_token if refresh_expires_at else None)
 
     def opened_session(self, new: NewSession) -> OpenedSession | None:
         """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
@@ -470,9 +469,9 @@ class SessionRegistry(Exchange):
 
     def _opened_new(self, slot: int, new: NewSession) -> OpenedSession:
         self.opened += 1
-        raw_id, _, _, user, _, _, flags, _, wall, expires_at, refresh_expires_at, _ = new.record
+        raw_id, _, _, user, _, _, flags, _, wall, expires_at, refresh_expires_at, _, roles = new.record
         valid_until = min(expires_at, wall + self._idle)
-        session = Session(raw_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth)
+        session = Session(raw_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth, roles)
         return OpenedSession(new.token, new.refresh_token, refresh_expires_at or None, session)
 
     def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
@@ -481,9 +480,19 @@ class SessionRegistry(Exchange):
         expires_at, last_used_at, user, _, flags, session_id = record
         valid_until = min(expires_at, last_used_at + self._idle)
         session = Session(
-            session_id, self._users[user], flags, slot, expires_at, valid_until, expires_at - self._tenth
+            session_id,
+            self._users[user],
+            flags,
+            slot,
+            expires_at,
+            valid_until,
+            expires_at - self._tenth,
+            self._role_names(slot) if flags & ROLES else "",
         )
         return OpenedSession(token, refresh_token, refresh_expires_at, session)
+
+    def _role_names(self, slot: int) -> str:
+        return self._table.keys[self._table.roles[slot]]
 
     def _info(self, slot: int) -> SessionInfo:
         return session_info(self._record(slot), live=self._table.state[slot] == LIVE)
@@ -519,7 +528,7 @@ def session_info(record: SessionRecord, *, live: bool) -> SessionInfo:
         client=record.client,
         address=record.address,
         bound=record.flags & BOUND != 0,
-        operator=record.flags & OPERATOR != 0,
+        roles=roles_of(record.flags & OPERATOR != 0, record.roles),
         live=live,
         refresh_expires_at=record.refresh_expires_at or None,
     )

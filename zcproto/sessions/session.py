@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, get_args
+from typing import Final, Required, TypedDict, get_args
 
+from zcproto.common.roles import Roles, roles_of
 from zcproto.errors import ConfigError
 from zcproto.sessions.record import SessionRecord, WhenFull
 from zcproto.sessions.token import id_text
@@ -18,6 +19,7 @@ _DAY_MS: Final = 24 * _HOUR_MS
 _MAX_GRACE_MS: Final = 60_000
 
 OPERATOR: Final = 1
+"""The session has the role `operator`."""
 BOUND: Final = 2
 EXTERNAL: Final = 4
 """The user is the application's, and not in the file of users of the home folder."""
@@ -37,7 +39,7 @@ class EndReason(StrEnum):
     BY_USER = "revoked by its user"
     BY_OPERATOR = "revoked by an operator"
     USER_CHANGED = "the user was changed"
-    DEVICE_REMOVED = "the device was removed"
+    DEVICE_REMOVED = "the device was removed or changed"
     REPLACED = "replaced by a newer session"
     DISCONNECTED = "ended without a connection, to make room for a newer session"
     REFRESH_REUSED = "refresh token reused"
@@ -114,12 +116,13 @@ class Session:
     expires_at: int
     valid_until: int
     expiring_at: int
+    role_names: str = ""
     _id_text: str | None = None
 
     @property
-    def operator(self) -> bool:
-        """Return True if the user may operate the server."""
-        return self.flags & OPERATOR != 0
+    def roles(self) -> Roles:
+        """Return the roles that the session was opened with."""
+        return roles_of(self.flags & OPERATOR != 0, self.role_names)
 
     @property
     def bound(self) -> bool:
@@ -136,6 +139,20 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session(id={self.id!r}, user={self.user!r}, slot={self.slot}, expires_at={self.expires_at})"
+
+
+class Opening(TypedDict, total=False):
+    """What is known of a session to open, besides its user."""
+
+    client: Required[str]
+    address: Required[str]
+    roles: Roles
+    key: str
+    """What it is bound to; empty for none."""
+    external: bool
+    """Whether the user is the application's."""
+    ends_at: int | None
+    """The time beyond which neither a token nor a refresh prolongs it."""
 
 
 @dataclass(slots=True, repr=False)
@@ -183,6 +200,6 @@ class SessionInfo:
     client: str
     address: str
     bound: bool
-    operator: bool
+    roles: Roles
     live: bool
     refresh_expires_at: int | None

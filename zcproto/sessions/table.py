@@ -36,12 +36,12 @@ NONE: Final = -1
 # The record. Fields read by a check come first, to share few cache lines.
 _TOKEN, _EXPIRES_AT, _LAST_USED_AT, _TOKEN_NEXT, _USER, _STATE, _FLAGS = 0, 32, 40, 48, 52, 56, 57
 _CLIENT, _ID, _ID_NEXT, _ADDRESS, _CREATED_AT, _REFRESH_EXPIRES_AT = 60, 64, 80, 84, 88, 96
-_BEFORE, _AFTER, _REFRESH, _KEY = 104, 108, 112, 144
+_BEFORE, _AFTER, _REFRESH, _KEY, _ROLES = 104, 108, 112, 144, 148
 RECORD_SIZE: Final = 152
 HOT: Final = Struct("@32xQQ4xiBB6x16s")
 """The fields read by a check: expires_at, last_used_at, user, state, flags, id."""
 
-_WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32si4x")
+_WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32sii")
 assert _WHOLE.size == RECORD_SIZE
 
 LEAST_BUCKETS: Final = 16_384
@@ -69,6 +69,7 @@ class SessionTable:
         self.client = slab.column("i", _CLIENT)
         self.address = slab.column("i", _ADDRESS)
         self.key = slab.column("i", _KEY)  # NONE unless the session is bound
+        self.roles = slab.column("i", _ROLES)  # NONE without other roles than that of an operator
         self._before = slab.column("i", _BEFORE)
         self._after = slab.column("i", _AFTER)
         least = min(LEAST_BUCKETS, 1 << slab.capacity.bit_length() - 1)
@@ -77,7 +78,7 @@ class SessionTable:
         self.users = StringTable(capacity, _NAME_BYTES, least // 4)  # the mark is the user's oldest session
         self.clients = StringTable(capacity, _NAME_BYTES)
         self.addresses = StringTable(capacity, _ADDRESS_BYTES)
-        self.keys = StringTable(capacity, _KEY_BYTES)
+        self.keys = StringTable(capacity, _KEY_BYTES)  # and lists of roles
         self.first_tombstone = NONE
         self.tombstones = 0
 
@@ -85,9 +86,8 @@ class SessionTable:
 
     def add(self, record: SessionRecord) -> int:
         """Add a live session to the end of its user's list and to the indexes. Return its slot."""
-        id_, token, refresh, user, client, address, flags, created, used, expires, refresh_expires, key = (
-            record
-        )
+        id_, token, refresh, user, client, address, flags, *times, key, roles = record
+        created, used, expires, refresh_expires = times
         slot = self.slab.allocate()
         users = self.users
         number = users.acquire(user)
@@ -113,6 +113,7 @@ class SessionTable:
             slot,
             refresh,
             self.keys.acquire(key) if key else NONE,
+            self.keys.acquire(roles) if roles else NONE,
         )
         users.marks[number] = slot if first == NONE else self._append(first, slot)
         self.tokens.enter(slot, token)
@@ -162,8 +163,9 @@ class SessionTable:
         self.users.release(number)
         self.clients.release(self.client[slot])
         self.addresses.release(self.address[slot])
-        if self.key[slot] != NONE:
-            self.keys.release(self.key[slot])
+        for number in (self.key[slot], self.roles[slot]):
+            if number != NONE:
+                self.keys.release(number)
 
     def add_token_tombstone(self, digest: bytes, code: Code, died_at: int) -> None:
         """Add a tombstone for a token whose session continues with another token."""

@@ -67,7 +67,12 @@ def found_values(found: Found) -> tuple[Any, ...] | None:
     """Return a record as msgpack has it."""
     if isinstance(found, EndedRecord):
         return found.id, found.token_digest, found.code, found.ended_at
-    return found
+    return None if found is None else record_values(found)
+
+
+def record_values(record: SessionRecord) -> tuple[Any, ...]:
+    """Return a session as msgpack has it: without roles, as versions before them read it."""
+    return record if record.roles else record[:-1]
 
 
 def found_of(values: list[Any] | None) -> Found:
@@ -159,8 +164,8 @@ class StoreServer:
         if isinstance(rotated, NotRotated):
             return None, rotated.code, rotated.reused
         if isinstance(rotated, Repeated):
-            return rotated.record, rotated.sealed
-        return (rotated,)
+            return record_values(rotated.record), rotated.sealed
+        return (record_values(rotated),)
 
     async def _find(self, member: HubStore, token_digest: bytes) -> tuple[Any, ...] | None:
         return found_values(await member.find(token_digest))
@@ -185,8 +190,8 @@ class StoreServer:
     async def _end_all(self, member: HubStore, code: int, wall: int) -> int:
         return await member.end_all(Code(code), wall)
 
-    async def _list(self, member: HubStore, user: str | None) -> list[SessionRecord]:
-        return await member.list(user)
+    async def _list(self, member: HubStore, user: str | None) -> list[tuple[Any, ...]]:
+        return [*map(record_values, await member.list(user))]
 
     async def _count(self, member: HubStore) -> int:
         return await member.count()
@@ -306,7 +311,7 @@ class RemoteStore:
 
     async def create(self, record: SessionRecord, limit: UserLimit) -> Created | LimitReached:
         values = limit.per_user, limit.when_full, limit.idle_ms  # the hub finds out which are disconnected
-        ended = await self._call("create", record, values)
+        ended = await self._call("create", record_values(record), values)
         return LimitReached() if ended is None else Created(tuple(map(_ended_of, ended)))
 
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:

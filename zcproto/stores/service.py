@@ -23,7 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, Unpack
 
 from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
@@ -32,6 +32,7 @@ from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
 from zcproto.sessions.registry import limit_reached, refresh_refused, session_info
+from zcproto.sessions.session import Opening
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
 from zcproto.stores.base import (
     Created,
@@ -99,33 +100,13 @@ class SessionService:
 
     # --- opening and refreshing --------------------------------------------------------------------
 
-    async def open(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
-    ) -> OpenedSession:
+    async def open(self, user: str, **opening: Unpack[Opening]) -> OpenedSession:
         """Open a session for an authenticated user. Raises like `SessionRegistry.open`, and Unavailable."""
-        return self._registry.open(
-            user,
-            operator=operator,
-            client=client,
-            address=address,
-            wall=self._clock.wall(),
-            key=key,
-            external=external,
-        )
+        return self._registry.open(user, wall=self._clock.wall(), **opening)
 
-    def open_nowait(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
-    ) -> OpenedSession | None:
+    def open_nowait(self, user: str, **opening: Unpack[Opening]) -> OpenedSession | None:
         """Open a session without waiting. Return None, having done nothing, if a store is involved."""
-        return self._registry.open(
-            user,
-            operator=operator,
-            client=client,
-            address=address,
-            wall=self._clock.wall(),
-            key=key,
-            external=external,
-        )
+        return self._registry.open(user, wall=self._clock.wall(), **opening)
 
     async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
         """Issue a new token pair. Raises like `SessionRegistry.refresh`, and Unavailable."""
@@ -225,9 +206,7 @@ class StoredSessionService(SessionService):
 
     # --- opening -----------------------------------------------------------------------------------
 
-    async def open(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
-    ) -> OpenedSession:
+    async def open(self, user: str, **opening: Unpack[Opening]) -> OpenedSession:
         self.sync.breaker.check()
         registry = self._registry
         if not self.is_shared and registry.kept + len(self._opening) >= registry.settings.max_sessions:
@@ -239,9 +218,7 @@ class StoredSessionService(SessionService):
             )
         wall = self._clock.wall()
         self._newest = max(self._newest, wall)
-        new = registry.new_session(
-            user, operator=operator, client=client, address=address, wall=wall, key=key, external=external
-        )
+        new = registry.new_session(user, wall=wall, **opening)
         self.sync.leases.unjoined.add(new.record.id)
         creating = self.sync.tasks.spawn(self._create(new.record))
         self._opening[creating] = user
@@ -260,9 +237,7 @@ class StoredSessionService(SessionService):
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
 
-    def open_nowait(
-        self, user: str, *, operator: bool, client: str, address: str, key: str = "", external: bool = False
-    ) -> None:
+    def open_nowait(self, user: str, **opening: Unpack[Opening]) -> None:
         return None
 
     def _created(self, creating: asyncio.Task[None]) -> None:

@@ -9,7 +9,7 @@ certificates, devices, HTTP endpoints, alerts and `server.stats`, and sessions e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -31,6 +31,7 @@ from zcproto.client.protocol import ClientProtocol, ConnectionOwner
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.home import Home
+from zcproto.common.roles import roles_from
 from zcproto.config import Config
 from zcproto.connection.client import ClientConnection
 from zcproto.errors import CannotConnect
@@ -61,13 +62,13 @@ class Users:
         self._known: dict[str, User] = {}
         self._keys: dict[str, str] = {}
 
-    def add(self, name: str, *, operator: bool = False) -> str:
+    def add(self, name: str, *, roles: Collection[str] = ()) -> str:
         """Add a user and return the API key. `connect(user=name)` finds it by itself."""
-        key = system_entropy(TOKEN_SIZE)
+        granted, key = roles_from(roles), system_entropy(TOKEN_SIZE)
         if self._file is None:
-            self._known[name] = User(digest_of(key), operator)
+            self._known[name] = User(digest_of(key), granted)
         else:
-            self._file.add_digest(name, digest_of(key), operator)
+            self._file.add_digest(name, digest_of(key), granted)
         self._keys[name] = token_text(key)
         return self._keys[name]
 

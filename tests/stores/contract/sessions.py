@@ -79,11 +79,19 @@ class SessionContract:
         assert await store.end([odd[:16]], Code.TOKEN_REVOKED, WALL) == [ended(record)]
         assert await store.find(odd) == ended(record)
 
-    @pytest.mark.parametrize("flags", [0, 1, 2, 3])
-    async def test_flags_and_key_are_stored_unchanged(self, store: SessionStore, flags: int) -> None:
-        record = session(flags=flags, key="tls:" + 64 * "a")
+    @pytest.mark.parametrize("key", ["", "tls:" + 64 * "a", "device:a\0b"])
+    @pytest.mark.parametrize(
+        ("flags", "roles"), [(0, ""), (1, ""), (3, ""), (8, "admin"), (11, "admin billing")]
+    )
+    async def test_flags_key_and_roles_are_stored_unchanged(
+        self, store: SessionStore, flags: int, roles: str, key: str
+    ) -> None:
+        record = session(flags=flags, key=key, roles=roles)
         await opened(store, record)
         assert await store.get(record.id) == record
+        wanted = rotation(record)
+        assert await store.rotate(wanted) == rotated(record, wanted)
+        assert await store.list("alice") == [rotated(record, wanted)]
 
     @pytest.mark.parametrize("time", [0, 1, 2**31, 2**32, 2**53 + 1, LAST])
     async def test_times_of_every_size_are_stored_unchanged(self, store: SessionStore, time: int) -> None:

@@ -76,9 +76,7 @@ class SessionProcess:
     # --- calls -------------------------------------------------------------------------------------
 
     async def open(self, user: str = "ada", **options: Any) -> OpenedSession:
-        return await self.sessions.open(
-            user, **{"operator": False, "client": CLIENT, "address": ADDRESS, **options}
-        )
+        return await self.sessions.open(user, **{"client": CLIENT, "address": ADDRESS, **options})
 
     async def refresh(self, opened: OpenedSession, **options: Any) -> OpenedSession:
         assert opened.refresh_token is not None

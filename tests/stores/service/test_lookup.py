@@ -18,6 +18,7 @@ from tests.stores.service.harness import (
     raw,
     refused,
 )
+from zcproto.common.roles import NO_ROLES, OPERATORS
 from zcproto.errors import Code, ResourceExhausted
 from zcproto.sessions import Session
 from zcproto.stores import service as service_module
@@ -197,14 +198,14 @@ async def test_revoked_token_is_not_looked_up(shared_process: SessionProcess) ->
 @pytest.mark.parametrize("is_shared", [False, True])
 async def test_sessions_of_a_user_are_listed(start_process: StartProcess, is_shared: bool) -> None:
     one = await start_process(shared=is_shared)
-    opened = [await one.open(key="device:phone"), await one.open(operator=True)]
+    opened = [await one.open(key="device:phone"), await one.open(roles=OPERATORS)]
     await one.open("bob")
     one.clock.advance(60)
     assert one.is_valid(opened[1])
     infos = await one.sessions.list("ada")
     assert [info.id for info in infos] == [each.session.id for each in opened]
     assert infos == [one.registry.info(each.session.id, one.clock.wall()) for each in opened]
-    assert [(info.bound, info.operator) for info in infos] == [(True, False), (False, True)]
+    assert [(info.bound, info.roles) for info in infos] == [(True, NO_ROLES), (False, OPERATORS)]
     assert infos[1].last_used_at == one.clock.wall()
 
 

@@ -17,6 +17,7 @@ from tests.stores.service.harness import (
     raw,
     refused,
 )
+from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code, ResourceExhausted, TokenRevoked
 from zcproto.sessions import OpenedSession, SessionSettings
 from zcproto.sessions.health import HealthState
@@ -28,7 +29,7 @@ async def test_opened_session_is_in_the_store_and_in_the_registry(
     start_process: StartProcess, is_shared: bool
 ) -> None:
     process = await start_process(shared=is_shared)
-    opened = await process.open(key="device:phone", operator=True)
+    opened = await process.open(key="device:phone", roles=OPERATORS)
     assert process.is_valid(opened)
     record = process.store.registry.record(raw(opened))
     assert record is not None
@@ -40,7 +41,7 @@ async def test_opened_session_is_in_the_store_and_in_the_registry(
         "device:phone",
     )
     assert opened.session.bound
-    assert opened.session.operator
+    assert opened.session.roles == OPERATORS
 
 
 async def test_session_is_not_returned_before_the_store_has_it(process: SessionProcess) -> None:

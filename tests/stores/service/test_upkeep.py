@@ -133,7 +133,7 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
             work.send(None)
         return stopped.value.value
 
-    opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
+    opened = at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
     again = at_once(sessions.refresh(opened.refresh_token, client=CLIENT, address=ADDRESS))
     assert again.session.id == opened.session.id
     assert [info.id for info in at_once(sessions.list("ada"))] == [opened.session.id]
@@ -141,13 +141,13 @@ async def test_in_memory_no_coroutine_suspends(clock: FakeClock) -> None:
     assert at_once(sessions.revoke(again.session.id, user="ada", reason=""))
     assert registry.kept == 0
     for _ in range(3):
-        opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
+        opened = at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
     assert at_once(sessions.revoke(opened.session.id, user="ada", reason=""))
     assert at_once(sessions.revoke_user("ada", "")) == 2
-    opened = at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS, key="device:phone"))
+    opened = at_once(sessions.open("ada", client=CLIENT, address=ADDRESS, key="device:phone"))
     assert at_once(sessions.find_by_refresh_token(opened.refresh_token)).user == "ada"
     assert at_once(sessions.revoke_key("ada", "device:phone", "")) == 1
-    at_once(sessions.open("ada", operator=False, client=CLIENT, address=ADDRESS))
+    at_once(sessions.open("ada", client=CLIENT, address=ADDRESS))
     assert at_once(sessions.revoke_all("")) == 1
     assert sessions.statistics() == {"state": "healthy"}
     assert not sessions.is_shared

@@ -50,7 +50,7 @@ async def test_only_digests_are_written(harness: SqliteHarness) -> None:
     from zcproto.sessions import SessionRegistry, SessionSettings
 
     registry = SessionRegistry(SessionSettings(), os.urandom)
-    new = registry.new_session("alice", operator=False, client="zc/1", address="192.0.2.1", wall=WALL)
+    new = registry.new_session("alice", client="zc/1", address="192.0.2.1", wall=WALL)
     store = await harness.opened()
     await opened(store, new.record)
     await store.close()

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from zcproto.auth import UserFile
 from zcproto.common.home import Home
+from zcproto.common.roles import OPERATORS
 from zcproto.load.command import Outputs, check_outputs, measure, run_and_report
 from zcproto.load.demo.server import DemoServer
 from zcproto.load.plan import SESSIONS_PER_USER, Credential, Plan, require_open_files
@@ -149,7 +150,7 @@ def temporary_home() -> Iterator[Home]:
 
 def _make_users(home: Home, connections: int) -> tuple[Credential, tuple[Credential, ...]]:
     users = UserFile(home.users)
-    operator = Credential("operator", users.add("operator", operator=True))
+    operator = Credential("operator", users.add("operator", OPERATORS))
     names = [f"load-{number}" for number in range(1, -(-connections // SESSIONS_PER_USER) + 1)]
     return operator, tuple(Credential(*each) for each in users.add_many(names))
 

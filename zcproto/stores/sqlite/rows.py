@@ -18,7 +18,14 @@ from hmac import compare_digest
 from typing import Any, Final, Generic, TypeVar
 
 from zcproto.errors import Code
-from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
+from zcproto.sessions.record import (
+    EndedRecord,
+    Rotation,
+    SessionRecord,
+    UserLimit,
+    key_and_roles,
+    stored_key,
+)
 from zcproto.stores.answers import Answers
 from zcproto.stores.base import Created, LimitReached, NotRotated, Repeated
 
@@ -56,8 +63,9 @@ def columns_of(record: SessionRecord | EndedRecord) -> tuple[Any, ...]:
     """Return the columns of a row, without `n`."""
     if isinstance(record, EndedRecord):
         return (record.id, record.token_digest, *_BLANK, record.code, record.ended_at)
-    id, token, refresh, user, client, address, *numbers, key = record
-    return (id, token, refresh, *map(utf8, (user, client, address, key)), *numbers, LIVE, due_of(record))
+    id, token, refresh, user, client, address, *numbers, _, _ = record
+    texts = map(utf8, (user, client, address, stored_key(record)))
+    return (id, token, refresh, *texts, *numbers, LIVE, due_of(record))
 
 
 def record_of(columns: Sequence[Any]) -> SessionRecord | EndedRecord:
@@ -65,7 +73,8 @@ def record_of(columns: Sequence[Any]) -> SessionRecord | EndedRecord:
     id, token, refresh, user, client, address, key, *numbers, code, due = columns
     if code != LIVE:
         return EndedRecord(id, token, Code(code), due)
-    values: list[Any] = [text(user), text(client), text(address), *numbers, text(key)]
+    key_, roles = key_and_roles(text(key), numbers[0])
+    values: list[Any] = [text(user), text(client), text(address), *numbers, key_, roles]
     return SessionRecord(id, token, refresh, *values)
 
 

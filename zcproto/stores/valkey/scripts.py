@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from zcproto.errors import Code
-from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.sessions.record import EndedRecord, SessionRecord, key_and_roles, stored_key
 from zcproto.sessions.token import id_from_text
 from zcproto.stores.base import DamagedRecord
 
@@ -85,7 +85,7 @@ def ttl_for(ms: int) -> int:
 
 def pack_session(record: SessionRecord) -> bytes:
     """Encode a session. The scripts append its place in the order of opening."""
-    texts = map(utf8, (record.user, record.client, record.address, record.key))
+    texts = map(utf8, (record.user, record.client, record.address, stored_key(record)))
     times = record.created_at, record.last_used_at, record.expires_at, record.refresh_expires_at
     fields = [0, record.token_digest, record.refresh_digest, *texts, record.flags, *map(time_text, times)]
     packed: bytes = msgpack.packb(fields, use_bin_type=False)
@@ -100,7 +100,14 @@ def unpack_session(id: bytes, raw: bytes) -> SessionRecord | EndedRecord:
             return EndedRecord(raw_id(id), token, Code(code), int(rest[0]))
         refresh, user, client, address, key, flags, *times = rest[:10]
         texts = map(_text, (user, client, address))
-        values: list[Any] = [token, refresh, *texts, flags, *map(int, times), _text(key)]
+        values: list[Any] = [
+            token,
+            refresh,
+            *texts,
+            flags,
+            *map(int, times),
+            *key_and_roles(_text(key), flags),
+        ]
         return SessionRecord(raw_id(id), *values)
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise DamagedRecord(f"the session {id.decode('latin-1')} cannot be decoded") from error
