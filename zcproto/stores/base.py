@@ -97,7 +97,7 @@ class NotRotated:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """The refresh was made within its grace, by another process, for the same client at the same address.
+    """The refresh was made before, within its grace, for the same client at the same address.
 
     Nothing was changed. `record` is the session, `sealed` what the rotation had.
     """
@@ -185,9 +185,9 @@ class SessionStore(Protocol):
     async def rotate(self, rotation: Rotation) -> SessionRecord | NotRotated | Repeated:
         """Replace a session's token pair if the refresh token shown is the current one. Return its new record.
 
-        A spent refresh token ends the session; in a shared store the last one does not within the grace, if its
-        rotation had a sealed pair. The old access token is remembered as revoked. Repeating a rotation changes
-        nothing.
+        A spent refresh token ends the session; the last one does not within the grace, if its rotation had a sealed
+        pair, which is as durable as the rotation. The old access token is remembered as revoked. Repeating a
+        rotation changes nothing.
         """
 
     async def find(self, token_digest: bytes) -> SessionRecord | EndedRecord | None:

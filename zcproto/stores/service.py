@@ -8,8 +8,8 @@ Rules:
 - An operation begun in the store is finished even if its caller has gone.
 - One refresh of a session runs at a time; concurrent refreshes with the same token share one result. A rotation
   with an unknown outcome is repeated unchanged: a different one would make its refresh token look stolen. A refresh
-  that another process has just made is answered with the same pair, which the store has in sealed form
-  (ONE_PAIR in spec/store.pml). Either process remembers the rotation.
+  that another process has just made, or this one before it was killed, is answered with the same pair, which the
+  store has in sealed form (ONE_PAIR in spec/store.pml). Either process remembers the rotation.
 - One look-up of a token runs at a time. An unknown token is not looked up again for a while, and an address that
   sends many unknown tokens has to wait.
 
@@ -324,7 +324,7 @@ class StoredSessionService(SessionService):
     ) -> OpenedSession:
         changes, registry, wall = self.sync.changes, self._registry, rotation.wall
         count = changes.count
-        if self.is_shared and (grace_ms := registry.settings.refresh_grace_ms):
+        if grace_ms := registry.settings.refresh_grace_ms:
             sealed = seal_pair(spent_token, rotation.token_digest, token, refresh_token)
             rotation = replace(rotation, sealed=sealed, grace_ms=grace_ms)
         try:

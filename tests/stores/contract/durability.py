@@ -18,8 +18,8 @@ from tests.stores.contract.helpers import (
     session,
 )
 from zcproto.errors import Code
-from zcproto.sessions.record import EndedRecord
-from zcproto.stores.base import Claim, ClaimState, SessionStore
+from zcproto.sessions.record import EndedRecord, SessionRecord
+from zcproto.stores.base import Claim, ClaimState, NotRotated, Repeated, SessionStore
 
 
 class DurabilityContract:
@@ -73,6 +73,18 @@ class DurabilityContract:
             await again.claim("alice", key, digest("body"), LEASE) for key in ("running", "done", "released")
         ]
         assert claims == [Claim(ClaimState.RUNNING), Claim(ClaimState.DONE, b"answer"), Claim(ClaimState.NEW)]
+
+    async def test_pair_of_a_refresh_survives_reopening(self, store: SessionStore, harness: Harness) -> None:
+        await opened(store, session(), session(2))
+        record = await store.rotate(rotation(session(), sealed=b"the pair", grace_ms=MINUTE))
+        other = await store.rotate(rotation(session(2), sealed=b"the first pair", grace_ms=MINUTE))
+        assert isinstance(other, SessionRecord)
+        await store.rotate(rotation(other, 2, sealed=b"the second pair", grace_ms=MINUTE))
+        again = await harness.reopen(store)
+        assert await again.rotate(rotation(session(), 3)) == Repeated(record, b"the pair")
+        assert isinstance(await again.claim("alice", "k", digest("body"), LEASE), Claim)
+        spent = rotation(session(2), 3)
+        assert await again.rotate(spent) == NotRotated(Code.TOKEN_REVOKED, reused=True)
 
     async def test_load_yields_all_records_of_a_store_that_is_not_shared(
         self, store: SessionStore, harness: Harness

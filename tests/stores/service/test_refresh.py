@@ -145,6 +145,25 @@ async def test_refresh_repeated_on_another_node_after_the_grace_ends_the_session
     assert await other.find(first.token) is Code.TOKEN_REVOKED
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_refresh_repeated_after_the_server_was_killed_returns_the_same_pair(
+    start_process: StartProcess, log: list[dict[str, Any]], is_shared: bool
+) -> None:
+    killed = await start_process(shared=is_shared)
+    opened = await killed.open()
+    lost = await killed.refresh(opened)
+    restarted = await start_process(FaultyStoreView(killed.store))
+    restarted.clock.advance(1)
+    again = await restarted.refresh(opened)
+    assert (again.token, again.refresh_token) == (lost.token, lost.refresh_token)
+    assert restarted.is_valid(again)
+    assert restarted.check(opened.token) is not Code.UNAVAILABLE
+    assert restarted.registry.refresh_reused == 0
+    assert restarted.is_valid(await restarted.refresh(again))
+    restarted.clock.advance(60)
+    await refused(restarted.refresh(opened), TokenRevoked)
+
+
 async def test_grace_of_zero_keeps_no_pair_in_the_store(start_process: StartProcess) -> None:
     one = await start_process(shared=True, refresh_grace_ms=0)
     other = await start_process(FaultyStoreView(one.store), refresh_grace_ms=0)

@@ -10,13 +10,24 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from bench.disk import Disk
-from tests.stores.contract import FIVE, LEASE, WALL, digest, ended, opened, rotation, session
+from tests.stores.contract import (
+    FIVE,
+    KEEP_ENDED,
+    LEASE,
+    MINUTE,
+    WALL,
+    digest,
+    ended,
+    opened,
+    rotation,
+    session,
+)
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file, mode
 from zcproto.errors import Code, ConfigError
 from zcproto.sessions.record import SessionRecord
@@ -59,6 +70,20 @@ async def test_only_digests_are_written(harness: SqliteHarness) -> None:
     assert new.refresh_token is not None
     for secret in (new.token, new.refresh_token, new.refresh_token[:16], new.refresh_token[16:]):
         assert secret not in written
+
+
+async def test_sealed_pair_of_a_refresh_is_removed_from_the_file_after_its_grace(
+    harness: SqliteHarness,
+) -> None:
+    store = await harness.opened()
+    records = [session(number) for number in range(3)]
+    await opened(store, *records)
+    for record, grace_ms in zip(records, (1, 1, MINUTE), strict=True):
+        await store.rotate(rotation(record, wall=WALL, sealed=b"the pair", grace_ms=grace_ms))
+    assert [await store.expire(WALL + 1, KEEP_ENDED, 1) for _ in range(3)] == [1, 1, 0]
+    await store.close()
+    with closing(sqlite3.connect(harness.path)) as db:
+        assert db.execute("SELECT key, answer FROM answers").fetchall() == [(records[2].id, b"the pair")]
 
 
 async def test_changes_are_on_disk_before_the_operation_returns(harness: SqliteHarness) -> None:

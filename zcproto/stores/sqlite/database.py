@@ -6,6 +6,8 @@ Rules:
   the interpreter after each statement. So rows are read as one text and written by one statement.
 - Ending all sessions writes one row, the mark up to which `n` they have ended; the sessions are rewritten later,
   in slices.
+- The sealed pair of a refresh is written with it, among the answers under a name that no user has: who repeats the
+  refresh after a crash, because its answer was lost, gets the pair. A clean-up removes it after its grace.
 
 It must not know: who calls, coroutines, clocks. It is for one thread.
 """
@@ -13,7 +15,7 @@ It must not know: who calls, coroutines, clocks. It is for one thread.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -21,14 +23,16 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from zcproto.errors import CallError, Code
 from zcproto.sessions.record import EndedRecord, SessionRecord
-from zcproto.stores.answers import AnswerLimits, Answers, Entry, Key
+from zcproto.stores.answers import DIGEST_SIZE, AnswerLimits, Answers, Entry, Key
 from zcproto.stores.base import MAX_LISTED, Notice, StoreUnavailable
 from zcproto.stores.sqlite.file import Connect, DatabaseFile
 from zcproto.stores.sqlite.rows import (
     COLUMNS,
+    MAX_REPEATABLE,
     Operation,
     RecentRotations,
     Row,
+    SealedPair,
     WorkingSet,
     columns_of,
     record_of,
@@ -56,6 +60,9 @@ MAX_TOUCHED: Final = 500
 _EXPIRED: Final = 100  # half a millisecond
 _MOST_EXPIRED: Final = 800
 """Each statement has a fixed cost: when no caller waits, fewer statements remove more."""
+
+_PAIRS: Final = b"\xff"
+"""The user of the rows of `answers` that are sealed pairs, which no UTF-8 text is. Their key is the session."""
 
 _T = TypeVar("_T")
 
@@ -97,9 +104,15 @@ class SessionDatabase(DatabaseFile):
     def opened(self, db: sqlite3.Connection) -> None:
         self._read_marks(db)
         self._swept = 0
+        self._rotations = RecentRotations()
+        query = "SELECT key, digest, until, answer FROM answers WHERE user = ? ORDER BY until DESC LIMIT ?"
+        for id, digests, until, sealed in reversed(db.execute(query, (_PAIRS, MAX_REPEATABLE)).fetchall()):
+            pair = SealedPair(digests[:DIGEST_SIZE], digests[DIGEST_SIZE:], until, sealed)
+            self._rotations.restore(id, pair)
 
     def invalidate(self) -> None:
         self._answers = None
+        self._rotations.changed.clear()
 
     # --- operations on rows ------------------------------------------------------------------------
 
@@ -108,7 +121,7 @@ class SessionDatabase(DatabaseFile):
         db = self.ready()
         rows = WorkingSet(self._read(db, operations), self._table(db), self._rotations)
         outcomes = [_outcome(operation, rows) for operation in operations]
-        self._write(db, [*_upserts(list(rows.changed.values())), *_answer_statements(self._changed)])
+        self._write(db, [*_upserts(list(rows.changed.values())), *self._answer_statements()])
         self._written()
         return outcomes
 
@@ -138,8 +151,11 @@ class SessionDatabase(DatabaseFile):
         self._answers = answers = Answers(
             self._limits, self._time, self._changed.__setitem__, partial(_read_answer, db)
         )
-        query = "SELECT user, key, digest, until, answer IS NULL, length(answer) FROM answers ORDER BY until"
-        for user, key, digest, until, running, size in db.execute(query):
+        query = (
+            "SELECT user, key, digest, until, answer IS NULL, length(answer) FROM answers"
+            " WHERE user != ? ORDER BY until"
+        )
+        for user, key, digest, until, running, size in db.execute(query, (_PAIRS,)):
             answers.restore((text(user), text(key)), Entry(digest, until, bool(running), size=size or 0))
         return answers
 
@@ -148,6 +164,31 @@ class SessionDatabase(DatabaseFile):
             if entry is not None:
                 entry.answer = None  # it is in the file
         self._changed.clear()
+        self._rotations.changed.clear()
+
+    def _answer_statements(self) -> Iterator[Statement]:
+        changed = self._changed.items()
+        removed = [(utf8(user), utf8(key)) for (user, key), entry in changed if entry is None]
+        kept = [
+            (utf8(user), utf8(key), entry.digest, entry.until, entry.answer)
+            for (user, key), entry in changed
+            if entry is not None
+        ]
+        kept += [
+            (_PAIRS, id, pair.spent_digest + pair.token_digest, pair.until, pair.sealed)
+            for id, pair in self._rotations.changed.items()
+        ]
+        for gone in _chunks(removed, _ROWS):
+            pairs = _rows(len(gone), 2)
+            statement = f"DELETE FROM answers WHERE (user, key) IN (VALUES {pairs})"  # noqa: S608 - holes only
+            yield statement, [value for row in gone for value in row]
+        for chunk in _chunks(kept, _ROWS):
+            statement = (
+                f"INSERT INTO answers (user, key, digest, until, answer) VALUES {_rows(len(chunk), 5)}"  # noqa: S608 - holes only
+                " ON CONFLICT (user, key) DO UPDATE"
+                " SET digest = excluded.digest, until = excluded.until, answer = excluded.answer"
+            )
+            yield statement, [value for row in chunk for value in row]
 
     def _marked(self, n: int, record: SessionRecord | EndedRecord) -> SessionRecord | EndedRecord:
         """Apply the marks of ended_all to the record of a row."""
@@ -244,7 +285,10 @@ class SessionDatabase(DatabaseFile):
         self._write(self.ready(), [(change, [value for use in latest.items() for value in use])])
 
     def expire(self, wall: int, keep_ended_ms: int, limit: int, enough: Callable[[], bool]) -> int:
-        """Remove expired sessions, then tombstones, then answers: at most `limit`, fewer if `enough()` is true."""
+        """Remove expired sessions, then tombstones, answers and sealed pairs.
+
+        At most `limit`, fewer if `enough()` is true.
+        """
         db = self.ready()
         answers = self._table(db)
         removed = 0
@@ -261,8 +305,11 @@ class SessionDatabase(DatabaseFile):
                     break
                 step = min(2 * step, _MOST_EXPIRED)
         removed += answers.expire(limit - removed)
-        for statement in _answer_statements(self._changed):
+        for statement in self._answer_statements():
             db.execute(*statement)
+        pairs = "SELECT rowid FROM answers WHERE user = ? AND until <= ? LIMIT ?"
+        change = f"DELETE FROM answers WHERE rowid IN ({pairs})"  # noqa: S608 - parts of this file
+        removed += db.execute(change, (_PAIRS, wall, limit - removed)).rowcount
         db.execute("COMMIT")
         self._written()
         return removed
@@ -337,20 +384,3 @@ def _upserts(rows: Sequence[Row]) -> Iterator[Statement]:
         values = _rows(len(chunk), len(COLUMNS))
         statement = f"INSERT INTO sessions ({_NAMES}) VALUES {values}{_UPDATE}"  # noqa: S608 - holes only
         yield statement, [value for row in chunk for value in (row.n, *columns_of(row.record))]
-
-
-def _answer_statements(changed: Mapping[Key, Entry | None]) -> Iterator[Statement]:
-    removed = [key for key, entry in changed.items() if entry is None]
-    for gone in _chunks(removed, _ROWS):
-        pairs = _rows(len(gone), 2)
-        statement = f"DELETE FROM answers WHERE (user, key) IN (VALUES {pairs})"  # noqa: S608 - holes only
-        yield statement, [utf8(part) for key in gone for part in key]
-    kept = [(key, entry) for key, entry in changed.items() if entry is not None]
-    for chunk in _chunks(kept, _ROWS):
-        statement = (
-            f"INSERT INTO answers (user, key, digest, until, answer) VALUES {_rows(len(chunk), 5)}"  # noqa: S608 - holes only
-            " ON CONFLICT (user, key) DO UPDATE"
-            " SET digest = excluded.digest, until = excluded.until, answer = excluded.answer"
-        )
-        rows = [(utf8(user), utf8(key), each.digest, each.until, each.answer) for (user, key), each in chunk]
-        yield statement, [value for row in rows for value in row]

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hmac import compare_digest
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from zcproto.errors import Code
 from zcproto.sessions.record import (
@@ -90,22 +90,40 @@ class Row:
     record: SessionRecord | EndedRecord
 
 
+class SealedPair(NamedTuple):
+    """The pair of a refresh, for one that repeats it before `until`; digests of the spent and the new token."""
+
+    spent_digest: bytes
+    token_digest: bytes
+    until: int
+    sealed: bytes
+
+
 class RecentRotations:
-    """The last refresh of each session that has a sealed pair, in memory, until its grace is over."""
+    """The sealed pair of the last refresh of each session, until its grace is over. Those to be written are in
+    `changed`, by session.
+    """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[bytes, Rotation] = OrderedDict()
+        self._kept: OrderedDict[bytes, SealedPair] = OrderedDict()
+        self.changed: dict[bytes, SealedPair] = {}
 
     def add(self, rotation: Rotation) -> None:
         kept = self._kept
         kept.pop(rotation.id, None)
         if rotation.grace_ms:
-            kept[rotation.id] = rotation
+            until = rotation.wall + rotation.grace_ms
+            pair = SealedPair(rotation.spent_digest, rotation.token_digest, until, rotation.sealed)
+            kept[rotation.id] = self.changed[rotation.id] = pair
         while kept:
             oldest = next(iter(kept.values()))
-            if len(kept) <= MAX_REPEATABLE and rotation.wall < oldest.wall + oldest.grace_ms:
+            if len(kept) <= MAX_REPEATABLE and rotation.wall < oldest.until:
                 break
             kept.popitem(last=False)
+
+    def restore(self, id: bytes, pair: SealedPair) -> None:
+        """Add a pair that was written before, oldest first."""
+        self._kept[id] = pair
 
     def sealed(self, record: SessionRecord, again: Rotation) -> bytes:
         """Return the sealed pair of the last refresh if `again` repeats it; else nothing."""
@@ -114,7 +132,7 @@ class RecentRotations:
             last is not None
             and (last.spent_digest, last.token_digest) == (again.spent_digest, record.token_digest)
             and (record.client, record.address) == (again.client, again.address)
-            and again.wall < last.wall + last.grace_ms
+            and again.wall < last.until
         ):
             return last.sealed
         return b""
