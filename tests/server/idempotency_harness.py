@@ -13,7 +13,14 @@ from tests.helpers import FakeClock
 from zcproto.common.clock import MonotonicClock
 from zcproto.errors import CallError, Cancelled, Code, InternalError
 from zcproto.server.eager import EagerTasks
-from zcproto.server.idempotency import DEFAULT_RUNNING, Answer, IdempotencyCache, Waiting, request_digest
+from zcproto.server.idempotency import (
+    DEFAULT_RUNNING,
+    SAVE_AGAIN_S,
+    Answer,
+    IdempotencyCache,
+    Waiting,
+    request_digest,
+)
 from zcproto.stores.answers import DEFAULT_LIMITS, AnswerLimits, Answers
 from zcproto.stores.base import Claim, StoreUnavailable, too_many_operations
 from zcproto.wire.message import decode_error, encode_body, encode_error
@@ -103,6 +110,7 @@ class CacheHarness:
         self.tasks = EagerTasks(loop)
         self.slept: list[float] = []
         self.while_asleep: Callable[[], object] = lambda: None
+        self._until_saved_again: asyncio.Future[None] | None = None
         self.cache = IdempotencyCache(
             self.tasks,
             self.clock,
@@ -115,10 +123,26 @@ class CacheHarness:
         self.ran = 0
 
     async def sleep(self, seconds: float) -> None:
+        if seconds == SAVE_AGAIN_S:
+            self._until_saved_again = self.loop.create_future()
+            await self._until_saved_again
+            return
         self.slept.append(seconds)
         self.clock.advance(seconds)
         await asyncio.sleep(0)
         self.while_asleep()
+
+    def save_again(self) -> None:
+        """Let the time pass after which what the store has not taken is written again. That must be planned."""
+        planned, self._until_saved_again = self._until_saved_again, None
+        assert planned is not None
+        self.clock.advance(SAVE_AGAIN_S)
+        planned.set_result(None)
+        self.turn()
+
+    @property
+    def saves_again(self) -> bool:
+        return self._until_saved_again is not None
 
     def answer_error(self, error: BaseException) -> Answer:
         if isinstance(error, asyncio.CancelledError):

@@ -110,6 +110,56 @@ def test_claim_with_unknown_outcome_is_released_for_other_processes(
     assert (harness.ran, another.ran, another.slept) == (0, 1, [])
 
 
+@pytest.mark.parametrize("failures", [1, 3])
+def test_claim_with_unknown_outcome_is_released_soon_without_an_outage(
+    make_harness: MakeHarness, failures: int
+) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(FakeStore(shared=True, data_of=store))
+    store.out = store.fails_after_the_effect = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    for _ in range(failures - 1):
+        harness.save_again()
+    store.out = False
+    harness.save_again()
+    assert not harness.saves_again
+    assert another.call("paid").code == 0
+    assert another.slept == []
+
+
+def test_answer_and_release_that_failed_are_repeated_soon_without_an_outage(
+    make_harness: MakeHarness,
+) -> None:
+    store = FakeStore(shared=True)
+    harness, another = make_harness(store), make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin("paid", wait=gate)
+    harness.begin(Unavailable("not now"), key="released", wait=gate)
+    harness.turn()
+    store.out = True
+    gate.set_result(None)
+    harness.turn()
+    store.out = False
+    harness.save_again()
+    assert another.call("again") == Answer(0, encode_body("paid"))
+    assert another.call("now", key="released") == Answer(0, encode_body("now"))
+    assert another.slept == []
+
+
+def test_server_that_ends_plans_nothing_for_later(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    gate = harness.loop.create_future()
+    harness.begin("paid", wait=gate)
+    harness.turn()
+    store.held = harness.loop.create_future()
+    gate.set_result(None)
+    harness.turn()
+    assert store.asked[-1] == "keep"
+    assert harness.loop.run_until_complete(harness.tasks.close(1.0)) == 0
+    assert not harness.saves_again
+
+
 def test_end_waits_until_claims_are_released_and_answers_are_written(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     harness = make_harness(store)

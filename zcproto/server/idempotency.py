@@ -64,6 +64,9 @@ NOT_RUN: Final = frozenset(
 
 RETRY_MS: Final = 1_000
 
+SAVE_AGAIN_S: Final = RETRY_MS / 2_000
+"""After a failure of the store that began no outage: before the caller's retry, which another process may get."""
+
 POLL_FIRST_S: Final = 0.05
 POLL_LAST_S: Final = 1.0
 """How often the store is polled for the answer of another process; the pause doubles each time."""
@@ -157,7 +160,7 @@ class IdempotencyCache:
         # though nothing runs: they are released when it is back. Both by name, with the digest of the request.
         self._unsaved: OrderedDict[Name, bytes] = OrderedDict()
         self._idle_claims: OrderedDict[Name, bytes] = OrderedDict()
-        self._is_saving = False
+        self._is_saving = self._is_save_planned = False
         self._no_runs = asyncio.Event()
         self._no_runs.set()
         self.repeated = 0
@@ -302,6 +305,7 @@ class IdempotencyCache:
             claim = await breaker.call(breaker.store.claim(*name, run.digest, self._keep_ms))
         except StoreUnavailable as error:
             _remember(self._idle_claims, name, run.digest)  # it may have been claimed nevertheless
+            self._save_later()
             raise Unavailable(
                 "the session store does not answer, so no request with an idempotency key is run: try again",
                 {"retry_after_ms": RETRY_MS},
@@ -332,9 +336,10 @@ class IdempotencyCache:
         if breaker is not None:
             try:
                 await breaker.call(breaker.store.keep_answer(*name, data, self._keep_ms))
-            except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
+            except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError) as error:
                 self._memory.claim(*name, digest, self._keep_ms)
                 _remember(self._unsaved, name, digest)
+                self._save_later(error)
             else:
                 return
         self._memory.keep(*name, data, self._keep_ms)
@@ -346,8 +351,21 @@ class IdempotencyCache:
             return
         try:
             await breaker.call(breaker.store.release_claim(*name))
-        except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError):
+        except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError) as error:
             _remember(self._idle_claims, name, digest)
+            self._save_later(error)
+
+    def _save_later(self, error: BaseException | None = None) -> None:
+        """Plan the next attempt after a failure, unless that was the end of the server."""
+        is_ending = isinstance(error, asyncio.CancelledError)
+        if not self._is_save_planned and not is_ending:
+            self._is_save_planned = True
+            self._tasks.start(self._save_after_pause())
+
+    async def _save_after_pause(self) -> None:
+        await self._sleep(SAVE_AGAIN_S)
+        self._is_save_planned = False
+        self.save()
 
     def save(self) -> None:
         """Start to write the answers to the store that it failed to store, and to release the claims that nothing
@@ -370,7 +388,7 @@ class IdempotencyCache:
                 if name not in self._running:
                     await self._release_idle(breaker, name, digest)
         except (StoreUnavailable, ResourceExhausted):
-            pass  # retried at the next claim, or when the store is back
+            self._save_later()
         finally:
             self._is_saving = False
 
