@@ -5,6 +5,7 @@ python -m tests.conformance.faults
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.wire.vectors import FOLDER
 from zcproto.client.retry import Backoff
 from zcproto.errors import CallError
 from zcproto_conformance import vectors
+from zcproto_conformance.errors import KitError
 from zcproto_conformance.run import FAILED
 
 FAILS_FAST = {
@@ -84,6 +86,12 @@ def test_fault_that_does_not_match_the_source_is_reported() -> None:
     ambiguous = fault("x", ("zcproto.client.retry:Backoff.next", "self", ""))
     with pytest.raises(Unmatched, match="times"), ambiguous.applied():
         pass
+
+
+async def test_fault_that_cannot_be_applied_ends_the_run() -> None:
+    without = [replace(check, name=f"{check.name}-of-tomorrow") for check in SCRIPTED.values()][:4]
+    with pytest.raises(KitError, match=r"cannot apply its fault: .*unexpected.*KeyError"):
+        await run_against_faults(without, jobs=2)
 
 
 async def test_scenarios_detect_their_faults() -> None:

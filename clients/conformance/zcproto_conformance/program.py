@@ -166,9 +166,10 @@ class Program:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(self._stop_seconds):
-                await process.wait()
-        except TimeoutError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._stop_seconds):
+                    await process.wait()
+        finally:  # also of a run that is cancelled
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()

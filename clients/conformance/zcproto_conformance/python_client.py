@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -277,6 +278,9 @@ class Conform:
             if step["step"] != "expect":
                 raise
             answer = {"error": describe(error)}
+        except Exception as error:  # of this program, or a fault of the client
+            traceback.print_exc()
+            answer = {"error": {"kind": "unexpected", "message": type(error).__name__}}
         write({"id": step["id"], **answer})
 
 
