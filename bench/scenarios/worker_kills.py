@@ -4,7 +4,9 @@ Eight clients open, refresh, close and revoke sessions at a server of four worke
 random moment one process is killed (SIGKILL). A worker and the coordinator are started again by the supervisor. Its
 own death ends all others, and the server is started again at once on the same port, as a service manager does.
 Then every live session must be accepted and its newest refresh token must give a new pair, at whatever worker;
-every replaced token and every session that was closed or revoked must be refused.
+every replaced token and every session that was closed or revoked must be refused. A refresh that was not answered
+is repeated and must give a pair. All that is asked once every worker has the store again: until then known sessions
+continue, and revocations wait.
 
 The service is back with the first login of a new connection, measured from the kill. After the death of the
 supervisor that includes the start of Python, and of the server while the old processes end. The slowest returns are
@@ -23,14 +25,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 import click
 
 from bench.command import COUNT, measurement, progress
 from bench.report import Report, Row
-from bench.scenarios.kills import CLIENTS, DAMAGE, LONGEST_S, Kills, Seen
-from bench.scenarios.sessions import open_session
+from bench.scenarios.kills import CLIENTS, DAMAGE, GRACE, LONGEST_S, Kills, Seen
+from bench.scenarios.sessions import open_session, with_retries
 from bench.server_process import free_port
 from bench.stage import ECDSA_ONLY, Server, Stage, compiled, family, room_for
 from zcproto.common.process import new_event_loop
@@ -45,6 +48,9 @@ MAX_BACK_S: Final = 1.0
 MAX_GONE_S: Final = 1.0
 GONE_S: Final = 10.0
 """Seconds after which processes that are left, and a server that is not back, are given up."""
+
+SETTLING: Final = 16
+"""Connections that have to get a session before the check: as good as every worker has one of them."""
 
 PROGRESS_KILLS: Final = 10
 SLOWEST: Final = 3
@@ -94,6 +100,7 @@ class WorkerKills(Kills):
                 self._died = None
                 await self._await_gone()
             while True:
+                await self._settle(server)
                 callers = await self._callers(server)
                 try:
                     await self._check(callers)
@@ -105,6 +112,17 @@ class WorkerKills(Kills):
                     await self._disconnect(callers)
                 if victim == "supervisor":
                     return
+
+    async def _settle(self, server: Server) -> None:
+        """Wait until the workers have the store."""
+        with target_of(server) as target:
+            for _ in range(SETTLING):
+                caller = await target.caller()
+                try:
+                    session = await with_retries(partial(open_session, caller, self._prober))
+                    await with_retries(partial(caller.call, "session.close", {}, session.token))
+                finally:
+                    await caller.disconnect()
 
     async def _callers(self, server: Server) -> list[Caller]:
         self._target = server.target()
@@ -269,7 +287,13 @@ def explained(returned: Return, events: Iterable[tuple[float, str]]) -> str:
 def command(kills: int, seed: int) -> Report:
     seen = Seen()
     with temporary_home() as home, compiled(), asyncio.Runner(loop_factory=new_event_loop) as runner:
-        settings = {"server.workers": WORKERS, "sessions.per_user": 100_000, **room_for(100), **ECDSA_ONLY}
+        settings = {
+            "server.workers": WORKERS,
+            "sessions.per_user": 100_000,
+            **GRACE,
+            **room_for(100),
+            **ECDSA_ONLY,
+        }
         stage = Stage(home.path, settings)
         stage.make_certificates()
         run = WorkerKills(stage, stage.add_users("client", CLIENTS), seed, seen)
