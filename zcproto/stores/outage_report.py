@@ -1,7 +1,7 @@
 """Logs the outages of a store and raises their alerts.
 
-Rule: a store that is away by order (ChangeKind.AWAY), as in an upgrade, counts as out only if it takes too long. It
-may come back in several attempts meanwhile, since its new process is busy with its start.
+Rule: an outage that begins soon after an order to be away (ChangeKind.AWAY), as in an upgrade, is reported only if
+it lasts too long. The store may come back in several attempts, since its new process is busy with its start.
 
 It must not know: the store, what an outage means for sessions.
 """
@@ -15,7 +15,7 @@ from zcproto.observe.log import get_logger
 from zcproto.sessions.health import NEVER, HealthAlert
 
 AWAY_S: Final = 5.0
-"""How long a store may be away by order. A new process opens it in less than a second."""
+"""How soon after the order, and how long. A new process opens the store in less than a second."""
 
 log = get_logger("zcproto.store")
 
@@ -39,21 +39,23 @@ class OutageReport:
     ) -> None:
         self._read = read
         self._on_event = on_event
-        self._away_until = 0.0
+        self._away_until = self._report_at = 0.0
         self._held: list[HealthAlert] = []
 
     def expect(self, now: float) -> None:
-        """Note that the store will be away by order."""
+        """Note that the store will be away, or busy, by order."""
         self._away_until = now + AWAY_S
 
     def handle(self, alert: HealthAlert, now: float) -> None:
         """Report that an outage has begun, or that its grace is over; or hold that back."""
+        if not self._held:
+            self._report_at = now + AWAY_S if now < self._away_until else now
         self._held.append(alert)
         self.handle_time(now)
 
     def handle_time(self, now: float) -> None:
         """Report what was held back, if the store has been away for too long."""
-        if now < self._away_until:
+        if now < self._report_at:
             return
         held, self._held = self._held, []
         for alert in held:
@@ -67,7 +69,7 @@ class OutageReport:
 
     def next_deadline(self) -> float:
         """Return the latest time for the next call of `handle_time`, or NEVER."""
-        return self._away_until if self._held else NEVER
+        return self._report_at if self._held else NEVER
 
     def end(self, seconds: float, replayed: int) -> None:
         """Report that an outage has ended after so many seconds, with so many revocations that waited."""

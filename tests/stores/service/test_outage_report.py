@@ -47,19 +47,34 @@ def test_store_that_is_away_by_order_raises_no_alert(
     report.expect(10.0)
     assert report.next_deadline() == NEVER
     report.handle(HealthAlert.BEGAN, 10.1)
-    report.handle(HealthAlert.GRACE_OVER, 10.1)
-    assert report.next_deadline() == 10.0 + AWAY_S
-    report.handle_time(10.0 + AWAY_S - 0.1)
+    report.handle(HealthAlert.GRACE_OVER, 10.2)
+    assert report.next_deadline() == 10.1 + AWAY_S
+    report.handle_time(10.0 + AWAY_S)
     report.end(0.4, 0)
     assert names(events, log) == ([], ["store.moved"])
     assert report.next_deadline() == NEVER
     report.handle(HealthAlert.BEGAN, 11.0)  # it is still busy with its start
+    report.handle_time(10.5 + AWAY_S)
     assert events == []
-    report.handle_time(10.0 + AWAY_S)
+    report.handle_time(11.0 + AWAY_S)
     assert names(events, log)[0] == ["store.degraded"]
     report.end(5.0, 0)
-    report.handle(HealthAlert.BEGAN, 11.0 + AWAY_S)
+    report.handle(HealthAlert.BEGAN, 12.0 + AWAY_S)
     assert names(events, log)[0] == ["store.degraded", "store.recovered", "store.degraded"]
+
+
+def test_order_that_is_repeated_does_not_extend_an_outage(
+    report: OutageReport, events: list[tuple[str, dict[str, Any]]], log: list[dict[str, Any]]
+) -> None:
+    for second in range(10):
+        report.expect(10.0 + second)
+    report.handle(HealthAlert.BEGAN, 19.5)
+    report.expect(20.0)
+    assert report.next_deadline() == 19.5 + AWAY_S
+    report.handle_time(19.5 + AWAY_S)
+    assert names(events, log)[0] == ["store.degraded"]
+    report.handle(HealthAlert.GRACE_OVER, 25.0)
+    assert names(events, log)[0] == ["store.degraded", "store.grace_over"]
 
 
 def test_store_that_is_away_for_too_long_is_an_outage(
@@ -68,8 +83,8 @@ def test_store_that_is_away_for_too_long_is_an_outage(
     report.expect(10.0)
     report.handle(HealthAlert.BEGAN, 10.1)
     report.handle(HealthAlert.GRACE_OVER, 12.0)
-    report.handle_time(10.0 + AWAY_S)
-    report.handle_time(10.0 + AWAY_S + 1.0)
+    report.handle_time(10.1 + AWAY_S)
+    report.handle_time(11.0 + AWAY_S)
     report.end(9.0, 0)
     expected = ["store.degraded", "store.grace_over", "store.recovered"]
     assert names(events, log) == (expected, expected)
