@@ -220,6 +220,7 @@ class StoreLink:
 
     shared = True
     keeps_time = True
+    keeps_changes = False
 
     def __init__(self, store: Store, loop: SteppedLoop) -> None:
         self._shared = store

@@ -48,6 +48,7 @@ class FaultyStore:
     """
 
     keeps_time = False
+    keeps_changes = False
 
     def __init__(
         self, settings: SessionSettings, entropy: Callable[[int], bytes], *, shared: bool = False

@@ -56,6 +56,10 @@ class MemoryStore:
     def keeps_time(self) -> bool:
         return False
 
+    @property
+    def keeps_changes(self) -> bool:
+        return False
+
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Do nothing."""
 

@@ -179,7 +179,9 @@ async def test_lost_data_is_reported_to_all_and_changes_the_epoch(
     members: Members, one: HubStore, other: HubStore
 ) -> None:
     assert members.hub.epoch == b""
+    assert one.keeps_changes
     members.hub.store_emptied()
+    assert not one.keeps_changes
     assert members.hub.epoch != b""
     assert members.changes(one) == members.changes(other) == [Change(ChangeKind.EMPTIED)]
 

@@ -154,6 +154,10 @@ class SessionStore(Protocol):
     def keeps_time(self) -> bool:
         """Whether each operation ends within the timeout, measured where a busy event loop does not count."""
 
+    @property
+    def keeps_changes(self) -> bool:
+        """Whether no acknowledged change is ever lost, as it may be in a failover."""
+
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store. `on_change` is called for changes by other processes, never for those of this one.
 

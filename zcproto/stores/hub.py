@@ -195,6 +195,10 @@ class HubStore:
         self.held: set[bytes] = set()
         self.on_changes: OnChanges = lambda changes: None
 
+    @property
+    def keeps_changes(self) -> bool:
+        return not self._hub.epoch
+
     async def open(self, on_change: Callable[[Change], None]) -> None:
         def hear(changes: Sequence[Change]) -> None:
             for change in changes:

@@ -266,9 +266,13 @@ class RemoteStore:
         self._urgent.on_up.append(self._is_up)
         self._urgent.on_down.append(self._is_down)
         self._on_change: Callable[[Change], None] | None = None
-        self._epoch: bytes | None = None
+        self._epoch = b""
         self._is_joined = False
         self._joining: asyncio.Task[None] | None = None
+
+    @property
+    def keeps_changes(self) -> bool:
+        return not self._epoch
 
     async def open(self, on_change: Callable[[Change], None]) -> None:
         """Open the store as in `SessionStore.open`. May be called again after it failed."""

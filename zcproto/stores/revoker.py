@@ -6,7 +6,8 @@ Rules:
 - A revocation is durable, in the store or in the file, before its caller gets an answer.
 - Pending revocations reach the store before anything else does.
 - After every gap in the connection to a shared store, recent revocations and rotations are repeated before any
-  session is checked: a failover may have lost them although they were acknowledged (REPEAT in spec/store.pml).
+  session is checked: a failover may have lost them although they were acknowledged (REPEAT in spec/store.pml). Not
+  so if the store keeps its changes: they would keep it busy when all processes need it.
   An operation on several servers of a cluster may be answered after that, so what came since is repeated, too.
   Those of a user or a key list the user's sessions again: the old primary lacked what was opened on the new one.
   Sessions opened after the revocation are kept, so the clocks of processes are trusted here.
@@ -238,7 +239,7 @@ class Revoker:
             return
         uncertain = await self._end_again(call, entries)
         uncertain += [self.remember(entry) for entry in entries if not entry.id]
-        if uncertain and self._store.shared:
+        if uncertain and self._store.shared and not self._store.keeps_changes:
             # The sessions may have ended before. Or the store lost them before this process started, in which case
             # another process may restore them.
             self._schedule(uncertain, REPEATS_S)
@@ -307,6 +308,8 @@ class Revoker:
 
     async def repeat_after_gap(self, call: Call) -> None:
         """Repeat recent revocations and rotations now: a failover may have lost them."""
+        if self._store.keeps_changes:
+            return
         since = self.clock.now()
         await self._end_again(call, self._recent_revocations())
         await self._rotate_again(call)

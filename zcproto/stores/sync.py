@@ -299,7 +299,8 @@ class StoreSync:
             await self.changes.check_all(attempt)
             if not self._is_loaded:
                 self._is_loaded = True
-                self.revoker.repeat_after_loss()  # the store may have lost data before this process started
+                if not self.store.keeps_changes:
+                    self.revoker.repeat_after_loss()  # it may have lost data before this process started
         elif not self._is_loaded:
             await self._load()
         while len(self.pending):

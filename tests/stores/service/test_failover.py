@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.stores.faulty import DAMAGED, FAILS, WORKS
+from tests.stores.faulty import DAMAGED, FAILS, WORKS, FaultyStore
 from tests.stores.service.harness import (
     HOUR_MS,
     FaultyStoreView,
@@ -67,6 +67,25 @@ async def test_revocation_lost_by_failover_is_repeated(start_process: StartProce
         assert not await is_accepted(process, opened)
         assert await is_accepted(process, kept)
     assert ids(one) == {raw(kept)}
+
+
+async def test_store_that_keeps_its_changes_is_not_asked_to_repeat_them(
+    start_process: StartProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FaultyStore, "keeps_changes", True)
+    one, other = await two_processes(start_process)
+    opened, kept = await one.open(), await one.open()
+    one.use(kept)
+    kept = await one.refresh(kept)
+    await one.revoke(opened)
+    for process in (one, other):
+        process.store.calls.clear()
+        process.store.report_all_changed()
+        await process.advance(REPEATS_S[-1])
+        assert not {"end", "rotate"} & {*process.store.calls}
+    assert "get" in one.store.calls  # sessions in use are checked
+    assert await is_accepted(other, kept)
+    assert not await is_accepted(other, opened)
 
 
 async def test_revocations_of_a_user_and_of_all_are_repeated(start_process: StartProcess) -> None:

@@ -65,7 +65,7 @@ class SqliteStore:
     connect: Connect = sqlite3.connect
     queue: int = QUEUE
     shared = False
-    keeps_time = True
+    keeps_time = keeps_changes = True
     _worker: Worker | None = field(default=None, init=False)
 
     async def open(self, on_change: Callable[[Change], None]) -> None:

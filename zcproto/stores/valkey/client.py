@@ -144,6 +144,7 @@ class ValkeyClient:
 
     shared = True
     keeps_time = True
+    keeps_changes = False
 
     def __init__(
         self,
