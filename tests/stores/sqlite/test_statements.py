@@ -48,6 +48,16 @@ async def test_concurrent_operations_share_one_transaction(harness: SqliteHarnes
     assert [statement.split()[0] for statement in disk.statements] == ["SELECT", "INSERT"]
 
 
+async def test_first_request_with_a_key_reads_no_other(harness: SqliteHarness, disk: Disk) -> None:
+    store = await harness.opened(connect=disk.connect)
+    await store.claim("alice", "k", digest("body"), LEASE)
+    await store.close()
+    again = await harness.opened(connect=disk.connect)
+    disk.statements.clear()
+    await again.claim("alice", "another", digest("body"), LEASE)
+    assert [statement.split()[0] for statement in disk.statements] == ["INSERT"]
+
+
 async def test_reads_write_nothing(harness: SqliteHarness, disk: Disk) -> None:
     store = await harness.opened(connect=disk.connect)
     await opened(store, session())

@@ -109,6 +109,7 @@ class SessionDatabase(DatabaseFile):
         for id, digests, until, sealed in reversed(db.execute(query, (_PAIRS, MAX_REPEATABLE)).fetchall()):
             pair = SealedPair(digests[:DIGEST_SIZE], digests[DIGEST_SIZE:], until, sealed)
             self._rotations.restore(id, pair)
+        self._table(db)  # 65,536 answers take longer than one operation may
 
     def invalidate(self) -> None:
         self._answers = None
