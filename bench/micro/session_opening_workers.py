@@ -89,7 +89,7 @@ class Worker:
             random=partial(random_fraction, system_entropy),
         )
         self.sync = StoreSync(
-            RemoteStore(path, self.calls, name=name, timeout=STORE_TIMEOUT_S, entropy=system_entropy),
+            RemoteStore(path, self.calls, name=name, silence=STORE_TIMEOUT_S, entropy=system_entropy),
             self.registry,
             PendingRevocations(folder / f"revocations.{number}"),
             is_used=self.used.__contains__,

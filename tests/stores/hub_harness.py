@@ -60,7 +60,7 @@ class HubHarness:
         path = self._folder / "link.sock"
         calls = LinkClient(path, Topics(), name="worker", silence=LONG, random=lambda: 0.0)
         calls.start()
-        store = RemoteStore(path, calls, name="worker", timeout=LONG, answers=answers, entropy=self.entropy)
+        store = RemoteStore(path, calls, name="worker", silence=LONG, answers=answers, entropy=self.entropy)
         self.remotes.append((store, calls))
         return store, calls
 

@@ -21,7 +21,7 @@ from zcproto.auth import Throttle
 from zcproto.auth.shared_throttle import SharedThrottle, throttle_calls
 from zcproto.common.clock import random_fraction, system_clock, system_entropy
 from zcproto.common.home import Home
-from zcproto.common.link import Link, LinkClient, LinkServer, Topics
+from zcproto.common.link import SILENCE_S, Link, LinkClient, LinkServer, Topics
 from zcproto.common.shared_counts import WorkerCounting
 from zcproto.config import Config
 from zcproto.errors import ConfigError
@@ -149,12 +149,14 @@ async def coordinator(place: Place, config: Config, home: Home) -> AsyncIterator
 async def worker(place: Place, config: Config, path: Path, counting: WorkerCounting) -> AsyncIterator[Joined]:
     """Use what the coordinator serves at `path` while the body runs."""
     topics = Topics(notices={LOG_LEVEL: lambda link, name: set_level(name)})
+    # On a busy machine the coordinator may have to wait for a processor, and its end is noticed at once.
+    silence = max(SILENCE_S, config.store.timeout)
     client = LinkClient(
         path,
         topics,
         name=place.name,
         facts=joined_figures.facts_of(place),
-        silence=config.store.timeout,
+        silence=silence,
         random=partial(random_fraction, system_entropy),
     )
     alerts = WorkerAlerts(config.alerts, client.notify, clock=system_clock, entropy=system_entropy)
@@ -168,7 +170,7 @@ async def worker(place: Place, config: Config, path: Path, counting: WorkerCount
             path,
             client,
             name=place.name,
-            timeout=config.store.timeout,
+            silence=silence,
             answers=answer_limits(config.idempotency.max_bytes, config.idempotency.per_user),
             entropy=system_entropy,
         )

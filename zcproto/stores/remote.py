@@ -12,7 +12,7 @@ Rules:
   not reported any more: LOST. When it is back: ALL, or EMPTIED if the store has lost its data meanwhile.
 - The answer to a ping comes after the notices of all changes until then.
 - The store's own process decides when an operation is late, because only it can distinguish a slow disk from a busy
-  process. A connection on which nothing arrives for the timeout is lost, and fails the operations that wait.
+  process. A connection on which nothing arrives for a while is lost, and fails the operations that wait.
 
 It must not know: what an operation is for.
 """
@@ -235,8 +235,8 @@ def _failure(error: CallError | LinkLost) -> Exception:
 class RemoteStore:
     """The store that another process serves at `path`, as in `SessionStore`.
 
-    `calls` is the connection for most operations, which others may use too: its user starts and closes it. Its
-    `silence` should be the store's timeout. The urgent connection belongs to this object. `timeout` is in seconds.
+    `calls` is the connection for most operations, which others may use too: its user starts and closes it. The
+    urgent connection belongs to this object, and is lost after `silence` seconds.
     """
 
     shared = True
@@ -248,7 +248,7 @@ class RemoteStore:
         calls: LinkClient,
         *,
         name: str,
-        timeout: float,
+        silence: float,
         answers: AnswerLimits = DEFAULT_LIMITS,
         entropy: Entropy,
     ) -> None:
@@ -260,7 +260,7 @@ class RemoteStore:
             Topics(notices={"store.changed": self._hear}),
             name=name,
             facts={"urgent": True},
-            silence=timeout,
+            silence=silence,
             random=partial(random_fraction, entropy),
         )
         self._urgent.on_up.append(self._is_up)
