@@ -299,6 +299,7 @@ API: Final = {
             "Call",
             "OutgoingCall",
             "Device",
+            "Endpoint",
             "enroll",
         ),
         *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),

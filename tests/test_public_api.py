@@ -43,6 +43,7 @@ def test_public_names_are_fixed() -> None:
         "ConnectedClient",
         "Context",
         "Device",
+        "Endpoint",
         "Event",
         "Identity",
         "Items",

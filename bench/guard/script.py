@@ -30,6 +30,7 @@ from zcproto.auth import User, UserFile
 from zcproto.auth.directory import Directory
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.client import Client
+from zcproto.client.address import Endpoint
 from zcproto.client.dial import LoopResources
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
@@ -366,9 +367,13 @@ class Site:
         """Return an open client with a session, and its transport."""
         transport = Answering(self)
 
-        async def dial(owner: ConnectionOwner, resources: LoopResources) -> ClientProtocol:
+        async def dial(
+            owner: ConnectionOwner, resources: LoopResources, endpoint: Endpoint, _: object
+        ) -> ClientProtocol:
             loop = asyncio.get_running_loop()
-            connection = ClientProtocol(owner, loop, resources.wheel, self.clock, ClientConnection())
+            connection = ClientProtocol(
+                owner, loop, resources.wheel, self.clock, ClientConnection(), endpoint
+            )
             transport.connect(connection)
             await connection.welcomed
             return connection

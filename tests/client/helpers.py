@@ -7,10 +7,11 @@ import functools
 import heapq
 import itertools
 import selectors
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec
 
 from tests.helpers import NOW, WALL
+from zcproto.client.address import Endpoint
 from zcproto.client.client import Client
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.dial import LoopResources
@@ -333,7 +334,8 @@ class ScriptedServer:
     """Answers each request of a method with the next action of its script, and then by default.
 
     `refuse` holds errors of the next attempts to connect, `on_welcome` actions after the next WELCOMEs. `lingers`
-    is the time between the end of a connection and its close. By default `session.open` and `session.refresh`
+    is the time between the end of a connection and its close, `delay` that to WELCOME, or to an error of `refuse`;
+    `listens` is whether there is a TCP connection meanwhile. By default `session.open` and `session.refresh`
     return tokens, `echo` returns its params, and other methods return nil.
     """
 
@@ -346,6 +348,8 @@ class ScriptedServer:
         self.scripts: dict[str, list[Action]] = {}
         self.answers_pings = True
         self.lingers = 0.0
+        self.delay = 0.0
+        self.listens = True
         self.ahead_ms = 0
         self.session: dict[str, Any] = {}
         self.writes = 0
@@ -406,16 +410,18 @@ class ScriptedServer:
         self.link.cut()
         await turns(3)
 
-    async def dial(self, owner: ConnectionManager, resources: LoopResources, clock: Any) -> ClientProtocol:
+    async def dial(
+        self, owner: ConnectionManager, resources: LoopResources, endpoint: Endpoint, clock: Any
+    ) -> ClientProtocol:
         """Return a welcomed connection, like `Dialer`."""
         self.dialled.append(now())
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.delay)
         if self.refuse:
             raise self.refuse.pop(0)
         link = ServerLink(self, len(self.links) + 1)
         self.links.append(link)
         protocol = ClientProtocol(
-            owner, asyncio.get_running_loop(), resources.wheel, clock, ClientConnection()
+            owner, asyncio.get_running_loop(), resources.wheel, clock, ClientConnection(), endpoint
         )
         link.protocol = protocol
         protocol.connection_made(link)
@@ -442,6 +448,11 @@ def refreshable(**more: Any) -> dict[str, Any]:
 
 def client_of(server: ScriptedServer, **options: Any) -> Client:
     """Return a client of a scripted server, whose random numbers are 0.5 by default."""
+    return client_of_all({"server.example": server}, **options)
+
+
+def client_of_all(servers: Mapping[str, ScriptedServer], **options: Any) -> Client:
+    """Return a client of several scripted servers by their hosts, which are tried as listed by default."""
     internals = {
         name: options.pop(name, default)
         for name, default in (("random", lambda: 0.5), ("clock", LoopClock()))
@@ -449,12 +460,17 @@ def client_of(server: ScriptedServer, **options: Any) -> Client:
     options = {"user": "ada", "key": "secret", **options}
     if options["user"] is None:
         del options["key"]
-    client = Client("server.example", ConnectOptions(**options), **internals)
 
-    async def dial(owner: Any, resources: Any) -> ClientProtocol:
-        return await server.dial(owner, resources, client._clock)
+    async def dial(
+        owner: Any, resources: Any, endpoint: Endpoint, on_reached: Callable[[], None]
+    ) -> ClientProtocol:
+        server = servers[endpoint.ip]
+        if server.listens:
+            on_reached()
+        return await server.dial(owner, resources, endpoint, client._clock)
 
-    client._dial = dial  # type: ignore[assignment]
+    options.setdefault("address_order", "listed")
+    client = Client([*servers], ConnectOptions(**options), dial=dial, **internals)
     return client
 
 

@@ -261,7 +261,7 @@ async def test_failing_on_event_is_logged_without_the_token(
             second.set()
         raise ValueError(f"no place for {event.data}")
 
-    def on_connected() -> None:
+    def on_connected(_: object) -> None:
         raise ValueError("too early")
 
     async with connect_to(serve(app), on_event=on_event, on_connected=on_connected) as client:

@@ -314,9 +314,8 @@ async def test_unknown_host_raises() -> None:
     ("error", "reason"),
     [
         (OSError(errno.ECONNREFUSED, "Connect call failed ('::1', 1)"), REFUSED),
-        (OSError(f"Multiple exceptions: [Errno {errno.ENETUNREACH}] failed, [Errno 111] failed"), REFUSED),
         (
-            OSError(f"Multiple exceptions: [Errno {errno.ENETUNREACH}] failed, [Errno 113] failed"),
+            OSError(errno.ENETUNREACH, "Connect call failed"),
             "Network is unreachable; check the address and the network",
         ),
         (

@@ -19,6 +19,7 @@ from tests.client.helpers import (
     silence,
     turns,
 )
+from zcproto.client.address import Endpoint
 from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
@@ -46,6 +47,8 @@ class RecordingOwner:
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
         self.notifications.append(error)
 
+    def connection_free(self, connection: ClientProtocol, requests: int) -> None: ...
+
 
 class Ends:
     """A ClientProtocol and the server's end of its connection."""
@@ -58,7 +61,8 @@ class Ends:
         self.link = ServerLink(self.server, 1)
         clock = LoopClock()
         wheel = DeadlineWheel(loop)
-        self.protocol = ClientProtocol(self.owner, loop, wheel, clock, ClientConnection())
+        endpoint = Endpoint("server.example", 7443, "192.0.2.1")
+        self.protocol = ClientProtocol(self.owner, loop, wheel, clock, ClientConnection(), endpoint)
         self.link.protocol = self.protocol
         self.protocol.connection_made(self.link)
         if welcome:

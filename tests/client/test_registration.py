@@ -99,7 +99,7 @@ async def test_handler_added_later_replaces_the_registration() -> None:
 async def test_handlers_survive_a_reconnect_without_further_request() -> None:
     server = server_with_calls()
     connected: list[float] = []
-    asked = Asked(server, on_connected=lambda: connected.append(now()))
+    asked = Asked(server, on_connected=lambda _: connected.append(now()))
     async with asked.client:
         await server.lose()
         await asyncio.sleep(1)

@@ -1,14 +1,16 @@
-"""Addresses of servers: `host`, `host:port`, `[::1]:7443`."""
+"""Addresses of servers: `host`, `host:port`, `[::1]:7443`, and several of them."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 
 DEFAULT_PORT: Final = 7443
+MAX_ADDRESSES: Final = 32
 _NAME_MAX_LENGTH: Final = 253
 """RFC 1035, section 2.3.4."""
 
@@ -23,6 +25,31 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Endpoint(NamedTuple):
+    """Where a client is connected: the host and the port that it was given, and the IP address of the host."""
+
+    host: str
+    port: int
+    ip: str
+
+    @property
+    def address(self) -> Address:
+        """The host and the port."""
+        return Address(self.host, self.port)
+
+    def __str__(self) -> str:
+        return str(self.address) if self.ip == self.host else f"{self.address} ({self.ip})"
+
+
+def parse_addresses(given: str | Sequence[str]) -> tuple[Address, ...]:
+    """Parse a list of addresses, or a text that separates them by commas. Raises ConfigError."""
+    texts = given.split(",") if isinstance(given, str) else given
+    addresses = tuple(dict.fromkeys(parse_address(text.strip()) for text in texts))
+    if not 1 <= len(addresses) <= MAX_ADDRESSES:
+        raise ConfigError([f"addresses: {len(addresses)} are given; give from 1 to {MAX_ADDRESSES} of them"])
+    return addresses
 
 
 def parse_address(text: str) -> Address:

@@ -15,13 +15,22 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, Unpack
 
-from zcproto.client.address import Address
+from zcproto.client.address import Address, Endpoint
 from zcproto.client.client import Client, UserSession
 from zcproto.client.credentials import Device, LoginSource
 from zcproto.client.events import Event
@@ -160,7 +169,7 @@ class BlockingClient(BlockingSessionClient):
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"BlockingClient({str(self._client.address)!r})"
+        return f"Blocking{self._client!r}"
 
     def _run(self) -> None:
         try:
@@ -231,9 +240,19 @@ class BlockingClient(BlockingSessionClient):
             self._thread.join()
 
     @property
+    def addresses(self) -> tuple[Address, ...]:
+        """The hosts and ports that were given to `connect_blocking`."""
+        return self._client.addresses
+
+    @property
     def address(self) -> Address:
-        """The host and port of the server."""
+        """The first of `addresses`."""
         return self._client.address
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where this client is connected; None without a connection."""
+        return self._client.endpoint
 
     @property
     def welcome(self) -> Mapping[str, Any]:
@@ -406,7 +425,7 @@ def _login_in_thread(login: LoginSource | None) -> LoginSource | None:
 
 
 @accept_options(ConnectOptions)
-def connect_blocking(address: str, options: ConnectOptions) -> BlockingClient:
+def connect_blocking(address: str | Sequence[str], options: ConnectOptions) -> BlockingClient:
     """Return a client for programs without an event loop; otherwise the same as `connect`.
 
         with zcproto.connect_blocking("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
@@ -418,7 +437,7 @@ def connect_blocking(address: str, options: ConnectOptions) -> BlockingClient:
 
 
 def enroll_blocking(
-    address: str, code: str, device: Device, name: str, **options: Unpack[EnrollOptions]
+    address: str | Sequence[str], code: str, device: Device, name: str, **options: Unpack[EnrollOptions]
 ) -> str:
     """Enroll a device like `enroll`, in a program without an event loop."""
     with connect_blocking(address, session=False, **options) as client:

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import random as system_random
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self, Unpack
 
-from zcproto.client.address import parse_address
+from zcproto.client.address import Address, Endpoint, parse_addresses
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.credentials import Device, LoginSource
-from zcproto.client.dial import Dial, Dialer, acquire_resources, release_resources, report_wait
+from zcproto.client.dial import Dial, Dialer, Resolve, acquire_resources, release_resources, report_wait
+from zcproto.client.endpoints import Endpoints
 from zcproto.client.handlers import call_back
-from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options
+from zcproto.client.options import ConnectOptions, EnrollOptions, accept_options, check_connections
 from zcproto.client.protocol import ClientProtocol
-from zcproto.client.retry import Backoff, Random
+from zcproto.client.retry import Random
 from zcproto.client.session import CLOSE_TIMEOUT
 from zcproto.client.session_client import UNSET, SessionClient
 from zcproto.client.session_file import SessionFile
@@ -38,35 +39,43 @@ CLOSED_AT_ONCE: Final = 32
 
 
 class Client(SessionClient):
-    """A client of one server. Create it with `zcproto.connect`.
+    """A client of one server, or of several that share their sessions. Create it with `zcproto.connect`.
 
-    It belongs to one event loop. Any number of concurrent calls share one connection.
+    It belongs to one event loop. Any number of concurrent calls share one connection. `addresses` is what was given
+    to `connect`, and `address` the first of them.
     """
 
     _NOT_OPEN = "open the client first: async with connect(...) as client"
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         options: ConnectOptions,
         *,
         clock: Clock = system_clock,
         random: Random = system_random.random,
         dial: Dial | None = None,
     ) -> None:
-        self.address = parse_address(address)
+        self.addresses = parse_addresses(address)
+        check_connections(options)
+        self.address = self.addresses[0]
         super().__init__(options, MonotonicClock(clock), random)
-        self._dial: Dial = Dialer(self.address, options, self._clock, clock) if dial is None else dial
+        self._resolve: Resolve = _host_itself
+        if dial is None:
+            dialer = Dialer(options, self._clock, clock)
+            dial, self._resolve = dialer, dialer.resolve
+        self._dial: Dial = dial
         if options.session_file is not None:
             if self._credentials is None:
                 raise ConfigError(["session_file: credentials are missing; give what opens a session"])
-            self._session_file = SessionFile(options.session_file, str(self.address), self._credentials)
+            service = ",".join(sorted(map(str, self.addresses)))
+            self._session_file = SessionFile(options.session_file, service, self._credentials)
         self._users: dict[UserSession, None] = {}
         self._had_users = False
         self._showing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        return f"Client({str(self.address)!r})"
+        return f"Client({', '.join(map(str, self.addresses))!r})"
 
     # --- opening and closing ----------------------------------------------------------------------
 
@@ -89,22 +98,25 @@ class Client(SessionClient):
         """
         if self._opened:
             raise RuntimeError("this client was opened before; create a new one")
-        loop = asyncio.get_running_loop()
+        loop, options = asyncio.get_running_loop(), self._options
         resources = acquire_resources(loop)
         self._wheel = resources.wheel
         connections = ConnectionManager(
             loop,
-            lambda owner: self._dial(owner, resources),
-            Backoff(self._random),
+            self._resolve,
+            lambda owner, *attempt: self._dial(owner, resources, *attempt),
+            Endpoints(self.addresses, options.address_order == "random", self._random),
             on_event=self._event_received,
             on_connected=self._connected,
+            on_further=self._further_connected,
             is_wanted=lambda: not all(each._is_over for each in (self, *self._users)),
-            start_timeout=self._options.start_timeout,
-            on_starting=lambda: report_wait(self.address, self._options.start_timeout),
+            max_further=options.max_connections - 1,
+            start_timeout=options.start_timeout,
+            on_starting=lambda: report_wait(self.addresses, options.start_timeout),
         )
         self._start(connections, resources.wheel)
         try:
-            if self._options.session and self._credentials is not None:
+            if options.session and self._credentials is not None:
                 self._sessions.require()
             await connections.get()  # within `start_timeout` and `connect_timeout`
             deadline = self._deadline(UNSET)
@@ -150,6 +162,12 @@ class Client(SessionClient):
         """The server's latest WELCOME; empty without a connection."""
         connection = self._connections.current if self._opened else None
         return {} if connection is None else connection.conversation.welcome
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where this client is connected; None without a connection."""
+        connection = self._connections.current if self._opened else None
+        return None if connection is None else connection.endpoint
 
     # --- other users ------------------------------------------------------------------------------
 
@@ -206,7 +224,11 @@ class Client(SessionClient):
         if self._users:
             self._showing = self._loop.create_task(self._show_users(connection))
         if self._options.on_connected is not None:
-            self._loop.call_soon(call_back, "on_connected", self._options.on_connected)
+            self._loop.call_soon(call_back, "on_connected", self._options.on_connected, connection.endpoint)
+
+    def _further_connected(self, connection: ClientProtocol) -> None:
+        for each in (self, *self._users):
+            each._sessions.present(connection)
 
     async def _show_users(self, connection: ClientProtocol) -> None:
         """Show the sessions of all users, as many at once as the server allows requests."""
@@ -274,8 +296,11 @@ class UserSession(SessionClient):
 
 
 @accept_options(ConnectOptions)
-def connect(address: str, options: ConnectOptions) -> Client:
+def connect(address: str | Sequence[str], options: ConnectOptions) -> Client:
     """Return a client of the server at `host`, `host:port` or `[::1]:port`. The default port is 7443.
+
+    Several addresses, as a list or as one text with commas, are those of servers that share their sessions: the
+    client connects to one of them, and to another one as soon as that is lost or goes away.
 
         async with zcproto.connect("host:7443", user="ada", key=key, ca_file="ca.crt") as client:
             print(await client.call("echo", word="hello"))
@@ -286,7 +311,9 @@ def connect(address: str, options: ConnectOptions) -> Client:
     return Client(address, options)
 
 
-async def enroll(address: str, code: str, device: Device, name: str, **options: Unpack[EnrollOptions]) -> str:
+async def enroll(
+    address: str | Sequence[str], code: str, device: Device, name: str, **options: Unpack[EnrollOptions]
+) -> str:
     """Enroll a device as `name` with a code of `zcproto pair`. Return the user whose sessions it can open.
 
         device = zcproto.Device.create("laptop.key")
@@ -299,3 +326,8 @@ async def enroll(address: str, code: str, device: Device, name: str, **options: 
     async with connect(address, session=False, **options) as client:
         enrolled = await client.call("device.enroll", code=code, public_key=device.public_key, name=name)
     return str(enrolled["user"])
+
+
+async def _host_itself(address: Address) -> list[str]:
+    """Return the host in place of its IP address, for connections that are not made over a network."""
+    return [address.host]

@@ -1,75 +1,91 @@
 """The client's connections: one for new calls, and older ones on which requests are still in flight.
 
+    Endpoints -> Round -> dial, several at once -> the first one with WELCOME: current
+
 Decides: when to connect and reconnect.
 
 Rules:
-- Before the first connection, repeat an attempt only while nothing listens or the server goes away, for
+- Before the first connection, repeat a round only while nothing listens or the server goes away, for
   `start_timeout` seconds: the server may be starting, or replaced by a new one.
-- After a loss, reconnect automatically with growing, jittered delays; after GOAWAY, when the server asked for it;
-  after an idle close, when the next call needs it. The delays start again once a connection has lasted
-  STABLE_AFTER: a server that answers and ends each one must not make its clients reconnect many times a second.
+- After a loss or GOAWAY, reconnect automatically, to another endpoint at once if there is one that does not rest;
+  after an idle close, when the next call needs it. A connection is kept until then, even if a name resolves to
+  others now.
 - After the server has ended the session, do not reconnect until the application asks for a session.
-- Concurrent callers share one attempt.
+- Concurrent callers share one round.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from math import inf
-from typing import Final
+from typing import Any, Final
 
+from zcproto.client.address import Address, Endpoint, is_ip
+from zcproto.client.dial import Resolve
+from zcproto.client.endpoints import Endpoints, GoingAway, Round
+from zcproto.client.further import FurtherConnections
 from zcproto.client.protocol import ClientProtocol
-from zcproto.client.retry import MAX_RETRY_AFTER_MS, Backoff, is_transient
+from zcproto.client.retry import Backoff
 from zcproto.connection.events import EventReceived, GoAwayReason, GoAwayReceived
-from zcproto.errors import CannotConnect, ConnectionClosed, TlsError, ZcprotoError
+from zcproto.errors import ConnectionClosed, TlsError, ZcprotoError
+from zcproto.wire.frame import NO_TOKEN
 
 IDLE_REASONS: Final = frozenset({GoAwayReason.IDLE, GoAwayReason.NO_SESSION})
 """The server's reasons to close an unused connection: a new one would be closed again."""
 
-STABLE_AFTER: Final = 5.0
-"""Seconds after which a connection counts as a success."""
-
-MAX_START_DELAY: Final = 1.0
-"""Maximum of seconds between two attempts to connect to a server that is starting."""
-
-
-class _GoingAway(CannotConnect):
-    """GOAWAY arrived together with WELCOME."""
+_SESSION_EVENTS: Final = "session."
+"""Events that a server sends on all connections of a session."""
 
 
 @dataclass(eq=False, repr=False)
 class ConnectionManager:
-    """Manages the connections to one server.
+    """Manages the connections of a client.
 
-    `current` takes new calls; None without a connection. `last_error` is the cause of the last failed attempt.
-    `on_event` is called with the server's events, `on_connected` with each new connection, `on_starting` once if
-    nothing listens before the first one. `is_wanted` returns whether to reconnect before the next call.
+    `current` takes new calls; None without a connection. `on_event` is called with the server's events,
+    `on_connected` with each new connection, `on_further` with each one beside it, of which there are `max_further`.
+    `on_starting` is called once if nothing listens before the first connection. `is_wanted` returns whether to
+    reconnect before the next call.
     """
 
     _loop: asyncio.AbstractEventLoop
-    _dial: Callable[[ConnectionManager], Awaitable[ClientProtocol]]
-    _backoff: Backoff
+    _resolve: Resolve
+    _dial: Callable[[ConnectionManager, Endpoint, Callable[[], None]], Coroutine[Any, Any, ClientProtocol]]
+    _endpoints: Endpoints
     _: KW_ONLY
     on_event: Callable[[EventReceived], None]
     on_connected: Callable[[ClientProtocol], None]
+    on_further: Callable[[ClientProtocol], None]
     is_wanted: Callable[[], bool]
+    max_further: int = 0
     start_timeout: float = 0.0
     on_starting: Callable[[], None] = lambda: None
     current: ClientProtocol | None = field(default=None, init=False)
-    last_error: ZcprotoError | None = field(default=None, init=False)
+    further: FurtherConnections = field(init=False)
     _older: set[ClientProtocol] = field(default_factory=set, init=False)  # until their TLS close is complete
     _connecting: asyncio.Task[None] | None = field(default=None, init=False)
-    _not_before: float = field(default=0.0, init=False)
-    _stable_at: float = field(default=inf, init=False)  # when `current` counts as a success
-    _was_connected: bool = field(default=False, init=False)
     _closed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.further = FurtherConnections(
+            self._loop,
+            lambda endpoint: self._dial(self, endpoint, lambda: None),
+            Backoff(self._endpoints.random),
+            self.max_further,
+            self.on_further,
+        )
+
+    @property
+    def last_error(self) -> ZcprotoError | None:
+        """The cause of the last failed attempt, or of the last loss."""
+        return self._endpoints.last_error
 
     async def get(self) -> ClientProtocol:
         """Return the connection for new calls; connect first if necessary, and retry transient failures.
 
-        Raises the error of the first attempt after the server has started, and later only permanent ones: TlsError,
+        Raises the error of the first round after a server has started, and later only permanent ones: TlsError,
         CertificateError, ConnectionClosed.
         """
         while self.current is None:
@@ -77,6 +93,16 @@ class ConnectionManager:
                 raise ConnectionClosed("this client is closed", clean=True)
             await join(self._start())
         return self.current
+
+    async def wait_ready(self) -> ClientProtocol:
+        """Return a connection that has room for a request, or takes no more. Raises like `get`."""
+        connection = await self.get()
+        if self.max_further:
+            return await self.further.wait_ready(connection)
+        await connection.wait_ready()
+        return connection
+
+    # --- connecting -------------------------------------------------------------------------------
 
     def _start(self) -> asyncio.Task[None]:
         if self._connecting is None:
@@ -90,88 +116,139 @@ class ConnectionManager:
             task.exception()  # mark it as retrieved: without a waiter the next call connects again and raises it
 
     async def _connect(self) -> None:
-        starts_until = self._loop.time() + self.start_timeout
+        loop, endpoints = self._loop, self._endpoints
+        starts_until = loop.time() + self.start_timeout
         is_starting = False
         while True:
-            delay = self._not_before - self._loop.time()
+            delay = endpoints.due_at - loop.time()
             if delay > 0:
                 await asyncio.sleep(delay)
-            try:
-                connection = await self._dial(self)
-                if connection.draining:
-                    raise _GoingAway("the server is going away")
-                if connection.error is not None:
-                    raise connection.error
-            except (ConnectionClosed, TlsError) as error:
-                self.last_error = error
-                delay = self._backoff.next()
-                if self._was_connected:
-                    if isinstance(error, TlsError) and not is_transient(error.failure):
-                        raise
-                else:
-                    delay = min(delay, MAX_START_DELAY)
-                    is_refused = isinstance(error, CannotConnect) and error.refused
-                    begins_at = max(self._loop.time() + delay, self._not_before)
-                    if not (is_refused or isinstance(error, _GoingAway)) or begins_at >= starts_until:
-                        raise
-                    if is_refused and not is_starting:
-                        is_starting = True
-                        self.on_starting()
-                self._delay(delay)
-                continue
-            if not self._was_connected:
-                self._was_connected = True
-                self._backoff.reset()
-            self.current = connection
-            self._stable_at = self._loop.time() + STABLE_AFTER
-            self.on_connected(connection)
-            return
+            connection = await self._try_all(endpoints.begin_round())
+            if connection is not None:
+                fault = GoingAway("the server is going away") if connection.draining else connection.error
+                if fault is None:
+                    break
+                endpoints.failed(connection.endpoint, fault, loop.time(), connection.retry_after_ms)
+            error = endpoints.failure(starts_until)
+            if error is not None:
+                raise error
+            if not endpoints.was_connected and not is_starting and endpoints.is_refused:
+                is_starting = True
+                self.on_starting()
+        self.current = connection
+        endpoints.connected(connection.endpoint, loop.time())
+        self.on_connected(connection)
 
-    def _delay(self, delay: float) -> None:
-        self._not_before = max(self._not_before, self._loop.time() + delay)
+    async def _try_all(self, attempts: Round) -> ClientProtocol | None:
+        """Make the attempts of a round. Return the first connection; None if all have failed."""
+        loop = self._loop
+        names: dict[asyncio.Task[Sequence[str]], Address] = {}
+        running: dict[asyncio.Task[ClientProtocol], Endpoint] = {}
+        for address in attempts.order:
+            if is_ip(address.host):
+                attempts.resolved(address, [address.host], loop.time())
+            else:
+                names[loop.create_task(self._resolve(address))] = address
+        try:
+            while True:
+                step = attempts.next(loop.time())
+                if isinstance(step, Endpoint):
+                    on_reached = partial(self._reached, attempts, step)
+                    running[loop.create_task(self._dial(self, step, on_reached))] = step
+                    continue
+                if not (names or running):
+                    return None
+                timeout = None if step == inf else step - loop.time()
+                await asyncio.wait([*names, *running], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                for name in [each for each in names if each.done()]:
+                    address = names.pop(name)
+                    try:
+                        attempts.resolved(address, name.result(), loop.time())
+                    except (ConnectionClosed, TlsError) as error:
+                        attempts.unresolved(address, error, loop.time())
+                for attempt in [each for each in running if each.done()]:
+                    endpoint = running.pop(attempt)
+                    try:
+                        return attempt.result()
+                    except (ConnectionClosed, TlsError) as error:
+                        attempts.failed(endpoint, error, loop.time())
+        finally:
+            await self._abandon([*names, *running])
+
+    def _reached(self, attempts: Round, endpoint: Endpoint) -> None:
+        attempts.reached(endpoint, self._loop.time())
+
+    @staticmethod
+    async def _abandon(tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """Cancel the attempts that are under way, and close the connection of one that was too late."""
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if (
+                not task.cancelled()
+                and task.exception() is None
+                and isinstance(task.result(), ClientProtocol)
+            ):
+                task.result().close("another address has answered first")
 
     # --- called by a connection -------------------------------------------------------------------
 
     def event_received(self, connection: ClientProtocol, event: EventReceived) -> None:
+        if connection in self.further and (event.token == NO_TOKEN or event.name.startswith(_SESSION_EVENTS)):
+            return  # it comes on the main connection, too
         # Later in this turn: callers that await an answer of the same read resume first.
         self._loop.call_soon(self.on_event, event)
 
+    def connection_free(self, connection: ClientProtocol, requests: int) -> None:
+        self.further.wake(requests)
+
     def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None:
-        if connection is self.current:
-            self.current = None
-            self._older.add(connection)
+        self._older.add(connection)
+        self.further.discard(connection)
+        if connection is not self.current:
+            return
+        self._leave()
         if event.reason not in IDLE_REASONS:
-            self._reconnect(min(event.retry_after_ms, MAX_RETRY_AFTER_MS))
+            self._reconnect(connection)
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None:
         self._older.add(connection)
         connection.gone.add_done_callback(lambda _: self._older.discard(connection))
+        self.further.discard(connection)
         if connection is not self.current:
             return
-        self.current = None
-        self.last_error = error
-        self._reconnect(0)
+        self._leave()
+        self._endpoints.last_error = error
+        self._reconnect(connection)
 
-    def _reconnect(self, retry_after_ms: int) -> None:
-        """Delay the next attempt to connect, and start it now if it is wanted."""
-        if self._loop.time() >= self._stable_at:
-            self._backoff.reset()
-        self._stable_at = inf
-        self._delay(self._backoff.next(retry_after_ms))
-        if self._was_connected and not self._closed and self.is_wanted():
+    def _leave(self) -> None:
+        """Use the current connection no more."""
+        self.current = None
+        self.further.wake_all()
+
+    def _reconnect(self, lost: ClientProtocol) -> None:
+        """Let the endpoint of a connection rest, and connect again now if that is wanted."""
+        self._endpoints.lost(lost.endpoint, self._loop.time(), lost.retry_after_ms)
+        if not self._closed and self.is_wanted():
             self._start()
+
+    # --- the end ----------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """Close all connections. Each ends within the time limit of a TLS close."""
         self._closed = True
-        connections = self._older | ({self.current} if self.current is not None else set())
-        self.current = None
+        self.further.close()
+        connections = {*self._older, *self.further} | ({self.current} if self.current is not None else set())
+        self._leave()
         for connection in connections:
             connection.close("closed by this client")
-        leaving: list[asyncio.Future[None]] = [connection.gone for connection in connections]
-        if self._connecting is not None:
-            self._connecting.cancel()
-            leaving.append(self._connecting)
+        leaving: list[asyncio.Future[Any]] = [connection.gone for connection in connections]
+        for connecting in (self._connecting, self.further.connecting):
+            if connecting is not None:
+                connecting.cancel()
+                leaving.append(connecting)
         try:
             if leaving:
                 await asyncio.wait(leaving)

@@ -1,8 +1,8 @@
-"""Connect to a server: name, TCP, TLS, WELCOME and the host's `sts` policy.
+"""Connect to an endpoint: TCP, TLS, WELCOME and the host's `sts` policy. Resolve a name.
 
 Decides: which servers are trusted, which TLS context a connection uses, and which error a failed attempt raises.
 
-Must not know: calls, sessions, retries.
+Must not know: calls, sessions, retries, which endpoint is tried when.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import asyncio
 import errno
 import logging
 import os
-import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from zcproto.client.address import Address, parse_address
+from zcproto.client.address import Address, Endpoint, parse_address
 from zcproto.client.known_hosts import find_known_hosts
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
@@ -168,70 +167,110 @@ def release_resources(loop: asyncio.AbstractEventLoop) -> None:
         resources.wheel.close()
 
 
-Dial = Callable[[ConnectionOwner, LoopResources], Awaitable[ClientProtocol]]
-"""Returns a connection that has received WELCOME."""
+Resolve = Callable[[Address], Coroutine[Any, Any, Sequence[str]]]
+"""Returns the IP addresses of a name, the resolver's choice first. Raises CannotConnect, TlsError."""
+
+Dial = Callable[
+    [ConnectionOwner, LoopResources, Endpoint, Callable[[], None]], Coroutine[Any, Any, ClientProtocol]
+]
+"""Returns a connection that has received WELCOME, and calls the function as soon as there is a TCP connection."""
 
 
 class Dialer:
-    """Connects to one server, any number of times. Raises ConfigError and TlsError like Trust."""
+    """Connects to the servers of a client, any number of times. Raises ConfigError and TlsError like Trust."""
 
-    def __init__(self, address: Address, options: ConnectOptions, clock: Clock, system_clock: Clock) -> None:
-        self._address = address
+    def __init__(self, options: ConnectOptions, clock: Clock, system_clock: Clock) -> None:
         self._trust = Trust(options)
         self._known_hosts = find_known_hosts(options.home)
         name = options.server_hostname
-        self._server_hostname = address.host if name is None else parse_address(name).host
+        self._server_hostname = None if name is None else parse_address(name).host
         self._connect_timeout = options.connect_timeout
         self._clock = clock
         self._system_clock = system_clock
 
-    async def __call__(self, owner: ConnectionOwner, resources: LoopResources) -> ClientProtocol:
-        """Return a connection that has received WELCOME.
+    async def resolve(self, address: Address) -> Sequence[str]:
+        """Return the IP addresses of a name. Raises CannotConnect, TlsError."""
+        await self._require_verification(address.host)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                found = await loop.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        except TimeoutError:
+            raise CannotConnect(
+                f"{address}: DNS has not answered within {self._connect_timeout:g} s; check the host name and DNS"
+            ) from None
+        except OSError as failure:
+            raise connect_error(address, failure) from failure
+        return [_ip_of(sockaddr) for *_, sockaddr in found]
+
+    async def __call__(
+        self,
+        owner: ConnectionOwner,
+        resources: LoopResources,
+        endpoint: Endpoint,
+        on_reached: Callable[[], None],
+    ) -> ClientProtocol:
+        """Return a connection that has received WELCOME. Call `on_reached` as soon as there is a TCP connection.
 
         Raises CannotConnect, ConnectionClosed, TlsError, CertificateError, ConfigError.
         """
-        wall = self._system_clock.wall
-        if not self._trust.verify and self._known_hosts is not None:
-            for host in {self._address.host, self._server_hostname}:
-                await asyncio.to_thread(self._known_hosts.require, host, wall())
-        context = await self._context(resources.contexts)
+        await self._require_verification(endpoint.host)
+        hostname, wall = self._hostname(endpoint.host), self._system_clock.wall
+        context = await self._context(resources.contexts, endpoint)
         connector = TlsConnector(
             context,
-            self._server_hostname,
+            hostname,
             resources.wheel,
             pins=self._trust.pins,
             wall=wall,
             buffer=resources.buffer,
             handshake_timeout=self._connect_timeout,
         )
-        return await self._connect(connector, owner, resources)
+        return await self._connect(connector, owner, resources, endpoint, on_reached)
 
-    async def _context(self, cache: Contexts) -> ssl.SSLContext:
+    def _hostname(self, host: str) -> str:
+        """Return the name that the certificate of a host must be valid for."""
+        return host if self._server_hostname is None else self._server_hostname
+
+    async def _require_verification(self, host: str) -> None:
+        """Raise TlsError if a policy forbids connecting to a host without verification."""
+        if not self._trust.verify and self._known_hosts is not None:
+            for name in {host, self._hostname(host)}:
+                await asyncio.to_thread(self._known_hosts.require, name, self._system_clock.wall())
+
+    async def _context(self, cache: Contexts, endpoint: Endpoint) -> ssl.SSLContext:
         try:
             return await asyncio.to_thread(self._trust.context, cache)
         except CertificateError:
             if not self._trust.is_ca_missing():
                 raise
-            await self._require_listening()  # a server that is starting writes its CA before it listens
+            await self._require_listening(
+                endpoint
+            )  # a server that is starting writes its CA before it listens
             return await asyncio.to_thread(self._trust.context, cache)
 
-    async def _require_listening(self) -> None:
+    async def _require_listening(self, endpoint: Endpoint) -> None:
         """Raise CannotConnect if nothing accepts a connection."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout):
-                transport, _ = await loop.create_connection(asyncio.Protocol, *self._address)
+                transport, _ = await loop.create_connection(asyncio.Protocol, endpoint.ip, endpoint.port)
         except TimeoutError:
-            raise self._no_answer() from None
+            raise self._no_answer(endpoint) from None
         except OSError as failure:
-            raise self._cannot_connect(failure) from failure
+            raise self._cannot_connect(endpoint, failure) from failure
         transport.abort()
 
     async def _connect(
-        self, connector: TlsConnector, owner: ConnectionOwner, resources: LoopResources
+        self,
+        connector: TlsConnector,
+        owner: ConnectionOwner,
+        resources: LoopResources,
+        endpoint: Endpoint,
+        on_reached: Callable[[], None],
     ) -> ClientProtocol:
         loop = asyncio.get_running_loop()
-        connection = ClientProtocol(owner, loop, resources.wheel, self._clock, ClientConnection())
+        connection = ClientProtocol(owner, loop, resources.wheel, self._clock, ClientConnection(), endpoint)
         handshaken: asyncio.Future[TlsError | None] = loop.create_future()
 
         def on_handshake(error: TlsError | None) -> None:
@@ -241,7 +280,8 @@ class Dialer:
         transport = TlsClientTransport(connector, connection, on_handshake)
         try:
             async with asyncio.timeout(self._connect_timeout):
-                await loop.create_connection(lambda: transport, *self._address)
+                await loop.create_connection(lambda: transport, endpoint.ip, endpoint.port)
+                on_reached()
                 error = await handshaken
                 if error is not None:
                     raise error
@@ -265,60 +305,62 @@ class Dialer:
             refusal = transport.error
             if refusal is not None and refusal.failure != TlsFailure.HANDSHAKE_TIMEOUT.value:
                 raise refusal from None  # reported late, because the server has not closed its end
-            raise self._no_answer() from None
+            raise self._no_answer(endpoint) from None
         except OSError as failure:
-            raise self._cannot_connect(failure) from failure
+            raise self._cannot_connect(endpoint, failure) from failure
         except asyncio.CancelledError:
             transport.abort()
             raise
         return connection
 
-    def _no_answer(self) -> CannotConnect:
+    def _no_answer(self, endpoint: Endpoint) -> CannotConnect:
         return CannotConnect(
-            f"{self._address}: no answer within {self._connect_timeout:g} s; check the address and the firewall"
+            f"{endpoint}: no answer within {self._connect_timeout:g} s; check the address and the firewall"
         )
 
-    def _cannot_connect(self, failure: OSError) -> CannotConnect:
-        return connect_error(
-            self._address, failure, self._trust.ca_file if self._trust.is_ca_missing() else None
-        )
+    def _cannot_connect(self, endpoint: Endpoint, failure: OSError) -> CannotConnect:
+        missing_ca = self._trust.ca_file if self._trust.is_ca_missing() else None
+        return connect_error(endpoint.address, failure, missing_ca)
 
     async def _remember(self, connection: ClientProtocol) -> None:
         """Store the policy of a verified server. If that fails, log a warning and connect anyway."""
         if not self._trust.verify or self._known_hosts is None:
             return
+        hostname = self._hostname(connection.endpoint.host)
         try:
             await asyncio.to_thread(
                 self._known_hosts.learn,
-                self._server_hostname,
+                hostname,
                 connection.conversation.welcome["sts"],
                 self._system_clock.wall(),
             )
         except (OSError, ConfigError) as error:
-            log.warning(
-                "the sts policy of %s cannot be stored: %s", self._server_hostname, escape_text(str(error))
-            )
+            log.warning("the sts policy of %s cannot be stored: %s", hostname, escape_text(str(error)))
 
 
-def report_wait(address: Address, seconds: float) -> None:
-    """Log that a server does not listen yet."""
-    log.warning("%s: nothing listens there yet; waiting up to %g s for the server to start", address, seconds)
+def _ip_of(sockaddr: tuple[Any, ...]) -> str:
+    """Return the address of a socket address, with the zone of a link-local one."""
+    ip, _, *more = sockaddr
+    zone = more[1] if len(more) > 1 else 0
+    return f"{ip}%{zone}" if zone and "%" not in ip else str(ip)
 
 
-_ERRNO: Final = re.compile(r"\[Errno (\d+)\]")
+def report_wait(addresses: Sequence[Address], seconds: float) -> None:
+    """Log that no server listens yet."""
+    listed = ", ".join(map(str, addresses))
+    log.warning("%s: nothing listens there yet; waiting up to %g s for the server to start", listed, seconds)
 
 
 def connect_error(address: Address, error: OSError, missing_ca: Path | None = None) -> CannotConnect:
-    """Return the error of a failed attempt, with the system's message. asyncio joins those of several addresses."""
-    numbers = [int(number) for number in _ERRNO.findall(str(error))] if error.errno is None else [error.errno]
-    if isinstance(error, socket.gaierror) or not numbers:
+    """Return the error of a failed attempt, with the system's message."""
+    if isinstance(error, socket.gaierror) or error.errno is None:
         return CannotConnect(
             f"{address}: {error.strerror or type(error).__name__}; check the host name and DNS"
         )
-    if errno.ECONNREFUSED not in numbers:
-        return CannotConnect(f"{address}: {os.strerror(numbers[0])}; check the address and the network")
+    if error.errno != errno.ECONNREFUSED:
+        return CannotConnect(f"{address}: {os.strerror(error.errno)}; check the address and the network")
     missing = "" if missing_ca is None else f", and {escape_text(str(missing_ca))} does not exist"
     return CannotConnect(
-        f"{address}: {os.strerror(errno.ECONNREFUSED)}{missing}; start the server, or check the host and the port",
+        f"{address}: {os.strerror(error.errno)}{missing}; start the server, or check the host and the port",
         refused=True,
     )

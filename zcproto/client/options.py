@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypedDict, TypeVar
+from typing import Final, Literal, ParamSpec, Protocol, TypedDict, TypeVar
 
+from zcproto.client.address import Endpoint
 from zcproto.client.credentials import (
     ApiKey,
     CertificateLogin,
@@ -25,6 +26,8 @@ from zcproto.common.middleware import Middleware
 from zcproto.common.secret import SecretText
 from zcproto.errors import ConfigError
 from zcproto.tls.context import Passphrase
+
+MAX_CONNECTIONS: Final = 64
 
 Keywords = ParamSpec("Keywords")
 Result = TypeVar("Result")
@@ -92,11 +95,19 @@ class ConnectOptions:
     """Seconds for a call, including all attempts, unless the call has a timeout of its own; None is unlimited."""
 
     connect_timeout: float = 10.0
-    """Seconds for one attempt to connect, from the name to the server's WELCOME."""
+    """Seconds for one attempt to connect to an IP address, until the server's WELCOME, and for resolving a name."""
 
     start_timeout: float = 10.0
     """Seconds to wait for a server that is starting: while nothing listens at its address, or the server is going
     away, the first attempt is repeated, and a missing `ca_file` may still be created. 0 raises at once."""
+
+    address_order: Literal["random", "listed"] = "random"
+    """The order in which several addresses are tried, and those of one name. "random" spreads clients over the
+    servers; "listed" prefers the first. The last one that worked comes first, those that failed lately last."""
+
+    max_connections: int = 1
+    """Connections to a server at once, up to 64. With more than 1, a further one is made when calls wait because
+    the server's `max_streams` are in flight on all others, and closed after 30 s without a call."""
 
     client: str | None = None
     """The product and version that the server lists, by default this package's."""
@@ -104,8 +115,9 @@ class ConnectOptions:
     on_event: Callable[[Event], object] | None = None
     """Called with each event of the server. Without it, events are queued in `client.events`."""
 
-    on_connected: Callable[[], object] | None = None
-    """Called after each connect, also after a reconnect; then handlers are registered again."""
+    on_connected: Callable[[Endpoint], object] | None = None
+    """Called with the host, port and IP address after each connect, also after a reconnect; then handlers are
+    registered again."""
 
     middleware: Sequence[Middleware[OutgoingCall]] = ()
     """Functions `async def middleware(call, call_next)` around each call and stream, the first one outermost. They
@@ -131,6 +143,16 @@ class EnrollOptions(TypedDict, total=False):
     server_hostname: str | None
     timeout: float | None
     home: str | Path | None
+
+
+def check_connections(options: ConnectOptions) -> None:
+    """Raise ConfigError for options on connections that are out of range."""
+    if options.address_order not in ("random", "listed"):
+        raise ConfigError([f'address_order: {options.address_order!r} is unknown; give "random" or "listed"'])
+    if not 1 <= options.max_connections <= MAX_CONNECTIONS:
+        raise ConfigError(
+            [f"max_connections: {options.max_connections} is out of range; give from 1 to {MAX_CONNECTIONS}"]
+        )
 
 
 def choose_credentials(options: ConnectOptions) -> Credentials | None:
@@ -166,22 +188,28 @@ def choose_credentials(options: ConnectOptions) -> Credentials | None:
 
 
 class WithOptions(Protocol[Keywords, Result_co]):
-    """A function of an address, with each option as a keyword argument."""
+    """A function of addresses, with each option as a keyword argument."""
 
-    def __call__(self, address: str, *args: Keywords.args, **options: Keywords.kwargs) -> Result_co: ...
+    def __call__(
+        self, address: str | Sequence[str], *args: Keywords.args, **options: Keywords.kwargs
+    ) -> Result_co: ...
 
 
 def accept_options(
     options: Callable[Keywords, ConnectOptions],
-) -> Callable[[Callable[[str, ConnectOptions], Result]], WithOptions[Keywords, Result]]:
-    """Decorate a function of an address and ConnectOptions to accept each option as a keyword argument.
+) -> Callable[[Callable[[str | Sequence[str], ConnectOptions], Result]], WithOptions[Keywords, Result]]:
+    """Decorate a function of addresses and ConnectOptions to accept each option as a keyword argument.
 
     Type checkers (by `Keywords`) and `help` (by `__signature__`) show every option, although only ConnectOptions
     lists them.
     """
 
-    def decorate(function: Callable[[str, ConnectOptions], Result]) -> WithOptions[Keywords, Result]:
-        def with_options(address: str, *args: Keywords.args, **keywords: Keywords.kwargs) -> Result:
+    def decorate(
+        function: Callable[[str | Sequence[str], ConnectOptions], Result],
+    ) -> WithOptions[Keywords, Result]:
+        def with_options(
+            address: str | Sequence[str], *args: Keywords.args, **keywords: Keywords.kwargs
+        ) -> Result:
             return function(address, options(*args, **keywords))
 
         functools.update_wrapper(with_options, function)

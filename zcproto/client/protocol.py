@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
 
+from zcproto.client.address import Endpoint
 from zcproto.client.credentials import DeviceKey
+from zcproto.client.retry import MAX_RETRY_AFTER_MS
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
@@ -63,6 +65,9 @@ class ConnectionOwner(Protocol):
     def connection_draining(self, connection: ClientProtocol, event: GoAwayReceived) -> None: ...
 
     def connection_ended(self, connection: ClientProtocol, error: ConnectionClosed) -> None: ...
+
+    def connection_free(self, connection: ClientProtocol, requests: int) -> None:
+        """Some more requests may be sent, for which none of the connection's own callers waits."""
 
 
 class CallReceiver(Protocol):
@@ -160,7 +165,8 @@ class ClientProtocol(asyncio.Protocol):
 
     `ready`: a request may be sent now; await `wait_ready` otherwise. `error`: why the connection ended. `proved`:
     the devices that have proved their keys here. `unanswered_not_run`, after the end: requests without an answer
-    were certainly not run, because the server closed in order after GOAWAY.
+    were certainly not run, because the server closed in order after GOAWAY. `retry_after_ms`: what the server asked
+    for when it began `draining`.
     """
 
     _owner: ConnectionOwner | None
@@ -168,6 +174,7 @@ class ClientProtocol(asyncio.Protocol):
     _wheel: DeadlineWheel
     _clock: Clock
     conversation: ClientConnection
+    endpoint: Endpoint
     _transport: asyncio.Transport | None = field(default=None, init=False)
     _pending: dict[int, PendingCall] = field(default_factory=dict, init=False)
     _ready_waiters: deque[asyncio.Future[None]] | None = field(default=None, init=False)
@@ -180,6 +187,7 @@ class ClientProtocol(asyncio.Protocol):
     deadline_tick: int = field(default=0, init=False)
     ready: bool = field(default=False, init=False)
     draining: bool = field(default=False, init=False)
+    retry_after_ms: int = field(default=0, init=False)
     proved: set[DeviceKey] = field(default_factory=set, init=False)
     unanswered_not_run: bool = field(default=False, init=False)
     error: ConnectionClosed | None = field(default=None, init=False)
@@ -337,6 +345,7 @@ class ClientProtocol(asyncio.Protocol):
         if self.draining:
             return
         self.draining, self.ready = True, False
+        self.retry_after_ms = min(event.retry_after_ms, MAX_RETRY_AFTER_MS)
         self._wake_all()
         assert self._owner is not None
         self._owner.connection_draining(self, event)
@@ -470,6 +479,16 @@ class ClientProtocol(asyncio.Protocol):
 
     # --- readiness --------------------------------------------------------------------------------
 
+    @property
+    def free_streams(self) -> int:
+        """How many more requests the server allows in flight."""
+        return self._max_streams - self.conversation.in_flight
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request and no call of the server is in flight."""
+        return not (self.conversation.in_flight or self.conversation.running_calls)
+
     async def wait_ready(self) -> None:
         """Wait, in order of arrival, until a request may be sent or the connection takes no more requests."""
         was_woken = False
@@ -491,7 +510,7 @@ class ClientProtocol(asyncio.Protocol):
 
     def _update_ready(self) -> None:
         conversation = self.conversation
-        free = self._max_streams - conversation.in_flight
+        free = self.free_streams
         if self._paused or conversation.state is not State.OPEN or free <= 0:
             return
         self.ready = True
@@ -501,6 +520,8 @@ class ClientProtocol(asyncio.Protocol):
             if not waiter.done():
                 waiter.set_result(None)
                 free -= 1
+        if free > 0 and self._owner is not None:
+            self._owner.connection_free(self, free)
 
     def _wake_all(self) -> None:
         waiters, self._ready_waiters = self._ready_waiters, None

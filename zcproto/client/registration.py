@@ -45,7 +45,6 @@ class Registrar:
         self._changed = asyncio.Event()
         self._settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        sessions.on_changed = self.changed
 
     def connected(self, connection: ClientProtocol) -> bool:
         """Use another connection. Return True if the session will be shown on it."""

@@ -139,7 +139,7 @@ class SessionManager:
     """Manages the session of one client.
 
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
-    `on_changed` is called with each new token.
+    `on_changed` is called after each change of the token, with the previous one.
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -150,7 +150,7 @@ class SessionManager:
     credentials: Credentials | None
     client: str
     random: Random
-    on_changed: Callable[[], None] = field(default=lambda: None, init=False)
+    on_changed: Callable[[bytes], None] = field(default=lambda previous: None, init=False)
     session: ClientSession | None = field(default=None, init=False)
     token: bytes = field(default=NO_TOKEN, init=False)
     _previous_token: bytes = field(default=NO_TOKEN, init=False)
@@ -282,9 +282,10 @@ class SessionManager:
         refuses on a connection without a session.
         """
         if self._renewing is None:
-            self._present(connection)
+            self.present_now(connection)
 
-    def _present(self, connection: ClientProtocol) -> None:
+    def present_now(self, connection: ClientProtocol) -> None:
+        """Present the token like `present`, also one that was just obtained."""
         if self.session is None or not connection.ready:
             return
         token = self.token
@@ -443,7 +444,7 @@ class SessionManager:
                 if self._device is not None and method == "session.open":
                     connection.proved.add(self._device)
                 elif self._device is not None and self._device not in connection.proved:
-                    self._present(connection)
+                    self.present_now(connection)
                 return
 
     def _login_to_fetch(self) -> SchemeLogin | None:
@@ -504,7 +505,7 @@ class SessionManager:
 
     def _begin(self, session: ClientSession) -> None:
         """Use a session that the server has accepted."""
-        self.on_changed()
+        self.on_changed(self._previous_token)
         can_refresh = session.can_refresh(self._loop.time())
         self._wheel.set(self, session.refresh_at if can_refresh else NEVER)
 

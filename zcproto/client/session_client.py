@@ -87,6 +87,14 @@ class SessionClient:
             random=self._random,
         )
         self._registrar = Registrar(self._loop, self._sessions, self._handlers, self._random)
+        self._sessions.on_changed = self._session_changed
+
+    def _session_changed(self, previous: bytes) -> None:
+        """Show another token on all connections; on that which it came by it is known."""
+        for connection in self._connections.further:
+            connection.conversation.session_ended(previous)
+            self._sessions.present_now(connection)
+        self._registrar.changed()
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -273,7 +281,9 @@ class SessionClient:
         """
         connection, attempt = pending.connection, request.attempt
         if can_resume and is_interruption(error, pending.half.was_lost) and not self._closed:
-            asked = retry_after_ms(error.details) if isinstance(error, CallError) else 0
+            asked = 0
+            if isinstance(error, CallError) and not connection.draining:
+                asked = retry_after_ms(error.details)
             await self._wait(attempt.backoff.next(asked), error, request.deadline)
         elif pending.half.was_answered_to:
             raise error
@@ -297,7 +307,9 @@ class SessionClient:
         """Wait until a call may be sent again after an error; raise the error if it may not."""
         then = what_next(error)
         if then is Then.LATER:
-            await self._wait(attempt.backoff.next(retry_after_ms(error.details)), error, deadline)
+            # The next connection waits for a server that goes away, unless it is to another one.
+            asked = 0 if connection.draining else retry_after_ms(error.details)
+            await self._wait(attempt.backoff.next(asked), error, deadline)
         elif then is Then.AT_ONCE and attempt.once(then):
             return
         elif token == NO_TOKEN:
@@ -371,8 +383,7 @@ class SessionClient:
             if self._closed:
                 raise ConnectionClosed("this client is closed", clean=True)
             await self._sessions.ensure()
-            connection = await self._connections.get()
-            await connection.wait_ready()
+            connection = await self._connections.wait_ready()
             if connection.ready and self._loop.time() < self._sessions.valid_until:
                 return connection
 

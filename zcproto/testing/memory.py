@@ -25,6 +25,7 @@ from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BUILT_IN_SCHEMES
 from zcproto.auth.schemes import ApiKeyAuthenticator
 from zcproto.client import Client
+from zcproto.client.address import Endpoint
 from zcproto.client.dial import LoopResources
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
@@ -159,11 +160,13 @@ class MemoryServer:
         """Return a client, as `zcproto.connect` does. The user is added if necessary; None opens no session."""
         return Client("memory", self.users.options(user, options), clock=self._clock, dial=self._dial)
 
-    async def _dial(self, owner: ConnectionOwner, resources: LoopResources) -> ClientProtocol:
+    async def _dial(
+        self, owner: ConnectionOwner, resources: LoopResources, endpoint: Endpoint, _: object
+    ) -> ClientProtocol:
         if self._state is None or self.link.is_down:
             raise CannotConnect("memory: the server has ended, or the test has isolated its link")
         loop = asyncio.get_running_loop()
-        client = ClientProtocol(owner, loop, resources.wheel, self._clock, ClientConnection())
+        client = ClientProtocol(owner, loop, resources.wheel, self._clock, ClientConnection(), endpoint)
         self.link.join(client, ServerProtocol(self._state))
         try:
             await client.welcomed

@@ -2,7 +2,7 @@
 
 import { homedir } from "node:os";
 import { join } from "node:path";
-import { parseAddress } from "./client/address.js";
+import { type Endpoint, parseAddress, parseAddresses } from "./client/address.js";
 import { Client } from "./client/client.js";
 import { MonotonicClock, systemClock } from "./client/clock.js";
 import type { ServerEvent } from "./client/event_stream.js";
@@ -18,7 +18,7 @@ import { ConfigError } from "./errors.js";
 import { VERSION } from "./version.js";
 import type { Params } from "./wire/message.js";
 
-/** Timeout of one connect attempt, from name resolution to WELCOME. */
+/** Timeout of one connect attempt to an IP address until WELCOME, and of name resolution. */
 export const CONNECT_TIMEOUT_MS = 10_000;
 
 /** How long to wait for a server that is starting. */
@@ -26,6 +26,7 @@ export const START_TIMEOUT_MS = 10_000;
 
 const KNOWN_HOSTS_FILE = "known_hosts.json";
 const MAX_WARNED = 64;
+const MAX_CONNECTIONS = 64;
 
 /** How to reach and verify a server. */
 export interface TrustedServerOptions {
@@ -43,13 +44,18 @@ export interface TrustedServerOptions {
   readonly serverHostname?: string | undefined;
   /** Default timeout of calls in milliseconds; Infinity for none. 30,000 by default. */
   readonly timeoutMs?: number | undefined;
-  /** Timeout of one connect attempt in milliseconds. 10,000 by default. */
+  /** Timeout of one connect attempt to an IP address until WELCOME, and of name resolution, in milliseconds. 10,000 by default. */
   readonly connectTimeoutMs?: number | undefined;
   /**
    * How long to wait for a server that is starting: while nothing listens at its address, the first attempt is repeated, and
    * a missing `caFile` may still be created. In milliseconds, 10,000 by default; 0 rejects at once.
    */
   readonly startTimeoutMs?: number | undefined;
+  /**
+   * The order in which several addresses are tried, and those of one name. "random" (the default) spreads clients over the
+   * servers; "listed" prefers the first. The last one that worked is always first, those that failed lately are last.
+   */
+  readonly addressOrder?: "random" | "listed" | undefined;
   /** The folder of the file of hosts with an `sts` policy. ZCPROTO_HOME or ~/.zeroclaw by default. */
   readonly home?: string | undefined;
 }
@@ -81,8 +87,16 @@ export interface ConnectOptions extends TrustedServerOptions {
   readonly client?: string | undefined;
   /** Called with each event of the server; without it events are queued in `client.events`. */
   readonly onEvent?: ((event: ServerEvent) => void) | undefined;
-  /** Called once the client has connected and opened its session, and again after each reconnect. */
-  readonly onConnected?: ((client: Client) => void) | undefined;
+  /**
+   * Called with the client and where it is connected: once it has connected and opened its session, and again after each
+   * reconnect.
+   */
+  readonly onConnected?: ((client: Client, endpoint: Endpoint) => void) | undefined;
+  /**
+   * Connections to a server at once: 1 (the default) to 64. With more than 1, a further one is made when calls wait because
+   * the server's `max_streams` are in flight on all others, and closed after 30 s without a call.
+   */
+  readonly maxConnections?: number | undefined;
   /** How many calls of the server are handled at once in a session. 16 by default. */
   readonly maxCalls?: number | undefined;
   /** The largest frame accepted from the server, in bytes. 1 MiB by default. */
@@ -90,7 +104,9 @@ export interface ConnectOptions extends TrustedServerOptions {
 }
 
 /**
- * Connect to the server at `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
+ * Connect to the server at `host`, `host:port` or `[::1]:port`; the port is 7443 by default. Several addresses, as an array or
+ * as one text with commas, are those of servers that share their sessions: the client connects to one of them, and to
+ * another as soon as that is lost or goes away.
  *
  *     const client = await connect("host:7443", { user: "ada", key, caFile: "ca.crt" });
  *     console.log(await client.call("echo", { word: "hello" }));
@@ -100,7 +116,7 @@ export interface ConnectOptions extends TrustedServerOptions {
  * Waits for a server that is starting (`startTimeoutMs`). Any other error of the first attempt is not retried: CannotConnect,
  * TlsError, ConnectionClosed, or a CallError of `session.open`.
  */
-export async function connect(address: string, options: ConnectOptions = {}): Promise<Client> {
+export async function connect(address: string | readonly string[], options: ConnectOptions = {}): Promise<Client> {
   const client = new Client(await settingsOf(address, options));
   await client.open();
   return client;
@@ -116,7 +132,7 @@ export async function connect(address: string, options: ConnectOptions = {}): Pr
  * Unauthenticated for an invalid code, AlreadyExists for a name in use (the code stays valid), and like `connect`.
  */
 export async function enroll(
-  address: string,
+  address: string | readonly string[],
   code: string,
   device: Device,
   name: string,
@@ -132,11 +148,20 @@ export async function enroll(
   }
 }
 
-async function settingsOf(address: string, options: ConnectOptions): Promise<ClientSettings> {
+async function settingsOf(address: string | readonly string[], options: ConnectOptions): Promise<ClientSettings> {
   const { timeoutMs = DEFAULT_TIMEOUT_MS, connectTimeoutMs = CONNECT_TIMEOUT_MS, maxFrame = 1_048_576 } = options;
   const { startTimeoutMs = START_TIMEOUT_MS } = options;
   const { session = true, client = `zcproto-typescript/${VERSION}`, maxCalls = DEFAULT_MAX_CALLS } = options;
-  const parsed = parseAddress(address);
+  const { addressOrder = "random", maxConnections = 1 } = options;
+  const addresses = parseAddresses(address);
+  if (addressOrder !== "random" && addressOrder !== "listed") {
+    throw new ConfigError([`addressOrder: ${addressOrder} is unknown; give "random" or "listed"`]);
+  }
+  if (!(Number.isInteger(maxConnections) && maxConnections >= 1 && maxConnections <= MAX_CONNECTIONS)) {
+    throw new ConfigError([
+      `maxConnections: ${maxConnections} is out of range; give an integer from 1 to ${MAX_CONNECTIONS}`,
+    ]);
+  }
   checkNumbers({ timeoutMs, connectTimeoutMs, maxFrame, maxCalls });
   if (!(startTimeoutMs >= 0)) {
     throw new ConfigError([`startTimeoutMs: ${startTimeoutMs} is not a number of 0 or above`]);
@@ -146,8 +171,7 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
   const clock = new MonotonicClock(systemClock);
   const home = options.home ?? (process.env["ZCPROTO_HOME"] || join(homedir(), ".zeroclaw"));
   const dialer = new Dialer({
-    address: parsed,
-    serverHostname: options.serverHostname === undefined ? parsed.host : parseAddress(options.serverHostname).host,
+    serverHostname: options.serverHostname === undefined ? undefined : parseAddress(options.serverHostname).host,
     trust,
     knownHosts: new KnownHosts(join(home, KNOWN_HOSTS_FILE)),
     clock,
@@ -158,8 +182,11 @@ async function settingsOf(address: string, options: ConnectOptions): Promise<Cli
     onWarning: warnOnce,
   });
   return {
-    address: parsed,
-    dial: (listener, signal) => dialer.dial(listener, signal),
+    addresses,
+    resolve: (...address) => dialer.resolve(...address),
+    dial: (...attempt) => dialer.dial(...attempt),
+    isRandom: addressOrder === "random",
+    maxConnections,
     credentials,
     credentialsOf: requireCredentials,
     opensSession: session && credentials !== undefined,

@@ -1,5 +1,6 @@
 /** Client of zcproto. */
 
+export type { Address, Endpoint } from "./client/address.js";
 export type { Client } from "./client/client.js";
 export { EventStream, type ServerEvent } from "./client/event_stream.js";
 export type { Handler, ServerCall } from "./client/handlers.js";

@@ -162,7 +162,6 @@ describe("handshake", () => {
     for (const years of [200, -200]) {
       const wall = () => Date.now() + years * 365 * 86_400_000;
       const dialer = new Dialer({
-        address: { host: host ?? "", port: Number(port) },
         serverHostname: "localhost",
         trust: new Trust({ pins: [PIN, OTHER_PIN], onWarning: () => undefined }),
         knownHosts: undefined,
@@ -180,8 +179,13 @@ describe("handshake", () => {
         callWithdrawn: ignore,
         connectionDraining: ignore,
         connectionEnded: ignore,
+        connectionFree: ignore,
       };
-      await assert.rejects(dialer.dial(listener, new AbortController().signal), isFailure("certificate_expired"));
+      const endpoint = { host: "localhost", port: Number(port), ip: host ?? "" };
+      await assert.rejects(
+        dialer.dial(listener, endpoint, ignore, new AbortController().signal),
+        isFailure("certificate_expired"),
+      );
     }
   });
 });

@@ -11,7 +11,7 @@ _AFTER: Final = f"{_CLIENT}._after_error"
 _PUMP: Final = "zcproto.client.protocol:ClientProtocol"
 _CONNECTION: Final = "zcproto.connection.client:ClientConnection"
 _RECEIVE: Final = f"{_CONNECTION}.receive_data"
-_CONNECTIONS: Final = "zcproto.client.connections:ConnectionManager"
+_ENDPOINTS: Final = "zcproto.client.endpoints:Endpoints"
 _MANAGER: Final = "zcproto.client.session:SessionManager"
 _CREDENTIALS: Final = "zcproto.client.credentials"
 _WHAT_NEXT: Final = "zcproto.client.retry:what_next"
@@ -220,8 +220,8 @@ GOAWAY: Final[dict[str, Fault]] = {
     "goaway-retry-after": fault(
         "reconnects at once after GOAWAY",
         (
-            f"{_CONNECTIONS}._reconnect",
-            "self._delay(self._backoff.next(retry_after_ms))",
+            f"{_ENDPOINTS}.lost",
+            "_rest(health, now + health.backoff.next(retry_after_ms))",
             "pass",
         ),
     ),
@@ -267,8 +267,8 @@ GOAWAY: Final[dict[str, Fault]] = {
     "reconnect-backoff-after-answers": fault(
         "resets its backoff with every connection",
         (
-            "zcproto.client.connections:ConnectionManager._reconnect",
-            "self._loop.time() >= self._stable_at",
+            f"{_ENDPOINTS}.lost",
+            "now >= self._stable_at",
             "True",
         ),
     ),
@@ -276,7 +276,7 @@ GOAWAY: Final[dict[str, Fault]] = {
     "resource-exhausted": fault("gives up at RESOURCE_EXHAUSTED", then("RESOURCE_EXHAUSTED", "RAISE")),
     "retry-after": fault(
         "ignores retry_after_ms",
-        (_AFTER, "attempt.backoff.next(retry_after_ms(error.details))", "attempt.backoff.next()"),
+        (_AFTER, "0 if connection.draining else retry_after_ms(error.details)", "0"),
     ),
     "retry-within-deadline": fault(
         "waits beyond the deadline of a call",
@@ -400,7 +400,7 @@ SESSIONS: Final[dict[str, Fault]] = {
         "opens a session on each connection",
         (
             f"{_MANAGER}.present",
-            "self._present(connection)",
+            "self.present_now(connection)",
             "self.session = None; self.token = NO_TOKEN; self._update_validity()",
         ),
     ),

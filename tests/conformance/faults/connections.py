@@ -11,6 +11,7 @@ _ALPN: Final = "    context.set_alpn_protocols(list(protocols))\n"
 _JUDGE: Final = "zcproto.tls.client:TlsClientTransport._judge"
 _JUDGE_ALPN: Final = "if self._tls.selected_alpn_protocol() != ALPN:"
 _DIAL: Final = "zcproto.client.dial:Dialer.__call__"
+_POLICY: Final = "zcproto.client.dial:Dialer._require_verification"
 _HOSTS: Final = "zcproto.client.known_hosts:KnownHosts"
 _WELCOME: Final = "zcproto.connection.settings:read_welcome"
 _PARSE_PINS: Final = "zcproto.tls.pins:parse_pins"
@@ -82,9 +83,9 @@ TRUST: Final[dict[str, Fault]] = {
     "no-tls": fault(
         "treats a server without TLS like one that is down",
         (
-            "zcproto.client.connections:ConnectionManager._connect",
-            "if not (is_refused or isinstance(error, _GoingAway)) or begins_at >= starts_until:",
-            "if False:",
+            "zcproto.client.endpoints:Endpoints.failure",
+            "return permanent or (None if is_starting else next(others, self.last_error))",
+            "return None",
         ),
     ),
     "pin": fault(
@@ -128,7 +129,7 @@ TRUST: Final[dict[str, Fault]] = {
     "key-rollover-with-next-pin": _ONE_PIN,
     "sts-policy": fault(
         "ignores policies",
-        (_DIAL, "if not self._trust.verify and self._known_hosts is not None:", "if False:"),
+        (_POLICY, "if not self._trust.verify and self._known_hosts is not None:", "if False:"),
     ),
     "sts-policy-for-subdomains": fault(
         "applies a policy to one name only",
@@ -137,9 +138,9 @@ TRUST: Final[dict[str, Fault]] = {
     "sts-policy-with-another-name": fault(
         "looks for the policy of the verified name only",
         (
-            _DIAL,
-            "for host in {self._address.host, self._server_hostname}:",
-            "for host in {self._server_hostname}:",
+            _POLICY,
+            "for name in {host, self._hostname(host)}:",
+            "for name in {self._hostname(host)}:",
         ),
     ),
     "sts-policy-removed": fault(

@@ -1,4 +1,4 @@
-/** Addresses of servers: `host`, `host:port`, `[::1]:7443`. */
+/** Addresses of servers: `host`, `host:port`, `[::1]:7443`, and several of them. */
 
 import { isIP } from "node:net";
 import { domainToASCII } from "node:url";
@@ -6,6 +6,7 @@ import { ConfigError } from "../errors.js";
 import { escapeText } from "./text.js";
 
 export const DEFAULT_PORT = 7443;
+export const MAX_ADDRESSES = 32;
 const MAX_NAME = 253; // RFC 1035 section 2.3.4
 
 /** A port and a host: an IP address, or a name in lower case with international labels as A-labels. */
@@ -14,9 +15,30 @@ export interface Address {
   readonly port: number;
 }
 
+/** Where a client is connected: the host and port that it was given, and the IP address of the host. */
+export interface Endpoint extends Address {
+  readonly ip: string;
+}
+
+/** Format an endpoint as `host:port (ip)`. */
+export function endpointText(endpoint: Endpoint): string {
+  return endpoint.ip === endpoint.host ? addressText(endpoint) : `${addressText(endpoint)} (${endpoint.ip})`;
+}
+
 /** Format an address as `host:port`. */
 export function addressText({ host, port }: Address): string {
   return host.includes(":") ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+/** Parse a list of addresses, or a text that separates them by commas. Throws ConfigError. */
+export function parseAddresses(given: string | readonly string[]): readonly [Address, ...Address[]] {
+  const texts = typeof given === "string" ? given.split(",") : given;
+  const unique = new Map(texts.map((text) => parseAddress(text.trim())).map((each) => [addressText(each), each]));
+  const [first, ...others] = unique.values();
+  if (first === undefined || unique.size > MAX_ADDRESSES) {
+    throw new ConfigError([`addresses: ${unique.size} are given; give from 1 to ${MAX_ADDRESSES} of them`]);
+  }
+  return [first, ...others];
 }
 
 /** Parse an address. Throws ConfigError. */

@@ -1,14 +1,17 @@
-/** The client of one server: its own session, and those of other users, over one connection at a time. */
+/** The client of one server, or of several: its own session, and those of other users. */
 
 import type { Welcome } from "../connection/welcome.js";
-import { addressText } from "./address.js";
+import { addressText, type Endpoint } from "./address.js";
 import type { ClientSettings, SessionOptions } from "./settings.js";
 import { SharedConnection } from "./shared_connection.js";
 import { UserClient } from "./user_client.js";
 
-/** A client of one server, made by `connect`. */
+/** A client of one server, or of several that share their sessions, made by `connect`. */
 export class Client extends UserClient {
+  /** The first of `addresses`. */
   readonly address: string;
+  /** The addresses that `connect` was given. */
+  readonly addresses: readonly string[];
   readonly #settings: ClientSettings;
   readonly #shared: SharedConnection;
 
@@ -16,7 +19,8 @@ export class Client extends UserClient {
   constructor(settings: ClientSettings) {
     const shared = new SharedConnection(settings);
     super(settings, settings.credentials, shared);
-    this.address = addressText(settings.address);
+    this.address = addressText(settings.addresses[0]);
+    this.addresses = settings.addresses.map(addressText);
     this.#settings = settings;
     this.#shared = shared;
   }
@@ -32,8 +36,10 @@ export class Client extends UserClient {
     await super.open();
     const { onConnected } = this.#settings;
     if (onConnected !== undefined) {
-      onConnected(this);
-      this.#shared.onConnected = () => onConnected(this);
+      if (this.endpoint !== undefined) {
+        onConnected(this, this.endpoint);
+      }
+      this.#shared.onConnected = (endpoint) => onConnected(this, endpoint);
     }
   }
 
@@ -65,6 +71,11 @@ export class Client extends UserClient {
   /** The WELCOME of the current connection, if any. */
   get welcome(): Welcome | undefined {
     return this.#shared.manager.current?.welcome;
+  }
+
+  /** Where this client is connected, if it is. */
+  get endpoint(): Endpoint | undefined {
+    return this.#shared.manager.current?.endpoint;
   }
 
   /** Reset the connection like a network failure, for tests. The client reconnects. */

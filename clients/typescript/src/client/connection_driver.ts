@@ -15,8 +15,10 @@ import type { Welcome } from "../connection/welcome.js";
 import { CallError, ConnectionClosed, DeadlineExceeded, type TlsError } from "../errors.js";
 import type { Token } from "../wire/frame.js";
 import type { Credit, Meta, Params } from "../wire/message.js";
+import type { Endpoint } from "./address.js";
 import type { Clock, Timer } from "./clock.js";
 import { type ConnectionListener, PendingCall, PendingStream, type Transport } from "./pending.js";
+import { MAX_RETRY_AFTER_MS } from "./retry.js";
 import { escapeText } from "./text.js";
 
 /** Bytes gathered in one tick that are written at once. */
@@ -38,6 +40,8 @@ export class ConnectionDriver {
    * cleanly.
    */
   unansweredDidNotRun = false;
+  /** What the server asked for with GOAWAY. */
+  retryAfterMs = 0;
   /** Why the connection ended. */
   error: ConnectionClosed | undefined;
   readonly welcomed: Promise<Welcome>;
@@ -59,7 +63,12 @@ export class ConnectionDriver {
   #welcomeReject!: (error: Error) => void;
   #closedResolve!: () => void;
 
-  constructor(listener: ConnectionListener, clock: Clock, connection: ClientConnection) {
+  constructor(
+    listener: ConnectionListener,
+    clock: Clock,
+    connection: ClientConnection,
+    readonly endpoint: Endpoint,
+  ) {
     this.#listener = listener;
     this.#clock = clock;
     this.#connection = connection;
@@ -229,6 +238,7 @@ export class ConnectionDriver {
       return;
     }
     this.draining = true;
+    this.retryAfterMs = Math.min(event.retryAfterMs, MAX_RETRY_AFTER_MS);
     this.ready = false;
     this.#wakeAll(this.#waiters);
     this.#listener?.connectionDraining(this, event);
@@ -362,8 +372,19 @@ export class ConnectionDriver {
     });
   }
 
+  /** How many more requests the server allows in flight. */
+  get freeStreams(): number {
+    return this.#maxStreams - this.#connection.inFlight;
+  }
+
+  /** Whether no request and no call of the server is in flight. */
+  get isIdle(): boolean {
+    return this.#connection.inFlight === 0 && this.#connection.calls.size === 0;
+  }
+
   #updateReady(): void {
-    let free = this.#maxStreams - this.#connection.inFlight;
+    let free = this.freeStreams;
+    const wasReady = this.ready;
     if (this.#paused || this.#connection.state !== "open" || free <= 0) {
       return;
     }
@@ -371,6 +392,9 @@ export class ConnectionDriver {
     while (free > 0 && this.#waiters.length > 0) {
       this.#waiters.shift()?.();
       free -= 1;
+    }
+    if (free > 0 && !wasReady) {
+      this.#listener?.connectionFree(free);
     }
   }
 

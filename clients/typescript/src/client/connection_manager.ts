@@ -1,44 +1,59 @@
 /**
  * The client's connections: one for new calls, and older ones that drain.
  *
- * Decides: when to connect and reconnect. The first attempt is repeated only while nothing listens or the server goes away,
- * because a server may be starting. After a loss it reconnects with growing, jittered delays; after GOAWAY when the
- * server requested it; after a close for idleness with the next call; and not at all once the session was revoked or
- * replaced.
- * Rules: all callers that wait for a connection share one attempt. The delays start again once a connection has lasted
- * STABLE_AFTER_MS: a server that answers and ends each connection must not make its clients reconnect many times a second.
+ *     Endpoints -> Round -> dial, several at once -> the first one with WELCOME: current
+ *
+ * Decides: when to connect and reconnect. The first round is repeated only while nothing listens or the server goes away,
+ * because a server may be starting. After a loss or GOAWAY it reconnects, to another endpoint at once if there is one that
+ * does not rest; after a close for idleness with the next call; and not at all once the session was revoked or replaced. A
+ * connection is kept until then, even if a name resolves to others now.
+ * Rules: all callers that wait for a connection share one round.
  * Must not know: calls, retries and sessions.
  */
 
+import { isIP } from "node:net";
 import type { CallReceived, EventReceived, GoAwayReceived } from "../connection/events.js";
-import { CannotConnect, ConnectionClosed, TlsError, type ZcprotoError } from "../errors.js";
-import type { Backoff } from "./backoff.js";
+import { ConnectionClosed, TlsError, type ZcprotoError } from "../errors.js";
+import { NO_TOKEN } from "../wire/frame.js";
+import type { Address, Endpoint } from "./address.js";
+import { Backoff, type Random } from "./backoff.js";
 import { type Clock, sleep, unlessAborted } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
+import { Endpoints, GoingAway, type Round } from "./endpoints.js";
+import { FurtherConnections } from "./further_connections.js";
 import type { ConnectionListener } from "./pending.js";
-import { isTransient, MAX_RETRY_AFTER_MS } from "./retry.js";
 
 /** Reasons of GOAWAY for an unused connection: a new one would be closed for the same reason. */
 const IDLE_REASONS: ReadonlySet<string> = new Set(["idle", "no_session"]);
 
-/** How long a connection must last to count as a success. */
-const STABLE_AFTER_MS = 5_000;
+/** Return the IP addresses of a name, the resolver's choice first. Rejects with CannotConnect. */
+export type Resolve = (address: Address, signal: AbortSignal) => Promise<readonly string[]>;
 
-/** The longest delay between two attempts to connect to a server that is starting. */
-const MAX_START_DELAY_MS = 1_000;
-
-/** GOAWAY arrived in the same read as WELCOME. */
-class GoingAway extends CannotConnect {}
+/** Make a connection, and call `onReached` once there is a TCP connection. */
+export type Dial = (
+  listener: ConnectionListener,
+  endpoint: Endpoint,
+  onReached: () => void,
+  signal: AbortSignal,
+) => Promise<ConnectionDriver>;
 
 export interface ConnectionManagerOptions {
   readonly clock: Clock;
-  readonly backoff: Backoff;
+  readonly random: Random;
+  readonly addresses: readonly Address[];
+  /** Whether to try the addresses in random order. */
+  readonly isRandom: boolean;
+  /** The most connections at once to a server. */
+  readonly maxConnections: number;
   /** How long to wait for a server that is starting; `onStarting` is called once when that begins. */
   readonly startTimeoutMs: number;
   readonly onStarting: () => void;
-  readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly resolve: Resolve;
+  readonly dial: Dial;
   readonly onEvent: (event: EventReceived) => void;
   readonly onConnection: (connection: ConnectionDriver) => void;
+  /** Called with each connection beside the main one. */
+  readonly onFurther: (connection: ConnectionDriver) => void;
   readonly onCall: (connection: ConnectionDriver, event: CallReceived) => void;
   readonly onWithdraw: (connection: ConnectionDriver, number: number) => void;
   readonly onEnded: (connection: ConnectionDriver, error: ConnectionClosed) => void;
@@ -46,32 +61,42 @@ export interface ConnectionManagerOptions {
   readonly isWanted: () => boolean;
 }
 
-/** Maintains the connection to one server. */
+/** Maintains the connections of a client. */
 export class ConnectionManager implements ConnectionListener {
   /** The connection for new calls. */
   current: ConnectionDriver | undefined;
-  /** Why the last attempt failed. */
-  lastError: ZcprotoError | undefined;
+  readonly further: FurtherConnections;
   readonly #options: ConnectionManagerOptions;
+  readonly #endpoints: Endpoints;
   readonly #draining = new Set<ConnectionDriver>();
   /** Ended connections whose transport is still closing. */
   readonly #ending = new Set<ConnectionDriver>();
   readonly #closing = new AbortController();
   #connecting: Promise<void> | undefined;
-  #notBefore = Number.NEGATIVE_INFINITY;
-  /** When the current connection counts as a success. */
-  #stableAt = Number.POSITIVE_INFINITY;
-  #hasConnected = false;
 
   constructor(options: ConnectionManagerOptions) {
+    const { addresses, isRandom, random, clock, maxConnections, dial, onFurther } = options;
     this.#options = options;
+    this.#endpoints = new Endpoints({ addresses, isRandom, random });
+    this.further = new FurtherConnections({
+      clock,
+      backoff: new Backoff(random),
+      max: maxConnections - 1,
+      dial: (endpoint) => dial(this, endpoint, () => undefined, this.#closing.signal),
+      onOpened: onFurther,
+    });
+  }
+
+  /** Why the last attempt failed, or the last connection was lost. */
+  get lastError(): ZcprotoError | undefined {
+    return this.#endpoints.lastError;
   }
 
   /**
    * Return the connection for new calls. Without one, connect, and retry while that may succeed.
    *
-   * Rejects with the error of the first attempt after the server has started; later only with errors that a retry does not fix: TlsError,
-   * CertificateError, ConnectionClosed.
+   * Rejects with the error of the first round after a server has started; later only with errors that a retry does not fix:
+   * TlsError, CertificateError, ConnectionClosed.
    */
   async get(signal?: AbortSignal): Promise<ConnectionDriver> {
     while (this.current === undefined) {
@@ -80,6 +105,18 @@ export class ConnectionManager implements ConnectionListener {
     }
     return this.current;
   }
+
+  /** Return a connection that has room for a request, or takes no more. Rejects like `get`. */
+  async waitReady(signal?: AbortSignal): Promise<ConnectionDriver> {
+    const connection = await this.get(signal);
+    if (this.#options.maxConnections > 1) {
+      return await this.further.waitReady(connection, signal);
+    }
+    await connection.waitReady(signal);
+    return connection;
+  }
+
+  // --- connecting --------------------------------------------------------------------------------
 
   #start(): Promise<void> {
     if (this.#connecting === undefined) {
@@ -92,69 +129,116 @@ export class ConnectionManager implements ConnectionListener {
   }
 
   async #connect(): Promise<void> {
-    const { clock, backoff, dial, onConnection, onStarting, startTimeoutMs } = this.#options;
+    const { clock, onConnection, onStarting, startTimeoutMs } = this.#options;
     const { signal } = this.#closing;
+    const endpoints = this.#endpoints;
     const startsUntil = clock.now() + startTimeoutMs;
     let isStarting = false;
     for (;;) {
-      const delay = this.#notBefore - clock.now();
+      const delay = endpoints.dueAt - clock.now();
       if (delay > 0) {
         await sleep(clock, delay, signal);
       }
-      try {
-        const connection = await dial(this, signal);
-        if (signal.aborted) {
-          connection.close("closed by this client");
-          throw signal.reason;
+      const connection = await this.#tryAll(endpoints.beginRound());
+      if (connection !== undefined) {
+        const fault = connection.draining ? new GoingAway("the server is going away") : connection.error;
+        if (fault === undefined) {
+          this.current = connection;
+          endpoints.connected(connection.endpoint, clock.now());
+          onConnection(connection);
+          return;
         }
-        if (connection.draining) {
-          throw new GoingAway("the server is going away");
-        }
-        if (connection.error !== undefined) {
-          throw connection.error;
-        }
-        if (!this.#hasConnected) {
-          this.#hasConnected = true;
-          backoff.reset();
-        }
-        this.current = connection;
-        this.#stableAt = clock.now() + STABLE_AFTER_MS;
-        onConnection(connection);
-        return;
-      } catch (error) {
-        if (signal.aborted || !(error instanceof ConnectionClosed || error instanceof TlsError)) {
-          throw error;
-        }
-        this.lastError = error;
-        let delay = backoff.next();
-        if (this.#hasConnected) {
-          if (error instanceof TlsError && !isTransient(error.failure)) {
-            throw error;
-          }
-        } else {
-          delay = Math.min(delay, MAX_START_DELAY_MS);
-          const isRefused = error instanceof CannotConnect && error.refused;
-          const beginsAt = Math.max(clock.now() + delay, this.#notBefore);
-          if (!(isRefused || error instanceof GoingAway) || beginsAt >= startsUntil) {
-            throw error;
-          }
-          if (isRefused && !isStarting) {
-            isStarting = true;
-            onStarting();
-          }
-        }
-        this.#delayNextAttempt(delay);
+        endpoints.failed(connection.endpoint, fault, clock.now(), connection.retryAfterMs);
+      }
+      const error = endpoints.failure(startsUntil);
+      if (error !== undefined) {
+        throw error;
+      }
+      if (!endpoints.hasConnected && !isStarting && endpoints.isRefused) {
+        isStarting = true;
+        onStarting();
       }
     }
   }
 
-  #delayNextAttempt(delayMs: number): void {
-    this.#notBefore = Math.max(this.#notBefore, this.#options.clock.now() + delayMs);
+  /** Make the attempts of a round. Return the first connection, or undefined if all have failed. */
+  async #tryAll(round: Round): Promise<ConnectionDriver | undefined> {
+    const { clock, resolve, dial } = this.#options;
+    const abandoning = new AbortController();
+    const signal = AbortSignal.any([this.#closing.signal, abandoning.signal]);
+    const running = new Set<Promise<void>>();
+    let won: ConnectionDriver | undefined;
+    let fatal: { readonly error: unknown } | undefined;
+    const begin = <T>(work: Promise<T>, done: (result: T) => void, failed: (error: ZcprotoError) => void) => {
+      const settled = work
+        .then(done, (error: unknown) => {
+          if (!(error instanceof ConnectionClosed || error instanceof TlsError) || signal.aborted) {
+            fatal ??= { error };
+          } else {
+            failed(error);
+          }
+        })
+        .finally(() => running.delete(settled));
+      running.add(settled);
+    };
+    const connected = (connection: ConnectionDriver) => {
+      if (signal.aborted || won !== undefined) {
+        connection.close("another address has answered first");
+      } else {
+        won = connection;
+      }
+    };
+    for (const address of round.order) {
+      if (isIP(address.host)) {
+        round.resolved(address, [address.host], clock.now());
+      } else {
+        begin(
+          resolve(address, signal),
+          (ips) => round.resolved(address, ips, clock.now()),
+          (error) => round.unresolved(address, error, clock.now()),
+        );
+      }
+    }
+    try {
+      while (won === undefined && fatal === undefined) {
+        const step = round.next(clock.now());
+        if (typeof step !== "number") {
+          const reached = () => round.reached(step, clock.now());
+          begin(dial(this, step, reached, signal), connected, (error) => round.failed(step, error, clock.now()));
+        } else if (running.size === 0) {
+          break;
+        } else {
+          await this.#oneOf(running, step);
+        }
+      }
+    } finally {
+      abandoning.abort(new ConnectionClosed("another address has answered first", { clean: true }));
+    }
+    this.#closing.signal.throwIfAborted();
+    if (fatal !== undefined) {
+      throw fatal.error;
+    }
+    return won;
+  }
+
+  /** Wait until one of these is settled, or until a time. */
+  async #oneOf(running: ReadonlySet<Promise<void>>, until: number): Promise<void> {
+    const { clock } = this.#options;
+    let wake: () => void = () => undefined;
+    const timeout = new Promise<void>((resolve) => {
+      wake = resolve;
+    });
+    const timer = until === Number.POSITIVE_INFINITY ? undefined : clock.after(until - clock.now(), wake);
+    await Promise.race([...running, timeout]);
+    timer?.cancel();
   }
 
   // --- notifications of connections --------------------------------------------------------------
 
-  eventReceived(_connection: ConnectionDriver, event: EventReceived): void {
+  eventReceived(connection: ConnectionDriver, event: EventReceived): void {
+    if (this.further.has(connection) && (event.token === NO_TOKEN || event.name.startsWith("session."))) {
+      return; // it arrives on the main connection, too
+    }
     // Deferred, so that callers awaiting a response of the same read run first.
     setImmediate(() => this.#options.onEvent(event));
   }
@@ -171,39 +255,46 @@ export class ConnectionManager implements ConnectionListener {
     setImmediate(() => this.#options.onWithdraw(connection, number));
   }
 
+  connectionFree(requests: number): void {
+    this.further.wake(requests);
+  }
+
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void {
-    if (connection === this.current) {
-      this.current = undefined;
-      this.#draining.add(connection);
-    }
-    if (IDLE_REASONS.has(event.reason)) {
+    this.#draining.add(connection);
+    this.further.discard(connection);
+    if (connection !== this.current) {
       return;
     }
-    this.#reconnect(Math.min(event.retryAfterMs, MAX_RETRY_AFTER_MS));
+    this.#leave();
+    if (!IDLE_REASONS.has(event.reason)) {
+      this.#reconnect(connection);
+    }
   }
 
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void {
     this.#options.onEnded(connection, error);
     this.#draining.delete(connection);
+    this.further.discard(connection);
     this.#ending.add(connection);
     void connection.closed.then(() => this.#ending.delete(connection));
     if (connection !== this.current) {
       return;
     }
-    this.current = undefined;
-    this.lastError = error;
-    this.#reconnect();
+    this.#leave();
+    this.#endpoints.lastError = error;
+    this.#reconnect(connection);
   }
 
-  /** Delay the next attempt to connect, and start it now if it is wanted. */
-  #reconnect(retryAfterMs = 0): void {
-    const { clock, backoff } = this.#options;
-    if (clock.now() >= this.#stableAt) {
-      backoff.reset();
-    }
-    this.#stableAt = Number.POSITIVE_INFINITY;
-    this.#delayNextAttempt(backoff.next(retryAfterMs));
-    if (this.#hasConnected && !this.#closing.signal.aborted && this.#options.isWanted()) {
+  /** Stop using the current connection. */
+  #leave(): void {
+    this.current = undefined;
+    this.further.wake(Number.POSITIVE_INFINITY);
+  }
+
+  /** Let the endpoint of a connection rest, and connect again now if that is wanted. */
+  #reconnect({ endpoint, retryAfterMs }: ConnectionDriver): void {
+    this.#endpoints.lost(endpoint, this.#options.clock.now(), retryAfterMs);
+    if (!this.#closing.signal.aborted && this.#options.isWanted()) {
       void this.#start();
     }
   }
@@ -216,9 +307,12 @@ export class ConnectionManager implements ConnectionListener {
    */
   async close(): Promise<void> {
     this.#closing.abort(new ConnectionClosed("this client is closed", { clean: true }));
+    this.further.close();
     await this.#connecting?.catch(() => undefined); // reported to its waiters
-    const connections = [...this.#draining, ...(this.current === undefined ? [] : [this.current])];
-    this.current = undefined;
+    await this.further.connecting;
+    const { current } = this;
+    const connections = [...this.#draining, ...this.further.all, ...(current === undefined ? [] : [current])];
+    this.#leave();
     for (const connection of connections) {
       connection.close("closed by this client");
     }
@@ -227,9 +321,8 @@ export class ConnectionManager implements ConnectionListener {
 
   /** Reset all connections, like a network failure. */
   abort(): void {
-    this.current?.abort();
-    for (const connection of this.#draining) {
-      connection.abort();
+    for (const connection of [this.current, ...this.further.all, ...this.#draining]) {
+      connection?.abort();
     }
   }
 }

@@ -28,6 +28,8 @@ export interface ConnectionListener {
   callWithdrawn(connection: ConnectionDriver, number: number): void;
   connectionDraining(connection: ConnectionDriver, event: GoAwayReceived): void;
   connectionEnded(connection: ConnectionDriver, error: ConnectionClosed): void;
+  /** More requests can be sent, for which none of the connection's own callers waits. */
+  connectionFree(requests: number): void;
 }
 
 /** A request in flight. `response` settles once. */

@@ -246,8 +246,9 @@ export class SessionManager {
     }
   }
 
-  #canRegister({ welcome }: ConnectionDriver): boolean {
-    return this.#options.handlers.methods.length > 0 && welcome?.calls !== undefined;
+  #canRegister(connection: ConnectionDriver): boolean {
+    const isMain = !this.#options.furtherConnections().includes(connection);
+    return isMain && this.#options.handlers.methods.length > 0 && connection.welcome?.calls !== undefined;
   }
 
   #requestDeadline(): number {
@@ -413,7 +414,7 @@ export class SessionManager {
     connection: ConnectionDriver,
     renewal: { must: boolean; backoff: Backoff; done: Set<string> },
   ): Promise<boolean> {
-    const { clock } = this.#options;
+    const { clock, random } = this.#options;
     const { signal } = this.#closing;
     const action = retryAction(error);
     const isFirst = !renewal.done.has(action);
@@ -440,7 +441,8 @@ export class SessionManager {
       return true;
     }
     if (!renewal.must && !SESSION_ENDED_CODES.has(error.code)) {
-      this.#setTimer(this.#nextRefreshAttempt());
+      const wait = ((this.session?.usableUntil ?? 0) - clock.now()) * (0.25 + random() / 4); // a quarter to a half
+      this.#setTimer(clock.now() + Math.max(wait, MIN_REFRESH_INTERVAL_MS));
       return false;
     }
     if (REFUSING_CODES.has(error.code)) {
@@ -488,13 +490,6 @@ export class SessionManager {
     return true;
   }
 
-  /** Return when to retry an early refresh: after a quarter to a half of the remaining time. */
-  #nextRefreshAttempt(): number {
-    const now = this.#options.clock.now();
-    const left = this.session === undefined ? 0 : this.session.usableUntil - now;
-    return now + Math.max(left * (0.25 + this.#options.random() / 4), MIN_REFRESH_INTERVAL_MS);
-  }
-
   #adopt(result: unknown, connection: ConnectionDriver, method: string): void {
     const { clock, random } = this.#options;
     const now = clock.now();
@@ -508,6 +503,10 @@ export class SessionManager {
     } else {
       connection.sessionEnded(token);
       this.#attachedTo = connection;
+    }
+    for (const further of this.#options.furtherConnections()) {
+      further.sessionEnded(token);
+      void this.#presentToken(further);
     }
     this.#setTimer(session.canRefresh(now) ? session.refreshAt : FOREVER);
     if (session.usableUntil - now < MIN_REFRESH_INTERVAL_MS) {

@@ -1,13 +1,13 @@
 /** Settings that `connect` derives from its options. */
 
-import type { Address } from "./address.js";
+import type { Address, Endpoint } from "./address.js";
 import type { Random } from "./backoff.js";
 import type { Client } from "./client.js";
 import type { Clock } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
+import type { Dial, Resolve } from "./connection_manager.js";
 import type { ServerEvent } from "./event_stream.js";
 import type { Handlers } from "./handlers.js";
-import type { ConnectionListener } from "./pending.js";
 import type { Credentials, LoginSource, Signer } from "./session.js";
 
 /** Credentials of another user on the connection of a client: user and key, device and deviceName, or a login. */
@@ -25,8 +25,12 @@ export interface SessionOptions {
 }
 
 export interface ClientSettings {
-  readonly address: Address;
-  readonly dial: (listener: ConnectionListener, signal: AbortSignal) => Promise<ConnectionDriver>;
+  readonly addresses: readonly [Address, ...Address[]];
+  readonly resolve: Resolve;
+  readonly dial: Dial;
+  /** Whether to try the addresses in random order. */
+  readonly isRandom: boolean;
+  readonly maxConnections: number;
   readonly credentials: Credentials | undefined;
   readonly credentialsOf: (options: SessionOptions) => Promise<Credentials>;
   readonly opensSession: boolean;
@@ -35,7 +39,7 @@ export interface ClientSettings {
   readonly client: string;
   readonly maxCalls: number;
   readonly onEvent: ((event: ServerEvent) => void) | undefined;
-  readonly onConnected: ((client: Client) => void) | undefined;
+  readonly onConnected: ((client: Client, endpoint: Endpoint) => void) | undefined;
   readonly onWarning: (message: string) => void;
   readonly clock: Clock;
   readonly random: Random;
@@ -45,6 +49,8 @@ export interface ClientSettings {
 export interface SessionManagerOptions {
   readonly clock: Clock;
   readonly getConnection: (signal: AbortSignal) => Promise<ConnectionDriver>;
+  /** The connections that do not have the handlers of the session. */
+  readonly furtherConnections: () => readonly ConnectionDriver[];
   readonly credentials: Credentials | undefined;
   /** The client as `product/version`, listed by the server. */
   readonly client: string;

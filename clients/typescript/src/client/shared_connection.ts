@@ -8,8 +8,7 @@
 import type { CallReceived, EventReceived } from "../connection/events.js";
 import { Unauthenticated } from "../errors.js";
 import type { Token } from "../wire/frame.js";
-import { addressText } from "./address.js";
-import { Backoff } from "./backoff.js";
+import { addressText, type Endpoint } from "./address.js";
 import type { ConnectionDriver } from "./connection_driver.js";
 import { ConnectionManager } from "./connection_manager.js";
 import type { ClientSettings } from "./settings.js";
@@ -33,21 +32,20 @@ export class SharedConnection {
   readonly manager: ConnectionManager;
   readonly #sessions = new Set<ConnectedSession>();
   /** Called once the sessions were shown on a new connection. */
-  onConnected: () => void = () => undefined;
+  onConnected: (endpoint: Endpoint) => void = () => undefined;
 
-  constructor({ clock, random, dial, address, startTimeoutMs, onWarning }: ClientSettings) {
+  constructor(settings: ClientSettings) {
+    const { addresses, startTimeoutMs, onWarning } = settings;
     this.manager = new ConnectionManager({
-      clock,
-      backoff: new Backoff(random),
-      dial,
-      startTimeoutMs,
+      ...settings,
       onStarting: () => {
         onWarning(
-          `${addressText(address)}: nothing listens there yet; waiting up to ${startTimeoutMs / 1000} s for the server to start`,
+          `${addresses.map(addressText).join(", ")}: nothing listens there yet; waiting up to ${startTimeoutMs / 1000} s for the server to start`,
         );
       },
       isWanted: () => [...this.#sessions].some(({ hasEnded }) => !hasEnded),
       onConnection: (connection) => void this.#present(connection),
+      onFurther: (connection) => this.#forAll((session) => void session.present(connection)),
       onEvent: (event) => this.#sessionOf(event.token).eventReceived(event),
       onCall: (connection, event) => this.#callReceived(connection, event),
       onWithdraw: (connection, number) => this.#forAll((session) => session.callWithdrawn(connection, number)),
@@ -93,7 +91,7 @@ export class SharedConnection {
   async #present(connection: ConnectionDriver): Promise<void> {
     await Promise.all([...this.#sessions].map((session) => session.present(connection)));
     if (this.manager.current === connection) {
-      this.onConnected();
+      this.onConnected(connection.endpoint);
     }
   }
 }

@@ -63,6 +63,7 @@ export class UserClient implements AsyncDisposable {
       clock,
       random,
       getConnection: (signal) => shared.manager.get(signal),
+      furtherConnections: () => shared.manager.further.all,
       credentials,
       client,
       handlers: this.#handlers,
@@ -205,8 +206,7 @@ export class UserClient implements AsyncDisposable {
         attempt.backoff.reset();
         attempt.done.clear();
       }
-      const asked = error instanceof CallError ? retryAfterMs(error.details) : 0;
-      await this.#wait(attempt.backoff.next(asked), error, failed);
+      await this.#wait(attempt.backoff.next(askedBy(error, connection)), error, failed);
       return;
     }
     if (call.hasBegun?.() === true) {
@@ -232,7 +232,7 @@ export class UserClient implements AsyncDisposable {
     const action = retryAction(error);
     const isFirst = !attempt.done.has(action);
     if (action === "later") {
-      await this.#wait(attempt.backoff.next(retryAfterMs(error.details)), error, failed);
+      await this.#wait(attempt.backoff.next(askedBy(error, connection)), error, failed);
     } else if (action === "at_once" && isFirst) {
       attempt.done.add(action);
     } else if (action === "attach" && token !== NO_TOKEN && isFirst) {
@@ -311,8 +311,7 @@ export class UserClient implements AsyncDisposable {
         throw new ConnectionClosed("this client is closed", { clean: true });
       }
       await this.#sessions.waitUntilUsable(signal);
-      const connection = await this.#shared.manager.get(signal);
-      await connection.waitReady(signal);
+      const connection = await this.#shared.manager.waitReady(signal);
       if (connection.ready && this.#clock.now() < this.#sessions.usableUntil) {
         return connection;
       }
@@ -412,6 +411,14 @@ interface FailedCall {
   readonly attempt: Attempt;
   readonly connection: ConnectionDriver;
   readonly token: Token;
+}
+
+/**
+ * Return the delay that a server asks for. If it goes away the next connection waits for that, unless it is to another
+ * server.
+ */
+function askedBy(error: ZcprotoError, { draining }: ConnectionDriver): number {
+  return error instanceof CallError && !draining ? retryAfterMs(error.details) : 0;
 }
 
 function isTooLarge(error: InvalidArgument, connection: ConnectionDriver): boolean {

@@ -1,22 +1,22 @@
-/** Makes one connection: TCP, TLS, WELCOME, and the `sts` policy of the host. */
+/** Makes one connection: TCP, TLS, WELCOME, and the `sts` policy of the host. Resolves names. */
 
+import { lookup } from "node:dns/promises";
 import { connect, type Socket } from "node:net";
-import { type Address, addressText } from "../client/address.js";
+import { type Address, addressText, type Endpoint, endpointText } from "../client/address.js";
 import { type Clock, unlessAborted } from "../client/clock.js";
 import { ConnectionDriver } from "../client/connection_driver.js";
 import type { ConnectionListener } from "../client/pending.js";
 import { isTransient } from "../client/retry.js";
 import { escapeText } from "../client/text.js";
 import { ClientConnection } from "../connection/connection.js";
-import { CannotConnect, ConfigError, ConnectionClosed, TlsError } from "../errors.js";
+import { CannotConnect, ConfigError, ConnectionClosed, TlsError, ZcprotoError } from "../errors.js";
 import type { KnownHosts } from "./known_hosts.js";
 import { startTls, type TlsSettings } from "./transport.js";
 import type { Trust } from "./trust.js";
 
 export interface DialSettings {
-  readonly address: Address;
-  /** The name or address to verify in the certificate. */
-  readonly serverHostname: string;
+  /** The name or address to verify in the certificate, instead of the host. */
+  readonly serverHostname: string | undefined;
   readonly trust: Trust;
   readonly knownHosts: KnownHosts | undefined;
   /** For timeouts and timestamps; `systemClock` is for dates of certificates. */
@@ -28,7 +28,7 @@ export interface DialSettings {
   readonly onWarning: (message: string) => void;
 }
 
-/** Makes connections to one server. */
+/** Makes connections to the servers of a client. */
 export class Dialer {
   readonly #settings: DialSettings;
 
@@ -36,15 +36,35 @@ export class Dialer {
     this.#settings = settings;
   }
 
-  /** Connect and wait for WELCOME. Rejects with CannotConnect, ConnectionClosed, TlsError, CertificateError. */
-  async dial(listener: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
-    const { address, trust, knownHosts, serverHostname, systemClock } = this.#settings;
-    if (!trust.verify) {
-      for (const host of new Set([address.host, serverHostname])) {
-        await knownHosts?.require(host, systemClock.wall());
+  /** Return the IP addresses of a name, the resolver's choice first. Rejects with CannotConnect or TlsError. */
+  async resolve(address: Address, signal: AbortSignal): Promise<string[]> {
+    const name = addressText(address);
+    await this.#requireVerification(address);
+    try {
+      const found = await this.#inTime(lookup(address.host, { all: true, verbatim: true }), name, signal);
+      return found.map(({ address: ip }) => ip);
+    } catch (error) {
+      if (error instanceof ZcprotoError) {
+        throw error;
       }
+      const { code, message } = error as NodeJS.ErrnoException;
+      throw new CannotConnect(`${name}: ${code ?? message}; check the host name and DNS`, { cause: error });
     }
-    const connection = await this.#connect(listener, signal);
+  }
+
+  /**
+   * Connect and wait for WELCOME, and call `onReached` once there is a TCP connection. Rejects with CannotConnect,
+   * ConnectionClosed, TlsError, CertificateError.
+   */
+  async dial(
+    listener: ConnectionListener,
+    endpoint: Endpoint,
+    onReached: () => void,
+    signal: AbortSignal,
+  ): Promise<ConnectionDriver> {
+    const { trust, knownHosts } = this.#settings;
+    await this.#requireVerification(endpoint);
+    const connection = await this.#connect(listener, endpoint, onReached, signal);
     if (trust.verify && knownHosts !== undefined) {
       try {
         await this.#remember(connection, knownHosts);
@@ -56,13 +76,34 @@ export class Dialer {
     return connection;
   }
 
-  async #connect(listener: ConnectionListener, signal: AbortSignal): Promise<ConnectionDriver> {
-    const { address, clock, maxFrame, toleranceMs } = this.#settings;
-    const connection = new ConnectionDriver(listener, clock, new ClientConnection({ maxFrame, toleranceMs }));
-    const options = await this.#tlsOptions(signal);
-    const tcp = connect({ ...address, noDelay: true, allowHalfOpen: true }); // to send close_notify after the server's
+  /** Return the name that the certificate must be valid for. */
+  #hostname({ host }: Address): string {
+    return this.#settings.serverHostname ?? host;
+  }
+
+  /** Reject with TlsError if a policy forbids connecting without verification. */
+  async #requireVerification(address: Address): Promise<void> {
+    const { trust, knownHosts, systemClock } = this.#settings;
+    if (!trust.verify) {
+      for (const host of new Set([address.host, this.#hostname(address)])) {
+        await knownHosts?.require(host, systemClock.wall());
+      }
+    }
+  }
+
+  async #connect(
+    listener: ConnectionListener,
+    endpoint: Endpoint,
+    onReached: () => void,
+    signal: AbortSignal,
+  ): Promise<ConnectionDriver> {
+    const { clock, maxFrame, toleranceMs } = this.#settings;
+    const connection = new ConnectionDriver(listener, clock, new ClientConnection({ maxFrame, toleranceMs }), endpoint);
+    const options = await this.#tlsOptions(endpoint, signal);
+    const { ip: host, port } = endpoint;
+    const tcp = connect({ host, port, noDelay: true, allowHalfOpen: true }); // to send close_notify after the server's
     try {
-      await this.#inTime(this.#establish(tcp, connection, options), signal);
+      await this.#inTime(this.#establish(tcp, connection, options, onReached), endpointText(endpoint), signal);
       return connection;
     } catch (error) {
       connection.abort();
@@ -72,17 +113,17 @@ export class Dialer {
   }
 
   /** Read the files of the trust. A server that is starting writes its CA before it listens. */
-  async #tlsOptions(signal: AbortSignal): Promise<TlsSettings["options"]> {
-    const { address, trust } = this.#settings;
+  async #tlsOptions(endpoint: Endpoint, signal: AbortSignal): Promise<TlsSettings["options"]> {
+    const { trust } = this.#settings;
     try {
       return await trust.tlsOptions();
     } catch (error) {
       if (!trust.isCaMissing()) {
         throw error;
       }
-      const tcp = connect(address);
+      const tcp = connect({ host: endpoint.ip, port: endpoint.port });
       try {
-        await this.#inTime(this.#reached(tcp), signal);
+        await this.#inTime(this.#reached(tcp, endpoint), endpointText(endpoint), signal);
       } finally {
         tcp.destroy();
       }
@@ -91,11 +132,11 @@ export class Dialer {
   }
 
   /** Limit a part of an attempt by the connect timeout. */
-  async #inTime<T>(work: Promise<T>, signal: AbortSignal): Promise<T> {
-    const { address, clock, connectTimeoutMs } = this.#settings;
+  async #inTime<T>(work: Promise<T>, name: string, signal: AbortSignal): Promise<T> {
+    const { clock, connectTimeoutMs } = this.#settings;
     const timeout = new AbortController();
     const timer = clock.after(connectTimeoutMs, () => {
-      timeout.abort(new CannotConnect(`${addressText(address)}: no response within ${connectTimeoutMs / 1000} s`));
+      timeout.abort(new CannotConnect(`${name}: no response within ${connectTimeoutMs / 1000} s`));
     });
     try {
       return await unlessAborted(work, AbortSignal.any([timeout.signal, signal]));
@@ -104,31 +145,36 @@ export class Dialer {
     }
   }
 
-  #reached(tcp: Socket): Promise<void> {
+  #reached(tcp: Socket, endpoint: Endpoint): Promise<void> {
     return new Promise((resolve, reject) => {
       tcp.once("connect", () => {
         tcp.removeAllListeners("error");
         resolve();
       });
-      tcp.once("error", (error) => reject(this.#cannotConnect(error)));
+      tcp.once("error", (error) => reject(this.#cannotConnect(error, endpoint)));
     });
   }
 
-  #cannotConnect(error: Error): CannotConnect {
-    const { address, trust } = this.#settings;
-    const codes = codesOf(error);
-    const refused = codes.includes("ECONNREFUSED");
+  #cannotConnect(error: NodeJS.ErrnoException, endpoint: Endpoint): CannotConnect {
+    const { trust } = this.#settings;
+    const refused = error.code === "ECONNREFUSED";
     const missing = refused && trust.isCaMissing() ? `, and ${escapeText(String(trust.caFile))} does not exist` : "";
     const cure = refused ? "start the server, or check the host and the port" : "check the address and the network";
-    const cause = refused ? "ECONNREFUSED" : (codes[0] ?? error.message);
-    return new CannotConnect(`${addressText(address)}: ${cause}${missing}; ${cure}`, { refused, cause: error });
+    const problem = `${error.code ?? error.message}${missing}`;
+    return new CannotConnect(`${addressText(endpoint)}: ${problem}; ${cure}`, { refused, cause: error });
   }
 
-  async #establish(tcp: Socket, connection: ConnectionDriver, options: TlsSettings["options"]): Promise<void> {
-    const { serverHostname, trust, clock, systemClock } = this.#settings;
+  async #establish(
+    tcp: Socket,
+    connection: ConnectionDriver,
+    options: TlsSettings["options"],
+    onReached: () => void,
+  ): Promise<void> {
+    const { trust, clock, systemClock } = this.#settings;
     const wall = () => systemClock.wall();
-    await this.#reached(tcp);
-    await startTls(tcp, connection, { options, host: serverHostname, trust, clock, wall });
+    await this.#reached(tcp, connection.endpoint);
+    onReached();
+    await startTls(tcp, connection, { options, host: this.#hostname(connection.endpoint), trust, clock, wall });
     await connection.welcomed;
   }
 
@@ -154,23 +200,18 @@ export class Dialer {
   }
 
   /** Store the server's policy. Failing to write the file only causes a warning. */
-  async #remember({ welcome }: ConnectionDriver, knownHosts: KnownHosts): Promise<void> {
-    const { serverHostname, systemClock, onWarning } = this.#settings;
+  async #remember({ endpoint, welcome }: ConnectionDriver, knownHosts: KnownHosts): Promise<void> {
+    const { systemClock, onWarning } = this.#settings;
+    const hostname = this.#hostname(endpoint);
     try {
       if (welcome !== undefined) {
-        await knownHosts.learn(serverHostname, welcome.sts, systemClock.wall());
+        await knownHosts.learn(hostname, welcome.sts, systemClock.wall());
       }
     } catch (error) {
       if (!(error instanceof ConfigError || (error as NodeJS.ErrnoException).code !== undefined)) {
         throw error;
       }
-      onWarning(`the sts policy of ${serverHostname} was not stored: ${escapeText((error as Error).message)}`);
+      onWarning(`the sts policy of ${hostname} was not stored: ${escapeText((error as Error).message)}`);
     }
   }
-}
-
-/** Return the error codes of the system. Node wraps those of all addresses of a host in one error without a message. */
-function codesOf(error: Error): string[] {
-  const errors: NodeJS.ErrnoException[] = error instanceof AggregateError ? error.errors : [error];
-  return errors.flatMap(({ code }) => (code === undefined ? [] : [code]));
 }

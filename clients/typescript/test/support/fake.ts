@@ -1,6 +1,7 @@
 /** A clock that tests advance, and a server in memory that they script. */
 
 import assert from "node:assert/strict";
+import type { Endpoint } from "../../src/client/address.js";
 import { Client } from "../../src/client/client.js";
 import type { Clock, Timer } from "../../src/client/clock.js";
 import { ConnectionDriver } from "../../src/client/connection_driver.js";
@@ -135,10 +136,10 @@ export class FakeConnection implements Transport {
   readonly #server: FakeServer;
   readonly #salt: bigint;
 
-  constructor(server: FakeServer, listener: ConnectionListener, salt: bigint) {
+  constructor(server: FakeServer, listener: ConnectionListener, salt: bigint, endpoint: Endpoint) {
     this.#server = server;
     this.#salt = salt;
-    this.driver = new ConnectionDriver(listener, server.clock, new ClientConnection());
+    this.driver = new ConnectionDriver(listener, server.clock, new ClientConnection(), endpoint);
     this.driver.connectionMade(this);
     this.#decoder.accepted = acceptedBy("server", ["streams", "calls"]);
   }
@@ -315,12 +316,12 @@ export class FakeServer {
     }
   }
 
-  readonly dial = async (listener: ConnectionListener): Promise<ConnectionDriver> => {
+  readonly dial = async (listener: ConnectionListener, endpoint: Endpoint): Promise<ConnectionDriver> => {
     const error = this.connectErrors.shift();
     if (error !== undefined) {
       throw error;
     }
-    const connection = new FakeConnection(this, listener, BigInt(1000 + this.connections.length));
+    const connection = new FakeConnection(this, listener, BigInt(1000 + this.connections.length), endpoint);
     this.connections.push(connection);
     connection.send(Kind.WELCOME, 0, this.welcome);
     this.onConnection(connection);
@@ -330,8 +331,11 @@ export class FakeServer {
 
   client(more: Partial<ClientSettings> = {}): Client {
     return new Client({
-      address: { host: "fake", port: 7443 },
+      addresses: [{ host: "fake", port: 7443 }],
+      resolve: () => Promise.resolve(["192.0.2.1"]),
       dial: this.dial,
+      isRandom: true,
+      maxConnections: 1,
       credentials: new ApiKey("ada", KEY),
       opensSession: true,
       startTimeoutMs: 0,

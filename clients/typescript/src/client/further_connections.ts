@@ -1,0 +1,194 @@
+/**
+ * Further connections to the server of the main one, for calls that it has no room for (gRPC proposal A105).
+ *
+ * Decides: when one is made and closed, and which call gets the next room.
+ * Rules: one is made while calls wait for room and all connections have as many requests in flight as the server allows, one
+ * at a time, to where the main connection is. A failure fails no call; the next attempt after it, or after a loss, is
+ * delayed. Calls are served in order of arrival, by whichever connection has room first. One on which nothing was in
+ * flight for IDLE_AFTER_MS is closed; one that is lost is not replaced until it is needed.
+ * Must not know: sessions.
+ */
+
+import type { Endpoint } from "./address.js";
+import type { Backoff } from "./backoff.js";
+import type { Clock, Timer } from "./clock.js";
+import type { ConnectionDriver } from "./connection_driver.js";
+
+export const IDLE_AFTER_MS = 30_000;
+
+export interface FurtherConnectionsOptions {
+  readonly clock: Clock;
+  readonly backoff: Backoff;
+  /** The most connections beside the main one. */
+  readonly max: number;
+  readonly dial: (endpoint: Endpoint) => Promise<ConnectionDriver>;
+  readonly onOpened: (connection: ConnectionDriver) => void;
+}
+
+export class FurtherConnections {
+  /** The attempt under way. */
+  connecting: Promise<void> | undefined;
+  readonly #options: FurtherConnectionsOptions;
+  /** When each connection was used last. */
+  readonly #usedAt = new Map<ConnectionDriver, number>();
+  /** Callers that were given a connection, and have not sent their request. */
+  readonly #assigned = new WeakMap<ConnectionDriver, number>();
+  #waiting: (() => void)[] = [];
+  #notBefore = Number.NEGATIVE_INFINITY;
+  #idleTimer: Timer | undefined;
+  #isClosed = false;
+
+  constructor(options: FurtherConnectionsOptions) {
+    this.#options = options;
+  }
+
+  has(connection: ConnectionDriver): boolean {
+    return this.#usedAt.has(connection);
+  }
+
+  get all(): ConnectionDriver[] {
+    return [...this.#usedAt.keys()];
+  }
+
+  /** Return a connection that has room for a request, or the main one if it takes no more. Rejects with the signal's reason. */
+  async waitReady(main: ConnectionDriver, signal?: AbortSignal): Promise<ConnectionDriver> {
+    let wasWoken = false;
+    for (;;) {
+      if (main.draining || main.error !== undefined) {
+        return main;
+      }
+      const free = [main, ...this.all].find((connection) => this.#roomOf(connection) > 0);
+      if (free !== undefined) {
+        if (free !== main) {
+          this.#usedAt.set(free, this.#options.clock.now());
+        }
+        this.#assign(free);
+        return free;
+      }
+      if ([main, ...this.all].every(({ freeStreams }) => freeStreams <= 0)) {
+        this.#grow(main.endpoint);
+      }
+      await this.#wait(wasWoken, signal);
+      wasWoken = true;
+    }
+  }
+
+  /** Return how many more callers a connection has room for. */
+  #roomOf(connection: ConnectionDriver): number {
+    return connection.ready ? connection.freeStreams - (this.#assigned.get(connection) ?? 0) : 0;
+  }
+
+  /** Keep room for a caller, which sends its request in this tick. */
+  #assign(connection: ConnectionDriver): void {
+    this.#assigned.set(connection, (this.#assigned.get(connection) ?? 0) + 1);
+    setImmediate(() => {
+      this.#assigned.set(connection, (this.#assigned.get(connection) ?? 1) - 1);
+      this.wake(this.#roomOf(connection)); // there can be more than when this caller was woken
+    });
+  }
+
+  #wait(wasWoken: boolean, signal: AbortSignal | undefined): Promise<void> {
+    return new Promise((resolve, reject) => {
+      if (signal?.aborted) {
+        this.wake(1); // pass the turn on to the next
+        reject(signal.reason as Error);
+        return;
+      }
+      const wake = () => {
+        signal?.removeEventListener("abort", leave);
+        resolve();
+      };
+      const leave = () => {
+        this.#waiting = this.#waiting.filter((waiter) => waiter !== wake);
+        reject(signal?.reason as Error);
+      };
+      signal?.addEventListener("abort", leave, { once: true });
+      if (wasWoken) {
+        this.#waiting.unshift(wake); // another caller was faster in this tick: keep the place in the queue
+      } else {
+        this.#waiting.push(wake);
+      }
+    });
+  }
+
+  /** Wake the next callers, for so many of which there is room. */
+  wake(requests: number): void {
+    for (const wake of this.#waiting.splice(0, Math.max(0, requests))) {
+      wake();
+    }
+  }
+
+  // --- opening and closing -----------------------------------------------------------------------
+
+  /** Make another connection, unless that is under way, has failed lately, or there are too many. */
+  #grow(endpoint: Endpoint): void {
+    const { clock, max } = this.#options;
+    const isAllowed = !this.#isClosed && this.#usedAt.size < max && clock.now() >= this.#notBefore;
+    if (this.connecting === undefined && isAllowed) {
+      this.connecting = this.#connect(endpoint).finally(() => {
+        this.connecting = undefined;
+        if (this.#waiting.length > 0) {
+          this.#grow(endpoint);
+        }
+      });
+    }
+  }
+
+  async #connect(endpoint: Endpoint): Promise<void> {
+    const { clock, backoff, dial, onOpened } = this.#options;
+    let connection: ConnectionDriver;
+    try {
+      connection = await dial(endpoint);
+    } catch {
+      this.#notBefore = clock.now() + backoff.next(); // whatever it is, the main connection goes on
+      return;
+    }
+    if (this.#isClosed) {
+      connection.close("closed by this client");
+      return;
+    }
+    if (connection.draining || connection.error !== undefined) {
+      this.#notBefore = clock.now() + backoff.next(connection.retryAfterMs);
+      return;
+    }
+    this.#usedAt.set(connection, clock.now());
+    this.#closeLater();
+    onOpened(connection);
+    this.wake(connection.freeStreams);
+  }
+
+  #closeLater(): void {
+    this.#idleTimer ??= this.#options.clock.after(IDLE_AFTER_MS, () => this.#closeIdle());
+  }
+
+  /** Close the connections that were not used lately. */
+  #closeIdle(): void {
+    this.#idleTimer = undefined;
+    const { clock, backoff } = this.#options;
+    const idleSince = clock.now() - IDLE_AFTER_MS;
+    for (const [connection, usedAt] of [...this.#usedAt]) {
+      if (usedAt <= idleSince && connection.isIdle) {
+        this.discard(connection);
+        backoff.reset();
+        connection.close("no calls for a further connection");
+      }
+    }
+    if (this.#usedAt.size > 0) {
+      this.#closeLater();
+    }
+  }
+
+  /** Stop using a connection: it was lost, or the server goes away. */
+  discard(connection: ConnectionDriver): void {
+    if (this.#usedAt.delete(connection)) {
+      const { clock, backoff } = this.#options;
+      this.#notBefore = clock.now() + backoff.next();
+    }
+  }
+
+  /** Make no more connections. The caller closes those that are open. */
+  close(): void {
+    this.#isClosed = true;
+    this.#idleTimer?.cancel();
+  }
+}

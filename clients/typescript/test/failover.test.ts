@@ -1,0 +1,346 @@
+/** A client of several servers: which one it uses, and what becomes of its calls when that is lost or goes away. */
+
+import assert from "node:assert/strict";
+import { afterEach, beforeEach, describe, test } from "node:test";
+import type { Endpoint } from "../src/client/address.js";
+import type { Client } from "../src/client/client.js";
+import { ATTEMPT_DELAY_MS, HANDSHAKE_DELAY_MS } from "../src/client/endpoints.js";
+import { IDLE_AFTER_MS } from "../src/client/further_connections.js";
+import type { ClientSettings } from "../src/client/settings.js";
+import { CannotConnect, Code, ConnectionClosed, TlsError } from "../src/errors.js";
+import { Kind } from "../src/wire/frame.js";
+import { Failure, FakeServer, NO_RESPONSE, type Request, settled, tokenText, WELCOME, watch } from "./support/fake.js";
+
+const A = "192.0.2.1";
+const B = "192.0.2.2";
+const refused = () => new CannotConnect("refused", { refused: true });
+
+let server: FakeServer;
+let client: Client;
+/** What the next attempts at an IP address get. */
+let faults: Map<string, Error[]>;
+/** How long an IP address takes to WELCOME, and whether it has a TCP connection meanwhile. */
+let delays: Map<string, { readonly ms: number; readonly listens: boolean }>;
+let dialled: string[];
+
+beforeEach(() => {
+  server = new FakeServer();
+  faults = new Map();
+  delays = new Map();
+  dialled = [];
+});
+
+afterEach(() => server.closed(client));
+
+/** Return the settings of a client that prefers A to B. */
+function fleet(more: Partial<ClientSettings> = {}): Partial<ClientSettings> {
+  return {
+    addresses: [
+      { host: A, port: 7443 },
+      { host: B, port: 7443 },
+    ],
+    isRandom: false,
+    dial: async (listener, endpoint, onReached, signal) => {
+      dialled.push(endpoint.ip);
+      const delay = delays.get(endpoint.ip);
+      if (delay?.listens !== false) {
+        onReached();
+      }
+      if (delay !== undefined) {
+        await new Promise<void>((resolve, reject) => {
+          const timer = server.clock.after(delay.ms, resolve);
+          signal.addEventListener("abort", () => {
+            timer.cancel();
+            reject(signal.reason as Error);
+          });
+        });
+      }
+      const fault = faults.get(endpoint.ip)?.shift();
+      if (fault !== undefined) {
+        throw fault;
+      }
+      return await server.dial(listener, endpoint);
+    },
+    ...more,
+  };
+}
+
+/** Return the IP addresses that requests of a method came to. */
+function where(method = "echo"): string[] {
+  const requests = server.requests.filter((request) => request.method === method);
+  return requests.map(({ connection }) => connection.driver.endpoint.ip);
+}
+
+describe("connecting", () => {
+  test("client uses the first address and tries no other", async () => {
+    client = await server.connect(fleet());
+    await server.clock.advance(1_000_000);
+    assert.deepEqual(dialled, [A]);
+    assert.deepEqual(client.addresses, [`${A}:7443`, `${B}:7443`]);
+    assert.deepEqual(client.endpoint, { host: A, port: 7443, ip: A });
+  });
+
+  test("refused address is skipped at once", async () => {
+    faults.set(A, [refused()]);
+    client = await server.connect(fleet());
+    assert.deepEqual(dialled, [A, B]);
+  });
+
+  test("address that does not answer is overtaken, a frozen server later", async () => {
+    for (const [listens, ms] of [
+      [false, ATTEMPT_DELAY_MS],
+      [true, HANDSHAKE_DELAY_MS],
+    ] as const) {
+      delays.set(A, { ms: 10_000, listens });
+      client = server.client(fleet());
+      const opening = watch(client.open());
+      await server.clock.advance(ms - 1);
+      assert.ok(!opening.isDone);
+      await server.clock.advance(1);
+      assert.ok(opening.isDone && opening.error === undefined);
+      assert.equal(client.endpoint?.ip, B);
+      await server.closed(client);
+    }
+  });
+
+  test("name that is resolved late does not hold up the others", async () => {
+    const resolve = async ({ host }: { host: string }) => {
+      if (host === "slow.example") {
+        await new Promise<void>((done) => server.clock.after(5_000, done));
+      }
+      return [host === "slow.example" ? A : B];
+    };
+    const addresses = ["slow.example", "fast.example"].map((host) => ({ host, port: 7443 }));
+    client = server.client(fleet({ addresses: addresses as unknown as ClientSettings["addresses"], resolve }));
+    const opening = watch(client.open());
+    await server.clock.advance(100);
+    assert.ok(opening.isDone && opening.error === undefined);
+    assert.deepEqual(client.endpoint, { host: "fast.example", port: 7443, ip: B });
+    await server.clock.advance(5_000);
+  });
+
+  test("onConnected gets the endpoint", async () => {
+    const seen: Endpoint[] = [];
+    client = await server.connect(fleet({ onConnected: (_, endpoint) => seen.push(endpoint) }));
+    server.last.end(new TlsError("truncated"));
+    await settled();
+    assert.deepEqual(
+      seen.map(({ ip }) => ip),
+      [A, B],
+    );
+  });
+});
+
+describe("loss and GOAWAY", () => {
+  test("lost connection is replaced by one to another server at once, and kept", async () => {
+    client = await server.connect(fleet());
+    server.last.end(new TlsError("truncated"));
+    assert.deepEqual(await client.call("echo", { x: 1 }), { x: 1 });
+    assert.deepEqual(where(), [B]);
+    assert.deepEqual(where("session.open"), [A]);
+    await server.clock.advance(1_000_000);
+    assert.deepEqual(dialled, [A, B]);
+  });
+
+  test("idle close reconnects to the same server", async () => {
+    client = await server.connect(fleet());
+    server.last.end(new TlsError("truncated"));
+    await settled();
+    server.last.goAway("idle");
+    server.last.end();
+    await server.clock.advance(1_000);
+    await client.call("echo");
+    assert.deepEqual(dialled, [A, B, B]);
+  });
+
+  test("server that goes away rests as long as it asks, while its answers are awaited", async () => {
+    client = await server.connect(fleet());
+    const held: Request[] = [];
+    server.on("hold", (request) => {
+      held.push(request);
+      return NO_RESPONSE;
+    });
+    const call = watch(client.call("hold"));
+    await settled();
+    server.last.goAway("draining", 20_000);
+    await client.call("echo");
+    assert.deepEqual(where(), [B]);
+    held[0]?.connection.respond(held[0], "done");
+    await settled();
+    assert.equal(call.value, "done");
+    faults.set(B, Array.from({ length: 1_000 }, refused));
+    server.last.end(new TlsError("truncated"));
+    await server.clock.advance(15_000);
+    assert.equal(dialled.filter((ip) => ip === A).length, 1);
+    await server.clock.advance(6_000);
+    assert.equal(client.endpoint?.ip, A);
+  });
+
+  test("call that a draining server refused is sent to another at once", async () => {
+    client = await server.connect(fleet());
+    server.script("echo", ({ connection }: Request) => {
+      connection.goAway("draining", 60_000);
+      return new Failure(Code.UNAVAILABLE, { retry_after_ms: 60_000 });
+    });
+    const call = watch(client.call("echo"));
+    await settled();
+    server.on("echo", () => "done");
+    await server.clock.advance(100);
+    assert.equal(call.value, "done");
+  });
+
+  test("wrong certificates are reported if all servers have one", async () => {
+    client = await server.connect(fleet());
+    const wrong = () => [new TlsError("pin_mismatch"), new TlsError("pin_mismatch")];
+    faults.set(A, wrong()).set(B, wrong());
+    server.last.end(new TlsError("truncated"));
+    const call = watch(client.call("echo"));
+    await server.clock.advance(1_000);
+    assert.ok(call.error instanceof TlsError);
+  });
+});
+
+describe("calls", () => {
+  const cut = ({ connection }: Request) => {
+    connection.end(new TlsError("truncated"));
+    return NO_RESPONSE;
+  };
+
+  test("call that may have run is sent to another server only with a key", async () => {
+    client = await server.connect(fleet());
+    server.script("echo", cut, "done");
+    await assert.rejects(client.call("echo"), ConnectionClosed);
+    assert.deepEqual(where(), [A]);
+    await server.clock.advance(100);
+    server.script("echo", cut, "done");
+    const call = watch(client.call("echo", {}, { idempotencyKey: "k-1" }));
+    await server.clock.advance(200);
+    assert.equal(call.value, "done");
+    assert.deepEqual(where(), [A, B, A]);
+  });
+});
+
+describe("further connections", () => {
+  const held: Request[] = [];
+  const respondAll = () => {
+    for (const request of held.splice(0)) {
+      request.connection.respond(request, request.params);
+    }
+  };
+
+  beforeEach(() => {
+    held.length = 0;
+    server.welcome = { ...WELCOME, max_streams: 2 };
+    server.on("hold", (request) => {
+      held.push(request);
+      return NO_RESPONSE;
+    });
+  });
+
+  test("one is made when max_streams are in flight, to the same server, up to the limit", async () => {
+    client = await server.connect(fleet({ maxConnections: 3 }));
+    const calls = Array.from({ length: 9 }, (_, n) => client.call("hold", { n }));
+    await server.clock.advance(1);
+    assert.deepEqual(dialled, [A, A, A]);
+    assert.equal(held.length, 6);
+    respondAll();
+    await settled();
+    respondAll();
+    await settled();
+    assert.deepEqual(
+      await Promise.all(calls),
+      Array.from({ length: 9 }, (_, n) => ({ n })),
+    );
+    const [, further] = server.connections;
+    assert.equal(further?.frames.find(({ kind }) => kind === Kind.REQUEST)?.token, tokenText(1));
+  });
+
+  test("calls wait without one by default", async () => {
+    client = await server.connect(fleet());
+    const calls = Array.from({ length: 3 }, () => watch(client.call("hold")));
+    await server.clock.advance(1_000);
+    assert.deepEqual([held.length, dialled.length], [2, 1]);
+    respondAll();
+    await settled();
+    respondAll();
+    await settled();
+    assert.ok(calls.every(({ isDone }) => isDone));
+  });
+
+  test("it is closed when it was idle", async () => {
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    const calls = Array.from({ length: 3 }, () => client.call("hold", {}, { timeoutMs: Number.POSITIVE_INFINITY }));
+    await settled();
+    await server.clock.advance(3 * IDLE_AFTER_MS);
+    assert.ok(!server.last.isClosed);
+    respondAll();
+    await Promise.all(calls);
+    await server.clock.advance(2 * IDLE_AFTER_MS);
+    assert.deepEqual(
+      server.connections.map(({ isClosed }) => isClosed),
+      [false, true],
+    );
+  });
+
+  test("failed attempt fails no call, and is repeated later", async () => {
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    faults.set(A, [refused()]);
+    const calls = Array.from({ length: 3 }, () => client.call("hold"));
+    await settled();
+    assert.equal(dialled.length, 2);
+    await server.clock.advance(100);
+    const another = client.call("hold");
+    await settled();
+    assert.equal(dialled.length, 3);
+    respondAll();
+    await settled();
+    respondAll();
+    await Promise.all([...calls, another]);
+  });
+
+  test("loss of the main connection wakes the calls that wait", async () => {
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    const calls = Array.from({ length: 4 }, () => watch(client.call("hold")));
+    await settled();
+    const waiting = client.call("echo", { x: 1 });
+    await settled();
+    server.connections[0]?.end(new TlsError("truncated"));
+    assert.deepEqual(await waiting, { x: 1 });
+    assert.equal(client.endpoint?.ip, B);
+    assert.equal(calls.filter(({ error }) => error instanceof ConnectionClosed).length, 2);
+    respondAll();
+    await settled();
+  });
+
+  test("events of a session come once", async () => {
+    const names: string[] = [];
+    client = await server.connect(fleet({ maxConnections: 2, onEvent: ({ name }) => names.push(name) }));
+    const calls = Array.from({ length: 3 }, () => client.call("hold"));
+    await settled();
+    for (const connection of server.connections) {
+      connection.send(Kind.EVENT, 0, ["session.expiring", { expires_at: 1 }], { token: tokenText(1) });
+      connection.send(Kind.EVENT, 0, ["pins.next", { pins: [], from: 1 }]);
+      connection.send(Kind.EVENT, 0, ["news", 1], { token: tokenText(1) });
+    }
+    await settled();
+    assert.deepEqual(names.sort(), ["news", "news", "pins.next", "session.expiring"]);
+    respondAll();
+    await Promise.all(calls);
+  });
+
+  test("aborted call leaves the queue", async () => {
+    client = await server.connect(fleet({ maxConnections: 2 }));
+    const calls = Array.from({ length: 4 }, () => client.call("hold"));
+    await settled();
+    const controller = new AbortController();
+    const aborted = watch(client.call("echo", {}, { signal: controller.signal }));
+    const waiting = client.call("echo", { x: 1 });
+    await settled();
+    controller.abort(new Error("aborted by the test"));
+    await settled();
+    assert.match(String(aborted.error), /aborted by the test/);
+    respondAll();
+    assert.deepEqual(await waiting, { x: 1 });
+    await Promise.all(calls);
+  });
+});

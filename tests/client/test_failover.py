@@ -1,0 +1,512 @@
+"""A client of several servers: which one it uses, and what becomes of its calls when that is lost or goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.client.helpers import (
+    ScriptedServer,
+    client_of_all,
+    cut,
+    fail,
+    goodbye,
+    now,
+    numbers,
+    refreshable,
+    scripted,
+    silence,
+    turns,
+)
+from zcproto.client.address import Address, Endpoint
+from zcproto.client.client import Client
+from zcproto.client.endpoints import ATTEMPT_DELAY, HANDSHAKE_DELAY, MAX_START_DELAY, STABLE_AFTER
+from zcproto.errors import CannotConnect, Code, ConfigError, ConnectionClosed, TlsError
+
+REFUSED = CannotConnect("refused", refused=True)
+A, B, C = "a.example", "b.example", "c.example"
+
+
+class Fleet:
+    """Three servers with the same sessions, and a client that prefers the first."""
+
+    def __init__(self, *names: str, **greeting: Any) -> None:
+        self.servers = {name: ScriptedServer(**greeting) for name in names or (A, B, C)}
+
+    def client(self, **options: Any) -> Client:
+        return client_of_all(self.servers, **options)
+
+    def __getitem__(self, name: str) -> ScriptedServer:
+        return self.servers[name]
+
+    @property
+    def dialled(self) -> dict[str, int]:
+        """How often each server was tried, if it was."""
+        return {name: len(server.dialled) for name, server in self.servers.items() if server.dialled}
+
+    def calls(self, method: str = "echo") -> int:
+        """Return how many requests of a method the servers have received."""
+        return sum(len(server.calls(method)) for server in self.servers.values())
+
+
+def where(client: Client) -> str:
+    assert client.endpoint is not None
+    return client.endpoint.host
+
+
+# --- connecting --------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_client_connects_to_the_first_and_tries_no_other() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        assert where(client) == A
+        await asyncio.sleep(1_000)
+        assert fleet.dialled == {A: 1}
+        assert client.addresses == (Address(A, 7443), Address(B, 7443), Address(C, 7443))
+        assert client.address == Address(A, 7443)
+        assert repr(client) == "Client('a.example:7443, b.example:7443, c.example:7443')"
+    assert client.endpoint is None
+
+
+@scripted
+async def test_refused_address_is_skipped_at_once() -> None:
+    fleet = Fleet()
+    fleet[A].refuse, fleet[B].refuse = [REFUSED], [TlsError("certificate_expired")]
+    start = now()
+    async with fleet.client() as client:
+        assert where(client) == C
+        assert now() == start
+
+
+@scripted
+async def test_address_that_does_not_answer_is_overtaken() -> None:
+    fleet = Fleet()
+    fleet[A].delay, fleet[A].listens = 10.0, False
+    start = now()
+    async with fleet.client() as client:
+        assert where(client) == B
+        assert now() - start == pytest.approx(ATTEMPT_DELAY)
+        await asyncio.sleep(20)
+        assert fleet[A].links == []
+
+
+@scripted
+async def test_frozen_server_is_overtaken_later() -> None:
+    fleet = Fleet()
+    fleet[A].delay = 10.0
+    start = now()
+    async with fleet.client() as client:
+        assert where(client) == B
+        assert now() - start == pytest.approx(HANDSHAKE_DELAY)
+
+
+@scripted
+async def test_slow_first_server_still_wins_if_it_answers_first() -> None:
+    fleet = Fleet()
+    fleet[A].delay, fleet[A].listens = 0.5, False
+    fleet[B].delay = 1.0
+    async with fleet.client() as client:
+        assert where(client) == A
+        await asyncio.sleep(5)
+        assert fleet[B].links == []
+
+
+@scripted
+async def test_connection_that_was_too_late_is_closed() -> None:
+    fleet = Fleet(A, B)
+    fleet[A].delay, fleet[A].listens = ATTEMPT_DELAY, False  # both answer in the same turn
+    async with fleet.client() as client:
+        await asyncio.sleep(1)
+        [late] = [link for server in fleet.servers.values() for link in server.links if not link.requests]
+        assert late.ended == "closed"
+        assert await client.call("echo", x=1) == {"x": 1}
+
+
+@scripted
+async def test_all_servers_that_start_are_awaited() -> None:
+    fleet = Fleet(A, B)
+    fleet[A].refuse, fleet[B].refuse = [REFUSED] * 1_000, [REFUSED] * 6
+    async with fleet.client(random=numbers(0.999_999)) as client:
+        assert where(client) == B
+        assert len(fleet[B].dialled) == 7
+        assert fleet[B].dialled[-1] - fleet[B].dialled[-2] == pytest.approx(MAX_START_DELAY)
+
+
+@scripted
+async def test_first_round_raises_the_error_of_a_server_that_has_started() -> None:
+    fleet = Fleet(A, B)
+    fleet[A].refuse, fleet[B].refuse = [REFUSED], [TlsError("pin_mismatch")]
+    with pytest.raises(TlsError, match="pin"):
+        await fleet.client()
+
+
+@scripted
+async def test_server_that_goes_away_with_its_welcome_is_not_used() -> None:
+    fleet = Fleet()
+    fleet[A].on_welcome = [lambda link: link.go_away("draining", 5_000)]
+    start = now()
+    async with fleet.client() as client:
+        assert where(client) == B
+        assert now() == start
+
+
+@scripted
+async def test_on_connected_says_where() -> None:
+    fleet = Fleet()
+    seen: list[Endpoint] = []
+    async with fleet.client(on_connected=seen.append):
+        await fleet[A].lose()
+        await turns()
+    assert seen == [Endpoint(A, 7443, A), Endpoint(B, 7443, B)]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"address_order": "sorted"}, 'address_order: \'sorted\' is unknown; give "random" or "listed"'),
+        ({"max_connections": 0}, "max_connections: 0 is out of range; give from 1 to 64"),
+        ({"max_connections": 65}, "max_connections: 65 is out of range; give from 1 to 64"),
+    ],
+)
+def test_wrong_option_is_refused(options: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        Fleet().client(**options)
+
+
+# --- loss and GOAWAY ---------------------------------------------------------------------------------
+
+
+@scripted
+async def test_lost_connection_is_replaced_by_one_to_another_server_at_once() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        start = now()
+        await fleet[A].lose()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert where(client) == B
+        assert now() == start
+        assert fleet.calls("session.open") == 1
+        assert fleet[B].methods == ["session.info", "echo"]
+
+
+@scripted
+async def test_client_stays_where_it_is() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        await fleet[A].lose()
+        await asyncio.sleep(1_000)
+        assert where(client) == B
+        assert fleet.dialled == {A: 1, B: 1}
+
+
+@scripted
+async def test_idle_close_reconnects_to_the_same_server() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        await fleet[A].lose()
+        await turns()
+        fleet[B].link.go_away("idle", 0)
+        fleet[B].link.close_cleanly()
+        await asyncio.sleep(1_000)
+        await client.call("echo")
+        assert where(client) == B
+
+
+@scripted
+async def test_server_that_goes_away_is_left_at_once_and_rests_as_long_as_it_asks() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        await asyncio.sleep(STABLE_AFTER)
+        call = await fleet[A].hold_call(client)
+        start = now()
+        fleet[A].link.go_away("draining", 60_000)
+        await client.call("echo")
+        assert where(client) == B
+        assert now() == start
+        fleet[A].calls()[0].respond("done")
+        assert await call == "done"
+        fleet[B].refuse = [REFUSED] * 1_000
+        await fleet[B].lose()
+        await client.call("echo", timeout=None)
+        assert where(client) == A
+        assert fleet[A].dialled[-1] - start == pytest.approx(60, abs=0.2)
+
+
+@scripted
+async def test_call_that_a_draining_server_refused_is_sent_to_another_at_once() -> None:
+    fleet = Fleet(A, B)
+
+    def refuse(request: Any) -> None:
+        request.link.go_away("draining", 60_000)
+        request.fail(Code.UNAVAILABLE, {"retry_after_ms": 60_000})
+
+    async with fleet.client() as client:
+        fleet[A].script("echo", refuse)
+        start = now()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert now() - start < 0.1
+
+
+@scripted
+async def test_server_without_its_store_is_not_left() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        fleet[A].script("echo", fail(Code.UNAVAILABLE, retry_after_ms=1_000))
+        start = now()
+        await client.call("echo")
+        assert now() - start >= 1
+        assert fleet.dialled == {A: 1}
+
+
+@scripted
+async def test_each_server_has_its_own_delays_while_all_are_down() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client(random=numbers(0.999_999)) as client:
+        fleet[A].refuse, fleet[B].refuse = [REFUSED] * 6, [REFUSED] * 6
+        start = now()
+        await fleet[A].lose()
+        await client.call("echo", timeout=None)
+        a, b = ([at - start for at in fleet[name].dialled] for name in (A, B))
+        assert a[1:6] == pytest.approx([0.1, 0.3, 0.7, 1.5, 3.1], rel=1e-3)
+        assert b[:6] == pytest.approx([0, 0.1, 0.3, 0.7, 1.5, 3.1], rel=1e-3)
+
+
+@scripted
+async def test_wrong_certificate_of_one_server_is_not_raised_while_another_is_down() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        fleet[A].refuse, fleet[B].refuse = [REFUSED] * 3, [TlsError("pin_mismatch")] * 100
+        await fleet[A].lose()
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert where(client) == A
+
+
+@scripted
+async def test_wrong_certificates_of_all_servers_are_raised() -> None:
+    fleet = Fleet(A, B)
+    async with fleet.client() as client:
+        fleet[A].refuse, fleet[B].refuse = ([TlsError("pin_mismatch")] * 2 for _ in range(2))
+        await fleet[A].lose()
+        with pytest.raises(TlsError):
+            await client.call("echo")
+        assert await client.call("echo", x=1) == {"x": 1}  # the next call tries again
+
+
+# --- calls -------------------------------------------------------------------------------------------
+
+
+@scripted
+async def test_call_without_a_key_is_not_sent_to_another_server() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        fleet[A].script("echo", cut)
+        with pytest.raises(ConnectionClosed):
+            await client.call("echo")
+        assert fleet.calls() == 1
+
+
+@scripted
+async def test_call_with_a_key_is_sent_to_another_server() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        fleet[A].script("echo", cut)
+        start = now()
+        assert await client.call("echo", x=1, idempotency_key="k-1") == {"x": 1}
+        assert now() - start < 0.1
+        assert (len(fleet[A].calls()), len(fleet[B].calls())) == (1, 1)
+        assert [fleet[name].calls()[0].meta.idempotency_key for name in (A, B)] == ["k-1", "k-1"]
+
+
+@scripted
+async def test_call_that_a_leaving_server_has_not_answered_is_sent_to_another() -> None:
+    fleet = Fleet()
+    async with fleet.client() as client:
+        fleet[A].script("echo", goodbye)
+        assert await client.call("echo", x=1) == {"x": 1}
+        assert (len(fleet[A].calls()), len(fleet[B].calls())) == (1, 1)
+
+
+@scripted
+async def test_lost_refresh_is_repeated_once_at_another_server() -> None:
+    fleet = Fleet()
+    for server in fleet.servers.values():
+        server.session = refreshable()
+    async with fleet.client() as client:
+        fleet[A].script("session.refresh", cut)
+        fleet[A].script("echo", fail(Code.TOKEN_EXPIRED))
+        results = await asyncio.gather(*(client.call("echo", x=x) for x in range(5)))
+        assert results == [{"x": x} for x in range(5)]
+        [first], [second] = (fleet[name].calls("session.refresh") for name in (A, B))
+        assert first.params["refresh_token"] == second.params["refresh_token"]
+
+
+# --- further connections -----------------------------------------------------------------------------
+
+
+@scripted
+async def test_calls_beyond_max_streams_wait_without_further_connections() -> None:
+    fleet = Fleet(A, max_streams=2)
+    async with fleet.client() as client:
+        calls = [await fleet[A].hold_call(client) for _ in range(3)]
+        assert fleet.calls() == 2
+        assert fleet.dialled == {A: 1}
+        for call in calls:
+            call.cancel()
+
+
+@scripted
+async def test_further_connection_is_made_when_max_streams_are_in_flight() -> None:
+    fleet = Fleet(A, B, max_streams=2)
+    async with fleet.client(max_connections=3) as client:
+        fleet[A].script("echo", *[silence] * 5)
+        calls = [asyncio.create_task(client.call("echo", x=x)) for x in range(8)]
+        await asyncio.sleep(1)
+        assert fleet.dialled == {A: 3}
+        assert [len([r for r in link.requests if r.method == "echo"]) for link in fleet[A].links] == [2, 2, 4]
+        for request in fleet[A].calls():
+            request.respond(request.params)
+        assert await asyncio.gather(*calls) == [{"x": x} for x in range(8)]
+
+
+@scripted
+async def test_waiting_calls_are_served_by_whichever_connection_has_room() -> None:
+    fleet = Fleet(A, max_streams=2)
+    async with fleet.client(max_connections=2) as client:
+        fleet[A].script("echo", *[silence] * 100)
+        calls = [asyncio.create_task(client.call("echo", x=x)) for x in range(20)]
+        for _ in range(20):
+            await turns()
+            pending = fleet[A].calls()
+            assert 1 <= len(pending) <= 4
+            pending[-1].respond(pending[-1].params)
+            fleet[A].requests.remove(pending[-1])
+        assert await asyncio.gather(*calls) == [{"x": x} for x in range(20)]
+
+
+@scripted
+async def test_further_connection_shows_the_session_and_is_closed_when_idle() -> None:
+    fleet = Fleet(A, max_streams=2)
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(3)]
+        main, further = fleet[A].links
+        assert [request.method for request in further.requests] == ["session.info", "echo"]
+        assert further.requests[0].token == main.requests[-1].token
+        await asyncio.sleep(100)
+        assert not further.ended
+        for request in fleet[A].calls():
+            request.respond(None)
+        await asyncio.gather(*held)
+        await asyncio.sleep(100)
+        assert further.ended == "closed"
+        assert not main.ended
+
+
+@scripted
+async def test_failed_further_connection_fails_no_call_and_is_tried_again_later() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(max_connections=2, random=numbers(0.999_999)) as client:
+        fleet[A].refuse = [REFUSED]
+        first = await fleet[A].hold_call(client)
+        second = await fleet[A].hold_call(client)
+        third = await fleet[A].hold_call(client)
+        assert len(fleet[A].dialled) == 2
+        await asyncio.sleep(0.2)
+        fourth = asyncio.create_task(client.call("echo"))
+        await turns()
+        assert len(fleet[A].dialled) == 3
+        for _ in range(4):
+            await turns()
+            for request in fleet[A].calls():
+                request.respond(None)
+        await asyncio.gather(first, second, third, fourth)
+
+
+@scripted
+async def test_lost_further_connection_fails_only_its_own_calls() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        first, second = await fleet[A].hold_call(client), await fleet[A].hold_call(client)
+        further = fleet[A].links[1]
+        further.cut()
+        with pytest.raises(ConnectionClosed):
+            await second
+        fleet[A].calls()[0].respond("done")
+        assert await first == "done"
+        assert len(fleet[A].dialled) == 2
+
+
+@scripted
+async def test_loss_of_the_main_connection_wakes_the_calls_that_wait_for_room() -> None:
+    fleet = Fleet(A, B, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client) for _ in range(2)]
+        waiting = asyncio.create_task(client.call("echo", x=1))
+        await turns()
+        fleet[A].links[0].cut()
+        assert await waiting == {"x": 1}
+        assert where(client) == B
+        for call in held:
+            call.cancel()
+
+
+@scripted
+async def test_events_of_a_session_come_once() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client) for _ in range(2)]
+        session = client._sessions.token
+        for link in fleet[A].links:
+            link.event("session.expiring", {"expires_at": 1}, session)
+            link.event("pins.next", {"pins": []}, bytes(32))
+            link.event("news", link.salt, session)
+        await turns()
+        for call in held:
+            call.cancel()
+    names = [event.name async for event in client.events]
+    assert sorted(names) == ["news", "news", "pins.next", "session.expiring"]
+
+
+@scripted
+async def test_refreshed_token_is_shown_on_further_connections() -> None:
+    fleet = Fleet(A, max_streams=2)
+    fleet[A].session = refreshable()
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client, timeout=None) for _ in range(3)]
+        further = fleet[A].links[1]
+        fleet[A].link.protocol.conversation.session_ended(client._sessions.token)
+        client._sessions.expired(client._sessions.token)
+        fleet[A].calls()[0].respond(None)
+        await turns()
+        await client.call("echo")
+        assert [request.method for request in further.requests].count("session.info") == 2
+        for call in held:
+            call.cancel()
+
+
+@scripted
+async def test_call_that_waits_for_room_can_be_cancelled() -> None:
+    fleet = Fleet(A, max_streams=1)
+    async with fleet.client(max_connections=2) as client:
+        held = [await fleet[A].hold_call(client) for _ in range(2)]
+        waiting = [asyncio.create_task(client.call("echo", x=x)) for x in range(3)]
+        await turns()
+        waiting[0].cancel()
+        fleet[A].calls()[0].respond(None)
+        await held[0]
+        assert await asyncio.gather(*waiting[1:]) == [{"x": 1}, {"x": 2}]
+        held[1].cancel()
+
+
+@scripted
+async def test_closing_a_client_ends_its_further_connections() -> None:
+    fleet = Fleet(A, max_streams=1)
+    client = await fleet.client(max_connections=2)
+    held = [await fleet[A].hold_call(client) for _ in range(3)]
+    await client.close()
+    assert all(link.ended for link in fleet[A].links)
+    results = await asyncio.gather(*held, return_exceptions=True)
+    assert [type(result) for result in results] == [ConnectionClosed] * 3
