@@ -218,6 +218,8 @@ connection.refused_flooding info (peer balancer limit) by peer, limit per addres
     A connection was refused: limits.failed_handshakes_per_network is reached.
 tls.failed info (cause peer) by peer, limit per cause
     A TLS handshake or connection failed.
+tls.challenge_answered info (peer) by peer, limit per address
+    A CA, or a peer that poses as one, got the answer to a challenge by TLS.
 connection.opened debug (peer connection) by peer, limit debugging
     A connection was opened after its handshake.
 connection.ended debug (peer connection reason) by peer, limit debugging

@@ -31,6 +31,9 @@ MAX_SIZE: Final = MAX_MESSAGE + 8_192
 MAX_NAME: Final = 255
 """Maximum bytes of a server name, as in OpenSSL (TLSEXT_MAXLEN_host_name)."""
 
+ACME_PROTOCOL: Final = "acme-tls/1"
+"""The only ALPN name of a CA that checks a name (RFC 8737 section 3)."""
+
 SUITE_IDS: Final = {
     "TLS_AES_256_GCM_SHA384": 0x1302,
     "TLS_CHACHA20_POLY1305_SHA256": 0x1303,
@@ -98,6 +101,14 @@ class Accepted(NamedTuple):
     server_name: str | None
 
 
+class ChallengeHello(NamedTuple):
+    """The hello is that of a CA that checks the name; to be refused by NO_PROTOCOL if it is not to be answered."""
+
+    server_name: str | None
+
+
+Verdict = Accepted | ChallengeHello | Refusal
+
 ACCEPTED: Final = Accepted(None)
 _MALFORMED: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.DECODE_ERROR)
 _NO_NAME: Final = Refusal(TlsFailure.MALFORMED_CLIENT_HELLO, AlertDescription.UNRECOGNIZED_NAME)
@@ -107,7 +118,7 @@ TOO_LARGE: Final = Refusal(TlsFailure.CLIENT_HELLO_TOO_LARGE, AlertDescription.I
 UNEXPECTED: Final = Refusal(TlsFailure.UNEXPECTED_MESSAGE, AlertDescription.UNEXPECTED_MESSAGE)
 _NO_TLS_1_3: Final = Refusal(TlsFailure.UNSUPPORTED_VERSION, AlertDescription.PROTOCOL_VERSION)
 _NO_SUITE: Final = Refusal(TlsFailure.NO_SHARED_SUITE, AlertDescription.HANDSHAKE_FAILURE)
-_NO_PROTOCOL: Final = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL)
+NO_PROTOCOL: Final = Refusal(TlsFailure.NO_APPLICATION_PROTOCOL, AlertDescription.NO_APPLICATION_PROTOCOL)
 _HTTP_METHODS: Final = tuple(
     name.encode() + b" "
     for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE", "PRI")
@@ -142,7 +153,7 @@ class ClientHelloJudge:
         self._protocols = protocols
         self._by_size: dict[int, _Offers] = {}
 
-    def judge_record(self, data: bytes) -> Accepted | Refusal | None:
+    def judge_record(self, data: bytes) -> Verdict | None:
         """Judge data that is exactly one record with one ClientHello, the usual case. None: use a
         ClientHelloReader."""
         size = len(data)
@@ -165,7 +176,7 @@ class ClientHelloJudge:
             self._cache(data, verdict)
         return verdict
 
-    def judge_hello(self, data: bytes | bytearray, at: int) -> Accepted | Refusal:
+    def judge_hello(self, data: bytes | bytearray, at: int) -> Verdict:
         """Judge the hello from `at`, after its header, to the end of the data."""
         try:
             return _judge_hello(data, at, self._suites, self._protocols)
@@ -203,13 +214,13 @@ class ClientHelloReader:
         self._header = bytearray()
         self._size = 0  # bytes of the message read, header included
 
-    def feed(self, data: bytes | memoryview) -> Accepted | Refusal | None:
+    def feed(self, data: bytes | memoryview) -> Verdict | None:
         """Add received bytes. Return the verdict, or None if more bytes are needed. Do not call it after a
         verdict."""
         self.raw += data
         return self._judge_records() if self.raw else None
 
-    def _judge_records(self) -> Accepted | Refusal | None:
+    def _judge_records(self) -> Verdict | None:
         """Read the received records, one after the other."""
         raw = self.raw
         if raw[0] not in _RECORD_TYPES:
@@ -244,7 +255,7 @@ class ClientHelloReader:
         self._left = length
         return TOO_LARGE if self._at + length > MAX_SIZE else None
 
-    def _judge_message(self) -> Accepted | Refusal | None:
+    def _judge_message(self) -> Verdict | None:
         header, size = self._header, self._size
         if header and header[0] != _CLIENT_HELLO:
             return UNEXPECTED
@@ -279,7 +290,7 @@ def _judge_other(data: bytearray) -> Refusal | None:
 
 def _judge_hello(
     data: bytes | bytearray, at: int, suites: Container[int], protocols: Container[str | None]
-) -> Accepted | Refusal:
+) -> Verdict:
     """Judge the hello from `at` to the end of the data.
 
     RFC 8446 section 4.1.2: legacy_version, random, session id, suites, compression, extensions. Raises
@@ -339,7 +350,9 @@ def _judge_hello(
     for protocol in offered:
         if protocol in protocols:
             return _accepted(name) if name else ACCEPTED
-    return _NO_PROTOCOL
+    if offered == [ACME_PROTOCOL]:
+        return ChallengeHello(_accepted(name).server_name)
+    return NO_PROTOCOL
 
 
 def _key_share(data: bytes) -> tuple[int, int]:

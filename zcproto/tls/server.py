@@ -21,11 +21,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from zcproto.common.deadlines import DeadlineWheel, Timers
 from zcproto.common.network import network_of
 from zcproto.tls.client_hello import (
+    ACME_PROTOCOL,
     MAX_SIZE,
+    NO_PROTOCOL,
     SUITE_IDS,
     TOO_LARGE,
     UNEXPECTED,
     Accepted,
+    ChallengeHello,
     ClientHelloJudge,
     ClientHelloReader,
     Refusal,
@@ -55,6 +58,7 @@ MAX_LARGE_HELLOS: Final = 64
 READ_BUDGET: Final = 0.001
 """Seconds that a full read may take before the connection waits for its next turn."""
 
+_JUDGED: Final = (Accepted, ssl.SSLContext)
 BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 """Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
 
@@ -76,6 +80,9 @@ class TlsAcceptor:
             the handshake had begun.
         on_forwarded: called with the addresses of a load balancer and its client; returns True to accept the
             connection as the client's.
+        challenge_context: returns the context that answers a CA which checks a server name, or None to refuse it
+            like any other protocol. Called when such a ClientHello is complete.
+        on_challenge: called with the peer's address when a CA has got its answer.
         perf_counter: measures the time of handshakes.
     """
 
@@ -92,6 +99,8 @@ class TlsAcceptor:
     on_closed: Callable[[str], None] = lambda peer: None
     on_wasted: Callable[[Network[TlsServerTransport], bool], None] = lambda network, begun: None
     on_forwarded: Callable[[str, str], bool] = lambda balancer, client: True
+    challenge_context: Callable[[str | None], ssl.SSLContext | None] = lambda name: None
+    on_challenge: Callable[[str], None] = lambda peer: None
     perf_counter: Callable[[], float] = time.perf_counter
     judge: ClientHelloJudge = field(init=False)
     buffer: memoryview = field(init=False, default_factory=receive_buffer)
@@ -202,8 +211,8 @@ class TlsServerTransport(TlsTransport):
     ) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        # None before the first byte; replaced by its verdict while the connection waits for a slot.
-        self._hello: ClientHelloReader | Accepted | None = None
+        # None before the first byte; while the connection waits for a slot its verdict, or the context to use.
+        self._hello: ClientHelloReader | Accepted | ssl.SSLContext | None = None
         self._queued = b""  # received before the handshake is started
         acceptor.pending.join(self, network or acceptor.network_of(peer))
 
@@ -258,7 +267,7 @@ class TlsServerTransport(TlsTransport):
             self._handshake()
             return
         hello = self._hello
-        if isinstance(hello, Accepted):  # early data; OpenSSL skips it, or refuses it if it was not offered
+        if isinstance(hello, _JUDGED):  # early data; OpenSSL skips it, or refuses it if it was not offered
             self._queued += data
             if len(self._queued) > MAX_QUEUED:
                 self._refuse(UNEXPECTED)
@@ -280,8 +289,16 @@ class TlsServerTransport(TlsTransport):
             self._refuse(verdict)
             return
         self._queued = received
-        self._hello = verdict
-        self._acceptor.schedule(self)
+        self._hello = verdict if isinstance(verdict, Accepted) else self._challenge(verdict)
+        if self._hello is not None:
+            self._acceptor.schedule(self)
+
+    def _challenge(self, hello: ChallengeHello) -> ssl.SSLContext | None:
+        """Return the context that answers a CA; None if it was refused."""
+        context = self._acceptor.challenge_context(hello.server_name)
+        if context is None:
+            self._refuse(NO_PROTOCOL)
+        return context
 
     def _refuse(self, refusal: Refusal) -> None:
         self._hello, self._queued = None, b""
@@ -298,8 +315,11 @@ class TlsServerTransport(TlsTransport):
         self._phase = TlsPhase.HANDSHAKE
         hello, self._hello = self._hello, None
         received, self._queued = self._queued, b""
-        assert isinstance(hello, Accepted)
-        context = self._acceptor.contexts.choose(hello.server_name)
+        if isinstance(hello, Accepted):
+            context = self._acceptor.contexts.choose(hello.server_name)
+        else:
+            assert isinstance(hello, ssl.SSLContext)
+            context = hello
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         for start in range(0, len(received), RECORD_SIZE):
@@ -313,7 +333,10 @@ class TlsServerTransport(TlsTransport):
         alpn = self._tls.selected_alpn_protocol()
         factory = acceptor.protocols.get(alpn)
         if factory is None or not suites_are_allowed(self._tls, acceptor.suites):
-            self._end_for(TlsFailure.WRONG_PARAMETERS)
+            if alpn == ACME_PROTOCOL:
+                self._challenge_answered()
+            else:
+                self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
         certificate = self.peer_certificate()
         if certificate is not None:
@@ -330,6 +353,16 @@ class TlsServerTransport(TlsTransport):
         protocol.connection_made(self)
         if self._incoming.pending and self._phase is TlsPhase.OPEN and not self._reading_paused:
             self._read_records(0)
+
+    def _challenge_answered(self) -> None:
+        """End the connection of a CA, which needs no more than the handshake (RFC 8737 section 3).
+
+        It counts as wasted, because any peer can pose as a CA.
+        """
+        self._acceptor.on_wasted(self.network, True)
+        self._acceptor.on_challenge(self.peer)
+        self._send_close_notify()
+        self._linger()
 
     def leaves(self) -> frozenset[bytes]:
         """Return the SHA-256 of the certificates (DER) of this connection's context; one of them was presented."""
