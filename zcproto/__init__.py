@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from zcproto.common.middleware import CallNext
     from zcproto.config import (
+        AcmeConfig,
         AlertsConfig,
         AuthConfig,
         CallsConfig,
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BUILT_IN_SCHEMES",
     "Aborted",
+    "AcmeConfig",
     "AlertsConfig",
     "AlreadyExists",
     "App",
@@ -171,6 +173,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AcmeConfig": "zcproto.config",
     "AlertsConfig": "zcproto.config",
     "AuthConfig": "zcproto.config",
     "App": "zcproto.app.app",

@@ -37,15 +37,15 @@ UNKNOWN = [
     (
         "[zzz]",
         "[zzz] (config.toml): unknown section;"
-        " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, streams,"
+        " there are server, tls, certificates, acme, sessions, store, idempotency, freshness, limits, streams,"
         " calls, http, auth, alerts, log",
     ),
     ("port = 7443", "port = 7443 (config.toml): must be in a section; did you mean server.port?"),
     (
         "zzz = 7443",
         "zzz = 7443 (config.toml): must be in a section;"
-        " the sections are server, tls, certificates, sessions, store, idempotency, freshness, limits, streams,"
-        " calls, http, auth, alerts, log",
+        " the sections are server, tls, certificates, acme, sessions, store, idempotency, freshness, limits,"
+        " streams, calls, http, auth, alerts, log",
     ),
     ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below it"),
     (
@@ -100,7 +100,7 @@ def test_unknown_name_is_reported_with_the_nearest_one(home: Path, toml: str, fa
         (
             "ZCPROTO_ZZZ__ZZZ",
             "zzz.zzz = 1 (…): unknown section;"
-            " there are server, tls, certificates, sessions, store, idempotency, freshness, limits, streams,"
+            " there are server, tls, certificates, acme, sessions, store, idempotency, freshness, limits, streams,"
             " calls, http, auth, alerts, log",
         ),
         ("ZCPROTO_SERVER_PORT", "server.port = 1 (…): two underscores must follow the section"),

@@ -101,7 +101,7 @@ key = []
 key_passphrase_file = ""
 key_passphrase_variable = "B_PASSPHRASE"
 
-[sessions]
+[acme]
 """
         in shown
     )

@@ -6,6 +6,7 @@ their address (request_limits.py).
 
 Rules of the port without TLS, which is off unless `http.redirect_port` is set:
 - GET and HEAD for a name of the server's certificates get 308, for any other name 421.
+- A CA that checks a name by HTTP (RFC 8555 section 8.3) gets the answer to its challenge.
 - Everything else gets 403, and so does a request with credentials: a redirect would hide from a program that it
   sent them over the network in the clear (OWASP ASVS 5.0, 4.1.2).
 - No Strict-Transport-Security here (RFC 6797 section 7.2), one request per connection, few connections.
@@ -22,6 +23,7 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from zcproto.admin.http_protocol import HttpEndpoint, HttpProtocol
+from zcproto.certs.acme.challenges import HTTP_PREFIX, challenge_folder
 from zcproto.common.counts import ALONE, Counting, Counts
 from zcproto.common.network import network_of, plain_address
 from zcproto.config import Config
@@ -91,7 +93,12 @@ class HttpSide:
         config = self._config
         sockets = passed or bind(config.server.host, config.http.redirect_port, "http.redirect_port")
         counts = self._counting.counts("redirects_per_address")
-        self.redirect = RedirectListener(sockets, self._state, names, https_port, counts)
+        redirects = Redirects(names, https_port, self._challenge_text)
+        self.redirect = RedirectListener(sockets, self._state, redirects, counts)
+
+    def _challenge_text(self, token: str) -> bytes | None:
+        folder = challenge_folder(self._config)
+        return None if folder is None else folder.text(token)
 
     def close_those(self, is_bad: Callable[[bytes], bool]) -> None:
         """Close the connections of clients with a bad certificate (DER)."""
@@ -151,15 +158,28 @@ def hsts_of(config: HttpConfig) -> StrictTransportSecurity | None:
 
 
 class Redirects:
-    """The answer to every request. `names` returns the names of the serving certificates."""
+    """The answer to every request.
 
-    def __init__(self, names: Callable[[], Iterable[str]], https_port: int) -> None:
+    `names` returns the names of the serving certificates, `challenge` the answer to a token of a CA.
+    """
+
+    def __init__(
+        self,
+        names: Callable[[], Iterable[str]],
+        https_port: int,
+        challenge: Callable[[str], bytes | None] = lambda token: None,
+    ) -> None:
         self._names = names
+        self._challenge = challenge
         self._port = "" if https_port == _HTTPS_PORT else f":{https_port}"
 
     def find(self, request: HttpRequest) -> HttpResponse:
         if request.method not in ("GET", "HEAD") or not _CREDENTIALS.isdisjoint(request.headers):
             return SENT_IN_CLEAR
+        if request.path.startswith(HTTP_PREFIX):
+            text = self._challenge(request.path.removeprefix(HTTP_PREFIX))
+            if text is not None:
+                return HttpResponse(200, text, "application/octet-stream")
         host = host_of(request.headers.get("host", ""))
         if host is None or not has_name(self._names(), host):
             return UNKNOWN_NAME
@@ -196,8 +216,7 @@ class RedirectListener(AcceptLoop):
         self,
         sockets: Sequence[socket.socket],
         state: ServerState,
-        names: Callable[[], Iterable[str]],
-        https_port: int,
+        redirects: Redirects,
         by_network: Counts,
     ) -> None:
         super().__init__(asyncio.get_running_loop())
@@ -205,7 +224,7 @@ class RedirectListener(AcceptLoop):
         self.state = state
         self.endpoint = HttpEndpoint(
             state,
-            limited(state, Redirects(names, https_port).find),
+            limited(state, redirects.find),
             SecurityHeaders(None),
             REDIRECT_LIMITS,
             _plain_peer,

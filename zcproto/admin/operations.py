@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -35,6 +35,7 @@ from zcproto.auth import DeviceFile, RegisteredDevice, UserFile
 from zcproto.auth.directory import Directory
 from zcproto.certs import managed, rollover
 from zcproto.certs.keys import family
+from zcproto.certs.managed import ManagedCertificates
 from zcproto.certs.manager import unix_ms
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.common.parameters import Signature
@@ -247,7 +248,20 @@ class Operations:
         families = sorted({family(key_type) for key_type in self._managed_site.settings.key_types})
         if type is not None and type not in families:
             raise InvalidArgument(f"type must be one of certificates.key_types: {', '.join(families)}")
-        return await self._issue(managed.renew, families=families if type is None else [type])
+        chosen = families if type is None else [type]
+        if self._parts.config.certificates.mode == "acme":
+            return await self._order(chosen)
+        return await self._issue(managed.renew, families=chosen)
+
+    async def _order(self, families: Sequence[str]) -> dict[str, Any]:
+        """Order certificates from the public CA. Raises CertificateError."""
+        certificates = self._parts.certificates
+        before = {pair.pin for pair in self._parts.certificate_pairs}
+        await certificates.order(families)
+        pairs = self._parts.certificate_pairs
+        new_pins = tuple(pair.pin for pair in pairs if pair.pin not in before)
+        served = ManagedCertificates(pairs, certificates.next_pins, new_pins, (), certificates.now())
+        return {**served.report(), "told": []}
 
     async def rotate_keys(self, at_once: bool = False) -> dict[str, Any]:
         return await self._issue(managed.rotate, at_once=at_once)

@@ -63,10 +63,10 @@ class Webhook:
         if self._secret is not None:
             headers.append((HEADER, sign(self._secret, body, self._clock.wall())))
         try:
-            status, _ = await self._endpoint.send("POST", headers, body, timeout=self._timeout)
+            response = await self._endpoint.send("POST", headers, body, timeout=self._timeout)
         except Unreachable as error:
             raise Undelivered(str(error)) from error
-        host = self._endpoint.host
+        host, status = self._endpoint.host, response.status
         if 200 <= status < 300:
             return f"{host} answered {status}"
         why = ": redirects are not followed" if 300 <= status < 400 else ""

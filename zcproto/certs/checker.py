@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 
 from zcproto.certs import lifecycle, pair
+from zcproto.certs.acme.settings import AcmeSite
+from zcproto.certs.acme.source import AcmeSource
 from zcproto.certs.authority import Progress
 from zcproto.certs.client_user import CertificateId
 from zcproto.certs.lifecycle import Expiring, ExpiryAlerts, Random
@@ -102,11 +104,15 @@ class CertificateChecker:
         yield the processor. Without `maintains`, another process issues the managed files and reports expiries.
         """
         default = settings.default
-        self._default: SiteSource = (
-            ManagedSource(default, random, progress, rest, maintains=maintains)
-            if isinstance(default, ManagedSite)
-            else ExternalSource(default, environ)
-        )
+        self.acme: AcmeSource | None = None
+        """The default site, if its certificates are ordered from a public CA."""
+        self._default: SiteSource
+        if isinstance(default, AcmeSite):
+            self._default = self.acme = AcmeSource(default, random, progress, rest, maintains=maintains)
+        elif isinstance(default, ManagedSite):
+            self._default = ManagedSource(default, random, progress, rest, maintains=maintains)
+        else:
+            self._default = ExternalSource(default, environ)
         self._site_sources: list[SiteSource] = [
             self._default,
             *(ExternalSource(spec, environ) for spec in settings.sites),
@@ -146,6 +152,11 @@ class CertificateChecker:
             self._is_proven = True
         happened, self._deferred = self._deferred, ()
         return CheckResult(serving, happened, self._default.next_pins, self._default.last_renewal)
+
+    def close(self) -> None:
+        """Stop work in other threads. Idempotent."""
+        if self.acme is not None:
+            self.acme.close()
 
     @property
     def is_incomplete(self) -> bool:

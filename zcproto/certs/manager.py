@@ -18,11 +18,13 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from zcproto.certs.acme.orders import VISIT_S
+from zcproto.certs.acme.source import AcmeSource
 from zcproto.certs.checker import (
     CertificateChecker,
     CertificateStatus,
@@ -140,6 +142,28 @@ class CertificateManager:
                 await asyncio.sleep(self._interval)
         finally:
             ended.set()
+            self._checker.close()
+
+    async def order(self, families: Collection[str]) -> None:
+        """Order certificates of these key families from the public CA, and start serving them before returning.
+
+        Raises CertificateError if that fails, or if the certificates are not those of a public CA.
+        """
+        source = await asyncio.to_thread(self._order_now, families)
+        await self.check()
+        while source.is_ordering:
+            await asyncio.to_thread(source.wait, VISIT_S)
+            await self.check()
+        if source.problem:
+            raise CertificateError(source.problem)
+
+    def _order_now(self, families: Collection[str]) -> AcmeSource:
+        with self._checking:
+            source = self._checker.acme
+            if source is None:
+                raise CertificateError('certificates.mode must be "acme" to order certificates; set it')
+            source.order_now(families)
+            return source
 
     def _start_thread(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> bool:
         # Not a daemon: at the interpreter's exit it might be inside OpenSSL while that is torn down.
@@ -245,7 +269,12 @@ class CertificateManager:
         """Check with other settings, and adopt them unless that raises CertificateError."""
         with self._checking:
             checker = self._checker_for(settings)
-            result = checker.check(self.now(), self._clock.now())
+            try:
+                result = checker.check(self.now(), self._clock.now())
+            except BaseException:
+                checker.close()
+                raise
+            self._checker.close()
             self._checker, self._settings = checker, settings
             self._reported = _Reported(result.next_pins, result.last_renewal)
             report(result)

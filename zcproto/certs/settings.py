@@ -7,8 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from zcproto.certs import client_ca
+from zcproto.certs.acme.settings import AcmeSettings, AcmeSite
 from zcproto.certs.external import ExternalSite, PassphraseSource
 from zcproto.certs.managed import ManagedSettings
+from zcproto.certs.names import check_names
 from zcproto.config.model import CertificatesConfig, Config, SiteConfig
 from zcproto.tls.context import SUITES, ClientTrust
 
@@ -25,7 +27,7 @@ class ManagedSite:
 class CertificateSettings:
     """What to serve, and when to report an approaching expiry."""
 
-    default: ManagedSite | ExternalSite
+    default: ManagedSite | AcmeSite | ExternalSite
     sites: tuple[ExternalSite, ...] = ()
     """Beside the default one."""
     alert_days: tuple[int, ...] = (30, 14, 7, 3, 1)
@@ -40,7 +42,7 @@ def certificate_settings(config: Config) -> CertificateSettings:
     """Return the certificate settings of a configuration."""
     certificates = config.certificates
     return CertificateSettings(
-        default=managed_site(config) or _external_site((), certificates),
+        default=acme_site(config) or managed_site(config) or _external_site((), certificates),
         sites=tuple(_external_site(site.names, site) for site in certificates.site),
         alert_days=certificates.alert_days,
         clients=_client_trust(config),
@@ -50,9 +52,12 @@ def certificate_settings(config: Config) -> CertificateSettings:
 
 
 def managed_site(config: Config) -> ManagedSite | None:
-    """Return the managed certificates of a configuration; None if other programs provide the certificates."""
+    """Return the managed certificates of a configuration; None if other programs provide the certificates.
+
+    With those of a public CA there are managed ones too: for their keys, and to be served until there are others.
+    """
     certificates = config.certificates
-    if certificates.mode != "own":
+    if certificates.mode == "files":
         return None
     settings = ManagedSettings(
         names=certificates.names,
@@ -64,6 +69,23 @@ def managed_site(config: Config) -> ManagedSite | None:
         repair=certificates.repair,
     )
     return ManagedSite(certificates.directory, settings)
+
+
+def acme_site(config: Config) -> AcmeSite | None:
+    """Return the certificates of a public CA; None if they come from elsewhere. Raises CertificateError."""
+    managed, acme = managed_site(config), config.acme
+    if managed is None or config.certificates.mode != "acme":
+        return None
+    settings = AcmeSettings(
+        directory=acme.directory,
+        names=check_names(config.certificates.names),
+        challenge=acme.challenge,
+        contact=acme.contact,
+        ca_file=acme.ca_file,
+        eab_kid=acme.eab_kid,
+        eab_key_file=acme.eab_key_file,
+    )
+    return AcmeSite(managed.directory, managed.settings, settings)
 
 
 def _external_site(names: tuple[str, ...], config: CertificatesConfig | SiteConfig) -> ExternalSite:

@@ -64,6 +64,7 @@ class Origin(enum.Enum):
     """Where a certificate comes from."""
 
     OWN = "own"
+    ACME = "acme"
     FILES = "files"
     AUTHORITY = "authority"
     CLIENT_AUTHORITY = "client_authority"
@@ -129,7 +130,7 @@ class ManagedSource(SiteSource):
         self._settings = site.settings
         self._progress = progress
         self._rest = rest
-        self._schedule = _Schedule(site.directory, site.directory, random)
+        self._schedule = RenewalSchedule(site.directory, site.directory, random)
         self._pairs: dict[str, CertificatePair] = {}  # by key type
         self._watcher = FileWatcher(
             [
@@ -295,7 +296,7 @@ class ManagedSource(SiteSource):
         return certificate
 
 
-class _Schedule:
+class RenewalSchedule:
     """When a renewal runs and is retried, and what is reported about its failures."""
 
     def __init__(self, path: Path, directory: Path, random: Random) -> None:
@@ -306,6 +307,8 @@ class _Schedule:
         self._directory = directory
         self._reported = ""
         self._reported_at = 0.0
+        self.retry_delay_s = 0.0
+        """Of the last failure."""
 
     def is_due(self, now: datetime, monotonic: float, force: bool) -> bool:
         if self._retry.is_waiting:
@@ -320,7 +323,7 @@ class _Schedule:
     def failed(self, error: Exception, left: timedelta, now: datetime, monotonic: float) -> list[Notice]:
         """Record a failure. The same problem is reported once a day. `left` is the time until it is too late."""
         problem = str(_as_certificate_error(error, self._directory))
-        self._retry.failed(monotonic, now, left)
+        self.retry_delay_s = self._retry.failed(monotonic, now, left)
         if problem == self._reported and monotonic < self._reported_at + REMIND_S:
             return []
         self._reported, self._reported_at = problem, monotonic
@@ -384,7 +387,7 @@ class ClientTrustSource(Source):
         trust = self._trust = settings.clients
         directory = self._directory = settings.client_directory if maintains else None
         self._progress = progress
-        self._schedule = _Schedule(trust.crl or trust.ca, directory or trust.ca.parent, random)
+        self._schedule = RenewalSchedule(trust.crl or trust.ca, directory or trust.ca.parent, random)
         paths = (trust.ca,) if trust.crl is None else (trust.ca, trust.crl)
         self._files = WatchedFiles(paths, lambda now: _load_trust(trust))
         self.revoked: frozenset[CertificateId] = frozenset()

@@ -64,7 +64,14 @@ COMMANDS = {
 }
 """Module and purpose of each command."""
 
-EXTRAS = {"hdrh": "bench", "matplotlib": "bench", "redis": "valkey", "rich": "bench", "watchfiles": "reload"}
+EXTRAS = {
+    "acme": "acme",
+    "hdrh": "bench",
+    "matplotlib": "bench",
+    "redis": "valkey",
+    "rich": "bench",
+    "watchfiles": "reload",
+}
 """Packages of the extras of zcproto."""
 
 EXIT_FAILED = 1

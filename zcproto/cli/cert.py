@@ -208,7 +208,10 @@ def _check_data(found: Examination, now: datetime) -> dict[str, Any]:
 )
 @report_options
 def renew(instance: Instance, family: str | None, as_json: bool) -> None:
-    """Renew the managed certificates now with their current keys, so that pins remain valid."""
+    """Renew the managed certificates now with their current keys, so that pins remain valid.
+
+    Those of a public CA are ordered by the running server, which may take minutes.
+    """
     site = _managed_site(instance)
     families = sorted({keys.family(key_type) for key_type in site.settings.key_types})
     if family is not None and family not in families:
@@ -216,6 +219,13 @@ def renew(instance: Instance, family: str | None, as_json: bool) -> None:
     control = find_control(instance.home)
     if control is not None:
         result = _with_notes(control.post("/v1/certificates/renew", type=family))
+    elif instance.read_config().certificates.mode == "acme":
+        raise ConfigError(
+            [
+                'certificates.mode = "acme": start the server, through which the CA checks the names; it orders'
+                " certificates when they are due, and then by this command"
+            ]
+        )
     else:
         chosen = families if family is None else [family]
         result = managed.renew(site.directory, site.settings, utc(), _note, families=chosen).report()
@@ -419,11 +429,11 @@ def _authority_file(config: Config, client: bool) -> Path:
     if client:
         path = config.tls.client_ca_file or authority.CLIENT.paths(directory)[0]
         creator = "`zcproto cert issue-client`"
-    elif config.certificates.mode == "files":
+    elif config.certificates.mode != "own":
         raise ConfigError(
             [
-                'certificates.mode = "files": get the CA from the issuer of the certificates, which'
-                " `zcproto cert show` names"
+                f'certificates.mode = "{config.certificates.mode}": get the CA from the issuer of the certificates,'
+                " which `zcproto cert show` names"
             ]
         )
     else:

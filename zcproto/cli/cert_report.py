@@ -16,12 +16,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from zcproto.certs import authority, client_ca, keys, lifecycle, pair, profile, rollover
+from zcproto.certs.acme.schedule import read_record
+from zcproto.certs.acme.settings import AcmeSite
 from zcproto.certs.examine import is_self_signed
 from zcproto.certs.external import ExternalSite, load_site
 from zcproto.certs.issued import Issued
 from zcproto.certs.pair import read_lists
 from zcproto.certs.rollover import NextPins
-from zcproto.certs.settings import ManagedSite, certificate_settings
+from zcproto.certs.settings import certificate_settings, managed_site
 from zcproto.certs.sources import MAX_AUTHORITIES
 from zcproto.cli.output import aligned
 from zcproto.common.text import escape_text
@@ -101,7 +103,7 @@ def report(config: Config, now: datetime, environ: Mapping[str, str]) -> Report:
         for path, crl in crls
         if crl.next_update_utc is not None and now > crl.next_update_utc
     ]
-    next_pins = rollover.announced(directory, problems.append) if certificates.mode == "own" else None
+    next_pins = None if certificates.mode == "files" else rollover.announced(directory, problems.append)
     return Report(certificates.mode, directory, rows, next_pins, issued, crls, tuple(problems))
 
 
@@ -130,15 +132,17 @@ class _Reader:
 
     def rows(self) -> Iterator[CertificateRow]:
         settings = certificate_settings(self._config)
-        external = settings.sites
+        external, managed = settings.sites, managed_site(self._config)
         if isinstance(settings.default, ExternalSite):
             external = (settings.default, *external)
+        elif isinstance(settings.default, AcmeSite):
+            yield from self._acme_rows(settings.default)
         else:
             yield from map(self._managed_row, settings.default.settings.key_types)
         for site in external:
             yield from self._external_rows(site)
-        if isinstance(settings.default, ManagedSite):
-            lifetime = settings.default.settings.lifetime
+        if managed is not None:
+            lifetime = managed.settings.lifetime
             yield from self._authority_rows("ca", *authority.SERVER.paths(self._directory), lifetime)
         if (client_ca_file := self._config.tls.client_ca_file) is not None:
             yield from self._authority_rows("client-ca", client_ca_file, None)
@@ -158,6 +162,27 @@ class _Reader:
             return row  # the authority's own row reports it
         problem = f"{certificate}: was not issued by {ca}; move it away to issue another"
         return replace(row, status=PROBLEM, problem=problem)
+
+    def _acme_rows(self, site: AcmeSite) -> Iterator[CertificateRow]:
+        """Yield the certificates of the CA, and managed ones in place of those that cannot be served."""
+        record = read_record(site.directory)
+        note = ""
+        if record.problem:
+            again = "" if record.retry_at is None else f" (next attempt at {moment(record.retry_at)})"
+            note = f"{site.directory}: the last order has failed{again}: {record.problem}"
+        for key_type in site.managed.key_types:
+            certificate, key = rollover.pair_paths(site.directory, key_type)
+            row = self._managed_row(key_type)
+            if certificate.exists():
+                ordered = self._server_row((), certificate, key)
+                row = row if ordered.status in BAD and row.status not in BAD else ordered
+            if row.certificate != certificate:
+                note = note or (
+                    f"{row.certificate}: is served until the CA has issued another, but its clients refuse it;"
+                    " start the server, which orders one"
+                )
+            yield replace(row, note=note)
+            note = ""
 
     def _external_rows(self, site: ExternalSite) -> Iterator[CertificateRow]:
         passphrase, problem = None, ""
@@ -279,7 +304,7 @@ def _crls(config: Config) -> Iterator[tuple[Path, x509.CertificateRevocationList
 
 def as_text(found: Report, now: datetime) -> str:
     """Return tables of about 100 columns."""
-    issuer = "its own CA" if found.mode == "own" else "other programs"
+    issuer = {"own": "its own CA", "acme": "the CA of acme.directory", "files": "other programs"}[found.mode]
     parts = [f"Issued by {issuer}; the folder is {escape_text(str(found.directory))}."]
     head = ("site", "key", "from", "until", "days left", "renewal due", "status", "file")
     parts.append(aligned([head, *(_summary(row, found, now) for row in found.rows)], right=(4,)))

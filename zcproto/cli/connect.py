@@ -130,7 +130,12 @@ class TrustChoice:
         """
         own = home.certs / "ca.crt"
         is_own = (
-            self.ca is None and not self.pins and (own.exists() or _is_loopback(parse_address(address).host))
+            self.ca is None
+            and not self.pins
+            and (own.exists() or _is_loopback(parse_address(address).host))
+            and not any(
+                (home.certs / "acme").glob("server*.crt")
+            )  # else a public CA has issued what is served
         )
         return own if is_own else self.ca
 

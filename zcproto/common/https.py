@@ -1,4 +1,4 @@
-"""Send one HTTP/1.1 request and read a bounded response: to webhooks and to identity providers.
+"""Send one HTTP/1.1 request and read a bounded response: to webhooks, identity providers and CAs.
 
 Rules:
 - One absolute timeout, from the name lookup to the end of the response.
@@ -16,7 +16,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -41,10 +41,11 @@ class Unreachable(Exception):
 
 
 class Response(NamedTuple):
-    """A response. `body` is empty if it was not to be read."""
+    """A response. `body` is empty if it was not to be read; `headers` are by their names in lower case."""
 
     status: int
     body: bytes
+    headers: Mapping[str, str]
 
 
 class Endpoint:
@@ -152,19 +153,20 @@ async def _look_up(host: str, port: int) -> list[str]:
 
 async def _read(connection: h11.Connection, reader: asyncio.StreamReader, max_body: int) -> Response:
     """Read the final response, with its body if `max_body` is not 0."""
-    received, status, body = 0, 0, bytearray()
+    received, status, body, headers = 0, 0, bytearray(), {}
     while True:
         event = connection.next_event()
         if isinstance(event, h11.Response):
             status = event.status_code
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
             if not max_body:
-                return Response(status, b"")
+                return Response(status, b"", headers)
         elif isinstance(event, h11.Data):
             body += event.data
             if len(body) > max_body:
                 raise Unreachable(f"the response is longer than {max_body} bytes")
         elif isinstance(event, h11.EndOfMessage):
-            return Response(status, bytes(body))
+            return Response(status, bytes(body), headers)
         elif event is h11.NEED_DATA:
             data = await reader.read(_READ)
             received += len(data)

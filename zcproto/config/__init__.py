@@ -12,6 +12,7 @@ load, render, changes (what a reload applies).
 from zcproto.config.auth import AuthConfig, RoleConfig
 from zcproto.config.load import load_config
 from zcproto.config.model import (
+    AcmeConfig,
     AlertsConfig,
     CallsConfig,
     CertificatesConfig,
@@ -31,6 +32,7 @@ from zcproto.config.model import (
 from zcproto.config.render import config_as_toml, default_config_file
 
 __all__ = [
+    "AcmeConfig",
     "AlertsConfig",
     "AuthConfig",
     "CallsConfig",

@@ -47,6 +47,9 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " key_passphrase_file key_passphrase_variable watch_interval alert_days site"
         ),
     },
+    "acme": {
+        Effect.NEW_CONNECTIONS: "directory terms_agreed contact challenge ca_file eab_kid eab_key_file",
+    },
     "sessions": {
         Effect.NOW: "idle_timeout per_user when_full refresh_grace bind_client",
         Effect.NEW_SESSIONS: "lifetime refresh refresh_lifetime",
@@ -105,7 +108,8 @@ TAKES_EFFECT: Final[dict[str, Effect]] = {
 """When a change of each key takes effect."""
 
 WAIT_FOR: Final[dict[str, tuple[str, ...]]] = {
-    "tls.client_auth": ("tls.client_ca_file", "tls.client_crl_file", "tls.client_pins")
+    "tls.client_auth": ("tls.client_ca_file", "tls.client_crl_file", "tls.client_pins"),
+    "http.redirect_port": ("acme.challenge",),
 }
 """If the first key has changed, which takes a restart, the others take one too."""
 

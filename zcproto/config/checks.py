@@ -71,7 +71,7 @@ CHECKS: Final = (
     Check(
         "certificates.certificate certificates.mode",
         "must not be empty with",
-        lambda certificate, mode: certificate or mode == "own",
+        lambda certificate, mode: certificate or mode != "files",
         "name the files of the certificates to serve",
     ),
     *(
@@ -87,6 +87,30 @@ CHECKS: Final = (
             ("key_passphrase_file", "the server's own keys are not encrypted"),
             ("key_passphrase_variable", "the server's own keys are not encrypted"),
         )
+    ),
+    Check(
+        "certificates.names certificates.mode",
+        "must hold the names of this server on the internet, without a wildcard, with",
+        lambda names, mode: mode != "acme" or (names and not any(name.startswith("*") for name in names)),
+        "a wildcard needs the challenge dns-01: get it with another tool",
+    ),
+    Check(
+        "acme.terms_agreed certificates.mode",
+        "must be true with",
+        lambda agreed, mode: agreed or mode != "acme",
+        "read the terms of the CA and agree to them",
+    ),
+    Check(
+        "acme.challenge http.redirect_port",
+        'must be "tls-alpn-01" with',
+        lambda challenge, port: port or challenge != "http-01",
+        "set the port on which the CA checks the names",
+    ),
+    Check(
+        "acme.eab_kid acme.eab_key_file",
+        "must be set together with",
+        lambda kid, key: bool(kid) == bool(key),
+        "the CA gives both, or none",
     ),
     *(
         Check(

@@ -25,9 +25,12 @@ from zcproto.config.types import (
     BINDING,
     CERTIFICATE_NAME,
     COMMAND,
+    EAB_KID,
+    EMAIL,
     FILE_PATH,
     FLAG,
     HOST_NAME,
+    HTTPS_URL,
     NETWORK,
     OPTIONAL_PATH,
     PIN,
@@ -170,14 +173,16 @@ class CertificatesConfig(Settings):
 
     directory: Annotated[Path, FILE_PATH] = Field(default_factory=lambda: resolve_home(None, {}).certs)
     """The folder of certificates and keys, of mode 0700. The default is certs in the home folder."""
-    mode: Annotated[str, one_of("own", "files")] = "own"
-    """Who issues the certificates. "own": a private CA in the folder above, created on first start. "files":
-    an external tool, and the server watches the files named below."""
+    mode: Annotated[str, one_of("own", "acme", "files")] = "own"
+    """Who issues the certificates. "own": a private CA in the folder above, created on first start. "acme": a
+    public CA, as [acme] says, and the private CA until the first certificate is there. "files": an external tool,
+    and the server watches the files named below."""
     key_types: Annotated[tuple[str, ...], list_of(one_of(*KEY_TYPES), 1, 2)] = KEY_TYPES
     """The types of keys to serve, all on one port. RSA is for clients that accept nothing else; ECDSA signs
     about 15 times faster and is used for every client that accepts it."""
     names: Annotated[tuple[str, ...], list_of(CERTIFICATE_NAME, 0, 100)] = ()
-    """Names and addresses in a managed certificate, in addition to localhost and those of the host."""
+    """Names and addresses in a managed certificate, in addition to localhost and those of the host. With mode =
+    "acme": those for which certificates are ordered, and no others."""
     lifetime: Annotated[float, duration("1m", "397d")] = 90 * 86_400.0
     """How long a new certificate is valid. Short lifetimes limit the damage of a lost key; 397 days is the
     most that web clients accept."""
@@ -211,6 +216,30 @@ class CertificatesConfig(Settings):
     site: Annotated[tuple[SiteConfig, ...], SITES] = ()
     """External certificates for some names, in either mode. Clients that ask for none of these names get the
     certificate above."""
+
+
+class AcmeConfig(Settings):
+    """The public CA of certificates.mode = "acme", with which the server speaks ACME (RFC 8555)."""
+
+    directory: Annotated[str, HTTPS_URL] = "https://acme-v02.api.letsencrypt.org/directory"
+    """The address of the CA's directory. The default is Let's Encrypt; its staging directory,
+    https://acme-staging-v02.api.letsencrypt.org/directory, is for tests."""
+    terms_agreed: Annotated[bool, FLAG] = False
+    """Whether the operator agrees to the terms of service of the CA, without which it issues nothing. The
+    directory names their address."""
+    contact: Annotated[tuple[str, ...], list_of(EMAIL, 0, 4)] = ()
+    """E-mail addresses that the CA gets when the account is created. Many CAs send nothing to them any more: set
+    an alert instead."""
+    challenge: Annotated[str, one_of("tls-alpn-01", "http-01")] = "tls-alpn-01"
+    """How the CA checks the names. "tls-alpn-01": by TLS on port 443, which must lead to server.port. "http-01": by
+    HTTP on port 80, which must lead to http.redirect_port."""
+    ca_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """The CA certificates that verify the directory. Empty: those of the system. A company's own ACME server
+    usually needs it."""
+    eab_kid: Annotated[str, EAB_KID] = ""
+    """The key identifier of an external account, which some CAs require to create the account. Empty: none."""
+    eab_key_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """A file of mode 0600 with the key of that external account, in base64url. It is used once."""
 
 
 class SessionsConfig(Settings):
@@ -491,6 +520,7 @@ class Config(Settings):
     server: ServerConfig = ServerConfig()
     tls: TlsConfig = TlsConfig()
     certificates: CertificatesConfig = Field(default_factory=CertificatesConfig)
+    acme: AcmeConfig = AcmeConfig()
     sessions: SessionsConfig = SessionsConfig()
     store: StoreConfig = StoreConfig()
     idempotency: IdempotencyConfig = IdempotencyConfig()

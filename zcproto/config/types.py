@@ -57,6 +57,8 @@ _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PIN: Final = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _VARIABLE: Final = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
 _METHOD_PATTERN: Final = re.compile(r"(?!\Z)[a-z0-9_.]{0,128}\*?")
+_EMAIL: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=^_{|}~.-]{1,64}@[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
+_EAB_KID: Final = re.compile(r"[!-~]{0,1024}")
 _WEBHOOK: Final = re.compile(r"https?://[!$-~]{1,2000}")
 _STORE: Final = re.compile(
     r"memory|sqlite|((redis|rediss|valkey|valkeys)(\+(sentinel|cluster))?|((redis|valkey)\+)?unix)://.{1,1000}"
@@ -469,6 +471,10 @@ def _is_webhook(text: str) -> bool:
     )
 
 
+def _is_https_url(text: str) -> bool:
+    return text.startswith("https:") and _is_webhook(text)
+
+
 def _is_command(arguments: tuple[str, ...]) -> bool:
     return all(map(str.isprintable, arguments)) and (not arguments or Path(arguments[0]).is_absolute())
 
@@ -527,6 +533,12 @@ STORE_URL: Final = text(
 )
 """The rest of an address is validated on connect."""
 
+HTTPS_URL: Final = text(
+    'an address such as "https://ca.example.com/directory", of printable ASCII and without a user or a fragment',
+    _is_https_url,
+)
+EMAIL: Final = text('an e-mail address, such as "admin@example.com"', _EMAIL.fullmatch)
+EAB_KID: Final = text('up to 1024 printable characters of ASCII, or ""', _EAB_KID.fullmatch)
 WEBHOOK_URL: Final = text(
     'an address such as "https://alerts.example.com/zcproto", of printable ASCII and without a user or a'
     ' fragment; http:// is for this machine alone, such as "http://127.0.0.1:9000/"; or ""',

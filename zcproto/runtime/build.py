@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -45,6 +46,7 @@ from zcproto.auth.directory import Directory
 from zcproto.auth.identity import BuiltInSchemes
 from zcproto.auth.schemes import ApiKeyAuthenticator, CertificateAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
+from zcproto.certs.acme.challenges import challenge_folder
 from zcproto.certs.client_user import user_of
 from zcproto.certs.manager import CertificateManager
 from zcproto.common.clock import MS_PER_SECOND, Clock, Entropy, random_fraction, system_clock, system_entropy
@@ -159,7 +161,7 @@ async def build(
         now=certificates.now,
         role=role,
     )
-    acceptor, listener, http = build_endpoints(config, state, certificates, wheel, role)
+    acceptor, listener, http = build_endpoints(active, state, certificates, wheel, role)
     loop_lag = LoopLag(
         loop,
         lambda: state.counters.requests + acceptor.handshakes_completed,
@@ -435,13 +437,14 @@ async def _leave_device(role: WorkerRole, state: ServerState, name: str, device:
 
 
 def build_endpoints(
-    config: Config,
+    active: ActiveConfig,
     state: ServerState,
     certificates: CertificateManager,
     wheel: DeadlineWheel,
     role: WorkerRole = SINGLE,
 ) -> tuple[TlsAcceptor, Listener, HttpSide | None]:
     """Build the TLS endpoint and the protocols that are spoken on it."""
+    config = active.config
     loop = asyncio.get_running_loop()
     protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(ServerProtocol, state)}
     http = HttpSide(config, state, role.counting) if config.http.enabled else None
@@ -455,9 +458,21 @@ def build_endpoints(
         suites=frozenset(config.tls.suites),
         handshake_timeout=config.tls.handshake_timeout,
         on_failure=_log_tls_failure,
+        challenge_context=partial(challenge_context, active),
+        on_challenge=_log_challenge,
         client_pins=parse_pins(config.tls.client_pins),
     )
     return acceptor, Listener(acceptor, state, loop, config, role.counting), http
+
+
+def challenge_context(active: ActiveConfig, server_name: str | None) -> ssl.SSLContext | None:
+    """Return the context that answers a CA which checks a server name; None if none is expected."""
+    folder = challenge_folder(active.config)
+    return None if folder is None else folder.context(server_name)
+
+
+def _log_challenge(peer: str) -> None:
+    log.info("tls.challenge_answered", peer=peer)
 
 
 def _log_tls_failure(failure: TlsFailure, peer: str) -> None:

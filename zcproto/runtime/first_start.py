@@ -34,7 +34,7 @@ class FirstStart:
         """Begin with the configuration of a server that has not started."""
         self._config, self._home = config, home
         certificates = config.certificates
-        if certificates.mode == "files" or (certificates.directory / "ca.crt").exists():
+        if certificates.mode != "own" or (certificates.directory / "ca.crt").exists():
             self._terminal = None
         folder = escape_text(str(home.path))
         self._print(f"first start: creating {folder} with keys and certificates; RSA keys take some seconds")

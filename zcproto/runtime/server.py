@@ -36,7 +36,6 @@ from zcproto.app.clients import ConnectedClient
 from zcproto.auth import Authenticators
 from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
-from zcproto.certs.settings import managed_site
 from zcproto.common.clock import Clock, Entropy, system_clock, system_entropy
 from zcproto.common.home import Home, resolve_home
 from zcproto.common.text import counted
@@ -277,9 +276,9 @@ class Server:
 
     @property
     def ca_file(self) -> Path | None:
-        """The certificate with which clients verify this server; None if the certificates are external."""
-        site = managed_site(self.config)
-        return None if site is None else authority.SERVER.paths(site.directory)[0]
+        """The certificate with which clients verify this server; None if it is another one than its own."""
+        certificates = self.config.certificates
+        return authority.SERVER.paths(certificates.directory)[0] if certificates.mode == "own" else None
 
     @property
     def users(self) -> ServerUsers:

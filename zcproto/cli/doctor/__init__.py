@@ -6,6 +6,7 @@ the server's message; one that will cause trouble later is a warning.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import shlex
@@ -98,6 +99,8 @@ def doctor(
         findings += server(config, instance.home)
         if is_served(findings):
             address = own_address(config)
+            if config.certificates.mode == "acme" and trust == TrustChoice():
+                trust = TrustChoice(pins=_own_pins(config))  # its certificate does not name this address
     if address is not None:
         login = None if user is None else (user, key_file)
         findings += remote.check(address, trust, instance.home, login, timeout)
@@ -161,7 +164,7 @@ def _permissions(home: Home) -> Iterator[Result]:
 
 
 def _files(home: Path) -> Iterator[Path]:
-    for place in (home, home / "certs"):
+    for place in (home, home / "certs", home / "certs" / "acme"):
         if place.is_dir():
             yield from (path for path in sorted(place.iterdir()) if not path.is_dir())
 
@@ -253,6 +256,8 @@ def _file_limit(config: Config, home: Home) -> Iterator[Result]:
 
 def _certificates(config: Config, home: Home) -> Iterator[Result]:
     now = utc()
+    if config.certificates.mode == "acme" and importlib.util.find_spec("acme") is None:
+        yield FAULT, "the package acme is not installed", 'run: pip install "zcproto[acme]"'
     try:
         found = cert_report.report(config, now, os.environ)
     except ZcprotoError as error:
@@ -273,6 +278,13 @@ def _certificates(config: Config, home: Home) -> Iterator[Result]:
             if row.note:
                 problem, _, cure = row.note.partition("; ")
                 yield WARNING, problem, cure
+
+
+def _own_pins(config: Config) -> tuple[str, ...]:
+    rows = cert_report.report(config, utc(), os.environ).rows
+    return tuple(
+        cert_report.key_pin(row.leaf) for row in rows if row.use == "server" and row.leaf is not None
+    )
 
 
 def _good(row: cert_report.CertificateRow, now: datetime) -> Result:
