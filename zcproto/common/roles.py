@@ -19,9 +19,7 @@ MAX_ROLES: Final = 32
 
 MAX_ROLE: Final = 64
 
-ROLE_WORDS: Final = (
-    f"1 to {MAX_ROLE} characters of A-Z a-z 0-9 _ . : / @ -, of which the first is none of : / @ -"
-)
+ROLE_WORDS: Final = f"1 to {MAX_ROLE} characters of A-Z a-z 0-9 _ . : / @ -, not beginning with : / @ -"
 
 _ROLE: Final = re.compile(rf"[A-Za-z0-9_.][A-Za-z0-9_.:/@-]{{0,{MAX_ROLE - 1}}}")
 
