@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -84,4 +85,31 @@ func parseAddress(text string) (address, error) {
 		return fault("not a host name or an IP address")
 	}
 	return address{host: name, port: number}, nil
+}
+
+// parseAddresses parses addresses that are separated by commas, without duplicates. It returns a ConfigError.
+func parseAddresses(text string) ([]address, error) {
+	var addresses []address
+	for _, part := range strings.Split(text, ",") {
+		parsed, err := parseAddress(strings.TrimSpace(part))
+		if err != nil {
+			return nil, err
+		}
+		if !slices.Contains(addresses, parsed) {
+			addresses = append(addresses, parsed)
+		}
+	}
+	if len(addresses) > maxAddresses {
+		return nil, configError(fmt.Sprintf("%d addresses: at most %d are allowed; remove some", len(addresses), maxAddresses))
+	}
+	return addresses, nil
+}
+
+// joinAddresses is the inverse of parseAddresses.
+func joinAddresses(addresses []address) string {
+	var texts []string
+	for _, address := range addresses {
+		texts = append(texts, address.String())
+	}
+	return strings.Join(texts, ",")
 }

@@ -32,10 +32,9 @@ type shared struct {
 	clock       clock
 	random      func() float64
 	options     Options
-	address     address
 	connections *connections
-	all         []*Session // the first one is the client's own: it also gets events that belong to no session
-	onConnected func()     // set once the client is open
+	all         []*Session     // the first one is the client's own: it also gets events that belong to no session
+	onConnected func(Endpoint) // set once the client is open
 }
 
 // Dial connects to the server at "host", "host:port" or "[::1]:port", and opens a session if there are credentials. The port is
@@ -43,11 +42,16 @@ type shared struct {
 //
 //	client, err := zcproto.Dial(ctx, "host:7443", zcproto.Options{Credentials: zcproto.APIKey("ada", key), CAFile: "ca.crt"})
 //
+// Servers that share their sessions can have several addresses, separated by commas, or a name with several IP addresses. The
+// client stays with one of them until it fails or goes away, and then connects to another one at once.
+//
+//	client, err := zcproto.Dial(ctx, "a.example:7443,b.example:7443", options)
+//
 // It waits for a server that is starting (Options.StartTimeout). Any other error of the first attempt is returned: a
 // *ConfigError, *ConnectError, *TLSError, *CertificateError, *ClosedError, or the *Error of session.open. The context limits
 // Dial alone: close the client with Close.
 func Dial(ctx context.Context, address string, options Options) (*Client, error) {
-	parsed, err := parseAddress(address)
+	addresses, err := parseAddresses(address)
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +62,7 @@ func Dial(ctx context.Context, address string, options Options) (*Client, error)
 	if err != nil {
 		return nil, err
 	}
-	serverName := parsed.host
+	serverName := "" // that of each address
 	if options.ServerName != "" {
 		named, err := parseAddress(options.ServerName)
 		if err != nil {
@@ -67,23 +71,23 @@ func Dial(ctx context.Context, address string, options Options) (*Client, error)
 		serverName = named.host
 	}
 	clock := newSystemClock()
-	client, err := newClient(parsed, options, clock, systemRandom)
+	client, err := newClient(addresses, options, clock, systemRandom)
 	if err != nil {
 		return nil, err
 	}
 	dialer := &dialer{
-		address: parsed, serverName: serverName, trust: trust, hosts: knownHostsIn(options.Home), options: &client.shared.options,
-		clock: clock, owner: client.shared.connections,
+		serverName: serverName, trust: trust, hosts: knownHostsIn(options.Home), options: &client.shared.options, clock: clock,
+		owner: client.shared.connections,
 	}
-	client.shared.connections.dial = dialer.dial
+	client.shared.connections.resolve, client.shared.connections.dial = dialer.resolve, dialer.dial
 	if err := client.open(ctx); err != nil {
 		return nil, err
 	}
 	return client, nil
 }
 
-// newClient returns a client that is not connected, and has no dial function yet.
-func newClient(address address, options Options, clock clock, random func() float64) (*Client, error) {
+// newClient returns a client that is not connected, and cannot resolve or dial yet.
+func newClient(addresses []address, options Options, clock clock, random func() float64) (*Client, error) {
 	if options.Credentials == nil && (options.Certificate != "" || options.GetCertificate != nil) {
 		options.Credentials = ClientCertificate("")
 	}
@@ -92,12 +96,12 @@ func newClient(address address, options Options, clock clock, random func() floa
 			return nil, err
 		}
 	}
-	s := &shared{clock: clock, random: random, options: options, address: address}
-	c := newConnections(&s.mu, clock, random)
+	s := &shared{clock: clock, random: random, options: options}
+	c := newConnections(&s.mu, clock, newEndpoints(addresses, options.AddressOrder, random))
 	c.startTimeout = options.StartTimeout
 	c.onStarting = func() {
 		s.options.warn(fmt.Sprintf("%s: nothing listens there yet; waiting up to %s for the server to start",
-			address, options.StartTimeout))
+			joinAddresses(addresses), options.StartTimeout))
 	}
 	c.onConnected = s.connected
 	c.onCall = s.callReceived
@@ -128,9 +132,10 @@ func (c *Client) open(ctx context.Context) error {
 	}
 	if s.options.OnConnected != nil {
 		s.mu.Lock()
-		s.onConnected = func() { s.options.OnConnected(c) }
+		s.onConnected = func(endpoint Endpoint) { s.options.OnConnected(c, endpoint) }
+		endpoint := s.connections.endpoints.used
 		s.mu.Unlock()
-		go s.onConnected()
+		go s.options.OnConnected(c, endpoint)
 	}
 	return nil
 }
@@ -205,8 +210,19 @@ type sessionSettings struct {
 // OnEvent calls a function with each event of the session, one at a time, instead of queuing it for NextEvent.
 func OnEvent(then func(Event)) SessionOption { return func(s *sessionSettings) { s.onEvent = then } }
 
-// Address returns the address of the server, as host:port.
-func (c *Client) Address() string { return c.shared.address.String() }
+// Address returns the address of the server, as host:port; several are separated by commas.
+func (c *Client) Address() string { return joinAddresses(c.shared.connections.endpoints.addresses) }
+
+// Endpoint returns where the client is connected to; false without a connection.
+func (c *Client) Endpoint() (Endpoint, bool) {
+	c.shared.mu.Lock()
+	defer c.shared.mu.Unlock()
+	current := c.shared.connections.current
+	if current == nil {
+		return Endpoint{}, false
+	}
+	return current.endpoint, true
+}
 
 // Cut resets the connection like a network failure, for tests. The client reconnects.
 func (c *Client) Cut() {
@@ -299,7 +315,7 @@ func (s *shared) connected(c *connection) {
 		isCurrent, onConnected := s.connections.current == c, s.onConnected
 		s.mu.Unlock()
 		if isCurrent && onConnected != nil {
-			onConnected()
+			onConnected(c.endpoint)
 		}
 	}()
 }

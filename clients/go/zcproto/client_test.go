@@ -323,7 +323,7 @@ func TestGoAwayAtTheFirstConnectionIsRetriedWithinTheStartTimeout(t *testing.T) 
 	client := server.client(Options{StartTimeout: time.Second})
 	done := make(chan error, 1)
 	go func() { done <- client.open(context.Background()) }()
-	for _, delay := range []time.Duration{250 * time.Millisecond, 400 * time.Millisecond} { // with jitter
+	for _, delay := range []time.Duration{250 * time.Millisecond, 100 * time.Millisecond} { // with jitter
 		server.clock.awaitTimer(t, delay)
 		server.clock.advance(delay)
 	}
@@ -517,6 +517,11 @@ func TestNoSecretIsInFormattedOutput(t *testing.T) {
 	client, peer := newFakeServer(t).opened(options)
 	stream := client.Stream(context.Background(), "s", nil)
 	peer.requestOf(wire.Open, "s")
+	eventually(t, func() bool { // fmt reads fields without the mutex
+		client.shared.mu.Lock()
+		defer client.shared.mu.Unlock()
+		return !peer.connection.isWriting
+	})
 	login := Login{Scheme: "password", Fields: map[string]any{"password": testKey}}
 	secrets := []string{testKey, fmt.Sprint(bytes.Repeat([]byte{1}, 32)), fmt.Sprintf("%x", bytes.Repeat([]byte{1}, 32)),
 		client.Token(), fmt.Sprint(bytes.Repeat([]byte{9}, 32)), fmt.Sprintf("%x", bytes.Repeat([]byte{9}, 32)),

@@ -31,6 +31,9 @@ type connection struct {
 	conv  *conversation.Conversation
 	link  byteStream
 	leaf  [32]byte
+	// endpoint is where it leads; stableAt is when it counts as a success, once it is used.
+	endpoint Endpoint
+	stableAt time.Duration
 
 	pending   map[uint32]*pendingCall
 	waiters   []*waiter
@@ -73,9 +76,11 @@ type waiter struct {
 	wake chan struct{}
 }
 
-func newConnection(owner *connections, clock clock, conv *conversation.Conversation, link byteStream) *connection {
+func newConnection(
+	owner *connections, clock clock, conv *conversation.Conversation, link byteStream, endpoint Endpoint,
+) *connection {
 	c := &connection{
-		owner: owner, mu: owner.mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(),
+		owner: owner, mu: owner.mu, clock: clock, conv: conv, link: link, leaf: link.leafHash(), endpoint: endpoint, stableAt: forever,
 		pending:  map[uint32]*pendingCall{},
 		handled:  map[uint32]*runningCall{},
 		writable: make(chan struct{}),

@@ -3,6 +3,8 @@ package zcproto
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -20,16 +22,19 @@ const (
 // connections maintains the connection to one server: one for new calls, and older ones that drain.
 //
 // It decides when to connect and reconnect. The first attempt is repeated only while nothing listens or the server goes away,
-// because the server may be starting, or be replaced. After a loss it reconnects with growing, jittered delays; after GOAWAY when
-// the server asked for it; after a close for idleness with the next call; and not at all once the sessions were revoked or
-// replaced. All callers that wait for a connection share one attempt. It does not know calls, retries and how sessions are opened.
+// because the server may be starting, or be replaced. After a loss and after GOAWAY it connects to another endpoint at once; each
+// one rests for a growing, jittered delay after a failure, and for what its server asked for. After a close for idleness it
+// reconnects with the next call, and not at all once the sessions were revoked or replaced. All callers that wait for a connection
+// share one attempt. It does not know calls, retries and how sessions are opened.
 type connections struct {
 	mu           *sync.Mutex // of the client
 	clock        clock
-	backoff      *backoff
+	endpoints    *endpoints
 	startTimeout time.Duration
-	// dial makes a connection that has received WELCOME, without the mutex.
-	dial func(ctx context.Context) (*connection, error)
+	// resolve returns the IP addresses of a name, without the mutex: those of the family to prefer first.
+	resolve func(ctx context.Context, address address) ([]netip.Addr, error)
+	// dial makes a connection that has received WELCOME, without the mutex. It calls onTCP once it has a TCP connection.
+	dial func(ctx context.Context, endpoint Endpoint, onTCP func()) (*connection, error)
 	// The others are called with the mutex, and must not release it.
 	onStarting  func()
 	onConnected func(*connection)
@@ -41,8 +46,7 @@ type connections struct {
 	lastError    error       // of the last attempt
 	all          []*connection
 	connecting   *task
-	notBefore    time.Duration
-	stableAt     time.Duration // when the current connection counts as a success
+	late         sync.WaitGroup // attempts whose connection is not needed
 	hasConnected bool
 	isClosed     bool
 	closing      context.Context
@@ -67,8 +71,8 @@ func (t *task) await(ctx context.Context, mu *sync.Mutex) error {
 	}
 }
 
-func newConnections(mu *sync.Mutex, clock clock, random func() float64) *connections {
-	c := &connections{mu: mu, clock: clock, backoff: newBackoff(random), stableAt: forever, notBefore: clock.now()}
+func newConnections(mu *sync.Mutex, clock clock, endpoints *endpoints) *connections {
+	c := &connections{mu: mu, clock: clock, endpoints: endpoints}
 	c.closing, c.cancel = context.WithCancelCause(context.Background())
 	return c
 }
@@ -110,61 +114,60 @@ func (c *connections) connect() error {
 	startsUntil := c.clock.now() + c.startTimeout
 	isStarting := false
 	for {
-		if err := c.pause(c.notBefore - c.clock.now()); err != nil {
+		if err := c.pause(c.endpoints.firstDue() - c.clock.now()); err != nil {
 			return err
 		}
-		c.mu.Unlock()
-		connection, err := c.dial(c.closing)
-		c.mu.Lock()
-		isGoingAway := err == nil && connection.draining // GOAWAY in the same read as WELCOME
+		connection, err := c.round()
 		switch {
 		case c.isClosed:
 			if err == nil {
 				connection.close("closed by this client")
 			}
 			return errClientClosed()
-		case isGoingAway:
-			err = &ConnectError{Reason: "the server is going away; try again once it has been replaced"}
-		case err == nil && connection.failure != nil:
-			err = connection.failure
-		}
-		if err == nil {
-			if !c.hasConnected {
-				c.hasConnected = true
-				c.backoff.reset()
-			}
-			c.current = connection
-			c.stableAt = c.clock.now() + stableAfter
-			c.onConnected(connection)
+		case err == nil:
+			c.adopt(connection)
 			return nil
-		}
-		var config *ConfigError
-		var certificate *CertificateError
-		if errors.As(err, &config) || errors.As(err, &certificate) {
+		case isOwnFault(err):
 			return err
 		}
 		c.lastError = err
-		delay := c.backoff.next(0)
+		failed := len(c.endpoints.known)
+		permanent := c.endpoints.count((*endpointState).isPermanent)
 		if c.hasConnected {
-			var failure *TLSError
-			if errors.As(err, &failure) && !isClosed(err) && !isTransient(failure.Failure) {
+			if permanent == failed {
+				c.endpoints.wakeAll() // the next call tries again
 				return err
 			}
-		} else {
-			delay = min(delay, maxStartDelay)
-			var failed *ConnectError
-			isRefused := errors.As(err, &failed) && failed.Refused
-			beginsAt := max(c.clock.now()+delay, c.notBefore)
-			if !isRefused && !isGoingAway || beginsAt >= startsUntil {
-				return err
-			}
-			if isRefused && !isStarting {
-				isStarting = true
-				c.onStarting()
-			}
+			continue
 		}
-		c.delayNextAttempt(delay)
+		starting := c.endpoints.count((*endpointState).mayBeStarting)
+		if permanent > 0 || starting == 0 || c.endpoints.firstDue() >= startsUntil {
+			return err
+		}
+		if c.endpoints.count((*endpointState).isRefused) > 0 && !isStarting {
+			isStarting = true
+			c.onStarting()
+		}
 	}
+}
+
+// adopt uses a connection for new calls.
+func (c *connections) adopt(connection *connection) {
+	if !c.hasConnected {
+		c.hasConnected = true
+		c.endpoints.resetAll() // waiting for the start does not delay the first reconnect
+	}
+	c.endpoints.used = connection.endpoint
+	c.current = connection
+	connection.stableAt = c.clock.now() + stableAfter
+	c.onConnected(connection)
+}
+
+// isOwnFault returns whether an attempt has failed for a reason at this end, which is the same for all servers.
+func isOwnFault(err error) bool {
+	var config *ConfigError
+	var certificate *CertificateError
+	return errors.As(err, &config) || errors.As(err, &certificate)
 }
 
 // pause waits without the mutex, unless the client is closed.
@@ -180,8 +183,13 @@ func (c *connections) pause(delay time.Duration) error {
 	return nil
 }
 
-func (c *connections) delayNextAttempt(delay time.Duration) {
-	c.notBefore = max(c.notBefore, c.clock.now()+delay)
+// rest lets an endpoint rest after a failure, for a random time in addition to what its server has asked for.
+func (c *connections) rest(state *endpointState, retryAfter time.Duration) {
+	delay := state.backoff.next(0)
+	if !c.hasConnected {
+		delay = min(delay, maxStartDelay)
+	}
+	state.restsUntil = max(state.restsUntil, addTime(c.clock.now(), retryAfter+delay))
 }
 
 // --- notifications of connections, with the mutex ------------------------------------------------------------------------
@@ -198,30 +206,43 @@ func (c *connections) callReceived(connection *connection, event *conversation.E
 }
 
 func (c *connections) connectionDrains(connection *connection, reason string, retryAfter time.Duration) {
-	if connection == c.current {
+	wasCurrent := connection == c.current
+	if wasCurrent {
 		c.current = nil
 	}
 	if reason != "idle" && reason != "no_session" { // another unused connection would be closed for the same reason
-		c.reconnect(min(retryAfter, maxRetryAfter))
+		c.leave(connection, errGoingAway(connection.endpoint), min(retryAfter, maxRetryAfter))
+		c.reconnect(wasCurrent)
 	}
+}
+
+func errGoingAway(endpoint Endpoint) *ConnectError {
+	return &ConnectError{isGoingAway: true, Reason: fmt.Sprintf(
+		"%s: the server is going away; try again once it has been replaced", endpoint.address())}
 }
 
 func (c *connections) connectionEnded(connection *connection, failure *ClosedError) {
 	if connection == c.current {
 		c.current = nil
 		c.lastError = failure
-		c.reconnect(0)
+		c.leave(connection, failure, 0)
+		c.reconnect(true)
 	}
 }
 
-// reconnect delays the next attempt to connect, and starts it now if it is wanted.
-func (c *connections) reconnect(retryAfter time.Duration) {
-	if c.clock.now() >= c.stableAt {
-		c.backoff.reset()
+// leave lets the endpoint of a connection rest. Its delays start again if the connection has lasted.
+func (c *connections) leave(connection *connection, reason error, retryAfter time.Duration) {
+	state := c.endpoints.of(connection.endpoint)
+	if c.clock.now() >= connection.stableAt {
+		state.backoff.reset()
 	}
-	c.stableAt = forever
-	c.delayNextAttempt(c.backoff.next(retryAfter))
-	if c.hasConnected && !c.isClosed && c.isWanted() {
+	state.err = reason
+	c.rest(state, retryAfter)
+}
+
+// reconnect connects now if it is wanted. wasCurrent is whether the connection for new calls is gone.
+func (c *connections) reconnect(wasCurrent bool) {
+	if wasCurrent && !c.isClosed && c.isWanted() {
 		c.start()
 	}
 }
@@ -243,6 +264,9 @@ func (c *connections) close() {
 		_ = c.connecting.await(context.Background(), c.mu) // its waiters get the error
 	}
 	c.current = nil
+	c.mu.Unlock()
+	c.late.Wait()
+	c.mu.Lock()
 	all := slices.Clone(c.all)
 	for _, connection := range all {
 		connection.close("closed by this client")

@@ -5,38 +5,62 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
+	"slices"
 	"syscall"
 
 	"github.com/zcproto/zcproto/clients/go/internal/conversation"
 	"github.com/zcproto/zcproto/clients/go/internal/wire"
 )
 
-// dialer makes connections to one server: name, TCP, TLS, WELCOME, and the sts policy of the host.
+// dialer makes connections: TCP, TLS, WELCOME, and the sts policy of the host.
 type dialer struct {
-	address    address
-	serverName string
+	serverName string // to verify instead of the host; "" for the host
 	trust      *trust
 	hosts      *knownHosts // nil without a home
 	options    *Options
 	clock      clock
 	owner      *connections
 	network    net.Dialer
+	resolver   net.Resolver
 }
 
-// dial returns a connection that has received WELCOME. It returns a *ConnectError, *ClosedError, *TLSError,
-// *CertificateError or *ConfigError.
-func (d *dialer) dial(ctx context.Context) (*connection, error) {
+// resolve returns the IP addresses of a name in the order of the system, or a *ConnectError.
+func (d *dialer) resolve(ctx context.Context, address address) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, d.options.ConnectTimeout, &ConnectError{Reason: fmt.Sprintf(
+		"%s: the name was not resolved within %s; check DNS", address, d.options.ConnectTimeout)})
+	defer cancel()
+	found, err := d.resolver.LookupNetIP(ctx, "ip", address.host)
+	if err != nil {
+		return nil, d.cannotConnect(ctx, address, err)
+	}
+	var ips []netip.Addr
+	for _, ip := range found {
+		if ip = ip.Unmap(); !slices.Contains(ips, ip) {
+			ips = append(ips, ip)
+		}
+	}
+	return ips, nil
+}
+
+// dial returns a connection that has received WELCOME; onTCP is called before TLS. It returns a *ConnectError, *ClosedError,
+// *TLSError, *CertificateError or *ConfigError.
+func (d *dialer) dial(ctx context.Context, endpoint Endpoint, onTCP func()) (*connection, error) {
+	serverName := d.serverName
+	if serverName == "" {
+		serverName = endpoint.Host
+	}
 	if d.trust.skipVerify && d.hosts != nil {
-		for _, host := range []string{d.address.host, d.serverName} {
+		for _, host := range []string{endpoint.Host, serverName} {
 			if err := d.hosts.require(host, d.seconds()); err != nil {
 				return nil, err
 			}
 		}
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, d.options.ConnectTimeout, &ConnectError{Reason: fmt.Sprintf(
-		"%s: no answer within %s; check the address and the firewall", d.address, d.options.ConnectTimeout)})
+		"%s: no answer within %s; check the address and the firewall", endpoint.address(), d.options.ConnectTimeout)})
 	defer cancel()
-	connection, err := d.connect(ctx)
+	connection, err := d.connect(ctx, endpoint, serverName, onTCP)
 	if err != nil {
 		return nil, err
 	}
@@ -57,8 +81,8 @@ func (d *dialer) dial(ctx context.Context) (*connection, error) {
 	}
 	if !d.trust.skipVerify && d.hosts != nil && welcome != nil {
 		policy := stsPolicy{maxAge: int64(welcome.STS.MaxAge.Seconds()), includeSubdomains: welcome.STS.IncludeSubdomains}
-		if err := d.hosts.learn(d.serverName, policy, d.seconds()); err != nil {
-			d.options.warn(fmt.Sprintf("the sts policy of %s was not stored: %s", d.serverName, wire.Escape(err.Error(), maxMessage)))
+		if err := d.hosts.learn(serverName, policy, d.seconds()); err != nil {
+			d.options.warn(fmt.Sprintf("the sts policy of %s was not stored: %s", serverName, wire.Escape(err.Error(), maxMessage)))
 		}
 	}
 	return connection, nil
@@ -66,17 +90,19 @@ func (d *dialer) dial(ctx context.Context) (*connection, error) {
 
 func (d *dialer) seconds() int64 { return d.trust.now().Unix() }
 
-func (d *dialer) connect(ctx context.Context) (*connection, error) {
-	config, err := d.trust.config(d.serverName)
+func (d *dialer) connect(ctx context.Context, endpoint Endpoint, serverName string, onTCP func()) (*connection, error) {
+	config, err := d.trust.config(serverName)
 	if err != nil && !d.trust.isCAMissing() {
 		return nil, err
 	}
-	tcp, dialErr := d.network.DialContext(ctx, "tcp", d.address.String())
+	at := netip.AddrPortFrom(endpoint.IP, uint16(endpoint.Port))
+	tcp, dialErr := d.network.DialContext(ctx, "tcp", at.String())
 	if dialErr != nil {
-		return nil, d.cannotConnect(ctx, dialErr)
+		return nil, d.cannotConnect(ctx, endpoint.address(), dialErr)
 	}
+	onTCP()
 	if err != nil { // a server that is starting writes its CA before it listens
-		if config, err = d.trust.config(d.serverName); err != nil {
+		if config, err = d.trust.config(serverName); err != nil {
 			_ = tcp.Close()
 			return nil, err
 		}
@@ -86,7 +112,7 @@ func (d *dialer) connect(ctx context.Context) (*connection, error) {
 		return nil, err
 	}
 	conv := conversation.New(conversation.Settings{MaxFrame: uint32(d.options.MaxFrame)})
-	connection := newConnection(d.owner, d.clock, conv, link)
+	connection := newConnection(d.owner, d.clock, conv, link, endpoint)
 	d.owner.mu.Lock()
 	d.owner.opened(connection)
 	d.owner.mu.Unlock()
@@ -94,13 +120,13 @@ func (d *dialer) connect(ctx context.Context) (*connection, error) {
 	return connection, nil
 }
 
-func (d *dialer) cannotConnect(ctx context.Context, err error) error {
+func (d *dialer) cannotConnect(ctx context.Context, address address, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	var name *net.DNSError
 	if errors.As(err, &name) {
-		return &ConnectError{Reason: fmt.Sprintf("%s: %s; check the host name and DNS", d.address, name.Err), Cause: err}
+		return &ConnectError{Reason: fmt.Sprintf("%s: %s; check the host name and DNS", address, name.Err), Cause: err}
 	}
 	reason := err.Error()
 	var system syscall.Errno
@@ -108,14 +134,14 @@ func (d *dialer) cannotConnect(ctx context.Context, err error) error {
 		reason = system.Error()
 	}
 	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return &ConnectError{Reason: fmt.Sprintf("%s: %s; check the address and the network", d.address, reason), Cause: err}
+		return &ConnectError{Reason: fmt.Sprintf("%s: %s; check the address and the network", address, reason), Cause: err}
 	}
 	missing := ""
 	if d.trust.isCAMissing() {
 		missing = ", and " + wire.Escape(d.trust.caFile, maxMessage) + " does not exist"
 	}
 	return &ConnectError{Refused: true, Cause: err, Reason: fmt.Sprintf(
-		"%s: %s%s; start the server, or check the host and the port", d.address, reason, missing)}
+		"%s: %s%s; start the server, or check the host and the port", address, reason, missing)}
 }
 
 // explained explains an end before WELCOME: in TLS 1.3 a server refuses a client certificate only after the handshake, by an

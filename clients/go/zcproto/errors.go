@@ -143,7 +143,8 @@ type ConnectError struct {
 	// Reason says why.
 	Reason string
 	// Refused is whether nothing listens at the address: the server may be starting.
-	Refused bool
+	Refused     bool
+	isGoingAway bool // GOAWAY came with WELCOME
 	// Cause is the error of the network; it may be nil.
 	Cause error
 }

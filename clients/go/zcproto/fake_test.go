@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"math"
+	"net/netip"
 	"sync"
 	"testing"
 	"time"
@@ -32,7 +33,7 @@ func welcomeBody() map[string]any {
 	}
 }
 
-// fakeServer is a server in memory that a test scripts.
+// fakeServer is a server in memory that a test scripts, or several of them at different endpoints.
 type fakeServer struct {
 	t     *testing.T
 	clock *manualClock
@@ -40,18 +41,65 @@ type fakeServer struct {
 	welcome map[string]any
 
 	mu       sync.Mutex
-	failures []error         // of the next attempts to connect
-	goAways  []time.Duration // delays of GOAWAYs, with the WELCOMEs of the next connections
+	ips      map[string][]string      // of names; others have one
+	gates    map[string]chan struct{} // names that are resolved once these are closed
+	states   map[string]endpointFault // by IP address
+	tried    chan string              // IP addresses of attempts to connect
+	failures []error                  // of the next attempts to connect
+	goAways  []time.Duration          // delays of GOAWAYs, with the WELCOMEs of the next connections
 	dials    int
 	accepted chan *fakeConnection
-	owner    *connections
 	salt     uint64
 }
 
 func newFakeServer(t *testing.T) *fakeServer {
 	return &fakeServer{
 		t: t, clock: newManualClock(), welcome: welcomeBody(), accepted: make(chan *fakeConnection, 100), salt: 100,
+		ips: map[string][]string{}, gates: map[string]chan struct{}{}, states: map[string]endpointFault{},
+		tried: make(chan string, 1_000),
 	}
+}
+
+// endpointFault is how an attempt to connect fails.
+type endpointFault int
+
+const (
+	_         endpointFault = iota
+	refused                 // nothing listens
+	silent                  // no TCP connection is made
+	frozen                  // there is no WELCOME
+	untrusted               // the key has changed
+)
+
+// set sets what is wrong with an endpoint.
+func (s *fakeServer) set(ip string, fault endpointFault) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.states[ip] = fault
+}
+
+func (s *fakeServer) resolve(ctx context.Context, address address) ([]netip.Addr, error) {
+	s.mu.Lock()
+	gate, texts := s.gates[address.host], s.ips[address.host]
+	s.mu.Unlock()
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	if texts == nil {
+		texts = []string{"192.0.2.1"}
+	}
+	var ips []netip.Addr
+	for _, text := range texts {
+		ips = append(ips, netip.MustParseAddr(text))
+	}
+	if len(ips) == 0 {
+		return nil, &ConnectError{Reason: address.String() + ": no such host"}
+	}
+	return ips, nil
 }
 
 // failNext makes the next attempts to connect fail.
@@ -67,9 +115,28 @@ func (s *fakeServer) dialed() int {
 	return s.dials
 }
 
-func (s *fakeServer) dial(context.Context) (*connection, error) {
+func (s *fakeServer) dial(
+	ctx context.Context, owner *connections, endpoint Endpoint, onTCP func(),
+) (*connection, error) {
 	s.mu.Lock()
 	s.dials++
+	fault := s.states[endpoint.IP.String()]
+	s.mu.Unlock()
+	s.tried <- endpoint.IP.String()
+	switch fault {
+	case refused:
+		return nil, &ConnectError{Reason: "refused", Refused: true}
+	case untrusted:
+		return nil, newTLSError(TLSPinMismatch, nil)
+	case frozen:
+		onTCP()
+		fallthrough
+	case silent:
+		<-ctx.Done()
+		return nil, context.Cause(ctx)
+	}
+	onTCP()
+	s.mu.Lock()
 	if len(s.failures) > 0 {
 		failure := s.failures[0]
 		s.failures = s.failures[1:]
@@ -85,11 +152,11 @@ func (s *fakeServer) dial(context.Context) (*connection, error) {
 	s.mu.Unlock()
 	peer.cond.L = &peer.mu
 	peer.decoder = wire.Decoder{Receiver: wire.Server, Limit: math.MaxInt32, Extensions: wire.Streams | wire.Calls}
-	connection := newConnection(s.owner, s.clock, conversation.New(conversation.Settings{}), peer)
+	connection := newConnection(owner, s.clock, conversation.New(conversation.Settings{}), peer, endpoint)
 	peer.connection = connection
-	s.owner.mu.Lock()
-	s.owner.opened(connection)
-	s.owner.mu.Unlock()
+	owner.mu.Lock()
+	owner.opened(connection)
+	owner.mu.Unlock()
 	go connection.read()
 	peer.together(func() {
 		peer.send(wire.Welcome, 0, s.welcome)
@@ -97,7 +164,10 @@ func (s *fakeServer) dial(context.Context) (*connection, error) {
 			peer.goAway("draining", delay)
 		}
 	})
-	<-connection.welcomed
+	select {
+	case <-connection.welcomed:
+	case <-connection.ended: // the client was closed
+	}
 	return connection, nil
 }
 
@@ -116,25 +186,38 @@ func (s *fakeServer) accept() *fakeConnection {
 // client returns a client of this server, which is closed at the end of the test.
 func (s *fakeServer) client(options Options) *Client {
 	s.t.Helper()
-	options, err := options.withDefaults()
+	return s.clientOf("fake", options)
+}
+
+// clientOf returns a client of several addresses.
+func (s *fakeServer) clientOf(text string, options Options) *Client {
+	s.t.Helper()
+	addresses, err := parseAddresses(text)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	client, err := newClient(address{"fake", 1}, options, s.clock, func() float64 { return 0.5 })
+	options, err = options.withDefaults()
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	s.owner = client.shared.connections
-	s.owner.dial = s.dial
-	adopted := s.owner.onConnected
-	s.owner.onConnected = func(connection *connection) {
+	client, err := newClient(addresses, options, s.clock, func() float64 { return 0.5 })
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	owner := client.shared.connections
+	owner.resolve = s.resolve
+	owner.dial = func(ctx context.Context, endpoint Endpoint, onTCP func()) (*connection, error) {
+		return s.dial(ctx, owner, endpoint, onTCP)
+	}
+	adopted := owner.onConnected
+	owner.onConnected = func(connection *connection) {
 		adopted(connection)
 		s.accepted <- connection.link.(*fakeConnection)
 	}
 	s.t.Cleanup(func() {
-		s.owner.mu.Lock()
-		s.owner.abort()
-		s.owner.mu.Unlock()
+		owner.mu.Lock()
+		owner.abort()
+		owner.mu.Unlock()
 		_ = client.Close()
 	})
 	return client
@@ -143,10 +226,16 @@ func (s *fakeServer) client(options Options) *Client {
 // opened returns a client with an open session, whose token consists of ones.
 func (s *fakeServer) opened(options Options) (*Client, *fakeConnection) {
 	s.t.Helper()
+	return s.openedAt("fake", options)
+}
+
+// openedAt returns a client of several addresses with an open session.
+func (s *fakeServer) openedAt(text string, options Options) (*Client, *fakeConnection) {
+	s.t.Helper()
 	if options.Credentials == nil {
 		options.Credentials = APIKey("ada", testKey)
 	}
-	client := s.client(options)
+	client := s.clientOf(text, options)
 	done := make(chan error, 1)
 	go func() { done <- client.open(context.Background()) }()
 	peer := s.accept()

@@ -57,18 +57,23 @@ type Options struct {
 	// Timeout limits a call whose context has no deadline, including all attempts: DefaultTimeout if 0. It is not applied to
 	// streams.
 	Timeout time.Duration
-	// ConnectTimeout limits one attempt to connect, from the name to WELCOME: DefaultConnectTimeout if 0.
+	// ConnectTimeout limits one attempt to connect, from TCP to WELCOME, and apart from that the resolution of a name:
+	// DefaultConnectTimeout if 0.
 	ConnectTimeout time.Duration
 	// StartTimeout is how long Dial waits for a server that is starting: while nothing listens at its address, or the server is
 	// going away, the attempt is repeated, and a missing CAFile may still be created. DefaultStartTimeout if 0; negative does not
 	// wait.
 	StartTimeout time.Duration
 
+	// AddressOrder is the order in which several addresses are tried: RandomOrder if empty.
+	AddressOrder AddressOrder
+
 	// OnEvent is called with each event of the server, one at a time. Without it, events are queued for Session.NextEvent.
 	OnEvent func(Event)
 	// OnConnected is called in a goroutine of its own once the client has connected and opened its session, and again after each
-	// reconnect when all sessions are known to the server: a good place to open long streams again.
-	OnConnected func(*Client)
+	// reconnect when all sessions are known to the server: a good place to open long streams again. It gets where the client has
+	// connected to.
+	OnConnected func(*Client, Endpoint)
 	// MaxCalls is how many calls of the server are handled at once in a session: DefaultMaxCalls if 0.
 	MaxCalls int
 	// MaxFrame is the largest frame accepted from the server, in bytes: DefaultMaxFrame if 0.
@@ -92,6 +97,10 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.MaxCalls < 0 || o.MaxFrame < 0 || o.MaxFrame > math.MaxInt32 {
 		return o, configError("MaxCalls and MaxFrame: a limit is below 0 or above 2 GiB; leave it out for the default")
+	}
+	setDefault(&o.AddressOrder, RandomOrder)
+	if o.AddressOrder != RandomOrder && o.AddressOrder != ListedOrder {
+		return o, configError("AddressOrder: it is neither RandomOrder nor ListedOrder; give one of them")
 	}
 	setDefault(&o.Timeout, DefaultTimeout)
 	setDefault(&o.ConnectTimeout, DefaultConnectTimeout)

@@ -392,6 +392,8 @@ func (s *Session) afterError(err *Error, r *request, c *connection, token wire.T
 	hasToken := token != wire.Token{}
 	isFirst := !r.attempts.done[step]
 	switch {
+	case step == later && c.draining:
+		return s.pause(r.attempts.next(0), err, r) // the delay that the server asks for concerns that server
 	case step == later:
 		return s.pause(r.attempts.next(retryAfter(err.Details)), err, r)
 	case step == atOnce && isFirst:

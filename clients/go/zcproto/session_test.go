@@ -400,7 +400,7 @@ func TestUsersHaveTheirOwnSessionsAndEventsOnOneConnection(t *testing.T) {
 func TestReconnectShowsEachSession(t *testing.T) {
 	server := newFakeServer(t)
 	connected := make(chan bool, 10)
-	client, peer := server.opened(Options{OnConnected: func(client *Client) {
+	client, peer := server.opened(Options{OnConnected: func(client *Client, _ Endpoint) {
 		_, isOpen := client.Info()
 		connected <- isOpen
 	}})

@@ -152,6 +152,22 @@ func TestServerIsTrustedByItsCAAndItsPins(t *testing.T) {
 	s.failsWith(Options{Pins: []string{key}, ServerName: "other.example"}, TLSCertificateNameMismatch)
 }
 
+func TestEachAddressHasItsOwnName(t *testing.T) {
+	s := newTLSServer(t, nil, welcomes)
+	_, port, _ := net.SplitHostPort(s.address)
+	alone := s.address
+	s.address = "127.0.0.1:" + port
+	s.failsWith(Options{CAFile: s.caFile}, TLSCertificateNameMismatch)
+	s.address += "," + alone
+	if err := s.dial(Options{CAFile: s.caFile, AddressOrder: ListedOrder}); err != nil {
+		t.Error(err)
+	}
+	s.address = "127.0.0.1:" + port + ",[::1]:1"
+	if err := s.dial(Options{CAFile: s.caFile}); err == nil || !strings.Contains(err.Error(), "none of 2 addresses can be reached") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestExpiredCertificateIsRefusedInEachMode(t *testing.T) {
 	s := newTLSServer(t, func(template *x509.Certificate, _ *tls.Config) { template.NotAfter = time.Now().Add(-time.Minute) }, welcomes)
 	s.failsWith(Options{CAFile: s.caFile}, TLSCertificateExpired)
