@@ -48,6 +48,7 @@ class FakeStore:
         time = MonotonicClock(self.clock).wall
         self.answers = Answers(AnswerLimits(), time) if data_of is None else data_of.answers
         self.others = set(self.answers._entries)  # requests that another process has claimed
+        self.is_orphan = False  # whether that process shows no sign of life
         self.out = False
         self.is_full = False
         self.fails_after_the_effect = False
@@ -72,7 +73,9 @@ class FakeStore:
         await self._turn("claim")
         claim = self.answers.claim(user, key, digest, lease_ms)
         self._end()
-        return replace(claim, is_own=claim.is_own and (user, key) not in self.others)
+        return replace(
+            claim, is_own=claim.is_own and (user, key) not in self.others, is_orphan=self.is_orphan
+        )
 
     async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         await self._turn("keep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.server.idempotency_harness import (
     make_harness,
 )
 from zcproto.errors import Code, ResourceExhausted, Unavailable
-from zcproto.server.idempotency import MAX_REMEMBERED, POLL_FIRST_S, POLL_LAST_S, Answer
+from zcproto.server.idempotency import MAX_REMEMBERED, ORPHANED_S, POLL_FIRST_S, POLL_LAST_S, Answer
 from zcproto.stores.base import Claim, StoreUnavailable
 from zcproto.wire.message import decode_error, encode_body
 
@@ -77,6 +78,35 @@ def test_claim_of_another_process_is_not_reused(make_harness: MakeHarness, share
     gate.set_result(None)
     killed.turn()
     restarted.turn()
+
+
+def test_outcome_is_unknown_once_the_process_of_a_claim_has_shown_no_sign_of_life_for_some_time(
+    make_harness: MakeHarness,
+) -> None:
+    store = FakeStore(shared=True)
+    killed = make_harness(store)
+    gate = killed.loop.create_future()
+    killed.begin(wait=gate)
+    killed.turn()
+    seen_by_another = FakeStore(shared=True, data_of=store)
+    another = make_harness(seen_by_another)
+    missing = itertools.chain(
+        [True, True, True, False], itertools.repeat(True)
+    )  # a failover loses it for a moment
+
+    def look() -> None:
+        seen_by_another.is_orphan = next(missing)
+
+    look()
+    another.while_asleep = look
+    caller = another.begin()
+    another.turn()
+    assert sum(another.slept[4:]) == pytest.approx(ORPHANED_S, abs=POLL_LAST_S)
+    assert code(caller.answer) is Code.UNKNOWN
+    assert another.ran == 0
+    assert another.cache.lost == 1
+    gate.set_result(None)
+    killed.turn()
 
 
 def test_claim_that_could_not_be_released_is_reused(make_harness: MakeHarness) -> None:

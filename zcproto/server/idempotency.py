@@ -71,6 +71,10 @@ POLL_FIRST_S: Final = 0.05
 POLL_LAST_S: Final = 1.0
 """How often the store is polled for the answer of another process; the pause doubles each time."""
 
+ORPHANED_S: Final = 3.0
+"""How long the process that runs a request must have shown no sign of life until its outcome counts as unknown. A
+failover of the store may lose the signs for a moment."""
+
 MAX_REMEMBERED: Final = 1_024
 """Keys whose state is missing in the store; beyond that the oldest expire there on their own."""
 
@@ -273,7 +277,7 @@ class IdempotencyCache:
 
     async def _claim(self, name: Name, run: _KeyedRun) -> Answer | None:
         """Return the stored answer, or None if the request is to be run. Raises CallError if it may not be."""
-        pause = POLL_FIRST_S
+        pause, orphaned_s = POLL_FIRST_S, 0.0
         while True:
             claim = await self._claim_once(name, run)
             if claim.state is ClaimState.CONFLICT:
@@ -284,12 +288,14 @@ class IdempotencyCache:
             if claim.state is ClaimState.NEW or is_idle:
                 self._idle_claims.pop(name, None)
                 return None
-            if self._breaker is None or not self._breaker.store.shared:
+            is_shared = self._breaker is not None and self._breaker.store.shared
+            if not is_shared or (claim.is_orphan and orphaned_s >= ORPHANED_S):
                 self.lost += 1
                 raise UnknownError(
                     "the server stopped while it ran this request: check whether it was done, then use another key"
                 )
             await self._sleep(pause)
+            orphaned_s = orphaned_s + pause if claim.is_orphan else 0.0
             if not run.waiting:
                 raise Unavailable(
                     "no caller waits for this request any more; send it again", {"retry_after_ms": RETRY_MS}

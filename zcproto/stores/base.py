@@ -122,6 +122,8 @@ class Claim:
     """DONE: the bytes that `keep_answer` was given."""
     is_own: bool = field(default=False, compare=False)
     """RUNNING: whether this process made the claim."""
+    is_orphan: bool = field(default=False, compare=False)
+    """RUNNING: whether the process that made the claim has shown no sign of life lately."""
 
 
 class ChangeKind(Enum):

@@ -41,6 +41,7 @@ from zcproto.stores.base import (
     too_many_operations,
 )
 from zcproto.stores.operations import LoopTimeout
+from zcproto.stores.valkey.life import SignOfLife
 from zcproto.stores.valkey.link import Link, Target
 from zcproto.stores.valkey.scripts import NODE_SIZE, SCRIPTS, TAG_SIZE
 from zcproto.stores.valkey.sentinels import Sentinels
@@ -176,6 +177,7 @@ class ValkeyClient:
         self._time = time or MonotonicClock(system_clock).wall
         self._is_time_given = time is not None
         self._node = entropy(NODE_SIZE // 2).hex().encode()
+        self._life = SignOfLife(self._call_in_time, self._prefix, self._node)
         self._entropy = entropy
         self._on_notice = on_notice
         self._marks: dict[int, bytes] = {}
@@ -204,6 +206,7 @@ class ValkeyClient:
         self._on_change = on_change
 
     async def close(self) -> None:
+        await self._life.end()
         servers, self._servers, self._on_change = self._servers, None, _ignore
         if servers is not None:
             await servers.close()
@@ -267,6 +270,10 @@ class ValkeyClient:
     async def _call(self, *command: Any) -> Any:
         """Send a command whose first argument is a key."""
         return await self._connected.call(command[1], *command)
+
+    @operation
+    async def _call_in_time(self, *command: Any) -> Any:
+        return await self._call(*command)
 
     async def _run(self, name: str, tag: bytes, *arguments: Any) -> Any:
         """Run a script for the keys of one user, then the commands that it returns for keys of other slots."""

@@ -25,6 +25,7 @@
 --   m:{N}          tombstones by the time when they were added: TAG and ID of a session, or "t" and TOKEN
 --   w:{N} o:{N}    place, TAG and DIGEST of running and of answered requests, by the time when they expire
 --   b:{N}          bytes of answers
+--   h:NODE         a process that has claimed requests, while it lives
 --   n              counts sessions and requests, to keep them in order
 --   v:{N}          the version of this layout and a mark, which is missing if the server has lost its data
 --

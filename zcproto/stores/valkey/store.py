@@ -468,6 +468,7 @@ class ValkeyStore(ValkeyClient):
     @behind
     @operation
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
+        await self._life.begin()  # before others can find the claim
         tag, digest = tag_of(user), key_digest(key)
         times = self._given_time, lease_ms, ttl_for(lease_ms)
         state, answer, count, size = await self._run(
@@ -479,7 +480,9 @@ class ValkeyStore(ValkeyClient):
             await self._run("release", tag, digest, DAY_MS)
             raise too_many_requests()
         if state == b"running":
-            return Claim(ClaimState.RUNNING, is_own=answer == self._node)
+            is_own = answer == self._node
+            is_orphan = not is_own and await self._life.is_missing(answer)
+            return Claim(ClaimState.RUNNING, is_own=is_own, is_orphan=is_orphan)
         return Claim(ClaimState(state.decode()), answer)
 
     @behind

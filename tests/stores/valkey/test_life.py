@@ -1,0 +1,62 @@
+"""Signs of life: whether a claim's process is still there, as other processes see it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stores.valkey.helpers import opened
+from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
+from zcproto.stores.base import ClaimState
+from zcproto.stores.valkey import life
+
+BODY = b"b" * 32
+KEEP_MS = 600_000
+
+
+@pytest.fixture(params=PROGRAMS)
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServerProcess]:
+    if not is_installed(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    with running(request.param, tmp_path / "store") as process:
+        yield process
+
+
+async def test_claim_of_a_process_that_is_there_has_no_orphan(server: ServerProcess) -> None:
+    async with opened(server.url) as (one, _), opened(server.url) as (two, _):
+        claimed = await asyncio.gather(*(one.claim("ada", f"k-{n}", BODY, KEEP_MS) for n in range(3)))
+        assert {claim.state for claim in claimed} == {ClaimState.NEW}
+        seen = await two.claim("ada", "k-1", BODY, KEEP_MS)
+        assert (seen.state, seen.is_own, seen.is_orphan) == (ClaimState.RUNNING, False, False)
+        own = await one.claim("ada", "k-1", BODY, KEEP_MS)
+        assert (own.is_own, own.is_orphan) == (True, False)
+
+
+async def test_claim_of_a_process_that_was_killed_is_an_orphan(server: ServerProcess) -> None:
+    async with opened(server.url) as (one, _), opened(server.url) as (two, _):
+        await one.claim("ada", "k", BODY, KEEP_MS)
+        [key] = [key for key in server.command("KEYS", "*") if b"h:" in key]
+        assert 0 < server.command("PTTL", key) <= life.LIFE_MS
+        await one._life.end()
+        server.command("DEL", key)  # as it expires
+        seen = await two.claim("ada", "k", BODY, KEEP_MS)
+        assert (seen.state, seen.is_orphan) == (ClaimState.RUNNING, True)
+
+
+async def test_sign_is_renewed_until_the_store_is_closed(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(life, "RENEW_S", 0.01)
+    async with opened(server.url) as (one, _), opened(server.url) as (two, _):
+        await one.claim("ada", "k", BODY, KEEP_MS)
+        key = b"h:" + one._node
+        [name] = [each for each in server.command("KEYS", "*") if each.endswith(key)]
+        server.command("DEL", name)
+        while (await two.claim("ada", "k", BODY, KEEP_MS)).is_orphan:  # noqa: ASYNC110  it is in another process
+            await asyncio.sleep(0.01)
+        task = one._life._task
+    assert task is not None
+    assert task.cancelled()
