@@ -166,7 +166,8 @@ class FailoverClients:
             while not self._stopped.is_set():
                 due += self._random.expovariate(self._rate)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopped.wait(), max(0.0, due - time.monotonic()))
+                    async with asyncio.timeout(max(0.0, due - time.monotonic())):
+                        await self._stopped.wait()
                     return
                 calls += 1
                 call = self._call(client, number, f"{number}-{calls}", due, calls % KEYLESS_EVERY != 0)
