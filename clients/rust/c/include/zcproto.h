@@ -448,7 +448,8 @@ void zcp_server_call_fail(struct zcp_server_call *call,
                           const char *message);
 
 /**
- * Make options for the server at an address: `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
+ * Make options for the server at an address: `host`, `host:port` or `[::1]:port`; the port is 7443 by default. Several servers that
+ * share their sessions are separated by commas, at most 32: when one fails or goes away, the client uses another one at once.
  */
 int32_t zcp_options_new(const char *address,
                         struct zcp_options **options,
@@ -457,6 +458,7 @@ int32_t zcp_options_new(const char *address,
 /**
  * Set an option. Values are text, numbers and times in decimal.
  *
+ * - `address_order`: `random` by default, or `listed` for a primary server and its backups
  * - `user`, `key`: open the session by an API key
  * - `device`, `device_name`: open the session by an enrolled device, with its key file
  * - `certificate`, `key_file`: show a client certificate; without other credentials it opens the session

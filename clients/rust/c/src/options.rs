@@ -5,7 +5,7 @@ use crate::gate::{Gate, Notice};
 use crate::pointer::{free, give, text, Data};
 use std::ffi::{c_char, c_void};
 use std::time::Duration;
-use zcproto_client::{ConnectOptions, Credentials, Device, Secret};
+use zcproto_client::{AddressOrder, ConnectOptions, Credentials, Device, Secret};
 
 /// How to reach and verify a server, and how to open a session there. Use it in one thread at a time.
 pub struct Options {
@@ -33,6 +33,11 @@ impl Options {
     fn with(&self, name: &str, value: &str) -> Result<ConnectOptions, Failure> {
         let connect = self.connect.clone();
         Ok(match name {
+            "address_order" => connect.address_order(match value {
+                "random" => AddressOrder::Random,
+                "listed" => AddressOrder::Listed,
+                _ => return Err(Failure::argument("address_order must be random or listed")),
+            }),
             "ca_file" => connect.ca_file(value),
             "ca_pem" => connect.ca_pem(value),
             "system_store" if boolean(name, value)? => connect.system_store(),
@@ -93,7 +98,8 @@ fn duration(name: &str, value: &str) -> Result<Duration, Failure> {
     number(name, value).map(|number| Duration::from_millis(number.into()))
 }
 
-/// Make options for the server at an address: `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
+/// Make options for the server at an address: `host`, `host:port` or `[::1]:port`; the port is 7443 by default. Several servers that
+/// share their sessions are separated by commas, at most 32: when one fails or goes away, the client uses another one at once.
 #[no_mangle]
 pub unsafe extern "C" fn zcp_options_new(
     address: *const c_char,
@@ -112,6 +118,7 @@ pub unsafe extern "C" fn zcp_options_new(
 
 /// Set an option. Values are text, numbers and times in decimal.
 ///
+/// - `address_order`: `random` by default, or `listed` for a primary server and its backups
 /// - `user`, `key`: open the session by an API key
 /// - `device`, `device_name`: open the session by an enrolled device, with its key file
 /// - `certificate`, `key_file`: show a client certificate; without other credentials it opens the session

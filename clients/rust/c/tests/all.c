@@ -200,6 +200,8 @@ static void check_version(void) {
 }
 
 static void check_options(const char *key) {
+    char addresses[256];
+    zcp_client *client;
     zcp_error *error = NULL;
     zcp_options *options = options_for("ada", "wrong key");
     EXPECT(zcp_options_set(options, "colour", "red", &error), ZCP_ARGUMENT);
@@ -223,6 +225,16 @@ static void check_options(const char *key) {
     options = options_for("ada", key);
     EXPECT(zcp_options_set(options, "max_frame", "0", &error), ZCP_OK);
     refused(options, ZCP_CONFIG);
+    /* A server that is down, and one that is not. */
+    CHECK((size_t)snprintf(addresses, sizeof addresses, "localhost:1,%s", address) < sizeof addresses);
+    EXPECT(zcp_options_new(addresses, &options, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "address_order", "sorted", &error), ZCP_ARGUMENT);
+    EXPECT(zcp_options_set(options, "address_order", "listed", &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "ca_file", ca_file, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "home", home, &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "connect_timeout_ms", TIMEOUT_MS, &error), ZCP_OK);
+    client = connected(options);
+    CHECK(zcp_close(client) == ZCP_OK);
     EXPECT(zcp_options_new("localhost:1", &options, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "ca_file", ca_file, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "start_timeout_ms", "0", &error), ZCP_OK);

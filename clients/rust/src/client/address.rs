@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 /// The port of an address without one.
 pub const DEFAULT_PORT: u16 = 7443;
+const MAX_ADDRESSES: usize = 32;
 const MAX_NAME: usize = 253; // RFC 1035 section 2.3.4
 
 /// A port and a host: an IP address, or a name in lower case.
@@ -36,6 +37,10 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    pub(crate) fn is_of(&self, address: &Address) -> bool {
+        self.port == address.port && self.host == address.host
+    }
+
     pub(crate) fn new(address: &Address, ip: IpAddr) -> Self {
         Self { host: address.host.clone(), port: address.port, ip }
     }
@@ -50,6 +55,22 @@ impl fmt::Display for Endpoint {
 }
 
 impl Address {
+    /// Parse several addresses, separated by commas.
+    pub(crate) fn parse_list(text: &str) -> Result<Vec<Self>> {
+        let mut addresses = Vec::new();
+        for address in text.split(',') {
+            let address = Self::parse(address.trim())?;
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        if addresses.len() > MAX_ADDRESSES {
+            let count = addresses.len();
+            return Err(Error::Config(format!("{count} addresses: give at most {MAX_ADDRESSES}")));
+        }
+        Ok(addresses)
+    }
+
     pub(crate) fn parse(address: &str) -> Result<Self> {
         let fault = |what: &str| Err(Error::Config(format!("\"{}\": {what}", text::escape(address, 120))));
         let (host, port) = if let Some((host, rest)) = address.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
@@ -109,6 +130,18 @@ mod tests {
             ("a_b.c", "a_b.c:7443"),
         ] {
             assert_eq!(Address::parse(text).unwrap().to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn several_addresses_are_separated_by_commas() {
+        let shown =
+            |text: &str| Address::parse_list(text).map(|list| list.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(shown("a:1, [::1]:2,a:1,b").unwrap(), ["a:1", "[::1]:2", "b:7443"]);
+        let many = |count: u32| (0..count).map(|number| format!("a{number}")).collect::<Vec<_>>().join(",");
+        assert_eq!(shown(&many(32)).unwrap().len(), 32);
+        for text in ["", "a,", ",a", "a:1,b:0", &many(33)] {
+            assert!(matches!(shown(text), Err(Error::Config(_))), "{text}");
         }
     }
 

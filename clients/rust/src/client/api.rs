@@ -1,7 +1,6 @@
 //! What an application meets: a client, its calls, and the enrolment of devices.
 
 use super::address::Endpoint;
-use super::dial::Dialer;
 use super::events::ServerEvent;
 use super::handlers::Call;
 use super::hub::Hub;
@@ -49,7 +48,7 @@ impl Drop for Handle {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("address", &self.address()).field("session", &self.session()).finish()
+        f.debug_struct("Client").field("addresses", &self.addresses()).field("session", &self.session()).finish()
     }
 }
 
@@ -65,8 +64,7 @@ impl Client {
     pub async fn connect(options: ConnectOptions) -> Result<Self> {
         options.check()?;
         let credentials = options.own_credentials()?;
-        let dialer = Dialer::new(&options)?;
-        let hub = Hub::new(dialer, &options);
+        let hub = Hub::new(&options)?;
         let opens_session = options.opens_session && credentials.is_some();
         let client = Self::new(&hub, credentials, options, true);
         hub.get().await?; // limited by the start and connect timeouts
@@ -210,10 +208,16 @@ impl Client {
         Some(self.user.hub.current()?.endpoint.clone())
     }
 
-    /// Return the address of the server as `host:port`.
+    /// Return the address of the server as `host:port`; the first one of several.
     #[must_use]
     pub fn address(&self) -> String {
-        self.user.hub.address()
+        self.addresses().into_iter().next().unwrap_or_default()
+    }
+
+    /// Return the addresses of the servers as `host:port`, in the order given.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<String> {
+        self.user.hub.addresses()
     }
 
     /// Close the session, and the connection if it belongs to it. Calls that wait get [`Error::Closed`], and handlers are

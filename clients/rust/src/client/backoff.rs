@@ -16,11 +16,16 @@ pub(crate) struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { ceiling: FIRST_DELAY, random: crate::random::fraction }
+        Self::new(crate::random::fraction)
     }
 }
 
 impl Backoff {
+    /// `random` returns numbers from 0 to 1.
+    pub(crate) fn new(random: fn() -> f64) -> Self {
+        Self { ceiling: FIRST_DELAY, random }
+    }
+
     /// Return the next delay, which is added to the delay that the server asks for.
     pub(crate) fn next(&mut self, retry_after: Duration) -> Duration {
         let delay = retry_after + self.ceiling.mul_f64((self.random)());
@@ -40,7 +45,7 @@ mod tests {
 
     #[test]
     fn the_ceiling_doubles_up_to_thirty_seconds() {
-        let mut backoff = Backoff { random: || 1.0, ..Backoff::default() };
+        let mut backoff = Backoff::new(|| 1.0);
         let delays: Vec<_> = (0..11).map(|_| backoff.next(Duration::ZERO).as_millis()).collect();
         assert_eq!(delays, [100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000]);
         backoff.reset();

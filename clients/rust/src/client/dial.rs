@@ -11,18 +11,17 @@ use crate::trust::Trust;
 use crate::trust::known_hosts::KnownHosts;
 use rustls::ClientConnection;
 use rustls::pki_types::ServerName;
-use std::io;
+use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
-/// Makes connections to one server.
+/// Makes connections to the servers of a client.
 pub(crate) struct Dialer {
-    pub(crate) address: Address,
-    name: ServerName<'static>,
-    server_hostname: String,
+    servers: Vec<Server>,
     trust: Arc<Trust>,
     known_hosts: Option<KnownHosts>,
     connect_timeout: Duration,
@@ -30,20 +29,32 @@ pub(crate) struct Dialer {
     warn: Warn,
 }
 
-impl Dialer {
-    pub(crate) fn new(options: &ConnectOptions) -> Result<Self> {
-        let address = Address::parse(&options.address)?;
-        let server_hostname = match &options.server_hostname {
+/// A server: its address, and the name in its certificate.
+struct Server {
+    address: Address,
+    name: ServerName<'static>,
+    hostname: String,
+}
+
+impl Server {
+    fn new(address: Address, hostname: Option<&str>) -> Result<Self> {
+        let hostname = match hostname {
             Some(name) => Address::parse(name)?.host,
             None => address.host.clone(),
         };
-        let name = ServerName::try_from(server_hostname.clone())
-            .map_err(|_| Error::Config(format!("\"{server_hostname}\": not a name that a certificate can have")))?;
+        let name = ServerName::try_from(hostname.clone())
+            .map_err(|_| Error::Config(format!("\"{hostname}\": not a name that a certificate can have")))?;
+        Ok(Self { address, name, hostname })
+    }
+}
+
+impl Dialer {
+    pub(crate) fn new(addresses: &[Address], options: &ConnectOptions) -> Result<Self> {
+        let hostname = options.server_hostname.as_deref();
+        let servers = addresses.iter().map(|address| Server::new(address.clone(), hostname)).collect::<Result<_>>()?;
         let home = options.home.clone().or_else(default_home);
         Ok(Self {
-            address,
-            name,
-            server_hostname,
+            servers,
             trust: Arc::new(Trust::new(options.tls.clone(), Arc::clone(&options.warn))?),
             known_hosts: home.map(|home| KnownHosts::new(&home)),
             connect_timeout: options.connect_timeout,
@@ -52,27 +63,54 @@ impl Dialer {
         })
     }
 
-    /// Connect and wait for WELCOME.
-    pub(crate) async fn dial(&self, listener: Arc<dyn Listener>) -> Result<Arc<Connection>> {
+    /// Return the IP addresses of an address.
+    pub(crate) async fn resolve(&self, address: &Address) -> Result<Vec<IpAddr>> {
+        if let Ok(ip) = address.host.parse() {
+            return Ok(vec![ip]);
+        }
+        let unresolved = Err(Error::CannotConnect {
+            reason: format!("{address}: the host name cannot be resolved; check the name and DNS"),
+            refused: false,
+        });
+        let ips = self.in_time(address, async { Ok(lookup_host((address.host.as_str(), address.port)).await) }).await?;
+        match ips {
+            Ok(found) => {
+                let ips: Vec<_> = found.map(|found| found.ip()).collect();
+                if ips.is_empty() { unresolved } else { Ok(ips) }
+            }
+            Err(_) => unresolved,
+        }
+    }
+
+    /// Connect to an endpoint and wait for WELCOME. `connected` is called once TCP is.
+    pub(crate) async fn dial(
+        &self,
+        endpoint: &Endpoint,
+        listener: Arc<dyn Listener>,
+        connected: impl FnOnce(),
+    ) -> Result<Attempted> {
+        let server = self.servers.iter().find(|server| endpoint.is_of(&server.address));
+        let server = server.ok_or_else(|| Error::Config(format!("{endpoint}: not an address of this client")))?;
         if !self.trust.verifies() {
             if let Some(known_hosts) = self.known_hosts.clone() {
-                let hosts = [self.address.host.clone(), self.server_hostname.clone()];
+                let hosts = [server.address.host.clone(), server.hostname.clone()];
                 blocking(move || hosts.iter().try_for_each(|host| known_hosts.require(host, wall()))).await?;
             }
         }
         let config = match self.config().await {
             Err(_) if self.trust.missing_ca().is_some() => {
                 // A server that is starting writes its CA before it listens.
-                self.in_time(self.reach()).await?;
+                self.in_time(&server.address, self.reach(endpoint)).await?;
                 self.config().await?
             }
             config => config?,
         };
-        let connection = self.in_time(self.establish(config, listener)).await.map_err(|error| self.explained(error))?;
+        let establishing = self.establish(server, endpoint, config, listener, connected);
+        let attempted = self.in_time(&server.address, establishing).await.map_err(|error| self.explained(error))?;
         if self.trust.verifies() {
-            self.remember(&connection).await;
+            self.remember(server, &attempted.connection).await;
         }
-        Ok(connection)
+        Ok(attempted)
     }
 
     async fn config(&self) -> Result<Arc<rustls::ClientConfig>> {
@@ -81,30 +119,22 @@ impl Dialer {
     }
 
     /// Limit a part of an attempt by the connect timeout.
-    async fn in_time<T>(&self, part: impl Future<Output = Result<T>>) -> Result<T> {
+    async fn in_time<T>(&self, address: &Address, part: impl Future<Output = Result<T>>) -> Result<T> {
         timeout(self.connect_timeout, part).await.unwrap_or_else(|_| {
             let seconds = self.connect_timeout.as_secs_f64();
             Err(Error::CannotConnect {
-                reason: format!("{}: no response within {seconds} s; check the address and the firewall", self.address),
+                reason: format!("{address}: no response within {seconds} s; check the address and the firewall"),
                 refused: false,
             })
         })
     }
 
-    async fn reach(&self) -> Result<(TcpStream, Endpoint)> {
-        let Address { host, port } = &self.address;
-        let addresses = lookup_host((host.as_str(), *port)).await.map_err(|_| Error::CannotConnect {
-            reason: format!("{}: the host name cannot be resolved; check the name and DNS", self.address),
-            refused: false,
-        })?;
-        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        for address in addresses {
-            match TcpStream::connect(address).await {
-                Ok(tcp) => return Ok((tcp, Endpoint::new(&self.address, address.ip()))),
-                Err(error) => last = error,
-            }
-        }
-        let refused = last.kind() == io::ErrorKind::ConnectionRefused;
+    async fn reach(&self, endpoint: &Endpoint) -> Result<TcpStream> {
+        let error = match TcpStream::connect((endpoint.ip, endpoint.port)).await {
+            Ok(tcp) => return Ok(tcp),
+            Err(error) => error.kind(),
+        };
+        let refused = error == ErrorKind::ConnectionRefused;
         let missing = match self.trust.missing_ca() {
             Some(path) if refused => format!(", and {} does not exist", text::path(path)),
             _ => String::new(),
@@ -114,25 +144,28 @@ impl Dialer {
         } else {
             "check the address and the network"
         };
-        Err(Error::CannotConnect { reason: format!("{}: {}{missing}; {cure}", self.address, last.kind()), refused })
+        Err(Error::CannotConnect { reason: format!("{endpoint}: {error}{missing}; {cure}"), refused })
     }
 
     async fn establish(
         &self,
+        server: &Server,
+        endpoint: &Endpoint,
         config: Arc<rustls::ClientConfig>,
         listener: Arc<dyn Listener>,
-    ) -> Result<Arc<Connection>> {
-        let (tcp, endpoint) = self.reach().await?;
+        connected: impl FnOnce(),
+    ) -> Result<Attempted> {
+        let tcp = self.reach(endpoint).await?;
+        connected();
         let _ = tcp.set_nodelay(true);
-        let tls = ClientConnection::new(config, self.name.clone())
+        let tls = ClientConnection::new(config, server.name.clone())
             .map_err(|error| Error::Certificate(format!("cannot configure TLS: {error}")))?;
         let mut transport = Transport::new(tcp, tls);
         let leaf = transport.handshake().await?;
-        let connection = Connection::start(transport, endpoint, leaf, self.settings, listener);
-        let attempt = AbortOnDrop { connection: Arc::clone(&connection), is_kept: false };
-        connection.welcomed().await?;
-        attempt.keep();
-        Ok(connection)
+        let connection = Connection::start(transport, endpoint.clone(), leaf, self.settings, listener);
+        let attempted = Attempted { connection, is_kept: false };
+        attempted.connection.welcomed().await?;
+        Ok(attempted)
     }
 
     /// Explain an error after the handshake: in TLS 1.3 a server refuses a client certificate only then, by an alert or by a
@@ -150,13 +183,13 @@ impl Dialer {
     }
 
     /// Store the server's policy. Failing to write the file only causes a warning.
-    async fn remember(&self, connection: &Connection) {
+    async fn remember(&self, server: &Server, connection: &Connection) {
         let (Some(known_hosts), Some(welcome)) = (self.known_hosts.clone(), connection.welcome()) else {
             return;
         };
-        let host = self.server_hostname.clone();
+        let host = server.hostname.clone();
         if let Err(error) = blocking(move || known_hosts.learn(&host, welcome.sts, wall())).await {
-            (self.warn)(&format!("the sts policy of {} was not stored: {error}", self.server_hostname));
+            (self.warn)(&format!("the sts policy of {} was not stored: {error}", server.hostname));
         }
     }
 }
@@ -174,19 +207,20 @@ async fn blocking<T: Send + 'static>(function: impl FnOnce() -> Result<T> + Send
     }
 }
 
-/// Cuts a connection whose attempt is given up.
-struct AbortOnDrop {
+/// A connection that is cut unless it is kept: another attempt may have been faster.
+pub(crate) struct Attempted {
     connection: Arc<Connection>,
     is_kept: bool,
 }
 
-impl AbortOnDrop {
-    fn keep(mut self) {
+impl Attempted {
+    pub(crate) fn keep(mut self) -> Arc<Connection> {
         self.is_kept = true;
+        Arc::clone(&self.connection)
     }
 }
 
-impl Drop for AbortOnDrop {
+impl Drop for Attempted {
     fn drop(&mut self) {
         if !self.is_kept {
             self.connection.abort();

@@ -1,16 +1,19 @@
 //! The connections of a client, which all its sessions share: one for new calls, and older ones that drain.
 //!
-//! Decides: when to connect and reconnect, and which session an event or a call from the server belongs to. The first attempt
-//! is repeated only while nothing listens or the server goes away, because it may be starting, or be replaced. After a loss it reconnects with growing,
-//! jittered delays; after GOAWAY when the server asks for it; after a close for idleness with the next call; and not at all once
-//! all sessions were revoked or replaced.
-//! Rules: all who wait for a connection share one attempt. The delays start again once a connection has lasted
+//! Decides: when to connect and reconnect, and which session an event or a call from the server belongs to. The first round of
+//! attempts is repeated only while nothing listens or a server goes away, because it may be starting, or be replaced. After a
+//! loss, and after GOAWAY, the client connects again: at once to a server that does not rest, else once one is due. After a close
+//! for idleness it connects with the next call, and not at all once all sessions were revoked or replaced.
+//! Rules: all who wait for a connection share one attempt. The delays of a server start again once a connection to it has lasted
 //! `STABLE_AFTER`: a server that answers and ends each connection must not make its clients reconnect many times a second.
 //! Must not know: calls, retries, and how sessions are opened.
 
-use super::backoff::Backoff;
+mod connecting;
+
+use super::address::Address;
 use super::connection::{Connection, Listener};
 use super::dial::Dialer;
+use super::endpoints::{Endpoints, Place};
 use super::options::{ConnectOptions, OnConnected, Warn};
 use super::renewal::CLOSE_TIMEOUT;
 use super::shared::Attempt;
@@ -21,16 +24,15 @@ use crate::secret::Token;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 
 /// How long a connection must last to count as a success.
 const STABLE_AFTER: Duration = Duration::from_secs(5);
-/// The longest delay between two attempts to connect to a server that is starting.
-const MAX_START_DELAY: Duration = Duration::from_secs(1);
 /// How many sessions of users are closed at once.
 const CLOSED_AT_ONCE: usize = 32;
 
 pub(crate) struct Hub {
+    addresses: Vec<Address>,
     dialer: Dialer,
     start_timeout: Duration,
     warn: Warn,
@@ -39,7 +41,6 @@ pub(crate) struct Hub {
     me: Weak<Hub>,
 }
 
-#[derive(Default)]
 #[allow(clippy::struct_excessive_bools, reason = "independent facts, not a state machine")]
 struct State {
     current: Option<Arc<Connection>>,
@@ -48,10 +49,9 @@ struct State {
     users: Vec<Weak<User>>,
     connecting: Option<Attempt>,
     last_error: Option<Error>,
-    not_before: Option<Instant>,
+    endpoints: Endpoints,
     /// When the current connection counts as a success.
     stable_at: Option<Instant>,
-    backoff: Backoff,
     has_connected: bool,
     /// Whether the client's own session is open, or none is wanted.
     is_open: bool,
@@ -63,15 +63,19 @@ struct State {
 }
 
 impl Hub {
-    pub(crate) fn new(dialer: Dialer, options: &ConnectOptions) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self {
+    pub(crate) fn new(options: &ConnectOptions) -> Result<Arc<Self>> {
+        let addresses = Address::parse_list(&options.address)?;
+        let dialer = Dialer::new(&addresses, options)?;
+        let endpoints = Endpoints::new(addresses.clone(), options.address_order, crate::random::fraction);
+        Ok(Arc::new_cyclic(|me| Self {
+            addresses,
             dialer,
             start_timeout: options.start_timeout,
             warn: Arc::clone(&options.warn),
             on_connected: options.on_connected.clone(),
-            state: Mutex::default(),
+            state: Mutex::new(State::new(endpoints)),
             me: me.clone(),
-        })
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -82,8 +86,9 @@ impl Hub {
         self.me.upgrade().expect("a method of a hub runs while it is alive")
     }
 
-    pub(crate) fn address(&self) -> String {
-        self.dialer.address.to_string()
+    /// Return the addresses of the servers.
+    pub(crate) fn addresses(&self) -> Vec<String> {
+        self.addresses.iter().map(ToString::to_string).collect()
     }
 
     /// Return the connection for new calls, if there is one.
@@ -95,122 +100,6 @@ impl Hub {
     pub(crate) fn last_error(&self) -> Option<Error> {
         let state = self.lock();
         if state.current.is_some() { None } else { state.last_error.clone() }
-    }
-
-    /// Return the connection for new calls. Without one, connect, and retry while that may succeed.
-    pub(crate) async fn get(&self) -> Result<Arc<Connection>> {
-        loop {
-            let attempt = {
-                let mut state = self.lock();
-                if let Some(connection) = &state.current {
-                    return Ok(Arc::clone(connection));
-                }
-                if state.is_closed {
-                    return Err(Closed::clean("this client is closed").into());
-                }
-                self.connecting(&mut state)
-            };
-            attempt.wait().await?;
-        }
-    }
-
-    fn connecting(&self, state: &mut State) -> Attempt {
-        state.connecting.get_or_insert_with(|| Attempt::start(self.arc().connect())).clone()
-    }
-
-    async fn connect(self: Arc<Self>) -> Result<()> {
-        let result = self.try_connect().await;
-        self.lock().connecting = None;
-        result
-    }
-
-    async fn try_connect(&self) -> Result<()> {
-        let starts_until = Instant::now() + self.start_timeout;
-        let mut is_starting = false;
-        loop {
-            let not_before = self.lock().not_before;
-            if let Some(time) = not_before {
-                sleep_until(time).await;
-            }
-            let dialled = self.dialer.dial(self.arc()).await;
-            let (error, may_be_starting) = match dialled.and_then(|connection| self.adopt(&connection)) {
-                Ok(None) => return Ok(()),
-                Ok(Some(retry_after)) => {
-                    self.lock().delay_next_attempt(retry_after);
-                    let reason = format!("{}: the server is going away; try again later", self.dialer.address);
-                    (Error::CannotConnect { reason, refused: false }, true)
-                }
-                Err(error) => {
-                    let is_refused = matches!(error, Error::CannotConnect { refused: true, .. });
-                    (error, is_refused)
-                }
-            };
-            let mut state = self.lock();
-            if state.is_closed || !matches!(error, Error::Closed(_) | Error::CannotConnect { .. } | Error::Tls(_)) {
-                return Err(error);
-            }
-            state.last_error = Some(error.clone());
-            let mut delay = state.backoff.next(Duration::ZERO);
-            if state.has_connected {
-                if matches!(&error, Error::Tls(error) if !error.failure.is_transient()) {
-                    return Err(error);
-                }
-            } else {
-                delay = delay.min(MAX_START_DELAY);
-                let earliest = Instant::now() + delay;
-                let begins_at = state.not_before.map_or(earliest, |time| time.max(earliest));
-                if !may_be_starting || begins_at >= starts_until {
-                    return Err(error);
-                }
-                if !is_starting && matches!(error, Error::CannotConnect { refused: true, .. }) {
-                    is_starting = true;
-                    (self.warn)(&format!(
-                        "{}: nothing listens there yet; waiting up to {} s for the server to start",
-                        self.dialer.address,
-                        self.start_timeout.as_secs_f64()
-                    ));
-                }
-            }
-            state.delay_next_attempt(delay);
-        }
-    }
-
-    /// Use a new connection for calls, and show it to all sessions. If its server is going away, return for how long.
-    fn adopt(&self, connection: &Arc<Connection>) -> Result<Option<Duration>> {
-        {
-            let mut state = self.lock();
-            if state.is_closed {
-                connection.close();
-                return Err(Closed::clean("this client is closed").into());
-            }
-            let retry_after = connection.retry_after(); // GOAWAY in the same read as WELCOME
-            if retry_after.is_some() {
-                return Ok(retry_after);
-            }
-            if let Some(error) = connection.error() {
-                return Err(error.into());
-            }
-            if !state.has_connected {
-                state.has_connected = true;
-                state.backoff.reset();
-            }
-            state.current = Some(Arc::clone(connection));
-            state.stable_at = Some(Instant::now() + STABLE_AFTER);
-        }
-        if connection.error().is_some() {
-            self.lost(connection); // it has ended meanwhile
-        }
-        let (hub, connection) = (self.arc(), Arc::clone(connection));
-        tokio::spawn(async move {
-            let mut showing = JoinSet::new();
-            for user in hub.users() {
-                let connection = Arc::clone(&connection);
-                showing.spawn(async move { user.present(&connection).await });
-            }
-            while showing.join_next().await.is_some() {}
-            hub.report(&connection);
-        });
-        Ok(None)
     }
 
     /// Record that the client is open, and notify the application of the connection.
@@ -283,17 +172,17 @@ impl Hub {
         if state.current.as_ref().is_some_and(|current| current.id == connection.id) {
             state.current = None;
             state.last_error = connection.error().map(Into::into);
-            self.reconnect(state, Duration::ZERO);
+            self.reconnect(state, connection, Duration::ZERO);
         }
     }
 
-    /// Delay the next attempt to connect, and start it now if it is wanted.
-    fn reconnect(&self, mut state: MutexGuard<'_, State>, retry_after: Duration) {
-        if state.stable_at.take().is_some_and(|stable_at| Instant::now() >= stable_at) {
-            state.backoff.reset();
+    /// Let the server of a connection rest, and connect if that is wanted.
+    fn reconnect(&self, mut state: MutexGuard<'_, State>, connection: &Connection, retry_after: Duration) {
+        let now = Instant::now();
+        if state.stable_at.take().is_some_and(|stable_at| now >= stable_at) {
+            state.endpoints.reset(&connection.endpoint);
         }
-        let delay = state.backoff.next(retry_after);
-        state.delay_next_attempt(delay);
+        state.endpoints.failed(&Place::Endpoint(connection.endpoint.clone()), retry_after, None, now);
         let is_possible = state.has_connected && !state.is_closed;
         drop(state);
         if is_possible && self.users().iter().any(|user| !user.has_ended()) {
@@ -358,9 +247,21 @@ impl Hub {
 }
 
 impl State {
-    fn delay_next_attempt(&mut self, delay: Duration) {
-        let time = Instant::now() + delay;
-        self.not_before = Some(self.not_before.map_or(time, |earlier| earlier.max(time)));
+    fn new(endpoints: Endpoints) -> Self {
+        Self {
+            current: None,
+            others: Vec::new(),
+            users: Vec::new(),
+            connecting: None,
+            last_error: None,
+            endpoints,
+            stable_at: None,
+            has_connected: false,
+            is_open: false,
+            reported: 0,
+            was_shared: false,
+            is_closed: false,
+        }
     }
 }
 
@@ -383,13 +284,14 @@ impl Listener for Hub {
             }
             Event::GoAway { reason, .. } => {
                 let mut state = self.lock();
-                if state.current.as_ref().is_some_and(|current| current.id == connection.id) {
-                    let draining = state.current.take();
-                    state.others.extend(draining);
+                if state.current.as_ref().is_none_or(|current| current.id != connection.id) {
+                    return; // not in use yet: that failed
                 }
+                let draining = state.current.take();
+                state.others.extend(draining);
                 // A connection that was not used: another one would be closed for the same reason.
                 if !matches!(reason.as_str(), "idle" | "no_session") {
-                    self.reconnect(state, connection.retry_after().unwrap_or_default());
+                    self.reconnect(state, connection, connection.retry_after().unwrap_or_default());
                 }
             }
             _ => {}

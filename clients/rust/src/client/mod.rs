@@ -5,6 +5,7 @@ mod api;
 mod backoff;
 mod connection;
 mod dial;
+mod endpoints;
 mod events;
 mod handlers;
 mod hub;
@@ -19,6 +20,7 @@ mod user;
 
 pub use address::{DEFAULT_PORT, Endpoint};
 pub use api::{Client, Request, enroll};
+pub use endpoints::AddressOrder;
 pub use events::ServerEvent;
 pub use handlers::Call;
 pub use options::{ConnectOptions, Credentials, Login};

@@ -1,6 +1,7 @@
 //! How to reach a server, and how to open a session there.
 
 use super::address::Endpoint;
+use super::endpoints::AddressOrder;
 use crate::codec::{self, Value};
 use crate::error::{Error, Result};
 use crate::secret::Secret;
@@ -125,6 +126,7 @@ pub(crate) fn login_fault(login: &Value) -> Option<String> {
 #[must_use]
 pub struct ConnectOptions {
     pub(crate) address: String,
+    pub(crate) address_order: AddressOrder,
     pub(crate) credentials: Option<Credentials>,
     pub(crate) tls: TlsOptions,
     pub(crate) server_hostname: Option<String>,
@@ -152,10 +154,13 @@ impl fmt::Debug for ConnectOptions {
 }
 
 impl ConnectOptions {
-    /// Begin with the address of a server: `host`, `host:port` or `[::1]:port`; the port is 7443 by default.
+    /// Begin with the address of a server: `host`, `host:port` or `[::1]:port`; the port is 7443 by default. Several servers that
+    /// share their sessions are separated by commas, at most 32. The client uses one of them, stays there, and goes to another one
+    /// at once when that fails or goes away. Each proves the name of its own address.
     pub fn new(address: impl Into<String>) -> Self {
         Self {
             address: address.into(),
+            address_order: AddressOrder::default(),
             credentials: None,
             tls: TlsOptions {
                 ca_file: None,
@@ -268,7 +273,14 @@ impl ConnectOptions {
         self
     }
 
-    /// Timeout of one attempt to connect, from name resolution to WELCOME. 10 seconds by default.
+    /// In which order several addresses, and those of a name, are tried. Random by default.
+    pub fn address_order(mut self, order: AddressOrder) -> Self {
+        self.address_order = order;
+        self
+    }
+
+    /// Timeout of one attempt to connect to one IP address, from TCP to WELCOME, and of the resolution of names. 10 seconds by
+    /// default.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
         self

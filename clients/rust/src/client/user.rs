@@ -265,7 +265,9 @@ impl User {
         let has_token = !token.is_none();
         match retry::action(&failure) {
             Action::Later => {
-                let delay = retries.backoff.next(failure.retry_after());
+                // What a server asks for that goes away concerns its own return, which connecting observes.
+                let asked = if connection.is_draining() { Duration::ZERO } else { failure.retry_after() };
+                let delay = retries.backoff.next(asked);
                 self.wait(delay, failure.into(), attempts).await
             }
             Action::AtOnce if retries.is_first(Action::AtOnce) => Ok(()),

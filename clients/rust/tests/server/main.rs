@@ -17,7 +17,6 @@ mod trust;
 
 use std::time::Duration;
 use support::Server;
-use tokio::net::TcpSocket;
 use zcproto::{Client, Closed, Code, ConnectOptions, Error, TlsFailure, Value};
 
 const MS: Duration = Duration::from_millis(1);
@@ -165,9 +164,7 @@ async fn a_server_with_an_application() {
 
 #[tokio::test]
 async fn a_server_that_does_not_exist_is_reported_after_the_start_timeout() {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap(); // a port that stays free, and refuses connections
-    let address = socket.local_addr().unwrap().to_string();
+    let (_socket, address) = scripted::refusing();
     let options = ConnectOptions::new(address).verify(false).home(std::env::temp_dir());
     let refused = Client::connect(options.start_timeout(Duration::ZERO)).await;
     assert!(matches!(refused, Err(Error::CannotConnect { refused: true, .. })), "{refused:?}");

@@ -1,8 +1,17 @@
-//! Servers that go away.
+//! Servers that go away, and others that take their place.
 
-use crate::fake::{Fake, goaway, welcome};
+use crate::fake::{Fake, goaway, options_at, welcome};
 use std::time::Duration;
-use zcproto::{Client, Error, Value};
+use tokio::net::TcpSocket;
+use zcproto::{Client, Error, TlsFailure};
+
+/// Return a socket whose port refuses connections while it is open.
+pub fn refusing() -> (TcpSocket, String) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap().to_string();
+    (socket, address)
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn goaway_on_the_first_connection_is_retried_within_the_start_timeout() {
@@ -18,10 +27,11 @@ async fn goaway_on_the_first_connection_is_retried_within_the_start_timeout() {
         }
         let mut peer = server.accept();
         peer.send(&[welcome()]);
-        peer.serve(Clone::clone);
+        peer.answer(1, "third");
+        peer.close();
     });
     let client = Client::connect(options).await.unwrap();
-    client.call::<Value>("echo", &()).await.unwrap();
+    assert_eq!(client.call::<String>("who", &()).await.unwrap(), "third");
     client.close().await;
     script.join().unwrap();
 }
@@ -38,5 +48,70 @@ async fn goaway_on_the_first_connection_is_an_error_if_its_delay_exceeds_the_sta
     let refused = Client::connect(options).await.unwrap_err();
     let Error::CannotConnect { reason, refused: false } = refused else { panic!("{refused:?}") };
     assert!(reason.contains("going away"), "{reason}");
+    script.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_refuses_is_passed_over_at_once() {
+    let ((_socket, refusing), server) = (refusing(), Fake::new());
+    let address = server.address();
+    let script = std::thread::spawn(move || {
+        let mut peer = server.accept();
+        peer.send(&[welcome()]);
+        peer.close();
+    });
+    let options = options_at(&[&refusing, &address]).verify(false).start_timeout(Duration::ZERO);
+    let client = Client::connect(options).await.unwrap();
+    assert_eq!(client.addresses(), [refusing, address.clone()]);
+    client.close().await;
+    script.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_goes_elsewhere_at_once_and_repeats_no_call_that_may_have_run() {
+    let (first, second) = (Fake::new(), Fake::new());
+    let options = options_at(&[&first.address(), &second.address()]).verify(false);
+    let script_of_first = std::thread::spawn(move || {
+        let mut peer = first.accept();
+        peer.send(&[welcome()]);
+        peer.answer(1, "first");
+        peer.send(&[goaway("draining", 3_600_000)]); // it rests for longer than this test takes
+        peer.close();
+    });
+    let script_of_second = std::thread::spawn(move || {
+        for answers in [1, 0] {
+            let mut peer = second.accept();
+            peer.send(&[welcome()]);
+            peer.answer(answers, "second");
+            while peer.receive().is_some_and(|(_, stream, _)| stream == 0) {}
+            drop(peer); // it has received a request, and ends without an answer
+        }
+        let mut peer = second.accept();
+        peer.send(&[welcome()]);
+        peer.answer(2, "second");
+        peer.close();
+    });
+    let client = Client::connect(options).await.unwrap();
+    let who = || client.call::<String>("who", &());
+    assert_eq!(who().await.unwrap(), "first");
+    assert_eq!(who().await.unwrap(), "second");
+    assert!(matches!(who().await, Err(Error::Closed(_))), "it may have run");
+    let repeated = client.request("who").idempotency_key("once").send::<String>();
+    assert_eq!(repeated.await.unwrap(), "second");
+    assert_eq!(who().await.unwrap(), "second");
+    client.close().await;
+    script_of_first.join().unwrap();
+    script_of_second.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_error_of_a_server_that_is_not_trusted_precedes_others() {
+    let ((_socket, refusing), server) = (refusing(), Fake::new());
+    let options = options_at(&[&refusing, &server.address()]).pins([format!("sha256/{}=", "A".repeat(43))]);
+    let script = std::thread::spawn(move || assert_eq!(server.accept().receive(), None));
+    let error = Client::connect(options).await.unwrap_err();
+    let Error::Tls(error) = error else { panic!("{error:?}") };
+    assert_eq!(error.failure, TlsFailure::PinMismatch);
+    assert!(error.detail.starts_with("none of 2 addresses can be reached: "), "{}", error.detail);
     script.join().unwrap();
 }

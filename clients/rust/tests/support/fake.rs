@@ -9,7 +9,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use zcproto::frame::{Accepted, Frame, FrameDecoder, Kind, Side, encode_frame};
-use zcproto::{ConnectOptions, Value, codec};
+use zcproto::{AddressOrder, ConnectOptions, Value, codec};
 
 pub struct Fake {
     listener: TcpListener,
@@ -45,9 +45,7 @@ impl Fake {
 
     /// Return options for a client that trusts any server.
     pub fn options(&self) -> ConnectOptions {
-        let home = std::env::temp_dir().join("zcproto-rust-no-home");
-        let options = ConnectOptions::new(self.address()).verify(false).home(home);
-        options.timeout(TIMEOUT).connect_timeout(TIMEOUT).start_timeout(TIMEOUT)
+        options_at(&[&self.address()]).verify(false)
     }
 
     /// Wait for a client.
@@ -56,6 +54,13 @@ impl Fake {
         let tls = ServerConnection::new(Arc::clone(&self.config)).unwrap();
         Peer { stream: StreamOwned::new(tls, tcp), decoder: FrameDecoder::new(), counter: 0 }
     }
+}
+
+/// Return options with several addresses, in this order.
+pub fn options_at(addresses: &[&str]) -> ConnectOptions {
+    let home = std::env::temp_dir().join("zcproto-rust-no-home");
+    let options = ConnectOptions::new(addresses.join(",")).address_order(AddressOrder::Listed).home(home);
+    options.timeout(TIMEOUT).connect_timeout(TIMEOUT).start_timeout(TIMEOUT)
 }
 
 impl Peer {
@@ -88,14 +93,17 @@ impl Peer {
         }
     }
 
-    /// Answer requests with what a function makes of their bodies, until the end.
-    pub fn serve(&mut self, answer: impl Fn(&Value) -> Value) {
-        while let Some((kind, stream, body)) = self.receive() {
+    /// Answer a number of requests with a text. Return false if the client has ended before.
+    pub fn answer(&mut self, count: usize, text: &str) -> bool {
+        let mut answered = 0;
+        while answered < count {
+            let Some((kind, stream, _)) = self.receive() else { return false };
             if kind == Kind::Request {
-                let result = answer(&codec::decode(&body).unwrap());
-                self.send(&[(Kind::Response, stream, codec::encode(&result).unwrap())]);
+                self.send(&[(Kind::Response, stream, codec::encode(&text.into()).unwrap())]);
+                answered += 1;
             }
         }
+        true
     }
 
     /// Send close_notify, and wait for the end of the client.
