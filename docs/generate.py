@@ -287,6 +287,7 @@ API: Final = {
         *(model.__name__ for model in sections().values()),
         "SiteConfig",
         "RoleConfig",
+        "OidcConfig",
     ),
     "Authentication": ("Authenticator", "CallableAuthenticator", "Identity", "BUILT_IN_SCHEMES"),
     "Clients": (

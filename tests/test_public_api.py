@@ -50,6 +50,7 @@ def test_public_names_are_fixed() -> None:
         "OutgoingCall",
         "Server",
         "ServerUsers",
+        "OidcConfig",
         "RoleConfig",
         "SiteConfig",
         "Topic",

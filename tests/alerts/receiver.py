@@ -106,7 +106,7 @@ def _read(connection: socket.socket) -> Received | None:
     head, _, body = data.partition(b"\r\n\r\n")
     line, *lines = head.decode("ascii").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
-    while len(body) < int(headers["content-length"]):
+    while len(body) < int(headers.get("content-length", 0)):
         body += connection.recv(65_536)
     return Received(line, headers, body)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from zcproto.config import AuthConfig, Config, RoleConfig
+from zcproto.config import AuthConfig, Config, OidcConfig, RoleConfig
 from zcproto.config.checks import CHECKS, SITE_CHECKS, split_key, value_of
 from zcproto.config.model import (
     AlertsConfig,
@@ -132,6 +132,7 @@ DEFAULTS = {
     "http.idle_timeout": 60.0,
     "http.redirect_port": 0,
     "auth.role": (),
+    "auth.oidc": (),
     "alerts.webhook": "",
     "alerts.webhook_secret_file": None,
     "alerts.webhook_ca_file": None,
@@ -221,7 +222,7 @@ def test_each_key_of_a_site_is_described(name: str) -> None:
 
 
 def test_keys_of_tables_are_keys() -> None:
-    models = {"certificates.site": SiteConfig, "auth.role": RoleConfig}
+    models = {"certificates.site": SiteConfig, "auth.role": RoleConfig, "auth.oidc": OidcConfig}
     assert keys() - set(settings()) == {
         f"{key}.{name}" for key, model in models.items() for name in settings_of(model)
     }

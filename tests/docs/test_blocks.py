@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 
 OTHER_PAGES = {
     *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
-    *("troubleshooting", "upgrades", "commands", "scaling"),
+    *("troubleshooting", "upgrades", "commands", "scaling", "identity-providers"),
 }
 """Pages for operators and reviewers, whose commands test_guides.py checks."""
 

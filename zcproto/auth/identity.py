@@ -84,9 +84,10 @@ def user_in(params: Mapping[str, Any], channel: Channel = NO_CHANNEL) -> str:
 
 
 class BuiltInSchemes(Enum):
-    """In a list of authenticators: the API keys, devices and client certificates of the server's home folder."""
+    """In a list of authenticators: the API keys, devices and client certificates of the server's home folder, and
+    the tokens of the configured identity providers."""
 
-    BUILT_IN = "api_key, ed25519 and tls"
+    BUILT_IN = "api_key, ed25519, tls and jwt"
 
 
 BUILT_IN_SCHEMES: Final = BuiltInSchemes.BUILT_IN

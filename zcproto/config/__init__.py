@@ -9,7 +9,7 @@ Reading order: types (what a key accepts), checks (what must hold between settin
 load, render, changes (what a reload applies).
 """
 
-from zcproto.config.auth import AuthConfig, RoleConfig
+from zcproto.config.auth import AuthConfig, OidcConfig, RoleConfig
 from zcproto.config.load import load_config
 from zcproto.config.model import (
     AcmeConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "IdempotencyConfig",
     "LimitsConfig",
     "LogConfig",
+    "OidcConfig",
     "RoleConfig",
     "ServerConfig",
     "SessionsConfig",

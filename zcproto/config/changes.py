@@ -88,7 +88,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         ),
         Effect.RESTART: "enabled redirect_port",
     },
-    "auth": {Effect.NOW: "role"},
+    "auth": {Effect.NOW: "role", Effect.RESTART: "oidc"},
     "alerts": {
         Effect.NOW: (
             "webhook webhook_secret_file webhook_ca_file webhook_timeout command command_timeout repeat"

@@ -56,6 +56,9 @@ _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # Base64 of 32 bytes: the last of 43 digits carries four bits only, so its other two are 0.
 _PIN: Final = re.compile(r"(cert-)?sha256/[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _VARIABLE: Final = re.compile(r"(?!ZCPROTO_)[A-Za-z_][A-Za-z0-9_]{0,127}")
+_MAX_CLAIM: Final = 256
+"""Characters of the name or of a value of a claim."""
+
 _METHOD_PATTERN: Final = re.compile(r"(?!\Z)[a-z0-9_.]{0,128}\*?")
 _EMAIL: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=^_{|}~.-]{1,64}@[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 _EAB_KID: Final = re.compile(r"[!-~]{0,1024}")
@@ -282,14 +285,18 @@ def tables_of(
     key: str,
     most: int,
     between: Callable[[Mapping[int, Any]], Iterable[Fault]] = lambda tables: (),
+    *,
+    bare: bool = False,
 ) -> Accepts:
     """Accept up to `most` tables under [[`key`]]: a tuple of models in the program.
 
-    `between` finds faults between valid tables, by their index.
+    `between` finds faults between valid tables, by their index. With `bare`, also one table under [`key`].
     """
-    words = f"up to {most} tables, each under a line [[{key}]]"
+    words = f"up to {most} tables, each under a line [[{key}]]" + (f", or one under [{key}]" if bare else "")
 
     def check(tables: object) -> tuple[BaseModel, ...]:
+        if bare and isinstance(tables, dict):
+            tables = (tables,)
         if not isinstance(tables, list | tuple) or len(tables) > most:
             raise FaultsError([Fault("", tables, f"must be {words}")])
         valid: dict[int, BaseModel] = {}
@@ -550,7 +557,28 @@ BINDING: Final = text(
 )
 """How much of a client's address a session is bound to."""
 
+ISSUER_URL: Final = text(
+    'the address of an identity provider, such as "https://login.example.com/realms/staff", of printable ASCII and'
+    " without a user, a query or a fragment; http:// is for this machine alone",
+    lambda url: url and _is_webhook(url) and not {"?", "#"} & {*url},
+)
+
 ROLE_NAME: Final = text(f'the name of a role, such as "admin": {ROLE_WORDS}', is_role)
+
+ROLE_OF_CLAIM: Final = text(
+    'the name of a role, such as "admin", or a value of the claim, "=" and a role, such as "Finance Team=billing"',
+    lambda value: value.isprintable() and len(value) <= _MAX_CLAIM and is_role(value.rpartition("=")[2]),
+)
+
+CLAIM_TEXT: Final = text(
+    f"a text of 1 to {_MAX_CLAIM} printable characters",
+    lambda value: value.isprintable() and 0 < len(value) <= _MAX_CLAIM,
+)
+
+USER_PREFIX: Final = text(
+    'a text of up to 32 printable characters without spaces, such as "oidc:"',
+    lambda value: value.isprintable() and len(value) <= 32 and " " not in value,
+)
 
 METHOD_PATTERN: Final = text(
     'the name of a method, such as "invoice.create", or its beginning and a star, such as "invoice.*" or "*"',

@@ -79,6 +79,7 @@ FIELDS: Final[dict[str, str]] = {
     "faults": "list of problems, one sentence each",
     "file": "file name of a certificate, or the names that it is valid for",
     "host": "listening address",
+    "issuer": "address of an identity provider",
     "incident": "id returned to the caller, to find this line",
     "keys": "number of peers, users or causes of the suppressed lines",
     "kind": "kind of an alert, see docs/alerts.md",
@@ -255,6 +256,10 @@ session.not_admitted info (peer connection session) by peer, limit per address
     A token was refused from an address that its session is not bound to.
 session.refresh_reused warning (session peer) by peer, limit per address
     A spent refresh token was reused, so it may be stolen; the session was ended.
+oidc.keys_loaded info (issuer count)
+    The keys of an identity provider were fetched: for the first time, after a failure, or others than before.
+oidc.keys_failed warning (issuer reason)
+    The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`, if there are any.
 login.failed info (peer connection scheme) by peer, limit per address
     A login failed.
 login.certificate_refused info (peer reason) by peer, limit per address

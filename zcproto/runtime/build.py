@@ -66,6 +66,7 @@ from zcproto.runtime.alert_sources import (
     on_store_event,
     watch_rates,
 )
+from zcproto.runtime.oidc import build_jwt
 from zcproto.runtime.store_setup import NEAR_CACHE, build_store
 from zcproto.server.access import access_of
 from zcproto.server.clients import CallLimits, RegisteredClients
@@ -158,6 +159,7 @@ async def build(
         home,
         state,
         app.authenticators if authenticators is None else authenticators,
+        jwt=await asyncio.to_thread(build_jwt, config.auth, clock),
         now=certificates.now,
         role=role,
     )
@@ -335,10 +337,11 @@ def build_login(
     state: ServerState,
     authenticators: Authenticators,
     *,
+    jwt: Authenticator | None = None,
     now: Callable[[], datetime],
     role: WorkerRole = SINGLE,
 ) -> LoginParts:
-    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates.
+    """Build the login. `BUILT_IN_SCHEMES` stands for the home's users, devices and client certificates, and `jwt`.
 
     `now` is the time by which certificates are valid.
     """
@@ -355,6 +358,12 @@ def build_login(
         for each in authenticators
         if not isinstance(each, BuiltInSchemes)
     ]
+    if jwt is not None:
+        if BUILT_IN_SCHEMES not in authenticators:
+            raise ConfigError(
+                ["auth.oidc: the application has its own authenticators; add BUILT_IN_SCHEMES to them"]
+            )
+        found.append(ApplicationAuthenticator(jwt, timeout, _log_login_refused, _log_login_timed_out))
     if BUILT_IN_SCHEMES not in authenticators:
         return LoginParts(Login(found, throttle, limits.logins_pending, role.counting))
     users = Directory(
