@@ -10,11 +10,14 @@ The line before a block says what it is:
     anything, for text      the output of the commands before it, which may fail then. A line `...` stands for any
                             lines, `…` for any text in a line
     anything, for log       lines that are in the output of the servers, in this order
+
+A page with tabs is read in one language: see `read_in`.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -24,7 +27,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -32,7 +35,7 @@ from typing import Final, NamedTuple, Self
 from tests.docs.messages import ROOT
 from zcproto.auth import UserFile
 
-PROGRAMS: Final = {"python", "js", "typescript"}
+PROGRAMS: Final = {"c", "go", "js", "python", "rust", "typescript"}
 """Languages whose blocks must be files."""
 
 FILES: Final = {"dockerfile", "ini", "json", "proto", "toml", "yaml"}
@@ -51,6 +54,10 @@ TIMEOUT_S: Final = 150.0
 
 CHANGES: Final = re.compile(r"^(?:.* )?[Ii]n `([\w./~-]+\.\w+)`:$")
 WRITES: Final = re.compile(r"(?:^|\. )`([\w./~-]+\.\w+)`(?:, [^`]*)?:$")
+
+TAB: Final = re.compile(r"^/// tab \| (\w+)\n(.*?)^///\n", re.MULTILINE | re.DOTALL)
+RUN: Final = re.compile(r"^Run a program by `(.*)`\.$", re.MULTILINE)
+PROGRAM: Final = re.compile(r"`(?:[\w/]*/)?(\w+)\.(?:c|go|mjs|py|rs)`:$", re.MULTILINE)
 
 
 class PageError(AssertionError):
@@ -95,6 +102,27 @@ def problem_of(block: Block, before: str, *, is_indented: bool = False) -> str |
     if block.language not in PROGRAMS | FILES | {"sh", "text", "log"}:
         return f"blocks of {block.language or 'no language'} are not run; use sh, python or text"
     return None
+
+
+def read_in(language: str, page: str, arguments: Mapping[str, str]) -> str:
+    """Return a page as readers of one language follow it: their tabs alone, and commands that run each program.
+
+    One of their tabs has the command, for `connect`. `arguments` are those of programs, by name.
+    """
+    command = next(
+        run[1] for tab in TAB.finditer(page) if tab[1] == language and (run := RUN.search(tab[2])) is not None
+    )
+
+    def with_command(tab: re.Match[str]) -> str:
+        if tab[1] != language:
+            return ""
+        names = PROGRAM.findall(tab[2])
+        if not names:
+            return tab[2]
+        run = f"{command.replace('connect', names[-1])} {arguments.get(names[-1], '')}".rstrip()
+        return f"{tab[2]}```sh\n{run}\n```\n"
+
+    return TAB.sub(with_command, page)
 
 
 # --- changes of a file ---------------------------------------------------------------------------------------
@@ -262,7 +290,8 @@ class Reader:
             for text in self.files.values()
             for line in re.findall(r"^(?:from|import) .*", text, re.MULTILINE)
         )
-        programs = [Path(name) for name in self.files if Path(name).suffix in {".py", ".mjs"}]
+        suffixes = {".c", ".go", ".mjs", ".py", ".rs"}
+        programs = [Path(name) for name in self.files if Path(name).suffix in suffixes]
         unused = [path.name for path in programs if not re.search(rf"\b{re.escape(path.stem)}\b", used)]
         if unused:
             raise PageError(f"no command runs {', '.join(unused)}; add a block of sh that does")
@@ -294,8 +323,7 @@ class Reader:
                 raise PageError(f"{block.place}: the server does not start again\n{server.log.read_text()}")
 
     def _run(self, block: Block, *, may_fail: bool) -> None:
-        for exported in re.findall(r"^export (.*)$", block.text, re.MULTILINE):
-            self._exported |= dict(pair.split("=", 1) for pair in shlex.split(exported))
+        self._export("".join(re.findall(r"^export .*\n", block.text, re.MULTILINE)))
         with open(self._log, "wb") as log:
             process = subprocess.Popen(
                 ["/bin/sh", "-euc", self._with_ports(block.text)],
@@ -323,6 +351,17 @@ class Reader:
         self._output = "".join(f"{line.rstrip()}\n" for line in self._log.read_text().splitlines())
         if process.returncode and not may_fail:
             raise PageError(f"{block.place}: exit code {process.returncode}\n{self._output}")
+
+    def _export(self, lines: str) -> None:
+        """Keep the variables that lines of a script export."""
+        if lines:
+            show = shlex.join([sys.executable, "-c", "import json, os; print(json.dumps({**os.environ}))"])
+            shell = ["/bin/sh", "-euc", f"{lines}{show}"]
+            ran = subprocess.run(
+                shell, cwd=self.folder, env=self._environment(), capture_output=True, check=True
+            )
+            exported = json.loads(ran.stdout)
+            self._exported |= {name: exported[name] for name in re.findall(r"\b(\w+)=", lines)}
 
     def _compare(self, block: Block) -> None:
         """Compare the last output with what a page shows of it."""

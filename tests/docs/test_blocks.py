@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import Block, PageError, Reader, blocks_of, change, pattern_of, problem_of
+from tests.docs.blocks import Block, PageError, Reader, blocks_of, change, pattern_of, problem_of, read_in
 from tests.docs.messages import ROOT
 from tests.helpers import run_mypy
 
@@ -16,12 +16,14 @@ DOCS = ROOT / "docs"
 
 OTHER_PAGES = {
     *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
-    *("troubleshooting", "upgrades", "commands", "scaling", "identity-providers"),
+    *("troubleshooting", "upgrades", "commands", "scaling", "identity-providers", "client-cookbook"),
 }
-"""Pages for operators and reviewers, whose commands test_guides.py checks."""
+"""Pages for operators and reviewers, whose commands test_guides.py checks, and the one of test_cookbook.py."""
 
 PAGES = sorted(page for page in DOCS.glob("*.md") if page.stem not in OTHER_PAGES)
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"), key=lambda page: (page.stem != "README", page.stem))
+
+COOKBOOK = DOCS / "client-cookbook.md"
 
 NODE = [
     pages
@@ -68,8 +70,10 @@ def follow(pages: list[Path], folder: Path, certs: Path, *, has_node: bool = Fal
 
 
 def test_programs_of_the_pages_have_strict_types(tmp_path: Path) -> None:
+    cookbook = tmp_path / COOKBOOK.name
+    cookbook.write_text(read_in("Python", COOKBOOK.read_text(encoding="utf-8"), {}), encoding="utf-8")
     files: dict[str, str] = {}
-    for page in [*TUTORIAL, *PAGES]:
+    for page in [*TUTORIAL, *PAGES, cookbook]:
         for block in blocks_of(page):
             if block.language == "python" and block.file is not None:
                 if block.is_change:
@@ -101,6 +105,42 @@ def test_block_that_would_not_run_is_refused() -> None:
     ]:
         assert problem in (problem_of(block(language), before) or ""), language
     assert "indented" in (problem_of(block("sh"), "", is_indented=True) or "")
+
+
+PAGE_WITH_TABS = """\
+/// tab | Go
+
+Run a program by `go run connect.go`.
+
+///
+
+/// tab | Rust
+
+Run a program by `cargo run --bin connect`.
+
+///
+
+/// tab | Go
+
+`call.go`:
+
+///
+
+/// tab | Rust
+
+`src/bin/call.rs`:
+
+///
+
+Each prints:
+"""
+
+
+def test_page_with_tabs_is_read_in_one_language() -> None:
+    read = read_in("Rust", PAGE_WITH_TABS, {"call": "x"})
+    assert "connect.go" not in read
+    assert "call.go" not in read
+    assert "`src/bin/call.rs`:\n\n```sh\ncargo run --bin call x\n```\n\nEach prints:" in read
 
 
 MODULE = '''\
