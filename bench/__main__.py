@@ -32,6 +32,7 @@ SCENARIOS: Final = {
     "rolling_restart": "Replace the server by a new one under load: no request is lost, no connection refused.",
     "rotation": "Replace certificates once a second under load: no request fails.",
     "soak": "Churn and faults for a long time: no wrong answer, no growth.",
+    "soak_clients": "The clients of all languages under faults: no wrong answer, no lost call.",
     "storms": "10,000 reconnects at once, and hostile clients among honest ones.",
     "worker_kills": "Kill workers, coordinator and supervisor at random: nothing acknowledged is lost.",
     "workers": "Several workers: balance, cost, a limit over all, and 58,000 connections.",

@@ -36,10 +36,10 @@ import click
 
 from bench.command import measurement, progress
 from bench.report import Report, Row, counted
+from bench.scenarios.churning_clients import Client, Seen
 from bench.scenarios.harness import on_interrupt, until
 from bench.scenarios.rotation import Rotator, leaf_of
 from bench.scenarios.sessions import open_session, with_retries
-from bench.scenarios.soak_clients import Client, Seen
 from bench.stage import ECDSA_ONLY, Server, Stage, memory_bytes
 from zcproto.errors import Code, ConfigError, ZcprotoError
 from zcproto.load.caller import Caller, LoadTarget

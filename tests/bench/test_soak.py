@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from bench.__main__ import main
+from bench.scenarios import churning_clients as clients_module
 from bench.scenarios import soak as module
-from bench.scenarios import soak_clients as clients_module
+from bench.scenarios.churning_clients import Client, Seen, now_ms
 from bench.scenarios.sessions import ClientSession
 from bench.scenarios.soak import Sample, SoakOutcome, SoakPlan, growth, judged, slope_per_minute
-from bench.scenarios.soak_clients import Client, Seen, now_ms
 from bench.stage import Stage
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY

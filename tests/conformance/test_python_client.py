@@ -6,6 +6,7 @@ zcproto-conformance python -m zcproto_conformance.python_client
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 
 from tests.conformance.helpers import SCRIPTED, failures, results_of
@@ -65,3 +66,10 @@ async def test_python_client_passes_scenarios_with_the_real_server() -> None:
     chosen = [check for check in scenarios.with_real_server() if check.name in wanted]
     assert len(chosen) == len(wanted)
     assert failures(await results_of(chosen)) == []
+
+
+async def test_blocking_client_passes_scenarios_with_the_real_server() -> None:
+    wanted = {"server/echo", "server/concurrent-calls"}
+    chosen = [check for check in scenarios.with_real_server() if check.name in wanted]
+    command = (sys.executable, "-m", "zcproto_conformance.blocking_client")
+    assert failures(await results_of(chosen, command)) == []
