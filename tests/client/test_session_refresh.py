@@ -223,6 +223,19 @@ async def test_idle_session_is_refreshed_before_the_next_call() -> None:
 
 
 @scripted
+async def test_use_of_a_session_is_noted_again_after_a_part_of_its_idle_timeout() -> None:
+    server = ScriptedServer()
+    server.session = refreshable(idle_timeout_ms=60_000)
+    async with client_of(server) as client:
+        for _ in range(5):
+            await asyncio.sleep(0.5)
+            await client.call("echo")
+        await asyncio.sleep(59)
+        await client.call("echo")
+    assert server.methods == ["session.open", *["echo"] * 6, "session.close"]
+
+
+@scripted
 async def test_lost_refresh_is_retried_with_the_same_token() -> None:
     server = hourly_server(cut)
     async with client_of(server) as client:

@@ -216,7 +216,7 @@ class ClientProtocol(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        wall, now = self._clock.wall(), self._wheel.now()
+        wall, now = self._clock.wall(), self._loop.time()
         answers, rest = self.conversation.receive_answers(data, wall, now)
         pending = self._pending
         for stream, value in answers:

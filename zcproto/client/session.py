@@ -47,6 +47,9 @@ MIN_REFRESH_INTERVAL: Final = 1.0
 """Minimum of seconds between attempts to refresh before the expiry, and from a session that is valid for less than
 that to the next one."""
 
+NOTED_PER_IDLE_TIMEOUT: Final = 64
+"""Times that the use of a session is noted within its idle timeout: it costs more than comparing a number."""
+
 REFRESH_AT: Final = 0.8
 """The fraction of a session's lifetime after which it is refreshed."""
 
@@ -139,6 +142,7 @@ class SessionManager:
     """Manages the session of one client.
 
     Calls carry `token`, and may be sent until `valid_until` (monotonic seconds); afterwards, await `ensure` first.
+    From `noted_until` on, pass the time of a call to `used`.
     `on_changed` is called after each change of the token, with the previous one.
     """
 
@@ -155,6 +159,7 @@ class SessionManager:
     token: bytes = field(default=NO_TOKEN, init=False)
     _previous_token: bytes = field(default=NO_TOKEN, init=False)
     valid_until: float = field(default=NEVER, init=False)
+    noted_until: float = field(default=-NEVER, init=False)
     deadline_tick: int = field(default=0, init=False)
     _device: DeviceKey | None = field(init=False)
     _login: SchemeLogin | None = field(init=False)
@@ -225,6 +230,7 @@ class SessionManager:
         if session is not None and session.idle_timeout_ms:
             session.used(now)
             self.valid_until = session.valid_until
+            self.noted_until = now + session.idle_timeout_ms / MS_PER_SECOND / NOTED_PER_IDLE_TIMEOUT
 
     @property
     def is_fetching_login(self) -> bool:
@@ -266,6 +272,7 @@ class SessionManager:
         self._update_validity()
 
     def _update_validity(self) -> None:
+        self.noted_until = -NEVER
         if self._over is not None or self._renewing is not None:
             self.valid_until = -NEVER
         elif self.session is not None:

@@ -176,7 +176,8 @@ class SessionClient:
             if idempotency_key is not None or traceparent is not None:
                 meta = _meta(meta, idempotency_key, traceparent)
             token = sessions.token
-            sessions.used(now)
+            if now >= sessions.noted_until:
+                sessions.used(now)
             try:
                 pending = connection.request(method, named, token, meta, deadline)
                 try:

@@ -37,7 +37,7 @@ from zcproto.wire.frame import (
     RESULT,
     TOKEN_SIZE,
 )
-from zcproto.wire.message import Credit, MessageError, encode_body, encode_error, encode_request
+from zcproto.wire.message import Credit, MessageError, encode_body, encode_error
 
 MAX_FRAME_BEFORE_SESSION: Final = 16_384
 """Maximum `length` on a connection without a session, in both directions (zcp1.md, section 13)."""
@@ -48,6 +48,7 @@ OPENING_METHODS: Final = frozenset({"session.open", REFRESH})
 
 _OPENING: Final = b""  # in place of a token: the request has none and its result contains one
 _pack_header = HEADER.pack
+_OPEN: Final = State.OPEN  # members of an enumeration are slow to look up
 
 
 class ClientOutput:
@@ -116,12 +117,13 @@ class ClientOutput:
             ConnectionClosed: after the end.
         """
         in_flight = self._in_flight
-        if self.state is not State.OPEN:
+        if self.state is not _OPEN:
             self._refuse_request()
         if len(in_flight) >= self.welcome["max_streams"]:
             raise ResourceExhausted("too many requests in flight on this connection")
         try:
-            body = encode_request(method, params, meta)
+            # `encode_request` inlined
+            body = encode_body([method, params, meta] if meta else [method, params])
         except MessageError as error:
             raise InvalidArgument(str(error)) from error
         size = MIN_LENGTH + len(body)
