@@ -522,10 +522,12 @@ class ServerConnection(ServerOutput):
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        times = [self._open_deadline, self.sessions.expiring_at, self._silent_at()]
-        times += [part.next_deadline() for part in (self._streams, self._calls) if part is not None]
-        times += [request.deadline for request in self._held.values()]
-        return min(times)
+        soonest = min(self._open_deadline, self.sessions.expiring_at, self._silent_at())
+        if self._streams is not None:
+            soonest = min(soonest, self._streams.next_deadline())
+        if self._calls is not None:
+            soonest = min(soonest, self._calls.next_deadline())
+        return min(soonest, *[held.deadline for held in self._held.values()]) if self._held else soonest
 
     def _silent_at(self) -> float:
         """Return when silence ends the connection. An incomplete frame has a limit of its own."""

@@ -70,7 +70,7 @@ class StringTable:
         number = self._find(value)
         if number == UNKNOWN:
             number = self.slab.allocate()
-            self.uses[number] = 0
+            self.uses[number] = 1
             if len(value) > self._inline:
                 self._long[number] = value
             else:
@@ -78,7 +78,8 @@ class StringTable:
                 self._bytes[start] = len(value)
                 self._bytes[start + 1 : start + 1 + len(value)] = value
             self._index.add(number, hash(value) & _HASH_MASK)
-        self.uses[number] += 1
+        else:
+            self.uses[number] += 1
         self._last_text, self._last = text, number
         return number
 
