@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -103,6 +104,8 @@ func newClient(addresses []address, options Options, clock clock, random func() 
 		s.options.warn(fmt.Sprintf("%s: nothing listens there yet; waiting up to %s for the server to start",
 			joinAddresses(addresses), options.StartTimeout))
 	}
+	c.further = newFurther(c, options.MaxConnections-1, random)
+	c.further.onOpened = s.show
 	c.onConnected = s.connected
 	c.onCall = s.callReceived
 	c.onEvent = s.eventReceived
@@ -276,8 +279,24 @@ func (s *shared) remove(session *Session) {
 	}
 }
 
+// show shows all sessions on a further connection. The function that it returns waits for the answers.
+func (s *shared) show(c *connection) (await func()) {
+	var waits []func()
+	for _, each := range s.all {
+		if each.sessions.renewing == nil {
+			waits = append(waits, each.sessions.present(c))
+		}
+	}
+	return func() {
+		for _, wait := range waits {
+			wait()
+		}
+	}
+}
+
 // connected shows all sessions on a new connection, and then notifies the application.
 func (s *shared) connected(c *connection) {
+	onConnected := s.onConnected // nil on the first connection, which open reports
 	var waits []func()
 	var late []*sessions // which wait until the server allows a request
 	for _, each := range s.all {
@@ -312,7 +331,7 @@ func (s *shared) connected(c *connection) {
 		}
 		showing.Wait()
 		s.mu.Lock()
-		isCurrent, onConnected := s.connections.current == c, s.onConnected
+		isCurrent := s.connections.current == c
 		s.mu.Unlock()
 		if isCurrent && onConnected != nil {
 			onConnected(c.endpoint)
@@ -331,6 +350,9 @@ func (s *shared) owner(token wire.Token) *Session {
 }
 
 func (s *shared) eventReceived(c *connection, event *conversation.Event) {
+	if c.isFurther && (event.Token == (wire.Token{}) || strings.HasPrefix(event.Name, "session.")) {
+		return // it comes on the current connection, too
+	}
 	owner := s.owner(event.Token)
 	if owner == nil && event.Token == (wire.Token{}) && len(s.all) > 0 {
 		owner = s.all[0]

@@ -32,8 +32,9 @@ type connection struct {
 	link  byteStream
 	leaf  [32]byte
 	// endpoint is where it leads; stableAt is when it counts as a success, once it is used.
-	endpoint Endpoint
-	stableAt time.Duration
+	endpoint  Endpoint
+	stableAt  time.Duration
+	isFurther bool // beside the current one, for calls alone
 
 	pending   map[uint32]*pendingCall
 	waiters   []*waiter
@@ -73,7 +74,8 @@ type pendingCall struct {
 
 // waiter is a caller that waits until a request can be sent.
 type waiter struct {
-	wake chan struct{}
+	wake          chan struct{}
+	allowsFurther bool // a further connection will do
 }
 
 func newConnection(
@@ -101,8 +103,11 @@ func (c *connection) channel() channel { return channel{salt: c.conv.Salt(), lea
 
 // ready returns whether a request can be sent now.
 func (c *connection) ready() bool {
-	return c.isOpen() && !c.isPaused && c.conv.InFlight() < c.conv.Welcome().MaxStreams
+	return c.isOpen() && !c.isPaused && !c.isFull()
 }
+
+// isFull returns whether as many requests are in flight as the server allows.
+func (c *connection) isFull() bool { return c.conv.InFlight() >= c.conv.Welcome().MaxStreams }
 
 // isOpen returns whether requests can be sent on this connection, now or later.
 func (c *connection) isOpen() bool {

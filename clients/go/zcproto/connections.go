@@ -43,7 +43,8 @@ type connections struct {
 	isWanted    func() bool // whether to reconnect before the next call
 
 	current      *connection // for new calls
-	lastError    error       // of the last attempt
+	further      *further
+	lastError    error // of the last attempt
 	all          []*connection
 	connecting   *task
 	late         sync.WaitGroup // attempts whose connection is not needed
@@ -205,7 +206,21 @@ func (c *connections) callReceived(connection *connection, event *conversation.E
 	c.onCall(connection, event)
 }
 
+// wakeWaiters wakes callers that wait for room on the connection for new calls, or a further one.
+func (c *connections) wakeWaiters() {
+	if c.current != nil {
+		c.current.wakeWaiters()
+	}
+	for connection := range c.further.usedAt {
+		connection.wakeWaiters()
+	}
+}
+
 func (c *connections) connectionDrains(connection *connection, reason string, retryAfter time.Duration) {
+	c.further.discard(connection)
+	if connection.isFurther {
+		return
+	}
 	wasCurrent := connection == c.current
 	if wasCurrent {
 		c.current = nil
@@ -222,6 +237,7 @@ func errGoingAway(endpoint Endpoint) *ConnectError {
 }
 
 func (c *connections) connectionEnded(connection *connection, failure *ClosedError) {
+	c.further.discard(connection)
 	if connection == c.current {
 		c.current = nil
 		c.lastError = failure
@@ -276,6 +292,9 @@ func (c *connections) close() {
 		<-connection.released
 	}
 	c.mu.Lock()
+	if c.further.idleTimer != nil {
+		c.further.idleTimer.Stop()
+	}
 }
 
 // abort resets all connections, like a network failure.

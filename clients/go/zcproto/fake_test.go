@@ -49,12 +49,14 @@ type fakeServer struct {
 	goAways  []time.Duration          // delays of GOAWAYs, with the WELCOMEs of the next connections
 	dials    int
 	accepted chan *fakeConnection
+	further  chan *fakeConnection
 	salt     uint64
 }
 
 func newFakeServer(t *testing.T) *fakeServer {
 	return &fakeServer{
-		t: t, clock: newManualClock(), welcome: welcomeBody(), accepted: make(chan *fakeConnection, 100), salt: 100,
+		t: t, clock: newManualClock(), welcome: welcomeBody(), accepted: make(chan *fakeConnection, 100),
+		further: make(chan *fakeConnection, 100), salt: 100,
 		ips: map[string][]string{}, gates: map[string]chan struct{}{}, states: map[string]endpointFault{},
 		tried: make(chan string, 1_000),
 	}
@@ -208,6 +210,11 @@ func (s *fakeServer) clientOf(text string, options Options) *Client {
 	owner.resolve = s.resolve
 	owner.dial = func(ctx context.Context, endpoint Endpoint, onTCP func()) (*connection, error) {
 		return s.dial(ctx, owner, endpoint, onTCP)
+	}
+	opened := owner.further.onOpened
+	owner.further.onOpened = func(connection *connection) func() {
+		s.further <- connection.link.(*fakeConnection)
+		return opened(connection)
 	}
 	adopted := owner.onConnected
 	owner.onConnected = func(connection *connection) {

@@ -18,6 +18,8 @@ const (
 	DefaultMaxFrame       = 1 << 20
 )
 
+const maxConnections = 64
+
 // NoTimeout as a timeout of Options disables it.
 const NoTimeout = time.Duration(math.MaxInt64)
 
@@ -65,6 +67,9 @@ type Options struct {
 	// wait.
 	StartTimeout time.Duration
 
+	// MaxConnections is how many connections are made at once: 1 if 0, and at most 64. A further one is made to the same server
+	// while calls wait because the server allows no more of them in flight, and closed after 30 seconds without calls.
+	MaxConnections int
 	// AddressOrder is the order in which several addresses are tried: RandomOrder if empty.
 	AddressOrder AddressOrder
 
@@ -98,6 +103,10 @@ func (o Options) withDefaults() (Options, error) {
 	if o.MaxCalls < 0 || o.MaxFrame < 0 || o.MaxFrame > math.MaxInt32 {
 		return o, configError("MaxCalls and MaxFrame: a limit is below 0 or above 2 GiB; leave it out for the default")
 	}
+	if o.MaxConnections < 0 || o.MaxConnections > maxConnections {
+		return o, configError(fmt.Sprintf("MaxConnections: %d is not from 1 to %d; leave it out for 1", o.MaxConnections, maxConnections))
+	}
+	setDefault(&o.MaxConnections, 1)
 	setDefault(&o.AddressOrder, RandomOrder)
 	if o.AddressOrder != RandomOrder && o.AddressOrder != ListedOrder {
 		return o, configError("AddressOrder: it is neither RandomOrder nor ListedOrder; give one of them")

@@ -73,7 +73,9 @@ func testValues(t *testing.T, s *server, key string) {
 }
 
 func testConcurrentCalls(t *testing.T, s *server, key string) {
-	client := s.dialAs("ada", key)
+	options := s.options()
+	options.Credentials, options.MaxConnections = zcproto.APIKey("ada", key), 3
+	client := s.dial(options)
 	var calls sync.WaitGroup
 	for number := range 1_000 { // more than the server has streams
 		calls.Add(1)

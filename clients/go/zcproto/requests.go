@@ -134,9 +134,22 @@ func (c *connection) abandon(call *pendingCall, err error) {
 // waitReady waits until a request can be sent, or no more can be sent on this connection. First come, first served. It
 // releases the mutex meanwhile.
 func (c *connection) waitReady(ctx context.Context) error {
+	_, err := c.waitRoom(ctx, false)
+	return err
+}
+
+// waitRoom is waitReady, with allowFurther for this connection and the further ones. It returns the one that is ready, or else
+// this one.
+func (c *connection) waitRoom(ctx context.Context, allowFurther bool) (*connection, error) {
 	var own *waiter
 	for !c.ready() && c.isOpen() {
-		waits := &waiter{wake: make(chan struct{})}
+		if allowFurther {
+			if other := c.owner.further.ready(); other != nil {
+				return other, nil
+			}
+			c.owner.further.grow()
+		}
+		waits := &waiter{wake: make(chan struct{}), allowsFurther: allowFurther}
 		if own == nil {
 			c.waiters = append(c.waiters, waits)
 		} else {
@@ -152,24 +165,32 @@ func (c *connection) waitReady(ctx context.Context) error {
 			if index := slices.Index(c.waiters, waits); index >= 0 {
 				c.waiters = slices.Delete(c.waiters, index, index+1)
 			} else {
-				c.wakeWaiters() // it was woken and sends nothing: the next one is due
+				c.owner.wakeWaiters() // it was woken and sends nothing: the next one is due
 			}
-			return contextError(ctx)
+			return c, contextError(ctx)
 		}
 	}
-	return nil
+	return c, nil
 }
 
-// wakeWaiters wakes as many callers as can send.
+// wakeWaiters wakes as many callers as can send here. Those of a further connection wait at the current one.
 func (c *connection) wakeWaiters() {
-	if len(c.waiters) == 0 || c.isPaused || !c.isOpen() {
+	queue := c
+	if c.isFurther {
+		queue = c.owner.current
+	}
+	if queue == nil || len(queue.waiters) == 0 || c.isPaused || !c.isOpen() {
 		return
 	}
-	free := min(c.conv.Welcome().MaxStreams-c.conv.InFlight(), len(c.waiters))
-	for range max(free, 0) {
-		close(c.waiters[0].wake)
-		c.waiters = c.waiters[1:]
-	}
+	free := c.conv.Welcome().MaxStreams - c.conv.InFlight()
+	queue.waiters = slices.DeleteFunc(queue.waiters, func(waits *waiter) bool {
+		if free <= 0 || c.isFurther && !waits.allowsFurther {
+			return false
+		}
+		free--
+		close(waits.wake)
+		return true
+	})
 }
 
 func (c *connection) wakeAll() {

@@ -326,7 +326,7 @@ func (s *Session) waitReady(ctx context.Context, deadline time.Duration) (*conne
 		if err != nil {
 			return nil, err
 		}
-		if err := c.waitReady(ctx); err != nil {
+		if c, err = c.waitRoom(ctx, true); err != nil {
 			return nil, err
 		}
 		if c.ready() && s.clock.now() < s.sessions.usableUntil && s.closing == nil {

@@ -91,7 +91,7 @@ func (s *sessions) registerIfAny(c *connection) error {
 }
 
 func (s *sessions) canRegister(c *connection) bool {
-	return s.session != nil && s.handlers.any() && c.conv.Welcome().Calls != nil
+	return s.session != nil && !c.isFurther && s.handlers.any() && c.conv.Welcome().Calls != nil
 }
 
 // beginAttach proves the key of a session on a connection that is ready. Concurrent callers share one request. It does not

@@ -1,0 +1,160 @@
+package zcproto
+
+import (
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/zcproto/zcproto/clients/go/internal/wire"
+)
+
+// crowded returns a client of a server that allows one request on each connection.
+func crowded(t *testing.T, most int) (*fakeServer, *Client, *fakeConnection) {
+	server := newFakeServer(t)
+	server.welcome["max_streams"] = 1
+	client, peer := server.opened(Options{MaxConnections: most})
+	return server, client, peer
+}
+
+func TestFurtherConnectionTakesTheCallsThatTheServerAllowsNoMoreOf(t *testing.T) {
+	server, client, peer := crowded(t, 2)
+	first := begin(t, client.Session, "first", nil)
+	one := peer.request("first")
+	second := begin(t, client.Session, "second", nil)
+	other := <-server.further
+	shown := other.request("session.info")
+	if shown.token != tokenOf(1) {
+		t.Error("the session was not shown")
+	}
+	other.respond(shown, map[string]any{})
+	two := other.request("second")
+	third := begin(t, client.Session, "third", nil)
+	other.none()
+	other.respond(two, 2)
+	second.succeeds(int64(2))
+	other.respond(other.request("third"), 3) // whichever has room first
+	third.succeeds(int64(3))
+	peer.respond(one, 1)
+	first.succeeds(int64(1))
+	fourth := begin(t, client.Session, "fourth", nil)
+	peer.respond(peer.request("fourth"), 4)
+	fourth.succeeds(int64(4))
+	if len(server.further) > 0 {
+		t.Error("there are more connections than allowed")
+	}
+}
+
+func TestFurtherConnectionIsOffByDefault(t *testing.T) {
+	server, client, peer := crowded(t, 0)
+	first := begin(t, client.Session, "first", nil)
+	one := peer.request("first")
+	second := begin(t, client.Session, "second", nil)
+	peer.respond(one, 1)
+	first.succeeds(int64(1))
+	peer.respond(peer.request("second"), 2)
+	second.succeeds(int64(2))
+	if dials := server.dialed(); dials != 1 {
+		t.Errorf("it has connected %d times", dials)
+	}
+}
+
+func TestFailureOfAFurtherConnectionFailsNoCall(t *testing.T) {
+	server, client, peer := crowded(t, 2)
+	first := begin(t, client.Session, "first", nil)
+	one := peer.request("first")
+	server.failNext(&ConnectError{Reason: "too many connections"})
+	second := begin(t, client.Session, "second", nil)
+	eventually(t, func() bool {
+		client.shared.mu.Lock()
+		defer client.shared.mu.Unlock()
+		return client.shared.connections.further.notBefore == server.clock.now()+50*time.Millisecond
+	})
+	peer.respond(one, 1)
+	first.succeeds(int64(1))
+	peer.respond(peer.request("second"), 2)
+	second.succeeds(int64(2))
+}
+
+// withFurther returns a client with a further connection, on which a call is in flight.
+func withFurther(t *testing.T) (server *fakeServer, client *Client, peer, other *fakeConnection, call *call) {
+	server, client, peer = crowded(t, 2)
+	first := begin(t, client.Session, "first", nil)
+	one := peer.request("first")
+	call = begin(t, client.Session, "second", nil)
+	other = <-server.further
+	other.respond(other.request("session.info"), map[string]any{})
+	other.next(wire.Request)
+	peer.respond(one, 1)
+	first.succeeds(int64(1))
+	return server, client, peer, other, call
+}
+
+func TestFurtherConnectionIsClosedWhenItIsIdle(t *testing.T) {
+	server, client, _, other, call := withFurther(t)
+	server.clock.awaitTimer(t, furtherIdle)
+	call.cancel()
+	call.fails(Cancelled)
+	server.clock.advance(furtherIdle)
+	<-other.connection.ended
+	if !other.isShut {
+		t.Error("no close_notify was sent")
+	}
+	if _, found := client.Endpoint(); !found {
+		t.Error("the other connection was closed too")
+	}
+}
+
+func TestLossOfAFurtherConnectionLosesItsCallsAlone(t *testing.T) {
+	server, client, peer, other, call := withFurther(t)
+	other.finish(newTLSError(TLSTruncated, nil))
+	call.isClosed(false)
+	third := begin(t, client.Session, "third", nil)
+	peer.respond(peer.request("third"), 3)
+	third.succeeds(int64(3))
+	if dials := server.dialed(); dials != 2 {
+		t.Errorf("it has connected %d times", dials)
+	}
+}
+
+func TestGoAwayOnAFurtherConnectionLetsItsCallsFinish(t *testing.T) {
+	server, client, _, other, call := withFurther(t)
+	other.goAway("draining", time.Second)
+	other.finish(io.EOF)
+	server.clock.awaitTimer(t, 50*time.Millisecond) // the call was certainly not run
+	call.cancel()
+	call.wait()
+	if _, found := client.Endpoint(); !found {
+		t.Error("the other connection was given up")
+	}
+}
+
+func TestEventsOfTheSessionComeFromOneConnection(t *testing.T) {
+	_, client, peer, other, _ := withFurther(t)
+	for _, connection := range []*fakeConnection{other, peer} {
+		connection.sendWith(wire.Event, 0, []any{"session.expiring", map[string]any{"expires_at": 1}}, tokenOf(1), 0)
+		connection.send(wire.Event, 0, []any{"pins.next", nil})
+		connection.sendWith(wire.Event, 0, []any{"of.the.application", nil}, tokenOf(1), 0)
+	}
+	got := map[string]int{}
+	for range 4 {
+		event, err := client.NextEvent(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[event.Name]++
+	}
+	if got["session.expiring"] != 1 || got["pins.next"] != 1 || got["of.the.application"] != 2 {
+		t.Errorf("got %v", got)
+	}
+}
+
+func TestMaxConnectionsIsLimited(t *testing.T) {
+	for _, most := range []int{-1, maxConnections + 1} {
+		var config *ConfigError
+		if _, err := Dial(context.Background(), "localhost", Options{MaxConnections: most}); !errors.As(err, &config) {
+			t.Errorf("%d: got %v", most, err)
+		}
+	}
+}
