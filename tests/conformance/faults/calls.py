@@ -225,6 +225,14 @@ GOAWAY: Final[dict[str, Fault]] = {
             "pass",
         ),
     ),
+    "goaway-and-another-address": fault(
+        "waits for a server that goes away, even if there is another",
+        (
+            "zcproto.client.connections:ConnectionManager._connect",
+            "delay = endpoints.due_at - loop.time()",
+            "delay = max(map(endpoints.rests_until, endpoints._listed), default=0.0) - loop.time()",
+        ),
+    ),
     "goaway-twice": fault(
         "refuses a second GOAWAY",
         (

@@ -15,6 +15,7 @@ scenario: Final = Scenarios(SCRIPTED)
 
 _MANY: Final = 10
 _MANY_SECONDS: Final = 2.0
+_HOUR_MS: Final = 3_600_000
 _DELAY_MS: Final = 500
 """A retry_after_ms that is clearly distinguishable from no delay."""
 
@@ -60,6 +61,25 @@ async def _(harness: Harness) -> None:
     connection = await harness.next_welcomed()
     connection.respond(await connection.expect_request("echo"), "later")
     await call.expect_result("later")
+
+
+@scenario(
+    "goaway-and-another-address",
+    "11.1, 11.2: a client with several addresses goes on at another one without waiting for retry_after_ms",
+)
+async def _(harness: Harness) -> None:
+    _, _, port = harness.server.address.rpartition(":")
+    peer = await harness.connect_with_session(address=f"{harness.server.address},localhost:{port}")
+    assert peer.session is not None
+    old = await peer.client.call("sleep", {})
+    request = await peer.connection.expect_request("sleep")
+    peer.connection.goaway(retry_after_ms=_HOUR_MS)
+    connection = await harness.next_resumed(peer.session)
+    new = await peer.client.call("echo", {})
+    connection.respond(await connection.expect_request("echo"), "another address")
+    await new.expect_result("another address")
+    peer.connection.respond(request, "old connection")
+    await old.expect_result("old connection")
 
 
 @scenario("goaway-twice", "16: GOAWAY may be sent more than once")
