@@ -21,12 +21,12 @@ import pytest
 from tests.client.conftest import ConnectTo
 from tests.client.helpers import LoopClock
 from tests.conftest import ServerPairs
-from tests.helpers import WALL
+from tests.helpers import WALL, free_port
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.client.address import Address
 from zcproto.client.client import Client, connect
-from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _resources, connect_error
+from zcproto.client.dial import MAX_CONTEXTS, LoopResources, Trust, _ip_of, _resources, connect_error
 from zcproto.client.known_hosts import FILE_NAME, KnownHosts
 from zcproto.client.options import ConnectOptions
 from zcproto.errors import CannotConnect, CertificateError, Code, ConfigError, ConnectionClosed, TlsError
@@ -308,6 +308,47 @@ async def test_connection_refused_names_address_and_cause(silent_socket: tuple[s
 async def test_unknown_host_raises() -> None:
     with pytest.raises(CannotConnect, match=r"^no-such-host\.invalid:7443: "):
         await connect("no-such-host.invalid")
+
+
+async def test_dns_that_does_not_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, shared: ServerThread, connect_to: ConnectTo
+) -> None:
+    loop, resolve = asyncio.get_running_loop(), asyncio.get_running_loop().getaddrinfo
+
+    async def hang(host: str, *args: Any, **kwargs: Any) -> Any:
+        return await (loop.create_future() if host == "slow.example" else resolve(host, *args, **kwargs))
+
+    monkeypatch.setattr(loop, "getaddrinfo", hang)
+    with pytest.raises(CannotConnect, match=r"^slow\.example:7443: DNS has not answered within 0\.05 s"):
+        await connect("slow.example", connect_timeout=0.05)
+    ca_file = shared.home / "certs" / "ca.crt"
+    async with connect(
+        ["slow.example", f"localhost:{shared.port}"], address_order="listed", ca_file=ca_file
+    ) as client:
+        assert client.endpoint is not None
+        assert client.endpoint.host == "localhost"
+
+
+async def test_address_that_refuses_is_skipped(shared: ServerThread) -> None:
+    addresses = f"127.0.0.1:{free_port()},localhost:{shared.port}"
+    ca_file = shared.home / "certs" / "ca.crt"
+    async with connect(addresses, address_order="listed", ca_file=ca_file) as client:
+        assert client.endpoint is not None
+        assert (client.endpoint.host, client.endpoint.port) == ("localhost", shared.port)
+        assert client.welcome["server"]
+
+
+@pytest.mark.parametrize(
+    ("sockaddr", "ip"),
+    [
+        (("192.0.2.1", 7443), "192.0.2.1"),
+        (("2001:db8::1", 7443, 0, 0), "2001:db8::1"),
+        (("fe80::1", 7443, 0, 2), "fe80::1%2"),
+        (("fe80::1%eth0", 7443, 0, 2), "fe80::1%eth0"),
+    ],
+)
+def test_link_local_address_keeps_its_zone(sockaddr: tuple[Any, ...], ip: str) -> None:
+    assert _ip_of(sockaddr) == ip
 
 
 @pytest.mark.parametrize(

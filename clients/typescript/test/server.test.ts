@@ -233,6 +233,14 @@ describe("connections", () => {
     await own.remove();
   });
 
+  test("client of several addresses uses the one that listens", async () => {
+    const options = { caFile: server.caFile, user: "ada", key, home: server.home, addressOrder: "listed" } as const;
+    const client = await connect(["127.0.0.1:1", `localhost:${server.port}`], options);
+    clients.push(client);
+    assert.equal(client.endpoint?.host, "localhost");
+    assert.deepEqual(await client.call("echo", { x: 1 }), { x: 1 });
+  });
+
   test("session limit is reported", async () => {
     const own = newServer("[sessions]\nper_user = 1\n");
     const ownKey = own.addUser("eve");
