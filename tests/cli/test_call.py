@@ -24,9 +24,10 @@ from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.app.items import Items
 from zcproto.cli import main
-from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY
+from zcproto.cli.connect import KEY_VARIABLE, MAX_KEY, TrustChoice
 from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
+from zcproto.common.home import Home
 from zcproto.errors import FailedPrecondition
 
 Capture = pytest.CaptureFixture[str]
@@ -482,3 +483,19 @@ def test_help_lists_the_exit_codes(home: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "Exit codes" in out
     assert "base64" in out
+
+
+def test_several_addresses_are_tried(
+    shared: ServerThread, key_file: Path, home: Path, capsys: Capture
+) -> None:
+    ca = str(shared.home / "certs" / "ca.crt")
+    addresses = f"127.0.0.1:1,localhost:{shared.port}"
+    arguments = ["--user", "ada", "--key-file", str(key_file), "--ca", ca]
+    assert main(["call", addresses, "echo", json.dumps({"word": "hello"}), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out) == {"word": "hello"}
+
+
+def test_own_ca_is_trusted_only_if_all_servers_are_of_this_machine(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    assert TrustChoice().ca_file(home, "localhost:1,127.0.0.1:2") == home.certs / "ca.crt"
+    assert TrustChoice().ca_file(home, "localhost,server.example") is None

@@ -108,6 +108,15 @@ async def test_session_continues_after_a_crash(
     await client.close()
 
 
+def test_session_belongs_to_all_addresses_in_any_order(path: Path) -> None:
+    files = [
+        connect(addresses, user="ada", key=KEY, session_file=path)._session_file
+        for addresses in ("a.example,b.example", ["b.example:7443", "a.example"], "a.example")
+    ]
+    servers = [file._about["server"] for file in files if file is not None]
+    assert servers == ["a.example:7443,b.example:7443"] * 2 + ["a.example:7443"]
+
+
 def test_blocking_client_continues_the_session(shared: ServerThread, path: Path) -> None:
     def once() -> str:
         with connect_blocking(

@@ -27,7 +27,7 @@ from zcproto.cli.json_values import parse_params, to_json
 from zcproto.cli.output import json_text
 from zcproto.cli.signatures import listed_methods, signatures
 from zcproto.cli.stdin_items import stdin_items
-from zcproto.client.address import is_ip, parse_address
+from zcproto.client.address import is_ip, parse_addresses
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.common.text import escape_text
@@ -132,7 +132,7 @@ class TrustChoice:
         is_own = (
             self.ca is None
             and not self.pins
-            and (own.exists() or _is_loopback(parse_address(address).host))
+            and (own.exists() or all(_is_loopback(each.host) for each in parse_addresses(address)))
             and not any(
                 (home.certs / "acme").glob("server*.crt")
             )  # else a public CA has issued what is served
