@@ -53,6 +53,8 @@ impl Place {
 struct Rest {
     backoff: Backoff,
     until: Option<Instant>,
+    /// Whether the last attempt has failed for a reason that stays, such as another certificate.
+    is_permanent: bool,
 }
 
 /// The state of all endpoints of a client.
@@ -95,7 +97,8 @@ impl Endpoints {
             if self.known.len() == MAX_KNOWN {
                 self.known.remove(0);
             }
-            self.known.push((place.clone(), Rest { backoff: Backoff::new(self.random), until: None }));
+            self.known
+                .push((place.clone(), Rest { backoff: Backoff::new(self.random), until: None, is_permanent: false }));
             self.known.len() - 1
         });
         &mut self.known[index].1
@@ -117,9 +120,25 @@ impl Endpoints {
         rest.until = Some(now + limit.map_or(delay, |limit| delay.min(retry_after.max(limit))));
     }
 
+    /// Record whether the last failure of a place is permanent.
+    pub(crate) fn set_permanent(&mut self, place: &Place, is_permanent: bool) {
+        self.rest(place).is_permanent = is_permanent;
+    }
+
+    /// Return whether all servers have failed permanently.
+    pub(crate) fn are_all_permanent(&self) -> bool {
+        let is_permanent = |address: &Address| {
+            let mut own = self.known.iter().filter(|(place, _)| place.is_of(address)).peekable();
+            own.peek().is_some() && own.all(|(_, rest)| rest.is_permanent)
+        };
+        self.addresses.iter().all(is_permanent)
+    }
+
     /// Record that an endpoint is in use.
     pub(crate) fn used(&mut self, endpoint: &Endpoint) {
-        self.rest(&Place::Endpoint(endpoint.clone())).until = None;
+        let rest = self.rest(&Place::Endpoint(endpoint.clone()));
+        rest.until = None;
+        rest.is_permanent = false;
         self.last_used = Some(endpoint.clone());
     }
 
@@ -419,6 +438,20 @@ mod tests {
         resolved(&mut endpoints, &[("a", &ips), ("b", &[])], now);
         endpoints.failed(&Place::Name(address("b")), S, None, now);
         assert_eq!(endpoints.due_at(), None); // another address of a
+    }
+
+    #[test]
+    fn one_server_that_may_come_back_is_enough_to_go_on() {
+        let (mut endpoints, now) = (endpoints(&["a", "b"]), Instant::now());
+        let (a, b) = (place("a", "192.0.2.1"), place("b", "192.0.2.2"));
+        endpoints.set_permanent(&a, true);
+        assert!(!endpoints.are_all_permanent()); // b is unknown
+        endpoints.failed(&b, S, None, now);
+        assert!(!endpoints.are_all_permanent());
+        endpoints.set_permanent(&b, true);
+        assert!(endpoints.are_all_permanent());
+        endpoints.used(&endpoint("a", "192.0.2.1"));
+        assert!(!endpoints.are_all_permanent());
     }
 
     #[test]

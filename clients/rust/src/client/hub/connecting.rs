@@ -100,7 +100,7 @@ impl Hub {
             }
             state.last_error = Some(error.clone());
             if state.has_connected {
-                if failures.iter().all(Failure::is_permanent) {
+                if state.endpoints.are_all_permanent() {
                     state.endpoints.end_rests(); // the next call tries again
                     return Err(error);
                 }
@@ -205,10 +205,12 @@ impl Hub {
     /// Let a place rest after a failure.
     fn failed(&self, place: Place, error: Error, retry_after: Option<Duration>) -> Failure {
         let is_refused = matches!(error, Error::CannotConnect { refused: true, .. });
+        let failure = Failure { place, error, may_be_starting: is_refused || retry_after.is_some() };
         let mut state = self.lock();
         let limit = (!state.has_connected).then_some(MAX_START_DELAY);
-        state.endpoints.failed(&place, retry_after.unwrap_or_default(), limit, Instant::now());
-        Failure { place, error, may_be_starting: is_refused || retry_after.is_some() }
+        state.endpoints.failed(&failure.place, retry_after.unwrap_or_default(), limit, Instant::now());
+        state.endpoints.set_permanent(&failure.place, failure.is_permanent());
+        failure
     }
 
     /// Use a new connection for calls, and show it to all sessions. If its server is going away, return for how long.
