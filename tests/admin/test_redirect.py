@@ -55,6 +55,21 @@ def test_get_is_redirected_to_the_same_path_over_https(host: str, path: str, exp
     assert location(find(host, path, "HEAD")) == expected
 
 
+def test_challenge_of_a_ca_is_answered_for_any_name() -> None:
+    texts = {"a-token": b"a-token.thumbprint"}
+    redirects = Redirects(lambda: NAMES, 7443, texts.get)
+
+    def answer(path: str, method: str = "GET", **headers: str) -> HttpResponse:
+        return redirects.find(HttpRequest(method, path, "", {"host": "unknown.example", **headers}))
+
+    found = answer("/.well-known/acme-challenge/a-token")
+    assert (found.status, found.body) == (200, b"a-token.thumbprint")
+    assert answer("/.well-known/acme-challenge/another").status == 421
+    assert answer("/.well-known/acme-challenge/").status == 421
+    assert answer("/.well-known/acme-challenge/a-token", "POST").status == 403
+    assert answer("/.well-known/acme-challenge/a-token", cookie="a=b").status == 403
+
+
 def test_default_https_port_is_omitted_from_the_location() -> None:
     assert location(find("localhost", port=443)) == "https://localhost/"
 

@@ -204,6 +204,33 @@ def test_source_of_an_invalid_value_is_named(home: Path) -> None:
             " [[certificates.site]]",
         ),
         (
+            '[certificates]\nmode = "acme"\nnames = ["*.a.example"]\n[acme]\nterms_agreed = true',
+            'certificates.names = ["*.a.example"] (config.toml): must hold the names of this server on the'
+            ' internet, without a wildcard, with certificates.mode, which is "acme" (config.toml); a wildcard'
+            " needs the challenge dns-01: get it with another tool",
+        ),
+        (
+            '[certificates]\nmode = "acme"\n[acme]\nterms_agreed = true',
+            "certificates.names = [] (default): must hold the names of this server on the internet, without a"
+            ' wildcard, with certificates.mode, which is "acme" (config.toml); a wildcard needs the challenge'
+            " dns-01: get it with another tool",
+        ),
+        (
+            '[certificates]\nmode = "acme"\nnames = ["a.example"]',
+            'acme.terms_agreed = false (default): must be true with certificates.mode, which is "acme"'
+            " (config.toml); read the terms of the CA and agree to them",
+        ),
+        (
+            '[acme]\nchallenge = "http-01"',
+            'acme.challenge = "http-01" (config.toml): must be "tls-alpn-01" with http.redirect_port, which is 0'
+            " (default); set the port on which the CA checks the names",
+        ),
+        (
+            '[acme]\neab_kid = "kid"',
+            'acme.eab_kid = "kid" (config.toml): must be set together with acme.eab_key_file, which is ""'
+            " (default); the CA gives both, or none",
+        ),
+        (
             '[tls]\nclient_ca_file = "/ca.pem"',
             'tls.client_ca_file = "/ca.pem" (config.toml): must be empty with tls.client_auth, which is "off"'
             ' (default); set client_auth = "optional" or "required" to check clients with it',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import ssl
 import stat
 import threading
 from datetime import timedelta
@@ -20,14 +21,16 @@ from tests.certs.acme.fake_ca import Problem, at
 from tests.certs.acme.support import NAMES, Desk, acme_site, wanted
 from tests.certs.harness import disk_fails
 from tests.certs.support import DAY, NOW, build, pem, pem_of_key
+from tests.conftest import ServerPairs
 from tests.server.helpers import TIMEOUT
 from zcproto.certs import keys, managed
 from zcproto.certs.acme import orders
 from zcproto.certs.acme.client import renewal_id
-from zcproto.certs.acme.orders import Visit, VisitResult, VisitThread
+from zcproto.certs.acme.orders import Visit, VisitResult, VisitThread, carry_out
 from zcproto.certs.acme.settings import HTTP
 from zcproto.certs.pair import load_pair
 from zcproto.common.files import try_lock
+from zcproto.common.https import Response
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ async def test_rejected_nonces_are_replaced(desk: Desk) -> None:
 
 
 async def test_polls_wait_as_long_as_the_ca_wants(desk: Desk) -> None:
-    desk.ca.polls_until_checked, desk.ca.polls_until_issued = 3, 2
+    desk.ca.polls_until_checked, desk.ca.polls_until_issued = 3, 4
     desk.ca.retry_after = {"retry-after": "7"}
     assert (await order(desk)).problem == ""
     assert desk.sleeps.seconds
@@ -250,6 +253,9 @@ async def test_ca_cannot_stop_renewals_for_ever(desk: Desk) -> None:
         ({"reject_nonces": 10_000}, "ca.example accepts no nonce"),
         ({"extra_directory": {"newOrder": "http://ca.example/order"}}, "an address that is not https"),
         ({"extra_directory": {"newAccount": None}}, "an address that is not https"),
+        ({"extra_directory": {"newAccount": "https://:443/"}}, "an address that is not https"),
+        ({"extra_directory": {"newAccount": "https://ca.example:99999/"}}, "an address that is not https"),
+        ({"extra_directory": {"newAccount": "https://ca.example/\r\nX: y"}}, "an address that is not https"),
         ({"extra_directory": {"meta": 7}}, "something else than ACME"),
         (
             {"challenge_types": ["dns-01"]},
@@ -312,6 +318,77 @@ async def test_anything_but_acme_is_a_failure(desk: Desk, data: bytes) -> None:
     assert "something else than ACME; check acme.directory" in (await order(desk)).problem
 
 
+@pytest.mark.parametrize("nonce", ["*", "a", None])
+async def test_ca_without_nonces_is_a_failure(desk: Desk, nonce: str | None) -> None:
+    real = desk.ca.fetch
+
+    async def fetch(*request: Any) -> Response:
+        reply = await real(*request)
+        fields = {**reply.headers, "replay-nonce": nonce} if nonce else {}
+        return reply._replace(headers=fields)
+
+    desk.ca.fetch = fetch  # type: ignore[method-assign, assignment]
+    assert "ca.example accepts no nonce" in (await order(desk)).problem
+
+
+async def test_error_of_a_proxy_is_a_failure(desk: Desk) -> None:
+    async def fetch(*request: Any) -> Response:
+        return Response(502, b"<html>bad gateway</html>", {"retry-after": "120"})
+
+    desk.ca.fetch = fetch  # type: ignore[method-assign]
+    result = await order(desk)
+    assert result.problem == "ca.example answered 502; check [acme], or try again later"
+    assert result.retry_after_s == 120.0
+
+
+async def test_order_without_a_status_is_a_failure(desk: Desk) -> None:
+    real = desk.ca._shown
+
+    def shown(number: int) -> dict[str, Any]:
+        return {name: value for name, value in real(number).items() if name != "status"}
+
+    desk.ca._shown = shown  # type: ignore[method-assign]
+    assert "the CA has refused the order: its status is missing" in (await order(desk)).problem
+
+
+async def test_visit_orders_for_several_keys_with_one_account(
+    tmp_path: Path, rsa_key: rsa.RSAPrivateKey
+) -> None:
+    desk = make_desk(tmp_path)
+    key = desk.site.managed_directory / "server.key"
+    key.touch(0o600)
+    key.write_bytes(pem_of_key(rsa_key))
+    both = (wanted(desk.site, key_type="rsa-2048", key=key), wanted(desk.site))
+    assert (await desk.visit(Visit(both))).issued == ["rsa-2048", "ecdsa-p256"]
+    assert [path for method, path in desk.ca.requests].count("/account") == 2  # looked for, then created
+
+
+async def test_requests_go_over_verified_tls(
+    tmp_path: Path, server_pairs: ServerPairs, ca_file: Path
+) -> None:
+    lines: list[bytes] = []
+
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines.append(head.partition(b"\r\n")[0])
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nno ACME")
+        writer.close()
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(server_pairs.ecdsa.certificate, server_pairs.ecdsa.key)
+    async with await asyncio.start_server(reply, "localhost", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        for trusted, problem in (
+            (ca_file, "the CA has sent something else than ACME; check acme.directory"),
+            (None, "the certificate of localhost is not trusted: "),
+        ):
+            directory = f"https://localhost:{port}/dir"
+            site = make_desk(tmp_path / str(trusted is None), directory=directory, ca_file=trusted).site
+            result = await carry_out(site, Visit((wanted(site),)), NOW, progress=lambda sentence: None)
+            assert problem in result.problem
+    assert lines == [b"GET /dir HTTP/1.1"]
+
+
 async def test_refused_order_is_a_failure(desk: Desk) -> None:
     real = desk.ca._shown
 
@@ -348,6 +425,14 @@ async def test_account_key_of_another_type_is_refused(desk: Desk, rsa_key: rsa.R
 async def test_full_disk_is_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_fails(monkeypatch, errno.ENOSPC, "fsync")
     assert "No space left on device" in (await order(desk)).problem
+
+
+async def test_failing_disk_is_a_failure(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(directory: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(orders, "_account_key", fail)
+    assert "cannot be used: Input/output error; check the disk" in (await order(desk)).problem
 
 
 async def test_visit_ends_after_its_time(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

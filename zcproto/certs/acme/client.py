@@ -16,6 +16,7 @@ Must not know: files, when to order. Time, waiting and the network are arguments
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -239,10 +240,8 @@ class AcmeClient:
             await self._poll(
                 url, messages.Authorization, self._refusal_of_authorization, messages.STATUS_VALID
             )
-        ready = (messages.STATUS_READY, messages.STATUS_PROCESSING, messages.STATUS_VALID)
-        order = await self._poll(order_url, messages.Order, _refusal_of_order, *ready)
-        if order.status == messages.STATUS_READY:
-            await self._post(_checked_url(order.finalize), messages.CertificateRequest(csr=request))
+        order = await self._poll(order_url, messages.Order, _refusal_of_order, messages.STATUS_READY)
+        await self._post(_checked_url(order.finalize), messages.CertificateRequest(csr=request))
         order = await self._poll(order_url, messages.Order, _refusal_of_order, messages.STATUS_VALID)
         return (await self._post(_checked_url(order.certificate))).body
 
@@ -271,7 +270,7 @@ class AcmeClient:
             challenge = body.chall
             if challenge.typ != wanted or not isinstance(challenge, challenges.KeyAuthorizationChallenge):
                 continue
-            text = challenge.key_authorization(self._key)
+            text = str(challenge.validation(self._key))
             if wanted == TLS_ALPN:
                 self._answers.put_certificate(name, hashlib.sha256(text.encode()).digest(), self._wall())
             else:
@@ -284,14 +283,14 @@ class AcmeClient:
         url: str,
         kind: type[T],
         refusal_of: Callable[[T], OrderFailedError | None],
-        *wanted: messages.Status,
+        wanted: messages.Status,
     ) -> T:
-        """Fetch a resource until its status is one of those wanted. The caller has a limit of time."""
+        """Fetch a resource until it has this status. The caller has a limit of time."""
         delay = FIRST_POLL_S
         while True:
             reply = await self._post(url)
             found: Any = _parsed(reply, kind)
-            if found.status in wanted:
+            if found.status == wanted:
                 return found  # type: ignore[no-any-return]
             refusal = refusal_of(found)
             if refusal is not None:
@@ -340,7 +339,7 @@ class AcmeClient:
         nonce = reply.headers.get("replay-nonce")
         if nonce is not None:
             try:
-                self._nonce = decode_b64jose(nonce)
+                self._nonce = decode_b64jose(nonce) or None
             except DeserializationError:
                 self._nonce = None
         return reply
@@ -395,9 +394,15 @@ def renewal_id(certificate: x509.Certificate) -> str | None:
 
 
 def _checked_url(url: object) -> str:
-    if not isinstance(url, str) or not _URL.fullmatch(url):
-        raise OrderFailedError("the CA has sent an address that is not https; check acme.directory")
-    return url
+    with contextlib.suppress(ValueError):  # of the port
+        if (
+            isinstance(url, str)
+            and _URL.fullmatch(url)
+            and urlsplit(url).hostname
+            and urlsplit(url).port != 0
+        ):
+            return url
+    raise OrderFailedError("the CA has sent an address that is not https; check acme.directory")
 
 
 def _json(reply: Response) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class AcmeSource(SiteSource):
         self._refused: dict[str, str] = {}  # why a certificate of the CA cannot be served, by key type
         self._is_incomplete = False
         self._visits = VisitThread(partial(carry_out, site, progress=progress) if work is None else work)
-        self._schedule = self._new_schedule()
+        self._schedule = RenewalSchedule(site.directory, site.directory, random)
         self._record = OrderRecord()
         self._retry_at = 0.0  # monotonic: what a CA, a failure before a restart or another process demand
         self._requested: frozenset[str] = frozenset()
@@ -95,9 +95,6 @@ class AcmeSource(SiteSource):
         self._last: Renewal | None = None
         self.problem = ""
         """Why the last visit has not issued everything."""
-
-    def _new_schedule(self) -> RenewalSchedule:
-        return RenewalSchedule(self._site.directory, self._site.directory, self._random)
 
     @property
     def is_incomplete(self) -> bool:
@@ -148,8 +145,6 @@ class AcmeSource(SiteSource):
     def order_now(self, families: Collection[str]) -> None:
         """Have the next check order certificates of these key families, whatever has failed before."""
         self._requested = frozenset(kind for kind in self._paths if family(kind) in families)
-        self._retry_at = 0.0
-        self._schedule = self._new_schedule()
 
     @property
     def is_ordering(self) -> bool:
@@ -207,7 +202,8 @@ class AcmeSource(SiteSource):
 
     def _begin(self, now: datetime, monotonic: float) -> None:
         """Begin a visit if one is due."""
-        may_order = monotonic >= self._retry_at and self._schedule.is_due(now, monotonic, True)
+        is_time = monotonic >= self._retry_at and self._schedule.is_due(now, monotonic, True)
+        may_order = is_time or bool(self._requested)
         wanted = tuple(self._wanted(now)) if may_order else ()
         asked = [one for one in self._pairs.values() if monotonic >= self._info(one).ask_at]
         if not wanted and not asked:
