@@ -48,6 +48,7 @@ COMMANDS = {
     ),
     "log": ("zcproto.cli.control:log", "Show and set the log level of a running server."),
     "call": ("zcproto.cli.connect:call", "Call a method of a server and print the result."),
+    "login": ("zcproto.cli.login:login", "Log in at an identity provider, for `zcproto call --login`."),
     "stubs": ("zcproto.cli.stubs:stubs", "Write a typed client for the methods of a server."),
     "user": ("zcproto.cli.user:user", "Add, list and change users."),
     "session": ("zcproto.cli.session:session", "List, open and end sessions."),
@@ -67,6 +68,7 @@ COMMANDS = {
 EXTRAS = {
     "acme": "acme",
     "hdrh": "bench",
+    "jwt": "oidc",
     "matplotlib": "bench",
     "redis": "valkey",
     "rich": "bench",

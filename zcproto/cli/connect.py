@@ -272,6 +272,7 @@ def call_once(
 @click.option("--list", "lists", is_flag=True, help="Print the methods that can be called, with their types.")
 @user_option("Open a session of this user. Without it only public methods can be called.")
 @key_option("user")
+@click.option("--login", "by_login", is_flag=True, help="Open a session with the tokens of `zcproto login`.")
 @trust_options
 @click.option(
     "--timeout",
@@ -292,6 +293,7 @@ def call(
     lists: bool,
     user: str | None,
     key_file: Path | None,
+    by_login: bool,
     trust: TrustChoice,
     timeout: float | None,
     key_log: Path | None,
@@ -317,11 +319,18 @@ def call(
     if lists is (method is not None):
         raise click.UsageError("Give either METHOD or --list.")
     arguments = parse_params(params)
+    if by_login and is_typed("user", "key_file"):
+        raise click.UsageError("--login goes without --user and --key-file.")
+    user = None if by_login else user
     key = read_key(key_file) if user is not None else None
     if user is None and is_typed("key_file"):
         raise click.UsageError("--key-file goes with --user.")
     limit = DEFAULT_TIMEOUT if timeout is None else timeout
-    options = {"user": user, "key": key, "timeout": limit, "key_log_file": key_log}
+    options: dict[str, Any] = {"user": user, "key": key, "timeout": limit, "key_log_file": key_log}
+    if by_login:
+        from zcproto.cli.login import stored_login  # noqa: PLC0415
+
+        options["login"] = stored_login(instance.home)
     options["connect_timeout"] = options["start_timeout"] = min(limit, MAX_CONNECT_TIMEOUT)
 
     async def work() -> None:
@@ -332,7 +341,7 @@ def call(
             try:
                 result = await client.call(method, arguments)
             except Unauthenticated as error:
-                if user is not None:
+                if user is not None or by_login:
                     raise
                 raise ZcprotoError(
                     f"{escape_text(method)} needs a session; use --user NAME and --key-file FILE, or set"

@@ -482,6 +482,11 @@ def _is_https_url(text: str) -> bool:
     return text.startswith("https:") and _is_webhook(text)
 
 
+def is_issuer(text: str) -> bool:
+    """Return whether a text is the address of an identity provider."""
+    return text != "" and _is_webhook(text) and not {"?", "#"} & {*text}
+
+
 def _is_command(arguments: tuple[str, ...]) -> bool:
     return all(map(str.isprintable, arguments)) and (not arguments or Path(arguments[0]).is_absolute())
 
@@ -560,7 +565,7 @@ BINDING: Final = text(
 ISSUER_URL: Final = text(
     'the address of an identity provider, such as "https://login.example.com/realms/staff", of printable ASCII and'
     " without a user, a query or a fragment; http:// is for this machine alone",
-    lambda url: url and _is_webhook(url) and not {"?", "#"} & {*url},
+    is_issuer,
 )
 
 ROLE_NAME: Final = text(f'the name of a role, such as "admin": {ROLE_WORDS}', is_role)
