@@ -23,8 +23,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any, Final
 
 import click
 
+from bench import KIT
 from bench.command import measurement, progress
 from bench.proxy import Proxy
 from bench.report import Report, Row, counted
@@ -40,7 +41,7 @@ from bench.scenarios.rolling_restart import Restarts, RollingServer
 from bench.scenarios.rotation import Rotator
 from bench.scenarios.soak_app import FOLDER, OFFSET, open_offset
 from bench.scenarios.worker_kills import is_running
-from bench.stage import ECDSA_ONLY, HOST, NAME, Server, Stage, family
+from bench.stage import ECDSA_ONLY, HOST, NAME, Server, Stage, bench_environment, family
 from zcproto.common.process import new_event_loop
 from zcproto.errors import Code, ZcprotoError
 from zcproto.load.demo.run import temporary_home
@@ -502,6 +503,21 @@ async def _pause(stopping: asyncio.Event, seconds: float) -> None:
             await stopping.wait()
 
 
+@contextmanager
+def environment(folder: Path) -> Iterator[None]:
+    """Let the server find its folder, and the programs of clients the modules of this clone."""
+    path = os.pathsep.join([bench_environment()["PYTHONPATH"], str(KIT)])
+    changed = {FOLDER: str(folder), "PYTHONPATH": path}
+    before = {name: os.environ[name] for name in changed if name in os.environ}
+    os.environ |= changed
+    try:
+        yield
+    finally:
+        for name in changed:
+            del os.environ[name]
+        os.environ |= before
+
+
 def soak_clients(
     plan: SoakClientsPlan, stage: Stage, commands: Mapping[str, Sequence[str]]
 ) -> SoakClientsOutcome:
@@ -510,8 +526,7 @@ def soak_clients(
     folder.mkdir(0o700)
     (folder / "clock").write_bytes(bytes(OFFSET.size))
     (folder / "runs").touch()
-    os.environ[FOLDER] = str(folder)
-    try:
+    with environment(folder):
         users = stage.add_users("client", plan.clients * len(commands))
         parties = [
             Party(name, command, stage, users[number * plan.clients :][: plan.clients], plan)
@@ -519,8 +534,6 @@ def soak_clients(
         ]
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             outcome = runner.run(conduct(plan, stage, folder, parties))
-    finally:
-        del os.environ[FOLDER]
     for name, times in Counter((folder / "runs").read_text().splitlines()).items():
         outcome.tallies[name.partition(" ")[0]].twice += times > 1
     outcome.log_events = stage.log_events()
