@@ -10,8 +10,8 @@ than its tolerance, a worker is killed, the server is replaced by `zcproto upgra
 
 A call is lost if it fails although its client could have sent it again (specification, section 11.1). It is
 uncertain if it may have run and has no idempotency key, or if its answer was discarded because of the clock; a
-stream also if it has begun, and a call with a key if its worker was killed. Each request notes on the server that
-it has run: none may run twice.
+stream also if it has begun, a call with a key if its worker was killed, and one whose server or session has ended:
+then the application decides. Each request notes on the server that it has run: none may run twice.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ WATCH_S: Final = 0.5
 NO_ANSWER_S: Final = 2 * TIMEOUT_MS / 1_000
 """Within which every call has to end, whatever happens."""
 
+ENDED: Final = (Code.TOKEN_REVOKED, Code.SESSION_REPLACED)
+"""Codes of a session that the server has ended, and that only the application may open again."""
+
 
 @dataclass(frozen=True, slots=True)
 class SoakClientsPlan:
@@ -107,7 +110,7 @@ class Tally:
     """Attempts included."""
     refreshes: int = 0
     sessions: int = 0
-    """Opened after the first."""
+    """Opened after the first: a refresh that is repeated too late ends its session."""
 
 
 def programs() -> dict[str, list[str]]:
@@ -153,6 +156,8 @@ class Party:
         self._chance = random.Random(f"{plan.seed} {name}")  # noqa: S311 - an order, no secret
         self._numbers = count(1)
         self._stopping = False
+        self._opening: set[str] = set()
+        """Clients that open another session."""
 
     async def run(self, port: int, started: asyncio.Event) -> None:
         """Connect to a server, set `started`, make calls until `stop`, and close."""
@@ -269,7 +274,7 @@ class Party:
         try:
             answer = untyped(await self._step("expect", call=call))
         except StepFailed as failure:
-            self._judge(what, failure.error, has_key=key is not None)
+            await self._judge(what, client, failure.error, has_key=key is not None)
         else:
             self._compare(what, answer, expected)
 
@@ -283,7 +288,7 @@ class Party:
                     self.tally.wrong["stream: a different item"] += 1
                 items += 1
         except StepFailed as failure:
-            self._judge("stream", failure.error, has_begun=items > 0)
+            await self._judge("stream", client, failure.error, has_begun=items > 0)
         else:
             self._compare("stream", (items, untyped(answer["end"])), (ITEMS, ITEMS))
 
@@ -292,10 +297,21 @@ class Party:
         if answer != expected:
             self.tally.wrong[f"{what}: a different answer"] += 1
 
-    def _judge(
-        self, what: str, error: Mapping[str, Any], *, has_key: bool = False, has_begun: bool = False
+    async def _judge(
+        self,
+        what: str,
+        client: str,
+        error: Mapping[str, Any],
+        *,
+        has_key: bool = False,
+        has_begun: bool = False,
     ) -> None:
-        """Count a call that has failed."""
+        """Count a call that has failed. Open a session if the server has ended that of the call."""
+        if error.get("code") in ENDED and client not in self._opening:
+            self._opening.add(client)
+            with suppress(StepFailed):  # the next call tries again
+                await self._step("open_session", client=client)
+            self._opening.discard(client)
         cause = error["name"] if error["kind"] == "call" else error["kind"]
         counts = self.tally.uncertain if is_uncertain(what, error, has_key, has_begun) else self.tally.lost
         counts[f"{what}: {cause}"] += 1
@@ -310,6 +326,8 @@ def is_uncertain(what: str, error: Mapping[str, Any], has_key: bool, has_begun: 
     if has_begun:
         return True
     return error["code"] in (
+        *ENDED,  # for the application to decide
+        Code.CANCELLED,  # the server stopped before the method returned
         Code.DATA_LOSS,
         *((Code.UNKNOWN,) if has_key else ()),  # its worker was killed
         *((Code.ABORTED,) if what == "ask" else ()),  # the call of the server has failed

@@ -78,6 +78,8 @@ def test_fault_that_was_never_injected_fails() -> None:
         ("run", {"kind": "call", "code": Code.UNAVAILABLE}, False, False, False),
         ("run", {"kind": "call", "code": Code.DEADLINE_EXCEEDED}, False, False, False),
         ("run", {"kind": "call", "code": Code.DATA_LOSS}, False, False, True),
+        ("run", {"kind": "call", "code": Code.CANCELLED}, True, False, True),
+        ("run", {"kind": "call", "code": Code.TOKEN_REVOKED}, True, False, True),
         ("run", {"kind": "call", "code": Code.UNKNOWN}, True, False, True),
         ("run", {"kind": "call", "code": Code.UNKNOWN}, False, False, False),
         ("ask", {"kind": "call", "code": Code.ABORTED}, False, False, True),

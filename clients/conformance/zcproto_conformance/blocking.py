@@ -50,6 +50,9 @@ class Api(Protocol):
     def session(self, client: Any) -> dict[str, Any] | None:
         """Return id, user and expires_at of the open session."""
 
+    def open_session(self, client: Any) -> None:
+        """Open another session."""
+
     def close(self, client: Any) -> None:
         """Close a client."""
 
@@ -105,6 +108,12 @@ class BlockingConform:
     def session(self, step: Step) -> Any:
         return self._api.session(self._clients[step["client"]])
 
+    def open_session(self, step: Step) -> Any:
+        client = self._clients[step["client"]]
+        self._api.open_session(client)
+        session = self._api.session(client)
+        return {"session": None if session is None else session["id"]}
+
     def close(self, step: Step) -> None:
         client = self._clients.pop(step["client"], None)
         if client is not None:  # None: its connect step failed
@@ -142,7 +151,17 @@ class BlockingConform:
 AT_ONCE: Final = frozenset({"call", "open", "answer"})
 """Steps that do not wait, and on which later steps depend."""
 
-STEPS: Final = AT_ONCE | {"hello", "connect", "expect", "next", "handle", "called", "session", "close"}
+STEPS: Final = AT_ONCE | {
+    "hello",
+    "connect",
+    "expect",
+    "next",
+    "handle",
+    "called",
+    "session",
+    "close",
+    "open_session",
+}
 
 
 class Outcome:

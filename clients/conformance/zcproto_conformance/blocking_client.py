@@ -68,6 +68,9 @@ class PythonApi:
             return None
         return {"id": session.id, "user": session.user, "expires_at": session.expires_at}
 
+    def open_session(self, client: BlockingClient) -> None:
+        client.open_session()
+
     def close(self, client: BlockingClient) -> None:
         client.close()
 

@@ -115,6 +115,9 @@ class CApi:
         session: dict[str, Any] | None = self._taken(self._made("session", client))
         return session
 
+    def open_session(self, client: c_void_p) -> None:
+        self._check("open_session", client)
+
     def close(self, client: c_void_p) -> None:
         self._zcp.zcp_close(client)
 
