@@ -52,6 +52,9 @@ AFTER_S: Final = 1.0
 """A call that is due so long after a kill is one during a failover."""
 
 MAX_P99_MS: Final = 1_000.0
+RESTART_S: Final = 1.5
+"""From a kill to the start of the server: its imports would delay clients that share its processors."""
+
 LAST_S: Final = 2.0
 
 
@@ -214,10 +217,11 @@ class Fleet:
             stack.push_async_callback(asyncio.to_thread, server.__exit__, None, None, None)
 
     async def kill(self, number: int) -> None:
-        """Kill a server and start it again, as a service manager does."""
+        """Kill a server and start it again a moment later, as a service manager does."""
         server = self._servers[number % SERVERS]
         server.kill()
         await asyncio.to_thread(server.__exit__, None, None, None)
+        await asyncio.sleep(RESTART_S)
         await asyncio.to_thread(server.__enter__)
 
 

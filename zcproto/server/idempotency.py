@@ -71,7 +71,7 @@ POLL_FIRST_S: Final = 0.05
 POLL_LAST_S: Final = 1.0
 """How often the store is polled for the answer of another process; the pause doubles each time."""
 
-ORPHANED_S: Final = 3.0
+ORPHANED_S: Final = 1.0
 """How long the process that runs a request must have shown no sign of life until its outcome counts as unknown. A
 failover of the store may lose the signs for a moment."""
 

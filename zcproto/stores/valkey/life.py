@@ -18,9 +18,9 @@ from typing import Any, Final
 from zcproto.errors import ResourceExhausted
 from zcproto.stores.base import StoreUnavailable
 
-LIFE_MS: Final = 6_000
-RENEW_S: Final = 2.0
-"""How often the key is renewed: twice may fail."""
+LIFE_MS: Final = 4_000
+RENEW_S: Final = 1.0
+"""How often the key is renewed: three times in a row may fail."""
 
 
 class SignOfLife:
