@@ -33,6 +33,7 @@ CLONE: Final = re.compile(r"(?:~|\$HOME|\.\.)/zcproto\b")
 """The clone of the repository on the page. Compilers use what they have built for this one."""
 
 
+@pytest.mark.timeout(600)  # a busy machine compiles
 @pytest.mark.parametrize("language", BUILT)
 def test_programs_run_as_printed(
     language: str, tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
