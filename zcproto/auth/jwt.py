@@ -23,7 +23,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from math import isfinite
 from typing import Any, Final, NamedTuple
 
 KINDS: Final[dict[str, tuple[str, str]]] = {
@@ -42,6 +41,9 @@ MAX_TRIED: Final = 4
 
 RSA_BITS: Final = range(2048, 8193)
 """Shorter keys are forged, longer ones take too long."""
+
+MAX_TIME_S: Final = 1 << 53
+"""Integers above it may not fit into a float."""
 
 _PUBLIC: Final = {"RSA": ("kty", "n", "e"), "EC": ("kty", "crv", "x", "y"), "OKP": ("kty", "crv", "x")}
 """The members of public keys by type. Others, such as those of a private key, are not read."""
@@ -226,7 +228,7 @@ def _time(claims: Mapping[str, Any], name: str) -> float | None:
     value = claims.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_TIME_S:
         raise TokenRefused("it has a malformed time")
     return float(value)
 
