@@ -169,9 +169,9 @@ def devices(home: Path) -> DeviceFile:
 def test_device_list_shows_user_and_key(devices: DeviceFile, capsys: Capture) -> None:
     assert main(["device", "list"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["DEVICE", "USER", "ADDED", "PUBLIC", "KEY"]
+    assert head.split() == ["DEVICE", "USER", "ROLES", "ADDED", "PUBLIC", "KEY"]
     assert [row.split() for row in rows] == [
-        [name, user, "2026-01-02", "03:04", "UTC", token_text(key)]
+        [name, user, "of", "the", "user", "2026-01-02", "03:04", "UTC", token_text(key)]
         for name, user, key in zip(("laptop", "phone", "Zoë's"), ("ada", "bob", "ada"), KEYS, strict=True)
     ]
 
@@ -179,7 +179,13 @@ def test_device_list_shows_user_and_key(devices: DeviceFile, capsys: Capture) ->
 def test_device_list_of_one_user_as_json(devices: DeviceFile, capsys: Capture) -> None:
     assert main(["device", "list", "--user", "bob", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
-        {"name": "phone", "user": "bob", "public_key": token_text(KEYS[1]), "added": "2026-01-02T03:04:05Z"}
+        {
+            "name": "phone",
+            "user": "bob",
+            "public_key": token_text(KEYS[1]),
+            "added": "2026-01-02T03:04:05Z",
+            "roles": None,
+        }
     ]
     assert main(["device", "list", "--user", "unknown", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
