@@ -40,9 +40,8 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group(
-        ("adversity", "admin", "alerts", "app", "docs", "http", "interop", "runtime", "server"), secrets=5_000
-    ),
+    Group(("adversity", "admin", "alerts", "app", "http", "runtime", "server"), secrets=4_000),
+    Group(("docs", "interop")),
     Group(
         (
             *("auth", "certs", "cli", "common", "connection", "costs", "fuzz", "properties", "sessions"),
