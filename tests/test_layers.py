@@ -110,9 +110,9 @@ MEASURES = {"bench", "load"}
 
 
 @cache
-def parsed(source: str) -> ast.Module:
-    """Parse each file once for all checks."""
-    return ast.parse(source)
+def nodes_of(source: str) -> tuple[ast.AST, ...]:
+    """Return all nodes of a file, which is parsed once for all checks."""
+    return tuple(ast.walk(ast.parse(source)))
 
 
 @cache
@@ -145,7 +145,7 @@ def imported_names(path: str, source: str) -> Iterator[tuple[int, str, str | Non
     package = module_of(path).split(".")
     if not path.endswith("/__init__.py"):
         package = package[:-1]
-    for node in ast.walk(parsed(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -233,9 +233,8 @@ def io_in_the_core(path: str, source: str) -> list[str]:
 
 def uses_of_time(path: str, source: str) -> Iterator[tuple[int, str, str]]:
     """Yield line, module and name of every use of a clock or of randomness."""
-    tree = parsed(source)
     names: dict[str, str] = {}  # the local name of each module
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name: alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module in CLOCKS_AND_RANDOMNESS:
@@ -245,7 +244,7 @@ def uses_of_time(path: str, source: str) -> Iterator[tuple[int, str, str]]:
             for alias in node.names:
                 if is_restricted(node.module, alias.name):
                     yield node.lineno, node.module, alias.name
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if isinstance(node, ast.Attribute):
             owner = (
                 node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
@@ -275,8 +274,10 @@ def lost_cancellation(path: str, source: str) -> list[str]:
     """Report uses of wait_for: before Python 3.12 it may swallow a cancellation that arrives with the result."""
     return [
         f"{path}:{node.lineno} uses asyncio.wait_for, which can lose a cancellation: use asyncio.timeout"
-        for node in ast.walk(parsed(source))
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "asyncio.wait_for"
+        for node in nodes_of(source)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "wait_for"
+        and ast.unparse(node) == "asyncio.wait_for"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -124,5 +125,12 @@ def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else ""
 
 
-def all_messages() -> list[Message]:
-    return list(Sources().messages())
+@cache
+def sources() -> Sources:
+    """Parse the package once for all tests."""
+    return Sources()
+
+
+@cache
+def all_messages() -> tuple[Message, ...]:
+    return tuple(sources().messages())

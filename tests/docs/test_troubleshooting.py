@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from tests.docs.messages import MAKERS, RETURNERS, ROOT, Message, Sources, all_messages, text_of
+from tests.docs.messages import MAKERS, RETURNERS, ROOT, Message, all_messages, sources, text_of
 from zcproto.errors import CallError
 from zcproto.observe.events import EVENTS
 from zcproto.tls.failure import TlsFailure
@@ -123,7 +123,7 @@ def test_text_of_an_expression_is_read_from_the_source(source: str, text: str | 
 
 
 def test_functions_that_make_messages_exist() -> None:
-    trees = Sources().trees
+    trees = sources().trees
     defined = {
         path: {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         for path, tree in trees.items()
@@ -135,7 +135,7 @@ def test_functions_that_make_messages_exist() -> None:
 
 
 def test_messages_of_every_kind_are_found() -> None:
-    found = {message.text for message in Sources().messages()}
+    found = {message.text for message in all_messages()}
     assert {
         "…: others can read this key; run: chmod 600 '…'",
         "UNAUTHENTICATED: this method needs a session; call session.open first",
