@@ -111,8 +111,10 @@ def hits_in(text: str, file: str) -> Iterator[Hit]:
     """Yield the banned words of a text that its file is not allowed to have."""
     lines = text.splitlines()
     searched = split_identifiers(text)
+    lower = searched.lower()
     for word, pattern in PATTERNS.items():
-        if word in ALLOWED.get(file, ()):
+        # Most texts lack a part of the phrase. Looking for the parts is much faster than the pattern.
+        if word in ALLOWED.get(file, ()) or not all(part in lower for part in word.removesuffix("X").split()):
             continue
         for match in pattern.finditer(searched):
             line = searched.count("\n", 0, match.start())
