@@ -79,6 +79,20 @@ async def test_identity_opens_a_session_of_an_external_user(waits: bool) -> None
 
 
 @waits
+async def test_none_refuses_the_login_and_counts_as_a_failure(waits: bool) -> None:
+    own = Recorded(lambda params, address: None, waits=waits)
+    with pytest.raises(Unauthenticated):
+        await own.open()
+    assert (own.login.refused["own"], own.has_failures) == (1, True)
+
+
+@pytest.mark.parametrize("scheme", ["", "x" * 65, "Own", "a b"])
+def test_scheme_that_no_client_can_name_is_refused(scheme: str) -> None:
+    with pytest.raises(ValueError, match="must be 1 to 64 characters"):
+        Login([FunctionAuthenticator(scheme, raising(AssertionError()))], Throttle())
+
+
+@waits
 @pytest.mark.parametrize(
     "answer",
     [

@@ -302,7 +302,7 @@ async def test_pending_logins_are_limited_in_all_and_for_one_address() -> None:
     for network in range(3):
         opened += [start(f"2001:db8:{network}::1"), start(f"2001:db8:{network}::2")]
         assert await is_refused(f"2001:db8:{network}::3")
-    assert (login.pending, login.throttled) == (8, 4)
+    assert (login.pending, login.all_pending, login.throttled) == (8, 8, 4)
     assert await is_refused(ELSEWHERE)
     gate.set()
     assert await asyncio.gather(*opened) == [Identity("alice")] * 8

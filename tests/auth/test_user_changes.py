@@ -135,7 +135,7 @@ def test_user_without_a_key_can_get_one(path: Path, users: UserFile) -> None:
     user = again(path).find("dora")
     assert user is not None
     assert user.roles == OPERATORS
-    assert not user.has_key
+    assert user.as_dict("dora") == {"name": "dora", "roles": ["operator"], "key": False, "disabled": False}
     assert path.read_text() == '\n[users.dora]\nroles = ["operator"]\n'
     key = users.new_key("dora")
     user = again(path).find("dora")

@@ -24,12 +24,12 @@ import trustme
 from tests.server.helpers import EVENT, TIMEOUT, ClosedError, ServerThread, configuration
 from zcproto.certs import checker, client_ca, managed
 from zcproto.certs import manager as manager_module
-from zcproto.certs.checker import CertificateChecker
+from zcproto.certs.checker import CertificateChecker, ServingCertificates
 from zcproto.certs.managed import ManagedSettings
 from zcproto.certs.manager import CertificateManager
 from zcproto.certs.settings import managed_site
 from zcproto.common.clock import system_clock
-from zcproto.config.model import LogConfig
+from zcproto.config.model import Config, LogConfig
 from zcproto.errors import CertificateError
 from zcproto.observe import log as log_module
 from zcproto.runtime.background import close_revoked
@@ -407,6 +407,33 @@ class Impatient(threading.Event):
         assert timeout is not None
         self.waits.append(timeout)
         return False
+
+
+async def test_changed_settings_are_checked_and_adopted_together_with_the_rest(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(**changes: Any) -> Config:
+        return configuration(tmp_path / "home", certificates__directory=certs, **ECDSA, **changes)
+
+    served: list[ServingCertificates] = []
+    manager = CertificateManager(config(), system_clock, ["zcp/1"], on_serving=served.append)
+    await manager.start()
+    with monkeypatch.context() as patched:
+        patched.setattr(manager, "_checker_for", partial(fail, AssertionError("certificates are checked")))
+        applied: list[int] = []
+        assert not await manager.reconfigure(
+            config(certificates__watch_interval="1h"), lambda: applied.append(len(served))
+        )
+        assert (applied, manager._interval) == ([1], 3600.0)
+    with pytest.raises(ValueError, match="not now"):
+        await manager.reconfigure(
+            config(certificates__renew_before="9d"), partial(fail, ValueError("not now"))
+        )
+    assert len(served) == 1
+    assert await manager.reconfigure(
+        config(certificates__renew_before="10d"), lambda: applied.append(len(served))
+    )
+    assert (applied, len(served)) == ([1, 1], 2)
 
 
 def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:

@@ -18,7 +18,7 @@ def test_credit_follows_what_was_taken_and_not_what_is_stored() -> None:
     assert items.next_grant() is None
     items.take()
     assert items.next_grant() == (6, 10_130)
-    assert items.held == 2
+    assert (items.held, items.held_bytes) == (2, 130)
 
 
 def test_peer_without_credit_is_granted_once_all_is_taken() -> None:

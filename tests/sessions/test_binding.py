@@ -90,6 +90,14 @@ def test_removed_user_is_refused() -> None:
     assert (binding.refused_users, binding.refused_addresses) == (2, 0)
 
 
+def test_changed_binding_applies_to_what_follows() -> None:
+    binding = SessionBinding("exact", client=True)
+    binding.reconfigure("24", client=False)
+    assert binding.admits(record(), "192.0.2.8")
+    binding.check_refresh(record(), "other/1", "192.0.2.8")
+    assert not binding.admits(record(), "198.51.100.1")
+
+
 def test_unknown_refresh_token_is_not_checked() -> None:
     SessionBinding("exact", client=True).check_refresh(None, "any", "192.0.2.7")
 
