@@ -18,7 +18,7 @@ from zcproto.accelerator import VARIABLE
 
 ROOT = Path(__file__).parent.parent
 COVERED = ("wire", "connection", "http", "tls", "sessions", "auth", "certs")
-"""Rooms that require full coverage of lines and branches."""
+"""Rooms whose own tests must cover all lines and branches. Other tests run twice as fast without coverage."""
 
 VERSION_INDEPENDENT = (
     *("bench", "costs", "deploy", "docs", "interop", "load", "mutation", "spec", "admin/test_browser.py"),
@@ -31,32 +31,34 @@ VERSION_INDEPENDENT = (
 class Group(NamedTuple):
     """Rooms whose tests run in one process."""
 
-    rooms: tuple[str, ...]
+    rooms: tuple[str, ...] = ()
+    """All that no other group names if empty."""
+
     environment: Mapping[str, str] = {}
     secrets: int = 0
     """Minimum number of secrets created by the tests, none of which may leak (tests/secrets_watch.py)."""
 
-    is_covered: bool = True
+    is_covered: bool = False
 
+
+FRAMES = (
+    *("wire", "connection", "fuzz/test_fuzz.py", "properties/test_both_ends.py"),
+    *("properties/test_client_conversation.py", "properties/test_server_conversation.py"),
+    "properties/test_wire.py",
+)
+"""Tests of what the accelerator does: they are repeated without it."""
 
 GROUPS = (
-    Group(("adversity", "admin", "alerts", "app", "http", "runtime", "server"), secrets=4_000),
-    Group(("docs", "interop")),
-    Group(
-        (
-            *("auth", "certs", "cli", "common", "connection", "costs", "fuzz", "properties", "sessions"),
-            *("stores", "tls", "wire", "*.py"),
-        ),
-        secrets=5_000,
-    ),
-    Group(
-        ("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec"),
-        is_covered=False,
-    ),
-    Group(("wire", "connection", "fuzz/test_fuzz.py", "properties"), {VARIABLE: "off"}),
+    Group(("adversity", "admin", "alerts", "app", "docs", "interop", "runtime", "server"), secrets=5_000),
+    Group(("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec")),
+    Group(secrets=5_000),
+    Group(COVERED, secrets=5_000, is_covered=True),
+    Group(FRAMES, {VARIABLE: "off"}),
 )
-"""Groups run concurrently, because they mostly wait for timeouts and other programs. The last one repeats
-the tests of what the accelerator does, without it."""
+"""The longest first."""
+
+CONCURRENT = 4
+"""Groups that run at the same time, because they mostly wait for timeouts and other programs."""
 
 TOOL_TIMEOUT_S = 840.0
 """Timeout of one tool on an idle machine, to detect a hang."""
@@ -125,10 +127,10 @@ def calibrate() -> float:
 
 
 def run_groups(options: list[str], slowdown: float, *, is_quick: bool, is_another_python: bool) -> bool:
-    """Run all groups concurrently, then check the coverage. Return True if everything passed."""
+    """Run all groups, then check the coverage. Return True if everything passed."""
     coverage = [] if is_quick else [f"--cov=zcproto.{room}" for room in COVERED]
     coverage += ["--cov-branch", "--cov-report="] if coverage else []
-    with ThreadPoolExecutor(len(GROUPS)) as pool, tempfile.TemporaryDirectory() as folder:
+    with ThreadPoolExecutor(CONCURRENT) as pool, tempfile.TemporaryDirectory() as folder:
 
         def test(group: Group, number: int) -> tuple[bool, Path]:
             report = Path(folder) / f"report.{number}"
@@ -158,8 +160,13 @@ def run_groups(options: list[str], slowdown: float, *, is_quick: bool, is_anothe
 def paths(group: Group, is_another_python: bool) -> list[str]:
     """Return the paths of a group's tests."""
     tests = ROOT / "tests"
-    found = [path for room in group.rooms for path in sorted(tests.glob(room)) if path.name[:2] != "__"]
+    found = [
+        path for room in group.rooms or "*" for path in sorted(tests.glob(room)) if path.name[0] not in "_."
+    ]
     names = [path.relative_to(tests).as_posix() for path in found if path.is_dir() or path.match("test_*.py")]
+    if not group.rooms:
+        named = {room for each in GROUPS for room in each.rooms}
+        names = [name for name in names if name not in named]
     if not is_another_python:
         return [f"tests/{name}" for name in names]
     ignored = [f"--ignore=tests/{name}" for name in VERSION_INDEPENDENT if name not in names]

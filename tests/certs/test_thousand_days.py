@@ -427,6 +427,7 @@ STEPS = {
 """What happens, and how often."""
 
 
+@pytest.mark.no_cover  # a search, which coverage makes slow: the other tests of the room cover all lines
 @pytest.mark.timeout(60 * LIVES + 60)
 @pytest.mark.parametrize("seed", range(LIVES))
 def test_a_thousand_days(tmp_path: Path, seed: int) -> None:
@@ -448,6 +449,7 @@ def test_a_thousand_days(tmp_path: Path, seed: int) -> None:
     assert life.has_own_clients or "expiry" in life.counts
 
 
+@pytest.mark.no_cover  # a search, which coverage makes slow: the other tests of the room cover all lines
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 1 << 32),

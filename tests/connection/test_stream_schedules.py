@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -187,6 +188,7 @@ STEP = st.tuples(st.sampled_from(ACTIONS), st.integers(0, STREAMS - 1), st.integ
 WINDOW = st.tuples(st.integers(1, 5), st.sampled_from((1, 100, 900, 100_000)))
 
 
+@pytest.mark.no_cover  # a search, which coverage makes slow: the other tests of the room cover all lines
 @settings(max_examples=300, deadline=None)
 @given(WINDOW, WINDOW, st.lists(STEP, min_size=20, max_size=200))
 def test_random_schedules_neither_overrun_nor_deadlock(
