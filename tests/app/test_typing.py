@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from tests.helpers import ROOT, run_mypy
+from tests.helpers import run_mypy
 
 PROGRAM: Final = """
 from collections.abc import AsyncIterator
@@ -70,7 +70,7 @@ def test_state_is_typed_and_plain_applications_need_no_type(tmp_path: Path) -> N
     good, wrong = tmp_path / "good.py", tmp_path / "wrong.py"
     good.write_text(PROGRAM)
     wrong.write_text(WRONG)
-    done = run_mypy(ROOT, "--strict", "--follow-imports=silent", good, wrong)
+    done = run_mypy(tmp_path, good, wrong)
     assert done.stderr == ""
     faults = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert [line.partition(".py:")[2].partition(":")[0] for line in faults] == ["8", "10", "11"], done.stdout
