@@ -49,10 +49,12 @@ TINY = replace(
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def small_authority(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small_authority() -> Iterator[None]:
     """An authority of 2048 bits, as 4096 take a second to make."""
-    monkeypatch.setattr(authority, "KEY_TYPE", "rsa-2048")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authority, "KEY_TYPE", "rsa-2048")
+        yield
 
 
 def run_with(**findings: Finding | None) -> Run:
@@ -143,11 +145,17 @@ def test_unknown_step_is_refused() -> None:
 STEPS = [step.name for step in steps_of(Stages(Path()), Run(TINY)) if step.name != "tests"]
 
 
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of the default configuration, which servers copy."""
+    folder = tmp_path_factory.mktemp("own") / "certs"
+    make_own_certificates(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", STEPS)
-def test_small_step_measures_all_its_rows(name: str, tmp_path: Path) -> None:
+def test_small_step_measures_all_its_rows(name: str, tmp_path: Path, certificates: Path) -> None:
     """On a busy machine figures may miss their targets."""
-    certificates = tmp_path / "own"
-    make_own_certificates(certificates)
     step = next(each for each in steps_of(Stages(tmp_path, certificates), Run(TINY)) if each.name == name)
     fill = Fill(Console(file=io.StringIO(), width=200))
     with fill.failing_for(step.keys):
