@@ -231,7 +231,7 @@ async def test_sts_policy_expires_when_the_clock_is_set(home: Path) -> None:
     clock.wall_ms += 59_000
     with pytest.raises(TlsError):
         await client
-    client = Client("localhost:1", ConnectOptions(verify=False), clock=clock)
+    client = Client("localhost:1", ConnectOptions(verify=False, start_timeout=0.0), clock=clock)
     clock.wall_ms += 2_000
     with pytest.raises(CannotConnect):
         await client

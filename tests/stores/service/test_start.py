@@ -19,9 +19,9 @@ from zcproto.stores.base import StoreUnavailable
 
 
 async def test_store_is_loaded_in_batches(start_process: StartProcess, log: list[dict[str, Any]]) -> None:
-    one = await start_process(per_user=2_000)
-    opened = [await one.open() for _ in range(1_100)]
-    other = await start_process(one.store, per_user=2_000)
+    one = await start_process()
+    opened = [await one.open(f"user-{number}") for number in range(1_100)]
+    other = await start_process(one.store)
     assert all(other.is_valid(each) for each in opened)
     assert [line["sessions"] for line in log if line["event"] == "sessions.loaded"] == [0, 1_100]
     assert one.store.calls.count("load") == 2

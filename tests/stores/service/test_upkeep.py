@@ -89,9 +89,9 @@ async def test_stop_writes_last_uses_and_closes_the_store(process: SessionProces
 
 
 async def test_expired_sessions_are_removed_here_and_in_the_store(start_process: StartProcess) -> None:
-    process = await start_process(per_user=10_000, refresh=False)
-    for _ in range(1_500):
-        await process.open()
+    process = await start_process(refresh=False)
+    for number in range(1_500):
+        await process.open(f"user-{number}")
     process.clock.advance(2 * DAY_MS / 1000)
     await process.sync.clean()
     assert process.registry.kept == 0

@@ -23,7 +23,7 @@ from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
 from zcproto.stores.base import Created
 from zcproto.stores.sqlite.store import SqliteStore
 
-KILLS = 200
+KILLS = 100
 SECONDS = 25.0
 TASKS = 8
 """Users, each with a task in a child."""
@@ -38,7 +38,7 @@ def test_process_killed_at_random_moments_loses_no_acknowledged_change(tmp_path:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)
-    assert report["kills"] >= KILLS // 3  # on a busy machine
+    assert report["kills"] >= KILLS * 2 // 3  # on a busy machine
     for what in ("created", "refreshed", "ended", "took effect", "did not"):
         assert report[what] > 0
 
