@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bench import stage
 from bench.__main__ import main
 from bench.curves import run as curves_run
 from bench.curves import sizes as curve_sizes
@@ -26,7 +28,7 @@ from bench.requirements.measures import Handshakes
 from bench.requirements.requirement import KEYS, REQUIREMENTS
 from bench.requirements.run import TESTED, Drawn, Fill, RequirementRow, Run, run_requirements, steps_of
 from bench.requirements.sizes import FULL, QUICK
-from bench.stage import Stages, make_own_certificates
+from bench.stage import Stages
 from zcproto.certs import authority
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.record import Latencies
@@ -50,11 +52,14 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_authority() -> Iterator[None]:
-    """An authority of 2048 bits, as 4096 take a second to make."""
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Make own certificates of the default configuration once, with a small authority, and copy them later."""
+    folder = tmp_path_factory.mktemp("own") / "certs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(authority, "KEY_TYPE", "rsa-2048")
-        yield
+        stage.make_own_certificates(folder)
+        patch.setattr(stage, "make_own_certificates", lambda copy: shutil.copytree(folder, copy))
+        yield folder
 
 
 def run_with(**findings: Finding | None) -> Run:
@@ -143,14 +148,6 @@ def test_unknown_step_is_refused() -> None:
 
 
 STEPS = [step.name for step in steps_of(Stages(Path()), Run(TINY)) if step.name != "tests"]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates of the default configuration, which servers copy."""
-    folder = tmp_path_factory.mktemp("own") / "certs"
-    make_own_certificates(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", STEPS)
