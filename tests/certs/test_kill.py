@@ -32,6 +32,8 @@ from zcproto.certs.managed import ManagedCertificates, ManagedSettings, renew, r
 from zcproto.certs.pair import CertificatePair
 from zcproto.certs.rollover import cancel
 
+pytestmark = pytest.mark.no_cover  # the other tests of the room cover all lines, sooner
+
 BOTH = settings()
 ONE = settings(key_types=["ecdsa-p256"])
 LATE = NOW + 61 * DAY
