@@ -50,10 +50,11 @@ FRAMES = (
 """Tests of what the accelerator does: they are repeated without it."""
 
 GROUPS = (
-    Group(("adversity", "admin", "alerts", "app", "docs", "interop", "runtime", "server"), secrets=5_000),
+    Group(("adversity", "admin", "alerts", "app", "runtime", "server"), secrets=4_000),
     Group(("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec")),
     Group(secrets=5_000),
     Group(COVERED, secrets=5_000, is_covered=True),
+    Group(("docs", "interop")),
     Group(FRAMES, {VARIABLE: "off"}),
 )
 """The longest first."""
