@@ -85,7 +85,7 @@ class ControlSocket(AcceptLoop):
         while True:
             await asyncio.sleep(KEEP_INTERVAL)
             if self._file.is_missing:
-                listening = await asyncio.to_thread(renewed_socket, self._file, BACKLOG)
+                listening = renewed_socket(self._file, BACKLOG)
                 if listening is not None:
                     self.replace_sockets([listening])
 
