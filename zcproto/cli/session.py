@@ -85,7 +85,16 @@ def open_session(
     click.echo(f"session {escape_text(found['id'], 60)}, until {until:%Y-%m-%d %H:%M} UTC", err=True)
 
 
-@session.command(context_settings={"ignore_unknown_options": True})  # one ID in 64 begins with a dash
+class _DashedIds(click.Command):
+    """A command whose arguments are IDs of sessions: one in 64 begins with a dash, as options do."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        dashed = [each for each in args if each.startswith("-") and id_from_text(each) is not None]
+        others = [each for each in args if each not in (*dashed, "--")] if dashed else args
+        return super().parse_args(ctx, [*others, *(["--"] if dashed else []), *dashed])
+
+
+@session.command(cls=_DashedIds)
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 @click.option("--user", metavar="NAME", help="End all sessions of this user.")
 @click.option("--all", "all_users", is_flag=True, help="End all sessions of all users.")
@@ -100,9 +109,6 @@ def revoke(
     remote: RemoteServer | None,
 ) -> None:
     """End sessions: those with the IDs, or all of one user, or all."""
-    for each in ids:
-        if each.startswith("-") and id_from_text(each) is None:
-            raise click.NoSuchOption(each)
     if sum((bool(ids), user is not None, all_users)) != 1:
         raise click.UsageError("Give IDs, or --user NAME, or --all.")
     ids = tuple(dict.fromkeys(ids))
