@@ -670,6 +670,12 @@ def test_upgrade_is_requested_by_usr2(run: Run) -> None:
 class InspectingService(Service):
     """A service whose workers report their descriptors and signal handlers."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.had = {
+            int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
+        }
+
     def run(self, number: int, channel: Channel, lifeline: int) -> int:
         kinds = []
         for name in sorted(os.listdir("/proc/self/fd"), key=int):
@@ -678,9 +684,7 @@ class InspectingService(Service):
                 if int(name) > 2 and "/proc/" not in target:
                     kinds.append((int(name), target.partition(":")[0]))
         known = {channel.fileno(), lifeline, self.pipe}
-        extra = [
-            kind for number_, kind in kinds if number_ not in known and number_ not in self.options["had"]
-        ]
+        extra = [kind for number_, kind in kinds if number_ not in known | self.had]
         handlers = [signal.getsignal(each) is signal.SIG_DFL for each in (signal.SIGTERM, signal.SIGUSR2)]
         blocked = [each.name for each in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
         wakeup = signal.set_wakeup_fd(-1)
@@ -692,8 +696,7 @@ def test_child_inherits_no_descriptor_and_no_signal_handler(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "Service", InspectingService)
-    had = [int(name) for name in os.listdir("/proc/self/fd")]
-    running = run(obedient, 3, had=had)
+    running = run(obedient, 3)
     running.serve()
     assert {tuple(map(str, event[3:])) for event in running.all("run")} == {
         ("[]", "[True, True]", "[]", "-1")
