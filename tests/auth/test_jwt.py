@@ -199,6 +199,13 @@ def test_malformed_time_is_refused(name: str, value: object) -> None:
         check_claims({**claims(), name: value}, RULES, WALL_S)
 
 
+@pytest.mark.parametrize("signature", ["AB", "A", "AA=", "A+", ""])
+def test_base64url_has_one_form(signature: str) -> None:
+    assert read_token("eyJhbGciOiJSUzI1NiJ9.e30.AA", 100).signature == b"\0"
+    with pytest.raises(TokenRefused, match="one form"):
+        read_token(f"eyJhbGciOiJSUzI1NiJ9.e30.{signature}", 100)
+
+
 def test_types_and_algorithms_are_those_of_the_rules() -> None:
     strict = replace(RULES, types=frozenset({"at+jwt"}), algorithms=frozenset({"ES256"}))
     assert accepted(token("ES256", header={"typ": "at+jwt"}), jwk("ES256"), rules=strict)
