@@ -160,12 +160,8 @@ pub unsafe extern "C" fn zcp_options_on_warning(
     data: *mut c_void,
     error: *mut *mut Error,
 ) -> i32 {
-    guard(error, || {
-        // SAFETY: the caller passes options that no other thread uses.
-        let options = unsafe { options.as_mut() }.ok_or_else(|| Failure::argument("options is NULL"))?;
-        options.on_warning = notice.is_some().then(|| (notice, Data::new(data)));
-        Ok(())
-    })
+    // SAFETY: the caller passes options that no other thread uses.
+    unsafe { set_notice(options, |options| &mut options.on_warning, notice, data, error) }
 }
 
 /// Call a function once a client has connected and opened its session, and again after each reconnect, in a thread of this library,
@@ -177,10 +173,22 @@ pub unsafe extern "C" fn zcp_options_on_connected(
     data: *mut c_void,
     error: *mut *mut Error,
 ) -> i32 {
+    // SAFETY: the caller passes options that no other thread uses.
+    unsafe { set_notice(options, |options| &mut options.on_connected, notice, data, error) }
+}
+
+/// Set or remove the function for one kind of notice.
+unsafe fn set_notice(
+    options: *mut Options,
+    field: impl FnOnce(&mut Options) -> &mut Option<(Notice, Data)>,
+    notice: Notice,
+    data: *mut c_void,
+    error: *mut *mut Error,
+) -> i32 {
     guard(error, || {
         // SAFETY: the caller passes options that no other thread uses.
         let options = unsafe { options.as_mut() }.ok_or_else(|| Failure::argument("options is NULL"))?;
-        options.on_connected = notice.is_some().then(|| (notice, Data::new(data)));
+        *field(options) = notice.is_some().then(|| (notice, Data::new(data)));
         Ok(())
     })
 }
