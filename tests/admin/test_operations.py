@@ -15,6 +15,7 @@ from tests.admin.control_helpers import Answered, ask
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.admin import operations
+from zcproto.admin.snapshot import readiness_report
 from zcproto.alerts import AlertKind
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.config.model import LogConfig
@@ -51,6 +52,11 @@ def was_revoked(client: Client) -> bool:
 
 
 # --- the server --------------------------------------------------------------------------------------------
+
+
+def test_readiness_is_that_of_readyz(serve: Serve) -> None:
+    server = serve()
+    assert get(server, "readiness") == server.in_loop(lambda: readiness_report(server.server.parts))
 
 
 def test_status_reports_this_server(serve: Serve) -> None:

@@ -183,10 +183,10 @@ def test_cert_show_works_without_access_to_the_server(
 ) -> None:
     (running.home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
 
-    def refuse(connected: socket.socket, home: Home) -> None:
+    def refuse(path: Path, limit_s: float) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("zcproto.cli.control._connect", refuse)
+    monkeypatch.setattr("zcproto.cli.control.connect_unix", refuse)
     assert main(["cert", "show"]) == 0
     printed = capsys.readouterr()
     assert "you are not allowed" in printed.err
@@ -519,10 +519,10 @@ def test_socket_of_another_user_is_reported(home: Path, capsys: Capture) -> None
 
 
 def test_permission_error_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    def refuse(connected: socket.socket, home: Home) -> None:
+    def refuse(path: Path, limit_s: float) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("zcproto.cli.control._connect", refuse)
+    monkeypatch.setattr("zcproto.cli.control.connect_unix", refuse)
     assert main(["status"]) == 1
     assert "you are not allowed; run this as the server's user, or as root" in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ from zcproto.admin.control import ControlPeer
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import certificate_report
 from zcproto.admin.users import NO_FILES, ServerUsers
-from zcproto.admin.whole import read_status
+from zcproto.admin.whole import read_readiness, read_status
 from zcproto.alerts.service import try_sinks
 from zcproto.auth import DeviceFile, RegisteredDevice, UserFile
 from zcproto.auth.directory import Directory
@@ -100,6 +100,7 @@ class Operations:
         """Yield the routes of the control API."""
         for method, path, run in (
             ("GET", "status", self.status),
+            ("GET", "readiness", self.readiness),
             ("GET", "sessions", self.list_sessions),
             ("POST", "sessions/revoke", self.revoke_sessions),
             ("GET", "users", self.list_users),
@@ -131,6 +132,9 @@ class Operations:
 
     async def status(self) -> dict[str, Any]:
         return await read_status(self._parts)
+
+    async def readiness(self) -> dict[str, Any]:
+        return dict(await read_readiness(self._parts))
 
     async def reload(self) -> dict[str, Any]:
         return (await self._reload()).as_dict()

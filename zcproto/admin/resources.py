@@ -31,11 +31,10 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Final
 
-from zcproto.admin.merge import Depth
 from zcproto.admin.metrics import server_metrics
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import readiness_report
-from zcproto.admin.whole import read_status
+from zcproto.admin.whole import read_readiness, read_status
 from zcproto.auth.schemes import certificate_key
 from zcproto.common.clock import MS_PER_SECOND
 from zcproto.common.network import AddressSet, plain_address
@@ -114,7 +113,7 @@ class Resources:
         now = parts.clock.now()
         if now - self._checked_at >= FRESH_S:
             try:
-                self._checked = (await parts.whole.report(Depth.READINESS)).readiness
+                self._checked = await read_readiness(parts)
             except CallError as error:
                 own = readiness_report(parts)
                 self._checked = {**own, "warnings": [*own["warnings"], f"workers: {error.message}"]}

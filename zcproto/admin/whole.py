@@ -462,6 +462,13 @@ async def read_status(parts: Parts) -> dict[str, Any]:
     return finish_status(report.status, report.workers)
 
 
+async def read_readiness(parts: Parts) -> Mapping[str, Any]:
+    """Return whether new clients should connect to the server. Raises Unavailable."""
+    if parts.whole is None:
+        return readiness_report(parts)
+    return (await parts.whole.report(Depth.READINESS)).readiness
+
+
 def stats_method(parts: Parts) -> Method:
     """Return the protocol method `server.stats`."""
 

@@ -40,6 +40,7 @@ __all__ = ["Instance", "command_group", "group", "instance_options", "main"]
 COMMANDS = {
     "serve": ("zcproto.cli.serve:serve", "Run a server for your application, or a built-in one."),
     "status": ("zcproto.cli.status:status", "Show the status of a running server, once or continuously."),
+    "health": ("zcproto.cli.health:health", "Check that a running server answers, for containers."),
     "reload": ("zcproto.cli.control:reload", "Apply a changed configuration to a running server."),
     "drain": ("zcproto.cli.control:drain", "Let a running server finish its requests and end."),
     "upgrade": (

@@ -23,12 +23,11 @@ import click
 from zcproto.cli import Instance, command_group
 from zcproto.cli.output import json_text, print_report, print_result, report_options, table
 from zcproto.common.home import Home
-from zcproto.common.network import address_of
 from zcproto.common.text import counted, escape_text
+from zcproto.common.unix_socket import connect_unix
 from zcproto.errors import ConfigError, NotFound, ZcprotoError
 
 CONNECT_S = 5.0
-RETRY_S = 0.05
 TIMEOUT_S = 660.0
 """The timeout of a response: longer than the server's own limit, which covers making keys."""
 
@@ -129,12 +128,9 @@ def find_control(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
 
     The connection is closed when the command ends. Raises ControlError for a server that cannot be asked.
     """
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connected.settimeout(CONNECT_S)
     try:
-        _connect(connected, home)
+        connected = connect_unix(home.control, CONNECT_S)
     except OSError as error:
-        connected.close()
         if isinstance(error, FileNotFoundError | NotADirectoryError | ConnectionRefusedError):
             return None
         if isinstance(error, PermissionError):
@@ -146,19 +142,6 @@ def find_control(home: Home, timeout: float = TIMEOUT_S) -> Control | None:
     if context is not None:
         context.call_on_close(found.close)
     return found
-
-
-def _connect(connected: socket.socket, home: Home) -> None:
-    """Connect, and try again for CONNECT_S while the backlog is full: a UNIX socket does not wait then."""
-    with address_of(home.control) as address:
-        for _ in range(int(CONNECT_S / RETRY_S)):
-            try:
-                connected.connect(address)
-            except BlockingIOError:
-                time.sleep(RETRY_S)
-            else:
-                return
-        connected.connect(address)
 
 
 def require_control(home: Home, timeout: float = TIMEOUT_S) -> Control:

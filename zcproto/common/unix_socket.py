@@ -1,4 +1,4 @@
-"""Make UNIX sockets for one user, and look at who connects to them."""
+"""Make UNIX sockets for one user, connect to them, and look at who connects."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import os
 import socket
 import stat
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from zcproto.common.clock import system_clock
 from zcproto.common.files import UnusableFileError, is_locked, staging_path, try_lock
 from zcproto.common.network import address_of
+
+_RETRY_S: Final = 0.05
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 
@@ -38,6 +42,30 @@ def listen_unix(path: Path, backlog: int) -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+def connect_unix(path: Path, limit_s: float) -> socket.socket:
+    """Return a socket that is connected to the one at a path, with a timeout of `limit_s` seconds.
+
+    Tries again for that time while the backlog is full: a UNIX socket does not wait then. Raises OSError.
+    """
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.settimeout(limit_s)
+    deadline = system_clock.now() + limit_s
+    try:
+        with address_of(path) as address:
+            while True:
+                try:
+                    connected.connect(address)
+                except BlockingIOError:
+                    if system_clock.now() >= deadline:
+                        raise
+                    time.sleep(_RETRY_S)
+                else:
+                    return connected
+    except BaseException:
+        connected.close()
+        raise
 
 
 class SocketFile:
