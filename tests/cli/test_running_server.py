@@ -29,7 +29,6 @@ from zcproto.certs.managed import ManagedSettings
 from zcproto.cli import main
 from zcproto.cli import status as status_module
 from zcproto.cli.status import duration, frame, lines_of, size, span
-from zcproto.common.home import Home
 from zcproto.common.network import address_of
 from zcproto.observe.log import level, set_level
 
