@@ -414,4 +414,4 @@ async def test_refresh_token_is_not_in_the_file_while_it_is_being_spent(path: Pa
         assert server.calls("session.refresh")
         assert not content_of(path)
         call.cancel()
-    assert content_of(path)
+    assert b'"refresh_token": null' in content_of(path)

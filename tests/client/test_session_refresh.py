@@ -60,6 +60,11 @@ def server_with_expired_token(*refresh: Action) -> ScriptedServer:
     return server
 
 
+def cut_after(seconds: float) -> Action:
+    """Reset the connection later, without an answer."""
+    return lambda request: asyncio.get_running_loop().call_later(seconds, request.link.cut)
+
+
 # --- early refresh -----------------------------------------------------------------------------------
 
 
@@ -258,12 +263,7 @@ async def test_lost_early_refresh_is_retried_until_it_is_answered() -> None:
 
 @scripted
 async def test_refresh_token_is_not_reused_after_the_grace() -> None:
-    server = hourly_server()
-
-    def cut_later(request: ReceivedRequest) -> None:
-        asyncio.get_running_loop().call_later(6, request.link.cut)
-
-    server.script("session.refresh", cut_later)
+    server = hourly_server(cut_after(6))
     async with client_of(server) as client:
         await asyncio.sleep(AFTER_REFRESH_S)
         await client.call("echo")
@@ -273,6 +273,57 @@ async def test_refresh_token_is_not_reused_after_the_grace() -> None:
         "session.open",
         "session.close",
     ]
+
+
+@scripted
+async def test_repeated_loss_of_a_refresh_does_not_extend_the_grace() -> None:
+    server = hourly_server(cut_after(3), cut_after(3), cut_after(3))
+    async with client_of(server) as client:
+        await asyncio.sleep(AFTER_REFRESH_S)
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == [
+        "session.open",
+        *["session.refresh"] * 2,
+        "session.open",
+        "echo",
+        "session.close",
+    ]
+
+
+@scripted
+async def test_refresh_token_is_not_reused_after_a_long_reconnect() -> None:
+    server = hourly_server(cut)
+    async with client_of(server, random=numbers(0.999)) as client:
+        server.refuse = [ConnectionClosed("refused", clean=False)] * 8
+        await asyncio.sleep(HOUR_S)
+        assert server.dialled[-1] - server.calls("session.refresh")[0].at > 5
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert server.methods == ["session.open", "session.refresh", "session.open", "echo", "session.close"]
+
+
+@scripted
+async def test_grace_of_a_lost_refresh_lasts_through_further_renewals() -> None:
+    server = server_with_expired_token(cut, cut, cut, cut)
+    async with client_of(server) as client:
+        with pytest.raises(ConnectionClosed):
+            await client.call("echo")
+        await asyncio.sleep(6)
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert len(server.calls("session.refresh")) == 4
+    assert len(server.calls("session.open")) == 2
+
+
+@scripted
+async def test_refresh_that_was_not_run_does_not_begin_the_grace() -> None:
+    def leave_later(request: ReceivedRequest) -> None:
+        request.link.go_away("draining", 0)
+        asyncio.get_running_loop().call_later(6, request.link.close_cleanly)
+
+    server = server_with_expired_token(leave_later)
+    async with client_of(server) as client:
+        assert await client.call("echo", x=1) == {"x": 1}
+    assert len(server.calls("session.refresh")) == 2
+    assert len(server.calls("session.open")) == 1
 
 
 @pytest.mark.parametrize(

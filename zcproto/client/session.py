@@ -6,7 +6,8 @@ call raises the same error.
 
 Rules:
 - No call is sent during a refresh: the server revokes the old token when it answers.
-- A refresh token works once. If the answer is lost, the same one is used again for a few seconds, and never later.
+- A refresh token works once. If the answer is lost, the same one is used again for a few seconds after the first
+  attempt, and never later: repetitions do not extend the server's grace.
 - The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has already
   expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
 """
@@ -38,7 +39,8 @@ CLOSE_TIMEOUT: Final = 2.0
 """Seconds for the answer to `session.close`."""
 
 REFRESH_GRACE: Final = 5.0
-"""Seconds during which a refresh token may be used again after a lost answer: half the server's default grace."""
+"""Seconds from the first use of a refresh token in which it may be used again if the answer was lost: half the
+server's default grace."""
 
 MAX_LOST: Final = 3
 """Maximum of lost answers to `session.open` in a row: each may leave a session that counts towards the limit."""
@@ -90,6 +92,7 @@ class ClientSession:
         if self.refresh_expires_at is not None:
             self._refresh_ends = now + max(0, self.refresh_expires_at - server_wall) / MS_PER_SECOND
         self.refresh_at = now + life * (REFRESH_AT + (1 - REFRESH_AT) / 4 * jitter)
+        self._may_be_spent = False  # the refresh token
 
     def __repr__(self) -> str:
         return f"ClientSession(id={self.id!r}, user={self.user!r}, expires_at={self.expires_at})"
@@ -101,7 +104,7 @@ class ClientSession:
 
     def as_result(self) -> dict[str, Any]:
         """Return the result that this session was made from, with the refresh token unless it may be spent."""
-        return {**self._fields, "refresh_token": self.refresh_token_bytes}
+        return {**self._fields, "refresh_token": None if self._may_be_spent else self.refresh_token_bytes}
 
     def used(self, now: float) -> None:
         """Restart the idle timeout, because the token is being sent."""
@@ -113,6 +116,11 @@ class ClientSession:
 
     def can_refresh(self, now: float) -> bool:
         return self.refresh_token_bytes is not None and now < self._refresh_ends
+
+    def refresh_lost(self, sent_at: float) -> None:
+        """Limit further uses of the refresh token to the grace, because the answer to this one was lost."""
+        self._may_be_spent = True
+        self._refresh_ends = min(self._refresh_ends, sent_at + REFRESH_GRACE)
 
 
 def _check_result(result: Any) -> dict[str, Any]:
@@ -408,25 +416,27 @@ class SessionManager:
         lost = 0
         while True:
             connection = await self._get_connection()
-            if (login := self._login_to_fetch()) is not None:
+            if (login := self._login_to_fetch(self._loop.time())) is not None:
                 await login.fetch(self._loop.time)
                 continue  # with the connection that is current now
             await connection.wait_ready()
-            if not connection.ready or self._login_to_fetch() is not None:
+            session, sent_at = self.session, self._loop.time()
+            if not connection.ready or self._login_to_fetch(sent_at) is not None:
                 continue
-            method, params = self._next_request(connection)
-            sent_at = self._loop.time()
+            method, params = self._next_request(connection, sent_at)
             try:
                 result = await answer(
                     connection.request(method, params, self.token, None, sent_at + ANSWER_TIMEOUT)
                 )
-            except ConnectionClosed:
+            except (ConnectionClosed, asyncio.CancelledError) as error:
+                if method == "session.refresh" and session is not None and not connection.unanswered_not_run:
+                    must = True  # the old token may be dead by now
+                    session.refresh_lost(sent_at)
+                if isinstance(error, asyncio.CancelledError):
+                    raise
                 lost += 1
                 if lost > MAX_LOST:
                     raise
-                must = must or method == "session.refresh"  # the old token may be dead by now
-                if self._loop.time() - sent_at > REFRESH_GRACE:
-                    self._drop_refresh_token()
             except CallError as error:
                 then = what_next(error)
                 if then is Then.LATER and must:
@@ -454,9 +464,9 @@ class SessionManager:
                     self.present_now(connection)
                 return
 
-    def _login_to_fetch(self) -> SchemeLogin | None:
+    def _login_to_fetch(self, now: float) -> SchemeLogin | None:
         """Return the login that must be fetched before the next request; None if it needs none."""
-        now, session = self._loop.time(), self.session
+        session = self.session
         if (
             self._login is None
             or self._login.is_fetched(now)
@@ -465,9 +475,9 @@ class SessionManager:
             return None
         return self._login
 
-    def _next_request(self, connection: ClientProtocol) -> tuple[str, dict[str, Any]]:
+    def _next_request(self, connection: ClientProtocol, now: float) -> tuple[str, dict[str, Any]]:
         session = self.session
-        if session is not None and session.can_refresh(self._loop.time()):
+        if session is not None and session.can_refresh(now):
             return "session.refresh", {"refresh_token": session.refresh_token_bytes, "client": self.client}
         assert self.credentials is not None  # checked by `require`
         return "session.open", {**self.credentials.params(connection), "client": self.client}

@@ -30,7 +30,7 @@ const refreshAt = 0.8
 type openSession struct {
 	info          SessionInfo
 	token         wire.Token
-	refreshToken  []byte // nil if it cannot be refreshed, or may be spent
+	refreshToken  []byte // nil if it cannot be refreshed, or is spent
 	endsAt        time.Duration
 	idle          time.Duration
 	usableUntil   time.Duration
@@ -115,6 +115,11 @@ func (s *openSession) expire() { s.endsAt, s.usableUntil = never, never }
 
 func (s *openSession) canRefresh(now time.Duration) bool {
 	return s.refreshToken != nil && now < s.refreshEndsAt
+}
+
+// refreshLost limits further uses of the refresh token to the grace, because the answer to one that was sent then was lost.
+func (s *openSession) refreshLost(sentAt time.Duration) {
+	s.refreshEndsAt = min(s.refreshEndsAt, addTime(sentAt, refreshGrace))
 }
 
 // dropRefreshToken forgets a refresh token that may be spent: a second use would end the session.

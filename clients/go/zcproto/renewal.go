@@ -56,7 +56,7 @@ func (s *sessions) renew(must bool) error {
 		if err != nil {
 			return err
 		}
-		if login := s.loginToFetch(); login != nil {
+		if login := s.loginToFetch(s.clock.now()); login != nil {
 			if err := login.fetch(s.closing, s.mu, s.clock); err != nil {
 				return err
 			}
@@ -65,14 +65,14 @@ func (s *sessions) renew(must bool) error {
 		if err := c.waitReady(s.closing); err != nil {
 			return err
 		}
-		if !c.ready() || s.loginToFetch() != nil {
+		sentAt := s.clock.now()
+		if !c.ready() || s.loginToFetch(sentAt) != nil {
 			continue
 		}
-		method, params, err := s.nextRequest(c)
+		method, params, err := s.nextRequest(c, sentAt)
 		if err != nil {
 			return err
 		}
-		sentAt := s.clock.now()
 		call, err := c.request(method, params, s.token, wire.Meta{}, sentAt+requestTimeout)
 		if err == nil {
 			// The token is replaced at once: what the server has sent behind its answer belongs to the new one.
@@ -96,12 +96,14 @@ func (s *sessions) renew(must bool) error {
 		case s.closing.Err() != nil:
 			return err
 		case isClosed(err):
+			if method == "session.refresh" && !c.unansweredDidNotRun {
+				renewal.must = true // the old token may be dead
+				if s.session != nil {
+					s.session.refreshLost(sentAt)
+				}
+			}
 			if renewal.lost++; renewal.lost > maxLost {
 				return err
-			}
-			renewal.must = renewal.must || method == "session.refresh" // the old token may be dead
-			if s.session != nil && s.clock.now()-sentAt > refreshGrace {
-				s.session.dropRefreshToken()
 			}
 		case errors.As(err, &refused) && refused.Code != ProtocolError:
 			again, err := s.afterRefusal(refused, method, c, renewal)
@@ -154,17 +156,16 @@ func (s *sessions) pause(delay time.Duration) error {
 }
 
 // loginToFetch returns the login that must be fetched before the next request; nil if it needs none.
-func (s *sessions) loginToFetch() *schemeLogin {
+func (s *sessions) loginToFetch(now time.Duration) *schemeLogin {
 	login, ok := s.credentials.(*schemeLogin)
-	now := s.clock.now()
 	if !ok || login.isFetched(now) || s.session != nil && s.session.canRefresh(now) {
 		return nil
 	}
 	return login
 }
 
-func (s *sessions) nextRequest(c *connection) (string, map[string]any, error) {
-	if s.session != nil && s.session.canRefresh(s.clock.now()) {
+func (s *sessions) nextRequest(c *connection, now time.Duration) (string, map[string]any, error) {
+	if s.session != nil && s.session.canRefresh(now) {
 		return "session.refresh", map[string]any{"refresh_token": s.session.refreshToken, "client": s.clientName}, nil
 	}
 	params, err := s.credentials.params(c.channel())

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"errors"
+	"io"
 	"testing"
 	"time"
 
@@ -172,6 +173,48 @@ func TestLostRefreshIsSentAgainWithTheSameToken(t *testing.T) {
 		t.Error("another refresh token was sent")
 	}
 	peer.respond(again, refreshable(2))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestUsedRefreshTokenIsNotSentAfterTheGraceThatItsFirstUseBegan(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	for range 2 {
+		peer.request("session.refresh")
+		peer.server.clock.advance(3 * time.Second)
+		peer.finish(newTLSError(TLSTruncated, nil))
+		peer = peer.server.reconnected()
+	}
+	peer.respond(peer.request("session.open"), sessionResult(2, nil))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestUsedRefreshTokenIsNotSentAfterALongReconnect(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	peer.request("session.refresh")
+	peer.finish(newTLSError(TLSTruncated, nil))
+	peer.server.clock.advance(5 * time.Second)
+	peer = peer.server.reconnected()
+	peer.respond(peer.request("session.open"), sessionResult(2, nil))
+	peer.respond(peer.request("work"), "done")
+	call.succeeds("done")
+}
+
+func TestRefreshThatWasNotRunDoesNotBeginTheGrace(t *testing.T) {
+	client, peer := openedWith(t, Options{}, refreshable(1))
+	call := begin(t, client.Session, "work", nil)
+	peer.fail(peer.request("work"), TokenExpired, nil)
+	peer.request("session.refresh")
+	peer.goAway("draining", 0)
+	peer.server.clock.advance(6 * time.Second)
+	peer.finish(io.EOF)
+	peer = peer.server.reconnected()
+	peer.respond(peer.request("session.refresh"), refreshable(2))
 	peer.respond(peer.request("work"), "done")
 	call.succeeds("done")
 }

@@ -13,7 +13,7 @@ const (
 	requestTimeout = 10 * time.Second
 	// Timeout of session.close.
 	closeTimeout = 2 * time.Second
-	// How long a refresh token can be sent again after a lost answer: half of the server's default grace.
+	// How long after its first use a refresh token can be sent again: half of the server's default grace.
 	refreshGrace = 5 * time.Second
 	// Lost answers to session.open in a row. Each may have left a session that counts against the limit.
 	maxLost = 3
@@ -30,9 +30,10 @@ const (
 // that use the token.
 //
 // All waiting calls share one attempt. No call is sent during a refresh, because the server revokes the old token with its
-// answer. A refresh token works once; if the answer was lost, it can be sent again for a few seconds and never after that. The
-// server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has already expired is
-// renewed with growing delays, and one session.revoked for each token and connection is checked.
+// answer. A refresh token works once; if the answer was lost, it can be sent again for a few seconds after the first attempt and
+// never later: repetitions do not extend the server's grace. The server cannot cause a storm of requests: early refreshes have a
+// minimum interval, a session that has already expired is renewed with growing delays, and one session.revoked for each token
+// and connection is checked.
 type sessions struct {
 	mu            *sync.Mutex // of the client
 	clock         clock

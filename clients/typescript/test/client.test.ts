@@ -668,6 +668,44 @@ describe("sessions", () => {
     assert.deepEqual(tokens[0], tokens[1]);
   });
 
+  test("used refresh token is not sent again after the grace, which its first use began", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.on("session.refresh", ({ connection }) => {
+      server.clock.after(3_000, () => connection.end(new TlsError("truncated")));
+      return NO_RESPONSE;
+    });
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED), {});
+    const call = watch(client.call("echo"));
+    for (let second = 0; second < 8; second++) {
+      await server.clock.advance(1_000);
+    }
+    assert.deepEqual(call.value, {});
+    const methods = ["session.open", "session.refresh", "session.refresh", "session.open"];
+    assert.deepEqual(
+      server.methods.filter((method) => method.startsWith("session.")),
+      methods,
+    );
+  });
+
+  test("used refresh token is not sent again after a long reconnect", async () => {
+    server.on("session.open", () => opened(1, refreshable));
+    client = await server.connect();
+    server.script("session.refresh", ({ connection }: { connection: FakeServer["last"] }) => {
+      connection.end(new TlsError("truncated"));
+      server.connectErrors = Array.from({ length: 7 }, () => new CannotConnect("fake:7443: ECONNREFUSED"));
+      return NO_RESPONSE;
+    });
+    server.script("echo", new Failure(Code.TOKEN_EXPIRED), {});
+    const call = watch(client.call("echo"));
+    for (let second = 0; second < 20; second++) {
+      await server.clock.advance(1_000);
+    }
+    assert.deepEqual(call.value, {});
+    assert.equal(server.methods.filter((method) => method === "session.refresh").length, 1);
+    assert.equal(server.methods.filter((method) => method === "session.open").length, 2);
+  });
+
   test("session past its idle timeout is reopened before the next call", async () => {
     server.on("session.open", () => opened(1, { idle_timeout_ms: 60_000 }));
     client = await server.connect();

@@ -371,7 +371,7 @@ SESSIONS: Final[dict[str, Fault]] = {
         "refreshes without a refresh token",
         (
             f"{_MANAGER}._next_request",
-            "if session is not None and session.can_refresh(self._loop.time()):",
+            "if session is not None and session.can_refresh(now):",
             "if session is not None:",
         ),
     ),
@@ -384,6 +384,14 @@ SESSIONS: Final[dict[str, Fault]] = {
         ),
     ),
     "lost-refresh": fault("gives up after a lost refresh", (f"{_MANAGER}._renew", "lost += 1\n", "raise\n")),
+    "refresh-lost-repeatedly": fault(
+        "counts the grace of a lost refresh from its last attempt",
+        (
+            "zcproto.client.session:ClientSession.refresh_lost",
+            "min(self._refresh_ends, sent_at + REFRESH_GRACE)",
+            "sent_at + REFRESH_GRACE",
+        ),
+    ),
     "refresh-of-revoked-session": fault(
         "opens a session after a refused refresh",
         (

@@ -284,6 +284,40 @@ async def _(harness: Harness) -> None:
     await call.expect_result({"n": 1})
 
 
+_GRACE: Final = 10.0
+"""Seconds after its first use in which a refresh token may be sent again (section 9.6)."""
+
+_LOST_AFTER: Final = 4.0
+"""Seconds after which each answer is lost: a client that counts from its last attempt never reaches the grace."""
+
+
+@scenario(
+    "refresh-lost-repeatedly",
+    "9.6: a refresh token is not sent again after the grace, which its first attempt began",
+)
+async def _(harness: Harness) -> None:
+    peer = await harness.connect_with_session()
+    call = await peer.client.call("echo", {"n": 1}, timeout_ms=60_000)
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    request = await peer.connection.expect_request("session.refresh")
+    now = asyncio.get_running_loop().time
+    first_at = now()
+    while request.method == "session.refresh":
+        expect(
+            now() - first_at < _GRACE,
+            f"a used refresh token was sent {now() - first_at:.1f} s after its first use",
+        )
+        await asyncio.sleep(_LOST_AFTER)
+        await peer.connection.truncate_and_wait()
+        peer.connection = await harness.next_welcomed()
+        request = await peer.connection.next_frame("session.refresh or session.open")
+    expect(request.method == "session.open", f"received {request} after the grace of a lost refresh")
+    session = harness.new_session()
+    harness.grant_session(peer.connection, request, session)
+    await _answer_retry(peer, session.token)
+    await call.expect_result({"n": 1})
+
+
 @scenario(
     "refresh-of-revoked-session", "11.1: TOKEN_REVOKED for a refresh is reported, and no session is opened"
 )

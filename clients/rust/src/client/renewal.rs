@@ -1,8 +1,8 @@
 //! The session of one user: when to open, refresh and attach it, and when it has ended.
 //!
 //! Rules: all waiting calls share one attempt. No call is sent during a refresh, since the server revokes the old token with
-//! its answer. A refresh token works once; if the answer was lost, it can be sent again for a few seconds and never after that.
-//! After TOKEN_REVOKED, SESSION_REPLACED or a refused `session.open`, every call gets that error until the application asks
+//! its answer. A refresh token works once; if the answer was lost, it can be sent again for a few seconds after the first
+//! attempt and never later: repetitions do not extend the server's grace. After TOKEN_REVOKED, SESSION_REPLACED or a refused `session.open`, every call gets that error until the application asks
 //! for a new session. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that
 //! has already expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
 
@@ -31,8 +31,6 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout of `session.close`, and of all those that end with a client.
 pub(super) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a refresh token can be sent again after a lost answer: half of the server's default grace period.
-const REFRESH_GRACE: Duration = Duration::from_secs(5);
 /// Consecutive lost answers to `session.open`. Each may have left a session that counts against the limit.
 const MAX_LOST: u32 = 3;
 /// Minimum interval between early refreshes, and from a session that is usable for less than that to the next one.
@@ -269,7 +267,7 @@ impl User {
         let mut renewal = Renewal { must, backoff: Backoff::default(), done: Vec::new(), lost: 0 };
         loop {
             let connection = self.hub.get().await?;
-            if self.needs_login() {
+            if self.needs_login(Instant::now()) {
                 self.fetch_login().await?;
                 continue; // with the connection that is current now
             }
@@ -277,16 +275,16 @@ impl User {
                 tokio::task::yield_now().await; // its end is being recorded
                 continue;
             };
-            if self.needs_login() {
+            let sent_at = Instant::now();
+            if self.needs_login(sent_at) {
                 continue;
             }
-            let (method, params) = self.next_request(&connection)?;
+            let (method, params) = self.next_request(&connection, sent_at)?;
             let is_refresh = method == "session.refresh";
             let token = self.token();
             let me = Arc::clone(self);
             // A call or an event with the new token may be in the same read.
             let on_result = move |body: &[u8]| me.tokens().coming = issued_token(body);
-            let sent_at = Instant::now();
             let sent = connection.send(slot, None, Some(Box::new(on_result)), |conversation, wall| {
                 conversation.request(method, &params, &token, &Meta::default(), wall)
             });
@@ -297,13 +295,15 @@ impl User {
             match outcome {
                 Ok(body) => return self.adopt(&body, &connection, is_refresh),
                 Err(Error::Closed(closed)) => {
+                    if is_refresh && !connection.unanswered_did_not_run() {
+                        renewal.must = true; // the old token may be revoked
+                        if let Some(session) = &mut self.lock().session {
+                            session.refresh_lost(sent_at);
+                        }
+                    }
                     renewal.lost += 1;
                     if renewal.lost > MAX_LOST {
                         return Err(closed.into());
-                    }
-                    renewal.must |= is_refresh; // the old token may be revoked
-                    if sent_at.elapsed() > REFRESH_GRACE {
-                        self.drop_refresh_token();
                     }
                 }
                 Err(Error::Call(error)) => {

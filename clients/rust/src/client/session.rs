@@ -9,6 +9,8 @@ use tokio::time::Instant;
 
 /// The fraction of a session's life after which it is refreshed, plus jitter of at most a quarter of the rest.
 const REFRESH_AT: f64 = 0.8;
+/// How long after its first use a refresh token can be sent again: half of the server's default grace period.
+const REFRESH_GRACE: Duration = Duration::from_secs(5);
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// An open session. Its tokens are hidden from `Debug`.
@@ -130,6 +132,11 @@ impl Session {
         self.refresh_token.as_ref().filter(|_| now < self.refresh_ends_at)
     }
 
+    /// Limit further uses of the refresh token to the grace, since the answer to one sent then was lost.
+    pub(crate) fn refresh_lost(&mut self, sent_at: Instant) {
+        self.refresh_ends_at = self.refresh_ends_at.min(sent_at + REFRESH_GRACE);
+    }
+
     /// Forget a refresh token that may have been used: the server ends a session when one is used twice.
     pub(crate) fn drop_refresh_token(&mut self) {
         self.refresh_token = None;
@@ -181,6 +188,16 @@ mod tests {
         session.expire(now);
         session.touch(now + seconds(1));
         assert_eq!(session.usable_until, now);
+    }
+
+    #[test]
+    fn repeated_loss_of_a_refresh_does_not_extend_the_grace() {
+        let now = Instant::now();
+        let mut session = Session::parse(&result(&[]), WALL, now, 0.0).unwrap();
+        session.refresh_lost(now + seconds(80));
+        session.refresh_lost(now + seconds(84));
+        assert!(session.refresh_token(now + seconds(84)).is_some());
+        assert!(session.refresh_token(now + seconds(85)).is_none());
     }
 
     #[test]

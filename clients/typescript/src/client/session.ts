@@ -10,6 +10,9 @@ import { attachMessage, type Channel, openMessage } from "./signing.js";
 /** The fraction of a session's lifetime after which it is refreshed, plus jitter of at most a quarter of the rest. */
 export const REFRESH_AT = 0.8;
 
+/** How long after its first use a refresh token can be sent again: half of the server's default grace period. */
+export const REFRESH_GRACE_MS = 5_000;
+
 /** Signs with the key of a device. */
 export interface Signer {
   sign(message: Uint8Array): Uint8Array;
@@ -252,7 +255,7 @@ export class ClientSession {
   readonly bound: boolean;
   readonly #token: Token;
   readonly #idleMs: number;
-  readonly #refreshEndsAt: number;
+  #refreshEndsAt: number;
   readonly #refreshAt: number;
   #refreshToken: Uint8Array | undefined;
   #endsAt: number;
@@ -323,6 +326,11 @@ export class ClientSession {
   /** @internal */
   canRefresh(now: number): boolean {
     return this.#refreshToken !== undefined && now < this.#refreshEndsAt;
+  }
+
+  /** Limit further uses of the refresh token to the grace, since the response to one sent then was lost. @internal */
+  markRefreshLost(sentAt: number): void {
+    this.#refreshEndsAt = Math.min(this.#refreshEndsAt, sentAt + REFRESH_GRACE_MS);
   }
 
   /** Forget a refresh token that may have been used: the server ends a session when one is used twice. @internal */

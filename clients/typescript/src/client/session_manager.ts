@@ -4,8 +4,8 @@
  * Decides: when to open, refresh and attach a session, and when it has ended. After TOKEN_REVOKED, SESSION_REPLACED or a
  * refused `session.open`, every call gets that error until the application requests a new session.
  * Rules: all waiting calls share one attempt. No call is sent during a refresh, since the server revokes the old token with
- * its response. A refresh token works once; if the response was lost, it can be sent again for a few seconds and never
- * after that. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has
+ * its response. A refresh token works once; if the response was lost, it can be sent again for a few seconds after the
+ * first attempt and never later: repetitions do not extend the server's grace. The server cannot cause a storm of requests: early refreshes have a minimum interval, a session that has
  * already expired is renewed with growing delays, and one `session.revoked` per token and connection is checked.
  * Must not know: the calls that use the token.
  */
@@ -27,8 +27,6 @@ import type { SessionManagerOptions } from "./settings.js";
 const REQUEST_TIMEOUT_MS = 10_000;
 /** Timeout of `session.close`. */
 const CLOSE_TIMEOUT_MS = 2_000;
-/** How long a refresh token can be sent again after a lost response: half of the server's default grace period. */
-const REFRESH_GRACE_MS = 5_000;
 /** Consecutive lost responses to `session.open`. Each may have left a session that counts against the limit. */
 const MAX_LOST = 3;
 /** Minimum interval between early refreshes, and from a session that is usable for less than that to the next one. */
@@ -365,7 +363,7 @@ export class SessionManager {
     const renewal = { must: isMust, backoff: new Backoff(random), done: new Set<string>(), lost: 0 };
     for (;;) {
       const connection = await getConnection(signal);
-      const login = this.#loginToFetch();
+      const login = this.#loginToFetch(clock.now());
       if (login !== undefined) {
         await unlessAborted(
           login.fetch(() => clock.now()),
@@ -374,24 +372,24 @@ export class SessionManager {
         continue; // with the connection that is current now
       }
       await connection.waitReady(signal);
-      if (!connection.ready || this.#loginToFetch() !== undefined) {
+      const sentAt = clock.now();
+      if (!connection.ready || this.#loginToFetch(sentAt) !== undefined) {
         continue;
       }
-      const [method, params] = this.#nextRequest(connection);
-      const sentAt = clock.now();
+      const [method, params] = this.#nextRequest(connection, sentAt);
       const call = connection.request(method, params, this.token, undefined, sentAt + REQUEST_TIMEOUT_MS);
       let result: unknown;
       try {
         result = await this.#responseOf(call);
       } catch (error) {
         if (error instanceof ConnectionClosed && !signal.aborted) {
+          if (method === "session.refresh" && !connection.unansweredDidNotRun) {
+            renewal.must = true; // the old token may be revoked
+            this.session?.markRefreshLost(sentAt);
+          }
           renewal.lost += 1;
           if (renewal.lost > MAX_LOST) {
             throw error;
-          }
-          renewal.must ||= method === "session.refresh"; // the old token may be revoked
-          if (clock.now() - sentAt > REFRESH_GRACE_MS) {
-            this.session?.dropRefreshToken();
           }
         } else if (error instanceof CallError && !signal.aborted) {
           if (!(await this.#shouldRetry(error, method, connection, renewal))) {
@@ -464,14 +462,13 @@ export class SessionManager {
   }
 
   /** Return the login that must be fetched before the next request, if it needs one. */
-  #loginToFetch(): SchemeLogin | undefined {
-    const now = this.#options.clock.now();
+  #loginToFetch(now: number): SchemeLogin | undefined {
     return this.#login?.isFetched(now) === false && this.session?.canRefresh(now) !== true ? this.#login : undefined;
   }
 
-  #nextRequest(connection: ConnectionDriver): [string, Params] {
-    const { clock, credentials, client } = this.#options;
-    if (this.session?.canRefresh(clock.now())) {
+  #nextRequest(connection: ConnectionDriver, now: number): [string, Params] {
+    const { credentials, client } = this.#options;
+    if (this.session?.canRefresh(now)) {
       return ["session.refresh", { refresh_token: this.session.refreshTokenBytes, client }];
     }
     return ["session.open", { ...credentials?.params(connection), client }];

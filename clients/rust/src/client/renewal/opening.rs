@@ -15,8 +15,7 @@ const LOGIN_HOLDS: Duration = Duration::from_secs(10);
 
 impl User {
     /// Return whether a login must be fetched before the next request.
-    pub(super) fn needs_login(&self) -> bool {
-        let now = Instant::now();
+    pub(super) fn needs_login(&self, now: Instant) -> bool {
         let sessions = self.lock();
         let can_refresh = sessions.session.as_ref().is_some_and(|session| session.refresh_token(now).is_some());
         let is_fetched = sessions.login.as_ref().is_some_and(|(_, until)| now < *until);
@@ -43,14 +42,18 @@ impl User {
     }
 
     /// Return the method and the params of the next request.
-    pub(super) fn next_request(&self, connection: &Connection) -> Result<(&'static str, Zeroizing<Vec<u8>>)> {
+    pub(super) fn next_request(
+        &self,
+        connection: &Connection,
+        now: Instant,
+    ) -> Result<(&'static str, Zeroizing<Vec<u8>>)> {
         let mut sessions = self.lock();
         let mut params = Zeroizing::new(Vec::with_capacity(512)); // not moved while it grows, as a rule
         let text = |params: &mut Vec<u8>, key: &str, value: &str| {
             codec::write_str(params, key);
             codec::write_str(params, value);
         };
-        if let Some(token) = sessions.session.as_ref().and_then(|session| session.refresh_token(Instant::now())) {
+        if let Some(token) = sessions.session.as_ref().and_then(|session| session.refresh_token(now)) {
             codec::write_map(&mut params, 2);
             codec::write_str(&mut params, "refresh_token");
             codec::write_bin(&mut params, token.as_bytes());
