@@ -20,6 +20,7 @@ import type { Clock, Timer } from "./clock.js";
 import { type ConnectionListener, PendingCall, PendingStream, type Transport } from "./pending.js";
 import { MAX_RETRY_AFTER_MS } from "./retry.js";
 import { escapeText } from "./text.js";
+import { WaitingQueue } from "./waiting_queue.js";
 
 /** Bytes gathered in one tick that are written at once. */
 const FLUSH_BYTES = 65_536;
@@ -52,7 +53,7 @@ export class ConnectionDriver {
   #listener: ConnectionListener | undefined;
   #transport: Transport | undefined;
   readonly #pending = new Map<number, PendingCall>();
-  #waiters: (() => void)[] = []; // for a request
+  readonly #waiting = new WaitingQueue(); // for a request
   readonly #writers: (() => void)[] = []; // for the transport
   #isFlushScheduled = false;
   #paused = false;
@@ -175,7 +176,7 @@ export class ConnectionDriver {
     this.#connection.unblockOutput(this.#wall());
     this.#flushSoon();
     this.#updateReady();
-    this.#wakeAll(this.#writers);
+    this.#wakeWriters();
     for (const call of this.#pending.values()) {
       this.#changed(call);
     }
@@ -240,7 +241,7 @@ export class ConnectionDriver {
     this.draining = true;
     this.retryAfterMs = Math.min(event.retryAfterMs, MAX_RETRY_AFTER_MS);
     this.ready = false;
-    this.#wakeAll(this.#waiters);
+    this.#waiting.wake(Number.POSITIVE_INFINITY);
     this.#listener?.connectionDraining(this, event);
   }
 
@@ -339,7 +340,7 @@ export class ConnectionDriver {
   async waitReady(signal?: AbortSignal): Promise<void> {
     let wasWoken = false;
     while (!this.ready && !this.draining && this.error === undefined) {
-      await this.#wait(wasWoken, signal);
+      await this.#waiting.wait(wasWoken, signal);
       wasWoken = true;
     }
   }
@@ -347,29 +348,6 @@ export class ConnectionDriver {
   /** Wake the next waiter instead, if one that was woken does not send a request. */
   releaseTurn(): void {
     this.#updateReady();
-  }
-
-  #wait(wasWoken: boolean, signal: AbortSignal | undefined): Promise<void> {
-    return new Promise((resolve, reject) => {
-      if (signal?.aborted) {
-        reject(signal.reason as Error);
-        return;
-      }
-      const wake = () => {
-        signal?.removeEventListener("abort", leave);
-        resolve();
-      };
-      const leave = () => {
-        this.#waiters = this.#waiters.filter((waiter) => waiter !== wake);
-        reject(signal?.reason as Error);
-      };
-      signal?.addEventListener("abort", leave, { once: true });
-      if (wasWoken) {
-        this.#waiters.unshift(wake); // another caller sent first in this tick: keep the place in the queue
-      } else {
-        this.#waiters.push(wake);
-      }
-    });
   }
 
   /** How many more requests the server allows in flight. */
@@ -389,10 +367,7 @@ export class ConnectionDriver {
       return;
     }
     this.ready = true;
-    while (free > 0 && this.#waiters.length > 0) {
-      this.#waiters.shift()?.();
-      free -= 1;
-    }
+    free -= this.#waiting.wake(free);
     if (free > 0 && !wasReady) {
       this.#listener?.connectionFree(free);
     }
@@ -405,8 +380,8 @@ export class ConnectionDriver {
     }
   }
 
-  #wakeAll(waiters: (() => void)[]): void {
-    for (const wake of waiters.splice(0)) {
+  #wakeWriters(): void {
+    for (const wake of this.#writers.splice(0)) {
       wake();
     }
   }
@@ -505,8 +480,8 @@ export class ConnectionDriver {
       call.fail(copy(error));
     }
     this.#welcomeReject(copy(error));
-    this.#wakeAll(this.#waiters);
-    this.#wakeAll(this.#writers);
+    this.#waiting.wake(Number.POSITIVE_INFINITY);
+    this.#wakeWriters();
     const listener = this.#listener;
     this.#listener = undefined;
     listener?.connectionEnded(this, error);

@@ -13,6 +13,7 @@ import type { Endpoint } from "./address.js";
 import type { Backoff } from "./backoff.js";
 import type { Clock, Timer } from "./clock.js";
 import type { ConnectionDriver } from "./connection_driver.js";
+import { WaitingQueue } from "./waiting_queue.js";
 
 export const IDLE_AFTER_MS = 30_000;
 
@@ -33,7 +34,7 @@ export class FurtherConnections {
   readonly #usedAt = new Map<ConnectionDriver, number>();
   /** Callers that were given a connection, and have not sent their request. */
   readonly #assigned = new WeakMap<ConnectionDriver, number>();
-  #waiting: (() => void)[] = [];
+  readonly #waiting = new WaitingQueue();
   #notBefore = Number.NEGATIVE_INFINITY;
   #idleTimer: Timer | undefined;
   #isClosed = false;
@@ -68,7 +69,7 @@ export class FurtherConnections {
       if ([main, ...this.all].every(({ freeStreams }) => freeStreams <= 0)) {
         this.#grow(main.endpoint);
       }
-      await this.#wait(wasWoken, signal);
+      await this.#waiting.wait(wasWoken, signal);
       wasWoken = true;
     }
   }
@@ -87,35 +88,9 @@ export class FurtherConnections {
     });
   }
 
-  #wait(wasWoken: boolean, signal: AbortSignal | undefined): Promise<void> {
-    return new Promise((resolve, reject) => {
-      if (signal?.aborted) {
-        this.wake(1); // pass the turn on to the next
-        reject(signal.reason as Error);
-        return;
-      }
-      const wake = () => {
-        signal?.removeEventListener("abort", leave);
-        resolve();
-      };
-      const leave = () => {
-        this.#waiting = this.#waiting.filter((waiter) => waiter !== wake);
-        reject(signal?.reason as Error);
-      };
-      signal?.addEventListener("abort", leave, { once: true });
-      if (wasWoken) {
-        this.#waiting.unshift(wake); // another caller was faster in this tick: keep the place in the queue
-      } else {
-        this.#waiting.push(wake);
-      }
-    });
-  }
-
   /** Wake the next callers, for so many of which there is room. */
   wake(requests: number): void {
-    for (const wake of this.#waiting.splice(0, Math.max(0, requests))) {
-      wake();
-    }
+    this.#waiting.wake(requests);
   }
 
   // --- opening and closing -----------------------------------------------------------------------
@@ -127,7 +102,7 @@ export class FurtherConnections {
     if (this.connecting === undefined && isAllowed) {
       this.connecting = this.#connect(endpoint).finally(() => {
         this.connecting = undefined;
-        if (this.#waiting.length > 0) {
+        if (!this.#waiting.isEmpty) {
           this.#grow(endpoint);
         }
       });
