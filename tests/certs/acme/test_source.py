@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.server.helpers import TIMEOUT
 from zcproto.certs import managed
 from zcproto.certs.acme import source as source_module
 from zcproto.certs.acme.orders import Visit, VisitResult
-from zcproto.certs.acme.schedule import read_record
+from zcproto.certs.acme.schedule import read_record, write_record
 from zcproto.certs.acme.source import BUSY_RETRY_S, AcmeSource
 from zcproto.certs.checker import CheckResult
 from zcproto.certs.settings import CertificateSettings
@@ -296,7 +297,59 @@ def test_ca_that_wants_a_renewal_now_gets_it(ordered: AcmeHarness) -> None:
     ordered.ca.window = {"start": at(NOW - 2 * DAY), "end": at(NOW - DAY)}
     ordered.visited(timedelta(hours=7))  # asks
     ordered.visited()
-    assert wanted(ordered)[0].startswith("it expires on ")  # and so does each new one, in this window
+    assert wanted(ordered)[0].startswith("it expires on ")
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_ca_that_wants_each_new_certificate_renewed_gets_an_order_an_hour(
+    ordered: AcmeHarness, restarts: bool
+) -> None:
+    ordered.ca.window = {"start": at(NOW - 2 * DAY), "end": at(NOW - DAY)}
+    ordered.visited(timedelta(hours=7))
+    for _ in range(5 * 12):
+        ordered.source.wait(TIMEOUT)
+        if restarts:
+            ordered.restart()
+            ordered.check()
+        ordered.visited(timedelta(minutes=5))
+    assert 5 <= len(wanted(ordered)) <= 6
+    assert kinds(ordered.check()) == []
+
+
+def test_hour_between_orders_defers_neither_a_request_nor_a_new_key(ordered: AcmeHarness) -> None:
+    ordered.ca.window = {"start": at(NOW - 2 * DAY), "end": at(NOW - DAY)}
+    ordered.visited(timedelta(hours=7))
+    for _ in range(3):
+        ordered.visited()
+    ordered.source.order_now({"ecdsa"})
+    for _ in range(3):
+        ordered.visited()
+    managed.rotate(ordered.desk.site.managed_directory, ordered.desk.site.managed, ordered.now, at_once=True)
+    for _ in range(3):
+        ordered.visited()
+    assert wanted(ordered)[1:] == ["a renewal was requested", "its key was replaced"]
+
+
+def test_clock_that_was_ahead_at_an_order_does_not_defer_renewals(ordered: AcmeHarness) -> None:
+    ordered.ca.window = {"start": at(NOW - 2 * DAY), "end": at(NOW - DAY)}
+    record = read_record(ordered.desk.site.directory)
+    write_record(ordered.desk.site.directory, replace(record, ordered_at=NOW + 900 * DAY))
+    ordered.restart()
+    ordered.check()
+    for _ in range(3):
+        ordered.visited()
+    assert len(wanted(ordered)) == 1
+
+
+def test_failed_order_keeps_the_time_of_the_last_certificate(ordered: AcmeHarness) -> None:
+    before = read_record(ordered.desk.site.directory).ordered_at
+    assert before is not None
+    ordered.ca.down = "no route"
+    ordered.source.order_now({"ecdsa"})
+    ordered.visited(timedelta(hours=7))
+    record = read_record(ordered.desk.site.directory)
+    assert record.problem
+    assert record.ordered_at == before
 
 
 def test_ca_cannot_defer_a_renewal_until_it_is_too_late(harness: AcmeHarness) -> None:

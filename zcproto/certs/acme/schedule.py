@@ -4,7 +4,8 @@ Rules:
 - It is ordered if it does not exist, if it lacks a configured name, if it has another key than the managed
   certificate of its type, if it is of another directory, and when its renewal is due.
 - Its renewal is due at a random time of the window that the CA suggests (RFC 9773), otherwise like that of a
-  managed one. The window can only defer it until half of the usual time before the expiry is left.
+  managed one. The window can only defer it until half of the usual time before the expiry is left, and bring it
+  forward only to MIN_BETWEEN_ORDERS after the last order: a CA may suggest a time in the past for each new one.
 - After a failure the next attempt is made when the delay of both sides is over: that of the CA and that of
   `lifecycle.Retry`. A restart does not shorten it, so that a server which is restarted again and again does not use
   up the limits of the CA. Other settings end it.
@@ -36,8 +37,11 @@ MAX_WAIT: Final = timedelta(days=1)
 LEAST_LEFT: Final = timedelta(minutes=10)
 """Keeps the delay after a failure at half a minute or more, although the certificate is about to expire."""
 
+MIN_BETWEEN_ORDERS: Final = timedelta(hours=1)
+"""The least time from one order to a renewal that the CA suggests. A restart does not shorten it."""
+
 _TEXTS: Final = ("directory", "problem", "settings")
-_TIMES: Final = ("failed_at", "retry_at")
+_TIMES: Final = ("failed_at", "retry_at", "ordered_at")
 
 NO_HURRY: Final = timedelta(days=365)
 """What counts as the time left if there is no certificate of the CA: the managed one serves."""
@@ -79,12 +83,22 @@ def reason_to_order(
 
 
 def renewal_time(
-    pair: CertificatePair, renew_before: timedelta, window: RenewalWindow | None, fraction: float
+    pair: CertificatePair,
+    renew_before: timedelta,
+    window: RenewalWindow | None,
+    fraction: float,
+    ordered_at: datetime | None,
 ) -> datetime:
-    """Return when to renew a certificate. `fraction`, from 0 to 1, is the place in the window."""
+    """Return when to renew a certificate. `fraction`, from 0 to 1, is the place in the window.
+
+    `ordered_at`: when the last order was made, unless it has failed.
+    """
     if window is None:
         return lifecycle.renewal_due(pair.not_before, pair.not_after, renew_before)
-    return min(window.start + (window.end - window.start) * fraction, latest_renewal(pair, renew_before))
+    suggested = window.start + (window.end - window.start) * fraction
+    if ordered_at is not None:
+        suggested = max(suggested, ordered_at + MIN_BETWEEN_ORDERS)
+    return min(suggested, latest_renewal(pair, renew_before))
 
 
 def latest_renewal(pair: CertificatePair, renew_before: timedelta) -> datetime:
@@ -115,6 +129,8 @@ class OrderRecord:
     retry_at: datetime | None = None
     settings: str = ""
     """The digest of the settings with which it has failed."""
+    ordered_at: datetime | None = None
+    """When the last order was made; after a failure, that before it."""
 
     def waits_until(self, settings: AcmeSettings, now: datetime) -> datetime | None:
         """Return until when no order may be made with these settings; None if one may be made now."""
@@ -141,8 +157,8 @@ def read_record(directory: Path) -> OrderRecord:
         data, _ = read_file(record_path(directory), MAX_RECORD)
         found = json.loads(data)
         issuer, problem, settings = (str(found.get(name, "")) for name in _TEXTS)
-        failed_at, retry_at = (_time(found.get(name)) for name in _TIMES)
-        return OrderRecord(issuer, problem, failed_at, retry_at, settings)
+        failed_at, retry_at, ordered_at = (_time(found.get(name)) for name in _TIMES)
+        return OrderRecord(issuer, problem, failed_at, retry_at, settings, ordered_at)
     return OrderRecord()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
@@ -90,6 +90,7 @@ class AcmeSource(SiteSource):
         self._record = OrderRecord()
         self._retry_at = 0.0  # monotonic: what a CA, a failure before a restart or another process demand
         self._requested: frozenset[str] = frozenset()
+        self._ordered_before: datetime | None = None  # the order before this one
         self._is_order = False  # the visit that has begun last
         self._infos: dict[bytes, _RenewalInfo] = {}  # by certificate
         self._last: Renewal | None = None
@@ -215,6 +216,10 @@ class AcmeSource(SiteSource):
             self._visits.begin(Visit(wanted, tuple(one.certificate for one in asked)), now)
         except RuntimeError:  # no thread is available; there may be one later
             self._retry_at = monotonic + BUSY_RETRY_S
+            return
+        if wanted:  # before the result: a process that is killed may have ordered
+            self._ordered_before = self._record.ordered_at
+            self._write(replace(self._record, ordered_at=now))
 
     def _wanted(self, now: datetime) -> list[Wanted]:
         acme = self._site.acme
@@ -223,7 +228,7 @@ class AcmeSource(SiteSource):
         for one in self._managed.site.pairs:
             kind = one.key_type
             served = self._pairs.get(kind)
-            due = now if served is None else self._due(served)
+            due = now if served is None else self._due(served, now)
             why = schedule.reason_to_order(served, one.pin, acme, directory, due, now)
             if kind in self._requested:
                 why = "a renewal was requested"
@@ -232,9 +237,11 @@ class AcmeSource(SiteSource):
                 found.append(Wanted(kind, one.key, why, self._paths[kind][0] if is_of_this_ca else None))
         return found
 
-    def _due(self, served: CertificatePair) -> datetime:
-        info = self._info(served)
-        return schedule.renewal_time(served, self._site.renew_before, info.window, info.fraction)
+    def _due(self, served: CertificatePair, now: datetime) -> datetime:
+        info, ordered_at = self._info(served), self._record.ordered_at
+        if ordered_at is not None and ordered_at > now:
+            ordered_at = None  # written with a wrong clock
+        return schedule.renewal_time(served, self._site.renew_before, info.window, info.fraction, ordered_at)
 
     def _info(self, one: CertificatePair) -> _RenewalInfo:
         info = self._infos.get(one.leaf_sha256)
@@ -251,6 +258,8 @@ class AcmeSource(SiteSource):
             if window is not None:
                 info = self._info(one)
                 info.window, info.ask_at = window, monotonic + max(window.ask_again_s, MIN_ASK_AGAIN_S)
+        if self._is_order and not (result.issued or result.is_busy):
+            self._record = replace(self._record, ordered_at=self._ordered_before)
         if result.is_busy:
             self._retry_at = monotonic + BUSY_RETRY_S
             self.problem = "another process of this server is ordering certificates; try again in a minute"
@@ -268,7 +277,7 @@ class AcmeSource(SiteSource):
             return []
         self._last = Renewal(now, ok=True)
         self._retry_at = 0.0
-        self._write(OrderRecord(self._site.acme.directory))
+        self._write(OrderRecord(self._site.acme.directory, ordered_at=self._record.ordered_at))
         return self._schedule.succeeded()
 
     def _failed(self, result: VisitResult, now: datetime, monotonic: float) -> list[Notice]:
@@ -284,6 +293,7 @@ class AcmeSource(SiteSource):
                 now,
                 now + timedelta(seconds=delay),
                 schedule.digest_of(self._site.acme),
+                self._record.ordered_at,
             )
         )
         return happened
