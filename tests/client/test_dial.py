@@ -197,6 +197,33 @@ async def test_context_cache_is_bounded(ca_file: Path, tmp_path: Path) -> None:
     assert trust.context(resources.contexts) is newest
 
 
+async def test_concurrent_attempts_share_one_look_at_the_files_and_later_ones_look_again(
+    ca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources, looks = LoopResources(asyncio.get_running_loop()), 0
+    authority, other = tmp_path / "ca.crt", Trust(ConnectOptions(verify=False))
+    shutil.copy(ca_file, authority)
+    trusts = [Trust(ConnectOptions(ca_file=authority)) for _ in range(50)]
+    looking = Trust.context
+
+    def context(self: Trust, *arguments: Any) -> ssl.SSLContext:
+        nonlocal looks
+        looks += self is not other
+        return looking(self, *arguments)
+
+    monkeypatch.setattr(Trust, "context", context)
+    cancelled = asyncio.ensure_future(resources.context(trusts[0]))
+    asyncio.get_running_loop().call_soon(cancelled.cancel)
+    first = await asyncio.gather(*map(resources.context, trusts), resources.context(other))
+    assert looks == 1
+    assert len({*map(id, first[:-1])}) == 1
+    assert first[-1] is not first[0]
+    authority.unlink()
+    with pytest.raises(CertificateError, match=r"ca\.crt"):
+        await resources.context(trusts[0])
+    assert looks == 2
+
+
 # --- the sts policy ----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from zcproto.client.address import Address, Endpoint, parse_address
+from zcproto.client.address import Address, Endpoint, is_ip, parse_address
 from zcproto.client.known_hosts import find_known_hosts
 from zcproto.client.options import ConnectOptions
 from zcproto.client.protocol import ClientProtocol, ConnectionOwner
@@ -55,6 +55,7 @@ class Trust:
         self.pins = parse_pins(options.pins)
         self.system_store = options.system_store or not (self.ca_file or self.pins)
         self.verify = options.verify
+        self._by_ca = self.verify and (self.ca_file is not None or self.system_store)
         self.certificate = _path(options.certificate)
         self.key_file = _path(options.key_file)
         self.key_passphrase = options.key_passphrase
@@ -70,6 +71,11 @@ class Trust:
         if len(self.pins) == 1:
             _warn_of_single_pin(*self.pins)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What distinguishes a context: whether a CA verifies, the files, the passphrase and the key log."""
+        return self._by_ca, self.ca_file, self.certificate, self.key_file, self.key_passphrase, self.key_log
+
     def context(self, cache: Contexts) -> ssl.SSLContext:
         """Return a cached context if its files have not changed, or make one. Reads the disk.
 
@@ -77,9 +83,7 @@ class Trust:
         their replacement, the previous context stays in use. Raises CertificateError, and ConfigError for a key log
         that cannot be written.
         """
-        by_ca = self.verify and (self.ca_file is not None or self.system_store)
-        files = (self.ca_file, self.certificate, self.key_file)
-        key = (by_ca, *files, self.key_passphrase, self.key_log)
+        key, files = self.key, (self.ca_file, self.certificate, self.key_file)
         # Before reading, so that a later change is noticed next time.
         stamp = tuple(NO_FILE if file is None else file_identity(file) for file in files)
         found = cache.get(key)
@@ -87,7 +91,7 @@ class Trust:
             try:
                 context = client_context(
                     ca_file=self.ca_file,
-                    verify=by_ca,
+                    verify=self._by_ca,
                     certificate=self.certificate,
                     key=self.key_file,
                     passphrase=self.key_passphrase,
@@ -138,13 +142,30 @@ class LoopResources:
     """What the clients of one event loop share, because a buffer takes 64 KiB and a context with the system's CAs
     more."""
 
-    __slots__ = ("buffer", "contexts", "users", "wheel")
+    __slots__ = ("_loop", "_starting", "buffer", "contexts", "users", "wheel")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._starting: dict[tuple[object, ...], asyncio.Task[ssl.SSLContext]] = {}
         self.buffer = receive_buffer()
         self.wheel = DeadlineWheel(loop)
         self.contexts: Contexts = {}
         self.users = 0
+
+    async def context(self, trust: Trust) -> ssl.SSLContext:
+        """Return the context of a trust. Raises like `Trust.context`.
+
+        Attempts of one turn of the loop share one look at the files: after the loss of a server its clients would
+        otherwise wait for each other in the threads.
+        """
+        shared = self._starting.get(trust.key)
+        if shared is None:
+            shared = self._starting[trust.key] = self._loop.create_task(self._look(trust))
+        return await asyncio.shield(shared)
+
+    async def _look(self, trust: Trust) -> ssl.SSLContext:
+        del self._starting[trust.key]  # later attempts must see later changes of the files
+        return await asyncio.to_thread(trust.context, self.contexts)
 
 
 _resources: dict[asyncio.AbstractEventLoop, LoopResources] = {}
@@ -216,7 +237,7 @@ class Dialer:
         """
         await self._require_verification(endpoint.host)
         hostname, wall = self._hostname(endpoint.host), self._system_clock.wall
-        context = await self._context(resources.contexts, endpoint)
+        context = await self._context(resources, endpoint)
         connector = TlsConnector(
             context,
             hostname,
@@ -238,16 +259,16 @@ class Dialer:
             for name in {host, self._hostname(host)}:
                 await asyncio.to_thread(self._known_hosts.require, name, self._system_clock.wall())
 
-    async def _context(self, cache: Contexts, endpoint: Endpoint) -> ssl.SSLContext:
+    async def _context(self, resources: LoopResources, endpoint: Endpoint) -> ssl.SSLContext:
         try:
-            return await asyncio.to_thread(self._trust.context, cache)
+            return await resources.context(self._trust)
         except CertificateError:
             if not self._trust.is_ca_missing():
                 raise
             await self._require_listening(
                 endpoint
             )  # a server that is starting writes its CA before it listens
-            return await asyncio.to_thread(self._trust.context, cache)
+            return await resources.context(self._trust)
 
     async def _require_listening(self, endpoint: Endpoint) -> None:
         """Raise CannotConnect if nothing accepts a connection."""
@@ -324,9 +345,9 @@ class Dialer:
 
     async def _remember(self, connection: ClientProtocol) -> None:
         """Store the policy of a verified server. If that fails, log a warning and connect anyway."""
-        if not self._trust.verify or self._known_hosts is None:
-            return
         hostname = self._hostname(connection.endpoint.host)
+        if not self._trust.verify or self._known_hosts is None or is_ip(hostname):
+            return
         try:
             await asyncio.to_thread(
                 self._known_hosts.learn,
