@@ -15,14 +15,15 @@ Must not know: sessions, except that `on_opened` shows them.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from zcproto.client.address import Endpoint
 from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import Backoff
+from zcproto.client.waiting import WaitingQueue
 from zcproto.errors import ZcprotoError
 
 IDLE_AFTER: Final = 30.0
@@ -39,7 +40,7 @@ class FurtherConnections:
     most: int
     on_opened: Callable[[ClientProtocol], None]
     _used_at: dict[ClientProtocol, float] = field(default_factory=dict, init=False)
-    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque, init=False)
+    _waiting: WaitingQueue = field(default_factory=WaitingQueue, init=False)
     connecting: asyncio.Task[None] | None = field(default=None, init=False)
     _not_before: float = field(default=0.0, init=False)
     _idle_timer: asyncio.TimerHandle | None = field(default=None, init=False)
@@ -66,31 +67,16 @@ class FurtherConnections:
                     return connection
             if all(connection.free_streams <= 0 for connection in (main, *self._used_at)):
                 self._grow(main.endpoint)
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            if was_woken:  # another caller was faster in this turn: keep the place in the queue
-                self._waiting.appendleft(waiter)
-            else:
-                self._waiting.append(waiter)
+            await self._waiting.wait(was_woken=was_woken, pass_on=partial(self.wake, 1))
             was_woken = True
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self.wake(1)  # pass the turn on to the next
-                raise
 
     def wake(self, requests: int) -> None:
         """Wake the next callers, for so many of which there is room."""
-        waiting = self._waiting
-        while waiting and requests > 0:
-            waiter = waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                requests -= 1
+        self._waiting.wake(requests)
 
     def wake_all(self) -> None:
         """Wake all callers: the main connection takes no more requests."""
-        self.wake(len(self._waiting))
+        self._waiting.wake_all()
 
     # --- opening and closing ----------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ Must not know: retries, sessions.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -21,6 +20,7 @@ from typing import Any, Final, Protocol, cast
 from zcproto.client.address import Endpoint
 from zcproto.client.credentials import DeviceKey
 from zcproto.client.retry import MAX_RETRY_AFTER_MS
+from zcproto.client.waiting import WaitingQueue
 from zcproto.common.clock import Clock
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.text import escape_text
@@ -177,7 +177,7 @@ class ClientProtocol(asyncio.Protocol):
     endpoint: Endpoint
     _transport: asyncio.Transport | None = field(default=None, init=False)
     _pending: dict[int, PendingCall] = field(default_factory=dict, init=False)
-    _ready_waiters: deque[asyncio.Future[None]] | None = field(default=None, init=False)
+    _waiting: WaitingQueue | None = field(default=None, init=False)  # for a request, once a caller has waited
     _flush_planned: bool = field(default=False, init=False)
     _paused: bool = field(default=False, init=False)
     _writable: asyncio.Future[None] | None = field(default=None, init=False)  # while answers wait
@@ -226,7 +226,7 @@ class ClientProtocol(asyncio.Protocol):
         if rest and not self._receive_others(rest, wall, now):
             return
         self._had_one_answer = len(answers) == 1
-        if not self.ready or self._ready_waiters:
+        if not self.ready or self._waiting:
             self._update_ready()
         if self.draining:
             self._close_if_drained()
@@ -493,20 +493,10 @@ class ClientProtocol(asyncio.Protocol):
         """Wait, in order of arrival, until a request may be sent or the connection takes no more requests."""
         was_woken = False
         while not self.ready and not self.draining and self.error is None:
-            if self._ready_waiters is None:
-                self._ready_waiters = deque()
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            if was_woken:  # another caller was faster in this turn: keep the place in the queue
-                self._ready_waiters.appendleft(waiter)
-            else:
-                self._ready_waiters.append(waiter)
+            if self._waiting is None:
+                self._waiting = WaitingQueue()
+            await self._waiting.wait(was_woken=was_woken, pass_on=self._update_ready)
             was_woken = True
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._update_ready()  # pass the turn on to the next
-                raise
 
     def _update_ready(self) -> None:
         conversation = self.conversation
@@ -514,20 +504,14 @@ class ClientProtocol(asyncio.Protocol):
         if self._paused or conversation.state is not State.OPEN or free <= 0:
             return
         self.ready = True
-        waiters = self._ready_waiters
-        while waiters and free > 0:
-            waiter = waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                free -= 1
+        if self._waiting:
+            free = self._waiting.wake(free)
         if free > 0 and self._owner is not None:
             self._owner.connection_free(self, free)
 
     def _wake_all(self) -> None:
-        waiters, self._ready_waiters = self._ready_waiters, None
-        for waiter in waiters or ():
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiting:
+            self._waiting.wake_all()
 
     # --- sending and deadlines --------------------------------------------------------------------
 
