@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError, create_model
 
 from zcproto.certs.names import check_name
-from zcproto.config.types import (
+from zcproto.config.texts import (
     BINDING,
     CERTIFICATE_NAME,
     COMMAND,
     FILE_PATH,
-    FLAG,
     HOST_NAME,
     NETWORK,
     PIN,
@@ -24,6 +23,9 @@ from zcproto.config.types import (
     STORE_URL,
     VARIABLE_NAME,
     WEBHOOK_URL,
+)
+from zcproto.config.types import (
+    FLAG,
     Accepts,
     Fault,
     duration,

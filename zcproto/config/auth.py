@@ -11,15 +11,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from zcproto.config.types import (
+from zcproto.config.texts import (
     CLAIM_TEXT,
-    FLAG,
     ISSUER_URL,
     METHOD_PATTERN,
     OPTIONAL_PATH,
     ROLE_NAME,
     ROLE_OF_CLAIM,
     USER_PREFIX,
+)
+from zcproto.config.types import (
+    FLAG,
     Fault,
     Settings,
     duration,

@@ -21,14 +21,13 @@ from pydantic import BaseModel, Field, model_validator
 from zcproto.common.home import resolve_home
 from zcproto.config.auth import AuthConfig
 from zcproto.config.checks import SITE_CHECKS, contradictions
-from zcproto.config.types import (
+from zcproto.config.texts import (
     BINDING,
     CERTIFICATE_NAME,
     COMMAND,
     EAB_KID,
     EMAIL,
     FILE_PATH,
-    FLAG,
     HOST_NAME,
     HTTPS_URL,
     NETWORK,
@@ -38,6 +37,9 @@ from zcproto.config.types import (
     STORE_URL,
     VARIABLE_NAME,
     WEBHOOK_URL,
+)
+from zcproto.config.types import (
+    FLAG,
     Accepts,
     Fault,
     FaultsError,
