@@ -7,6 +7,7 @@ python -m docs.generate --check    list what is not up to date, and exit with 1 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ from zcproto.config.changes import TAKES_EFFECT
 from zcproto.config.model import descriptions, sections
 from zcproto.config.types import settings_of
 from zcproto.errors import CallError
+from zcproto.observe.audit import audit_schema
 from zcproto.observe.events import EVENTS, FIELDS, Limit
 from zcproto.observe.metrics import TABLE, Metric
 
@@ -143,7 +145,7 @@ def log_events() -> str:
         [
             code(event.name),
             event.level,
-            "P" if event.by_peer else "",
+            ", ".join(mark for mark in ("P" if event.by_peer else "", event.audit) if mark),
             event.meaning,
             codes(event.fields),
             _limit(event.limit),
@@ -160,7 +162,8 @@ bidirectional marks in values are escaped. A value has at most 256 characters, a
 
 *Lines per minute* is the limit for each value of the named fields, then the limit for all of them together. Lines
 beyond a limit are counted: the next line of the same event has `suppressed`, and `log.suppressed` reports the rest.
-*P* marks events that a peer can cause at will.
+*P* marks events that a peer can cause at will. *success* and *failure* mark those of the
+[audit trail](../audit.md), with their outcome there.
 
 Writing never blocks the server. Up to 1 MiB that a pipe, a terminal or a full disk does not accept is buffered and
 written later. Lines beyond that are lost and counted, and `log.lost` reports how many.
@@ -348,6 +351,7 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/configuration.md": configuration,
     "docs/reference/metrics.md": metrics,
     "docs/reference/log-events.md": log_events,
+    "docs/reference/audit.schema.json": lambda: json.dumps(audit_schema(), indent=1) + "\n",
     "docs/reference/alerts.md": alerts,
     "docs/reference/errors.md": error_page,
     "docs/reference/api.md": api,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.admin.control_helpers import Answered, ask
+from tests.observe.test_audit import lines_of
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.admin import operations
@@ -307,6 +308,32 @@ def test_changes_are_logged_with_the_calling_process(serve: Serve, tmp_path: Pat
         ("users.disable", "ada", 0),
         ("sessions.revoke", None, 0),
         ("reload", None, None),
+    ]
+    assert {(line["uid"], line["pid"]) for line in lines} == {(os.geteuid(), os.getpid())}
+
+
+def test_changes_are_in_the_audit_trail_with_their_outcome(serve: Serve, tmp_path: Path) -> None:
+    configure_logging(LogConfig(level="error", audit_file=tmp_path / "audit"))
+    server = serve(users_file=True)
+    done(server, "users/add", {"name": "ada"})
+    done(server, "users/roles", {"name": "ada", "roles": ["billing"]})
+    assert post(server, "users/disable", {"name": "ben"}).status == 404
+    assert post(server, "devices/remove", {"name": "laptop"}).status == 404
+    assert post(server, "users/add", {"nonsense": 1}).status == 400
+    assert post(server, "sessions/revoke", {"ids": ["AAAAAAAAAAA"]}).status == 200
+    server.settings = {"limits__max_streams": 0}
+    assert post(server, "reload").status == 422
+    lines = [line for line in lines_of(tmp_path / "audit") if line["event"].startswith("control.")]
+    shown = ("outcome", "what", "user", "device", "roles", "ids", "sessions")
+    assert [tuple(line.get(key) for key in shown) for line in lines] == [
+        ("success", "users.add", "ada", None, None, None, None),
+        ("success", "users.roles", "ada", None, ["billing"], None, 0),
+        ("failure", "users.disable", "ben", None, None, None, None),
+        ("failure", "devices.remove", None, "laptop", None, None, None),
+        ("failure", "users.add", None, None, None, None, None),
+        ("success", "sessions.revoke", None, None, None, ["AAAAAAAAAAA"], 0),
+        ("success", "reload", None, None, None, None, None),
+        ("failure", "reload", None, None, None, None, None),
     ]
     assert {(line["uid"], line["pid"]) for line in lines} == {(os.geteuid(), os.getpid())}
 

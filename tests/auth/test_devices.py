@@ -267,7 +267,7 @@ async def test_faulty_file_ends_no_device_and_hidden_changes_are_reported_later(
     assert watched.take_gone() == []
     write(path, good.replace("[devices.a]", "[devices.z]"))
     await watched.current.refresh()
-    assert log.events == ["devices.unreadable", "devices.readable"]
+    assert log.events == ["devices.unreadable", "devices.readable", "devices.changed"]
     assert watched.take_gone() == ["a"]
 
 

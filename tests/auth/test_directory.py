@@ -18,7 +18,10 @@ from tests.server.helpers import AnsweredError, Client
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.auth.directory import LOOK_INTERVAL, LOOKS_REMEMBERED, Directory
 from zcproto.auth.files import TableFile
+from zcproto.auth.users import User
+from zcproto.config.model import LogConfig
 from zcproto.errors import Code, NotFound
+from zcproto.observe.log import configure_logging
 from zcproto.wire.frame import NO_TOKEN
 
 PUBLIC_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key().public_bytes_raw()
@@ -318,3 +321,33 @@ async def test_unreadable_file_ends_no_session(
     assert len(watched.directory.file.entries) == 1
     names = [json.loads(line)["event"].partition(".")[2] for line in capsys.readouterr().err.splitlines()]
     assert names == ["unreadable", "unreadable"]  # the recovery is below the default level
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_changes_of_a_file_are_logged_by_one_process(
+    users: UserFile, tmp_path: Path, elsewhere: bool
+) -> None:
+    async def gone(name: str, user: User) -> int:
+        return 0
+
+    for name in ("ada", "ben"):
+        users.add(name)
+    configure_logging(LogConfig(file=tmp_path / "log"))
+    directory = Directory(UserFile(users.path), on_gone=gone, on_gone_elsewhere=gone if elsewhere else None)
+    users.add_many([f"robot-{number}" for number in range(20)])
+    users.disable("ada")
+    users.remove("ben")
+    await directory.refresh()
+    await directory.refresh()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    if elsewhere:
+        assert lines == []
+        return
+    (line,) = lines
+    assert (line["event"], line["count"], line["changed"], line["removed"]) == (
+        "users.changed",
+        22,
+        ["ada"],
+        ["ben"],
+    )
+    assert line["added"] == [f"robot-{number}" for number in range(16)]

@@ -240,10 +240,10 @@ async def test_faulty_file_is_reported_once_and_keeps_its_users(
     assert log.events == 2 * ["users.unreadable"]
     write(path, "")
     assert await scheme.ask("alice", key) is None
-    assert log.events[2:] == ["users.readable"]
+    assert log.events[2:] == ["users.readable", "users.changed"]
     write(path, "# still good")
     assert await scheme.ask("alice", key) is None
-    assert len(log.events) == 3
+    assert len(log.events) == 4
 
 
 def test_concurrent_logins_share_one_file_check(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:

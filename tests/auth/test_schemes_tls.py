@@ -144,7 +144,7 @@ async def test_users_follow_changes_of_their_file(scheme: Scheme, path: Path, lo
     write(path, "nonsense")
     for _ in range(2):
         assert await ask() == Identity("ada", key="tls:ada")
-    assert log.events == ["users.unreadable"]
+    assert log.events == ["users.changed", "users.changed", "users.unreadable"]
 
 
 async def test_two_schemes_can_share_the_users(path: Path, log: FakeLog) -> None:

@@ -153,6 +153,7 @@ DEFAULTS = {
     "log.format": "auto",
     "log.exceptions": "full",
     "log.file": None,
+    "log.audit_file": None,
 }
 
 

@@ -41,7 +41,7 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
         [
             f"{file}.{what}"
             for file in ("users", "devices")
-            for what in ("unreadable", "readable", "look_failed", "not_gone")
+            for what in ("unreadable", "readable", "changed", "look_failed", "not_gone")
         ],
     ),
     "zcproto/alerts/service.py": (

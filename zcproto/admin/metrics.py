@@ -22,7 +22,7 @@ from zcproto.alerts.service import SINKS
 from zcproto.certs.notices import NoticeKind
 from zcproto.connection.refusals import CUT_REASONS
 from zcproto.errors import Code
-from zcproto.observe.log import lost_lines
+from zcproto.observe.log import lost_audit_lines, lost_lines
 from zcproto.observe.metrics import Metrics, Reading
 from zcproto.observe.process import process_readings
 from zcproto.server.clients import RESULTS
@@ -70,6 +70,7 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_build_info", 1, *_versions()
     yield "zcproto_draining", snapshot.parts.state.draining
     yield "zcproto_log_lines_lost_total", lost_lines()
+    yield "zcproto_audit_lines_lost_total", lost_audit_lines()
     yield "zcproto_incidents_total", snapshot.counters.incidents
     yield "zcproto_config_reloads_total", snapshot.counters.reloads, "applied"
     yield "zcproto_config_reloads_total", snapshot.counters.reloads_refused, "refused"

@@ -338,6 +338,7 @@ def _handler(method: str, path: str, run: Run) -> Handler:
     signature = Signature(run)
 
     async def handle(request: HttpRequest) -> HttpResponse:
+        arguments: Mapping[str, Any] = _NOTHING
         try:
             arguments = signature.bind(_query(request) if method == "GET" else _body(request))
             if method != "GET" and path in _LOGGED_FIRST:
@@ -345,11 +346,15 @@ def _handler(method: str, path: str, run: Run) -> Handler:
             result = await run(**arguments)
         except (ConfigError, CertificateError) as error:
             faults = error.faults if isinstance(error, ConfigError) else [str(error)]
+            if method != "GET":
+                _log_failure(request, path, arguments, str(error))
             return json_response(422, {"error": str(error), "faults": faults})
         except CallError as error:
             status = _STATUS.get(error.code)
             if status is None:
                 raise
+            if method != "GET":
+                _log_failure(request, path, arguments, error.message)
             return json_response(status, {"error": error.message})
         if method != "GET" and path not in _LOGGED_FIRST:
             _log_change(request, path, arguments, result)
@@ -395,5 +400,24 @@ def _log_change(
         pid=peer.pid,
         user=result["user"] if is_device else arguments.get("user", name),
         device=name if is_device else None,
+        roles=arguments.get("roles"),
+        ids=arguments.get("ids"),
+        all=arguments.get("all"),
         sessions=result.get("sessions", result.get("revoked")),
+    )
+
+
+def _log_failure(request: HttpRequest, path: str, arguments: Mapping[str, Any], reason: str) -> None:
+    peer = request.peer
+    assert isinstance(peer, ControlPeer)
+    name = arguments.get("name")
+    is_device = path.startswith("devices/")
+    log.info(
+        "control.failed",
+        what=path.replace("/", "."),
+        uid=peer.uid,
+        pid=peer.pid,
+        user=None if is_device else arguments.get("user", name),
+        device=name if is_device else None,
+        reason=reason,
     )

@@ -80,6 +80,7 @@ class AlertKind(Enum):
     REVOCATIONS_NOT_KEPT = "store.revocations_not_kept"
     SERVER_FULL = "server.full"
     WORKER_ENDED = "worker.ended"
+    AUDIT_NOT_WRITTEN = "audit.not_written"
     UNDELIVERED = "alerts.undelivered"
     TEST = "alerts.test"
 
@@ -191,6 +192,10 @@ worker.ended: error, ends quiet; process
     connections.
     Cure: The log event `worker.ended` has the signal or the error. SIGKILL is often the system, which was short of
     memory.
+audit.not_written: error, ends rate
+    Lines of the audit trail could not be written to `log.audit_file` within `alerts.rate_window`: its disk is full,
+    or the reader of a named pipe is slow. 1 MiB of lines waits in memory; further ones are lost and counted.
+    Cure: Make room on the disk, or restart the reader. `audit.lost` says how many lines are missing.
 alerts.undelivered: error, ends resolved; sink
     Alerts cannot be delivered to the webhook, or the command fails. They are queued, up to a limit, and
     retried. The other sinks report it, and this one when it works again.

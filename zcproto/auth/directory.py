@@ -5,7 +5,7 @@ Decides: when a file is read again, when its faults are reported, and how often 
 Rules:
 - Each `refresh` looks at the file (one stat) and reads it in a thread if it has changed; otherwise it does not
   suspend. Concurrent refreshes share one reading.
-- A faulty file leaves the known entries as they were, and is logged once.
+- A faulty file leaves the known entries as they were, and is logged once. Changes are logged by one process.
 - Every entry that is gone is reported until its sessions have been ended.
 
 Must not know: how sessions are ended.
@@ -53,6 +53,7 @@ class Directory(Generic[Entry]):
         file.load()
         self.file = file
         self._on_gone = on_gone
+        self._logs_changes = on_gone_elsewhere is None
         self._on_gone_elsewhere = on_gone if on_gone_elsewhere is None else on_gone_elsewhere
         self._sleep = sleep
         self._faulty = False
@@ -82,6 +83,16 @@ class Directory(Generic[Entry]):
         if self._faulty:
             self._faulty = False
             log.info(f"{self.file.kind}s.readable")
+        for change in self.file.take_changes():
+            if self._logs_changes:
+                _, added, changed, removed = change
+                log.info(
+                    f"{self.file.kind}s.changed",
+                    count=change.total,
+                    added=added or None,
+                    changed=changed or None,
+                    removed=removed or None,
+                )
 
     async def find(self, name: str) -> Entry | None:
         """Return an entry that may open sessions, as of now."""

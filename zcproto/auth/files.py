@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 import tomli
 
@@ -39,7 +39,28 @@ _SHOWN_NAME: Final = 60
 _NOT_READ: Final[FileIdentity] = (-2,)
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
+MAX_NAMES: Final = 16
+"""Names of each kind in a report of changes: as many as a list in the log has."""
+
 Entry = TypeVar("Entry")
+
+
+class FileChange(NamedTuple):
+    """The names that a new content of a file adds, changes and removes: the first ones. `total` counts all."""
+
+    total: int
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+
+
+def change_between(before: Mapping[str, object], now: Mapping[str, object]) -> FileChange:
+    """Return the differences between the entries of a file before and now."""
+    added = [name for name in now if name not in before]
+    changed = [name for name, entry in now.items() if before.get(name, entry) != entry]
+    removed = [name for name in before if name not in now]
+    total = len(added) + len(changed) + len(removed)
+    return FileChange(total, added[:MAX_NAMES], changed[:MAX_NAMES], removed[:MAX_NAMES])
 
 
 # --- names -----------------------------------------------------------------------------------------------
@@ -147,6 +168,7 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
         super().__init__(path)
         self._identity = _NOT_READ
         self._gone: deque[tuple[str, Entry]] = deque()
+        self._changes: deque[FileChange] = deque()
         self.entries: Mapping[str, Entry] = {}
         """The entries as of the last reading, in the order of the file. A new mapping after each change."""
 
@@ -179,6 +201,7 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
                 for name, entry in self.entries.items()
                 if self.is_gone(entry, entries.get(name))
             )
+            self._changes.append(change_between(self.entries, entries))
             self.entries = entries
         finally:
             self._identity = identity  # last: a file that looks unchanged must have its entries
@@ -186,6 +209,11 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
     def take_gone(self) -> list[tuple[str, Entry]]:
         """Return the entries that `reload` has found gone since the last call."""
         return [self._gone.popleft() for _ in range(len(self._gone))]
+
+    def take_changes(self) -> list[FileChange]:
+        """Return what `reload` has found changed since the last call."""
+        found = [self._changes.popleft() for _ in range(len(self._changes))]
+        return [change for change in found if change.total]
 
     @staticmethod
     @abstractmethod

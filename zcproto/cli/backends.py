@@ -24,6 +24,7 @@ import click
 
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.cli import Instance
+from zcproto.cli.audit import about, recorded
 from zcproto.cli.connect import (
     USER_VARIABLE,
     TrustChoice,
@@ -104,7 +105,14 @@ class HomeFiles:
             "devices/remove": self._remove_device,
             "devices/roles": self._set_device_roles,
         }
-        return operations[operation](**params)
+        if operation == "sessions":
+            return operations[operation](**params)
+        with recorded(
+            self.instance, operation.replace("/", "."), **about(operation, params)
+        ) as recorded_result:
+            result = operations[operation](**params)
+            recorded_result.update(result)
+        return result
 
     def _list_sessions(self, user: str | None = None) -> dict[str, Any]:
         found: Sequence[SessionRecord] = self._in_store(lambda store: store.list(user), ())

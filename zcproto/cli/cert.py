@@ -25,6 +25,7 @@ from zcproto.certs.profile import MAX_CLIENT_LIFETIME
 from zcproto.certs.settings import ManagedSite, managed_site
 from zcproto.cli import EXIT_UNUSABLE, Instance, command_group, file_option, instance_options, number_option
 from zcproto.cli import cert_report as reports
+from zcproto.cli.audit import recorded
 from zcproto.cli.control import ControlError, find_control
 from zcproto.cli.output import aligned, print_report, private_file, report_options, utc
 from zcproto.common.text import counted, escape_text
@@ -228,7 +229,8 @@ def renew(instance: Instance, family: str | None, as_json: bool) -> None:
         )
     else:
         chosen = families if family is None else [family]
-        result = managed.renew(site.directory, site.settings, utc(), _note, families=chosen).report()
+        with recorded(instance, "certificates.renew"):
+            result = managed.renew(site.directory, site.settings, utc(), _note, families=chosen).report()
     _print_issued(as_json, result)
     _note(WATCHED if control is None else SERVED)
 
@@ -256,14 +258,16 @@ def rotate(instance: Instance, at_once: bool, cancel: bool, as_json: bool) -> No
         if control is not None:
             aside = _with_notes(control.post("/v1/certificates/cancel"))["cancelled"]
         else:
-            aside = [str(path) for path in rollover.cancel(site.directory, _note)]
+            with recorded(instance, "certificates.cancel"):
+                aside = [str(path) for path in rollover.cancel(site.directory, _note)]
         if as_json or not aside:
             print_report(as_json, {"cancelled": aside}, "Nothing to do: no key is announced.")
         return
     if control is not None:
         result = _with_notes(control.post("/v1/certificates/rotate", at_once=at_once))
     else:
-        result = managed.rotate(site.directory, site.settings, utc(), _note, at_once=at_once).report()
+        with recorded(instance, "certificates.rotate"):
+            result = managed.rotate(site.directory, site.settings, utc(), _note, at_once=at_once).report()
     _print_issued(as_json, result)
     if at_once:
         _note("Clients that have none of these pins are refused from now on: give them the new ones.")
@@ -358,15 +362,16 @@ def issue_client(
         for path in () if force else (out / f"{name}.crt", out / f"{name}.key"):
             if os.path.lexists(path):
                 raise ConfigError([f"{escape_text(str(path))}: already exists; --force replaces it"])
-    issued = client_ca.issue_client(
-        config.certificates.directory,
-        name,
-        lifetime=timedelta(days=days),
-        now=utc(),
-        renew=renew,
-        csr=request,
-        progress=_note,
-    )
+    with recorded(instance, "certificates.issue_client", user=name):
+        issued = client_ca.issue_client(
+            config.certificates.directory,
+            name,
+            lifetime=timedelta(days=days),
+            now=utc(),
+            renew=renew,
+            csr=request,
+            progress=_note,
+        )
     written = [path for path in (issued.certificate, issued.key) if path is not None]
     if out is not None:
         for path in written:
@@ -404,9 +409,10 @@ def revoke_client(
     if (name is None) == (serial is None):
         raise click.UsageError("Give NAME, or --serial.")
     directory = instance.existing_config().certificates.directory
-    revoked = client_ca.revoke_client(
-        directory, name=name, serial=serial, now=utc(), reason=reason, progress=_note
-    )
+    with recorded(instance, "certificates.revoke_client", user=name):
+        revoked = client_ca.revoke_client(
+            directory, name=name, serial=serial, now=utc(), reason=reason, progress=_note
+        )
     lines = [f"revoked {one.serial} of {escape_text(one.name)}" for one in revoked]
     text = "\n".join(lines) or "Nothing to do: it was revoked before."
     print_report(as_json, {"revoked": [{"name": one.name, "serial": one.serial} for one in revoked]}, text)

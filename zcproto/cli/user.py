@@ -17,6 +17,7 @@ import click
 
 from zcproto.auth import DeviceFile, PairingFile, RegisteredDevice, User, UserFile
 from zcproto.cli import Instance, command_group, file_option, instance_options, number_option
+from zcproto.cli.audit import recorded
 from zcproto.cli.backends import local_backend
 from zcproto.cli.output import print_report, print_result, private_file, report_options, table
 from zcproto.cli.store import SessionsNotEndedError
@@ -93,7 +94,8 @@ def add(
             file.write(f"{key}\n")
         else:
             names = [f"{name}-{number}" for number in range(1, count + 1)]
-            added = UserFile(instance.home.users).add_many(names, frozenset(granted))
+            with recorded(instance, "users.add", user=f"{names[0]} to {names[-1]}", roles=granted):
+                added = UserFile(instance.home.users).add_many(names, frozenset(granted))
             file.writelines(f"{each}\t{secret.reveal()}\n" for each, secret in added)
     who, what = (name, "key is") if count is None else (counted(count, "user"), "keys are")
     note = f"{escape_text(who)} added; the {what} in {escape_text(str(keys_out))}"
@@ -205,7 +207,8 @@ def pair(instance: Instance, user: str | None, minutes: int) -> None:
     instance.home.require()
     name = _device_user(UserFile(instance.home.users), user)
     life_ms = minutes * 60 * MS_PER_SECOND
-    code = PairingFile(instance.home.pairing).make(name, life_ms, system_clock.wall())
+    with recorded(instance, "pair", user=name):
+        code = PairingFile(instance.home.pairing).make(name, life_ms, system_clock.wall())
     click.echo(
         f"This code enrolls one device of {escape_text(name)} within {minutes} min; five wrong attempts end it."
         " It is shown once:",

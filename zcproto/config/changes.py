@@ -96,7 +96,7 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
             " refused_connections revocations"
         ),
     },
-    "log": {Effect.NOW: "level format exceptions file"},
+    "log": {Effect.NOW: "level format exceptions file audit_file"},
 }
 
 TAKES_EFFECT: Final[dict[str, Effect]] = {

@@ -514,6 +514,9 @@ class LogConfig(Settings):
     file: Annotated[Path | None, OPTIONAL_PATH] = None
     """The file to append to, created with mode 0600; SIGHUP reopens it. Empty: standard error, for the
     service manager."""
+    audit_file: Annotated[Path | None, OPTIONAL_PATH] = None
+    """A second file, for the audit trail alone: JSON lines, whatever level and format are. It is created and
+    reopened like `file`. Empty: none; the events of the trail are in the log only."""
 
 
 class Config(Settings):

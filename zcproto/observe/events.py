@@ -44,7 +44,10 @@ LIMITS: Final[dict[str, Limit | None]] = {
 
 
 class LogEvent(NamedTuple):
-    """An event. `by_peer`: anyone who can reach the port, or has a session, can cause it at will."""
+    """An event. `by_peer`: anyone who can reach the port, or has a session, can cause it at will.
+
+    `audit` is the outcome that an event of the audit trail states, success or failure; empty for all others.
+    """
 
     name: str
     level: str
@@ -52,15 +55,17 @@ class LogEvent(NamedTuple):
     fields: tuple[str, ...]
     limit: Limit | None
     by_peer: bool
+    audit: str = ""
 
 
 FIELDS: Final[dict[str, str]] = {
     "about": "subject of an alert, unique among those of its kind",
     "all": "true if all sessions of the server were meant",
+    "added": "names that are new in a file, the first 16",
     "aside": "path to which a damaged file was moved",
     "at": "place in the program: file, line, function",
     "balancer": "address of the load balancer that forwarded the connection",
-    "changed": "configuration keys with new values",
+    "changed": "configuration keys with new values; names that have changed in a file, the first 16",
     "cause": "cause of a TLS failure, from a fixed list",
     "client": "client string, up to 128 printable characters",
     "code": "protocol code that ended the connection",
@@ -80,6 +85,7 @@ FIELDS: Final[dict[str, str]] = {
     "file": "file name of a certificate, or the names that it is valid for",
     "host": "listening address",
     "issuer": "address of an identity provider",
+    "ids": "ids of the sessions that were meant, the first 16",
     "incident": "id returned to the caller, to find this line",
     "keys": "number of peers, users or causes of the suppressed lines",
     "kind": "kind of an alert, see docs/alerts.md",
@@ -95,14 +101,16 @@ FIELDS: Final[dict[str, str]] = {
     "path": "path of a file",
     "peer": "address of the peer",
     "pending": "revocations not yet written to the store",
-    "pid": "process id: of the peer of the control socket, or of a worker",
+    "pid": "process id: of the peer of the control socket, of a command or of a worker",
     "pins": "pins of public keys, in the form that clients accept",
     "port": "TCP port",
     "reason": "reason",
+    "removed": "names that are no longer in a file, the first 16",
     "where": "key in the store, or operation that met it",
     "replayed": "pending revocations written to the store",
     "restart": "changed keys that require a restart",
     "retry_after_s": "seconds until the next attempt",
+    "roles": "new roles of a user or device",
     "scheme": "login scheme: api_key, device, certificate",
     "seconds": "duration",
     "session": "public id of a session; not a credential",
@@ -114,7 +122,7 @@ FIELDS: Final[dict[str, str]] = {
     "traceback": "lines of the traceback, with causes, notes and the members of groups, see `log.exceptions`",
     "threshold_days": "reached threshold of certificates.alert_days",
     "title": "alert in a sentence",
-    "uid": "system user id of the peer of the control socket",
+    "uid": "system user id of the peer of the control socket, or of a command",
     "user": "name of a user",
     "wanted": "required value",
     "what": "name of a method, operation, worker or internal step",
@@ -124,11 +132,11 @@ FIELDS: Final[dict[str, str]] = {
 """Meaning of each field, in every event."""
 
 _TABLE: Final = """
-# NAME LEVEL (FIELDS) [by peer][, limit LIMIT]
+# NAME LEVEL (FIELDS) [by peer][, limit LIMIT][, audit OUTCOME]
 #     MEANING
 
 # The server
-server.listening info (host port)
+server.listening info (host port), audit success
     The server listens on an address.
 server.redirecting info (host port)
     The server redirects from a plaintext port to https.
@@ -165,15 +173,15 @@ workers.reload_slow warning (count seconds)
     Processes have not applied a new configuration in time; they still apply it when they can.
 workers.gave_up error (seconds)
     No worker could be started for this long: the server ends.
-upgrade.started info (pid)
+upgrade.started info (pid), audit success
     A new server was started beside this one, to replace it.
-upgrade.done info (pid)
+upgrade.done info (pid), audit success
     The new server serves. This one drains its workers and ends.
-upgrade.slow error (pid seconds)
+upgrade.slow error (pid seconds), audit failure
     The new server did not serve within server.upgrade_timeout; it is ended.
-upgrade.failed error (reason cure)
+upgrade.failed error (reason cure), audit failure
     The new server has ended before it served. This one serves on; the output of the new one has the reason.
-server.draining info (connections)
+server.draining info (connections), audit success
     The server drains: it accepts nothing new and finishes requests in flight.
 server.methods_stuck error (count)
     Methods did not end after they were cancelled.
@@ -181,7 +189,7 @@ lifespan.failed error (what exc_info)
     The lifespan of the application failed at its start or end, or ended while the server ran, which then drains.
 lifespan.stuck error (what seconds)
     The lifespan of the application did not start or end within server.lifespan_timeout, and was cancelled.
-server.ended info (cut_off)
+server.ended info (cut_off), audit success
     The server has ended; all connections are closed.
 server.forced warning ()
     A second signal ended the server at once.
@@ -191,20 +199,26 @@ server.fault error (what exc_info) by peer, limit per event
     Internal error in the event loop.
 
 # The configuration, read again
-config.reloaded info (changed restart), limit per event
+config.reloaded info (changed restart), limit per event, audit success
     The configuration was reloaded. Changes are active, except those that require a restart.
 config.overridden warning (restart cure), limit per event
     A reload did not apply keys of the file: options of `zcproto serve` have other values for them.
-config.refused error (faults), limit per event
+config.refused error (faults), limit per event, audit failure
     The reloaded configuration is invalid; the previous one stays active.
 
 # The control socket
-control.refused warning (uid pid), limit per event
+control.refused warning (uid pid), limit per event, audit failure
     Another user tried to use the control socket.
 control.unavailable warning (path reason)
     The control socket cannot be created in the home folder.
-control.asked info (what uid pid user sessions device), limit per event
+control.asked info (what uid pid user device roles ids all sessions), limit per event, audit success
     An operation was requested by the control socket.
+control.failed info (what uid pid user device reason), limit per event, audit failure
+    An operation was requested by the control socket, and failed.
+command.done info (what uid pid user device roles ids all sessions), audit success
+    A command made a change itself: no server ran, or the change needs none.
+command.failed info (what uid pid user device reason), audit failure
+    Such a command failed.
 
 # Connections
 listener.exhausted error (reason retry_after_s) by peer, limit rare
@@ -231,54 +245,54 @@ connection.aborted info (peer connection reason) by peer, limit per reason
     A connection was reset because its peer does not read.
 request.limited info (peer user what) by peer, limit per address
     A request was refused: a limit of requests a second or in progress of `limits` is reached.
-request.denied info (peer user what missing denied) by peer, limit per user
+request.denied info (peer user what missing denied) by peer, limit per user, audit failure
     A session called a method that its roles do not allow: it has none of the missing roles, or one that denies it.
 stream.cut info (peer user what reason) by peer, limit per user
     A stream was cancelled because of its client or network: an item waited too long for credit (slow), a frame was
     delayed for too long (stale), or had another token than the stream (wrong_token).
-connection.certificate_revoked warning (peer connection) by peer, limit per address
+connection.certificate_revoked warning (peer connection) by peer, limit per address, audit failure
     A connection was closed because its client certificate was revoked.
 request.failed error (what incident exc_info peer connection) by peer, limit per method
     A method or the server raised an unexpected exception. The caller got only the incident id.
 
 # Sessions
-session.opened info (session user peer connection scheme client) by peer, limit per user
+session.opened info (session user peer connection scheme client) by peer, limit per user, audit success
     A session was opened.
-session.refreshed info (session user peer connection client) by peer, limit per user
+session.refreshed info (session user peer connection client) by peer, limit per user, audit success
     A session was refreshed.
-session.revoked info (session user peer connection which sessions) by peer, limit per user
+session.revoked info (session user peer connection which sessions) by peer, limit per user, audit success
     A user revoked one of their sessions, or all.
-session.closed info (session user peer connection) by peer, limit per user
+session.closed info (session user peer connection) by peer, limit per user, audit success
     A session was closed by its client.
-session.evicted info (session) by peer, limit per event
+session.evicted info (session) by peer, limit per event, audit success
     A session that no connection used ended, because its user had reached sessions.per_user and logged in again.
-session.not_admitted info (peer connection session) by peer, limit per address
+session.not_admitted info (peer connection session) by peer, limit per address, audit failure
     A token was refused from an address that its session is not bound to.
-session.refresh_reused warning (session peer) by peer, limit per address
+session.refresh_reused warning (session peer) by peer, limit per address, audit failure
     A spent refresh token was reused, so it may be stolen; the session was ended.
 oidc.keys_loaded info (issuer count)
     The keys of an identity provider were fetched: for the first time, after a failure, or others than before.
 oidc.keys_failed warning (issuer reason)
     The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`, if there are any.
-login.failed info (peer connection scheme) by peer, limit per address
+login.failed info (peer connection scheme) by peer, limit per address, audit failure
     A login failed.
-login.certificate_refused info (peer reason) by peer, limit per address
+login.certificate_refused info (peer reason) by peer, limit per address, audit failure
     A login by client certificate was refused: it names no user who may log in.
-login.device_refused info (peer reason) by peer, limit per address
+login.device_refused info (peer reason) by peer, limit per address, audit failure
     A login by device key was refused.
-login.refused info (scheme peer reason) by peer, limit per address
+login.refused info (scheme peer reason) by peer, limit per address, audit failure
     An authenticator of the application refused a login, by an error with this reason.
-login.timed_out warning (scheme peer) by peer, limit per address
+login.timed_out warning (scheme peer) by peer, limit per address, audit failure
     An authenticator of the application took longer than `limits.login_timeout`, and was cancelled.
-http.token_refused info (peer) by peer, limit per address
+http.token_refused info (peer) by peer, limit per address, audit failure
     The token of an HTTPS request was refused.
-device.enrolled info (device user peer connection) by peer, limit per user
+device.enrolled info (device user peer connection) by peer, limit per user, audit success
     A device was enrolled with a code of `zcproto pair`.
-operator.revoked warning (operator user all sessions peer) by peer, limit per operator
+operator.revoked warning (operator user ids all sessions peer) by peer, limit per operator, audit success
     An operator revoked sessions of other users.
-user.gone info (user sessions)
+user.gone info (user sessions), audit success
     A user was removed, disabled or given another key.
-device.gone info (device user sessions)
+device.gone info (device user sessions), audit success
     A device was removed or changed.
 sessions.loaded info (sessions)
     Sessions were loaded from the store.
@@ -286,17 +300,21 @@ sessions.left_out error (sessions cure)
     Stored sessions were not loaded because the table is full.
 
 # Users and devices: files of the home folder
+users.changed info (count added changed removed), limit per event, audit success
+    users.toml has changed: by a command, a program or an editor.
 users.readable info (), limit per event
     users.toml is readable again.
-users.unreadable error (faults), limit per event
+users.unreadable error (faults), limit per event, audit failure
     users.toml cannot be read; the last valid content stays active.
 users.look_failed error (exc_info), limit per event
     users.toml could not be checked.
 users.not_gone error (user exc_info), limit per event
     Sessions of a removed or changed user could not be revoked.
+devices.changed info (count added changed removed), limit per event, audit success
+    devices.toml has changed: by an enrollment, a command or an editor.
 devices.readable info (), limit per event
     devices.toml is readable again.
-devices.unreadable error (faults), limit per event
+devices.unreadable error (faults), limit per event, audit failure
     devices.toml cannot be read; the last valid content stays active.
 devices.look_failed error (exc_info), limit per event
     devices.toml could not be checked.
@@ -360,17 +378,17 @@ alert.tick_failed error (exc_info), limit per event
     Internal error in the evaluation of counters for alerts.
 
 # Certificates (all fields are optional)
-certificate.loaded info (file message pins days_left threshold_days), limit per event
+certificate.loaded info (file message pins days_left threshold_days), limit per event, audit success
     An existing certificate was loaded.
-certificate.renewed info (file message pins days_left threshold_days), limit per event
+certificate.renewed info (file message pins days_left threshold_days), limit per event, audit success
     A certificate was issued or renewed.
-certificate.key_rotated info (file message pins days_left threshold_days), limit per event
+certificate.key_rotated info (file message pins days_left threshold_days), limit per event, audit success
     A certificate was renewed with a new key.
-certificate.key_replaced warning (file message pins days_left threshold_days), limit per event
+certificate.key_replaced warning (file message pins days_left threshold_days), limit per event, audit success
     A managed key was damaged or lost and has been replaced; the message has the old and the new pin.
-certificate.next_pins info (file message pins days_left threshold_days), limit per event
+certificate.next_pins info (file message pins days_left threshold_days), limit per event, audit success
     Pins of future keys are announced to clients.
-certificate.renewal_failed warning (file message pins days_left threshold_days), limit per event
+certificate.renewal_failed warning (file message pins days_left threshold_days), limit per event, audit failure
     A certificate could not be renewed; the current one stays active.
 certificate.renewal_recovered info (file message pins days_left threshold_days), limit per event
     Renewal works again.
@@ -378,13 +396,13 @@ certificate.files_bad warning (file message pins days_left threshold_days), limi
     External certificate files are invalid; the last valid ones stay active.
 certificate.files_recovered info (file message pins days_left threshold_days), limit per event
     External certificate files are valid again.
-certificate.client_trust_loaded info (file message pins days_left threshold_days), limit per event
+certificate.client_trust_loaded info (file message pins days_left threshold_days), limit per event, audit success
     New client CAs or a new revocation list (CRL) are active.
 certificate.expiry warning (file message pins days_left threshold_days), limit per event
     A certificate or revocation list (CRL) expires soon or has expired.
 certificate.expiry_ended info (file message pins days_left threshold_days), limit per event
     An expiring certificate or revocation list (CRL) was replaced.
-certificate.not_used warning (message), limit per event
+certificate.not_used warning (message), limit per event, audit failure
     New certificates failed a test handshake and are not used.
 certificate.look_failed error (exc_info), limit per event
     Internal error in the check of certificates.
@@ -395,24 +413,30 @@ log.suppressed info (of count keys)
 log.lost error (lines)
     Lines were lost because the disk is full or the reader of the log is slow.
 log.reopened info (path), limit per event
-    log.file was reopened.
+    log.file or log.audit_file was reopened.
 log.not_reopened error (faults), limit per event
-    log.file cannot be reopened; the previous file stays in use.
-log.level_changed info (new_level), limit per event
+    log.file or log.audit_file cannot be reopened; the previous file stays in use.
+log.level_changed info (new_level), limit per event, audit success
     The log level was changed.
+audit.lost error (lines), audit failure
+    Lines of the audit trail were lost because the disk is full or its reader is slow. The trail has this line too.
 log.misnamed error (text), limit per event
     Internal error: a text was logged in place of the name of an event.
 """
-_HEAD: Final = re.compile(r"(\S+) (\w+) \(([^)]*)\)( by peer)?(?:, limit (.+))?")
+_HEAD: Final = re.compile(
+    r"(\S+) (\w+) \(([^)]*)\)( by peer)?(?:, limit ([a-z ]+))?(?:, audit (success|failure))?"
+)
 
 
 def _event(entry: str) -> LogEvent:
     head, *meaning = entry.split("\n    ")
     match = _HEAD.fullmatch(head)
-    assert match is not None, f"{head!r} is not: NAME LEVEL (FIELDS) [by peer][, limit LIMIT]"
-    name, level, fields, by_peer, limit = match.groups(default="")
+    assert match is not None, (
+        f"{head!r} is not: NAME LEVEL (FIELDS) [by peer][, limit LIMIT][, audit OUTCOME]"
+    )
+    name, level, fields, by_peer, limit, audit = match.groups(default="")
     return LogEvent(
-        name, level, " ".join(meaning), tuple(fields.split()), LIMITS[limit or "none"], bool(by_peer)
+        name, level, " ".join(meaning), tuple(fields.split()), LIMITS[limit or "none"], bool(by_peer), audit
     )
 
 

@@ -6,6 +6,8 @@ Rules:
 - The limits of the catalogue apply to every caller.
 - A disabled level costs one comparison.
 - A line that cannot be written is counted; logging never waits and never raises (`output`).
+- With a file for the audit trail, events of the trail are written there too (`audit`), whatever the level of the
+  log. The limits drop only what a peer can cause at will.
 
 Must not know: sessions, connections, the event loop.
 
@@ -18,7 +20,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,8 @@ from zcproto.common.deadlines import DeadlineWheel
 from zcproto.common.exceptions import summary, traceback_lines
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
-from zcproto.observe.events import EVENTS
+from zcproto.observe.audit import audit_line
+from zcproto.observe.events import EVENTS, LogEvent
 from zcproto.observe.limits import EventLimits
 from zcproto.observe.output import LogFile, Output, StandardError
 from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
@@ -48,6 +52,8 @@ BATCH_DELAY = 0.25
 MAX_BATCH = 128
 """Lines that trigger writing at once, about two milliseconds of the loop."""
 
+AUDIT_KEY = "log.audit_file"
+
 _TRACEBACK = "traceback"
 _AT = "_at"
 """Name of a value with the time of an event, in milliseconds since the Unix epoch; without it the time is now."""
@@ -63,12 +69,15 @@ _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 class Logger:
     """Write events. `bind(name=value)` returns a logger that adds these values to each of its events."""
 
-    def __init__(self, write: Callable[[str], object], context: dict[str, Any]) -> None:
+    def __init__(
+        self, write: Callable[[str], object], write_audit: Callable[[str], object], context: dict[str, Any]
+    ) -> None:
         self._write = write
+        self._write_audit = write_audit
         self._context = context
 
     def bind(self, **values: Any) -> Logger:
-        return Logger(self._write, {**self._context, **values})
+        return Logger(self._write, self._write_audit, {**self._context, **values})
 
     def debug(self, event: str, **values: Any) -> None:
         self._log(logging.DEBUG, "debug", event, values)
@@ -85,24 +94,33 @@ class Logger:
 
     def _log(self, level: int, method: str, event: str, values: dict[str, Any]) -> None:
         state = _state
-        if level < state.level:
+        if level < state.level and state.audit is None:
             return
         try:
             known = EVENTS.get(event) or (None if _EVENT.fullmatch(event) else EVENTS["log.misnamed"])
+            audited = state.audit is not None and known is not None and known.audit != ""
+            if level < state.level and not audited:
+                return
+            suppressed: int | None = 0
             if known is not None and known.limit is not None:
                 suppressed = state.limits.admit(known, values, self._context, state.clock.now())
-                if suppressed is None:
+                if suppressed is None and not (audited and not known.by_peer):
                     return
                 if suppressed:
                     values["suppressed"] = suppressed
-            self._write(_line(method, event, {**self._context, **values, **state.process}))
+            shown = {**self._context, **values, **state.process}
+            if audited:
+                assert known is not None
+                self._write_audit(_audit_line(known, shown))
+            if suppressed is not None and level >= state.level:
+                self._write(_line(method, event, shown))
         except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
 
 
 def get_logger(name: str) -> Logger:
     """Return the logger of a part of the program, named after its module."""
-    return Logger(_write_line, {"logger": name})
+    return Logger(_write_line, _write_audit, {"logger": name})
 
 
 def configure_logging(log: LogConfig, *, clock: Clock = system_clock, processes: int = 1) -> None:
@@ -111,7 +129,15 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock, processes:
     `processes` is how many write to the same log, which share its limits. Raises ConfigError if the file cannot be
     opened; then nothing changes.
     """
-    _state.replace_output(StandardError() if log.file is None else LogFile(log.file))
+    audit = _audit_file(log)
+    try:
+        output = StandardError() if log.file is None else LogFile(log.file)
+    except ConfigError:
+        if audit is not None:
+            audit.close()
+        raise
+    _state.replace_output(output)
+    _state.replace_audit(audit)
     _state.level = _LEVELS[log.level]
     _state.format = log.format
     _state.exceptions = log.exceptions
@@ -119,6 +145,26 @@ def configure_logging(log: LogConfig, *, clock: Clock = system_clock, processes:
     if processes > 1:
         _state.limits = EventLimits(processes)
     _state.is_configured = True
+
+
+@contextmanager
+def audit_trail(log: LogConfig) -> Iterator[None]:
+    """Write the audit trail meanwhile, in a process that has no log of its own, such as a command.
+
+    Raises ConfigError if the file cannot be opened.
+    """
+    before, _state.audit = _state.audit, _audit_file(log)
+    try:
+        yield
+    finally:
+        if _state.audit is not None:
+            _state.lose_audit(_state.audit.finish())
+            _state.lose_audit(_state.audit.close())
+        _state.audit = before
+
+
+def _audit_file(log: LogConfig) -> LogFile | None:
+    return None if log.audit_file is None else LogFile(log.audit_file, AUDIT_KEY)
 
 
 def name_process(name: str) -> None:
@@ -138,10 +184,18 @@ class LogChange:
     """
 
     def __init__(self, old: LogConfig, new: LogConfig) -> None:
-        """Raises ConfigError if the file cannot be opened."""
+        """Raises ConfigError if a file cannot be opened."""
         self._output: Output | None = None
-        if new.file != old.file:
-            self._output = StandardError() if new.file is None else LogFile(new.file)
+        self._audit: LogFile | None = None
+        self._has_audit = new.audit_file != old.audit_file
+        if self._has_audit:
+            self._audit = _audit_file(new)
+        try:
+            if new.file != old.file:
+                self._output = StandardError() if new.file is None else LogFile(new.file)
+        except ConfigError:
+            self.drop()
+            raise
         self._new = new
         self._level = new.level if new.level != old.level else None
 
@@ -149,15 +203,18 @@ class LogChange:
         """Apply the settings. An unchanged level keeps the one set by `set_level`."""
         if self._output is not None:
             _state.replace_output(self._output)
+        if self._has_audit:
+            _state.replace_audit(self._audit)
         _state.format = self._new.format
         _state.exceptions = self._new.exceptions
         if self._level is not None:
             set_level(self._level)
 
     def drop(self) -> None:
-        """Close the prepared file without applying the settings."""
-        if self._output is not None:
-            self._output.close()
+        """Close the prepared files without applying the settings."""
+        for output in (self._output, self._audit):
+            if output is not None:
+                output.close()
 
 
 def set_level(level: str) -> None:
@@ -181,30 +238,40 @@ def is_on(level: str) -> bool:
 
 
 def reopen_log() -> bool:
-    """Reopen the log file after rotation. Return False, and log it, if that fails; the old file stays in use.
+    """Reopen log and audit trail after rotation. Return False, and log it, if that fails; an old file stays in use.
 
     Does nothing for standard error.
     """
-    output = _state.output
-    if not isinstance(output, LogFile):
+    reopened = _reopen(_state.output, _state.replace_output)
+    return _reopen(_state.audit, _state.replace_audit) and reopened
+
+
+def _reopen(old: Output | None, replace: Callable[[LogFile], object]) -> bool:
+    if not isinstance(old, LogFile):
         return True
     try:
-        _state.replace_output(LogFile(output.path))
+        replace(LogFile(old.path, old.key))
     except ConfigError as error:
         _log.error("log.not_reopened", faults=error.faults)
         return False
-    _log.info("log.reopened", path=output.path)
+    _log.info("log.reopened", path=old.path)
     return True
 
 
 def flush_log() -> None:
     """Write waiting lines as far as possible without blocking."""
     _state.lose(_state.output.flush())
+    audit = _state.audit
+    if audit is not None and audit.waiting:
+        _state.lose_audit(audit.flush())
+        _state.audit_failures += bool(audit.waiting)
 
 
 def finish_log() -> None:
-    """Write waiting lines at the end of a process, within a second."""
+    """Write waiting lines at the end of a process, within a second for each of log and audit trail."""
     _state.lose(_state.output.finish())
+    if _state.audit is not None:
+        _state.lose_audit(_state.audit.finish())
 
 
 def report_suppressed() -> None:
@@ -218,6 +285,16 @@ def lost_lines() -> int:
     return _state.lost
 
 
+def lost_audit_lines() -> int:
+    """Return the number of lines of the audit trail lost since the start of the process."""
+    return _state.audit_lost
+
+
+def audit_failures() -> int:
+    """Return the lines of the audit trail that were lost, and how often lines that waited could not be written."""
+    return _state.audit_lost + _state.audit_failures
+
+
 class _LogState:
     """The settings of `configure_logging`, one per process."""
 
@@ -226,12 +303,16 @@ class _LogState:
         self.process: dict[str, str] = {}
         self.level = logging.WARNING
         self.output: Output = StandardError()
+        self.audit: LogFile | None = None
         self.format = "auto"
         self.exceptions = "full"
         self.clock: Clock = system_clock
         self.limits = EventLimits()
         self.lost = 0
         self.lost_unreported = 0
+        self.audit_lost = 0
+        self.audit_lost_unreported = 0
+        self.audit_failures = 0
 
     def write(self, lines: str) -> None:
         try:
@@ -247,9 +328,27 @@ class _LogState:
         old, self.output = self.output, output
         self.lose(old.flush() + old.close())
 
+    def replace_audit(self, audit: LogFile | None) -> None:
+        old, self.audit = self.audit, audit
+        if old is not None:
+            self.lose_audit(old.flush() + old.close())
+
+    def write_audit(self, lines: str) -> None:
+        if self.audit is None:  # replaced by another thread
+            return
+        lost = self.audit.write(lines)
+        self.lose_audit(lost)
+        if not lost and self.audit_lost_unreported and not self.audit.waiting:
+            count, self.audit_lost_unreported = self.audit_lost_unreported, 0
+            _log.error("audit.lost", lines=count)
+
     def lose(self, lines: int) -> None:
         self.lost += lines
         self.lost_unreported += lines
+
+    def lose_audit(self, lines: int) -> None:
+        self.audit_lost += lines
+        self.audit_lost_unreported += lines
 
 
 _state = _LogState()
@@ -257,6 +356,10 @@ _state = _LogState()
 
 def _write_line(line: str) -> None:
     _state.write(line)
+
+
+def _write_audit(line: str) -> None:
+    _state.write_audit(line)
 
 
 class LogBatch:
@@ -289,13 +392,21 @@ class LogBatch:
         lines, self._lines = self._lines, []
         if lines:
             written: list[str] = []
-            logger = Logger(written.append, self._log._context)
+            audited: list[str] = []
+            logger = Logger(written.append, audited.append, self._log._context)
             for event, values in lines:
                 logger.info(event, **values)
             _state.write("".join(written))
+            if audited:
+                _state.write_audit("".join(audited))
 
     def handle_deadline(self, now: float) -> None:
         self.write()
+
+
+def _audit_line(event: LogEvent, values: dict[str, Any]) -> str:
+    wall = values.get(_AT)
+    return audit_line(event, _timestamp(_state.clock.wall() if wall is None else wall), values)
 
 
 def _line(method: str, event: str, values: dict[str, Any]) -> str:

@@ -58,6 +58,8 @@ zcproto_limit_use gauge max (limit)
     Current use of a limit. For limits per connection or address: the highest use of any of them.
 zcproto_log_lines_lost_total counter
     Log lines that could not be written. Lines suppressed by a limit are counted in the log itself.
+zcproto_audit_lines_lost_total counter
+    Lines of the audit trail that could not be written.
 zcproto_incidents_total counter
     Unexpected exceptions of methods or the server. Each is logged with its stack and the caller's incident
     id.

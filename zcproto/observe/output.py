@@ -177,16 +177,19 @@ def _descriptor_of(stream: TextIO) -> Descriptor | None:
 
 
 class LogFile(Descriptor):
-    """A file opened for appending, created with mode 0600. Raises ConfigError if it cannot be opened."""
+    """A file opened for appending, created with mode 0600. Raises ConfigError, which names `key`, if it cannot be
+    opened.
+    """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str = "log.file") -> None:
         self.path = path
+        self.key = key
         # O_NONBLOCK for named pipes: opening one without a reader fails, and a full one makes lines wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             super().__init__(os.open(path, flags, 0o600))
         except OSError as error:
-            raise ConfigError([f'log.file = "{path}": cannot be opened: {error.strerror}']) from error
+            raise ConfigError([f'{key} = "{path}": cannot be opened: {error.strerror}']) from error
 
     def is_terminal(self) -> bool:
         return False

@@ -15,6 +15,7 @@ from zcproto.alerts.service import ServerAlerts
 from zcproto.certs.notices import Notice, NoticeKind
 from zcproto.common.text import counted
 from zcproto.errors import Code
+from zcproto.observe.log import audit_failures
 from zcproto.tls.failure import TlsFailure
 
 ERROR_DAYS: Final = 7
@@ -201,4 +202,10 @@ def watch_rates(parts: Parts) -> None:
         lambda: counters.accept_failed,
         "accepting a connection failed {count} times within {window}: no descriptors or memory left",
         "descriptors",
+    )
+    watch(
+        AlertKind.AUDIT_NOT_WRITTEN,
+        1,
+        audit_failures,
+        "lines of the audit trail could not be written {count} times within {window}",
     )

@@ -403,7 +403,13 @@ def server_methods(state: ServerState) -> list[Method]:
                 state, f"operator {context.user}", ids, user, all, partial(suppress_revoked_event, context)
             )
         log.warning(
-            "operator.revoked", operator=context.user, user=user, all=all, sessions=revoked, peer=context.peer
+            "operator.revoked",
+            operator=context.user,
+            user=user,
+            ids=ids,
+            all=all,
+            sessions=revoked,
+            peer=context.peer,
         )
         return {"revoked": revoked}
 

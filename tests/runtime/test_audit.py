@@ -1,0 +1,48 @@
+"""The audit trail of a server of several processes."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+from tests.observe.test_audit import lines_of
+from tests.server.helpers import eventually
+from tests.server.process import ServerProcess, home_with
+from zcproto.auth import UserFile
+from zcproto.cli import main
+
+CONFIG = """
+[certificates]
+key_types = ["ecdsa-p256"]
+
+[log]
+level = "error"
+audit_file = "{trail}"
+"""
+
+
+def test_workers_write_one_trail_of_whole_lines_through_a_rotation(tmp_path: Path, certs: Path) -> None:
+    trail, moved = tmp_path / "audit", tmp_path / "audit.1"
+    home = home_with(tmp_path, certs, CONFIG.format(trail=trail))
+    key = UserFile(home / "users.toml").add("ada")
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        for _ in range(8):
+            with server.client("ada", key) as client:
+                client.call("session.close")
+        eventually(lambda: trail.read_text().count("session.closed") == 8)
+        trail.rename(moved)
+        server.signal(signal.SIGHUP)
+        eventually(lambda: trail.exists() and "config.reloaded" in trail.read_text() + moved.read_text())
+        assert main(["user", "disable", "ada", "--home", str(home)]) == 0
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    lines = [*lines_of(moved), *lines_of(trail)]
+    counts = Counter(line["event"] for line in lines)
+    assert counts["session.opened"] == counts["session.closed"] == 8
+    assert {line["worker"] for line in lines} == {"coordinator", "1", "2"}
+    (asked,) = [line for line in lines if line["event"] == "control.asked"]
+    assert (asked["what"], asked["user"]) == ("users.disable", "ada")
+    assert counts["users.changed"] == 1
+    assert counts["user.gone"] == 1
+    assert [line["event"] for line in lines_of(trail)][-1] == "server.ended"

@@ -1,0 +1,95 @@
+"""The audit trail: who did what, from where and with which outcome, as JSON lines of a fixed schema.
+
+Decides: the form of a line, and its schema. The catalogue (`events`) decides which events are in the trail.
+
+Rules:
+- A line has `timestamp`, `event`, `outcome` and fields of its event; fields without a value are omitted.
+- Values are masked and bounded like those of the log (`values`).
+
+Must not know: where lines are written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from zcproto.observe.events import EVENTS, FIELDS, LogEvent
+from zcproto.observe.values import MAX_ITEMS, MAX_TEXT, Loggable, loggable
+
+MAX_AUDIT_LINE: Final = 16_384
+"""Maximum characters of a line; a longer one is written without its values."""
+
+_ADDED: Final = ("suppressed", "worker", "oversize")
+"""Fields that the log adds to any event."""
+
+_OWN: Final = ("timestamp", "event", "outcome")
+_INTEGERS: Final = frozenset(
+    {
+        *("connections", "count", "cut_off", "days_left", "lines", "oversize", "pid", "port", "sessions"),
+        *("suppressed", "threshold_days", "uid"),
+    }
+)
+_NUMBERS: Final = frozenset({"seconds"})
+_FLAGS: Final = frozenset({"all"})
+_LISTS: Final = frozenset(
+    {"added", "changed", "denied", "faults", "ids", "missing", "pins", "removed", "restart", "roles"}
+)
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def audit_line(event: LogEvent, timestamp: str, values: Mapping[str, Any]) -> str:
+    """Return the line of an event, with those of the values that its schema has."""
+    head: dict[str, Loggable] = {"timestamp": timestamp, "event": event.name, "outcome": event.audit}
+    fields = {
+        name: loggable(name, values[name])
+        for name in (*event.fields, *_ADDED)
+        if values.get(name) is not None
+    }
+    line = _encode(head | fields)
+    if len(line) > MAX_AUDIT_LINE:
+        line = _encode(head | {"oversize": len(line)})
+    return line.replace("\x7f", "\\u007f") + "\n"
+
+
+def audit_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a line."""
+    audited = [event for event in EVENTS.values() if event.audit]
+    used = {name for event in audited for name in event.fields} | {*_ADDED}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A line of the audit trail of zcproto",
+        "type": "object",
+        "required": list(_OWN),
+        "properties": {"event": {"enum": [event.name for event in audited]}},
+        "oneOf": [_schema_of(event) for event in audited],
+        "$defs": {name: {**_type_of(name), "description": FIELDS[name]} for name in sorted(used)},
+    }
+
+
+def _schema_of(event: LogEvent) -> dict[str, Any]:
+    return {
+        "description": event.meaning,
+        "properties": {
+            "timestamp": {
+                "type": "string",
+                "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$",
+            },
+            "event": {"const": event.name},
+            "outcome": {"const": event.audit},
+            **{name: {"$ref": f"#/$defs/{name}"} for name in (*event.fields, *_ADDED)},
+        },
+        "additionalProperties": False,
+    }
+
+
+def _type_of(name: str) -> dict[str, Any]:
+    if name in _INTEGERS:
+        return {"type": "integer"}
+    if name in _NUMBERS:
+        return {"type": "number"}
+    if name in _FLAGS:
+        return {"type": "boolean"}
+    text = {"type": "string", "maxLength": MAX_TEXT}
+    return {"type": "array", "items": text, "maxItems": MAX_ITEMS} if name in _LISTS else text
