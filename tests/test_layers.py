@@ -40,8 +40,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"app"} | BELOW_THE_EDGE,
     "admin": {"server", "app"} | BELOW_THE_EDGE,
     "workers": {"errors", "common", "observe"},
-    "runtime": {"workers", "admin", "server", "app"} | BELOW_THE_EDGE,
+    "runtime": {"telemetry", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
     "client": {"tls", "connection", "wire", "errors", "common"},
+    # beside both ends
+    "telemetry": {"app", "client", "connection", "wire", "observe", "config", "errors", "common"},
     # on top
     "testing": {"client", "runtime", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
     "load": {"client", "auth", "tls", "connection", "wire", "errors", "common"},
@@ -101,6 +103,7 @@ ALLOWED = {
     "zcproto/certs/manager.py": {"random": "retry jitter; not secret"},
     "zcproto/observe/loop_lag.py": {"time": "measures the real lag of the loop"},
     "zcproto/server/state.py": {"secrets": "incident ids, which join an answer to a log line"},
+    "zcproto/telemetry/requests.py": {"random": "which traces are recorded, and their ids; not secret"},
     "zcproto/tls/server.py": {"time": "limits one turn of the loop in real time"},
 }
 """Other uses, each with its reason. An entry that is no longer needed fails the test."""

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         SiteConfig,
         StoreConfig,
         StreamsConfig,
+        TelemetryConfig,
         TlsConfig,
     )
     from zcproto.errors import (
@@ -154,6 +155,7 @@ __all__ = [
     "StaleTimestamp",
     "StoreConfig",
     "StreamsConfig",
+    "TelemetryConfig",
     "TlsConfig",
     "TlsError",
     "TokenExpired",
@@ -213,6 +215,7 @@ _MODULES = {
     "SiteConfig": "zcproto.config",
     "StoreConfig": "zcproto.config",
     "StreamsConfig": "zcproto.config",
+    "TelemetryConfig": "zcproto.config",
     "TlsConfig": "zcproto.config",
     "Topic": "zcproto.app.topics",
     "TopicEvent": "zcproto.app.topics",

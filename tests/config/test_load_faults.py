@@ -38,14 +38,14 @@ UNKNOWN = [
         "[zzz]",
         "[zzz] (config.toml): unknown section;"
         " there are server, tls, certificates, acme, sessions, store, idempotency, freshness, limits, streams,"
-        " calls, http, auth, alerts, log",
+        " calls, http, auth, alerts, log, telemetry",
     ),
     ("port = 7443", "port = 7443 (config.toml): must be in a section; did you mean server.port?"),
     (
         "zzz = 7443",
         "zzz = 7443 (config.toml): must be in a section;"
         " the sections are server, tls, certificates, acme, sessions, store, idempotency, freshness, limits,"
-        " streams, calls, http, auth, alerts, log",
+        " streams, calls, http, auth, alerts, log, telemetry",
     ),
     ("server = 5", "server = 5 (config.toml): is a section: write [server], and its keys below it"),
     (
@@ -101,7 +101,7 @@ def test_unknown_name_is_reported_with_the_nearest_one(home: Path, toml: str, fa
             "ZCPROTO_ZZZ__ZZZ",
             "zzz.zzz = 1 (…): unknown section;"
             " there are server, tls, certificates, acme, sessions, store, idempotency, freshness, limits, streams,"
-            " calls, http, auth, alerts, log",
+            " calls, http, auth, alerts, log, telemetry",
         ),
         ("ZCPROTO_SERVER_PORT", "server.port = 1 (…): two underscores must follow the section"),
         ("ZCPROTO_HTTP__HSTSS", "http.hstss = 1 (…): unknown key; did you mean http.hsts?"),

@@ -154,6 +154,20 @@ DEFAULTS = {
     "log.exceptions": "full",
     "log.file": None,
     "log.audit_file": None,
+    "telemetry.traces": False,
+    "telemetry.metrics": False,
+    "telemetry.logs": False,
+    "telemetry.endpoint": "",
+    "telemetry.headers_file": None,
+    "telemetry.ca_file": None,
+    "telemetry.service_name": "",
+    "telemetry.sample_ratio": 1.0,
+    "telemetry.trust": "sessions",
+    "telemetry.timeout": 10.0,
+    "telemetry.delay": 5.0,
+    "telemetry.queue": 2048,
+    "telemetry.metrics_interval": 60.0,
+    "telemetry.flush_timeout": 5.0,
 }
 
 

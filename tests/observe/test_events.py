@@ -180,7 +180,7 @@ def test_every_indirect_exception_is_still_needed() -> None:
 
 def test_every_field_has_a_meaning_and_is_used() -> None:
     used = {field for event in EVENTS.values() for field in event.fields}
-    used |= {"suppressed", "oversize", "exc_info_at", "traceback"}  # added by the log
+    used |= {"suppressed", "oversize", "exc_info_at", "traceback", "trace_id", "span_id"}  # added by the log
     assert used == set(FIELDS)
 
 

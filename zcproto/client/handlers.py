@@ -21,13 +21,14 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from zcproto.client.protocol import ClientProtocol
 from zcproto.common.exceptions import traceback_lines
+from zcproto.common.middleware import Middleware, around
 from zcproto.common.parameters import Signature
 from zcproto.common.text import escape_text
 from zcproto.connection.client_calls import ClientCall, ClientCallState
@@ -106,10 +107,11 @@ class Handler:
 
 
 class Handlers:
-    """The handlers of one session, and the calls that run. `most` of them run at once."""
+    """The handlers of one session, and the calls that run, each within `middleware`. `most` run at once."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, middleware: Sequence[Middleware[Call]] = ()) -> None:
         self.most = most
+        self._middleware = middleware
         self.user = ""
         self._handlers: dict[str, Handler] = {}
         self._running: dict[ClientCall, asyncio.Task[None]] = {}
@@ -142,7 +144,7 @@ class Handlers:
         try:
             handler = self._handlers[call.method]
             seen = Call(call, self.user, asyncio.get_running_loop().time)
-            result = await handler.run(seen, call.params)
+            result = await around(self._middleware, lambda seen: handler.run(seen, call.params))(seen)
             await connection.wait_writable()
         except CallError as error:
             connection.fail_call(call, error.code, error.message, error.details)

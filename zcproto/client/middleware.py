@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from zcproto.client.address import Endpoint
 from zcproto.common.middleware import Middleware, around
 
 
@@ -20,7 +21,8 @@ from zcproto.common.middleware import Middleware, around
 class OutgoingCall:
     """A call or a stream of a client, as its middleware sees it. Changes apply to what is sent.
 
-    `timeout` is in seconds, None for none. A stream has no idempotency key.
+    `timeout` is in seconds, None for none. A stream has no idempotency key. `endpoint` is where the client is
+    connected when the call begins; None without a connection.
     """
 
     method: str
@@ -29,6 +31,7 @@ class OutgoingCall:
     idempotency_key: str | None = None
     traceparent: str | None = None
     is_stream: bool = False
+    endpoint: Endpoint | None = field(default=None, compare=False)
 
 
 class Prepared(dict[str, Any]):

@@ -21,6 +21,7 @@ from zcproto.client.credentials import (
     SchemeLogin,
 )
 from zcproto.client.events import Event
+from zcproto.client.handlers import Call
 from zcproto.client.middleware import OutgoingCall
 from zcproto.common.middleware import Middleware
 from zcproto.common.secret import SecretText
@@ -122,6 +123,10 @@ class ConnectOptions:
     middleware: Sequence[Middleware[OutgoingCall]] = ()
     """Functions `async def middleware(call, call_next)` around each call and stream, the first one outermost. They
     may change the call, and raise an error instead of `await call_next(call)`."""
+
+    handler_middleware: Sequence[Middleware[Call]] = ()
+    """Functions `async def middleware(call, call_next)` around each handler, the first one outermost. They get the
+    `Call`, run before the params are checked, and may raise an error instead of `await call_next(call)`."""
 
     max_calls: int = 16
     """Calls of the server that run at once, for each session; more of them are refused."""

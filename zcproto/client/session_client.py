@@ -17,6 +17,7 @@ from functools import cache, partial
 from importlib import metadata
 from typing import Any, ClassVar, Final
 
+from zcproto.client.address import Endpoint
 from zcproto.client.connections import ConnectionManager
 from zcproto.client.events import Event, EventStream
 from zcproto.client.handlers import Function, Handler, Handlers, call_back
@@ -63,7 +64,9 @@ class SessionClient:
         self._session_file: SessionFile | None = None
         for each in options.middleware:
             check_middleware(each, "call")
-        self._handlers = Handlers(options.max_calls)
+        for around_handler in options.handler_middleware:
+            check_middleware(around_handler, "call")
+        self._handlers = Handlers(options.max_calls, options.handler_middleware)
         self._random = random
         self._clock = clock
         self._opened = False
@@ -152,6 +155,7 @@ class SessionClient:
                     timeout=self._timeout(timeout),
                     idempotency_key=idempotency_key,
                     traceparent=traceparent,
+                    endpoint=self._endpoint(),
                 )
             )
         if timeout is UNSET:
@@ -252,6 +256,7 @@ class SessionClient:
                 timeout=timeout,
                 traceparent=traceparent,
                 is_stream=True,
+                endpoint=self._endpoint(),
             )
             middleware = StreamMiddleware(self._options.middleware, call)
         return Stream(_Opener(self), request, item_timeout, items, reopen, middleware)
@@ -294,6 +299,10 @@ class SessionClient:
             raise error
         else:
             await self._wait(attempt.backoff.next(), error, request.deadline)
+
+    def _endpoint(self) -> Endpoint | None:
+        connection = self._connections.current
+        return None if connection is None else connection.endpoint
 
     def _timeout(self, timeout: float | None) -> float | None:
         return self._options.timeout if timeout is UNSET else timeout

@@ -5,8 +5,8 @@
     config_as_toml        all settings as TOML
     default_config_file   a commented file to start with
 
-Reading order: types (what a key accepts), checks (what must hold between settings), auth and model (the settings),
-load, render, changes (what a reload applies).
+Reading order: types (what a key accepts), checks (what must hold between settings), auth, telemetry and model (the
+settings), load, render, changes (what a reload applies).
 """
 
 from zcproto.config.auth import AuthConfig, OidcConfig, RoleConfig
@@ -30,6 +30,7 @@ from zcproto.config.model import (
     TlsConfig,
 )
 from zcproto.config.render import config_as_toml, default_config_file
+from zcproto.config.telemetry import TelemetryConfig
 
 __all__ = [
     "AcmeConfig",
@@ -50,6 +51,7 @@ __all__ = [
     "SiteConfig",
     "StoreConfig",
     "StreamsConfig",
+    "TelemetryConfig",
     "TlsConfig",
     "config_as_toml",
     "default_config_file",

@@ -97,6 +97,12 @@ _BY_SECTION: Final[dict[str, dict[Effect, str]]] = {
         ),
     },
     "log": {Effect.NOW: "level format exceptions file audit_file"},
+    "telemetry": {
+        Effect.RESTART: (
+            "traces metrics logs endpoint headers_file ca_file service_name sample_ratio trust timeout delay queue"
+            " metrics_interval flush_timeout"
+        ),
+    },
 }
 
 TAKES_EFFECT: Final[dict[str, Effect]] = {
@@ -113,7 +119,7 @@ WAIT_FOR: Final[dict[str, tuple[str, ...]]] = {
 }
 """If the first key has changed, which takes a restart, the others take one too."""
 
-_NOT_SHOWN: Final = frozenset({"store.url", "alerts.webhook", "alerts.command"})
+_NOT_SHOWN: Final = frozenset({"store.url", "alerts.webhook", "alerts.command", "telemetry.endpoint"})
 """Keys whose values may be secrets or contain one."""
 
 MAX_SHOWN: Final = 200

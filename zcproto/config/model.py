@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, model_validator
 from zcproto.common.home import resolve_home
 from zcproto.config.auth import AuthConfig
 from zcproto.config.checks import SITE_CHECKS, contradictions
+from zcproto.config.telemetry import TelemetryConfig
 from zcproto.config.texts import (
     BINDING,
     CERTIFICATE_NAME,
@@ -537,6 +538,7 @@ class Config(Settings):
     auth: AuthConfig = AuthConfig()
     alerts: AlertsConfig = AlertsConfig()
     log: LogConfig = LogConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Config:

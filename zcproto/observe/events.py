@@ -116,9 +116,12 @@ FIELDS: Final[dict[str, str]] = {
     "session": "public id of a session; not a credential",
     "sessions": "number of sessions",
     "severity": "info, warning, error or critical",
+    "signal": "what was to be sent: traces, metrics or logs",
     "sink": "receiver of alerts: webhook or command",
+    "span_id": "id of the span that was current, with `telemetry.traces`; in any line",
     "suppressed": "lines of this event and key suppressed before this one",
-    "text": "text logged instead of a name",
+    "text": "text logged instead of a name, or what a library reports",
+    "trace_id": "id of the trace that was current, or through which an exception has passed; in any line",
     "traceback": "lines of the traceback, with causes, notes and the members of groups, see `log.exceptions`",
     "threshold_days": "reached threshold of certificates.alert_days",
     "title": "alert in a sentence",
@@ -298,6 +301,12 @@ sessions.loaded info (sessions)
     Sessions were loaded from the store.
 sessions.left_out error (sessions cure)
     Stored sessions were not loaded because the table is full.
+
+# OpenTelemetry
+telemetry.sdk warning (text), limit rare
+    OpenTelemetry's SDK reported a problem, such as a collector that does not answer.
+telemetry.lost warning (signal count)
+    The server has ended before all spans, log records or metrics were sent: telemetry.flush_timeout was over.
 
 # Users and devices: files of the home folder
 users.changed info (count added changed removed), limit per event, audit success

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from zcproto.common.clock import MS_PER_SECOND, Clock, system_clock
 from zcproto.common.deadlines import DeadlineWheel
-from zcproto.common.exceptions import summary, traceback_lines
+from zcproto.common.exceptions import message_of, summary, traceback_lines
 from zcproto.common.text import escape_text
 from zcproto.errors import ConfigError
 from zcproto.observe.audit import audit_line
@@ -54,6 +54,9 @@ MAX_BATCH = 128
 
 AUDIT_KEY = "log.audit_file"
 
+TRACE_ATTRIBUTE = "_zcproto_trace"
+"""Attribute of an exception: the ids of the trace and of the span through which it has passed, if any."""
+
 _TRACEBACK = "traceback"
 _AT = "_at"
 """Name of a value with the time of an event, in milliseconds since the Unix epoch; without it the time is now."""
@@ -64,6 +67,10 @@ _EVENT = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _OWN_NAMES = frozenset({"timestamp", "level", "event", "text"})
 _TEXT_ALONE = frozenset({str})
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
+
+
+TraceIds = Callable[[Collection[Any]], dict[str, str]]
+"""Returns the ids that apply to a line with these values, by their names."""
 
 
 class Logger:
@@ -113,6 +120,8 @@ class Logger:
                 assert known is not None
                 self._write_audit(_audit_line(known, shown))
             if suppressed is not None and level >= state.level:
+                if state.trace_ids is not None:
+                    shown |= state.trace_ids(values.values())
                 self._write(_line(method, event, shown))
         except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
@@ -170,6 +179,11 @@ def _audit_file(log: LogConfig) -> LogFile | None:
 def name_process(name: str) -> None:
     """Add `worker` to every line of this process: the name of a process among those of its server."""
     _state.process = {"worker": name}
+
+
+def add_trace_ids(trace_ids: TraceIds | None) -> None:
+    """Add the `trace_id` and `span_id` that a function returns to each line; with None nothing any more."""
+    _state.trace_ids = trace_ids
 
 
 def is_configured() -> bool:
@@ -301,6 +315,7 @@ class _LogState:
     def __init__(self) -> None:
         self.is_configured = False
         self.process: dict[str, str] = {}
+        self.trace_ids: TraceIds | None = None
         self.level = logging.WARNING
         self.output: Output = StandardError()
         self.audit: LogFile | None = None
@@ -462,6 +477,17 @@ def _exception(event: str, name: str, error: BaseException, what: object) -> dic
     if _state.exceptions == "full" and _state.limits.admit_traceback(event, what, error, _state.clock.now()):
         return {name: cut(summary(error)), _TRACEBACK: [*traceback_lines(error)]}
     return {f"{name}_at": places(error)}
+
+
+def shown_message(error: BaseException) -> str:
+    """Return the message of an exception, masked; empty if `log.exceptions` is "frames"."""
+    return message_of(error) if _state.exceptions == "full" else ""
+
+
+def shown_stack(error: BaseException) -> str:
+    """Return the stack of an exception as `log.exceptions` says."""
+    lines = traceback_lines(error) if _state.exceptions == "full" else map(str, places(error))
+    return "\n".join(lines)
 
 
 def _timestamp(wall: int) -> str:

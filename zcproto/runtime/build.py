@@ -75,7 +75,7 @@ from zcproto.server.idempotency import IdempotencyCache, answer_limits
 from zcproto.server.lifespan import Lifespans
 from zcproto.server.listener import Listener
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
-from zcproto.server.protocol import ServerProtocol
+from zcproto.server.protocol import ServerProtocol, TracedProtocol
 from zcproto.server.protocol_methods import protocol_methods
 from zcproto.server.request_limits import RequestLimits, RequestSettings
 from zcproto.server.state import ServerState, SessionConnections, log
@@ -455,7 +455,8 @@ def build_endpoints(
     """Build the TLS endpoint and the protocols that are spoken on it."""
     config = active.config
     loop = asyncio.get_running_loop()
-    protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(ServerProtocol, state)}
+    protocol = TracedProtocol if config.telemetry.traces else ServerProtocol
+    protocols: dict[str | None, Callable[[], asyncio.Protocol]] = {ALPN: partial(protocol, state)}
     http = HttpSide(config, state, role.counting) if config.http.enabled else None
     if http is not None:
         protocols |= http.protocols

@@ -48,6 +48,7 @@ from zcproto.runtime.background import background, background_work, roll_out_cer
 from zcproto.runtime.build import SINGLE, WorkerRole, alert_source, build
 from zcproto.runtime.place import ONLY_PROCESS, Place, worker_count
 from zcproto.runtime.reload import ReadConfig, Reloaded, reload_config
+from zcproto.runtime.telemetry import build_telemetry
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason
@@ -170,6 +171,7 @@ class Server:
                 await asyncio.to_thread(require_unused, self.home)
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
+            await self._start_telemetry(parts, stack)
             routes = Operations(
                 parts,
                 self.reload,
@@ -214,6 +216,15 @@ class Server:
                 raise parts.lifespans.failure
             self._parts = parts
             self._running = stack.pop_all()
+
+    async def _start_telemetry(self, parts: Parts, stack: AsyncExitStack) -> None:
+        state = parts.state
+        telemetry = await asyncio.to_thread(
+            build_telemetry, parts.config.telemetry, parts.clock, state.entropy
+        )
+        if telemetry is not None:
+            stack.push_async_callback(telemetry.stop)
+            state.tracing = telemetry.follow_requests(state.methods)
 
     async def _stop_lifespans(self, parts: Parts) -> None:
         await parts.lifespans.stop(self.config.server.lifespan_timeout)

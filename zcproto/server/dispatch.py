@@ -150,10 +150,17 @@ class Dispatcher(asyncio.Protocol):
         traceparent: str | None,
     ) -> Any:
         """Call a method of the client, for a session, and return its result."""
-        if self._calls is None:
-            self._state.clients.count("unavailable")
-            raise Unavailable("the client handles no methods on this connection")
-        return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
+
+        async def call(traceparent: str | None) -> Any:
+            if self._calls is None:
+                self._state.clients.count("unavailable")
+                raise Unavailable("the client handles no methods on this connection")
+            return await self._calls.call(session_id, method, params, timeout, traceparent, self._has_room)
+
+        tracing = self._state.tracing
+        if tracing is None:
+            return await call(traceparent)
+        return await tracing.call_client(method, self.peer, traceparent, call)
 
     def _settle(self, ended: CallEnded) -> None:
         """Pass an answer to the method that waits for it."""
@@ -181,6 +188,19 @@ class Dispatcher(asyncio.Protocol):
             return
         assert method is not None
         method.calls += 1
+        tracing = state.tracing
+        if tracing is None:
+            self._run_allowed(request, method)
+            return
+        method, entered = tracing.enter(request, method)
+        try:
+            self._run_allowed(request, method)
+        finally:
+            tracing.leave(entered)
+
+    def _run_allowed(self, request: Request, method: Method) -> None:
+        """Run a request's method: its caller may call it."""
+        state = self._state
         if request.meta.idempotency_key is not None and not request.method.startswith(RESERVED_PREFIXES):
             self._run_once(request, method)  # never the protocol's methods: their answers may hold tokens
             return

@@ -222,6 +222,7 @@ class ServerProtocol(Dispatcher):
         find = state.methods.get
         timed = wall >> PART_BITS != state.timed_part
         checked = timed or state.request_limits.checks_sessions
+        tracing = state.tracing
         requests = 0
         for event in events:
             if event.__class__ is tuple:
@@ -233,6 +234,7 @@ class ServerProtocol(Dispatcher):
                     or session is None
                     or checked
                     or (meta is not NO_META and meta.idempotency_key is not None)
+                    or (tracing is not None and tracing.is_due(meta))
                 ):
                     if timed:
                         self._run_timed(Request(*event), method, wall)
@@ -598,3 +600,20 @@ class ServerProtocol(Dispatcher):
         workers, self._workers = self._workers, None
         for worker in (workers or {}).values():
             worker.cancel()
+
+
+class TracedProtocol(ServerProtocol):
+    """One connection of a server that records traces."""
+
+    __slots__ = ()
+
+    def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
+        tracing = self._state.tracing
+        if tracing is None:  # the server has not started
+            super()._process(events, wall)
+            return
+        entered = tracing.enter_read()
+        try:
+            super()._process(events, wall)
+        finally:
+            tracing.leave(entered)

@@ -29,6 +29,7 @@ from zcproto.server.idempotency import IdempotencyCache
 from zcproto.server.partial_frames import PartialFrameLimits, PartialFrames
 from zcproto.server.request_limits import RequestLimits
 from zcproto.server.threads import ThreadPool
+from zcproto.server.tracing import Tracing
 from zcproto.sessions import EndReason, SessionRegistry
 from zcproto.sessions.binding import SessionBinding
 from zcproto.stores.service import SessionService
@@ -175,6 +176,7 @@ class ServerState:
     item_bytes: int = 0
     """Bytes of the items of clients that wait for their methods."""
     request_limits: RequestLimits = field(default_factory=RequestLimits)
+    tracing: Tracing | None = None
     traffic_begins: Callable[[], None] = lambda: None
     """Called before requests, but not before all of them: after a silence, before the first."""
     timed_part: int = -1

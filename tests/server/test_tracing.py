@@ -1,0 +1,136 @@
+"""The places at which a server's requests and calls are traced, with a tracing that records what it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from tests.server.protocol_harness import Harness, Peer, harness
+from tests.server.test_calls import CallPeer
+from zcproto.app.app import Method
+from zcproto.connection.events import Request
+from zcproto.errors import Code
+from zcproto.server.protocol import TracedProtocol
+from zcproto.wire.message import RequestMeta
+
+__all__ = ["harness"]
+
+TRACE = f"00-{'1' * 32}-{'2' * 16}-01"
+
+
+class FakeTracing:
+    """Records what happens; with `due` every request is followed."""
+
+    def __init__(self, due: bool = False) -> None:
+        self.due = due
+        self.seen: list[Any] = []
+        self.instead: Method | None = None
+
+    def enter_read(self) -> Any:
+        self.seen.append("read")
+        return "read"
+
+    def is_due(self, meta: RequestMeta) -> bool:
+        return self.due
+
+    def enter(self, request: Request, method: Method) -> tuple[Method, Any]:
+        self.seen.append(method.name)
+        return self.instead or method, method.name
+
+    def leave(self, entered: Any) -> None:
+        self.seen.append(f"left {entered}")
+
+    async def call_client(
+        self, method: str, peer: str, traceparent: str | None, send: Callable[[str | None], Awaitable[Any]]
+    ) -> Any:
+        self.seen.append((method, peer, traceparent))
+        return await send(TRACE)
+
+
+class TracedPeer(Peer):
+    """A connection of a server that records traces."""
+
+    def __init__(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tests.server.protocol_harness.ServerProtocol", TracedProtocol)
+        super().__init__(harness)
+
+
+def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_read(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = TracedPeer(harness, monkeypatch)
+    peer.login()
+    tracing = harness.state.tracing = FakeTracing()
+    peer.send(peer.request(1, "big", {"n": 1}), peer.request(2, "big", {"n": 2}))
+    assert tracing.seen == ["read", "left read"]
+    assert len(peer.answers()) == 2
+
+
+def test_traced_connection_serves_before_traces_are_recorded(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = TracedPeer(harness, monkeypatch)
+    peer.login()
+    peer.send(peer.request(1, "big", {"n": 1}))
+    assert len(peer.answers()) == 1
+
+
+def test_request_that_is_due_is_entered_and_left(harness: Harness) -> None:
+    peer = harness.connect()
+    peer.login()
+    tracing = harness.state.tracing = FakeTracing(due=True)
+    peer.send(peer.request(1, "big", {"n": 1}))
+    assert tracing.seen == ["big", "left big"]
+    assert harness.state.methods["big"].calls == 2  # the first by `login`
+
+
+def test_method_that_the_tracing_returns_runs_instead(harness: Harness) -> None:
+    peer = harness.connect()
+    peer.login()
+    tracing = harness.state.tracing = FakeTracing(due=True)
+    tracing.instead = Method("big", lambda n: f"traced {n}")
+    peer.send(peer.request(1, "big", {"n": 1}))
+    (answer,) = peer.answers()
+    assert answer.value == "traced 1"
+    assert harness.ran == []
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_trace_is_left_whatever_a_method_raises(harness: Harness, error: type[BaseException]) -> None:
+    peer = harness.connect()
+    peer.login()
+    tracing = harness.state.tracing = FakeTracing(due=True)
+
+    def end() -> None:
+        raise error
+
+    tracing.instead = Method("big", end)
+    with pytest.raises(error):
+        peer.send(peer.request(1, "big", {}))
+    assert tracing.seen == ["big", "left big"]
+
+
+def test_refused_request_is_not_entered(harness: Harness) -> None:
+    peer = harness.connect()
+    tracing = harness.state.tracing = FakeTracing(due=True)
+    peer.send(peer.request(1, "big", {"n": 1}))
+    (answer,) = peer.answers()
+    assert answer.error.code == Code.UNAUTHENTICATED
+    assert tracing.seen == []
+
+
+def test_call_to_a_client_is_sent_by_the_tracing(harness: Harness) -> None:
+    client = CallPeer(harness)
+    client.login()
+    client.handle("approve")
+    tracing = harness.state.tracing = FakeTracing()
+    task: asyncio.Task[Any] = client.begin()
+    (call,) = client.answers()
+    assert tracing.seen == [("approve", "192.0.2.7", None)]
+    assert TRACE in repr(call)
+    client.send(client.result(call.stream, "yes"))
+    harness.turn()
+    assert task.result() == "yes"

@@ -1,0 +1,37 @@
+"""What traces the requests of a server and its calls to clients. zcproto/telemetry implements it.
+
+Must not know: spans, their format, where they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from zcproto.app.app import Method
+from zcproto.connection.events import Request
+from zcproto.wire.message import RequestMeta
+
+
+class Tracing(Protocol):
+    """Follows traces from callers to methods, and from methods to clients."""
+
+    def enter_read(self) -> Any:
+        """Make an unrecorded trace current for the requests of one read; return what `leave` gets."""
+
+    def is_due(self, meta: RequestMeta) -> bool:
+        """Return whether a request is recorded, or continues a trace: `enter` is called for it."""
+
+    def enter(self, request: Request, method: Method) -> tuple[Method, Any]:
+        """Make the trace of a request the current one.
+
+        Return the method to run, which has a span around it if the request is recorded, and what `leave` gets.
+        """
+
+    def leave(self, entered: Any) -> None:
+        """Make the trace current again that was so before."""
+
+    async def call_client(
+        self, method: str, peer: str, traceparent: str | None, send: Callable[[str | None], Awaitable[Any]]
+    ) -> Any:
+        """Send a call to a client, with the `traceparent` that it gets, and return its result."""
