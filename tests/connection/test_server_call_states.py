@@ -238,6 +238,32 @@ def test_method_that_is_not_registered_is_unavailable() -> None:
     expect(Unavailable, pair, "other")
 
 
+def test_registration_that_is_kept_holds_again_after_a_refresh() -> None:
+    pair = CallPair()
+    call = pair.call()
+    pair.server.leave(pair.session_id, NOW)
+    assert pair.server.withdraw_session(pair.session_id, WALL, is_kept=True) == [call]
+    assert pair.heads() == [CALL, WITHDRAW]
+    expect(Unavailable, pair)
+    assert pair.server.registered_sessions == [pair.session_id]
+    newer = pair.registry.refresh(pair.opened.refresh_token, client="", address="", wall=WALL)
+    pair.server.join(newer.session, newer.token, WALL, NOW)
+    pair.call()
+    assert [frame[6] for frame in pair.sent()] == [newer.token]
+    pair.receive(pair.frame(FAILURE, 1, encode_error(Code.CANCELLED, "")))
+    assert [pair.call(), pair.call()]
+    pair.sent()
+    assert expect(ResourceExhausted, pair) == {"limit": 3}, "calls of before the expiry count until they end"
+
+
+def test_registration_of_nothing_is_not_kept() -> None:
+    pair = CallPair()
+    pair.server.register(pair.session_id, frozenset(), 3)
+    for _ in range(2):
+        assert pair.server.withdraw_session(pair.session_id, WALL, is_kept=True) == []
+        assert pair.server.registered_sessions == []
+
+
 def test_session_that_registered_elsewhere_is_unavailable() -> None:
     pair = CallPair()
     other = pair.registry.open("bob", client="", address="", wall=WALL)
@@ -251,6 +277,7 @@ def test_session_that_registered_elsewhere_is_unavailable() -> None:
     expect(Unavailable, pair)
     assert not fresh.has_calls
     assert fresh.withdraw_session(pair.session_id, WALL) == []
+    assert fresh.registered_sessions == []
 
 
 def test_ended_connection_is_unavailable_and_withdraws_nothing() -> None:

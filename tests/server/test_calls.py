@@ -349,6 +349,102 @@ def test_ended_session_fails_its_calls_only(client: CallPeer, harness: Harness) 
     assert harness.state.clients.ended == {"closed": 2}
 
 
+def expire(client: CallPeer, reason: EndReason = EndReason.EXPIRED) -> str:
+    """Let the token of the client's session expire; return the session's id."""
+    session_id: str = client.opened.session.id  # type: ignore[attr-defined]
+    client.harness.in_loop(
+        lambda: client.protocol.session_ended(session_id, Code.TOKEN_EXPIRED, reason),
+    )
+    client.answers()
+    return session_id
+
+
+def refresh(client: CallPeer) -> None:
+    """Refresh the session on this connection."""
+    opened, harness = client.opened, client.harness  # type: ignore[attr-defined]
+    assert opened.refresh_token is not None
+    client.opened = harness.registry.refresh(  # type: ignore[attr-defined]
+        opened.refresh_token, client="", address="", wall=harness.clock.wall()
+    )
+    client.token = client.opened.token  # type: ignore[attr-defined]
+
+
+def test_registration_is_kept_while_its_session_expires_and_is_refreshed(
+    client: CallPeer, harness: Harness
+) -> None:
+    (found,) = harness.state.clients.find(handles="approve")
+    task = client.begin()
+    harness.clock.advance(harness.registry.settings.lifetime_ms / 1_000)
+    harness.in_loop(lambda: harness.registry.clean(harness.clock.wall(), 100))
+    client.fails(task, ConnectionClosed)
+    assert harness.state.clients.find() == []
+    assert len(harness.state.clients) == 0
+    client.fails(client.begin_call(found), Unavailable)
+    client.answers()
+    refresh(client)
+    client.protocol.join(client.opened.session, client.token)  # type: ignore[attr-defined]
+    assert harness.state.clients.find(handles="approve") == [found]
+    task = client.begin()
+    (call,) = client.answers()
+    assert (call.raw[1], call.token) == (CALL, client.token)
+    client.send(client.result(call.stream, "yes"))
+    harness.turn()
+    assert task.result() == "yes"
+
+
+@pytest.mark.parametrize("reason", [EndReason.EXPIRED, EndReason.IDLE])
+def test_registration_is_kept_if_the_session_was_refreshed_elsewhere(
+    client: CallPeer, harness: Harness, reason: EndReason
+) -> None:
+    expire(client, reason)
+    refresh(client)
+    assert harness.state.clients.find() == []
+    client.send(client.request(5, "big", {"n": 0, "size": 0}))  # shows the token here
+    assert len(harness.state.clients.find(handles="approve")) == 1
+
+
+def test_registration_of_a_session_that_ended_for_good_is_dropped(client: CallPeer, harness: Harness) -> None:
+    expire(client, EndReason.DISCONNECTED)
+    refresh(client)
+    client.protocol.join(client.opened.session, client.token)  # type: ignore[attr-defined]
+    assert harness.state.clients.find() == []
+    assert client.handle("a").value == {}
+
+
+def test_expired_registrations_are_dropped_with_their_connection(client: CallPeer, harness: Harness) -> None:
+    harness.state.clients.limits = CallLimits(names_per_user=2)
+    expire(client)
+    client.lose()
+    other = CallPeer(harness)
+    other.login()
+    assert other.handle("a", "b").value == {}
+    nothing_left_of(client, harness)
+
+
+def nothing_left_of(client: CallPeer, harness: Harness) -> None:
+    assert all(key[0] is not client.protocol for key in harness.state.clients._users)
+
+
+def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first(
+    client: CallPeer, harness: Harness
+) -> None:
+    harness.state.clients.limits = CallLimits(names_per_user=4)
+    second, third, fourth = (CallPeer(harness) for _ in range(3))
+    for peer, name in ((second, "second"), (third, "third")):
+        peer.opened = peer.login()  # type: ignore[attr-defined]
+        peer.handle(name)
+    expire(client)
+    expire(second)
+    fourth.login()
+    assert fourth.handle("a").value == {}, "the oldest makes room"
+    for peer in (client, second):
+        refresh(peer)
+        peer.protocol.join(peer.opened.session, peer.token)  # type: ignore[attr-defined]
+    assert harness.state.clients.find(handles="approve") == []
+    assert len(harness.state.clients.find(handles="second")) == 1
+    assert fourth.handle("a", "b", "c").error.details["limit"] == 4
+
+
 def test_lost_connection_fails_its_calls_and_forgets_the_client(client: CallPeer, harness: Harness) -> None:
     found = harness.state.clients.find()[0]
     task = client.begin()

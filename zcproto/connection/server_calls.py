@@ -106,6 +106,11 @@ class ServerCalls:
         registered.methods, registered.max = methods, most
 
     @property
+    def registered_sessions(self) -> list[str]:
+        """The sessions with a registration, expired ones included."""
+        return [*self._registered]
+
+    @property
     def is_waiting(self) -> bool:
         """Whether a call waits for its answer."""
         return bool(self._waiting)
@@ -154,9 +159,11 @@ class ServerCalls:
             self._calls -= 1
             call.registered.calls -= 1
 
-    def end_session(self, session_id: str) -> list[ServerCall]:
-        """Remove the registration of a session that has ended. Return its calls that wait."""
-        registered = self._registered.pop(session_id, None)
+    def end_session(self, session_id: str, *, is_kept: bool = False) -> list[ServerCall]:
+        """Return the calls of a session that wait. Remove its registration, unless it `is_kept` for a refresh."""
+        registered = self._registered.get(session_id)
+        if registered is None or not (is_kept and registered.methods):
+            self._registered.pop(session_id, None)
         return [call for call in self._waiting if call.registered is registered]
 
     # --- time ---------------------------------------------------------------------------------------

@@ -225,6 +225,11 @@ class ServerOutput:
             self._calls = ServerCalls(self.settings.max_calls)
         self._calls.register(session_id, methods, most)
 
+    @property
+    def registered_sessions(self) -> list[str]:
+        """The sessions for which the client handles methods, expired ones included."""
+        return [] if self._calls is None else self._calls.registered_sessions
+
     def call(
         self, session_id: str, method: str, body: bytes, *, timeout_s: float, wall: int, now: float
     ) -> ServerCall:
@@ -259,9 +264,12 @@ class ServerOutput:
         late = DeadlineExceeded("the client has not answered in time")
         return [CallEnded(call, None, late) for call in overdue]
 
-    def withdraw_session(self, session_id: str, wall: int) -> list[ServerCall]:
-        """Withdraw the calls of a session that has ended; return them."""
-        ended = [] if self._calls is None else self._calls.end_session(session_id)
+    def withdraw_session(self, session_id: str, wall: int, *, is_kept: bool = False) -> list[ServerCall]:
+        """Withdraw the calls of a session that has ended; return them.
+
+        `is_kept`: its registration holds again once it was refreshed and is used here.
+        """
+        ended = [] if self._calls is None else self._calls.end_session(session_id, is_kept=is_kept)
         for call in ended:
             self.withdraw(call, wall)
         return ended

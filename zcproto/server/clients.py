@@ -1,10 +1,12 @@
 """The clients that handle calls, over all connections, and the limits that they share.
 
     session.handle -> `add`;  the session or its connection ends -> `remove`
+    the session expires -> `suspend`;  it was refreshed and is used on the connection -> `resume`
     server.clients -> `find`: the newest registration first
 
 Rules:
 - The names that clients register, and the calls to them, are limited for each user.
+- A suspended registration is not found. It counts against the names of its user, and makes room for others.
 
 It must not know: what is on the wire, who calls.
 """
@@ -15,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, Protocol
 
 from zcproto.app.clients import ClientConnections, ConnectedClient
 from zcproto.errors import ResourceExhausted
@@ -46,12 +48,21 @@ class CallLimits:
     """Names of methods that the clients of one user register."""
 
 
-class Registration(NamedTuple):
+@dataclass(slots=True)
+class Registration:
     client: ConnectedClient
     methods: frozenset[str]
+    is_suspended: bool = False
 
 
-Key = tuple[ClientConnections, str]
+class Registering(ClientConnections, Protocol):
+    """A connection that registers methods of its client."""
+
+    def unregister(self, session_id: str) -> None:
+        """Drop the registration of a session, here too."""
+
+
+Key = tuple[Registering, str]
 """A connection and the id of a session."""
 
 
@@ -64,12 +75,13 @@ class RegisteredClients:
         """Calls that ended, by result."""
         self._by_user: dict[str, dict[Key, Registration]] = {}
         self._users: dict[Key, str] = {}
+        self._suspended = 0
         self._names: Counter[str] = Counter()  # registered by user
         self._in_flight: Counter[str] = Counter()  # calls by user
         self.in_flight = 0
 
     def __len__(self) -> int:
-        return len(self._users)
+        return len(self._users) - self._suspended
 
     @property
     def most_in_flight(self) -> int:
@@ -78,12 +90,14 @@ class RegisteredClients:
 
     # --- registration ----------------------------------------------------------------------------------
 
-    def add(self, connection: ClientConnections, session: Session, methods: frozenset[str]) -> None:
+    def add(self, connection: Registering, session: Session, methods: frozenset[str]) -> None:
         """Add or replace a registration. Raises ResourceExhausted if its user has too many names."""
         key = connection, session.id
         before = self._by_user.get(session.user, {}).get(key)
         more = len(methods) - (0 if before is None else len(before.methods))
         limit = self.limits.names_per_user
+        if self._names[session.user] + more > limit:
+            self._make_room(session.user, more)
         if self._names[session.user] + more > limit:
             raise ResourceExhausted(
                 "the clients of this user handle too many methods; register fewer", {"limit": limit}
@@ -95,13 +109,40 @@ class RegisteredClients:
             self._users[key] = session.user
             self._names[session.user] += len(methods)
 
-    def remove(self, connection: ClientConnections, session_id: str) -> None:
+    def _make_room(self, user: str, more: int) -> None:
+        """Drop suspended registrations of a user, the oldest first, until there is room for so many names."""
+        for (connection, session_id), found in [*self._by_user.get(user, {}).items()]:
+            if found.is_suspended and self._names[user] + more > self.limits.names_per_user:
+                connection.unregister(session_id)
+
+    def suspend(self, connection: Registering, session_id: str) -> None:
+        """Keep a registration for the time when its session, which has expired, was refreshed."""
+        found = self._find(connection, session_id)
+        if found is not None and not found.is_suspended:
+            found.is_suspended = True
+            self._suspended += 1
+
+    def resume(self, connection: Registering, session_id: str) -> None:
+        """Use a registration again if it was suspended."""
+        found = self._find(connection, session_id)
+        if found is not None and found.is_suspended:
+            found.is_suspended = False
+            self._suspended -= 1
+
+    def _find(self, connection: Registering, session_id: str) -> Registration | None:
+        key = connection, session_id
+        user = self._users.get(key)
+        return None if user is None else self._by_user[user][key]
+
+    def remove(self, connection: Registering, session_id: str) -> None:
         """Remove the registration of a session on a connection, if there is one."""
         key = connection, session_id
         user = self._users.pop(key, None)
         if user is not None:
             registrations = self._by_user[user]
-            self._names[user] -= len(registrations.pop(key).methods)
+            removed = registrations.pop(key)
+            self._names[user] -= len(removed.methods)
+            self._suspended -= removed.is_suspended
             if not registrations:
                 del self._by_user[user], self._names[user]
 
@@ -112,7 +153,7 @@ class RegisteredClients:
             found.client
             for registrations in users
             for found in reversed(registrations.values())
-            if handles is None or handles in found.methods
+            if not found.is_suspended and (handles is None or handles in found.methods)
         ]
 
     # --- calls -----------------------------------------------------------------------------------------

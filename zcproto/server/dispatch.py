@@ -44,7 +44,7 @@ from zcproto.server.idempotency import Answer, Waiting, request_digest
 from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.server.streams import StreamRunner, StreamWorker
-from zcproto.sessions import Session
+from zcproto.sessions import EndReason, Session
 from zcproto.wire.decoder import LARGE
 from zcproto.wire.message import MessageError, encode_error
 
@@ -140,6 +140,27 @@ class Dispatcher(asyncio.Protocol):
         connection.register(session.id, methods, most)
         if self._calls is None:
             self._calls = CallRunner(self._state, connection, self._flush, self.flush_soon)
+
+    def unregister(self, session_id: str) -> None:
+        """Drop the registration of a session."""
+        self._state.clients.remove(self, session_id)
+        if self._calls is not None:
+            self._calls.session_ended(session_id, is_kept=False)
+
+    def _resume_registration(self, session_id: str) -> None:
+        """Use the registration of a session again that had expired."""
+        if self._calls is not None:
+            self._state.clients.resume(self, session_id)
+
+    def _end_calls(self, session_id: str, reason: EndReason) -> None:
+        """Fail the calls of a session. A registration is kept if the session can still be refreshed."""
+        if self._calls is None:
+            return
+        if reason in (EndReason.EXPIRED, EndReason.IDLE):
+            self._state.clients.suspend(self, session_id)
+            self._calls.session_ended(session_id, is_kept=True)
+        else:
+            self.unregister(session_id)
 
     async def call_client(
         self,

@@ -306,6 +306,7 @@ class ServerProtocol(Dispatcher):
             self._settle(event)
         elif event.__class__ is SessionJoined:
             self._state.session_connections.join(event.session_id, self)
+            self._resume_registration(event.session_id)
         elif event.__class__ is TokenUnknown:
             return self._look_up(event)
         elif event.__class__ is RequestEnded:
@@ -365,6 +366,7 @@ class ServerProtocol(Dispatcher):
             state = self._state
             self._connection.join(session, token, state.clock.wall(), state.clock.now())
             state.session_connections.join(session.id, self)
+            self._resume_registration(session.id)
 
     def _prove_by_certificate(self, key: str) -> None:
         """Record a proof of the key if the client's certificate has it."""
@@ -429,9 +431,7 @@ class ServerProtocol(Dispatcher):
         self._uncut += ((session_id, code),)
         if not self.suppress_revoked_event:
             self._cut_streams()
-        if self._calls is not None:
-            self._calls.session_ended(session_id)
-            self._state.clients.remove(self, session_id)
+        self._end_calls(session_id, reason)
         self.flush_soon()
 
     def send_event(self, session_id: str, name: str, data: Any) -> bool:
@@ -585,8 +585,8 @@ class ServerProtocol(Dispatcher):
         state.counters.dropped_answers += connection.dropped_answers
         for session_id in connection.sessions:
             state.session_connections.leave(session_id, self)
-            if self._calls is not None:
-                state.clients.remove(self, session_id)
+        for session_id in connection.registered_sessions:
+            state.clients.remove(self, session_id)
         connection.end()
         self._suspended = None
         if self._calls is not None:
