@@ -127,6 +127,19 @@ def test_idempotency_key_is_claimed_once_for_all_workers(server: ServerProcess, 
         assert ask(other, n=2).code == Code.FAILED_PRECONDITION
 
 
+def test_outcome_is_unknown_soon_after_the_worker_of_a_keyed_request_was_killed(
+    server: ServerProcess, key: str
+) -> None:
+    with clients_of_each(server, key) as clients:
+        (worker, killed), (_, other) = clients.items()
+        request = ("sleep", {"ms": 100_000}, {"idempotency_key": "k"})
+        killed.send(killed.request(*request), killed.request("echo", {}, {"idempotency_key": "later"}))
+        assert killed.answer(killed.stream).value == {}  # both claims were made
+        os.kill(pids(server)[worker], signal.SIGKILL)
+        other.send(other.request(*request))
+        assert other.answer(other.stream).code == Code.UNKNOWN
+
+
 def test_certificates_are_renewed_once_and_served_by_every_worker(server: ServerProcess) -> None:
     command = [sys.executable, "-m", "zcproto", "--home", str(server.home), "cert", "renew"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -302,6 +302,42 @@ async def test_member_that_joins_again_keeps_its_claims(members: Members, one: H
     assert (await claimed(await members.join(b"1"))).is_own
 
 
+async def test_claim_of_a_member_that_has_left_is_an_orphan_at_once(
+    members: Members, one: HubStore, other: HubStore
+) -> None:
+    await claimed(one)
+    assert not (await claimed(other)).is_orphan
+    await one.close()
+    assert (await claimed(other)).is_orphan
+    again = await members.join(b"1")
+    assert not (await claimed(other)).is_orphan
+    assert (await claimed(again)).is_own
+    assert not (await claimed(again)).is_orphan
+    await again.keep_answer("alice", "key", b"done", LEASE)
+    await again.close()
+    assert (await claimed(other)).state is ClaimState.DONE
+
+
+async def test_claim_of_a_process_that_had_the_store_to_itself_is_an_orphan(
+    members: Members, other: HubStore
+) -> None:
+    await claimed(members.hub.member())
+    assert (await claimed(other)).is_orphan
+
+
+async def test_claims_of_unknown_members_are_orphans_once_they_had_the_time_to_come_back(
+    members: Members, other: HubStore
+) -> None:
+    await claimed(members.hub.member(b"1"))  # before the process with the store was restarted
+    assert not (await claimed(other)).is_orphan
+    members.clock.advance(RETURN_S - 0.1)
+    assert not (await claimed(other)).is_orphan
+    members.clock.advance(0.1)
+    assert (await claimed(other)).is_orphan
+    await other.close()
+    assert members.hub._gone == set()
+
+
 async def test_claim_is_own_after_the_death_of_the_process_with_the_store(tmp_path: Path) -> None:
     claims = []
     for id in (b"1", b"1", b"2"):

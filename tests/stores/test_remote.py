@@ -11,10 +11,12 @@ import pytest
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import (
     FIVE,
+    LEASE,
     WALL,
     DurabilityContract,
     RepeatedRefreshContract,
     StoreContract,
+    digest,
     ended,
     opened,
     session,
@@ -27,6 +29,7 @@ from zcproto.stores import remote
 from zcproto.stores.base import (
     Change,
     ChangeKind,
+    ClaimState,
     Created,
     DamagedRecord,
     LimitReached,
@@ -216,6 +219,19 @@ async def test_failure_of_the_store_arrives_as_such(
     with pytest.raises(expected) as failed:
         await store.get(session().id)
     assert type(failed.value) is expected
+
+
+async def test_claim_of_a_process_whose_connection_is_lost_is_an_orphan(harness: HubHarness) -> None:
+    await harness.start()
+    one, other = await harness.opened(), await harness.opened()
+    assert (await one.claim("ada", "k", digest("body"), LEASE)).state is ClaimState.NEW
+    seen = await other.claim("ada", "k", digest("body"), LEASE)
+    assert (seen.state, seen.is_own, seen.is_orphan) == (ClaimState.RUNNING, False, False)
+    await one.close()
+    async with asyncio.timeout(20):
+        while not seen.is_orphan:
+            seen = await other.claim("ada", "k", digest("body"), LEASE)
+    assert (seen.state, seen.answer) == (ClaimState.RUNNING, b"")
 
 
 async def test_operation_of_a_process_that_has_not_joined_is_refused(harness: HubHarness) -> None:

@@ -129,7 +129,8 @@ class Answers:
                 return Claim(ClaimState.CONFLICT)
             if entry.running:
                 is_known = entry.is_own or len(digest) > DIGEST_SIZE
-                return Claim(ClaimState.RUNNING, is_own=is_known and entry.digest == digest)
+                is_own, owner = is_known and entry.digest == digest, entry.digest[DIGEST_SIZE:]
+                return Claim(ClaimState.RUNNING, is_own=is_own, owner=owner)
             answer = self._read_answer((user, key)) if entry.answer is None else entry.answer
             return Claim(ClaimState.DONE, answer)
         if (user, key) in self._entries:

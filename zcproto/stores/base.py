@@ -124,6 +124,8 @@ class Claim:
     """RUNNING: whether this process made the claim."""
     is_orphan: bool = field(default=False, compare=False)
     """RUNNING: whether the process that made the claim has shown no sign of life lately."""
+    owner: bytes = field(default=b"", compare=False)
+    """RUNNING: the name of that process, if it has given one."""
 
 
 class ChangeKind(Enum):

@@ -10,7 +10,8 @@ Rules:
 - A member has a lease for each session that its connections use, until it gives it up or leaves. The leases of a
   member that has left count for RETURN_S: its clients are about to connect to another one.
 - The sessions of all members together are bounded, by a count that each clean-up corrects.
-- A claim is stored with the id of its member, which is its owner also after a crash of this process.
+- A claim is stored with the id of its member, which is its owner also after a crash of this process. It is an
+  orphan as soon as that member has left; after a crash, once members had RETURN_S to join again.
 - A session without a lease counts as in use until the hub has run for the time of a lease: members need time to
   renew theirs after a crash of this process.
 
@@ -32,6 +33,7 @@ from zcproto.stores.base import (
     Change,
     ChangeKind,
     Claim,
+    ClaimState,
     Created,
     LimitReached,
     NotRotated,
@@ -76,6 +78,7 @@ class StoreHub:
         self._left: dict[HubStore, float] = {}  # with when their leases end
         self.sessions = 0
         self._given_up: set[bytes] = set()  # while unknown sessions count as in use
+        self._gone: set[bytes] = set()  # ids of members that left, while others may have to join again
         self.epoch = b"" if is_lasting else entropy(_EPOCH_SIZE)
 
     async def open(self) -> None:
@@ -113,6 +116,23 @@ class StoreHub:
             del self._members[member]
             self._forget_left()
             self._left[member] = self._now() + RETURN_S
+            if self._is_complete:
+                self._gone.clear()
+            else:
+                self._gone.add(member.id)
+
+    def is_gone(self, id: bytes) -> bool:
+        """Return whether the process with this id has left, or has not come back after a crash of this one.
+
+        One without an id had the store to itself.
+        """
+        is_member = any(member.id == id for member in self._members)
+        return not id or (not is_member and (self._is_complete or id in self._gone))
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether all processes had the time to join."""
+        return self._now() >= self._began + RETURN_S
 
     def ended(self, ended: Sequence[EndedRecord], by: HubStore, others: Iterable[bytes] = ()) -> None:
         """Notify the members of sessions that have ended now, and of others that may have ended before."""
@@ -190,7 +210,7 @@ class HubStore:
 
     def __init__(self, hub: StoreHub, id: bytes) -> None:
         self._hub = hub
-        self._id = id
+        self.id = id
         self._store = hub.store
         self.held: set[bytes] = set()
         self.on_changes: OnChanges = lambda changes: None
@@ -289,7 +309,9 @@ class HubStore:
         return removed
 
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
-        return await self._store.claim(user, key, request_digest + self._id, lease_ms)
+        claim = await self._store.claim(user, key, request_digest + self.id, lease_ms)
+        is_orphan = claim.state is ClaimState.RUNNING and not claim.is_own and self._hub.is_gone(claim.owner)
+        return replace(claim, is_orphan=is_orphan)
 
     async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         await self._store.keep_answer(user, key, answer, keep_ms)

@@ -55,6 +55,8 @@ OPERATION_LIMIT_S: Final = 30.0
 _CHANGE_KINDS: Final = frozenset(kind.value for kind in ChangeKind)
 _MEMBER_SIZE: Final = 8
 _ENDED_FIELDS: Final = 4
+_ORPHAN: Final = b"orphan"
+"""In place of the answer of a running request, which processes of earlier versions do not read."""
 _rotation_values: Final = attrgetter(*Rotation.__slots__)
 
 Found = SessionRecord | EndedRecord | None
@@ -203,7 +205,8 @@ class StoreServer:
         self, member: HubStore, user: str, key: str, request_digest: bytes, lease_ms: int
     ) -> tuple[Any, ...]:
         claim = await member.claim(user, key, request_digest, lease_ms)
-        return claim.state.value, claim.answer, claim.is_own
+        answer = _ORPHAN if claim.is_orphan else claim.answer
+        return claim.state.value, answer, claim.is_own
 
     async def _keep_answer(self, member: HubStore, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         await member.keep_answer(user, key, answer, keep_ms)
@@ -360,8 +363,11 @@ class RemoteStore:
     # --- answers -------------------------------------------------------------------------------------
 
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
-        state, answer, is_own = await self._call("claim", user, key, request_digest, lease_ms)
-        return Claim(ClaimState(state), answer, is_own)
+        value, answer, is_own = await self._call("claim", user, key, request_digest, lease_ms)
+        state = ClaimState(value)
+        if state is ClaimState.RUNNING:
+            return Claim(state, is_own=is_own, is_orphan=answer == _ORPHAN)
+        return Claim(state, answer)
 
     async def keep_answer(self, user: str, key: str, answer: bytes, keep_ms: int) -> None:
         check_size(answer, self._answers)
