@@ -296,6 +296,20 @@ def test_drain_does_not_wait_long_for_runs_without_a_connection(
     assert ask(visitor(orders), 1, "wait").error.code == Code.CANCELLED
 
 
+def test_shutdown_sends_away_callers_that_wait_for_the_run_of_another(orders: OrderServer) -> None:
+    first, other = visitor(orders), visitor(orders)
+    first.send(first.request(1, "wait", idempotency_key="k"))
+    other.send(other.request(1, "wait", idempotency_key="k"), other.request(2, "wait"))
+    for peer in (first, other):
+        peer.protocol.cancel_all()
+    (answer,) = first.answers()
+    assert answer.error.code == Code.CANCELLED, "its method has run in part"
+    waiting, without_key = other.answers()
+    assert (waiting.stream, waiting.error.code) == (1, Code.UNAVAILABLE)
+    assert waiting.error.details == {"retry_after_ms": 1_000}
+    assert without_key.error.code == Code.CANCELLED
+
+
 def test_shutdown_answers_waiting_callers_and_stores_the_answer(orders: OrderServer) -> None:
     peer = visitor(orders)
     peer.send(peer.request(1, "wait", idempotency_key="k"))

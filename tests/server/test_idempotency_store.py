@@ -109,6 +109,26 @@ def test_outcome_is_unknown_once_the_process_of_a_claim_has_shown_no_sign_of_lif
     killed.turn()
 
 
+def test_drain_sends_away_callers_that_wait_for_the_run_of_another_process(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    running = make_harness(store)
+    gate = running.loop.create_future()
+    running.begin(wait=gate)
+    running.turn()
+    draining = make_harness(FakeStore(shared=True, data_of=store))
+    draining.while_asleep = lambda: setattr(draining.cache, "is_draining", len(draining.slept) == 3)
+    caller = draining.begin()
+    assert caller.waiting is not None
+    assert not caller.waiting.has_begun
+    draining.turn()
+    assert code(caller.answer) is Code.UNAVAILABLE
+    assert "retry_after_ms" in decode_error(caller.answer.body).details
+    assert (draining.ran, len(draining.slept)) == (0, 3)
+    gate.set_result(None)
+    running.turn()
+    assert draining.call().code == 0, "the claim is that of the other process still"
+
+
 def test_claim_that_could_not_be_released_is_reused(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     harness = make_harness(store)

@@ -444,7 +444,7 @@ def at_home(config: Config, home: Home) -> Config:
 async def drain_connections(parts: Parts, limit: float) -> int:
     """Stop accepting and end every connection; return how many were cut off after `limit` seconds."""
     state, http = parts.state, parts.http
-    state.draining = True
+    state.draining = state.idempotency.is_draining = True
     state.stopping.set()
     if http is not None:
         http.drain()

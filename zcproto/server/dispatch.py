@@ -410,19 +410,22 @@ class Dispatcher(asyncio.Protocol):
             log.info("stream.cut", peer=self.peer, user=user, what=stream.method, reason=reason)
 
     def cancel_all(self) -> None:
-        """Answer every request in flight with CANCELLED, as it may have run, and cancel its method."""
+        """Answer every request in flight with CANCELLED, as it may have run, and cancel its method.
+
+        One that waits for the run of another request with its key has not run: UNAVAILABLE.
+        """
         draining = {"reason": "draining", "retry_after_ms": self._state.settings.retry_draining_ms}
         running: list[tuple[Request, EagerWorker | StreamWorker | Waiting]] = [*(self._workers or {}).items()]
         if self._streams is not None:
             running += self._streams.workers()
         for request, worker in running:
-            details = None
+            error: CallError = Cancelled("the server stopped before the method returned")
             if isinstance(request, ServerStream):
-                details = draining
+                error.details = draining
                 self._count_cut(request, "draining")
-            self._answer_exception(
-                request, Cancelled("the server stopped before the method returned", details)
-            )
+            elif isinstance(worker, Waiting) and not worker.has_begun:
+                error = Unavailable("the server stopped while this request waited for its key; send it again")
+            self._answer_exception(request, error)
             worker.cancel()
         self._flush()
 

@@ -110,17 +110,25 @@ class _KeyedRun:
 
     digest: bytes
     waiting: dict[Waiting, None] = field(default_factory=dict)
+    is_begun: bool = False
+    """Whether its method runs here."""
 
 
 class Waiting:
     """A caller that waits for a run."""
 
-    __slots__ = ("_run", "on_answer")
+    __slots__ = ("_is_first", "_run", "on_answer")
 
-    def __init__(self, run: _KeyedRun, on_answer: Callable[[Answer], None]) -> None:
+    def __init__(self, run: _KeyedRun, on_answer: Callable[[Answer], None], *, is_first: bool) -> None:
         self._run = run
+        self._is_first = is_first
         self.on_answer = on_answer
         run.waiting[self] = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the method runs for the request of this caller, and not for another one with its key."""
+        return self._is_first and self._run.is_begun
 
     def cancel(self) -> None:
         """Stop waiting. The run goes on."""
@@ -165,6 +173,8 @@ class IdempotencyCache:
         self._unsaved: OrderedDict[Name, bytes] = OrderedDict()
         self._idle_claims: OrderedDict[Name, bytes] = OrderedDict()
         self._is_saving = self._is_save_planned = False
+        self.is_draining = False
+        """Whether callers are sent away to wait at another server for the run of a third one."""
         self._no_runs = asyncio.Event()
         self._no_runs.set()
         self.repeated = 0
@@ -219,7 +229,7 @@ class IdempotencyCache:
             if run.digest != digest:
                 return answer_error(self._conflict())
             self.repeated += 1
-            return Waiting(run, on_answer)
+            return Waiting(run, on_answer, is_first=False)
         if not self._running_of.add(user, self._max_running):
             self.refused += 1
             return answer_error(too_many_requests("of this user "))
@@ -245,7 +255,7 @@ class IdempotencyCache:
                     waiting.on_answer(answer)
 
         worker.done = done
-        return Waiting(run, on_answer)
+        return Waiting(run, on_answer, is_first=True)
 
     def _ended(self, name: Name) -> None:
         del self._running[name]
@@ -263,6 +273,7 @@ class IdempotencyCache:
         if stored is not None:
             self.repeated += 1
             return stored
+        run.is_begun = True
         try:
             answer = Answer(0, await execute())
         except (Exception, asyncio.CancelledError) as error:  # not one that stops the process
@@ -296,9 +307,10 @@ class IdempotencyCache:
                 )
             await self._sleep(pause)
             orphaned_s = orphaned_s + pause if claim.is_orphan else 0.0
-            if not run.waiting:
+            if self.is_draining or not run.waiting:
                 raise Unavailable(
-                    "no caller waits for this request any more; send it again", {"retry_after_ms": RETRY_MS}
+                    "this server no longer waits for the run of this request; send it again",
+                    {"retry_after_ms": RETRY_MS},
                 )
             pause = min(2 * pause, POLL_LAST_S)
 
