@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -434,6 +435,60 @@ async def test_changed_settings_are_checked_and_adopted_together_with_the_rest(
         config(certificates__renew_before="10d"), lambda: applied.append(len(served))
     )
     assert (applied, len(served)) == ([1, 1], 2)
+
+
+async def test_settings_that_cannot_be_applied_are_not_adopted(tmp_path: Path, certs: Path) -> None:
+    def config(**changes: Any) -> Config:
+        return configuration(tmp_path / "home", certificates__directory=certs, **ECDSA, **changes)
+
+    served: list[ServingCertificates] = []
+    manager = CertificateManager(config(), system_clock, ["zcp/1"], on_serving=served.append)
+    await manager.start()
+    before = manager._checker, manager._settings, manager._interval, manager._reported
+    changed = config(certificates__renew_before="9d", certificates__watch_interval="1h")
+    for _ in range(2):  # the second attempt finds the old settings
+        with pytest.raises(ValueError, match="not now"):
+            await manager.reconfigure(changed, partial(fail, ValueError("not now")))
+        assert (manager._checker, manager._settings, manager._interval, manager._reported) == before
+    with pytest.raises(ValueError, match="not now"):
+        await manager.reconfigure(
+            config(certificates__watch_interval="1h"), partial(fail, ValueError("not now"))
+        )
+    assert manager._interval == before[2]
+    assert len(served) == 1
+    await manager.check()
+    assert await manager.reconfigure(changed, lambda: None)
+    assert (manager._interval, len(served)) == (3600.0, 2)
+
+
+def test_settings_are_not_adopted_after_the_end_of_the_loop(
+    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager_module, "LONGEST_WAIT", 0.01)
+    config = configuration(tmp_path / "home", certificates__directory=certs, **ECDSA)
+    changed = configuration(
+        tmp_path / "home", certificates__directory=certs, certificates__renew_before="9d", **ECDSA
+    )
+    manager = CertificateManager(config, system_clock, ["zcp/1"])
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(manager.start())
+    before = manager._checker, manager._settings
+    waits = threading.Semaphore(0)
+
+    def count(futures: Any, timeout: float) -> Any:
+        waits.release()
+        return wait(futures, timeout)
+
+    monkeypatch.setattr(manager_module, "wait", count)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *arguments: None)  # the loop runs nothing more
+    reconfiguring = loop.create_task(manager.reconfigure(changed, partial(fail, AssertionError("applied"))))
+    loop.run_until_complete(asyncio.sleep(0))
+    for _ in range(2):
+        assert waits.acquire(timeout=TIMEOUT)
+    loop.close()
+    with manager._checking:  # the thread ends
+        assert (manager._checker, manager._settings) == before
+    reconfiguring._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
 def test_long_wait_has_its_full_length(tmp_path: Path, certs: Path) -> None:

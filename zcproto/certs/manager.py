@@ -19,6 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -184,31 +185,37 @@ class CertificateManager:
         """Check with a new configuration and adopt it if its certificates are valid.
 
         Return True if the settings of certificates have changed. `apply` is called in the same turn of the loop in
-        which the new certificates are served. Raises CertificateError; then `apply` is not called and nothing
-        changes.
+        which the new certificates are served. Raises CertificateError, without a call of `apply`, or what `apply`
+        raises; then nothing changes.
         """
-        settings = certificate_settings(config)
+        settings, interval = certificate_settings(config), config.certificates.watch_interval
         if settings == self._settings:
-            self._interval = config.certificates.watch_interval
             apply()
+            self._interval = interval
             return False
-        loop = asyncio.get_running_loop()
-        failed: list[Exception] = []
+        loop, adopted = asyncio.get_running_loop(), Future[None]()
 
-        def adopt(result: CheckResult) -> None:
-            self._interval = config.certificates.watch_interval
+        def adopt(checker: CertificateChecker, result: CheckResult) -> None:
+            before = self._checker, self._settings, self._interval, self._reported
+            self._checker, self._settings, self._interval = checker, settings, interval
+            self._reported = _Reported(result.next_pins, result.last_renewal)
             try:
                 apply()
-            except Exception as error:  # re-raised below
-                failed.append(error)
-            else:
-                self._apply(result)
+            except Exception as error:  # raised in the thread, and from there to the caller
+                self._checker, self._settings, self._interval, self._reported = before
+                adopted.set_exception(error)
+                return
+            adopted.set_result(None)
+            self._apply(result)
 
-        await asyncio.to_thread(
-            self._check_with, settings, lambda result: loop.call_soon_threadsafe(adopt, result)
-        )
-        if failed:
-            raise failed[0]
+        def adopt_in_loop(checker: CertificateChecker, result: CheckResult) -> None:
+            loop.call_soon_threadsafe(adopt, checker, result)
+            while not wait([adopted], LONGEST_WAIT).done:
+                if loop.is_closed():
+                    raise RuntimeError("the event loop was closed before the certificates were adopted")
+            adopted.result()
+
+        await asyncio.to_thread(self._check_with, settings, adopt_in_loop)
         return True
 
     @property
@@ -265,19 +272,20 @@ class CertificateManager:
                 if result.serving is not None or result.notices or self._reported != before:
                     report(partial(self._apply, result))
 
-    def _check_with(self, settings: CertificateSettings, report: Callable[[CheckResult], object]) -> None:
-        """Check with other settings, and adopt them unless that raises CertificateError."""
+    def _check_with(
+        self, settings: CertificateSettings, adopt: Callable[[CertificateChecker, CheckResult], None]
+    ) -> None:
+        """Check with other settings. `adopt` replaces the checker and waits for the loop, or changes nothing and
+        raises.
+        """
         with self._checking:
-            checker = self._checker_for(settings)
+            before, checker = self._checker, self._checker_for(settings)
             try:
-                result = checker.check(self.now(), self._clock.now())
+                adopt(checker, checker.check(self.now(), self._clock.now()))
             except BaseException:
                 checker.close()
                 raise
-            self._checker.close()
-            self._checker, self._settings = checker, settings
-            self._reported = _Reported(result.next_pins, result.last_renewal)
-            report(result)
+            before.close()
 
     def _check(self) -> CheckResult:
         return self._checker.check(self.now(), self._clock.now())
