@@ -58,6 +58,19 @@ HANGING = FAILING.replace('raise RuntimeError("no database")', "await Event().wa
     "import asynccontextmanager", "import asynccontextmanager\nfrom asyncio import Event"
 )
 
+BLOCKED = """
+import os
+import threading
+
+os.mkdir("blocked")
+threading.Event().wait()
+"""
+
+BLOCKED_LIFESPAN = FAILING.replace(
+    'raise RuntimeError("no database")',
+    'os.makedirs("blocked", exist_ok=True)\n    threading.Event().wait()',
+).replace("from context", "import os, threading\nfrom context")
+
 
 @pytest.fixture
 def key(tmp_path: Path, certs: Path) -> str:
@@ -216,3 +229,18 @@ def test_malformed_inheritance_is_refused(value: str) -> None:
         Inheritance.from_environ(environ)
     assert environ == {}
     assert Inheritance.from_environ(environ) is None
+
+
+@pytest.mark.parametrize("application", [BLOCKED, BLOCKED_LIFESPAN], ids=["import", "lifespan"])
+def test_unfinished_successor_ends_with_the_server_that_is_killed(
+    server: ServerProcess, key: str, certs: Path, application: str
+) -> None:
+    (server.home / "placed.py").write_text(application)
+    server.signal(signal.SIGUSR2)
+    eventually((server.home / "blocked").exists)
+    (started,) = events(server, "upgrade.started")
+    server.process.kill()
+    eventually(lambda: not is_running(started["pid"]))
+    (server.home / "placed.py").write_text(PLACE)
+    with ServerProcess(server.home, certs, "--workers", "2", app="placed:app") as again:
+        assert call(again, key, None)[1] == again.process.pid

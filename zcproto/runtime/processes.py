@@ -246,7 +246,7 @@ class ForkedService:
             )
             environment = {**os.environ, **self._manager.environment(), VARIABLE: passed.encode()}
             command = [sys.executable, *sys.orig_argv[1:]]
-            return Successor(command, environment, passed.descriptors(), ours)
+            return Successor(command, environment, passed.descriptors(), ours, theirs)
         except OSError:
             ours.close()
             raise

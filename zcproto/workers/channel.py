@@ -9,7 +9,9 @@ Must not know: what the messages mean.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import socket
 from typing import Any, Final, NamedTuple, Self
 
@@ -42,6 +44,18 @@ class Channel:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def end_with_peer(self) -> None:
+        """Let the system end this process, whatever it does and also after `exec`, when the other end is closed.
+
+        The signal is SIGIO, which a message of the peer causes as well.
+        """
+        fcntl.fcntl(self._socket, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self._socket, fcntl.F_SETFL, fcntl.fcntl(self._socket, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def outlive_peer(self) -> None:
+        """Undo `end_with_peer`: from now on this process reads the channel."""
+        fcntl.fcntl(self._socket, fcntl.F_SETFL, fcntl.fcntl(self._socket, fcntl.F_GETFL) & ~os.O_ASYNC)
 
     def send(self, name: str, **values: Any) -> bool:
         """Send a message. Return False if the peer is gone."""

@@ -9,7 +9,11 @@ from zcproto.workers.channel import Channel
 
 
 class Successor:
-    """A process that is to take over. It has `descriptors`, and the other end of `channel` among them."""
+    """A process that is to take over. It has `descriptors`, and `theirs`, the other end of `channel`, among them.
+
+    Until its supervisor runs, it ends at once with this process: it has the sockets and the locks of the home,
+    and the import of the application may take long.
+    """
 
     def __init__(
         self,
@@ -17,9 +21,15 @@ class Successor:
         environment: Mapping[str, str],
         descriptors: Sequence[int],
         channel: Channel,
+        theirs: Channel,
     ) -> None:
         self.channel = channel
-        self._process = subprocess.Popen(command, env=environment, pass_fds=descriptors)  # noqa: S603 - our own
+        self._process = subprocess.Popen(  # noqa: S603 - our own
+            command,
+            env=environment,
+            pass_fds=descriptors,
+            preexec_fn=theirs.end_with_peer,  # noqa: PLW1509 - the supervisor has one thread
+        )
         self.pid = self._process.pid
 
     @property

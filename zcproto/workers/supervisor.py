@@ -48,6 +48,9 @@ clients wait."""
 LATE: Final = 3.0
 """A turn of the supervisor that is late by this part of the limit of hung processes says nothing about them."""
 
+ABANDONED_LIMIT: Final = 0.3
+"""Seconds that workers have to end whose server was to take over from one that was killed."""
+
 MAX_ENDED: Final = 64
 MAX_REASON: Final = 200
 """Characters of a reason in an alert."""
@@ -92,6 +95,7 @@ class Supervisor:
         self._upgrade_failure = ""
         self._predecessor = predecessor
         if predecessor is not None:
+            predecessor.outlive_peer()
             self.coordinator.start_at = None  # the predecessor has the store
             self._selector.register(predecessor, selectors.EVENT_READ, self._handle_predecessor)
 
@@ -536,6 +540,9 @@ class Supervisor:
         elif self.coordinator.start_at is None and not self.coordinator.is_running:
             self._failure = ChildFailed("the server that this one was to replace has ended; start it again")
             self._begin_stop(0.0)
+            for worker in self.workers:  # they serve no client, and the next server needs the home folder
+                if worker.is_running:
+                    worker.kill_at = self._now() + ABANDONED_LIMIT
 
     # --- stop ----------------------------------------------------------------------------------------
 
