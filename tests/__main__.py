@@ -148,6 +148,7 @@ def run_groups(options: list[str], slowdown: float, *, is_quick: bool, is_anothe
         passed = True
         # The accelerator is compared with its Python references on the other Python, too.
         groups = [group for group in GROUPS if not (is_another_python and group.environment)]
+        groups = [group for group in groups if paths(group, is_another_python)]  # some only on one Python
         for ended in as_completed([pool.submit(test, group, n) for n, group in enumerate(groups)]):
             is_group_passed, report = ended.result()
             passed = passed and is_group_passed
@@ -162,7 +163,7 @@ def run_groups(options: list[str], slowdown: float, *, is_quick: bool, is_anothe
 
 
 def paths(group: Group, is_another_python: bool) -> list[str]:
-    """Return the paths of a group's tests."""
+    """Return the paths of a group's tests. Without any, pytest would run all tests."""
     tests = ROOT / "tests"
     found = [
         path for room in group.rooms or "*" for path in sorted(tests.glob(room)) if path.name[0] not in "_."
@@ -173,8 +174,9 @@ def paths(group: Group, is_another_python: bool) -> list[str]:
         names = [name for name in names if name not in named]
     if not is_another_python:
         return [f"tests/{name}" for name in names]
+    chosen = [f"tests/{name}" for name in names if name not in VERSION_INDEPENDENT]
     ignored = [f"--ignore=tests/{name}" for name in VERSION_INDEPENDENT if name not in names]
-    return ignored + [f"tests/{name}" for name in names if name not in VERSION_INDEPENDENT]
+    return chosen and ignored + chosen
 
 
 def run(
