@@ -159,7 +159,10 @@ def rows(times: FailoverTimes, kills: Mapping[float, int], max_p99_ms: float) ->
                 ("ms", "longest", "max"),
             )
         ]
-    of_process = {f"ran in {AFTER_S:g} s after a kill": "ran", "and waited for a processor": "waited"}
+    of_process = {
+        f"ran in {AFTER_S:g} s after a kill": "ran",
+        "waited for a processor in that time": "waited",
+    }
     return found + [
         Row(f"clients_{name}_ms", f"clients' process {label}", _mean_ms(times.loads, name), "ms")
         for label, name in of_process.items()

@@ -30,8 +30,11 @@ from zcproto.tls.failure import TlsFailure
 SHARED_ONLY = {
     "zcproto_certificate_last_renewal_timestamp_seconds",
     "zcproto_certificate_last_renewal_success",
+    "zcproto_oidc_keys_age_seconds",
+    "zcproto_oidc_keys_failing",
+    "zcproto_oidc_fetches_total",
 }
-"""Present only after a renewal."""
+"""Present only after a renewal, or with an identity provider."""
 
 
 def render(server: ServerThread, accept: str = "") -> str:

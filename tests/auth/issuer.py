@@ -115,8 +115,8 @@ class Published:
     def loaded(self, keys: Sequence[IssuerKey]) -> None:
         self.events.append(f"loaded {' '.join(key.kid for key in keys)}")
 
-    def failed(self, reason: str) -> None:
-        self.events.append(reason)
+    def failed(self, reason: str, can_serve: bool) -> None:
+        self.events.append(f"{reason}; the last keys {'serve' if can_serve else 'do not serve'}")
 
     def issuer_keys(self) -> IssuerKeys:
         return IssuerKeys(

@@ -71,15 +71,17 @@ async def test_last_keys_serve_while_the_provider_is_down() -> None:
         published.now += 3600
         assert await found(keys)
         await settled()
-    assert published.events == ["loaded one", "the provider is down"]
-    assert (keys.fetches, keys.failures) == (24, 23)
-    published.now += 3600
-    with pytest.raises(Unavailable, match="the identity provider does not answer"):
-        await found(keys)
+    assert published.events == ["loaded one", "the provider is down; the last keys serve"]
+    assert (keys.fetched, keys.failures, keys.is_failing) == (1, 23, True)
+    for _ in range(3):
+        published.now += 3600
+        with pytest.raises(Unavailable, match="the identity provider does not answer"):
+            await found(keys)
     published.is_down = False
     published.now += 30
     assert await found(keys)
-    assert published.events[2:] == ["loaded one"]
+    assert published.events[2:] == ["the provider is down; the last keys do not serve", "loaded one"]
+    assert (keys.fetched, keys.failures, keys.is_failing) == (2, 26, False)
 
 
 async def test_login_is_undecided_without_any_keys() -> None:
@@ -91,6 +93,7 @@ async def test_login_is_undecided_without_any_keys() -> None:
             await found(keys)
         assert error.value.details == {"retry_after_ms": 30_000}
         assert published.fetches == fetches
+    assert published.events == ["the provider is down; the last keys do not serve"]
     published.is_down = False
     published.now += 30
     assert await found(keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from tests.auth.issuer import AUDIENCE, jwk, key_set, private_key
 from tests.auth.test_jwt import FORGED
 from tests.conftest import ServerPairs
 from tests.server.conftest import Serve
-from tests.server.helpers import Client, ServerThread, eventually
+from tests.server.helpers import AnsweredError, Client, ServerThread, eventually
 from zcproto import App, CallableAuthenticator, Context
+from zcproto.admin.metrics import server_metrics
 from zcproto.app.app import default_app
 from zcproto.config import AuthConfig, LogConfig, OidcConfig, config_as_toml, load_config
 from zcproto.errors import Code, ConfigError
@@ -169,6 +171,46 @@ def test_keys_are_logged_when_they_are_loaded_and_when_they_cannot_be(
     events = {event["event"]: event for event in map(json.loads, capsys.readouterr().err.splitlines())}
     assert events["oidc.keys_loaded"].items() >= {"issuer": company.issuer, "count": 1}.items()
     assert events["oidc.keys_failed"]["issuer"] == f"{company.issuer}/other"
+    assert events["oidc.keys_failed"]["can_serve"] is False
+
+
+def test_keys_that_cannot_be_fetched_are_an_alert_and_in_the_metrics(serve: Serve, company: Company) -> None:
+    works = company.receiver.answers[:]
+    company.receiver.answers[:] = [answer(503)]
+    settings = {**company.settings, "keys_min_interval": "1s"}
+    server = serve(application(), users_file=True, auth__oidc=settings)
+    issuer = f'{{issuer="{company.issuer}"'
+    assert f"zcproto_oidc_keys_failing{issuer}}} 0.0" in scraped(server)
+    with server.client() as client:
+        assert client.refused("session.open", login(company.token())).code == Code.UNAVAILABLE
+        (alert,) = server.server.parts.alerts.report()["open"]
+        assert (alert["kind"], alert["about"], alert["severity"]) == (
+            "oidc.keys_failed",
+            company.issuer,
+            "error",
+        )
+        assert "logins by its tokens are not possible" in alert["title"]
+        text = scraped(server)
+        assert f"zcproto_oidc_keys_failing{issuer}}} 1.0" in text
+        assert f'zcproto_oidc_fetches_total{issuer},result="failed"}} 1.0' in text
+        assert "zcproto_oidc_keys_age_seconds{" not in text
+        company.receiver.answers[:] = works
+        eventually(lambda: is_opened(client, company.token()))
+    assert server.server.parts.alerts.report()["open"] == []
+    text = scraped(server)
+    assert f"zcproto_oidc_keys_failing{issuer}}} 0.0" in text
+    assert f'zcproto_oidc_fetches_total{issuer},result="fetched"}} 1.0' in text
+    assert f"zcproto_oidc_keys_age_seconds{issuer}}}" in text
+
+
+def scraped(server: ServerThread) -> str:
+    return server.in_loop(lambda: server_metrics(server.server.parts).render(""))[1].decode()
+
+
+def is_opened(client: Client, token: str) -> bool:
+    with contextlib.suppress(AnsweredError):
+        return bool(client.call("session.open", login(token)))
+    return False
 
 
 # --- configuration -------------------------------------------------------------------------------------------
@@ -196,17 +238,19 @@ def test_missing_package_is_a_fault_with_the_cure(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "jwt", None)
     config = AuthConfig(oidc=(OidcConfig(issuer="https://a.example", audience=("x",)),))
     clock: Any = None
+    alerts: Any = None
     with pytest.raises(ConfigError, match=r'pip install "zcproto\[oidc\]"'):
-        build_jwt(config, clock)
-    assert build_jwt(AuthConfig(), clock) is None
+        build_jwt(config, clock, alerts)
+    assert build_jwt(AuthConfig(), clock, alerts) is None
 
 
 def test_ca_file_without_certificates_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     config = OidcConfig(issuer="https://a.example", audience=("x",), ca_file=tmp_path / "ca.pem")
     clock: Any = type("Clock", (), {"now": float, "wall": int})()
+    alerts: Any = None
     with pytest.raises(ConfigError, match=r"auth.oidc\[0\].ca_file: .*contains no PEM certificates"):
-        build_jwt(AuthConfig(oidc=(config,)), clock)
+        build_jwt(AuthConfig(oidc=(config,)), clock, alerts)
 
 
 def test_core_imports_no_package_of_the_extra() -> None:

@@ -54,6 +54,7 @@ def readings(snapshot: Snapshot) -> Iterator[Reading]:
         _connections,
         _certificates,
         _sessions,
+        _issuers,
         _requests,
         _streams,
         _calls,
@@ -208,6 +209,18 @@ def _sessions(snapshot: Snapshot) -> Iterator[Reading]:
         yield "zcproto_logins_total", count, scheme, "failed"
     yield "zcproto_logins_pending", login.pending
     yield "zcproto_logins_throttled_total", login.throttled
+
+
+def _issuers(snapshot: Snapshot) -> Iterator[Reading]:
+    jwt = snapshot.parts.jwt
+    for issuer, trusted in ({} if jwt is None else jwt.issuers).items():
+        keys = trusted.keys
+        age = keys.age()
+        if age is not None:
+            yield "zcproto_oidc_keys_age_seconds", age, issuer
+        yield "zcproto_oidc_keys_failing", keys.is_failing, issuer
+        yield "zcproto_oidc_fetches_total", keys.fetched, issuer, "fetched"
+        yield "zcproto_oidc_fetches_total", keys.failures, issuer, "failed"
 
 
 def _requests(snapshot: Snapshot) -> Iterator[Reading]:

@@ -14,6 +14,7 @@ from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login, RegisteredDevice, User
 from zcproto.auth.directory import Directory
+from zcproto.auth.oidc import JwtAuthenticator
 from zcproto.certs.manager import CertificateManager
 from zcproto.certs.pair import CertificatePair
 from zcproto.common.clock import Clock
@@ -39,8 +40,8 @@ class Parts:
     """The parts of one server.
 
     `store` is None if sessions end with the process, `users` and `devices` if the program brings its own
-    authenticators, `http` if it is switched off, `whole` if this process is the whole server. `started_at` is
-    milliseconds since the Unix epoch.
+    authenticators, `jwt` without identity providers, `http` if it is switched off, `whole` if this process is the
+    whole server. `started_at` is milliseconds since the Unix epoch.
     """
 
     active: ActiveConfig
@@ -52,6 +53,7 @@ class Parts:
     state: ServerState
     store: StoreSync | None
     login: Login
+    jwt: JwtAuthenticator | None = None
     users: Directory[User] | None
     devices: Directory[RegisteredDevice] | None
     acceptor: TlsAcceptor

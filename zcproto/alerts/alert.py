@@ -71,6 +71,7 @@ class AlertKind(Enum):
     REPLAYED = "connection.replayed"
     STALE_FRAMES = "connection.stale_frames"
     LOGINS_THROTTLED = "login.throttled"
+    ISSUER_KEYS = "oidc.keys_failed"
     STORE_DEGRADED = "store.degraded"
     STORE_GRACE_OVER = "store.grace_over"
     STORE_DAMAGED = "store.damaged"
@@ -152,6 +153,11 @@ login.throttled: warning, ends rate
     Many logins were delayed within `alerts.rate_window`: at least `alerts.throttled_logins`. Keys are being
     guessed, or a program keeps using a wrong one.
     Cure: The log event `login.failed` has the addresses. Block attackers in the firewall.
+oidc.keys_failed: warning, ends resolved; issuer
+    The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`; without any, as
+    after a start, it is an error: logins by its tokens get UNAVAILABLE. Logins fetch the keys, so the alert ends
+    with the first one after the provider is back.
+    Cure: `zcproto doctor` checks the provider, its certificate, its keys and the clock.
 store.degraded: error, ends resolved
     The session store does not answer. Known sessions remain valid for `store.grace`, new ones are refused,
     and revocations are queued on disk.

@@ -78,6 +78,11 @@ class TokenRules:
     max_bytes: int
 
 
+def fits(key: IssuerKey, algorithm: str) -> bool:
+    """Return whether a key may verify signatures by an algorithm."""
+    return key.kind == KINDS.get(algorithm) and key.algorithm in ("", algorithm)
+
+
 class UnverifiedToken(NamedTuple):
     """A token that has the right form. Nothing in it is proved."""
 
@@ -90,13 +95,7 @@ class UnverifiedToken(NamedTuple):
 
     def keys_of(self, keys: Sequence[IssuerKey]) -> list[IssuerKey]:
         """Return the keys that may have signed this token. Without a `kid` only one may fit."""
-        found = [
-            key
-            for key in keys
-            if key.kind == KINDS.get(self.algorithm)
-            and key.algorithm in ("", self.algorithm)
-            and self.kid in (None, key.kid)
-        ]
+        found = [key for key in keys if fits(key, self.algorithm) and self.kid in (None, key.kid)]
         return found[: MAX_TRIED if self.kid is not None or len(found) == 1 else 0]
 
     def verify(self, keys: Sequence[IssuerKey]) -> None:

@@ -75,7 +75,7 @@ class JwtAuthenticator:
     scheme: ClassVar[str] = "jwt"
 
     def __init__(self, issuers: Sequence[TrustedIssuer], wall: Callable[[], int]) -> None:
-        self._issuers = {each.rules.issuer: each for each in issuers}
+        self.issuers = {each.rules.issuer: each for each in issuers}
         self._max_bytes = max(each.rules.max_bytes for each in issuers)
         self._wall = wall
 
@@ -99,7 +99,7 @@ class JwtAuthenticator:
     async def _identity(self, text: str, channel: Channel) -> Identity:
         token = read_token(text, self._max_bytes)
         name = token.claims.get("iss")
-        issuer = self._issuers.get(name) if isinstance(name, str) else None
+        issuer = self.issuers.get(name) if isinstance(name, str) else None
         if issuer is None:
             raise TokenRefused("it is by another issuer")
         rules = issuer.rules

@@ -32,6 +32,8 @@ class Provider:
         self._context = context
         self._timeout = timeout
         self._metadata: dict[str, Any] | None = None
+        self.date = ""
+        """When the provider has answered last, by its own clock: the header Date."""
 
     async def keys(self) -> list[IssuerKey]:
         """Fetch the keys. Raises KeysFailed."""
@@ -80,9 +82,11 @@ class Provider:
         endpoint = Endpoint(address, self._context)
         headers = [*_HEADERS, _FORM] if form else _HEADERS
         try:
-            return await endpoint.send(method, headers, form, timeout=self._timeout, max_body=max_body)
+            response = await endpoint.send(method, headers, form, timeout=self._timeout, max_body=max_body)
         except Unreachable as error:
             raise KeysFailed(str(error)) from error
+        self.date = response.headers.get("date", "")
+        return response
 
     def _is_usable(self, address: str) -> bool:
         try:

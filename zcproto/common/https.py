@@ -193,7 +193,9 @@ def verifying_context(ca_file: Path | None, key: str) -> ssl.SSLContext:
     try:
         context.load_verify_locations(ca_file)
     except ssl.SSLError as error:
-        raise ConfigError([f"{key}: {ca_file} contains no PEM certificates"]) from error
+        raise ConfigError(
+            [f"{key}: {ca_file} contains no PEM certificates; give a file of CA certificates"]
+        ) from error
     except OSError as error:
-        raise ConfigError([f"{key}: {ca_file} cannot be read: {error.strerror}"]) from error
+        raise ConfigError([f"{key}: {ca_file} cannot be read: {error.strerror}; check the path"]) from error
     return context

@@ -65,6 +65,7 @@ FIELDS: Final[dict[str, str]] = {
     "aside": "path to which a damaged file was moved",
     "at": "place in the program: file, line, function",
     "balancer": "address of the load balancer that forwarded the connection",
+    "can_serve": "whether the last keys of an identity provider still verify tokens",
     "changed": "configuration keys with new values; names that have changed in a file, the first 16",
     "cause": "cause of a TLS failure, from a fixed list",
     "client": "client string, up to 128 printable characters",
@@ -275,8 +276,8 @@ session.refresh_reused warning (session peer) by peer, limit per address, audit 
     A spent refresh token was reused, so it may be stolen; the session was ended.
 oidc.keys_loaded info (issuer count)
     The keys of an identity provider were fetched: for the first time, after a failure, or others than before.
-oidc.keys_failed warning (issuer reason)
-    The keys of an identity provider cannot be fetched. The last ones serve for `keys_stale`, if there are any.
+oidc.keys_failed warning (issuer reason can_serve)
+    The keys of an identity provider cannot be fetched. `can_serve`: the last ones serve, for `keys_stale`.
 login.failed info (peer connection scheme) by peer, limit per address, audit failure
     A login failed.
 login.certificate_refused info (peer reason) by peer, limit per address, audit failure

@@ -5,7 +5,8 @@
 All work happens at a scrape. docs/reference/metrics.md is generated from the table below; add a metric there first.
 
 Rules:
-- A metric has a fixed set of labels with few values: names of causes, methods and files, never of users or peers.
+- A metric has a fixed set of labels with few values: names of causes, methods, files and identity providers, never
+  of users or peers.
 - Each series appears once; of two readings the later one counts.
 - Over several processes, counters and histograms are added. A gauge is added, too, unless the table says `max` or
   `min`: then the highest or lowest value is reported.
@@ -143,6 +144,13 @@ zcproto_logins_pending gauge
     Logins that wait for their authenticators.
 zcproto_logins_throttled_total counter
     Logins refused without a check after too many failures.
+zcproto_oidc_keys_age_seconds gauge max (issuer)
+    Seconds since the keys of an identity provider were fetched. Missing before the first time. Logins fetch
+    them: the age grows while there are none.
+zcproto_oidc_keys_failing gauge max (issuer)
+    1 while the last fetch of the keys has failed, else 0.
+zcproto_oidc_fetches_total counter (issuer result)
+    Fetches of the keys. `result`: fetched, failed.
 
 # Requests
 zcproto_requests_total counter

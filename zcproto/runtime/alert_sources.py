@@ -132,6 +132,19 @@ def on_store_event(alerts: ServerAlerts, event: str, values: Mapping[str, Any]) 
         alerts.raise_(kind, title.format_map(values), about=about, details=values)
 
 
+def on_issuer_failed(alerts: ServerAlerts, issuer: str, reason: str, can_serve: bool) -> None:
+    """Raise the alert of an identity provider whose keys cannot be fetched; `can_serve`: the last ones still do."""
+    what = "the last ones serve" if can_serve else "logins by its tokens are not possible"
+    title = f"the keys of {issuer} cannot be fetched, {what}: {reason}"
+    severity = Severity.WARNING if can_serve else Severity.ERROR
+    alerts.raise_(AlertKind.ISSUER_KEYS, title, about=issuer, severity=severity, changed=True)
+
+
+def on_issuer_answered(alerts: ServerAlerts, issuer: str) -> None:
+    """Resolve the alert of an identity provider."""
+    alerts.resolve(AlertKind.ISSUER_KEYS, f"the keys of {issuer} were fetched", about=issuer)
+
+
 def on_refresh_reused(alerts: ServerAlerts, session_id: str, address: str) -> None:
     """Raise an alert for a session that ended because its refresh token was reused."""
     title = f"a refresh token was reused, last from {address}: its session was ended"

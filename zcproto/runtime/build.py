@@ -154,12 +154,13 @@ async def build(
         settings = replace(settings, max_sessions=NEAR_CACHE)
     await asyncio.sleep(0)  # here and below: a coordinator answers the workers, whose logins wait
     state, store = build_state(config, home, settings, alerts, wheel, clock, entropy, found, role)
+    jwt = await asyncio.to_thread(build_jwt, config.auth, clock, alerts)
     login = build_login(
         active,
         home,
         state,
         app.authenticators if authenticators is None else authenticators,
-        jwt=await asyncio.to_thread(build_jwt, config.auth, clock),
+        jwt=jwt,
         now=certificates.now,
         role=role,
     )
@@ -182,6 +183,7 @@ async def build(
         state=state,
         store=store,
         login=login.login,
+        jwt=jwt,
         users=login.users,
         devices=login.devices,
         acceptor=acceptor,

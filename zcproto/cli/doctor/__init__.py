@@ -21,7 +21,7 @@ import click
 from zcproto import accelerator
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
-from zcproto.cli.doctor import remote
+from zcproto.cli.doctor import issuers, remote
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
@@ -81,8 +81,8 @@ def doctor(
 ) -> int:
     """Diagnose the server of this machine, or the connection to the one at HOST:PORT, and print how to fix it.
 
-    Without HOST:PORT it checks the home folder, permissions, configuration, certificates, store, disk, limits, and
-    the server itself if it runs. Nothing is changed. Run it as the server's user.
+    Without HOST:PORT it checks the home folder, permissions, configuration, certificates, store, disk, limits,
+    identity providers, and the server itself if it runs. Nothing is changed. Run it as the server's user.
 
     \b
     Exit codes: 0  no faults; warnings are possible
@@ -357,6 +357,7 @@ _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "file limit": _file_limit,
     "certificate": _certificates,
     "store": _store,
+    "issuer": issuers.check,
     "port": _port,
 }
 
