@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.certs.harness import (
     write,
 )
 from tests.certs.support import DAY, NOW, pem_of_key
+from tests.common.support import mount_read_only
 from zcproto.certs import managed
 from zcproto.certs.notices import NoticeKind
 from zcproto.certs.settings import CertificateSettings, ManagedSite
@@ -64,6 +66,33 @@ def test_bad_external_files_change_nothing_and_are_reported_once(
     assert harness.served is before
     (tmp_path / "site.key").write_bytes(pem_of_key(ec_key))
     assert kinds(harness.check()) == ["files_recovered"]
+
+
+def test_rotated_secret_of_kubernetes_is_served(
+    tmp_path: Path, ec_key: Any, other_key: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tls.crt -> ..data/tls.crt, and ..data -> ..VERSION, which is replaced in one step."""
+    mount_read_only(monkeypatch)
+    tmp_path.chmod(0o1777)
+
+    def publish(version: str, key: Any, days: int) -> None:
+        folder = tmp_path / f"..{version}"
+        folder.mkdir()
+        write(folder, "tls", key, "a.example", not_after=NOW + days * DAY)
+        folder.chmod(0o755)
+        (tmp_path / "..data_tmp").symlink_to(folder.name)
+        (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+
+    publish("one", ec_key, 90)
+    for name in ("tls.crt", "tls.key"):
+        (tmp_path / name).symlink_to(f"..data/{name}")
+    harness = Harness(CertificateSettings(external_site(tmp_path, "tls")))
+    assert kinds(harness.check()) == ["loaded"]
+    before = harness.served.pin
+    publish("two", other_key, 99)
+    shutil.rmtree(tmp_path / "..one")
+    assert kinds(harness.check()) == ["loaded"]
+    assert harness.served.pin != before
 
 
 @pytest.mark.requirement("expiry_alerts")

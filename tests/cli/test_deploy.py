@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from zcproto.cli import main
 from zcproto.cli.config import TOOLS, read_files
@@ -25,6 +26,13 @@ def test_systemd_units_are_printed_each_with_its_name(capsys: pytest.CaptureFixt
 def test_dashboard_is_printed_as_json_that_can_be_imported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["deploy", "grafana"]) == 0
     assert json.loads(capsys.readouterr().out)["uid"] == "zcproto"
+
+
+def test_manifests_are_printed_as_one_stream_of_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "kubernetes"]) == 0
+    printed = [each["kind"] for each in yaml.safe_load_all(capsys.readouterr().out)]
+    assert printed[0] == "Namespace"
+    assert {"Deployment", "StatefulSet", "PodDisruptionBudget", "NetworkPolicy"} <= {*printed}
 
 
 @pytest.mark.parametrize("tool", TOOLS)

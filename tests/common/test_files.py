@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.common.support import mount_read_only
 from zcproto.common import files
 from zcproto.common.files import (
     OTHERS_ANY,
@@ -109,6 +110,41 @@ def test_permitted_mode_is_accepted(path: Path, forbidden: int, mode: int) -> No
     path.chmod(mode)
     check_mode(path, path.stat(), forbidden)
     check_folder(path, forbidden)
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "user", "is_accepted"),
+    [
+        (0, 0o440, 10_001, True),  # a Secret of Kubernetes
+        (0, 0o640, 10_001, True),
+        (0, 0o660, 10_001, False),
+        (0, 0o444, 10_001, False),
+        (0, 0o440, 0, False),  # root needs no group
+        (10_001, 0o440, 10_001, False),
+    ],
+)
+def test_file_of_root_may_be_readable_for_a_group(
+    owner: int, mode: int, user: int, is_accepted: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, owner, 10_001, 9, 0, 0, 0))
+    if is_accepted:
+        check_access(path, status)
+        return
+    with pytest.raises(UnusableFileError, match="others can"):
+        check_access(path, status)
+
+
+def test_folder_on_a_read_only_mount_may_have_any_mode(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.mkdir()
+    path.chmod(0o1777)
+    with pytest.raises(UnusableFileError, match="others can list or change"):
+        check_folder(path, OTHERS_READ_WRITE)
+    mount_read_only(monkeypatch)
+    check_folder(path, OTHERS_READ_WRITE)
+    monkeypatch.setattr(files, "trusted_owners", lambda: {path.stat().st_uid + 1})
+    with pytest.raises(UnusableFileError, match="belongs to another user"):
+        check_folder(path, OTHERS_READ_WRITE)
 
 
 def test_file_in_place_of_a_folder_is_refused(path: Path) -> None:

@@ -55,14 +55,16 @@ def wanted(extra: str) -> Iterator[Requirement]:
             yield requirement
 
 
-@pytest.mark.parametrize("name", ["build", "dev", "package"])
+@pytest.mark.parametrize("name", ["build", "deploy", "dev", "image", "package"])
 def test_each_locked_version_has_hashes(name: str) -> None:
     assert entries(name)
     assert [requirement.name for requirement, hashes in entries(name) if not hashes] == []
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize(("name", "extra"), [("dev", "dev"), ("package", "bench")])
+@pytest.mark.parametrize(
+    ("name", "extra"), [("dev", "dev"), ("package", "bench"), ("image", "oidc"), ("image", "valkey")]
+)
 def test_locked_versions_meet_the_requirements_of_the_package(name: str, extra: str, python: str) -> None:
     versions = locked(name, python)
     for requirement in wanted(extra):
@@ -78,6 +80,7 @@ def test_locks_agree_on_common_packages(python: str) -> None:
     everything = locked("dev", python)
     assert locked("build", python).items() <= everything.items()
     assert locked("package", python).items() <= everything.items()
+    assert locked("image", python).items() <= everything.items()
 
 
 def test_ci_installs_nothing_else() -> None:

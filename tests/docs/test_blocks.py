@@ -16,7 +16,15 @@ DOCS = ROOT / "docs"
 
 OTHER_PAGES = {
     *("README", "alerts", "attacks", "backup", "certificates", "control", "http", "installation", "security"),
-    *("troubleshooting", "upgrades", "commands", "scaling", "identity-providers", "client-cookbook"),
+    *(
+        "troubleshooting",
+        "upgrades",
+        "commands",
+        "scaling",
+        "identity-providers",
+        "client-cookbook",
+        "containers",
+    ),
 }
 """Pages for operators and reviewers, whose commands test_guides.py checks, and the one of test_cookbook.py."""
 

@@ -59,7 +59,7 @@ COMMANDS = {
     "pair": ("zcproto.cli.user:pair", "Print a one-time code that enrolls a device."),
     "alert": ("zcproto.cli.alert:alert", "List alerts, test their delivery, verify a signature."),
     "doctor": ("zcproto.cli.doctor:doctor", "Diagnose a server, or the connection to one."),
-    "deploy": ("zcproto.cli.config:deploy", "Print the files that systemd, Prometheus and Grafana need."),
+    "deploy": ("zcproto.cli.config:deploy", "Print files for systemd, containers, Kubernetes, Prometheus."),
     "config": ("zcproto.cli.config:config", "Create, check and show the configuration."),
     "demo": ("zcproto.cli.bench:demo", "Open 10,000 verified connections to a server of its own."),
     "bench": ("zcproto.cli.bench:bench", "Measure a server under load."),

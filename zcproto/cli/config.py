@@ -14,7 +14,7 @@ from zcproto.common.text import escape_text
 from zcproto.config import config_as_toml, default_config_file
 from zcproto.errors import ConfigError, ZcprotoError
 
-TOOLS = ("systemd", "prometheus", "grafana")
+TOOLS = ("systemd", "container", "compose", "kubernetes", "prometheus", "grafana")
 """The folders of zcproto/deploy."""
 
 _PASSWORD = re.compile(r'(?m)^(url = "[a-z+]+://[^"/@:]*):[^"@]*@')
@@ -72,7 +72,7 @@ def show(instance: Instance) -> None:
 
 
 @click.command()
-@click.argument("tool", type=click.Choice(TOOLS), metavar="systemd|prometheus|grafana")
+@click.argument("tool", type=click.Choice(TOOLS), metavar="|".join(TOOLS))
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write the files into this folder."
 )
@@ -80,7 +80,9 @@ def show(instance: Instance) -> None:
 def deploy(tool: str, out: Path | None, force: bool) -> None:
     """Print the files for a tool, or write them with --out.
 
-    systemd: a hardened service, a socket and a system user. prometheus: alert rules. grafana: a dashboard.
+    systemd: a hardened service, a socket and a system user. container: a Containerfile. compose: a server and
+    Valkey in containers. kubernetes: replicas of a server, with Valkey. prometheus: alert rules. grafana: a
+    dashboard.
     """
     texts = read_files(tool)
     if out is None:

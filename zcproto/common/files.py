@@ -5,6 +5,8 @@ other.
 
 Rules:
 - Checks apply to the open descriptor, so that a path cannot be swapped between check and use.
+- A file of root may also be readable for a group, which root alone can choose, and a folder on a read-only mount
+  may have any mode. Container platforms mount secrets like that for a user who is not root.
 - A new file has mode 0600, whatever the umask, and never follows or overwrites what is at its path.
 - To replace a file, write a staging file beside it, sync it, rename it and sync the folder: after a crash the
   path holds either the old content or the new. Staging files have a fixed name, `.NAME.new`, which the holder
@@ -39,6 +41,8 @@ MAX_SECRET: Final = 4_096
 """Characters of a secret that has a file to itself."""
 
 _READ: Final = 0o044
+_GROUP_READ: Final = 0o040
+_ROOT: Final = 0
 _LOCK_POLL_S: Final = 0.05
 _NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
 """Network file systems that persist names without being asked."""
@@ -74,11 +78,13 @@ def file_errors(
 
 def trusted_owners() -> frozenset[int]:
     """Return the users whose files are trusted: this one, and root, who can change them anyway."""
-    return frozenset({0, os.geteuid()})
+    return frozenset({_ROOT, os.geteuid()})
 
 
 def check_mode(path: Path, status: os.stat_result, forbidden: int) -> None:
     """Raise UnusableFileError if a file or folder grants one of the `forbidden` rights."""
+    if stat.S_ISREG(status.st_mode) and status.st_uid == _ROOT != os.geteuid():
+        forbidden &= ~_GROUP_READ
     if not status.st_mode & forbidden:
         return
     is_folder = stat.S_ISDIR(status.st_mode)
@@ -110,7 +116,8 @@ def check_folder(path: Path, forbidden: int = OTHERS_WRITE) -> None:
     status = path.stat()
     if not stat.S_ISDIR(status.st_mode):
         raise UnusableFileError(path, "is not a folder; move it away, or name another folder")
-    check_access(path, status, forbidden)
+    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+    check_access(path, status, 0 if is_read_only else forbidden)
 
 
 def _quoted(path: Path) -> str:
