@@ -135,6 +135,22 @@ class Collector:
             for span in scope.spans
         ]
 
+    def metrics(self) -> dict[str, Any]:
+        """Return the metrics of the last message, by their names."""
+        (*_, message) = self.messages("/v1/metrics")
+        (resource,) = message.resource_metrics
+        return {metric.name: metric for scope in resource.scope_metrics for metric in scope.metrics}
+
+    def records(self) -> list[Any]:
+        """Return the log records received."""
+        return [
+            record
+            for message in self.messages("/v1/logs")
+            for resource in message.resource_logs
+            for scope in resource.scope_logs
+            for record in scope.log_records
+        ]
+
     def wait_for(self, path: str, count: int = 1) -> list[Any]:
         """Return the messages at a path once there are so many."""
         with self.changed:

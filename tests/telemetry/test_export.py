@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,19 +17,28 @@ from typing import Any
 import pytest
 
 from tests.server.helpers import KEY, configuration, identify
+from tests.server.process import ServerProcess, home_with
 from tests.telemetry.helpers import Collector
+from zcproto.admin.metrics import server_metrics
 from zcproto.app.app import App
 from zcproto.app.authentication import CallableAuthenticator
+from zcproto.auth import UserFile
 from zcproto.client.client import Client, connect
 from zcproto.common.clock import system_clock, system_entropy
-from zcproto.config import TelemetryConfig
-from zcproto.errors import ConfigError
+from zcproto.config import LogConfig, TelemetryConfig
+from zcproto.errors import ConfigError, InternalError
+from zcproto.observe.log import configure_logging, flush_log
+from zcproto.observe.metrics import METRICS
 from zcproto.runtime.server import Server
 from zcproto.runtime.telemetry import build_telemetry
 from zcproto.telemetry import export, trace_calls
 from zcproto.telemetry.export import Telemetry, check_environment, headers_of
+from zcproto.telemetry.metrics import name_and_unit
 
 HEADERS = "Authorization: Bearer c2VjcmV0LW9mLXRoZS1jb2xsZWN0b3I\n\nX-Scope: tests\n"
+
+
+SECRET = "hunter" * 4
 
 
 @pytest.fixture
@@ -37,8 +50,6 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the global provider, the loggers and the variables of the SDK as they are."""
-    import os
-
     for name in os.environ:
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
@@ -54,12 +65,14 @@ def make_app() -> App[Any]:
         await asyncio.sleep(0)
         return f"hello {name}"
 
+    @app.method
+    def fail() -> None:
+        raise ValueError(f"password={SECRET}")
+
     return app
 
 
 def server_of(home: Path, certs: Path, collector: Collector, **settings: Any) -> Server:
-    import shutil
-
     home.mkdir(mode=0o700, exist_ok=True)
     shutil.copytree(certs, home / "certs")
     usual = {"telemetry__traces": True, "telemetry__endpoint": collector.address}
@@ -146,6 +159,105 @@ async def test_refused_batch_is_counted(collector: Collector) -> None:
         ("traces", "failed"): 1,
         ("traces", "dropped"): 0,
     }
+
+
+async def test_metrics_are_sent_at_the_end_and_with_what_the_page_has(
+    tmp_path: Path, certs: Path, collector: Collector
+) -> None:
+    settings = {"telemetry__traces": False, "telemetry__metrics": True}
+    server = server_of(tmp_path / "home", certs, collector, **settings)
+    async with server:
+        async with client_of(server) as client:
+            for _ in range(3):
+                await client.call("hello")
+        page = server_metrics(server.parts).series()
+    metrics = collector.metrics()
+    points = metrics["zcproto_method_calls"].sum.data_points
+    assert {point.attributes[0].value.string_value: point.as_int for point in points}["hello"] == 3
+    assert metrics["zcproto_method_calls"].sum.is_monotonic
+    known = {name_and_unit(METRICS[name])[0] for name in page}
+    assert set(metrics) == known
+    waits = metrics["zcproto_method_wait"].histogram.data_points
+    assert sum(point.count for point in waits) >= 3
+
+
+async def test_metrics_are_sent_at_their_interval(tmp_path: Path, certs: Path, collector: Collector) -> None:
+    settings = {"telemetry__traces": False, "telemetry__metrics": True, "telemetry__metrics_interval": "1s"}
+    async with server_of(tmp_path / "home", certs, collector, **settings):
+        await asyncio.to_thread(collector.wait_for, "/v1/metrics", 1)
+
+
+async def test_page_counts_what_was_sent_and_dropped(
+    tmp_path: Path, certs: Path, collector: Collector
+) -> None:
+    server = server_of(tmp_path / "home", certs, collector, telemetry__delay="100ms")
+    async with server:
+        async with client_of(server) as client:
+            await client.call("hello")
+            await asyncio.to_thread(collector.wait_for, "/v1/traces")
+        items = server_metrics(server.parts).series()["zcproto_telemetry_items_total"]
+    assert set(items) == {("traces", result) for result in ("sent", "failed", "dropped")}
+
+
+async def test_lines_of_the_log_are_sent_with_their_trace(
+    tmp_path: Path, certs: Path, collector: Collector, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"telemetry__logs": True, "log__format": "json", "log__level": "info"}
+    server = server_of(tmp_path / "home", certs, collector, **settings)
+    configure_logging(LogConfig(format="json", level="info"))
+    async with server, client_of(server) as client:
+        with pytest.raises(InternalError):
+            await client.call("fail")
+    flush_log()
+    (span,) = [span for span in collector.spans() if span.name == "fail"]
+    (record,) = [record for record in collector.records() if record.event_name == "request.failed"]
+    assert (record.trace_id, record.span_id) == (span.trace_id, span.span_id)
+    assert (record.severity_text, record.body.string_value) == ("error", "request.failed")
+    found = {each.key: each.value for each in record.attributes}
+    assert found["what"].string_value == "fail"
+    assert SECRET not in str(record)
+    assert "(hidden)" in str(record)
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines() if "request.failed" in line]
+    assert line["trace_id"] == span.trace_id.hex()
+    assert set(line) - {"timestamp", "level", "event", "trace_id", "span_id"} == set(found)
+    opened = [record for record in collector.records() if record.event_name == "session.opened"]
+    assert len(opened) == 1
+    assert opened[0].trace_id == b""
+
+
+def test_each_worker_sends_what_it_has_when_it_ends(
+    tmp_path: Path, certs: Path, collector: Collector
+) -> None:
+    """The SDK starts after the fork, and the drain of each process waits for it."""
+    config = f"""
+        [certificates]
+        key_types = ["ecdsa-p256"]
+        [telemetry]
+        traces = true
+        metrics = true
+        endpoint = "{collector.address}"
+        delay = "1m"
+        """
+    home = home_with(tmp_path, certs, config)
+    key = UserFile(home / "users.toml").add("ada")
+    with ServerProcess(home, certs, "--workers", "2") as server:
+        for number in range(4):
+            with server.client("ada", key) as client:
+                client.call("echo", {"number": number})
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert len(collector.spans()) == 4
+    assert "workers.threads" not in server.log
+    processes = {
+        next(
+            each.value.string_value
+            for each in resource.resource.attributes
+            if each.key == "service.instance.id"
+        )
+        for message in collector.messages("/v1/metrics")
+        for resource in message.resource_metrics
+    }
+    assert len(processes) == 3  # with the coordinator
 
 
 # --- the configuration -----------------------------------------------------------------------------------------
@@ -242,9 +354,6 @@ def test_missing_file_of_headers_is_refused(tmp_path: Path) -> None:
 def test_messages_of_the_sdk_are_masked_in_the_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from zcproto.config import LogConfig
-    from zcproto.observe.log import configure_logging, flush_log
-
     logger = logging.getLogger("opentelemetry")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.context import attach, detach
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from tests.telemetry.helpers import NOT_SAMPLED, SAMPLED, TRACE_ID, Spans
@@ -199,6 +200,14 @@ async def test_calls_within_an_unrecorded_request_are_not_recorded() -> None:
                 header = await ada.call("ask")
     assert sampled(header) == 0
     assert not spans.ended
+
+
+def test_line_of_the_log_within_an_unrecorded_request_has_no_ids() -> None:
+    token = attach(_AMBIENT)
+    try:
+        assert ids_for_log([]) == {}
+    finally:
+        detach(token)
 
 
 def test_line_of_the_log_outside_of_any_span_has_no_ids() -> None:

@@ -75,6 +75,8 @@ def _server(snapshot: Snapshot) -> Iterator[Reading]:
     yield "zcproto_incidents_total", snapshot.counters.incidents
     yield "zcproto_config_reloads_total", snapshot.counters.reloads, "applied"
     yield "zcproto_config_reloads_total", snapshot.counters.reloads_refused, "refused"
+    for signal, result, count in snapshot.parts.state.telemetry_counts():
+        yield "zcproto_telemetry_items_total", count, signal, result
     loop_lag = snapshot.parts.loop_lag
     yield "zcproto_loop_lag_seconds", loop_lag.lags
     for method, count in (loop_lag.holds.counts if loop_lag.holds is not None else {}).items():

@@ -72,6 +72,9 @@ _BARE = re.compile(r"[A-Za-z0-9_.:/@+()\[\]-]+")
 TraceIds = Callable[[Collection[Any]], dict[str, str]]
 """Returns the ids that apply to a line with these values, by their names."""
 
+Copy = Callable[[str, int, dict[str, Any]], None]
+"""Gets the level of a line, its milliseconds since the Unix epoch, and its loggable fields. It must not log."""
+
 
 class Logger:
     """Write events. `bind(name=value)` returns a logger that adds these values to each of its events."""
@@ -120,8 +123,10 @@ class Logger:
                 assert known is not None
                 self._write_audit(_audit_line(known, shown))
             if suppressed is not None and level >= state.level:
-                if state.trace_ids is not None:
+                if state.trace_ids is not None and _AT not in values:  # a line of now
                     shown |= state.trace_ids(values.values())
+                if state.copy is not None:
+                    _send_copy(state.copy, method, event, shown)
                 self._write(_line(method, event, shown))
         except Exception:  # a failure in logging, such as a broken __str__, must not reach the caller
             state.lose(1)
@@ -184,6 +189,11 @@ def name_process(name: str) -> None:
 def add_trace_ids(trace_ids: TraceIds | None) -> None:
     """Add the `trace_id` and `span_id` that a function returns to each line; with None nothing any more."""
     _state.trace_ids = trace_ids
+
+
+def copy_lines(copy: Copy | None) -> None:
+    """Pass each line that is written to a function, too; with None no more."""
+    _state.copy = copy
 
 
 def is_configured() -> bool:
@@ -316,6 +326,7 @@ class _LogState:
         self.is_configured = False
         self.process: dict[str, str] = {}
         self.trace_ids: TraceIds | None = None
+        self.copy: Copy | None = None
         self.level = logging.WARNING
         self.output: Output = StandardError()
         self.audit: LogFile | None = None
@@ -433,6 +444,14 @@ def _line(method: str, event: str, values: dict[str, Any]) -> str:
         if form is not None:
             return form % (timestamp, *values.values())
     return _render(_prepare(method, event, timestamp, values), as_text)
+
+
+def _send_copy(copy: Copy, method: str, event: str, shown: dict[str, Any]) -> None:
+    values = dict(shown)
+    wall = values.pop(_AT, None)
+    if wall is None:
+        wall = _state.clock.wall()
+    copy(method, wall, _prepare(method, event, _timestamp(wall), values))
 
 
 def _are_plain(values: Collection[Any]) -> bool:

@@ -64,6 +64,9 @@ zcproto_audit_lines_lost_total counter
 zcproto_incidents_total counter
     Unexpected exceptions of methods or the server. Each is logged with its stack and the caller's incident
     id.
+zcproto_telemetry_items_total counter (signal result)
+    What was to be sent to a collector. `signal`: traces (spans), metrics (readings of all of them), logs (records);
+    `result`: sent, failed (the collector did not take it), dropped (telemetry.queue was full, or the server ended).
 zcproto_config_reloads_total counter (result)
     Reloads of the configuration. A refused one was invalid and changed nothing.
 
@@ -389,8 +392,12 @@ class Metrics:
 
     def collect(self) -> Iterator[Family]:
         """Read all sources for prometheus_client's registry."""
-        for name, series in series_of(chain.from_iterable(source() for source in self._sources)).items():
+        for name, series in self.series().items():
             yield _family(METRICS[name], series)
+
+    def series(self) -> Series:
+        """Read all sources."""
+        return series_of(chain.from_iterable(source() for source in self._sources))
 
 
 def series_of(readings: Iterable[Reading]) -> Series:

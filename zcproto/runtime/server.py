@@ -24,9 +24,10 @@ from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from zcproto.admin.control import ControlSocket, require_unused
+from zcproto.admin.metrics import server_metrics
 from zcproto.admin.operations import Operations
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import read_stats
@@ -54,6 +55,9 @@ from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
+
+if TYPE_CHECKING:
+    from zcproto.telemetry.export import Telemetry
 
 CANCELLED_TIME: Final = 2.0
 """Seconds that cancelled methods have to clean up."""
@@ -171,7 +175,7 @@ class Server:
                 await asyncio.to_thread(require_unused, self.home)
             parts = await self._build()
             stack.push_async_callback(close_state, parts)
-            await self._start_telemetry(parts, stack)
+            telemetry = await self._start_telemetry(parts, stack)
             routes = Operations(
                 parts,
                 self.reload,
@@ -204,6 +208,8 @@ class Server:
             roll_out_certificates(parts, spawn, self.on_certificates)
             for work in background_work(parts):
                 spawn(work)
+            if telemetry is not None:
+                spawn(telemetry.send_metrics(server_metrics(parts).series))
             if self._has_control:
                 spawn(control.keep())
             if self.before_listening is not None:
@@ -217,7 +223,7 @@ class Server:
             self._parts = parts
             self._running = stack.pop_all()
 
-    async def _start_telemetry(self, parts: Parts, stack: AsyncExitStack) -> None:
+    async def _start_telemetry(self, parts: Parts, stack: AsyncExitStack) -> Telemetry | None:
         state = parts.state
         telemetry = await asyncio.to_thread(
             build_telemetry, parts.config.telemetry, parts.clock, state.entropy
@@ -225,6 +231,8 @@ class Server:
         if telemetry is not None:
             stack.push_async_callback(telemetry.stop)
             state.tracing = telemetry.follow_requests(state.methods)
+            state.telemetry_counts = telemetry.counts
+        return telemetry
 
     async def _stop_lifespans(self, parts: Parts) -> None:
         await parts.lifespans.stop(self.config.server.lifespan_timeout)

@@ -177,6 +177,8 @@ class ServerState:
     """Bytes of the items of clients that wait for their methods."""
     request_limits: RequestLimits = field(default_factory=RequestLimits)
     tracing: Tracing | None = None
+    telemetry_counts: Callable[[], Iterable[tuple[str, str, int]]] = tuple
+    """Returns how much has been sent to a collector: signal, result, count."""
     traffic_begins: Callable[[], None] = lambda: None
     """Called before requests, but not before all of them: after a silence, before the first."""
     timed_part: int = -1

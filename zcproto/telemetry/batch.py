@@ -28,10 +28,22 @@ T = TypeVar("T")
 
 
 class Batches(Generic[T]):
-    """Items that wait to be exported, and the thread that does. `export` returns whether they have arrived."""
+    """Items that wait to be exported, and the thread that does. `export` returns whether they have arrived.
 
-    def __init__(self, export: Callable[[Sequence[T]], bool], *, most: int, delay: float, name: str) -> None:
+    `size` is the most of a batch; so many are exported at once.
+    """
+
+    def __init__(
+        self,
+        export: Callable[[Sequence[T]], bool],
+        *,
+        most: int,
+        delay: float,
+        name: str,
+        size: int = MAX_BATCH,
+    ) -> None:
         self._export = export
+        self._size = size
         self._most = most
         self._delay = delay
         self._waiting: deque[T] = deque()
@@ -54,7 +66,7 @@ class Batches(Generic[T]):
                 self.dropped += 1
                 return
             self._waiting.append(item)
-            if len(self._waiting) == MAX_BATCH:
+            if len(self._waiting) == self._size:
                 self._changed.notify_all()
 
     def begin_close(self) -> None:
@@ -78,14 +90,14 @@ class Batches(Generic[T]):
         while True:
             with self._changed:
                 self._changed.wait_for(self._is_due, self._delay)
-                batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+                batch = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
                 if not batch and self._is_closed:
                     return
             if batch:
                 self._send(batch)
 
     def _is_due(self) -> bool:
-        return self._is_closed or len(self._waiting) >= MAX_BATCH
+        return self._is_closed or len(self._waiting) >= self._size
 
     def _send(self, batch: Sequence[T]) -> None:
         try:

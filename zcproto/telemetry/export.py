@@ -6,7 +6,7 @@ Rules:
 - If the program has no global provider yet, the server's becomes it: spans of the application join its traces.
 - Messages of the SDK go to this log, unless the program has a handler for them.
 
-Must not know: requests, metrics.
+Must not know: what is counted and logged.
 """
 
 from __future__ import annotations
@@ -15,32 +15,41 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import WARNING, Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import Any, Final
 
 from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk._logs import LoggerProvider, ReadableLogRecord
+from opentelemetry.sdk._logs.export import LogRecordExportResult
+from opentelemetry.sdk.metrics.export import MetricExportResult, MetricsData
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, Sampler, TraceIdRatioBased
 
 from zcproto.app.app import Method
-from zcproto.common.clock import Clock, Entropy
+from zcproto.common.clock import NS_PER_MS, Clock, Entropy
 from zcproto.common.exceptions import masked
 from zcproto.common.files import OTHERS_ANY, check_mode, file_errors, read_file
 from zcproto.common.text import escape_text
 from zcproto.config import TelemetryConfig
 from zcproto.errors import ConfigError
-from zcproto.observe.log import add_trace_ids, get_logger
-from zcproto.telemetry.batch import BatchedSpans, Batches
+from zcproto.observe.log import add_trace_ids, copy_lines, get_logger
+from zcproto.telemetry.batch import MAX_BATCH, BatchedLogs, BatchedSpans, Batches
+from zcproto.telemetry.logs import LogRecords
+from zcproto.telemetry.metrics import ReadSeries, metrics_data
 from zcproto.telemetry.requests import ChosenIds, RequestTracing
 from zcproto.telemetry.spans import ids_for_log, tracer_of
 
 MAX_HEADERS_FILE: Final = 16_384
 MAX_HEADERS: Final = 32
+MAX_READINGS: Final = 4
+"""Readings of all metrics that wait to be sent."""
 
 _HEADER: Final = re.compile(r"([A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}):[ \t]*([ -~]{1,8192})")
 _PROTOCOL: Final = "http/protobuf"
@@ -65,6 +74,10 @@ class Telemetry:
         _show_messages_of_sdk()
         if config.traces:
             self._start_traces()
+        if config.metrics:
+            self._start_metrics()
+        if config.logs:
+            self._start_logs()
 
     def _start_traces(self) -> None:
         config = self._config
@@ -83,6 +96,41 @@ class Telemetry:
         add_trace_ids(ids_for_log)
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             trace.set_tracer_provider(self.tracer_provider)
+
+    def _start_metrics(self) -> None:
+        exporter = OTLPMetricExporter(**self._target("metrics"))
+
+        def export(batch: Sequence[MetricsData]) -> bool:
+            return all(exporter.export(each) is MetricExportResult.SUCCESS for each in batch)
+
+        self._queue("metrics", exporter, export, most=MAX_READINGS, size=1)
+
+    def _start_logs(self) -> None:
+        exporter = OTLPLogExporter(**self._target("logs"))
+        provider = LoggerProvider(resource=self._resource, shutdown_on_exit=False)
+
+        def export(batch: Sequence[ReadableLogRecord]) -> bool:
+            return exporter.export(batch) is LogRecordExportResult.SUCCESS
+
+        provider.add_log_record_processor(BatchedLogs(self._queue("logs", exporter, export)))
+        copy_lines(LogRecords(provider))
+
+    async def send_metrics(self, read: ReadSeries) -> None:
+        """Send the series of this process until cancelled, and then a last time. Returns without metrics."""
+        batches = self.batches.get("metrics")
+        if batches is None:
+            return
+        began = self._clock.wall() * NS_PER_MS
+
+        def send() -> None:
+            batches.put(metrics_data(read(), self._resource, began, self._clock.wall() * NS_PER_MS))
+
+        try:
+            while True:
+                await asyncio.sleep(self._config.metrics_interval)
+                send()
+        finally:
+            send()
 
     def follow_requests(self, methods: Mapping[str, Method]) -> RequestTracing | None:
         """Return what traces the requests of a server; None without traces."""
@@ -119,6 +167,8 @@ class Telemetry:
         await done.wait()
 
     def _close(self, limit: float) -> None:
+        if self._config.logs:
+            copy_lines(None)
         until = self._clock.now() + limit
         for batches in self.batches.values():
             batches.begin_close()
@@ -126,14 +176,23 @@ class Telemetry:
             lost = batches.close(max(0.0, until - self._clock.now()))
             if lost:
                 log.warning("telemetry.lost", signal=signal, count=lost)
-        add_trace_ids(None)
+        if self._config.traces:
+            add_trace_ids(None)
         for exporter in self._exporters:
             exporter.shutdown()  # ends its repetitions, too
 
-    def _queue(self, signal: str, exporter: Any, export: Callable[[Any], bool]) -> Batches[Any]:
+    def _queue(
+        self,
+        signal: str,
+        exporter: Any,
+        export: Callable[[Any], bool],
+        *,
+        most: int | None = None,
+        size: int = MAX_BATCH,
+    ) -> Batches[Any]:
         config = self._config
         batches: Batches[Any] = Batches(
-            export, most=config.queue, delay=config.delay, name=f"telemetry-{signal}"
+            export, most=most or config.queue, delay=config.delay, name=f"telemetry-{signal}", size=size
         )
         self.batches[signal] = batches
         self._exporters.append(exporter)

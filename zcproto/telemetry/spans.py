@@ -147,14 +147,17 @@ def _mark(span: Span, error: BaseException) -> None:
 
 
 def ids_for_log(values: Collection[Any]) -> dict[str, str]:
-    """Return the ids for a line of the log: those of an exception among its values, or of the current span."""
+    """Return the ids for a line of the log: those of an exception among its values, or of the current span.
+
+    Spans that are not recorded have none: they cannot be looked up.
+    """
     for value in values:
         if isinstance(value, BaseException):
             marked = getattr(value, TRACE_ATTRIBUTE, None)
             if marked is not None:
                 return dict(marked)
     context = trace.get_current_span().get_span_context()
-    return _ids(context) if context.is_valid else {}
+    return _ids(context) if context.is_valid and context.trace_flags.sampled else {}
 
 
 def _ids(context: SpanContext) -> dict[str, str]:
