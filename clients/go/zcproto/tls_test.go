@@ -332,6 +332,19 @@ func TestContradictingOptionsAreRefused(t *testing.T) {
 	}
 }
 
+func TestEncryptedClientKeyIsRefusedWithTheCure(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "crt")
+	key := pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte{0}})
+	if err := os.WriteFile(path, key, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Dial(context.Background(), "localhost:1", Options{Certificate: path})
+	var unusable *CertificateError
+	if !errors.As(err, &unusable) || !strings.Contains(err.Error(), "openssl pkey, or give GetCertificate") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestPreviousCertificateIsShownWhileItsFilesAreReplaced(t *testing.T) {
 	folder := t.TempDir()
 	write := func(name, kind string, der []byte) string {

@@ -475,6 +475,8 @@ int32_t zcp_options_new(const char *address,
  * - `client`: the application as product/version
  * - `home`: the folder of the file of hosts that require verification; `~/.zeroclaw` by default
  * - `max_calls`: how many calls from the server are handled at once, 16 by default
+ * - `max_connections`: connections to a server at once, 1 by default, at most 64; a further one is made while calls wait because
+ *   the server allows no more of them in flight on the others
  * - `max_frame`: the largest frame accepted from the server, 1,048,576 bytes by default
  * - `key_log`: append the secrets of TLS to this file, for debugging
  */

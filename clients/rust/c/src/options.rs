@@ -53,6 +53,7 @@ impl Options {
             "connect_timeout_ms" => connect.connect_timeout(duration(name, value)?),
             "start_timeout_ms" => connect.start_timeout(duration(name, value)?),
             "max_calls" => connect.max_calls(number(name, value)?),
+            "max_connections" => connect.max_connections(number(name, value)? as usize),
             "max_frame" => connect.max_frame(number(name, value)?),
             "open_session" if !boolean(name, value)? => connect.without_session(),
             "system_store" | "open_session" => connect,
@@ -135,6 +136,8 @@ pub unsafe extern "C" fn zcp_options_new(
 /// - `client`: the application as product/version
 /// - `home`: the folder of the file of hosts that require verification; `~/.zeroclaw` by default
 /// - `max_calls`: how many calls from the server are handled at once, 16 by default
+/// - `max_connections`: connections to a server at once, 1 by default, at most 64; a further one is made while calls wait because
+///   the server allows no more of them in flight on the others
 /// - `max_frame`: the largest frame accepted from the server, 1,048,576 bytes by default
 /// - `key_log`: append the secrets of TLS to this file, for debugging
 #[no_mangle]

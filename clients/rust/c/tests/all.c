@@ -132,6 +132,8 @@ static void check_options(const char *key) {
     EXPECT(zcp_options_new(addresses, &options, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "address_order", "sorted", &error), ZCP_ARGUMENT);
     EXPECT(zcp_options_set(options, "address_order", "listed", &error), ZCP_OK);
+    EXPECT(zcp_options_set(options, "max_connections", "many", &error), ZCP_ARGUMENT);
+    EXPECT(zcp_options_set(options, "max_connections", "2", &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "ca_file", ca_file, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "home", home, &error), ZCP_OK);
     EXPECT(zcp_options_set(options, "connect_timeout_ms", TIMEOUT_MS, &error), ZCP_OK);

@@ -83,7 +83,7 @@ impl Client {
         if opens_session {
             self.user.require_session()?;
         }
-        let wait = async { self.user.ready().await.map(drop) };
+        let wait = async { self.user.ready(false).await.map(drop) };
         match self.user.timeout {
             None => wait.await,
             Some(limit) => tokio::time::timeout(limit, wait).await.unwrap_or_else(|_| Err(self.user.deadline_error())),
@@ -179,7 +179,8 @@ impl Client {
     }
 
     async fn register(&self) -> Result<()> {
-        let attempts = Attempts { deadline: deadline_of(self.user.timeout), is_idempotent: true, items: None };
+        let deadline = deadline_of(self.user.timeout);
+        let attempts = Attempts { deadline, is_idempotent: true, is_registration: true, items: None };
         self.user.run(attempts, |connection, slot, token| self.user.register(connection, slot, token)).await.map(drop)
     }
 

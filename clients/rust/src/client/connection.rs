@@ -83,6 +83,7 @@ pub(crate) struct Connection {
     /// WELCOME, room to send, the end of the transport.
     changed: Notify,
     state: Mutex<State>,
+    is_further: AtomicBool,
     is_closed: AtomicBool,
 }
 
@@ -122,6 +123,7 @@ impl Connection {
                 is_woken: false,
                 waker: None,
             }),
+            is_further: false.into(),
             is_closed: false.into(),
         });
         tokio::spawn(Arc::clone(&connection).run(transport, listener));
@@ -186,6 +188,20 @@ impl Connection {
     /// Return whether new requests can be sent, perhaps after a wait for a slot.
     pub(crate) fn is_open(&self) -> bool {
         !self.slots.is_closed()
+    }
+
+    /// Return whether the server allows no more requests in flight.
+    pub(crate) fn is_full(&self) -> bool {
+        self.slots.available_permits() == 0
+    }
+
+    /// Record that this is a connection beside another one, for calls alone.
+    pub(crate) fn mark_further(&self) {
+        self.is_further.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_further(&self) -> bool {
+        self.is_further.load(Ordering::Acquire)
     }
 
     pub(crate) fn has_session(&self) -> bool {
@@ -315,6 +331,20 @@ impl Connection {
     /// Send what waits and close_notify, then close.
     pub(crate) fn close(&self) {
         self.closing(Closing::Graceful);
+    }
+
+    /// Close the connection if no request and no call of the server is in flight. Return whether it closes.
+    pub(crate) fn close_if_unused(&self) -> bool {
+        let (slots, calls) = {
+            let state = self.lock();
+            let slots = state.conversation.welcome().map_or(0, |welcome| welcome.max_streams);
+            (slots, state.conversation.calls_in_flight())
+        };
+        let Ok(_all) = self.slots.try_acquire_many(slots) else { return false };
+        if calls == 0 {
+            self.close();
+        }
+        calls == 0
     }
 
     /// Cut the connection, like a network failure.

@@ -214,6 +214,10 @@ pub(crate) struct Attempted {
 }
 
 impl Attempted {
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
     pub(crate) fn keep(mut self) -> Arc<Connection> {
         self.is_kept = true;
         Arc::clone(&self.connection)

@@ -1,4 +1,4 @@
-//! The connections of a client, which all its sessions share: one for new calls, and older ones that drain.
+//! The connections of a client, which all its sessions share: one for new calls, further ones, and older ones that drain.
 //!
 //! Decides: when to connect and reconnect, and which session an event or a call from the server belongs to. The first round of
 //! attempts is repeated only while nothing listens or a server goes away, because it may be starting, or be replaced. After a
@@ -9,6 +9,7 @@
 //! Must not know: calls, retries, and how sessions are opened.
 
 mod connecting;
+mod further;
 
 use super::address::Address;
 use super::connection::{Connection, Listener};
@@ -21,8 +22,10 @@ use super::user::User;
 use crate::core::{Event, ServerCall};
 use crate::error::{CallError, Closed, Code, Error, Result};
 use crate::secret::Token;
+use further::Further;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
@@ -37,6 +40,9 @@ pub(crate) struct Hub {
     start_timeout: Duration,
     warn: Warn,
     on_connected: Option<OnConnected>,
+    max_connections: usize,
+    /// An attempt at a further connection has ended.
+    further_changed: Notify,
     state: Mutex<State>,
     me: Weak<Hub>,
 }
@@ -44,6 +50,7 @@ pub(crate) struct Hub {
 #[allow(clippy::struct_excessive_bools, reason = "independent facts, not a state machine")]
 struct State {
     current: Option<Arc<Connection>>,
+    further: Further,
     /// Connections that drain, and ended ones whose transport is still closing.
     others: Vec<Arc<Connection>>,
     users: Vec<Weak<User>>,
@@ -73,7 +80,9 @@ impl Hub {
             start_timeout: options.start_timeout,
             warn: Arc::clone(&options.warn),
             on_connected: options.on_connected.clone(),
-            state: Mutex::new(State::new(endpoints)),
+            max_connections: options.max_connections,
+            further_changed: Notify::new(),
+            state: Mutex::new(State::new(endpoints, Further::new(options.max_connections.saturating_sub(1)))),
             me: me.clone(),
         }))
     }
@@ -165,6 +174,7 @@ impl Hub {
 
     fn lost(&self, connection: &Arc<Connection>) {
         let mut state = self.lock();
+        state.further.discard(connection.id);
         state.others.retain(|each| each.id != connection.id);
         let closing = Arc::clone(connection);
         state.others.push(closing);
@@ -221,6 +231,7 @@ impl Hub {
         }
         let mut connections = std::mem::take(&mut state.others);
         connections.extend(state.current.take());
+        connections.extend(state.further.stop());
         drop(state);
         for connection in &connections {
             connection.close();
@@ -238,7 +249,8 @@ impl Hub {
     /// Cut all connections, like a network failure.
     pub(crate) fn abort(&self) {
         let state = self.lock();
-        let connections: Vec<_> = state.current.iter().chain(&state.others).cloned().collect();
+        let connections: Vec<_> =
+            state.current.iter().chain(state.further.all()).chain(&state.others).cloned().collect();
         drop(state);
         for connection in connections {
             connection.abort();
@@ -247,9 +259,10 @@ impl Hub {
 }
 
 impl State {
-    fn new(endpoints: Endpoints) -> Self {
+    fn new(endpoints: Endpoints, further: Further) -> Self {
         Self {
             current: None,
+            further,
             others: Vec::new(),
             users: Vec::new(),
             connecting: None,
@@ -274,6 +287,8 @@ impl Listener for Hub {
                     user.call_withdrawn(connection, number);
                 }
             }
+            Event::Event { name, token, .. }
+                if connection.is_further() && (token.is_none() || name.starts_with("session.")) => {} // it comes on the current one
             Event::Event { name, body, token } => {
                 let is_unknown_session = !token.is_none() && self.lock().was_shared; // it may have been closed
                 let user = self.user_of(&token);
@@ -284,6 +299,10 @@ impl Listener for Hub {
             }
             Event::GoAway { reason, .. } => {
                 let mut state = self.lock();
+                if state.further.discard(connection.id) {
+                    state.others.push(Arc::clone(connection)); // it drains
+                    return;
+                }
                 if state.current.as_ref().is_none_or(|current| current.id != connection.id) {
                     return; // not in use yet: that failed
                 }

@@ -14,6 +14,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// The most connections to a server.
+const MAX_CONNECTIONS: usize = 64;
+
 /// A function that receives warnings, such as that a pin has no backup.
 pub(crate) type Warn = Arc<dyn Fn(&str) + Send + Sync>;
 pub(crate) type OnConnected = Arc<dyn Fn(&Endpoint) + Send + Sync>;
@@ -137,6 +140,7 @@ pub struct ConnectOptions {
     pub(crate) opens_session: bool,
     pub(crate) client: String,
     pub(crate) max_calls: u32,
+    pub(crate) max_connections: usize,
     pub(crate) max_frame: u32,
     pub(crate) warn: Warn,
     pub(crate) on_connected: Option<OnConnected>,
@@ -181,6 +185,7 @@ impl ConnectOptions {
             opens_session: true,
             client: concat!("zcproto-rust/", env!("CARGO_PKG_VERSION")).to_owned(),
             max_calls: 16,
+            max_connections: 1,
             max_frame: 1_048_576,
             warn: Arc::new(|_| {}),
             on_connected: None,
@@ -317,6 +322,13 @@ impl ConnectOptions {
         self
     }
 
+    /// How many connections are made to a server at once: 1 by default, at most 64. With more, a further one is made while calls
+    /// wait because the server's `max_streams` are in flight on all others, and is closed after 30 seconds without a call.
+    pub fn max_connections(mut self, max: usize) -> Self {
+        self.max_connections = max;
+        self
+    }
+
     /// The largest frame accepted from the server, in bytes. 1 MiB by default.
     pub fn max_frame(mut self, bytes: u32) -> Self {
         self.max_frame = bytes;
@@ -357,9 +369,15 @@ impl ConnectOptions {
             ("max_calls", self.max_calls == 0),
             ("max_frame", self.max_frame == 0),
         ];
-        match zeros.iter().find(|(_, is_zero)| *is_zero) {
-            Some((name, _)) => Err(Error::Config(format!("{name}: must be above 0"))),
-            None => Ok(()),
+        if let Some((name, _)) = zeros.iter().find(|(_, is_zero)| *is_zero) {
+            return Err(Error::Config(format!("{name}: must be above 0")));
         }
+        if !(1..=MAX_CONNECTIONS).contains(&self.max_connections) {
+            return Err(Error::Config(format!(
+                "max_connections: {} is out of range; give from 1 to {MAX_CONNECTIONS}",
+                self.max_connections
+            )));
+        }
+        Ok(())
     }
 }

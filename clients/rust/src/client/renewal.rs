@@ -387,6 +387,12 @@ impl User {
             tokens.coming = None;
             old
         };
+        for further in self.hub.further() {
+            if let Some(old) = &old {
+                further.session_ended(old);
+            }
+            self.present_later(&further);
+        }
         if let Some(old) = old.filter(|_| !is_refresh) {
             connection.session_ended(&old);
         }
@@ -411,18 +417,24 @@ impl User {
             is_refresh && sessions.attached_to != Some(connection.id)
         };
         let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
-        if !is_refresh || (is_device && must_attach) {
+        if !is_refresh {
             let (user, connection) = (Arc::clone(self), Arc::clone(connection));
             tokio::spawn(async move {
-                if is_refresh {
-                    user.after_renewal().await;
-                    user.present(&connection).await;
-                } else {
-                    let _ = user.register_if_any(&connection).await; // or the next connection registers them
-                }
+                let _ = user.register_if_any(&connection).await; // or the next connection registers them
             });
+        } else if is_device && must_attach {
+            self.present_later(connection);
         }
         Ok(())
+    }
+
+    /// Show the token on a connection, once no renewal runs.
+    fn present_later(self: &Arc<Self>, connection: &Arc<Connection>) {
+        let (user, connection) = (Arc::clone(self), Arc::clone(connection));
+        tokio::spawn(async move {
+            user.after_renewal().await;
+            user.present(&connection).await;
+        });
     }
 
     /// Wait until no renewal runs.
@@ -468,7 +480,9 @@ impl User {
                 let _ = in_time(CLOSE_TIMEOUT, pending).await; // otherwise the session expires on the server
             }
         }
-        connection.session_ended(token);
+        for connection in [connection].into_iter().chain(self.hub.further()) {
+            connection.session_ended(token);
+        }
     }
 }
 

@@ -205,7 +205,7 @@ impl<'a> StreamBuilder<'a> {
             let (method, traceparent) = (method.to_owned(), traceparent.map(str::to_owned));
             let task = tokio::spawn(async move {
                 let deadline = deadline_of(timeout);
-                let attempts = Attempts { deadline, is_idempotent: false, items: Some(&items) };
+                let attempts = Attempts { deadline, is_idempotent: false, is_registration: false, items: Some(&items) };
                 let outcome = user
                     .run(attempts, |connection, slot, token| {
                         let traceparent = traceparent.as_deref();

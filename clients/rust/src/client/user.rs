@@ -69,6 +69,8 @@ pub(crate) struct Attempts<'a> {
     pub(crate) deadline: Option<Instant>,
     /// Whether it can be sent again even if it may have run.
     pub(crate) is_idempotent: bool,
+    /// Whether it belongs to the connection for new calls, and not to a further one.
+    pub(crate) is_registration: bool,
     /// The items of a stream, which is not opened again once it has begun, unless the application can continue it.
     pub(crate) items: Option<&'a Items>,
 }
@@ -132,7 +134,8 @@ impl User {
         timeout: Option<Duration>,
     ) -> Result<Vec<u8>> {
         let deadline = deadline_of(timeout);
-        let attempts = Attempts { deadline, is_idempotent: meta.idempotency_key.is_some(), items: None };
+        let is_idempotent = meta.idempotency_key.is_some();
+        let attempts = Attempts { deadline, is_idempotent, is_registration: false, items: None };
         self.run(attempts, |connection, slot, token| {
             let meta = Meta { deadline_ms: remaining_ms(deadline), ..meta };
             connection.request(slot, method, params, token, &meta)
@@ -169,7 +172,7 @@ impl User {
         loop {
             let (connection, slot) = match self.try_ready() {
                 Some(ready) => ready,
-                None => self.ready().await?,
+                None => self.ready(!attempts.is_registration).await?,
             };
             let token = self.begin();
             let outcome = match send(&connection, slot, &token) {
@@ -197,12 +200,17 @@ impl User {
     }
 
     /// Wait until a request can be sent, with a session if one is required.
-    pub(crate) async fn ready(self: &Arc<Self>) -> Result<(Arc<Connection>, Slot)> {
+    pub(crate) async fn ready(self: &Arc<Self>, allows_further: bool) -> Result<(Arc<Connection>, Slot)> {
         loop {
             self.check_open()?;
             self.wait_usable().await?;
             let connection = self.hub.get().await?;
-            let Some(slot) = connection.slot().await else {
+            let found = if allows_further {
+                self.hub.slot(connection).await
+            } else {
+                connection.slot().await.map(|slot| (connection, slot))
+            };
+            let Some((connection, slot)) = found else {
                 tokio::task::yield_now().await; // its end is being recorded
                 continue;
             };

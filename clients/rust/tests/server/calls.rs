@@ -41,6 +41,12 @@ pub async fn more_calls_than_streams_succeed(client: &Client) {
     }
 }
 
+pub async fn further_connections_serve_calls(server: &Server, key: &str) {
+    let client = Client::connect(server.options().api_key("ada", key).max_connections(3)).await.unwrap();
+    more_calls_than_streams_succeed(&client).await;
+    client.close().await;
+}
+
 pub async fn errors_are_reported_and_abandoned_calls_disturb_no_other(client: &Client) {
     assert_eq!(code(client.call::<Value>("no.such.method", &()).await), Code::Unimplemented);
     assert_eq!(code(client.call::<Value>("sleep", &map("minutes", 1)).await), Code::InvalidArgument);

@@ -7,6 +7,7 @@
 mod calls;
 #[path = "../support/fake.rs"]
 mod fake;
+mod further;
 mod handlers;
 mod scripted;
 mod sessions;
@@ -47,6 +48,7 @@ async fn a_server_with_its_own_methods() {
 
     calls::values_of_all_types_come_back(&client).await;
     calls::more_calls_than_streams_succeed(&client).await;
+    calls::further_connections_serve_calls(&server, &key).await;
     calls::errors_are_reported_and_abandoned_calls_disturb_no_other(&client).await;
     calls::repeated_calls_with_an_idempotency_key_run_once(&client).await;
     calls::a_large_first_call_succeeds(&server, &key).await;

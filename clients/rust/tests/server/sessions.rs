@@ -1,6 +1,7 @@
 //! Sessions by API keys, devices and certificates: opened, revoked, bound, several at once, and over a restart.
 
 use super::{code, map};
+use crate::calls::more_calls_than_streams_succeed;
 use crate::support::{Server, set_mode};
 use tokio::sync::mpsc;
 use zcproto::{Client, Code, Credentials, Device, Error, Value, enroll};
@@ -77,9 +78,10 @@ pub async fn devices_open_bound_sessions(server: &Server) {
     assert_eq!(code(enroll(server.options(), &again, &device, "laptop").await), Code::AlreadyExists);
     let loaded = Device::load(&file).unwrap();
     assert_eq!(loaded.public_key(), device.public_key());
-    let client = Client::connect(server.options().device(loaded, "laptop")).await.unwrap();
+    let client = Client::connect(server.options().device(loaded, "laptop").max_connections(3)).await.unwrap();
     let session = client.session().unwrap();
     assert!(session.bound);
+    more_calls_than_streams_succeed(&client).await; // it is attached to each connection
     client.cut();
     client.request("echo").idempotency_key("after the cut").send::<Value>().await.unwrap();
     assert_eq!(client.session().unwrap().id, session.id);

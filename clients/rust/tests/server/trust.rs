@@ -32,6 +32,17 @@ async fn proxy(listener: TcpListener, port: u16, cut: Arc<tokio::sync::Notify>) 
     tokio::task::spawn_blocking(move || near.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
 }
 
+#[tokio::test]
+async fn an_encrypted_client_key_is_refused_with_the_cure() {
+    let server = Server::new(""); // which is not started
+    let content = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAA==\n-----END ENCRYPTED PRIVATE KEY-----\n";
+    let key = server.write("client.key", content);
+    let certificate = support::root().join("clients/typescript/test/support/certificate.pem");
+    let options = server.options_at("localhost:1").verify(false).certificate(certificate).key_file(key);
+    let Error::Certificate(reason) = Client::connect(options).await.unwrap_err() else { panic!("another error") };
+    assert!(reason.contains("is encrypted") && reason.contains("openssl pkey"), "{reason}");
+}
+
 pub async fn truncation_is_not_a_clean_end(server: &Server, key: &str) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("127.0.0.1:{}", listener.local_addr().unwrap().port());

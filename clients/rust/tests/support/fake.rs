@@ -43,6 +43,14 @@ impl Fake {
         self.listener.local_addr().unwrap().to_string()
     }
 
+    /// Return whether a client waits for `accept`.
+    pub fn has_waiting(&self) -> bool {
+        self.listener.set_nonblocking(true).unwrap();
+        let has_waiting = self.listener.accept().is_ok();
+        self.listener.set_nonblocking(false).unwrap();
+        has_waiting
+    }
+
     /// Return options for a client that trusts any server.
     pub fn options(&self) -> ConnectOptions {
         options_at(&[&self.address()]).verify(false)
@@ -116,12 +124,17 @@ impl Peer {
 
 /// WELCOME of a server without streams.
 pub fn welcome() -> Sent {
+    welcome_of(4)
+}
+
+/// WELCOME of a server that allows so many requests in flight.
+pub fn welcome_of(max_streams: i64) -> Sent {
     let sts = Value::from([("max_age", Value::from(0)), ("include_subdomains", false.into())]);
     let body = Value::from([
         ("server", Value::from("fake")),
         ("versions", vec![1].into()),
         ("max_frame", 1_048_576.into()),
-        ("max_streams", 4.into()),
+        ("max_streams", max_streams.into()),
         ("idle_timeout_ms", 0.into()),
         ("tolerance_ms", 30_000.into()),
         ("sts", sts),

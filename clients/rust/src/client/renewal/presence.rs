@@ -39,7 +39,7 @@ impl User {
                 Ok(_) => self.register_if_any(connection).await,
                 Err(error) => Err(error),
             }
-        } else if !self.handlers.is_empty() && connection.has_calls() {
+        } else if !self.handlers.is_empty() && connection.has_calls() && !connection.is_further() {
             self.register_if_any(connection).await
         } else {
             self.request(connection, "session.info", &[0xc0], &token).await.map(drop)
@@ -82,7 +82,7 @@ impl User {
     /// Register the application's handlers, if there are any. Retries while that may succeed on this connection.
     pub(super) async fn register_if_any(self: &Arc<Self>, connection: &Arc<Connection>) -> Result<()> {
         let mut backoff = Backoff::default();
-        while !self.handlers.is_empty() && connection.has_calls() && !self.has_ended() {
+        while !self.handlers.is_empty() && connection.has_calls() && !connection.is_further() && !self.has_ended() {
             let Some(slot) = connection.slot().await else {
                 return Ok(()); // the next connection registers them
             };

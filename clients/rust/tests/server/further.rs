@@ -1,0 +1,162 @@
+//! Further connections to a server, for calls that it allows no more of in flight on one.
+
+use crate::fake::{Fake, Peer, Sent, goaway, welcome_of};
+use std::time::Duration;
+use tokio::task::JoinHandle;
+use zcproto::frame::Kind;
+use zcproto::{Client, Error, codec};
+
+/// A server that allows one request in flight on each connection, and its client. Its methods block.
+struct Crowded {
+    server: Fake,
+    client: Client,
+    first: Peer,
+}
+
+impl Crowded {
+    /// Connect, and leave a call without an answer.
+    async fn new(max_connections: usize) -> (Self, u32, JoinHandle<zcproto::Result<String>>) {
+        let server = Fake::new();
+        let options = server.options().max_connections(max_connections);
+        let accepting = tokio::task::spawn_blocking(move || {
+            let mut first = accept(&server);
+            let number = request(&mut first, "first");
+            (server, first, number)
+        });
+        let client = Client::connect(options).await.unwrap();
+        let call = call(&client, "first");
+        let (server, first, number) = accepting.await.unwrap();
+        (Self { server, client, first }, number, call)
+    }
+
+    async fn close(self) {
+        let first = tokio::task::spawn_blocking(move || self.first.close());
+        self.client.close().await;
+        first.await.unwrap();
+    }
+}
+
+fn accept(server: &Fake) -> Peer {
+    let mut peer = server.accept();
+    peer.send(&[welcome_of(1)]);
+    peer
+}
+
+fn call(client: &Client, method: &'static str) -> JoinHandle<zcproto::Result<String>> {
+    let client = client.clone();
+    tokio::spawn(async move { client.call::<String>(method, &()).await })
+}
+
+/// Wait for the request of a method, and return its number.
+fn request(peer: &mut Peer, method: &str) -> u32 {
+    let (kind, number, body) = peer.receive().expect("a request");
+    assert_eq!(kind, Kind::Request);
+    assert!(body.windows(method.len()).any(|text| text == method.as_bytes()), "another method than {method}");
+    number
+}
+
+fn result(number: u32, text: &str) -> Sent {
+    (Kind::Response, number, codec::encode(&text.into()).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_further_connection_takes_calls_that_the_server_allows_no_more_of() {
+    let (mut crowded, number, first) = Crowded::new(2).await;
+    let second = call(&crowded.client, "second");
+    let mut other = accept(&crowded.server);
+    let in_flight = request(&mut other, "second");
+    let third = call(&crowded.client, "third");
+    other.send(&[result(in_flight, "2")]);
+    let in_flight = request(&mut other, "third"); // whichever has room first
+    other.send(&[result(in_flight, "3")]);
+    assert_eq!(second.await.unwrap().unwrap(), "2");
+    assert_eq!(third.await.unwrap().unwrap(), "3");
+    crowded.first.send(&[result(number, "1")]);
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    let fourth = call(&crowded.client, "fourth");
+    let in_flight = request(&mut crowded.first, "fourth");
+    crowded.first.send(&[result(in_flight, "4")]);
+    assert_eq!(fourth.await.unwrap().unwrap(), "4");
+    assert!(!crowded.server.has_waiting(), "there are more connections than allowed");
+    let closing = tokio::task::spawn_blocking(move || other.close());
+    crowded.close().await;
+    closing.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn further_connections_are_off_by_default() {
+    let (mut crowded, number, first) = Crowded::new(1).await;
+    let second = call(&crowded.client, "second");
+    crowded.first.send(&[result(number, "1")]);
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    let in_flight = request(&mut crowded.first, "second");
+    crowded.first.send(&[result(in_flight, "2")]);
+    assert_eq!(second.await.unwrap().unwrap(), "2");
+    assert!(!crowded.server.has_waiting());
+    crowded.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_failure_of_a_further_connection_fails_no_call() {
+    let (mut crowded, number, first) = Crowded::new(2).await;
+    let second = call(&crowded.client, "second");
+    drop(crowded.server.accept());
+    crowded.first.send(&[result(number, "1")]);
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    let in_flight = request(&mut crowded.first, "second");
+    crowded.first.send(&[result(in_flight, "2")]);
+    assert_eq!(second.await.unwrap().unwrap(), "2");
+    crowded.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_loss_of_a_further_connection_loses_its_calls_alone() {
+    let (mut crowded, number, first) = Crowded::new(2).await;
+    let second = call(&crowded.client, "second");
+    let mut other = accept(&crowded.server);
+    request(&mut other, "second");
+    drop(other);
+    assert!(matches!(second.await.unwrap(), Err(Error::Closed(_))), "it may have run");
+    crowded.first.send(&[result(number, "1")]);
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    assert!(crowded.client.endpoint().is_some());
+    crowded.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_a_leaving_further_connection_did_not_run_is_sent_elsewhere() {
+    let (mut crowded, number, first) = Crowded::new(2).await;
+    let second = call(&crowded.client, "second");
+    let mut other = accept(&crowded.server);
+    request(&mut other, "second");
+    other.send(&[goaway("draining", 0)]);
+    tokio::task::spawn_blocking(move || other.close()).await.unwrap();
+    crowded.first.send(&[result(number, "1")]);
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    let in_flight = request(&mut crowded.first, "second");
+    crowded.first.send(&[result(in_flight, "2")]);
+    assert_eq!(second.await.unwrap().unwrap(), "2");
+    crowded.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn closing_the_client_closes_further_connections() {
+    let (crowded, _, first) = Crowded::new(2).await;
+    let second = call(&crowded.client, "second");
+    let mut other = accept(&crowded.server);
+    request(&mut other, "second");
+    let closing = tokio::task::spawn_blocking(move || assert!(other.receive().is_none()));
+    crowded.close().await;
+    closing.await.unwrap();
+    for lost in [first, second] {
+        assert!(matches!(lost.await.unwrap(), Err(Error::Closed(_))));
+    }
+}
+
+#[tokio::test]
+async fn the_number_of_connections_is_limited() {
+    for max in [0, 65] {
+        let options = Fake::new().options().max_connections(max).timeout(Duration::from_secs(1));
+        assert!(matches!(Client::connect(options).await, Err(Error::Config(_))), "{max}");
+    }
+}
