@@ -234,6 +234,18 @@ def test_name_that_cannot_be_resolved_rests_like_an_endpoint() -> None:
     assert endpoints.failure(START) is None
 
 
+def test_name_that_was_not_resolved_when_another_answered_does_not_wait_for_that_one_to_rest() -> None:
+    endpoints, a = listed(A, B), at(A, "192.0.2.1")
+    attempts = endpoints.begin_round()
+    attempts.resolved(A, [a.ip], START)
+    endpoints.connected(a, START)
+    endpoints.lost(a, START + STABLE_AFTER, retry_after_ms=60_000)
+    assert endpoints.due_at == -inf
+    attempts = begin(endpoints, {A: [a.ip], B: ["192.0.2.2"]}, START + STABLE_AFTER)
+    assert tried(attempts, START + STABLE_AFTER) == [at(B, "192.0.2.2")]
+    assert endpoints.due_at == pytest.approx(START + STABLE_AFTER + 0.05)
+
+
 # --- rests -------------------------------------------------------------------------------------------
 
 

@@ -87,12 +87,15 @@ class Endpoints:
     was_connected: bool = field(default=False, init=False)
     _health: dict[Target, _Health] = field(default_factory=dict, init=False)
     _listed: list[Target] = field(default_factory=list, init=False)  # in the last round
+    _unlisted: set[Address] = field(default_factory=set, init=False)  # not resolved by the end of it
     _last: Endpoint | None = field(default=None, init=False)  # of the last connection
     _stable_at: float = field(default=inf, init=False)  # when that counts as a success
 
     @property
     def due_at(self) -> float:
-        """When the next round may begin."""
+        """When the next round may begin. An address that the last one has not resolved may be tried at any time."""
+        if self._unlisted:
+            return -inf
         return min(map(self.rests_until, self._listed), default=-inf)
 
     @property
@@ -108,6 +111,7 @@ class Endpoints:
         if self._last is not None:
             order.sort(key=self._last.address.__ne__)
         self._listed = []
+        self._unlisted = set(order)
         return Round(self, order)
 
     def connected(self, endpoint: Endpoint, now: float) -> None:
@@ -177,6 +181,7 @@ class Endpoints:
 
     def list_resolved(self, address: Address, ips: Sequence[str]) -> list[Endpoint]:
         """List the endpoints of an address, in the order of their attempts."""
+        self._unlisted.discard(address)
         families: dict[bool, list[str]] = {}
         for ip in dict.fromkeys(ips):
             families.setdefault(":" in ip, []).append(ip)
@@ -194,6 +199,7 @@ class Endpoints:
         return found
 
     def list_unresolved(self, address: Address, error: ZcprotoError, now: float) -> None:
+        self._unlisted.discard(address)
         self._listed.append(address)
         self.failed(address, error, now)
 

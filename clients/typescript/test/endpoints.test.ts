@@ -173,6 +173,20 @@ describe("names", () => {
   });
 });
 
+test("name that was not resolved when another answered does not wait for that one to rest", () => {
+  const endpoints = listed();
+  const a = at(A, "192.0.2.1");
+  endpoints.beginRound().resolved(A, [a.ip], START);
+  endpoints.connected(a, START);
+  const now = START + STABLE_AFTER_MS;
+  endpoints.lost(a, now, 60_000);
+  assert.equal(endpoints.dueAt, -NEVER);
+  assert.deepEqual(tried(begin(endpoints, { "a.example": [a.ip], "b.example": ["192.0.2.2"] }, now), now), [
+    "192.0.2.2",
+  ]);
+  near(endpoints.dueAt, now + 50);
+});
+
 describe("rests", () => {
   const a = at(A, "192.0.2.1");
   const b = at(B, "192.0.2.2");

@@ -60,6 +60,8 @@ export class Endpoints {
   readonly #health = new Map<string, Health>();
   /** What was to be tried in the last round: endpoints, and addresses that cannot be resolved. */
   #listed: string[] = [];
+  /** The addresses that were not resolved by its end. */
+  #unlisted = new Set<string>();
   #last: Endpoint | undefined;
   #stableAt = NEVER;
 
@@ -67,9 +69,11 @@ export class Endpoints {
     this.#options = options;
   }
 
-  /** When the next round can begin. */
+  /** When the next round can begin. An address that the last one has not resolved can be tried at any time. */
   get dueAt(): number {
-    return this.#listed.length === 0 ? -NEVER : Math.min(...this.#listed.map((name) => this.#of(name).restsUntil));
+    return this.#listed.length === 0 || this.#unlisted.size > 0
+      ? -NEVER
+      : Math.min(...this.#listed.map((name) => this.#of(name).restsUntil));
   }
 
   /** Whether nothing listens at one of the endpoints. */
@@ -84,6 +88,7 @@ export class Endpoints {
     const last = this.#last === undefined ? undefined : addressText(this.#last);
     putFirst(order, (address) => addressText(address) === last);
     this.#listed = [];
+    this.#unlisted = new Set(order.map(addressText));
     return new Round(this, order);
   }
 
@@ -178,6 +183,7 @@ export class Endpoints {
 
   /** List the endpoints of an address, in the order of their attempts. */
   listResolved(address: Address, ips: readonly string[]): Endpoint[] {
+    this.#unlisted.delete(addressText(address));
     const unique = [...new Set(ips)];
     const isFirst = (ip: string) => ip.includes(":") === unique[0]?.includes(":");
     const families = [unique.filter(isFirst), unique.filter((ip) => !isFirst(ip))];
@@ -194,6 +200,7 @@ export class Endpoints {
   }
 
   listUnresolved(address: Address, error: ZcprotoError, now: number): void {
+    this.#unlisted.delete(addressText(address));
     this.#listed.push(addressText(address));
     this.#failed(addressText(address), error, now, 0);
   }
