@@ -69,6 +69,10 @@ COMMANDS: Final = {
         "bench.guard.command:command",
         "Bytecodes and calls of a fixed script, beside the accepted counts.",
     ),
+    "tracing": (
+        "bench.tracing:command",
+        "CPU of a request with OpenTelemetry off, and with 1 % recorded.",
+    ),
     "peers": (
         "bench.peers.command:command",
         "CPU and memory beside gRPC, uvicorn, websockets and asyncio's streams.",

@@ -79,10 +79,10 @@ END_S: Final = 10.0
 
 
 class Case(NamedTuple):
-    """One comparison: the cost of a slice at both servers, and the most that their ratio may be."""
+    """One comparison: the cost of a slice at both servers, and the most of their ratio, if there is a bar."""
 
     name: str
-    bar: float
+    bar: float | None
     unit: str
     measured: Callable[[], float]
     reference: Callable[[], float]

@@ -222,7 +222,7 @@ def test_settings_exist(page: Path) -> None:
     methods = {"server.info", "server.stats", "server.sessions", "server.revoke"}
     alerts = {kind.value for kind in CATALOGUE}
     in_welcome = {"streams.max_item"}
-    attributes = {"server.ca_file", "server.clients", "server.users"}
+    attributes = {"server.ca_file", "server.clients", "server.users", "server.address"}
     assert settings - keys() - set(EVENTS) - alerts - methods - in_welcome - attributes == set()
 
 
