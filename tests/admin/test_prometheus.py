@@ -20,6 +20,7 @@ from tests.helpers import free_port
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
+from zcproto.cli import main
 from zcproto.observe.metrics import METRICS
 from zcproto.sessions.token import token_text
 
@@ -171,6 +172,19 @@ def test_prometheus_scrapes_with_a_token_and_evaluates_all_expressions(serve: Se
 def test_prometheus_with_a_bad_token_is_refused(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     with prometheus(tmp_path, server, token_text(bytes(range(32)))) as witness:
+        until(lambda: witness.target()["health"] == "down")
+        assert "401" in witness.target()["lastError"]
+
+
+def test_prometheus_scrapes_with_a_token_of_a_machine_until_it_is_revoked(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(http__metrics="token")
+    assert main(["token", "create", "prometheus", "--scope", "metrics", "--home", str(server.home)]) == 0
+    with prometheus(tmp_path, server, capsys.readouterr().out) as witness:
+        until(lambda: witness.value("zcproto_build_info") == 1)
+        until(lambda: witness.target()["health"] == "up")
+        assert main(["token", "revoke", "prometheus", "--home", str(server.home)]) == 0
         until(lambda: witness.target()["health"] == "down")
         assert "401" in witness.target()["lastError"]
 

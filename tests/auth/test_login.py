@@ -309,3 +309,30 @@ async def test_pending_logins_are_limited_in_all_and_for_one_address() -> None:
     assert login.pending == 0
     opened = [start(ADDRESS)]
     assert await asyncio.gather(*opened) == [Identity("alice")]
+
+
+# Attempts without a name
+
+
+class AwaitedThrottle(Throttle):
+    """A throttle that has to be awaited, like that of a worker."""
+
+    def check(self, user: str, address: str, now: float) -> Any:
+        return asyncio.sleep(0, super().check(user, address, now))
+
+    def failed(self, user: str, address: str, now: float) -> Any:
+        return asyncio.sleep(0, super().failed(user, address, now))
+
+
+@pytest.mark.parametrize("throttle", [Throttle, AwaitedThrottle])
+async def test_attempts_without_a_name_are_delayed_by_address(throttle: type[Throttle]) -> None:
+    login = Login([], throttle())
+    for _ in range(5):
+        await login.admit_unnamed(ADDRESS, NOW)
+        await login.refuse_unnamed(ADDRESS, NOW)
+    with pytest.raises(ResourceExhausted) as caught:
+        await login.admit_unnamed(ADDRESS, NOW)
+    assert caught.value.details == {"retry_after_ms": 1000}
+    assert login.throttled == 1
+    await login.admit_unnamed(ELSEWHERE, NOW)
+    await login.admit_unnamed(ADDRESS, NOW + 1)

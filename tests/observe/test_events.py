@@ -42,7 +42,8 @@ INDIRECT: dict[str, tuple[str, list[str]]] = {
             f"{file}.{what}"
             for file in ("users", "devices")
             for what in ("unreadable", "readable", "changed", "look_failed", "not_gone")
-        ],
+        ]
+        + ["tokens.unreadable", "tokens.readable", "tokens.changed"],
     ),
     "zcproto/alerts/service.py": (
         "the name is that of a phase of an alert",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zcproto.admin.https import HttpSide
+from zcproto.admin.machines import MachineTokens
 from zcproto.admin.merge import Whole
 from zcproto.admin.traffic import Traffic
 from zcproto.alerts.service import ServerAlerts
@@ -40,8 +41,8 @@ class Parts:
     """The parts of one server.
 
     `store` is None if sessions end with the process, `users` and `devices` if the program brings its own
-    authenticators, `jwt` without identity providers, `http` if it is switched off, `whole` if this process is the
-    whole server. `started_at` is milliseconds since the Unix epoch.
+    authenticators, `jwt` without identity providers, `tokens` and `http` if HTTP is switched off, `whole` if this
+    process is the whole server. `started_at` is milliseconds since the Unix epoch.
     """
 
     active: ActiveConfig
@@ -56,6 +57,7 @@ class Parts:
     jwt: JwtAuthenticator | None = None
     users: Directory[User] | None
     devices: Directory[RegisteredDevice] | None
+    tokens: MachineTokens | None
     acceptor: TlsAcceptor
     listener: Listener
     http: HttpSide | None

@@ -2,7 +2,7 @@
 
     /healthz  /readyz  /.well-known/zcp   public
     /                                     the status page: public, without any figure
-    /status.json                          for a session's token: the figures that the page shows
+    /status.json                          for a session's or a machine's token: the figures that the page shows
     /metrics                              by `http.metrics`: a token, an address, public, or off
 
 Decides: the content of each resource and its access rule.
@@ -31,6 +31,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Final
 
+from zcproto.admin.machines import NO_MACHINE_TOKEN, REALM
 from zcproto.admin.metrics import server_metrics
 from zcproto.admin.parts import Parts
 from zcproto.admin.snapshot import readiness_report
@@ -60,15 +61,13 @@ MAX_ALERTS: Final = 50
 MAX_NAMES: Final = 8
 """Names of one certificate in the figures."""
 
-_REALM: Final = 'Bearer realm="zcproto"'
-
 NO_TOKEN: Final = text_response(
-    401, "this needs a session's token: Authorization: Bearer TOKEN", headers=(("WWW-Authenticate", _REALM),)
+    401, "this needs a session's token: Authorization: Bearer TOKEN", headers=(("WWW-Authenticate", REALM),)
 )
 BAD_TOKEN: Final = text_response(
     401,
     "this token is not valid here: open a session",
-    headers=(("WWW-Authenticate", f'{_REALM}, error="invalid_token"'),),
+    headers=(("WWW-Authenticate", f'{REALM}, error="invalid_token"'),),
 )
 
 _PAGE_KEYS: Final = (
@@ -154,11 +153,20 @@ class Resources:
     # --- restricted ------------------------------------------------------------------------------------
 
     async def _show_status(self, request: HttpRequest) -> HttpResponse:
-        session = await self._tokens.session_of(request)
-        if not isinstance(session, Session):
-            return session
+        machines, token = self._parts.tokens, bearer_token(request)
+        machine = None if machines is None or token is None else await machines.find(token)
+        is_operator = False
+        if machines is not None and machine is not None:
+            refusal = machines.check(*machine, request.peer.address, "status")
+            if refusal is not None:
+                return refusal
+        else:
+            session = await self._tokens.session_of(request)
+            if not isinstance(session, Session):
+                return session
+            is_operator = OPERATOR in session.roles
         try:
-            return await self.figures(OPERATOR in session.roles)
+            return await self.figures(is_operator)
         except CallError as error:
             return _retry_later(error)
 
@@ -199,6 +207,11 @@ class Resources:
             if _address_set(tuple(config.allow)).contains(plain_address(request.peer.address)):
                 return None
             return text_response(403, "metrics are for the addresses of http.allow")
+        if config.metrics == "token":
+            if "authorization" not in request.headers:
+                return NO_MACHINE_TOKEN
+            assert self._parts.tokens is not None
+            return await self._parts.tokens.refusal(bearer_token(request), request, "metrics")
         session = await self._tokens.session_of(request)
         return None if isinstance(session, Session) else session
 
@@ -214,11 +227,9 @@ class BearerTokens:
 
     async def session_of(self, request: HttpRequest) -> Session | HttpResponse:
         """Return the session of a request's token, or the response that refuses it."""
-        authorization = request.headers.get("authorization")
-        if authorization is None:
+        if "authorization" not in request.headers:
             return NO_TOKEN
-        scheme, _, text = authorization.partition(" ")
-        token = token_from_text(text.strip()) if scheme.lower() == "bearer" else None
+        token = bearer_token(request)
         found: Session | HttpResponse = BAD_TOKEN if token is None else await self._check(token, request)
         if found is BAD_TOKEN:
             log.info("http.token_refused", peer=request.peer.address)
@@ -252,6 +263,12 @@ class BearerTokens:
                 return False
             state.registry.use(session, state.clock.wall())
         return True
+
+
+def bearer_token(request: HttpRequest) -> bytes | None:
+    """Return the token of a request; None if it has none, or a malformed one."""
+    scheme, _, text = request.headers.get("authorization", "").partition(" ")
+    return token_from_text(text.strip()) if scheme.lower() == "bearer" else None
 
 
 def _key_of(certificate: bytes) -> str | None:

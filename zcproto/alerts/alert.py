@@ -72,6 +72,7 @@ class AlertKind(Enum):
     STALE_FRAMES = "connection.stale_frames"
     LOGINS_THROTTLED = "login.throttled"
     ISSUER_KEYS = "oidc.keys_failed"
+    MACHINE_EXPIRY = "token.expiry"
     STORE_DEGRADED = "store.degraded"
     STORE_GRACE_OVER = "store.grace_over"
     STORE_DAMAGED = "store.damaged"
@@ -158,6 +159,10 @@ oidc.keys_failed: warning, ends resolved; issuer
     after a start, it is an error: logins by its tokens get UNAVAILABLE. Logins fetch the keys, so the alert ends
     with the first one after the provider is back.
     Cure: `zcproto doctor` checks the provider, its certificate, its keys and the clock.
+token.expiry: warning, ends resolved; token
+    A token of a machine that was used within 7 days expires: a warning from 14 days before, or the last quarter of
+    its life if that is shorter; an error once it has expired.
+    Cure: `zcproto token create` another one, give it to the machine, then `zcproto token revoke` the old one.
 store.degraded: error, ends resolved
     The session store does not answer. Known sessions remain valid for `store.grace`, new ones are refused,
     and revocations are queued on disk.

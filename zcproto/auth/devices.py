@@ -27,7 +27,16 @@ from typing import Any, Final, NamedTuple
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from zcproto.auth.files import TableFile, name_faults, quoted, roles_faults, toml_key, toml_roles
+from zcproto.auth.files import (
+    TableFile,
+    is_moment,
+    name_faults,
+    quoted,
+    roles_faults,
+    toml_key,
+    toml_moment,
+    toml_roles,
+)
 from zcproto.common.roles import Roles
 from zcproto.common.text import toml_string
 from zcproto.errors import AlreadyExists, NotFound
@@ -98,7 +107,7 @@ class DeviceFile(TableFile[RegisteredDevice]):
         raw = token_from_text(public_key) if isinstance(public_key, str) else None
         if raw is None or not is_public_key(raw):
             faults.append("public_key must be 43 characters of base64url, an Ed25519 public key")
-        if not isinstance(added, datetime) or not _is_moment(added):
+        if not is_moment(added):
             faults.append("added must be a date and time with an offset, such as 2026-01-01T12:00:00Z")
         if faults:
             return faults
@@ -173,20 +182,12 @@ def is_signed(public_key: bytes, signature: bytes, message: bytes) -> bool:
     return True
 
 
-def _is_moment(value: datetime) -> bool:
-    try:
-        value.astimezone(UTC)
-    except OverflowError:
-        return False
-    return value.tzinfo is not None
-
-
 def _entry(name: str, device: RegisteredDevice) -> str:
     """Return a device as TOML."""
     return (
         f"\n[devices.{toml_key(name)}]\n"
         f"user = {toml_string(device.user)}\n"
         f'public_key = "{token_text(device.public_key)}"\n'
-        f"added = {device.added.replace(microsecond=0, tzinfo=None).isoformat()}Z\n"
+        f"added = {toml_moment(device.added)}\n"
         + ("" if device.roles is None else f"roles = {toml_roles(device.roles)}\n")
     )

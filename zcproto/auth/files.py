@@ -17,8 +17,9 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
@@ -54,10 +55,12 @@ class FileChange(NamedTuple):
     removed: list[str]
 
 
-def change_between(before: Mapping[str, object], now: Mapping[str, object]) -> FileChange:
+def change_between(
+    before: Mapping[str, Entry], now: Mapping[str, Entry], is_changed: Callable[[Entry, Entry], bool]
+) -> FileChange:
     """Return the differences between the entries of a file before and now."""
     added = [name for name in now if name not in before]
-    changed = [name for name, entry in now.items() if before.get(name, entry) != entry]
+    changed = [name for name, entry in now.items() if name in before and is_changed(before[name], entry)]
     removed = [name for name in before if name not in now]
     total = len(added) + len(changed) + len(removed)
     return FileChange(total, added[:MAX_NAMES], changed[:MAX_NAMES], removed[:MAX_NAMES])
@@ -85,6 +88,22 @@ def roles_faults(roles: object) -> list[str]:
 def toml_roles(roles: Roles) -> str:
     """Return roles as TOML, without spaces, so that an edit can find the end."""
     return f"[{','.join(map(toml_string, sorted(roles)))}]"
+
+
+def is_moment(value: object) -> bool:
+    """Return whether a value of a TOML file is a date and time with an offset."""
+    if not isinstance(value, datetime):
+        return False
+    try:
+        value.astimezone(UTC)
+    except OverflowError:
+        return False
+    return value.tzinfo is not None
+
+
+def toml_moment(moment: datetime) -> str:
+    """Return an aware moment in UTC as TOML, in whole seconds."""
+    return f"{moment.replace(microsecond=0, tzinfo=None).isoformat()}Z"
 
 
 def quoted(name: str) -> str:
@@ -201,7 +220,7 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
                 for name, entry in self.entries.items()
                 if self.is_gone(entry, entries.get(name))
             )
-            self._changes.append(change_between(self.entries, entries))
+            self._changes.append(change_between(self.entries, entries, self.is_changed))
             self.entries = entries
         finally:
             self._identity = identity  # last: a file that looks unchanged must have its entries
@@ -219,6 +238,11 @@ class TableFile(PrivateFile, ABC, Generic[Entry]):
     @abstractmethod
     def is_gone(before: Entry, now: Entry | None) -> bool:
         """Return whether the sessions of an entry must end, given the entry that has its name now."""
+
+    @staticmethod
+    def is_changed(before: Entry, now: Entry) -> bool:
+        """Return whether an entry differs in what is worth a line in the log."""
+        return before != now
 
     @abstractmethod
     def _parse_values(self, table: dict[str, Any]) -> Entry | list[str]:

@@ -208,6 +208,23 @@ class Login:
         self.throttle.succeeded(key, address, now)
         self.accepted[ATTACH] += 1
 
+    async def admit_unnamed(self, address: str, now: float) -> None:
+        """Admit an attempt that names no user, such as a request with a token. Raises ResourceExhausted.
+
+        Report a refused one to `refuse_unnamed`.
+        """
+        wait_ms = self.throttle.check("", address, now)
+        wait_ms = wait_ms if isinstance(wait_ms, int) else await wait_ms
+        if wait_ms:
+            self.throttled += 1
+            raise ResourceExhausted("too many refused attempts; wait", {"retry_after_ms": wait_ms})
+
+    async def refuse_unnamed(self, address: str, now: float) -> None:
+        """Count a refused attempt for its address."""
+        counted = self.throttle.failed("", address, now)
+        if counted is not None:
+            await counted
+
     def is_gone(self, key: str) -> bool:
         """Return whether a key has been removed, so that no session may be opened with it."""
         return self._devices is not None and self._devices.is_gone(key)

@@ -23,6 +23,7 @@ def recorded(
     *,
     user: str | None = None,
     device: str | None = None,
+    machine: str | None = None,
     roles: Sequence[str] | None = None,
     ids: Sequence[str] | None = None,
     all: bool | None = None,
@@ -37,7 +38,16 @@ def recorded(
         try:
             yield result
         except Exception as error:
-            log.info("command.failed", what=what, uid=uid, pid=pid, user=user, device=device, reason=error)
+            log.info(
+                "command.failed",
+                what=what,
+                uid=uid,
+                pid=pid,
+                user=user,
+                device=device,
+                machine=machine,
+                reason=error,
+            )
             raise
         log.info(
             "command.done",
@@ -46,6 +56,7 @@ def recorded(
             pid=pid,
             user=result.get("user", user),
             device=device,
+            machine=machine,
             roles=roles,
             ids=ids,
             all=all,

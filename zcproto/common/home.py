@@ -34,6 +34,8 @@ class Home:
         """Users, with digests of their keys."""
         self.devices = path / "devices.toml"
         """Devices, with their public keys."""
+        self.tokens = path / "tokens.toml"
+        """Tokens of machines, as digests."""
         self.pairing = path / "pairing.toml"
         """One-time pairing codes, as digests."""
         self.sessions = path / "sessions.db"

@@ -486,8 +486,9 @@ class HttpConfig(Settings):
     """Whether it also applies to every name below the server's name."""
     hsts_preload: Annotated[bool, FLAG] = False
     """Whether browsers may ship the server's name in their preload lists. That is hard to undo."""
-    metrics: Annotated[str, one_of("session", "address", "open", "off")] = "session"
-    """Who can read /metrics. "session": holders of a session token; "address": the networks of allow; "open":
+    metrics: Annotated[str, one_of("session", "token", "address", "open", "off")] = "session"
+    """Who can read /metrics. "session": holders of a session token; "token": machines, with a token of
+    `zcproto token create` that has the scope metrics; "address": the networks of allow; "open":
     anyone; "off": no one."""
     allow: Annotated[tuple[str, ...], list_of(NETWORK, 0, 64)] = ("127.0.0.1/32", "::1/128")
     """The networks that can read /metrics with metrics = "address"."""

@@ -93,6 +93,7 @@ FIELDS: Final[dict[str, str]] = {
     "limit": "value of the limit",
     "lines": "number of lines",
     "lost": "total of messages lost by this sink",
+    "machine": "name of a token of a machine",
     "message": "description in a sentence",
     "missing": "roles of which one is needed",
     "new_level": "new log level",
@@ -219,9 +220,9 @@ control.asked info (what uid pid user device roles ids all sessions), limit per 
     An operation was requested by the control socket.
 control.failed info (what uid pid user device reason), limit per event, audit failure
     An operation was requested by the control socket, and failed.
-command.done info (what uid pid user device roles ids all sessions), audit success
+command.done info (what uid pid user device machine roles ids all sessions), audit success
     A command made a change itself: no server ran, or the change needs none.
-command.failed info (what uid pid user device reason), audit failure
+command.failed info (what uid pid user device machine reason), audit failure
     Such a command failed.
 
 # Connections
@@ -288,8 +289,8 @@ login.refused info (scheme peer reason) by peer, limit per address, audit failur
     An authenticator of the application refused a login, by an error with this reason.
 login.timed_out warning (scheme peer) by peer, limit per address, audit failure
     An authenticator of the application took longer than `limits.login_timeout`, and was cancelled.
-http.token_refused info (peer) by peer, limit per address, audit failure
-    The token of an HTTPS request was refused.
+http.token_refused info (peer machine reason) by peer, limit per address, audit failure
+    The token of an HTTPS request was refused; with the name of the machine, if it is one of `zcproto token`.
 device.enrolled info (device user peer connection) by peer, limit per user, audit success
     A device was enrolled with a code of `zcproto pair`.
 operator.revoked warning (operator user ids all sessions peer) by peer, limit per operator, audit success
@@ -309,7 +310,7 @@ telemetry.sdk warning (text), limit rare
 telemetry.lost warning (signal count)
     The server has ended before all spans, log records or metrics were sent: telemetry.flush_timeout was over.
 
-# Users and devices: files of the home folder
+# Users, devices and tokens of machines: files of the home folder
 users.changed info (count added changed removed), limit per event, audit success
     users.toml has changed: by a command, a program or an editor.
 users.readable info (), limit per event
@@ -330,6 +331,15 @@ devices.look_failed error (exc_info), limit per event
     devices.toml could not be checked.
 devices.not_gone error (device exc_info), limit per event
     Sessions of a removed device could not be revoked.
+
+tokens.changed info (count added changed removed), limit per event, audit success
+    tokens.toml has changed: a token of a machine was created or revoked.
+tokens.readable info (), limit per event
+    tokens.toml is readable again.
+tokens.unreadable error (faults), limit per event, audit failure
+    tokens.toml cannot be read; the last valid content stays active.
+tokens.uses_not_stored warning (faults), limit per event
+    The last use of tokens could not be written to tokens.toml. They are valid all the same.
 
 # The store
 store.degraded error (reason sessions pending), limit per event

@@ -86,6 +86,8 @@ def background_work(parts: Parts) -> Iterator[Coroutine[Any, Any, None]]:
         yield clean_sessions(parts)
     yield parts.alerts.run()
     yield parts.certificates.run()
+    if parts.tokens is not None:
+        yield parts.tokens.run()
     for directory in (parts.devices, parts.users):
         if directory is not None:
             yield directory.watch()

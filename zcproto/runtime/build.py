@@ -21,6 +21,7 @@ from math import inf
 from typing import Final, NamedTuple, cast
 
 from zcproto.admin.https import HTTP_ALPN, HttpSide
+from zcproto.admin.machines import build_tokens
 from zcproto.admin.merge import Whole
 from zcproto.admin.parts import ActiveConfig, Parts
 from zcproto.admin.resources import ALPN, Resources
@@ -186,6 +187,9 @@ async def build(
         jwt=jwt,
         users=login.users,
         devices=login.devices,
+        tokens=None
+        if http is None
+        else build_tokens(home, login.login, alerts, clock, certificates.now, reports=role.maintains),
         acceptor=acceptor,
         listener=listener,
         http=http,
