@@ -89,7 +89,7 @@ func (s *sessions) renew(must bool) error {
 					}
 					s.presentWhenReady(c)
 				})
-			} else if method == "session.open" && s.canRegister(c) {
+			} else if (method == "session.open" || s.registeredOn != c) && s.canRegister(c) {
 				s.inBackground(func() { _ = s.registerIfAny(c) }) // the next connection registers them, if this one fails
 			}
 			return nil

@@ -275,8 +275,7 @@ func (s *Session) run(r *request) (*pendingCall, error) {
 
 func (s *Session) send(r *request, c *connection, token wire.Token, now time.Duration) (*pendingCall, error) {
 	if r.register {
-		s.sessions.keep()
-		return c.register(token, s.handlers.methods(), s.handlers.most, r.deadline)
+		return s.sessions.sendRegistration(c, token, r.deadline)
 	}
 	meta := wire.Meta{IdempotencyKey: r.idempotencyKey, Traceparent: TraceparentOf(r.ctx)}
 	if r.deadline != forever {

@@ -3,6 +3,7 @@ package zcproto
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/zcproto/zcproto/clients/go/internal/wire"
 )
@@ -72,8 +73,19 @@ func (s *sessions) device() *deviceKey {
 func (s *sessions) beginRegister(c *connection) (*pendingCall, error) {
 	now := s.clock.now()
 	s.touch(now)
+	return s.sendRegistration(c, s.token, now+requestTimeout)
+}
+
+func (s *sessions) sendRegistration(c *connection, token wire.Token, deadline time.Duration) (*pendingCall, error) {
 	s.keep()
-	return c.register(s.token, s.handlers.methods(), s.handlers.most, now+requestTimeout)
+	call, err := c.register(token, s.handlers.methods(), s.handlers.most, deadline)
+	if err == nil {
+		call.onResponse = func([]byte) error {
+			s.registeredOn = c
+			return nil
+		}
+	}
+	return call, err
 }
 
 func (s *sessions) registerIfAny(c *connection) error {

@@ -126,6 +126,31 @@ SERVER_CALLS: Final[dict[str, Fault]] = {
         "forgets a registration with the refresh of its session",
         (f"{_CALLS}.refreshed", "self._by_token[token] = session", "pass"),
     ),
+    "call-after-an-expiry": fault(
+        "drops all registrations with a refresh",
+        (
+            f"{_CALLS}.refreshed",
+            "session = self._by_token.pop(",
+            "session = self._by_token.clear() or self._by_token.pop(",
+        ),
+    ),
+    "handle-with-an-expired-token": fault(
+        "counts a registration that was refused",
+        (
+            _STEP,
+            "return await self._after_error(error, connection, token)",
+            "self._sessions.refused(token, error)",
+        ),
+    ),
+    "handle-after-a-lost-refresh": fault(
+        "registers on the first connection alone",
+        (
+            "zcproto.client.registration:Registrar.connected",
+            "self._connection, self._sent = connection, frozenset()",
+            "self._connection = connection",
+        ),
+        (_STEP, "self._sent = frozenset()", "pass"),
+    ),
     "calls-of-a-revoked-session": fault(
         "runs the handlers of a session on that has ended",
         (f"{_PROTOCOL}._handle", "self.cancel_calls(event.token)", "pass"),

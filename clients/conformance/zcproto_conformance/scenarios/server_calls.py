@@ -12,6 +12,7 @@ from zcproto_conformance.codes import (
     NOT_FOUND,
     RESOURCE_EXHAUSTED,
     STALE_TIMESTAMP,
+    TOKEN_EXPIRED,
     TOKEN_REVOKED,
     UNAUTHENTICATED,
     UNIMPLEMENTED,
@@ -261,6 +262,88 @@ async def _(harness: Harness) -> None:
     await (await peer.client.called()).answer("renewed")
     result = await peer.connection.expect_frame("RESULT", 1)
     expect(result.token == newer.token, "RESULT was sent with another token than its CALL")
+
+
+@scenario(
+    "call-after-an-expiry", "19.1: a registration holds again when its token had expired and is refreshed"
+)
+async def _(harness: Harness) -> None:
+    peer = await connect(harness, "approve")
+    call = await peer.client.call("echo", {})
+    peer.connection.respond_error(await peer.connection.expect_request("echo"), TOKEN_EXPIRED)
+    newer = harness.new_session()
+    harness.grant_session(peer.connection, await peer.connection.expect_request("session.refresh"), newer)
+    peer.connection.call(1, "approve", {}, newer.token)
+    peer.connection.auto_responses["session.handle"] = lambda connection, request: connection.respond(
+        request, {}
+    )
+    peer.connection.respond(await peer.connection.expect_request("echo"), "echoed")
+    await call.expect_result("echoed")
+    await (await peer.client.called()).answer("renewed")
+    result = await peer.connection.expect_frame("RESULT", 1)
+    expect(result.token == newer.token, "RESULT was sent with another token than its CALL")
+
+
+@scenario(
+    "handle-with-an-expired-token",
+    "19.1: a client registers again after the refresh if its token had expired",
+)
+async def _(harness: Harness) -> None:
+    peer = await connect(harness, "approve")
+    await peer.exchange()
+    await peer.client.cut()
+    second = await harness.next_resumed(peer.session, **WELCOME)
+    newer = harness.new_session()
+
+    def respond(connection: Connection, request: Frame) -> None:
+        if request.token == newer.token:
+            connection.respond(request, "echoed")
+        else:
+            connection.respond_error(request, TOKEN_EXPIRED)
+
+    second.auto_responses["echo"] = second.auto_responses["session.info"] = respond
+    second.respond_error(await second.expect_request("session.handle"), TOKEN_EXPIRED)
+    call = await peer.client.call("echo", {})
+    harness.grant_session(second, await second.expect_request("session.refresh"), newer)
+    request = await second.expect_request("session.handle")
+    expect(request.token == newer.token, "session.handle was sent with another token")
+    expect(request.params["methods"] == ["approve"], f"the params are {request.params}")
+    second.respond(request, {})
+    second.call(1, "approve", {}, newer.token)
+    await (await peer.client.called()).answer("again")
+    await second.expect_frame("RESULT", 1)
+    await call.expect_result("echoed")
+
+
+@scenario(
+    "handle-after-a-lost-refresh",
+    "19.1: a client that reconnects during a refresh registers after it",
+)
+async def _(harness: Harness) -> None:
+    peer = await connect(harness, "approve")
+    await peer.exchange()
+    expiring = {"expires_at": peer.connection.wall + HOUR_MS}
+    peer.connection.event("session.expiring", expiring, peer.session.token)
+    await peer.connection.expect_request("session.refresh")
+    await peer.client.cut()
+    second = await harness.next_welcomed(**WELCOME)
+    newer = harness.new_session()
+
+    second.auto_responses["session.handle"] = lambda connection, request: connection.respond_error(
+        request, TOKEN_EXPIRED
+    )
+    refresh = await second.expect_request("session.refresh")
+    del second.auto_responses["session.handle"]
+    second.auto_responses["echo"] = lambda connection, request: connection.respond(request, "echoed")
+    harness.grant_session(second, refresh, newer)
+    call = await peer.client.call("echo", {})
+    request = await second.expect_request("session.handle")
+    expect(request.token == newer.token, "session.handle was sent with another token")
+    second.respond(request, {})
+    second.call(1, "approve", {}, newer.token)
+    await (await peer.client.called()).answer("again")
+    await second.expect_frame("RESULT", 1)
+    await call.expect_result("echoed")
 
 
 @scenario("calls-of-a-revoked-session", "19.2: a client cancels the handlers of a session that has ended")

@@ -44,7 +44,8 @@ pub(crate) struct Sessions {
     unknown_token: Option<Token>, // refused with UNAUTHENTICATED
     ended_by: Option<CallError>,
     renewing: Option<Attempt>,
-    attached_to: Option<u64>, // the connection where the session of a device was attached last
+    attached_to: Option<u64>,   // the connection where the session of a device was attached last
+    registered_on: Option<u64>, // the connection where the handlers were registered last
     refreshed_early_at: Option<Instant>,
     not_before: Option<Instant>, // of the next renewal
     backoff: Backoff,            // of sessions that expire at once
@@ -396,7 +397,7 @@ impl User {
         if let Some(old) = old.filter(|_| !is_refresh) {
             connection.session_ended(&old);
         }
-        let must_attach = {
+        let (must_attach, must_register) = {
             let mut sessions = self.lock();
             if !is_refresh {
                 sessions.attached_to = Some(connection.id);
@@ -414,16 +415,17 @@ impl User {
             if let Some(at) = refresh_at {
                 self.refresh_at(&mut sessions, at);
             }
-            is_refresh && sessions.attached_to != Some(connection.id)
+            let is_registered = is_refresh && sessions.registered_on == Some(connection.id);
+            (is_refresh && sessions.attached_to != Some(connection.id), !is_registered && !self.handlers.is_empty())
         };
         let is_device = matches!(self.credentials, Some(Credentials::Device { .. }));
-        if !is_refresh {
+        if is_device && must_attach {
+            self.present_later(connection);
+        } else if must_register {
             let (user, connection) = (Arc::clone(self), Arc::clone(connection));
             tokio::spawn(async move {
                 let _ = user.register_if_any(&connection).await; // or the next connection registers them
             });
-        } else if is_device && must_attach {
-            self.present_later(connection);
         }
         Ok(())
     }

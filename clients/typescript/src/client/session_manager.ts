@@ -52,6 +52,7 @@ export class SessionManager {
   #renewing: Promise<void> | undefined;
   #previousToken: Token = NO_TOKEN; // before the last refresh
   #attachedTo: ConnectionDriver | undefined; // where the session of a device was attached last
+  #registeredOn: ConnectionDriver | undefined; // where the server has accepted the handlers last
   #attaching: { readonly token: Token; readonly call: PendingCall } | undefined;
   #timer: Timer | undefined;
   readonly #keeper: SessionKeeper; // of a session with handlers
@@ -233,6 +234,7 @@ export class SessionManager {
     this.touch(this.#options.clock.now());
     this.#keeper.start();
     await connection.handle(this.token, methods, max, this.#requestDeadline()).response;
+    this.#registeredOn = connection;
   }
 
   async #registerIfAny(connection: ConnectionDriver): Promise<void> {
@@ -511,10 +513,10 @@ export class SessionManager {
     } else {
       this.#backoff.reset();
     }
-    if (method === "session.open") {
-      this.#registerIfAny(connection).catch(() => undefined); // the next connection registers them
-    } else if (this.#device !== undefined && this.#attachedTo !== connection) {
+    if (this.#device !== undefined && this.#attachedTo !== connection) {
       void this.#presentToken(connection);
+    } else if (method === "session.open" || this.#registeredOn !== connection) {
+      this.#registerIfAny(connection).catch(() => undefined); // the next connection registers them
     }
   }
 

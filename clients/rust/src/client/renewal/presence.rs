@@ -76,7 +76,10 @@ impl User {
         let methods = self.handlers.methods();
         let methods: Vec<&str> = methods.iter().map(String::as_str).collect();
         let max = self.handlers.max;
-        connection.send(slot, None, None, |conversation, wall| conversation.handle(token, &methods, max, wall))
+        let sent =
+            connection.send(slot, None, None, |conversation, wall| conversation.handle(token, &methods, max, wall))?;
+        self.lock().registered_on = Some(connection.id);
+        Ok(sent)
     }
 
     /// Register the application's handlers, if there are any. Retries while that may succeed on this connection.
@@ -89,7 +92,12 @@ impl User {
             let token = self.token();
             match in_time(REQUEST_TIMEOUT, self.register(connection, slot, &token)?).await {
                 Err(Error::Call(error)) if may_succeed_later(&error) => sleep(backoff.next(error.retry_after())).await,
-                registered => return registered.map(drop),
+                registered => {
+                    if registered.is_err() {
+                        self.lock().registered_on = None;
+                    }
+                    return registered.map(drop);
+                }
             }
         }
         Ok(())
