@@ -226,6 +226,23 @@ def test_end_waits_until_claims_are_released_and_answers_are_written(make_harnes
     assert [entry.running for entry in store.answers._entries.values()] == [False]
 
 
+def test_end_waits_for_a_release_that_has_begun(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    store.out = store.fails_after_the_effect = True
+    assert code(harness.call()) is Code.UNAVAILABLE
+    store.out = False
+    store.held = harness.loop.create_future()
+    harness.cache.save()
+    waiting = harness.loop.create_task(harness.cache.wait_idle())
+    harness.turn()
+    assert not waiting.done()
+    store.held.set_result(None)
+    harness.turn()
+    assert waiting.done()
+    assert not store.answers._entries
+
+
 def test_claim_of_another_process_is_not_released(make_harness: MakeHarness) -> None:
     store = FakeStore(shared=True)
     another = make_harness(store)

@@ -206,7 +206,7 @@ class IdempotencyCache:
     async def wait_idle(self) -> None:
         """Wait until no request is in progress, and the store has all that is to be written to it."""
         await self._no_runs.wait()
-        while self._unsaved or self._idle_claims:
+        while self._unsaved or self._idle_claims or self._is_saving:
             self.save()
             await self._sleep(POLL_FIRST_S)
 
