@@ -110,8 +110,8 @@ TRUST: Final[dict[str, Fault]] = {
         "ignores the CA if it has a pin",
         (
             "zcproto.client.dial:Trust.context",
-            "by_ca = self.verify and",
-            "by_ca = not self.pins and self.verify and",
+            "verify=self._by_ca,",
+            "verify=not self.pins and self._by_ca,",
         ),
     ),
     "pin-checked-on-reconnect": fault(
@@ -150,8 +150,8 @@ TRUST: Final[dict[str, Fault]] = {
         "stores policies of unverified servers",
         (
             "zcproto.client.dial:Dialer._remember",
-            "if not self._trust.verify or self._known_hosts is None:",
-            "if self._known_hosts is None:",
+            "if not self._trust.verify or",
+            "if",
         ),
     ),
 }
