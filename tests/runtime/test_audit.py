@@ -1,4 +1,4 @@
-"""The audit trail of a server of several processes."""
+"""The audit trail of a running server: several processes, and a disk without space."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 from tests.observe.test_audit import lines_of
+from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from tests.server.process import ServerProcess, home_with
+from zcproto.alerts import AlertKind
 from zcproto.auth import UserFile
 from zcproto.cli import main
+from zcproto.config.model import LogConfig
+from zcproto.observe.log import configure_logging
 
 CONFIG = """
 [certificates]
@@ -46,3 +50,17 @@ def test_workers_write_one_trail_of_whole_lines_through_a_rotation(tmp_path: Pat
     assert counts["users.changed"] == 1
     assert counts["user.gone"] == 1
     assert [line["event"] for line in lines_of(trail)][-1] == "server.ended"
+
+
+def test_full_disk_stops_nothing_and_raises_an_alert(serve: Serve) -> None:
+    configure_logging(LogConfig(level="error", audit_file=Path("/dev/full")))
+    server = serve()
+
+    def alert() -> str | None:
+        found = server.in_loop(server.server.parts.alerts.center.open_alerts)
+        return next((each.title for each in found if each.kind is AlertKind.AUDIT_NOT_WRITTEN), None)
+
+    with server.client("ada") as client:
+        eventually(alert)
+        client.echo()
+    assert "lines of the audit trail could not be written" in str(alert())
