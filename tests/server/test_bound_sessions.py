@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.observe.test_audit import lines_of
 from tests.server.helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
 from zcproto.auth.schemes import DeviceAuthenticator
+from zcproto.config.model import LogConfig
 from zcproto.errors import Code
+from zcproto.observe.log import configure_logging
 from zcproto.wire.message import attach_message, open_message
 
 KEYS = {
@@ -381,6 +384,21 @@ def test_pairing_code_works_once_and_ends_after_five_failures(harness: DeviceSer
             assert refused("0000-0000").body == wrong.body
         assert refused(code).body == wrong.body
         assert wrong.code == Code.UNAUTHENTICATED
+
+
+def test_enrollment_is_in_the_audit_trail_with_its_outcome(harness: DeviceServer, tmp_path: Path) -> None:
+    configure_logging(LogConfig(level="error", audit_file=tmp_path / "audit"))
+    code = harness.codes.make("bob", 60_000, wall())
+    with harness.client() as client:
+        client.refused("device.enroll", {"code": "0000-0000", "public_key": public("phone"), "name": "phone"})
+        enroll(client, code)
+    lines = [line for line in lines_of(tmp_path / "audit") if line["event"].startswith("device.")]
+    shown = ("event", "outcome", "device", "user", "peer")
+    assert [tuple(line.get(key) for key in shown) for line in lines] == [
+        ("device.not_enrolled", "failure", "phone", None, "127.0.0.1"),
+        ("device.enrolled", "success", "phone", "bob", "127.0.0.1"),
+    ]
+    assert code.reveal() not in (tmp_path / "audit").read_text()
 
 
 @pytest.mark.parametrize(

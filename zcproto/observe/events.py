@@ -293,6 +293,8 @@ http.token_refused info (peer machine reason) by peer, limit per address, audit 
     The token of an HTTPS request was refused; with the name of the machine, if it is one of `zcproto token`.
 device.enrolled info (device user peer connection) by peer, limit per user, audit success
     A device was enrolled with a code of `zcproto pair`.
+device.not_enrolled info (device peer connection) by peer, limit per address, audit failure
+    A device was not enrolled: its code is wrong, used or expired.
 operator.revoked warning (operator user ids all sessions peer) by peer, limit per operator, audit success
     An operator revoked sessions of other users.
 user.gone info (user sessions), audit success

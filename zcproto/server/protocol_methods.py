@@ -319,9 +319,13 @@ def enroll_method(enrollment: Enrollment) -> Method:
 
     async def device_enroll(context: Context, code: str, public_key: bytes, name: str) -> dict[str, Any]:
         """Trade a code of `zcproto pair` for a device, by whose key its user opens sessions from then on."""
-        user = await enrollment.enroll(
-            code, public_key, name, address=context.peer, wall=context.wall(), now=context.now()
-        )
+        try:
+            user = await enrollment.enroll(
+                code, public_key, name, address=context.peer, wall=context.wall(), now=context.now()
+            )
+        except Unauthenticated:
+            log.info("device.not_enrolled", device=name, peer=context.peer, connection=context.connection)
+            raise
         log.info(
             "device.enrolled",
             device=name,
