@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.helpers import ConnectionPair
 from zcproto.connection.events import GoAwayReason, Request, ServerEvent
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
+from zcproto.sessions import EndReason, Session
 from zcproto.wire.frame import NO_TOKEN, Kind
 
 Edge = Callable[[ConnectionPair, Request], None]
@@ -138,3 +140,65 @@ def test_decoder_made_after_the_session_accepts_large_frames(pair: ConnectionPai
     pair.send(large[:100])
     assert pair.server.buffered == 100
     assert pair.get(large[100:]).params == {"data": bytes(20_000)}
+
+
+def open_here(
+    pair: ConnectionPair, during: Callable[[], object] = lambda: None, **opening: Any
+) -> list[bytes]:
+    """Open a session by a request of this connection; return the tokens that are checked from then on."""
+    checked: list[bytes] = []
+    pair.get(pair.request(1, "session.open", token=NO_TOKEN))
+    opened = pair.registry.open("ada", wall=pair.clock.wall(), client="", address="", **opening)
+    during()
+    pair.server.join(opened.session, opened.token, pair.clock.wall(), pair.clock.now())
+    pair.token = opened.token
+    check = pair.registry.check
+
+    def recorded(token: bytes, wall: int) -> Session | Code:
+        checked.append(token)
+        return check(token, wall)
+
+    pair.registry.check = recorded  # type: ignore[method-assign]
+    return checked
+
+
+def test_session_opened_here_is_accepted_without_a_check(pair: ConnectionPair) -> None:
+    checked = open_here(pair)
+    assert pair.get(pair.request(3)).session is not None
+    assert checked == []
+    pair.clock.advance(1.0)
+    assert pair.get(pair.request(5)).session is not None
+    assert pair.registry.list("ada", pair.clock.wall())[0].last_used_at == pair.clock.wall()
+
+
+@pytest.mark.parametrize("which", ["it", "another", "all refused"])
+def test_session_opened_here_is_checked_after_a_revocation(pair: ConnectionPair, which: str) -> None:
+    other = pair.open_session("eve").session
+
+    def revoke() -> None:
+        if which == "all refused":
+            pair.registry.refuse_all()
+            pair.server._session_of(NO_TOKEN, pair.clock.wall(), pair.clock.now())
+        elif which == "it":
+            pair.registry.revoke_user("ada", EndReason.BY_USER)
+        else:
+            pair.registry.close(other)
+
+    checked = open_here(pair, revoke)
+    pair.send(pair.request(3))
+    assert checked == [pair.token]
+    refused = {"it": [Code.TOKEN_REVOKED], "another": [], "all refused": [Code.UNAVAILABLE]}
+    assert [answer.code for answer in pair.answers() if answer.kind is Kind.ERROR] == refused[which]
+
+
+def test_bound_session_opened_here_needs_its_key(pair: ConnectionPair) -> None:
+    open_here(pair, key="device:d")
+    pair.send(pair.request(3))
+    assert pair.answers()[-1].code == Code.UNAUTHENTICATED
+
+
+def test_session_opened_here_is_admitted_at_its_first_use(pair: ConnectionPair) -> None:
+    pair.server.admits = lambda session: True
+    checked = open_here(pair)
+    pair.send(pair.request(3))
+    assert checked == [pair.token]

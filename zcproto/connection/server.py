@@ -432,16 +432,29 @@ class ServerConnection(ServerOutput):
             if key not in self._proved:
                 return KeyWanted(session, key)
             registry.use(session, wall)
+        self._accept(session, token, wall)
+        if is_known:
+            return None
+        self._add(session, token, wall, now)
+        return SessionJoined(session.id)
+
+    def _accept(self, session: Session, token: bytes, wall: int) -> None:
+        """Accept frames with this token for a while."""
         self._token = token
         self._session = session
         # Half of the remaining time, so that a session in use is touched before it would count as idle.
         self._recheck_at = min(
-            wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, registry.trusted_until
+            wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, self.registry.trusted_until
         )
-        if is_known:
-            return None
-        self.join(session, token, wall, now)
-        return SessionJoined(session.id)
+
+    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
+        """Add a session that a request of this connection opened, refreshed or attached."""
+        self._add(session, token, wall, now)
+        # Its next frame needs no check if no token has become invalid since that request was accepted.
+        registry = self.registry
+        is_valid = registry.generation == self._seen_generation and not registry.closed
+        if is_valid and not session.bound and self.admits is None:
+            self._accept(session, token, wall)
 
     def _attaching(
         self, wanted: KeyWanted, head: int, length: int, stream: int, token: bytes, body: bytes, wall: int

@@ -276,8 +276,8 @@ class ServerOutput:
 
     # --- sessions -------------------------------------------------------------------------------
 
-    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """Add a session opened, refreshed or used here, and apply the limits of a connection with a session."""
+    def _add(self, session: Session, token: bytes, wall: int, now: float) -> None:
+        """Add a session used here, and apply the limits of a connection with a session."""
         # Before the open deadline the edge need not look: `handle_timeout` comes then.
         if self.sessions.join(session, token, wall, now) and self.sessions.expiring_at < self._open_deadline:
             self.deadline_moved = True
