@@ -52,6 +52,8 @@ class Directory(Generic[Entry]):
     ) -> None:
         file.load()
         self.file = file
+        self.known = file.find
+        """Returns an entry that may open sessions, as of the last reading."""
         self._on_gone = on_gone
         self._logs_changes = on_gone_elsewhere is None
         self._on_gone_elsewhere = on_gone if on_gone_elsewhere is None else on_gone_elsewhere
@@ -99,13 +101,9 @@ class Directory(Generic[Entry]):
         await self.refresh()
         return self.file.find(name)
 
-    def known(self, name: str) -> Entry | None:
-        """Return an entry that may open sessions, as of the last reading."""
-        return self.file.find(name)
-
     def is_known(self, name: str) -> bool:
         """Return whether an entry may open sessions, as of the last reading."""
-        return self.file.find(name) is not None
+        return self.known(name) is not None
 
     async def watch(self) -> None:
         """Check the file until cancelled."""

@@ -106,8 +106,14 @@ class Login:
             InvalidArgument: the scheme is not offered, or its fields are missing or mistyped.
             Unavailable, or any other exception of the authenticator, which is not counted as a failed login.
         """
-        authenticator = self._authenticator(params)
-        name = self._namers[authenticator.scheme](params, channel)
+        scheme = params.get("scheme")
+        if not isinstance(scheme, str):
+            raise InvalidArgument("scheme: a str is needed")
+        authenticator = self._authenticators.get(scheme)
+        if authenticator is None:
+            offered = ", ".join(sorted(self._authenticators))
+            raise InvalidArgument(f"scheme: not offered here; use one of: {offered}")
+        name = self._namers[scheme](params, channel)
         wait_ms = self.throttle.check(name, address, now)
         if not isinstance(wait_ms, int):
             return self._open_later(wait_ms, authenticator, params, name, address, now, channel)
@@ -243,16 +249,6 @@ class Login:
             self._pending_all.remove(_ALL)
             self._pending_users.remove(name)
             self._pending_networks.remove(network)
-
-    def _authenticator(self, params: Mapping[str, Any]) -> Authenticator:
-        scheme = params.get("scheme")
-        if not isinstance(scheme, str):
-            raise InvalidArgument("scheme: a str is needed")
-        authenticator = self._authenticators.get(scheme)
-        if authenticator is None:
-            offered = ", ".join(sorted(self._authenticators))
-            raise InvalidArgument(f"scheme: not offered here; use one of: {offered}")
-        return authenticator
 
     def _admit(self, retry_after_ms: int, name: str, address: str) -> None:
         if not retry_after_ms and self._is_full(name, address):

@@ -91,10 +91,6 @@ class _FailureTable(Generic[Key]):
             rows.popitem(last=False)
         return failures
 
-    def forget(self, key: Key) -> None:
-        if self.rows:
-            self.rows.pop(key, None)
-
 
 class Throttle:
     """Delays of logins. `login_failures` are free; each table has at most `max_entries` rows."""
@@ -147,7 +143,8 @@ class Throttle:
     def succeeded(self, user: str, address: str, now: float) -> None:
         """Record a successful login of this user from this address."""
         pair = (user, network_of(address))
-        self._pairs.forget(pair)
+        if self._pairs.rows:
+            self._pairs.rows.pop(pair, None)
         known = self._known
         known[pair] = None
         known.move_to_end(pair)

@@ -24,7 +24,7 @@ import os
 import socket
 import struct
 from collections.abc import Coroutine, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, Final
 
 from zcproto.common.counts import ALONE, Counting
@@ -261,8 +261,7 @@ class AcceptLoop:
             if not waiter.done():
                 self._adopting.append((opening, waiter))
             elif waiter.exception() is None:
-                with suppress(StopIteration):
-                    opening.send(None)
+                next(opening.__await__(), None)
             else:  # the protocol has closed its connection at once
                 opening.close()
         if self._adopting:

@@ -19,7 +19,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Iterator
 from typing import Any, Final, cast
@@ -118,11 +117,11 @@ class ServerProtocol(Dispatcher):
 
     # --- called by the transport ---------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: TlsServerTransport) -> None:  # type: ignore[override]
         state = self._state
-        self._transport = cast("TlsServerTransport", transport)
-        self.peer = self._transport.peer
-        self._transport.set_write_buffer_limits(high=state.write_buffer_bytes)
+        self._transport = transport
+        self.peer = transport.peer
+        transport.set_write_buffer_limits(high=state.write_buffer_bytes)
         wall, now = state.clock.wall(), state.clock.now()
         self._connection = ServerConnection(
             state.settings,
@@ -143,7 +142,7 @@ class ServerProtocol(Dispatcher):
             state.counters.events += 1
         if state.draining:
             self._connection.go_away(GoAwayReason.DRAINING, state.settings.retry_draining_ms, wall)
-        self._transport.write(self._connection.data_to_send())
+        transport.write(self._connection.data_to_send())
         state.wheel.set(self, self._connection.next_deadline())
         if state.draining:
             self.close(GoAwayReason.DRAINING)

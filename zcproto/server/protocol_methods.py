@@ -85,8 +85,8 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             event,
             session=session.id,
             user=session.user,
-            peer=context.peer,
-            connection=context.connection,
+            peer=context.caller.peer,
+            connection=context.caller.id,
             **values,
         )
 
@@ -94,10 +94,10 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         """Open a session: `scheme`, the scheme's own fields, and `client` as product/version."""
         # A plain function: during a rush of logins that need not wait, coroutines are 5% of the work.
         _check_client(client)
-        peer = context.peer
+        caller = context.caller
+        peer, fields["scheme"] = caller.peer, scheme
         try:
-            channel = context.caller.channel(context)
-            identity = login.open({"scheme": scheme, **fields}, peer, context.now(), channel)
+            identity = login.open(fields, peer, caller.now(), caller.channel(context))
         except Unauthenticated:
             log_refused(context, scheme)
             raise

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator
 from hmac import compare_digest
 from typing import Final
 
@@ -54,13 +53,15 @@ class LinearHash:
         bucket = hash_ & self._mask
         return bucket if bucket < self.buckets else bucket & (self._mask >> 1)
 
-    def chain(self, hash_: int) -> Iterator[int]:
-        """Yield the slots with this hash."""
+    def chain(self, hash_: int) -> list[int]:
+        """Return the slots with this hash."""
+        slots = []
         slot = self._heads[self._bucket(hash_)]
         while slot != END:
             if self._hashes[slot] == hash_:
-                yield slot
+                slots.append(slot)
             slot = self._next[slot]
+        return slots
 
     def add(self, slot: int, hash_: int) -> None:
         """Add a slot that is not in the index."""

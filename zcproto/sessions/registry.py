@@ -195,17 +195,18 @@ class SessionRegistry(Exchange):
 
         Raises InvalidArgument if the name of the user or client is longer than MAX_TEXT.
         """
-        _check_text("user", user)
-        _check_text("client", client)
+        if len(user) > MAX_TEXT or len(client) > MAX_TEXT:
+            raise _too_long("client" if len(user) <= MAX_TEXT else "user")
         settings = self._settings
         token, digest = self._new_token()
         refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
         session_id = id_of(refresh_token[:FAMILY_SIZE])
         if self._table.ids.find(session_id) != NONE:
             raise _entropy_repeats()
-        names = names_without_operator(roles)
-        flags = (OPERATOR if OPERATOR_ROLE in roles else 0) | (ROLES if names else 0)
-        flags |= (BOUND if key else 0) | (EXTERNAL if external else 0)
+        flags, names = (BOUND if key else 0) | (EXTERNAL if external else 0), ""
+        if roles:
+            names = names_without_operator(roles)
+            flags |= (OPERATOR if OPERATOR_ROLE in roles else 0) | (ROLES if names else 0)
         expires_at = wall + settings.lifetime_ms
         refresh_expires_at = wall + settings.refresh_lifetime_ms if settings.refresh else 0
         if ends_at is not None:
@@ -216,7 +217,7 @@ class SessionRegistry(Exchange):
         record = SessionRecord(
             session_id,
             digest,
-            digest_of(refresh_token),
+            sha256(refresh_token).digest(),
             user,
             client,
             address,
@@ -266,7 +267,8 @@ class SessionRegistry(Exchange):
 
         Raises InvalidArgument if the name of the client is longer than MAX_TEXT.
         """
-        _check_text("client", client)
+        if len(client) > MAX_TEXT:
+            raise _too_long("client")
         if not _is_token(refresh_token):
             return None
         family = refresh_token[:FAMILY_SIZE]
@@ -458,7 +460,7 @@ class SessionRegistry(Exchange):
 
     def _new_token(self) -> tuple[bytes, bytes]:
         token = SecretBytes(self._entropy(TOKEN_SIZE))
-        digest = digest_of(token)
+        digest = sha256(token).digest()
         if self._table.tokens.find(digest) != NONE:
             raise _entropy_repeats()
         return token, digest
@@ -508,9 +510,8 @@ class _NoTokens:
 _NO_TOKENS: Final = _NoTokens()
 
 
-def _check_text(name: str, text: str) -> None:
-    if len(text) > MAX_TEXT:
-        raise InvalidArgument(f"{name} is longer than {MAX_TEXT} characters")
+def _too_long(name: str) -> InvalidArgument:
+    return InvalidArgument(f"{name} is longer than {MAX_TEXT} characters")
 
 
 def _is_token(refresh_token: bytes) -> bool:

@@ -4,7 +4,7 @@ User names, client names and addresses become small numbers in a session record.
 use, so strings chosen by peers do not accumulate.
 
 Rules:
-- The last string found is cached: a login looks up its user twice, and most clients are of one product.
+- The last string searched is cached: a login looks up its user twice, and most clients are of one product.
 - A string of up to `inline` bytes of UTF-8 is stored in its record, half the size of an object and a dict entry;
   longer ones are separate objects.
 
@@ -54,22 +54,17 @@ class StringTable:
 
     def find(self, text: str) -> int:
         """Return the number of a string in use, or UNKNOWN."""
-        if text == self._last_text:
-            return self._last
-        number = self._find(text.encode("utf-8", "surrogatepass"))
-        if number != UNKNOWN:
-            self._last_text, self._last = text, number
-        return number
+        if text != self._last_text:
+            self._last = self._find(text.encode("utf-8", "surrogatepass"))
+            self._last_text = text
+        return self._last
 
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
-        if text == self._last_text:
-            self.uses[self._last] += 1
-            return self._last
-        value = text.encode("utf-8", "surrogatepass")
-        number = self._find(value)
+        number = self.find(text)
         if number == UNKNOWN:
-            number = self.slab.allocate()
+            value = text.encode("utf-8", "surrogatepass")
+            number = self._last = self.slab.allocate()
             self.uses[number] = 1
             if len(value) > self._inline:
                 self._long[number] = value
@@ -80,7 +75,6 @@ class StringTable:
             self._index.add(number, hash(value) & _HASH_MASK)
         else:
             self.uses[number] += 1
-        self._last_text, self._last = text, number
         return number
 
     def release(self, number: int) -> None:

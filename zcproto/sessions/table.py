@@ -86,8 +86,7 @@ class SessionTable:
 
     def add(self, record: SessionRecord) -> int:
         """Add a live session to the end of its user's list and to the indexes. Return its slot."""
-        id_, token, refresh, user, client, address, flags, *times, key, roles = record
-        created, used, expires, refresh_expires = times
+        id_, token, refresh, user, client, address, flags, created, used, expires, until, key, roles = record
         slot = self.slab.allocate()
         users = self.users
         number = users.acquire(user)
@@ -108,7 +107,7 @@ class SessionTable:
             NONE,
             self.addresses.acquire(address),
             created,
-            refresh_expires,
+            until,
             slot,
             slot,
             refresh,

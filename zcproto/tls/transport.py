@@ -119,7 +119,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     # --- callbacks of the TCP transport ---------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._raw = cast("asyncio.Transport", transport)  # uvloop's transport is not a subclass
+        self._raw = transport  # type: ignore[assignment]  # uvloop's transport is not a subclass
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
