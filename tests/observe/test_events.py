@@ -30,7 +30,6 @@ HELPERS: dict[tuple[str, str], tuple[str, set[str]]] = {
 """Functions, by file, that log the event passed as first argument: their level and added fields."""
 
 INDIRECT: dict[str, tuple[str, list[str]]] = {
-    "zcproto/observe/log.py": ("LogBatch writes what its callers give `add`, which are read", []),
     "zcproto/server/protocol_methods.py": ("what the callers of `log_event` pass, which are read", []),
     "zcproto/certs/manager.py": (
         "the name is made of the kind of a notice",

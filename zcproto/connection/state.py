@@ -21,12 +21,16 @@ class State(Enum):
     DRAINING = "draining"
     CLOSED = "closed"
 
+    __hash__ = object.__hash__  # in C, as every connection needs some
+
 
 class Input(Enum):
     WELCOME = "welcome"
     GOAWAY = "goaway"
     FATAL = "fatal"
     END = "end"  # the transport ended, or a timeout ends it
+
+    __hash__ = object.__hash__
 
 
 _END: Final = {Input.FATAL: State.CLOSED, Input.END: State.CLOSED}

@@ -43,12 +43,14 @@ class EventLimits:
 
     def __init__(self, processes: int = 1) -> None:
         self._lock = threading.Lock()
-        limits = {event.limit for event in EVENTS.values() if event.limit is not None}
-        self._rates: dict[Limit, RateLimiter] = {}
-        for limit in limits:
+        limits = {event.name: event.limit for event in EVENTS.values() if event.limit is not None}
+        rates: dict[Limit, RateLimiter] = {}
+        for limit in limits.values():
             lines = limit.lines if limit.by else ceil(limit.lines / processes)
             total = None if limit.total is None else ceil(limit.total / processes)
-            self._rates[limit] = RateLimiter(lines, _keys_of(limit), total)
+            rates.setdefault(limit, RateLimiter(lines, _keys_of(limit), total))
+        self._all = list(rates.values())
+        self._rates = {event: rates[limit] for event, limit in limits.items()}  # hashing a limit takes longer
         self._tracebacks = RateLimiter(TRACEBACKS, total=ceil(MAX_TRACEBACKS / processes))
 
     def admit(
@@ -63,7 +65,7 @@ class EventLimits:
             return 0
         key = tuple([_key(name, values[name] if name in values else bound.get(name)) for name in limit.by])
         with self._lock:
-            return self._rates[limit].admit(event.name, key, now)
+            return self._rates[event.name].admit(event.name, key, now)
 
     def admit_traceback(self, event: str, what: object, error: BaseException, now: float) -> bool:
         """Return whether a line has the traceback of its exception."""
@@ -74,7 +76,7 @@ class EventLimits:
     def expired(self, now: float) -> list[tuple[str, int, int]]:
         """Return the suppressed lines that no later line has reported, each once: event, lines, and keys."""
         with self._lock:
-            expired = [each for rate in self._rates.values() for each in rate.expired(now)]
+            expired = [each for rate in self._all for each in rate.expired(now)]
         lines: dict[str, list[int]] = {}
         for event, count in expired:
             lines.setdefault(event, []).append(count)

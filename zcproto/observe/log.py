@@ -421,7 +421,7 @@ class LogBatch:
             audited: list[str] = []
             logger = Logger(written.append, audited.append, self._log._context)
             for event, values in lines:
-                logger.info(event, **values)
+                logger._log(logging.INFO, "info", event, values)
             _state.write("".join(written))
             if audited:
                 _state.write_audit("".join(audited))
