@@ -264,7 +264,7 @@ class Answering(RawTransport):
         super().__init__()
         self._server_end = RawTransport()
         self._server = ServerProtocol(site.parts.state)
-        self._server.connection_made(cast("asyncio.Transport", self._server_end))
+        self._server.connection_made(cast("TlsServerTransport", self._server_end))
         self._site = site
         self._fixed: bytes | None = None
         self._counter = 1 << 20
@@ -423,6 +423,17 @@ def connects(site: Site, count: Counted, n: int) -> None:
             site.loop.advance()  # the log writes its lines
 
 
+def first_requests(site: Site, count: Counted, n: int) -> None:
+    """Send the first request with the token of a session that the connection has opened."""
+    for counted, times in ((nullcontext(), WARM_UP), (count, n)):
+        for _ in range(times):
+            peer = site.connect(nullcontext())
+            record = peer.record(peer.request("echo", PARAMS))
+            with counted:
+                peer.receive(record)
+            assert [head for head, _ in peer.answers()] == [RESPONSE], "the answer is missing or an error"
+
+
 def client_calls(site: Site, count: Counted, n: int, depth: int) -> None:
     """Call a method with the client, `depth` calls at once. The server's side is not counted."""
     client, transport = site.loop.run_until_complete(site.client())
@@ -462,6 +473,7 @@ STEPS: Final = {
     ),
     "item": Step("item of a stream", 4 * ITEMS, items_of_streams),
     "connect": Step("connection with a session", 8, connects),
+    "first_request": Step("first request of a session", 8, first_requests),
     "client_1": Step("call of a client", 64, partial(client_calls, depth=1)),
     "client_16": Step("call of a client, 16 at once", 64, partial(client_calls, depth=16)),
 }

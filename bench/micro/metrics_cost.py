@@ -40,6 +40,7 @@ from zcproto.server.protocol import ServerProtocol
 from zcproto.server.state import ServerState
 from zcproto.sessions import SessionRegistry, SessionSettings
 from zcproto.stores.service import SessionService
+from zcproto.tls.server import TlsServerTransport
 from zcproto.wire.frame import REQUEST, encode_frame
 from zcproto.wire.message import encode_request
 
@@ -108,7 +109,7 @@ class Peer:
     def __init__(self, state: ServerState, kind: type[ServerProtocol], user: str) -> None:
         self.transport = Transport()
         self.protocol = kind(state)
-        self.protocol.connection_made(cast("asyncio.BaseTransport", self.transport))
+        self.protocol.connection_made(cast(TlsServerTransport, self.transport))
         wall = system_clock.wall()
         opened = state.registry.open(user, client="", address="", wall=wall)
         self.token = opened.token
