@@ -338,7 +338,7 @@ class TlsServerTransport(TlsTransport):
             else:
                 self._end_for(TlsFailure.WRONG_PARAMETERS)
             return
-        certificate = self.peer_certificate()
+        certificate = self._tls.getpeercert(binary_form=True)
         if certificate is not None:
             if not _is_for_clients(certificate):
                 self._end_for(TlsFailure.CERTIFICATE_UNTRUSTED)
