@@ -154,7 +154,10 @@ impl Write for TcpWriter<'_> {
     }
 
     fn write_vectored(&mut self, data: &[io::IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_write_vectored(data)
+        match data {
+            [one] => self.0.try_write(one), // one record, as a rule: send costs the kernel less than writev
+            several => self.0.try_write_vectored(several),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
