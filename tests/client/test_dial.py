@@ -289,6 +289,17 @@ async def test_sts_policy_that_cannot_be_stored_is_logged(
         await connect_to(shared, host="localhost", verify=False)
 
 
+async def test_address_has_no_policy_and_needs_no_look_at_the_file(
+    shared: ServerThread, connect_to: ConnectTo, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[str] = []
+    monkeypatch.setattr(KnownHosts, "learn", lambda self, host, *_: learned.append(host))
+    for host in ("127.0.0.1", "localhost"):
+        async with connect_to(shared, host=host) as client:
+            assert await client.call("echo", x=1) == {"x": 1}
+    assert learned == ["localhost"]
+
+
 async def test_home_option_sets_the_known_hosts_folder(
     shared: ServerThread,
     connect_to: ConnectTo,
