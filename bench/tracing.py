@@ -5,8 +5,9 @@ does not use it, `on` records 1 % of the traces that begin there and sends them 
 runs. CPU time is the kernel's, of the server process alone, with the thread that sends spans. A ratio is that of a
 slice to the one right after it; the table has the median of all pairs, and the quartiles.
 
-Most requests have no `traceparent`. For `unrecorded callers` all have one whose trace is not recorded, as those of
-clients that trace one of a hundred calls themselves: the server passes it on to the calls of its methods.
+Each connection has one request in flight, or 16 at depth 16. With `unrecorded callers` all requests have a
+`traceparent` of a trace that is not recorded, as those of clients that trace one of a hundred calls themselves: the
+server passes it on to the calls of its methods. The other requests have none.
 
 Bytecodes are those of the package for one request in memory, without TLS and sockets. They do not depend on the
 machine, so that noise cannot hide what the code costs.
@@ -154,10 +155,10 @@ def compare(folder: Path, rounds: int, requests: int) -> Report:
         sides = {name: _side(Side, server, context, users) for name, server in servers.items()}
         callers = {name: _side(Traced, servers[name], context, users[2_000:]) for name in ("without", "on")}
         cases = [
-            _case("off / without, depth 1", MOST_OFF, sides["off"], sides["without"], 1),
-            _case("1 % recorded / without, depth 1", MOST_ON, sides["on"], sides["without"], 1),
-            _case("1 % recorded / without, depth 16", None, sides["on"], sides["without"], 16),
-            _case("1 % recorded, unrecorded callers / without", None, callers["on"], callers["without"], 1),
+            _case("off / without", MOST_OFF, sides["off"], sides["without"], 1),
+            _case("on / without", MOST_ON, sides["on"], sides["without"], 1),
+            _case("on / without, depth 16", None, sides["on"], sides["without"], 16),
+            _case("on / without, unrecorded callers", None, callers["on"], callers["without"], 1),
         ]
         found = {}
         for case in cases:
@@ -175,7 +176,7 @@ def _side(kind: type[Side], server: Measured, context: ssl.SSLContext, users: li
 def _case(name: str, bar: float | None, measured: Side, reference: Side, depth: int) -> Case:
     cost = "echo", depth
     return Case(
-        f"CPU per request, {name}",
+        name,
         bar,
         "us",
         partial(measured.request_cost, *cost),

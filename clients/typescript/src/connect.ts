@@ -9,6 +9,7 @@ import type { ServerEvent } from "./client/event_stream.js";
 import { DEFAULT_MAX_CALLS } from "./client/handlers.js";
 import { type Credentials, chooseCredentials, type LoginSource } from "./client/session.js";
 import type { ClientSettings, SessionOptions } from "./client/settings.js";
+import type { Tracing } from "./client/tracing.js";
 import { DEFAULT_TIMEOUT_MS } from "./client/user_client.js";
 import { Device } from "./edge/device.js";
 import { Dialer } from "./edge/dial.js";
@@ -99,6 +100,8 @@ export interface ConnectOptions extends TrustedServerOptions {
   readonly maxConnections?: number | undefined;
   /** How many calls of the server are handled at once in a session. 16 by default. */
   readonly maxCalls?: number | undefined;
+  /** Follows traces through calls, streams and handlers: `openTelemetry()` of `@zcproto/client/otel`. None by default. */
+  readonly tracing?: Tracing | undefined;
   /** The largest frame accepted from the server, in bytes. 1 MiB by default. */
   readonly maxFrame?: number | undefined;
 }
@@ -194,6 +197,7 @@ async function settingsOf(address: string | readonly string[], options: ConnectO
     startTimeoutMs,
     client,
     maxCalls,
+    tracing: options.tracing,
     onEvent: options.onEvent,
     onConnected: options.onConnected,
     onWarning: warnOnce,

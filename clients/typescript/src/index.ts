@@ -7,6 +7,7 @@ export type { Handler, ServerCall } from "./client/handlers.js";
 export type { ClientSession, LoginParams, LoginSource } from "./client/session.js";
 export type { SessionOptions } from "./client/settings.js";
 export type { Stream, StreamOptions } from "./client/stream.js";
+export type { OutgoingCall, Tracing } from "./client/tracing.js";
 export type { CallOptions, UserClient } from "./client/user_client.js";
 export { type ConnectOptions, connect, enroll, type TrustedServerOptions } from "./connect.js";
 export type { CallLimits, StreamLimits, StsPolicy, Welcome } from "./connection/welcome.js";

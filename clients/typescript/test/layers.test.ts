@@ -17,6 +17,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   client: ["connection", "wire", "errors.ts"],
   edge: ["client", "connection", "wire", "errors.ts"],
   "connect.ts": ["edge", "client", "connection", "wire", "errors.ts", "version.ts"],
+  "otel.ts": ["client", "errors.ts", "version.ts"],
   "index.ts": ["connect.ts", "edge", "client", "connection", "wire", "errors.ts", "version.ts"],
 };
 

@@ -9,6 +9,7 @@
 import type { CallReceived } from "../connection/events.js";
 import { CallError, Cancelled, InternalError, ResourceExhausted, Unimplemented } from "../errors.js";
 import type { ConnectionDriver } from "./connection_driver.js";
+import type { Tracing } from "./tracing.js";
 
 /** Calls of the server that run at once, unless `maxCalls` is given. */
 export const DEFAULT_MAX_CALLS = 16;
@@ -39,12 +40,14 @@ export class Handlers {
   /** How many calls may run at once. */
   readonly max: number;
   readonly #onWarning: (message: string) => void;
+  readonly #tracing: Tracing | undefined;
   readonly #handlers = new Map<string, Handler>();
   readonly #running = new Set<Running>();
 
-  constructor(max: number, onWarning: (message: string) => void) {
+  constructor(max: number, onWarning: (message: string) => void, tracing: Tracing | undefined) {
     this.max = max;
     this.#onWarning = onWarning;
+    this.#tracing = tracing;
   }
 
   get methods(): string[] {
@@ -70,7 +73,9 @@ export class Handlers {
     const running = { connection, number, controller: new AbortController() };
     this.#running.add(running);
     const { signal } = running.controller;
-    void this.#run(running, async () => handler(params, { method, user, deadlineMs, traceparent, signal }));
+    const call = { method, user, deadlineMs, traceparent, signal };
+    const handle = async () => handler(params, call);
+    void this.#run(running, () => this.#tracing?.handle(call, handle) ?? handle());
   }
 
   async #run(running: Running, handle: () => Promise<unknown>): Promise<void> {

@@ -9,6 +9,7 @@ import type { Dial, Resolve } from "./connection_manager.js";
 import type { ServerEvent } from "./event_stream.js";
 import type { Handlers } from "./handlers.js";
 import type { Credentials, LoginSource, Signer } from "./session.js";
+import type { Tracing } from "./tracing.js";
 
 /** Credentials of another user on the connection of a client: user and key, device and deviceName, or a login. */
 export interface SessionOptions {
@@ -38,6 +39,7 @@ export interface ClientSettings {
   readonly startTimeoutMs: number;
   readonly client: string;
   readonly maxCalls: number;
+  readonly tracing: Tracing | undefined;
   readonly onEvent: ((event: ServerEvent) => void) | undefined;
   readonly onConnected: ((client: Client, endpoint: Endpoint) => void) | undefined;
   readonly onWarning: (message: string) => void;

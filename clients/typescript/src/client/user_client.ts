@@ -22,6 +22,7 @@ import { SessionManager } from "./session_manager.js";
 import type { ClientSettings } from "./settings.js";
 import type { ConnectedSession, SharedConnection } from "./shared_connection.js";
 import { type Resume, Stream, type StreamOptions, type StreamRequest, type StreamRunner } from "./stream.js";
+import type { OutgoingCall } from "./tracing.js";
 
 /** Timeout of a call, including all retries. */
 export const DEFAULT_TIMEOUT_MS = 30_000;
@@ -54,11 +55,11 @@ export class UserClient implements AsyncDisposable {
 
   /** @internal */
   constructor(settings: ClientSettings, credentials: Credentials | undefined, shared: SharedConnection) {
-    const { clock, random, client, maxCalls, onWarning } = settings;
+    const { clock, random, client, maxCalls, onWarning, tracing } = settings;
     this.#settings = settings;
     this.#clock = clock;
     this.#shared = shared;
-    this.#handlers = new Handlers(maxCalls, onWarning);
+    this.#handlers = new Handlers(maxCalls, onWarning, tracing);
     this.#sessions = new SessionManager({
       clock,
       random,
@@ -147,13 +148,28 @@ export class UserClient implements AsyncDisposable {
    * was lost and the call may have run, and CannotConnect or TlsError if connecting fails.
    */
   call<Result = unknown>(method: string, params: Params | null = {}, options: CallOptions = {}): Promise<Result> {
+    const { tracing } = this.#settings;
+    if (tracing === undefined) {
+      return this.#call(method, params, options) as Promise<Result>;
+    }
+    return tracing.call(
+      this.#outgoing(method, options.traceparent, false),
+      (traceparent) => this.#call(method, params, { ...options, traceparent }) as Promise<Result>,
+    );
+  }
+
+  #outgoing(method: string, traceparent: string | undefined, isStream: boolean): OutgoingCall {
+    return { method, traceparent, endpoint: this.#shared.manager.current?.endpoint, isStream };
+  }
+
+  #call(method: string, params: Params | null, options: CallOptions): Promise<unknown> {
     const deadline = this.#deadlineOf(options);
     const { signal, idempotencyKey } = options;
     const send = (connection: ConnectionDriver, token: Token) => {
       const call = connection.request(method, params, token, metaOf(options, deadline.remainingMs()), deadline.at);
       return signal === undefined ? call.response : abortable(call, signal);
     };
-    return this.#run({ send, deadline, isIdempotent: idempotencyKey !== undefined }) as Promise<Result>;
+    return this.#run({ send, deadline, isIdempotent: idempotencyKey !== undefined });
   }
 
   /** Send a call until it gets a response or a definite error. */
@@ -333,10 +349,19 @@ export class UserClient implements AsyncDisposable {
   ): Stream<Item, Result> {
     const runner: StreamRunner = {
       clock: this.#clock,
-      run: (request, opened) => this.#runStream(request, opened),
+      run: (request, opened) => this.#runTracedStream(request, opened),
       touchSession: () => this.#sessions.touch(this.#clock.now()),
     };
     return new Stream<Item, Result>(runner, method, params, options);
+  }
+
+  #runTracedStream(request: StreamRequest, opened: (pending: PendingStream) => void): Promise<unknown> {
+    const { tracing } = this.#settings;
+    if (tracing === undefined) {
+      return this.#runStream(request, opened);
+    }
+    const call = this.#outgoing(request.method, request.traceparent, true);
+    return tracing.call(call, (traceparent) => this.#runStream({ ...request, traceparent }, opened));
   }
 
   #runStream(request: StreamRequest, opened: (pending: PendingStream) => void): Promise<unknown> {

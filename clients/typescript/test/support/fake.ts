@@ -342,6 +342,7 @@ export class FakeServer {
       timeoutMs: 30_000,
       client: "test/1",
       maxCalls: 32,
+      tracing: undefined,
       credentialsOf: ({ user = "", key = "" }) => Promise.resolve(new ApiKey(user, key)),
       onEvent: undefined,
       onConnected: undefined,
