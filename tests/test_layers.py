@@ -48,8 +48,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"client", "runtime", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
     "load": {"client", "auth", "tls", "connection", "wire", "errors", "common"},
     "zcproto_conformance": {"client", "connection", "wire", "tls", "errors", "common"},
-    "cli": {"load", "client", "runtime", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
-    "bench": {"zcproto_conformance", "load", "client", "runtime", "workers", "admin", "server", "app"}
+    "cli": {"load", "client", "telemetry", "runtime", "workers", "admin", "server", "app"} | BELOW_THE_EDGE,
+    "bench": {
+        "zcproto_conformance",
+        "load",
+        "client",
+        "telemetry",
+        "runtime",
+        "workers",
+        "admin",
+        "server",
+        "app",
+    }
     | BELOW_THE_EDGE,
     "__main__": {"cli"},
     "zcproto": {"runtime", "admin", "app", "auth", "client", "config", "common", "errors"},

@@ -318,7 +318,7 @@ async def test_method_past_its_deadline_is_a_fault_of_the_server(spans: Spans) -
     assert attributes(spans.only())["rpc.status_code"] == "DEADLINE_EXCEEDED"
 
 
-async def test_cancelled_call_is_no_fault_of_the_server(spans: Spans) -> None:
+async def test_cancelled_call_is_not_a_fault_of_the_server(spans: Spans) -> None:
     app, runs = make_app(), asyncio.Event()
 
     @app.method

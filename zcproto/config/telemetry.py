@@ -58,8 +58,7 @@ class TelemetryConfig(Settings):
     """OpenTelemetry: traces, metrics and log records, sent by OTLP over HTTP. It needs the extra "otel"."""
 
     traces: Annotated[bool, FLAG] = False
-    """Whether requests, streams and calls to clients are traced. The OTEL_* variables of the SDK apply to each key
-    of this section that is not set."""
+    """Whether requests, streams and calls to clients are traced."""
     metrics: Annotated[bool, FLAG] = False
     """Whether the metrics of /metrics are sent too, by each process with its own."""
     logs: Annotated[bool, FLAG] = False
@@ -76,12 +75,14 @@ class TelemetryConfig(Settings):
     """The name of this server in traces (service.name). Empty: OTEL_SERVICE_NAME, or zcproto."""
     sample_ratio: Annotated[float, FRACTION] = 1.0
     """The part of the traces that begin here which is recorded: 0.01 is one of a hundred. Requests of a trace that
-    has begun elsewhere are recorded if their caller's are."""
+    has begun elsewhere are recorded if their caller's are. If it is not set, OTEL_TRACES_SAMPLER may choose another
+    sampler."""
     trust: Annotated[str, one_of("all", "sessions", "none")] = "sessions"
     """Whose `traceparent` is followed. "sessions": that of requests with a session, since a stranger could have all
     requests recorded by it. For others a trace begins here."""
     timeout: Annotated[float, duration("100ms", "1m")] = 10.0
-    """How long sending one batch may take, with its repetitions."""
+    """How long sending one batch may take, with its repetitions. If it is not set, OTEL_EXPORTER_OTLP_TIMEOUT
+    applies."""
     delay: Annotated[float, duration("100ms", "1m")] = 5.0
     """How long a span or a log record waits for others before it is sent."""
     queue: Annotated[int, whole(64, 1_000_000)] = 2048

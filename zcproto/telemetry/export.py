@@ -15,7 +15,8 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from logging import WARNING, Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,9 @@ from zcproto.telemetry.spans import ids_for_log, tracer_of
 
 MAX_HEADERS_FILE: Final = 16_384
 MAX_HEADERS: Final = 32
+TRY_S: Final = 3.0
+"""Seconds for which `try_collector` waits."""
+
 MAX_READINGS: Final = 4
 """Readings of all metrics that wait to be sent."""
 
@@ -199,18 +203,55 @@ class Telemetry:
         return batches
 
     def _target(self, signal: str) -> dict[str, Any]:
-        """Return the arguments of an exporter: those that the configuration has."""
-        config = self._config
-        found: dict[str, Any] = {}
-        if config.endpoint:
-            found["endpoint"] = f"{config.endpoint.rstrip('/')}/v1/{signal}"
-        if config.ca_file is not None:
-            found["certificate_file"] = str(config.ca_file)
-        if self._headers:
-            found["headers"] = self._headers
-        if "timeout" in config.model_fields_set:
-            found["timeout"] = config.timeout
-        return found
+        return target_of(self._config, self._headers, signal)
+
+
+def target_of(config: TelemetryConfig, headers: Mapping[str, str], signal: str) -> dict[str, Any]:
+    """Return the arguments of an exporter: those that the configuration has."""
+    found: dict[str, Any] = {}
+    if config.endpoint:
+        found["endpoint"] = f"{config.endpoint.rstrip('/')}/v1/{signal}"
+    if config.ca_file is not None:
+        found["certificate_file"] = str(config.ca_file)
+    if headers:
+        found["headers"] = headers
+    if "timeout" in config.model_fields_set:
+        found["timeout"] = config.timeout
+    return found
+
+
+def try_collector(config: TelemetryConfig, signals: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Send an empty message for each signal; yield why it does not arrive, or an empty text. Raises ConfigError."""
+    headers = headers_of(config.headers_file)
+    empty: dict[str, Callable[..., Any]] = {
+        "traces": lambda **target: OTLPSpanExporter(**target).export([]),
+        "metrics": lambda **target: OTLPMetricExporter(**target).export(MetricsData([])),
+        "logs": lambda **target: OTLPLogExporter(**target).export([]),
+    }
+    for signal in signals:
+        target = {**target_of(config, headers, signal), "timeout": min(config.timeout, TRY_S)}
+        with _reported() as reasons:
+            has_arrived = empty[signal](**target).name == "SUCCESS"
+        yield signal, "" if has_arrived else masked(reasons[-1] if reasons else "it does not answer")
+
+
+@contextmanager
+def _reported() -> Iterator[list[str]]:
+    """Collect what the SDK reports."""
+    found: list[str] = []
+
+    class Collect(Handler):
+        def emit(self, record: LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger, handler = getLogger("opentelemetry"), Collect(WARNING)
+    was, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = was
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

@@ -72,7 +72,7 @@ _FLAGS: Final = TraceFlags.SAMPLED | 0x02
 
 
 def context_of(traceparent: str | None) -> TraceContext:
-    """Return the context with a caller's span; an empty one if there is none or it is malformed."""
+    """Return the context with a caller's span; an empty one without a valid `traceparent`."""
     if parse_traceparent(traceparent) is None:
         return NO_CONTEXT
     assert traceparent is not None

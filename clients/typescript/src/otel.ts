@@ -73,7 +73,7 @@ export function openTelemetry(options: OpenTelemetryOptions = {}): Tracing {
   };
 }
 
-/** Return the context with a caller's span; an empty one if there is none or it is malformed. */
+/** Return the context with a caller's span; an empty one without a valid `traceparent`. */
 function contextOf(traceparent: string | undefined): Context {
   const [, traceId, spanId, flags] = TRACEPARENT.exec(traceparent ?? "") ?? [];
   if (traceId === undefined || spanId === undefined || flags === undefined) {

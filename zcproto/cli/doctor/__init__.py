@@ -21,7 +21,7 @@ import click
 from zcproto import accelerator
 from zcproto.cli import EXIT_FAILED, Instance, cert_report, number_option
 from zcproto.cli.connect import TrustChoice, is_typed, key_option, trust_options, user_option
-from zcproto.cli.doctor import issuers, remote
+from zcproto.cli.doctor import collector, issuers, remote
 from zcproto.cli.doctor.finding import FAULT, OK, SKIPPED, WARNING, Finding, Result, from_message
 from zcproto.cli.output import print_report, report_options, utc
 from zcproto.cli.store import CONFIGURED, damage_of, examine_store, is_in_use, with_store
@@ -358,6 +358,7 @@ _CHECKS: Final[dict[str, Callable[[Config, Home], Iterator[Result]]]] = {
     "certificate": _certificates,
     "store": _store,
     "issuer": issuers.check,
+    "collector": collector.check,
     "port": _port,
 }
 
