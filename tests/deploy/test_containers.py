@@ -97,7 +97,7 @@ def size_of(text: str) -> int:
 
 def test_container_runs_commands_that_exist() -> None:
     assert json.loads(last("ENTRYPOINT")) == ["zcproto"]
-    assert parsed(json.loads(last("CMD"))).params["host"] == ("::",)
+    assert parsed(json.loads(last("CMD"))).params["host"] == ("::", "0.0.0.0")
     check = json.loads(last("HEALTHCHECK").partition("CMD ")[2])
     assert check == SERVICES["server"]["healthcheck"]["test"][1:] == ["zcproto", "health"]
     assert parsed(SERVER["args"]).info_name == "serve"

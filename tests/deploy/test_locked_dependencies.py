@@ -84,6 +84,6 @@ def test_locks_agree_on_common_packages(python: str) -> None:
 
 
 def test_ci_installs_nothing_else() -> None:
-    for script in (".ci/run", ".ci/packages", ".ci/release"):
+    for script in (".ci/run", ".ci/container", ".ci/packages", ".ci/release"):
         for line in re.findall(r"(?m)^.*pip\" install .*$", (ROOT / script).read_text()):
             assert "--require-hashes" in line or "--no-index" in line, f"{script}: {line}"

@@ -64,7 +64,7 @@ class ServerConfig(Settings):
 
     host: Annotated[tuple[str, ...], list_of(HOST_NAME, 1, 16, bare=True)] = ("127.0.0.1",)
     """The addresses to listen on. The default is this machine only: opening a server to a network is a
-    decision. "::" and "0.0.0.0" are all addresses of the machine."""
+    decision. "::" is all IPv6 addresses of the machine, "0.0.0.0" all IPv4 addresses."""
     port: Annotated[int, whole(1, 65_535, "any free port")] = 7443
     """The TCP port. The default needs no privilege and is not 443, where people expect a web site."""
     drain_timeout: Annotated[float, duration("0s", "1h")] = 30.0
