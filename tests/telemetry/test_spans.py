@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from tests.telemetry.helpers import NOT_SAMPLED, SAMPLED, TRACE_ID, Spans, chain
 from zcproto.app.app import App
 from zcproto.app.context import Context
+from zcproto.app.items import Items
 from zcproto.client.handlers import Call
 from zcproto.client.middleware import OutgoingCall
 from zcproto.errors import (
@@ -27,7 +28,7 @@ from zcproto.errors import (
     Unavailable,
 )
 from zcproto.telemetry import trace_calls, trace_handlers, trace_requests
-from zcproto.testing import MemoryServer
+from zcproto.testing import LocalServer, MemoryServer
 
 KEY = "c3VwZXItc2VjcmV0LWtleS1vZi1hZGEtMDEyMzQ1Njc4OWFi"
 
@@ -75,6 +76,10 @@ def make_app() -> App[Any]:
             yield number
         if fails:
             raise NotFound("no more")
+
+    @app.method
+    async def total(items: Items[int]) -> int:
+        return sum([item async for item in items])
 
     @app.method
     async def ask(context: Context) -> Any:
@@ -163,6 +168,38 @@ async def test_stream_is_one_span_until_it_ends(spans: Spans) -> None:
     assert [span.kind for span in whole] == [SpanKind.CLIENT, SpanKind.SERVER]
     assert [attributes(span)["rpc.status_code"] for span in whole] == ["OK", "OK"]
     assert [attributes(span)["rpc.status_code"] for span in failed] == ["NOT_FOUND", "NOT_FOUND"]
+
+
+async def test_stream_of_the_clients_items_is_one_span(spans: Spans) -> None:
+    app = make_app()
+    async with MemoryServer(app) as server:
+        spans.trace(server, app)
+        client = server.connect("ada", middleware=[trace_calls(spans.provider)])
+        async with client, client.stream("total", items=[1, 2, 3]) as stream:
+            assert await stream.finished() == 6
+    assert [span.name for span in chain(spans.ended)] == ["total", "total"]
+
+
+def test_blocking_client_continues_the_span_of_its_caller(spans: Spans) -> None:
+    """Its calls run on the loop of another thread."""
+    app: App[Any] = App()
+
+    @app.method
+    def parent(context: Context) -> str | None:
+        return context.traceparent
+
+    tracer = spans.provider.get_tracer("test")
+    middleware = [trace_calls(spans.provider)]
+    with (
+        LocalServer(app) as server,
+        server.connect_blocking("ada", middleware=middleware) as client,
+        tracer.start_as_current_span("outer") as outer,
+    ):
+        header = client.call("parent")
+    assert int(header[3:35], 16) == outer.get_span_context().trace_id
+    call, _ = spans.ended
+    assert call.parent is not None
+    assert call.parent.span_id == outer.get_span_context().span_id
 
 
 async def test_call_of_the_server_is_a_span_on_both_sides(spans: Spans) -> None:

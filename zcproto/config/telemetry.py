@@ -90,5 +90,6 @@ class TelemetryConfig(Settings):
     costs no request its time."""
     metrics_interval: Annotated[float, duration("1s", "1h")] = 60.0
     """How often metrics are sent."""
-    flush_timeout: Annotated[float, duration("0s", "1m")] = 5.0
-    """How long the end of the server waits for what has not been sent."""
+    flush_timeout: Annotated[float, duration("0s", "8s")] = 5.0
+    """How long the end of the server waits for what has not been sent: less than the ten seconds after which
+    a worker that does not end is killed."""

@@ -32,5 +32,5 @@ def check(config: Config, home: Home) -> Iterator[Result]:
             else:
                 yield OK, f"{signal}: the collector takes them"
     except ConfigError as error:
-        for state, found, *cure in map(from_message, error.faults):
-            yield state, found, cure[0] or "check the file that it names"
+        for state, found, *cures in map(from_message, error.faults):
+            yield state, found, cures[0] or "check the file that it names"
