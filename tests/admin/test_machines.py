@@ -117,7 +117,7 @@ def test_unknown_tokens_are_throttled_and_logged_without_the_token(
     refused = ask(server, "/metrics", headers=bearer(bytes([9]) * 32))
     assert refused.status == 429
     assert int(refused.one("retry-after")) >= 1
-    assert ask(server, "/metrics", headers=bearer(token)).status == 429, "as other logins of the address"
+    assert ask(server, "/metrics", headers=bearer(token)).status == 200, "strangers cannot keep a scraper out"
     text = (tmp_path / "log").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["peer"] for line in lines if line["event"] == "http.token_refused"] == 5 * ["127.0.0.1"]

@@ -6,7 +6,8 @@ Rules:
 - The file is looked at for each request (one stat), so that a revocation applies to the next one, in every worker
   and on open connections.
 - Tokens that are not known are throttled by address like failed logins; every one gets the same answer. A known
-  token that has expired, or lacks the scope, is logged with its name and not counted.
+  token is never throttled: strangers behind the same address could keep a scraper out. One that has expired, or
+  lacks the scope, is logged with its name and not counted.
 - The last use is stored once an hour. A file that cannot be written stops no request.
 - A token in use raises an alert before it ends.
 """
@@ -85,20 +86,17 @@ class MachineTokens:
     async def refusal(self, token: bytes | None, request: HttpRequest, scope: str) -> HttpResponse | None:
         """Return None if a token may read what has this scope, else the response. None is no valid token."""
         address = request.peer.address
+        found = None if token is None else await self.find(token)
+        if found is not None:
+            return self.check(*found, address, scope)
         try:
             await self._login.admit_unnamed(address, self._clock.now())
         except ResourceExhausted as error:
             seconds = max(1, ceil(error.details["retry_after_ms"] / MS_PER_SECOND))
             return text_response(429, error.message, headers=(("Retry-After", str(seconds)),))
-        found = None if token is None else await self.find(token)
-        if found is None:
-            await self._login.refuse_unnamed(address, self._clock.now())
-            log.info("http.token_refused", peer=address)
-            return BAD_MACHINE_TOKEN
-        refusal = self.check(*found, address, scope)
-        if refusal is None:
-            self._login.throttle.succeeded("", address, self._clock.now())
-        return refusal
+        await self._login.refuse_unnamed(address, self._clock.now())
+        log.info("http.token_refused", peer=address)
+        return BAD_MACHINE_TOKEN
 
     async def find(self, token: bytes) -> tuple[str, MachineToken] | None:
         """Return the name and the entry of a token, as of now, even if it has expired."""

@@ -76,14 +76,14 @@ class TokenFile(TableFile[MachineToken]):
 
     def by_token(self, token: bytes) -> tuple[str, MachineToken] | None:
         """Return the name and the entry of a token, as of the last reading, even if it has expired."""
-        digest = digest_of(token)
-        if self.entries is not self._indexed:
-            self._indexed = self.entries
-            self._by_digest = {entry.digest: name for name, entry in self.entries.items()}
+        digest, entries = digest_of(token), self.entries  # once: a reading in a thread may replace them
+        if entries is not self._indexed:
+            self._indexed = entries
+            self._by_digest = {entry.digest: name for name, entry in entries.items()}
         name = self._by_digest.get(digest)
-        if name is None or not hmac.compare_digest(self._indexed[name].digest, digest):
+        if name is None or not hmac.compare_digest(entries[name].digest, digest):
             return None
-        return name, self._indexed[name]
+        return name, entries[name]
 
     _indexed: Mapping[str, MachineToken] = {}
     _by_digest: Mapping[bytes, str] = {}

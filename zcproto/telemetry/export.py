@@ -42,6 +42,7 @@ from zcproto.config import TelemetryConfig
 from zcproto.errors import ConfigError
 from zcproto.observe.log import add_trace_ids, copy_lines, get_logger
 from zcproto.telemetry.batch import MAX_BATCH, BatchedLogs, BatchedSpans, Batches
+from zcproto.telemetry.collector import CollectorSession
 from zcproto.telemetry.logs import LogRecords
 from zcproto.telemetry.metrics import ReadSeries, metrics_data
 from zcproto.telemetry.requests import ChosenIds, RequestTracing
@@ -208,7 +209,7 @@ class Telemetry:
 
 def target_of(config: TelemetryConfig, headers: Mapping[str, str], signal: str) -> dict[str, Any]:
     """Return the arguments of an exporter: those that the configuration has."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"session": CollectorSession()}
     if config.endpoint:
         found["endpoint"] = f"{config.endpoint.rstrip('/')}/v1/{signal}"
     if config.ca_file is not None:
