@@ -51,6 +51,16 @@ def test_token_is_found_by_its_value_and_only_its_digest_is_stored(file: TokenFi
     assert file.path.stat().st_mode & 0o777 == 0o600
 
 
+def test_reading_in_a_thread_meanwhile_disturbs_no_search(
+    file: TokenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = add(file)
+    file.load()
+    states = iter([{}, {}, *3 * [file.entries]])  # replaced between two looks
+    monkeypatch.setattr(TokenFile, "entries", property(lambda _: next(states)), raising=False)
+    assert file.by_token(token) is None
+
+
 def test_comparison_of_digests_takes_constant_time(file: TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
     token = add(file)
