@@ -74,8 +74,7 @@ waits = pytest.mark.parametrize("waits", [False, True])
 async def test_identity_opens_a_session_of_an_external_user(waits: bool) -> None:
     own = Recorded(lambda params, address: Identity(params["user"], roles=OPERATORS), waits=waits)
     assert await own.open() == Identity("alice", OPERATORS)
-    assert own.login.is_external("own")
-    assert not own.login.is_external("other")
+    assert own.login.external == {"own"}
 
 
 @waits

@@ -30,7 +30,7 @@ from zcproto.common.exceptions import (
 )
 from zcproto.common.secret import SecretBytes, SecretText
 from zcproto.observe.values import places
-from zcproto.sessions.token import token_text
+from zcproto.sessions.token import token_from_text, token_text
 
 
 def caught(function: Callable[[], Any]) -> BaseException:
@@ -105,13 +105,13 @@ def test_place_of_a_syntax_error_is_shown() -> None:
 
 
 def test_frames_of_the_package_are_shown_if_there_are_no_others() -> None:
-    error = caught(lambda: token_text(None))  # type: ignore[arg-type]
+    error = caught(lambda: token_from_text(["A"] * 43))  # type: ignore[arg-type]
     assert error.__traceback__ is not None
     assert error.__traceback__.tb_next is not None
     within = error.with_traceback(error.__traceback__.tb_next.tb_next)
     assert [line.rpartition(" ")[2] for line in traceback_lines(within)[1:4:2]] == [
-        "token_text",
-        "_text",
+        "token_from_text",
+        "_bytes",
     ]
 
 

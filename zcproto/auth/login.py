@@ -67,6 +67,12 @@ class Login:
             self._namers[scheme] = getattr(authenticator, "user_named", user_in)
             if isinstance(authenticator, DeviceAuthenticator):
                 self._devices = authenticator
+        self.external = frozenset(
+            scheme
+            for scheme, authenticator in self._authenticators.items()
+            if isinstance(authenticator, ApplicationAuthenticator)
+        )
+        """The schemes whose users are the application's, and not those of the home folder."""
         self.throttle = throttle
         self.max_pending = max_pending
         self.pending = 0
@@ -87,10 +93,6 @@ class Login:
     def schemes(self) -> tuple[str, ...]:
         """The schemes that `session.open` accepts."""
         return tuple(self._authenticators)
-
-    def is_external(self, scheme: str) -> bool:
-        """Return whether the users of a scheme are the application's, and not those of the home folder."""
-        return isinstance(self._authenticators.get(scheme), ApplicationAuthenticator)
 
     def open(
         self, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL

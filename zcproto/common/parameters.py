@@ -105,9 +105,8 @@ class Signature:
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument with all faults and their paths."""
-        checkers, check_rest = self._checkers, self._check_rest
+        checkers, check_rest, classes = self._checkers, self._check_rest, self._classes
         if check_rest is None:
-            classes = self._classes
             for name, value in params.items():
                 if value.__class__ is not classes.get(name):
                     break
@@ -118,7 +117,7 @@ class Signature:
             if check_rest is accept_any and self._reserved.isdisjoint(params):
                 arguments = params.copy()  # every login passes here
                 for name, checker in checkers.items():
-                    if name in params:
+                    if name in params and params[name].__class__ is not classes.get(name):
                         arguments[name] = checker(params[name], name)
             else:
                 arguments = {}

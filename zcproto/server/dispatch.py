@@ -449,7 +449,7 @@ class Dispatcher(asyncio.Protocol):
     def _answer_body(self, request: Request, body: bytes) -> None:
         if len(body) < SENT_AT_ONCE:
             if self._connection is not None:
-                self._connection.respond(request, body, self.wall())
+                self._connection.respond(request, body, self._state.clock.wall())
         else:
             self._answer_large(request, body)
 

@@ -97,7 +97,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         caller = context.caller
         peer, fields["scheme"] = caller.peer, scheme
         try:
-            identity = login.open(fields, peer, caller.now(), caller.channel(context))
+            identity = login.open(fields, peer, state.clock.now(), caller.channel(context))
         except Unauthenticated:
             log_refused(context, scheme)
             raise
@@ -107,7 +107,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 roles=frozenset(identity.roles),
                 client=client,
                 address=peer,
-                external=login.is_external(scheme),
+                external=scheme in login.external,
                 ends_at=identity.ends_at,
             )
             if opened is not None:
@@ -130,7 +130,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             client=client,
             address=context.peer,
             key=identity.key,
-            external=login.is_external(scheme),
+            external=scheme in login.external,
             ends_at=identity.ends_at,
         )
         if identity.key:

@@ -55,8 +55,7 @@ class LinearHash:
 
     def chain(self, hash_: int) -> list[int]:
         """Return the slots with this hash."""
-        slots = []
-        slot = self._heads[self._bucket(hash_)]
+        slots, slot = [], self._heads[self._bucket(hash_)]
         while slot != END:
             if self._hashes[slot] == hash_:
                 slots.append(slot)

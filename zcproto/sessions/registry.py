@@ -471,10 +471,14 @@ class SessionRegistry(Exchange):
 
     def _opened_new(self, slot: int, new: NewSession) -> OpenedSession:
         self.opened += 1
-        raw_id, _, _, user, _, _, flags, _, wall, expires_at, refresh_expires_at, _, roles = new.record
-        valid_until = min(expires_at, wall + self._idle)
-        session = Session(raw_id, user, flags, slot, expires_at, valid_until, expires_at - self._tenth, roles)
-        return OpenedSession(new.token, new.refresh_token, refresh_expires_at or None, session)
+        record = new.record
+        expires_at = record.expires_at
+        valid_until = min(expires_at, record.last_used_at + self._idle)
+        expiring_at = expires_at - self._tenth
+        session = Session(
+            record.id, record.user, record.flags, slot, expires_at, valid_until, expiring_at, record.roles
+        )
+        return OpenedSession(new.token, new.refresh_token, record.refresh_expires_at or None, session)
 
     def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
         refresh_expires_at = self._table.refresh_expires_at[slot] or None

@@ -36,7 +36,7 @@ class StringTable:
         assert inline % 4 == 3  # with the length byte, records align to 4 bytes
         self._inline = inline
         self._record_size = _TEXT + 1 + inline
-        self._text = Struct(f"{_TEXT}x{inline + 1}p")
+        self._text = Struct(f"{inline + 1}p")
         self.slab = Slab(capacity, self._record_size, link=_USES)
         self._index = LinearHash(self.slab, hash_=_HASH, next_=_NEXT, least=least)
         self._bytes = self.slab.bytes
@@ -69,9 +69,7 @@ class StringTable:
             if len(value) > self._inline:
                 self._long[number] = value
             else:
-                start = number * self._record_size + _TEXT
-                self._bytes[start] = len(value)
-                self._bytes[start + 1 : start + 1 + len(value)] = value
+                self._text.pack_into(self._bytes, number * self._record_size + _TEXT, value)
             self._index.add(number, hash(value) & _HASH_MASK)
         else:
             self.uses[number] += 1
@@ -96,5 +94,5 @@ class StringTable:
     def _value(self, number: int) -> bytes:
         if self._long and number in self._long:
             return self._long[number]
-        text: bytes = self._text.unpack_from(self._bytes, number * self._record_size)[0]
+        text: bytes = self._text.unpack_from(self._bytes, number * self._record_size + _TEXT)[0]
         return text

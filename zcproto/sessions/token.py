@@ -47,11 +47,6 @@ def id_of(family: bytes) -> bytes:
     return sha256(_ID_LABEL + family).digest()[:ID_SIZE]
 
 
-def token_text(token: bytes) -> str:
-    """Return a token as text: base64url without padding, 43 characters for 32 bytes."""
-    return _text(token)
-
-
 def token_from_text(text: str) -> bytes | None:
     """Return the 32 bytes of a token's text, or None for text that `token_text` does not produce. Never raises."""
     return _bytes(text, b"=") if len(text) == _TOKEN_LENGTH and text[-1] in _TOKEN_ENDS else None
@@ -59,16 +54,16 @@ def token_from_text(text: str) -> bytes | None:
 
 def id_text(session_id: bytes) -> str:
     """Return a session id as text: base64url without padding, 22 characters for 16 bytes."""
-    return _text(session_id)
+    return b2a_base64(session_id, newline=False).translate(_TO_URL_ALPHABET, b"=").decode("ascii")
+
+
+token_text: Final = id_text
+"""Returns a token as text in the same form, 43 characters for 32 bytes."""
 
 
 def id_from_text(text: str) -> bytes | None:
     """Return the 16 bytes of an id's text, or None for text that `id_text` does not produce. Never raises."""
     return _bytes(text, b"==") if len(text) == _ID_LENGTH and text[-1] in _ID_ENDS else None
-
-
-def _text(data: bytes) -> str:
-    return b2a_base64(data, newline=False).translate(_TO_URL_ALPHABET, b"=").decode("ascii")
 
 
 def _bytes(text: str, padding: bytes) -> bytes | None:
