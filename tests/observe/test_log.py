@@ -331,14 +331,29 @@ def test_longest_traceback_fits_into_a_line(format_: str, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("format_", ["json", "console"])
-def test_oversized_line_is_written_without_values(format_: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_oversized_line_is_written_without_its_longest_values(
+    format_: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     configure(format=format_)
-    log.info("a.b", **{f"v{number}": "x" * 256 for number in range(200)})
+    log.info("a.b", **{f"v{number}": "x" * 256 for number in range(200)}, peer="192.0.2.1")
     text = capsys.readouterr().err
-    assert len(text) < 200
+    assert len(text) < MAX_LINE
     assert "oversize" in text
+    assert "192.0.2.1" in text
     log.info("a.c", **{f"v{number}": "x" * 256 for number in range(40)})
     assert 10_000 < len(capsys.readouterr().err) < MAX_LINE
+
+
+@pytest.mark.parametrize("character", ["\u0100", "\U0001f600", '"', "\n"])
+@pytest.mark.parametrize("format_", ["json", "console"])
+def test_oversized_line_of_any_characters_fits(
+    format_: str, character: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(format=format_)
+    log.info("a.b", **{f"v{number}": [character * 256] * 16 for number in range(16)})
+    text = capsys.readouterr().err
+    assert len(text) < MAX_LINE
+    assert "oversize" in text
 
 
 def test_log_file_is_appended_to_with_mode_0600(tmp_path: Path) -> None:

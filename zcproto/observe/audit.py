@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from zcproto.observe.events import EVENTS, FIELDS, LogEvent
-from zcproto.observe.values import MAX_ITEMS, MAX_TEXT, Loggable, loggable
+from zcproto.observe.values import MAX_ITEMS, MAX_TEXT, Loggable, line_within, loggable
 
 MAX_AUDIT_LINE: Final = 16_384
-"""Maximum characters of a line; a longer one is written without its values."""
+"""Maximum characters of a line; a longer one is written without its longest values."""
 
 _ADDED: Final = ("suppressed", "worker", "oversize")
 """Fields that the log adds to any event."""
@@ -47,9 +47,7 @@ def audit_line(event: LogEvent, timestamp: str, values: Mapping[str, Any]) -> st
         for name in (*event.fields, *_ADDED)
         if values.get(name) is not None
     }
-    line = _encode(head | fields)
-    if len(line) > MAX_AUDIT_LINE:
-        line = _encode(head | {"oversize": len(line)})
+    line = line_within(MAX_AUDIT_LINE, head | fields, _encode)
     return line.replace("\x7f", "\\u007f") + "\n"
 
 

@@ -99,7 +99,7 @@ FIELDS: Final[dict[str, str]] = {
     "new_level": "new log level",
     "of": "name of the suppressed event",
     "operator": "user who did it",
-    "oversize": "characters of a line that was too long and was written without its values",
+    "oversize": "characters of a line that was too long and was written without its longest values",
     "path": "path of a file",
     "peer": "address of the peer",
     "pending": "revocations not yet written to the store",

@@ -35,13 +35,21 @@ from zcproto.observe.audit import audit_line
 from zcproto.observe.events import EVENTS, LogEvent
 from zcproto.observe.limits import EventLimits
 from zcproto.observe.output import LogFile, Output, StandardError
-from zcproto.observe.values import TOKEN_LENGTH, Loggable, cut, is_secret_name, loggable, places
+from zcproto.observe.values import (
+    TOKEN_LENGTH,
+    Loggable,
+    cut,
+    is_secret_name,
+    line_within,
+    loggable,
+    places,
+)
 
 if TYPE_CHECKING:
     from zcproto.config.model import LogConfig
 
 MAX_LINE = 16_384
-"""Maximum characters of a line; a longer one is written without its values. Log shippers commonly cut there."""
+"""Maximum characters of a line; a longer one lacks its longest values. Log shippers commonly cut there."""
 
 MAX_PLAIN_VALUES = 32
 """Maximum values of a line formatted in one step: more than any event has, and too few to exceed MAX_LINE."""
@@ -520,12 +528,7 @@ def _second(seconds: int) -> str:
 
 
 def _render(fields: dict[str, Loggable], as_text: bool) -> str:
-    form = _as_text if as_text else _as_json
-    line = form(fields)
-    if len(line) > MAX_LINE:
-        head = {name: fields[name] for name in ("timestamp", "level", "event")}
-        line = form(head | {"oversize": len(line)})
-    return f"{line}\n"
+    return f"{line_within(MAX_LINE, fields, _as_text if as_text else _as_json)}\n"
 
 
 def _as_json(fields: MutableMapping[str, Any]) -> str:

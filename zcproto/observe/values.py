@@ -12,8 +12,10 @@ Rules:
 from __future__ import annotations
 
 import enum
+import json
 import re
 import traceback
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import PurePath
 from typing import TypeAlias
@@ -25,6 +27,9 @@ from zcproto.errors import ZcprotoError
 MAX_TEXT = 256
 MAX_ITEMS = 16
 MAX_DEPTH = 2
+
+HEAD = 3
+"""Fields at the beginning of each line, such as timestamp, level and event."""
 
 Loggable: TypeAlias = "bool | int | float | str | list[Loggable] | dict[str, Loggable] | None"
 
@@ -100,6 +105,23 @@ def cut(text: str) -> str:
     if len(text) > MAX_TEXT:
         text = text[: MAX_TEXT - 3] + "..."
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def line_within(most: int, fields: dict[str, Loggable], form: Callable[[dict[str, Loggable]], str]) -> str:
+    """Return a line of at most `most` characters: without its longest values if need be. Its head stays.
+
+    A peer that chooses a long value must not remove its address, its name and what it has done from a line.
+    """
+    line = form(fields)
+    if len(line) <= most:
+        return line
+    left = fields | {"oversize": len(line)}
+    for name in sorted([*fields][HEAD:], key=lambda name: len(json.dumps(fields[name])), reverse=True):
+        del left[name]
+        line = form(left)
+        if len(line) <= most:
+            break
+    return line
 
 
 def describe(error: BaseException) -> str:
