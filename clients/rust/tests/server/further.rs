@@ -154,6 +154,34 @@ async fn closing_the_client_closes_further_connections() {
 }
 
 #[tokio::test]
+async fn an_idle_further_connection_is_closed() {
+    let server = Fake::new();
+    let options = server.options().max_connections(2);
+    let script = std::thread::spawn(move || {
+        let mut first = accept(&server);
+        let one = request(&mut first, "first");
+        let mut other = accept(&server);
+        let two = request(&mut other, "second");
+        other.send(&[result(two, "2")]);
+        first.send(&[result(one, "1")]);
+        assert!(other.receive().is_none());
+        first
+    });
+    let client = Client::connect(options).await.unwrap();
+    let (first, second) = (call(&client, "first"), call(&client, "second"));
+    assert_eq!(first.await.unwrap().unwrap(), "1");
+    assert_eq!(second.await.unwrap().unwrap(), "2");
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(31)).await;
+    tokio::time::resume();
+    let first = tokio::task::spawn_blocking(|| script.join().unwrap()).await.unwrap();
+    assert!(client.endpoint().is_some());
+    let closing = tokio::task::spawn_blocking(move || first.close());
+    client.close().await;
+    closing.await.unwrap();
+}
+
+#[tokio::test]
 async fn the_number_of_connections_is_limited() {
     for max in [0, 65] {
         let options = Fake::new().options().max_connections(max).timeout(Duration::from_secs(1));
