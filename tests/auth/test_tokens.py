@@ -128,7 +128,7 @@ def test_last_use_is_stored_as_a_full_hour_and_never_goes_back(file: TokenFile) 
     assert last_used() == hour + timedelta(hours=1), "a token of the same name that was replaced meanwhile"
 
 
-def test_use_is_no_change_and_everything_else_is(file: TokenFile) -> None:
+def test_use_does_not_count_as_a_change_but_all_else_does(file: TokenFile) -> None:
     token = add(file)
     file.load()
     before = file.entries["prometheus"]

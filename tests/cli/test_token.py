@@ -43,8 +43,8 @@ def test_token_goes_to_a_private_file(home: Path, tmp_path: Path, capsys: Captur
         str(out),
     ]
     assert main([*create, "a", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["name"], told["scopes"], told["file"]) == ("a", ["metrics", "status"], str(out))
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["name"], printed["scopes"], printed["file"]) == ("a", ["metrics", "status"], str(out))
     assert out.stat().st_mode & 0o777 == 0o600
     assert token_from_text(out.read_text().strip()) is not None
     before = out.read_text()
@@ -57,11 +57,11 @@ def test_token_goes_to_a_private_file(home: Path, tmp_path: Path, capsys: Captur
 
 def test_json_has_the_token_once(home: Path, capsys: Capture) -> None:
     assert main(["token", "create", "a", "--scope", "status", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert token_from_text(told["token"]) is not None
+    printed = json.loads(capsys.readouterr().out)
+    assert token_from_text(printed["token"]) is not None
     assert main(["token", "list", "--json"]) == 0
     out = capsys.readouterr().out
-    assert told["token"] not in out
+    assert printed["token"] not in out
     (listed,) = json.loads(out)
     assert (listed["name"], listed["scopes"], listed["last_used"], listed["expired"]) == (
         "a",

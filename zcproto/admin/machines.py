@@ -84,7 +84,7 @@ class MachineTokens:
         self._reported: dict[str, Severity] = {}
 
     async def refusal(self, token: bytes | None, request: HttpRequest, scope: str) -> HttpResponse | None:
-        """Return None if a token may read what has this scope, else the response. None is no valid token."""
+        """Return None if a token may read what has this scope, else the response. None counts as an invalid token."""
         address = request.peer.address
         found = None if token is None else await self.find(token)
         if found is not None:
@@ -198,7 +198,7 @@ def build_tokens(
 
 
 def _severity(token: MachineToken, now: datetime) -> Severity | None:
-    """Return the severity of the alert about the end of a token; None if there is none."""
+    """Return the severity of the alert about the end of a token; None without an alert."""
     left = token.expires - now
     if token.last_used is None or min(now, token.expires) - token.last_used > IN_USE or left <= -IN_USE:
         return None

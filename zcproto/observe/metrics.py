@@ -149,7 +149,7 @@ zcproto_logins_throttled_total counter
     Logins refused without a check after too many failures.
 zcproto_oidc_keys_age_seconds gauge max (issuer)
     Seconds since the keys of an identity provider were fetched. Missing before the first time. Logins fetch
-    them: the age grows while there are none.
+    them: the age grows without logins.
 zcproto_oidc_keys_failing gauge max (issuer)
     1 while the last fetch of the keys has failed, else 0.
 zcproto_oidc_fetches_total counter (issuer result)
