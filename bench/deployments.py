@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import redis
 from redis.crc import key_slot
@@ -38,6 +38,8 @@ CLUSTERED: Final = (
 SHARDS: Final = 3
 SLOTS: Final = 16_384
 _POLL_S: Final = 0.02
+
+T = TypeVar("T")
 
 
 class Deployment:
@@ -91,7 +93,7 @@ class Deployment:
 
     def is_settled(self) -> bool:
         """Return whether there is one primary now, and the replicas have all its writes."""
-        return _holds(self._is_settled)
+        return _now(self._is_settled) or False
 
     def _is_settled(self) -> bool:
         roles = [_role(server) for server in self.data]
@@ -108,6 +110,10 @@ class Deployment:
             server for server in running if server not in self._held_back and _role(server)[0] == b"master"
         ]
         return found[0] if len(found) == 1 else None
+
+    def known_primary(self) -> ServerProcess:
+        """Return the primary. Wait for it: servers and sentinels of a busy machine may disagree for a moment."""
+        return _wait(self.primary, "there is no primary")
 
     def _replicas(self) -> list[ServerProcess]:
         primary = self.primary()
@@ -175,8 +181,7 @@ class Deployment:
 
     def kill_primary(self) -> None:
         """Kill the primary; its replicas go on, even if they were held back."""
-        primary = self.primary()
-        assert primary is not None
+        primary = self.known_primary()
         primary.kill()
         self.let_go()
         self._dead = [primary]
@@ -266,7 +271,7 @@ class WithSentinel(WithReplica):
         self._set_role(self._dead[0], next(server for server in self.data if server is not self._dead[0]))
 
     def _note_roles(self) -> None:
-        primary = self.primary()
+        primary = self.known_primary()
         for server in self.data:
             self._set_role(server, primary if server is not primary else None)
 
@@ -287,9 +292,7 @@ class WithSentinel(WithReplica):
         return True
 
     def settle(self) -> None:
-        _wait(lambda: self.primary() is not None, "the sentinels do not agree")
-        primary = self.primary()
-        assert primary is not None
+        primary = self.known_primary()
         if _role(primary)[0] == b"master":  # do now what the sentinels do in ten seconds
             for server in self.data:
                 if server is not primary and _role(server)[0] == b"master":
@@ -380,15 +383,18 @@ def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _wait(condition: Callable[[], bool], fault: str) -> None:
+def _wait(read: Callable[[], T | None], fault: str) -> T:
+    """Return what a function returns once that is true."""
     end = time.monotonic() + SETTLE_S
-    while not _holds(condition):
+    while not (found := _now(read)):
         if time.monotonic() > end:
             raise ZcprotoError(f"{fault} within {SETTLE_S:.0f} s")
         time.sleep(_POLL_S)
+    return found
 
 
-def _holds(condition: Callable[[], bool]) -> bool:
+def _now(read: Callable[[], T | None]) -> T | None:
+    """Return what a function returns; None if a server does not answer."""
     with suppress(redis.RedisError, OSError, KeyError):
-        return condition()
-    return False
+        return read()
+    return None

@@ -99,9 +99,7 @@ class Failover:
 
     async def begin(self, site: Site) -> None:
         def work() -> None:
-            primary = site.store.primary()
-            assert primary is not None
-            self._since[site] = primary
+            self._since[site] = site.store.known_primary()
             getattr(site.store, self._method)()
 
         await site.in_thread(work)

@@ -37,6 +37,8 @@ SETTINGS: Final = {
     **ECDSA_ONLY,
     "server.port": 0,
     "sessions.per_user": PER_USER,
+    # Nothing ends a session to make room, not even while its client connects again:
+    "sessions.when_full": "refuse",
     # Longer than the hour by which a clock is set:
     "sessions.idle_timeout": "6h",
     "sessions.refresh_grace": "1m",
