@@ -181,6 +181,11 @@ def _limit(limit: Limit | None) -> str:
     return each if limit.total is None else f"{each}; {limit.total:,}"
 
 
+def audit_schema_text() -> str:
+    """Return the schema of the audit trail, with one line for each event and each field."""
+    return re.sub(r"\n( {3,}|  (?=[]}]))", " ", json.dumps(audit_schema(), indent=1)) + "\n"
+
+
 # --- alerts --------------------------------------------------------------------------------------------------
 
 ENDS: Final = {
@@ -351,7 +356,7 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/configuration.md": configuration,
     "docs/reference/metrics.md": metrics,
     "docs/reference/log-events.md": log_events,
-    "docs/reference/audit.schema.json": lambda: json.dumps(audit_schema(), indent=1) + "\n",
+    "docs/reference/audit.schema.json": audit_schema_text,
     "docs/reference/alerts.md": alerts,
     "docs/reference/errors.md": error_page,
     "docs/reference/api.md": api,

@@ -54,32 +54,32 @@ def audit_line(event: LogEvent, timestamp: str, values: Mapping[str, Any]) -> st
 def audit_schema() -> dict[str, Any]:
     """Return the JSON Schema of a line."""
     audited = [event for event in EVENTS.values() if event.audit]
-    used = {name for event in audited for name in event.fields} | {*_ADDED}
+    used = {name for event in audited for name in event.fields}
+    timestamp = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A line of the audit trail of zcproto",
         "type": "object",
         "required": list(_OWN),
-        "properties": {"event": {"enum": [event.name for event in audited]}},
-        "oneOf": [_schema_of(event) for event in audited],
-        "$defs": {name: {**_type_of(name), "description": FIELDS[name]} for name in sorted(used)},
+        "properties": {"timestamp": timestamp, **{name: _schema_of(name) for name in _ADDED}},
+        "oneOf": [
+            {
+                "description": event.meaning,
+                "properties": {
+                    "event": {"const": event.name},
+                    "outcome": {"const": event.audit},
+                    **{name: {"$ref": f"#/$defs/{name}"} for name in event.fields},
+                },
+            }
+            for event in audited
+        ],
+        "unevaluatedProperties": False,
+        "$defs": {name: _schema_of(name) for name in sorted(used)},
     }
 
 
-def _schema_of(event: LogEvent) -> dict[str, Any]:
-    return {
-        "description": event.meaning,
-        "properties": {
-            "timestamp": {
-                "type": "string",
-                "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$",
-            },
-            "event": {"const": event.name},
-            "outcome": {"const": event.audit},
-            **{name: {"$ref": f"#/$defs/{name}"} for name in (*event.fields, *_ADDED)},
-        },
-        "additionalProperties": False,
-    }
+def _schema_of(name: str) -> dict[str, Any]:
+    return {**_type_of(name), "description": FIELDS[name]}
 
 
 def _type_of(name: str) -> dict[str, Any]:
