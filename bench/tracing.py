@@ -52,7 +52,7 @@ from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import module_command, on_processor
-from zcproto.server.protocol import ServerProtocol
+from zcproto.server.protocol import ServerProtocol, TracedProtocol
 
 RATIO: Final = 0.01
 MOST_OFF: Final = 1.01
@@ -237,8 +237,8 @@ def counted_rows() -> list[Row]:
     """Return the bytecodes of a request without what traces need, switched off, and not recorded."""
     without = bytecodes(None, without_lines(LINES))
     off = bytecodes(None, ServerProtocol)
-    unrecorded = bytecodes(0.0, ServerProtocol)
-    recorded = bytecodes(1.0, ServerProtocol)
+    unrecorded = bytecodes(0.0, TracedProtocol)
+    recorded = bytecodes(1.0, TracedProtocol)
     return [
         Row("bytecodes", "bytecodes of a request in memory, off", off, ""),
         Row("bytecodes_off", "of them, the check for traces", off - without, "", below=MOST_BYTECODES),

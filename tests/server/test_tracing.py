@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,6 +22,10 @@ __all__ = ["harness"]
 TRACE = f"00-{'1' * 32}-{'2' * 16}-01"
 
 
+within: contextvars.ContextVar[bool] = contextvars.ContextVar("within", default=False)
+"""Set in the context of a read."""
+
+
 class FakeTracing:
     """Records what happens; with `due` every request is followed."""
 
@@ -28,10 +33,8 @@ class FakeTracing:
         self.due = due
         self.seen: list[Any] = []
         self.instead: Method | None = None
-
-    def enter_read(self) -> Any:
-        self.seen.append("read")
-        return "read"
+        self.read_context = contextvars.copy_context()
+        self.read_context.run(within.set, True)
 
     def is_due(self, meta: RequestMeta) -> bool:
         return self.due
@@ -64,8 +67,12 @@ def test_request_that_is_not_due_takes_its_usual_way_within_the_trace_of_the_rea
     peer = TracedPeer(harness, monkeypatch)
     peer.login()
     tracing = harness.state.tracing = FakeTracing()
+    found: list[bool] = []
+    harness.state.methods["big"].function = lambda n: found.append(within.get())
     peer.send(peer.request(1, "big", {"n": 1}), peer.request(2, "big", {"n": 2}))
-    assert tracing.seen == ["read", "left read"]
+    assert found == [True, True]
+    assert not within.get()
+    assert tracing.seen == []
     assert len(peer.answers()) == 2
 
 

@@ -609,10 +609,6 @@ class TracedProtocol(ServerProtocol):
     def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
         tracing = self._state.tracing
         if tracing is None:  # the server has not started
-            super()._process(events, wall)
-            return
-        entered = tracing.enter_read()
-        try:
-            super()._process(events, wall)
-        finally:
-            tracing.leave(entered)
+            ServerProtocol._process(self, events, wall)
+        else:
+            tracing.read_context.copy().run(ServerProtocol._process, self, events, wall)

@@ -5,6 +5,7 @@ Must not know: spans, their format, where they go.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -16,8 +17,8 @@ from zcproto.wire.message import RequestMeta
 class Tracing(Protocol):
     """Follows traces from callers to methods, and from methods to clients."""
 
-    def enter_read(self) -> Any:
-        """Make an unrecorded trace current for the requests of one read; return what `leave` gets."""
+    read_context: contextvars.Context
+    """Where the requests of a read run: within a trace that is not recorded. Copied for each read."""
 
     def is_due(self, meta: RequestMeta) -> bool:
         """Return whether a request is recorded, or continues a trace: `enter` is called for it."""

@@ -17,7 +17,7 @@ Must not know: where spans go.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from contextvars import Token
+from contextvars import Token, copy_context
 from random import getrandbits, random
 from typing import Any, Final, cast
 
@@ -118,6 +118,8 @@ class RequestTracing:
         self._ratio = 1.0 if ratio is None else ratio  # above every random number
         self._has_ratio = ratio is not None
         self._bound = 0 if ratio is None else round(ratio * (_LOW_BITS + 1))
+        self.read_context = copy_context()
+        self.read_context.run(attach, _AMBIENT)
         self._decided = 0  # the id of the trace that the next request begins
         self._trusts_all = trust == TRUST_ALL
         self._trusts_sessions = trust == TRUST_SESSIONS
@@ -129,11 +131,12 @@ class RequestTracing:
 
     # --- zcproto.server.tracing.Tracing --------------------------------------------------------------
 
-    def enter_read(self) -> Token[TraceContext]:
-        return attach(_AMBIENT)
-
     def is_due(self, meta: RequestMeta) -> bool:
-        return meta.traceparent is not None or self._begins()
+        if meta.traceparent is None:
+            if random() >= self._ratio:  # noqa: S311 - not secret
+                return False
+            self._decide()
+        return True
 
     def enter(self, request: Request, method: Method) -> tuple[Method, Token[TraceContext] | None]:
         decided, self._decided = self._decided, 0
@@ -148,19 +151,17 @@ class RequestTracing:
             else:
                 parent = None
         if parent is None and not decided:
-            if not self._begins():
+            if random() >= self._ratio:  # noqa: S311 - not secret
                 return method, attach(_AMBIENT)
+            self._decide()
             decided, self._decided = self._decided, 0
         return traced, attach(TraceContext({_ENTERED: (parent, decided)}))
 
-    def _begins(self) -> bool:
-        """Decide whether a trace that begins is recorded; its id is in `_decided`, unless a sampler decides."""
-        if random() >= self._ratio:  # noqa: S311 - not secret
-            return False
+    def _decide(self) -> None:
+        """Choose the id of a trace that begins and is recorded; a sampler chooses otherwise."""
         if self._has_ratio:
             low = int(random() * self._bound)  # noqa: S311 - not secret
             self._decided = getrandbits(64) << 64 | low | 1
-        return True
 
     def leave(self, entered: Token[TraceContext] | None) -> None:
         if entered is not None:
