@@ -84,7 +84,7 @@ class MachineTokens:
         self._reported: dict[str, Severity] = {}
 
     async def refusal(self, token: bytes | None, request: HttpRequest, scope: str) -> HttpResponse | None:
-        """Return None if a token may read what has this scope, else the response. None counts as an invalid token."""
+        """Return None if a token may read what has this scope, else the response. No token counts as invalid."""
         address = request.peer.address
         found = None if token is None else await self.find(token)
         if found is not None:
