@@ -35,6 +35,12 @@ STEPS: Final = {
     "answer": "from there, or on the old connection, to the answer",
 }
 
+LABELS: Final = {
+    "late": "begun late by the clients' process",
+    **STEPS,
+    "again": "the same of calls that were in flight, and are sent again",
+}
+
 
 class Done(NamedTuple):
     """A call with a key that was answered: when it was due, sent and answered (monotonic), and by which client."""
@@ -107,7 +113,7 @@ class FailoverTimes:
         `kills` has the ports of the killed servers.
         """
         everything, failovers = Latencies(), Latencies()
-        steps = {name: Latencies() for name in ("late", *STEPS)}
+        steps = {name: Latencies() for name in LABELS}
         for call in self.done:
             everything.add(call.end - call.due)
             at = self._kill_of(call, kills)
@@ -116,7 +122,8 @@ class FailoverTimes:
             failovers.add(call.end - call.due)
             steps["late"].add(call.begin - call.due)
             for name, seconds in zip(STEPS, self._steps(call, at), strict=True):
-                steps[name].add(seconds)
+                is_again = name == "answer" and call.begin < at
+                steps["again" if is_again else name].add(seconds)
         return everything, failovers, steps
 
     def _kill_of(self, call: Done, kills: Mapping[float, int]) -> float | None:
@@ -149,7 +156,7 @@ def rows(times: FailoverTimes, kills: Mapping[float, int], max_p99_ms: float) ->
         Row("failover_p99_ms", "call during a failover, p99", during.get("p99"), "ms", below=max_p99_ms),
         Row("failover_ms", "call during a failover, longest", during.get("max"), "ms"),
     ]
-    for name, label in {"late": "begun late by the clients' process", **STEPS}.items():
+    for name, label in LABELS.items():
         figures = percentiles_ms(steps[name])
         found += [
             Row(f"failover_{name}_{short}", f"{label}, {word}", figures.get(key), "ms")
