@@ -18,6 +18,7 @@ from typing import Final
 from pydantic import BaseModel
 
 import zcproto
+import zcproto.telemetry
 import zcproto.testing
 from docs.dashboard import dashboard
 from zcproto import errors
@@ -313,6 +314,7 @@ API: Final = {
         ),
         *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),
     ),
+    "OpenTelemetry": tuple(f"telemetry.{name}" for name in ("trace_calls", "trace_handlers", "trace_requests")),
     "Testing": tuple(
         f"testing.{name}"
         for name in ("connect_in_memory", "MemoryServer", "Link", "MovableClock", "LocalServer")
