@@ -195,10 +195,3 @@ def test_bound_session_opened_here_needs_its_key(pair: ConnectionPair) -> None:
     open_here(pair, key="device:d")
     pair.send(pair.request(3))
     assert pair.answers()[-1].code == Code.UNAUTHENTICATED
-
-
-def test_session_opened_here_is_admitted_at_its_first_use(pair: ConnectionPair) -> None:
-    pair.server.admits = lambda session: True
-    checked = open_here(pair)
-    pair.send(pair.request(3))
-    assert checked == [pair.token]

@@ -452,11 +452,7 @@ class ServerConnection(ServerOutput):
         self._add(session, token, wall, now)
         # Its next frame needs no check if no token has become invalid since that request was accepted.
         registry = self.registry
-        if (
-            registry.generation == self._seen_generation
-            and self.admits is None
-            and not (registry.closed or session.bound)
-        ):
+        if registry.generation == self._seen_generation and not (registry.closed or session.bound):
             self._accept(session, token, wall)
 
     def _attaching(
