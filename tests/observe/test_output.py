@@ -266,6 +266,56 @@ def test_lines_are_written_when_full_disk_has_space_again(
     assert events((tmp_path / "log").read_text()) == ["a.b", "a.c", "a.c", "a.c", "a.d"]
 
 
+def test_full_disk_gets_no_part_of_a_line_that_others_would_continue(
+    tmp_path: Path, full_disk: Callable[[int | None], None]
+) -> None:
+    one, other = LogFile(tmp_path / "log"), LogFile(tmp_path / "log")
+    full_disk(len(LINE) + 50)
+    assert one.write(2 * LINE) == 0
+    full_disk(None)
+    other.write("y\n")
+    one.write("z\n")
+    assert (tmp_path / "log").read_text() == f"{LINE}y\n{LINE}z\n"
+    one.close()
+    other.close()
+
+
+def test_line_of_another_process_is_not_removed_with_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[[int | None], None]
+) -> None:
+    one, other = LogFile(tmp_path / "log"), LogFile(tmp_path / "log")
+    seek = os.lseek
+
+    def seek_late(*place: int) -> int:
+        full_disk(None)
+        other.write("y\n")
+        return seek(*place)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "lseek", seek_late)
+        full_disk(7)
+        one.write(LINE)
+    assert (tmp_path / "log").read_text() == f"{'x' * 7}y\n{LINE[7:]}"
+    one.close()
+    other.close()
+
+
+def test_part_of_a_line_that_cannot_be_removed_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[[int | None], None]
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EPERM, "append only")
+
+    output = LogFile(tmp_path / "log")
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    full_disk(7)
+    output.write(LINE)
+    full_disk(None)
+    output.write(LINE)
+    assert (tmp_path / "log").read_text() == 2 * LINE
+    output.close()
+
+
 def test_flush_writes_waiting_lines(tmp_path: Path, full_disk: Callable[[int | None], None]) -> None:
     configure_logging(LogConfig(file=tmp_path / "log"))
     full_disk(0)
@@ -307,6 +357,7 @@ def test_disk_error_within_a_line_keeps_next_line_intact(
 
     with monkeypatch.context() as context:
         context.setattr(os, "write", broken)
+        context.setattr(Descriptor, "_removed", lambda *_: False)
         assert [output.write(LINE), output.write(LINE)] == [1, 1]
     output.write(LINE)
     output.close()

@@ -6,7 +6,8 @@ Rules:
   easy target.
 - Every method that can lose lines returns their number. Only a stream in place of standard error may raise.
 - A regular file is written at once: that is a copy into the page cache.
-- A partially written line is always terminated, even if the rest was lost.
+- A partially written line is always terminated, even if the rest was lost. A disk that is full in the middle of a
+  line gets none of it: other processes, which write to the same file, may be the next to find space.
 
 Must not know: the content of lines.
 """
@@ -111,9 +112,24 @@ class Descriptor:
                 return lost
             if not written:
                 break
-            self._within_line = waiting[written - 1] != ord("\n")
-            del waiting[:written]
+            begun = written - 1 - waiting.rfind(b"\n", 0, written)
+            is_removed = begun > 0 and self._poll is None and self._removed(begun)
+            self._within_line = begun > 0 and not is_removed
+            del waiting[: written - begun if is_removed else written]
+            if is_removed:
+                break
         return 0
+
+    def _removed(self, size: int) -> bool:
+        """Remove the last bytes written to a regular file, unless another process has written since."""
+        try:
+            end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+            if end != os.fstat(self._descriptor).st_size:
+                return False
+            os.ftruncate(self._descriptor, end - size)
+        except OSError:
+            return False
+        return True
 
 
 def _part(waiting: bytearray) -> bytearray:
