@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.server.idempotency_harness import (
+    DIGEST,
     KEEP_MS,
     OTHER,
     CacheHarness,
@@ -240,6 +241,46 @@ def test_end_waits_for_a_release_that_has_begun(make_harness: MakeHarness) -> No
     store.held.set_result(None)
     harness.turn()
     assert waiting.done()
+    assert not store.answers._entries
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_claim_of_a_run_that_is_cancelled_before_its_answer_is_released(
+    make_harness: MakeHarness, is_own: bool
+) -> None:
+    store = FakeStore(shared=True)
+    if not is_own:
+        store.answers.claim("ada", "k", DIGEST, KEEP_MS)
+        store.others.add(("ada", "k"))
+    harness, claim = make_harness(store), store.claim
+    lost = harness.loop.create_future()
+
+    async def claim_and_wait(*arguments: Any) -> Claim:
+        made = await claim(*arguments)
+        if not lost.done():
+            await lost
+        return made
+
+    store.claim = claim_and_wait  # type: ignore[method-assign]
+    caller = harness.begin()
+    harness.turn()
+    assert harness.loop.run_until_complete(harness.tasks.close(10.0)) == 0
+    assert code(caller.answer) is Code.CANCELLED
+    assert bool(store.answers._entries) is not is_own
+    assert harness.ran == 0
+
+
+def test_request_without_a_caller_is_not_run_by_a_server_that_drains(make_harness: MakeHarness) -> None:
+    store = FakeStore(shared=True)
+    harness = make_harness(store)
+    store.held = harness.loop.create_future()
+    caller = harness.begin()
+    harness.cache.is_draining = True
+    assert caller.waiting is not None
+    caller.waiting.cancel()
+    store.held.set_result(None)
+    harness.turn()
+    assert (harness.ran, caller.answers) == (0, [])
     assert not store.answers._entries
 
 

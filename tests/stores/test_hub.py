@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -336,6 +337,24 @@ async def test_claims_of_unknown_members_are_orphans_once_they_had_the_time_to_c
     assert (await claimed(other)).is_orphan
     await other.close()
     assert members.hub._gone == set()
+
+
+@pytest.mark.parametrize("joins_again", [False, True])
+async def test_claim_whose_member_left_before_its_answer_is_released(
+    members: Members, one: HubStore, other: HubStore, monkeypatch: pytest.MonkeyPatch, joins_again: bool
+) -> None:
+    claim = members.store.claim
+
+    async def leave_and_claim(*arguments: Any) -> Claim:
+        await one.close()
+        if joins_again:
+            await members.join(b"1")
+        return await claim(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(members.store, "claim", leave_and_claim)
+        await claimed(one)
+    assert (await claimed(other)).state is (ClaimState.RUNNING if joins_again else ClaimState.NEW)
 
 
 async def test_claim_is_own_after_the_death_of_the_process_with_the_store(tmp_path: Path) -> None:

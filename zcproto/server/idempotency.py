@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from operator import itemgetter
@@ -268,11 +269,17 @@ class IdempotencyCache:
     ) -> Answer:
         try:
             stored = await self._claim(name, run)
-        except (Exception, asyncio.CancelledError) as error:
+        except asyncio.CancelledError as error:
+            await self._release_if_own(name, run.digest)
+            return answer_error(error)
+        except Exception as error:
             return answer_error(error)
         if stored is not None:
             self.repeated += 1
             return stored
+        if self.is_draining and not run.waiting:  # they were sent away, and may be at another server by now
+            await self._release(name, run.digest)
+            return answer_error(self._sent_away())
         run.is_begun = True
         try:
             answer = Answer(0, await execute())
@@ -308,10 +315,7 @@ class IdempotencyCache:
             await self._sleep(pause)
             orphaned_s = orphaned_s + pause if claim.is_orphan else 0.0
             if self.is_draining or not run.waiting:
-                raise Unavailable(
-                    "this server no longer waits for the run of this request; send it again",
-                    {"retry_after_ms": RETRY_MS},
-                )
+                raise self._sent_away()
             pause = min(2 * pause, POLL_LAST_S)
 
     async def _claim_once(self, name: Name, run: _KeyedRun) -> Claim:
@@ -330,6 +334,12 @@ class IdempotencyCache:
             ) from error
         self.save()
         return claim
+
+    def _sent_away(self) -> CallError:
+        return Unavailable(
+            "this server no longer waits for the run of this request; send it again",
+            {"retry_after_ms": RETRY_MS},
+        )
 
     def _conflict(self) -> CallError:
         self.conflicts += 1
@@ -372,6 +382,15 @@ class IdempotencyCache:
         except (StoreUnavailable, ResourceExhausted, asyncio.CancelledError) as error:
             _remember(self._idle_claims, name, digest)
             self._save_later(error)
+
+    async def _release_if_own(self, name: Name, digest: bytes) -> None:
+        """Release the claim of a run that was cancelled before it knew whether it has one."""
+        breaker = self._breaker
+        if breaker is not None:
+            with suppress(StoreUnavailable, ResourceExhausted):
+                claim = await breaker.call(breaker.store.claim(*name, digest, self._keep_ms))
+                if claim.state is ClaimState.NEW or claim.is_own:
+                    await breaker.call(breaker.store.release_claim(*name))
 
     def _save_later(self, error: BaseException | None = None) -> None:
         """Plan the next attempt after a failure, unless that was the end of the server."""

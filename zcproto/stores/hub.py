@@ -11,7 +11,7 @@ Rules:
   member that has left count for RETURN_S: its clients are about to connect to another one.
 - The sessions of all members together are bounded, by a count that each clean-up corrects.
 - A claim is stored with the id of its member, which is its owner also after a crash of this process. It is an
-  orphan as soon as that member has left; after a crash, once members had RETURN_S to join again.
+  orphan as soon as that member has left; after a crash, RETURN_S after the first has joined again.
 - A session without a lease counts as in use until the hub has run for the time of a lease: members need time to
   renew theirs after a crash of this process.
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Final, TypeVar
 
 from zcproto.common.clock import MS_PER_SECOND, Entropy
@@ -79,6 +80,7 @@ class StoreHub:
         self.sessions = 0
         self._given_up: set[bytes] = set()  # while unknown sessions count as in use
         self._gone: set[bytes] = set()  # ids of members that left, while others may have to join again
+        self._complete_at = inf
         self.epoch = b"" if is_lasting else entropy(_EPOCH_SIZE)
 
     async def open(self) -> None:
@@ -110,6 +112,8 @@ class StoreHub:
 
     def join(self, member: HubStore) -> None:
         self._members[member] = None
+        if member.id:  # else it is that of this process
+            self._complete_at = min(self._complete_at, self._now() + RETURN_S)
 
     def leave(self, member: HubStore) -> None:
         if member in self._members:
@@ -120,6 +124,10 @@ class StoreHub:
                 self._gone.clear()
             else:
                 self._gone.add(member.id)
+
+    def has_left(self, member: HubStore) -> bool:
+        """Return whether a member has left, and its process has not joined again."""
+        return member in self._left and not any(each.id == member.id for each in self._members)
 
     def is_gone(self, id: bytes) -> bool:
         """Return whether the process with this id has left, or has not come back after a crash of this one.
@@ -132,7 +140,7 @@ class StoreHub:
     @property
     def _is_complete(self) -> bool:
         """Whether all processes had the time to join."""
-        return self._now() >= self._began + RETURN_S
+        return self._now() >= self._complete_at
 
     def ended(self, ended: Sequence[EndedRecord], by: HubStore, others: Iterable[bytes] = ()) -> None:
         """Notify the members of sessions that have ended now, and of others that may have ended before."""
@@ -310,6 +318,8 @@ class HubStore:
 
     async def claim(self, user: str, key: str, request_digest: bytes, lease_ms: int) -> Claim:
         claim = await self._store.claim(user, key, request_digest + self.id, lease_ms)
+        if claim.state is ClaimState.NEW and self._hub.has_left(self):  # before it could begin
+            await self._store.release_claim(user, key)
         is_orphan = claim.state is ClaimState.RUNNING and not claim.is_own and self._hub.is_gone(claim.owner)
         return replace(claim, is_orphan=is_orphan)
 
