@@ -314,7 +314,9 @@ API: Final = {
         ),
         *("connect_blocking", "BlockingClient", "BlockingUserSession", "enroll_blocking"),
     ),
-    "OpenTelemetry": tuple(f"telemetry.{name}" for name in ("trace_calls", "trace_handlers", "trace_requests")),
+    "OpenTelemetry": tuple(
+        f"telemetry.{name}" for name in ("trace_calls", "trace_handlers", "trace_requests")
+    ),
     "Testing": tuple(
         f"testing.{name}"
         for name in ("connect_in_memory", "MemoryServer", "Link", "MovableClock", "LocalServer")
