@@ -1,4 +1,4 @@
-"""Tokens of machines at the HTTPS side: scopes, expiry, revocation, throttling, last use and alerts."""
+"""Machine tokens at the HTTPS side: scopes, expiry, revocation, throttling, last use and alerts."""
 
 from __future__ import annotations
 

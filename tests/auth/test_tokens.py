@@ -1,4 +1,4 @@
-"""Tokens of machines: their file, and which entry a token has."""
+"""Machine tokens: their file, and which entry a token has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of machines at a server of several processes."""
+"""Machine tokens at a server of several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of machines: the access of scrapers to figures, without a user and a session.
+"""Machine tokens: the access of scrapers to figures, without a user and a session.
 
 Decides: whether a token may read a resource, when its last use is stored, and when its end is an alert.
 
@@ -56,7 +56,7 @@ BAD_MACHINE_TOKEN: Final = text_response(
 
 
 class MachineTokens:
-    """The tokens of machines of one server.
+    """The machine tokens of one server.
 
     `now` is the time by which tokens end. `reports` is whether this process raises the alerts about them.
     """

@@ -160,7 +160,7 @@ oidc.keys_failed: warning, ends resolved; issuer
     with the first one after the provider is back.
     Cure: `zcproto doctor` checks the provider, its certificate, its keys and the clock.
 token.expiry: warning, ends resolved; token
-    A token of a machine that was used within 7 days expires: a warning from 14 days before, or the last quarter of
+    A machine token that was used within 7 days expires: a warning from 14 days before, or the last quarter of
     its life if that is shorter; an error once it has expired.
     Cure: `zcproto token create` another one, give it to the machine, then `zcproto token revoke` the old one.
 store.degraded: error, ends resolved

@@ -1,4 +1,4 @@
-"""Store tokens of machines in `tokens.toml`: names, digests, scopes, times.
+"""Store machine tokens in `tokens.toml`: names, digests, scopes, times.
 
     [tokens.prometheus]
     sha256 = "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
@@ -37,7 +37,7 @@ SCOPES: Final = ("metrics", "status")
 
 MAX_TOKENS: Final = 1_000
 
-_HEADER: Final = "# The tokens of machines. Written by zcproto: comments are lost.\n"
+_HEADER: Final = "# The machine tokens. Written by zcproto: comments are lost.\n"
 _MOMENT: Final = "a date and time with an offset, such as 2026-01-01T12:00:00Z"
 
 

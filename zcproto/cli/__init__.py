@@ -57,7 +57,7 @@ COMMANDS = {
     "cert": ("zcproto.cli.cert:cert", "Show, check, renew and issue certificates."),
     "device": ("zcproto.cli.user:device", "List and remove devices."),
     "pair": ("zcproto.cli.user:pair", "Print a one-time code that enrolls a device."),
-    "token": ("zcproto.cli.token:token", "Create, list and revoke tokens of machines, such as Prometheus."),
+    "token": ("zcproto.cli.token:token", "Create, list and revoke tokens for machines such as Prometheus."),
     "alert": ("zcproto.cli.alert:alert", "List alerts, test their delivery, verify a signature."),
     "doctor": ("zcproto.cli.doctor:doctor", "Diagnose a server, or the connection to one."),
     "deploy": ("zcproto.cli.config:deploy", "Print files for systemd, containers, Kubernetes, Prometheus."),

@@ -21,7 +21,7 @@ from zcproto.common.text import escape_text
 SHORTEST = timedelta(minutes=1)
 LONGEST = timedelta(days=397)
 
-token = command_group("token", "Create, list and revoke tokens of machines, such as Prometheus.")
+token = command_group("token", "Create, list and revoke tokens for machines such as Prometheus.")
 
 
 def _life(ctx: click.Context, param: click.Parameter, text: str) -> timedelta:

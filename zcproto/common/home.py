@@ -35,7 +35,7 @@ class Home:
         self.devices = path / "devices.toml"
         """Devices, with their public keys."""
         self.tokens = path / "tokens.toml"
-        """Tokens of machines, as digests."""
+        """Machine tokens, as digests."""
         self.pairing = path / "pairing.toml"
         """One-time pairing codes, as digests."""
         self.sessions = path / "sessions.db"

@@ -93,7 +93,7 @@ FIELDS: Final[dict[str, str]] = {
     "limit": "value of the limit",
     "lines": "number of lines",
     "lost": "total of messages lost by this sink",
-    "machine": "name of a token of a machine",
+    "machine": "name of a machine token",
     "message": "description in a sentence",
     "missing": "roles of which one is needed",
     "new_level": "new log level",
@@ -312,7 +312,7 @@ telemetry.sdk warning (text), limit rare
 telemetry.lost warning (signal count)
     The server has ended before all spans, log records or metrics were sent: telemetry.flush_timeout was over.
 
-# Users, devices and tokens of machines: files of the home folder
+# Users, devices and machine tokens: files of the home folder
 users.changed info (count added changed removed), limit per event, audit success
     users.toml has changed: by a command, a program or an editor.
 users.readable info (), limit per event
@@ -335,7 +335,7 @@ devices.not_gone error (device exc_info), limit per event
     Sessions of a removed device could not be revoked.
 
 tokens.changed info (count added changed removed), limit per event, audit success
-    tokens.toml has changed: a token of a machine was created or revoked.
+    tokens.toml has changed: a machine token was created or revoked.
 tokens.readable info (), limit per event
     tokens.toml is readable again.
 tokens.unreadable error (faults), limit per event, audit failure
