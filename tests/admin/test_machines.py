@@ -238,6 +238,25 @@ async def test_token_in_use_raises_an_alert_before_it_ends_and_when_it_has(tmp_p
     assert upkeep.resolved == ["used"]
 
 
+async def test_use_by_a_clock_that_was_ahead_is_replaced_and_no_alert(tmp_path: Path) -> None:
+    upkeep = Upkeep(tmp_path / "home")
+    token = upkeep.add("used", 90 * DAY)
+    right = upkeep.time + 80 * DAY
+    upkeep.time = right + 9 * DAY
+    await upkeep.use(token)
+    await upkeep.tick()
+    upkeep.raised.clear()
+    upkeep.time = right
+    await upkeep.tick()
+    assert upkeep.resolved == ["used"], "it is not known to be in use"
+    await upkeep.use(token)
+    await upkeep.tick()
+    upkeep.file.load()
+    assert upkeep.file.entries["used"].last_used == right
+    await upkeep.tick()
+    assert [about for about, _, _ in upkeep.raised] == ["used"]
+
+
 async def test_alert_ends_when_the_token_is_not_used_any_more(tmp_path: Path) -> None:
     upkeep = Upkeep(tmp_path / "home")
     token = upkeep.add("used", 20 * DAY)

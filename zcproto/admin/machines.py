@@ -24,7 +24,7 @@ from zcproto.alerts import AlertKind, Severity
 from zcproto.alerts.service import ServerAlerts
 from zcproto.auth import Login
 from zcproto.auth.directory import Directory
-from zcproto.auth.tokens import MachineToken, TokenFile, full_hour, is_later
+from zcproto.auth.tokens import CLOCK_STEP, MachineToken, TokenFile, full_hour, is_later
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import sleep_together
 from zcproto.common.home import Home
@@ -200,7 +200,9 @@ def build_tokens(
 def _severity(token: MachineToken, now: datetime) -> Severity | None:
     """Return the severity of the alert about the end of a token; None without an alert."""
     left = token.expires - now
-    if token.last_used is None or min(now, token.expires) - token.last_used > IN_USE or left <= -IN_USE:
+    if token.last_used is None or token.last_used - now > CLOCK_STEP:
+        return None
+    if min(now, token.expires) - token.last_used > IN_USE or left <= -IN_USE:
         return None
     if left <= timedelta(0):
         return Severity.ERROR

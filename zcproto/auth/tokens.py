@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from zcproto.auth.files import TableFile, is_moment, name_faults, quoted, toml_key, toml_moment
@@ -36,6 +36,9 @@ SCOPES: Final = ("metrics", "status")
 """What a token may read: /metrics, /status.json."""
 
 MAX_TOKENS: Final = 1_000
+
+CLOCK_STEP: Final = timedelta(days=1)
+"""A last use that is further ahead was stored by a wrong clock."""
 
 _HEADER: Final = "# The machine tokens. Written by zcproto: comments are lost.\n"
 _MOMENT: Final = "a date and time with an offset, such as 2026-01-01T12:00:00Z"
@@ -177,7 +180,8 @@ def full_hour(moment: datetime) -> datetime:
 
 
 def is_later(hour: datetime, last_used: datetime | None) -> bool:
-    return last_used is None or hour > last_used
+    """Return whether an hour of use replaces the one that is stored, which a wrong clock may have put ahead."""
+    return last_used is None or hour > last_used or last_used - hour > CLOCK_STEP
 
 
 def _sorted(scopes: object) -> tuple[str, ...]:
