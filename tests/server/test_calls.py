@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -443,6 +443,26 @@ def test_expired_registrations_make_room_for_others_of_the_user_the_oldest_first
     assert harness.state.clients.find(handles="approve") == []
     assert len(harness.state.clients.find(handles="second")) == 1
     assert fourth.handle("a", "b", "c").error.details["limit"] == 4
+
+
+def test_room_is_made_without_a_look_at_each_registration_of_the_user(
+    client: CallPeer, harness: Harness
+) -> None:
+    class Unread(dict[Any, Any]):
+        def items(self) -> NoReturn:
+            raise AssertionError("thousands of them for each request of a user at the limit")
+
+        keys = __iter__ = items  # type: ignore[assignment]
+
+    clients = harness.state.clients
+    clients.limits = CallLimits(names_per_user=2)
+    other = CallPeer(harness)
+    other.login()
+    clients._by_user["ada"] = Unread(clients._by_user["ada"])
+    assert other.handle("a").error.details["limit"] == 2
+    expire(client)
+    assert other.handle("a", "b").value == {}
+    assert len(clients.find(handles="a")) == 1
 
 
 def test_lost_connection_fails_its_calls_and_forgets_the_client(client: CallPeer, harness: Harness) -> None:

@@ -13,7 +13,7 @@ It must not know: what is on the wire, who calls.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,13 +75,14 @@ class RegisteredClients:
         """Calls that ended, by result."""
         self._by_user: dict[str, dict[Key, Registration]] = {}
         self._users: dict[Key, str] = {}
-        self._suspended = 0
+        self._suspended: dict[str, OrderedDict[Key, None]] = {}  # by user, the first to be suspended first
+        self._suspensions = 0
         self._names: Counter[str] = Counter()  # registered by user
         self._in_flight: Counter[str] = Counter()  # calls by user
         self.in_flight = 0
 
     def __len__(self) -> int:
-        return len(self._users) - self._suspended
+        return len(self._users) - self._suspensions
 
     @property
     def most_in_flight(self) -> int:
@@ -110,24 +111,34 @@ class RegisteredClients:
             self._names[session.user] += len(methods)
 
     def _make_room(self, user: str, more: int) -> None:
-        """Drop suspended registrations of a user, the oldest first, until there is room for so many names."""
-        for (connection, session_id), found in [*self._by_user.get(user, {}).items()]:
-            if found.is_suspended and self._names[user] + more > self.limits.names_per_user:
-                connection.unregister(session_id)
+        """Drop suspended registrations of a user, the first to be suspended first, until there is room."""
+        suspended = self._suspended.get(user)
+        while suspended and self._names[user] + more > self.limits.names_per_user:
+            connection, session_id = next(iter(suspended))
+            connection.unregister(session_id)
 
     def suspend(self, connection: Registering, session_id: str) -> None:
         """Keep a registration for the time when its session, which has expired, was refreshed."""
         found = self._find(connection, session_id)
         if found is not None and not found.is_suspended:
             found.is_suspended = True
-            self._suspended += 1
+            user = self._users[connection, session_id]
+            self._suspended.setdefault(user, OrderedDict())[connection, session_id] = None
+            self._suspensions += 1
 
     def resume(self, connection: Registering, session_id: str) -> None:
         """Use a registration again if it was suspended."""
         found = self._find(connection, session_id)
         if found is not None and found.is_suspended:
             found.is_suspended = False
-            self._suspended -= 1
+            self._forget_suspension((connection, session_id), self._users[connection, session_id])
+
+    def _forget_suspension(self, key: Key, user: str) -> None:
+        suspended = self._suspended[user]
+        del suspended[key]
+        if not suspended:
+            del self._suspended[user]
+        self._suspensions -= 1
 
     def _find(self, connection: Registering, session_id: str) -> Registration | None:
         key = connection, session_id
@@ -142,7 +153,8 @@ class RegisteredClients:
             registrations = self._by_user[user]
             removed = registrations.pop(key)
             self._names[user] -= len(removed.methods)
-            self._suspended -= removed.is_suspended
+            if removed.is_suspended:
+                self._forget_suspension(key, user)
             if not registrations:
                 del self._by_user[user], self._names[user]
 
