@@ -193,7 +193,7 @@ def test_user_names_are_only_shown_to_operators(serve: Serve) -> None:
     server = serve()
     server.in_loop(
         lambda: server.server.parts.alerts.raise_(
-            AlertKind.SESSIONS_REVOKED, "bob ended a session of ada", about="ada"
+            AlertKind.SESSIONS_REVOKED, "bob ended a session of margaret", about="margaret"
         )
     )
     with server.client("eve") as eve, server.client("operator") as operator:
@@ -202,8 +202,8 @@ def test_user_names_are_only_shown_to_operators(serve: Serve) -> None:
     (alert_of_eve,) = seen_by_eve["alerts"]["open"]
     (alert_of_operator,) = seen_by_operator["alerts"]["open"]
     assert alert_of_eve["kind"] == "session.revoked"
-    assert "ada" not in json.dumps(seen_by_eve)
-    assert alert_of_operator["title"] == "bob ended a session of ada"
+    assert "margaret" not in json.dumps(seen_by_eve)
+    assert alert_of_operator["title"] == "bob ended a session of margaret"
     assert (seen_by_eve["operator"], seen_by_operator["operator"]) == (False, True)
 
 
