@@ -344,10 +344,6 @@ async def test_changes_of_a_file_are_logged_by_one_process(
         assert lines == []
         return
     (line,) = lines
-    assert (line["event"], line["count"], line["changed"], line["removed"]) == (
-        "users.changed",
-        22,
-        ["ada"],
-        ["ben"],
-    )
+    shown = (line["event"], line["count"], line["changed"], line["removed"])
+    assert shown == ("users.changed", 22, ["ada"], ["ben"])
     assert line["added"] == [f"robot-{number}" for number in range(16)]

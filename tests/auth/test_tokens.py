@@ -117,12 +117,7 @@ def test_last_use_is_stored_as_a_full_hour_and_never_goes_back(file: TokenFile) 
         file.mark_used({"prometheus": (digest_of(token), used)})
         assert last_used() == stored
     before = file.path.stat()
-    file.mark_used(
-        {
-            "prometheus": (digest_of(token), hour),
-            "revoked": (digest_of(token), hour),
-        }
-    )
+    file.mark_used(dict.fromkeys(("prometheus", "revoked"), (digest_of(token), hour)))
     assert file.path.stat() == before, "nothing to write"
     file.mark_used({"prometheus": (bytes(32), hour + timedelta(days=1))})
     assert last_used() == hour + timedelta(hours=1), "a token of the same name that was replaced meanwhile"

@@ -30,18 +30,8 @@ def test_create_prints_only_the_token_to_stdout_and_stores_its_digest(home: Path
 
 def test_token_goes_to_a_private_file(home: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "token"
-    create = [
-        "token",
-        "create",
-        "--scope",
-        "metrics",
-        "--scope",
-        "status",
-        "--expires",
-        "12h",
-        "--out",
-        str(out),
-    ]
+    scopes = ["--scope", "metrics", "--scope", "status"]
+    create = ["token", "create", *scopes, "--expires", "12h", "--out", str(out)]
     assert main([*create, "a", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["name"], printed["scopes"], printed["file"]) == ("a", ["metrics", "status"], str(out))
@@ -63,12 +53,8 @@ def test_json_has_the_token_once(home: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert printed["token"] not in out
     (listed,) = json.loads(out)
-    assert (listed["name"], listed["scopes"], listed["last_used"], listed["expired"]) == (
-        "a",
-        ["status"],
-        None,
-        False,
-    )
+    shown = ("name", "scopes", "last_used", "expired")
+    assert [listed[key] for key in shown] == ["a", ["status"], None, False]
 
 
 def test_list_shows_use_and_expiry(home: Path, capsys: Capture) -> None:

@@ -184,11 +184,8 @@ def test_keys_that_cannot_be_fetched_are_an_alert_and_in_the_metrics(serve: Serv
     with server.client() as client:
         assert client.refused("session.open", login(company.token())).code == Code.UNAVAILABLE
         (alert,) = server.server.parts.alerts.report()["open"]
-        assert (alert["kind"], alert["about"], alert["severity"]) == (
-            "oidc.keys_failed",
-            company.issuer,
-            "error",
-        )
+        shown = (alert["kind"], alert["about"], alert["severity"])
+        assert shown == ("oidc.keys_failed", company.issuer, "error")
         assert "logins by its tokens are not possible" in alert["title"]
         text = scraped(server)
         assert f"zcproto_oidc_keys_failing{issuer}}} 1.0" in text

@@ -13,15 +13,7 @@ from pydantic import Field
 from pydantic_core import core_schema
 
 from zcproto.config.texts import OPTIONAL_PATH, is_issuer
-from zcproto.config.types import (
-    FLAG,
-    Accepts,
-    Settings,
-    duration,
-    one_of,
-    text,
-    whole,
-)
+from zcproto.config.types import FLAG, Accepts, Settings, duration, one_of, text, whole
 
 _DECIMAL: Final = re.compile(r"[01](\.[0-9]{1,18})?")
 
