@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
 from zcproto.app.app import App
 from zcproto.telemetry.requests import ChosenIds, RequestTracing
-from zcproto.telemetry.spans import tracer_of
+from zcproto.telemetry.spans import trace_calls, tracer_of
 from zcproto.testing import MemoryServer
 
 TIMEOUT = 30.0
@@ -40,6 +40,7 @@ class Spans:
             sampler=ParentBased(TraceIdRatioBased(ratio)), shutdown_on_exit=False, id_generator=self.ids
         )
         self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.middleware = [trace_calls(self.provider)]
 
     @property
     def ended(self) -> tuple[ReadableSpan, ...]:
@@ -56,6 +57,13 @@ class Spans:
         tracing = RequestTracing(tracer_of(self.provider), self.ids, list(app), **options)
         server._state.tracing = tracing
         return tracing
+
+    @asynccontextmanager
+    async def serve(self, app: App[Any]) -> AsyncIterator[MemoryServer]:
+        """Run a server in memory and follow its requests."""
+        async with MemoryServer(app) as server:
+            self.trace(server, app)
+            yield server
 
 
 def chain(spans: tuple[ReadableSpan, ...]) -> list[ReadableSpan]:

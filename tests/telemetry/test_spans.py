@@ -97,19 +97,15 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 async def test_call_through_two_servers_is_one_trace_of_four_spans(spans: Spans) -> None:
     last = make_app()
-    async with MemoryServer(last) as b:
-        spans.trace(b, last)
-        async with b.connect("bob", middleware=[trace_calls(spans.provider)]) as to_b:
-            first: App[Any] = App()
+    async with spans.serve(last) as b, b.connect("bob", middleware=spans.middleware) as to_b:
+        first: App[Any] = App()
 
-            @first.method
-            async def sum_up(a: int) -> Any:
-                return await to_b.call("add", a=a, b=1)
+        @first.method
+        async def sum_up(a: int) -> Any:
+            return await to_b.call("add", a=a, b=1)
 
-            async with MemoryServer(first) as a:
-                spans.trace(a, first)
-                async with a.connect("ada", middleware=[trace_calls(spans.provider)]) as to_a:
-                    assert await to_a.call("sum_up", a=1) == 2
+        async with spans.serve(first) as a, a.connect("ada", middleware=spans.middleware) as to_a:
+            assert await to_a.call("sum_up", a=1) == 2
     found = chain(spans.ended)
     assert [(span.name, span.kind) for span in found] == [
         ("sum_up", SpanKind.CLIENT),
@@ -122,11 +118,9 @@ async def test_call_through_two_servers_is_one_trace_of_four_spans(spans: Spans)
 
 async def test_attributes_follow_the_conventions_for_rpc(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada", middleware=[trace_calls(spans.provider)]) as client:
-            await client.call("add", a=1, b=2)
-            endpoint = client.endpoint
+    async with spans.serve(app) as server, server.connect("ada", middleware=spans.middleware) as client:
+        await client.call("add", a=1, b=2)
+        endpoint = client.endpoint
     assert endpoint is not None
     call, method = chain(spans.ended)
     common = {"rpc.system.name": "zcproto", "rpc.method": "add", "rpc.status_code": "OK"}
@@ -144,23 +138,19 @@ async def test_attributes_follow_the_conventions_for_rpc(spans: Spans) -> None:
 @pytest.mark.parametrize("method", ["inner", "blocking"])
 async def test_span_is_current_in_the_method(spans: Spans, method: str) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada") as client:
-            current = await client.call(method)
+    async with spans.serve(app) as server, server.connect("ada") as client:
+        current = await client.call(method)
     assert current == f"{spans.only().context.span_id:016x}"
 
 
 async def test_stream_is_one_span_until_it_ends(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada", middleware=[trace_calls(spans.provider)]) as client:
-            async with client.stream("count", n=3) as stream:
-                assert [item async for item in stream] == [0, 1, 2]
-            with pytest.raises(NotFound):
-                async with client.stream("count", n=1, fails=True) as stream:
-                    assert [item async for item in stream] == [0]
+    async with spans.serve(app) as server, server.connect("ada", middleware=spans.middleware) as client:
+        async with client.stream("count", n=3) as stream:
+            assert [item async for item in stream] == [0, 1, 2]
+        with pytest.raises(NotFound):
+            async with client.stream("count", n=1, fails=True) as stream:
+                assert [item async for item in stream] == [0]
     by_trace: dict[int, list[ReadableSpan]] = {}
     for span in spans.ended:
         by_trace.setdefault(span.context.trace_id, []).append(span)
@@ -172,9 +162,8 @@ async def test_stream_is_one_span_until_it_ends(spans: Spans) -> None:
 
 async def test_stream_of_the_clients_items_is_one_span(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        client = server.connect("ada", middleware=[trace_calls(spans.provider)])
+    async with spans.serve(app) as server:
+        client = server.connect("ada", middleware=spans.middleware)
         async with client, client.stream("total", items=[1, 2, 3]) as stream:
             assert await stream.finished() == 6
     assert [span.name for span in chain(spans.ended)] == ["total", "total"]
@@ -189,10 +178,9 @@ def test_blocking_client_continues_the_span_of_its_caller(spans: Spans) -> None:
         return context.traceparent
 
     tracer = spans.provider.get_tracer("test")
-    middleware = [trace_calls(spans.provider)]
     with (
         LocalServer(app) as server,
-        server.connect_blocking("ada", middleware=middleware) as client,
+        server.connect_blocking("ada", middleware=spans.middleware) as client,
         tracer.start_as_current_span("outer") as outer,
     ):
         header = client.call("parent")
@@ -204,11 +192,10 @@ def test_blocking_client_continues_the_span_of_its_caller(spans: Spans) -> None:
 
 async def test_call_of_the_server_is_a_span_on_both_sides(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
+    async with spans.serve(app) as server:
         client = server.connect(
             "ada",
-            middleware=[trace_calls(spans.provider)],
+            middleware=spans.middleware,
             handler_middleware=[trace_handlers(spans.provider)],
         )
         async with client:
@@ -230,11 +217,9 @@ async def test_call_of_the_server_is_a_span_on_both_sides(spans: Spans) -> None:
 
 async def test_call_to_a_client_without_handler_is_an_error_of_its_span(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada") as client:
-            with pytest.raises(CallError):
-                await client.call("ask")
+    async with spans.serve(app) as server, server.connect("ada") as client:
+        with pytest.raises(CallError):
+            await client.call("ask")
     method, call = chain(spans.ended)
     assert attributes(call)["rpc.status_code"] == "UNAVAILABLE"
     assert call.status.status_code is StatusCode.ERROR
@@ -244,17 +229,19 @@ async def test_call_to_a_client_without_handler_is_an_error_of_its_span(spans: S
 
 async def test_handler_errors_have_the_code_of_their_answer(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada", handler_middleware=[trace_handlers(spans.provider)]) as client:
+    handler_middleware = [trace_handlers(spans.provider)]
+    async with (
+        spans.serve(app) as server,
+        server.connect("ada", handler_middleware=handler_middleware) as client,
+    ):
 
-            @client.handler("approve")
-            async def approve() -> None:
-                raise RuntimeError("not today")
+        @client.handler("approve")
+        async def approve() -> None:
+            raise RuntimeError("not today")
 
-            await client.open_session()
-            with pytest.raises(CallError):
-                await client.call("ask")
+        await client.open_session()
+        with pytest.raises(CallError):
+            await client.call("ask")
     handler = next(span for span in spans.ended if span.name == "approve" and span.kind is SpanKind.SERVER)
     assert attributes(handler)["error.type"] == "INTERNAL"
     assert [event.name for event in handler.events] == ["exception"]
@@ -275,11 +262,12 @@ async def test_error_of_a_method(
     spans: Spans, kind: str, raised: type[CallError], code: str, is_fault: bool
 ) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada", middleware=[trace_calls(spans.provider)], timeout=0.5) as client:
-            with pytest.raises(raised):
-                await client.call("fail", kind=kind)
+    async with (
+        spans.serve(app) as server,
+        server.connect("ada", middleware=spans.middleware, timeout=0.5) as client,
+    ):
+        with pytest.raises(raised):
+            await client.call("fail", kind=kind)
     call, *methods = sorted(spans.ended, key=lambda span: span.kind is SpanKind.SERVER)
     assert attributes(call)["rpc.status_code"] == attributes(call)["error.type"] == code
     assert call.status.status_code is StatusCode.ERROR
@@ -295,13 +283,12 @@ async def test_error_of_a_method(
 @pytest.mark.parametrize("kind", ["value", "unavailable"])
 async def test_spans_hold_no_secret(spans: Spans, kind: str) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect(
-            "margaret", middleware=[trace_calls(spans.provider)], timeout=0.5
-        ) as client:
-            with pytest.raises(CallError):
-                await client.call("fail", kind=kind)
+    async with (
+        spans.serve(app) as server,
+        server.connect("margaret", middleware=spans.middleware, timeout=0.5) as client,
+    ):
+        with pytest.raises(CallError):
+            await client.call("fail", kind=kind)
     text = "".join(span.to_json() for span in spans.ended)
     assert KEY not in text
     assert "(hidden)" in text
@@ -310,11 +297,9 @@ async def test_spans_hold_no_secret(spans: Spans, kind: str) -> None:
 
 async def test_exception_event_has_type_message_and_stack(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada") as client:
-            with pytest.raises(InternalError):
-                await client.call("fail", kind="value")
+    async with spans.serve(app) as server, server.connect("ada") as client:
+        with pytest.raises(InternalError):
+            await client.call("fail", kind="value")
     (event,) = spans.only().events
     found = dict(event.attributes or {})
     assert found["exception.type"] == "ValueError"
@@ -331,11 +316,9 @@ async def test_incident_in_the_log_names_the_trace(spans: Spans, capsys: pytest.
     configure_logging(LogConfig(format="json"))
     add_trace_ids(ids_for_log)
     try:
-        async with MemoryServer(app) as server:
-            spans.trace(server, app)
-            async with server.connect("ada") as client:
-                with pytest.raises(InternalError):
-                    await client.call("fail", kind="value")
+        async with spans.serve(app) as server, server.connect("ada") as client:
+            with pytest.raises(InternalError):
+                await client.call("fail", kind="value")
         flush_log()
     finally:
         add_trace_ids(None)
@@ -347,11 +330,9 @@ async def test_incident_in_the_log_names_the_trace(spans: Spans, capsys: pytest.
 
 async def test_method_past_its_deadline_is_a_fault_of_the_server(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada") as client:
-            with pytest.raises(DeadlineExceeded):
-                await client.call("wait", timeout=0.05)
+    async with spans.serve(app) as server, server.connect("ada") as client:
+        with pytest.raises(DeadlineExceeded):
+            await client.call("wait", timeout=0.05)
     assert attributes(spans.only())["rpc.status_code"] == "DEADLINE_EXCEEDED"
 
 
@@ -363,15 +344,13 @@ async def test_cancelled_call_is_not_a_fault_of_the_server(spans: Spans) -> None
         runs.set()
         await asyncio.get_running_loop().create_future()
 
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada", middleware=[trace_calls(spans.provider)]) as client:
-            call = asyncio.create_task(client.call("run"))
-            await runs.wait()
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            await client.call("session.info")  # the server has received the cancellation before
+    async with spans.serve(app) as server, server.connect("ada", middleware=spans.middleware) as client:
+        call = asyncio.create_task(client.call("run"))
+        await runs.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await client.call("session.info")  # the server has received the cancellation before
     outer, method = chain(tuple(span for span in spans.ended if span.name == "run"))
     assert attributes(outer)["error.type"] == "CANCELLED"
     assert attributes(method)["rpc.status_code"] == "CANCELLED"
@@ -390,11 +369,9 @@ async def test_call_without_an_answer_has_the_type_of_its_exception(spans: Spans
 
 async def test_params_that_do_not_fit_are_within_the_span(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada") as client:
-            with pytest.raises(InvalidArgument):
-                await client.call("add", a="one", b=2)
+    async with spans.serve(app) as server, server.connect("ada") as client:
+        with pytest.raises(InvalidArgument):
+            await client.call("add", a="one", b=2)
     assert attributes(spans.only())["rpc.status_code"] == "INVALID_ARGUMENT"
 
 
@@ -403,10 +380,8 @@ async def test_params_that_do_not_fit_are_within_the_span(spans: Spans) -> None:
 
 async def test_explicit_traceparent_is_the_parent_of_the_call(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada", middleware=[trace_calls(spans.provider)]) as client:
-            await client.call("add", a=1, b=2, traceparent=SAMPLED)
+    async with spans.serve(app) as server, server.connect("ada", middleware=spans.middleware) as client:
+        await client.call("add", a=1, b=2, traceparent=SAMPLED)
     assert {span.context.trace_id for span in spans.ended} == {TRACE_ID}
 
 
@@ -437,19 +412,15 @@ async def test_application_with_its_own_sdk_traces_by_middleware(spans: Spans) -
 
 async def test_methods_of_the_protocol_have_no_span(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect("ada") as client:
-            await client.call("session.info")
+    async with spans.serve(app) as server, server.connect("ada") as client:
+        await client.call("session.info")
     assert not spans.ended
 
 
 async def test_refused_calls_have_no_span(spans: Spans) -> None:
     app = make_app()
-    async with MemoryServer(app) as server:
-        spans.trace(server, app)
-        async with server.connect() as stranger:
-            for method in ("add", "no.such.method"):
-                with pytest.raises(CallError):
-                    await stranger.call(method, traceparent=SAMPLED)
+    async with spans.serve(app) as server, server.connect() as stranger:
+        for method in ("add", "no.such.method"):
+            with pytest.raises(CallError):
+                await stranger.call(method, traceparent=SAMPLED)
     assert not spans.ended
