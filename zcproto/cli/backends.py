@@ -107,11 +107,8 @@ class HomeFiles:
         }
         if operation == "sessions":
             return operations[operation](**params)
-        with recorded(
-            self.instance, operation.replace("/", "."), **about(operation, params)
-        ) as recorded_result:
-            result = operations[operation](**params)
-            recorded_result.update(result)
+        with recorded(self.instance, operation.replace("/", "."), **about(operation, params)) as result:
+            result.update(operations[operation](**params))
         return result
 
     def _list_sessions(self, user: str | None = None) -> dict[str, Any]:
