@@ -191,6 +191,23 @@ def test_session_opened_here_is_checked_after_a_revocation(pair: ConnectionPair,
     assert [answer.code for answer in pair.answers() if answer.kind is Kind.ERROR] == refused[which]
 
 
+def test_session_revoked_before_it_joins_is_refused_although_other_frames_came(pair: ConnectionPair) -> None:
+    wall, now = pair.clock.wall(), pair.clock.now()
+    opening = pair.get(pair.request(1, "session.open", token=NO_TOKEN))
+    pair.server.hold(opening, now)
+    opened = pair.registry.open("ada", wall=wall, client="", address="")
+    pair.registry.revoke_user("ada", EndReason.BY_USER)
+    pair.get(pair.request(3, token=NO_TOKEN))
+    pair.server.join(opened.session, opened.token, wall, now)
+    pair.send(pair.request(5, token=opened.token))
+    assert pair.answers()[-1].code == Code.TOKEN_REVOKED
+    pair.server.respond(opening, b"", wall)
+    pair.get(pair.request(3, token=NO_TOKEN))
+    checked = open_here(pair)
+    assert pair.get(pair.request(7)).session is not None
+    assert checked == [], "the next one needs no check again"
+
+
 def test_bound_session_opened_here_needs_its_key(pair: ConnectionPair) -> None:
     open_here(pair, key="device:d")
     pair.send(pair.request(3))

@@ -138,6 +138,7 @@ class ServerConnection(ServerOutput):
     _token: bytes = field(default=NO_TOKEN, init=False)  # last accepted: most checks are one comparison
     _session: Session | None = field(default=None, init=False)
     _seen_generation: int = field(init=False)
+    _accepts_joined: bool = field(default=True, init=False)  # no token became invalid since requests are held
     _recheck_at: int = field(default=ALWAYS, init=False)
     sessions: JoinedSessions = field(default_factory=JoinedSessions, init=False)
     _proved: frozenset[str] = field(default=frozenset(), init=False)  # keys of bound sessions usable here
@@ -415,6 +416,8 @@ class ServerConnection(ServerOutput):
         or None.
         """
         registry = self.registry
+        is_unchanged = registry.generation == self._seen_generation
+        self._accepts_joined = (self._accepts_joined and is_unchanged) or not self._held
         self._seen_generation = registry.generation
         self._token, self._session, self._recheck_at = NO_TOKEN, None, 0  # until this token is accepted
         if token == NO_TOKEN:
@@ -450,9 +453,11 @@ class ServerConnection(ServerOutput):
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session that a request of this connection opened, refreshed or attached."""
         self._add(session, token, wall, now)
-        # Its next frame needs no check if no token has become invalid since that request was accepted.
+        # Its next frame needs no check if no token has become invalid since that request was accepted, whatever
+        # other frames came meanwhile.
         registry = self.registry
-        if registry.generation == self._seen_generation and not (registry.closed or session.bound):
+        is_unchanged = registry.generation == self._seen_generation and self._accepts_joined
+        if is_unchanged and not (registry.closed or session.bound):
             self._accept(session, token, wall)
 
     def _attaching(
