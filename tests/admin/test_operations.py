@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.admin.control_helpers import Answered, ask
-from tests.observe.test_audit import lines_of
+from tests.audit_trail import lines_of
 from tests.server.conftest import Serve
 from tests.server.helpers import Client, ServerThread, eventually
 from zcproto.admin import operations

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.observe.test_audit import lines_of
+from tests.audit_trail import lines_of
 from zcproto.cli import main
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.observe.test_audit import lines_of
+from tests.audit_trail import lines_of
 from zcproto.auth.tokens import TokenFile
 from zcproto.cli import main
 from zcproto.sessions.token import digest_of, token_from_text

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 
+from tests.audit_trail import lines_of, validator
 from tests.helpers import FakeClock, FakeTimers
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.config.model import LogConfig
@@ -34,22 +33,6 @@ from zcproto.observe.output import MAX_WAITING
 log = get_logger("zcproto.test")
 TOKEN = "A" * 43
 AUDITED = [event for event in EVENTS.values() if event.audit]
-SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "audit.schema.json"
-
-
-@cache
-def validator() -> Draft202012Validator:
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    Draft202012Validator.check_schema(schema)
-    return Draft202012Validator(schema)
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a trail, each of which must validate."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        validator().validate(line)
-    return lines
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from tests.observe.test_audit import lines_of
+from tests.audit_trail import lines_of
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from tests.server.process import ServerProcess, home_with

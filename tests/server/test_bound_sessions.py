@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.observe.test_audit import lines_of
+from tests.audit_trail import lines_of
 from tests.server.helpers import EVENT, NO_TOKEN, Client, Frame, ServerThread, eventually, wall
 from zcproto.auth import DeviceFile, PairingFile, UserFile
 from zcproto.auth import pairing as pairing_module
