@@ -38,6 +38,11 @@ def group_of_one(parts: Parts) -> Whole:
     return RemoteWhole(collector.answer)
 
 
+def coordinator_alone(parts: Parts) -> Whole:
+    """Let a coordinator stand for a server that no worker has joined."""
+    return RemoteWhole(Collector(1, 2, system_clock, join_s=0).answer)
+
+
 class Silent:
     """A coordinator that does not answer."""
 
@@ -118,6 +123,13 @@ def test_readiness_is_that_of_all_workers(server: ServerThread) -> None:
     answer = ask(server, "/readyz")
     assert (answer.status, json.loads(answer.body)["ready"]) == (200, True)
     assert ask(server, "/healthz").body == b"ok\n"
+
+
+def test_server_is_not_ready_before_a_worker_has_answered(serve: Serve) -> None:
+    answer = ask(serve(role=WorkerRole(whole=coordinator_alone)), "/readyz")
+    assert answer.status == 503
+    report = json.loads(answer.body)
+    assert (report["ready"], report["reasons"]) == (False, ["workers: none has answered"])
 
 
 def test_worker_without_coordinator_refuses_figures_and_reports_its_own_readiness(

@@ -462,11 +462,20 @@ async def read_status(parts: Parts) -> dict[str, Any]:
     return finish_status(report.status, report.workers)
 
 
+_NO_WORKER: Final[Mapping[str, Any]] = {
+    "ready": False,
+    "reasons": ["workers: none has answered"],
+    "warnings": [],
+    "checks": {},
+}
+"""The readiness of a server in its first moments, or if no worker answers."""
+
+
 async def read_readiness(parts: Parts) -> Mapping[str, Any]:
     """Return whether new clients should connect to the server. Raises Unavailable."""
     if parts.whole is None:
         return readiness_report(parts)
-    return (await parts.whole.report(Depth.READINESS)).readiness
+    return {**_NO_WORKER, **(await parts.whole.report(Depth.READINESS)).readiness}
 
 
 def stats_method(parts: Parts) -> Method:
