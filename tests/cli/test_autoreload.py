@@ -82,6 +82,7 @@ def reloading(tmp_path: Path, certs: Path, request: pytest.FixtureRequest) -> It
     server = Reloading(tmp_path, certs, *getattr(request, "param", ()))
     yield server
     server.close()
+    print(server.output)  # shown if the test has failed
 
 
 with_and_without_workers = pytest.mark.parametrize(
