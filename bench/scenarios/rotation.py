@@ -142,10 +142,18 @@ class Rotator:
         ensured = managed.ensure(self._directory, self._settings, datetime.now(UTC))
         self.history = [Rotated(0, False, began, time.monotonic(), _leaves(ensured.pairs))]
 
+    async def rotate_beside(self, number: int) -> Rotated:
+        """Carry out one rotation in a thread of low priority: it is another program's work, not the server's."""
+
+        def rotate() -> Rotated:
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            return self.rotate(number)
+
+        return await asyncio.to_thread(rotate)
+
     def rotate(self, number: int) -> Rotated:
         """Carry out one rotation, in the caller's thread."""
-        if sys.platform == "linux":  # this is another program's work, not the server's
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         began, now = time.monotonic(), datetime.now(UTC)
         # An RSA key takes seconds to make, which would be measured here and not what the server does with it.
         ecdsa = self._ecdsa if number % self._new_key_every == 0 else None
@@ -406,7 +414,7 @@ class Rotations:
         self.at_rest = _span(connected, rested)
         for number in range(1, plan.rotations + 1):  # one that is late is not left out
             await asyncio.sleep(start + plan.rest_s + number * plan.interval_s - time.monotonic())
-            rotated = await asyncio.to_thread(self._rotator.rotate, number)
+            rotated = await self._rotator.rotate_beside(number)
             self.history.append(rotated)
             self._on_rotated(rotated)
             if number % max(1, plan.rotations // PROGRESS_LINES) == 0:

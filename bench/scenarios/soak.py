@@ -283,7 +283,7 @@ class Faults:
     async def rotate(self) -> None:
         """Replace the certificate by its files, and wait until it is served."""
         self._rotations += 1
-        rotated = await asyncio.to_thread(self._rotator.rotate, self._rotations)
+        rotated = await self._rotator.rotate_beside(self._rotations)
         if rotated.problem:
             raise ZcprotoError(rotated.problem)
 

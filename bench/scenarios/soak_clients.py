@@ -394,7 +394,7 @@ class SoakFaults:
             party.proxy.cut()
 
     async def rotation(self) -> None:
-        rotated = await asyncio.to_thread(self._rotator.rotate, self.done["rotation"] + 1)
+        rotated = await self._rotator.rotate_beside(self.done["rotation"] + 1)
         if rotated.problem:
             raise ZcprotoError(rotated.problem)
         await self.cut()  # so that new connections see it
