@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -42,16 +41,16 @@ from bench.compare.command import (
     Side,
     in_turn,
     report,
-    running,
+    run_zcproto,
 )
 from bench.guard.counting import Recorder
 from bench.micro.metrics_cost import Peer, state_on, without_lines
 from bench.report import Report, Row
 from bench.stage import CLIENT_CPU, ECDSA_ONLY, Stage, bench_environment
-from zcproto.errors import ConfigError, ZcprotoError
+from zcproto.errors import ConfigError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
-from zcproto.load.processes import module_command, on_processor
+from zcproto.load.processes import on_processor
 from zcproto.server.protocol import ServerProtocol, TracedProtocol
 
 RATIO: Final = 0.01
@@ -121,13 +120,8 @@ def run_server(home: Path, modules: Path | None = None) -> Iterator[Running]:
     environ = dict(bench_environment())
     if modules is not None:
         environ["PYTHONPATH"] = f"{modules}:{environ.get('PYTHONPATH', '')}".rstrip(":")
-    words = ("--home", str(home), "serve", "bench.compare.app:app", "--port", "0")
-    with running(module_command("zcproto", *words), stdout=subprocess.PIPE, env=environ) as server:
-        assert server.stdout is not None
-        line = server.stdout.readline().decode()
-        if "listening on" not in line:
-            raise ZcprotoError(f"zcproto serve did not start: {line}")
-        yield Running(server.pid, int(line.rpartition(":")[2]))
+    with run_zcproto(home, environ) as running:
+        yield running
 
 
 def compare(folder: Path, rounds: int, requests: int) -> Report:

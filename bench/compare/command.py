@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -284,11 +284,10 @@ def report(found: dict[Case, list[tuple[float, float]]]) -> Report:
 
 
 @contextlib.contextmanager
-def run_zcproto(home: Path) -> Iterator[Running]:
+def run_zcproto(home: Path, environ: Mapping[str, str] | None = None) -> Iterator[Running]:
     words = ("--home", str(home), "serve", "bench.compare.app:app", "--port", "0")
-    with running(
-        module_command("zcproto", *words), stdout=subprocess.PIPE, env=bench_environment()
-    ) as server:
+    environ = bench_environment() if environ is None else environ
+    with running(module_command("zcproto", *words), stdout=subprocess.PIPE, env=environ) as server:
         assert server.stdout is not None
         line = server.stdout.readline().decode()
         if "listening on" not in line:
@@ -355,6 +354,8 @@ def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[byt
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @measurement
