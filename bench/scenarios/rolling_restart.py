@@ -34,6 +34,7 @@ from bench.scenarios.helper import Helper
 from bench.scenarios.rolling_clients import VISIT_S, RollingClients, Seen
 from bench.scenarios.worker_kills import is_running
 from bench.stage import ECDSA_ONLY, SERVER_CPU, Server, Stage, bench_environment, check_open_files, room_for
+from zcproto.client.endpoints import STABLE_AFTER
 from zcproto.common.home import Home
 from zcproto.common.process import new_event_loop
 from zcproto.errors import ZcprotoError
@@ -57,6 +58,11 @@ FAULTS: Final = ("upgrade.failed", "upgrade.slow", "worker.ended", "worker.kille
 """Events of the log that a restart must not cause."""
 
 
+INTERVAL_S: Final = STABLE_AFTER + 1.0
+"""Seconds between two restarts. A client whose connections last less than STABLE_AFTER waits longer before each
+reconnect (specification, section 11), up to 30 s: its requests would miss their deadlines."""
+
+
 @dataclass(frozen=True, slots=True)
 class RollingPlan:
     """One run. Rates are by the second."""
@@ -65,7 +71,7 @@ class RollingPlan:
     rate: float = 5_000.0
     visit_rate: float = 100.0
     clients: int = 50
-    interval_s: float = 1.5
+    interval_s: float = INTERVAL_S
     """From the end of one restart to the next."""
 
 
@@ -226,7 +232,7 @@ def roll(stage: Stage, plan: RollingPlan) -> Report:
 @click.option("--visit-rate", type=RATE, default=100.0, show_default=True, help="New connections a second.")
 @click.option("--clients", type=COUNT, default=50, show_default=True, help="Those that stay.")
 @click.option(
-    "--interval", type=SECONDS, default=1.5, show_default=True, help="Seconds between two restarts."
+    "--interval", type=SECONDS, default=INTERVAL_S, show_default=True, help="Seconds between two restarts."
 )
 def command(restarts: int, rate: float, visit_rate: float, clients: int, interval: float) -> Report:
     connections = clients + ceil(visit_rate * VISIT_S)
