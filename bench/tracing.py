@@ -215,10 +215,10 @@ class _Still:
 
 def _tracing(methods: Any, ratio: float) -> Any:
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415 - it comes with an extra
-    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased  # noqa: PLC0415
+    from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased  # noqa: PLC0415 - as above
 
-    from zcproto.telemetry.requests import ChosenIds, RequestTracing  # noqa: PLC0415
-    from zcproto.telemetry.spans import tracer_of  # noqa: PLC0415
+    from zcproto.telemetry.requests import ChosenIds, RequestTracing  # noqa: PLC0415 - needs the extra
+    from zcproto.telemetry.spans import tracer_of  # noqa: PLC0415 - needs the extra
 
     ids = ChosenIds()
     provider = TracerProvider(

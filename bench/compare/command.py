@@ -286,7 +286,7 @@ def report(found: dict[Case, list[tuple[float, float]]]) -> Report:
 @contextlib.contextmanager
 def run_zcproto(home: Path, environ: Mapping[str, str] | None = None) -> Iterator[Running]:
     words = ("--home", str(home), "serve", "bench.compare.app:app", "--port", "0")
-    environ = bench_environment() if environ is None else environ
+    environ = environ or bench_environment()
     with running(module_command("zcproto", *words), stdout=subprocess.PIPE, env=environ) as server:
         assert server.stdout is not None
         line = server.stdout.readline().decode()

@@ -488,6 +488,7 @@ def test_settings_are_not_adopted_after_the_end_of_the_loop(
     loop.close()
     with manager._checking:  # the thread ends
         assert (manager._checker, manager._settings) == before
+    # Its loop is closed on purpose; asyncio would log that it never ended.
     reconfiguring._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
