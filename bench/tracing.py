@@ -51,7 +51,8 @@ from zcproto.errors import ConfigError
 from zcproto.load.demo.run import temporary_home
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
-from zcproto.server.protocol import ServerProtocol, TracedProtocol
+from zcproto.server.protocol import ServerProtocol
+from zcproto.server.traced_protocol import TracedProtocol
 
 RATIO: Final = 0.01
 MOST_OFF: Final = 1.01

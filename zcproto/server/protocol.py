@@ -3,8 +3,7 @@
     data -> connection.receive_data -> for each event -> run the method -> answer
     then once: connection.data_to_send -> transport.write
 
-Decides: back-pressure, and how a connection ends. What is allowed on the wire is decided by
-`ServerConnection`.
+Decides: back-pressure, and how a connection ends. `ServerConnection` decides what is allowed on the wire.
 
 Rules:
 - A peer that does not read is not read from, and its requests are not run. The same holds during a token lookup.
@@ -599,16 +598,3 @@ class ServerProtocol(Dispatcher):
         workers, self._workers = self._workers, None
         for worker in (workers or {}).values():
             worker.cancel()
-
-
-class TracedProtocol(ServerProtocol):
-    """One connection of a server that records traces."""
-
-    __slots__ = ()
-
-    def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
-        tracing = self._state.tracing
-        if tracing is None:  # the server has not started
-            ServerProtocol._process(self, events, wall)
-        else:
-            tracing.read_context.copy().run(ServerProtocol._process, self, events, wall)
