@@ -251,7 +251,7 @@ def _sent_by_http(data: Any, connection: Any, *_: Any) -> None:
 
 
 def _process_log(_: Any, process: Any, *__: Any) -> None:
-    watch.add_output("the log of a process", process._text)
+    watch.add_output("the log of a process", process.log)
 
 
 def _standard_error(outcome: Any, *_: Any) -> None:

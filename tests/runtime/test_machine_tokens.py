@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,7 @@ def test_token_is_valid_and_revoked_at_once_in_every_worker(
         assert main(["token", "revoke", "prometheus", "--home", str(home)]) == 0
         assert statuses() <= {401, 429}
         eventually(lambda: server.log.count("tokens.changed") == 2)
-        lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
-        changes = [line for line in lines if line["event"] == "tokens.changed"]
+        changes = server.events("tokens.changed")
         assert [(line["worker"], line.get("added"), line.get("removed")) for line in changes] == [
             ("coordinator", ["prometheus"], None),
             ("coordinator", None, ["prometheus"]),

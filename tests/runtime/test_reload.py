@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import shutil
 import signal
 import ssl
@@ -410,14 +408,6 @@ def test_reload_in_a_program_leaves_its_log_alone(serve: Serve) -> None:
 # --- a process -----------------------------------------------------------------------------------------------
 
 
-def _lines(server: ServerProcess) -> list[dict[str, Any]]:
-    found = []
-    for line in server.log.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
-
-
 def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
@@ -425,26 +415,23 @@ def test_sighup_reloads_and_invalid_file_changes_nothing(tmp_path: Path, certs: 
     file.write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n[store]\nurl = "memory"\n')
     good = file.read_text()
 
-    def events(name: str) -> list[dict[str, Any]]:
-        return [line for line in _lines(server) if line.get("event") == name]
-
     with ServerProcess(home, certs) as server:
         with server.client() as client:
             file.write_text(
                 good + '[limits]\nmax_streams = 5\n[log]\nlevel = "debug"\n[server]\nport = 9999\n'
             )
             server.signal(signal.SIGHUP)
-            eventually(lambda: events("config.reloaded"))
-            (line,) = events("config.reloaded")
+            eventually(lambda: server.events("config.reloaded"))
+            (line,) = server.events("config.reloaded")
             assert line["changed"] == ["limits.max_streams", "log.level"]
             assert "restart" not in line or line["restart"] == []  # --port overrides the file
             with server.client() as other:
                 assert other.welcome.value["max_streams"] == 5
-            eventually(lambda: events("connection.opened"))
+            eventually(lambda: server.events("connection.opened"))
             file.write_text(good + "[limits]\nmax_streams = 0\nmax_stream = 1\n")
             server.signal(signal.SIGHUP)
-            eventually(lambda: events("config.refused"))
-            (line,) = events("config.refused")
+            eventually(lambda: server.events("config.refused"))
+            (line,) = server.events("config.refused")
             assert len(line["faults"]) == 2
             with server.client() as other:
                 assert other.welcome.value["max_streams"] == 5

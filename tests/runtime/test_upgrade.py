@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -88,7 +87,7 @@ def server(tmp_path: Path, certs: Path, key: str) -> Iterator[ServerProcess]:
         try:
             yield server
         finally:
-            for line in events(server, "upgrade.started"):
+            for line in server.events("upgrade.started"):
                 end(line["pid"])
 
 
@@ -104,12 +103,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def events(server: ServerProcess, *names: str) -> list[dict[str, Any]]:
-    log = (server.home / "log").read_text()
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] in names]
 
 
 def call(server: ServerProcess, key: str, token: bytes | None) -> tuple[bytes, int]:
@@ -141,13 +134,13 @@ async def test_upgrade_keeps_sessions_and_loses_no_request(server: ServerProcess
             assert await kept.call("parent") > 0
             async with connect(f"127.0.0.1:{server.port}", **options) as new:
                 assert await new.call("parent") > 0
-        (started,) = events(server, "upgrade.started")
+        (started,) = server.events("upgrade.started")
         assert await kept.call("parent") == started["pid"]
     assert server.process.returncode == 0
-    assert [line["pid"] for line in events(server, "upgrade.done")] == [started["pid"]]
+    assert [line["pid"] for line in server.events("upgrade.done")] == [started["pid"]]
     assert call(server, key, token) == (token, started["pid"])
-    assert not events(server, "worker.ended", "worker.killed", "server.fault")
-    assert not events(server, "store.degraded", "store.recovered", "alert.began")
+    assert not server.events("worker.ended", "worker.killed", "server.fault")
+    assert not server.events("store.degraded", "store.recovered", "alert.began")
     os.kill(started["pid"], signal.SIGTERM)
     eventually(lambda: not (server.home / "control.sock").exists())
 
@@ -158,11 +151,11 @@ def test_upgrade_is_rolled_back_if_the_new_application_fails(server: ServerProce
     (server.home / "placed.py").write_text("raise RuntimeError('not ready')\n")
     for count in (1, 2):
         server.signal(signal.SIGUSR2)
-        eventually(lambda count=count: len(events(server, "upgrade.failed")) == count)
+        eventually(lambda count=count: len(server.events("upgrade.failed")) == count)
         assert call(server, key, token) == (token, first)
     (server.home / "placed.py").write_text(PLACE)
     code, output = upgrade(server)
-    (pid,) = [line["pid"] for line in events(server, "upgrade.done")]
+    (pid,) = [line["pid"] for line in server.events("upgrade.done")]
     assert (code, output) == (0, f"the new server serves, with process id {pid}\n")
 
 
@@ -173,7 +166,7 @@ def test_single_process_refuses_an_upgrade_and_serves_on(
     with ServerProcess(tmp_path / "home", certs, app="placed:app") as server:
         if by_signal:
             server.signal(signal.SIGUSR2)
-            eventually(lambda: bool(events(server, "upgrade.failed")))
+            eventually(lambda: bool(server.events("upgrade.failed")))
         else:
             code, output = upgrade(server)
             assert code == 1
@@ -198,12 +191,12 @@ def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
     token, _ = call(server, key, None)
     (server.home / "config.toml").write_text(CONFIG.replace('"20s"', '"1s"'))
     server.signal(signal.SIGHUP)
-    eventually(lambda: bool(events(server, "config.reloaded")))
+    eventually(lambda: bool(server.events("config.reloaded")))
     (server.home / "placed.py").write_text(HANGING)
     code, output = upgrade(server)
     assert code == 1, output
     assert "the old server serves on; the new one has failed" in output
-    (slow,) = events(server, "upgrade.slow")
+    (slow,) = server.events("upgrade.slow")
     assert slow["seconds"] == 1.0
     assert not is_running(slow["pid"])
     assert call(server, key, token) == (token, server.process.pid)
@@ -213,9 +206,9 @@ def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
 def test_upgrade_is_rolled_back_if_the_successor_is_killed(server: ServerProcess, key: str) -> None:
     token, _ = call(server, key, None)
     server.signal(signal.SIGUSR2)
-    eventually(lambda: bool(events(server, "upgrade.started")))
-    os.kill(events(server, "upgrade.started")[0]["pid"], signal.SIGKILL)
-    eventually(lambda: bool(events(server, "upgrade.failed")))
+    eventually(lambda: bool(server.events("upgrade.started")))
+    os.kill(server.events("upgrade.started")[0]["pid"], signal.SIGKILL)
+    eventually(lambda: bool(server.events("upgrade.failed")))
     assert call(server, key, token) == (token, server.process.pid)
     assert call(server, key, None)[1] == server.process.pid
 
@@ -238,7 +231,7 @@ def test_unfinished_successor_ends_with_the_server_that_is_killed(
     (server.home / "placed.py").write_text(application)
     server.signal(signal.SIGUSR2)
     eventually((server.home / "blocked").exists)
-    (started,) = events(server, "upgrade.started")
+    (started,) = server.events("upgrade.started")
     server.process.kill()
     eventually(lambda: not is_running(started["pid"]))
     (server.home / "placed.py").write_text(PLACE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -61,14 +60,9 @@ def server(home: Path, certs: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def events(server: ServerProcess, *names: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] in names]
-
-
 def pids(server: ServerProcess) -> dict[str, int]:
     """Return the last process of each name."""
-    return {line["worker"]: line["pid"] for line in events(server, "worker.ready")}
+    return {line["worker"]: line["pid"] for line in server.events("worker.ready")}
 
 
 def test_processes_serve_and_drain_on_one_signal(server: ServerProcess, key: str) -> None:
@@ -77,8 +71,8 @@ def test_processes_serve_and_drain_on_one_signal(server: ServerProcess, key: str
         assert client.call("echo", {"text": "a"}) == {"text": "a"}
     server.signal(signal.SIGTERM)
     assert server.wait() == 0
-    assert {line["worker"] for line in events(server, "server.ended")} == {"coordinator", "1", "2"}
-    opened = events(server, "session.opened")
+    assert {line["worker"] for line in server.events("server.ended")} == {"coordinator", "1", "2"}
+    opened = server.events("session.opened")
     assert [line["worker"] for line in opened] in (["1"], ["2"])
     assert not (server.home / "control.sock").exists()
 
@@ -124,7 +118,7 @@ def test_killed_worker_loses_its_own_connections_alone(placed: ServerProcess, ke
         assert clients[before["2"]].call("pid") == before["2"]
         assert not clients[before["1"]].is_open()
     assert pids(placed)["2"] == before["2"]
-    (line,) = events(placed, "worker.ended")
+    (line,) = placed.events("worker.ended")
     assert (line["worker"], line["reason"], line["retry_after_s"]) == ("1", "SIGKILL", 0.0)
 
 
@@ -186,7 +180,7 @@ def test_log_level_reaches_every_worker(placed: ServerProcess, key: str) -> None
         one_in_each(placed, key, stack)
     placed.signal(signal.SIGTERM)
     assert placed.wait() == 0
-    assert not events(placed, "session.opened")
+    assert not placed.events("session.opened")
 
 
 def zcproto(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -202,7 +196,7 @@ def test_control_socket_survives_the_coordinator(server: ServerProcess, key: str
         done = zcproto(server.home, "status")  # waits in the backlog for the next coordinator
         assert done.returncode == 0, done.stderr
         assert client.call("echo", {"text": "a"}) == {"text": "a"}
-    assert [line["worker"] for line in events(server, "worker.ended")] == ["coordinator"]
+    assert [line["worker"] for line in server.events("worker.ended")] == ["coordinator"]
 
 
 def test_killed_supervisor_frees_port_and_home(home: Path, certs: Path, key: str) -> None:
@@ -253,9 +247,9 @@ def test_hung_worker_is_replaced_without_a_service_manager(home: Path, certs: Pa
     with ServerProcess(home, certs, "--workers", "2", app="hanging:app") as server:
         client = server.client("ada", key)
         client.send(client.request("hang"))
-        eventually(lambda: events(server, "worker.hangs"))
-        eventually(lambda: len(events(server, "worker.ready")) > 3)
-        assert events(server, "worker.ended")[0]["reason"] == "SIGABRT"
+        eventually(lambda: server.events("worker.hangs"))
+        eventually(lambda: len(server.events("worker.ready")) > 3)
+        assert server.events("worker.ended")[0]["reason"] == "SIGABRT"
         assert "in hang" in server.log  # the stack
         client.tls.close()
         server.client("ada", key).close()
@@ -288,8 +282,8 @@ def test_removed_sockets_are_made_again(
         eventually(lambda: pids(server)["1"] != before["1"])
         with server.client("ada", key) as client:
             assert client.call("echo", {"text": "a"}) == {"text": "a"}
-        assert [line["worker"] for line in events(server, "worker.ended")] == ["1"]
-        assert len(events(server, "server.socket_renewed")) == 2
+        assert [line["worker"] for line in server.events("worker.ended")] == ["1"]
+        assert len(server.events("server.socket_renewed")) == 2
 
 
 async def test_coordinator_takes_over_the_revocations_of_a_worker_that_ends(
@@ -313,8 +307,8 @@ async def test_coordinator_takes_over_the_revocations_of_a_worker_that_ends(
 def test_option_that_hides_a_change_of_the_file_is_logged_at_a_reload(server: ServerProcess) -> None:
     (server.home / "config.toml").write_text(CONFIG + "workers = 3\n")
     server.signal(signal.SIGHUP)
-    eventually(lambda: len(events(server, "config.reloaded")) == 3)
-    assert {*map(tuple, (line["restart"] for line in events(server, "config.overridden")))} == {
+    eventually(lambda: len(server.events("config.reloaded")) == 3)
+    assert {*map(tuple, (line["restart"] for line in server.events("config.overridden")))} == {
         ("server.workers",)
     }
 
@@ -324,8 +318,8 @@ def test_end_of_a_process_raises_an_alert(server: ServerProcess) -> None:
         before = pids(server)
         os.kill(before[name], signal.SIGKILL)
         eventually(lambda name=name, before=before: pids(server)[name] != before[name])
-        eventually(lambda name=name: any(name in line["about"] for line in events(server, "alert.began")))
-    alerts = [(line["kind"], line["about"]) for line in events(server, "alert.began")]
+        eventually(lambda name=name: any(name in line["about"] for line in server.events("alert.began")))
+    alerts = [(line["kind"], line["about"]) for line in server.events("alert.began")]
     assert {("worker.ended", "worker 1"), ("worker.ended", "coordinator")} <= set(alerts)
 
 
@@ -339,9 +333,9 @@ FAIL_ONCE = """
 def test_lifespan_that_fails_later_ends_its_worker_alone(home: Path, certs: Path) -> None:
     (home / "failing.py").write_text(FAILING.format(body=FAIL_ONCE))
     with ServerProcess(home, certs, "--workers", "2", app="failing:app") as server:
-        eventually(lambda: events(server, "worker.ended"))
-        eventually(lambda: len(events(server, "worker.ready")) == 4)
-        (line,) = events(server, "worker.ended")
+        eventually(lambda: server.events("worker.ended"))
+        eventually(lambda: len(server.events("worker.ready")) == 4)
+        (line,) = server.events("worker.ended")
         assert line["reason"].startswith("the lifespan of the application ended early")
 
 
@@ -349,23 +343,23 @@ def test_sigterm_drains_one_worker_which_is_replaced(server: ServerProcess) -> N
     before = pids(server)
     os.kill(before["2"], signal.SIGTERM)
     eventually(lambda: pids(server)["2"] != before["2"])
-    assert [line["worker"] for line in events(server, "server.ended")] == ["2"]
+    assert [line["worker"] for line in server.events("server.ended")] == ["2"]
 
 
 def test_hangup_reloads_every_process(server: ServerProcess) -> None:
     config = server.home / "config.toml"
     config.write_text(CONFIG + "\n[limits]\nmax_connections = 400\n")
     server.signal(signal.SIGHUP)
-    eventually(lambda: len(events(server, "config.reloaded")) == 3)
-    assert {tuple(line["changed"]) for line in events(server, "config.reloaded")} == {
+    eventually(lambda: len(server.events("config.reloaded")) == 3)
+    assert {tuple(line["changed"]) for line in server.events("config.reloaded")} == {
         ("limits.max_connections",)
     }
     os.kill(pids(server)["1"], signal.SIGKILL)
     config.write_text("not TOML")
     server.signal(signal.SIGHUP)
-    eventually(lambda: events(server, "config.refused"))
-    assert [line["worker"] for line in events(server, "config.refused")] == ["coordinator"]
-    eventually(lambda: len(events(server, "worker.ready")) == 4)  # with the configuration before
+    eventually(lambda: server.events("config.refused"))
+    assert [line["worker"] for line in server.events("config.refused")] == ["coordinator"]
+    eventually(lambda: len(server.events("worker.ready")) == 4)  # with the configuration before
 
 
 def test_drain_and_reload_by_the_control_socket_reach_every_process(server: ServerProcess) -> None:
@@ -373,8 +367,8 @@ def test_drain_and_reload_by_the_control_socket_reach_every_process(server: Serv
         done = zcproto(server.home, command)
         assert done.returncode == 0, done.stderr
     assert server.wait() == 0
-    assert len(events(server, "config.reloaded")) == 3
-    assert len(events(server, "server.ended")) == 3
+    assert len(server.events("config.reloaded")) == 3
+    assert len(server.events("server.ended")) == 3
 
 
 FAILING = """

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.test_workers import CONFIG, events, pids
+from tests.runtime.test_workers import CONFIG, pids
 from tests.server.helpers import ROOT, AnsweredError, Client, eventually
 from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
@@ -57,8 +57,8 @@ def clients_of_each(server: ServerProcess, key: str) -> Iterator[dict[str, Clien
         opened: list[Client] = []
         while len(found) < 2:
             opened.append(stack.enter_context(server.client("ada", key)))
-            eventually(lambda: len(events(server, "session.opened")) == len(opened))
-            found[events(server, "session.opened")[-1]["worker"]] = opened[-1]
+            eventually(lambda: len(server.events("session.opened")) == len(opened))
+            found[server.events("session.opened")[-1]["worker"]] = opened[-1]
         yield found
 
 
@@ -78,8 +78,8 @@ def test_failed_logins_are_counted_over_all_workers(server: ServerProcess) -> No
             client.open_session("ada", "x" * 43)
         codes.append(refused.value.code)
     assert codes == 3 * [Code.UNAUTHENTICATED] + 3 * [Code.RESOURCE_EXHAUSTED]
-    eventually(lambda: events(server, "alert.began"))
-    (alert,) = events(server, "alert.began")
+    eventually(lambda: server.events("alert.began"))
+    (alert,) = server.events("alert.began")
     assert (alert["worker"], alert["kind"]) == ("coordinator", "login.throttled")
 
 
@@ -97,9 +97,9 @@ def test_sessions_of_a_user_who_is_disabled_end_once_and_everywhere(server: Serv
         UserFile(server.home / "users.toml").disable("ada")
         for client in clients.values():
             eventually(lambda client=client: is_revoked(client))  # type: ignore[misc]
-    lines = events(server, "user.gone")
+    lines = server.events("user.gone")
     assert [line["worker"] for line in lines] == ["coordinator"]
-    assert Counter(line["event"] for line in events(server, "alert.began")) == {"alert.began": 1}
+    assert Counter(line["event"] for line in server.events("alert.began")) == {"alert.began": 1}
 
 
 def test_user_disabled_while_the_coordinator_is_replaced_loses_the_sessions(
@@ -110,8 +110,8 @@ def test_user_disabled_while_the_coordinator_is_replaced_loses_the_sessions(
         UserFile(server.home / "users.toml").disable("ada")
         for client in clients.values():
             eventually(lambda client=client: is_revoked(client))  # type: ignore[misc]
-    eventually(lambda: events(server, "user.gone"))
-    assert [line["worker"] for line in events(server, "user.gone")] == ["coordinator"]
+    eventually(lambda: server.events("user.gone"))
+    assert [line["worker"] for line in server.events("user.gone")] == ["coordinator"]
 
 
 def ask(client: Client, **params: object) -> Any:
@@ -143,9 +143,9 @@ def test_outcome_is_unknown_soon_after_the_worker_of_a_keyed_request_was_killed(
 def test_certificates_are_renewed_once_and_served_by_every_worker(server: ServerProcess) -> None:
     command = [sys.executable, "-m", "zcproto", "--home", str(server.home), "cert", "renew"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    eventually(lambda: len(events(server, "certificate.renewed", "certificate.loaded")) >= 3)
+    eventually(lambda: len(server.events("certificate.renewed", "certificate.loaded")) >= 3)
     found = {
-        line["worker"]: line["event"] for line in events(server, "certificate.renewed", "certificate.loaded")
+        line["worker"]: line["event"] for line in server.events("certificate.renewed", "certificate.loaded")
     }
     assert found == {
         "coordinator": "certificate.loaded",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ class ServerProcess:
         if not (home / "certs").exists():
             shutil.copytree(certs, home / "certs")
         self.home = home
-        self._log = open(home / "log", "w+")  # noqa: SIM115 - closed by `wait`
+        self._log = open(home / "log", "w")  # noqa: SIM115 - closed by `wait`
         command = [sys.executable, "-m", "zcproto", "--home", str(home), "serve", "--port", "0"]
         self.process = subprocess.Popen(
             [*command, *arguments, *([] if app is None else [app])],
@@ -59,8 +60,6 @@ class ServerProcess:
         """Wait for the end; return the exit code."""
         code = self.process.wait(TIMEOUT)
         if not self._log.closed:
-            self._log.seek(0)
-            self._text = self._log.read()
             self._log.close()
             assert self.process.stdout is not None
             self.process.stdout.close()
@@ -68,7 +67,13 @@ class ServerProcess:
 
     @property
     def log(self) -> str:
-        return self._text if self._log.closed else (self.home / "log").read_text()
+        return (self.home / "log").read_text()
+
+    def events(self, *names: str) -> list[dict[str, Any]]:
+        """Return the logged events of these names. The log may end in a line that is being written."""
+        *whole, _ = self.log.split("\n")
+        lines = [json.loads(line) for line in whole if line.startswith("{")]
+        return [line for line in lines if line["event"] in names]
 
     def __enter__(self) -> Self:
         return self
