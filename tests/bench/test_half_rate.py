@@ -73,5 +73,7 @@ def test_nothing_answered_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_small_run_verifies_all_connections(tmp_path: Path) -> None:
     report = half_of_maximum(tmp_path, QUICK)
     assert report.row("verified").value == 10
-    assert 0 < (report.row("asked").value or 0.0) <= 1_500
+    maximum = report.row("maximum").value
+    assert maximum
+    assert report.row("asked").value == maximum / 2
     assert failing(report) <= {"p99_9_ms"}  # on a busy machine latency proves nothing
