@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,16 +238,21 @@ def test_timeout_applies_to_the_whole_stream(serve: Serve, call: Callable[..., i
 
 
 @pytest.fixture
-def started(key_file: Path) -> Callable[..., subprocess.Popen[bytes]]:
+def started(key_file: Path) -> Callable[..., AbstractContextManager[subprocess.Popen[bytes]]]:
     """Start a call as ada in a process with pipes."""
 
-    def start(server: ServerThread, *call: str) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def start(server: ServerThread, *call: str) -> Iterator[subprocess.Popen[bytes]]:
         arguments = ["call", f"127.0.0.1:{server.port}", *call, "--user", "ada"]
         arguments += ["--key-file", str(key_file), "--ca", str(server.home / "certs" / "ca.crt")]
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, "-m", "zcproto", *arguments], stdin=pipe, stdout=pipe, stderr=pipe
-        )
+        command = [sys.executable, "-m", "zcproto", *arguments]
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            try:
+                yield process
+            except BaseException:  # or leaving the block would wait for it without end
+                process.kill()
+                raise
 
     return start
 
