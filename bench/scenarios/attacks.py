@@ -53,7 +53,7 @@ MAX_GROWTH_MIB: Final = 96.0
 MAX_KEPT_MIB: Final = 16.0
 """Growth that may remain after an attack."""
 
-SETTLE_S: Final = 2.5
+SETTLE_S: Final = 5.0
 """Seconds until the server has returned memory to the system."""
 
 LOOK_S: Final = 0.2

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from zcproto.runtime.background import LONGEST_BURST, TRIM_FROM, TRIM_FROM_BYTES, return_memory
+from zcproto.runtime.background import (
+    LONGEST_BURST,
+    TRIM_AFTER,
+    TRIM_FROM,
+    TRIM_FROM_BYTES,
+    return_memory,
+)
 
 MANY = 2 * TRIM_FROM
 BURST = TRIM_FROM_BYTES
@@ -13,14 +19,15 @@ BURST = TRIM_FROM_BYTES
 @pytest.mark.parametrize(
     ("counts", "trims"),
     [
-        ([MANY, MANY // 2 + 1, MANY // 2], 1),
-        ([MANY, 0, 0, 0], 1),
-        ([MANY, 0, MANY, 0], 2),
-        ([TRIM_FROM - 1, 0], 0),
-        ([MANY, MANY - 1, MANY + 1], 0),
+        ([MANY, MANY // 2 + 1, *[MANY // 2] * TRIM_AFTER], 1),
+        ([MANY, *[0] * 3 * TRIM_AFTER], 1),
+        ([MANY, *[0] * TRIM_AFTER, MANY, *[0] * TRIM_AFTER], 2),
+        ([MANY, *[0] * (TRIM_AFTER - 1), MANY, *[0] * (TRIM_AFTER - 1)], 0),
+        ([TRIM_FROM - 1, *[0] * TRIM_AFTER], 0),
+        ([MANY, *[MANY // 2 + 1] * TRIM_AFTER], 0),
     ],
 )
-async def test_memory_is_returned_when_half_of_many_connections_have_ended(
+async def test_memory_is_returned_when_half_of_many_connections_stay_away(
     counts: list[int], trims: int
 ) -> None:
     waiting = [*counts]
