@@ -1,4 +1,7 @@
-"""The CPU that a call costs the client: zcproto's own client and that of websockets, in turns on one processor."""
+"""The CPU that a call costs the client: zcproto's own client and that of websockets, in turns on one processor.
+
+That of websockets runs twice: with its defaults, which compress messages, and without compression.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import itertools
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +21,10 @@ from zcproto.common.text import escape_text
 from zcproto.errors import ZcprotoError
 from zcproto.load.plan import Credential
 from zcproto.load.processes import on_processor
+
+OWN: Final = "zcproto"
+COMPRESSING: Final = "websockets"
+PLAIN: Final = "websockets without compression"
 
 DEPTHS: Final = (1, 16)
 """Calls in flight on one connection."""
@@ -92,21 +99,23 @@ def run_caller(
 @contextlib.contextmanager
 def run_callers(
     own: Target, websockets: Target, user: Credential, environment: Environment, folder: Path
-) -> Iterator[tuple[Caller, Caller]]:
-    """Run the client of zcproto and that of websockets."""
-    common = [str(own.port), str(own.ca_file), *user, str(own.payload_bytes)]
+) -> Iterator[list[Caller]]:
+    """Run the client of zcproto, and that of websockets with and without compression."""
+    arguments = [str(own.port), str(own.ca_file), *user, str(own.payload_bytes)]
     theirs = [str(websockets.port), str(websockets.ca_file), str(websockets.payload_bytes)]
-    log = folder / "callers"
-    with (
-        run_caller("zcproto", sys.executable, "zcproto_client", common, log.with_suffix(".own")) as zcproto,
-        run_caller(
-            "websockets", environment.python, "websockets_client", theirs, log.with_suffix(".ws")
-        ) as ws,
-    ):
-        yield zcproto, ws
+    programs: tuple[tuple[str, Path | str, str, list[str]], ...] = (
+        (OWN, sys.executable, "zcproto_client", arguments),
+        (COMPRESSING, environment.python, "websockets_client", [*theirs, "deflate"]),
+        (PLAIN, environment.python, "websockets_client", [*theirs, "none"]),
+    )
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(run_caller(*program, folder / f"callers.{number}"))
+            for number, program in enumerate(programs)
+        ]
 
 
-def measure_calls(callers: tuple[Caller, Caller], rounds: int) -> dict[int, dict[str, list[float]]]:
+def measure_calls(callers: Sequence[Caller], rounds: int) -> dict[int, dict[str, list[float]]]:
     """Return the microseconds of a call by depth and client, a figure for each round."""
     found: dict[int, dict[str, list[float]]] = {
         depth: {caller.name: [] for caller in callers} for depth in DEPTHS

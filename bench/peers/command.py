@@ -20,7 +20,7 @@ from typing import Final
 import click
 
 from bench.command import COUNT, FOLDER, measurement, progress
-from bench.peers.calls import Target, measure_calls, run_callers
+from bench.peers.calls import COMPRESSING, OWN, PLAIN, Target, measure_calls, run_callers
 from bench.peers.environment import Environment, default_folder
 from bench.peers.measure import (
     CONNECTIONS,
@@ -50,7 +50,8 @@ ITEM: Final = "item_us"
 CONNECT: Final = "connect_us"
 MEMORY: Final = "memory_kib"
 CALL_BAR: Final = 3 / 4
-"""What a call may cost zcproto's client at most, one in flight, as a part of what it costs that of websockets."""
+"""What a call may cost zcproto's client at most, one in flight, as a part of what it costs that of websockets with
+its defaults."""
 
 FIGURES: Final = {
     REQUEST: ("server CPU of a request, depth 1", "us"),
@@ -118,18 +119,16 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
                 rows.append(Row(key, f"{label}: zcproto / it", statistics.median(ratios), below=bar))
     for depth, by_client in figures.call_us.items():
         label = f"client CPU of a call, {depth} in flight"
-        own, other = by_client["zcproto"], by_client["websockets"]
-        ratio = statistics.median(mine / theirs for mine, theirs in zip(own, other, strict=True))
+        own = by_client[OWN]
         columns[ZCPROTO].append(Row(f"call_{depth}_us", label, statistics.median(own), "us"))
-        columns[WEBSOCKETS] += [
-            Row(f"call_{depth}_us", label, statistics.median(other), "us"),
-            Row(
-                f"call_{depth}_us_ratio",
-                f"{label}: zcproto / it",
-                ratio,
-                below=CALL_BAR if depth == 1 else None,
-            ),
-        ]
+        for name, suffix in ((COMPRESSING, ""), (PLAIN, ", no compression")):
+            key, theirs = f"call_{depth}_us{'_plain' if suffix else ''}", by_client[name]
+            ratio = statistics.median(mine / other for mine, other in zip(own, theirs, strict=True))
+            bar = CALL_BAR if (name, depth) == (COMPRESSING, 1) else None
+            columns[WEBSOCKETS] += [
+                Row(key, label + suffix, statistics.median(theirs), "us"),
+                Row(f"{key}_ratio", f"{label}{suffix}: zcproto / it", ratio, below=bar),
+            ]
     notes = [
         f"echo of {plan.payload_bytes} bytes; {plan.held:,} connections held",
         *(
@@ -138,7 +137,8 @@ def report(figures: Figures, plan: Plan, versions: dict[str, str]) -> Report:
             for name in rounds[figure]
         ),
         "client CPU: each library's own client on uvloop; zcproto's with ids, deadlines and retries of calls;"
-        " that of websockets without compression, pings and timeouts, its answers matched by their order",
+        " that of websockets without pings and timeouts, its answers matched by their order, with its default"
+        " (compression) and without compression",
         *(
             ", ".join(f"{name} {value}" for name, value in words.items())
             for words in (versions, figures.suites)

@@ -13,7 +13,7 @@ import pytest
 from bench import stage
 from bench.peers import environment as environment_module
 from bench.peers import measure as module
-from bench.peers.calls import measure_calls, run_caller
+from bench.peers.calls import COMPRESSING, OWN, PLAIN, measure_calls, run_caller
 from bench.peers.clients import Client, GrpcClient, StreamsClient, UvicornClient, WebsocketsClient
 from bench.peers.command import BARS, FIGURES, ITEM, NOTES, REQUEST, report
 from bench.peers.environment import MARK, REQUIREMENTS, Environment, default_folder
@@ -72,10 +72,11 @@ def test_unmet_bar_is_named(name: str) -> None:
 @pytest.mark.parametrize(("own", "reasons"), [(37.0, 0), (38.0, 1)])
 def test_call_has_a_bar_with_one_in_flight(own: float, reasons: int) -> None:
     made = figures()
-    made.call_us = {depth: {"zcproto": [own, 500.0, own], "websockets": [50.0] * 3} for depth in (1, 16)}
-    made.call_us[16]["zcproto"] = [50.0] * 3
+    others = {COMPRESSING: [50.0] * 3, PLAIN: [20.0] * 3}
+    made.call_us = {1: {OWN: [own, 500.0, own], **others}, 16: {OWN: [50.0] * 3, **others}}
     shown = report(made, QUICK, {})
     assert shown.row("call_1_us_ratio", WEBSOCKETS).value == pytest.approx(own / 50)
+    assert shown.row("call_1_us_plain_ratio", WEBSOCKETS).value == pytest.approx(own / 20)
     assert shown.row("call_16_us_ratio", WEBSOCKETS).value == pytest.approx(1)
     assert len(shown.reasons()) == reasons
 

@@ -1,4 +1,4 @@
-"""The client of websockets on uvloop. Arguments: port, certificate of the CA, size of the payload.
+"""The client of websockets on uvloop. Arguments: port, certificate of the CA, size of the payload, compression.
 
 Its messages have no ids: calls in flight are sent one after the other, then their answers are read in order.
 """
@@ -15,11 +15,13 @@ from bench.peers.callers.common import run, run_slices
 
 
 async def main() -> None:
-    _, port, ca_file, size = sys.argv
+    _, port, ca_file, size, compression = sys.argv
     payload = os.urandom(int(size))
     context = ssl.create_default_context(cafile=ca_file)
-    # Compression and periodic pings are off, as in the server.
-    options = {"ssl": context, "compression": None, "ping_interval": None}
+    # Periodic pings are off, as in the server. Compression is `deflate`, its default, or `none`.
+    options = {"ssl": context, "ping_interval": None}
+    if compression == "none":
+        options["compression"] = None
     async with connect(f"wss://localhost:{port}", **options) as connection:
 
         async def calls(count: int, depth: int) -> None:
