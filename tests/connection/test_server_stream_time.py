@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.connection.test_server_stream_states import LIMITS, StreamPair
 from tests.helpers import NOW, WALL
+from zcproto.connection import server_output
 from zcproto.connection.events import NEVER, ConnectionEnded, CreditReceived, Request, RequestEnded
 from zcproto.connection.refusals import (
     CUT_REASONS,
@@ -18,7 +21,7 @@ from zcproto.connection.refusals import (
 )
 from zcproto.connection.server_streams import PONG_TIMEOUT_S, TOUCH_INTERVAL_S, StreamTotals
 from zcproto.errors import Code
-from zcproto.wire.frame import CANCEL, CREDIT, ITEM, OPEN, PONG, Kind
+from zcproto.wire.frame import CANCEL, CREDIT, ITEM, OPEN, PONG, Kind, encode_frame
 from zcproto.wire.message import NO_META, encode_body, encode_request
 
 IDLE_S = 300.0
@@ -49,6 +52,20 @@ def test_credit_wakes_only_a_stream_that_waits_and_may_send() -> None:
     assert pair.receive(pair.frame(CREDIT, body=encode_body([2, 9_000]))) == []
     assert pair.receive(pair.frame(CREDIT, body=encode_body([3, 9_000]))) == [CreditReceived(stream)]
     assert stream.waits_until == NEVER
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_item_has_the_stream_the_token_and_the_next_counter(
+    is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_output, "_IS_COMPILED", is_compiled)
+    pair = StreamPair()
+    stream, body = pair.open(7), encode_body({"n": 1})
+    counter = pair.server._counter
+    pair.server.send_item(stream, body, WALL)
+    frame = encode_frame(ITEM, 7, WALL, pair.server.salt, counter, pair.opened.token, body)
+    assert pair.server.data_to_send() == frame
+    assert stream.credit.sent_bytes == len(frame) - 4
 
 
 def test_item_that_waits_too_long_cuts_its_stream_alone() -> None:

@@ -196,8 +196,11 @@ class ServerOutput:
         streams.sent_bytes += length
         streams.totals.items_sent += 1
         streams.totals.bytes_sent += length
-        head = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
-        self._out.append(head + body)
+        if _IS_COMPILED:  # as in `respond_at_once`
+            frame = encode_frame(ITEM, stream.stream, wall, self.salt, counter, stream.token, body)
+        else:
+            frame = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token) + body
+        self._out.append(frame)
 
     def grant(self, stream: ServerStream, wall: int) -> bool:
         """Send the credit that is due: call this when the method asks for an item, and when it has taken one.
