@@ -52,7 +52,7 @@ class Company:
             "iss": self.issuer,
             "aud": AUDIENCE,
             "sub": "ada",
-            "iat": now,
+            "iat": int(now),  # as providers write it; the server's clock has milliseconds
             "exp": now + life_s,
             **changes,
         }
