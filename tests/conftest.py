@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -47,6 +48,11 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
         testing_plugin.__name__
     ):  # this clone was not installed with its entry points
         pluginmanager.register(testing_plugin, testing_plugin.__name__)
+
+
+def pytest_configure() -> None:
+    """Let tests interrupt their processes, which would inherit that a job in the background ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
