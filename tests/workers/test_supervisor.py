@@ -98,6 +98,7 @@ class Running:
         self._reading, writing = os.pipe()
         self._buffer = b""
         self.seen: list[list[Any]] = []
+        self._position = 0
         self.pid = os.fork()
         if not self.pid:
             code = 70
@@ -114,12 +115,16 @@ class Running:
         os.close(writing)
 
     def next(self, *wanted: Any, after: int | None = None) -> list[Any]:
-        """Wait for an event that begins with these values, and return it with its pid first."""
-        start = len(self.seen) if after is None else after
+        """Wait for an event that begins with these values, and return it with its pid first.
+
+        It follows the event that was returned last: one read may have returned both.
+        """
+        start = self._position if after is None else after
         end = time.monotonic() + LIMIT
         while True:
-            for event in self.seen[start:]:
+            for position, event in enumerate(self.seen[start:], start + 1):
                 if event[1 : 1 + len(wanted)] == list(wanted):
+                    self._position = position
                     return event
             assert self._read(end - time.monotonic()), f"{wanted} is missing in {self.seen}"
 
@@ -360,7 +365,7 @@ def test_hung_process_is_aborted_and_started_again(run: Run) -> None:
             time.sleep(0.02)
         return 0
 
-    running = run(script, 2, hang_limit=0.5)
+    running = run(script, 2, hang_limit=2.0)
     running.serve()
     running.next("process_ended", 1)
     running.next("run", 1)
@@ -378,7 +383,7 @@ def beating(number: int, channel: Channel, lifeline: int) -> int:
 
 def test_stopped_process_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MARGIN", LIMIT)  # SIGABRT ends it, not SIGKILL
-    running = run(beating, 2, hang_limit=0.5)
+    running = run(beating, 2, hang_limit=2.0)
     pids = running.serve()
     os.kill(pids[1], signal.SIGSTOP)
     running.next("process_ended", 1)
