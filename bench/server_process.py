@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,14 +19,17 @@ _START_S: Final = 30.0
 
 
 def free_port() -> int:
-    """Return a free port whose port 10,000 above, the bus of a cluster, is free too."""
+    """Return a free port whose port 10,000 above, the bus of a cluster, is free too.
+
+    Both are below the ports that the system gives to sockets, so that no other program takes them while a server is
+    down.
+    """
     while True:
-        with socket.socket() as probe, socket.socket() as bus:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-            with suppress(OSError, OverflowError):
-                bus.bind(("127.0.0.1", port + 10_000))
-                return port
+        port = 10_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 class ServerProcess:

@@ -4,10 +4,12 @@ the two ends of a conversation joined in memory."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import heapq
 import itertools
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -73,9 +75,14 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        return int(bound.getsockname()[1])
+    """Return a TCP port of 127.0.0.1 that nothing listens on.
+
+    It is below those that the system gives to sockets, so that no other test takes it before it is used.
+    """
+    while True:
+        port = 22_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class FakeClock:
