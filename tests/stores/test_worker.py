@@ -140,10 +140,10 @@ async def test_job_waits_longer_than_its_timeout_for_a_thread_that_works(
     bench: Bench, clock: FakeClock
 ) -> None:
     held = await bench.hold()
-    waits = asyncio.create_task(bench.worker.submit("work", 0.001))
+    waits = asyncio.create_task(bench.worker.submit("work", 0.1))
     last = asyncio.create_task(bench.worker.submit("last", LONG))
     for _ in range(CHECKS + 1):
-        await asyncio.sleep(0.00025)
+        await asyncio.sleep(0.1 / CHECKS)
     bench.go_on.set()
     assert await waits == "work"
     await asyncio.gather(held, last)
@@ -355,7 +355,7 @@ async def test_loop_pauses_for_a_late_result_with_a_limit(bench: Bench, pauses: 
 async def test_loop_does_not_pause_while_results_come(
     bench: Bench, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late_s = 0.1
+    late_s = 0.5
     monkeypatch.setattr(worker, "_LATE_S", late_s)
     loop = asyncio.get_running_loop()
     start = loop.time()

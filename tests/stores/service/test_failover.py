@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.stores.faulty import DAMAGED, FAILS, WORKS, FaultyStore
+from tests.stores.hub_harness import until
 from tests.stores.service.harness import (
     HOUR_MS,
     FaultyStoreView,
@@ -371,8 +372,9 @@ async def test_spent_token_used_before_the_rotation_is_repeated_ends_the_session
     one.store.roll_back(records)
     other.store.use_data_of(one.store)
     one.store.late["get"] = asyncio.Event()  # the rotation was read as lost, and is repeated late
+    one.store.calls.clear()
     one.store.report_all_changed()
-    await asyncio.sleep(0.01)
+    await until(lambda: "get" in one.store.calls)
     await other.refresh(opened)
     one.store.late.pop("get").set()
     await one.settle()

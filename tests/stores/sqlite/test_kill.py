@@ -24,7 +24,7 @@ from zcproto.stores.base import Created
 from zcproto.stores.sqlite.store import SqliteStore
 
 KILLS = 100
-SECONDS = 25.0
+SECONDS = 90.0
 TASKS = 8
 """Users, each with a task in a child."""
 LONG = 20.0

@@ -17,7 +17,7 @@ from zcproto.sessions.record import UserLimit
 from zcproto.stores.base import Change, ChangeKind, Created, StoreUnavailable
 from zcproto.stores.valkey.store import ValkeyStore
 
-TIMEOUT = 0.25
+TIMEOUT = 0.5
 AT_MOST = 10.0
 """Seconds after which an operation certainly did not end by its timeout, even on a busy machine."""
 
@@ -180,7 +180,7 @@ async def test_slow_network_fails_operations_within_the_timeout(server: ServerPr
         proxy.delay_s = 2.0
         for operation in list(every_operation(store).values())[:4]:
             reason, _ = await refused(operation)
-            assert "250 ms" in reason
+            assert f"{TIMEOUT * 1000:.0f} ms" in reason
         proxy.delay_s = 0.0
         await until(lambda: is_back(store))
         assert await store.find(session().token_digest) == session()
@@ -209,14 +209,19 @@ async def test_network_that_drops_all_packets_is_an_outage(server: ServerProcess
 
 
 async def test_silent_network_is_detected_without_an_operation(server: ServerProcess, proxy: Proxy) -> None:
-    async with Open(proxy.url) as here:
-        connections = proxy.accepted
-        proxy.hold(TO_SERVER, FROM_SERVER)
-        assert await until(lambda: proxy.accepted > connections) < 1.0
-        assert here.lost == 1
-        await until(lambda: here.lost > 1)  # reported until the server is reached
-        proxy.release()
-        await until(lambda: here.changes == [ALL])
+    async with Open(proxy.url, timeout=0.25) as here:
+        for number in range(1, 6):
+            connections, lost = proxy.accepted, here.lost
+            proxy.hold(TO_SERVER, FROM_SERVER)
+            took = await until(lambda connections=connections: proxy.accepted > connections)
+            assert here.lost == lost + 1
+            await until(lambda lost=lost: here.lost > lost + 1)  # reported until the server is reached
+            proxy.release()
+            await until(lambda number=number: here.changes == number * [ALL])
+            if took < 1.0:
+                break
+        else:  # not on a machine that is busy for a moment alone
+            pytest.fail(f"detected after {took:.1f} s")
 
 
 async def test_reconnect_after_the_connection_was_cut(server: ServerProcess, proxy: Proxy) -> None:
@@ -233,14 +238,17 @@ async def test_reconnect_after_the_connection_was_cut(server: ServerProcess, pro
         assert here.changes == 3 * [ALL]
 
 
-async def test_reconnect_after_the_network_was_down(server: ServerProcess, proxy: Proxy) -> None:
+async def test_reconnect_after_the_network_was_down(
+    server: ServerProcess, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcproto.stores.valkey.servers._MIN_PAUSE_S", 3600.0)
     async with Open(proxy.url) as here:
         proxy.refuses = True
         proxy.cut()
         for _ in range(5):
             await refused(here.store.ping)
         proxy.refuses = False
-        assert await until(lambda: is_back(here.store)) < 0.3
+        await until(lambda: is_back(here.store))  # an operation does not wait for the pause
         assert here.changes == [ALL]
 
 
