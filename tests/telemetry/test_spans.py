@@ -62,7 +62,7 @@ def make_app() -> App[Any]:
     def fail(kind: str) -> None:
         raise {
             "not_found": NotFound("no such thing"),
-            "unavailable": Unavailable(f"try key={KEY}"),
+            "unavailable": Unavailable(f"try key={KEY}", {"retry_after_ms": 300}),  # once within 0.5 s
             "value": ValueError(f"token: {KEY}"),
         }[kind]
 
