@@ -123,9 +123,10 @@ def test_due_certificate_is_renewed_with_its_key(serve: Serve) -> None:
 def test_next_key_is_announced_and_used_at_its_time(serve: Serve) -> None:
     server = serve()
     with server.client("ada") as standing, server.client() as anonymous:
-        use_from = wall(server).replace(microsecond=0) + 3 * DAY
+        now = wall(server)
+        use_from = now.replace(microsecond=0) + 3 * DAY
         chosen = replace(settings(server), announce_key=3 * DAY)
-        done = managed.rotate(server.home / "certs", chosen, wall(server))
+        done = managed.rotate(server.home / "certs", chosen, now)
         assert done.next_pins is not None
         check(server)
         reported = {"pins": list(done.next_pins.pins), "from": round(use_from.timestamp() * 1000)}
