@@ -53,7 +53,9 @@ class Reloading:
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        eventually(lambda: "listening on" in self.output)
+
+    def wait_until_listening(self) -> None:
+        eventually(lambda: re.search(r"listening on 127\.0\.0\.1:\d+\n", self.output))
         self.port = int(self.output.partition("listening on 127.0.0.1:")[2].split()[0])
 
     def write(self, text: str) -> None:
@@ -81,9 +83,12 @@ class Reloading:
 @pytest.fixture
 def reloading(tmp_path: Path, certs: Path, request: pytest.FixtureRequest) -> Iterator[Reloading]:
     server = Reloading(tmp_path, certs, *getattr(request, "param", ()))
-    yield server
-    server.close()
-    print(server.output)  # shown if the test has failed
+    try:
+        server.wait_until_listening()
+        yield server
+    finally:
+        server.close()
+        print(server.output)  # shown if the test has failed
 
 
 with_and_without_workers = pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_precondition_of_the_method_is_an_error(
 
 def test_timeout_applies_to_the_whole_stream(serve: Serve, call: Callable[..., int], capsys: Capture) -> None:
     app, _, closed = app_with_stream()
-    assert call("count", '{"to": 2}', "--timeout", "0.3", server=serve(app)) == 1
+    assert call("count", '{"to": 2}', "--timeout", "1", server=serve(app)) == 1
     captured = capsys.readouterr()
     assert [json.loads(line)["n"] for line in captured.out.splitlines()] == [0]
     assert "DEADLINE_EXCEEDED" in captured.err
@@ -344,7 +344,7 @@ def one_line(text: str) -> bool:
 def test_error_response_is_one_line_and_exit_code_1(
     call: Callable[..., int], capsys: Capture, method: str, params: str, says: str
 ) -> None:
-    assert call(method, params, "--timeout", "0.2") == 1
+    assert call(method, params, "--timeout", "1") == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert says in err
@@ -382,7 +382,7 @@ def test_connection_refused_is_exit_code_3(
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        options = ["--user", "ada", "--key-file", str(key_file), "--timeout", "0.1"]
+        options = ["--user", "ada", "--key-file", str(key_file), "--timeout", "1"]
         assert main(["call", address, "echo", *options]) == 3
     err = capsys.readouterr().err
     assert "refused" in err
@@ -468,12 +468,12 @@ def test_key_file_readable_by_others_is_refused_with_the_fix(
 def test_key_from_a_pipe(shared: ServerThread, home: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o644)
-    writer = threading.Thread(target=lambda: pipe.write_text(KEY))
+    writer = threading.Thread(target=lambda: pipe.write_text(KEY), daemon=True)
     writer.start()
     ca = str(shared.home / "certs" / "ca.crt")
     arguments = ["call", f"127.0.0.1:{shared.port}", "echo", "--user", "ada", "--ca", ca]
     assert main([*arguments, "--key-file", str(pipe)]) == 0
-    writer.join()
+    writer.join(TIMEOUT)
 
 
 def test_huge_key_file_is_not_read_completely(

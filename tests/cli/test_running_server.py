@@ -455,7 +455,7 @@ def other_program(home: Path) -> Iterator[Callable[[bytes], None]]:
                 except OSError:
                     return
 
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         threads.append(thread)
 
