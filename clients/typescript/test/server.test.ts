@@ -186,7 +186,7 @@ describe("connections", () => {
   test("reconnect after a cut keeps the session and retries idempotent calls", async () => {
     const client = await connected();
     const id = client.session?.id;
-    const lost = client.call("sleep", { ms: 300 });
+    const lost = client.call("sleep", { ms: 60_000 });
     const retried = client.call("sleep", { ms: 300 }, { idempotencyKey: "retried" });
     await client.call("echo");
     client.cut();
