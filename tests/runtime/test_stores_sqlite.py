@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import stat
 from collections.abc import Iterator
@@ -164,8 +163,7 @@ def test_damaged_sessions_file_is_set_aside(
     (home / "sessions.db").write_bytes(b"not a database" * 1_000)
     other = servers.start()
     servers.client(other, "ada").echo()
-    events = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
-    assert "store.damaged" in [event["event"] for event in events]
+    assert '"event":"store.damaged"' in capfd.readouterr().err
 
 
 @pytest.mark.requirement("recovery")
