@@ -342,8 +342,8 @@ def test_accept_is_retried_after_descriptor_exhaustion(serve: Serve) -> None:
             raise OSError(errno.EMFILE, "Too many open files")
 
     exhausted: Any = Exhausted()
-    server.in_loop(lambda: found._accept(exhausted, socket.AF_UNIX))
     paused_at = time.monotonic()
+    server.in_loop(lambda: found._accept(exhausted, socket.AF_UNIX))
     for _ in range(2):  # the first waits in the backlog until the pause ends
         assert ask(path, "GET", "/v1/status").status == 200
         assert time.monotonic() - paused_at >= 0.9 * PAUSE_WHEN_EXHAUSTED

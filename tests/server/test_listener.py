@@ -498,8 +498,8 @@ def test_descriptor_exhaustion_pauses_accepting(serve: Serve, monkeypatch: pytes
 
     exhausted: Any = ExhaustedSocket()
     with bystander(server) as client:
-        server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
         paused_at = time.monotonic()
+        server.in_loop(lambda: server.server.parts.listener._accept(exhausted, socket.AF_INET))
         assert server.stats["accept_failed"] == 1
         client.echo()
         with server.client("ada") as later:  # it waits in the backlog until the pause ends
