@@ -48,12 +48,12 @@ class open_folder:  # noqa: N801 - it is used as a function
 def exchange(path: Path, request: bytes) -> bytes:
     """Send bytes and return everything until the server closes."""
     with connect(path) as connection:
-        connection.sendall(request)
         received = b""
         try:
+            connection.sendall(request)
             while part := connection.recv(65_536):
                 received += part
-        except ConnectionResetError:
+        except ConnectionError:  # the server has refused the rest of the request
             pass
     return received
 

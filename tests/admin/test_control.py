@@ -89,8 +89,12 @@ def test_removed_socket_of_a_running_server_is_made_again(
     eventually(path.exists)
     eventually(lambda: control(server)._accepting)
     assert ask(path, "GET", "/v1/status").value["pid"] == os.getpid()
-    path.unlink()
-    path.mkdir()  # which only the operator can remove
+
+    def replace() -> None:
+        path.unlink()
+        path.mkdir()  # which only the operator can remove
+
+    server.in_loop(replace)  # between two looks for the socket
     path.rmdir()
     eventually(path.exists)
     server.drain()
