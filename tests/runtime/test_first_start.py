@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.server.helpers import TIMEOUT
 from zcproto.common.home import Home
 from zcproto.config import Config
 from zcproto.config.model import CertificatesConfig
@@ -112,15 +113,18 @@ def test_program_on_a_terminal_prints_them_among_its_log(tmp_path: Path) -> None
         "ZCPROTO_CERTIFICATES__KEY_TYPES": "ecdsa-p256",
     }
     with subprocess.Popen([sys.executable, "-c", program], env=environ, stderr=theirs) as process:
-        os.close(theirs)
-        seen = b""
-        while b"next, in another terminal" not in seen:
-            seen += os.read(ours, 4096)  # fails when the process has ended
-        process.terminate()
-        with contextlib.suppress(OSError):  # the end of the process
-            while True:
-                os.read(ours, 4096)
-    assert process.returncode == 0
+        try:
+            os.close(theirs)
+            seen = b""
+            while b"next, in another terminal" not in seen:
+                seen += os.read(ours, 4096)  # fails when the process has ended
+            process.terminate()
+            with contextlib.suppress(OSError):  # the end of the process
+                while True:
+                    os.read(ours, 4096)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
     os.close(ours)
     lines = [line for line in seen.decode().splitlines() if line.startswith("zcproto: ")]
     assert len(lines) == 3

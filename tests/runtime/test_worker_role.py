@@ -50,8 +50,11 @@ def port(tmp_path: Path, certs: Path) -> Iterator[int]:
         text=True,
         cwd=ROOT,
     ) as process:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()  # its workers end with it
 
 
 def connect(port: int) -> list[socket.socket]:

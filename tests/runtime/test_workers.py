@@ -447,13 +447,17 @@ def run_program(home: Path, before: str = "") -> subprocess.Popen[str]:
         "ZCPROTO_SERVER__WORKERS": "2",
         "ZCPROTO_SERVER__PORT": "0",
     }
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(before=before)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environ,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_program_may_have_workers(home: Path) -> None:
