@@ -133,7 +133,16 @@ def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(
         eventually(lambda: pids(placed)["coordinator"] != before)
         for pid, client in clients.items():
             assert client.call("pid") == pid
-        assert set(one_in_each(placed, key, stack)) == set(clients)  # logins work again
+            eventually(lambda client=client: can_log_in(client, key))  # type: ignore[misc]
+
+
+def can_log_in(client: Client, key: str) -> bool:
+    """Return whether a login succeeds. A worker reaches the next coordinator soon after that is ready."""
+    try:
+        client.open_session("ada", key)
+    except AnsweredError:
+        return False
+    return True
 
 
 def test_session_outlives_a_restart(home: Path, certs: Path, key: str) -> None:
