@@ -332,19 +332,16 @@ def test_end_of_a_process_raises_an_alert(server: ServerProcess) -> None:
     assert {("worker.ended", "worker 1"), ("worker.ended", "coordinator")} <= set(alerts)
 
 
-FAIL_ONCE = """
-    with contextlib.suppress(FileExistsError):
-        open("once", "x").close()
-        asyncio.get_running_loop().call_later(0.2, asyncio.current_task().cancel)
-"""
+FAIL_LATER = "asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, asyncio.current_task().cancel)"
 
 
 def test_lifespan_that_fails_later_ends_its_worker_alone(home: Path, certs: Path) -> None:
-    (home / "failing.py").write_text(FAILING.format(body=FAIL_ONCE))
+    (home / "failing.py").write_text(FAILING.format(body=FAIL_LATER))
     with ServerProcess(home, certs, "--workers", "2", app="failing:app") as server:
-        eventually(lambda: server.events("worker.ended"))
+        os.kill(pids(server)["1"], signal.SIGUSR1)
         eventually(lambda: len(server.events("worker.ready")) == 4)
         (line,) = server.events("worker.ended")
+        assert line["worker"] == "1"
         assert line["reason"].startswith("the lifespan of the application ended early")
 
 
@@ -382,7 +379,7 @@ def test_drain_and_reload_by_the_control_socket_reach_every_process(server: Serv
 
 FAILING = """
 import asyncio
-import contextlib
+import signal
 from contextlib import asynccontextmanager
 
 from zcproto.app.app import App
@@ -448,7 +445,8 @@ zcproto.serve(zcproto.App(), ready=lambda server: os.write(1, b"ready %d\\n" % s
 """
 
 
-def run_program(home: Path, before: str = "") -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def run_program(home: Path, before: str = "") -> Iterator[subprocess.Popen[str]]:
     environ = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
