@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +60,9 @@ def clients_of_each(server: ServerProcess, key: str) -> Iterator[dict[str, Clien
         while len(found) < 2:
             opened.append(stack.enter_context(server.client("ada", key)))
             eventually(lambda: len(server.events("session.opened")) == len(opened))
-            found[server.events("session.opened")[-1]["worker"]] = opened[-1]
+            worker = server.events("session.opened")[-1]["worker"]
+            if found.setdefault(worker, opened[-1]) is not opened[-1]:
+                opened[-1].close()  # many in a row may come to one worker, and connections are limited
         yield found
 
 
@@ -72,12 +76,15 @@ def is_revoked(client: Client) -> bool:
 
 
 def test_failed_logins_are_counted_over_all_workers(server: ServerProcess) -> None:
-    codes = []
-    for _ in range(6):
+    codes: list[int] = []
+    began = time.monotonic()
+    while codes.count(Code.RESOURCE_EXHAUSTED) < 3:
         with server.client() as client, pytest.raises(AnsweredError) as refused:
             client.open_session("ada", "x" * 43)
         codes.append(refused.value.code)
-    assert codes == 3 * [Code.UNAUTHENTICATED] + 3 * [Code.RESOURCE_EXHAUSTED]
+    # Three are free, then one each after 1, 2 and 4 seconds.
+    rejected = codes.count(Code.UNAUTHENTICATED)
+    assert 3 <= rejected <= 3 + math.log2(time.monotonic() - began + 1)
     eventually(lambda: server.events("alert.began"))
     (alert,) = server.events("alert.began")
     assert (alert["worker"], alert["kind"]) == ("coordinator", "login.throttled")
@@ -97,6 +104,7 @@ def test_sessions_of_a_user_who_is_disabled_end_once_and_everywhere(server: Serv
         UserFile(server.home / "users.toml").disable("ada")
         for client in clients.values():
             eventually(lambda client=client: is_revoked(client))  # type: ignore[misc]
+    eventually(lambda: server.events("alert.began"))
     lines = server.events("user.gone")
     assert [line["worker"] for line in lines] == ["coordinator"]
     assert Counter(line["event"] for line in server.events("alert.began")) == {"alert.began": 1}
