@@ -265,7 +265,7 @@ def where(process: subprocess.Popen[str], home: Path) -> list[int]:
 
 
 def test_process_reports_ready_reload_and_stop(start: Start, manager: FakeServiceManager, home: Path) -> None:
-    process = start("--port", "0", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="100000")
+    process = start("--port", "0", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="600000")
     assert manager.next() == {
         "READY": "1",
         "MAINPID": str(process.pid),
@@ -318,7 +318,7 @@ def test_hanging_loop_does_not_feed_the_watchdog(
 def test_supervisor_of_workers_reports_ready_reload_and_stop(
     start: Start, manager: FakeServiceManager, home: Path
 ) -> None:
-    process = start("--port", "0", "--workers", "2", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="400000")
+    process = start("--port", "0", "--workers", "2", NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="2000000")
     assert manager.next() == {"READY": "1", "MAINPID": str(process.pid), "STATUS": "2 of 2 workers"}
     assert manager.next() == {"WATCHDOG": "1"}
     process.send_signal(signal.SIGHUP)
@@ -342,7 +342,7 @@ def test_hanging_worker_is_aborted_and_replaced(
     with Client(port, home / "certs" / "ca.crt") as client:
         client.send(client.request("block", {"path": str(home / "pipe")}))
         with open(home / "pipe", "w"):
-            eventually(lambda: (home / "log").read_text().count('"event":"worker.ready"') == 4)
+            eventually(lambda: (home / "log").read_text().count('"event":"worker.ready"') >= 4)
             manager.drain()
             manager.until("WATCHDOG", "1")
     process.terminate()
