@@ -186,7 +186,7 @@ def test_pending_revocations_survive_a_restart(site: Site) -> None:
 
 
 def test_tokens_are_refused_after_the_grace_until_recovery(site: Site) -> None:
-    server = site.serve(store__grace="200ms")
+    server = site.serve(store__grace="2s")
     client = site.client(server, "ada")
     site.store.mode = FAILS
     server.in_loop(

@@ -35,7 +35,8 @@ class Cluster:
         self._stack = stack
 
     def serve(self, home: str = "one", **settings: Any) -> ServerThread:
-        settings = {"store__url": self.store.url, **settings}
+        """Serve with more time for the store than the default, which a busy machine may exceed."""
+        settings = {"store__url": self.store.url, "store__timeout": "5s", **settings}
         return self._stack.enter_context(ServerThread(self._folder / home, self._certs, **settings))
 
     def client(self, server: ServerThread, user: str | None = None, token: bytes | None = None) -> Client:
@@ -146,7 +147,7 @@ def back(store: StoreProcess) -> None:
 def test_outage_keeps_known_sessions_and_revocations(
     cluster: Cluster, hurt: Callable[[StoreProcess], None]
 ) -> None:
-    server = cluster.serve()
+    server = cluster.serve(store__timeout="250ms")
     clients = [cluster.client(server, f"user{number}") for number in range(20)]
     gone = cluster.client(server, "user0")
     newcomer = cluster.client(server)
@@ -213,7 +214,7 @@ def test_server_starts_without_store_and_recovers(cluster: Cluster) -> None:
     one = cluster.serve()
     client = cluster.client(one, "ada")
     cluster.store.stop()
-    other = cluster.serve("other")
+    other = cluster.serve("other", store__timeout="250ms")
     there = cluster.client(other)
     assert there.refused("echo", token=client.token).code == Code.UNAVAILABLE
     cluster.store.go_on()
