@@ -43,7 +43,7 @@ def serve(folder: Path, certs: Path, store: ServerProcess) -> ServerThread:
         (("--appendonly", "no"), "appendonly is off"),
         (("--appendfsync", "everysec"), "appendfsync is not always"),
         ((), "min-replicas-to-write is 0"),
-        ((), "the clock of the store and this one are 3600 s apart"),
+        ((), "the clock of the store and this one are 3"),  # 3,599 if a second ends between the two
         ((), ""),
     ],
 )
