@@ -191,7 +191,7 @@ def test_upgrade_is_rolled_back_if_the_new_server_is_not_ready_in_time(
     token, _ = call(server, key, None)
     (server.home / "config.toml").write_text(CONFIG.replace('"20s"', '"1s"'))
     server.signal(signal.SIGHUP)
-    eventually(lambda: bool(server.events("config.reloaded")))
+    eventually(lambda: len(server.events("config.reloaded")) == 3)  # the supervisor's is before the workers'
     (server.home / "placed.py").write_text(HANGING)
     code, output = upgrade(server)
     assert code == 1, output
