@@ -99,15 +99,16 @@ class Receiver:
 def _read(connection: socket.socket) -> Received | None:
     data = b""
     while b"\r\n\r\n" not in data:
-        part = connection.recv(65_536)
-        if not part:
+        if not (part := connection.recv(65_536)):
             return None
         data += part
     head, _, body = data.partition(b"\r\n\r\n")
     line, *lines = head.decode("ascii").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
     while len(body) < int(headers.get("content-length", 0)):
-        body += connection.recv(65_536)
+        if not (part := connection.recv(65_536)):
+            return None
+        body += part
     return Received(line, headers, body)
 
 
