@@ -307,8 +307,10 @@ def test_deadline_and_cancellation_answer_while_the_thread_runs(
 
     async def main() -> None:
         async with connect_to(server) as client:
+            call = asyncio.create_task(client.call("block", name="a", timeout=1.0))
+            await until(lambda: blocker.begun)
             with pytest.raises(DeadlineExceeded):
-                await client.call("block", name="a", timeout=0.1)
+                await call
             call = asyncio.create_task(client.call("block", name="b"))
             await until(lambda: len(blocker.begun) == 2)
             call.cancel()
@@ -335,7 +337,7 @@ def test_calls_beyond_the_queue_are_refused_and_counted(
             await until(lambda: pool.running == pool.waiting == 1)
             async with connect_to(server, "eve") as eve:
                 with pytest.raises(Unavailable, match="too many calls wait for a thread"):
-                    await eve.call("plain", n=1, timeout=0.2)
+                    await eve.call("plain", n=1, timeout=1.0)
             blocker.release.set()
             await asyncio.gather(*calls)
             assert pool.refused > 0
