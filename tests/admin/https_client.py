@@ -7,7 +7,7 @@ import http.client
 import ssl
 
 from tests.http.helpers import Answer, answers
-from tests.server.helpers import ServerThread, client_context
+from tests.server.helpers import TIMEOUT, ServerThread, client_context
 from zcproto.certs import client_ca
 from zcproto.http.messages import Route
 from zcproto.sessions.token import token_text
@@ -55,7 +55,7 @@ def ask(
 ) -> Answer:
     """Send one request with http.client."""
     context = client_context(server.home / "certs" / "ca.crt", ())
-    connection = http.client.HTTPSConnection("localhost", server.port, timeout=10, context=context)
+    connection = http.client.HTTPSConnection("localhost", server.port, timeout=TIMEOUT, context=context)
     with contextlib.closing(connection):
         connection.request(method, path, body or None, headers or {})
         response = connection.getresponse()

@@ -280,7 +280,7 @@ def test_native_clients_get_the_same_sts_policy(serve: Serve) -> None:
 
 
 def test_slow_request_head_times_out(serve: Serve) -> None:
-    server = serve(http__request_timeout=0.5)
+    server = serve(http__request_timeout=2.0)
     with bystander(server), tls(server) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
         (answer,) = answers(read_to_end(connection))
@@ -289,7 +289,7 @@ def test_slow_request_head_times_out(serve: Serve) -> None:
 
 
 def test_silent_and_idle_connections_are_closed(serve: Serve) -> None:
-    server = serve(http__request_timeout=0.5, http__idle_timeout=0.5)
+    server = serve(http__request_timeout=2.0, http__idle_timeout=2.0)
     with tls(server) as silent, tls(server) as idle:
         idle.sendall(GET)
         assert len(answers(read_to_end(idle))) == 1
