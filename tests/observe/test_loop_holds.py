@@ -250,7 +250,8 @@ def test_methods_and_middleware_that_hold_the_loop_are_counted_and_logged(
     holds = server.server.parts.loop_lag.holds
     assert holds is not None
     expected = {"middleware check": 1, "plain": 1, "later": 1}
-    eventually(lambda: holds.counts == expected)
+    eventually(lambda: len(lines) == len(expected))  # written after it is counted
+    assert holds.counts == expected
     found = [(event, fields["what"]) for event, fields in lines]
     assert found == [("loop.held", name) for name in expected]
     assert all(fields["seconds"] >= HELD for _, fields in lines)
