@@ -212,7 +212,8 @@ def test_replaced_stderr_is_used(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) ->
     assert in_memory.getvalue() == "second\n"
 
 
-def test_finish_waits_for_slow_reader(pipe: Pipe) -> None:
+def test_finish_waits_for_slow_reader(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_module, "FINISH_TRY_MS", 10_000)
     output = Descriptor(pipe.writer)
     lines = fill(output)
     taken: list[bytes] = []
@@ -225,7 +226,7 @@ def test_finish_waits_for_slow_reader(pipe: Pipe) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     output.finish()
-    reader.join()
+    reader.join(10)
     assert b"".join(taken).decode() == lines * LINE
 
 
