@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +164,9 @@ def loading_demo() -> subprocess.Popen[bytes]:
     assert process.stdout is not None
     output = b""
     while b"loading" not in output:
-        output += process.stdout.readline()
+        line = process.stdout.readline()
+        assert line, output
+        output += line
     return process
 
 
@@ -339,7 +342,8 @@ def test_orphaned_child_ends_and_deletes_its_folder(
     def serve(arguments: list[str]) -> int:
         parent.send(b"input is ignored")
         parent.die()
-        signal.pause()
+        for _ in range(3_000):  # a signal just before `signal.pause` would leave it waiting for ever
+            time.sleep(0.01)
         raise AssertionError("SIGTERM did not end it")
 
     monkeypatch.setattr(child, "zcproto", serve)
