@@ -23,5 +23,5 @@ def children() -> Callable[[], list[int]]:
 @pytest.fixture
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the timeouts of the generator."""
-    monkeypatch.setattr(generator, "ANSWER_TIMEOUT", 0.3)
+    monkeypatch.setattr(generator, "ANSWER_TIMEOUT", 1.0)
     monkeypatch.setattr(generator, "CLOSE_TIMEOUT", 3.0)
