@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Serve
-from tests.server.helpers import KEY, ServerThread
+from tests.server.helpers import KEY, ServerThread, eventually
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.client.blocking import BlockingClient, BlockingUserSession, connect_blocking
@@ -53,21 +53,25 @@ def blocking() -> Blocking:
 
 
 @contextlib.contextmanager
-def ctrl_c(seconds: float) -> Iterator[None]:
-    """Send SIGINT after a delay, from a signal that pytest does not use."""
+def ctrl_c(when: Callable[[], Any]) -> Iterator[None]:
+    """Interrupt the main thread once a condition holds, by a signal that pytest does not use."""
 
     def press(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    def wait_and_press() -> None:
+        eventually(when)
+        signal.pthread_kill(main, signal.SIGUSR2)
+
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGUSR2))
+    pressing = threading.Thread(target=wait_and_press)
     old = signal.signal(signal.SIGUSR2, press)
-    timer.start()
+    pressing.start()
     try:
         yield
     finally:
-        timer.join()
+        pressing.join()
         signal.signal(signal.SIGUSR2, old)
 
 
@@ -159,11 +163,14 @@ def test_ctrl_c_during_close_leaves_no_thread(
     client = blocking(shared)
     client.open()
 
+    closing = threading.Event()
+
     async def never(link: Any) -> None:
+        closing.set()
         await asyncio.sleep(3_600)
 
     monkeypatch.setattr(client._client._sessions, "close", never)
-    with ctrl_c(0.05), pytest.raises(KeyboardInterrupt):
+    with ctrl_c(closing.is_set), pytest.raises(KeyboardInterrupt):
         client.close()
     assert threads() == []
     assert capfd.readouterr().err == ""
@@ -232,7 +239,7 @@ def test_ctrl_c_cancels_only_the_call(serve: Serve, blocking: Blocking) -> None:
     server = serve()
 
     with blocking(server) as client:
-        with ctrl_c(0.1), pytest.raises(KeyboardInterrupt):
+        with ctrl_c(lambda: server.stats["running"]), pytest.raises(KeyboardInterrupt):
             client.call("sleep", ms=60_000, timeout=None)
         server.until(lambda: server.server.state.tasks.running == 0)
         assert client.call("echo", x=1) == {"x": 1}
