@@ -387,7 +387,7 @@ def test_closing_a_blocking_client_does_not_wait_for_the_function(serve: Serve) 
 
     def login() -> dict[str, Any]:
         asked.set()
-        answer.wait()
+        answer.wait(TIMEOUT)
         return {}
 
     def open_session() -> None:
