@@ -152,7 +152,7 @@ async def test_timed_out_call_is_cancelled_on_the_server(serve: Serve, connect_t
         with pytest.raises(DeadlineExceeded):
             await client.call("sleep", ms=60_000, timeout=0.05)
         assert await slow == {}
-        server.until(lambda: server.server.state.tasks.running == 0)
+        await asyncio.to_thread(server.until, lambda: server.server.state.tasks.running == 0)
 
 
 async def test_cancelled_call_is_cancelled_on_the_server(serve: Serve, connect_to: ConnectTo) -> None:
@@ -208,13 +208,21 @@ async def test_revoked_session_raises_token_revoked(serve: Serve, connect_to: Co
 
 
 async def test_draining_server_answers_calls_in_flight(serve: Serve, connect_to: ConnectTo) -> None:
-    server = serve()
+    app, go_on = App(), asyncio.Event()
+
+    @app.method("wait")
+    async def wait() -> int:
+        await go_on.wait()
+        return 1
+
+    server = serve(app)
     async with connect_to(server) as client:
-        call = asyncio.create_task(client.call("sleep", ms=200))
+        call = asyncio.create_task(client.call("wait"))
         while server.stats["running"] == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         server.begin_drain(10)
-        assert await call == {}
+        server.in_loop(go_on.set)
+        assert await call == 1
 
 
 async def test_client_reconnects_to_restarted_server(serve: Serve, connect_to: ConnectTo) -> None:

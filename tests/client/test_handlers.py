@@ -164,7 +164,7 @@ def test_call_without_answer_ends_at_its_deadline(
 
         async with client:
             with pytest.raises(Aborted):
-                await client.call("ask", method="wait", params={}, seconds=0.05)
+                await client.call("ask", method="wait", params={}, seconds=0.5)
             await waiting.cancelled.wait()
         assert isinstance(methods.errors[0], DeadlineExceeded)
         assert server.server.state.clients.ended["deadline"] == 1
@@ -373,7 +373,7 @@ def test_blocking_handler_sees_that_its_call_was_withdrawn(server: ServerThread)
 
     with client:
         with pytest.raises(Aborted, match="DEADLINE"):
-            client.call("ask", method="wait", params={}, seconds=0.05)
+            client.call("ask", method="wait", params={}, seconds=0.5)
         with pytest.raises(Aborted, match="RESOURCE_EXHAUSTED"):
             client.call("ask", method="wait", params={})
         go.set()

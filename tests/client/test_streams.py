@@ -184,7 +184,7 @@ def test_item_timeout_leaves_the_stream(
     async def main() -> None:
         async with connect_to(server) as client:
             with pytest.raises(DeadlineExceeded):
-                async for _ in client.stream("count", n=3, pause=20.0, item_timeout=0.05):
+                async for _ in client.stream("count", n=3, pause=20.0, item_timeout=0.5):
                     pass
             await client.call("add", a=1, b=2)
             server.until(lambda: methods.closed == 1)
