@@ -83,7 +83,7 @@ async def test_accepted_dead_token_is_late_after_five_seconds(ago_s: float, is_l
     made = graveyard.outcome
     assert (made.dead, made.tried, made.accepted) == (2, 2, 1)
     assert bool(made.late) == is_late
-    assert made.last_accepted_s == pytest.approx(ago_s, abs=1.0)
+    assert ago_s <= made.last_accepted_s < ago_s + MAX_LATE_S
 
 
 async def test_token_that_died_before_the_end_of_a_pause_is_refused_after_it() -> None:
