@@ -264,8 +264,8 @@ def memory_bytes(pid: int) -> tuple[int, int]:
 
 def family(pid: int) -> list[int]:
     """Return a process and its children, the first made first: of a server its coordinator, then its workers."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *sorted(map(int, children))]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()  # in the order of their making
+    return [pid, *map(int, children)]
 
 
 def private_bytes(pid: int) -> int:
