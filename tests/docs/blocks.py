@@ -51,6 +51,8 @@ READY: Final = ("server.listening", "Uvicorn running on", "Ready to accept conne
 """What servers print when clients can connect."""
 
 TIMEOUT_S: Final = 150.0
+LOG_S: Final = 30.0
+"""Seconds within which servers have written a line: they write some in batches."""
 
 CHANGES: Final = re.compile(r"^(?:.* )?[Ii]n `([\w./~-]+\.\w+)`:$")
 WRITES: Final = re.compile(r"(?:^|\. )`([\w./~-]+\.\w+)`(?:, [^`]*)?:$")
@@ -371,11 +373,13 @@ class Reader:
 
     def _search(self, block: Block) -> None:
         """Look for lines in what servers have printed."""
-        printed = "".join(server.log.read_text() for server in self._servers)
-        if not re.search(
-            "(?:.*\n)*".join(pattern_of(f"{line}\n") for line in block.text.splitlines()), printed
-        ):
-            raise PageError(f"{block.place}: the servers print\n{printed}\nwithout\n{block.text}")
+        wanted = "(?:.*\n)*".join(pattern_of(f"{line}\n") for line in block.text.splitlines())
+        for _ in range(int(LOG_S / 0.05)):
+            printed = "".join(server.log.read_text() for server in self._servers)
+            if re.search(wanted, printed):
+                return
+            time.sleep(0.05)
+        raise PageError(f"{block.place}: the servers print\n{printed}\nwithout\n{block.text}")
 
     def _with_ports(self, text: str) -> str:
         return PORT.sub(lambda found: self._ports.setdefault(found[0], free_port()), text)
