@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -19,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Self
 
+from bench.server_process import free_port
 from zcproto.certs import managed
 from zcproto.certs.managed import ManagedSettings
 from zcproto.errors import ConfigError, ZcprotoError
@@ -39,11 +39,6 @@ AT_ONCE: Final = {"PEBBLE_VA_NOSLEEP": "1"}
 
 def is_installed() -> bool:
     return all(map(shutil.which, (PEBBLE, NAME_SERVER)))
-
-
-def free_port() -> int:
-    with socket.create_server((_HOST, 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Pebble:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import signal
 import socket
 import subprocess
@@ -18,14 +18,17 @@ from zcproto.errors import ZcprotoError
 _START_S: Final = 30.0
 
 
+_ports: Final = iter(random.SystemRandom().sample(range(10_000, 22_000), 12_000))
+
+
 def free_port() -> int:
-    """Return a free port whose port 10,000 above, the bus of a cluster, is free too.
+    """Return a free port whose port 10,000 above, the bus of a cluster, is free too, another one each time.
 
     Both are below the ports that the system gives to sockets, so that no other program takes them while a server is
     down.
     """
     while True:
-        port = 10_000 + secrets.randbelow(12_000)
+        port = next(_ports)
         with suppress(OSError), socket.socket() as probe, socket.socket() as bus:
             probe.bind(("127.0.0.1", port))
             bus.bind(("127.0.0.1", port + 10_000))

@@ -9,7 +9,7 @@ import errno
 import heapq
 import itertools
 import os
-import secrets
+import random
 import socket
 import subprocess
 import sys
@@ -74,13 +74,16 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
     )
 
 
+_ports: Final = iter(random.SystemRandom().sample(range(22_000, 32_000), 10_000))
+
+
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on.
+    """Return a TCP port of 127.0.0.1 that nothing listens on, another one each time.
 
     It is below those that the system gives to sockets, so that no other test takes it before it is used.
     """
     while True:
-        port = 22_000 + secrets.randbelow(10_000)
+        port = next(_ports)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 

@@ -26,6 +26,7 @@ from bench.command import COUNT, RATE, SECONDS, measurement, progress
 from bench.pebble import AT_ONCE, CHAOS, Pebble
 from bench.report import Report, Row
 from bench.scenarios.harness import ask_control, load_faults, load_rows, run_load_beside, until
+from bench.server_process import free_port
 from bench.stage import ECDSA_ONLY, HOST, Server, Stage, check_open_files, room_for
 from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.caller import Operator
@@ -162,10 +163,10 @@ def order_under_load(folder: Path, plan: AcmePlan) -> AcmeOutcome:
     """Carry out a plan in this folder. Raises ConfigError for what cannot be measured."""
     if not pebble.is_installed():
         raise ConfigError(["pebble is not installed; on Debian: apt install pebble"])
-    port = pebble.free_port()
+    port = free_port()
     chaos = CHAOS if plan.sleeps else CHAOS | AT_ONCE
     outcome = AcmeOutcome(plan)
-    with Pebble(folder / "pebble", tls_port=port, http_port=pebble.free_port(), chaos=chaos) as ca:
+    with Pebble(folder / "pebble", tls_port=port, http_port=free_port(), chaos=chaos) as ca:
         settings: dict[str, Any] = {
             **room_for(plan.connections),
             **ECDSA_ONLY,

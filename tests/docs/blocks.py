@@ -23,7 +23,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from tests.docs.messages import ROOT
+from tests.helpers import free_port
 from zcproto.auth import UserFile
 
 PROGRAMS: Final = {"c", "go", "js", "python", "rust", "typescript"}
@@ -382,7 +382,7 @@ class Reader:
         raise PageError(f"{block.place}: the servers print\n{printed}\nwithout\n{block.text}")
 
     def _with_ports(self, text: str) -> str:
-        return PORT.sub(lambda found: self._ports.setdefault(found[0], free_port()), text)
+        return PORT.sub(lambda found: self._ports.setdefault(found[0], str(free_port())), text)
 
     def _environment(self) -> dict[str, str]:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ZCPROTO_")}
@@ -415,8 +415,3 @@ class Reader:
             program = self._bin / name
             program.write_text(f"#!/bin/sh\n{command}\n")
             program.chmod(0o755)
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return str(listener.getsockname()[1])

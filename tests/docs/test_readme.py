@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.docs.blocks import free_port
 from tests.docs.messages import ROOT
+from tests.helpers import free_port
 
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q .\n"
 
 
 def test_readme_blocks_run_by_one_paste_in_an_empty_folder(tmp_path: Path) -> None:
-    port = free_port()
+    port = str(free_port())
     page = (ROOT / "README.md").read_text()
     section = page[page.index("## A server and a client") : page.index("## 10,000 connections")]
     blocks = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)

@@ -12,6 +12,7 @@ import pytest
 from bench import pebble
 from bench.pebble import AT_ONCE, CHAOS, Pebble
 from bench.scenarios.harness import ask_control
+from bench.server_process import free_port
 from bench.stage import ECDSA_ONLY, Stage
 from tests.server.helpers import eventually
 
@@ -45,7 +46,7 @@ def served(port: int, ca: bytes, name: str) -> str:
 def test_certificates_are_ordered_and_renewed(
     tmp_path: Path, challenge: str, workers: int, binding: tuple[str, str] | None
 ) -> None:
-    port, http_port = pebble.free_port(), pebble.free_port()
+    port, http_port = free_port(), free_port()
     ca = Pebble(
         tmp_path / "pebble", tls_port=port, http_port=http_port, chaos=CHAOS | AT_ONCE, binding=binding
     )
