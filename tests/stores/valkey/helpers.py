@@ -15,8 +15,9 @@ ALL = Change(ChangeKind.ALL)
 
 @asynccontextmanager
 async def opened(url: str, **options: Any) -> AsyncIterator[tuple[ValkeyStore, list[Change]]]:
+    """Open a store. Its timeout allows for a busy machine."""
     changes: list[Change] = []
-    store = ValkeyStore(url, **options)
+    store = ValkeyStore(url, **{"timeout": 2.0, **options})
     await store.open(lambda change: change.kind is ChangeKind.LOST or changes.append(change))
     try:
         yield store, changes
