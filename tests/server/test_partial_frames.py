@@ -192,10 +192,11 @@ def test_unfinished_frames_of_one_token_take_bounded_memory_that_returns(tmp_pat
     (home / "config.toml").write_text('[certificates]\nkey_types = ["ecdsa-p256"]\n')
     key = UserFile(home / "users.toml").add("ada")
     with ServerProcess(home, certs) as server, server.client("ada", key) as first:
-        clients = [server.client() for _ in range(80)]
-        for client in clients:
+        clients = []
+        for _ in range(80):
+            clients.append(client := server.client())
             client.token = first.token
-            client.call("session.info")
+            client.call("session.info")  # a connection without a session is closed after some time
         before = resident_bytes(server.process.pid)
         for client in clients:
             client.send(client.request("echo", {"text": "x" * (MIB - 200)})[:-1])
