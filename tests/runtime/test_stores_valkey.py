@@ -102,10 +102,8 @@ def refused_with(client: Client, token: bytes) -> int | None:
 
 
 def test_session_limit_holds_for_concurrent_logins_on_two_servers(cluster: Cluster) -> None:
-    limits: dict[str, Any] = {
-        "sessions__per_user": 5,
-        "sessions__open_timeout": "1m",
-    }  # 200 handshakes come first
+    # The first login comes after 200 handshakes.
+    limits: dict[str, Any] = {"sessions__per_user": 5, "sessions__open_timeout": "1m"}
     servers = [cluster.serve(**limits), cluster.serve("other", **limits)]
     clients = [cluster.client(servers[number % 2]) for number in range(200)]
     codes: list[int] = []
