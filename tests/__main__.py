@@ -50,7 +50,8 @@ FRAMES = (
 """Tests of what the accelerator does: they are repeated without it."""
 
 GROUPS = (
-    Group(("adversity", "admin", "alerts", "app", "runtime", "server"), secrets=4_000),
+    Group(("admin", "alerts", "app", "server"), secrets=1_000),
+    Group(("adversity", "runtime"), secrets=1_000),
     Group(("bench", "client", "config", "conformance", "deploy", "load", "mutation", "observe", "spec")),
     Group(secrets=5_000),
     Group(COVERED, secrets=5_000, is_covered=True),
