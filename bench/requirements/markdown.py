@@ -66,8 +66,8 @@ def _more_figures(run: Run) -> list[str]:
     drawn, lines = run.drawn, list[str]()
     latencies = {f"handshake at rest, {name}": each.latencies for name, each in drawn.handshakes.items()}
     if drawn.many is not None:
-        record = drawn.many.result.record
-        latencies |= {label: record.latencies[name] for name, label in LATENCY_LABELS.items()}
+        measured = drawn.many.result.record.latencies
+        latencies |= {label: measured[name] for name, label in LATENCY_LABELS.items() if measured[name].total}
     if latencies:
         columns = (*PERCENTILES, "max")
         lines += [
@@ -76,7 +76,7 @@ def _more_figures(run: Run) -> list[str]:
         ]
         for name, each in latencies.items():
             found = percentiles_ms(each)
-            cells = [f"{found[column]:.2f}" if found else "-" for column in columns]
+            cells = [f"{found[column]:.2f}" for column in columns]
             lines.append(f"| {name} | {each.total:,} | {' | '.join(cells)} |")
         lines.append("")
     if drawn.handshakes:
