@@ -4,13 +4,11 @@ the two ends of a conversation joined in memory."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import heapq
 import itertools
+import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +54,11 @@ def machine_settings(*, max_examples: int, steps: int) -> settings:
     return settings(max_examples=max_examples, stateful_step_count=steps)
 
 
+def whole_lines(log: str) -> list[dict[str, Any]]:
+    """Return the events of a log in JSON, which may end in a line that is being written."""
+    return [json.loads(line) for line in log.split("\n")[:-1] if line.startswith("{")]
+
+
 def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Check the types of programs that use the package, as strictly as its own.
 
@@ -72,20 +75,6 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
         timeout=170,
         check=False,
     )
-
-
-_ports: Final = iter(random.SystemRandom().sample(range(22_000, 32_000), 10_000))
-
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on, another one each time.
-
-    It is below those that the system gives to sockets, so that no other test takes it before it is used.
-    """
-    while True:
-        port = next(_ports)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 class FakeClock:

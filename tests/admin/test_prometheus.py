@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from bench.server_process import free_port
 from docs.dashboard import PANELS
-from tests.helpers import free_port
 from tests.interop.support import needs
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import free_port
+from bench.server_process import free_port
 from tests.http.helpers import Answer, answers
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually, read_to_end

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.server_process import free_port
 from tests.cli.doctor_report import Doctor, Report, doctor
-from tests.helpers import free_port
 from tests.telemetry.helpers import Collector
 
 __all__ = ["doctor"]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import trustme
 
+from bench.server_process import free_port
 from tests.alerts.receiver import Receiver, answer
 from tests.auth.issuer import jwk, key_set
 from tests.cli.doctor_report import Doctor, Report, doctor
 from tests.conftest import ServerPairs
-from tests.helpers import free_port
 
 __all__ = ["doctor"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import trustme
 
+from bench.server_process import free_port
 from tests.capabilities import obeying_file_modes
 from tests.certs.support import constrain
 from tests.cli.doctor_report import NOW, Capture, Doctor, doctor
 from tests.cli.helpers import fill, new_session
-from tests.helpers import free_port
 from zcproto import accelerator
 from zcproto.auth import UserFile
 from zcproto.cli import doctor as doctor_module

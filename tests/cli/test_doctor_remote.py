@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import trustme
 
+from bench.server_process import free_port
 from tests.cli.doctor_report import NOW, Capture, Doctor, Report, doctor
-from tests.helpers import free_port
 from tests.server.conftest import Serve
 from tests.server.helpers import HEADER, KEY, ServerThread
 from zcproto.auth import UserFile

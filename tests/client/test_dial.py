@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from bench.server_process import free_port
 from tests.client.conftest import ConnectTo
 from tests.client.helpers import LoopClock
 from tests.conftest import ServerPairs
-from tests.helpers import WALL, free_port
+from tests.helpers import WALL
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.client.address import Address

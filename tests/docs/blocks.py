@@ -31,8 +31,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from bench.server_process import free_port
 from tests.docs.messages import ROOT
-from tests.helpers import free_port
 from zcproto.auth import UserFile
 
 PROGRAMS: Final = {"c", "go", "js", "python", "rust", "typescript"}
@@ -378,7 +378,7 @@ class Reader:
             printed = "".join(server.log.read_text() for server in self._servers)
             if re.search(wanted, printed):
                 return
-            time.sleep(0.05)
+            time.sleep(0.05)  # other processes write it
         raise PageError(f"{block.place}: the servers print\n{printed}\nwithout\n{block.text}")
 
     def _with_ports(self, text: str) -> str:

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.server_process import free_port
 from tests.docs.messages import ROOT
-from tests.helpers import free_port
 
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q .\n"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.server_process import free_port
 from tests.docs.blocks import blocks_of
 from tests.docs.messages import ROOT
-from tests.helpers import free_port
 from tests.server.helpers import configuration, eventually
 from zcproto import connect_blocking
 from zcproto.app.app import App

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 import zcproto
+from tests.helpers import whole_lines
 from tests.runtime.test_embedding import config, connect
 from tests.server.helpers import TIMEOUT
 from zcproto import App, Context, Items
@@ -147,11 +147,10 @@ async def server(tmp_path: Path, certs: Path) -> AsyncIterator[zcproto.Server]:
 
 
 async def failed(server: zcproto.Server) -> dict[str, Any]:
-    """Return the line of the log about a failed request. The log may end in a line that is being written."""
+    """Return the line of the log about a failed request."""
     async with asyncio.timeout(TIMEOUT):
         while True:
-            *lines, _ = (server.home.path / "log").read_text().split("\n")
-            for line in map(json.loads, lines):
+            for line in whole_lines((server.home.path / "log").read_text()):
                 if line["event"] == "request.failed":
                     return dict(line)
             await asyncio.sleep(0.01)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import whole_lines
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from tests.server.process import ServerProcess
@@ -33,10 +34,10 @@ HOSTILE = "x\r\n\x1b[2J\x00\x7f\u2028\u202e\x85 event=server.ended" + "y" * 12_0
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Log:
-    """Return all lines of the log so far. It may end in a line that is being written."""
+    """Return all lines of the log so far."""
     path = tmp_path / "server.log"
     configure_logging(LogConfig(level="debug", file=path))
-    return lambda: [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return lambda: whole_lines(path.read_text())
 
 
 def of(lines: list[dict[str, Any]], *events: str) -> list[dict[str, Any]]:

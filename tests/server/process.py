@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
+from tests.helpers import whole_lines
 from tests.server.helpers import ROOT, TIMEOUT, Client
 
 
@@ -70,10 +70,8 @@ class ServerProcess:
         return (self.home / "log").read_text()
 
     def events(self, *names: str) -> list[dict[str, Any]]:
-        """Return the logged events of these names. The log may end in a line that is being written."""
-        *whole, _ = self.log.split("\n")
-        lines = [json.loads(line) for line in whole if line.startswith("{")]
-        return [line for line in lines if line["event"] in names]
+        """Return the logged events of these names."""
+        return [line for line in whole_lines(self.log) if line["event"] in names]
 
     def __enter__(self) -> Self:
         return self

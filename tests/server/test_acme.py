@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from bench.server_process import free_port
 from tests.admin.test_operations import done, post
 from tests.certs.acme.fake_ca import DIRECTORY, FakeCa
-from tests.helpers import free_port
 from tests.server.conftest import Serve
 from tests.server.helpers import TIMEOUT, ServerThread, eventually
 from zcproto.alerts import AlertKind

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import free_port
+from bench.server_process import free_port
 from tests.server.helpers import (
     KEY,
     TIMEOUT,

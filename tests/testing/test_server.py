@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import zcproto
-from tests.helpers import free_port
+from bench.server_process import free_port
 from zcproto import App, CertificatesConfig, Config, Context, LimitsConfig, ServerConfig, TlsConfig
 from zcproto.common.roles import OPERATORS
 from zcproto.testing import LocalServer
