@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -133,7 +134,7 @@ def test_session_of_one_worker_is_one_of_all_and_outlives_the_coordinator(
         eventually(lambda: pids(placed)["coordinator"] != before)
         for pid, client in clients.items():
             assert client.call("pid") == pid
-            eventually(lambda client=client: can_log_in(client, key))  # type: ignore[misc]
+            eventually(partial(can_log_in, client, key))
 
 
 def can_log_in(client: Client, key: str) -> bool:

@@ -15,13 +15,18 @@ HOUR = 3600.0
 
 
 @pytest.fixture
-def app() -> App:
+def sleeps() -> asyncio.Event:
+    """Set when the method has begun."""
+    return asyncio.Event()
+
+
+@pytest.fixture
+def app(sleeps: asyncio.Event) -> App:
     app = App()
-    app.sleeps = asyncio.Event()  # type: ignore[attr-defined]
 
     @app.method("sleep")
     async def sleep(seconds: float) -> str:
-        app.sleeps.set()  # type: ignore[attr-defined]
+        sleeps.set()
         await asyncio.sleep(seconds)
         return "slept"
 
@@ -32,20 +37,20 @@ def app() -> App:
     return app
 
 
-async def test_method_that_sleeps_wakes_when_the_clock_is_advanced(app: App) -> None:
+async def test_method_that_sleeps_wakes_when_the_clock_is_advanced(app: App, sleeps: asyncio.Event) -> None:
     clock = MovableClock()
     async with connect_in_memory(app, user="ada", clock=clock) as client:
         call = asyncio.create_task(client.call("sleep", seconds=20.0))
-        await app.sleeps.wait()  # type: ignore[attr-defined]
+        await sleeps.wait()
         clock.advance(20)
         assert await call == "slept"
 
 
-async def test_deadline_of_a_call_passes_when_the_clock_is_advanced(app: App) -> None:
+async def test_deadline_of_a_call_passes_when_the_clock_is_advanced(app: App, sleeps: asyncio.Event) -> None:
     clock = MovableClock()
     async with connect_in_memory(app, user="ada", clock=clock) as client:
         call = asyncio.create_task(client.call("sleep", seconds=HOUR, timeout=30))
-        await app.sleeps.wait()  # type: ignore[attr-defined]
+        await sleeps.wait()
         assert not call.done()
         clock.advance(31)
         with pytest.raises(zcproto.DeadlineExceeded):
