@@ -20,6 +20,7 @@ import contextlib
 import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -115,14 +116,12 @@ def collector() -> Iterator[str]:
         server.server_close()
 
 
-@contextlib.contextmanager
-def run_server(home: Path, modules: Path | None = None) -> Iterator[Running]:
+def run_server(home: Path, modules: Path | None = None) -> AbstractContextManager[Running]:
     """Run a server; `modules` is a folder of modules that it finds first."""
     environ = dict(bench_environment())
     if modules is not None:
         environ["PYTHONPATH"] = f"{modules}:{environ.get('PYTHONPATH', '')}".rstrip(":")
-    with run_zcproto(home, environ) as running:
-        yield running
+    return run_zcproto(home, environ)
 
 
 def compare(folder: Path, rounds: int, requests: int) -> Report:

@@ -101,5 +101,5 @@ def wait_for_capture(dumpcap: subprocess.Popen[str]) -> None:
 def has_stopped_growing(path: Path) -> bool:
     """Return whether the capture has packets and has stopped growing."""
     before = path.stat().st_size
-    time.sleep(1.0)
+    time.sleep(1.0)  # dumpcap writes in steps, with pauses in between
     return 1_000 < path.stat().st_size == before

@@ -36,8 +36,8 @@ TRIM_FROM: Final = 256
 """Connections from which on memory is returned after half of them have ended: about ten MiB."""
 
 TRIM_AFTER: Final = 3
-"""Intervals for which they must be gone: clients that a network has cut off come back, and new memory costs each
-connection 3% more CPU."""
+"""Intervals without them until memory is returned. Clients that lost their network come back within seconds, and
+connections in new memory cost 3% more CPU."""
 
 TRIM_FROM_BYTES: Final = 16 << 20
 """Bytes of large bodies from which on memory is returned, once none is moved for TRIM_INTERVAL."""

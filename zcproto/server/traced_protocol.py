@@ -1,4 +1,4 @@
-"""The protocol of a server that records traces: what a read causes runs within the trace that is not recorded."""
+"""The protocol of a server that records traces: it processes each read in a context without a recorded trace."""
 
 from __future__ import annotations
 
