@@ -61,6 +61,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def long_login_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delay logins after failures for longer than a test takes on a busy machine."""
+    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def loops_end_with_nothing_open() -> Iterator[None]:
     """Fail a test that ends an asyncio loop with an open connection.

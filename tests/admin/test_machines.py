@@ -105,10 +105,8 @@ def test_revocation_applies_to_the_next_request_of_an_open_connection(serve: Ser
         assert status() == 401
 
 
-def test_unknown_tokens_are_throttled_and_logged_without_the_token(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+@pytest.mark.usefixtures("long_login_delay")
+def test_unknown_tokens_are_throttled_and_logged_without_the_token(serve: Serve, tmp_path: Path) -> None:
     configure_logging(LogConfig(level="info", file=tmp_path / "log"))
     server = serve(http__metrics="token", limits__login_failures=5)
     token = token_of(server.home, life=DAY)

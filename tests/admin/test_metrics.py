@@ -203,8 +203,8 @@ def test_every_end_reason_has_a_label() -> None:
 
 
 @pytest.mark.requirement("metrics")
-def test_logins_are_counted_by_scheme_and_result(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+@pytest.mark.usefixtures("long_login_delay")
+def test_logins_are_counted_by_scheme_and_result(serve: Serve) -> None:
     server = serve(limits__login_failures=1)
     bad = {"scheme": "api_key", "user": "ada", "key": "wrong"}
     with server.client() as client:

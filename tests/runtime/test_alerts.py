@@ -145,8 +145,8 @@ def test_tls_failures_raise_alert_by_cause(start: Start) -> None:
     assert [each["alert"]["about"] for each in alerting.messages()] == ["peer_rejected_certificate"]
 
 
-def test_many_throttled_logins_raise_alert(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+@pytest.mark.usefixtures("long_login_delay")
+def test_many_throttled_logins_raise_alert(start: Start) -> None:
     alerting = start(limits__login_failures=1, alerts__throttled_logins=3)
     with alerting.server.client() as client:
         params = {"scheme": "api_key", "user": "ada", "key": "wrong"}

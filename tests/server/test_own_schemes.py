@@ -118,11 +118,8 @@ def test_two_authenticators_of_one_scheme_prevent_the_start(serve: Serve) -> Non
 # --- failures -----------------------------------------------------------------------------------------
 
 
-def test_failures_are_throttled_by_the_field_that_names_the_user(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
-
+@pytest.mark.usefixtures("long_login_delay")
+def test_failures_are_throttled_by_the_field_that_names_the_user(serve: Serve) -> None:
     def by_email(email: str, password: str) -> str | None:
         return email if password == "right" else None
 

@@ -160,8 +160,8 @@ def test_balancer_is_not_limited_before_its_headers(server: ServerThread) -> Non
     assert server.stats["refused_per_address"] == 0
 
 
-def test_throttle_counts_the_forwarded_client(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+@pytest.mark.usefixtures("long_login_delay")
+def test_throttle_counts_the_forwarded_client(serve: Serve) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"], limits__login_failures=1)
 
     def attempt(client: str, user: str, key: str) -> int:

@@ -150,8 +150,8 @@ def test_failing_authenticator_is_internal_error(serve: Serve) -> None:
         assert client.refused("echo").code == Code.UNAUTHENTICATED
 
 
-def test_failed_logins_are_throttled(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+@pytest.mark.usefixtures("long_login_delay")
+def test_failed_logins_are_throttled(serve: Serve) -> None:
     server = serve(limits__login_failures=2)
     with server.client() as client, server.client("bystander") as bystander:
         login = {"scheme": "api_key", "user": "ada", "key": "guess"}

@@ -354,10 +354,8 @@ def test_extra_fields_of_a_certificate_login_are_refused(
         assert client.refused("session.open", {"scheme": "tls", **fields}).code == 3
 
 
-def test_logins_without_certificate_are_throttled_separately(
-    tmp_path: Path, certs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zcproto.auth.throttle.FIRST_DELAY_S", 900.0)
+@pytest.mark.usefixtures("long_login_delay")
+def test_logins_without_certificate_are_throttled_separately(tmp_path: Path, certs: Path) -> None:
     harness = CertificateServer(tmp_path / "home", certs, limits__login_failures=2)
     with harness.server:
         harness.reload_trust()
