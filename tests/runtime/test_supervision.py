@@ -342,7 +342,8 @@ def test_hanging_worker_is_aborted_and_replaced(
     with Client(port, home / "certs" / "ca.crt") as client:
         client.send(client.request("block", {"path": str(home / "pipe")}))
         with open(home / "pipe", "w"):
-            eventually(lambda: (home / "log").read_text().count('"event":"worker.ready"') == 4)
+            # the watchdog may replace a worker more than this test asks where the machine is busy
+            eventually(lambda: (home / "log").read_text().count('"event":"worker.ready"') >= 4)
             manager.drain()
             manager.until("WATCHDOG", "1")
     process.terminate()
