@@ -199,6 +199,12 @@ def _tokens(_: Any, holder: Any, *__: Any) -> None:
     watch.add_secret(holder.refresh_token)
 
 
+def _new_tokens(made: Any, *_: Any) -> None:
+    _, token, refresh_token = made
+    watch.add_secret(token)
+    watch.add_secret(refresh_token)
+
+
 def _client_tokens(_: Any, holder: Any, *__: Any) -> None:
     watch.add_secret(holder.token_bytes)
     watch.add_secret(holder.refresh_token_bytes)
@@ -276,7 +282,7 @@ def _statistics(figures: Any, server: Any, *_: Any) -> None:
 
 PLACES: list[tuple[str, str, Callable[..., None]]] = [
     ("zcproto.sessions.session", "OpenedSession.__init__", _tokens),
-    ("zcproto.sessions.session", "NewSession.__init__", _tokens),
+    ("zcproto.sessions.registry", "SessionRegistry.new_session", _new_tokens),
     ("zcproto.client.session", "ClientSession.__init__", _client_tokens),
     ("zcproto.auth.pairing", "PairingFile.make", _code),
     ("zcproto.common.secret", "Secret.__init__", _secret),

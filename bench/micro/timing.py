@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from bench.report import Row
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.sessions import SessionRegistry, SessionSettings
-from zcproto.sessions.record import UserLimit
+from zcproto.sessions.record import SessionRecord, UserLimit
 from zcproto.stores.base import Created, SessionStore
 from zcproto.stores.sync import EXPIRE_PAUSE_S, EXPIRED_AT_ONCE
 
@@ -117,15 +117,16 @@ async def open_sessions(
     async def work() -> None:
         for number in numbers:  # shared by all
             begin = time.perf_counter_ns()
-            new = registry.new_session(
+            fields, token, refresh_token = registry.new_session(
                 f"user-{first_user + number // PER_USER}",
                 client="bench/1",
                 address="127.0.0.1",
                 wall=system_clock.wall(),
             )
-            assert await store.create(new.record, limit) == Created()
-            assert registry.restore(new.record)
-            assert registry.opened_session(new) is not None
+            record = SessionRecord(*fields)
+            assert await store.create(record, limit) == Created()
+            assert registry.restore(record)
+            assert registry.opened_session(record, token, refresh_token) is not None
             latencies[number] = time.perf_counter_ns() - begin
 
     begin = time.perf_counter_ns()

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from tests.admin.https_client import ask, bearer
 from tests.helpers import WALL, FakeClock, small_registry
 from tests.server.conftest import Serve
+from tests.sessions.helpers import new_session
 from zcproto.admin.resources import BAD_TOKEN, NO_TOKEN, BearerTokens
 from zcproto.auth.schemes import certificate_key
 from zcproto.errors import Code, ResourceExhausted, Unavailable
@@ -169,7 +170,7 @@ async def test_503_while_tokens_cannot_be_checked() -> None:
 async def test_unknown_token_of_a_shared_session_is_looked_up() -> None:
     check = TokenCheck()
     check.state.sessions = sessions = FakeSharedSessions(check.registry, check.clock)
-    new = check.registry.new_session("ada", client="", address="192.0.2.1", wall=WALL)
+    new = new_session(check.registry, "ada", client="", address="192.0.2.1", wall=WALL)
     sessions.found = lambda: check.registry.restore(new.record)
     found = await check.ask(f"Bearer {token_text(new.token)}")
     assert isinstance(found, Session)

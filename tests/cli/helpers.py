@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from tests.sessions import helpers
+from tests.sessions.helpers import NewSession
 from zcproto.common.clock import system_clock, system_entropy
 from zcproto.common.roles import NO_ROLES
 from zcproto.sessions import SessionRegistry, SessionSettings, token_text
 from zcproto.sessions.record import SessionRecord, UserLimit
-from zcproto.sessions.session import NewSession
 from zcproto.sessions.token import id_text
 from zcproto.stores.base import SessionStore
 from zcproto.stores.sqlite.store import SqliteStore
@@ -20,7 +21,8 @@ ANY_NUMBER = UserLimit(1_000_000, "refuse", None)
 
 def new_session(user: str = "ada", age_ms: int = 0, **options: object) -> NewSession:
     registry = SessionRegistry(SessionSettings(), system_entropy)
-    return registry.new_session(
+    return helpers.new_session(
+        registry,
         user,
         roles=options.get("roles", NO_ROLES),
         client=str(options.get("client", "test/1")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def test_id_with_a_leading_dash_is_not_an_option(home: Path, capsys: Capture) ->
     for text in ids:
         session, raw = new_session(), id_from_text(text)
         assert raw is not None
-        dashed.append(replace(session, record=session.record._replace(id=raw)))
+        dashed.append(session._replace(record=session.record._replace(id=raw)))
     fill(home, *dashed)
     assert main(["session", "revoke", ids[0], "--json", "--", ids[1], ids[2]]) == 0
     assert json.loads(capsys.readouterr().out) == {"revoked": 3}

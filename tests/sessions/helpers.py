@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from zcproto.common.roles import NO_ROLES, Roles
 from zcproto.errors import Code
 from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.sessions.index import END, DigestIndex, LinearHash
+from zcproto.sessions.record import SessionRecord
 from zcproto.sessions.slab import CHUNK, Slab
 
 WALL = 1_700_000_000_000
@@ -30,6 +31,19 @@ class CountedEntropy:
         self.calls += 1
         self.sizes.append(size)
         return sha256(self.calls.to_bytes(8, "big")).digest()[:size]
+
+
+class NewSession(NamedTuple):
+    """A new session as a store gets it, with its tokens."""
+
+    record: SessionRecord
+    token: bytes
+    refresh_token: bytes | None
+
+
+def new_session(registry: SessionRegistry, user: str, **opening: Any) -> NewSession:
+    fields, token, refresh_token = registry.new_session(user, **opening)
+    return NewSession(SessionRecord(*fields), token, refresh_token)
 
 
 class RegistryHarness:

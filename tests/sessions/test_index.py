@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 
 from tests.sessions.helpers import digest, digests, longest_chain
-from zcproto.sessions.index import END, LinearHash
+from zcproto.sessions.index import END, MIN_BUCKETS, LinearHash
 from zcproto.sessions.slab import CHUNK, Slab
 
 
-def plain() -> tuple[Slab, LinearHash]:
+def plain(least: int = MIN_BUCKETS) -> tuple[Slab, LinearHash]:
     slab = Slab(8 * CHUNK, 12, link=8)
-    return slab, LinearHash(slab, hash_=0, next_=4)
+    return slab, LinearHash(slab, hash_=0, next_=4, least=least)
+
+
+def enter(slab: Slab, index: LinearHash, slot: int, hash_: int) -> None:
+    slab.column("I", 0)[slot] = hash_
+    index.enter(slot)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000, 4097])
@@ -65,11 +70,10 @@ def test_insert_splits_at_most_one_bucket_and_removal_joins_two() -> None:
 
 
 def test_presized_index_does_not_split_or_join() -> None:
-    slab = Slab(8 * CHUNK, 12, link=8)
-    index = LinearHash(slab, hash_=0, next_=4, least=2048)
+    slab, index = plain(least=2048)
     slots = [slab.allocate() for _ in range(3000)]
     for slot in slots:
-        index.add(slot, slot * 7)
+        enter(slab, index, slot, slot * 7)
         assert index.buckets == max(2048, index.count)
     assert all(list(index.chain(slot * 7)) == [slot] for slot in slots)
     for slot in slots:
@@ -112,9 +116,16 @@ def test_several_slots_may_share_a_hash() -> None:
     slab, index = plain()
     slots = [slab.allocate() for _ in range(20)]
     for slot in slots:
-        index.add(slot, 0xDEADBEEF)
-    index.add(slab.allocate(), 0xDEADBEEF ^ 0x80000000)  # the same bucket
+        enter(slab, index, slot, 0xDEADBEEF)
+    enter(slab, index, slab.allocate(), 0xDEADBEEF ^ 0x80000000)  # the same bucket
     assert sorted(index.chain(0xDEADBEEF)) == slots
     for slot in slots[::2]:
         index.remove(slot)
     assert sorted(index.chain(0xDEADBEEF)) == slots[1::2]
+
+
+@pytest.mark.parametrize("value", [b"", b"abc", digest(1)[:16], digest(1) + b"\0"])
+def test_bytes_of_another_length_are_not_found(value: bytes) -> None:
+    slab, index = digests()
+    index.put(slab.allocate(), digest(1))
+    assert index.find(value) == END

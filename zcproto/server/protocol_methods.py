@@ -104,11 +104,11 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         if isinstance(identity, Identity) and not identity.key:
             opened = state.sessions.open_nowait(
                 identity.user,
-                roles=frozenset(identity.roles),
-                client=client,
-                address=peer,
-                external=scheme in login.external,
-                ends_at=identity.ends_at,
+                client,
+                peer,
+                frozenset(identity.roles),
+                scheme in login.external,
+                identity.ends_at,
             )
             if opened is not None:
                 return answer_opened(context, opened, scheme, client)

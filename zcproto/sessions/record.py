@@ -18,7 +18,7 @@ ROLES: Final = 8
 """Flag: the session has other roles than `operator`."""
 
 
-class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclass costs a call per field
+class SessionRecord(NamedTuple):
     """A live or lapsed session."""
 
     id: bytes
@@ -43,6 +43,11 @@ class SessionRecord(NamedTuple):  # every login makes one, and a frozen dataclas
     """Key of a bound session: `device:NAME`, or `tls:` and the hex SHA-256 of a certificate's public key."""
     roles: str = ""
     """The names of its roles with ROLES in `flags`, see zcproto/common/roles.py."""
+
+
+RecordFields = tuple[bytes, bytes, bytes, str, str, str, int, int, int, int, int, str, str]
+"""The fields of a SessionRecord, named or not. A login without a store does not name them: a plain tuple costs a
+sixth."""
 
 
 def stored_key(record: SessionRecord) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final, Unpack
+from typing import Final
 
 from zcproto.common.roles import NO_ROLES, Roles, names_without_operator, roles_of
 from zcproto.common.roles import OPERATOR as OPERATOR_ROLE
@@ -29,15 +29,13 @@ from zcproto.common.secret import SecretBytes
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
 from zcproto.sessions.exchange import Exchange
 from zcproto.sessions.index import DigestIndex
-from zcproto.sessions.record import ROLES, Rotation, SessionRecord, WhenFull, evicted_code
+from zcproto.sessions.record import ROLES, RecordFields, Rotation, SessionRecord, WhenFull, evicted_code
 from zcproto.sessions.session import (
     BOUND,
     EXTERNAL,
     OPERATOR,
     EndReason,
-    NewSession,
     OpenedSession,
-    Opening,
     Session,
     SessionInfo,
     SessionSettings,
@@ -158,7 +156,17 @@ class SessionRegistry(Exchange):
 
     # Opening and refreshing
 
-    def open(self, user: str, *, wall: int, **opening: Unpack[Opening]) -> OpenedSession:
+    def open(
+        self,
+        user: str,
+        client: str,
+        address: str,
+        wall: int,
+        roles: Roles = NO_ROLES,
+        key: str = "",
+        external: bool = False,
+        ends_at: int | None = None,
+    ) -> OpenedSession:
         """Open a session for an authenticated user.
 
         A user has at most `per_user` sessions, live and lapsed. The oldest lapsed ones are evicted first, without
@@ -172,26 +180,27 @@ class SessionRegistry(Exchange):
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
-        new = self.new_session(user, wall=wall, **opening)
+        record, token, refresh_token = self.new_session(
+            user, client, address, wall, roles, key, external, ends_at
+        )
         self._make_room(user, wall)
-        slot = self._table.add(new.record)  # new ids and digests: none of `restore`'s checks applies
+        slot = self._table.add(record)  # new ids and digests: none of `restore`'s checks applies
         self._live += 1
         self._announce()
-        return self._opened_new(slot, new)
+        return self._opened_new(slot, record, token, refresh_token)
 
     def new_session(
         self,
         user: str,
-        *,
-        wall: int,
         client: str,
         address: str,
+        wall: int,
         roles: Roles = NO_ROLES,
         key: str = "",
         external: bool = False,
         ends_at: int | None = None,
-    ) -> NewSession:
-        """Return a new session for a store, with its tokens. It is unknown here until `restore`.
+    ) -> tuple[RecordFields, bytes, bytes | None]:
+        """Return the record, the token and the refresh token of a new session. It is unknown here until `restore`.
 
         Raises InvalidArgument if the name of the user or client is longer than MAX_TEXT.
         """
@@ -213,8 +222,7 @@ class SessionRegistry(Exchange):
             # Without a refresh token if it could prolong nothing.
             refresh_expires_at = min(refresh_expires_at, ends_at) if ends_at > expires_at else 0
             expires_at = min(expires_at, ends_at)
-        # By position: with keywords a named tuple costs six times as much.
-        record = SessionRecord(
+        record = (
             session_id,
             digest,
             sha256(refresh_token).digest(),
@@ -229,12 +237,14 @@ class SessionRegistry(Exchange):
             key,
             names,
         )
-        return NewSession(record, token, refresh_token if refresh_expires_at else None)
+        return record, token, refresh_token if refresh_expires_at else None
 
-    def opened_session(self, new: NewSession) -> OpenedSession | None:
+    def opened_session(
+        self, record: SessionRecord, token: bytes, refresh_token: bytes | None
+    ) -> OpenedSession | None:
         """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
-        slot = self._slot_of(new.record.id)
-        return None if slot == NONE else self._opened_new(slot, new)
+        slot = self._slot_of(record.id)
+        return None if slot == NONE else self._opened_new(slot, record, token, refresh_token)
 
     def refresh(self, refresh_token: bytes, *, client: str, address: str, wall: int) -> OpenedSession:
         """Exchange a refresh token for a new pair of tokens. Both old tokens become invalid.
@@ -469,16 +479,15 @@ class SessionRegistry(Exchange):
         raw = id_from_text(session_id)
         return NONE if raw is None else self._slot_of(raw)
 
-    def _opened_new(self, slot: int, new: NewSession) -> OpenedSession:
+    def _opened_new(
+        self, slot: int, record: RecordFields, token: bytes, refresh_token: bytes | None
+    ) -> OpenedSession:
         self.opened += 1
-        record = new.record
-        expires_at = record.expires_at
-        valid_until = min(expires_at, record.last_used_at + self._idle)
+        session_id, _, _, user, _, _, flags, _, used, expires_at, refresh_expires_at, _, roles = record
+        valid_until = min(expires_at, used + self._idle)
         expiring_at = expires_at - self._tenth
-        session = Session(
-            record.id, record.user, record.flags, slot, expires_at, valid_until, expiring_at, record.roles
-        )
-        return OpenedSession(new.token, new.refresh_token, record.refresh_expires_at or None, session)
+        session = Session(session_id, user, flags, slot, expires_at, valid_until, expiring_at, roles)
+        return OpenedSession(token, refresh_token, refresh_expires_at or None, session)
 
     def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
         refresh_expires_at = self._table.refresh_expires_at[slot] or None

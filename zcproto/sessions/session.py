@@ -11,7 +11,7 @@ from typing import Final, Required, TypedDict, get_args
 
 from zcproto.common.roles import Roles, roles_of
 from zcproto.errors import ConfigError
-from zcproto.sessions.record import SessionRecord, WhenFull
+from zcproto.sessions.record import WhenFull
 from zcproto.sessions.token import id_text
 
 _HOUR_MS: Final = 3_600_000
@@ -170,18 +170,6 @@ class OpenedSession:
             f"OpenedSession(token=***, refresh_token={refresh}, "
             f"refresh_expires_at={self.refresh_expires_at}, session={self.session!r})"
         )
-
-
-@dataclass(slots=True, repr=False)
-class NewSession:
-    """A new session for a store, with its tokens, which are not available again."""
-
-    record: SessionRecord
-    token: bytes
-    refresh_token: bytes | None
-
-    def __repr__(self) -> str:
-        return f"NewSession(record={self.record!r}, token=***, refresh_token=***)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,12 +77,8 @@ class Slab:
         self._free_heads = array("i")  # per chunk: its first free slot
         self._free = array("i")  # per chunk: number of free slots
         self._lowest = 0  # no chunk below this has a free slot
-        self.free = 0
+        self.used = 0
         self.size = 0
-
-    @property
-    def used(self) -> int:
-        return self.size - self.free
 
     def column(self, format_: Format, offset: int) -> memoryview:
         """Return the field at `offset` of all records. Offset and record size are multiples of its size."""
@@ -91,8 +87,9 @@ class Slab:
 
     def allocate(self) -> int:
         """Return a free slot. The caller keeps the number in use below `capacity`."""
-        if not self.free:
+        if self.used == self.size:
             self._grow()
+        self.used += 1
         chunk, free, heads = self._lowest, self._free, self._free_heads
         while not (left := free[chunk]):
             chunk += 1
@@ -100,7 +97,6 @@ class Slab:
         slot = heads[chunk]
         heads[chunk] = self._link[slot]
         free[chunk] = left - 1
-        self.free -= 1
         return slot
 
     def free_slot(self, slot: int) -> None:
@@ -109,7 +105,7 @@ class Slab:
         self._link[slot] = self._free_heads[chunk]
         self._free_heads[chunk] = slot
         self._free[chunk] += 1
-        self.free += 1
+        self.used -= 1
         self._lowest = min(self._lowest, chunk)
         if self._free[chunk] == self._chunk:
             self.trim()
@@ -124,7 +120,6 @@ class Slab:
             self._memory.discard(end - self._chunk * self.record_size, end)
             free.pop()
             self._free_heads.pop()
-            self.free -= self._chunk
             self.size -= self._chunk
 
     def _grow(self) -> None:
@@ -134,5 +129,4 @@ class Slab:
         self._free_heads.append(first)
         self._free.append(self._chunk)
         self._lowest = len(self._free) - 1
-        self.free += self._chunk
         self.size = end

@@ -16,20 +16,21 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
-from zcproto.sessions.index import MIN_BUCKETS, LinearHash
+from zcproto.sessions.index import END, MIN_BUCKETS, LinearHash
 from zcproto.sessions.slab import Slab
 
 UNKNOWN: Final = -1
 
 _NEXT, _HASH, _USES, _MARK, _TEXT = 0, 4, 8, 12, 16
+_HEAD: Final = "=iIii"
 _HASH_MASK: Final = 0xFFFF_FFFF
 
 
 class StringTable:
     """Map strings to numbers and count the uses of each.
 
-    `marks` is a number per string for the owner, which sets it when `uses` becomes 1. `least` is the minimum number
-    of buckets of the index.
+    `marks` is a number per string for the owner, UNKNOWN at first. `least` is the minimum number of buckets of the
+    index.
     """
 
     def __init__(self, capacity: int, inline: int, least: int = MIN_BUCKETS) -> None:
@@ -37,11 +38,13 @@ class StringTable:
         self._inline = inline
         self._record_size = _TEXT + 1 + inline
         self._text = Struct(f"{inline + 1}p")
+        self._record = Struct(f"{_HEAD}{inline + 1}p")
         self.slab = Slab(capacity, self._record_size, link=_USES)
         self._index = LinearHash(self.slab, hash_=_HASH, next_=_NEXT, least=least)
         self._bytes = self.slab.bytes
         self._long: dict[int, bytes] = {}
         self._last_text: str | None = None
+        self._last_value = b""
         self._last = UNKNOWN
         self.uses = self.slab.column("i", _USES)
         self.marks = self.slab.column("i", _MARK)
@@ -55,22 +58,22 @@ class StringTable:
     def find(self, text: str) -> int:
         """Return the number of a string in use, or UNKNOWN."""
         if text != self._last_text:
-            self._last = self._find(text.encode("utf-8", "surrogatepass"))
-            self._last_text = text
+            self._search(text)
         return self._last
 
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
-        number = self.find(text)
+        if text != self._last_text:
+            self._search(text)
+        number = self._last
         if number == UNKNOWN:
-            value = text.encode("utf-8", "surrogatepass")
+            value = self._last_value
             number = self._last = self.slab.allocate()
-            self.uses[number] = 1
             if len(value) > self._inline:
                 self._long[number] = value
-            else:
-                self._text.pack_into(self._bytes, number * self._record_size + _TEXT, value)
-            self._index.add(number, hash(value) & _HASH_MASK)
+            start = number * self._record_size
+            self._record.pack_into(self._bytes, start, END, hash(value) & _HASH_MASK, 1, UNKNOWN, value)
+            self._index.enter(number)
         else:
             self.uses[number] += 1
         return number
@@ -85,11 +88,12 @@ class StringTable:
             self._long.pop(number, None)
             self.slab.free_slot(number)
 
-    def _find(self, value: bytes) -> int:
+    def _search(self, text: str) -> None:
+        self._last_text, self._last = text, UNKNOWN
+        value = self._last_value = text.encode("utf-8", "surrogatepass")
         for number in self._index.chain(hash(value) & _HASH_MASK):
             if self._value(number) == value:
-                return number
-        return UNKNOWN
+                self._last = number
 
     def _value(self, number: int) -> bytes:
         if self._long and number in self._long:

@@ -19,7 +19,7 @@ from typing import Final
 
 from zcproto.errors import Code
 from zcproto.sessions.index import DigestIndex
-from zcproto.sessions.record import SessionRecord
+from zcproto.sessions.record import RecordFields
 from zcproto.sessions.slab import Slab
 from zcproto.sessions.strings import UNKNOWN, StringTable
 from zcproto.sessions.token import DIGEST_SIZE, ID_SIZE
@@ -84,13 +84,13 @@ class SessionTable:
 
     # Sessions
 
-    def add(self, record: SessionRecord) -> int:
+    def add(self, record: RecordFields) -> int:
         """Add a live session to the end of its user's list and to the indexes. Return its slot."""
         id_, token, refresh, user, client, address, flags, created, used, expires, until, key, roles = record
         slot = self.slab.allocate()
         users = self.users
         number = users.acquire(user)
-        first = users.marks[number] if users.uses[number] > 1 else NONE
+        first = users.marks[number]
         # In one call: a login is cold in the cache, and writing each column separately costs more cache misses.
         _WHOLE.pack_into(
             self.bytes,
@@ -114,9 +114,12 @@ class SessionTable:
             self.keys.acquire(key) if key else NONE,
             self.keys.acquire(roles) if roles else NONE,
         )
-        users.marks[number] = slot if first == NONE else self._append(first, slot)
-        self.tokens.enter(slot, token)
-        self.ids.enter(slot, id_)
+        if first == NONE:
+            users.marks[number] = slot
+        else:
+            self._append(first, slot)
+        self.tokens.enter(slot)
+        self.ids.enter(slot)
         return slot
 
     def drop(self, slot: int) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Final, TypeVar, Unpack
 
 from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
+from zcproto.common.roles import NO_ROLES, Roles
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
@@ -104,9 +105,20 @@ class SessionService:
         """Open a session for an authenticated user. Raises like `SessionRegistry.open`, and Unavailable."""
         return self._registry.open(user, wall=self._clock.wall(), **opening)
 
-    def open_nowait(self, user: str, **opening: Unpack[Opening]) -> OpenedSession | None:
-        """Open a session without waiting. Return None, having done nothing, if a store is involved."""
-        return self._registry.open(user, wall=self._clock.wall(), **opening)
+    def open_nowait(
+        self,
+        user: str,
+        client: str,
+        address: str,
+        roles: Roles = NO_ROLES,
+        external: bool = False,
+        ends_at: int | None = None,
+    ) -> OpenedSession | None:
+        """Open a session without waiting and bound to no key.
+
+        Return None, having done nothing, if a store is involved.
+        """
+        return self._registry.open(user, client, address, self._clock.wall(), roles, "", external, ends_at)
 
     async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
         """Issue a new token pair. Raises like `SessionRegistry.refresh`, and Unavailable."""
@@ -218,26 +230,27 @@ class StoredSessionService(SessionService):
             )
         wall = self._clock.wall()
         self._newest = max(self._newest, wall)
-        new = registry.new_session(user, wall=wall, **opening)
-        self.sync.leases.unjoined.add(new.record.id)
-        creating = self.sync.tasks.spawn(self._create(new.record))
+        fields, token, refresh_token = registry.new_session(user, wall=wall, **opening)
+        record = SessionRecord(*fields)
+        self.sync.leases.unjoined.add(record.id)
+        creating = self.sync.tasks.spawn(self._create(record))
         self._opening[creating] = user
         self._opening_of[user] += 1
         creating.add_done_callback(self._created)
         try:
             await asyncio.wait([creating])
         except asyncio.CancelledError:
-            self.sync.tasks.run_in_background(self._abandon(creating, new.record))
+            self.sync.tasks.run_in_background(self._abandon(creating, record))
             raise
         finally:
-            self.sync.leases.unjoined.discard(new.record.id)  # the caller joins it before it waits again
+            self.sync.leases.unjoined.discard(record.id)  # the caller joins it before it waits again
         creating.result()
-        opened = registry.opened_session(new)
+        opened = registry.opened_session(record, token, refresh_token)
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
 
-    def open_nowait(self, user: str, **opening: Unpack[Opening]) -> None:
+    def open_nowait(self, *args: Any, **options: Any) -> None:
         return None
 
     def _created(self, creating: asyncio.Task[None]) -> None:

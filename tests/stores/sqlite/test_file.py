@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench.disk import Disk
+from tests.sessions.helpers import new_session
 from tests.stores.contract import (
     FIVE,
     KEEP_ENDED,
@@ -61,7 +62,7 @@ async def test_only_digests_are_written(harness: SqliteHarness) -> None:
     from zcproto.sessions import SessionRegistry, SessionSettings
 
     registry = SessionRegistry(SessionSettings(), os.urandom)
-    new = registry.new_session("alice", client="zc/1", address="192.0.2.1", wall=WALL)
+    new = new_session(registry, "alice", client="zc/1", address="192.0.2.1", wall=WALL)
     store = await harness.opened()
     await opened(store, new.record)
     await store.close()
