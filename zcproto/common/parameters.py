@@ -67,7 +67,9 @@ class Signature:
             self.result = _value_type("the result", returns)
         self._required = frozenset(each.name for each in self.parameters if each.is_required)
         self._reserved = frozenset({self.injected, self.items and self.items[0]} - {None})
-        self.is_unchecked = self._check_rest is accept_any and not self._checkers and not self._reserved
+        # The names to check where any other is accepted with any value, as at each login; None: all names.
+        self._named = self._checkers.keys() | self._reserved if self._check_rest is accept_any else None
+        self.is_unchecked = self._named is not None and not self._named
 
     def _add(
         self, parameter: inspect.Parameter, annotation: Any, injected: type | None, items: type | None
@@ -105,30 +107,24 @@ class Signature:
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument with all faults and their paths."""
-        checkers, check_rest, classes = self._checkers, self._check_rest, self._classes
-        if check_rest is None:
-            for name, value in params.items():
-                if value.__class__ is not classes.get(name):
-                    break
-            else:
-                if self._required <= params.keys():
-                    return params.copy()
+        classes, named = self._classes, self._named
+        for name, value in params.items():
+            if value.__class__ is not classes.get(name) and (named is None or name in named):
+                break
+        else:
+            if self._required <= params.keys():
+                return params.copy()
+        checkers, check_rest = self._checkers, self._check_rest
+        arguments = {}
         try:
-            if check_rest is accept_any and self._reserved.isdisjoint(params):
-                arguments = params.copy()  # every login passes here
-                for name, checker in checkers.items():
-                    if name in params and params[name].__class__ is not classes.get(name):
-                        arguments[name] = checker(params[name], name)
-            else:
-                arguments = {}
-                for name, value in params.items():
-                    known = checkers.get(name)
-                    if known is not None:
-                        arguments[name] = known(value, name)
-                    elif check_rest is None or name in self._reserved:
-                        raise InvalidArgument
-                    else:
-                        arguments[name] = check_rest(value, shown_name(name))
+            for name, value in params.items():
+                known = checkers.get(name)
+                if known is not None:
+                    arguments[name] = known(value, name)
+                elif check_rest is None or name in self._reserved:
+                    raise InvalidArgument
+                else:
+                    arguments[name] = check_rest(value, shown_name(name))
         except InvalidArgument:
             raise self._refusal(params) from None
         if not self._required <= arguments.keys():
