@@ -141,7 +141,7 @@ def test_batch_is_one_write_with_the_times_of_its_events(
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: writes.append(fd) or write(fd, data))
     for _ in range(3):
-        batch.add("session.opened", user="ada")
+        batch.add("session.opened", {"user": "ada"})
         clock.advance(0.01)
     batch.write()
     assert len(writes) == 1

@@ -37,9 +37,9 @@ def harness(capsys: pytest.CaptureFixture[str]) -> LogHarness:
 
 
 def test_batched_lines_have_times_of_their_events(harness: LogHarness) -> None:
-    harness.batch.add("session.opened", user="ada")
+    harness.batch.add("session.opened", {"user": "ada"})
     harness.advance(BATCH_DELAY / 2)
-    harness.batch.add("session.closed", user="ada")
+    harness.batch.add("session.closed", {"user": "ada"})
     assert harness.written() == []
     harness.advance(BATCH_DELAY)
     first, second = harness.written()
@@ -51,7 +51,7 @@ def test_batched_lines_have_times_of_their_events(harness: LogHarness) -> None:
 
 def test_next_line_starts_a_new_batch(harness: LogHarness) -> None:
     for _ in range(3):
-        harness.batch.add("session.opened")
+        harness.batch.add("session.opened", {})
         assert harness.written() == []
         harness.advance(2 * BATCH_DELAY)
         assert len(harness.written()) == 1
@@ -59,14 +59,14 @@ def test_next_line_starts_a_new_batch(harness: LogHarness) -> None:
 
 def test_full_batch_is_written_at_once(harness: LogHarness) -> None:
     for number in range(MAX_BATCH + 1):
-        harness.batch.add("session.opened", number=number, user=f"user {number}")
+        harness.batch.add("session.opened", {"number": number, "user": f"user {number}"})
     assert [line["number"] for line in harness.written()] == list(range(MAX_BATCH))
     harness.advance(2 * BATCH_DELAY)
     assert [line["number"] for line in harness.written()] == [MAX_BATCH]
 
 
 def test_waiting_lines_are_written_at_the_end(harness: LogHarness) -> None:
-    harness.batch.add("session.opened")
+    harness.batch.add("session.opened", {})
     harness.batch.write()
     harness.batch.write()
     assert len(harness.written()) == 1
@@ -74,7 +74,7 @@ def test_waiting_lines_are_written_at_the_end(harness: LogHarness) -> None:
 
 def test_disabled_level_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     harness = LogHarness(capsys, "warning")
-    harness.batch.add("session.opened")
+    harness.batch.add("session.opened", {})
     harness.advance(2 * BATCH_DELAY)
     assert harness.written() == []
 
@@ -90,7 +90,7 @@ def test_batch_is_one_write(harness: LogHarness, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "write", counted)
     for _ in range(3):
-        harness.batch.add("session.opened")
+        harness.batch.add("session.opened", {})
     harness.batch.write()
     assert writes == [3]
 
@@ -103,7 +103,7 @@ def test_lost_batch_counts_each_line(
 
     configure_logging(LogConfig(level="info", file=tmp_path / "log"), clock=harness.clock)
     monkeypatch.setattr(os, "write", full)
-    harness.batch.add("session.opened")
-    harness.batch.add("session.closed")
+    harness.batch.add("session.opened", {})
+    harness.batch.add("session.closed", {})
     harness.batch.write()
     assert lost_lines() == 2

@@ -411,13 +411,14 @@ class LogBatch:
         self._lines: list[tuple[str, dict[str, Any]]] = []
         self.deadline_tick = 0
 
-    def add(self, event: str, **values: Any) -> None:
-        """Queue a line at the level info."""
+    def add(self, event: str, values: dict[str, Any]) -> None:
+        """Queue a line at the level info. The values are the batch's from then on."""
         values[_AT] = self._clock.wall()
-        self._lines.append((event, values))
-        if len(self._lines) == 1:
+        lines = self._lines
+        lines.append((event, values))
+        if len(lines) == 1:
             self._wheel.set(self, self._wheel.now() + BATCH_DELAY)
-        elif len(self._lines) >= MAX_BATCH:
+        elif len(lines) >= MAX_BATCH:
             self.write()
 
     def write(self) -> None:

@@ -81,13 +81,16 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
     registry = state.registry
 
     def log_event(event: str, context: Context, session: Session, **values: Any) -> None:
+        caller = context.caller
         state.log_soon.add(
             event,
-            session=session.id,
-            user=session.user,
-            peer=context.caller.peer,
-            connection=context.caller.id,
-            **values,
+            {
+                "session": session.id,
+                "user": session.user,
+                "peer": caller.peer,
+                "connection": caller.id,
+                **values,
+            },
         )
 
     def session_open(context: Context, scheme: str, client: str = "", **fields: Any) -> Any:
@@ -111,7 +114,8 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 identity.ends_at,
             )
             if opened is not None:
-                return answer_opened(context, opened, scheme, client)
+                log_event("session.opened", context, opened.session, scheme=scheme, client=client)
+                return answer_tokens(context, opened)
         return open_later(context, identity, scheme, client)
 
     async def open_later(
@@ -140,14 +144,11 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 )
                 raise Unauthenticated("the device was removed; pair it again")
             context.caller.prove(identity.key)
-        return answer_opened(context, opened, scheme, client)
+        log_event("session.opened", context, opened.session, scheme=scheme, client=client)
+        return answer_tokens(context, opened)
 
     def log_refused(context: Context, scheme: str) -> None:
         log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme)
-
-    def answer_opened(context: Context, opened: OpenedSession, scheme: str, client: str) -> dict[str, Any]:
-        log_event("session.opened", context, opened.session, scheme=scheme, client=client)
-        return answer_tokens(context, opened)
 
     async def session_attach(context: Context, signature: bytes) -> dict[str, Any]:
         """Prove, by a signature of the device, the key of this bound session on this connection."""
