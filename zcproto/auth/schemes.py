@@ -40,6 +40,9 @@ LOOK_HOLDS_S: Final = 0.01
 """Seconds for which one look at the file suffices to accept keys. A session that a removed user opens within them
 ends when directory.py finds the change."""
 
+_API_KEY_FIELDS: Final = frozenset({"scheme", "client", "user", "key"})
+_TLS_FIELDS: Final = frozenset({"scheme", "client", "user"})
+_ED25519_FIELDS: Final = frozenset({"scheme", "client", "device", "signature"})
 _NO_KEY: Final = bytes(TOKEN_SIZE)
 _DECOY: Final = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
 """The key checked for unknown devices, RFC 8032's first public key. A valid signature still does not log in."""
@@ -70,11 +73,12 @@ class ApiKeyAuthenticator:
         self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
     ) -> Identity | Awaitable[Identity | None] | None:
         user, key = params.get("user"), params.get("key")
-        if not _is_name(user):
+        if not isinstance(user, str) or not 0 < len(user) <= MAX_USER:
             raise InvalidArgument(f"user: the scheme api_key needs a str of 1 to {MAX_USER} characters")
         if not isinstance(key, str) or len(key) > MAX_KEY:
             raise InvalidArgument(f"key: the scheme api_key needs a str of at most {MAX_KEY} characters")
-        _check_fields(params, "api_key", "user", "key")
+        if not _API_KEY_FIELDS.issuperset(params):
+            raise InvalidArgument("the scheme api_key takes user and key, and nothing else")
         now = self._now()
         if now < self._looked_until:
             identity = self._identity(user, key)
@@ -144,7 +148,8 @@ class CertificateAuthenticator:
         expected = params.get("user")
         if expected is not None and not _is_name(expected):
             raise InvalidArgument(f"user: the scheme tls takes a str of 1 to {MAX_USER} characters, or none")
-        _check_fields(params, "tls", "user")
+        if not _TLS_FIELDS.issuperset(params):
+            raise InvalidArgument("the scheme tls takes user, and nothing else")
         try:
             user, certificate = self._named(channel)
             key = self.key_of(certificate)
@@ -195,7 +200,8 @@ class DeviceAuthenticator:
             raise InvalidArgument(f"device: the scheme ed25519 needs a str of 1 to {MAX_USER} characters")
         if not isinstance(signature, bytes) or len(signature) != SIGNATURE_SIZE:
             raise InvalidArgument(f"signature: the scheme ed25519 needs {SIGNATURE_SIZE} bytes")
-        _check_fields(params, "ed25519", "device", "signature")
+        if not _ED25519_FIELDS.issuperset(params):
+            raise InvalidArgument("the scheme ed25519 takes device and signature, and nothing else")
         device = await self.devices.find(name)
         user = await self.users.find("" if device is None else device.user)
         messages = [open_message(channel.salt, leaf, name) for leaf in channel.leaves()]
@@ -232,8 +238,3 @@ def _has_signed_one(device: RegisteredDevice | None, signature: bytes, messages:
 
 def _is_name(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and 0 < len(value) <= MAX_USER
-
-
-def _check_fields(params: Mapping[str, Any], scheme: str, *fields: str) -> None:
-    if not {"scheme", "client", *fields}.issuperset(params):
-        raise InvalidArgument(f"the scheme {scheme} takes {' and '.join(fields)}, and nothing else")

@@ -146,7 +146,9 @@ class Throttle:
         if self._pairs.rows:
             self._pairs.rows.pop(pair, None)
         known = self._known
+        if pair in known:
+            known.move_to_end(pair)
+            return
         known[pair] = None
-        known.move_to_end(pair)
         if len(known) > self._max_entries:
             known.popitem(last=False)
