@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from zcproto.connection.events import NEVER
-from zcproto.sessions import Session
-
-MS: Final = 1000
 
 
 class JoinedSession(NamedTuple):
@@ -30,15 +27,6 @@ class JoinedSessions(dict[str, JoinedSession]):
 
     def __init__(self) -> None:
         self.expiring_at = NEVER
-
-    def join(self, session: Session, token: bytes, wall: int, now: float) -> bool:
-        """Add or replace a session. Return True if `expiring_at` became earlier."""
-        expiring_at = now + max(0, session.expiring_at - wall) / MS
-        self[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
-        if expiring_at >= self.expiring_at:
-            return False
-        self.expiring_at = expiring_at
-        return True
 
     def take_expiring(self, now: float) -> Iterator[JoinedSession]:
         """Yield the sessions that are about to expire, each once."""

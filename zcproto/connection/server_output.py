@@ -19,7 +19,7 @@ from zcproto.connection.events import (
     RequestEnded,
     ServerStream,
 )
-from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.joined_sessions import JoinedSession, JoinedSessions
 from zcproto.connection.server_calls import ServerCall, ServerCalls
 from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
@@ -281,9 +281,15 @@ class ServerOutput:
 
     def _add(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session used here, and apply the limits of a connection with a session."""
-        # Before the open deadline the edge need not look: `handle_timeout` comes then.
-        if self.sessions.join(session, token, wall, now) and self.sessions.expiring_at < self._open_deadline:
-            self.deadline_moved = True
+        sessions = self.sessions
+        expiring_at = now + max(0, session.expiring_at - wall) / MS
+        sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
+        if expiring_at < sessions.expiring_at:
+            sessions.expiring_at = expiring_at
+            if (
+                expiring_at < self._open_deadline
+            ):  # before it the edge need not look: `handle_timeout` comes then
+                self.deadline_moved = True
         self._open_deadline = NEVER
         if self._decoder is not None:
             self._decoder.limit = self.limit
