@@ -73,7 +73,7 @@ class ServerReceiver(Receiver):
             assert call.number == number
         server.data_to_send()
         self._decoder = FrameDecoder(Side.CLIENT, 2**32 - 1)
-        self.dropped = lambda: server.dropped_answers
+        self.dropped = lambda: server.totals.dropped_answers
 
     def feed(self, data: bytes) -> None:
         for event in self.server.receive_data(data, self.wall, NOW):

@@ -327,7 +327,7 @@ def test_request_and_answer_of_1_mb_pass_a_link_of_20_kb_per_second_with_10_s_de
     link.run(73.0)
     assert link.events[1:] == [ResponseReceived(fetched, "x" * 1_000_000)]
     assert link.now - began < 150
-    assert (link.client.dropped_stale, link.server.dropped_stale) == (0, 0)
+    assert (link.client.dropped_stale, link.server.totals.dropped_stale) == (0, 0)
 
 
 def test_frames_that_waited_too_long_behind_a_large_one_fail_at_once(link: SlowLink) -> None:

@@ -366,10 +366,10 @@ def test_answers_that_answer_nothing_are_counted_and_slow_the_peer_down() -> Non
     call = pair.call()
     pair.server.withdraw(call, WALL)
     assert pair.receive(pair.frame(RESULT, 1, encode_body(1))) == []
-    assert (pair.server.dropped_answers, pair.server.wasted) == (1, 0)
+    assert (pair.server.totals.dropped_answers, pair.server.wasted) == (1, 0)
     assert pair.receive(pair.frame(RESULT, 1, encode_body(1))) == []
     assert pair.receive(pair.frame(FAILURE, 7, b"")) == []
-    assert (pair.server.dropped_answers, pair.server.wasted) == (3, 2)
+    assert (pair.server.totals.dropped_answers, pair.server.wasted) == (3, 2)
 
 
 def test_answers_without_registration_are_dropped() -> None:
@@ -379,7 +379,7 @@ def test_answers_without_registration_are_dropped() -> None:
     assert list(server.receive_data(data, WALL, NOW)) == []
     data = encode_frame(RESULT, 1, WALL - 30_001, SALT, 2, NO_TOKEN, encode_body(1))
     assert list(server.receive_data(data, WALL, NOW)) == []
-    assert server.dropped_answers == 2
+    assert server.totals.dropped_answers == 2
 
 
 def test_ten_stale_answers_in_a_row_end_the_connection() -> None:

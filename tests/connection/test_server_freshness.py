@@ -108,7 +108,7 @@ def test_sent_frames_have_connection_salt_and_server_time(pair: ConnectionPair) 
 @pytest.mark.parametrize("off", [-30_000, -29_999, -1, 0, 1, 29_999, 30_000])
 def test_timestamp_within_tolerance_is_fresh(pair: ConnectionPair, kind: str, off: int) -> None:
     pair.send(frame_of_kind(pair, kind, timestamp=WALL + off))
-    assert pair.server.dropped_stale == 0
+    assert pair.server.totals.dropped_stale == 0
     assert all(answer.kind is Kind.PONG for answer in pair.answers())
 
 
@@ -120,7 +120,7 @@ def test_stale_request_is_refused_with_server_time(pair: ConnectionPair, timesta
     assert answer.stream == 9
     assert answer.token == pair.token
     assert answer.error.details == {"server_time": WALL}
-    assert pair.server.dropped_stale == 0
+    assert pair.server.totals.dropped_stale == 0
 
 
 @pytest.mark.parametrize("kind", ["ping", "pong"])
@@ -131,7 +131,7 @@ def test_stale_frame_of_other_kind_is_dropped_and_counted(
     pair.hold(pair.request(1))
     assert pair.send(frame_of_kind(pair, kind, timestamp=timestamp)) == []
     assert pair.answers() == []
-    assert pair.server.dropped_stale == 1
+    assert pair.server.totals.dropped_stale == 1
     assert pair.server.in_flight == 1
 
 
@@ -143,7 +143,7 @@ def test_stale_cancel_is_honoured(pair: ConnectionPair, timestamp: int) -> None:
     ]
     (answer,) = pair.answers()
     assert (answer.stream, answer.code) == (1, Code.CANCELLED)
-    assert (pair.server.dropped_stale, pair.server.in_flight) == (0, 0)
+    assert (pair.server.totals.dropped_stale, pair.server.in_flight) == (0, 0)
 
 
 def test_stale_cancel_with_body_is_fatal(pair: ConnectionPair) -> None:
@@ -200,7 +200,7 @@ def test_dropped_stale_frames_count_as_consecutive(pair: ConnectionPair, kind: s
     for _ in range(9):
         assert pair.send(frame_of_kind(pair, kind, timestamp=0)) == []
     assert pair.fatal(pair.request(1, timestamp=0)).code == Code.STALE_TIMESTAMP
-    assert pair.server.dropped_stale == (0 if kind == "cancel" else 9)
+    assert pair.server.totals.dropped_stale == (0 if kind == "cancel" else 9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

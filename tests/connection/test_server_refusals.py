@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.helpers import SALT, ConnectionPair
 from zcproto.connection.server import ServerConnection
+from zcproto.connection.server_output import ConnectionTotals
 from zcproto.errors import Code
 from zcproto.wire.frame import NO_TOKEN, REQUEST
 from zcproto.wire.message import encode_request
@@ -26,7 +27,7 @@ def pair_counting_in(counts: Counts) -> ConnectionPair:
         salt=SALT,
         wall=pair.clock.wall(),
         now=pair.clock.now(),
-        refused=counts,
+        totals=ConnectionTotals(counts),
     )
     return pair
 

@@ -169,7 +169,7 @@ def test_streams_of_an_ended_connection_may_neither_send_nor_take() -> None:
 
 def test_totals_count_streams_and_their_items() -> None:
     pair = StreamPair()
-    assert pair.server.stream_totals == StreamTotals()
+    assert pair.server.totals.streams == StreamTotals()
     assert pair.server.open_streams() == []
     stream, _other = pair.open(1, takes_items=True), pair.open(2)
     pair.server.grant(stream, WALL)
@@ -177,9 +177,9 @@ def test_totals_count_streams_and_their_items() -> None:
     for _ in range(2):
         pair.server.send_item(stream, encode_body("x"), WALL)
     totals = StreamTotals(opened=2, items_sent=2, items_received=1, bytes_sent=132, bytes_received=65)
-    assert pair.server.stream_totals == totals
+    assert pair.server.totals.streams == totals
     pair.server.respond(stream, encode_body(None), WALL)
-    assert pair.server.stream_totals == totals
+    assert pair.server.totals.streams == totals
     assert len(pair.server.open_streams()) == 1
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import WALL, ConnectionPair, small_registry
 from zcproto.connection.events import Request, SessionJoined
-from zcproto.connection.joined_sessions import JoinedSession
+from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code

@@ -150,7 +150,7 @@ def test_server_produces_expected_outcome_of_vector(name: str) -> None:
             harness.feed(piece)
         assert harness.outcomes == seen, division
         assert harness.server.buffered == left or harness.outcomes[-1]["fatal"]
-        assert harness.server.dropped_stale == dropped
+        assert harness.server.totals.dropped_stale == dropped
 
 
 SLOW_VECTORS = {

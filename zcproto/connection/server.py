@@ -17,7 +17,6 @@ It must not know: sockets, TLS, clocks, handlers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Final
 
 from zcproto.connection import refusals
@@ -30,17 +29,15 @@ from zcproto.connection.events import (
     GoAwayReason,
     KeyWanted,
     RawRequest,
-    Request,
     ServerEvent,
     ServerStream,
     SessionJoined,
     TokenUnknown,
 )
-from zcproto.connection.joined_sessions import JoinedSessions
 from zcproto.connection.sent_ping import SentPing
-from zcproto.connection.server_calls import ServerCalls, read_answer
-from zcproto.connection.server_output import ServerOutput
-from zcproto.connection.server_streams import PONG_TIMEOUT_S, ServerStreams, StreamTotals
+from zcproto.connection.server_calls import read_answer
+from zcproto.connection.server_output import ConnectionTotals, ServerOutput
+from zcproto.connection.server_streams import PONG_TIMEOUT_S
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
@@ -51,7 +48,6 @@ from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
     ERROR,
-    EVENT,
     FAILURE,
     HEADER_SIZE,
     ITEM,
@@ -63,6 +59,7 @@ from zcproto.wire.frame import (
     RESULT,
     WELCOME,
     Side,
+    encode_frame,
 )
 from zcproto.wire.message import (
     NO_META,
@@ -70,7 +67,6 @@ from zcproto.wire.message import (
     code_in,
     decode_open,
     decode_request,
-    encode_body,
     encode_error,
 )
 from zcproto.wire.usual import UsualFrame, cut, judge
@@ -97,63 +93,76 @@ _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
+_NO_KEYS: Final[frozenset[str]] = frozenset()
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class ServerConnection(ServerOutput):
     """The connection of one client.
 
     Args:
         salt: 8 random bytes, unique to this connection and covered by signatures of devices.
+        totals: counters; connections may share them.
         admits: called when a token is first used here; False refuses it like an unknown one.
-        refused: counts frames refused before they became requests, by cause and code; connections may share it.
-        stream_totals: counts streams and their items; connections may share it.
 
     Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier, or `wasted` grew.
     """
 
-    settings: ConnectionSettings
-    registry: SessionRegistry
-    _: KW_ONLY
-    salt: bytes
-    wall: InitVar[int]
-    now: InitVar[float]
-    admits: Callable[[Session], bool] | None = None
-    refused: dict[tuple[str, int], int] = field(default_factory=dict)
-    stream_totals: StreamTotals = field(default_factory=StreamTotals)
-    state: State = field(default=State.OPEN, init=False)
-    deadline_moved: bool = field(default=True, init=False)
-    wasted: int = field(default=0, init=False)  # refused frames and PINGs, until the edge resets it
-    dropped_stale: int = field(default=0, init=False)
-    dropped_answers: int = field(default=0, init=False)  # of calls that nothing waits for
-    _decoder: FrameDecoder | None = field(
-        default=None, init=False
-    )  # once there was another than a usual frame
-    _partial: tuple[int, float] | None = field(default=None, init=False)  # of a header: wall, now
-    _reported: int = field(default=0, init=False)  # bytes of an incomplete frame
-    _counter: int = field(default=0, init=False)  # of the next frame sent; WELCOME is frame 0
-    _last_counter: int = field(default=0, init=False)  # the first client frame has 1 or more
-    _last_frame: float = field(init=False)
-    _stale_in_a_row: int = field(default=0, init=False)
-    _token: bytes = field(default=NO_TOKEN, init=False)  # last accepted: most checks are one comparison
-    _session: Session | None = field(default=None, init=False)
-    _seen_generation: int = field(init=False)
-    _accepts_joined: bool = field(default=True, init=False)  # no token became invalid since requests are held
-    _recheck_at: int = field(default=ALWAYS, init=False)
-    sessions: JoinedSessions = field(default_factory=JoinedSessions, init=False)
-    _proved: frozenset[str] = field(default=frozenset(), init=False)  # keys of bound sessions usable here
-    _open_deadline: float = field(init=False)
-    _held: dict[int, Request] = field(default_factory=dict, init=False)
-    _lingering: int = field(default=0, init=False)  # answered early, with their handlers still running
-    _streams: ServerStreams | None = field(default=None, init=False)  # once there was an OPEN
-    _calls: ServerCalls | None = field(default=None, init=False)  # once there was a session.handle
-    _out: list[bytes] = field(default_factory=list, init=False)
+    __slots__ = (
+        "_accepts_joined",
+        "_last_counter",
+        "_last_frame",
+        "_partial",
+        "_proved",
+        "_recheck_at",
+        "_reported",
+        "_seen_generation",
+        "_session",
+        "_stale_in_a_row",
+        "_token",
+        "admits",
+        "registry",
+        "wasted",
+    )
 
-    def __post_init__(self, wall: int, now: float) -> None:
+    def __init__(
+        self,
+        settings: ConnectionSettings,
+        registry: SessionRegistry,
+        salt: bytes,
+        wall: int,
+        now: float,
+        totals: ConnectionTotals | None = None,
+        admits: Callable[[Session], bool] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.registry = registry
+        self.salt = salt
+        self.totals = ConnectionTotals() if totals is None else totals
+        self.admits = admits
+        self.state = _OPEN
+        self.deadline_moved = True
+        self.wasted = 0  # refused frames and PINGs, until the edge resets it
+        self.sessions = {}
+        self._decoder = None  # once there was another than a usual frame
+        self._partial: tuple[int, float] | None = None  # of a header: wall, now
+        self._reported = 0  # bytes of an incomplete frame
+        self._counter = 1  # of the next frame sent; WELCOME is frame 0
+        self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
-        self._seen_generation = self.registry.generation
-        self._open_deadline = now + self.settings.open_timeout_s
-        self._send(WELCOME, 0, NO_TOKEN, self.settings.welcome_body, wall)
+        self._stale_in_a_row = 0
+        self._token = NO_TOKEN  # last accepted: most checks are one comparison
+        self._session: Session | None = None
+        self._seen_generation = registry.generation
+        self._accepts_joined = True  # no token became invalid since requests are held
+        self._recheck_at = ALWAYS
+        self._proved = _NO_KEYS  # keys of bound sessions usable here
+        self._open_deadline = now + settings.open_timeout_s
+        self._expiring_at = NEVER
+        self._held = {}
+        self._lingering = 0  # answered early, with their handlers still running
+        self._streams = None  # once there was an OPEN
+        self._calls = None  # once there was a session.handle
+        self._out = [encode_frame(WELCOME, 0, wall, salt, 0, NO_TOKEN, settings.welcome_body)]
 
     # --- input ----------------------------------------------------------------------------------
 
@@ -376,7 +385,7 @@ class ServerConnection(ServerOutput):
         if head >= RESULT:  # the deadline of the call ends the waiting
             if self._calls is not None:
                 self._calls.free(stream, token)
-            self.dropped_answers += 1
+            self.totals.dropped_answers += 1
             return None
         held = self._held.get(stream) if head >= ITEM else None
         if isinstance(held, ServerStream):  # a lost item or credit would go unnoticed
@@ -384,7 +393,7 @@ class ServerConnection(ServerOutput):
         if head in (REQUEST, OPEN):
             self._refuse("stale", stream, token, refusals.stale(wall), wall)
         elif head != CANCEL:
-            self.dropped_stale += 1
+            self.totals.dropped_stale += 1
         return None
 
     def _receive_on_stream(
@@ -406,7 +415,7 @@ class ServerConnection(ServerOutput):
             self.deadline_moved = True
         elif self._calls is not None and self._calls.settle(call):
             return CallEnded(call, *read_answer(head, body, self.settings.max_depth))
-        self.dropped_answers += 1
+        self.totals.dropped_answers += 1
         return None
 
     def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
@@ -518,19 +527,11 @@ class ServerConnection(ServerOutput):
 
     def _refuse(self, reason: str, stream: int, token: bytes, body: bytes, wall: int) -> None:
         """Answer a frame with an ERROR before it becomes a request, and count it."""
-        cause = (reason, code_in(body))
-        self.refused[cause] = self.refused.get(cause, 0) + 1
+        refused, cause = self.totals.refused, (reason, code_in(body))
+        refused[cause] = refused.get(cause, 0) + 1
         self.wasted += 1
         self.deadline_moved = True
         self._send(ERROR, stream, token, body, wall)
-
-    # --- the end --------------------------------------------------------------------------------
-
-    def end(self) -> None:
-        """End the connection: the transport is gone, or will be closed after queued output."""
-        self.state = next_state(self.state, Input.END)
-        if self._streams is not None:
-            self._streams.end(self._held)
 
     # --- time -----------------------------------------------------------------------------------
 
@@ -539,7 +540,7 @@ class ServerConnection(ServerOutput):
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        soonest = min(self._open_deadline, self.sessions.expiring_at, self._silent_at())
+        soonest = min(self._open_deadline, self._expiring_at, self._silent_at())
         if self._streams is not None:
             soonest = min(soonest, self._streams.next_deadline())
         if self._calls is not None:
@@ -566,10 +567,8 @@ class ServerConnection(ServerOutput):
             slow = streams.take_slow(self._held, now)
             events += [self._cut(stream, refusals.SLOW, wall) for stream in slow]
             streams.touch(self._held, self.sessions, self.registry, wall, now)
-        if self.sessions.expiring_at <= now:
-            for joined in self.sessions.take_expiring(now):
-                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
-                self._send(EVENT, 0, joined.token, body, wall)
+        if self._expiring_at <= now:
+            self._send_expiring(wall, now)
         reason = None
         if self._open_deadline <= now:
             reason = GoAwayReason.NO_SESSION

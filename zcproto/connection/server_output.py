@@ -6,6 +6,7 @@ arrive.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from zcproto.accelerator import compiled
@@ -19,7 +20,7 @@ from zcproto.connection.events import (
     RequestEnded,
     ServerStream,
 )
-from zcproto.connection.joined_sessions import JoinedSession, JoinedSessions
+from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.server_calls import ServerCall, ServerCalls
 from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
@@ -49,6 +50,18 @@ _CLOSED: Final = State.CLOSED
 MS: Final = 1000
 
 
+@dataclass(slots=True)
+class ConnectionTotals:
+    """Counters of the connections that share them."""
+
+    refused: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Frames that reached no method, by cause and by the code of their answer."""
+    dropped_stale: int = 0
+    dropped_answers: int = 0
+    """Answers of clients to no call, or too late."""
+    streams: StreamTotals = field(default_factory=StreamTotals)
+
+
 class ServerOutput:
     """The output of one connection. Its fields are those of `ServerConnection`."""
 
@@ -56,6 +69,7 @@ class ServerOutput:
         "_calls",
         "_counter",
         "_decoder",
+        "_expiring_at",
         "_held",
         "_lingering",
         "_open_deadline",
@@ -66,17 +80,19 @@ class ServerOutput:
         "sessions",
         "settings",
         "state",
+        "totals",
     )
 
     settings: ConnectionSettings
     salt: bytes
     state: State
-    sessions: JoinedSessions
-    stream_totals: StreamTotals
+    sessions: dict[str, JoinedSession]
+    totals: ConnectionTotals
     deadline_moved: bool
     _calls: ServerCalls | None
     _counter: int
     _decoder: FrameDecoder | None
+    _expiring_at: float
     _held: dict[int, Request]
     _lingering: int
     _open_deadline: float
@@ -167,7 +183,7 @@ class ServerOutput:
         """Return what the streams of this connection share."""
         if self._streams is None:
             assert self.settings.streams is not None, "announced"
-            self._streams = ServerStreams(self.settings.streams, self.stream_totals, now)
+            self._streams = ServerStreams(self.settings.streams, self.totals.streams, now)
         return self._streams
 
     def open_streams(self) -> list[ServerStream]:
@@ -281,14 +297,12 @@ class ServerOutput:
 
     def _add(self, session: Session, token: bytes, wall: int, now: float) -> None:
         """Add a session used here, and apply the limits of a connection with a session."""
-        sessions = self.sessions
         expiring_at = now + max(0, session.expiring_at - wall) / MS
-        sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
-        if expiring_at < sessions.expiring_at:
-            sessions.expiring_at = expiring_at
-            if (
-                expiring_at < self._open_deadline
-            ):  # before it the edge need not look: `handle_timeout` comes then
+        self.sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
+        if expiring_at < self._expiring_at:
+            self._expiring_at = expiring_at
+            # Before the open deadline the edge need not look: `handle_timeout` comes then.
+            if expiring_at < self._open_deadline:
                 self.deadline_moved = True
         self._open_deadline = NEVER
         if self._decoder is not None:
@@ -302,6 +316,17 @@ class ServerOutput:
                 self._decoder.limit = self.limit
             self._open_deadline = now + self.settings.open_timeout_s
             self.deadline_moved = True
+
+    def _send_expiring(self, wall: int, now: float) -> None:
+        """Send `session.expiring` for each session that is about to expire, once."""
+        self._expiring_at = NEVER
+        for session_id, joined in self.sessions.items():
+            if joined.expiring_at <= now:
+                self.sessions[session_id] = joined._replace(expiring_at=NEVER)
+                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
+                self._send(EVENT, 0, joined.token, body, wall)
+            elif joined.expiring_at < self._expiring_at:
+                self._expiring_at = joined.expiring_at
 
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
         """Send `session.revoked` for a session used here, and remove it."""
@@ -360,6 +385,12 @@ class ServerOutput:
         self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
         self.state = next_state(self.state, Input.FATAL)
         return ConnectionEnded(code, reason)
+
+    def end(self) -> None:
+        """End the connection: the transport is gone, or will be closed after queued output."""
+        self.state = next_state(self.state, Input.END)
+        if self._streams is not None:
+            self._streams.end(self._held)
 
     # --- frames ---------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from typing import Final
 from zcproto.connection import refusals
 from zcproto.connection.credit import ItemQueue
 from zcproto.connection.events import NEVER, CreditReceived, ItemsReceived, Request, ServerStream
-from zcproto.connection.joined_sessions import JoinedSessions
+from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.sent_ping import NO_PING
 from zcproto.connection.settings import StreamLimits
 from zcproto.errors import Code, InvalidArgument, ProtocolError
@@ -199,7 +199,7 @@ class ServerStreams:
     def touch(
         self,
         held: Mapping[int, Request],
-        sessions: JoinedSessions,
+        sessions: Mapping[str, JoinedSession],
         registry: SessionRegistry,
         wall: int,
         now: float,

@@ -122,27 +122,21 @@ class ServerProtocol(Dispatcher):
         self.peer = transport.peer
         transport.set_write_buffer_limits(high=state.write_buffer_bytes)
         wall, now = state.clock.wall(), state.clock.now()
-        self._connection = ServerConnection(
-            state.settings,
-            state.registry,
-            salt=state.entropy(SALT_SIZE),
-            wall=wall,
-            now=now,
-            admits=self._admits if state.binding.is_enabled else None,
-            refused=state.counters.refused,
-            stream_totals=state.counters.streams,
+        salt = state.entropy(SALT_SIZE)
+        connection = self._connection = ServerConnection(
+            state.settings, state.registry, salt, wall, now, state.counters, self._admits
         )
         state.connections.add(self)
         state.counters.connections_opened += 1
         if is_on("debug"):
             log.debug("connection.opened", peer=self.peer, connection=self.id)
         if state.announcement is not None:
-            self._connection.announce(state.announcement, wall)
+            connection.announce(state.announcement, wall)
             state.counters.events += 1
         if state.draining:
-            self._connection.go_away(GoAwayReason.DRAINING, state.settings.retry_draining_ms, wall)
-        transport.write(self._connection.data_to_send())
-        state.wheel.set(self, self._connection.next_deadline())
+            connection.go_away(GoAwayReason.DRAINING, state.settings.retry_draining_ms, wall)
+        transport.write(connection.data_to_send())
+        state.wheel.set(self, connection.next_deadline())
         if state.draining:
             self.close(GoAwayReason.DRAINING)
 
@@ -352,6 +346,8 @@ class ServerProtocol(Dispatcher):
     def _admits(self, session: Session) -> bool:
         """Return whether a session may be used from this peer's address."""
         state = self._state
+        if not state.binding.is_enabled:
+            return True
         record = state.registry.record(session.raw_id)
         if record is not None and state.binding.admits(record, self.peer):
             return True
@@ -579,8 +575,6 @@ class ServerProtocol(Dispatcher):
         state.counters.connections_ended[reason] += 1
         if is_on("debug"):
             log.debug("connection.ended", peer=self.peer, connection=self.id, reason=reason)
-        state.counters.dropped_stale += connection.dropped_stale
-        state.counters.dropped_answers += connection.dropped_answers
         for session_id in connection.sessions:
             state.session_connections.leave(session_id, self)
         for session_id in connection.registered_sessions:

@@ -19,7 +19,7 @@ from zcproto.app.context import CallConnection
 from zcproto.common.clock import Clock, Entropy
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.events import GoAwayReason
-from zcproto.connection.server_streams import StreamTotals
+from zcproto.connection.server_output import ConnectionTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
 from zcproto.observe.log import LogBatch, get_logger
@@ -46,7 +46,7 @@ log = get_logger("zcproto.server")
 
 
 @dataclass(slots=True)
-class Counters:
+class Counters(ConnectionTotals):
     """Counters of the hot path; read by metrics and status."""
 
     requests: int = 0
@@ -59,16 +59,10 @@ class Counters:
     refused_flooding: int = 0
     refused_full: int = 0
     accept_failed: int = 0
-    dropped_stale: int = 0
-    dropped_answers: int = 0
-    """Answers of clients to no call, or too late; counted when the connection ends."""
-    refused: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Frames that reached no method, by cause and by the code of their answer."""
     sessions_ended: Counter[EndReason] = field(default_factory=Counter)
     """Live sessions that ended, by reason."""
     events: int = 0
     """Events sent by methods and the server; expiry warnings are sent by connections and not counted."""
-    streams: StreamTotals = field(default_factory=StreamTotals)
     streams_open: Counter[str] = field(default_factory=Counter)
     """Streams that have not been answered, by method."""
     streams_cut: Counter[str] = field(default_factory=Counter)
