@@ -59,6 +59,8 @@ class DeadlineWheel:
 
     def __init__(self, timers: Timers) -> None:
         self._timers = timers
+        self.now = timers.time
+        """Returns the current time, on the scale of deadlines."""
         self._buckets: dict[int, set[Timed]] = {}
         self._heap: list[int] = []  # the ticks of the buckets
         self._armed_tick = NEVER
@@ -67,13 +69,9 @@ class DeadlineWheel:
     def __len__(self) -> int:
         return sum(map(len, self._buckets.values()))
 
-    def now(self) -> float:
-        """Return the current time, on the scale of deadlines."""
-        return self._timers.time()
-
     def set(self, entry: Timed, deadline: float) -> None:
         """Call `entry.handle_deadline` at `deadline` or slightly later. Replaces an earlier deadline."""
-        ahead = deadline - self._timers.time()
+        ahead = deadline - self.now()
         if ahead > 10:
             if deadline == inf:
                 self.discard(entry)
@@ -131,7 +129,7 @@ class DeadlineWheel:
             self._timer = self._timers.call_at(self._armed_tick / TICKS_PER_SECOND, self._turn)
 
     def _turn(self) -> None:
-        now = self._timers.time()
+        now = self.now()
         # libuv and asyncio may call a timer slightly early because of their clock resolution.
         due = max(self._armed_tick, int(now * TICKS_PER_SECOND))
         self._armed_tick = 0  # a deadline set during this turn arms no timer: the end of the turn does
