@@ -311,7 +311,7 @@ class Hostile:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DEAF_RECEIVE_BYTES)
         params = {"data": self._random.randbytes(DEAF_BYTES)}
         while not intruder.out.is_set():
-            waiting, in_flight = transport.get_write_buffer_size(), intruder.conversation.in_flight
+            waiting, in_flight = transport.get_write_buffer_size(), len(intruder.conversation.in_flight)
             if waiting < DEAF_AHEAD and in_flight < DEAF_AT_ONCE:
                 intruder.send(intruder.request(params))
                 self.counts["deaf_requests"] += 1

@@ -20,7 +20,7 @@ from tests.client.helpers import (
     turns,
 )
 from zcproto.client.address import Endpoint
-from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.client.protocol import ClientProtocol, PendingStream
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import EventReceived, GoAwayReceived
@@ -68,8 +68,12 @@ class Ends:
         if welcome:
             self.link.send(WELCOME, 0, encode_body(GREETING | greeting))
 
-    def call(self, deadline: float = FOREVER) -> PendingCall:
+    def call(self, deadline: float = FOREVER) -> asyncio.Future[Any]:
         return self.protocol.request("echo", {}, NO_TOKEN, None, deadline)
+
+    def stream_of(self, call: asyncio.Future[Any]) -> int:
+        """Return the stream of a pending call."""
+        return next(stream for stream, (each, _) in self.protocol._pending.items() if each is call)
 
 
 @scripted
@@ -137,7 +141,7 @@ async def test_server_message_is_escaped_and_truncated() -> None:
 async def test_message_of_an_error_is_escaped_and_truncated() -> None:
     ends = Ends()
     call = ends.call()
-    ends.link.send(ERROR, call.stream, encode_error(3, "a\x1b[31m\nb\u202e" + "c" * 10_000))
+    ends.link.send(ERROR, ends.stream_of(call), encode_error(3, "a\x1b[31m\nb\u202e" + "c" * 10_000))
     with pytest.raises(InvalidArgument) as caught:
         await call
     assert caught.value.message.startswith("a\\x1b[31m\\nb\\u202eccc")
@@ -247,7 +251,7 @@ async def test_answered_call_cannot_be_abandoned() -> None:
     ends = Ends()
     call = ends.call()
     await turns()
-    ends.link.send(RESPONSE, call.stream, b"\x07")
+    ends.link.send(RESPONSE, ends.stream_of(call), b"\x07")
     assert not ends.protocol.abandon(call)
     assert await call == 7
     await turns()
@@ -345,13 +349,14 @@ async def test_call_alone_is_sent_at_once_and_several_in_one_write() -> None:
     written: list[bytes] = []
     ends.link.write = written.append  # type: ignore[method-assign]
 
-    def call() -> PendingCall:
+    def call() -> asyncio.Future[Any]:
         return protocol.request("echo", {}, token, None, FOREVER)
 
-    def answer(*calls: PendingCall) -> None:
+    def answer(*calls: asyncio.Future[Any]) -> None:
         wall, salt = protocol._clock.wall(), ends.link.salt
         frames = [
-            encode_frame(RESPONSE, each.stream, wall, salt, next(counter), token, b"\xc0") for each in calls
+            encode_frame(RESPONSE, ends.stream_of(each), wall, salt, next(counter), token, b"\xc0")
+            for each in calls
         ]
         protocol.data_received(b"".join(frames))
 
@@ -380,7 +385,7 @@ async def test_ended_connection_leaves_no_deadline() -> None:
     ends = Ends(idle_timeout_ms=1_000)
     answered, abandoned, lost = [ends.call(now() + 100) for _ in range(3)]
     lost.add_done_callback(lambda call: call.exception())
-    ends.link.send(RESPONSE, answered.stream, b"\xc0")
+    ends.link.send(RESPONSE, ends.stream_of(answered), b"\xc0")
     ends.protocol.abandon(abandoned)
     ends.link.cut()
     await turns()
@@ -389,5 +394,5 @@ async def test_ended_connection_leaves_no_deadline() -> None:
 
 def test_frequent_objects_have_no_dict() -> None:
     assert "__slots__" in vars(ClientProtocol)
-    assert "__slots__" in vars(PendingCall)
-    assert not hasattr(PendingCall, "__dict__") or "__dict__" not in PendingCall.__slots__
+    assert "__slots__" in vars(PendingStream)
+    assert not hasattr(PendingStream, "__dict__") or "__dict__" not in PendingStream.__slots__

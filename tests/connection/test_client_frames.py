@@ -20,9 +20,9 @@ def test_cancel_has_token_of_its_request_and_awaits_the_answer(harness: ClientHa
     stream = harness.request(token=TOKEN)
     harness.client.cancel(stream, WALL)
     assert [frame[1:3] + frame[6:] for frame in harness.sent()][1] == (CANCEL, stream, TOKEN, b"")
-    assert harness.client.in_flight == 1
+    assert len(harness.client.in_flight) == 1
     harness.receive_frame(ERROR, stream, encode_error(Code.CANCELLED, "cancelled"))
-    assert harness.client.in_flight == 0
+    assert len(harness.client.in_flight) == 0
     harness.client.cancel(stream, WALL)
     assert harness.sent() == []
 

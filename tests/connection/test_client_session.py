@@ -28,7 +28,7 @@ def test_send_limit_is_16_kib_without_session_and_max_frame_with_one(harness: Cl
         harness.request("echo", {"x": bytes(MAX_FRAME_BEFORE_SESSION)}, token=TOKEN)
     assert caught.value.details["limit"] == MAX_FRAME_BEFORE_SESSION
     assert caught.value.details["size"] > MAX_FRAME_BEFORE_SESSION
-    assert harness.client.in_flight == 1
+    assert len(harness.client.in_flight) == 1
 
     harness.receive_frame(RESPONSE, 1, b"\xc0")
     assert harness.client.has_session

@@ -52,7 +52,7 @@ def conversation(reads: Reads, receive: Callable[[ClientHarness, bytes], list[Cl
     client = harness.client
     return [
         *map(repr, events),
-        client.in_flight,
+        len(client.in_flight),
         client.dropped_stale,
         client.dropped_unknown,
         client.state,

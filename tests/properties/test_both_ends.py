@@ -471,7 +471,7 @@ class BothEnds(RuleBasedStateMachine):
     def everything_is_bounded(self) -> None:
         self.collect()
         server, client = self.server, self.client
-        assert client.in_flight == len(self.unanswered) <= MAX_STREAMS
+        assert len(client.in_flight) == len(self.unanswered) <= MAX_STREAMS
         assert not client.queued_bytes
         if server.state is not State.CLOSED:
             assert server.in_flight + server._lingering == len(self.held) <= MAX_STREAMS

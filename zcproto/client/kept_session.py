@@ -56,7 +56,7 @@ class KeptSessionManager(SessionManager):
         backoff = Backoff(self.random)
         while self._loop.time() < session.valid_until:
             try:
-                await answer(self._show(connection))
+                await answer(connection, self._show(connection))
             except ConnectionClosed:
                 await asyncio.sleep(backoff.next())
             except CallError as error:

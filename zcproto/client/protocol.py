@@ -78,23 +78,16 @@ class CallReceiver(Protocol):
     def call_withdrawn(self, call: ClientCall) -> None: ...
 
 
-class PendingCall(asyncio.Future[Any]):
-    """The future answer to a request. `deadline` is in the loop's time, or infinite."""
-
-    __slots__ = ("connection", "deadline", "stream")
-
-    connection: ClientProtocol
-    deadline: float
-    stream: int
-
-
-class PendingStream(PendingCall):
+class PendingStream(asyncio.Future[Any]):
     """The future answer to an OPEN, and the items that come before it. `half` is the stream on the wire."""
 
-    __slots__ = ("_sender", "_waiter", "half")
+    __slots__ = ("_sender", "_waiter", "connection", "half")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, half: ClientStream) -> None:
+    def __init__(
+        self, connection: ClientProtocol, half: ClientStream, loop: asyncio.AbstractEventLoop
+    ) -> None:
         super().__init__(loop=loop)
+        self.connection = connection
         self.half = half
         self._waiter: asyncio.Future[None] | None = None  # of the task that receives
         self._sender: asyncio.Future[None] | None = None
@@ -176,7 +169,8 @@ class ClientProtocol(asyncio.Protocol):
     conversation: ClientConnection
     endpoint: Endpoint
     _transport: asyncio.Transport | None = field(default=None, init=False)
-    _pending: dict[int, PendingCall] = field(default_factory=dict, init=False)
+    # Answers and deadlines by stream. A plain future costs much less than one of a subclass.
+    _pending: dict[int, tuple[asyncio.Future[Any], float]] = field(default_factory=dict, init=False)
     _waiting: WaitingQueue | None = field(default=None, init=False)  # for a request, once a caller has waited
     _flush_planned: bool = field(default=False, init=False)
     _paused: bool = field(default=False, init=False)
@@ -221,14 +215,13 @@ class ClientProtocol(asyncio.Protocol):
         pending = self._pending
         for stream, value in answers:
             call = pending.pop(stream, None)
-            if call is not None and not call.done():  # its task may have been cancelled in this turn
-                call.set_result(value)
+            if call is not None and not call[0].done():  # its task may have been cancelled in this turn
+                call[0].set_result(value)
         if rest and not self._receive_others(rest, wall, now):
             return
         self._had_one_answer = len(answers) == 1
         if not self.ready or self._waiting:
             self._update_ready()
-        if self.draining:
             self._close_if_drained()
 
     def _receive_others(self, data: bytes, wall: int, now: float) -> bool:
@@ -237,12 +230,12 @@ class ClientProtocol(asyncio.Protocol):
         for event in self.conversation.receive_data(data, wall, now):
             if event.__class__ is ResponseReceived:
                 call = pending.pop(event.stream, None)
-                if call is not None and not call.done():
-                    call.set_result(event.value)
+                if call is not None and not call[0].done():
+                    call[0].set_result(event.value)
             elif event.__class__ is ItemReceived:
-                stream = pending.get(event.stream)
-                if stream is not None:
-                    stream.arrived()  # type: ignore[attr-defined]  # only streams have items
+                call = pending.get(event.stream)
+                if call is not None:
+                    call[0].arrived()  # type: ignore[attr-defined]  # only streams have items
             else:
                 self._handle(event)
                 if self.error is not None:
@@ -311,9 +304,9 @@ class ClientProtocol(asyncio.Protocol):
     def _handle(self, event: ClientEvent) -> None:
         if isinstance(event, ErrorReceived):
             call = self._pending.pop(event.stream, None)
-            if call is not None and not call.done():
+            if call is not None and not call[0].done():
                 message = escape_text(event.message, MESSAGE_SHOWN)
-                call.set_exception(CallError.from_wire(event.code, message, event.details))
+                call[0].set_exception(CallError.from_wire(event.code, message, event.details))
         elif isinstance(event, EventReceived):
             assert self._owner is not None
             if event.name == "session.revoked":
@@ -332,9 +325,9 @@ class ClientProtocol(asyncio.Protocol):
         elif isinstance(event, GoAwayReceived):
             self._go_away(event)
         elif isinstance(event, CreditRaised):
-            stream = self._pending.get(event.stream)
-            if isinstance(stream, PendingStream):
-                stream.sending_changed()
+            call = self._pending.get(event.stream)
+            if call is not None and isinstance(call[0], PendingStream):
+                call[0].sending_changed()
         else:
             assert isinstance(event, ConnectionEnded)
             self._ended(ConnectionClosed(escape_text(event.reason, REASON_SHOWN), code=event.code))
@@ -359,15 +352,15 @@ class ClientProtocol(asyncio.Protocol):
         token: bytes,
         meta: Mapping[str, Any] | None,
         deadline: float,
-    ) -> PendingCall:
+    ) -> asyncio.Future[Any]:
         """Send a request and return its future answer. Only while `ready`.
 
         `deadline` is in the loop's time, or infinite. A caller that stops waiting must call `abandon`. Raises like
         `ClientConnection.request`.
         """
         conversation = self.conversation
-        stream = conversation.request(method, params, token=token, meta=meta, wall=self._clock.wall())
-        call = PendingCall(loop=self._loop)
+        stream = conversation.request(method, params, self._clock.wall(), token, meta)
+        call = self._loop.create_future()
         self._add_pending(call, stream, deadline)
         return call
 
@@ -384,16 +377,16 @@ class ClientProtocol(asyncio.Protocol):
         half = self.conversation.open_stream(
             method, params, token=token, meta=meta, window=window, wall=self._clock.wall()
         )
-        stream = PendingStream(self._loop, half)
+        stream = PendingStream(self, half, self._loop)
         self._add_pending(stream, half.number, deadline)
         return stream
 
     def handle(
         self, methods: frozenset[str], most: int, receiver: CallReceiver, token: bytes, deadline: float
-    ) -> PendingCall:
+    ) -> asyncio.Future[Any]:
         """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
         stream = self.conversation.handle(methods, most, receiver, token=token, wall=self._clock.wall())
-        call = PendingCall(loop=self._loop)
+        call = self._loop.create_future()
         self._add_pending(call, stream, deadline)
         return call
 
@@ -420,15 +413,14 @@ class ClientProtocol(asyncio.Protocol):
         self.conversation.end_items(half, self._clock.wall())
         self._flush_queued()
 
-    def _add_pending(self, call: PendingCall, stream: int, deadline: float) -> None:
-        call.connection, call.stream, call.deadline = self, stream, deadline
+    def _add_pending(self, call: asyncio.Future[Any], stream: int, deadline: float) -> None:
         pending = self._pending
-        pending[stream] = call
+        pending[stream] = call, deadline
         if deadline < self._calls_due:
             self._calls_due = deadline
             self._set_deadline()
         conversation = self.conversation
-        if conversation.in_flight >= self._max_streams:
+        if len(conversation.in_flight) >= self._max_streams:
             self.ready = False
         if len(pending) == 1 and self._had_one_answer and not self._flush_planned:
             self._flush()  # a caller that makes one call after the other
@@ -442,14 +434,18 @@ class ClientProtocol(asyncio.Protocol):
         else:
             self._flush_soon()
 
-    def abandon(self, call: PendingCall) -> bool:
+    def abandon(self, call: asyncio.Future[Any]) -> bool:
         """Cancel a call on the server. Return False if it was answered already."""
-        if self._pending.get(call.stream) is not call:
-            return False
-        del self._pending[call.stream]
-        self.conversation.cancel(call.stream, self._clock.wall())
+        for stream, (pending, _) in self._pending.items():
+            if pending is call:
+                self._cancel(stream)
+                return True
+        return False
+
+    def _cancel(self, stream: int) -> None:
+        del self._pending[stream]
+        self.conversation.cancel(stream, self._clock.wall())
         self._flush_soon()
-        return True
 
     # --- calls of the server ------------------------------------------------------------------------
 
@@ -482,7 +478,7 @@ class ClientProtocol(asyncio.Protocol):
     @property
     def free_streams(self) -> int:
         """How many more requests the server allows in flight."""
-        return self._max_streams - self.conversation.in_flight
+        return self._max_streams - len(self.conversation.in_flight)
 
     @property
     def is_idle(self) -> bool:
@@ -535,10 +531,12 @@ class ClientProtocol(asyncio.Protocol):
 
     def _end_overdue(self, now: float) -> None:
         """Cancel the calls whose deadlines have passed."""
-        for call in [each for each in self._pending.values() if each.deadline <= now]:
-            if self.abandon(call) and not call.done():
-                call.set_exception(DeadlineExceeded(TIMED_OUT))
-        self._calls_due = min((each.deadline for each in self._pending.values()), default=NEVER)
+        for stream, (call, deadline) in [*self._pending.items()]:
+            if deadline <= now:
+                self._cancel(stream)
+                if not call.done():
+                    call.set_exception(DeadlineExceeded(TIMED_OUT))
+        self._calls_due = min((deadline for _, deadline in self._pending.values()), default=NEVER)
 
     def handle_deadline(self, now: float) -> None:
         if now >= self._calls_due:
@@ -576,7 +574,7 @@ class ClientProtocol(asyncio.Protocol):
             self.conversation.end()
         self._wheel.discard(self)
         pending, self._pending = self._pending, {}
-        for call in pending.values():
+        for call, _ in pending.values():
             if not call.done():
                 call.set_exception(_copy(error))
         if not self.welcomed.done():

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from zcproto.client.connections import join
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin
-from zcproto.client.protocol import ClientProtocol, PendingCall
+from zcproto.client.protocol import ClientProtocol
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -175,7 +175,8 @@ class SessionManager:
     _unauthenticated_token: bytes = field(default=NO_TOKEN, init=False)  # got UNAUTHENTICATED
     _over: CallError | None = field(default=None, init=False)
     _renewing: asyncio.Task[None] | None = field(default=None, init=False)
-    _attaching: tuple[bytes, PendingCall] | None = field(default=None, init=False)
+    # The proof of a key that is under way: its token, connection and answer.
+    _attaching: tuple[bytes, ClientProtocol, asyncio.Future[Any]] | None = field(default=None, init=False)
     _refreshed_early_at: float = field(default=-NEVER, init=False)
     _not_before: float = field(default=-NEVER, init=False)  # of the next renewal
     _backoff: Backoff = field(init=False)  # of sessions that expire at once
@@ -313,21 +314,21 @@ class SessionManager:
 
         call.add_done_callback(presented)
 
-    def _show(self, connection: ClientProtocol) -> PendingCall:
+    def _show(self, connection: ClientProtocol) -> asyncio.Future[Any]:
         if self._device is not None and self.needs_proof(connection):
             return self._attach(connection, self._device)
         return connection.request("session.info", None, self.token, None, self._loop.time() + ANSWER_TIMEOUT)
 
-    def _attach(self, connection: ClientProtocol, device: DeviceKey) -> PendingCall:
+    def _attach(self, connection: ClientProtocol, device: DeviceKey) -> asyncio.Future[Any]:
         """Prove the device's key on a connection. Concurrent callers share one request."""
         token = self.token
         if self._attaching is not None:
-            attached, call = self._attaching
-            if attached == token and call.connection is connection and not call.done():
+            attached, where, call = self._attaching
+            if attached == token and where is connection and not call.done():
                 return call
         params = device.attach_params(connection, token)
         call = connection.request("session.attach", params, token, None, self._loop.time() + ANSWER_TIMEOUT)
-        self._attaching = token, call
+        self._attaching = token, connection, call
 
         def proved(call: asyncio.Future[Any]) -> None:
             if not call.cancelled() and call.exception() is None:
@@ -425,9 +426,8 @@ class SessionManager:
                 continue
             method, params = self._next_request(connection, sent_at)
             try:
-                result = await answer(
-                    connection.request(method, params, self.token, None, sent_at + ANSWER_TIMEOUT)
-                )
+                call = connection.request(method, params, self.token, None, sent_at + ANSWER_TIMEOUT)
+                result = await answer(connection, call)
             except (ConnectionClosed, asyncio.CancelledError) as error:
                 if method == "session.refresh" and session is not None and not connection.unanswered_not_run:
                     must = True  # the old token may be dead by now
@@ -540,14 +540,14 @@ class SessionManager:
         self.session = None
         call = connection.request("session.close", None, token, None, self._loop.time() + CLOSE_TIMEOUT)
         try:
-            await answer(call)
+            await answer(connection, call)
         except ZcprotoError:
             return  # the session will expire on the server
 
 
-async def answer(call: PendingCall) -> Any:
+async def answer(connection: ClientProtocol, call: asyncio.Future[Any]) -> Any:
     try:
         return await call
     except asyncio.CancelledError:
-        call.connection.abandon(call)
+        connection.abandon(call)
         raise

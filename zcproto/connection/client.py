@@ -122,9 +122,10 @@ class ClientConnection(ClientOutput):
 
     Requests are allowed after the `Welcomed` event. Output accumulates until `data_to_send`. `welcome` is the
     map of WELCOME, unknown keys included; it is shared between connections, so do not modify it.
-    `salt` is covered by signatures of devices; it is empty before WELCOME. `clock_offset_ms` is the server's
-    clock minus ours. `dropped_stale` and `dropped_unknown` count dropped stale frames and answers to unknown
-    streams. Set `is_output_blocked` while the transport cannot send, and call `unblock_output` afterwards.
+    `in_flight` has the token of each unanswered request by its stream. `salt` is covered by signatures of devices;
+    it is empty before WELCOME. `clock_offset_ms` is the server's clock minus ours. `dropped_stale` and
+    `dropped_unknown` count dropped stale frames and answers to unknown streams. Set `is_output_blocked` while the
+    transport cannot send, and call `unblock_output` afterwards.
     """
 
     max_frame: int = 1_048_576
@@ -138,6 +139,7 @@ class ClientConnection(ClientOutput):
     sent_bytes: int = field(default=0, init=False)
     is_output_blocked: bool = field(default=False, init=False)
     welcome: dict[str, Any] = field(default_factory=dict, init=False)
+    in_flight: dict[int, bytes] = field(default_factory=dict, init=False)
     state: State = field(default=State.AWAITING_WELCOME, init=False)
     _decoder: FrameDecoder = field(init=False)
     _counter: int = field(default=0, init=False)  # of the last frame sent; the first has 1
@@ -145,7 +147,6 @@ class ClientConnection(ClientOutput):
     _partial: tuple[int, float] | None = field(default=None, init=False)  # of a header: wall, now
     _stale_in_a_row: int = field(default=0, init=False)
     _next_stream: int = field(default=1, init=False)
-    _in_flight: dict[int, bytes] = field(default_factory=dict, init=False)  # stream -> token of its request
     _streams: ClientStreams | None = field(default=None, init=False)  # once one was opened
     _calls: ClientCalls | None = field(default=None, init=False)  # once there was a session.handle
     _tokens: set[bytes] = field(default_factory=set, init=False)  # accepted by the server on this connection
@@ -183,7 +184,7 @@ class ClientConnection(ClientOutput):
             or self.state is _CLOSED
         ):
             return answers, data
-        in_flight, at = self._in_flight, 0
+        in_flight, at = self.in_flight, 0
         for stream, counter, body, end in cut(
             data,
             decoder.limit,
@@ -194,7 +195,7 @@ class ClientConnection(ClientOutput):
             wall + self.clock_offset_ms,
             self.tolerance_ms,
         ):
-            if in_flight.get(stream) != token:
+            if in_flight.get(stream) is not token:
                 break
             try:
                 value = decode_body(body, self.max_depth)
@@ -218,7 +219,7 @@ class ClientConnection(ClientOutput):
             return
         decoder = self._decoder
         next_frame = decoder.next_frame
-        in_flight = self._in_flight
+        in_flight = self.in_flight
         decoder.feed(data)
         judged_at = wall
         if self._partial is not None:
@@ -316,7 +317,7 @@ class ClientConnection(ClientOutput):
         if head == ERROR:
             return self._received_error(stream, body, wall)
         if head in _ON_STREAMS:
-            if stream not in self._in_flight:
+            if stream not in self.in_flight:
                 self.dropped_unknown += 1
                 return None
             if self._streams is None:
@@ -398,7 +399,7 @@ class ClientConnection(ClientOutput):
         if not stream:
             self.state = next_state(self.state, Input.FATAL)
             return ConnectionEnded(_code_of(code), message)
-        sent_with = self._in_flight.pop(stream, None)
+        sent_with = self.in_flight.pop(stream, None)
         if sent_with is None:
             self.dropped_unknown += 1
             return None

@@ -25,7 +25,6 @@ from zcproto.wire.frame import (
     CREDIT,
     END,
     FAILURE,
-    HEADER,
     ITEM,
     MAX_STREAM,
     MIN_LENGTH,
@@ -36,6 +35,7 @@ from zcproto.wire.frame import (
     REQUEST,
     RESULT,
     TOKEN_SIZE,
+    encode_frame,
 )
 from zcproto.wire.message import Credit, MessageError, encode_body, encode_error
 
@@ -47,7 +47,6 @@ OPENING_METHODS: Final = frozenset({"session.open", REFRESH})
 """Methods sent without a token, whose result contains one."""
 
 _OPENING: Final = b""  # in place of a token: the request has none and its result contains one
-_pack_header = HEADER.pack
 _OPEN: Final = State.OPEN  # members of an enumeration are slow to look up
 
 
@@ -57,7 +56,6 @@ class ClientOutput:
     __slots__ = (
         "_calls",
         "_counter",
-        "_in_flight",
         "_last_token",
         "_next_stream",
         "_out",
@@ -66,6 +64,7 @@ class ClientOutput:
         "_streams",
         "_tokens",
         "clock_offset_ms",
+        "in_flight",
         "is_output_blocked",
         "max_depth",
         "queued_bytes",
@@ -76,6 +75,7 @@ class ClientOutput:
     )
 
     clock_offset_ms: int
+    in_flight: dict[int, bytes]
     is_output_blocked: bool
     max_depth: int
     queued_bytes: int
@@ -85,7 +85,6 @@ class ClientOutput:
     welcome: dict[str, Any]
     _calls: ClientCalls | None
     _counter: int
-    _in_flight: dict[int, bytes]
     _last_token: bytes
     _next_stream: int
     _out: list[bytes]
@@ -100,10 +99,9 @@ class ClientOutput:
         self,
         method: str,
         params: Mapping[str, Any] | None,
-        *,
+        wall: int,
         token: bytes = NO_TOKEN,
         meta: Mapping[str, Any] | None = None,
-        wall: int,
         head: int = REQUEST,
     ) -> int:
         """Queue a REQUEST. Return its stream, which identifies the answer.
@@ -116,7 +114,7 @@ class ClientOutput:
             Unavailable: before WELCOME or after GOAWAY.
             ConnectionClosed: after the end.
         """
-        in_flight = self._in_flight
+        in_flight = self.in_flight
         if self.state is not _OPEN:
             self._refuse_request()
         if len(in_flight) >= self.welcome["max_streams"]:
@@ -131,8 +129,8 @@ class ClientOutput:
             self._check_size(size)
         stream = self._next_stream
         while stream in in_flight:
-            stream = 1 if stream == MAX_STREAM else stream + 1
-        self._next_stream = 1 if stream == MAX_STREAM else stream + 1
+            stream = stream % MAX_STREAM + 1
+        self._next_stream = stream % MAX_STREAM + 1
         if method in OPENING_METHODS:
             in_flight[stream] = _OPENING
             if self._calls is not None and method == REFRESH:
@@ -226,11 +224,6 @@ class ClientOutput:
         """Return True if the server has accepted a token on this connection."""
         return bool(self._tokens)
 
-    @property
-    def in_flight(self) -> int:
-        """Return the number of unanswered requests."""
-        return len(self._in_flight)
-
     def _add_token(self, stream: int, token: bytes, value: Any) -> None:
         """Record the token that a RESPONSE shows to be accepted, or contains."""
         accepted = value.get("token") if token == _OPENING and value.__class__ is dict else token
@@ -245,7 +238,7 @@ class ClientOutput:
 
     def cancel(self, stream: int, wall: int) -> None:
         """Queue a CANCEL. The request stays in flight until its answer arrives."""
-        token = self._in_flight.get(stream)
+        token = self.in_flight.get(stream)
         if token is not None and self.state is not State.CLOSED:
             if self._streams is not None:
                 self._streams.leave(stream)
@@ -359,9 +352,8 @@ class ClientOutput:
         timestamp = wall + self.clock_offset_ms
         if timestamp < 0:  # noqa: PLR1730  less than half the cost of max()
             timestamp = 0
-        length = MIN_LENGTH + len(body)
-        self.queued_bytes += length
-        self._out.append(_pack_header(length, head, stream, timestamp, self.salt, counter, token) + body)
+        self.queued_bytes += MIN_LENGTH + len(body)
+        self._out.append(encode_frame(head, stream, timestamp, self.salt, counter, token, body))
 
     def data_to_send(self) -> bytes:
         """Return and clear the queued output."""

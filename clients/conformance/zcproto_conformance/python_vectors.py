@@ -199,7 +199,7 @@ def _run_connection(pieces: list[bytes], context: Mapping[str, Any], times: Sequ
         connection.salt = bytes.fromhex(context["salt"])
         connection._last_counter = int(context["last_counter"])
         connection.state = State.OPEN
-    connection._in_flight = dict.fromkeys(context["in_flight"], token)
+    connection.in_flight = dict.fromkeys(context["in_flight"], token)
     streams = _open_streams(connection, context)
     events: dict[int, ClientEvent] = {}  # by the number of their frame, from 1
     for piece, now in zip(pieces, times, strict=True):
@@ -237,7 +237,7 @@ def _open_streams(connection: ClientConnection, context: Mapping[str, Any]) -> d
         stream = streams[opened["stream"]] = ClientStream(opened["stream"], token, granted)
         stream.credit = SendCredit((opened["credit"][0], opened["credit"][1]))
         stream.items._received = stream.items._taken = received[0], received[1]
-        connection._in_flight[stream.number] = token
+        connection.in_flight[stream.number] = token
     connection._streams = streams
     if context.get("handles") is not None:
         calls = connection._calls = ClientCalls()
