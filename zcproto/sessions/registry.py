@@ -441,11 +441,9 @@ class SessionRegistry(Exchange):
     def _make_room(self, user: str, wall: int) -> None:
         """Make room for one more session of the user, or raise ResourceExhausted."""
         table, per_user, when_full = self._table, self._settings.per_user, self._settings.when_full
-        slots = [
-            slot
-            for slot in table.of_user(user)
-            if not self._is_due(slot, wall) or self._expire_if_due(slot, wall)
-        ]
+        if table.count_of(user) < per_user and self.kept < self._settings.max_sessions:
+            return
+        slots = [slot for slot in table.of_user(user) if self._expire_if_due(slot, wall)]
         surplus = len(slots) + 1 - per_user  # above 1 after the limit was lowered
         if surplus > 0:
             lapsed = [slot for slot in slots if self._state[slot] == LAPSED]

@@ -138,6 +138,11 @@ class SessionTable:
         self.clients.release(old_client)
         self.addresses.release(old_address)
 
+    def count_of(self, user: str) -> int:
+        """Return the number of a user's live and lapsed sessions."""
+        number = self.users.find(user)
+        return 0 if number == UNKNOWN else self.users.uses[number]
+
     def of_user(self, user: str) -> list[int]:
         """Return the slots of a user's live and lapsed sessions, oldest first."""
         number = self.users.find(user)
