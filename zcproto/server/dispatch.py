@@ -33,6 +33,7 @@ from zcproto.errors import (
     CallError,
     Cancelled,
     Code,
+    FailedPrecondition,
     ResourceExhausted,
     Unavailable,
     Unimplemented,
@@ -201,13 +202,20 @@ class Dispatcher(asyncio.Protocol):
                 log.info("request.limited", peer=self.peer, user=user, what=request.method)
                 self._answer_exception(request, excess)
                 return
-        refusal = _refusal(request, method)
-        if refusal is not None:
-            if refusal[0] is Code.PERMISSION_DENIED:
-                self._log_denied(request, method)
-            self._fail(request, *refusal)
+        if session is None and (method is None or not method.public):
+            self._fail(request, Code.UNAUTHENTICATED, NEEDS_SESSION)
             return
-        assert method is not None
+        if method is None:
+            self._fail(request, Code.UNIMPLEMENTED, UNIMPLEMENTED)
+            return
+        if method.access is not None and not method.may_be_called_by(session):
+            self._log_denied(request, method)
+            self._fail(request, Code.PERMISSION_DENIED, NOT_PERMITTED)
+            return
+        if method.shape != "unary" and not isinstance(request, ServerStream):
+            error = FailedPrecondition("this method is a stream: open it as one", {"shape": method.shape})
+            self._answer_exception(request, error)
+            return
         method.calls += 1
         tracing = state.tracing
         if tracing is None:
@@ -495,10 +503,9 @@ class Dispatcher(asyncio.Protocol):
         incident = self._state.incident(what, error, peer=self.peer, connection=self.id)
         return encode_error(Code.INTERNAL, f"internal error, incident {incident}", {"incident": incident})
 
-    def _log_denied(self, request: Request, method: Method | None) -> None:
+    def _log_denied(self, request: Request, method: Method) -> None:
         session = request.session
         assert session is not None
-        assert method is not None
         assert method.access is not None
         needed, denied = method.access
         log.info(
@@ -516,18 +523,3 @@ class Dispatcher(asyncio.Protocol):
             if code == Code.RESOURCE_EXHAUSTED:
                 self._connection.wasted += 1
                 self._connection.deadline_moved = True
-
-
-def _refusal(request: Request, method: Method | None) -> tuple[Code, bytes] | None:
-    """Return the error for a caller who may not call the method; None if the call is allowed."""
-    if request.session is None and (method is None or not method.public):
-        return Code.UNAUTHENTICATED, NEEDS_SESSION
-    if method is None:
-        return Code.UNIMPLEMENTED, UNIMPLEMENTED
-    if method.access is not None and not method.may_be_called_by(request.session):
-        return Code.PERMISSION_DENIED, NOT_PERMITTED
-    if method.shape != "unary" and not isinstance(request, ServerStream):
-        return Code.FAILED_PRECONDITION, encode_error(
-            Code.FAILED_PRECONDITION, "this method is a stream: open it as one", {"shape": method.shape}
-        )
-    return None
