@@ -519,13 +519,13 @@ def shown_stack(error: BaseException) -> str:
 
 
 def _timestamp(wall: int) -> str:
-    seconds, ms = divmod(wall, MS_PER_SECOND)
-    return f"{_second(seconds)}.{ms:03d}Z"
+    return _second(wall // MS_PER_SECOND) % (wall % MS_PER_SECOND)
 
 
 @lru_cache(maxsize=4)
 def _second(seconds: int) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
+    """Return a format string for the timestamps of a second, which takes their milliseconds."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.%03dZ"
 
 
 def _render(fields: dict[str, Loggable], as_text: bool) -> str:
