@@ -98,6 +98,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     )
 
     reads_while_writing_is_paused = True
+    # uvloop looks for it in every protocol: an AttributeError for each connection costs 3,000 instructions.
+    data_received = None
 
     def __init__(self, buffer: memoryview, wheel: DeadlineWheel, peer: str) -> None:
         self._buffer = buffer
