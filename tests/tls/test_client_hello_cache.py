@@ -94,8 +94,8 @@ def test_hello_cache_is_bounded(counted: Counted) -> None:
     for hello in hellos:
         judge.judge_record(hello)
         assert judge.judge_record(hello) is not None
-        assert len(judge._by_size) <= 32
-        assert all(len(each.accepted) <= 32 for each in judge._by_size.values())
+        assert len(judge._by_head) <= 32
+        assert all(len(each.accepted) <= 32 for each in judge._by_head.values())
     assert len(read) == len(hellos), "the last one is always there"
 
 

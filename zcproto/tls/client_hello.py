@@ -54,10 +54,11 @@ _HOST_NAME: Final = 0
 _TLS_1_3: Final = b"\x03\x04"
 _CACHED_NAMES: Final = 256
 
-_SESSION_ID_AT: Final = _HEADERS + 2 + 32
+_RANDOM_AT: Final = _HEADERS + 2
+_SESSION_ID_AT: Final = _RANDOM_AT + 32
 _SESSION_ID_SIZE: Final = 32
 _SUITES_AT: Final = _SESSION_ID_AT + 1 + _SESSION_ID_SIZE
-_CACHED_SIZES: Final = 32
+_CACHED_HEADS: Final = 32
 _CACHED_OFFERS: Final = 32
 _MAX_OFFER: Final = 1_024
 
@@ -130,9 +131,10 @@ _NAME_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 class _Offers:
     """Accepted hellos of one size, without random, session id and key share (from `share_at` to `share_end`)."""
 
-    __slots__ = ("accepted", "share_at", "share_end")
+    __slots__ = ("accepted", "share_at", "share_end", "size")
 
-    def __init__(self, share_at: int, share_end: int) -> None:
+    def __init__(self, size: int, share_at: int, share_end: int) -> None:
+        self.size = size
         self.share_at = share_at
         self.share_end = share_end
         self.accepted: dict[bytes, Accepted] = {}
@@ -151,11 +153,16 @@ class ClientHelloJudge:
     def __init__(self, suites: Container[int], protocols: Container[str | None]) -> None:
         self._suites = suites
         self._protocols = protocols
-        self._by_size: dict[int, _Offers] = {}
+        self._by_head: dict[bytes, _Offers] = {}  # by both headers and the version: all before the random
 
     def judge_record(self, data: bytes) -> Verdict | None:
         """Judge data that is exactly one record with one ClientHello, the usual case. None: use a
         ClientHelloReader."""
+        offers = self._by_head.get(data[:_RANDOM_AT])
+        if offers is not None and len(data) == offers.size and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
+            accepted = offers.accepted.get(data[_SUITES_AT : offers.share_at] + data[offers.share_end :])
+            if accepted is not None:
+                return accepted
         size = len(data)
         if not _HEADERS <= size <= MAX_SIZE or _both_headers(data) != (
             _HANDSHAKE_RECORD,
@@ -166,11 +173,6 @@ class ClientHelloJudge:
             size - _HEADERS,
         ):
             return None
-        offers = self._by_size.get(size)
-        if offers is not None and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
-            accepted = offers.accepted.get(data[_SUITES_AT : offers.share_at] + data[offers.share_end :])
-            if accepted is not None:
-                return accepted
         verdict = self.judge_hello(data, _HEADERS)
         if isinstance(verdict, Accepted) and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
             self._cache(data, verdict)
@@ -188,11 +190,12 @@ class ClientHelloJudge:
         offer = data[_SUITES_AT:share_at] + data[share_end:]
         if len(offer) > _MAX_OFFER:
             return
-        offers = self._by_size.get(len(data))
+        head = data[:_RANDOM_AT]
+        offers = self._by_head.get(head)
         if offers is None or (offers.share_at, offers.share_end) != (share_at, share_end):
-            if len(self._by_size) >= _CACHED_SIZES:
-                self._by_size.clear()  # those in use return soon
-            offers = self._by_size[len(data)] = _Offers(share_at, share_end)
+            if len(self._by_head) >= _CACHED_HEADS:
+                self._by_head.clear()  # those in use return soon
+            offers = self._by_head[head] = _Offers(len(data), share_at, share_end)
         if len(offers.accepted) >= _CACHED_OFFERS:
             offers.accepted.clear()
         offers.accepted[offer] = accepted
