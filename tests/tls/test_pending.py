@@ -70,11 +70,9 @@ def test_network_gets_as_many_places_or_slots_as_it_leaves_free(
 
     def take(name: str) -> bool:
         connection = join(pending, name, ready=True)
-        if connection is None or not (places or pending.has_slot(connection.network)):
+        if connection is None or not (places or pending.take_slot(connection)):
             return False
         taken.append(connection)
-        if not places:
-            pending.take_slot(connection)
         counts[name] += 1
         return True
 

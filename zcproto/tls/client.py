@@ -152,10 +152,6 @@ class TlsClientTransport(TlsTransport):
         else:  # closed locally during the handshake: the caller must not wait for ever
             self._report(TlsError(TlsFailure.DISCONNECTED.value, "closed before the handshake was complete"))
 
-    def _received_in_handshake(self, data: memoryview) -> None:
-        self._incoming.write(data)
-        self._handshake()
-
     # --- the handshake --------------------------------------------------------------------------
 
     def _handshake_completed(self) -> None:

@@ -126,16 +126,16 @@ class PendingHandshakes(Generic[C]):
         self.waiting += 1
         self._ready[connection.network] = connection.network.ready[connection] = None
 
-    def has_slot(self, network: Network[C]) -> bool:
-        """Whether the network may have one more slot."""
-        return network.slots < self.max_slots - self.slots
-
-    def take_slot(self, connection: C) -> None:
-        """Move a silent or ready connection to a slot."""
+    def take_slot(self, connection: C) -> bool:
+        """Move a silent or ready connection to a slot. Return False if its network may not have one more."""
+        network = connection.network
+        if network.slots >= self.max_slots - self.slots:
+            return False
         self.leave(connection)
         connection.stage = SLOT
-        connection.network.slots += 1
+        network.slots += 1
         self.slots += 1
+        return True
 
     def leave(self, connection: C) -> int:
         """Release the place or slot of a connection. Return its stage until now."""
@@ -156,7 +156,7 @@ class PendingHandshakes(Generic[C]):
     def next_ready(self) -> C | None:
         """Return the connection that gets the next slot; None if no network may have one more."""
         for network in self._ready:
-            if self.has_slot(network):
+            if network.slots < self.max_slots - self.slots:
                 return next(iter(network.ready))
         return None
 

@@ -116,9 +116,9 @@ class ForwardedTransport(TlsServerTransport):
         super().__init__(acceptor, peer, network)
         self._header: ProxyHeaderReader | None = ProxyHeaderReader()
 
-    def _received_in_handshake(self, data: memoryview) -> None:
+    def _received_hello(self, data: memoryview) -> None:
         if self._header is None:
-            super()._received_in_handshake(data)
+            super()._received_hello(data)
             return
         verdict = self._header.feed(data)
         if verdict is None:
@@ -136,4 +136,4 @@ class ForwardedTransport(TlsServerTransport):
             self.peer = client
             self._acceptor.pending.join(self, self._acceptor.network_of(client))
         if rest:
-            super()._received_in_handshake(memoryview(rest))
+            super()._received_hello(memoryview(rest))

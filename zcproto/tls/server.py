@@ -58,7 +58,6 @@ MAX_LARGE_HELLOS: Final = 64
 READ_BUDGET: Final = 0.001
 """Seconds that a full read may take before the connection waits for its next turn."""
 
-_JUDGED: Final = (Accepted, ssl.SSLContext)
 BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 """Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
 
@@ -140,8 +139,7 @@ class TlsAcceptor:
         if now >= self._window_ends:
             self._window_ends = now + BUDGET_WINDOW
             self._spent = 0.0
-        if not self._turn_planned and self._spent < TURN_BUDGET and self.pending.has_slot(transport.network):
-            self.pending.take_slot(transport)
+        if not self._turn_planned and self._spent < TURN_BUDGET and self.pending.take_slot(transport):
             transport.start_handshake()
             ended = self.perf_counter()
             self._spent += ended - now
@@ -218,7 +216,7 @@ class TlsServerTransport(TlsTransport):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self._phase is TlsPhase.CLOSING:  # dropped before the loop had the socket
+        if self.stage == ENDED:  # dropped before the loop had the socket
             self.abort()
             return
         # Absolute, so that slow bytes do not extend it.
@@ -261,44 +259,39 @@ class TlsServerTransport(TlsTransport):
 
     # --- the ClientHello ------------------------------------------------------------------------
 
-    def _received_in_handshake(self, data: memoryview) -> None:
-        if self._phase is TlsPhase.HANDSHAKE:
-            self._incoming.write(data)
-            self._handshake()
-            return
-        hello = self._hello
-        if isinstance(hello, _JUDGED):  # early data; OpenSSL skips it, or refuses it if it was not offered
+    def _received_hello(self, data: memoryview) -> None:
+        if self.stage == READY:  # early data; OpenSSL skips it, or refuses it if it was not offered
             self._queued += data
             if len(self._queued) > MAX_QUEUED:
                 self._refuse(UNEXPECTED)
             elif len(self._queued) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
                 self._refuse(TOO_LARGE)
             return
-        received = bytes(data)
-        verdict = self._acceptor.judge.judge_record(received) if hello is None else None
+        hello, received, judge = self._hello, bytes(data), self._acceptor.judge
+        verdict = judge.judge_record(received) if hello is None else None
         if verdict is None:
-            if hello is None:
-                hello = self._hello = ClientHelloReader(self._acceptor.judge)
-            verdict = hello.feed(received)
-            if len(hello.raw) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
+            reader = hello if isinstance(hello, ClientHelloReader) else ClientHelloReader(judge)
+            self._hello = reader
+            verdict = reader.feed(received)
+            if len(reader.raw) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
                 verdict = TOO_LARGE
             if verdict is None:
                 return
-            received = bytes(hello.raw)
-        if isinstance(verdict, Refusal):
-            self._refuse(verdict)
-            return
-        self._queued = received
+            received = bytes(reader.raw)
         self._hello = verdict if isinstance(verdict, Accepted) else self._challenge(verdict)
         if self._hello is not None:
+            self._queued = received
             self._acceptor.schedule(self)
 
-    def _challenge(self, hello: ChallengeHello) -> ssl.SSLContext | None:
-        """Return the context that answers a CA; None if it was refused."""
-        context = self._acceptor.challenge_context(hello.server_name)
-        if context is None:
-            self._refuse(NO_PROTOCOL)
-        return context
+    def _challenge(self, verdict: ChallengeHello | Refusal) -> ssl.SSLContext | None:
+        """Return the context that answers a CA; None if the connection was refused."""
+        if isinstance(verdict, ChallengeHello):
+            context = self._acceptor.challenge_context(verdict.server_name)
+            if context is not None:
+                return context
+            verdict = NO_PROTOCOL
+        self._refuse(verdict)
+        return None
 
     def _refuse(self, refusal: Refusal) -> None:
         self._hello, self._queued = None, b""

@@ -52,6 +52,7 @@ class TlsPhase(IntEnum):
 
 
 # Module globals: members of an enumeration are slow to look up on the hot path.
+_HELLO: Final = TlsPhase.HELLO
 _HANDSHAKE: Final = TlsPhase.HANDSHAKE
 _OPEN: Final = TlsPhase.OPEN
 _CLOSING: Final = TlsPhase.CLOSING
@@ -183,12 +184,15 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     # --- records in -----------------------------------------------------------------------------
 
     def _received_outside_open(self, data: memoryview) -> None:
-        if self._phase is _CLOSING:
+        if self._phase is _HANDSHAKE:
+            self._incoming.write(data)
+            self._handshake()
+        elif self._phase is _HELLO:
+            self._received_hello(data)
+        elif self._phase is _CLOSING:
             self._discard(len(data))
-        elif self._phase is not TlsPhase.CLOSED:
-            self._received_in_handshake(data)
 
-    def _received_in_handshake(self, data: memoryview) -> None:
+    def _received_hello(self, data: memoryview) -> None:
         raise NotImplementedError
 
     def _handshake(self) -> None:
