@@ -191,6 +191,15 @@ def test_log_has_the_forwarded_address(serve: Serve, tmp_path: Path) -> None:
     ]
 
 
+def test_reload_changes_the_balancers(serve: Serve) -> None:
+    server = serve()
+    server.client().close()
+    server.reload(server__proxy_protocol_from=["127.0.0.1"])
+    with BehindBalancer(server, header("198.51.100.9")) as client:
+        client.open_session("ada")
+        assert client.call("session.info")["address"] == "198.51.100.9"
+
+
 def test_drain_does_not_wait_for_proxy_headers(serve: Serve) -> None:
     server = serve(server__proxy_protocol_from=["127.0.0.1"])
     with server.tcp() as raw:

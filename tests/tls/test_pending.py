@@ -12,7 +12,7 @@ from tests.helpers import FakeTimers, MockTransport
 from tests.tls.support import PEER, RecordingProtocol, TlsPair, new_acceptor
 from tests.tls.test_proxy import CLIENT, HEADER
 from zcproto.tls.failure import TlsFailure
-from zcproto.tls.pending import ENDED, KEPT_NETWORKS, READY, SILENT, SLOT, Network, PendingHandshakes
+from zcproto.tls.pending import ENDED, READY, SILENT, SLOT, Network, PendingHandshakes
 from zcproto.tls.proxy import ForwardedTransport
 from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import TlsPhase
@@ -158,13 +158,12 @@ def test_network_over_its_share_of_slots_is_passed_over(pending: Pending) -> Non
     assert pending.next_ready() is None
 
 
-def test_table_of_networks_is_bounded_and_keeps_those_in_use(pending: Pending) -> None:
+def test_network_is_kept_while_it_is_in_use(pending: Pending) -> None:
     silent, ready, running = joined(pending, "a"), joined(pending, "b", ready=True), joined(pending, "c")
     pending.take_slot(running)
     used = [each.network for each in (silent, ready, running)]
-    for number in range(10 * KEPT_NETWORKS):
-        pending.leave(joined(pending, f"network {number}"))
-        assert len(pending._networks) <= KEPT_NETWORKS + 2 * len(used)
+    pending.leave(joined(pending, "idle"))
+    assert list(pending._networks) == ["a", "b", "c"]
     assert [pending.network(name) for name in "abc"] == used
 
 

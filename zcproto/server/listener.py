@@ -25,6 +25,7 @@ import socket
 import struct
 from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, Final
 
 from zcproto.common.counts import ALONE, Counting
@@ -55,6 +56,9 @@ MOST_LEFT_TIME: Final = 0.02
 
 HANDSHAKE_COST: Final = 4
 """What a handshake that begins and is not completed counts as, in connections that send no ClientHello."""
+
+CACHED_CLIENTS: Final = 1_024
+"""Addresses whose networks are kept: most have the next connection soon."""
 
 _ALL: Final = ""
 """The key of the count of all connections."""
@@ -287,6 +291,7 @@ class Listener(AcceptLoop):
         self._wasted = counting.rate("failed_handshakes_per_network")
         """The rate of connections that end before their handshake is complete, by network."""
         self._set_limits(config)
+        self._has_others = counting is not ALONE  # workers that accept on the same port
         self._all = counting.counts("max_connections")
         self._by_network = counting.counts("connections_per_address")
         self.connections = 0
@@ -314,7 +319,7 @@ class Listener(AcceptLoop):
         self._max_connections = config.limits.max_connections
         self._per_address = config.limits.connections_per_address
         self.balancers = AddressSet(config.server.proxy_protocol_from)
-        self._has_balancers = bool(self.balancers)  # read at each accept
+        self._client = lru_cache(CACHED_CLIENTS)(self._new_client)
 
     @property
     def port(self) -> int:
@@ -345,7 +350,7 @@ class Listener(AcceptLoop):
             await self._empty.wait()
 
     def _is_full(self) -> bool:
-        return self._acceptor.pending.is_full or self._leaves_to_others()
+        return self._acceptor.pending.is_full or (self._has_others and self._leaves_to_others())
 
     def _leaves_to_others(self) -> bool:
         """Return whether other workers have the chance to accept, for as long as this one has more connections."""
@@ -370,10 +375,15 @@ class Listener(AcceptLoop):
     def _exhausted(self) -> None:
         self._state.counters.accept_failed += 1
 
+    def _new_client(self, address: str) -> tuple[str, str, Network[TlsServerTransport], bool]:
+        """Return an address in its plain form, the network whose connections count as its own, that of its pending
+        connections, and whether it is a balancer's."""
+        client = plain_address(address)
+        is_balancer = bool(self.balancers) and self.balancers.contains(client)
+        return client, network_of(client), self._acceptor.network_of(client), is_balancer
+
     def _admit(self, connection: socket.socket, address: Any) -> None:
-        client = plain_address(address[0])
-        network = self._acceptor.network_of(client)
-        is_forwarded = self._has_balancers and self.balancers.contains(client)
+        client, own_network, network, is_forwarded = self._client(address[0])
         if network.name in self._wasted and not is_forwarded and self._refuse_flooding(network, client):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             connection.close()
@@ -386,14 +396,14 @@ class Listener(AcceptLoop):
                 connection.close()
                 return
             self._all.add(_ALL)
-        if not self._by_network.add(network_of(client), 0 if is_forwarded else self._per_address):
+        if not self._by_network.add(own_network, 0 if is_forwarded else self._per_address):
             self._refuse_address(client)
             self._all.remove(_ALL)
             connection.close()
             return
         if not pending.make_room(network):
             self._refuse_network(client)
-            self._by_network.remove(network_of(client))
+            self._by_network.remove(own_network)
             self._all.remove(_ALL)
             connection.close()
             return
@@ -425,15 +435,15 @@ class Listener(AcceptLoop):
 
     def _connection_forwarded(self, balancer: str, client: str) -> bool:
         """Reassign the connection to the forwarded client. Return False if it is over its limit."""
-        network = self._acceptor.network_of(client)
+        _, own_network, network, _ = self._client(client)
         if self._refuse_flooding(network, client, balancer):
             return False
-        if not self._by_network.add(network_of(client), self._per_address):
+        if not self._by_network.add(own_network, self._per_address):
             self._refuse_address(client, balancer=balancer)
             return False
         if not self._acceptor.pending.make_room(network):
             self._refuse_network(client, balancer=balancer)
-            self._by_network.remove(network_of(client))
+            self._by_network.remove(own_network)
             return False
         self._by_network.remove(network_of(balancer))
         return True

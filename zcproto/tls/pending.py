@@ -17,10 +17,8 @@ It must not know: why a connection is silent (no PROXY header, half a ClientHell
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any, Final, Generic, Protocol, TypeVar
-
-KEPT_NETWORKS: Final = 1_024
-"""Networks without a pending connection that are kept, because most have the next one soon."""
 
 # The stages of a connection. Plain numbers: members of an enumeration are slow to look up.
 ENDED: Final = 0
@@ -45,7 +43,7 @@ C = TypeVar("C", bound=PendingConnection)
 class Network(Generic[C]):
     """The pending connections of one network, oldest first, and the slots that it has taken."""
 
-    __slots__ = ("name", "ready", "silent", "slots")
+    __slots__ = ("__weakref__", "name", "ready", "silent", "slots")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -63,7 +61,7 @@ class Network(Generic[C]):
 class PendingHandshakes(Generic[C]):
     """All networks. Both limits may change; places and slots in use are kept."""
 
-    __slots__ = ("_networks", "_ready", "_silent", "_tidy_at", "max_places", "max_slots", "slots", "waiting")
+    __slots__ = ("_networks", "_ready", "_silent", "max_places", "max_slots", "slots", "waiting")
 
     def __init__(self) -> None:
         self.max_places = self.max_slots = sys.maxsize
@@ -73,8 +71,7 @@ class PendingHandshakes(Generic[C]):
         """Ready connections."""
         self._silent: dict[C, None] = {}
         self._ready: dict[Network[C], None] = {}  # in turn
-        self._networks: dict[str, Network[C]] = {}
-        self._tidy_at = KEPT_NETWORKS
+        self._networks: weakref.WeakValueDictionary[str, Network[C]] = weakref.WeakValueDictionary()
 
     @property
     def silent(self) -> int:
@@ -91,15 +88,10 @@ class PendingHandshakes(Generic[C]):
         return self.waiting >= self.max_places
 
     def network(self, name: str) -> Network[C]:
-        return self._networks.get(name) or self._new_network(name)
-
-    def _new_network(self, name: str) -> Network[C]:
-        networks = self._networks
-        if len(networks) >= self._tidy_at:
-            for idle in [each for each, network in networks.items() if not network.connections]:
-                del networks[idle]
-            self._tidy_at = 2 * len(networks) + KEPT_NETWORKS
-        network = networks[name] = Network(name)
+        """Return the network of this name: the same one while anything refers to it."""
+        network = self._networks.get(name)
+        if network is None:
+            network = self._networks[name] = Network(name)
         return network
 
     def make_room(self, network: Network[C]) -> bool:
