@@ -69,7 +69,7 @@ class Ends:
             self.link.send(WELCOME, 0, encode_body(GREETING | greeting))
 
     def call(self, deadline: float = FOREVER) -> asyncio.Future[Any]:
-        return self.protocol.request("echo", {}, NO_TOKEN, None, deadline)
+        return self.protocol.request("echo", {}, NO_TOKEN, None, deadline)[1]
 
     def stream_of(self, call: asyncio.Future[Any]) -> int:
         """Return the stream of a pending call."""
@@ -251,8 +251,9 @@ async def test_answered_call_cannot_be_abandoned() -> None:
     ends = Ends()
     call = ends.call()
     await turns()
-    ends.link.send(RESPONSE, ends.stream_of(call), b"\x07")
-    assert not ends.protocol.abandon(call)
+    stream = ends.stream_of(call)
+    ends.link.send(RESPONSE, stream, b"\x07")
+    assert not ends.protocol.abandon(stream)
     assert await call == 7
     await turns()
     assert ends.link.cancelled == []
@@ -350,7 +351,7 @@ async def test_call_alone_is_sent_at_once_and_several_in_one_write() -> None:
     ends.link.write = written.append  # type: ignore[method-assign]
 
     def call() -> asyncio.Future[Any]:
-        return protocol.request("echo", {}, token, None, FOREVER)
+        return protocol.request("echo", {}, token, None, FOREVER)[1]
 
     def answer(*calls: asyncio.Future[Any]) -> None:
         wall, salt = protocol._clock.wall(), ends.link.salt
@@ -386,7 +387,7 @@ async def test_ended_connection_leaves_no_deadline() -> None:
     answered, abandoned, lost = [ends.call(now() + 100) for _ in range(3)]
     lost.add_done_callback(lambda call: call.exception())
     ends.link.send(RESPONSE, ends.stream_of(answered), b"\xc0")
-    ends.protocol.abandon(abandoned)
+    ends.protocol.abandon(ends.stream_of(abandoned))
     ends.link.cut()
     await turns()
     assert len(ends.protocol._wheel) == 0

@@ -78,6 +78,10 @@ class CallReceiver(Protocol):
     def call_withdrawn(self, call: ClientCall) -> None: ...
 
 
+PendingCall = tuple[int, asyncio.Future[Any]]
+"""The stream of a request, and its future answer: a plain one, which costs much less than one of a subclass."""
+
+
 class PendingStream(asyncio.Future[Any]):
     """The future answer to an OPEN, and the items that come before it. `half` is the stream on the wire."""
 
@@ -148,7 +152,7 @@ class PendingStream(asyncio.Future[Any]):
     def leave(self) -> None:
         """Cancel the stream on the server, unless it was answered, and drop its items."""
         self.half.items.clear()
-        if self.connection.abandon(self):
+        if self.connection.abandon(self.half.number):
             self.cancel()
 
 
@@ -169,7 +173,7 @@ class ClientProtocol(asyncio.Protocol):
     conversation: ClientConnection
     endpoint: Endpoint
     _transport: asyncio.Transport | None = field(default=None, init=False)
-    # Answers and deadlines by stream. A plain future costs much less than one of a subclass.
+    # Answers and deadlines by stream.
     _pending: dict[int, tuple[asyncio.Future[Any], float]] = field(default_factory=dict, init=False)
     _waiting: WaitingQueue | None = field(default=None, init=False)  # for a request, once a caller has waited
     _flush_planned: bool = field(default=False, init=False)
@@ -352,8 +356,8 @@ class ClientProtocol(asyncio.Protocol):
         token: bytes,
         meta: Mapping[str, Any] | None,
         deadline: float,
-    ) -> asyncio.Future[Any]:
-        """Send a request and return its future answer. Only while `ready`.
+    ) -> PendingCall:
+        """Send a request. Return its stream and its future answer. Only while `ready`.
 
         `deadline` is in the loop's time, or infinite. A caller that stops waiting must call `abandon`. Raises like
         `ClientConnection.request`.
@@ -362,7 +366,7 @@ class ClientProtocol(asyncio.Protocol):
         stream = conversation.request(method, params, self._clock.wall(), token, meta)
         call = self._loop.create_future()
         self._add_pending(call, stream, deadline)
-        return call
+        return stream, call
 
     def open_stream(
         self,
@@ -383,12 +387,12 @@ class ClientProtocol(asyncio.Protocol):
 
     def handle(
         self, methods: frozenset[str], most: int, receiver: CallReceiver, token: bytes, deadline: float
-    ) -> asyncio.Future[Any]:
+    ) -> PendingCall:
         """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
         stream = self.conversation.handle(methods, most, receiver, token=token, wall=self._clock.wall())
         call = self._loop.create_future()
         self._add_pending(call, stream, deadline)
-        return call
+        return stream, call
 
     def take_item(self, half: ClientStream) -> Any:
         """Return the next item of a stream, and send the credit that is due."""
@@ -434,18 +438,13 @@ class ClientProtocol(asyncio.Protocol):
         else:
             self._flush_soon()
 
-    def abandon(self, call: asyncio.Future[Any]) -> bool:
+    def abandon(self, stream: int) -> bool:
         """Cancel a call on the server. Return False if it was answered already."""
-        for stream, (pending, _) in self._pending.items():
-            if pending is call:
-                self._cancel(stream)
-                return True
-        return False
-
-    def _cancel(self, stream: int) -> None:
-        del self._pending[stream]
+        if self._pending.pop(stream, None) is None:
+            return False
         self.conversation.cancel(stream, self._clock.wall())
         self._flush_soon()
+        return True
 
     # --- calls of the server ------------------------------------------------------------------------
 
@@ -533,7 +532,7 @@ class ClientProtocol(asyncio.Protocol):
         """Cancel the calls whose deadlines have passed."""
         for stream, (call, deadline) in [*self._pending.items()]:
             if deadline <= now:
-                self._cancel(stream)
+                self.abandon(stream)
                 if not call.done():
                     call.set_exception(DeadlineExceeded(TIMED_OUT))
         self._calls_due = min((deadline for _, deadline in self._pending.values()), default=NEVER)

@@ -14,10 +14,10 @@ import asyncio
 import logging
 from contextlib import suppress
 from math import inf
-from typing import Any, Final
+from typing import Final
 
 from zcproto.client.handlers import Handler, Handlers
-from zcproto.client.protocol import ClientProtocol
+from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.client.session import ANSWER_TIMEOUT, SessionManager, answer
 from zcproto.common.clock import MS_PER_SECOND
@@ -123,9 +123,7 @@ class Registrar:
         self._backoff.reset()
         return max(self._idle_left(), MIN_INTERVAL)
 
-    def _request(
-        self, connection: ClientProtocol, names: frozenset[str], token: bytes
-    ) -> asyncio.Future[Any]:
+    def _request(self, connection: ClientProtocol, names: frozenset[str], token: bytes) -> PendingCall:
         now = self._loop.time()
         self._sessions.used(now)
         deadline = now + ANSWER_TIMEOUT

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from zcproto.client.connections import join
 from zcproto.client.credentials import CertificateLogin, Credentials, DeviceKey, SchemeLogin
-from zcproto.client.protocol import ClientProtocol
+from zcproto.client.protocol import ClientProtocol, PendingCall
 from zcproto.client.retry import SESSION_IS_OVER, Backoff, Random, Then, retry_after_ms, what_next
 from zcproto.common.clock import MS_PER_SECOND, Clock
 from zcproto.common.deadlines import DeadlineWheel
@@ -175,8 +175,7 @@ class SessionManager:
     _unauthenticated_token: bytes = field(default=NO_TOKEN, init=False)  # got UNAUTHENTICATED
     _over: CallError | None = field(default=None, init=False)
     _renewing: asyncio.Task[None] | None = field(default=None, init=False)
-    # The proof of a key that is under way: its token, connection and answer.
-    _attaching: tuple[bytes, ClientProtocol, asyncio.Future[Any]] | None = field(default=None, init=False)
+    _attaching: tuple[bytes, ClientProtocol, PendingCall] | None = field(default=None, init=False)
     _refreshed_early_at: float = field(default=-NEVER, init=False)
     _not_before: float = field(default=-NEVER, init=False)  # of the next renewal
     _backoff: Backoff = field(init=False)  # of sessions that expire at once
@@ -305,7 +304,7 @@ class SessionManager:
         if self.session is None or not connection.ready:
             return
         token = self.token
-        call = self._show(connection)
+        _, call = self._show(connection)
 
         def presented(call: asyncio.Future[Any]) -> None:
             error = None if call.cancelled() else call.exception()
@@ -314,28 +313,30 @@ class SessionManager:
 
         call.add_done_callback(presented)
 
-    def _show(self, connection: ClientProtocol) -> asyncio.Future[Any]:
+    def _show(self, connection: ClientProtocol) -> PendingCall:
         if self._device is not None and self.needs_proof(connection):
             return self._attach(connection, self._device)
         return connection.request("session.info", None, self.token, None, self._loop.time() + ANSWER_TIMEOUT)
 
-    def _attach(self, connection: ClientProtocol, device: DeviceKey) -> asyncio.Future[Any]:
+    def _attach(self, connection: ClientProtocol, device: DeviceKey) -> PendingCall:
         """Prove the device's key on a connection. Concurrent callers share one request."""
         token = self.token
         if self._attaching is not None:
-            attached, where, call = self._attaching
-            if attached == token and where is connection and not call.done():
-                return call
+            attached, where, pending = self._attaching
+            if attached == token and where is connection and not pending[1].done():
+                return pending
         params = device.attach_params(connection, token)
-        call = connection.request("session.attach", params, token, None, self._loop.time() + ANSWER_TIMEOUT)
-        self._attaching = token, connection, call
+        pending = connection.request(
+            "session.attach", params, token, None, self._loop.time() + ANSWER_TIMEOUT
+        )
+        self._attaching = token, connection, pending
 
         def proved(call: asyncio.Future[Any]) -> None:
             if not call.cancelled() and call.exception() is None:
                 connection.proved.add(device)
 
-        call.add_done_callback(proved)
-        return call
+        pending[1].add_done_callback(proved)
+        return pending
 
     def needs_proof(self, connection: ClientProtocol) -> bool:
         """Return whether the device of the session has to prove its key on a connection."""
@@ -351,7 +352,7 @@ class SessionManager:
             return False
         if token == self.token and connection.ready:
             connection.proved.discard(self._device)
-            call = self._attach(connection, self._device)
+            _, call = self._attach(connection, self._device)
             await asyncio.wait([call])  # shared: cancelling one caller does not cancel it
             error = call.exception()
             if isinstance(error, CallError):
@@ -545,9 +546,10 @@ class SessionManager:
             return  # the session will expire on the server
 
 
-async def answer(connection: ClientProtocol, call: asyncio.Future[Any]) -> Any:
+async def answer(connection: ClientProtocol, pending: PendingCall) -> Any:
+    stream, call = pending
     try:
         return await call
     except asyncio.CancelledError:
-        connection.abandon(call)
+        connection.abandon(stream)
         raise

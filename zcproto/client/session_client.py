@@ -183,11 +183,11 @@ class SessionClient:
             if now >= sessions.noted_until:
                 sessions.used(now)
             try:
-                pending = connection.request(method, named, token, meta, deadline)
+                stream, pending = connection.request(method, named, token, meta, deadline)
                 try:
                     return await pending
                 except asyncio.CancelledError:
-                    connection.abandon(pending)
+                    connection.abandon(stream)
                     raise
             except CallError as error:
                 attempt = attempt or Attempt(self._random)
