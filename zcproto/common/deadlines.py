@@ -17,6 +17,7 @@ from math import ceil, inf
 from typing import Any, Final, Protocol
 
 TICKS_PER_SECOND: Final = 64
+TICKS_PER_EIGHTH: Final = TICKS_PER_SECOND // 8
 NEVER: Final = sys.maxsize
 ENTRIES_PER_TURN: Final = 64
 """Entries handled before the event loop gets a turn, when thousands are due at once."""
@@ -72,13 +73,14 @@ class DeadlineWheel:
     def set(self, entry: Timed, deadline: float) -> None:
         """Call `entry.handle_deadline` at `deadline` or slightly later. Replaces an earlier deadline."""
         ahead = deadline - self.now()
-        if ahead > 10:
+        # CPython specialises operations on two floats, not on a float and an integer.
+        if ahead > 10.0:
             if deadline == inf:
                 self.discard(entry)
                 return
             tick = ceil(deadline) * TICKS_PER_SECOND
-        elif ahead > 1:
-            tick = ceil(deadline * 8) * (TICKS_PER_SECOND // 8)
+        elif ahead > 1.0:
+            tick = ceil(deadline * 8.0) * TICKS_PER_EIGHTH
         else:
             tick = max(1, ceil(deadline * TICKS_PER_SECOND))
         buckets = self._buckets

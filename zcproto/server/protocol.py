@@ -357,10 +357,10 @@ class ServerProtocol(Dispatcher):
     def join(self, session: Session, token: bytes) -> None:
         """Attach a session that a request of this connection opened or refreshed."""
         if self._connection is not None:
-            state = self._state
+            state, session_id = self._state, session.id
             self._connection.join(session, token, state.clock.wall(), state.clock.now())
-            state.session_connections.join(session.id, self)
-            self._resume_registration(session.id)
+            state.session_connections.join(session_id, self)
+            self._resume_registration(session_id)
 
     def _prove_by_certificate(self, key: str) -> None:
         """Record a proof of the key if the client's certificate has it."""
