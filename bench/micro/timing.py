@@ -126,7 +126,7 @@ async def open_sessions(
             record = SessionRecord(*fields)
             assert await store.create(record, limit) == Created()
             assert registry.restore(record)
-            assert registry.opened_session(record, token, refresh_token) is not None
+            assert registry.opened_session(record.id, token, refresh_token) is not None
             latencies[number] = time.perf_counter_ns() - begin
 
     begin = time.perf_counter_ns()

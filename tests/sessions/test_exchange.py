@@ -18,7 +18,7 @@ from tests.sessions.helpers import (
 )
 from zcproto.common.roles import OPERATORS, Roles
 from zcproto.errors import Code, ResourceExhausted, TokenExpired, TokenRevoked, Unauthenticated
-from zcproto.sessions import SessionRegistry
+from zcproto.sessions import OpenedSession, SessionRegistry
 from zcproto.sessions.exchange import EVICTION_SAMPLE
 from zcproto.sessions.record import EndedRecord, SessionRecord
 from zcproto.sessions.token import digest_of
@@ -26,6 +26,10 @@ from zcproto.sessions.token import digest_of
 
 def new(harness: RegistryHarness, user: str = "alice", wall: int = WALL, *, key: str = "") -> NewSession:
     return new_session(harness.registry, user, client="zc/1", address="192.0.2.1", wall=wall, key=key)
+
+
+def claim(harness: RegistryHarness, session: NewSession) -> OpenedSession | None:
+    return harness.registry.opened_session(session.record.id, session.token, session.refresh_token)
 
 
 def taken_in(harness: RegistryHarness, user: str = "alice", wall: int = WALL, *, key: str = "") -> NewSession:
@@ -50,9 +54,9 @@ def test_new_session_is_valid_after_restore() -> None:
     harness = RegistryHarness()
     session = new(harness)
     assert harness.code(session.token) is Code.UNAUTHENTICATED
-    assert harness.registry.opened_session(*session) is None
+    assert claim(harness, session) is None
     assert harness.registry.restore(session.record)
-    opened = harness.registry.opened_session(*session)
+    opened = claim(harness, session)
     assert opened is not None
     assert (opened.token, opened.refresh_token) == (session.token, session.refresh_token)
     assert opened.session.id == harness.good(session.token).id
@@ -64,8 +68,8 @@ def test_new_session_that_ended_meanwhile_is_not_opened() -> None:
     revoked, forgotten = taken_in(harness), taken_in(harness)
     assert harness.registry.end(revoked.record.id, Code.TOKEN_REVOKED, "elsewhere", WALL)
     assert harness.registry.forget(forgotten.record.id)
-    assert harness.registry.opened_session(*revoked) is None
-    assert harness.registry.opened_session(*forgotten) is None
+    assert claim(harness, revoked) is None
+    assert claim(harness, forgotten) is None
     assert harness.registry.opened == 0
 
 

@@ -186,8 +186,13 @@ class SessionRegistry(Exchange):
         self._make_room(user, wall)
         slot = self._table.add(record)  # new ids and digests: none of `restore`'s checks applies
         self._live += 1
+        self.opened += 1
         self._announce()
-        return self._opened_new(slot, record, token, refresh_token)
+        session_id, _, _, _, _, _, flags, _, _, expires_at, refresh_expires_at, _, names = record
+        valid_until = min(expires_at, wall + self._idle)
+        expiring_at = expires_at - self._tenth
+        session = Session(session_id, user, flags, slot, expires_at, valid_until, expiring_at, names)
+        return OpenedSession(token, refresh_token, refresh_expires_at or None, session)
 
     def new_session(
         self,
@@ -240,11 +245,14 @@ class SessionRegistry(Exchange):
         return record, token, refresh_token if refresh_expires_at else None
 
     def opened_session(
-        self, record: SessionRecord, token: bytes, refresh_token: bytes | None
+        self, session_id: bytes, token: bytes, refresh_token: bytes | None
     ) -> OpenedSession | None:
         """Return the result for the holder of a restored new session, or None if it has ended meanwhile."""
-        slot = self._slot_of(record.id)
-        return None if slot == NONE else self._opened_new(slot, record, token, refresh_token)
+        slot = self._slot_of(session_id)
+        if slot == NONE:
+            return None
+        self.opened += 1
+        return self._opened(slot, token, refresh_token)
 
     def refresh(self, refresh_token: bytes, *, client: str, address: str, wall: int) -> OpenedSession:
         """Exchange a refresh token for a new pair of tokens. Both old tokens become invalid.
@@ -441,7 +449,7 @@ class SessionRegistry(Exchange):
     def _make_room(self, user: str, wall: int) -> None:
         """Make room for one more session of the user, or raise ResourceExhausted."""
         table, per_user, when_full = self._table, self._settings.per_user, self._settings.when_full
-        if table.count_of(user) < per_user and self.kept < self._settings.max_sessions:
+        if table.users.count(user) < per_user and self.kept < self._settings.max_sessions:
             return
         slots = [slot for slot in table.of_user(user) if self._expire_if_due(slot, wall)]
         surplus = len(slots) + 1 - per_user  # above 1 after the limit was lowered
@@ -476,16 +484,6 @@ class SessionRegistry(Exchange):
     def _find(self, session_id: str) -> int:
         raw = id_from_text(session_id)
         return NONE if raw is None else self._slot_of(raw)
-
-    def _opened_new(
-        self, slot: int, record: RecordFields, token: bytes, refresh_token: bytes | None
-    ) -> OpenedSession:
-        self.opened += 1
-        session_id, _, _, user, _, _, flags, _, used, expires_at, refresh_expires_at, _, roles = record
-        valid_until = min(expires_at, used + self._idle)
-        expiring_at = expires_at - self._tenth
-        session = Session(session_id, user, flags, slot, expires_at, valid_until, expiring_at, roles)
-        return OpenedSession(token, refresh_token, refresh_expires_at or None, session)
 
     def _opened(self, slot: int, token: bytes, refresh_token: bytes | None) -> OpenedSession:
         refresh_expires_at = self._table.refresh_expires_at[slot] or None

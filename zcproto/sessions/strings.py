@@ -61,6 +61,12 @@ class StringTable:
             self._search(text)
         return self._last
 
+    def count(self, text: str) -> int:
+        """Return the number of uses of a string."""
+        if text != self._last_text:
+            self._search(text)
+        return 0 if self._last == UNKNOWN else self.uses[self._last]
+
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
         if text != self._last_text:

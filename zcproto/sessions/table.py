@@ -5,8 +5,9 @@ Decides the layout of a record and the lists of sessions.
 Rules:
 - A slot is free, live, lapsed (its token expired, a refresh revives it) or a tombstone, whose state is the code
   that its token is answered with.
-- Live and lapsed sessions are on the list of their user, in the order of opening. Tombstones are on their own list,
-  oldest first, and keep only their digests and the time of death (in `last_used_at`).
+- Live and lapsed sessions are on the list of their user, in the order of opening, and each is one use of the user's
+  name. Tombstones are on their own list, oldest first, and keep only their digests and the time of death (in
+  `last_used_at`).
 - Every used slot is in the index of tokens and, if it belongs to a session, in the index of ids.
 
 It must not know: the time, the settings, observers.
@@ -137,11 +138,6 @@ class SessionTable:
         self.address[slot] = self.addresses.acquire(address)
         self.clients.release(old_client)
         self.addresses.release(old_address)
-
-    def count_of(self, user: str) -> int:
-        """Return the number of a user's live and lapsed sessions."""
-        number = self.users.find(user)
-        return 0 if number == UNKNOWN else self.users.uses[number]
 
     def of_user(self, user: str) -> list[int]:
         """Return the slots of a user's live and lapsed sessions, oldest first."""

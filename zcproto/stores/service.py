@@ -245,7 +245,7 @@ class StoredSessionService(SessionService):
         finally:
             self.sync.leases.unjoined.discard(record.id)  # the caller joins it before it waits again
         creating.result()
-        opened = registry.opened_session(record, token, refresh_token)
+        opened = registry.opened_session(record.id, token, refresh_token)
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
