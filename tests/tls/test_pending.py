@@ -162,6 +162,7 @@ def test_network_is_kept_while_it_is_in_use(pending: Pending) -> None:
     silent, ready, running = joined(pending, "a"), joined(pending, "b", ready=True), joined(pending, "c")
     pending.take_slot(running)
     used = [each.network for each in (silent, ready, running)]
+    assert [network.connections for network in used] == [1, 1, 1]
     pending.leave(joined(pending, "idle"))
     assert list(pending._networks) == ["a", "b", "c"]
     assert [pending.network(name) for name in "abc"] == used
