@@ -267,7 +267,7 @@ class TlsServerTransport(TlsTransport):
             elif len(self._queued) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
                 self._refuse(TOO_LARGE)
             return
-        hello, received, judge = self._hello, bytes(data), self._acceptor.judge
+        hello, received, judge = self._hello, data.tobytes(), self._acceptor.judge
         verdict = judge.judge_record(received) if hello is None else None
         if verdict is None:
             reader = hello if isinstance(hello, ClientHelloReader) else ClientHelloReader(judge)
@@ -315,10 +315,10 @@ class TlsServerTransport(TlsTransport):
             context = hello
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        for start in range(0, len(received), RECORD_SIZE):
-            if self._phase is TlsPhase.HANDSHAKE:
-                self._incoming.write(received[start : start + RECORD_SIZE])
-                self._handshake()
+        while received and self._phase is TlsPhase.HANDSHAKE:
+            self._incoming.write(received[:RECORD_SIZE])
+            received = received[RECORD_SIZE:]
+            self._handshake()
 
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
