@@ -132,7 +132,8 @@ class RegistryMachine(RuleBasedStateMachine):
     def open(self, user: str, client: tuple[str, str]) -> None:
         self.seen_wall = self.wall
         mine = [each for each in self.kept if each.user == user]
-        mine = [each for each in mine if self.expire_if_due(each)]
+        if len(mine) >= PER_USER:  # below the limit nothing depends on them
+            mine = [each for each in mine if self.expire_if_due(each)]
         refused = False
         if len(mine) >= PER_USER:
             lapsed = [each for each in mine if not each.live]
