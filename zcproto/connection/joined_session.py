@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class JoinedSession(NamedTuple):
+@dataclass(slots=True, eq=False, repr=False)
+class JoinedSession:
     """A live session used on a connection. `expiring_at` is monotonic seconds, NEVER after its event."""
 
     token: bytes

@@ -320,9 +320,9 @@ class ServerOutput:
     def _send_expiring(self, wall: int, now: float) -> None:
         """Send `session.expiring` for each session that is about to expire, once."""
         self._expiring_at = NEVER
-        for session_id, joined in self.sessions.items():
+        for joined in self.sessions.values():
             if joined.expiring_at <= now:
-                self.sessions[session_id] = joined._replace(expiring_at=NEVER)
+                joined.expiring_at = NEVER
                 body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
                 self._send(EVENT, 0, joined.token, body, wall)
             elif joined.expiring_at < self._expiring_at:
