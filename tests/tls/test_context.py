@@ -355,8 +355,11 @@ class Agreed:
     def __init__(self, version: str | None, suite: str | None) -> None:
         self._version, self._suite = version, suite
 
+    def version(self) -> str | None:
+        return self._version
+
     def cipher(self) -> tuple[str, str, int] | None:
-        return None if self._suite is None else (self._suite, self._version, 256)
+        return None if self._suite is None else (self._suite, "TLSv1.3", 256)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class ServerProtocol(Dispatcher):
         state = self._state
         self._transport = transport
         self.peer = transport.peer
-        transport.set_write_buffer_limits(state.write_buffer_bytes)
+        transport.set_write_buffer_limits(high=state.write_buffer_bytes)
         wall, now = state.clock.wall(), state.clock.now()
         salt = state.entropy(SALT_SIZE)
         connection = self._connection = ServerConnection(

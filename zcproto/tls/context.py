@@ -276,4 +276,4 @@ def check_suite_order(names: Sequence[str]) -> None:
 def suites_are_allowed(tls: ssl.SSLObject, suites: frozenset[str]) -> bool:
     """Return True if a completed handshake negotiated TLS 1.3 and one of the suites."""
     cipher = tls.cipher()
-    return cipher is not None and cipher[1] == "TLSv1.3" and cipher[0] in suites
+    return tls.version() == "TLSv1.3" and cipher is not None and cipher[0] in suites

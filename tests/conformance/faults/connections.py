@@ -72,7 +72,7 @@ TRUST: Final[dict[str, Fault]] = {
             "context.maximum_version = ssl.TLSVersion.TLSv1_3",
             "context.minimum_version = ssl.TLSVersion.TLSv1_2",
         ),
-        ("zcproto.tls.context:suites_are_allowed", 'cipher[1] == "TLSv1.3" and ', ""),
+        ("zcproto.tls.context:suites_are_allowed", 'tls.version() == "TLSv1.3" and', ""),
         ("zcproto.tls.context:suites_are_allowed", "and cipher[0] in suites", ""),
     ),
     "other-suite": fault(
