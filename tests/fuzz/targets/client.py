@@ -166,7 +166,7 @@ class HostileServer:
                 assert not body
             assert 0 <= timestamp < 2**64
         assert not client.queued_bytes
-        assert client.in_flight == len(self.pending) <= WELCOME_MAP["max_streams"]
+        assert len(client.in_flight) == len(self.pending) <= WELCOME_MAP["max_streams"]
         assert len(client._tokens) <= 2
         assert client.running_calls <= len(self.running) <= HANDLERS
         if client.state is State.CLOSED:
