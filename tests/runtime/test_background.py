@@ -23,6 +23,7 @@ BURST = TRIM_FROM_BYTES
         ([MANY, *[0] * 3 * TRIM_AFTER], 1),
         ([MANY, *[0] * TRIM_AFTER, MANY, *[0] * TRIM_AFTER], 2),
         ([MANY, *[0] * (TRIM_AFTER - 1), MANY, *[0] * (TRIM_AFTER - 1)], 0),
+        ([MANY, *range(2 * TRIM_AFTER)], 0),
         ([TRIM_FROM - 1, *[0] * TRIM_AFTER], 0),
         ([MANY, *[MANY // 2 + 1] * TRIM_AFTER], 0),
     ],
