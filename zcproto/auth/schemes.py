@@ -73,7 +73,7 @@ class ApiKeyAuthenticator:
         self, params: Mapping[str, Any], address: str, channel: Channel = NO_CHANNEL
     ) -> Identity | Awaitable[Identity | None] | None:
         user, key = params.get("user"), params.get("key")
-        if not isinstance(user, str) or not 0 < len(user) <= MAX_USER:
+        if not _is_name(user):
             raise InvalidArgument(f"user: the scheme api_key needs a str of 1 to {MAX_USER} characters")
         if not isinstance(key, str) or len(key) > MAX_KEY:
             raise InvalidArgument(f"key: the scheme api_key needs a str of at most {MAX_KEY} characters")

@@ -63,15 +63,12 @@ class StringTable:
 
     def count(self, text: str) -> int:
         """Return the number of uses of a string."""
-        if text != self._last_text:
-            self._search(text)
-        return 0 if self._last == UNKNOWN else self.uses[self._last]
+        number = self.find(text)
+        return 0 if number == UNKNOWN else self.uses[number]
 
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
-        if text != self._last_text:
-            self._search(text)
-        number = self._last
+        number = self.find(text)
         if number == UNKNOWN:
             value = self._last_value
             number = self._last = self.slab.allocate()
