@@ -34,6 +34,8 @@ from zcproto.connection.events import (
     SessionJoined,
     TokenUnknown,
 )
+from zcproto.connection.joined_session import JoinedSession
+from zcproto.connection.received_frames import REPORTED_FROM, ReceivedFrames
 from zcproto.connection.sent_ping import SentPing
 from zcproto.connection.server_calls import read_answer
 from zcproto.connection.server_output import ConnectionTotals, ServerOutput
@@ -43,7 +45,6 @@ from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.sessions.session import DEVICE_KEY
-from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
@@ -58,7 +59,6 @@ from zcproto.wire.frame import (
     REQUEST,
     RESULT,
     WELCOME,
-    Side,
     encode_frame,
 )
 from zcproto.wire.message import (
@@ -84,10 +84,6 @@ PEER_SILENT: Final = "peer_silent"
 ATTACH: Final = "session.attach"
 """The only method allowed with a bound token whose key is not proved."""
 
-# Smaller incomplete frames are part of the cost of a connection; a report for each read would cost a tenth of it.
-REPORTED_FROM: Final = 4_096
-REPORTED_STEP: Final = 65_536
-
 _WITH_BODY: Final = frozenset({REQUEST, OPEN, ITEM, CREDIT, RESULT, FAILURE})
 _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
@@ -111,13 +107,10 @@ class ServerConnection(ServerOutput):
         "_accepts_joined",
         "_last_counter",
         "_last_frame",
-        "_partial",
         "_proved",
         "_recheck_at",
-        "_reported",
         "_seen_generation",
         "_session",
-        "_stale_in_a_row",
         "_token",
         "admits",
         "registry",
@@ -144,20 +137,16 @@ class ServerConnection(ServerOutput):
         self.wasted = 0  # refused frames and PINGs, until the edge resets it
         self.sessions = {}
         self._decoder = None  # once there was another than a usual frame
-        self._partial: tuple[int, float] | None = None  # of a header: wall, now
-        self._reported = 0  # bytes of an incomplete frame
         self._counter = 1  # of the next frame sent; WELCOME is frame 0
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
-        self._stale_in_a_row = 0
         self._token = NO_TOKEN  # last accepted: most checks are one comparison
         self._session: Session | None = None
         self._seen_generation = registry.generation
         self._accepts_joined = True  # no token became invalid since requests are held
         self._recheck_at = ALWAYS
         self._proved = _NO_KEYS  # keys of bound sessions usable here
-        self._open_deadline = now + settings.open_timeout_s
-        self._expiring_at = NEVER
+        self._session_deadline = now + settings.open_timeout_s
         self._held = {}
         self._lingering = 0  # answered early, with their handlers still running
         self._streams = None  # once there was an OPEN
@@ -170,7 +159,9 @@ class ServerConnection(ServerOutput):
         """Process decrypted bytes and yield their events, one at a time; a single request may come in a tuple."""
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
         decoder = self._decoder
-        if (decoder is None or decoder.partial is None) and self.state is _OPEN and not self._stale_in_a_row:
+        if (
+            decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
+        ) and self.state is _OPEN:
             settings, token = self.settings, self._token
             limit = settings.max_frame if self._session is not None else settings.max_frame_before_session
             tolerance = settings.tolerance_ms
@@ -252,16 +243,15 @@ class ServerConnection(ServerOutput):
         own_salt = self.salt
         decoder = self._decoder
         if decoder is None:
-            decoder = self._decoder = FrameDecoder(Side.SERVER, self.limit)
-            decoder.accepted = self.settings.accepted
+            decoder = self._decoder = ReceivedFrames(self.limit, self.settings.accepted)
         judged_at = wall
         decoder.feed(data)
-        if self._partial is not None:
+        if decoder.header_at is not None:
             if decoder.expected:
-                if self._reported < decoder.buffered >= REPORTED_FROM:
-                    yield self._frame_buffered(now)
+                if decoder.reported < decoder.buffered >= REPORTED_FROM:
+                    yield self._frame_buffered(decoder, now)
                 return
-            judged_at, self._partial = self._partial[0], None
+            judged_at, decoder.header_at = decoder.header_at[0], None
         try:
             for length, head, stream, timestamp, salt, counter, token, body in decoder.frames():
                 if salt != own_salt or counter <= self._last_counter:
@@ -271,7 +261,8 @@ class ServerConnection(ServerOutput):
                 self._last_counter = counter
                 self._last_frame = now
                 if not -tolerance <= judged_at - timestamp <= tolerance:
-                    ended = self._refuse_stale(head, stream, token, wall)
+                    decoder.stale_in_a_row += 1
+                    ended = self._refuse_stale(decoder.stale_in_a_row, head, stream, token, wall)
                     if ended is not None:
                         yield ended
                         if self.state is _CLOSED:
@@ -280,7 +271,7 @@ class ServerConnection(ServerOutput):
                         judged_at = wall
                         continue
                 else:
-                    self._stale_in_a_row = 0
+                    decoder.stale_in_a_row = 0
                 judged_at = wall
                 if head not in (REQUEST, OPEN):
                     if body and head not in _WITH_BODY:
@@ -360,27 +351,23 @@ class ServerConnection(ServerOutput):
                     return
             buffered = decoder.buffered
             if buffered >= HEADER_SIZE:
-                self._partial = wall, now
+                decoder.header_at = wall, now
                 self.deadline_moved = True
-            if self._reported or buffered >= REPORTED_FROM:
-                yield self._frame_buffered(now)
+            if decoder.reported or buffered >= REPORTED_FROM:
+                yield self._frame_buffered(decoder, now)
         except ProtocolError as error:
             yield self.end_with(error.code, error.reason, wall)
 
-    def _frame_buffered(self, now: float) -> FrameBuffered:
-        """Report an incomplete frame: what it holds, in whole steps, and at most its size."""
-        decoder = self._decoder
-        assert decoder is not None, "it holds the frame"
-        buffered = decoder.buffered
-        in_steps = -(-buffered // REPORTED_STEP) * REPORTED_STEP
-        self._reported = min(in_steps, decoder.expected) if buffered >= REPORTED_FROM else 0
+    def _frame_buffered(self, decoder: ReceivedFrames, now: float) -> FrameBuffered:
+        """Report an incomplete frame."""
         user = next((joined.user for joined in self.sessions.values()), "")
-        return FrameBuffered(self._reported, self._partial[1] if self._partial else now, user)
+        return FrameBuffered(decoder.report(), decoder.header_at[1] if decoder.header_at else now, user)
 
-    def _refuse_stale(self, head: int, stream: int, token: bytes, wall: int) -> ServerEvent | None:
+    def _refuse_stale(
+        self, in_a_row: int, head: int, stream: int, token: bytes, wall: int
+    ) -> ServerEvent | None:
         """Refuse a stale frame. Return what ends: the connection at the limit of consecutive ones, or a stream."""
-        self._stale_in_a_row += 1
-        if self._stale_in_a_row >= self.settings.max_stale_in_a_row:
+        if in_a_row >= self.settings.max_stale_in_a_row:
             return self.end_with(Code.STALE_TIMESTAMP, "ten stale frames in a row: set the clock", wall)
         if head >= RESULT:  # the deadline of the call ends the waiting
             if self._calls is not None:
@@ -447,7 +434,7 @@ class ServerConnection(ServerOutput):
         self._accept(session, token, wall)
         if is_known:
             return None
-        self._add(session, token, wall, now)
+        self.join(session, token, wall, now)
         return SessionJoined(session.id)
 
     def _accept(self, session: Session, token: bytes, wall: int) -> None:
@@ -460,8 +447,17 @@ class ServerConnection(ServerOutput):
         )
 
     def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """Add a session that a request of this connection opened, refreshed or attached."""
-        self._add(session, token, wall, now)
+        """Add a session used here: one that a request of this connection opened, refreshed or attached."""
+        expiring_at = now + max(0, session.expiring_at - wall) / MS
+        # Before the open deadline the edge need not look: `handle_timeout` comes then.
+        if expiring_at < self._session_deadline:
+            self.deadline_moved = True
+            self._session_deadline = expiring_at
+        elif not self.sessions:
+            self._session_deadline = expiring_at
+        self.sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
+        if self._decoder is not None:
+            self._decoder.limit = self.limit
         # Its next frame needs no check if no token has become invalid since that request was accepted, whatever
         # other frames came meanwhile.
         registry = self.registry
@@ -540,7 +536,7 @@ class ServerConnection(ServerOutput):
         self.deadline_moved = False
         if self.state is _CLOSED:
             return NEVER
-        soonest = min(self._open_deadline, self._expiring_at, self._silent_at())
+        soonest = min(self._session_deadline, self._silent_at())
         if self._streams is not None:
             soonest = min(soonest, self._streams.next_deadline())
         if self._calls is not None:
@@ -549,8 +545,8 @@ class ServerConnection(ServerOutput):
 
     def _silent_at(self) -> float:
         """Return when silence ends the connection. An incomplete frame has a limit of its own."""
-        if self._partial is not None:
-            return self._partial[1] + self.settings.frame_timeout_s
+        if self._decoder is not None and self._decoder.header_at is not None:
+            return self._decoder.header_at[1] + self.settings.frame_timeout_s
         if self._streams is not None and self._streams.pinged_at > self._last_frame:
             return self._streams.pinged_at + PONG_TIMEOUT_S
         return self._last_frame + self.settings.idle_timeout_s
@@ -567,13 +563,13 @@ class ServerConnection(ServerOutput):
             slow = streams.take_slow(self._held, now)
             events += [self._cut(stream, refusals.SLOW, wall) for stream in slow]
             streams.touch(self._held, self.sessions, self.registry, wall, now)
-        if self._expiring_at <= now:
-            self._send_expiring(wall, now)
         reason = None
-        if self._open_deadline <= now:
+        if self._session_deadline <= now and self.sessions:
+            self._send_expiring(wall, now)
+        if self._session_deadline <= now:
             reason = GoAwayReason.NO_SESSION
         elif self._silent_at() <= now:
-            if self._partial is not None:
+            if self._decoder is not None and self._decoder.header_at is not None:
                 reason = GoAwayReason.SLOW_FRAME
                 unanswered = [*self._held.values()]  # without an answer they would count as not run
                 events += [self._cut(request, refusals.SLOW_FRAME, wall) for request in unanswered]

@@ -21,13 +21,12 @@ from zcproto.connection.events import (
     ServerStream,
 )
 from zcproto.connection.joined_session import JoinedSession
+from zcproto.connection.received_frames import ReceivedFrames
 from zcproto.connection.server_calls import ServerCall, ServerCalls
 from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, Unavailable
-from zcproto.sessions import Session
-from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import (
     CALL,
     CREDIT,
@@ -69,11 +68,10 @@ class ServerOutput:
         "_calls",
         "_counter",
         "_decoder",
-        "_expiring_at",
         "_held",
         "_lingering",
-        "_open_deadline",
         "_out",
+        "_session_deadline",
         "_streams",
         "deadline_moved",
         "salt",
@@ -91,12 +89,11 @@ class ServerOutput:
     deadline_moved: bool
     _calls: ServerCalls | None
     _counter: int
-    _decoder: FrameDecoder | None
-    _expiring_at: float
+    _decoder: ReceivedFrames | None
     _held: dict[int, Request]
     _lingering: int
-    _open_deadline: float
     _out: list[bytes]
+    _session_deadline: float  # without a session: of opening one; else of the next `session.expiring`
     _streams: ServerStreams | None
 
     # --- answers --------------------------------------------------------------------------------
@@ -295,38 +292,24 @@ class ServerOutput:
 
     # --- sessions -------------------------------------------------------------------------------
 
-    def _add(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """Add a session used here, and apply the limits of a connection with a session."""
-        expiring_at = now + max(0, session.expiring_at - wall) / MS
-        self.sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
-        if expiring_at < self._expiring_at:
-            self._expiring_at = expiring_at
-            # Before the open deadline the edge need not look: `handle_timeout` comes then.
-            if expiring_at < self._open_deadline:
-                self.deadline_moved = True
-        self._open_deadline = NEVER
-        if self._decoder is not None:
-            self._decoder.limit = self.limit
-
     def leave(self, session_id: str, now: float) -> None:
         """Remove an ended session. Without any session, the limits of a new connection apply again."""
-        self.sessions.pop(session_id, None)
-        if not self.sessions and self._open_deadline == NEVER:
+        if self.sessions.pop(session_id, None) is not None and not self.sessions:
             if self._decoder is not None:
                 self._decoder.limit = self.limit
-            self._open_deadline = now + self.settings.open_timeout_s
+            self._session_deadline = now + self.settings.open_timeout_s
             self.deadline_moved = True
 
     def _send_expiring(self, wall: int, now: float) -> None:
         """Send `session.expiring` for each session that is about to expire, once."""
-        self._expiring_at = NEVER
+        self._session_deadline = NEVER
         for joined in self.sessions.values():
             if joined.expiring_at <= now:
                 joined.expiring_at = NEVER
                 body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
                 self._send(EVENT, 0, joined.token, body, wall)
-            elif joined.expiring_at < self._expiring_at:
-                self._expiring_at = joined.expiring_at
+            elif joined.expiring_at < self._session_deadline:
+                self._session_deadline = joined.expiring_at
 
     def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
         """Send `session.revoked` for a session used here, and remove it."""
