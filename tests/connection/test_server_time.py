@@ -36,9 +36,15 @@ def assert_stays_open(pair: ConnectionPair) -> None:
 # --- open timeout ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("idle_timeout_s", [300.0, 4.0])
+def test_first_deadline_is_known_from_the_settings(idle_timeout_s: float) -> None:
+    pair = ConnectionPair(settings=ConnectionSettings(idle_timeout_s=idle_timeout_s))
+    assert not pair.server.deadline_moved
+    assert pair.settings.first_timeout_s == min(10.0, idle_timeout_s)
+    assert pair.server.next_deadline() == NOW + pair.settings.first_timeout_s
+
+
 def test_connection_without_session_closes_after_open_timeout(pair: ConnectionPair) -> None:
-    assert pair.server.deadline_moved
-    assert pair.server.next_deadline() == NOW + 10
     pair.clock.advance(9.999)
     assert_stays_open(pair)
     pair.clock.advance(0.001)

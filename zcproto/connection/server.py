@@ -44,7 +44,7 @@ from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
-from zcproto.sessions.session import DEVICE_KEY
+from zcproto.sessions.session import BOUND, DEVICE_KEY
 from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
@@ -100,7 +100,8 @@ class ServerConnection(ServerOutput):
         totals: counters; connections may share them.
         admits: called when a token is first used here; False refuses it like an unknown one.
 
-    Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier, or `wasted` grew.
+    Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier, or `wasted` grew. The
+    first deadline is `settings.first_timeout_s` after `now`.
     """
 
     __slots__ = (
@@ -133,7 +134,7 @@ class ServerConnection(ServerOutput):
         self.totals = ConnectionTotals() if totals is None else totals
         self.admits = admits
         self.state = _OPEN
-        self.deadline_moved = True
+        self.deadline_moved = False
         self.wasted = 0  # refused frames and PINGs, until the edge resets it
         self.sessions = {}
         self._decoder = None  # once there was another than a usual frame
@@ -462,7 +463,7 @@ class ServerConnection(ServerOutput):
         # other frames came meanwhile.
         registry = self.registry
         is_unchanged = registry.generation == self._seen_generation and self._accepts_joined
-        if is_unchanged and not (registry.closed or session.bound):
+        if is_unchanged and not (registry.closed or session.flags & BOUND):
             self._accept(session, token, wall)
 
     def _attaching(

@@ -70,6 +70,8 @@ class ConnectionSettings:
     """None: no streams."""
     max_calls: int = 0
     """Calls to the client in flight; 0: no calls."""
+    first_timeout_s: float = field(init=False, repr=False)
+    """Time from the beginning of a connection to its first deadline."""
     welcome_body: bytes = field(init=False, repr=False)
     accepted: Accepted = field(init=False, repr=False)
 
@@ -91,6 +93,7 @@ class ConnectionSettings:
         if self.max_calls:
             accepted = accepted_with_calls(Side.SERVER, accepted)
         object.__setattr__(self, "accepted", accepted)
+        object.__setattr__(self, "first_timeout_s", min(self.open_timeout_s, self.idle_timeout_s))
         object.__setattr__(self, "welcome_body", encode_body(welcome))
 
     @property

@@ -69,20 +69,19 @@ KEY_NEEDS_SESSION: Final = encode_error(
 class Dispatcher(asyncio.Protocol):
     """Runs requests and answers them. Base of `ServerProtocol`, which moves the bytes.
 
-    Not an object of its own: it would cost every connection memory.
+    Not an object of its own: it would cost every connection memory. Its fields are those of `ServerProtocol`.
     """
 
     __slots__ = ("_calls", "_connection", "_number", "_state", "_streams", "_uncut", "_workers", "peer")
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._connection: ServerConnection | None = None
-        self._streams: StreamRunner | None = None
-        self._calls: CallRunner | None = None
-        self._workers: dict[Request, EagerWorker | Waiting] | None = None
-        self._number = 0
-        self._uncut: tuple[tuple[str, Code], ...] = ()  # sessions that its own request has ended
-        self.peer = ""
+    peer: str
+    _calls: CallRunner | None
+    _connection: ServerConnection | None
+    _number: int
+    _state: ServerState
+    _streams: StreamRunner | None
+    _uncut: tuple[tuple[str, Code], ...]  # sessions that its own request has ended
+    _workers: dict[Request, EagerWorker | Waiting] | None
 
     @property
     def id(self) -> str:
@@ -147,11 +146,6 @@ class Dispatcher(asyncio.Protocol):
         self._state.clients.remove(self, session_id)
         if self._calls is not None:
             self._calls.session_ended(session_id, is_kept=False)
-
-    def _resume_registration(self, session_id: str) -> None:
-        """Use the registration of a session again that had expired."""
-        if self._calls is not None:
-            self._state.clients.resume(self, session_id)
 
     def _end_calls(self, session_id: str, reason: EndReason) -> None:
         """Fail the calls of a session. A registration is kept if the session can still be refreshed."""

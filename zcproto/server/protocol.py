@@ -93,7 +93,10 @@ class ServerProtocol(Dispatcher):
     )
 
     def __init__(self, state: ServerState) -> None:
-        super().__init__(state)
+        self._state = state
+        self._connection = self._streams = self._calls = self._workers = None
+        self._number = 0
+        self._uncut = ()
         self._transport: TlsServerTransport | None = None
         self._suspended: Iterator[ServerEvent] | None = None  # until they may go on
         self._is_held_up = False  # until the peer reads
@@ -118,28 +121,27 @@ class ServerProtocol(Dispatcher):
     # --- called by the transport ---------------------------------------------------------------------
 
     def connection_made(self, transport: TlsServerTransport) -> None:  # type: ignore[override]
-        state = self._state
+        state, settings, counters = self._state, self._state.settings, self._state.counters
         self._transport = transport
         self.peer = transport.peer
         transport.set_write_buffer_limits(high=state.write_buffer_bytes)
         wall, now = state.clock.wall(), state.clock.now()
         salt = state.entropy(SALT_SIZE)
         connection = self._connection = ServerConnection(
-            state.settings, state.registry, salt, wall, now, state.counters, self._admits
+            settings, state.registry, salt, wall, now, counters, self._admits
         )
         state.connections.add(self)
-        state.counters.connections_opened += 1
+        counters.connections_opened += 1
         if is_on("debug"):
             log.debug("connection.opened", peer=self.peer, connection=self.id)
         if state.announcement is not None:
             connection.announce(state.announcement, wall)
-            state.counters.events += 1
+            counters.events += 1
         if state.draining:
-            connection.go_away(GoAwayReason.DRAINING, state.settings.retry_draining_ms, wall)
+            self.go_away(GoAwayReason.DRAINING)
+            return
         transport.write(connection.data_to_send())
-        state.wheel.set(self, connection.next_deadline())
-        if state.draining:
-            self.close(GoAwayReason.DRAINING)
+        state.wheel.set(self, now + settings.first_timeout_s)
 
     def data_received(self, data: bytes) -> None:
         connection = self._connection
@@ -299,7 +301,8 @@ class ServerProtocol(Dispatcher):
             self._settle(event)
         elif event.__class__ is SessionJoined:
             self._state.session_connections.join(event.session_id, self)
-            self._resume_registration(event.session_id)
+            if self._calls is not None:
+                self._state.clients.resume(self, event.session_id)
         elif event.__class__ is TokenUnknown:
             return self._look_up(event)
         elif event.__class__ is RequestEnded:
@@ -358,10 +361,11 @@ class ServerProtocol(Dispatcher):
     def join(self, session: Session, token: bytes) -> None:
         """Attach a session that a request of this connection opened or refreshed."""
         if self._connection is not None:
-            state, session_id = self._state, session.id
-            self._connection.join(session, token, state.clock.wall(), state.clock.now())
+            state, clock, session_id = self._state, self._state.clock, session.id
+            self._connection.join(session, token, clock.wall(), clock.now())
             state.session_connections.join(session_id, self)
-            self._resume_registration(session_id)
+            if self._calls is not None:
+                state.clients.resume(self, session_id)
 
     def _prove_by_certificate(self, key: str) -> None:
         """Record a proof of the key if the client's certificate has it."""
