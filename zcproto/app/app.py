@@ -45,7 +45,10 @@ Wrapper = TypeVar("Wrapper", bound=Middleware[Context])
 Produce = Callable[[Any, Context], Awaitable[Any]]
 """Sends the items of a generator and returns the result of its stream."""
 
-RESERVED_PREFIXES: Final = ("session.", "server.", "device.")
+UNLIMITED: Final = "session."
+"""Methods that begin with this are not counted by the limits of requests."""
+
+RESERVED_PREFIXES: Final = (UNLIMITED, "server.", "device.")
 
 _MAX_SLEEP_MS: Final = 3_600_000
 
@@ -69,7 +72,8 @@ class Method:
     the arguments. `encode` returns the body of a result, `encode_item` that of an item. With `middleware`, or in a
     thread, `bind` and `function` are those of `_run_wrapped`.
     `is_unchecked` is whether `bind` returns any parameters unchanged, `is_direct` whether calls with a session need
-    no context and no further check of access; without `access` that may be so (`is_simple`).
+    no context and no further check of access; without `access` that may be so (`is_simple`). `is_open` is whether
+    every call may run, as those of `session.open`.
     `roles` are those of which a session needs one, as the application names them; none are needed without them.
     `access` is who may call the method, also by the configuration of the server; None for every session.
     `calls` counts calls, `durations` are the seconds that sampled calls occupied the loop, `waits` the seconds
@@ -91,6 +95,7 @@ class Method:
         "function",
         "is_async",
         "is_direct",
+        "is_open",
         "is_simple",
         "is_unchecked",
         "items",
@@ -160,7 +165,6 @@ class Method:
         self.is_unchecked = signature.is_unchecked
         self.is_simple = not (may_wait or signature.injected or self.shape != "unary")
         self.access: Access | None = None
-        self.is_direct = self.is_simple
         self.restrict(Access(self.roles) if self.roles else None)
         self._wrapped: Method | None = None  # this method without middleware
         self._schema: dict[str, Any] | None = None
@@ -170,6 +174,7 @@ class Method:
         """Let only the sessions that `access` admits call this method; with None all of them."""
         self.access = access
         self.is_direct = self.is_simple and access is None
+        self.is_open = self.public and access is None and self.name.startswith(UNLIMITED)
 
     def may_be_called_by(self, session: Session | None) -> bool:
         """Return whether a caller may call this method."""

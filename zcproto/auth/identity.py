@@ -75,9 +75,10 @@ class Authenticator(Protocol):
 
 def user_in(params: Mapping[str, Any], channel: Channel = NO_CHANNEL) -> str:
     """Return the name in the fields of a login for which failures are counted, or an empty text."""
-    user, device = params.get("user"), params.get("device")
+    user = params.get("user")
     if isinstance(user, str):
         return user[:MAX_USER]
+    device = params.get("device")
     if isinstance(device, str):
         return DEVICE_KEY + device[:MAX_USER]
     return ""

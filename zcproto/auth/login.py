@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from zcproto.auth.application import ApplicationAuthenticator
 from zcproto.auth.identity import NO_CHANNEL, Authenticator, Channel, Identity, check_scheme, user_in
-from zcproto.auth.schemes import DeviceAuthenticator
+from zcproto.auth.schemes import ApiKeyAuthenticator, DeviceAuthenticator
 from zcproto.auth.throttle import LoginThrottle
 from zcproto.common.counts import ALONE, Counting
 from zcproto.common.network import network_of
@@ -73,6 +73,12 @@ class Login:
             if isinstance(authenticator, ApplicationAuthenticator)
         )
         """The schemes whose users are the application's, and not those of the home folder."""
+        self.without_channel = frozenset(
+            scheme
+            for scheme, authenticator in self._authenticators.items()
+            if isinstance(authenticator, ApiKeyAuthenticator)
+        )
+        """The schemes that read nothing of the channel, which need not be made for them."""
         self.throttle = throttle
         self.max_pending = max_pending
         self.pending = 0
@@ -153,38 +159,40 @@ class Login:
         except Exception as error:
             self._count_failed(error, scheme)
             raise
-        if answer is None or isinstance(answer, Identity):
-            return self._decided(answer, scheme, name, address, now)
+        if isinstance(answer, Identity):
+            self.throttle.succeeded(name, address, now)
+            self.accepted[scheme] += 1
+            return answer
+        if answer is None:
+            return self._refused(scheme, name, address, now)
         return self._when_decided(answer, scheme, name, address, now)
 
     async def _when_decided(
         self, answer: Awaitable[Identity | None], scheme: str, name: str, address: str, now: float
     ) -> Identity:
         try:
-            decision = await self._decision(name, address, answer)
+            identity = await self._decision(name, address, answer)
         except Exception as error:
             self._count_failed(error, scheme)
             raise
-        decided = self._decided(decision, scheme, name, address, now)
-        return decided if isinstance(decided, Identity) else await decided
+        if identity is None:
+            return await self._refused(scheme, name, address, now)
+        self.throttle.succeeded(name, address, now)
+        self.accepted[scheme] += 1
+        return identity
 
     def _count_failed(self, error: Exception, scheme: str) -> None:
         if not isinstance(error, InvalidArgument):  # that is the client's mistake
             self.failed[scheme] += 1
 
-    def _decided(
-        self, identity: Identity | None, scheme: str, name: str, address: str, now: float
-    ) -> Identity | Coroutine[Any, Any, Identity]:
-        if identity is None:
-            counted = self.throttle.failed(name, address, now)
-            self.refused[scheme] += 1
-            error = Unauthenticated("the login was not accepted; check the name, and the key or certificate")
-            if counted is not None:
-                return _raise_after(counted, error)
-            raise error
-        self.throttle.succeeded(name, address, now)
-        self.accepted[scheme] += 1
-        return identity
+    def _refused(self, scheme: str, name: str, address: str, now: float) -> Coroutine[Any, Any, NoReturn]:
+        """Count a refused login. Raise its error, or return what raises it after another process has counted."""
+        counted = self.throttle.failed(name, address, now)
+        self.refused[scheme] += 1
+        error = Unauthenticated("the login was not accepted; check the name, and the key or certificate")
+        if counted is not None:
+            return _raise_after(counted, error)
+        raise error
 
     async def attach(
         self,

@@ -20,9 +20,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import CoroutineType
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from zcproto.app.app import RESERVED_PREFIXES, Method
+from zcproto.app.app import RESERVED_PREFIXES, UNLIMITED, Method
 from zcproto.app.context import Context, DetachedContext
 from zcproto.common.network import network_of
 from zcproto.connection.events import CallEnded, Request, RequestEnded, ServerStream
@@ -42,7 +42,6 @@ from zcproto.errors import (
 from zcproto.server.calls import CallRunner
 from zcproto.server.eager import EagerWorker
 from zcproto.server.idempotency import Answer, Waiting, request_digest
-from zcproto.server.request_limits import UNLIMITED
 from zcproto.server.state import PART_BITS, ServerState, log
 from zcproto.server.streams import StreamRunner, StreamWorker
 from zcproto.sessions import EndReason, Session
@@ -188,28 +187,29 @@ class Dispatcher(asyncio.Protocol):
     def _run(self, request: Request, method: Method | None) -> None:
         """Run a request's method until it returns or waits."""
         state = self._state
-        limits, session = state.request_limits, request.session
-        if (session is None or limits.checks_sessions) and not request.method.startswith(UNLIMITED):
-            user = None if session is None else session.user
-            excess = limits.check(user, self.peer, state.clock.now())
-            if excess is not None:
-                log.info("request.limited", peer=self.peer, user=user, what=request.method)
-                self._answer_exception(request, excess)
+        if method is None or not method.is_open:
+            limits, session = state.request_limits, request.session
+            if (session is None or limits.checks_sessions) and not request.method.startswith(UNLIMITED):
+                user = None if session is None else session.user
+                excess = limits.check(user, self.peer, state.clock.now())
+                if excess is not None:
+                    log.info("request.limited", peer=self.peer, user=user, what=request.method)
+                    self._answer_exception(request, excess)
+                    return
+            if session is None and (method is None or not method.public):
+                self._fail(request, Code.UNAUTHENTICATED, NEEDS_SESSION)
                 return
-        if session is None and (method is None or not method.public):
-            self._fail(request, Code.UNAUTHENTICATED, NEEDS_SESSION)
-            return
-        if method is None:
-            self._fail(request, Code.UNIMPLEMENTED, UNIMPLEMENTED)
-            return
-        if method.access is not None and not method.may_be_called_by(session):
-            self._log_denied(request, method)
-            self._fail(request, Code.PERMISSION_DENIED, NOT_PERMITTED)
-            return
-        if method.shape != "unary" and not isinstance(request, ServerStream):
-            error = FailedPrecondition("this method is a stream: open it as one", {"shape": method.shape})
-            self._answer_exception(request, error)
-            return
+            if method is None:
+                self._fail(request, Code.UNIMPLEMENTED, UNIMPLEMENTED)
+                return
+            if method.access is not None and not method.may_be_called_by(session):
+                self._log_denied(request, method)
+                self._fail(request, Code.PERMISSION_DENIED, NOT_PERMITTED)
+                return
+            if method.shape != "unary" and not isinstance(request, ServerStream):
+                error = FailedPrecondition("this method is a stream: open it as one", {"shape": method.shape})
+                self._answer_exception(request, error)
+                return
         method.calls += 1
         tracing = state.tracing
         if tracing is None:
@@ -227,8 +227,8 @@ class Dispatcher(asyncio.Protocol):
         if request.meta.idempotency_key is not None and not request.method.startswith(RESERVED_PREFIXES):
             self._run_once(request, method)  # never the protocol's methods: their answers may hold tokens
             return
-        if isinstance(request, ServerStream) and method.shape != "unary":
-            self._run_stream(request, method)
+        if method.shape != "unary":
+            self._run_stream(cast("ServerStream", request), method)
             return
         try:
             arguments = method.bind(request.params)

@@ -17,6 +17,7 @@ from typing import Any, Final
 from zcproto.app.app import App, Method
 from zcproto.app.context import Context
 from zcproto.auth import Enrollment, Identity, Login
+from zcproto.auth.identity import NO_CHANNEL
 from zcproto.common.parameters import Signature
 from zcproto.common.roles import NO_ROLES, OPERATORS, Roles, roles_of
 from zcproto.errors import FailedPrecondition, InvalidArgument, NotFound, Unauthenticated
@@ -100,18 +101,15 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         caller = context.caller
         peer, fields["scheme"] = caller.peer, scheme
         try:
-            identity = login.open(fields, peer, state.clock.now(), caller.channel(context))
+            channel = NO_CHANNEL if scheme in login.without_channel else caller.channel(context)
+            identity = login.open(fields, peer, state.clock.now(), channel)
         except Unauthenticated:
             log_refused(context, scheme)
             raise
         if isinstance(identity, Identity) and not identity.key:
+            user, roles, _, ends_at = identity
             opened = state.sessions.open_nowait(
-                identity.user,
-                client,
-                peer,
-                frozenset(identity.roles),
-                scheme in login.external,
-                identity.ends_at,
+                user, client, peer, frozenset(roles), scheme in login.external, ends_at
             )
             if opened is not None:
                 log_event("session.opened", context, opened.session, scheme=scheme, client=client)

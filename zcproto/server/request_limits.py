@@ -28,9 +28,6 @@ LIMIT_NAMES: Final = (
 )
 """The keys in `[limits]`."""
 
-UNLIMITED: Final = "session."
-"""Methods that begin with this are not counted."""
-
 _RUNNING: Final = {"retry_after_ms": 250}
 
 
