@@ -21,11 +21,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the base
     "errors": set(),
     "accelerator": set(),
-    "common": {"errors"},
+    "common": {"errors", "accelerator"},
     # the sans-IO core
     "wire": {"errors", "accelerator"},
     "http": set(),
-    "sessions": {"errors", "common"},
+    "sessions": {"errors", "common", "accelerator"},
     "connection": {"wire", "sessions", "errors", "accelerator"},
     # beside the core
     "tls": {"errors", "common"},

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import string
 import struct
 from collections.abc import Callable
 from typing import Any, Final
 
 from tests.wire.test_usual import LIMIT, SALT, TOKEN, TOLERANCE, WALL, frame
 from zcproto import accelerator
+from zcproto.common.parameters import Signature
 from zcproto.common.secret import SecretBytes
+from zcproto.sessions.token import TOKEN_SIZE
 from zcproto.wire import message
 from zcproto.wire.frame import HEADER_SIZE, REQUEST
+from zcproto.wire.message import MessageError
 
 compiled: Final[Any] = accelerator.compiled
 RULES: Final = (LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE)
@@ -47,6 +51,8 @@ class Index:
         return 3
 
 
+ALPHABET: Final = string.ascii_letters + string.digits + "-_+/=. é"
+
 TYPES: Final = bytes(range(0xC0, 0xE0))
 """First bytes of values of msgpack, and of those that are refused."""
 
@@ -72,11 +78,65 @@ ODD_BYTES: Final = (
 )
 
 
+def _method(user: str, count: int, context: Odd, data: bytes = b"", **others: Any) -> None: ...
+
+
+_SIGNATURE: Final = Signature(_method, injected=Odd)
+CLASSES: Final = _SIGNATURE._classes
+REQUIRED: Final = _SIGNATURE._required
+NAMED: Final = _SIGNATURE._named or frozenset()
+
+
+class OddStr(str):
+    """A str with the length of a token."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return 43
+
+
+class OddDict(dict[Any, Any]):
+    """A dict without keys."""
+
+    def keys(self) -> Any:
+        return set()
+
+
+ODD_PARAMS: Final = (
+    *({5: 1}, {OddStr("user"): "ada", "count": 1}, {b"user": "ada"}, OddDict(user="ada", count=1)),
+    *({"user": OddStr("ada"), "count": 1}, {"user": "ada", "count": True}, {"user": None}, None, [], "user"),
+)
+ODD_NAMES: Final = ({"user"}, ["user"], {"user": 1}.keys(), frozenset({5, "user"}), "user", 5, None)
+ODD_TEXTS: Final = (
+    *(
+        "",
+        "A" * 42,
+        "A" * 44,
+        "A" * 42 + "B",
+        "A" * 42 + "=",
+        "é" * 43,
+        "é" * 21 + "A",
+        "\ud800" * 43,
+        "A\0" * 21 + "A",
+    ),
+    *("A" * 42 + "\n", "+" * 42 + "A", "/" * 42 + "A", OddStr("A" * 43), OddStr("A"), b"A" * 43, None, 5),
+)
+
+
 def outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Return the result with the types of its parts, or the type and the text of the exception."""
     try:
         return with_types(function(*args))
-    except (struct.error, ArithmeticError, LookupError, TypeError, ValueError, message.MessageError) as error:
+    except (
+        struct.error,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        MessageError,
+    ) as error:
         return type(error), str(error)
 
 
@@ -99,7 +159,7 @@ def check_scan(body: Any, max_depth: Any) -> None:
     if found == (bool, True):
         assert outcome(accelerator.twins["scan_body"], (body, max_depth)) == (bool, False)
         found = outcome(decode_by_python, (body, max_depth))
-        assert found[0] is not message.MessageError or found[1] == "str is not UTF-8", (
+        assert found[0] is not MessageError or found[1] == "str is not UTF-8", (
             body,
             max_depth,
             found,
@@ -126,6 +186,15 @@ def check_decoders(body: bytes, max_depth: int) -> None:
         return message.decode_body(body, max_depth), outcome(message.decode_request, (body, max_depth))
 
     assert repr(outcome(decode, (body, max_depth))) == repr(outcome(decode_by_python, (body, max_depth)))
+
+
+def check_text(data: bytes) -> None:
+    """Assert that bytes have the same text, and that a text of a token is read alike."""
+    check_call("id_text", data)
+    text = accelerator.twins["id_text"](data)
+    check_call("token_from_text", text)
+    if len(data) == TOKEN_SIZE:
+        assert compiled.token_from_text(text) == data
 
 
 def check_random(source: random.Random) -> None:
@@ -156,6 +225,17 @@ def check_random(source: random.Random) -> None:
         for name in ("judge", "cut"):
             check_call(name, data, *rules)
     check_call("judge", some_bytes(data), *RULES)
+    check_text(source.randbytes(source.randrange(TOKEN_SIZE + 4)))
+    text = "".join(source.choices("AQgw-_09zZ" if source.randrange(2) else ALPHABET, k=43))
+    check_call(
+        "token_from_text", text[: source.choice((43, 43, 43, 42))] + source.choice(("", "", "", "A", "="))
+    )
+    params = {
+        name: source.choice(("ada", 1, b"x", True, None))
+        for name in source.sample([*NAMED, "other", "key"], source.randrange(5))
+    }
+    named, required = source.choice((None, NAMED, *ODD_NAMES)), source.choice((REQUIRED, *ODD_NAMES))
+    check_call("fits", source.choice((params, params, *ODD_PARAMS)), CLASSES, named, required)
     body = random_body(source)
     check_scan(body, source.choice((0, 1, 2, 3, 32, 64, 65, 1000)))
     check_decoders(body, source.choice((1, 2, 3, 32)))

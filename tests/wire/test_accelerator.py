@@ -14,14 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.wire.accelerators import (
+    CLASSES,
     EDGES,
+    NAMED,
     ODD_BYTES,
+    ODD_NAMES,
     ODD_NUMBERS,
+    ODD_PARAMS,
+    ODD_TEXTS,
+    REQUIRED,
     RULES,
     check_call,
     check_decoders,
     check_random,
     check_scan,
+    check_text,
     compiled,
 )
 from tests.wire.test_usual import SALT, TOKEN, UNUSUAL, WALL, frame
@@ -175,6 +182,32 @@ def test_frames_are_encoded_alike_for_odd_arguments() -> None:
 
 
 @needs_compiled
+def test_params_fit_alike() -> None:
+    fitting = {"user": "ada", "count": 1, "data": b"x"}
+    cases = [fitting, {**fitting, "other": 1}, {**fitting, "context": 1}, {"user": "ada"}, {}, *ODD_PARAMS]
+    for params in cases:
+        for named in (None, NAMED, frozenset(), *ODD_NAMES):
+            for required in (REQUIRED, frozenset(), *ODD_NAMES):
+                check_call("fits", params, CLASSES, named, required)
+    for classes in ({}, {"user": int}, {"user": "ada"}, {5: str}, None, []):
+        check_call("fits", fitting, classes, None, REQUIRED)
+
+
+@needs_compiled
+def test_texts_of_tokens_and_ids_are_alike() -> None:
+    for size in range(40):
+        check_text(bytes(size))
+        check_text(b"\xff" * size)
+    for number in range(256):
+        check_text(bytes([number]) * 32)
+        for at in (0, 20, 42):
+            check_call("token_from_text", "A" * at + chr(number) + "A" * (42 - at))
+    for value in (*ODD_TEXTS, *ODD_BYTES, *ODD_NUMBERS):
+        check_call("token_from_text", value)
+        check_call("id_text", value)
+
+
+@needs_compiled
 @pytest.mark.parametrize("name", sorted(accelerator.twins))
 def test_wrong_number_of_arguments_is_refused_alike(name: str) -> None:
     for count in range(12):
@@ -196,12 +229,18 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "cut": (frame(counter=2**40) + frame(counter=2**41), *RULES),
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (encode_body({"a": [1, 2]}), 32),
+    "fits": ({"user": "ada", "count": 1000}, CLASSES, NAMED, REQUIRED),
+    "token_from_text": ("A" * 43,),
+    "id_text": (bytes(16),),
 }
 FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
     "judge": (bytearray(frame()), *RULES),
     "cut": (frame(), 5),
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (b"\xc1" * 300, 32),
+    "fits": ({"user": "ada"}, CLASSES, [*NAMED], REQUIRED),
+    "token_from_text": ("\ud800",),
+    "id_text": (bytes(100),),
 }
 
 
@@ -312,11 +351,14 @@ def test_scanned_body_needs_no_further_checks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_package_uses_the_chosen_functions() -> None:
+    from zcproto.common import parameters
+    from zcproto.sessions import token as tokens
     from zcproto.wire import frame as frames
     from zcproto.wire import usual
 
     chosen = {"judge": usual.judge, "cut": usual.cut, "encode_frame": frames.encode_frame}
-    chosen["scan_body"] = message.scan_body
+    chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
+    chosen["token_from_text"], chosen["id_text"] = tokens.token_from_text, tokens.id_text
     assert chosen.keys() == accelerator.twins.keys()
     for name, function in chosen.items():
         assert function is (accelerator.twins[name] if compiled is None else getattr(compiled, name))

@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Set
 from typing import Annotated, Any, Final, NamedTuple, cast
 
+from zcproto.accelerator import accelerated
 from zcproto.common.faults import MAX_FAULTS, Fault, refusal, shown_name
 from zcproto.common.value_types import Checker, ValueType, accept_any, describe
 from zcproto.errors import InvalidArgument
@@ -68,7 +69,7 @@ class Signature:
         self._required = frozenset(each.name for each in self.parameters if each.is_required)
         self._reserved = frozenset({self.injected, self.items and self.items[0]} - {None})
         # The names to check where any other is accepted with any value, as at each login; None: all names.
-        self._named = self._checkers.keys() | self._reserved if self._check_rest is accept_any else None
+        self._named = self._reserved.union(self._checkers) if self._check_rest is accept_any else None
         self.is_unchecked = self._named is not None and not self._named
 
     def _add(
@@ -107,13 +108,8 @@ class Signature:
 
     def bind(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments for `params`. Raises InvalidArgument with all faults and their paths."""
-        classes, named = self._classes, self._named
-        for name, value in params.items():
-            if value.__class__ is not classes.get(name) and (named is None or name in named):
-                break
-        else:
-            if self._required <= params.keys():
-                return params.copy()
+        if fits(params, self._classes, self._named, self._required):
+            return params.copy()
         checkers, check_rest = self._checkers, self._check_rest
         arguments = {}
         try:
@@ -148,6 +144,17 @@ class Signature:
                     return error
                 faults += [(each["path"], each["problem"]) for each in error.details["faults"]]
         return refusal(faults)
+
+
+@accelerated
+def fits(
+    params: dict[str, Any], classes: dict[str, type], named: Set[str] | None, required: Set[str]
+) -> bool:
+    """Return whether params can be accepted unchanged: each has its class or is not named, none is missing."""
+    for name, value in params.items():
+        if type(value) is not classes.get(name) and (named is None or name in named):
+            return False
+    return required <= params.keys()
 
 
 def _cut(text: str) -> str:
