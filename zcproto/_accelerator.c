@@ -1,4 +1,5 @@
-/* The functions of requests and logins in C: judge, cut, encode_frame, scan_body, fits, token_from_text, id_text.
+/* The functions of requests and logins in C: read_request, cut, encode_frame, scan_body, fits, token_from_text,
+ * id_text.
  *
  * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
  * bodies with anything unusual, are passed on to them, so that results and errors are the same by construction.
@@ -78,23 +79,48 @@ is_bytes(PyObject *value, Allowed allowed, Py_ssize_t size, Bytes *out)
     return 1;
 }
 
+/* Return the result of a function in Python. */
+static PyObject *
+call(PyObject *function, PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *all = function == NULL ? NULL : PyTuple_New(nargs), *result = NULL;
+    for (Py_ssize_t i = 0; all != NULL && i < nargs; i++) {
+        Py_INCREF(args[i]);
+        PyTuple_SetItem(all, i, args[i]);
+    }
+    if (all != NULL)
+        result = PyObject_CallObject(function, all);
+    Py_XDECREF(all);
+    return result;
+}
+
 static PyObject *
 call_twin(const char *name, PyObject *const *args, Py_ssize_t nargs)
 {
     PyObject *module = PyImport_ImportModule("zcproto.accelerator");
     PyObject *twins = module == NULL ? NULL : PyObject_GetAttrString(module, "twins");
     PyObject *twin = twins == NULL ? NULL : PyMapping_GetItemString(twins, name);
-    PyObject *all = twin == NULL ? NULL : PyTuple_New(nargs), *result = NULL;
-    for (Py_ssize_t i = 0; all != NULL && i < nargs; i++) {
-        Py_INCREF(args[i]);
-        PyTuple_SetItem(all, i, args[i]);
-    }
-    if (all != NULL)
-        result = PyObject_CallObject(twin, all);
-    Py_XDECREF(all);
+    PyObject *result = call(twin, args, nargs);
     Py_XDECREF(twin);
     Py_XDECREF(twins);
     Py_XDECREF(module);
+    return result;
+}
+
+/* Return a tuple of these new references, or NULL if one of them is. */
+static PyObject *
+tuple_of(PyObject **parts, Py_ssize_t count)
+{
+    Py_ssize_t found = 0;
+    while (found < count && parts[found] != NULL)
+        found++;
+    PyObject *result = found == count ? PyTuple_New(count) : NULL;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (result != NULL)
+            PyTuple_SetItem(result, i, parts[i]);
+        else
+            Py_XDECREF(parts[i]);
+    }
     return result;
 }
 
@@ -104,7 +130,7 @@ typedef struct {
     Bytes salt, token;
 } Rules;
 
-/* Read the arguments of judge and cut. Return 0 if they are for the twin. */
+/* Read the arguments of cut. Return 0 if they are for the twin. */
 static int
 read_rules(PyObject *const *args, Py_ssize_t nargs, Bytes *data, Rules *rules)
 {
@@ -131,41 +157,6 @@ usual_size(const Rules *rules, Bytes frame, size_t left)
     return LENGTH_SIZE + (size_t)length;
 }
 
-/* Return (stream, counter, body), and with `end` as its fourth item if it is not 0. */
-static PyObject *
-usual_frame(Bytes frame, size_t size, size_t end)
-{
-    PyObject *parts[4] = {
-        PyLong_FromUnsignedLong(get32(frame + STREAM)),
-        PyLong_FromUnsignedLongLong(get64(frame + COUNTER)),
-        PyBytes_FromStringAndSize((const char *)frame + BODY, (Py_ssize_t)(size - BODY)),
-        end == 0 ? NULL : PyLong_FromSize_t(end),
-    };
-    Py_ssize_t count = end == 0 ? 3 : 4;
-    PyObject *result = parts[0] && parts[1] && parts[2] && (end == 0 || parts[3]) ? PyTuple_New(count) : NULL;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (result != NULL)
-            PyTuple_SetItem(result, i, parts[i]);
-        else
-            Py_XDECREF(parts[i]);
-    }
-    return result;
-}
-
-/* judge(data, limit, head, salt, counter, token, wall, tolerance) */
-static PyObject *
-judge(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    Bytes data;
-    Rules rules;
-    if (!read_rules(args, nargs, &data, &rules))
-        return call_twin("judge", args, nargs);
-    size_t size = (size_t)PyBytes_Size(args[0]);
-    if (usual_size(&rules, data, size) != size || size == 0)
-        Py_RETURN_NONE;
-    return usual_frame(data, size, 0);
-}
-
 /* cut(data, limit, head, salt, counter, token, wall, tolerance) */
 static PyObject *
 cut(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
@@ -177,11 +168,18 @@ cut(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     PyObject *frames = PyList_New(0);
     size_t at = 0, end = (size_t)PyBytes_Size(args[0]), size;
     while (frames != NULL && (size = usual_size(&rules, data + at, end - at)) != 0) {
-        PyObject *frame = usual_frame(data + at, size, at + size);
+        Bytes start = data + at;
+        PyObject *parts[4] = {
+            PyLong_FromUnsignedLong(get32(start + STREAM)),
+            PyLong_FromUnsignedLongLong(get64(start + COUNTER)),
+            PyBytes_FromStringAndSize((const char *)start + BODY, (Py_ssize_t)(size - BODY)),
+            PyLong_FromSize_t(at + size),
+        };
+        PyObject *frame = tuple_of(parts, 4);
         if (frame == NULL || PyList_Append(frames, frame) < 0)
             Py_CLEAR(frames);
         Py_XDECREF(frame);
-        rules.counter = get64(data + at + COUNTER);
+        rules.counter = get64(start + COUNTER);
         at += size;
     }
     return frames;
@@ -229,9 +227,11 @@ static const unsigned char FOLLOWS[32] = {
 static int
 is_plain(Bytes p, Bytes end, uint64_t max_depth)
 {
-    uint64_t left[DEEPEST + 1] = {1}; /* values that each level still needs */
-    int is_map[DEEPEST + 1] = {0};
+    uint64_t left[DEEPEST + 1]; /* values that each level still needs */
+    unsigned char is_map[DEEPEST + 1];
     unsigned depth = 0;
+    left[0] = 1;
+    is_map[0] = 0;
     for (;;) {
         while (left[depth] == 0) {
             if (depth-- == 0)
@@ -375,10 +375,102 @@ id_text(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return PyUnicode_FromStringAndSize(text, length);
 }
 
+/* What read_request goes by (zcproto/wire/usual.py). */
+enum { LIMIT, KIND, ITS_SALT, ITS_TOKEN, TOLERANCE, MAX_DEPTH, SESSION, DECODING, RULES };
+enum { UNPACK, KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
+
+/* Store borrowed references to the items of a tuple. Return whether it has so many. */
+static int
+unpack_tuple(PyObject *tuple, Py_ssize_t count, PyObject **items)
+{
+    if (!PyTuple_CheckExact(tuple) || PyTuple_Size(tuple) != count)
+        return 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        items[i] = PyTuple_GetItem(tuple, i);
+    return 1;
+}
+
+/* Return the RequestMeta of a map that has a deadline in the future and nothing else; otherwise NULL. */
+static PyObject *
+usual_meta(PyObject *map, PyObject *make)
+{
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    uint64_t deadline_ms;
+    if (!PyDict_CheckExact(map) || PyDict_Size(map) != 1 || !PyDict_Next(map, &at, &key, &value) ||
+        !PyUnicode_CheckExact(key) || PyUnicode_CompareWithASCIIString(key, "deadline_ms") != 0 ||
+        !is_uint(value, UINT64_MAX, &deadline_ms) || deadline_ms == 0)
+        return NULL;
+    PyObject *fields = PyTuple_Pack(3, value, Py_None, Py_None);
+    PyObject *result = fields == NULL ? NULL : PyObject_CallFunctionObjArgs(make, fields, NULL);
+    Py_XDECREF(fields);
+    return result;
+}
+
+/* Decode a usual body. Return [method, params] or [method, params, meta], and the RequestMeta; otherwise NULL. */
+static PyObject *
+usual_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject **meta)
+{
+    if (!is_plain(body, end, max_depth))
+        return NULL;
+    PyObject *copy = PyBytes_FromStringAndSize((const char *)body, end - body);
+    PyObject *value = copy == NULL ? NULL : PyObject_CallFunctionObjArgs(by[UNPACK], copy, NULL);
+    Py_XDECREF(copy);
+    Py_ssize_t size = value != NULL && PyList_CheckExact(value) ? PyList_Size(value) : 0;
+    if ((size == 2 || size == 3) && PyUnicode_CheckExact(PyList_GetItem(value, 0)) &&
+        PySet_Contains(by[KNOWN], PyList_GetItem(value, 0)) == 1 && PyDict_CheckExact(PyList_GetItem(value, 1))) {
+        *meta = size == 2 ? by[NO_META] : usual_meta(PyList_GetItem(value, 2), by[MAKE_META]);
+        if (size == 2)
+            Py_INCREF(*meta);
+        if (*meta != NULL)
+            return value;
+    }
+    Py_XDECREF(value);
+    return NULL;
+}
+
+/* read_request(data, at, rules, counter, wall) */
+static PyObject *
+read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    PyObject *its[RULES], *by[DECODERS], *meta = NULL;
+    Bytes data;
+    Rules rules;
+    uint64_t at, max_depth;
+    int is_usual = nargs == 5 && unpack_tuple(args[2], RULES, its) && unpack_tuple(its[DECODING], DECODERS, by);
+    if (is_usual) {
+        PyObject *const of_cut[] = {args[0], its[LIMIT],     its[KIND], its[ITS_SALT],
+                                    args[3], its[ITS_TOKEN], args[4],   its[TOLERANCE]};
+        is_usual = read_rules(of_cut, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
+                   is_uint(args[1], (uint64_t)PyBytes_Size(args[0]), &at);
+    }
+    if (!is_usual)
+        return call_twin("read_request", args, nargs);
+    Bytes frame = data + at;
+    size_t left = (size_t)PyBytes_Size(args[0]) - (size_t)at, size = usual_size(&rules, frame, left);
+    if (size == 0)
+        Py_RETURN_NONE;
+    PyObject *value = usual_message(frame + BODY, frame + size, by, max_depth, &meta);
+    if (value == NULL) {
+        if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_MemoryError))
+            return NULL;
+        PyErr_Clear();
+        return call(by[TWIN], args, nargs);
+    }
+    PyObject *event[] = {PyLong_FromUnsignedLong(get32(frame + STREAM)), its[ITS_TOKEN], its[SESSION],
+                         PyList_GetItem(value, 0), PyList_GetItem(value, 1), meta};
+    for (Py_ssize_t i = 1; i < 5; i++)
+        Py_INCREF(event[i]);
+    Py_DECREF(value);
+    PyObject *parts[] = {tuple_of(event, 6), PyLong_FromUnsignedLongLong(get64(frame + COUNTER)),
+                         PyLong_FromSize_t(size < left ? (size_t)at + size : 0)};
+    return tuple_of(parts, 3);
+}
+
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef METHODS[] = {
-    FUNCTION(judge),
+    FUNCTION(read_request),
     FUNCTION(cut),
     FUNCTION(encode_frame),
     FUNCTION(scan_body),

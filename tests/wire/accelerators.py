@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from tests.wire.test_usual import LIMIT, SALT, TOKEN, TOLERANCE, WALL, frame
+from tests.wire.test_usual import LIMIT, REQUEST_RULES, SALT, TOKEN, TOLERANCE, WALL, frame
 from zcproto import accelerator
 from zcproto.common.parameters import Signature
 from zcproto.common.secret import SecretBytes
@@ -222,9 +222,8 @@ def check_random(source: random.Random) -> None:
         changed[source.randrange(len(changed))] = source.randrange(256)
     data = bytes(changed)[: source.choice((None, source.randrange(2 * HEADER_SIZE + 1)))]
     for rules in (RULES, tuple(some_bytes(r) if isinstance(r, bytes) else number(r) for r in RULES)):
-        for name in ("judge", "cut"):
-            check_call(name, data, *rules)
-    check_call("judge", some_bytes(data), *RULES)
+        check_call("cut", data, *rules)
+    check_call("cut", some_bytes(data), *RULES)
     check_text(source.randbytes(source.randrange(TOKEN_SIZE + 4)))
     text = "".join(source.choices("AQgw-_09zZ" if source.randrange(2) else ALPHABET, k=43))
     check_call(
@@ -237,6 +236,13 @@ def check_random(source: random.Random) -> None:
     named, required = source.choice((None, NAMED, *ODD_NAMES)), source.choice((REQUIRED, *ODD_NAMES))
     check_call("fits", source.choice((params, params, *ODD_PARAMS)), CLASSES, named, required)
     body = random_body(source)
+    data = data[: source.randrange(100)] + frame(counter=source.randrange(4, 12), body=body) + data
+    some_rules = [some_bytes(r) if isinstance(r, bytes) else number(r) for r in REQUEST_RULES[:6]]
+    for rules in (REQUEST_RULES, (10_000, *REQUEST_RULES[1:]), (*some_rules, *REQUEST_RULES[6:])):
+        at = source.choice((0, data.find(body) - HEADER_SIZE, number(len(data))))
+        check_call(
+            "read_request", source.choice((data, some_bytes(data))), at, rules, number(5), number(WALL)
+        )
     check_scan(body, source.choice((0, 1, 2, 3, 32, 64, 65, 1000)))
     check_decoders(body, source.choice((1, 2, 3, 32)))
 

@@ -31,12 +31,13 @@ from tests.wire.accelerators import (
     check_text,
     compiled,
 )
-from tests.wire.test_usual import SALT, TOKEN, UNUSUAL, WALL, frame
+from tests.wire.test_usual import BODY, REQUEST_RULES, SALT, TOKEN, UNUSUAL, WALL, frame
 from zcproto import App, accelerator
 from zcproto.testing import connect_in_memory
 from zcproto.wire import message
 from zcproto.wire.frame import REQUEST
 from zcproto.wire.message import encode_body
+from zcproto.wire.usual import DECODING
 
 needs_compiled = pytest.mark.skipif(
     compiled is None, reason=f"compare both: {accelerator.missing}; python setup.py build_ext --inplace"
@@ -157,20 +158,41 @@ def test_any_bytes_are_scanned_alike(body: bytes, max_depth: int) -> None:
 @needs_compiled
 def test_frames_are_judged_alike_at_the_edges_and_for_odd_arguments() -> None:
     for data in (*UNUSUAL.values(), frame(), frame() + frame(counter=9), frame(counter=2**64 - 1)):
-        for name in ("judge", "cut"):
-            check_call(name, data, *RULES)
-            for number in range(len(RULES)):
-                for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
-                    check_call(name, data, *RULES[:number], value, *RULES[number + 1 :])
+        check_call("cut", data, *RULES)
+        for number in range(len(RULES)):
+            for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
+                check_call("cut", data, *RULES[:number], value, *RULES[number + 1 :])
     for timestamp in EDGES:
         for wall in (*EDGES, -1, -(2**63), 2**64):
             for tolerance in (0, 1, 2**63, 2**64 - 1, 2**64, -1):
-                check_call("judge", frame(timestamp=timestamp), *RULES[:5], wall, tolerance)
+                check_call("cut", frame(timestamp=timestamp), *RULES[:5], wall, tolerance)
     for data in ODD_BYTES:
-        check_call("judge", data, *RULES)
         check_call("cut", data, *RULES)
-    check_call("judge", bytearray(frame()), *RULES)
+    check_call("cut", bytearray(frame()), *RULES)
     check_call("cut", memoryview(frame()), *RULES)
+
+
+@needs_compiled
+def test_requests_are_read_alike_at_the_edges_and_for_odd_arguments() -> None:
+    request = frame(body=BODY)
+    usual = (request, 0, REQUEST_RULES, 5, WALL)
+    for data in (*UNUSUAL.values(), request, request + frame(counter=9), *ODD_BYTES):
+        for at in (0, 1, -1, len(request), len(request) + 1, *EDGES, *ODD_NUMBERS):
+            check_call("read_request", data, at, *usual[2:])
+    for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
+        for number in range(5):
+            check_call("read_request", *usual[:number], value, *usual[number + 1 :])
+        for number in range(6):  # the others are the same for all connections, but for the session
+            rules = (*REQUEST_RULES[:number], value, *REQUEST_RULES[number + 1 :])
+            check_call("read_request", request, 0, rules, 5, WALL)
+    check_call("read_request", request, 0, [*REQUEST_RULES], 5, WALL)
+    check_call("read_request", request, 0, REQUEST_RULES[:-1], 5, WALL)
+    for odd in (None, DECODING[:-1], [*DECODING]):
+        check_call("read_request", request, 0, (*REQUEST_RULES[:-1], odd), 5, WALL)
+    for body in MSGPACK.values():
+        for value in (["m", {"x": body}], ["m", body], body, ["m", {}, {"deadline_ms": 5, "x": body}]):
+            data = frame(body=encode_body(value))
+            check_call("read_request", data, 0, (2**20, *REQUEST_RULES[1:]), 5, WALL)
 
 
 @needs_compiled
@@ -225,7 +247,10 @@ def test_random_calls_give_the_same(seed: int) -> None:
 
 
 CALLS: dict[str, tuple[Any, ...]] = {
-    "judge": (frame(counter=2**40), *RULES),
+    "read_request": (
+        *(frame(counter=2**40, body=encode_body(["m", {}, {"deadline_ms": 9}])), 0),
+        *((99, *REQUEST_RULES[1:]), 5, WALL),
+    ),
     "cut": (frame(counter=2**40) + frame(counter=2**41), *RULES),
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (encode_body({"a": [1, 2]}), 32),
@@ -234,7 +259,13 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "id_text": (bytes(16),),
 }
 FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
-    "judge": (bytearray(frame()), *RULES),
+    "read_request": (
+        frame(body=b"\x92\xa1m\x05"),
+        0,
+        (*REQUEST_RULES[:-1], (*DECODING[:-1], "".format)),
+        5,
+        WALL,
+    ),
     "cut": (frame(), 5),
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (b"\xc1" * 300, 32),
@@ -356,7 +387,7 @@ def test_package_uses_the_chosen_functions() -> None:
     from zcproto.wire import frame as frames
     from zcproto.wire import usual
 
-    chosen = {"judge": usual.judge, "cut": usual.cut, "encode_frame": frames.encode_frame}
+    chosen = {"read_request": usual.read_request, "cut": usual.cut, "encode_frame": frames.encode_frame}
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
     chosen["token_from_text"], chosen["id_text"] = tokens.token_from_text, tokens.id_text
     assert chosen.keys() == accelerator.twins.keys()

@@ -274,10 +274,10 @@ def test_cached_method_check_gives_same_result() -> None:
 
 
 def test_methods_beyond_cache_size_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_well_formed_methods", set())
+    monkeypatch.setattr(wire, "well_formed_methods", set())
     for number in range(wire._WELL_FORMED_METHODS_KEPT + 50):
         assert decode_request(encode_request(f"m{number}", None))[0] == f"m{number}"
-    assert len(wire._well_formed_methods) == wire._WELL_FORMED_METHODS_KEPT
+    assert len(wire.well_formed_methods) == wire._WELL_FORMED_METHODS_KEPT
     with pytest.raises(MessageError):
         decode_request(encode_request("m-1", None))
 

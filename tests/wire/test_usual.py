@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, PING, REQUEST, encode_frame
-from zcproto.wire.usual import cut, judge
+from zcproto.wire.message import NO_META, RequestMeta, encode_body
+from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, cut, read_request
 
 SALT = b"saltsalt"
 TOKEN = bytes(range(32))
@@ -19,12 +22,18 @@ def frame(
     counter: int = 6,
     token: bytes = TOKEN,
     size: int = 10,
+    body: bytes | None = None,
 ) -> bytes:
-    return encode_frame(head, stream, timestamp, salt, counter, token, bytes(size))
+    return encode_frame(head, stream, timestamp, salt, counter, token, bytes(size) if body is None else body)
 
 
-def judged(data: bytes) -> tuple[int, int, bytes] | None:
-    return judge(data, LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE)
+SESSION = object()
+REQUEST_RULES = (LIMIT, REQUEST, SALT, TOKEN, TOLERANCE, 3, SESSION, DECODING)
+BODY = encode_body(["m", {"a": 1}])
+
+
+def read_from(data: bytes, at: int = 0, rules: RequestRules = REQUEST_RULES) -> UsualRequest | None:
+    return read_request(data, at, rules, 5, WALL)
 
 
 def cut_from(data: bytes) -> list[tuple[int, int, bytes, int]]:
@@ -51,15 +60,15 @@ UNUSUAL = {
 def test_usual_frame_is_recognised() -> None:
     for size in (0, 1, 10):
         data = frame(size=size, counter=2**64 - 1)
-        assert judged(data) == (7, 2**64 - 1, bytes(size))
         assert cut_from(data) == [(7, 2**64 - 1, bytes(size), len(data))]
     for edge in (WALL - TOLERANCE, WALL + TOLERANCE):
-        assert judged(frame(timestamp=edge)) is not None
+        assert len(cut_from(frame(timestamp=edge))) == 1
+        assert read_from(frame(timestamp=edge, body=BODY)) is not None
 
 
 def test_unusual_frame_is_left_to_the_decoder() -> None:
     for what, data in UNUSUAL.items():
-        assert judged(data) is None, what
+        assert read_from(data) is None, what
         assert cut_from(data) == [], what
 
 
@@ -68,7 +77,51 @@ def test_several_frames_are_cut_up_to_the_first_unusual_one() -> None:
     size = len(first)
     expected = [(7, 6, bytes(10), size), (9, 8, b"", size + len(second))]
     assert cut_from(first + second) == expected
-    assert judged(first + second) is None
     for what, data in UNUSUAL.items():
         assert cut_from(first + second + data) == expected, what
     assert cut_from(first + first) == expected[:1]  # the counter must grow
+
+
+def test_usual_request_is_decoded_where_it_begins() -> None:
+    data = frame(counter=8, body=BODY)
+    event = (7, TOKEN, SESSION, "m", {"a": 1}, NO_META)
+    assert read_from(data) == (event, 8, 0)
+    assert read_from(data + frame()) == (event, 8, len(data))
+    assert read_from(frame() + data, len(frame())) == (event, 8, 0)
+    assert read_from(frame() + data + b"x", len(frame())) == (event, 8, len(frame() + data))
+    assert read_from(data, len(data)) is None
+    assert read_request(data, 0, REQUEST_RULES, 8, WALL) is None  # the counter must grow
+    for what in ("another token", "too old", "stream 0"):
+        start, end = UNUSUAL[what][:HEADER_SIZE], len(BODY) - 10
+        assert read_from(bytes((*start[:3], start[3] + end)) + start[4:] + BODY) is None, what
+
+
+def test_every_well_formed_request_without_a_past_deadline_is_usual() -> None:
+    rules = (1_000, *REQUEST_RULES[1:])
+
+    def decoded(value: Any) -> tuple[Any, ...] | None:
+        found = read_from(frame(body=encode_body(value)), rules=rules)
+        return found and found[0][3:]
+
+    for meta, expected in (
+        ({"deadline_ms": 1}, RequestMeta(1)),
+        ({"deadline_ms": 2**64 - 1}, RequestMeta(2**64 - 1)),
+        ({"deadline_ms": None}, NO_META),
+        ({"deadline_ms": 5, "other": 1}, RequestMeta(5)),
+        ({"idempotency_key": "k"}, RequestMeta(None, "k")),
+        ({"other": 1}, NO_META),
+        ({}, NO_META),
+    ):
+        for _ in range(2):  # a method becomes known with its first request
+            found = decoded(["a.method", {"x": [1]}, meta])
+            assert found == ("a.method", {"x": [1]}, expected)
+            assert type(found[2]) is RequestMeta
+    assert decoded(["m", None]) == ("m", {}, NO_META)
+    for value in (
+        *({"m": {}}, [], ["m"], ["m", {}, {}, {}], ["m", []], ["M", {}], [5, {}], [["m"], {}]),
+        *(["m", {}, None], ["m", {}, {"deadline_ms": 0}], ["m", {}, {"deadline_ms": -1}]),
+        *(["m", {}, {"deadline_ms": True}], ["m", {}, {"deadline_ms": 1.5}], ["m", {"x": [[1]]}]),
+    ):
+        assert decoded(value) is None, value
+    for body in (b"", BODY + b"\xc0", b"\x92\xa1m\x81\x05\xc0", b"\x92\xa1m\x81\xa1\xff\xc0"):
+        assert read_from(frame(body=body), rules=rules) is None, body

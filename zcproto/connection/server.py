@@ -41,7 +41,7 @@ from zcproto.connection.server_calls import read_answer
 from zcproto.connection.server_output import ConnectionTotals, ServerOutput
 from zcproto.connection.server_streams import PONG_TIMEOUT_S
 from zcproto.connection.settings import ConnectionSettings
-from zcproto.connection.state import Input, State, next_state
+from zcproto.connection.state import Input, State
 from zcproto.errors import Code, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
 from zcproto.sessions.session import BOUND, DEVICE_KEY
@@ -69,7 +69,7 @@ from zcproto.wire.message import (
     decode_request,
     encode_error,
 )
-from zcproto.wire.usual import UsualFrame, cut, judge
+from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, read_request
 
 MS: Final = 1000
 ALWAYS: Final = 2**64
@@ -143,6 +143,7 @@ class ServerConnection(ServerOutput):
         self._last_frame = now
         self._token = NO_TOKEN  # last accepted: most checks are one comparison
         self._session: Session | None = None
+        self._rules = None  # of usual requests, until they change
         self._seen_generation = registry.generation
         self._accepts_joined = True  # no token became invalid since requests are held
         self._recheck_at = ALWAYS
@@ -159,33 +160,40 @@ class ServerConnection(ServerOutput):
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent] | tuple[RawRequest]:
         """Process decrypted bytes and yield their events, one at a time; a single request may come in a tuple."""
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
-        decoder = self._decoder
+        rules = self._rules or self._usual_rules()
+        if rules is not None:
+            found = read_request(data, 0, rules, self._last_counter, wall)
+            if found is not None and (
+                (wall < self._recheck_at and self.registry.generation == self._seen_generation)
+                or self._is_accepted(wall)
+            ):
+                event, counter, following = found
+                if following:
+                    return self._usual_events(found, rules, data, wall, now)
+                if not (self._held or self._lingering) or self._has_room(event[0]):
+                    self._last_counter = counter
+                    self._last_frame = now
+                    return (event,)
+        return self._events(data, wall, now)
+
+    def _usual_rules(self) -> RequestRules | None:
+        """Return what makes a request usual until something changes; None if no request is usual now."""
+        decoder, settings = self._decoder, self.settings
         if (
             decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
         ) and self.state is _OPEN:
-            settings, token = self.settings, self._token
             limit = settings.max_frame if self._session is not None else settings.max_frame_before_session
-            tolerance = settings.tolerance_ms
-            frame = judge(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
-            if frame is None:
-                if len(data) >= 2 * HEADER_SIZE:
-                    frames = cut(data, limit, REQUEST, self.salt, self._last_counter, token, wall, tolerance)
-                    if frames and self._is_accepted(wall):
-                        return self._usual_events(frames, data, wall, now)
-            elif (
-                (wall < self._recheck_at and self.registry.generation == self._seen_generation)
-                or self._is_accepted(wall)
-            ) and (not (self._held or self._lingering) or self._has_room(frame[0])):
-                stream, counter, body = frame
-                try:
-                    method, params, meta = decode_request(body, settings.max_depth)
-                except MessageError:
-                    return self._events(data, wall, now)
-                if meta is NO_META or meta.deadline_ms is None or meta.deadline_ms > 0:
-                    self._last_counter = counter
-                    self._last_frame = now
-                    return ((stream, token, self._session, method, params, meta),)
-        return self._events(data, wall, now)
+            self._rules = (
+                limit,
+                REQUEST,
+                self.salt,
+                self._token,
+                settings.tolerance_ms,
+                settings.max_depth,
+                self._session,
+                DECODING,
+            )
+        return self._rules
 
     def _is_accepted(self, wall: int) -> bool:
         """Return whether the last accepted token needs no check. If it has not been used lately, it is now."""
@@ -205,38 +213,31 @@ class ServerConnection(ServerOutput):
         return stream not in self._held and len(self._held) + self._lingering < self.settings.max_streams
 
     def _usual_events(
-        self, frames: list[UsualFrame], data: bytes, wall: int, now: float
+        self, found: UsualRequest | None, rules: RequestRules, data: bytes, wall: int, now: float
     ) -> Iterator[ServerEvent]:
-        """Yield the events of bytes that begin with usual frames, up to a special condition by `_events`."""
-        token, session, registry, held = self._token, self._session, self.registry, self._held
-        generation, max_depth = self._seen_generation, self.settings.max_depth
+        """Yield the events of bytes that begin with a usual request, up to a special condition by `_events`."""
+        registry, held = self.registry, self._held
+        generation, at = self._seen_generation, 0
         self._last_frame = now
-        at = 0
-        for stream, counter, body, end in frames:
-            # An earlier request of this read may have changed each of these.
-            if (
-                session is not self._session
-                or registry.generation != generation
-                or self.state is not _OPEN
-                or ((held or self._lingering) and not self._has_room(stream))
-            ):
-                break
-            try:
-                method, params, meta = decode_request(body, max_depth)
-            except MessageError:
-                break
-            if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
-                break
-            self._last_counter = counter
-            at = end
-            yield stream, token, session, method, params, meta
-        if at < len(data):
-            yield from self._events(data[at:] if at else data, wall, now)
+        # An earlier request of this read may have changed each of these.
+        while (
+            found is not None
+            and rules is self._rules
+            and registry.generation == generation
+            and (not (held or self._lingering) or self._has_room(found[0][0]))
+        ):
+            event, self._last_counter, at = found
+            yield event
+            if not at:
+                return
+            found = read_request(data, at, rules, self._last_counter, wall)
+        yield from self._events(data[at:] if at else data, wall, now)
 
     def _events(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
         """Yield the events of bytes outside the fast paths."""
         if self.state not in _READING:
             return
+        self._rules = None
         registry = self.registry
         tolerance = self.settings.tolerance_ms
         max_depth = self.settings.max_depth
@@ -442,6 +443,7 @@ class ServerConnection(ServerOutput):
         """Accept frames with this token for a while."""
         self._token = token
         self._session = session
+        self._rules = None
         # Half of the remaining time, so that a session in use is touched before it would count as idle.
         self._recheck_at = min(
             wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, self.registry.trusted_until
@@ -500,7 +502,7 @@ class ServerConnection(ServerOutput):
         """Withdraw a proved key."""
         if key in self._proved:
             self._proved -= {key}
-            self._token, self._session, self._recheck_at = NO_TOKEN, None, 0
+            self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
 
     def _is_refused(
         self, head: int, length: int, stream: int, token: bytes, session: Session | None, wall: int
@@ -590,6 +592,6 @@ class ServerConnection(ServerOutput):
         if reason is not None:
             if self.state is State.OPEN:
                 self._send_go_away(reason, 0, wall)
-            self.state = next_state(self.state, Input.END)
+            self._enter(Input.END)
             events.append(ConnectionEnded(None, reason))
         return events

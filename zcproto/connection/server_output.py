@@ -42,6 +42,7 @@ from zcproto.wire.frame import (
     encode_frame,
 )
 from zcproto.wire.message import MessageError, code_in, encode_body, encode_error
+from zcproto.wire.usual import RequestRules
 
 _IS_COMPILED: Final = compiled is not None
 _pack_header = HEADER.pack
@@ -71,6 +72,7 @@ class ServerOutput:
         "_held",
         "_lingering",
         "_out",
+        "_rules",
         "_session_deadline",
         "_streams",
         "deadline_moved",
@@ -94,6 +96,7 @@ class ServerOutput:
     _lingering: int
     _out: list[bytes]
     _session_deadline: float  # without a session: of opening one; else of the next `session.expiring`
+    _rules: RequestRules | None
     _streams: ServerStreams | None
 
     # --- answers --------------------------------------------------------------------------------
@@ -354,7 +357,7 @@ class ServerOutput:
     def go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
         """Send GOAWAY: requests in flight are still answered, new ones get UNAVAILABLE."""
         if self.state is State.OPEN:
-            self.state = next_state(self.state, Input.GOAWAY)
+            self._enter(Input.GOAWAY)
             self._send_go_away(reason, retry_after_ms, wall)
 
     def _send_go_away(self, reason: GoAwayReason, retry_after_ms: int, wall: int) -> None:
@@ -366,14 +369,18 @@ class ServerOutput:
     ) -> ConnectionEnded:
         """End the connection with a fatal error (zcp1.md, section 10.3)."""
         self._send(ERROR, 0, NO_TOKEN, encode_error(code, reason, details), wall)
-        self.state = next_state(self.state, Input.FATAL)
+        self._enter(Input.FATAL)
         return ConnectionEnded(code, reason)
 
     def end(self) -> None:
         """End the connection: the transport is gone, or will be closed after queued output."""
-        self.state = next_state(self.state, Input.END)
+        self._enter(Input.END)
         if self._streams is not None:
             self._streams.end(self._held)
+
+    def _enter(self, by: Input) -> None:
+        self.state = next_state(self.state, by)
+        self._rules = None
 
     # --- frames ---------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ def decode_request(
         method, params, meta = value[0], value[1], _decode_meta(value[2], max_depth)
     else:
         raise MessageError("request must be [method, params] or [method, params, meta]")
-    if method.__class__ is not str or method not in _well_formed_methods:
+    if method.__class__ is not str or method not in well_formed_methods:
         _check_method(method)
     if params.__class__ is not dict:
         if params is not None:
@@ -129,7 +129,7 @@ def decode_request(
     return method, params, meta
 
 
-_well_formed_methods: set[str] = set()
+well_formed_methods: Final[set[str]] = set()
 _WELL_FORMED_METHODS_KEPT: Final = 1024
 
 
@@ -140,8 +140,8 @@ def _check_method(method: Any) -> None:
         raise MessageError("method must have 1 to 128 characters")
     if not METHOD_ALPHABET.issuperset(method):
         raise MessageError("method must be of a-z 0-9 _ .")
-    if len(_well_formed_methods) < _WELL_FORMED_METHODS_KEPT:
-        _well_formed_methods.add(method)
+    if len(well_formed_methods) < _WELL_FORMED_METHODS_KEPT:
+        well_formed_methods.add(method)
 
 
 def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:

@@ -2,51 +2,84 @@
 
 A usual frame has the receiver's common kind, a length up to the limit, the salt of the connection, a counter above
 the last one, a timestamp within the tolerance, and the expected token. Nothing is decided about any other frame.
+A usual request has a well-formed body and no past deadline, too.
 
-It must not know: sessions, messages, what is in flight.
+It must not know: what a session is, what is in flight.
 """
 
 from __future__ import annotations
 
-from zcproto.accelerator import accelerated
+from functools import partial
+from typing import Any, Final
+
+import msgpack
+
+from zcproto.accelerator import accelerated, twins
 from zcproto.wire.frame import HEADER, HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH
+from zcproto.wire.message import NO_META, MessageError, RequestMeta, decode_request, well_formed_methods
 
 UsualFrame = tuple[int, int, bytes, int]
 """Stream, counter, body, and where the frame ends in its read."""
+
+UsualRequest = tuple[tuple[int, bytes, Any, str, dict[str, Any], RequestMeta], int, int]
+"""The event of a request (`RawRequest`), its counter, and where the next frame begins, 0 if nothing follows."""
+
+RequestRules = tuple[int, int, bytes, bytes, int, int, Any, tuple[Any, ...]]
+"""What makes a request usual: limit, head, salt, token, tolerance and largest depth.
+
+The session becomes part of the event. The last part is `DECODING`.
+"""
 
 _unpack_header = HEADER.unpack_from
 
 
 @accelerated
-def judge(
-    data: bytes, limit: int, head: int, salt: bytes, counter: int, token: bytes, wall: int, tolerance: int
-) -> tuple[int, int, bytes] | None:
-    """Return stream, counter and body if `data` is exactly one usual frame, else None.
+def read_request(data: bytes, at: int, rules: RequestRules, counter: int, wall: int) -> UsualRequest | None:
+    """Return the usual request that begins at `at`, or None.
 
-    `counter` is that of the last frame; `wall` and `tolerance` are milliseconds.
+    `counter` is that of the last frame; `wall` is in milliseconds.
     """
     size = len(data)
-    if size >= HEADER_SIZE:
-        length, its_head, stream, timestamp, its_salt, its_counter, its_token = _unpack_header(data)
-        if (
-            LENGTH_SIZE + length == size
-            and its_head == head
-            and length <= limit
-            and its_token == token
-            and its_salt == salt
-            and its_counter > counter
-            and stream
-            and -tolerance <= wall - timestamp <= tolerance
-        ):
-            return stream, its_counter, data[HEADER_SIZE:]
-    return None
+    if size - at < HEADER_SIZE:
+        return None
+    limit, head, salt, token, tolerance, max_depth, session, _ = rules
+    length, its_head, stream, timestamp, its_salt, its_counter, its_token = _unpack_header(data, at)
+    end = at + LENGTH_SIZE + length
+    if (
+        end > size
+        or its_head != head
+        or not MIN_LENGTH <= length <= limit
+        or its_token != token
+        or its_salt != salt
+        or its_counter <= counter
+        or not stream
+        or not -tolerance <= wall - timestamp <= tolerance
+    ):
+        return None
+    try:
+        method, params, meta = decode_request(data[at + HEADER_SIZE : end], max_depth)
+    except MessageError:
+        return None
+    if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
+        return None
+    return (stream, token, session, method, params, meta), its_counter, end if end < size else 0
+
+
+_make_meta = partial(
+    tuple.__new__, RequestMeta
+)  # the constructor of a NamedTuple is a function in Python around it
+DECODING: Final = (msgpack.unpackb, well_formed_methods, NO_META, _make_meta, twins["read_request"])
+"""What `_accelerator.c` decodes bodies with, and what reads a request with any other body."""
 
 
 @accelerated
 def cut(
     data: bytes, limit: int, head: int, salt: bytes, counter: int, token: bytes, wall: int, tolerance: int
 ) -> list[UsualFrame]:
-    """Return the usual frames that `data` begins with, up to the first other one. Arguments as for `judge`."""
+    """Return the usual frames that `data` begins with, up to the first other one.
+
+    `counter` is that of the last frame; `wall` and `tolerance` are milliseconds.
+    """
     frames: list[UsualFrame] = []
     at, end, last = 0, HEADER_SIZE, len(data) - HEADER_SIZE
     while at <= last:

@@ -16,7 +16,8 @@ from zcproto.wire.frame import (
     check_head,
     encode_frame,
 )
-from zcproto.wire.usual import UsualFrame, cut, judge
+from zcproto.wire.message import MessageError, decode_request
+from zcproto.wire.usual import DECODING, UsualFrame, cut, read_request
 
 SIDES = (Side.SERVER, Side.CLIENT)
 LIMITS = (300, 16_384)
@@ -90,8 +91,26 @@ def check_usual(side: Side, limit: int, stream: bytes, frames: list[RawFrame]) -
         last = counter
         expected.append((number, counter, body, end))
     assert cut(stream, *rules) == expected
-    is_one = len(expected) == 1 and end == len(stream)
-    assert judge(stream, *rules) == (expected[0][:3] if is_one else None)
+    if head == REQUEST:
+        check_requests(limit, stream, frames[0], expected)
+
+
+def check_requests(limit: int, stream: bytes, first: RawFrame, usual: list[UsualFrame]) -> None:
+    """A usual request is a usual frame with a well-formed body and no past deadline."""
+    _, _, _, wall, salt, counter, token, _ = first
+    rules = limit, REQUEST, salt, token, 0, 32, None, DECODING
+    at, last = 0, max(counter, 1) - 1
+    for number, counter, body, end in usual:
+        try:
+            message = decode_request(body, 32)
+        except MessageError:
+            expected = None
+        else:
+            is_late = message[2].deadline_ms is not None and message[2].deadline_ms <= 0
+            expected = None if is_late else ((number, token, None, *message), counter, end % len(stream))
+        assert repr(read_request(stream, at, rules, last, wall)) == repr(expected)  # NaN equals nothing
+        at, last = end, counter
+    assert read_request(stream, at, rules, last, wall) is None
 
 
 TARGET = Target("frames", run, check)
