@@ -1,5 +1,5 @@
-/* The functions of requests and logins in C: read_request, cut, encode_frame, scan_body, fits, token_from_text,
- * id_text.
+/* The functions of requests and logins in C: read_request, cut_values, encode_frame, scan_body, fits,
+ * token_from_text, id_text.
  *
  * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
  * bodies with anything unusual, are passed on to them, so that results and errors are the same by construction.
@@ -130,7 +130,7 @@ typedef struct {
     Bytes salt, token;
 } Rules;
 
-/* Read the arguments of cut. Return 0 if they are for the twin. */
+/* Read the first arguments of cut_values. Return 0 if they are for the twin. */
 static int
 read_rules(PyObject *const *args, Py_ssize_t nargs, Bytes *data, Rules *rules)
 {
@@ -155,34 +155,6 @@ usual_size(const Rules *rules, Bytes frame, size_t left)
         memcmp(frame + TOKEN, rules->token, TOKEN_SIZE) != 0)
         return 0;
     return LENGTH_SIZE + (size_t)length;
-}
-
-/* cut(data, limit, head, salt, counter, token, wall, tolerance) */
-static PyObject *
-cut(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    Bytes data;
-    Rules rules;
-    if (!read_rules(args, nargs, &data, &rules))
-        return call_twin("cut", args, nargs);
-    PyObject *frames = PyList_New(0);
-    size_t at = 0, end = (size_t)PyBytes_Size(args[0]), size;
-    while (frames != NULL && (size = usual_size(&rules, data + at, end - at)) != 0) {
-        Bytes start = data + at;
-        PyObject *parts[4] = {
-            PyLong_FromUnsignedLong(get32(start + STREAM)),
-            PyLong_FromUnsignedLongLong(get64(start + COUNTER)),
-            PyBytes_FromStringAndSize((const char *)start + BODY, (Py_ssize_t)(size - BODY)),
-            PyLong_FromSize_t(at + size),
-        };
-        PyObject *frame = tuple_of(parts, 4);
-        if (frame == NULL || PyList_Append(frames, frame) < 0)
-            Py_CLEAR(frames);
-        Py_XDECREF(frame);
-        rules.counter = get64(start + COUNTER);
-        at += size;
-    }
-    return frames;
 }
 
 /* encode_frame(head, stream, timestamp, salt, counter, token, body) */
@@ -285,6 +257,111 @@ scan_body(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return call_twin("scan_body", args, nargs);
 }
 
+/* Return so many bytes as a number, and move on. */
+static uint64_t
+read_uint(Bytes *p, unsigned size)
+{
+    uint64_t value = 0;
+    while (size-- > 0)
+        value = value << 8 | *(*p)++;
+    return value;
+}
+
+static PyObject *
+build_container(Bytes *p, uint64_t count, int is_map);
+
+/* Build the next value of a body that is_plain has accepted. Raises UnicodeDecodeError. */
+static PyObject *
+build(Bytes *p)
+{
+    unsigned first = *(*p)++;
+    if (first <= 0x7f || first >= 0xe0)
+        return PyLong_FromLong((signed char)first);
+    unsigned follows = first >= 0xc0 ? FOLLOWS[first - 0xc0] : 0, width = follows % SIZED;
+    uint64_t bits = first >= 0xc0 ? read_uint(p, width) : first & (first >= 0xa0 ? 31 : 15);
+    if (first <= 0x9f || first >= 0xdc)
+        return build_container(p, bits, first <= 0x8f || first >= 0xde);
+    if (first <= 0xbf || follows > SIZED) { /* str, bin */
+        const char *start = (const char *)*p;
+        *p += bits;
+        return first >= 0xc4 && first <= 0xc6 ? PyBytes_FromStringAndSize(start, (Py_ssize_t)bits)
+                                              : PyUnicode_DecodeUTF8(start, (Py_ssize_t)bits, NULL);
+    }
+    if (first == 0xca || first == 0xcb) {
+        float narrow;
+        double wide;
+        uint32_t half = (uint32_t)bits;
+        memcpy(&narrow, &half, sizeof narrow);
+        memcpy(&wide, &bits, sizeof wide);
+        return PyFloat_FromDouble(first == 0xca ? (double)narrow : wide);
+    }
+    if (first >= 0xd0) { /* signed: fill with the sign */
+        uint64_t sign = (uint64_t)1 << (8 * width - 1);
+        return PyLong_FromLongLong((long long)((bits ^ sign) - sign));
+    }
+    if (first >= 0xcc)
+        return PyLong_FromUnsignedLongLong(bits);
+    PyObject *constant = first == 0xc0 ? Py_None : first == 0xc2 ? Py_False : Py_True;
+    Py_INCREF(constant);
+    return constant;
+}
+
+static PyObject *
+build_container(Bytes *p, uint64_t count, int is_map)
+{
+    PyObject *container = is_map ? PyDict_New() : PyList_New((Py_ssize_t)count);
+    for (uint64_t i = 0; container != NULL && i < count; i++) {
+        PyObject *key = is_map ? build(p) : NULL;
+        if (key != NULL)
+            PyUnicode_InternInPlace(&key); /* as msgpack does: many maps share their keys */
+        PyObject *value = is_map && key == NULL ? NULL : build(p);
+        if (value == NULL || (is_map && PyDict_SetItem(container, key, value) < 0))
+            Py_CLEAR(container);
+        else if (!is_map)
+            PyList_SetItem(container, (Py_ssize_t)i, value);
+        Py_XDECREF(key);
+        if (is_map)
+            Py_XDECREF(value);
+    }
+    return container;
+}
+
+/* cut_values(data, limit, head, salt, counter, token, wall, tolerance, max_depth) */
+static PyObject *
+cut_values(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    Bytes data;
+    Rules rules;
+    uint64_t max_depth;
+    if (nargs != 9 || !read_rules(args, 8, &data, &rules) || !is_uint(args[8], DEEPEST, &max_depth))
+        return call_twin("cut_values", args, nargs);
+    PyObject *frames = PyList_New(0);
+    size_t at = 0, end = (size_t)PyBytes_Size(args[0]), size;
+    while (frames != NULL && (size = usual_size(&rules, data + at, end - at)) != 0) {
+        Bytes start = data + at, body = start + BODY;
+        if (!is_plain(body, start + size, max_depth))
+            break;
+        PyObject *value = build(&body);
+        if (value == NULL && PyErr_ExceptionMatches(PyExc_UnicodeDecodeError)) {
+            PyErr_Clear();
+            break;
+        }
+        PyObject *parts[4] = {
+            PyLong_FromUnsignedLong(get32(start + STREAM)),
+            PyLong_FromUnsignedLongLong(get64(start + COUNTER)),
+            value,
+            PyLong_FromSize_t(at + size),
+        };
+        PyObject *frame = tuple_of(parts, 4);
+        if (frame == NULL || PyList_Append(frames, frame) < 0)
+            Py_CLEAR(frames);
+        Py_XDECREF(frame);
+        rules.counter = get64(start + COUNTER);
+        at += size;
+    }
+    return frames;
+}
+
 /* fits(params, classes, named, required) */
 static PyObject *
 fits(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
@@ -377,7 +454,7 @@ id_text(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 
 /* What read_request goes by (zcproto/wire/usual.py). */
 enum { LIMIT, KIND, ITS_SALT, ITS_TOKEN, TOLERANCE, MAX_DEPTH, SESSION, DECODING, RULES };
-enum { UNPACK, KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
+enum { KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
 
 /* Store borrowed references to the items of a tuple. Return whether it has so many. */
 static int
@@ -413,9 +490,7 @@ usual_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject
 {
     if (!is_plain(body, end, max_depth))
         return NULL;
-    PyObject *copy = PyBytes_FromStringAndSize((const char *)body, end - body);
-    PyObject *value = copy == NULL ? NULL : PyObject_CallFunctionObjArgs(by[UNPACK], copy, NULL);
-    Py_XDECREF(copy);
+    PyObject *value = build(&body);
     Py_ssize_t size = value != NULL && PyList_CheckExact(value) ? PyList_Size(value) : 0;
     if ((size == 2 || size == 3) && PyUnicode_CheckExact(PyList_GetItem(value, 0)) &&
         PySet_Contains(by[KNOWN], PyList_GetItem(value, 0)) == 1 && PyDict_CheckExact(PyList_GetItem(value, 1))) {
@@ -439,9 +514,9 @@ read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
     uint64_t at, max_depth;
     int is_usual = nargs == 5 && unpack_tuple(args[2], RULES, its) && unpack_tuple(its[DECODING], DECODERS, by);
     if (is_usual) {
-        PyObject *const of_cut[] = {args[0], its[LIMIT],     its[KIND], its[ITS_SALT],
+        PyObject *const of_cut_values[] = {args[0], its[LIMIT],     its[KIND], its[ITS_SALT],
                                     args[3], its[ITS_TOKEN], args[4],   its[TOLERANCE]};
-        is_usual = read_rules(of_cut, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
+        is_usual = read_rules(of_cut_values, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
                    is_uint(args[1], (uint64_t)PyBytes_Size(args[0]), &at);
     }
     if (!is_usual)
@@ -471,9 +546,9 @@ read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
 
 static PyMethodDef METHODS[] = {
     FUNCTION(read_request),
-    FUNCTION(cut),
     FUNCTION(encode_frame),
     FUNCTION(scan_body),
+    FUNCTION(cut_values),
     FUNCTION(fits),
     FUNCTION(token_from_text),
     FUNCTION(id_text),

@@ -145,6 +145,7 @@ def test_any_value_is_decoded_alike(value: Any, max_depth: int) -> None:
     check_scan(body, max_depth)
     check_decoders(body, max_depth)
     check_decoders(encode_body(["m", {"value": value}]), max_depth)
+    check_call("cut_values", frame(body=body), 2**32, *RULES[1:-1], max_depth)
 
 
 @needs_compiled
@@ -158,18 +159,18 @@ def test_any_bytes_are_scanned_alike(body: bytes, max_depth: int) -> None:
 @needs_compiled
 def test_frames_are_judged_alike_at_the_edges_and_for_odd_arguments() -> None:
     for data in (*UNUSUAL.values(), frame(), frame() + frame(counter=9), frame(counter=2**64 - 1)):
-        check_call("cut", data, *RULES)
+        check_call("cut_values", data, *RULES)
         for number in range(len(RULES)):
             for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
-                check_call("cut", data, *RULES[:number], value, *RULES[number + 1 :])
+                check_call("cut_values", data, *RULES[:number], value, *RULES[number + 1 :])
     for timestamp in EDGES:
         for wall in (*EDGES, -1, -(2**63), 2**64):
             for tolerance in (0, 1, 2**63, 2**64 - 1, 2**64, -1):
-                check_call("cut", frame(timestamp=timestamp), *RULES[:5], wall, tolerance)
+                check_call("cut_values", frame(timestamp=timestamp), *RULES[:5], wall, tolerance, 2)
     for data in ODD_BYTES:
-        check_call("cut", data, *RULES)
-    check_call("cut", bytearray(frame()), *RULES)
-    check_call("cut", memoryview(frame()), *RULES)
+        check_call("cut_values", data, *RULES)
+    check_call("cut_values", bytearray(frame()), *RULES)
+    check_call("cut_values", memoryview(frame()), *RULES)
 
 
 @needs_compiled
@@ -193,6 +194,17 @@ def test_requests_are_read_alike_at_the_edges_and_for_odd_arguments() -> None:
         for value in (["m", {"x": body}], ["m", body], body, ["m", {}, {"deadline_ms": 5, "x": body}]):
             data = frame(body=encode_body(value))
             check_call("read_request", data, 0, (2**20, *REQUEST_RULES[1:]), 5, WALL)
+
+
+@needs_compiled
+@pytest.mark.parametrize("kind", [*MSGPACK, *BROKEN])
+def test_values_are_cut_alike(kind: str) -> None:
+    bodies = [encode_body(value) for value in MSGPACK[kind]] if kind in MSGPACK else [BROKEN[kind]]
+    for body in bodies:
+        for around in (b"", b"\x91", b"\x81\xa1a", b"\x92\xc2"):
+            data = frame(body=b"\xc3") + frame(counter=7, body=around + body) + frame(counter=8, body=b"\xc0")
+            for max_depth in (0, 1, 2, 64, 65):
+                check_call("cut_values", data, 2**32, *RULES[1:-1], max_depth)
 
 
 @needs_compiled
@@ -251,7 +263,10 @@ CALLS: dict[str, tuple[Any, ...]] = {
         *(frame(counter=2**40, body=encode_body(["m", {}, {"deadline_ms": 9}])), 0),
         *((99, *REQUEST_RULES[1:]), 5, WALL),
     ),
-    "cut": (frame(counter=2**40) + frame(counter=2**41), *RULES),
+    "cut_values": (
+        *(frame(counter=2**40, body=encode_body({"a": [1.5, "é", b"x", None]})), 99),
+        *RULES[1:],
+    ),
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (encode_body({"a": [1, 2]}), 32),
     "fits": ({"user": "ada", "count": 1000}, CLASSES, NAMED, REQUIRED),
@@ -266,7 +281,7 @@ FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
         5,
         WALL,
     ),
-    "cut": (frame(), 5),
+    "cut_values": (frame(body=b"\xa1\xff"), 5),
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (b"\xc1" * 300, 32),
     "fits": ({"user": "ada"}, CLASSES, [*NAMED], REQUIRED),
@@ -387,7 +402,11 @@ def test_package_uses_the_chosen_functions() -> None:
     from zcproto.wire import frame as frames
     from zcproto.wire import usual
 
-    chosen = {"read_request": usual.read_request, "cut": usual.cut, "encode_frame": frames.encode_frame}
+    chosen = {
+        "read_request": usual.read_request,
+        "cut_values": usual.cut_values,
+        "encode_frame": frames.encode_frame,
+    }
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
     chosen["token_from_text"], chosen["id_text"] = tokens.token_from_text, tokens.id_text
     assert chosen.keys() == accelerator.twins.keys()

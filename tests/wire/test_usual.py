@@ -4,13 +4,18 @@ from typing import Any
 
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, PING, REQUEST, encode_frame
 from zcproto.wire.message import NO_META, RequestMeta, encode_body
-from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, cut, read_request
+from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, cut_values, read_request
 
 SALT = b"saltsalt"
 TOKEN = bytes(range(32))
 WALL = 1_700_000_000_000
 TOLERANCE = 30_000
 LIMIT = HEADER_SIZE - LENGTH_SIZE + 10
+
+
+def data_of(size: int) -> bytes:
+    """Return the body of such a size that is one value: 0, or bytes."""
+    return bytes((0xC4, size - 2)) + bytes(size - 2) if size > 1 else bytes(size)
 
 
 def frame(
@@ -24,7 +29,8 @@ def frame(
     size: int = 10,
     body: bytes | None = None,
 ) -> bytes:
-    return encode_frame(head, stream, timestamp, salt, counter, token, bytes(size) if body is None else body)
+    body = data_of(size) if body is None else body
+    return encode_frame(head, stream, timestamp, salt, counter, token, body)
 
 
 SESSION = object()
@@ -36,8 +42,8 @@ def read_from(data: bytes, at: int = 0, rules: RequestRules = REQUEST_RULES) -> 
     return read_request(data, at, rules, 5, WALL)
 
 
-def cut_from(data: bytes) -> list[tuple[int, int, bytes, int]]:
-    return cut(data, LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE)
+def cut_from(data: bytes) -> list[tuple[int, int, Any, int]]:
+    return cut_values(data, LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE, 2)
 
 
 UNUSUAL = {
@@ -58,9 +64,9 @@ UNUSUAL = {
 
 
 def test_usual_frame_is_recognised() -> None:
-    for size in (0, 1, 10):
+    for size, value in ((1, 0), (2, b""), (10, bytes(8))):
         data = frame(size=size, counter=2**64 - 1)
-        assert cut_from(data) == [(7, 2**64 - 1, bytes(size), len(data))]
+        assert cut_from(data) == [(7, 2**64 - 1, value, len(data))]
     for edge in (WALL - TOLERANCE, WALL + TOLERANCE):
         assert len(cut_from(frame(timestamp=edge))) == 1
         assert read_from(frame(timestamp=edge, body=BODY)) is not None
@@ -73,13 +79,15 @@ def test_unusual_frame_is_left_to_the_decoder() -> None:
 
 
 def test_several_frames_are_cut_up_to_the_first_unusual_one() -> None:
-    first, second = frame(counter=6), frame(counter=8, stream=9, size=0)
+    first, second = frame(counter=6), frame(counter=8, stream=9, size=1)
     size = len(first)
-    expected = [(7, 6, bytes(10), size), (9, 8, b"", size + len(second))]
+    expected = [(7, 6, bytes(8), size), (9, 8, 0, size + len(second))]
     assert cut_from(first + second) == expected
     for what, data in UNUSUAL.items():
         assert cut_from(first + second + data) == expected, what
     assert cut_from(first + first) == expected[:1]  # the counter must grow
+    for body in (b"", b"\xc0\xc0", b"\xd4\x05\x00", b"\xa1\xff", b"\x91\x91\x90", b"\x81\x01\x01"):
+        assert cut_from(first + second + frame(counter=9, body=body)) == expected, body
 
 
 def test_usual_request_is_decoded_where_it_begins() -> None:

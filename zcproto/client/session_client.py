@@ -69,6 +69,9 @@ class SessionClient:
         self._handlers = Handlers(options.max_calls, options.handler_middleware)
         self._random = random
         self._clock = clock
+        timeout = options.timeout
+        # Of most calls, at their first attempt. None: it is made for each.
+        self._usual_meta = _deadline_meta(timeout) if timeout and 0 < timeout < MAX_DEADLINE_MS else None
         self._opened = False
         self._closed = False
 
@@ -158,8 +161,9 @@ class SessionClient:
                     endpoint=self._endpoint(),
                 )
             )
+        meta: dict[str, Any] | None = None
         if timeout is UNSET:
-            timeout = self._options.timeout
+            timeout, meta = self._options.timeout, self._usual_meta
         now = self._loop.time()
         deadline = NEVER if timeout is None else now + timeout
         attempt: Attempt | None = None
@@ -168,15 +172,11 @@ class SessionClient:
             connection = self._connections.current
             if connection is None or not connection.ready or now >= sessions.valid_until or self._closed:
                 connection = await self._ready_before(deadline)
-                now = self._loop.time()
-            meta = None
-            if deadline != NEVER:
+                now, meta = self._loop.time(), None
+            if meta is None and deadline != NEVER:
                 if now >= deadline:
                     raise DeadlineExceeded(TIMED_OUT)
-                milliseconds = math.ceil((deadline - now) * MS_PER_SECOND)
-                if milliseconds > MAX_DEADLINE_MS:  # noqa: PLR1730  less than half the cost of min()
-                    milliseconds = MAX_DEADLINE_MS
-                meta = {"deadline_ms": milliseconds}
+                meta = _deadline_meta(deadline - now)
             if idempotency_key is not None or traceparent is not None:
                 meta = _meta(meta, idempotency_key, traceparent)
             token = sessions.token
@@ -198,7 +198,7 @@ class SessionClient:
                 attempt = attempt or Attempt(self._random)
                 # Delay the retry: the call itself may be what crashes the server.
                 await self._wait(attempt.backoff.next(), error, deadline)
-            now = self._loop.time()
+            now, meta = self._loop.time(), None
 
     async def _call_within_middleware(self, call: OutgoingCall) -> Any:
         async def send(call: OutgoingCall) -> Any:
@@ -265,7 +265,7 @@ class SessionClient:
         connection = await self._ready_before(request.deadline)
         now, meta = self._loop.time(), None
         if request.deadline != NEVER:
-            meta = {"deadline_ms": min(math.ceil((request.deadline - now) * MS_PER_SECOND), MAX_DEADLINE_MS)}
+            meta = _deadline_meta(request.deadline - now)
         if request.traceparent is not None:
             meta = _meta(meta, None, request.traceparent)
         self._sessions.used(now)
@@ -457,10 +457,15 @@ class _Opener:
         self.after_stream_error = client._after_stream_error
 
 
+def _deadline_meta(left: float) -> dict[str, Any]:
+    """Return the metadata of a request with so many seconds until its deadline."""
+    return {"deadline_ms": min(math.ceil(left * MS_PER_SECOND), MAX_DEADLINE_MS)}
+
+
 def _meta(
     meta: dict[str, Any] | None, idempotency_key: str | None, traceparent: str | None
 ) -> dict[str, Any]:
-    more: dict[str, Any] = {} if meta is None else meta
+    more: dict[str, Any] = {} if meta is None else {**meta}
     if idempotency_key is not None:
         more["idempotency_key"] = idempotency_key
     if traceparent is not None:

@@ -75,7 +75,7 @@ from zcproto.wire.message import (
     decode_event,
     decode_map,
 )
-from zcproto.wire.usual import cut
+from zcproto.wire.usual import cut_values
 
 MS: Final = 1000
 MAX_STALE_IN_A_ROW: Final = 10
@@ -185,7 +185,7 @@ class ClientConnection(ClientOutput):
         ):
             return answers, data
         in_flight, at = self.in_flight, 0
-        for stream, counter, body, end in cut(
+        for stream, counter, value, end in cut_values(
             data,
             decoder.limit,
             RESPONSE,
@@ -194,12 +194,9 @@ class ClientConnection(ClientOutput):
             token,
             wall + self.clock_offset_ms,
             self.tolerance_ms,
+            self.max_depth,
         ):
             if in_flight.get(stream) is not token:
-                break
-            try:
-                value = decode_body(body, self.max_depth)
-            except MessageError:
                 break
             del in_flight[stream]
             if self._streams is not None:

@@ -12,14 +12,19 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Final
 
-import msgpack
-
 from zcproto.accelerator import accelerated, twins
 from zcproto.wire.frame import HEADER, HEADER_SIZE, LENGTH_SIZE, MIN_LENGTH
-from zcproto.wire.message import NO_META, MessageError, RequestMeta, decode_request, well_formed_methods
+from zcproto.wire.message import (
+    NO_META,
+    MessageError,
+    RequestMeta,
+    decode_body,
+    decode_request,
+    well_formed_methods,
+)
 
-UsualFrame = tuple[int, int, bytes, int]
-"""Stream, counter, body, and where the frame ends in its read."""
+UsualFrame = tuple[int, int, Any, int]
+"""Stream, counter, the value of the body, and where the frame ends in its read."""
 
 UsualRequest = tuple[tuple[int, bytes, Any, str, dict[str, Any], RequestMeta], int, int]
 """The event of a request (`RawRequest`), its counter, and where the next frame begins, 0 if nothing follows."""
@@ -68,15 +73,23 @@ def read_request(data: bytes, at: int, rules: RequestRules, counter: int, wall: 
 _make_meta = partial(
     tuple.__new__, RequestMeta
 )  # the constructor of a NamedTuple is a function in Python around it
-DECODING: Final = (msgpack.unpackb, well_formed_methods, NO_META, _make_meta, twins["read_request"])
-"""What `_accelerator.c` decodes bodies with, and what reads a request with any other body."""
+DECODING: Final = (well_formed_methods, NO_META, _make_meta, twins["read_request"])
+"""What `_accelerator.c` makes requests with, and what reads a request with any other body."""
 
 
 @accelerated
-def cut(
-    data: bytes, limit: int, head: int, salt: bytes, counter: int, token: bytes, wall: int, tolerance: int
+def cut_values(
+    data: bytes,
+    limit: int,
+    head: int,
+    salt: bytes,
+    counter: int,
+    token: bytes,
+    wall: int,
+    tolerance: int,
+    max_depth: int,
 ) -> list[UsualFrame]:
-    """Return the usual frames that `data` begins with, up to the first other one.
+    """Return the usual frames that `data` begins with, up to the first other one, or one with an invalid body.
 
     `counter` is that of the last frame; `wall` and `tolerance` are milliseconds.
     """
@@ -96,6 +109,10 @@ def cut(
             or not -tolerance <= wall - timestamp <= tolerance
         ):
             break
-        frames.append((stream, its_counter, data[at + HEADER_SIZE : end], end))
+        try:
+            value = decode_body(data[at + HEADER_SIZE : end], max_depth)
+        except MessageError:
+            break
+        frames.append((stream, its_counter, value, end))
         counter, at = its_counter, end
     return frames

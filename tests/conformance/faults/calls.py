@@ -139,9 +139,9 @@ CALLS: Final[dict[str, Fault]] = {
     "deadline-is-sent": fault(
         "does not send the deadline",
         (
-            f"{_CLIENT}.call",
-            '{"deadline_ms": milliseconds}',
-            "{}",
+            "zcproto.client.session_client:_deadline_meta",
+            'return {"deadline_ms"',
+            'return {} and {"deadline_ms"',
         ),
     ),
     "deadline-at-the-client": fault(
