@@ -106,14 +106,12 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         except Unauthenticated:
             log_refused(context, scheme)
             raise
-        if isinstance(identity, Identity) and not identity.key:
+        if isinstance(identity, Identity) and not (identity.key or state.sessions.is_stored):
             user, roles, _, ends_at = identity
-            opened = state.sessions.open_nowait(
-                user, client, peer, frozenset(roles), scheme in login.external, ends_at
-            )
-            if opened is not None:
-                log_event("session.opened", context, opened.session, scheme=scheme, client=client)
-                return answer_tokens(context, opened)
+            external, wall = scheme in login.external, state.clock.wall()
+            opened = registry.open(user, client, peer, wall, frozenset(roles), "", external, ends_at)
+            log_event("session.opened", context, opened.session, scheme=scheme, client=client)
+            return answer_tokens(context, opened)
         return open_later(context, identity, scheme, client)
 
     async def open_later(

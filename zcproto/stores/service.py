@@ -27,7 +27,6 @@ from typing import Any, Final, TypeVar, Unpack
 
 from zcproto.common.clock import Clock
 from zcproto.common.network import network_of
-from zcproto.common.roles import NO_ROLES, Roles
 from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Unavailable
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
@@ -86,6 +85,9 @@ log = get_logger("zcproto.sessions")
 class SessionService:
     """Sessions that end with the process: the registry is their only copy, and no coroutine here suspends."""
 
+    is_stored = False
+    """Whether opening a session awaits a store."""
+
     def __init__(self, registry: SessionRegistry, clock: Clock) -> None:
         self._registry = registry
         self._clock = clock
@@ -104,21 +106,6 @@ class SessionService:
     async def open(self, user: str, **opening: Unpack[Opening]) -> OpenedSession:
         """Open a session for an authenticated user. Raises like `SessionRegistry.open`, and Unavailable."""
         return self._registry.open(user, wall=self._clock.wall(), **opening)
-
-    def open_nowait(
-        self,
-        user: str,
-        client: str,
-        address: str,
-        roles: Roles = NO_ROLES,
-        external: bool = False,
-        ends_at: int | None = None,
-    ) -> OpenedSession | None:
-        """Open a session without waiting and bound to no key.
-
-        Return None, having done nothing, if a store is involved.
-        """
-        return self._registry.open(user, client, address, self._clock.wall(), roles, "", external, ends_at)
 
     async def refresh(self, refresh_token: bytes, *, client: str, address: str) -> OpenedSession:
         """Issue a new token pair. Raises like `SessionRegistry.refresh`, and Unavailable."""
@@ -193,6 +180,8 @@ class StoredSessionService(SessionService):
     `lookups` counts the tokens looked up in the store, `misses` those of them that it did not have.
     """
 
+    is_stored = True
+
     def __init__(self, sync: StoreSync, clock: Clock) -> None:
         super().__init__(sync.registry, clock)
         self.sync = sync
@@ -249,9 +238,6 @@ class StoredSessionService(SessionService):
         if opened is None:
             raise TokenRevoked("the session was revoked while it was opened; log in again")
         return opened
-
-    def open_nowait(self, *args: Any, **options: Any) -> None:
-        return None
 
     def _created(self, creating: asyncio.Task[None]) -> None:
         user = self._opening.pop(creating)
