@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness
+from tests.sessions.helpers import DAY, HOUR, MINUTE, WALL, RegistryHarness, new_session
 from zcproto.common.roles import OPERATORS
 from zcproto.errors import Code
 from zcproto.sessions import Session
@@ -235,14 +235,20 @@ def test_tokens_come_unchanged_from_entropy() -> None:
 
 
 @pytest.mark.parametrize("again", ["token", "family"])
-def test_repeating_entropy_is_refused(again: str) -> None:
-    values = iter([b"a" * 32, b"b" * 32, (b"a" if again == "token" else b"c") * 32, b"b" * 32])
-    harness = RegistryHarness(lambda size: next(values)[:size])
-    harness.open()
+@pytest.mark.parametrize("per_user", [1, 5])
+def test_repeating_entropy_is_refused(again: str, per_user: int) -> None:
+    repeated = [(b"a" if again == "token" else b"c") * 32, (b"b" if again == "family" else b"d") * 32]
+    values = iter([b"a" * 32, b"b" * 32, *repeated, *repeated, *repeated])
+    harness = RegistryHarness(lambda size: next(values)[:size], per_user=per_user, when_full="evict_oldest")
+    opened = harness.open()
+    for user in ("alice", "bob"):
+        with pytest.raises(RuntimeError, match="repeated itself"):
+            harness.open(user)
     with pytest.raises(RuntimeError, match="repeated itself"):
-        harness.open("bob")
-    assert len(harness.registry) == 1
+        new_session(harness.registry, "bob", client="zc/1", address="192.0.2.1", wall=WALL)
+    assert (len(harness.registry), harness.registry.opened, harness.strings) == (1, 1, (1, 1, 1))
     assert harness.registry.list("bob", WALL) == []
+    assert harness.good(opened.token).user == "alice"
 
 
 @pytest.mark.requirement("token_size")

@@ -15,7 +15,7 @@ def plain(least: int = MIN_BUCKETS) -> tuple[Slab, LinearHash]:
 
 
 def enter(slab: Slab, index: LinearHash, slot: int, hash_: int) -> None:
-    slab.column("I", 0)[slot] = hash_
+    slab.column("I", 0)[slot], slab.column("i", 4)[slot] = hash_, END
     index.enter(slot)
 
 

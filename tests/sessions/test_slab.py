@@ -54,6 +54,9 @@ def test_lowest_chunk_with_free_slot_is_used_first() -> None:
     slab.free_slot(7)
     slab.free_slot(CHUNK + 6)
     assert [slab.allocate() for _ in range(3)] == [7, CHUNK + 6, 2 * CHUNK + 5]
+    slab.free_slot(2 * CHUNK + 5)
+    slab.free_slot(7)
+    assert [slab.allocate() for _ in range(2)] == [7, 2 * CHUNK + 5]
 
 
 def test_one_empty_chunk_is_kept() -> None:

@@ -68,17 +68,23 @@ class LinearHash:
             slot = self._next[slot]
         return slots
 
-    def enter(self, slot: int) -> None:
-        """Add a slot, which is not in the index, whose record holds its hash."""
+    def enter(self, slot: int) -> int:
+        """Add a slot, which is not in the index, whose record holds its hash, and END as its link.
+
+        Return another entry that was in its bucket, or END.
+        """
         bucket = self._hashes[slot] & self._mask
         if bucket >= self.buckets:
             bucket &= self._mask >> 1
         heads = self._heads
-        self._next[slot] = heads[bucket]
+        following: int = heads[bucket]
+        if following != END:
+            self._next[slot] = following
         heads[bucket] = slot
         count = self.count = self.count + 1
         if count > self.buckets:
             self._split()
+        return following
 
     def remove(self, slot: int) -> None:
         """Remove a slot that is in the index."""
@@ -169,8 +175,14 @@ class DigestIndex(LinearHash):
             slot = self._next[slot]
         return END
 
+    def repeats(self, slot: int) -> bool:
+        """Return True if another slot has the same digest."""
+        digest = self[slot]
+        return any(other != slot and self[other] == digest for other in self.chain(self._hashes[slot]))
+
     def put(self, slot: int, digest: bytes) -> None:
         """Write a digest to a slot and add the slot, which is not in the index."""
         start = slot * self._record_size + self._offset
         self._bytes[start : start + self._width] = digest
+        self._next[slot] = END
         self.enter(slot)

@@ -68,7 +68,7 @@ class Lifecycle:
     @property
     def kept(self) -> int:
         """Return the number of live and lapsed sessions."""
-        return self._table.slab.used - self._table.tombstones
+        return self._table.tokens.count - self._table.tombstones
 
     @property
     def tombstones(self) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Final
+from typing import Final, Unpack
 
 from zcproto.common.roles import NO_ROLES, Roles, names_without_operator, roles_of
 from zcproto.common.roles import OPERATOR as OPERATOR_ROLE
@@ -36,6 +36,7 @@ from zcproto.sessions.session import (
     OPERATOR,
     EndReason,
     OpenedSession,
+    Opening,
     Session,
     SessionInfo,
     SessionSettings,
@@ -102,6 +103,7 @@ class SessionRegistry(Exchange):
                     idle_at = wall + self._idle
                 return Session(
                     session_id,
+                    id_text(session_id),
                     self._users[user],
                     flags,
                     slot,
@@ -180,21 +182,33 @@ class SessionRegistry(Exchange):
             InvalidArgument: the name of the user or client is longer than MAX_TEXT.
         """
         self._wall = wall
-        record, token, refresh_token = self.new_session(
-            user, client, address, wall, roles, key, external, ends_at
-        )
-        self._make_room(user, wall)
-        slot = self._table.add(record)  # new ids and digests: none of `restore`'s checks applies
+        record, opened = self._new_session(user, client, address, wall, roles, key, external, ends_at)
+        table, settings = self._table, self._settings
+        number = table.users.find(user)
+        is_full = number != NONE and table.users.uses[number] >= settings.per_user
+        if is_full or self.kept >= settings.max_sessions:
+            self._check_new(record)
+            self._make_room(user, wall)
+        opened.session.slot = slot = table.add(record)
+        if slot == NONE:
+            raise _entropy_repeats()
         self._live += 1
         self.opened += 1
         self._announce()
-        session_id, _, _, _, _, _, flags, _, _, expires_at, refresh_expires_at, _, names = record
-        valid_until = min(expires_at, wall + self._idle)
-        expiring_at = expires_at - self._tenth
-        session = Session(session_id, user, flags, slot, expires_at, valid_until, expiring_at, names)
-        return OpenedSession(token, refresh_token, refresh_expires_at or None, session)
+        return opened
 
     def new_session(
+        self, user: str, *, wall: int, **opening: Unpack[Opening]
+    ) -> tuple[RecordFields, bytes, bytes | None]:
+        """Return the record, the token and the refresh token of a new session. It is unknown here until `restore`.
+
+        Raises InvalidArgument if the name of the user or client is longer than MAX_TEXT.
+        """
+        record, opened = self._new_session(user, wall=wall, **opening)
+        self._check_new(record)
+        return record, opened.token, opened.refresh_token
+
+    def _new_session(
         self,
         user: str,
         client: str,
@@ -204,19 +218,13 @@ class SessionRegistry(Exchange):
         key: str = "",
         external: bool = False,
         ends_at: int | None = None,
-    ) -> tuple[RecordFields, bytes, bytes | None]:
-        """Return the record, the token and the refresh token of a new session. It is unknown here until `restore`.
-
-        Raises InvalidArgument if the name of the user or client is longer than MAX_TEXT.
-        """
+    ) -> tuple[RecordFields, OpenedSession]:
+        """Return a new session whose slot is not yet known."""
         if len(user) > MAX_TEXT or len(client) > MAX_TEXT:
             raise _too_long("client" if len(user) <= MAX_TEXT else "user")
         settings = self._settings
-        token, digest = self._new_token()
-        refresh_token = SecretBytes(self._entropy(TOKEN_SIZE))
+        token, refresh_token = SecretBytes(self._entropy(TOKEN_SIZE)), SecretBytes(self._entropy(TOKEN_SIZE))
         session_id = id_of(refresh_token[:FAMILY_SIZE])
-        if self._table.ids.find(session_id) != NONE:
-            raise _entropy_repeats()
         flags, names = (BOUND if key else 0) | (EXTERNAL if external else 0), ""
         if roles:
             names = names_without_operator(roles)
@@ -229,7 +237,7 @@ class SessionRegistry(Exchange):
             expires_at = min(expires_at, ends_at)
         record = (
             session_id,
-            digest,
+            sha256(token).digest(),
             sha256(refresh_token).digest(),
             user,
             client,
@@ -242,7 +250,20 @@ class SessionRegistry(Exchange):
             key,
             names,
         )
-        return record, token, refresh_token if refresh_expires_at else None
+        session = Session(
+            session_id,
+            id_text(session_id),
+            user,
+            flags,
+            NONE,
+            expires_at,
+            min(expires_at, wall + self._idle),
+            expires_at - self._tenth,
+            names,
+        )
+        if not refresh_expires_at:
+            return record, OpenedSession(token, None, None, session)
+        return record, OpenedSession(token, refresh_token, refresh_expires_at, session)
 
     def opened_session(
         self, session_id: bytes, token: bytes, refresh_token: bytes | None
@@ -290,7 +311,10 @@ class SessionRegistry(Exchange):
         if not _is_token(refresh_token):
             return None
         family = refresh_token[:FAMILY_SIZE]
-        token, token_digest = self._new_token()
+        token = SecretBytes(self._entropy(TOKEN_SIZE))
+        token_digest = digest_of(token)
+        if self._table.tokens.find(token_digest) != NONE:
+            raise _entropy_repeats()
         new_refresh_token = SecretBytes(family + self._entropy(TOKEN_SIZE - FAMILY_SIZE))
         rotation = Rotation(
             id=id_of(family),
@@ -447,10 +471,8 @@ class SessionRegistry(Exchange):
     # Helpers
 
     def _make_room(self, user: str, wall: int) -> None:
-        """Make room for one more session of the user, or raise ResourceExhausted."""
+        """Make room at a limit for one more session of the user, or raise ResourceExhausted."""
         table, per_user, when_full = self._table, self._settings.per_user, self._settings.when_full
-        if table.users.count(user) < per_user and self.kept < self._settings.max_sessions:
-            return
         slots = [slot for slot in table.of_user(user) if self._expire_if_due(slot, wall)]
         surplus = len(slots) + 1 - per_user  # above 1 after the limit was lowered
         if surplus > 0:
@@ -474,12 +496,9 @@ class SessionRegistry(Exchange):
                 {"retry_after_ms": _RETRY_FULL_MS},
             )
 
-    def _new_token(self) -> tuple[bytes, bytes]:
-        token = SecretBytes(self._entropy(TOKEN_SIZE))
-        digest = sha256(token).digest()
-        if self._table.tokens.find(digest) != NONE:
+    def _check_new(self, record: RecordFields) -> None:
+        if self._table.ids.find(record[0]) != NONE or self._table.tokens.find(record[1]) != NONE:
             raise _entropy_repeats()
-        return token, digest
 
     def _find(self, session_id: str) -> int:
         raw = id_from_text(session_id)
@@ -492,6 +511,7 @@ class SessionRegistry(Exchange):
         valid_until = min(expires_at, last_used_at + self._idle)
         session = Session(
             session_id,
+            id_text(session_id),
             self._users[user],
             flags,
             slot,

@@ -12,7 +12,6 @@ from typing import Final, Required, TypedDict, get_args
 from zcproto.common.roles import Roles, roles_of
 from zcproto.errors import ConfigError
 from zcproto.sessions.record import WhenFull
-from zcproto.sessions.token import id_text
 
 _HOUR_MS: Final = 3_600_000
 _DAY_MS: Final = 24 * _HOUR_MS
@@ -104,20 +103,21 @@ class SessionSettings:
 class Session:
     """A live session at the time of a check of its token.
 
-    `raw_id` are the 16 bytes of its id. `slot` is its slot in the registry while the registry's `generation` is
-    unchanged since the check. `expires_at` is the absolute expiry of the token; from `valid_until` on it must be
-    checked again for idleness; at `expiring_at` a tenth of its lifetime is left.
+    `raw_id` are the 16 bytes of its id, `id` is its text: 22 characters of base64url. `slot` is its slot
+    in the registry while the registry's `generation` is unchanged since the check. `expires_at` is the absolute
+    expiry of the token; from `valid_until` on it must be checked again for idleness; at `expiring_at` a tenth of
+    its lifetime is left.
     """
 
     raw_id: bytes
+    id: str
     user: str
     flags: int
     slot: int
     expires_at: int
     valid_until: int
     expiring_at: int
-    role_names: str = ""
-    _id_text: str | None = None
+    role_names: str
 
     @property
     def roles(self) -> Roles:
@@ -128,14 +128,6 @@ class Session:
     def bound(self) -> bool:
         """Return True if the token is valid only on connections that proved its key (zcp1.md, section 9.5)."""
         return self.flags & BOUND != 0
-
-    @property
-    def id(self) -> str:
-        """Return the public id: 22 characters of base64url. Computed on first use; most checks do not need it."""
-        text = self._id_text
-        if text is None:
-            text = self._id_text = id_text(self.raw_id)
-        return text
 
     def __repr__(self) -> str:
         return f"Session(id={self.id!r}, user={self.user!r}, slot={self.slot}, expires_at={self.expires_at})"

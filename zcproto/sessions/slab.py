@@ -74,11 +74,15 @@ class Slab:
         self._memory = Memory(self.capacity * record_size)
         self.bytes = self._memory.view
         self._link = self.column("i", link)
-        self._free_heads = array("i")  # per chunk: its first free slot
-        self._free = array("i")  # per chunk: number of free slots
+        self._free_heads = array("i", [0])  # per chunk: its first free slot
+        self._free = array("i", [0])  # per chunk: number of free slots; 0 until the first chunk is prepared
         self._lowest = 0  # no chunk below this has a free slot
-        self.used = 0
         self.size = 0
+
+    @property
+    def used(self) -> int:
+        """Return the number of slots in use. Takes longer with more chunks."""
+        return self.size - sum(self._free)
 
     def column(self, format_: Format, offset: int) -> memoryview:
         """Return the field at `offset` of all records. Offset and record size are multiples of its size."""
@@ -87,13 +91,10 @@ class Slab:
 
     def allocate(self) -> int:
         """Return a free slot. The caller keeps the number in use below `capacity`."""
-        if self.used == self.size:
-            self._grow()
-        self.used += 1
         chunk, free, heads = self._lowest, self._free, self._free_heads
-        while not (left := free[chunk]):
-            chunk += 1
-            self._lowest = chunk
+        if not (left := free[chunk]):
+            chunk = self._next_chunk()
+            left = free[chunk]
         slot = heads[chunk]
         heads[chunk] = self._link[slot]
         free[chunk] = left - 1
@@ -105,7 +106,6 @@ class Slab:
         self._link[slot] = self._free_heads[chunk]
         self._free_heads[chunk] = slot
         self._free[chunk] += 1
-        self.used -= 1
         self._lowest = min(self._lowest, chunk)
         if self._free[chunk] == self._chunk:
             self.trim()
@@ -122,11 +122,19 @@ class Slab:
             self._free_heads.pop()
             self.size -= self._chunk
 
-    def _grow(self) -> None:
+    def _next_chunk(self) -> int:
+        """Return the lowest chunk with a free slot; prepare another one if all are full."""
+        for chunk in range(self._lowest + 1, len(self._free)):
+            if self._free[chunk]:
+                self._lowest = chunk
+                return chunk
+        return self._grow()
+
+    def _grow(self) -> int:
         first, end = self.size, self.size + self._chunk
         assert end <= self.capacity
         self._link[first:end] = memoryview(array("i", range(first + 1, end + 1)))
-        self._free_heads.append(first)
-        self._free.append(self._chunk)
-        self._lowest = len(self._free) - 1
+        chunk = self._lowest = first // self._chunk
+        self._free_heads[chunk:], self._free[chunk:] = array("i", [first]), array("i", [self._chunk])
         self.size = end
+        return chunk

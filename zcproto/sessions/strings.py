@@ -58,27 +58,26 @@ class StringTable:
     def find(self, text: str) -> int:
         """Return the number of a string in use, or UNKNOWN."""
         if text != self._last_text:
-            self._search(text)
+            self._last_text, self._last = text, UNKNOWN
+            value = self._last_value = text.encode("utf-8", "surrogatepass")
+            for number in self._index.chain(hash(value) & _HASH_MASK):
+                if self._value(number) == value:
+                    self._last = number
         return self._last
-
-    def count(self, text: str) -> int:
-        """Return the number of uses of a string."""
-        number = self.find(text)
-        return 0 if number == UNKNOWN else self.uses[number]
 
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
-        number = self.find(text)
-        if number == UNKNOWN:
-            value = self._last_value
-            number = self._last = self.slab.allocate()
-            if len(value) > self._inline:
-                self._long[number] = value
-            start = number * self._record_size
-            self._record.pack_into(self._bytes, start, END, hash(value) & _HASH_MASK, 1, UNKNOWN, value)
-            self._index.enter(number)
-        else:
+        number = self._last if text == self._last_text else self.find(text)
+        if number != UNKNOWN:
             self.uses[number] += 1
+            return number
+        value = self._last_value
+        number = self._last = self.slab.allocate()
+        if len(value) > self._inline:
+            self._long[number] = value
+        start = number * self._record_size
+        self._record.pack_into(self._bytes, start, END, hash(value) & _HASH_MASK, 1, UNKNOWN, value)
+        self._index.enter(number)
         return number
 
     def release(self, number: int) -> None:
@@ -90,13 +89,6 @@ class StringTable:
             self._index.remove(number)
             self._long.pop(number, None)
             self.slab.free_slot(number)
-
-    def _search(self, text: str) -> None:
-        self._last_text, self._last = text, UNKNOWN
-        value = self._last_value = text.encode("utf-8", "surrogatepass")
-        for number in self._index.chain(hash(value) & _HASH_MASK):
-            if self._value(number) == value:
-                self._last = number
 
     def _value(self, number: int) -> bytes:
         if self._long and number in self._long:

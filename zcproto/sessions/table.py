@@ -86,7 +86,10 @@ class SessionTable:
     # Sessions
 
     def add(self, record: RecordFields) -> int:
-        """Add a live session to the end of its user's list and to the indexes. Return its slot."""
+        """Add a live session to the end of its user's list and to the indexes. Return its slot.
+
+        If its token or id is known, change nothing and return NONE.
+        """
         id_, token, refresh, user, client, address, flags, created, used, expires, until, key, roles = record
         slot = self.slab.allocate()
         users = self.users
@@ -119,8 +122,11 @@ class SessionTable:
             users.marks[number] = slot
         else:
             self._append(first, slot)
-        self.tokens.enter(slot)
-        self.ids.enter(slot)
+        # Checked after entering: nearly every bucket was empty, and then nothing needs to be compared.
+        others = self.tokens.enter(slot), self.ids.enter(slot)
+        if others != (NONE, NONE) and (self.tokens.repeats(slot) or self.ids.repeats(slot)):
+            self.drop(slot)
+            return NONE
         return slot
 
     def drop(self, slot: int) -> None:
