@@ -1,5 +1,5 @@
 /* The functions of requests and logins in C: read_request, cut_values, encode_frame, scan_body, fits,
- * token_from_text, id_text.
+ * token_from_text, id_text, wall_ms.
  *
  * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
  * bodies with anything unusual, are passed on to them, so that results and errors are the same by construction.
@@ -11,6 +11,7 @@
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 /* Offsets of the fields of a frame (zcp1.md, section 5). */
 enum { HEAD = 4, STREAM = 8, TIMESTAMP = 12, SALT = 20, COUNTER = 28, TOKEN = 36, BODY = 68 };
@@ -542,6 +543,16 @@ read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
     return tuple_of(parts, 3);
 }
 
+/* wall_ms() */
+static PyObject *
+wall_ms(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    struct timespec now;
+    if (nargs == 0 && timespec_get(&now, TIME_UTC) == TIME_UTC)
+        return PyLong_FromLongLong((long long)now.tv_sec * 1000 + now.tv_nsec / 1000000);
+    return call_twin("wall_ms", args, nargs);
+}
+
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 
 static PyMethodDef METHODS[] = {
@@ -552,6 +563,7 @@ static PyMethodDef METHODS[] = {
     FUNCTION(fits),
     FUNCTION(token_from_text),
     FUNCTION(id_text),
+    FUNCTION(wall_ms),
     {NULL, NULL, 0, NULL},
 };
 
