@@ -101,12 +101,17 @@ class Login:
         return tuple(self._authenticators)
 
     def open(
-        self, params: Mapping[str, Any], address: str, now: float, channel: Channel = NO_CHANNEL
+        self,
+        params: Mapping[str, Any],
+        address: str,
+        now: float,
+        channel: Channel = NO_CHANNEL,
+        wait_ms: int | None = None,
     ) -> Identity | Coroutine[Any, Any, Identity]:
         """Return the user of a login by the fields of `session.open` and the connection; a coroutine if the
         authenticator has to wait.
 
-        `now` is monotonic seconds.
+        `now` is monotonic seconds. `wait_ms` is the answer of the throttle if it had to be awaited.
 
         Raises, at once or later:
             Unauthenticated: the login failed, whatever the cause.
@@ -122,38 +127,13 @@ class Login:
             offered = ", ".join(sorted(self._authenticators))
             raise InvalidArgument(f"scheme: not offered here; use one of: {offered}")
         name = self._namers[scheme](params, channel)
-        wait_ms = self.throttle.check(name, address, now)
-        if not isinstance(wait_ms, int):
-            return self._open_later(wait_ms, authenticator, params, name, address, now, channel)
+        if wait_ms is None:
+            checked = self.throttle.check(name, address, now)
+            if not isinstance(checked, int):
+                return self._open_later(checked, params, address, now, channel)
+            wait_ms = checked
         if wait_ms or self._pending_all[_ALL]:
             self._admit(wait_ms, name, address)
-        return self._authenticate(authenticator, params, name, address, now, channel)
-
-    async def _open_later(
-        self,
-        wait_ms: Awaitable[int],
-        authenticator: Authenticator,
-        params: Mapping[str, Any],
-        name: str,
-        address: str,
-        now: float,
-        channel: Channel,
-    ) -> Identity:
-        """Open a session whose throttle must be awaited."""
-        self._admit(await wait_ms, name, address)
-        answer = self._authenticate(authenticator, params, name, address, now, channel)
-        return answer if isinstance(answer, Identity) else await answer
-
-    def _authenticate(
-        self,
-        authenticator: Authenticator,
-        params: Mapping[str, Any],
-        name: str,
-        address: str,
-        now: float,
-        channel: Channel,
-    ) -> Identity | Coroutine[Any, Any, Identity]:
-        scheme = authenticator.scheme
         try:
             answer = authenticator.authenticate(params, address, channel)
         except Exception as error:
@@ -166,6 +146,18 @@ class Login:
         if answer is None:
             return self._refused(scheme, name, address, now)
         return self._when_decided(answer, scheme, name, address, now)
+
+    async def _open_later(
+        self,
+        wait_ms: Awaitable[int],
+        params: Mapping[str, Any],
+        address: str,
+        now: float,
+        channel: Channel,
+    ) -> Identity:
+        """Open a session whose throttle must be awaited."""
+        answer = self.open(params, address, now, channel, await wait_ms)
+        return answer if isinstance(answer, Identity) else await answer
 
     async def _when_decided(
         self, answer: Awaitable[Identity | None], scheme: str, name: str, address: str, now: float

@@ -115,7 +115,7 @@ class Throttle:
 
     def check(self, user: str, address: str, now: float) -> int:
         """Return the milliseconds that a login of this user from this address has to wait, or 0."""
-        if not (self._pairs.rows or self._users.rows or self._addresses.rows):
+        if not (self._pairs.rows or self._users.rows):  # an address fails with a user only
             return 0  # no recent failure: the usual case
         network = network_of(address)
         pair = (user, network)

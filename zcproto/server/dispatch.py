@@ -184,8 +184,8 @@ class Dispatcher(asyncio.Protocol):
 
     # --- methods -------------------------------------------------------------------------------------
 
-    def _run(self, request: Request, method: Method | None) -> None:
-        """Run a request's method until it returns or waits."""
+    def _run(self, request: Request, method: Method | None, wall: int) -> None:
+        """Run a request's method until it returns or waits. `wall` is when the request was read."""
         state = self._state
         if method is None or not method.is_open:
             limits, session = state.request_limits, request.session
@@ -213,15 +213,15 @@ class Dispatcher(asyncio.Protocol):
         method.calls += 1
         tracing = state.tracing
         if tracing is None:
-            self._run_allowed(request, method)
+            self._run_allowed(request, method, wall)
             return
         method, entered = tracing.enter(request, method)
         try:
-            self._run_allowed(request, method)
+            self._run_allowed(request, method, wall)
         finally:
             tracing.leave(entered)
 
-    def _run_allowed(self, request: Request, method: Method) -> None:
+    def _run_allowed(self, request: Request, method: Method, wall: int) -> None:
         """Run a request's method: its caller may call it."""
         state = self._state
         if request.meta.idempotency_key is not None and not request.method.startswith(RESERVED_PREFIXES):
@@ -247,7 +247,7 @@ class Dispatcher(asyncio.Protocol):
         except BaseException as error:
             self._answer_exception(request, error)
         else:
-            self._answer_body(request, body)
+            self._answer_body(request, body, wall)
 
     def _run_stream(self, stream: ServerStream, method: Method) -> None:
         """Start a method that sends or takes items."""
@@ -291,7 +291,7 @@ class Dispatcher(asyncio.Protocol):
         state.timed_part = wall >> PART_BITS
         state.traffic_begins()
         began = state.clock.now()
-        self._run(request, method)
+        self._run(request, method, wall)
         if method is not None:
             method.durations.add(state.clock.now() - began)
 
@@ -372,7 +372,7 @@ class Dispatcher(asyncio.Protocol):
             except Exception as unsendable:
                 self._answer_exception(request, unsendable)
             else:
-                self._answer_body(request, body)
+                self._answer_body(request, body, self.wall())
         self.flush_soon()
 
     def _stop(self, ended: RequestEnded) -> None:
@@ -448,18 +448,17 @@ class Dispatcher(asyncio.Protocol):
 
     # --- answers -------------------------------------------------------------------------------------
 
-    def _answer_body(self, request: Request, body: bytes) -> None:
-        if len(body) < SENT_AT_ONCE:
-            if self._connection is not None:
-                self._connection.respond(request, body, self._state.clock.wall())
-        else:
+    def _answer_body(self, request: Request, body: bytes, wall: int) -> None:
+        if len(body) >= SENT_AT_ONCE:
             self._answer_large(request, body)
+        elif self._connection is not None:
+            self._connection.respond(request, body, wall)
 
     def _answer(self, request: Request, answer: Answer) -> None:
         if answer.code:
             self._fail(request, answer.code, answer.body)
         else:
-            self._answer_body(request, answer.body)
+            self._answer_body(request, answer.body, self.wall())
 
     def _answer_large(self, request: Request, body: bytes) -> None:
         """Answer and send at once, so that a peer that does not read stops the next request."""

@@ -234,7 +234,7 @@ class ServerProtocol(Dispatcher):
                     if timed:
                         self._run_timed(Request(*event), method, wall)
                     else:
-                        self._run(Request(*event), method)
+                        self._run(Request(*event), method, wall)
                 else:
                     method.calls += 1
                     try:
@@ -261,7 +261,7 @@ class ServerProtocol(Dispatcher):
                         else:
                             connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
             elif event.__class__ is ServerStream:
-                self._run(event, find(event.method))
+                self._run(event, find(event.method), wall)
             elif self._handle(event):
                 self._suspended = cast("Iterator[ServerEvent]", events)
                 break
