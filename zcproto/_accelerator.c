@@ -1,4 +1,4 @@
-/* The functions of requests and logins in C: read_request, cut_values, encode_frame, encode_value, scan_body, fits,
+/* The functions of requests and logins in C: read_request, cut_values, encode_frame, scan_body, fits,
  * token_from_text, id_text, wall_ms.
  *
  * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
@@ -158,170 +158,32 @@ usual_size(const Rules *rules, Bytes frame, size_t left)
     return LENGTH_SIZE + (size_t)length;
 }
 
-/* What precedes the body of a frame, but for its length. */
-typedef struct {
-    uint64_t head, stream, timestamp, counter;
-    Bytes salt, token;
-} Header;
-
-/* Read the arguments of encode_frame and encode_value but for the last. Return 0 if they are for the twin. */
-static int
-read_header(PyObject *const *args, Py_ssize_t nargs, Header *header)
-{
-    return nargs == 7 && is_uint(args[0], UINT32_MAX, &header->head) &&
-           is_uint(args[1], UINT32_MAX, &header->stream) && is_uint(args[2], UINT64_MAX, &header->timestamp) &&
-           is_bytes(args[3], ANY_SUBCLASS, SALT_SIZE, &header->salt) &&
-           is_uint(args[4], UINT64_MAX, &header->counter) &&
-           is_bytes(args[5], ANY_SUBCLASS, TOKEN_SIZE, &header->token);
-}
-
+/* encode_frame(head, stream, timestamp, salt, counter, token, body) */
 static PyObject *
-frame_of(const Header *header, Bytes body, Py_ssize_t size)
+encode_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
+    Bytes salt, token, body;
+    uint64_t head, stream, timestamp, counter;
+    if (nargs != 7 || !is_uint(args[0], UINT32_MAX, &head) || !is_uint(args[1], UINT32_MAX, &stream) ||
+        !is_uint(args[2], UINT64_MAX, &timestamp) || !is_bytes(args[3], ANY_SUBCLASS, SALT_SIZE, &salt) ||
+        !is_uint(args[4], UINT64_MAX, &counter) || !is_bytes(args[5], ANY_SUBCLASS, TOKEN_SIZE, &token) ||
+        !is_bytes(args[6], PLAIN, -1, &body) || PyBytes_Size(args[6]) > PY_SSIZE_T_MAX - BODY ||
+        (uint64_t)PyBytes_Size(args[6]) > UINT32_MAX - MIN_LENGTH)
+        return call_twin("encode_frame", args, nargs);
+    Py_ssize_t size = PyBytes_Size(args[6]);
     PyObject *result = PyBytes_FromStringAndSize(NULL, BODY + size);
     if (result == NULL)
         return NULL;
     unsigned char *frame = (unsigned char *)PyBytes_AsString(result);
     put32(frame, MIN_LENGTH + (uint64_t)size);
-    put32(frame + HEAD, header->head);
-    put32(frame + STREAM, header->stream);
-    put64(frame + TIMESTAMP, header->timestamp);
-    memcpy(frame + SALT, header->salt, SALT_SIZE);
-    put64(frame + COUNTER, header->counter);
-    memcpy(frame + TOKEN, header->token, TOKEN_SIZE);
+    put32(frame + HEAD, head);
+    put32(frame + STREAM, stream);
+    put64(frame + TIMESTAMP, timestamp);
+    memcpy(frame + SALT, salt, SALT_SIZE);
+    put64(frame + COUNTER, counter);
+    memcpy(frame + TOKEN, token, TOKEN_SIZE);
     memcpy(frame + BODY, body, (size_t)size);
     return result;
-}
-
-/* encode_frame(head, stream, timestamp, salt, counter, token, body) */
-static PyObject *
-encode_frame(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    Bytes body;
-    Header header;
-    if (!read_header(args, nargs, &header) || !is_bytes(args[6], PLAIN, -1, &body) ||
-        PyBytes_Size(args[6]) > PY_SSIZE_T_MAX - BODY ||
-        (uint64_t)PyBytes_Size(args[6]) > UINT32_MAX - MIN_LENGTH)
-        return call_twin("encode_frame", args, nargs);
-    return frame_of(&header, body, PyBytes_Size(args[6]));
-}
-
-/* The packer writes small bodies; the twin copies large ones at nearly the same cost. */
-enum { SMALL = 512, DEEPEST_PACKED = 16 };
-
-typedef struct {
-    unsigned char *at, *end;
-} Room;
-
-/* Write a first byte and a number of so many bytes. Return 0 without room. */
-static int
-put_uint(Room *room, unsigned first, int size, uint64_t value)
-{
-    if (room->end - room->at <= size)
-        return 0;
-    *room->at++ = (unsigned char)first;
-    while (size-- > 0)
-        *room->at++ = (unsigned char)(value >> 8 * size);
-    return 1;
-}
-
-/* Write a size up to SMALL: within the first byte up to `most`, after `first` in one byte if `has_short`, else in
- * two after the next one. */
-static int
-put_size(Room *room, Py_ssize_t size, unsigned within, Py_ssize_t most, unsigned first, int has_short)
-{
-    if (size > SMALL)
-        return 0;
-    if (size <= most)
-        return put_uint(room, within | (unsigned)size, 0, 0);
-    if (has_short && size <= 0xff)
-        return put_uint(room, first, 1, (uint64_t)size);
-    return put_uint(room, first + (unsigned)has_short, 2, (uint64_t)size);
-}
-
-static int
-put_bytes(Room *room, const char *data, Py_ssize_t size)
-{
-    if (room->end - room->at < size)
-        return 0;
-    memcpy(room->at, data, (size_t)size);
-    room->at += size;
-    return 1;
-}
-
-static int
-put_int(Room *room, PyObject *value)
-{
-    int overflow;
-    long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
-    uint64_t bits = (uint64_t)number;
-    if (overflow)
-        return is_uint(value, UINT64_MAX, &bits) && put_uint(room, 0xcf, 8, bits);
-    if (number >= -32 && number <= 0x7f)
-        return put_uint(room, (unsigned)bits & 0xff, 0, 0);
-    unsigned first = number < 0 ? 0xd0 : 0xcc;
-    uint64_t most = number < 0 ? ~bits << 1 : bits; /* with a bit for the sign */
-    int width = most <= 0xff ? 0 : most <= 0xffff ? 1 : most <= UINT32_MAX ? 2 : 3;
-    return put_uint(room, first + (unsigned)width, 1 << width, bits);
-}
-
-/* Write a value as msgpack does. Return 0 if it is for the twin. */
-static int
-pack(Room *room, PyObject *value, int depth)
-{
-    if (PyUnicode_CheckExact(value)) {
-        Py_ssize_t size;
-        const char *text = PyUnicode_AsUTF8AndSize(value, &size);
-        if (text == NULL) { /* a lone surrogate */
-            PyErr_Clear();
-            return 0;
-        }
-        return put_size(room, size, 0xa0, 31, 0xd9, 1) && put_bytes(room, text, size);
-    }
-    if (PyBytes_CheckExact(value)) {
-        Py_ssize_t size = PyBytes_Size(value);
-        return put_size(room, size, 0, -1, 0xc4, 1) && put_bytes(room, PyBytes_AsString(value), size);
-    }
-    if (PyLong_CheckExact(value))
-        return put_int(room, value);
-    if (value == Py_None || value == Py_False || value == Py_True)
-        return put_uint(room, value == Py_None ? 0xc0 : value == Py_False ? 0xc2 : 0xc3, 0, 0);
-    if (PyFloat_CheckExact(value)) {
-        double number = PyFloat_AsDouble(value);
-        uint64_t bits;
-        memcpy(&bits, &number, sizeof bits);
-        return put_uint(room, 0xcb, 8, bits);
-    }
-    if (depth == DEEPEST_PACKED)
-        return 0;
-    if (PyDict_CheckExact(value)) {
-        PyObject *key, *part;
-        Py_ssize_t at = 0;
-        int done = put_size(room, PyDict_Size(value), 0x80, 15, 0xde, 0);
-        while (done && PyDict_Next(value, &at, &key, &part))
-            done = PyUnicode_CheckExact(key) && pack(room, key, depth) && pack(room, part, depth + 1);
-        return done;
-    }
-    int is_list = PyList_CheckExact(value);
-    if (!is_list && !PyTuple_CheckExact(value))
-        return 0;
-    Py_ssize_t size = is_list ? PyList_Size(value) : PyTuple_Size(value);
-    int done = put_size(room, size, 0x90, 15, 0xdc, 0);
-    for (Py_ssize_t i = 0; done && i < size; i++)
-        done = pack(room, is_list ? PyList_GetItem(value, i) : PyTuple_GetItem(value, i), depth + 1);
-    return done;
-}
-
-/* encode_value(head, stream, timestamp, salt, counter, token, value) */
-static PyObject *
-encode_value(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    Header header;
-    unsigned char body[SMALL];
-    Room room = {body, body + SMALL};
-    if (!read_header(args, nargs, &header) || !pack(&room, args[6], 0))
-        return call_twin("encode_value", args, nargs);
-    return frame_of(&header, body, room.at - body);
 }
 
 enum { DEEPEST = 64, SIZED = 16, REFUSED = 32 };
@@ -696,7 +558,6 @@ wall_ms(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 static PyMethodDef METHODS[] = {
     FUNCTION(read_request),
     FUNCTION(encode_frame),
-    FUNCTION(encode_value),
     FUNCTION(scan_body),
     FUNCTION(cut_values),
     FUNCTION(fits),

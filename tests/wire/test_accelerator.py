@@ -24,7 +24,6 @@ from tests.wire.accelerators import (
     ODD_TEXTS,
     REQUIRED,
     RULES,
-    OddStr,
     check_call,
     check_decoders,
     check_random,
@@ -148,7 +147,6 @@ def test_any_value_is_decoded_alike(value: Any, max_depth: int) -> None:
     check_decoders(body, max_depth)
     check_decoders(encode_body(["m", {"value": value}]), max_depth)
     check_call("cut_values", frame(body=body), 2**32, *RULES[1:-1], max_depth)
-    check_call("encode_value", REQUEST, 7, WALL, SALT, 6, TOKEN, value)
 
 
 @needs_compiled
@@ -208,29 +206,6 @@ def test_values_are_cut_alike(kind: str) -> None:
             data = frame(body=b"\xc3") + frame(counter=7, body=around + body) + frame(counter=8, body=b"\xc0")
             for max_depth in (0, 1, 2, 64, 65):
                 check_call("cut_values", data, 2**32, *RULES[1:-1], max_depth)
-
-
-@needs_compiled
-def test_values_are_encoded_alike() -> None:
-    header = (REQUEST, 7, WALL, SALT, 6, TOKEN)
-    edges = [sign * 2**bits + more for bits in range(66) for sign in (1, -1) for more in (-1, 0, 1)]
-    sized = [
-        make(size)
-        for size in (0, 1, 15, 16, 17, 31, 32, 33, 255, 256, 506, 507, 508, 509, 510, 511, 512, 513, 70_000)
-        for make in (bytes, "a".__mul__, "é".__mul__, [None].__mul__, (True,).__mul__)
-    ]
-    maps = [{f"k{number}": number for number in range(size)} for size in (0, 1, 15, 16, 17, 99, 200)]
-    deep: list[Any] = [[]]
-    for _ in range(40):
-        deep.append([deep[-1]] if len(deep) % 2 else {"a": deep[-1]})
-    odd = ({5: 1}, {b"k": 1}, {OddStr("k"): 1}, {None: 1}, {"k": {1}}, "\ud800", {"\ud800": 1}, 1j, object)
-    floats = (0.0, -0.0, 1.5, 1e300, float("inf"), float("nan"))
-    for value in (*edges, *sized, *maps, *deep, *odd, *floats, *MSGPACK.values(), *ODD_NUMBERS, *ODD_BYTES):
-        for around in (value, [value], {"a": value}, ("m", {"a": value}, True)):
-            check_call("encode_value", *header, around)
-    for number in range(len(header)):
-        for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
-            check_call("encode_value", *header[:number], value, *header[number + 1 :], {"a": 1})
 
 
 @needs_compiled
@@ -294,7 +269,6 @@ CALLS: dict[str, tuple[Any, ...]] = {
         *RULES[1:],
     ),
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
-    "encode_value": (REQUEST, 7, WALL, SALT, 6, TOKEN, ["m", {"a": [1.5, (None,)]}]),
     "scan_body": (encode_body({"a": [1, 2]}), 32),
     "fits": ({"user": "ada", "count": 1000}, CLASSES, NAMED, REQUIRED),
     "token_from_text": ("A" * 43,),
@@ -311,7 +285,6 @@ FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
     ),
     "cut_values": (frame(body=b"\xa1\xff"), 5),
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
-    "encode_value": (REQUEST, 7, WALL, SALT, 6, TOKEN, "\ud800"),
     "scan_body": (b"\xc1" * 300, 32),
     "fits": ({"user": "ada"}, CLASSES, [*NAMED], REQUIRED),
     "token_from_text": ("\ud800",),
@@ -445,7 +418,6 @@ def test_package_uses_the_chosen_functions() -> None:
         "read_request": usual.read_request,
         "cut_values": usual.cut_values,
         "encode_frame": frames.encode_frame,
-        "encode_value": message.encode_value,
     }
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
     chosen["token_from_text"], chosen["id_text"] = tokens.token_from_text, tokens.id_text

@@ -26,7 +26,6 @@ from zcproto.wire.frame import (
     END,
     FAILURE,
     ITEM,
-    LENGTH_SIZE,
     MAX_STREAM,
     MIN_LENGTH,
     NO_TOKEN,
@@ -38,7 +37,7 @@ from zcproto.wire.frame import (
     TOKEN_SIZE,
     encode_frame,
 )
-from zcproto.wire.message import Credit, MessageError, encode_body, encode_error, encode_value
+from zcproto.wire.message import Credit, MessageError, encode_body, encode_error
 
 MAX_FRAME_BEFORE_SESSION: Final = 16_384
 """Maximum `length` on a connection without a session, in both directions (zcp1.md, section 13)."""
@@ -120,34 +119,34 @@ class ClientOutput:
             self._refuse_request()
         if len(in_flight) >= self.welcome["max_streams"]:
             raise ResourceExhausted("too many requests in flight on this connection")
+        try:
+            # `encode_request` inlined
+            body = encode_body([method, params, meta] if meta else [method, params])
+        except MessageError as error:
+            raise InvalidArgument(str(error)) from error
+        size = MIN_LENGTH + len(body)
+        if size > MAX_FRAME_BEFORE_SESSION or size > self.welcome["max_frame"]:
+            self._check_size(size)
         stream = self._next_stream
         while stream in in_flight:
             stream = stream % MAX_STREAM + 1
-        is_opening = method in OPENING_METHODS
-        shown = NO_TOKEN if is_opening else token
-        counter = self._counter + 1
-        timestamp = wall + self.clock_offset_ms
-        if timestamp < 0:  # noqa: PLR1730  as in `_send`
-            timestamp = 0
-        try:
-            body = [method, params, meta] if meta else [method, params]
-            frame = encode_value(head, stream, timestamp, self.salt, counter, shown, body)
-        except MessageError as error:
-            raise InvalidArgument(str(error)) from error
-        size = len(frame) - LENGTH_SIZE
-        if size > MAX_FRAME_BEFORE_SESSION or size > self.welcome["max_frame"]:
-            self._check_size(size)
         self._next_stream = stream % MAX_STREAM + 1
-        if is_opening:
+        if method in OPENING_METHODS:
             in_flight[stream] = _OPENING
             if self._calls is not None and method == REFRESH:
                 self._calls.refreshing[stream] = token
+            token = NO_TOKEN
         else:
             in_flight[stream] = self._last_token = token
+        # `_send` inlined
+        counter = self._counter + 1
         self._counter = counter
         self._sent_since_check = True
+        timestamp = wall + self.clock_offset_ms
+        if timestamp < 0:  # noqa: PLR1730
+            timestamp = 0
         self.queued_bytes += size
-        self._out.append(frame)
+        self._out.append(encode_frame(head, stream, timestamp, self.salt, counter, token, body))
         return stream
 
     def open_stream(

@@ -16,7 +16,6 @@ import msgpack
 
 from zcproto.accelerator import accelerated, compiled
 from zcproto.errors import ZcprotoError
-from zcproto.wire.frame import encode_frame
 from zcproto.wire.values import find_unsendable, to_sendable
 
 DEFAULT_MAX_DEPTH: Final = 32
@@ -76,14 +75,6 @@ def encode_body(value: Any) -> bytes:
     except Exception as error:  # a serializer of the application may raise anything
         _pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
         raise MessageError(f"{find_unsendable(value)} and cannot be sent") from error
-
-
-@accelerated
-def encode_value(
-    head: int, stream: int, timestamp: int, salt: bytes, counter: int, token: bytes, value: Any
-) -> bytes:
-    """Return the bytes of a frame whose body is this value. Raises MessageError like `encode_body`."""
-    return encode_frame(head, stream, timestamp, salt, counter, token, encode_body(value))
 
 
 def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:

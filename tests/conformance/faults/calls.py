@@ -23,7 +23,6 @@ _UNPACK: Final = "value = _unpack(body) if is_checked else _unpack(body, max_ext
 _NESTED: Final = f"{_MESSAGE}:_check_nested"
 _KEY: Final = "if key.__class__ is not str:"
 _DEEP: Final = "_check_nested([value], max_depth)"
-_BODY: Final = "[method, params, meta] if meta else [method, params]"
 SEND_CANCEL: Final = 'self._send(CANCEL, stream, token or NO_TOKEN, b"", wall)'
 
 
@@ -127,18 +126,14 @@ CALLS: Final[dict[str, Fault]] = {
     ),
     "params-of-all-types": fault(
         "sends bytes as str",
-        (
-            f"{_CONNECTION}.request",
-            _BODY,
-            "[method, {k: str(v) if isinstance(v, bytes) else v for k, v in (params or {}).items()}, meta or {}]",
-        ),
+        (f"{_MESSAGE}:encode_body", "return _pack(value)", "return msgpack.packb(value, use_bin_type=False)"),
     ),
     "call-without-params": fault(
         "sends an empty array instead of no params",
         (
-            f"{_CONNECTION}.request",
-            _BODY,
-            "[method, params or [], meta or {}]",
+            f"{_MESSAGE}:encode_request",
+            "return encode_body([method, params, meta] if meta else [method, params])",
+            "return encode_body([method, params or [], meta or {}])",
         ),
     ),
     "deadline-is-sent": fault(
