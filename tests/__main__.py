@@ -45,7 +45,7 @@ class Group(NamedTuple):
 FRAMES = (
     *("wire", "connection", "fuzz/test_fuzz.py", "properties/test_both_ends.py"),
     *("properties/test_client_conversation.py", "properties/test_server_conversation.py"),
-    *("properties/test_wire.py", "sessions/test_token.py", "app/test_app.py"),
+    *("properties/test_wire.py", "app/test_app.py"),
 )
 """Tests of what the accelerator does: they are repeated without it."""
 

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the sans-IO core
     "wire": {"errors", "accelerator"},
     "http": set(),
-    "sessions": {"errors", "common", "accelerator"},
+    "sessions": {"errors", "common"},
     "connection": {"wire", "sessions", "errors", "accelerator"},
     # beside the core
     "tls": {"errors", "common"},

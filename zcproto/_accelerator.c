@@ -1,5 +1,4 @@
-/* The functions of requests and logins in C: read_request, cut_values, encode_frame, scan_body, fits,
- * token_from_text, id_text, wall_ms.
+/* The functions of requests and logins in C: read_request, cut_values, encode_frame, scan_body, fits, wall_ms.
  *
  * The Python functions of the same names are the reference. Calls with other than the usual types and ranges, and
  * bodies with anything unusual, are passed on to them, so that results and errors are the same by construction.
@@ -391,68 +390,6 @@ fits(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return PyBool_FromLong(found == PySet_Size(args[3]));
 }
 
-enum { TOKEN_LENGTH = (8 * TOKEN_SIZE + 5) / 6 };
-static const char ALPHABET[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"; /* base64url */
-
-/* Return 1 + the place of a character in the alphabet, or 0. No branch and no table: it is of a secret. */
-static inline uint32_t
-place_of(char character)
-{
-    uint32_t c = (unsigned char)character, upper = c - 'A', lower = c - 'a', digit = c - '0';
-    return (upper < 26) * (upper + 1) + (lower < 26) * (lower + 27) + (digit < 10) * (digit + 53) +
-           (c == '-') * 63u + (c == '_') * 64u;
-}
-
-/* token_from_text(text) */
-static PyObject *
-token_from_text(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    if (nargs != 1 || !PyUnicode_CheckExact(args[0]))
-        return call_twin("token_from_text", args, nargs);
-    unsigned char token[TOKEN_SIZE];
-    Py_ssize_t length;
-    const char *text = PyUnicode_AsUTF8AndSize(args[0], &length);
-    if (text == NULL) { /* a lone surrogate */
-        PyErr_Clear();
-        return call_twin("token_from_text", args, nargs);
-    }
-    if (length != TOKEN_LENGTH)
-        Py_RETURN_NONE;
-    uint32_t bits = 0;
-    for (int i = 0, left = 0, size = 0; i < TOKEN_LENGTH; i++) {
-        uint32_t place = place_of(text[i]);
-        if (place == 0)
-            Py_RETURN_NONE;
-        bits = bits << 6 | (place - 1);
-        left += 6;
-        if (left >= 8)
-            token[size++] = (unsigned char)(bits >> (left -= 8));
-    }
-    if (bits & 3) /* the last character has 2 unused bits */
-        Py_RETURN_NONE;
-    return PyBytes_FromStringAndSize((const char *)token, TOKEN_SIZE);
-}
-
-/* id_text(session_id) */
-static PyObject *
-id_text(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    Bytes data;
-    if (nargs != 1 || !is_bytes(args[0], ANY_SUBCLASS, -1, &data) || PyBytes_Size(args[0]) > TOKEN_SIZE)
-        return call_twin("id_text", args, nargs);
-    char text[TOKEN_LENGTH + 1];
-    uint32_t bits = 0;
-    int left = 0, length = 0;
-    for (Py_ssize_t i = 0; i < PyBytes_Size(args[0]); i++) {
-        bits = bits << 8 | data[i];
-        for (left += 8; left >= 6;)
-            text[length++] = ALPHABET[bits >> (left -= 6) & 63];
-    }
-    if (left)
-        text[length++] = ALPHABET[bits << (6 - left) & 63];
-    return PyUnicode_FromStringAndSize(text, length);
-}
-
 /* What read_request goes by (zcproto/wire/usual.py). */
 enum { LIMIT, KIND, ITS_SALT, ITS_TOKEN, TOLERANCE, MAX_DEPTH, SESSION, DECODING, RULES };
 enum { KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
@@ -561,8 +498,6 @@ static PyMethodDef METHODS[] = {
     FUNCTION(scan_body),
     FUNCTION(cut_values),
     FUNCTION(fits),
-    FUNCTION(token_from_text),
-    FUNCTION(id_text),
     FUNCTION(wall_ms),
     {NULL, NULL, 0, NULL},
 };

@@ -8,7 +8,6 @@ from hashlib import sha256
 
 import pytest
 
-from zcproto.accelerator import twins
 from zcproto.sessions import TOKEN_SIZE, token_from_text, token_text
 from zcproto.sessions.token import FAMILY_SIZE, ID_SIZE, digest_of, id_from_text, id_of, id_text
 
@@ -32,11 +31,6 @@ def test_id_text_is_22_characters_of_unpadded_base64url() -> None:
 def test_token_text_round_trips_for_every_byte(byte: int) -> None:
     assert token_from_text(token_text(bytes([byte]) * TOKEN_SIZE)) == bytes([byte]) * TOKEN_SIZE
     assert id_from_text(id_text(bytes([byte]) * ID_SIZE)) == bytes([byte]) * ID_SIZE
-
-
-def test_token_text_round_trips_in_python() -> None:
-    assert twins["id_text"](TOKEN) == TEXT
-    assert twins["token_from_text"](TEXT) == TOKEN
 
 
 def test_token_text_with_unused_bits_set_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import string
 import struct
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,7 +11,6 @@ from tests.wire.test_usual import LIMIT, REQUEST_RULES, SALT, TOKEN, TOLERANCE, 
 from zcproto import accelerator
 from zcproto.common.parameters import Signature
 from zcproto.common.secret import SecretBytes
-from zcproto.sessions.token import TOKEN_SIZE
 from zcproto.wire import message
 from zcproto.wire.frame import HEADER_SIZE, REQUEST
 from zcproto.wire.message import MessageError
@@ -50,8 +48,6 @@ class Index:
     def __index__(self) -> int:
         return 3
 
-
-ALPHABET: Final = string.ascii_letters + string.digits + "-_+/=. é"
 
 TYPES: Final = bytes(range(0xC0, 0xE0))
 """First bytes of values of msgpack, and of those that are refused."""
@@ -108,20 +104,6 @@ ODD_PARAMS: Final = (
     *({"user": OddStr("ada"), "count": 1}, {"user": "ada", "count": True}, {"user": None}, None, [], "user"),
 )
 ODD_NAMES: Final = ({"user"}, ["user"], {"user": 1}.keys(), frozenset({5, "user"}), "user", 5, None)
-ODD_TEXTS: Final = (
-    *(
-        "",
-        "A" * 42,
-        "A" * 44,
-        "A" * 42 + "B",
-        "A" * 42 + "=",
-        "é" * 43,
-        "é" * 21 + "A",
-        "\ud800" * 43,
-        "A\0" * 21 + "A",
-    ),
-    *("A" * 42 + "\n", "+" * 42 + "A", "/" * 42 + "A", OddStr("A" * 43), OddStr("A"), b"A" * 43, None, 5),
-)
 
 
 def outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -190,15 +172,6 @@ def check_decoders(body: bytes, max_depth: int) -> None:
     assert repr(outcome(decode, (body, max_depth))) == repr(outcome(decode_by_python, (body, max_depth)))
 
 
-def check_text(data: bytes) -> None:
-    """Assert that bytes have the same text, and that a text of a token is read alike."""
-    check_call("id_text", data)
-    text = accelerator.twins["id_text"](data)
-    check_call("token_from_text", text)
-    if len(data) == TOKEN_SIZE:
-        assert compiled.token_from_text(text) == data
-
-
 def check_random(source: random.Random) -> None:
     """Make one random call of each function."""
 
@@ -226,11 +199,6 @@ def check_random(source: random.Random) -> None:
     for rules in (RULES, tuple(some_bytes(r) if isinstance(r, bytes) else number(r) for r in RULES)):
         check_call("cut_values", data, *rules)
     check_call("cut_values", some_bytes(data), *RULES)
-    check_text(source.randbytes(source.randrange(TOKEN_SIZE + 4)))
-    text = "".join(source.choices("AQgw-_09zZ" if source.randrange(2) else ALPHABET, k=43))
-    check_call(
-        "token_from_text", text[: source.choice((43, 43, 43, 42))] + source.choice(("", "", "", "A", "="))
-    )
     params = {
         name: source.choice(("ada", 1, b"x", True, None))
         for name in source.sample([*NAMED, "other", "key"], source.randrange(5))

@@ -21,14 +21,12 @@ from tests.wire.accelerators import (
     ODD_NAMES,
     ODD_NUMBERS,
     ODD_PARAMS,
-    ODD_TEXTS,
     REQUIRED,
     RULES,
     check_call,
     check_decoders,
     check_random,
     check_scan,
-    check_text,
     compiled,
 )
 from tests.wire.test_usual import BODY, REQUEST_RULES, SALT, TOKEN, UNUSUAL, WALL, frame
@@ -229,20 +227,6 @@ def test_params_fit_alike() -> None:
 
 
 @needs_compiled
-def test_texts_of_tokens_and_ids_are_alike() -> None:
-    for size in range(40):
-        check_text(bytes(size))
-        check_text(b"\xff" * size)
-    for number in range(256):
-        check_text(bytes([number]) * 32)
-        for at in (0, 20, 42):
-            check_call("token_from_text", "A" * at + chr(number) + "A" * (42 - at))
-    for value in (*ODD_TEXTS, *ODD_BYTES, *ODD_NUMBERS):
-        check_call("token_from_text", value)
-        check_call("id_text", value)
-
-
-@needs_compiled
 @pytest.mark.parametrize("name", sorted(accelerator.twins))
 def test_wrong_number_of_arguments_is_refused_alike(name: str) -> None:
     for count in range(12):
@@ -271,8 +255,6 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (encode_body({"a": [1, 2]}), 32),
     "fits": ({"user": "ada", "count": 1000}, CLASSES, NAMED, REQUIRED),
-    "token_from_text": ("A" * 43,),
-    "id_text": (bytes(16),),
     "wall_ms": (),
 }
 FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
@@ -287,8 +269,6 @@ FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
     "encode_frame": (REQUEST, -1, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (b"\xc1" * 300, 32),
     "fits": ({"user": "ada"}, CLASSES, [*NAMED], REQUIRED),
-    "token_from_text": ("\ud800",),
-    "id_text": (bytes(100),),
     "wall_ms": (1,),
 }
 
@@ -410,7 +390,6 @@ def test_scanned_body_needs_no_further_checks(monkeypatch: pytest.MonkeyPatch) -
 
 def test_package_uses_the_chosen_functions() -> None:
     from zcproto.common import parameters
-    from zcproto.sessions import token as tokens
     from zcproto.wire import frame as frames
     from zcproto.wire import usual
 
@@ -420,7 +399,6 @@ def test_package_uses_the_chosen_functions() -> None:
         "encode_frame": frames.encode_frame,
     }
     chosen["scan_body"], chosen["fits"] = message.scan_body, parameters.fits
-    chosen["token_from_text"], chosen["id_text"] = tokens.token_from_text, tokens.id_text
     chosen["wall_ms"] = clock.wall_ms
     assert chosen.keys() == accelerator.twins.keys()
     for name, function in chosen.items():

@@ -20,8 +20,6 @@ from binascii import a2b_base64, b2a_base64
 from hashlib import sha256
 from typing import Final
 
-from zcproto.accelerator import accelerated
-
 TOKEN_SIZE: Final = 32
 DIGEST_SIZE: Final = 32
 FAMILY_SIZE: Final = 16
@@ -49,13 +47,11 @@ def id_of(family: bytes) -> bytes:
     return sha256(_ID_LABEL + family).digest()[:ID_SIZE]
 
 
-@accelerated
 def token_from_text(text: str) -> bytes | None:
     """Return the 32 bytes of a token's text, or None for text that `token_text` does not produce. Never raises."""
     return _bytes(text, b"=") if len(text) == _TOKEN_LENGTH and text[-1] in _TOKEN_ENDS else None
 
 
-@accelerated
 def id_text(session_id: bytes) -> str:
     """Return a session id as text: base64url without padding, 22 characters for 16 bytes."""
     return b2a_base64(session_id, newline=False).translate(_TO_URL_ALPHABET, b"=").decode("ascii")
