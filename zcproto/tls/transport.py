@@ -211,12 +211,14 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def _read_records(self, arrived: int) -> None:
         """Decrypt received records and pass the data on until nothing is left or reading is paused."""
         incoming = self._incoming
-        barren = self._barren + arrived
         # Reading `pending` costs a tenth of catching SSLWantReadError.
         while arrived or incoming.pending:
             try:
                 data = self._tls.read(RECORD_SIZE)
             except ssl.SSLWantReadError:
+                self._barren += arrived
+                if self._barren > MAX_BARREN_BYTES:
+                    self._end_for(TlsFailure.BARREN_RECORDS)
                 break
             except ssl.SSLError as error:
                 self._fail_for(error)
@@ -224,14 +226,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             if not data:
                 self._peer_closed()
                 return
-            barren = 0
+            self._barren = arrived = 0
             self._protocol.data_received(data)
             if not incoming.pending or self._reading_paused or self._phase is not _OPEN:
                 break
-        self._barren = barren
-        if barren > MAX_BARREN_BYTES:
-            self._end_for(TlsFailure.BARREN_RECORDS)
-        elif self._outgoing.pending and self._phase is _OPEN:  # answers to KeyUpdates
+        if self._outgoing.pending and self._phase is _OPEN:  # answers to KeyUpdates
             self._raw.write(self._outgoing.read())
 
     def _peer_closed(self) -> None:
