@@ -215,10 +215,9 @@ class ServerProtocol(Dispatcher):
         """Process events until they end or must be suspended, then send what is queued."""
         state, connection = self._state, self._connection
         find = state.methods.get
-        timed = wall >> PART_BITS != state.timed_part
-        checked = timed or state.request_limits.checks_sessions
+        checked = wall >> PART_BITS != state.timed_part or state.request_limits.checks_sessions
         tracing = state.tracing
-        requests = 0
+        requests, check_at = 0, 16
         for event in events:
             if event.__class__ is tuple:
                 stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
@@ -231,8 +230,9 @@ class ServerProtocol(Dispatcher):
                     or (meta is not NO_META and meta.idempotency_key is not None)
                     or (tracing is not None and tracing.is_due(meta))
                 ):
-                    if timed:
+                    if wall >> PART_BITS != state.timed_part:
                         self._run_timed(Request(*event), method, wall)
+                        checked = state.request_limits.checks_sessions
                     else:
                         self._run(Request(*event), method, wall)
                 else:
@@ -271,23 +271,23 @@ class ServerProtocol(Dispatcher):
             if self._is_held_up:
                 self._suspended = None if events.__class__ is tuple else events  # type: ignore[assignment]
                 break
-            if not requests % 16 and (requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS):
-                self._wait_turn(cast("Iterator[ServerEvent]", events))
-                break
+            if requests == check_at:
+                if requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS:
+                    self._wait_turn(cast("Iterator[ServerEvent]", events))
+                    break
+                check_at += 16
         state.counters.requests += requests
         connection = self._connection
-        if connection is None:
-            return
-        data = connection.data_to_send()
-        if data and self._transport is not None:
-            if self._paused_since is None:
+        if connection is not None:
+            data = connection.data_to_send()
+            if data and self._transport is not None:
+                if self._paused_since is not None:
+                    self._unread += len(data)
                 self._transport.write(data)
                 if self._paused_since is not None:
                     self._check_write_buffer()
-            else:
-                self._write(data)
-        if connection.deadline_moved:
-            self._set_deadline()
+            if connection.deadline_moved:
+                self._set_deadline()
 
     def _handle(self, event: ServerEvent) -> bool:
         """Process an event other than a request. Return True if those after it must wait."""

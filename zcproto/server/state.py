@@ -40,7 +40,10 @@ ABANDONED_S: Final = 2.0
 """How long a drain waits for requests with an idempotency key after their callers have gone."""
 
 PART_BITS: Final = 4
-"""One read is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles."""
+"""One request is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles.
+
+It is the first of its read.
+"""
 
 log = get_logger("zcproto.server")
 
@@ -176,7 +179,7 @@ class ServerState:
     traffic_begins: Callable[[], None] = lambda: None
     """Called before requests, but not before all of them: after a silence, before the first."""
     timed_part: int = -1
-    """The interval of wall time that has had its timed read."""
+    """The interval of wall time that has had its timed request."""
     connections: set[Connection] = field(default_factory=set)
     draining: bool = False
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
