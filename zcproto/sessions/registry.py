@@ -41,6 +41,7 @@ from zcproto.sessions.session import (
     SessionInfo,
     SessionSettings,
 )
+from zcproto.sessions.strings import UNKNOWN
 from zcproto.sessions.table import HOT, LAPSED, LIVE, NONE, RECORD_SIZE
 from zcproto.sessions.token import FAMILY_SIZE, TOKEN_SIZE, digest_of, id_from_text, id_of, id_text
 
@@ -185,8 +186,9 @@ class SessionRegistry(Exchange):
         record, opened = self._new_session(user, client, address, wall, roles, key, external, ends_at)
         table, settings = self._table, self._settings
         number = table.users.find(user)
-        is_full = number != NONE and table.users.uses[number] >= settings.per_user
-        if is_full or self.kept >= settings.max_sessions:
+        if self.kept >= settings.max_sessions or (
+            number != UNKNOWN and table.users.uses[number] >= settings.per_user
+        ):
             self._check_new(record)
             self._make_room(user, wall)
         opened.session.slot = slot = table.add(record)
