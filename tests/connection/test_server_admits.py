@@ -17,11 +17,11 @@ class FakeAdmission:
         self.checked_users: list[str] = []
         clock = pair.clock
         pair.server = ServerConnection(
-            pair.settings, pair.registry, salt=pair.salt, wall=clock.wall(), now=clock.now(), admits=self
+            pair.settings, pair.registry, salt=pair.salt, wall=clock.wall(), now=clock.now(), edge=self
         )
         pair.answer()
 
-    def __call__(self, session: Session) -> bool:
+    def admits(self, session: Session) -> bool:
         self.checked_users.append(session.user)
         return session.user in self.admitted
 

@@ -175,9 +175,9 @@ def test_session_ended_during_lookup_is_not_admitted(
     session = harness.registry.check(token, harness.clock.wall())
     assert isinstance(session, Session)
     peer = peer_at(harness, "192.0.2.8", monkeypatch)
-    assert peer.protocol._admits(session)
+    assert peer.protocol.admits(session)
     harness.registry.close(session)
-    assert not peer.protocol._admits(session)
+    assert not peer.protocol.admits(session)
 
 
 def test_binding_is_not_checked_when_off(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

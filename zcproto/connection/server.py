@@ -16,7 +16,7 @@ It must not know: sockets, TLS, clocks, handlers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from zcproto.connection import refusals
@@ -38,7 +38,7 @@ from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.received_frames import REPORTED_FROM, ReceivedFrames
 from zcproto.connection.sent_ping import SentPing
 from zcproto.connection.server_calls import read_answer
-from zcproto.connection.server_output import ConnectionTotals, ServerOutput
+from zcproto.connection.server_output import ConnectionTotals, Edge, ServerOutput
 from zcproto.connection.server_streams import PONG_TIMEOUT_S
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State
@@ -98,7 +98,7 @@ class ServerConnection(ServerOutput):
     Args:
         salt: 8 random bytes, unique to this connection and covered by signatures of devices.
         totals: counters; connections may share them.
-        admits: called when a token is first used here; False refuses it like an unknown one.
+        edge: asked when a token is first used here. An object, because a bound method costs each connection memory.
 
     Output accumulates until `data_to_send`. `deadline_moved`: `next_deadline` may be earlier, or `wasted` grew. The
     first deadline is `settings.first_timeout_s` after `now`.
@@ -113,7 +113,7 @@ class ServerConnection(ServerOutput):
         "_seen_generation",
         "_session",
         "_token",
-        "admits",
+        "edge",
         "registry",
         "wasted",
     )
@@ -126,13 +126,13 @@ class ServerConnection(ServerOutput):
         wall: int,
         now: float,
         totals: ConnectionTotals | None = None,
-        admits: Callable[[Session], bool] | None = None,
+        edge: Edge | None = None,
     ) -> None:
         self.settings = settings
         self.registry = registry
         self.salt = salt
         self.totals = ConnectionTotals() if totals is None else totals
-        self.admits = admits
+        self.edge = edge
         self.state = _OPEN
         self.deadline_moved = False
         self.wasted = 0  # refused frames and PINGs, until the edge resets it
@@ -426,7 +426,7 @@ class ServerConnection(ServerOutput):
             return refusals.of_token(session, is_closed=registry.closed)
         known = self.sessions.get(session.id)
         is_known = known is not None and known.token == token
-        if not is_known and self.admits is not None and not self.admits(session):
+        if not is_known and self.edge is not None and not self.edge.admits(session):
             return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
         if session.bound:
             key = registry.key_of(session)

@@ -7,7 +7,7 @@ arrive.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from zcproto.accelerator import compiled
 from zcproto.connection import refusals
@@ -27,6 +27,7 @@ from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, Unavailable
+from zcproto.sessions import Session
 from zcproto.wire.frame import (
     CALL,
     CREDIT,
@@ -60,6 +61,13 @@ class ConnectionTotals:
     dropped_answers: int = 0
     """Answers of clients to no call, or too late."""
     streams: StreamTotals = field(default_factory=StreamTotals)
+
+
+class Edge(Protocol):
+    """The owner of a connection."""
+
+    def admits(self, session: Session) -> bool:
+        """Return whether a session may be used here; False refuses its token like an unknown one."""
 
 
 class ServerOutput:

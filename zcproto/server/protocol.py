@@ -121,14 +121,14 @@ class ServerProtocol(Dispatcher):
     # --- called by the transport ---------------------------------------------------------------------
 
     def connection_made(self, transport: TlsServerTransport) -> None:  # type: ignore[override]
-        state, settings, counters = self._state, self._state.settings, self._state.counters
+        state = self._state
+        settings, counters = state.settings, state.counters
         self._transport = transport
         self.peer = transport.peer
-        transport.set_write_buffer_limits(high=state.write_buffer_bytes)
+        transport.set_write_buffer_limits(state.write_buffer_bytes)
         wall, now = state.clock.wall(), state.clock.now()
-        salt = state.entropy(SALT_SIZE)
         connection = self._connection = ServerConnection(
-            settings, state.registry, salt, wall, now, counters, self._admits
+            settings, state.registry, state.entropy(SALT_SIZE), wall, now, counters, self
         )
         state.connections.add(self)
         counters.connections_opened += 1
@@ -347,7 +347,7 @@ class ServerProtocol(Dispatcher):
 
     # --- sessions ------------------------------------------------------------------------------------
 
-    def _admits(self, session: Session) -> bool:
+    def admits(self, session: Session) -> bool:
         """Return whether a session may be used from this peer's address."""
         state = self._state
         if not state.binding.is_enabled:
