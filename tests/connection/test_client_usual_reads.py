@@ -62,8 +62,14 @@ def conversation(reads: Reads, receive: Callable[[ClientHarness, bytes], list[Cl
     ]
 
 
-def short_way(harness: ClientHarness, data: bytes) -> list[ClientEvent]:
+def received(harness: ClientHarness, data: bytes) -> tuple[list[tuple[int, Any]], bytes]:
+    """Return stream and value of each usual answer, and the rest of the bytes."""
     answers, rest = harness.client.receive_answers(data, harness.wall, harness.now)
+    return [(stream, value) for stream, _, value, _ in answers], rest
+
+
+def short_way(harness: ClientHarness, data: bytes) -> list[ClientEvent]:
+    answers, rest = received(harness, data)
     events: list[ClientEvent] = [ResponseReceived(*each) for each in answers]
     return events + harness.receive_data(rest) if rest else events
 
@@ -81,19 +87,16 @@ def test_usual_answers_take_the_short_way() -> None:
     harness = ClientHarness(WELCOME_MAP)
     first, second, third = [harness.request(token=TOKEN) for _ in range(3)]
 
-    def received(data: bytes) -> tuple[list[tuple[int, Any]], bytes]:
-        return harness.client.receive_answers(data, harness.wall, harness.now)
-
     unproved = answer(harness, first)
-    assert received(unproved) == ([], unproved)  # the token is not known to be accepted
+    assert received(harness, unproved) == ([], unproved)  # the token is not known to be accepted
     harness.receive_data(unproved)
-    assert received(answer(harness, second, b"\x01") + answer(harness, third, b"\x02")) == (
+    assert received(harness, answer(harness, second, b"\x01") + answer(harness, third, b"\x02")) == (
         [(second, 1), (third, 2)],
         b"",
     )
     public = harness.request(token=NO_TOKEN)
     data = answer(harness, public, token=NO_TOKEN)
-    assert received(data) == ([], data)
+    assert received(harness, data) == ([], data)
 
 
 def test_partial_frame_and_ended_connection_take_the_general_way() -> None:
@@ -102,9 +105,9 @@ def test_partial_frame_and_ended_connection_take_the_general_way() -> None:
     harness.receive_data(answer(harness, first))
     data = answer(harness, second)
     harness.receive_data(data[:30])
-    assert harness.client.receive_answers(data[30:], harness.wall, harness.now) == ([], data[30:])
+    assert received(harness, data[30:]) == ([], data[30:])
     harness.client.end()
-    assert harness.client.receive_answers(data, harness.wall, harness.now) == ([], data)
+    assert received(harness, data) == ([], data)
 
 
 def test_answer_of_a_stream_ends_it_on_the_short_way() -> None:
@@ -113,5 +116,5 @@ def test_answer_of_a_stream_ends_it_on_the_short_way() -> None:
     harness.receive_data(answer(harness, first))
     stream = harness.client.open_stream("m", {}, token=TOKEN, window=(2, 10_000), wall=harness.wall)
     data = answer(harness, stream.number, b"\x07")
-    assert harness.client.receive_answers(data, harness.wall, harness.now) == ([(stream.number, 7)], b"")
+    assert received(harness, data) == ([(stream.number, 7)], b"")
     assert stream.items.has_ended

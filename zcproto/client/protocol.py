@@ -12,7 +12,7 @@ Must not know: retries, sessions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final, Protocol, cast
@@ -191,8 +191,12 @@ class ClientProtocol(asyncio.Protocol):
     error: ConnectionClosed | None = field(default=None, init=False)
     welcomed: asyncio.Future[dict[str, Any]] = field(init=False)
     gone: asyncio.Future[None] = field(init=False)
+    _now: Callable[[], float] = field(init=False)
+    _create_future: Callable[[], asyncio.Future[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
+        # CPython does not specialise the lookup of uvloop's methods.
+        self._now, self._create_future = self._loop.time, self._loop.create_future
         self.welcomed = self._loop.create_future()
         self.gone = self._loop.create_future()
 
@@ -214,13 +218,16 @@ class ClientProtocol(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        wall, now = self._clock.wall(), self._loop.time()
+        wall, now = self._clock.wall(), self._now()
         answers, rest = self.conversation.receive_answers(data, wall, now)
         pending = self._pending
-        for stream, value in answers:
+        for stream, _, value, _ in answers:
             call = pending.pop(stream, None)
-            if call is not None and not call[0].done():  # its task may have been cancelled in this turn
-                call[0].set_result(value)
+            if call is not None:
+                try:
+                    call[0].set_result(value)
+                except asyncio.InvalidStateError:  # its task was cancelled in this turn
+                    continue
         if rest and not self._receive_others(rest, wall, now):
             return
         self._had_one_answer = len(answers) == 1
@@ -364,7 +371,7 @@ class ClientProtocol(asyncio.Protocol):
         """
         conversation = self.conversation
         stream = conversation.request(method, params, self._clock.wall(), token, meta)
-        call = self._loop.create_future()
+        call = self._create_future()
         self._add_pending(call, stream, deadline)
         return stream, call
 
@@ -390,7 +397,7 @@ class ClientProtocol(asyncio.Protocol):
     ) -> PendingCall:
         """Let the server call these methods. Only while `ready`. Raises like `ClientConnection.handle`."""
         stream = self.conversation.handle(methods, most, receiver, token=token, wall=self._clock.wall())
-        call = self._loop.create_future()
+        call = self._create_future()
         self._add_pending(call, stream, deadline)
         return stream, call
 

@@ -78,6 +78,7 @@ class SessionClient:
     def _start(self, connections: ConnectionManager, wheel: DeadlineWheel) -> None:
         """Use these connections from now on."""
         self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time  # CPython does not specialise the lookup of uvloop's methods
         self._opened = True
         self._connections = connections
         manager: Callable[..., SessionManager] = SessionManager
@@ -164,7 +165,7 @@ class SessionClient:
         meta: dict[str, Any] | None = None
         if timeout is UNSET:
             timeout, meta = self._options.timeout, self._usual_meta
-        now = self._loop.time()
+        now = self._now()
         deadline = NEVER if timeout is None else now + timeout
         attempt: Attempt | None = None
         sessions = self._sessions
@@ -172,7 +173,7 @@ class SessionClient:
             connection = self._connections.current
             if connection is None or not connection.ready or now >= sessions.valid_until or self._closed:
                 connection = await self._ready_before(deadline)
-                now, meta = self._loop.time(), None
+                now, meta = self._now(), None
             if meta is None and deadline != NEVER:
                 if now >= deadline:
                     raise DeadlineExceeded(TIMED_OUT)
@@ -198,7 +199,7 @@ class SessionClient:
                 attempt = attempt or Attempt(self._random)
                 # Delay the retry: the call itself may be what crashes the server.
                 await self._wait(attempt.backoff.next(), error, deadline)
-            now, meta = self._loop.time(), None
+            now, meta = self._now(), None
 
     async def _call_within_middleware(self, call: OutgoingCall) -> Any:
         async def send(call: OutgoingCall) -> Any:

@@ -75,7 +75,7 @@ from zcproto.wire.message import (
     decode_event,
     decode_map,
 )
-from zcproto.wire.usual import cut_values
+from zcproto.wire.usual import UsualFrame, cut_values
 
 MS: Final = 1000
 MAX_STALE_IN_A_ROW: Final = 10
@@ -169,12 +169,11 @@ class ClientConnection(ClientOutput):
 
     # --- input ----------------------------------------------------------------------------------
 
-    def receive_answers(self, data: bytes, wall: int, now: float) -> tuple[list[tuple[int, Any]], bytes]:
-        """Return the answers that bytes begin with, by stream and value, and the bytes that remain.
+    def receive_answers(self, data: bytes, wall: int, now: float) -> tuple[list[UsualFrame], bytes]:
+        """Return the answers that bytes begin with, and the bytes that remain.
 
         The answers are those that `receive_data` yields for RESPONSE, at less cost. Pass it the remaining bytes.
         """
-        answers: list[tuple[int, Any]] = []
         token = self._last_token
         decoder = self._decoder
         if (
@@ -183,9 +182,8 @@ class ClientConnection(ClientOutput):
             or self._stale_in_a_row
             or self.state is _CLOSED
         ):
-            return answers, data
-        in_flight, at = self.in_flight, 0
-        for stream, counter, value, end in cut_values(
+            return [], data
+        answers = cut_values(
             data,
             decoder.limit,
             RESPONSE,
@@ -195,17 +193,21 @@ class ClientConnection(ClientOutput):
             wall + self.clock_offset_ms,
             self.tolerance_ms,
             self.max_depth,
-        ):
+        )
+        in_flight, streams = self.in_flight, self._streams
+        for answer in answers:
+            stream = answer[0]
             if in_flight.get(stream) is not token:
+                del answers[answers.index(answer) :]
                 break
             del in_flight[stream]
-            if self._streams is not None:
-                self._streams.end(stream)
-            answers.append((stream, value))
-            self._last_counter = counter
-            self._last_heard = now
-            at = end
-        return answers, data[at:]
+            if streams is not None:
+                streams.end(stream)
+        if not answers:
+            return answers, data
+        _, self._last_counter, _, end = answers[-1]
+        self._last_heard = now
+        return answers, data[end:]
 
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ClientEvent]:
         """Process decrypted bytes and yield their events, one at a time.
