@@ -160,7 +160,16 @@ class ServerConnection(ServerOutput):
     def receive_data(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent] | tuple[RawRequest]:
         """Process decrypted bytes and yield their events, one at a time; a single request may come in a tuple."""
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
-        rules = self._rules or self._usual_rules()
+        rules = self._rules
+        if rules is None:
+            decoder, settings, session = self._decoder, self.settings, self._session
+            if (
+                decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
+            ) and self.state is _OPEN:
+                limit = settings.max_frame if session is not None else settings.max_frame_before_session
+                max_depth, tolerance = settings.max_depth, settings.tolerance_ms
+                rules = limit, REQUEST, self.salt, self._token, tolerance, max_depth, session, DECODING
+                self._rules = rules
         if rules is not None:
             found = read_request(data, 0, rules, self._last_counter, wall)
             if found is not None and (
@@ -175,25 +184,6 @@ class ServerConnection(ServerOutput):
                     self._last_frame = now
                     return (event,)
         return self._events(data, wall, now)
-
-    def _usual_rules(self) -> RequestRules | None:
-        """Return what makes a request usual until something changes; None if no request is usual now."""
-        decoder, settings = self._decoder, self.settings
-        if (
-            decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
-        ) and self.state is _OPEN:
-            limit = settings.max_frame if self._session is not None else settings.max_frame_before_session
-            self._rules = (
-                limit,
-                REQUEST,
-                self.salt,
-                self._token,
-                settings.tolerance_ms,
-                settings.max_depth,
-                self._session,
-                DECODING,
-            )
-        return self._rules
 
     def _is_accepted(self, wall: int) -> bool:
         """Return whether the last accepted token needs no check. If it has not been used lately, it is now."""
