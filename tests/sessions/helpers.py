@@ -109,6 +109,10 @@ class RegistryHarness:
         return len(self.table.users), len(self.table.clients), len(self.table.addresses)
 
 
+def used_slots(slab: Slab) -> int:
+    return slab.size - sum(slab._free)
+
+
 def digests(width: int = 32) -> tuple[Slab, DigestIndex]:
     slab = Slab(8 * CHUNK, 40, link=36)
     return slab, DigestIndex(slab, offset=0, width=width, next_=32)

@@ -6,13 +6,13 @@ from itertools import permutations
 
 import pytest
 
-from tests.sessions.helpers import SECOND, WALL, RegistryHarness
+from tests.sessions.helpers import SECOND, WALL, RegistryHarness, used_slots
 from zcproto.errors import Code
 
 
 def entries(harness: RegistryHarness) -> tuple[int, int, int]:
     """Return the used slots and the entries of both indexes."""
-    return harness.table.slab.used, harness.table.tokens.count, harness.table.ids.count
+    return used_slots(harness.table.slab), harness.table.tokens.count, harness.table.ids.count
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))

@@ -79,11 +79,6 @@ class Slab:
         self._lowest = 0  # no chunk below this has a free slot
         self.size = 0
 
-    @property
-    def used(self) -> int:
-        """Return the number of slots in use. Takes longer with more chunks."""
-        return self.size - sum(self._free)
-
     def column(self, format_: Format, offset: int) -> memoryview:
         """Return the field at `offset` of all records. Offset and record size are multiples of its size."""
         cells = self._memory.view.cast(format_)
