@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from zcproto.app.app import App, Method
-from zcproto.app.context import Context
+from zcproto.app.context import CallConnection, Context
 from zcproto.auth import Enrollment, Identity, Login
 from zcproto.auth.identity import NO_CHANNEL
 from zcproto.common.parameters import Signature
@@ -81,8 +81,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
     """Return `session.*`."""
     registry = state.registry
 
-    def log_event(event: str, context: Context, session: Session, **values: Any) -> None:
-        caller = context.caller
+    def log_event(event: str, caller: CallConnection, session: Session, **values: Any) -> None:
         state.log_soon.add(
             event,
             {
@@ -110,8 +109,8 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             user, roles, _, ends_at = identity
             external, wall = scheme in login.external, state.clock.wall()
             opened = registry.open(user, client, peer, wall, frozenset(roles), "", external, ends_at)
-            log_event("session.opened", context, opened.session, scheme=scheme, client=client)
-            return answer_tokens(context, opened)
+            log_event("session.opened", caller, opened.session, scheme=scheme, client=client)
+            return answer_tokens(caller, opened)
         return open_later(context, identity, scheme, client)
 
     async def open_later(
@@ -140,8 +139,8 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 )
                 raise Unauthenticated("the device was removed; pair it again")
             context.caller.prove(identity.key)
-        log_event("session.opened", context, opened.session, scheme=scheme, client=client)
-        return answer_tokens(context, opened)
+        log_event("session.opened", context.caller, opened.session, scheme=scheme, client=client)
+        return answer_tokens(context.caller, opened)
 
     def log_refused(context: Context, scheme: str) -> None:
         log.info("login.failed", peer=context.peer, connection=context.connection, scheme=scheme)
@@ -175,8 +174,8 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         if session is not None and session.key and session.refresh_digest == digest_of(refresh_token):
             check_key(context, session)
         opened = await state.sessions.refresh(refresh_token, client=client, address=context.peer)
-        log_event("session.refreshed", context, opened.session, client=client)
-        return answer_tokens(context, opened)
+        log_event("session.refreshed", context.caller, opened.session, client=client)
+        return answer_tokens(context.caller, opened)
 
     def check_key(context: Context, session: SessionRecord) -> None:
         """Refuse to refresh a bound session whose key could be proved here but was not. Spends nothing.
@@ -196,9 +195,9 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
                 "bound refresh token; prove its key here by session.attach first", {"attach": True}
             )
 
-    def answer_tokens(context: Context, opened: OpenedSession) -> dict[str, Any]:
+    def answer_tokens(caller: CallConnection, opened: OpenedSession) -> dict[str, Any]:
         session = opened.session
-        context.caller.join(session, opened.token)
+        caller.join(session, opened.token)
         return {
             "token": opened.token,
             "id": session.id,
@@ -249,7 +248,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
         if not revoked and id is not None:
             raise NotFound("no session with this id")
         which = "all" if id is None else id
-        log_event("session.revoked", context, session, which=which, sessions=int(revoked))
+        log_event("session.revoked", context.caller, session, which=which, sessions=int(revoked))
         state.on_revoked(f"user {session.user}", int(revoked), True)
         return {"revoked": int(revoked)}
 
@@ -260,7 +259,7 @@ def session_methods(state: ServerState, login: Login) -> list[Method]:
             await state.sessions.revoke(
                 session.id, user=session.user, reason=EndReason.CLOSED, suppress_event=quiet
             )
-        log_event("session.closed", context, session)
+        log_event("session.closed", context.caller, session)
         return {}
 
     return [
