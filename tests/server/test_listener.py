@@ -140,9 +140,7 @@ async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
     ports = Listener(acceptor, Any, asyncio.get_running_loop(), Config())  # type: ignore[arg-type]
 
     def connect() -> None:
-        ports.connections += 1
         ports._by_network.add("192.0.2.1")
-
         ports._all.add("")
 
     connect()

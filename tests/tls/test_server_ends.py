@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import NOW, FakeTimers
+from tests.helpers import NOW, FakeTimers, MockTransport
 from tests.tls.support import (
     PEER,
     RecordingProtocol,
     TlsPair,
     captured_hello,
+    deadlines,
     is_refused,
     new_acceptor,
 )
@@ -56,6 +57,61 @@ def test_slow_bytes_do_not_extend_handshake_timeout(
     assert pair.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
 
 
+def connect(acceptor: TlsAcceptor, timers: FakeTimers) -> TlsServerTransport:
+    transport = TlsServerTransport(acceptor, PEER)
+    MockTransport(timers).connect(transport)
+    return transport
+
+
+def test_each_handshake_has_its_own_deadline(agreed: TlsPair, timers: FakeTimers) -> None:
+    timeout = agreed.acceptor.handshake_timeout
+    timers.advance(timeout / 2)
+    connect(agreed.acceptor, timers)
+    timers.advance(timeout - 0.1)
+    assert agreed.failures == {}
+    timers.advance(0.3)
+    assert agreed.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
+
+
+def test_shorter_timeout_applies_to_handshakes_in_progress(
+    timers: FakeTimers, server_tls: ssl.SSLContext
+) -> None:
+    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [], handshake_timeout=30.0)
+    connect(acceptor, timers)
+    timers.advance(1.0)
+    acceptor.handshake_timeout = TIMEOUT
+    connect(acceptor, timers)
+    timers.advance(TIMEOUT + 0.2)
+    assert acceptor.failures[TlsFailure.HANDSHAKE_TIMEOUT] == 2
+
+
+def test_timed_out_handshake_that_raises_does_not_stop_the_others(
+    timers: FakeTimers, server_tls: ssl.SSLContext
+) -> None:
+    faults = [RuntimeError()]
+
+    def on_failure(failure: TlsFailure, peer: str) -> None:
+        if faults:
+            raise faults.pop()
+
+    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [], handshake_timeout=TIMEOUT)
+    acceptor.on_failure = on_failure
+    for _ in range(200):
+        connect(acceptor, timers)
+    with pytest.raises(RuntimeError):
+        timers.advance(TIMEOUT + 0.2)
+    timers.advance(0.2)
+    assert acceptor.failures[TlsFailure.HANDSHAKE_TIMEOUT] == 200
+
+
+def test_acceptor_aborts_unfinished_handshakes_only(agreed: TlsPair) -> None:
+    unfinished = connect(agreed.acceptor, agreed.timers)
+    agreed.acceptor.abort()
+    agreed.timers.run()
+    assert (agreed.phase, unfinished.is_closing()) == (TlsPhase.OPEN, True)
+    assert deadlines(agreed.acceptor) == 0
+
+
 def test_timed_out_handshake_lingers_and_is_reset(
     timers: FakeTimers, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
 ) -> None:
@@ -96,7 +152,7 @@ def test_client_disconnect_during_handshake_is_counted(tls_pair: TlsPair, state:
     assert tls_pair.log == [(TlsFailure.DISCONNECTED, PEER), "closed"]
     assert tls_pair.acceptor.handshakes_in_progress == 0
     assert tls_pair.protocol.calls == []
-    assert len(tls_pair.acceptor.wheel) == 0
+    assert deadlines(tls_pair.acceptor) == 0
 
 
 def test_abort_during_handshake_is_not_a_failure_of_the_peer(tls_pair: TlsPair) -> None:
@@ -140,7 +196,7 @@ def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
     tls_pair.timers.run()
     assert tls_pair.log == ["closed"]
     assert tls_pair.acceptor.wheel.now() == NOW
-    assert len(tls_pair.acceptor.wheel) == 0
+    assert deadlines(tls_pair.acceptor) == 0
 
 
 # --- counters -------------------------------------------------------------------------------------------

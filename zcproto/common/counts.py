@@ -38,6 +38,10 @@ class Counts:
         """Return the count of a key."""
         return self._own.get(key, 0)
 
+    def own(self, key: str) -> int:
+        """Return how many of a key's count were added here."""
+        return self._own.get(key, 0)
+
     @property
     def most(self) -> int:
         """The count of the key with most."""

@@ -90,12 +90,12 @@ class DeadlineWheel:
                 return
             buckets[old].discard(entry)
         bucket = buckets.get(tick)
-        if bucket is None:
-            buckets[tick] = {entry}
-            heapq.heappush(self._heap, tick)
-        else:
-            bucket.add(entry)
         entry.deadline_tick = tick
+        if bucket is not None:  # the timer is set for its tick or an earlier one
+            bucket.add(entry)
+            return
+        buckets[tick] = {entry}
+        heapq.heappush(self._heap, tick)
         if tick < self._armed_tick:
             self._arm()
 

@@ -294,8 +294,6 @@ class Listener(AcceptLoop):
         self._has_others = counting is not ALONE  # workers that accept on the same port
         self._all = counting.counts("max_connections")
         self._by_network = counting.counts("connections_per_address")
-        self.connections = 0
-        """Open TCP connections, including those in their handshake."""
         self._empty = asyncio.Event()
         self._left: asyncio.TimerHandle | None = None
         self._takes_left = False
@@ -338,6 +336,11 @@ class Listener(AcceptLoop):
     def most_per_address(self) -> int:
         """The connections of the network with most of them."""
         return self._by_network.most
+
+    @property
+    def connections(self) -> int:
+        """Open TCP connections, including those in their handshake."""
+        return self._all.own(_ALL)
 
     @property
     def all_connections(self) -> int:
@@ -407,7 +410,6 @@ class Listener(AcceptLoop):
             self._all.remove(_ALL)
             connection.close()
             return
-        self.connections += 1
         # From here on it is pending.
         kind = ForwardedTransport if is_forwarded else TlsServerTransport
         self._adopt(connection, kind(self._acceptor, client, network))
@@ -452,8 +454,7 @@ class Listener(AcceptLoop):
         self._wasted.charge(network.name, HANDSHAKE_COST if begun else 1, self._state.clock.now())
 
     def _connection_closed(self, address: str) -> None:
-        self.connections -= 1
-        if self._closed and not self.connections:
-            self._empty.set()
         self._by_network.remove(network_of(address))
         self._all.remove(_ALL)
+        if self._closed and not self.connections:
+            self._empty.set()

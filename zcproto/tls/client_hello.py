@@ -18,7 +18,7 @@ import struct
 from collections.abc import Container
 from enum import IntEnum
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from zcproto.tls.failure import TlsFailure
 
@@ -131,13 +131,15 @@ _NAME_BYTES: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234
 class _Offers:
     """Accepted hellos of one size, without random, session id and key share (from `share_at` to `share_end`)."""
 
-    __slots__ = ("accepted", "share_at", "share_end", "size")
+    __slots__ = ("accepted", "parts", "share", "size")
 
     def __init__(self, size: int, share_at: int, share_end: int) -> None:
         self.size = size
-        self.share_at = share_at
-        self.share_end = share_end
-        self.accepted: dict[bytes, Accepted] = {}
+        self.share = share_at, share_end
+        offer = f"{share_at - _SUITES_AT}s{share_end - share_at}x{size - share_end}s"
+        self.parts = struct.Struct(f"!{_SESSION_ID_AT}xB{_SESSION_ID_SIZE}x{offer}").unpack
+        """Returns the size of the session id, and what is before and after the key share."""
+        self.accepted: dict[tuple[Any, ...], Accepted] = {}
 
 
 class ClientHelloJudge:
@@ -159,8 +161,8 @@ class ClientHelloJudge:
         """Judge data that is exactly one record with one ClientHello, the usual case. None: use a
         ClientHelloReader."""
         offers = self._by_head.get(data[:_RANDOM_AT])
-        if offers is not None and len(data) == offers.size and data[_SESSION_ID_AT] == _SESSION_ID_SIZE:
-            accepted = offers.accepted.get(data[_SUITES_AT : offers.share_at] + data[offers.share_end :])
+        if offers is not None and len(data) == offers.size:
+            accepted = offers.accepted.get(offers.parts(data))
             if accepted is not None:
                 return accepted
         size = len(data)
@@ -186,19 +188,18 @@ class ClientHelloJudge:
             return _MALFORMED
 
     def _cache(self, data: bytes, accepted: Accepted) -> None:
-        share_at, share_end = _key_share(data)
-        offer = data[_SUITES_AT:share_at] + data[share_end:]
-        if len(offer) > _MAX_OFFER:
+        share_at, share_end = share = _key_share(data)
+        if len(data) - _SUITES_AT - (share_end - share_at) > _MAX_OFFER:
             return
         head = data[:_RANDOM_AT]
         offers = self._by_head.get(head)
-        if offers is None or (offers.share_at, offers.share_end) != (share_at, share_end):
+        if offers is None or offers.share != share:
             if len(self._by_head) >= _CACHED_HEADS:
                 self._by_head.clear()  # those in use return soon
-            offers = self._by_head[head] = _Offers(len(data), share_at, share_end)
+            offers = self._by_head[head] = _Offers(len(data), *share)
         if len(offers.accepted) >= _CACHED_OFFERS:
             offers.accepted.clear()
-        offers.accepted[offer] = accepted
+        offers.accepted[offers.parts(data)] = accepted
 
 
 class ClientHelloReader:

@@ -113,7 +113,7 @@ class PendingHandshakes(Generic[C]):
 
     def become_ready(self, connection: C) -> None:
         """Queue a silent connection for a slot."""
-        self.leave(connection)
+        self._free_place(connection)
         connection.stage = READY
         self.waiting += 1
         self._ready[connection.network] = connection.network.ready[connection] = None
@@ -123,7 +123,7 @@ class PendingHandshakes(Generic[C]):
         network = connection.network
         if network.slots >= self.max_slots - self.slots:
             return False
-        self.leave(connection)
+        self._free_place(connection)
         connection.stage = SLOT
         network.slots += 1
         self.slots += 1
@@ -131,19 +131,25 @@ class PendingHandshakes(Generic[C]):
 
     def leave(self, connection: C) -> int:
         """Release the place or slot of a connection. Return its stage until now."""
-        stage, network = connection.stage, connection.network
-        connection.stage = ENDED
-        if stage == SILENT:
-            del self._silent[connection], network.silent[connection]
-        elif stage == SLOT:
-            network.slots -= 1
+        stage = connection.stage
+        if stage == SLOT:
+            connection.network.slots -= 1
             self.slots -= 1
-        elif stage == READY:
+        else:
+            self._free_place(connection)
+        connection.stage = ENDED
+        return stage
+
+    def _free_place(self, connection: C) -> None:
+        """Release the place of a connection, if it has one."""
+        network = connection.network
+        if connection.stage == SILENT:
+            del self._silent[connection], network.silent[connection]
+        elif connection.stage == READY:
             self.waiting -= 1
             del network.ready[connection]
             if not network.ready:
                 del self._ready[network]
-        return stage
 
     def next_ready(self) -> C | None:
         """Return the connection that gets the next slot; None if no network may have one more."""

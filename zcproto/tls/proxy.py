@@ -129,8 +129,9 @@ class ForwardedTransport(TlsServerTransport):
             return
         client, rest = verdict
         if client is not None:
-            self._leave_handshake()
+            self._acceptor.pending.leave(self)
             if not self._acceptor.on_forwarded(self.peer, client):
+                self._acceptor.left(self)
                 self.abort()
                 return
             self.peer = client

@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from math import inf
 from typing import Final
 
 from cryptography import x509
@@ -61,6 +62,10 @@ READ_BUDGET: Final = 0.001
 BUDGET_WINDOW: Final = 2 * TURN_BUDGET
 """Seconds during which signing beyond TURN_BUDGET is deferred; a single handshake never waits."""
 
+# Module globals, as in transport.py.
+_HANDSHAKE: Final = TlsPhase.HANDSHAKE
+_OPEN: Final = TlsPhase.OPEN
+
 
 @dataclass(slots=True, eq=False)
 class TlsAcceptor:
@@ -108,6 +113,10 @@ class TlsAcceptor:
     handshakes_completed: int = field(init=False, default=0)
     _network_bits: tuple[int, int] = field(init=False, default=(24, 48))
     large_hellos: set[TlsServerTransport] = field(init=False, default_factory=set)
+    deadline_tick: int = field(init=False, default=0)
+    _began: dict[TlsServerTransport, float] = field(init=False, default_factory=dict)
+    """When each handshake began, oldest first: one entry of the wheel has the deadlines of all."""
+    _next_deadline: float = field(init=False, default=inf)
     _turn_planned: bool = field(init=False, default=False)
     _window_ends: float = field(init=False, default=0.0)
     _spent: float = field(init=False, default=0.0)
@@ -149,8 +158,35 @@ class TlsAcceptor:
         self.pending.become_ready(transport)
         self._plan_turn()
 
+    def start_deadline(self, transport: TlsServerTransport) -> None:
+        """Start the time of a handshake. It is absolute, so that slow bytes do not extend it."""
+        now = self._began[transport] = self.wheel.now()
+        if now + self.handshake_timeout < self._next_deadline:
+            self._set_deadline(now)
+
+    def _set_deadline(self, began: float) -> None:
+        self._next_deadline = began + self.handshake_timeout
+        self.wheel.set(self, self._next_deadline)
+
+    def handle_deadline(self, now: float) -> None:
+        """End the oldest handshake if it takes too long, and wait for the next one."""
+        try:
+            for transport, began in self._began.items():
+                if began + self.handshake_timeout <= now:
+                    del self._began[transport]
+                    transport.handle_deadline(now)
+                break
+        finally:
+            self._set_deadline(next(iter(self._began.values()), inf))
+
+    def abort(self) -> None:
+        """Reset all connections whose handshake has not ended."""
+        for transport in list(self._began):
+            transport.abort()
+
     def left(self, transport: TlsServerTransport) -> None:
         """Release the place or the slot of a connection whose handshake has ended, or never began."""
+        self._began.pop(transport, None)
         self.large_hellos.discard(transport)
         if self.pending.leave(transport) == READY:
             self.on_room()
@@ -197,7 +233,12 @@ class TlsServerTransport(TlsTransport):
     `network` is that of the peer, if the caller has it.
     """
 
-    __slots__ = ("_acceptor", "_hello", "_queued", "network", "stage")
+    __slots__ = ("_acceptor", "_hello", "_queued", "_reader", "network", "stage")
+
+    _hello: Accepted | ssl.SSLContext
+    """The verdict on a complete ClientHello, or the context to use."""
+    _queued: bytes
+    """The ClientHello and what follows it, until the handshake is started."""
 
     network: Network[TlsServerTransport]
     stage: int
@@ -209,9 +250,7 @@ class TlsServerTransport(TlsTransport):
     ) -> None:
         super().__init__(acceptor.buffer, acceptor.wheel, peer)
         self._acceptor = acceptor
-        # None before the first byte; while the connection waits for a slot its verdict, or the context to use.
-        self._hello: ClientHelloReader | Accepted | ssl.SSLContext | None = None
-        self._queued = b""  # received before the handshake is started
+        self._reader: ClientHelloReader | None = None  # of a ClientHello in pieces
         acceptor.pending.join(self, network or acceptor.network_of(peer))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -219,13 +258,12 @@ class TlsServerTransport(TlsTransport):
         if self.stage == ENDED:  # dropped before the loop had the socket
             self.abort()
             return
-        # Absolute, so that slow bytes do not extend it.
-        self._wheel.set(self, self._wheel.now() + self._acceptor.handshake_timeout)
+        self._acceptor.start_deadline(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._leave_handshake()
-        self._hello, self._queued = None, b""
+        self._reader, self._queued = None, b""
         self._acceptor.on_closed(self.peer)
 
     def _note(self, failure: TlsFailure) -> None:
@@ -246,7 +284,7 @@ class TlsServerTransport(TlsTransport):
         """Reset a silent connection to make room for another."""
         self._note(TlsFailure.DISPLACED)
         self._leave_handshake()
-        self._phase = TlsPhase.CLOSING
+        self._phase = TlsPhase.CLOSED
         self.abort()
 
     def _read_parts(self, nbytes: int) -> None:
@@ -267,20 +305,20 @@ class TlsServerTransport(TlsTransport):
             elif len(self._queued) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
                 self._refuse(TOO_LARGE)
             return
-        hello, received, judge = self._hello, data.tobytes(), self._acceptor.judge
-        verdict = judge.judge_record(received) if hello is None else None
+        received, verdict = data.tobytes(), None
+        if self._reader is None:
+            verdict = self._acceptor.judge.judge_record(received)
         if verdict is None:
-            reader = hello if isinstance(hello, ClientHelloReader) else ClientHelloReader(judge)
-            self._hello = reader
+            reader = self._reader = self._reader or ClientHelloReader(self._acceptor.judge)
             verdict = reader.feed(received)
             if len(reader.raw) > LARGE_HELLO and not self._acceptor.admits_large_hello(self):
                 verdict = TOO_LARGE
             if verdict is None:
                 return
-            received = bytes(reader.raw)
-        self._hello = verdict if isinstance(verdict, Accepted) else self._challenge(verdict)
-        if self._hello is not None:
-            self._queued = received
+            self._reader, received = None, bytes(reader.raw)
+        hello = verdict if isinstance(verdict, Accepted) else self._challenge(verdict)
+        if hello is not None:
+            self._hello, self._queued = hello, received
             self._acceptor.schedule(self)
 
     def _challenge(self, verdict: ChallengeHello | Refusal) -> ssl.SSLContext | None:
@@ -294,7 +332,7 @@ class TlsServerTransport(TlsTransport):
         return None
 
     def _refuse(self, refusal: Refusal) -> None:
-        self._hello, self._queued = None, b""
+        self._reader, self._queued = None, b""
         if refusal.alert is not None:
             self._raw.write(alert_record(refusal.alert))
         elif refusal.failure is TlsFailure.PLAINTEXT_HTTP:
@@ -305,20 +343,19 @@ class TlsServerTransport(TlsTransport):
 
     def start_handshake(self) -> None:
         """Let OpenSSL answer the ClientHello. Called by the acceptor."""
-        self._phase = TlsPhase.HANDSHAKE
-        hello, self._hello = self._hello, None
-        received, self._queued = self._queued, b""
-        if isinstance(hello, Accepted):
-            context = self._acceptor.contexts.choose(hello.server_name)
-        else:
-            assert isinstance(hello, ssl.SSLContext)
-            context = hello
+        self._phase = _HANDSHAKE
+        context, received = self._hello, self._queued
+        del self._hello, self._queued  # no connection keeps its name
+        if isinstance(context, Accepted):
+            context = self._acceptor.contexts.choose(context.server_name)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        while received and self._phase is TlsPhase.HANDSHAKE:
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, True)
+        while True:
             self._incoming.write(received[:RECORD_SIZE])
-            received = received[RECORD_SIZE:]
             self._handshake()
+            received = received[RECORD_SIZE:]
+            if not received or self._phase is not _HANDSHAKE:
+                return
 
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
@@ -339,12 +376,12 @@ class TlsServerTransport(TlsTransport):
             if acceptor.client_pins and not pins_match(certificate, acceptor.client_pins):
                 self._end_for(TlsFailure.PIN_MISMATCH)
                 return
-        acceptor.left(self)  # the deadline of the handshake stays in the wheel: it does nothing any more
+        acceptor.left(self)
         acceptor.handshakes_completed += 1
-        self._phase = TlsPhase.OPEN
+        self._phase = _OPEN
         protocol = self._protocol = factory()
         protocol.connection_made(self)
-        if self._incoming.pending and self._phase is TlsPhase.OPEN and not self._reading_paused:
+        if self._incoming.pending and self._phase is _OPEN and not self._reading_paused:
             self._read_records(0)
 
     def _challenge_answered(self) -> None:

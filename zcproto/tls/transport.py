@@ -98,6 +98,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         "peer",
     )
 
+    # From the beginning of the handshake.
+    _incoming: ssl.MemoryBIO
+    _outgoing: ssl.MemoryBIO
+
     reads_while_writing_is_paused = True
     # uvloop looks for it in every protocol: an AttributeError for each connection costs 3,000 instructions.
     data_received = None
@@ -109,14 +113,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self.deadline_tick = 0
         self._raw = _NO_TRANSPORT
         self._tls: ssl.SSLObject = _NO_TLS
-        self._incoming = self._outgoing = _NO_BIO
         self._protocol = _NO_PROTOCOL
         self._phase = TlsPhase.HELLO
         self._reading_paused = False
         self._writing_paused = False
         self._barren = 0
-        self._discarded = 0
-        self._unsent = 0
         self._error: TlsError | None = None
 
     # --- callbacks of the TCP transport ---------------------------------------------------------
@@ -288,10 +289,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def _linger(self) -> None:
         self._phase = TlsPhase.CLOSING
+        self._discarded = 0
+        self._unsent = self.get_write_buffer_size()
         raw = self._raw
         if raw is None or raw.is_closing():
             return
-        self._unsent = raw.get_write_buffer_size()
         self._wheel.set(self, self._now() + LINGER_TIME)
         if raw.can_write_eof():
             try:
@@ -308,7 +310,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Reset the connection; unsent data is lost."""
         if self._raw is not None:
-            self._phase = TlsPhase.CLOSING  # do not count it as a failure of the peer
+            self._phase = TlsPhase.CLOSED  # do not count it as a failure of the peer
             self._raw.abort()
 
     def _note(self, failure: TlsFailure) -> None:
@@ -318,7 +320,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def _fail(self, failure: TlsFailure) -> None:
         """End the connection for a failure of the peer or the network, after sending OpenSSL's alert."""
         self._note(failure)
-        self._flush()
+        if self._phase is not _HELLO:
+            self._flush()
         self._linger()
 
     def _fail_for(self, error: ssl.SSLError) -> None:
