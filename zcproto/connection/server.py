@@ -166,10 +166,16 @@ class ServerConnection(ServerOutput):
             if (
                 decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
             ) and self.state is _OPEN:
-                limit = settings.max_frame if session is not None else settings.max_frame_before_session
-                max_depth, tolerance = settings.max_depth, settings.tolerance_ms
-                rules = limit, REQUEST, self.salt, self._token, tolerance, max_depth, session, DECODING
-                self._rules = rules
+                self._rules = rules = (
+                    settings.max_frame_before_session if session is None else settings.max_frame,
+                    REQUEST,
+                    self.salt,
+                    self._token,
+                    settings.tolerance_ms,
+                    settings.max_depth,
+                    session,
+                    DECODING,
+                )
         if rules is not None:
             found = read_request(data, 0, rules, self._last_counter, wall)
             if found is not None and (

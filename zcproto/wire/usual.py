@@ -9,6 +9,7 @@ It must not know: what a session is, what is in flight.
 
 from __future__ import annotations
 
+import struct
 from functools import partial
 from typing import Any, Final
 
@@ -45,15 +46,17 @@ def read_request(data: bytes, at: int, rules: RequestRules, counter: int, wall: 
     `counter` is that of the last frame; `wall` is in milliseconds.
     """
     size = len(data)
-    if size - at < HEADER_SIZE:
-        return None
     limit, head, salt, token, tolerance, max_depth, session, _ = rules
-    length, its_head, stream, timestamp, its_salt, its_counter, its_token = _unpack_header(data, at)
+    try:
+        length, its_head, stream, timestamp, its_salt, its_counter, its_token = _unpack_header(data, at)
+    except struct.error:  # too short
+        return None
     end = at + LENGTH_SIZE + length
     if (
         end > size
         or its_head != head
-        or not MIN_LENGTH <= length <= limit
+        or length > limit
+        or length < MIN_LENGTH
         or its_token != token
         or its_salt != salt
         or its_counter <= counter
@@ -67,12 +70,11 @@ def read_request(data: bytes, at: int, rules: RequestRules, counter: int, wall: 
         return None
     if meta is not NO_META and meta.deadline_ms is not None and meta.deadline_ms <= 0:
         return None
-    return (stream, token, session, method, params, meta), its_counter, end if end < size else 0
+    return (stream, token, session, method, params, meta), its_counter, end % size
 
 
-_make_meta = partial(
-    tuple.__new__, RequestMeta
-)  # the constructor of a NamedTuple is a function in Python around it
+# The constructor of a NamedTuple is a function in Python around it.
+_make_meta = partial(tuple.__new__, RequestMeta)
 DECODING: Final = (well_formed_methods, NO_META, _make_meta, twins["read_request"])
 """What `_accelerator.c` makes requests with, and what reads a request with any other body."""
 
