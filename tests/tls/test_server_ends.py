@@ -73,16 +73,20 @@ def test_each_handshake_has_its_own_deadline(agreed: TlsPair, timers: FakeTimers
     assert agreed.failures == {TlsFailure.HANDSHAKE_TIMEOUT: 1}
 
 
-def test_shorter_timeout_applies_to_handshakes_in_progress(
-    timers: FakeTimers, server_tls: ssl.SSLContext
+@pytest.mark.parametrize(("old", "new"), [(30.0, TIMEOUT), (TIMEOUT, 30.0)])
+def test_other_timeout_applies_to_later_handshakes_only(
+    timers: FakeTimers, server_tls: ssl.SSLContext, old: float, new: float
 ) -> None:
-    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [], handshake_timeout=30.0)
-    connect(acceptor, timers)
-    timers.advance(1.0)
-    acceptor.handshake_timeout = TIMEOUT
-    connect(acceptor, timers)
+    acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [], handshake_timeout=old)
+    first = connect(acceptor, timers)
+    acceptor.set_timeout(new)
+    second = connect(acceptor, timers)
     timers.advance(TIMEOUT + 0.2)
+    assert [first.is_closing(), second.is_closing()] == [old == TIMEOUT, new == TIMEOUT]
+    timers.advance(30.0)
     assert acceptor.failures[TlsFailure.HANDSHAKE_TIMEOUT] == 2
+    timers.advance(3.0)
+    assert deadlines(acceptor) == 0
 
 
 def test_timed_out_handshake_that_raises_does_not_stop_the_others(

@@ -158,6 +158,13 @@ class TlsAcceptor:
         self.pending.become_ready(transport)
         self._plan_turn()
 
+    def set_timeout(self, seconds: float) -> None:
+        """Limit the time of future handshakes. Those in progress keep their deadlines, out of the table's order."""
+        for transport, began in self._began.items():
+            self.wheel.set(transport, began + self.handshake_timeout)
+        self._began.clear()
+        self.handshake_timeout = seconds
+
     def start_deadline(self, transport: TlsServerTransport) -> None:
         """Start the time of a handshake. It is absolute, so that slow bytes do not extend it."""
         now = self._began[transport] = self.wheel.now()
