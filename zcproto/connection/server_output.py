@@ -128,12 +128,10 @@ class ServerOutput:
         counter = self._counter
         self._counter = counter + 1
         if _IS_COMPILED:
-            frame = encode_frame(RESPONSE, stream, wall, self.salt, counter, token, body)
+            self._out.append(encode_frame(RESPONSE, stream, wall, self.salt, counter, token, body))
         else:
-            frame = (
-                _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token) + body
-            )
-        self._out.append(frame)
+            header = _pack_header(MIN_LENGTH + len(body), RESPONSE, stream, wall, self.salt, counter, token)
+            self._out.append(header + body)
 
     def respond(self, request: Request, body: bytes, wall: int) -> bool:
         """Answer a request with an encoded result. Return False if it was already answered or the end came
