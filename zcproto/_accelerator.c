@@ -257,95 +257,44 @@ scan_body(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return call_twin("scan_body", args, nargs);
 }
 
-/* Return so many bytes as a number, and move on. */
-static uint64_t
-read_uint(Bytes *p, unsigned size)
+/* Return whether memory is exhausted. Clears any other exception. */
+static int
+is_out_of_memory(void)
 {
-    uint64_t value = 0;
-    while (size-- > 0)
-        value = value << 8 | *(*p)++;
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_MemoryError))
+        return 1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* Return the value of a body that is_plain accepts, by msgpack's `unpack`; otherwise NULL. */
+static PyObject *
+decode(PyObject *unpack, Bytes body, Bytes end, uint64_t max_depth)
+{
+    if (!is_plain(body, end, max_depth))
+        return NULL;
+    PyObject *copy = PyBytes_FromStringAndSize((const char *)body, end - body);
+    PyObject *value = copy == NULL ? NULL : PyObject_CallFunctionObjArgs(unpack, copy, NULL);
+    Py_XDECREF(copy);
     return value;
 }
 
-static PyObject *
-build_container(Bytes *p, uint64_t count, int is_map);
-
-/* Build the next value of a body that is_plain has accepted. Raises UnicodeDecodeError. */
-static PyObject *
-build(Bytes *p)
-{
-    unsigned first = *(*p)++;
-    if (first <= 0x7f || first >= 0xe0)
-        return PyLong_FromLong((signed char)first);
-    unsigned follows = first >= 0xc0 ? FOLLOWS[first - 0xc0] : 0, width = follows % SIZED;
-    uint64_t bits = first >= 0xc0 ? read_uint(p, width) : first & (first >= 0xa0 ? 31 : 15);
-    if (first <= 0x9f || first >= 0xdc)
-        return build_container(p, bits, first <= 0x8f || first >= 0xde);
-    if (first <= 0xbf || follows > SIZED) { /* str, bin */
-        const char *start = (const char *)*p;
-        *p += bits;
-        return first >= 0xc4 && first <= 0xc6 ? PyBytes_FromStringAndSize(start, (Py_ssize_t)bits)
-                                              : PyUnicode_DecodeUTF8(start, (Py_ssize_t)bits, NULL);
-    }
-    if (first == 0xca || first == 0xcb) {
-        float narrow;
-        double wide;
-        uint32_t half = (uint32_t)bits;
-        memcpy(&narrow, &half, sizeof narrow);
-        memcpy(&wide, &bits, sizeof wide);
-        return PyFloat_FromDouble(first == 0xca ? (double)narrow : wide);
-    }
-    if (first >= 0xd0) { /* signed: fill with the sign */
-        uint64_t sign = (uint64_t)1 << (8 * width - 1);
-        return PyLong_FromLongLong((long long)((bits ^ sign) - sign));
-    }
-    if (first >= 0xcc)
-        return PyLong_FromUnsignedLongLong(bits);
-    PyObject *constant = first == 0xc0 ? Py_None : first == 0xc2 ? Py_False : Py_True;
-    Py_INCREF(constant);
-    return constant;
-}
-
-static PyObject *
-build_container(Bytes *p, uint64_t count, int is_map)
-{
-    PyObject *container = is_map ? PyDict_New() : PyList_New((Py_ssize_t)count);
-    for (uint64_t i = 0; container != NULL && i < count; i++) {
-        PyObject *key = is_map ? build(p) : NULL;
-        if (key != NULL)
-            PyUnicode_InternInPlace(&key); /* as msgpack does: many maps share their keys */
-        PyObject *value = is_map && key == NULL ? NULL : build(p);
-        if (value == NULL || (is_map && PyDict_SetItem(container, key, value) < 0))
-            Py_CLEAR(container);
-        else if (!is_map)
-            PyList_SetItem(container, (Py_ssize_t)i, value);
-        Py_XDECREF(key);
-        if (is_map)
-            Py_XDECREF(value);
-    }
-    return container;
-}
-
-/* cut_values(data, limit, head, salt, counter, token, wall, tolerance, max_depth) */
+/* cut_values(data, limit, head, salt, counter, token, wall, tolerance, max_depth, unpack) */
 static PyObject *
 cut_values(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     Bytes data;
     Rules rules;
     uint64_t max_depth;
-    if (nargs != 9 || !read_rules(args, 8, &data, &rules) || !is_uint(args[8], DEEPEST, &max_depth))
+    if (nargs != 10 || !read_rules(args, 8, &data, &rules) || !is_uint(args[8], DEEPEST, &max_depth))
         return call_twin("cut_values", args, nargs);
     PyObject *frames = PyList_New(0);
     size_t at = 0, end = (size_t)PyBytes_Size(args[0]), size;
     while (frames != NULL && (size = usual_size(&rules, data + at, end - at)) != 0) {
-        Bytes start = data + at, body = start + BODY;
-        if (!is_plain(body, start + size, max_depth))
+        Bytes start = data + at;
+        PyObject *value = decode(args[9], start + BODY, start + size, max_depth);
+        if (value == NULL && !is_out_of_memory())
             break;
-        PyObject *value = build(&body);
-        if (value == NULL && PyErr_ExceptionMatches(PyExc_UnicodeDecodeError)) {
-            PyErr_Clear();
-            break;
-        }
         PyObject *parts[4] = {
             PyLong_FromUnsignedLong(get32(start + STREAM)),
             PyLong_FromUnsignedLongLong(get64(start + COUNTER)),
@@ -392,7 +341,7 @@ fits(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 
 /* What read_request goes by (zcproto/wire/usual.py). */
 enum { LIMIT, KIND, ITS_SALT, ITS_TOKEN, TOLERANCE, MAX_DEPTH, SESSION, DECODING, RULES };
-enum { KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
+enum { UNPACK, KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
 
 /* Store borrowed references to the items of a tuple. Return whether it has so many. */
 static int
@@ -426,9 +375,7 @@ usual_meta(PyObject *map, PyObject *make)
 static PyObject *
 usual_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject **meta)
 {
-    if (!is_plain(body, end, max_depth))
-        return NULL;
-    PyObject *value = build(&body);
+    PyObject *value = decode(by[UNPACK], body, end, max_depth);
     Py_ssize_t size = value != NULL && PyList_CheckExact(value) ? PyList_Size(value) : 0;
     if ((size == 2 || size == 3) && PyUnicode_CheckExact(PyList_GetItem(value, 0)) &&
         PySet_Contains(by[KNOWN], PyList_GetItem(value, 0)) == 1 && PyDict_CheckExact(PyList_GetItem(value, 1))) {
@@ -465,9 +412,8 @@ read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
         Py_RETURN_NONE;
     PyObject *value = usual_message(frame + BODY, frame + size, by, max_depth, &meta);
     if (value == NULL) {
-        if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_MemoryError))
+        if (is_out_of_memory())
             return NULL;
-        PyErr_Clear();
         return call(by[TWIN], args, nargs);
     }
     PyObject *event[] = {PyLong_FromUnsignedLong(get32(frame + STREAM)), its[ITS_TOKEN], its[SESSION],

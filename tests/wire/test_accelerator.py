@@ -24,6 +24,7 @@ from tests.wire.accelerators import (
     REQUIRED,
     RULES,
     check_call,
+    check_cut,
     check_decoders,
     check_random,
     check_scan,
@@ -144,7 +145,7 @@ def test_any_value_is_decoded_alike(value: Any, max_depth: int) -> None:
     check_scan(body, max_depth)
     check_decoders(body, max_depth)
     check_decoders(encode_body(["m", {"value": value}]), max_depth)
-    check_call("cut_values", frame(body=body), 2**32, *RULES[1:-1], max_depth)
+    check_cut(frame(body=body), 2**32, *RULES[1:-1], max_depth)
 
 
 @needs_compiled
@@ -158,18 +159,18 @@ def test_any_bytes_are_scanned_alike(body: bytes, max_depth: int) -> None:
 @needs_compiled
 def test_frames_are_judged_alike_at_the_edges_and_for_odd_arguments() -> None:
     for data in (*UNUSUAL.values(), frame(), frame() + frame(counter=9), frame(counter=2**64 - 1)):
-        check_call("cut_values", data, *RULES)
+        check_cut(data, *RULES)
         for number in range(len(RULES)):
             for value in (*EDGES, *ODD_NUMBERS, *ODD_BYTES):
-                check_call("cut_values", data, *RULES[:number], value, *RULES[number + 1 :])
+                check_cut(data, *RULES[:number], value, *RULES[number + 1 :])
     for timestamp in EDGES:
         for wall in (*EDGES, -1, -(2**63), 2**64):
             for tolerance in (0, 1, 2**63, 2**64 - 1, 2**64, -1):
-                check_call("cut_values", frame(timestamp=timestamp), *RULES[:5], wall, tolerance, 2)
+                check_cut(frame(timestamp=timestamp), *RULES[:5], wall, tolerance, 2)
     for data in ODD_BYTES:
-        check_call("cut_values", data, *RULES)
-    check_call("cut_values", bytearray(frame()), *RULES)
-    check_call("cut_values", memoryview(frame()), *RULES)
+        check_cut(data, *RULES)
+    check_cut(bytearray(frame()), *RULES)
+    check_cut(memoryview(frame()), *RULES)
 
 
 @needs_compiled
@@ -203,7 +204,7 @@ def test_values_are_cut_alike(kind: str) -> None:
         for around in (b"", b"\x91", b"\x81\xa1a", b"\x92\xc2"):
             data = frame(body=b"\xc3") + frame(counter=7, body=around + body) + frame(counter=8, body=b"\xc0")
             for max_depth in (0, 1, 2, 64, 65):
-                check_call("cut_values", data, 2**32, *RULES[1:-1], max_depth)
+                check_cut(data, 2**32, *RULES[1:-1], max_depth)
 
 
 @needs_compiled
@@ -250,7 +251,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     ),
     "cut_values": (
         *(frame(counter=2**40, body=encode_body({"a": [1.5, "é", b"x", None]})), 99),
-        *RULES[1:],
+        *(*RULES[1:], message.unpack),
     ),
     "encode_frame": (REQUEST, 7, WALL, SALT, 6, TOKEN, b"body"),
     "scan_body": (encode_body({"a": [1, 2]}), 32),

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 from zcproto.wire.frame import HEADER_SIZE, LENGTH_SIZE, PING, REQUEST, encode_frame
-from zcproto.wire.message import NO_META, RequestMeta, encode_body
+from zcproto.wire.message import NO_META, RequestMeta, encode_body, unpack
 from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, cut_values, read_request
 
 SALT = b"saltsalt"
@@ -43,7 +43,7 @@ def read_from(data: bytes, at: int = 0, rules: RequestRules = REQUEST_RULES) -> 
 
 
 def cut_from(data: bytes) -> list[tuple[int, int, Any, int]]:
-    return cut_values(data, LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE, 2)
+    return cut_values(data, LIMIT, REQUEST, SALT, 5, TOKEN, WALL, TOLERANCE, 2, unpack)
 
 
 UNUSUAL = {

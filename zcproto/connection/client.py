@@ -74,6 +74,7 @@ from zcproto.wire.message import (
     decode_error,
     decode_event,
     decode_map,
+    unpack,
 )
 from zcproto.wire.usual import UsualFrame, cut_values
 
@@ -193,6 +194,7 @@ class ClientConnection(ClientOutput):
             wall + self.clock_offset_ms,
             self.tolerance_ms,
             self.max_depth,
+            unpack,
         )
         in_flight, streams = self.in_flight, self._streams
         for answer in answers:

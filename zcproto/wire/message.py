@@ -64,7 +64,7 @@ def _new_scanner() -> msgpack.Unpacker:
 
 _idle_scanners = [_new_scanner()]
 _pack = msgpack.Packer(autoreset=True, default=to_sendable).pack
-_unpack = msgpack.unpackb
+unpack: Final = msgpack.unpackb
 
 
 def encode_body(value: Any) -> bytes:
@@ -81,7 +81,7 @@ def decode_body(body: bytes, max_depth: int = DEFAULT_MAX_DEPTH) -> Any:
     """Return the value of a body. Raises MessageError."""
     is_checked = len(body) > _SCANNED_ABOVE and scan_body(body, max_depth)
     try:
-        value = _unpack(body) if is_checked else _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+        value = unpack(body) if is_checked else unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError(_phrase(error, body)) from error
     if is_checked or value.__class__ not in _CONTAINERS:
@@ -102,7 +102,7 @@ def decode_request(
     """Return method, params and meta of `[method, params]` or `[method, params, meta]`. Raises MessageError."""
     is_checked = len(body) > _SCANNED_ABOVE and scan_body(body, max_depth)
     try:
-        value = _unpack(body) if is_checked else _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
+        value = unpack(body) if is_checked else unpack(body, max_ext_len=0, ext_hook=_refuse_ext)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise MessageError(_phrase(error, body)) from error
     if value.__class__ is list and len(value) == 2:
@@ -176,7 +176,7 @@ def decode_open(
     if meta.idempotency_key is not None:
         raise MessageError("meta.idempotency_key cannot be used with a stream: its output is not kept")
     # A second decode, so that requests do not pay for the key.
-    credit = _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)[2].get("credit")
+    credit = unpack(body, max_ext_len=0, ext_hook=_refuse_ext)[2].get("credit")
     if credit is None:
         return method, params, meta, (0, 0)
     if not _is_credit(credit):

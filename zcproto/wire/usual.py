@@ -10,6 +10,7 @@ It must not know: what a session is, what is in flight.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from zcproto.wire.message import (
     RequestMeta,
     decode_body,
     decode_request,
+    unpack,
     well_formed_methods,
 )
 
@@ -75,7 +77,7 @@ def read_request(data: bytes, at: int, rules: RequestRules, counter: int, wall: 
 
 # The constructor of a NamedTuple is a function in Python around it.
 _make_meta = partial(tuple.__new__, RequestMeta)
-DECODING: Final = (well_formed_methods, NO_META, _make_meta, twins["read_request"])
+DECODING: Final = (unpack, well_formed_methods, NO_META, _make_meta, twins["read_request"])
 """What `_accelerator.c` makes requests with, and what reads a request with any other body."""
 
 
@@ -90,10 +92,12 @@ def cut_values(
     wall: int,
     tolerance: int,
     max_depth: int,
+    decoder: Callable[[bytes], Any],
 ) -> list[UsualFrame]:
     """Return the usual frames that `data` begins with, up to the first other one, or one with an invalid body.
 
-    `counter` is that of the last frame; `wall` and `tolerance` are milliseconds.
+    `counter` is that of the last frame; `wall` and `tolerance` are milliseconds. `decoder` is `unpack`, which
+    `_accelerator.c` calls.
     """
     frames: list[UsualFrame] = []
     at, end, last = 0, HEADER_SIZE, len(data) - HEADER_SIZE

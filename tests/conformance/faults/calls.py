@@ -19,7 +19,7 @@ _BY_CODE: Final = "return _BY_CODE.get(error.code, Then.RAISE)"
 _FROM_WIRE: Final = "zcproto.errors:CallError.from_wire"
 _MESSAGE: Final = "zcproto.wire.message"
 _DECODE: Final = f"{_MESSAGE}:decode_body"
-_UNPACK: Final = "value = _unpack(body) if is_checked else _unpack(body, max_ext_len=0, ext_hook=_refuse_ext)"
+_UNPACK: Final = "value = unpack(body) if is_checked else unpack(body, max_ext_len=0, ext_hook=_refuse_ext)"
 _NESTED: Final = f"{_MESSAGE}:_check_nested"
 _KEY: Final = "if key.__class__ is not str:"
 _DEEP: Final = "_check_nested([value], max_depth)"
@@ -95,19 +95,19 @@ CALLS: Final[dict[str, Fault]] = {
         ),
     ),
     "body-with-ext-type": fault(
-        "accepts ext types", (_DECODE, _UNPACK, "value = _unpack(body, ext_hook=lambda code, data: data)")
+        "accepts ext types", (_DECODE, _UNPACK, "value = unpack(body, ext_hook=lambda code, data: data)")
     ),
     "body-with-timestamp": fault(
-        "accepts msgpack timestamps", (_DECODE, _UNPACK, "value = _unpack(body, timestamp=1)")
+        "accepts msgpack timestamps", (_DECODE, _UNPACK, "value = unpack(body, timestamp=1)")
     ),
     "body-with-int-key": fault(
         "accepts int keys",
-        (_DECODE, _UNPACK, "value = _unpack(body, strict_map_key=False)"),
+        (_DECODE, _UNPACK, "value = unpack(body, strict_map_key=False)"),
         (_NESTED, _KEY, "if key.__class__ not in (str, int):"),
     ),
     "body-with-bin-key": fault("accepts bin keys", (_NESTED, _KEY, "if key.__class__ not in (str, bytes):")),
     "body-not-utf-8": fault(
-        "replaces invalid UTF-8", (_DECODE, _UNPACK, 'value = _unpack(body, unicode_errors="replace")')
+        "replaces invalid UTF-8", (_DECODE, _UNPACK, 'value = unpack(body, unicode_errors="replace")')
     ),
     "body-nested-too-deep": fault(
         "accepts any depth", (_DECODE, _DEEP, "_check_nested([value], max_depth + 99)")
