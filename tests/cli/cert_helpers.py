@@ -59,7 +59,7 @@ def data_of(capsys: Capture, *words: str | Path, code: int = 0) -> Any:
 
 
 def at(monkeypatch: pytest.MonkeyPatch, moment: datetime) -> None:
-    monkeypatch.setattr(system_clock.__class__, "wall", lambda clock: int(moment.timestamp() * 1000))
+    monkeypatch.setattr(system_clock, "wall", lambda: int(moment.timestamp() * 1000))
 
 
 def leaf(path: Path) -> x509.Certificate:
