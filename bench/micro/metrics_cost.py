@@ -47,8 +47,7 @@ from zcproto.wire.message import encode_request
 ANNOTATIONS: Final = __future__.annotations.compiler_flag
 
 COUNTING: Final = {
-    "is_checked = wall >> PART_BITS != state.timed_part or ": "is_checked = ",
-    "if wall >> PART_BITS != state.timed_part:": "if False:",
+    "timed = wall >> PART_BITS != state.timed_part": "timed = False",
     "requests += 1": "pass",
     "method.calls += 1": "pass",
     "state.counters.requests += requests": "pass",

@@ -1,4 +1,4 @@
-"""Tests of the timing of requests, with fake time and in a server."""
+"""Tests of the timing of reads, with fake time and in a server."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import pytest
 
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError
-from tests.server.protocol_harness import Harness, Peer, harness, peer
 from zcproto.app.app import App
 from zcproto.errors import NotFound
 from zcproto.server.state import PART_BITS
-
-__all__ = ["harness", "peer"]
 
 
 def two_methods() -> App:
@@ -28,7 +25,7 @@ def two_methods() -> App:
     return app
 
 
-def test_timed_request_is_answered_normally(serve: Serve) -> None:
+def test_timed_read_is_answered_normally(serve: Serve) -> None:
     app = two_methods()
     quick, bad = list(app)
     server = serve(app)
@@ -48,7 +45,7 @@ def test_timed_request_is_answered_normally(serve: Serve) -> None:
     assert sum(quick.waits.counts) == 0, "it never waits"
 
 
-def test_one_request_per_interval_is_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_read_per_interval_is_timed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     app = two_methods()
     quick, _ = list(app)
     server = serve(app)
@@ -60,19 +57,6 @@ def test_one_request_per_interval_is_timed(serve: Serve, monkeypatch: pytest.Mon
             client.call("quick")
             assert sum(quick.durations.counts) == timed
     assert quick.calls == 6
-
-
-def test_first_of_several_requests_in_a_read_is_timed(harness: Harness, peer: Peer) -> None:
-    big = harness.state.methods["big"]
-    timed = sum(big.durations.counts)
-    for reads in (1, 2):
-        harness.clock.advance(1.0)
-        peer.send(*(peer.request(n, "big", {"n": n, "size": 0}) for n in range(1, 11)))
-        assert sum(big.durations.counts) - timed == reads
-        peer.send(peer.request(1, "big", {"n": 0, "size": 0}))
-        assert sum(big.durations.counts) - timed == reads
-    assert harness.ran == [*range(1, 11), 0] * 2
-    assert len(peer.answers()) == 22
 
 
 def test_every_waiting_call_is_measured(serve: Serve) -> None:

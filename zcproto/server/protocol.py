@@ -214,8 +214,9 @@ class ServerProtocol(Dispatcher):
     def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
         """Process events until they end or must be suspended, then send what is queued."""
         state, connection = self._state, self._connection
-        is_checked = wall >> PART_BITS != state.timed_part or state.request_limits.checks_sessions
-        find = (NO_METHODS if is_checked else state.direct_methods).get
+        timed = wall >> PART_BITS != state.timed_part
+        checked = timed or state.request_limits.checks_sessions
+        find = (NO_METHODS if checked else state.direct_methods).get
         tracing = state.tracing
         requests, check_at = 0, 16
         for event in events:
@@ -229,10 +230,8 @@ class ServerProtocol(Dispatcher):
                     or (tracing is not None and tracing.is_due(meta))
                 ):
                     method = state.methods.get(name)
-                    if wall >> PART_BITS != state.timed_part:
+                    if timed:
                         self._run_timed(Request(*event), method, wall)
-                        if not state.request_limits.checks_sessions:
-                            find = state.direct_methods.get
                     else:
                         self._run(Request(*event), method, wall)
                 else:

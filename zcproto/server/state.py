@@ -40,10 +40,7 @@ ABANDONED_S: Final = 2.0
 """How long a drain waits for requests with an idempotency key after their callers have gone."""
 
 PART_BITS: Final = 4
-"""One request is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles.
-
-It is the first of its read.
-"""
+"""One read is timed in each 2**PART_BITS ms of wall time, at most 62 a second: enough for percentiles."""
 
 NO_METHODS: Final[dict[str, Method]] = {}
 
@@ -183,7 +180,7 @@ class ServerState:
     traffic_begins: Callable[[], None] = lambda: None
     """Called before requests, but not before all of them: after a silence, before the first."""
     timed_part: int = -1
-    """The interval of wall time that has had its timed request."""
+    """The interval of wall time that has had its timed read."""
     connections: set[Connection] = field(default_factory=set)
     draining: bool = False
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
