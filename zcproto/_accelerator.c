@@ -399,9 +399,9 @@ read_request(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t narg
     uint64_t at, max_depth;
     int is_usual = nargs == 5 && unpack_tuple(args[2], RULES, its) && unpack_tuple(its[DECODING], DECODERS, by);
     if (is_usual) {
-        PyObject *const of_cut_values[] = {args[0], its[LIMIT],     its[KIND], its[ITS_SALT],
-                                    args[3], its[ITS_TOKEN], args[4],   its[TOLERANCE]};
-        is_usual = read_rules(of_cut_values, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
+        PyObject *const frame_rules[] = {args[0], its[LIMIT],     its[KIND], its[ITS_SALT],
+                                         args[3], its[ITS_TOKEN], args[4],   its[TOLERANCE]};
+        is_usual = read_rules(frame_rules, 8, &data, &rules) && is_uint(its[MAX_DEPTH], UINT64_MAX, &max_depth) &&
                    is_uint(args[1], (uint64_t)PyBytes_Size(args[0]), &at);
     }
     if (!is_usual)

@@ -76,7 +76,7 @@ class Login:
         self.without_channel = frozenset(
             scheme
             for scheme, authenticator in self._authenticators.items()
-            if isinstance(authenticator, ApiKeyAuthenticator)
+            if type(authenticator) is ApiKeyAuthenticator  # a subclass may read it
         )
         """The schemes that read nothing of the channel, which need not be made for them."""
         self.throttle = throttle

@@ -143,7 +143,7 @@ class ClientOutput:
         self._counter = counter
         self._sent_since_check = True
         timestamp = wall + self.clock_offset_ms
-        if timestamp < 0:  # noqa: PLR1730
+        if timestamp < 0:  # noqa: PLR1730  as in `_send`
             timestamp = 0
         self.queued_bytes += size
         self._out.append(encode_frame(head, stream, timestamp, self.salt, counter, token, body))
