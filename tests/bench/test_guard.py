@@ -38,17 +38,17 @@ def plant(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-SLOWER_DECODE = """
+SLOWER_READ = """
 from zcproto.connection import server
 
-usual = server.decode_request
+usual = server.read_request
 
-def slower_decode(*args):
+def slower_read(*args):
     for _ in range(10):
         pass
     return usual(*args)
 
-server.decode_request = slower_decode
+server.read_request = slower_read
 """
 
 SLOWER_CALL = """
@@ -69,9 +69,9 @@ Client.call = slower_call
     ("code", "grown", "places", "untouched"),
     [
         (
-            SLOWER_DECODE,
+            SLOWER_READ,
             "request: bytecodes",
-            ["sitecustomize.py slower_decode (0.00 ->"],
+            ["sitecustomize.py slower_read (0.00 ->"],
             "call of a client",
         ),
         (SLOWER_CALL, "call of a client: calls", ["slower_call (0.00 ->", "sum (0.00 -> 3.00)"], "request"),
