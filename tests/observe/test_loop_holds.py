@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from tests.server.helpers import eventually
 from zcproto.app.app import App
 from zcproto.app.context import Context
 from zcproto.common.middleware import CallNext
-from zcproto.observe.loop_holds import HELD, LEAST_SEEN, Hold, LoopHolds, names_by_code
+from zcproto.observe.loop_holds import HELD, LEAST_SEEN, Hold, LoopHolds, current_stacks, names_by_code
 
 
 class Stacks:
@@ -55,6 +56,27 @@ def found() -> list[Hold]:
 def holds(stacks: Stacks, found: list[Hold]) -> LoopHolds:
     functions = [("slow", slow), ("other", other)]
     return LoopHolds(lambda: stacks.overdue, functions, found.append, stacks)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_no_collection_runs_while_stacks_are_taken(monkeypatch: pytest.MonkeyPatch, is_enabled: bool) -> None:
+    taking: list[bool] = []
+
+    def take() -> dict[int, FrameType]:
+        taking.append(gc.isenabled())
+        raise MemoryError
+
+    assert current_stacks()[threading.get_ident()].f_back is sys._getframe()
+    monkeypatch.setattr(sys, "_current_frames", take)
+    if not is_enabled:
+        gc.disable()
+    try:
+        with pytest.raises(MemoryError):
+            current_stacks()
+        assert gc.isenabled() is is_enabled
+    finally:
+        gc.enable()
+    assert taking == [False]
 
 
 def test_call_seen_all_along_is_reported(holds: LoopHolds, stacks: Stacks, found: list[Hold]) -> None:

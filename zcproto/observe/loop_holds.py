@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import sys
 import threading
@@ -35,6 +36,24 @@ LEAST_SEEN: Final = 3
 """Samples of one call in a row, which the shortest hold has."""
 
 MAX_NAMES: Final = 3
+
+_taking_stacks = threading.Lock()
+
+
+def current_stacks() -> Mapping[int, FrameType]:
+    """Return the newest frame of each thread, by its id.
+
+    On Python 3.11 a garbage collection meanwhile may run code while it holds a lock of the interpreter. A thread
+    that is started then waits for the lock, and all others for that thread, for ever (CPython issue 106883).
+    """
+    with _taking_stacks:
+        is_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if is_enabled:
+                gc.enable()
 
 
 class Hold(NamedTuple):
@@ -68,7 +87,7 @@ class LoopHolds:
         overdue: Callable[[], float],
         functions: Iterable[tuple[str, Callable[..., Any]]],
         on_hold: Callable[[Hold], None],
-        stacks: Callable[[], Mapping[int, FrameType]] = sys._current_frames,
+        stacks: Callable[[], Mapping[int, FrameType]] = current_stacks,
     ) -> None:
         self._overdue = overdue
         self._names = names_by_code(functions)
