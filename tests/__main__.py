@@ -69,6 +69,10 @@ TOOL_TIMEOUT_S = 840.0
 TEST_TIMEOUT_S = 180.0
 """Timeout of one test on an idle machine. Usual tests take less than ten seconds."""
 
+HANG_S = 900.0
+"""A test that goes on for so long, because a loop swallowed its timeout or a lock is held, ends its process. The
+stacks of all threads are printed."""
+
 REFERENCE_S = 0.04
 """Time of `calibrate`'s work on the reference machine (two cores) when it is idle."""
 
@@ -88,7 +92,9 @@ def main(arguments: list[str]) -> int:
     ):
         return 1
     options = ["-o", f"timeout={TEST_TIMEOUT_S * slowdown:.0f}"]
-    options += [] if chosen.all else ["-m", "not slow"]
+    if not chosen.all:
+        options += ["-m", "not slow", "-o", f"faulthandler_timeout={HANG_S}"]
+        options += ["-o", "faulthandler_exit_on_timeout=true"]
     if for_pytest:
         return 0 if run("pytest", *options, *for_pytest, slowdown=slowdown) else 1
     passed = run_groups(options, slowdown, is_quick=is_quick, is_another_python=chosen.another_python)
