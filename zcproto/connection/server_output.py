@@ -212,17 +212,19 @@ class ServerOutput:
         length = MIN_LENGTH + len(body)
         counter = self._counter
         self._counter = counter + 1
-        stream.credit.count(length)
-        streams = self._streams
+        credit, streams = stream.credit, self._streams
+        credit.sent_items += 1  # `SendCredit.count` inlined
+        credit.sent_bytes += length
         assert streams is not None
         streams.sent_bytes += length
-        streams.totals.items_sent += 1
-        streams.totals.bytes_sent += length
+        totals = streams.totals
+        totals.items_sent += 1
+        totals.bytes_sent += length
         if _IS_COMPILED:  # as in `respond_at_once`
-            frame = encode_frame(ITEM, stream.stream, wall, self.salt, counter, stream.token, body)
+            self._out.append(encode_frame(ITEM, stream.stream, wall, self.salt, counter, stream.token, body))
         else:
-            frame = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token) + body
-        self._out.append(frame)
+            header = _pack_header(length, ITEM, stream.stream, wall, self.salt, counter, stream.token)
+            self._out.append(header + body)
 
     def grant(self, stream: ServerStream, wall: int) -> bool:
         """Send the credit that is due: call this when the method asks for an item, and when it has taken one.

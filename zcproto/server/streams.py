@@ -237,21 +237,24 @@ class StreamRunner:
     ) -> Any:
         """Send the items of a generator; return the result that its context holds."""
         turn, room = -1, 0
+        connection, credit, clock = self._connection, stream.credit, self.state.clock
         try:
             async for item in items:
                 body = item.body if item.__class__ is TopicEvent else encode(item)
-                if len(body) > self._limits.max_item - MIN_LENGTH:
+                size = len(body)
+                if size > self._limits.max_item - MIN_LENGTH:
                     limit = self._limits.max_item - MIN_LENGTH
-                    raise MessageError(f"the item has {len(body)} bytes; at most {limit} fit")
-                if not stream.credit.may_send:
+                    raise MessageError(f"the item has {size} bytes; at most {limit} fit")
+                # `may_send` inlined: every item passes here
+                if credit.sent_items >= credit.items or credit.sent_bytes >= credit.bytes:
                     if stream.is_answered:  # cut, and the generator has ignored its cancellation
                         return None
                     await self._wait_for_credit(stream)
                 if room <= 0 or turn != self._turn or self.is_blocked:
                     await self._wait_for_room()
                     turn, room = self._turn, self._part
-                self._connection.send_item(stream, body, self.state.clock.wall())
-                room -= MIN_LENGTH + len(body)
+                connection.send_item(stream, body, clock.wall())
+                room -= MIN_LENGTH + size
                 self.owner.flush_soon()
         finally:
             await items.aclose()  # an item that was refused, or a cut, leaves it at its `yield`
