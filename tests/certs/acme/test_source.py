@@ -549,3 +549,14 @@ def test_close_ends_a_visit(harness: AcmeHarness) -> None:
     harness.checker.close()
     harness.source.wait(TIMEOUT)
     assert kinds(*harness.checks(2)) == []
+
+
+def test_renewal_requested_during_an_order_fails_nothing(harness: AcmeHarness) -> None:
+    harness.check()
+    begun = harness.check(SECOND)
+    assert harness.source.is_ordering
+    harness.source.order_now({"ecdsa"})
+    harness.source.wait(TIMEOUT)
+    outcomes = [begun, harness.check()]
+    assert "renewed" in kinds(*outcomes)
+    assert "renewal_failed" not in kinds(*outcomes)

@@ -266,7 +266,9 @@ class AcmeSource(SiteSource):
             return []
         if not result.problem and result.issued:
             # Otherwise it would be ordered again at once, until the CA refuses.
-            unused = [each for each in self._wanted(now) if each.key_type in result.issued]
+            # One whose renewal was requested meanwhile may be in use.
+            kinds = {*result.issued} - self._requested
+            unused = [each for each in self._wanted(now) if each.key_type in kinds]
             for each in unused:
                 why = self._refused.get(each.key_type, each.why)
                 result.problem = f"{self._paths[each.key_type][0]}: was issued and is not used: {why}"
