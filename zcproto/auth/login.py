@@ -136,7 +136,7 @@ class Login:
             self._admit(wait_ms, name, address)
         try:
             answer = authenticator.authenticate(params, address, channel)
-        except Exception as error:
+        except Exception as error:  # an application's authenticator may raise anything
             self._count_failed(error, scheme)
             raise
         if isinstance(answer, Identity):
@@ -164,7 +164,7 @@ class Login:
     ) -> Identity:
         try:
             identity = await self._decision(name, address, answer)
-        except Exception as error:
+        except Exception as error:  # an application's authenticator may raise anything
             self._count_failed(error, scheme)
             raise
         if identity is None:

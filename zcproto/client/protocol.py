@@ -434,9 +434,7 @@ class ClientProtocol(asyncio.Protocol):
         if len(conversation.in_flight) >= self._max_streams:
             self.ready = False
         if self._had_one_answer and len(pending) == 1 and not self._flush_planned:
-            # A caller that makes one call after the other. `_flush` inlined
-            assert self._transport is not None
-            self._transport.write(conversation.data_to_send())
+            self._flush()  # a caller that makes one call after the other
         elif not self._flush_planned or conversation.queued_bytes >= SENT_AT_ONCE:
             self._flush_queued()
 

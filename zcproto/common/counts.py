@@ -36,7 +36,7 @@ class Counts:
 
     def __getitem__(self, key: str) -> int:
         """Return the count of a key."""
-        return self._own.get(key, 0)
+        return self.own(key)
 
     def own(self, key: str) -> int:
         """Return how many of a key's count were added here."""

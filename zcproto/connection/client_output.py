@@ -138,15 +138,7 @@ class ClientOutput:
             token = NO_TOKEN
         else:
             in_flight[stream] = self._last_token = token
-        # `_send` inlined
-        counter = self._counter + 1
-        self._counter = counter
-        self._sent_since_check = True
-        timestamp = wall + self.clock_offset_ms
-        if timestamp < 0:  # noqa: PLR1730  as in `_send`
-            timestamp = 0
-        self.queued_bytes += size
-        self._out.append(encode_frame(head, stream, timestamp, self.salt, counter, token, body))
+        self._send(head, stream, token, body, wall)
         return stream
 
     def open_stream(

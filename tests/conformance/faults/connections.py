@@ -389,7 +389,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
     ),
     "counters-of-concurrent-calls": fault(
         "stops increasing its counter at ten",
-        (f"{_CONNECTION}.request", "counter = self._counter + 1", "counter = min(self._counter + 1, 10)"),
+        (f"{_CONNECTION}._send", "counter = self._counter + 1", "counter = min(self._counter + 1, 10)"),
     ),
     "stale-response": fault("accepts stale frames", (_RECEIVE, _STALE, "if False:")),
     "stale-error": fault(
@@ -414,7 +414,7 @@ FRESHNESS: Final[dict[str, Fault]] = {
     ),
     "clock-ahead": fault(
         "sends its own time",
-        (f"{_CONNECTION}.request", "timestamp = wall + self.clock_offset_ms", "timestamp = wall"),
+        (f"{_CONNECTION}._send", "timestamp = wall + self.clock_offset_ms", "timestamp = wall"),
     ),
     "clock-behind": fault(
         "compares timestamps with its own time",
