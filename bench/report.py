@@ -58,7 +58,9 @@ class Row(NamedTuple):
         """The value as a table shows it."""
         if self.value is None:
             return "-"
-        return f"{self.value:,.2f}" if self.unit or self.value % 1 else f"{self.value:,.0f}"
+        if not self.unit and self.value % 1 == 0:
+            return f"{self.value:,.0f}"
+        return f"{self.value:,.2f}" if self.value == 0 or abs(self.value) >= 1 else f"{self.value:.3g}"
 
     def as_json(self) -> dict[str, Any]:
         value = None if self.value is None else round(self.value, 6)
@@ -140,11 +142,11 @@ def plain_table(title: str = "") -> Table:
 
 
 def _table(columns: Mapping[str, Sequence[Row]]) -> Table:
-    """Figures downwards, columns across, then the unit and the bar."""
+    """Figures downwards, columns across, then the unit and the bar. Names are wrapped, figures never cut."""
     table = plain_table()
-    table.add_column("", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
+    table.add_column("")
+    for name, rows in columns.items():
+        table.add_column(name, justify="right", min_width=max((len(_cell(row)) for row in rows), default=0))
     table.add_column("unit", no_wrap=True)
     table.add_column("bar", justify="right", no_wrap=True)
     by_key: dict[str, dict[str, Row]] = {}

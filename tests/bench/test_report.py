@@ -76,6 +76,25 @@ def test_many_columns_are_split_into_tables_that_fit_page() -> None:
     assert sum("requests" in line for line in lines) == 2
 
 
+def test_figures_are_never_cut() -> None:
+    columns = {
+        f"server {number}, of another library": [Row("n", "label " * 30, 123_450.5 + number, "us", below=1)]
+        for number in range(5)
+    }
+    lines = shown(Report(columns)).splitlines()
+    for number in range(5):
+        assert any(f"123,45{number}.50 FAIL" in line for line in lines)
+    assert all(len(line) <= 110 for line in lines[:-1])  # the last is the verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "figure"),
+    [(0.1005, "", "0.101"), (0.0, "us", "0.00"), (1.5, "", "1.50"), (2000, "", "2,000"), (3, "ms", "3.00")],
+)
+def test_figure_shows_on_which_side_of_bar_it_is(value: float, unit: str, figure: str) -> None:
+    assert Row("k", "figure", value, unit, below=0.1).figure == figure
+
+
 def test_json_has_every_figure_with_its_bar() -> None:
     report = Report({"figure": [Row("lost", "requests lost", 1, equals=0)]}, details={"seed": 7})
     written = json.loads(json.dumps(report.as_json()))
