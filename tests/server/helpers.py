@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Self, TypeVar
 import msgpack
 import uvloop
 
-from tests.tls.support import deadlines
 from zcproto.app.app import App, default_app
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Authenticators, Identity
@@ -196,7 +195,7 @@ class ServerThread(LocalServer):
                 "sites": server.parts.listener.most_per_address,
                 "adopting": len(server.parts.listener._adopting),
                 "by_session": len(state.session_connections),
-                "wheel": deadlines(server.parts.acceptor),
+                "wheel": len(server.parts.acceptor.wheel),
                 "handlers": state.tasks.running,
                 "handshakes": server.parts.acceptor.handshakes_in_progress,
                 "pending": server.parts.acceptor.pending.places,

@@ -264,11 +264,6 @@ class Forger:
         return data
 
 
-def deadlines(acceptor: TlsAcceptor) -> int:
-    """Return how many connections have a deadline: those of all handshakes are one entry of the wheel."""
-    return len(acceptor.wheel) - bool(acceptor.deadline_tick) + len(acceptor._began)
-
-
 def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
     """Assert that the connection ended with this failure, counted once, and nothing reached the protocol."""
     assert pair.phase is TlsPhase.CLOSING
@@ -284,4 +279,4 @@ def is_refused(pair: TlsPair, failure: TlsFailure) -> None:
     assert pair.failures == {failure: 1}
     assert pair.protocol.calls == []
     assert pair.phase is TlsPhase.CLOSED
-    assert deadlines(pair.acceptor) == 0
+    assert len(pair.acceptor.wheel) == 0

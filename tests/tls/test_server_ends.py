@@ -13,7 +13,6 @@ from tests.tls.support import (
     RecordingProtocol,
     TlsPair,
     captured_hello,
-    deadlines,
     is_refused,
     new_acceptor,
 )
@@ -79,14 +78,14 @@ def test_other_timeout_applies_to_later_handshakes_only(
 ) -> None:
     acceptor = new_acceptor(timers, server_tls, RecordingProtocol, [], handshake_timeout=old)
     first = connect(acceptor, timers)
-    acceptor.set_timeout(new)
+    acceptor.handshake_timeout = new
     second = connect(acceptor, timers)
     timers.advance(TIMEOUT + 0.2)
     assert [first.is_closing(), second.is_closing()] == [old == TIMEOUT, new == TIMEOUT]
     timers.advance(30.0)
     assert acceptor.failures[TlsFailure.HANDSHAKE_TIMEOUT] == 2
     timers.advance(3.0)
-    assert deadlines(acceptor) == 0
+    assert len(acceptor.wheel) == 0
 
 
 def test_timed_out_handshake_that_raises_does_not_stop_the_others(
@@ -106,14 +105,6 @@ def test_timed_out_handshake_that_raises_does_not_stop_the_others(
         timers.advance(TIMEOUT + 0.2)
     timers.advance(0.2)
     assert acceptor.failures[TlsFailure.HANDSHAKE_TIMEOUT] == 200
-
-
-def test_acceptor_aborts_unfinished_handshakes_only(agreed: TlsPair) -> None:
-    unfinished = connect(agreed.acceptor, agreed.timers)
-    agreed.acceptor.abort()
-    agreed.timers.run()
-    assert (agreed.phase, unfinished.is_closing()) == (TlsPhase.OPEN, True)
-    assert deadlines(agreed.acceptor) == 0
 
 
 def test_timed_out_handshake_lingers_and_is_reset(
@@ -156,7 +147,7 @@ def test_client_disconnect_during_handshake_is_counted(tls_pair: TlsPair, state:
     assert tls_pair.log == [(TlsFailure.DISCONNECTED, PEER), "closed"]
     assert tls_pair.acceptor.handshakes_in_progress == 0
     assert tls_pair.protocol.calls == []
-    assert deadlines(tls_pair.acceptor) == 0
+    assert len(tls_pair.acceptor.wheel) == 0
 
 
 def test_abort_during_handshake_is_not_a_failure_of_the_peer(tls_pair: TlsPair) -> None:
@@ -200,7 +191,7 @@ def test_closing_tcp_transport_is_not_touched(tls_pair: TlsPair) -> None:
     tls_pair.timers.run()
     assert tls_pair.log == ["closed"]
     assert tls_pair.acceptor.wheel.now() == NOW
-    assert deadlines(tls_pair.acceptor) == 0
+    assert len(tls_pair.acceptor.wheel) == 0
 
 
 # --- counters -------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def _apply(parts: Parts, new: Config) -> None:
     state.threads.reconfigure(thread_limits(new))
     parts.login.throttle.reconfigure(limits.login_failures)
     parts.login.max_pending = limits.logins_pending
-    parts.acceptor.set_timeout(new.tls.handshake_timeout)
+    parts.acceptor.handshake_timeout = new.tls.handshake_timeout
     parts.acceptor.client_pins = parse_pins(new.tls.client_pins)
     parts.listener.reconfigure(new)
     if parts.http is not None:

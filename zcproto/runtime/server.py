@@ -53,7 +53,7 @@ from zcproto.runtime.telemetry import build_telemetry
 from zcproto.server.listener import bind
 from zcproto.server.state import ServerState, log
 from zcproto.sessions import EndReason
-from zcproto.tls.server import TlsAcceptor, TlsServerTransport
+from zcproto.tls.server import TlsServerTransport
 from zcproto.tls.transport import LINGER_TIME
 
 if TYPE_CHECKING:
@@ -480,8 +480,8 @@ async def close_state(parts: Parts) -> None:
     """Abort unfinished handshakes and release what connections share."""
     state = parts.state
     state.log_soon.write()  # what ended during the drain: its deadline is in the wheel
-    for waiting in {parts.acceptor, *state.wheel.close()}:
-        assert isinstance(waiting, TlsAcceptor | TlsServerTransport), "all conversations have ended"
+    for waiting in state.wheel.close():
+        assert isinstance(waiting, TlsServerTransport), "all conversations have ended"
         waiting.abort()
     await _within(LINGER_TIME, parts.listener.wait_empty())
     state.close()

@@ -129,9 +129,8 @@ class ForwardedTransport(TlsServerTransport):
             return
         client, rest = verdict
         if client is not None:
-            self._acceptor.pending.leave(self)
+            self._leave_handshake()
             if not self._acceptor.on_forwarded(self.peer, client):
-                self._acceptor.left(self)
                 self.abort()
                 return
             self.peer = client

@@ -13,7 +13,6 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from math import inf
 from typing import Final
 
 from cryptography import x509
@@ -113,10 +112,6 @@ class TlsAcceptor:
     handshakes_completed: int = field(init=False, default=0)
     _network_bits: tuple[int, int] = field(init=False, default=(24, 48))
     large_hellos: set[TlsServerTransport] = field(init=False, default_factory=set)
-    deadline_tick: int = field(init=False, default=0)
-    _began: dict[TlsServerTransport, float] = field(init=False, default_factory=dict)
-    """When each handshake began, oldest first: one entry of the wheel has the deadlines of all."""
-    _next_deadline: float = field(init=False, default=inf)
     _turn_planned: bool = field(init=False, default=False)
     _window_ends: float = field(init=False, default=0.0)
     _spent: float = field(init=False, default=0.0)
@@ -158,42 +153,8 @@ class TlsAcceptor:
         self.pending.become_ready(transport)
         self._plan_turn()
 
-    def set_timeout(self, seconds: float) -> None:
-        """Limit the time of future handshakes. Those in progress keep their deadlines, out of the table's order."""
-        for transport, began in self._began.items():
-            self.wheel.set(transport, began + self.handshake_timeout)
-        self._began.clear()
-        self.handshake_timeout = seconds
-
-    def start_deadline(self, transport: TlsServerTransport) -> None:
-        """Start the time of a handshake. It is absolute, so that slow bytes do not extend it."""
-        now = self._began[transport] = self.wheel.now()
-        if now + self.handshake_timeout < self._next_deadline:
-            self._set_deadline(now)
-
-    def _set_deadline(self, began: float) -> None:
-        self._next_deadline = began + self.handshake_timeout
-        self.wheel.set(self, self._next_deadline)
-
-    def handle_deadline(self, now: float) -> None:
-        """End the oldest handshake if it takes too long, and wait for the next one."""
-        try:
-            for transport, began in self._began.items():
-                if began + self.handshake_timeout <= now:
-                    del self._began[transport]
-                    transport.handle_deadline(now)
-                break
-        finally:
-            self._set_deadline(next(iter(self._began.values()), inf))
-
-    def abort(self) -> None:
-        """Reset all connections whose handshake has not ended."""
-        for transport in list(self._began):
-            transport.abort()
-
     def left(self, transport: TlsServerTransport) -> None:
         """Release the place or the slot of a connection whose handshake has ended, or never began."""
-        self._began.pop(transport, None)
         self.large_hellos.discard(transport)
         if self.pending.leave(transport) == READY:
             self.on_room()
@@ -265,7 +226,8 @@ class TlsServerTransport(TlsTransport):
         if self.stage == ENDED:  # dropped before the loop had the socket
             self.abort()
             return
-        self._acceptor.start_deadline(self)
+        # Absolute, so that slow bytes do not extend it.
+        self._wheel.set(self, self._wheel.now() + self._acceptor.handshake_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -383,7 +345,7 @@ class TlsServerTransport(TlsTransport):
             if acceptor.client_pins and not pins_match(certificate, acceptor.client_pins):
                 self._end_for(TlsFailure.PIN_MISMATCH)
                 return
-        acceptor.left(self)
+        acceptor.left(self)  # the deadline of the handshake stays in the wheel: it does nothing any more
         acceptor.handshakes_completed += 1
         self._phase = _OPEN
         protocol = self._protocol = factory()
