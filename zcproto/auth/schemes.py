@@ -40,7 +40,6 @@ LOOK_HOLDS_S: Final = 0.01
 """Seconds for which one look at the file suffices to accept keys. A session that a removed user opens within them
 ends when directory.py finds the change."""
 
-_NAME_LENGTHS: Final = range(1, MAX_USER + 1)
 _API_KEY_FIELDS: Final = frozenset({"scheme", "client", "user", "key"})
 _TLS_FIELDS: Final = frozenset({"scheme", "client", "user"})
 _ED25519_FIELDS: Final = frozenset({"scheme", "client", "device", "signature"})
@@ -238,4 +237,4 @@ def _has_signed_one(device: RegisteredDevice | None, signature: bytes, messages:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and len(value) in _NAME_LENGTHS
+    return isinstance(value, str) and 0 < len(value) <= MAX_USER

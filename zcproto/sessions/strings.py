@@ -67,7 +67,7 @@ class StringTable:
 
     def acquire(self, text: str) -> int:
         """Return the number of a string and add one use."""
-        number = self._last if text == self._last_text else self.find(text)
+        number = self.find(text)
         if number != UNKNOWN:
             self.uses[number] += 1
             return number

@@ -319,12 +319,10 @@ class TlsServerTransport(TlsTransport):
             context = self._acceptor.contexts.choose(context.server_name)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, True)
-        while True:
+        while received and self._phase is _HANDSHAKE:
             self._incoming.write(received[:RECORD_SIZE])
-            self._handshake()
             received = received[RECORD_SIZE:]
-            if not received or self._phase is not _HANDSHAKE:
-                return
+            self._handshake()
 
     def _handshake_completed(self) -> None:
         acceptor = self._acceptor
