@@ -48,7 +48,7 @@ from zcproto.errors import CallError, CertificateError, Code, TlsError
 from zcproto.observe.log import is_on
 from zcproto.server.dispatch import SENT_AT_ONCE, Dispatcher
 from zcproto.server.eager import EagerWorker
-from zcproto.server.state import PART_BITS, ServerState, log
+from zcproto.server.state import NO_METHODS, PART_BITS, ServerState, log
 from zcproto.server.streams import STREAM_TURN_BYTES, StreamRunner
 from zcproto.sessions import EndReason, Session
 from zcproto.sessions.session import CERTIFICATE_KEY
@@ -214,23 +214,22 @@ class ServerProtocol(Dispatcher):
     def _process(self, events: Iterator[ServerEvent] | tuple[RawRequest], wall: int) -> None:
         """Process events until they end or must be suspended, then send what is queued."""
         state, connection = self._state, self._connection
-        find = state.methods.get
         timed = wall >> PART_BITS != state.timed_part
         checked = timed or state.request_limits.checks_sessions
+        find = (NO_METHODS if checked else state.direct_methods).get
         tracing = state.tracing
-        requests = 0
+        requests, check_at = 0, 16
         for event in events:
             if event.__class__ is tuple:
                 stream, token, session, name, params, meta = event  # type: ignore[misc]  # the only bare tuple
                 method = find(name)
                 if (
                     method is None
-                    or not method.is_direct
                     or session is None
-                    or checked
                     or (meta is not NO_META and meta.idempotency_key is not None)
                     or (tracing is not None and tracing.is_due(meta))
                 ):
+                    method = state.methods.get(name)
                     if timed:
                         self._run_timed(Request(*event), method, wall)
                     else:
@@ -261,7 +260,7 @@ class ServerProtocol(Dispatcher):
                         else:
                             connection.respond_at_once(stream, token, body, wall)  # type: ignore[union-attr]
             elif event.__class__ is ServerStream:
-                self._run(event, find(event.method), wall)
+                self._run(event, state.methods.get(event.method), wall)
             elif self._handle(event):
                 self._suspended = cast("Iterator[ServerEvent]", events)
                 break
@@ -271,9 +270,11 @@ class ServerProtocol(Dispatcher):
             if self._is_held_up:
                 self._suspended = None if events.__class__ is tuple else events  # type: ignore[assignment]
                 break
-            if not requests % 16 and (requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS):
-                self._wait_turn(cast("Iterator[ServerEvent]", events))
-                break
+            if requests == check_at:
+                if requests == REQUESTS_PER_TURN or state.clock.wall() - wall > TURN_MS:
+                    self._wait_turn(cast("Iterator[ServerEvent]", events))
+                    break
+                check_at += 16
         state.counters.requests += requests
         connection = self._connection
         if connection is not None:
