@@ -341,7 +341,7 @@ fits(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 
 /* What read_request goes by (zcproto/wire/usual.py). */
 enum { LIMIT, KIND, ITS_SALT, ITS_TOKEN, TOLERANCE, MAX_DEPTH, SESSION, DECODING, RULES };
-enum { UNPACK, KNOWN, NO_META, MAKE_META, TWIN, DECODERS };
+enum { UNPACK, KNOWN, NO_META, MAKE_META, DECODE_META, TWIN, DECODERS };
 
 /* Store borrowed references to the items of a tuple. Return whether it has so many. */
 static int
@@ -354,21 +354,26 @@ unpack_tuple(PyObject *tuple, Py_ssize_t count, PyObject **items)
     return 1;
 }
 
-/* Return the RequestMeta of a map that has a deadline in the future and nothing else; otherwise NULL. */
+/* Return the RequestMeta of a map; NULL if it is invalid or its deadline has passed. */
 static PyObject *
-usual_meta(PyObject *map, PyObject *make)
+read_meta(PyObject *map, PyObject **by)
 {
-    PyObject *key, *value;
+    PyObject *key, *deadline, *meta = NULL;
     Py_ssize_t at = 0;
-    uint64_t deadline_ms;
-    if (!PyDict_CheckExact(map) || PyDict_Size(map) != 1 || !PyDict_Next(map, &at, &key, &value) ||
-        !PyUnicode_CheckExact(key) || PyUnicode_CompareWithASCIIString(key, "deadline_ms") != 0 ||
-        !is_uint(value, UINT64_MAX, &deadline_ms) || deadline_ms == 0)
-        return NULL;
-    PyObject *fields = PyTuple_Pack(3, value, Py_None, Py_None);
-    PyObject *result = fields == NULL ? NULL : PyObject_CallFunctionObjArgs(make, fields, NULL);
-    Py_XDECREF(fields);
-    return result;
+    uint64_t ms;
+    if (PyDict_CheckExact(map) && PyDict_Size(map) == 1 && PyDict_Next(map, &at, &key, &deadline) &&
+        PyUnicode_CheckExact(key) && PyUnicode_CompareWithASCIIString(key, "deadline_ms") == 0) {
+        PyObject *fields = PyTuple_Pack(3, deadline, Py_None, Py_None);
+        if (fields != NULL)
+            meta = PyObject_CallFunctionObjArgs(by[MAKE_META], fields, NULL);
+        Py_XDECREF(fields);
+    } else {
+        meta = PyObject_CallFunctionObjArgs(by[DECODE_META], map, NULL);
+        deadline = meta == NULL ? NULL : PyTuple_GetItem(meta, 0);
+    }
+    if (deadline == NULL || (deadline != Py_None && (!is_uint(deadline, UINT64_MAX, &ms) || ms == 0)))
+        Py_CLEAR(meta);
+    return meta;
 }
 
 /* Decode a usual body. Return [method, params] or [method, params, meta], and the RequestMeta; otherwise NULL. */
@@ -379,7 +384,7 @@ usual_message(Bytes body, Bytes end, PyObject **by, uint64_t max_depth, PyObject
     Py_ssize_t size = value != NULL && PyList_CheckExact(value) ? PyList_Size(value) : 0;
     if ((size == 2 || size == 3) && PyUnicode_CheckExact(PyList_GetItem(value, 0)) &&
         PySet_Contains(by[KNOWN], PyList_GetItem(value, 0)) == 1 && PyDict_CheckExact(PyList_GetItem(value, 1))) {
-        *meta = size == 2 ? by[NO_META] : usual_meta(PyList_GetItem(value, 2), by[MAKE_META]);
+        *meta = size == 2 ? by[NO_META] : read_meta(PyList_GetItem(value, 2), by);
         if (size == 2)
             Py_INCREF(*meta);
         if (*meta != NULL)

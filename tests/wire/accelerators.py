@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
+from tests.wire.test_message import TRACEPARENT
 from tests.wire.test_usual import LIMIT, REQUEST_RULES, SALT, TOKEN, TOLERANCE, WALL, frame
 from zcproto import accelerator
 from zcproto.common.parameters import Signature
@@ -247,8 +248,10 @@ def random_body(source: random.Random) -> bytes:
             return [value(depth - 1) for _ in range(size)]
         return {source.choice(("a", f"k{i}", "é" * 33)): value(depth - 1) for i in range(size)}
 
+    field = source.choice(("deadline_ms", "idempotency_key", "traceparent", "more"))
+    meta = {field: source.choice((value(1), TRACEPARENT)), source.choice((field, "deadline_ms")): value(0)}
     body = bytearray(
-        message.encode_body(source.choice((value(4), ["echo", value(4)], ["m", {"x": value(3)}, {}])))
+        message.encode_body(source.choice((value(4), ["echo", value(4)], ["m", {"x": value(3)}, meta])))
     )
     if source.randrange(3) == 0:
         return bytes(body)

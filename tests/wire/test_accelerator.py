@@ -30,6 +30,7 @@ from tests.wire.accelerators import (
     check_scan,
     compiled,
 )
+from tests.wire.test_message import TRACEPARENT
 from tests.wire.test_usual import BODY, REQUEST_RULES, SALT, TOKEN, UNUSUAL, WALL, frame
 from zcproto import App, accelerator
 from zcproto.common import clock
@@ -196,6 +197,39 @@ def test_requests_are_read_alike_at_the_edges_and_for_odd_arguments() -> None:
             check_call("read_request", data, 0, (2**20, *REQUEST_RULES[1:]), 5, WALL)
 
 
+METADATA: list[Any] = [
+    {},
+    {"more": [1]},
+    *({"deadline_ms": deadline} for deadline in (1, 2**64 - 1)),
+    {"idempotency_key": "k"},
+    *({"traceparent": value} for value in (TRACEPARENT, TRACEPARENT.upper(), 5)),
+    {"deadline_ms": 5, "idempotency_key": "k", "traceparent": TRACEPARENT, "more": [1]},
+]
+UNUSABLE_METADATA: list[Any] = [
+    *(None, 5, "x", [], {"x": {"x": {}}}),
+    *({"deadline_ms": deadline} for deadline in (0, -1, 1.5, True, "5")),
+    *({"deadline_ms": deadline, "traceparent": TRACEPARENT} for deadline in (0, -1, 1.5, True, "5")),
+    *({"idempotency_key": key} for key in ("", "k" * 65, 5)),
+]
+
+
+@needs_compiled
+@pytest.mark.parametrize("meta", [*METADATA, *UNUSABLE_METADATA, {"deadline_ms": None}], ids=str)
+def test_metadata_is_read_alike(meta: Any) -> None:
+    check_call("read_request", frame(body=encode_body(["m", {}, meta])), 0, REQUEST_RULES, 5, WALL)
+
+
+@needs_compiled
+@pytest.mark.parametrize("meta", METADATA, ids=str)
+def test_usable_metadata_needs_no_second_reading(meta: Any) -> None:
+    message.well_formed_methods.add("m")
+    request = frame(body=encode_body(["m", {}, meta]))
+    rules = (*REQUEST_RULES[:-1], (*DECODING[:-1], "".format))
+    assert compiled.read_request(request, 0, rules, 5, WALL) == accelerator.twins["read_request"](
+        request, 0, rules, 5, WALL
+    )
+
+
 @needs_compiled
 @pytest.mark.parametrize("kind", [*MSGPACK, *BROKEN])
 def test_values_are_cut_alike(kind: str) -> None:
@@ -259,6 +293,12 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "fits": ({"user": "ada", "count": 1000}, CLASSES, NAMED, REQUIRED),
     "wall_ms": (),
 }
+TRACED: dict[str, tuple[Any, ...]] = {
+    "read_request": (
+        *(frame(body=encode_body(["m", {}, {"deadline_ms": 9, "traceparent": TRACEPARENT}])), 0),
+        *(REQUEST_RULES, 5, WALL),
+    ),
+}
 FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
     "read_request": (
         frame(body=b"\x92\xa1m\x05"),
@@ -276,10 +316,12 @@ FOR_THE_TWIN: dict[str, tuple[Any, ...]] = {
 
 
 @needs_compiled
-@pytest.mark.parametrize("name", sorted(CALLS))
-@pytest.mark.parametrize("calls", [CALLS, FOR_THE_TWIN], ids=["usual", "for the twin"])
-def test_calls_leak_nothing(name: str, calls: dict[str, tuple[Any, ...]]) -> None:
-    args = calls[name]
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [*CALLS.items(), *TRACED.items(), *FOR_THE_TWIN.items()],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_calls_leak_nothing(name: str, args: tuple[Any, ...]) -> None:
 
     def call(function: Any, times: int) -> int:
         for _ in range(times):

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -109,7 +110,7 @@ def decode_request(
         method, params = value
         meta = NO_META
     elif value.__class__ is list and len(value) == 3:
-        method, params, meta = value[0], value[1], _decode_meta(value[2], max_depth)
+        method, params, meta = value[0], value[1], decode_meta(value[2], None if is_checked else max_depth)
     else:
         raise MessageError("request must be [method, params] or [method, params, meta]")
     if method.__class__ is not str or method not in well_formed_methods:
@@ -144,13 +145,16 @@ def _check_method(method: Any) -> None:
         well_formed_methods.add(method)
 
 
-def _decode_meta(meta: Any, max_depth: int) -> RequestMeta:
+def decode_meta(meta: Any, max_depth: int | None = None) -> RequestMeta:
+    """Return the metadata of a request, from a body that may be nested `max_depth` deep, or was scanned. Raises
+    MessageError."""
     if meta.__class__ is not dict:
         raise MessageError("meta must be a map")
     deadline_ms = meta.get("deadline_ms")
-    if deadline_ms.__class__ is int and len(meta) == 1 and max_depth > 1:  # what clients send with most calls
+    if deadline_ms.__class__ is int and len(meta) == 1 and (max_depth is None or max_depth > 1):  # most often
         return RequestMeta(deadline_ms)
-    _check_nested([meta], max_depth - 1)
+    if max_depth is not None:
+        _check_nested([meta], max_depth - 1)
     if deadline_ms is not None and deadline_ms.__class__ is not int:
         raise MessageError("meta.deadline_ms must be an int")
     key = meta.get("idempotency_key")
@@ -202,20 +206,15 @@ def _is_credit(value: Any) -> bool:
     )
 
 
-_HEX: Final = frozenset("0123456789abcdef")
+# Version ff and ids of zeros are invalid.
+_is_traceparent = re.compile(
+    "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+).fullmatch
 
 
 def parse_traceparent(value: Any) -> str | None:
     """Return a valid W3C Trace Context `traceparent`, or None: an invalid one is ignored."""
-    if value.__class__ is not str or len(value) != 55:
-        return None
-    parts = value.split("-")
-    if [len(part) for part in parts] != [2, 32, 16, 2] or not all(_HEX.issuperset(part) for part in parts):
-        return None
-    version, trace_id, parent_id, _ = parts
-    if version == "ff" or not trace_id.strip("0") or not parent_id.strip("0"):
-        return None
-    return str(value)
+    return value if value.__class__ is str and _is_traceparent(value) else None
 
 
 def encode_request(

@@ -21,6 +21,7 @@ from zcproto.wire.message import (
     MessageError,
     RequestMeta,
     decode_body,
+    decode_meta,
     decode_request,
     unpack,
     well_formed_methods,
@@ -77,7 +78,7 @@ def read_request(data: bytes, at: int, rules: RequestRules, counter: int, wall: 
 
 # The constructor of a NamedTuple is a function in Python around it.
 _make_meta = partial(tuple.__new__, RequestMeta)
-DECODING: Final = (unpack, well_formed_methods, NO_META, _make_meta, twins["read_request"])
+DECODING: Final = (unpack, well_formed_methods, NO_META, _make_meta, decode_meta, twins["read_request"])
 """What `_accelerator.c` makes requests with, and what reads a request with any other body."""
 
 
