@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -74,6 +75,7 @@ SETTINGS: Final = {
 
 Counted = AbstractContextManager[None]
 """Counts what its block executes; may be entered again."""
+NOT_COUNTED: Final[Counted] = nullcontext()
 
 app = App()
 
@@ -344,9 +346,8 @@ class Site:
         state.close()
         self.loop.close()
 
-    def connect(self, count: Counted) -> Peer:
+    def connect(self, count: Counted = NOT_COUNTED) -> Peer:
         """Return a connection with a session of another user."""
-        user, key = next(self._users)
         peer = Peer(self)
         with count:
             self.parts.listener._admit(cast("socket.socket", peer), (PEER, 0))
@@ -354,14 +355,22 @@ class Site:
             with count:
                 peer.receive(data)
         peer.answers()
+        self.open_session(peer, count)
+        return peer
+
+    def open_session(self, peer: Peer, count: Counted = NOT_COUNTED) -> bytes:
+        """Open a session of another user on a connection, whose token it uses from now on. Return the token."""
+        user, key = next(self._users)
         login = {"scheme": "api_key", "user": user, "key": key, "client": "guard/1"}
+        peer.token = NO_TOKEN
         data = peer.record(peer.request("session.open", login))
         with count:
             peer.receive(data)
             self.loop.settle()
         [(_, body)] = peer.answers()
-        peer.token = msgpack.unpackb(body)["token"]
-        return peer
+        token: bytes = msgpack.unpackb(body)["token"]
+        peer.token = token
+        return token
 
     async def client(self) -> tuple[Client, Answering]:
         """Return an open client with a session, and its transport."""
@@ -389,8 +398,8 @@ class Site:
 
 def requests(site: Site, count: Counted, n: int, method: str, params: dict[str, Any], depth: int) -> None:
     """Send requests on one connection, `depth` of them in each write."""
-    peer = site.connect(nullcontext())
-    for counted, times in ((nullcontext(), WARM_UP), (count, n // depth)):
+    peer = site.connect()
+    for counted, times in ((NOT_COUNTED, WARM_UP), (count, n // depth)):
         records = [peer.record(*(peer.request(method, params) for _ in range(depth))) for _ in range(times)]
         with counted:
             for record in records:
@@ -401,8 +410,8 @@ def requests(site: Site, count: Counted, n: int, method: str, params: dict[str, 
 
 def items_of_streams(site: Site, count: Counted, n: int) -> None:
     """Open streams one after the other, and send all items of each."""
-    peer = site.connect(nullcontext())
-    for counted, times in ((nullcontext(), WARM_UP), (count, n // ITEMS)):
+    peer = site.connect()
+    for counted, times in ((NOT_COUNTED, WARM_UP), (count, n // ITEMS)):
         for _ in range(times):
             record = peer.record(peer.request("items", {"n": ITEMS, "data": DATA}, kind=OPEN, credit=CREDIT))
             with counted:
@@ -413,7 +422,7 @@ def items_of_streams(site: Site, count: Counted, n: int) -> None:
 
 def connects(site: Site, count: Counted, n: int) -> None:
     """Connect, open a session and disconnect."""
-    for counted, times in ((nullcontext(), WARM_UP), (count, n)):
+    for counted, times in ((NOT_COUNTED, WARM_UP), (count, n)):
         for _ in range(times):
             peer = site.connect(counted)
             with counted:
@@ -425,9 +434,37 @@ def connects(site: Site, count: Counted, n: int) -> None:
 
 def first_requests(site: Site, count: Counted, n: int) -> None:
     """Send the first request with the token of a session that the connection has opened."""
-    for counted, times in ((nullcontext(), WARM_UP), (count, n)):
+    for counted, times in ((NOT_COUNTED, WARM_UP), (count, n)):
         for _ in range(times):
-            peer = site.connect(nullcontext())
+            peer = site.connect()
+            record = peer.record(peer.request("echo", PARAMS))
+            with counted:
+                peer.receive(record)
+            assert [head for head, _ in peer.answers()] == [RESPONSE], "the answer is missing or an error"
+
+
+def requests_in_turn(site: Site, count: Counted, n: int) -> None:
+    """Send each request for another session than the one before it, on one connection."""
+    peer = site.connect()
+    tokens = cycle([peer.token, site.open_session(peer), site.open_session(peer)])
+    send_each(peer, count, n, lambda: setattr(peer, "token", next(tokens)))
+
+
+def requests_after_an_end(site: Site, count: Counted, n: int) -> None:
+    """Send each request after a session of another user has ended."""
+    registry, wall = site.parts.state.registry, site.clock.wall()
+
+    def end_another() -> None:
+        registry.close(registry.open("another", client="", address="", wall=wall).session)
+
+    send_each(site.connect(), count, n, end_another)
+
+
+def send_each(peer: Peer, count: Counted, n: int, before: Callable[[], object]) -> None:
+    """Send requests one at a time, and do something before each."""
+    for counted, times in ((NOT_COUNTED, WARM_UP), (count, n)):
+        for _ in range(times):
+            before()
             record = peer.record(peer.request("echo", PARAMS))
             with counted:
                 peer.receive(record)
@@ -474,6 +511,8 @@ STEPS: Final = {
     "item": Step("item of a stream", 4 * ITEMS, items_of_streams),
     "connect": Step("connection with a session", 8, connects),
     "first_request": Step("first request of a session", 8, first_requests),
+    "in_turn": Step("request of another session than before", 66, requests_in_turn),
+    "after_end": Step("request after another session ended", 64, requests_after_an_end),
     "client_1": Step("call of a client", 64, partial(client_calls, depth=1)),
     "client_16": Step("call of a client, 16 at once", 64, partial(client_calls, depth=16)),
 }

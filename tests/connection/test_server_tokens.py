@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import WALL, ConnectionPair, small_registry
-from zcproto.connection.events import Request, SessionJoined
+from zcproto.connection.events import Request, ServerEvent, SessionJoined
 from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
-from zcproto.sessions import OpenedSession
+from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
 from zcproto.wire.frame import NO_TOKEN, Kind
 from zcproto.wire.message import MessageError, encode_body
 
@@ -64,6 +64,158 @@ def test_connection_can_carry_many_sessions(pair: ConnectionPair) -> None:
             assert request.token == opened.token
             pair.respond(request)
             assert pair.answer().token == opened.token
+
+
+# --- several tokens in turn ------------------------------------------------------------------------------
+
+
+def count_checks(registry: SessionRegistry) -> list[bytes]:
+    """Record the tokens that are looked up from now on."""
+    looked_up: list[bytes] = []
+    check = registry.check
+
+    def recorded(token: bytes, wall: int) -> Session | Code:
+        looked_up.append(token)
+        return check(token, wall)
+
+    registry.check = recorded  # type: ignore[method-assign]
+    return looked_up
+
+
+def log_in_several(pair: ConnectionPair, users: int = 3) -> list[OpenedSession]:
+    """Return sessions that have been used on this connection."""
+    sessions = [pair.open_session(f"user{number}") for number in range(users)]
+    for each in sessions:
+        pair.send(pair.request(1, token=each.token))
+    return sessions
+
+
+def users_of(events: list[ServerEvent | Request]) -> list[str]:
+    return [each.session.user for each in events if isinstance(each, Request) and each.session is not None]
+
+
+@pytest.mark.parametrize("in_one_read", [False, True])
+def test_tokens_in_turn_are_looked_up_once(pair: ConnectionPair, in_one_read: bool) -> None:
+    sessions = log_in_several(pair)
+    looked_up = count_checks(pair.registry)
+    frames = [pair.request(number, token=each.token) for each in sessions for number in (1, 2)]
+    events = pair.send(b"".join(frames)) if in_one_read else [pair.get(frame) for frame in frames]
+    assert users_of(events) == ["user0", "user0", "user1", "user1", "user2", "user2"]
+    assert looked_up == []
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_end_of_one_session_leaves_the_others_accepted(pair: ConnectionPair, which: int) -> None:
+    sessions = log_in_several(pair)
+    pair.registry.close(sessions[which].session)
+    looked_up = count_checks(pair.registry)
+    left = [each for each in sessions if each is not sessions[which]]
+    assert users_of([pair.get(pair.request(1, token=each.token)) for each in left]) == [
+        each.session.user for each in left
+    ]
+    assert looked_up == []
+    for _ in range(2):
+        assert pair.refused(pair.request(1, token=sessions[which].token)).code == Code.TOKEN_REVOKED
+        assert users_of([pair.get(pair.request(1, token=left[0].token))]) == [left[0].session.user]
+    assert looked_up == [sessions[which].token] * 2
+
+
+def test_end_of_a_session_elsewhere_costs_no_look_up(pair: ConnectionPair) -> None:
+    pair.login()
+    pair.get(pair.request(1))
+    looked_up = count_checks(pair.registry)
+    for _ in range(3):
+        pair.registry.close(pair.open_session("eve").session)
+        assert users_of([pair.get(pair.request(1))]) == ["ada"]
+        assert pair.get(pair.request(1, token=NO_TOKEN)).session is None
+    assert looked_up == []
+
+
+@pytest.mark.parametrize("how", ["refuse_all", "distrust"])
+def test_no_earlier_token_is_accepted_while_all_are_refused(pair: ConnectionPair, how: str) -> None:
+    sessions = log_in_several(pair)
+    getattr(pair.registry, how)()
+    for each in sessions * 2:
+        assert pair.refused(pair.request(1, token=each.token)).code == Code.UNAVAILABLE
+    pair.registry.stop_refusing()
+    pair.registry.trusted_until = 2**62
+    events = [pair.get(pair.request(1, token=each.token)) for each in sessions]
+    assert users_of(events) == ["user0", "user1", "user2"]
+
+
+def test_earlier_token_is_refused_after_a_refresh(pair: ConnectionPair) -> None:
+    pair = ConnectionPair(small_registry(refresh=True))
+    first, second = log_in_several(pair, 2)
+    refreshed = pair.registry.refresh(
+        first.refresh_token or b"", client="test/1", address="192.0.2.7", wall=pair.clock.wall()
+    )
+    assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_REVOKED
+    pair.use(refreshed)
+    assert users_of([pair.get(pair.request(1, token=refreshed.token))]) == ["user0"]
+    assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
+    assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_REVOKED
+
+
+def test_earlier_token_of_a_session_that_left_joins_again(pair: ConnectionPair) -> None:
+    first, _ = log_in_several(pair, 2)
+    pair.registry.close(pair.open_session("eve").session)
+    pair.server.leave(first.session.id, pair.clock.now())
+    joined, _ = pair.send(pair.request(1, token=first.token))
+    assert joined == SessionJoined(first.session.id)
+
+
+def test_earlier_tokens_expire_to_the_millisecond() -> None:
+    pair = ConnectionPair(small_registry(idle_timeout_ms=10_000))
+    first, second = log_in_several(pair, 2)
+    for _ in range(4):
+        pair.clock.advance(9.0)
+        assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
+        assert users_of([pair.get(pair.request(1, token=first.token))]) == ["user0"]
+    pair.clock.advance(9.999)
+    assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
+    pair.clock.advance(0.001)
+    assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_EXPIRED
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_shorter_idle_limit_applies_to_tokens_accepted_before(in_turn: bool) -> None:
+    pair = ConnectionPair(small_registry(idle_timeout_ms=60_000))
+    first, second = log_in_several(pair, 2)
+    pair.registry.reconfigure(
+        SessionSettings(max_sessions=64, dead_limit=64, grace_limit=16, idle_timeout_ms=5_000)
+    )
+    for _ in range(3):
+        pair.clock.advance(4.0)
+        if in_turn:
+            assert users_of([pair.get(pair.request(1, token=first.token))]) == ["user0"]
+        assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
+    pair.clock.advance(5.0)
+    assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_EXPIRED
+    assert pair.refused(pair.request(1, token=second.token)).code == Code.TOKEN_EXPIRED
+
+
+def test_refused_frame_does_not_count_as_use_of_an_earlier_token(pair: ConnectionPair) -> None:
+    first, _ = log_in_several(pair, 2)
+    pair.clock.advance(100.0)
+    pair.refused(pair.request(1, token=first.token, timestamp=WALL))
+    assert pair.registry.info(first.session.id, pair.clock.wall()).last_used_at == WALL
+
+
+def test_ended_sessions_leave_no_token_behind(pair: ConnectionPair) -> None:
+    notify_connection(pair)
+    sessions = log_in_several(pair, 20)
+    assert len(pair.server._others or ()) == 19
+    for each in sessions:
+        pair.registry.close(each.session)
+    assert pair.server._others == {}
+
+
+def test_connection_of_one_session_keeps_no_other_tokens(pair: ConnectionPair) -> None:
+    pair.get(pair.request(1, token=NO_TOKEN))
+    pair.token = pair.open_session().token
+    pair.send(pair.request(1))
+    pair.get(pair.request(1))
+    assert pair.server._others is None
 
 
 def test_token_is_valid_on_several_connections() -> None:

@@ -48,6 +48,14 @@ def forget_key(pair: ConnectionPair, request: Request) -> None:
 
 Reads = Callable[[ConnectionPair], list[bytes]]
 
+
+def of_two_sessions(pair: ConnectionPair) -> list[bytes]:
+    ada, _ = pair.token, pair.login("eve")
+    pair.respond(pair.get(pair.request(8)))
+    of_ada = [pair.request(number, token=ada, meta={"traceparent": "?"}) for number in (2, 4, 5)]
+    return [pair.request(1), of_ada[0], pair.request(3), *of_ada[1:], pair.request(6), pair.request(7)]
+
+
 READS: dict[str, Reads] = {
     "two": lambda pair: [pair.request(1), pair.request(3)],
     "four": lambda pair: [pair.request(number) for number in (1, 2, 3, 4)],
@@ -62,6 +70,8 @@ READS: dict[str, Reads] = {
         pair.request(3, meta={"traceparent": "?"}),
     ],
     "without a session": lambda pair: [pair.request(1), pair.request(2, token=NO_TOKEN), pair.request(3)],
+    "of two sessions": of_two_sessions,
+    "of two sessions, with a ping": lambda pair: [*of_two_sessions(pair)[:5], pair.ping(), pair.request(7)],
     "a replay": lambda pair: [pair.request(1), pair.request(2, counter=pair.counter)],
     "a stale one": lambda pair: [
         pair.request(1),

@@ -15,6 +15,7 @@ from zcproto.connection.events import ConnectionEnded, Request, RequestEnded
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import State
 from zcproto.errors import Code
+from zcproto.sessions import Session
 from zcproto.wire.frame import CANCEL, NO_TOKEN, PING, PONG, REQUEST, Kind
 from zcproto.wire.message import encode_body, encode_request
 
@@ -114,6 +115,12 @@ class ServerMachine(RuleBasedStateMachine):
             self.pair.registry.revoke(info.id, user=user, reason="x")
             self.pair.server.session_revoked(info.id, "x", self.pair.clock.wall(), self.pair.clock.now())
 
+    @rule(user=st.sampled_from(["ada", "ben", "someone else"]))
+    def revoke_unnoticed(self, user: str) -> None:
+        if user == "someone else":
+            self.pair.open_session(user)
+        self.pair.registry.revoke_user(user, "x")
+
     @rule(user=st.sampled_from(["ada", "ben"]))
     def log_in_again(self, user: str) -> None:
         if not self.pair.registry.list(user, self.pair.clock.wall()):
@@ -131,6 +138,10 @@ class ServerMachine(RuleBasedStateMachine):
 
     def _handle_events(self, events: Any, hold: bool = False) -> None:
         for event in events:
+            if isinstance(event, Request) and event.session is not None:
+                checked = self.pair.registry.check(event.token, self.pair.clock.wall())
+                assert isinstance(checked, Session)
+                assert checked.id == event.session.id
             match event:
                 case Request() if hold:
                     assert event.stream not in self.held

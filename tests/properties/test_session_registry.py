@@ -80,6 +80,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.endings: list[tuple[str, Code]] = []
         self.seen_wall = 0
         self.remembered: list[tuple[bytes, Session, int]] = []
+        self.checked: list[tuple[bytes, Session]] = []
         self.counts = dict.fromkeys(
             ("opened", "refreshed", "expired", "revoked", "replaced", "refresh_reused", "checks_refused"), 0
         )
@@ -171,6 +172,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def note(self, opened: OpenedSession) -> None:
         self.remembered.append((opened.token, opened.session, self.harness.registry.generation))
+        self.checked.append((opened.token, opened.session))
 
     @rule(data=st.data())
     def check(self, data: st.DataObject) -> None:
@@ -197,9 +199,23 @@ class RegistryMachine(RuleBasedStateMachine):
             assert isinstance(result, Session)
             self.compare(result, expected)
             self.remembered.append((token, result, self.harness.registry.generation))
+            self.checked.append((token, result))
         else:
             assert result is expected
             self.counts["checks_refused"] += 1
+
+    @precondition(lambda self: self.checked)
+    @rule(data=st.data())
+    def check_again(self, data: st.DataObject) -> None:
+        token, session = data.draw(st.sampled_from(self.checked[-20:]))
+        model = next((each for each in self.kept if each.token == token and each.live), None)
+        is_valid = model is not None and self.wall < model.expires_at
+        if model is not None and self.idle is not None:
+            is_valid = is_valid and self.wall < model.last_used_at + self.idle
+        self.seen_wall = self.wall
+        assert self.harness.registry.check_again(session, self.wall) == is_valid
+        if model is not None and is_valid:
+            model.last_used_at = max(model.last_used_at, self.wall)
 
     def compare(self, session: Session, model: ModelSession) -> None:
         assert (session.id, session.user, session.expires_at) == (model.id, model.user, model.expires_at)

@@ -93,6 +93,45 @@ def test_idle_limit_is_exact_and_restarted_by_use(silence: int, good: bool) -> N
     assert isinstance(result, Session) if good else result is Code.TOKEN_EXPIRED
 
 
+def test_second_check_reads_no_token_and_counts_as_use() -> None:
+    harness = RegistryHarness()
+    session = harness.good(harness.open().token)
+    harness.registry._tokens.find = lambda digest: pytest.fail("looked up")  # type: ignore[method-assign]
+    assert harness.registry.check_again(session, WALL + 50 * MINUTE)
+    assert harness.registry.check_again(session, WALL + 100 * MINUTE)
+    assert harness.registry.info(session.id, WALL + 100 * MINUTE).last_used_at == WALL + 100 * MINUTE
+    assert not harness.registry.check_again(session, WALL + 160 * MINUTE)
+
+
+def test_second_check_of_a_bound_session_counts_as_use() -> None:
+    harness = RegistryHarness()
+    opened = harness.registry.open("alice", key="device:d", client="", address="", wall=WALL)
+    session = harness.good(opened.token)
+    assert harness.registry.check_again(session, WALL + 50 * MINUTE)
+    assert harness.registry.check_again(session, WALL + 100 * MINUTE)
+    assert session.valid_until == WALL + 160 * MINUTE
+    assert not harness.registry.check_again(session, WALL + 160 * MINUTE)
+
+
+@pytest.mark.parametrize("change", ["expires_at", "flags"])
+def test_second_check_refuses_a_session_that_has_changed(change: str) -> None:
+    harness = RegistryHarness()
+    session = harness.good(harness.open().token)
+    column = getattr(harness.table, change)
+    column[session.slot] ^= 1
+    assert not harness.registry.check_again(session, WALL)
+    column[session.slot] ^= 1
+    assert harness.registry.check_again(session, WALL)
+
+
+@pytest.mark.parametrize("how", ["refuse_all", "distrust"])
+def test_second_check_fails_while_all_tokens_are_refused(how: str) -> None:
+    harness = RegistryHarness()
+    session = harness.good(harness.open().token)
+    getattr(harness.registry, how)()
+    assert not harness.registry.check_again(session, WALL)
+
+
 def test_without_idle_limit_only_lifetime_counts() -> None:
     harness = RegistryHarness(idle_timeout_ms=None)
     token = harness.open().token

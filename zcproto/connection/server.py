@@ -34,17 +34,17 @@ from zcproto.connection.events import (
     SessionJoined,
     TokenUnknown,
 )
-from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.received_frames import REPORTED_FROM, ReceivedFrames
 from zcproto.connection.sent_ping import SentPing
 from zcproto.connection.server_calls import read_answer
-from zcproto.connection.server_output import ConnectionTotals, Edge, ServerOutput
+from zcproto.connection.server_output import ConnectionTotals
+from zcproto.connection.server_sessions import ALWAYS, NO_KEYS, Edge, ServerSessions
 from zcproto.connection.server_streams import PONG_TIMEOUT_S
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State
 from zcproto.errors import Code, ProtocolError
 from zcproto.sessions import Session, SessionRegistry
-from zcproto.sessions.session import BOUND, DEVICE_KEY
+from zcproto.sessions.session import DEVICE_KEY
 from zcproto.wire.frame import (
     CANCEL,
     CREDIT,
@@ -69,15 +69,9 @@ from zcproto.wire.message import (
     decode_request,
     encode_error,
 )
-from zcproto.wire.usual import DECODING, RequestRules, UsualRequest, read_request
+from zcproto.wire.usual import RequestRules, UsualRequest, read_request
 
 MS: Final = 1000
-ALWAYS: Final = 2**64
-"""Milliseconds: later than any time."""
-
-TOUCH_INTERVAL_MS: Final = 1_000
-"""Minimum interval at which one connection updates the last use of a session; idle limits are minutes."""
-
 PEER_SILENT: Final = "peer_silent"
 """Reason of the end of a connection with streams whose client does not answer a PING."""
 
@@ -89,10 +83,9 @@ _CLOSED: Final = State.CLOSED  # members of an enumeration are slow to look up
 _OPEN: Final = State.OPEN
 _DRAINING: Final = State.DRAINING
 _READING: Final = frozenset({State.OPEN, State.DRAINING})
-_NO_KEYS: Final[frozenset[str]] = frozenset()
 
 
-class ServerConnection(ServerOutput):
+class ServerConnection(ServerSessions):
     """The connection of one client.
 
     Args:
@@ -104,19 +97,7 @@ class ServerConnection(ServerOutput):
     first deadline is `settings.first_timeout_s` after `now`.
     """
 
-    __slots__ = (
-        "_accepts_joined",
-        "_last_counter",
-        "_last_frame",
-        "_proved",
-        "_recheck_at",
-        "_seen_generation",
-        "_session",
-        "_token",
-        "edge",
-        "registry",
-        "wasted",
-    )
+    __slots__ = ("_last_frame", "wasted")
 
     def __init__(
         self,
@@ -142,12 +123,13 @@ class ServerConnection(ServerOutput):
         self._last_counter = 0  # the first client frame has 1 or more
         self._last_frame = now
         self._token = NO_TOKEN  # last accepted: most checks are one comparison
-        self._session: Session | None = None
+        self._session = None
         self._rules = None  # of usual requests, until they change
+        self._others = None  # once there were several tokens
         self._seen_generation = registry.generation
         self._accepts_joined = True  # no token became invalid since requests are held
         self._recheck_at = ALWAYS
-        self._proved = _NO_KEYS  # keys of bound sessions usable here
+        self._proved = NO_KEYS  # keys of bound sessions usable here
         self._session_deadline = now + settings.open_timeout_s
         self._held = {}
         self._lingering = 0  # answered early, with their handlers still running
@@ -162,22 +144,15 @@ class ServerConnection(ServerOutput):
         # Fast paths: usual requests without special conditions. Same results as `_events`, at less cost.
         rules = self._rules
         if rules is None:
-            decoder, settings, session = self._decoder, self.settings, self._session
+            decoder = self._decoder
             if (
                 decoder is None or (decoder.partial is None and not decoder.stale_in_a_row)
             ) and self.state is _OPEN:
-                self._rules = rules = (
-                    settings.max_frame_before_session if session is None else settings.max_frame,
-                    REQUEST,
-                    self.salt,
-                    self._token,
-                    settings.tolerance_ms,
-                    settings.max_depth,
-                    session,
-                    DECODING,
-                )
+                self._rules = rules = self._new_rules()
         if rules is not None:
             found = read_request(data, 0, rules, self._last_counter, wall)
+            if found is None and self._others:
+                found, rules = self._read_other(data, 0, wall), self._rules or rules
             if found is not None and (
                 (wall < self._recheck_at and self.registry.generation == self._seen_generation)
                 or self._is_accepted(wall)
@@ -191,19 +166,6 @@ class ServerConnection(ServerOutput):
                     return (event,)
         return self._events(data, wall, now)
 
-    def _is_accepted(self, wall: int) -> bool:
-        """Return whether the last accepted token needs no check. If it has not been used lately, it is now."""
-        session, registry = self._session, self.registry
-        if registry.generation != self._seen_generation:
-            return False
-        if wall < self._recheck_at:
-            return True
-        if session is None or wall >= registry.trusted_until or session.valid_until - wall <= 2 * MS:
-            return False
-        registry.touch(session, wall)
-        self._recheck_at = min(wall + TOUCH_INTERVAL_MS, registry.trusted_until)
-        return True
-
     def _has_room(self, stream: int) -> bool:
         """Return whether a request may run beside those in flight."""
         return stream not in self._held and len(self._held) + self._lingering < self.settings.max_streams
@@ -215,18 +177,23 @@ class ServerConnection(ServerOutput):
         registry, held = self.registry, self._held
         generation, at = self._seen_generation, 0
         self._last_frame = now
-        # An earlier request of this read may have changed each of these.
-        while (
-            found is not None
-            and rules is self._rules
-            and registry.generation == generation
-            and (not (held or self._lingering) or self._has_room(found[0][0]))
-        ):
-            event, self._last_counter, at = found
-            yield event
-            if not at:
-                return
-            found = read_request(data, at, rules, self._last_counter, wall)
+        while found is not None:
+            # An earlier request of this read may have changed each of these.
+            while (
+                found is not None
+                and rules is self._rules
+                and registry.generation == generation
+                and (not (held or self._lingering) or self._has_room(found[0][0]))
+            ):
+                event, self._last_counter, at = found
+                yield event
+                if not at:
+                    return
+                found = read_request(data, at, rules, self._last_counter, wall)
+            if found is not None or not self._others:
+                break
+            found = self._read_other(data, at, wall)
+            rules, generation = self._rules or rules, self._seen_generation
         yield from self._events(data[at:] if at else data, wall, now)
 
     def _events(self, data: bytes, wall: int, now: float) -> Iterator[ServerEvent]:
@@ -403,67 +370,6 @@ class ServerConnection(ServerOutput):
         self.totals.dropped_answers += 1
         return None
 
-    def _session_of(self, token: bytes, wall: int, now: float) -> SessionJoined | KeyWanted | bytes | None:
-        """Check a token that differs from the last one or must be checked again.
-
-        Return the body of an ERROR, KeyWanted if its key must be proved first, SessionJoined on its first use here,
-        or None.
-        """
-        registry = self.registry
-        is_unchanged = registry.generation == self._seen_generation
-        self._accepts_joined = (self._accepts_joined and is_unchanged) or not self._held
-        self._seen_generation = registry.generation
-        self._token, self._session, self._recheck_at = NO_TOKEN, None, 0  # until this token is accepted
-        if token == NO_TOKEN:
-            self._recheck_at = ALWAYS
-            return None
-        session = registry.check(token, wall)
-        if isinstance(session, Code):
-            return refusals.of_token(session, is_closed=registry.closed)
-        known = self.sessions.get(session.id)
-        is_known = known is not None and known.token == token
-        if not is_known and self.edge is not None and not self.edge.admits(session):
-            return refusals.TOKEN_ERRORS[Code.UNAUTHENTICATED]
-        if session.bound:
-            key = registry.key_of(session)
-            if key not in self._proved:
-                return KeyWanted(session, key)
-            registry.use(session, wall)
-        self._accept(session, token, wall)
-        if is_known:
-            return None
-        self.join(session, token, wall, now)
-        return SessionJoined(session.id)
-
-    def _accept(self, session: Session, token: bytes, wall: int) -> None:
-        """Accept frames with this token for a while."""
-        self._token = token
-        self._session = session
-        self._rules = None
-        # Half of the remaining time, so that a session in use is touched before it would count as idle.
-        self._recheck_at = min(
-            wall + TOUCH_INTERVAL_MS, (wall + session.valid_until) // 2, self.registry.trusted_until
-        )
-
-    def join(self, session: Session, token: bytes, wall: int, now: float) -> None:
-        """Add a session used here: one that a request of this connection opened, refreshed or attached."""
-        expiring_at = now + max(0, session.expiring_at - wall) / MS
-        # Before the open deadline the edge need not look: `handle_timeout` comes then.
-        if expiring_at < self._session_deadline:
-            self.deadline_moved = True
-            self._session_deadline = expiring_at
-        elif not self.sessions:
-            self._session_deadline = expiring_at
-        self.sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
-        if self._decoder is not None:
-            self._decoder.limit = self.limit
-        # Its next frame needs no check if no token has become invalid since that request was accepted, whatever
-        # other frames came meanwhile.
-        registry = self.registry
-        is_unchanged = registry.generation == self._seen_generation and self._accepts_joined
-        if is_unchanged and not (registry.closed or session.flags & BOUND):
-            self._accept(session, token, wall)
-
     def _attaching(
         self, wanted: KeyWanted, head: int, length: int, stream: int, token: bytes, body: bytes, wall: int
     ) -> RawRequest | None:
@@ -486,19 +392,6 @@ class ServerConnection(ServerOutput):
                 refusal = refusals.DEADLINE_EXCEEDED
         self._refuse("key_not_proved", stream, token, refusal, wall)
         return None
-
-    def prove(self, key: str) -> None:
-        """Record that the peer has proved this key: sessions bound to it may be used here."""
-        self._proved |= {key}
-
-    def has_proved(self, key: str) -> bool:
-        return key in self._proved
-
-    def disprove(self, key: str) -> None:
-        """Withdraw a proved key."""
-        if key in self._proved:
-            self._proved -= {key}
-            self._token, self._session, self._recheck_at, self._rules = NO_TOKEN, None, 0, None
 
     def _is_refused(
         self, head: int, length: int, stream: int, token: bytes, session: Session | None, wall: int

@@ -7,12 +7,11 @@ arrive.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from zcproto.accelerator import compiled
 from zcproto.connection import refusals
 from zcproto.connection.events import (
-    NEVER,
     CallEnded,
     ConnectionEnded,
     GoAwayReason,
@@ -27,7 +26,6 @@ from zcproto.connection.server_streams import ServerStreams, StreamTotals
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.connection.state import Input, State, next_state
 from zcproto.errors import Code, DeadlineExceeded, Unavailable
-from zcproto.sessions import Session
 from zcproto.wire.frame import (
     CALL,
     CREDIT,
@@ -61,13 +59,6 @@ class ConnectionTotals:
     dropped_answers: int = 0
     """Answers of clients to no call, or too late."""
     streams: StreamTotals = field(default_factory=StreamTotals)
-
-
-class Edge(Protocol):
-    """The owner of a connection."""
-
-    def admits(self, session: Session) -> bool:
-        """Return whether a session may be used here; False refuses its token like an unknown one."""
 
 
 class ServerOutput:
@@ -300,34 +291,6 @@ class ServerOutput:
         for call in ended:
             self.withdraw(call, wall)
         return ended
-
-    # --- sessions -------------------------------------------------------------------------------
-
-    def leave(self, session_id: str, now: float) -> None:
-        """Remove an ended session. Without any session, the limits of a new connection apply again."""
-        if self.sessions.pop(session_id, None) is not None and not self.sessions:
-            if self._decoder is not None:
-                self._decoder.limit = self.limit
-            self._session_deadline = now + self.settings.open_timeout_s
-            self.deadline_moved = True
-
-    def _send_expiring(self, wall: int, now: float) -> None:
-        """Send `session.expiring` for each session that is about to expire, once."""
-        self._session_deadline = NEVER
-        for joined in self.sessions.values():
-            if joined.expiring_at <= now:
-                joined.expiring_at = NEVER
-                body = encode_body(["session.expiring", {"expires_at": joined.expires_at}])
-                self._send(EVENT, 0, joined.token, body, wall)
-            elif joined.expiring_at < self._session_deadline:
-                self._session_deadline = joined.expiring_at
-
-    def session_revoked(self, session_id: str, reason: str, wall: int, now: float) -> None:
-        """Send `session.revoked` for a session used here, and remove it."""
-        known = self.sessions.get(session_id)
-        if known is not None and self.state is not _CLOSED:
-            self._send(EVENT, 0, known.token, encode_body(["session.revoked", {"reason": reason}]), wall)
-        self.leave(session_id, now)
 
     @property
     def limit(self) -> int:

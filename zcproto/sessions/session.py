@@ -106,7 +106,7 @@ class Session:
     `raw_id` are the 16 bytes of its id, `id` is its text: 22 characters of base64url. `slot` is its slot
     in the registry while the registry's `generation` is unchanged since the check. `expires_at` is the absolute
     expiry of the token; from `valid_until` on it must be checked again for idleness; at `expiring_at` a tenth of
-    its lifetime is left.
+    its lifetime is left. `token_digest` is the SHA-256 of its token.
     """
 
     raw_id: bytes
@@ -118,6 +118,7 @@ class Session:
     valid_until: int
     expiring_at: int
     role_names: str
+    token_digest: bytes
 
     @property
     def roles(self) -> Roles:

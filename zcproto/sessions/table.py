@@ -41,6 +41,8 @@ _BEFORE, _AFTER, _REFRESH, _KEY, _ROLES = 104, 108, 112, 144, 148
 RECORD_SIZE: Final = 152
 HOT: Final = Struct("@32xQQ4xiBB6x16s")
 """The fields read by a check: expires_at, last_used_at, user, state, flags, id."""
+HELD: Final = Struct("@32sQQ8xBB")
+"""The fields read to check a session again: digest of the token, expires_at, last_used_at, state, flags."""
 
 _WHOLE: Final = Struct("=32sQQiiBB2xi16siiQQii32sii")
 assert _WHOLE.size == RECORD_SIZE
