@@ -241,6 +241,19 @@ def test_withdrawn_key_proof_is_wanted_again(pair: ConnectionPair) -> None:
     assert isinstance(pair.send(pair.request(1, token=other.token))[-1], Request)
 
 
+def test_withdrawn_key_proof_is_wanted_for_earlier_tokens_too(pair: ConnectionPair) -> None:
+    opened = bound(pair)
+    pair.server.prove(LAPTOP)
+    pair.send(pair.request(1, token=opened.token))
+    pair.login("eve")
+    pair.get(pair.request(1))
+    assert isinstance(pair.get(pair.request(1, token=opened.token)), Request)
+    pair.get(pair.request(1))
+    pair.server.disprove(LAPTOP)
+    assert isinstance(pair.get(pair.request(1)), Request)
+    refused(pair, pair.request(1, token=opened.token))
+
+
 # --- attach follows the rules of every request -------------------------------------------------------
 
 

@@ -69,17 +69,22 @@ def test_connection_can_carry_many_sessions(pair: ConnectionPair) -> None:
 # --- several tokens in turn ------------------------------------------------------------------------------
 
 
-def count_checks(registry: SessionRegistry) -> list[bytes]:
-    """Record the tokens that are looked up from now on."""
+def count_checks(registry: SessionRegistry) -> tuple[list[bytes], list[str]]:
+    """Record the tokens that are looked up from now on, and the users whose sessions are checked again."""
     looked_up: list[bytes] = []
-    check = registry.check
+    again: list[str] = []
+    check, check_again = registry.check, registry.check_again
 
     def recorded(token: bytes, wall: int) -> Session | Code:
         looked_up.append(token)
         return check(token, wall)
 
-    registry.check = recorded  # type: ignore[method-assign]
-    return looked_up
+    def recorded_again(session: Session, wall: int) -> bool:
+        again.append(session.user)
+        return check_again(session, wall)
+
+    registry.check, registry.check_again = recorded, recorded_again  # type: ignore[method-assign]
+    return looked_up, again
 
 
 def log_in_several(pair: ConnectionPair, users: int = 3) -> list[OpenedSession]:
@@ -97,23 +102,34 @@ def users_of(events: list[ServerEvent | Request]) -> list[str]:
 @pytest.mark.parametrize("in_one_read", [False, True])
 def test_tokens_in_turn_are_looked_up_once(pair: ConnectionPair, in_one_read: bool) -> None:
     sessions = log_in_several(pair)
-    looked_up = count_checks(pair.registry)
+    checks = count_checks(pair.registry)
     frames = [pair.request(number, token=each.token) for each in sessions for number in (1, 2)]
     events = pair.send(b"".join(frames)) if in_one_read else [pair.get(frame) for frame in frames]
     assert users_of(events) == ["user0", "user0", "user1", "user1", "user2", "user2"]
-    assert looked_up == []
+    assert checks == ([], [])
+
+
+def test_token_is_not_looked_up_after_another_session_was_opened_here(pair: ConnectionPair) -> None:
+    first = pair.login()
+    pair.get(pair.request(1))
+    pair.login("eve")
+    checks = count_checks(pair.registry)
+    assert users_of([pair.get(pair.request(1, token=first.token))]) == ["ada"]
+    assert checks == ([], [])
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_end_of_one_session_leaves_the_others_accepted(pair: ConnectionPair, which: int) -> None:
     sessions = log_in_several(pair)
     pair.registry.close(sessions[which].session)
-    looked_up = count_checks(pair.registry)
+    looked_up, again = count_checks(pair.registry)
     left = [each for each in sessions if each is not sessions[which]]
     assert users_of([pair.get(pair.request(1, token=each.token)) for each in left]) == [
         each.session.user for each in left
     ]
-    assert looked_up == []
+    for _ in range(2):
+        assert len([pair.get(pair.request(1, token=each.token)) for each in left]) == 2
+    assert (looked_up, again) == ([], [each.session.user for each in left])
     for _ in range(2):
         assert pair.refused(pair.request(1, token=sessions[which].token)).code == Code.TOKEN_REVOKED
         assert users_of([pair.get(pair.request(1, token=left[0].token))]) == [left[0].session.user]
@@ -123,12 +139,12 @@ def test_end_of_one_session_leaves_the_others_accepted(pair: ConnectionPair, whi
 def test_end_of_a_session_elsewhere_costs_no_look_up(pair: ConnectionPair) -> None:
     pair.login()
     pair.get(pair.request(1))
-    looked_up = count_checks(pair.registry)
+    checks = count_checks(pair.registry)
     for _ in range(3):
         pair.registry.close(pair.open_session("eve").session)
-        assert users_of([pair.get(pair.request(1))]) == ["ada"]
+        assert users_of([pair.get(pair.request(1)), pair.get(pair.request(1))]) == ["ada", "ada"]
         assert pair.get(pair.request(1, token=NO_TOKEN)).session is None
-    assert looked_up == []
+    assert checks == ([], ["ada"] * 3)
 
 
 @pytest.mark.parametrize("how", ["refuse_all", "distrust"])
@@ -143,6 +159,18 @@ def test_no_earlier_token_is_accepted_while_all_are_refused(pair: ConnectionPair
     assert users_of(events) == ["user0", "user1", "user2"]
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_tokens_checked_again_are_trusted_no_longer_than_others(pair: ConnectionPair, in_turn: bool) -> None:
+    sessions = log_in_several(pair, 2)[in_turn - 1 :]
+    pair.registry.distrust()
+    pair.registry.trusted_until = pair.clock.wall() + 100
+    for each in sessions:
+        pair.get(pair.request(1, token=each.token))
+    pair.clock.advance(0.1)
+    for each in sessions:
+        assert pair.refused(pair.request(1, token=each.token)).code == Code.UNAVAILABLE
+
+
 def test_earlier_token_is_refused_after_a_refresh(pair: ConnectionPair) -> None:
     pair = ConnectionPair(small_registry(refresh=True))
     first, second = log_in_several(pair, 2)
@@ -150,7 +178,9 @@ def test_earlier_token_is_refused_after_a_refresh(pair: ConnectionPair) -> None:
         first.refresh_token or b"", client="test/1", address="192.0.2.7", wall=pair.clock.wall()
     )
     assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_REVOKED
+    pair.get(pair.request(1, token=second.token))
     pair.use(refreshed)
+    assert first.token not in (pair.server._others or {})
     assert users_of([pair.get(pair.request(1, token=refreshed.token))]) == ["user0"]
     assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
     assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_REVOKED
@@ -174,7 +204,9 @@ def test_earlier_tokens_expire_to_the_millisecond() -> None:
     pair.clock.advance(9.999)
     assert users_of([pair.get(pair.request(1, token=second.token))]) == ["user1"]
     pair.clock.advance(0.001)
-    assert pair.refused(pair.request(1, token=first.token)).code == Code.TOKEN_EXPIRED
+    (request,) = pair.send(pair.request(1, token=second.token) + pair.request(2, token=first.token))
+    assert users_of([request]) == ["user1"]
+    assert pair.answer().code == Code.TOKEN_EXPIRED
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
@@ -214,8 +246,20 @@ def test_connection_of_one_session_keeps_no_other_tokens(pair: ConnectionPair) -
     pair.get(pair.request(1, token=NO_TOKEN))
     pair.token = pair.open_session().token
     pair.send(pair.request(1))
+    pair.registry.refuse_all()
+    pair.refused(pair.request(1))
+    pair.registry.stop_refusing()
     pair.get(pair.request(1))
     assert pair.server._others is None
+
+
+def test_frames_are_limited_again_without_a_session(pair: ConnectionPair) -> None:
+    opened = pair.login()
+    large = pair.request(1, params={"data": bytes(20_000)})
+    assert len([pair.send(large[:100]), pair.get(large[100:])]) == 2
+    pair.registry.close(opened.session)
+    pair.server.leave(opened.session.id, pair.clock.now())
+    assert pair.fatal(pair.request(1, params={"data": bytes(20_000)})).code == Code.FRAME_TOO_LARGE
 
 
 def test_token_is_valid_on_several_connections() -> None:
