@@ -212,8 +212,7 @@ class ServerSessions(ServerOutput):
             self._session_deadline = expiring_at
         elif not self.sessions:
             self._session_deadline = expiring_at
-        if self._others is not None:
-            self._forget_token_of(session.id)
+        self._forget_token_of(session.id)  # refreshed
         self.sessions[session.id] = JoinedSession(token, session.user, session.expires_at, expiring_at)
         if self._decoder is not None:
             self._decoder.limit = self.limit
@@ -234,6 +233,7 @@ class ServerSessions(ServerOutput):
             self.deadline_moved = True
 
     def _forget_token_of(self, session_id: str) -> None:
+        """Drop what is kept aside of a session."""
         known = self.sessions.get(session_id)
         if known is not None and self._others is not None:
             self._others.pop(known.token, None)
