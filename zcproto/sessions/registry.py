@@ -5,7 +5,7 @@ sessions of others. How sessions end is in lifecycle.py.
 
 Rules:
 - A caller may reuse a Session while `generation` is unchanged and `wall` is below its `valid_until` and
-  `trusted_until`.
+  `trusted_until`; after a change of `generation`, if `check_again` returns True.
 - A lapsed session never prevents a login.
 - A refresh token works once. Reuse of a spent one, however old, ends the whole session, except when the same client
   repeats the last one within the grace (zcp1.md, section 9.6; RFC 9700 section 4.14.2). Every spent refresh
@@ -152,7 +152,7 @@ class SessionRegistry(Exchange):
             self._last_used_at[session.slot] = wall
 
     def use(self, session: Session, wall: int) -> None:
-        """Count a bound session as used, right after its check, on a connection that proved its key."""
+        """Count a session as used right after its check; a bound one on a connection that proved its key."""
         self.touch(session, wall)
         session.valid_until = min(session.expires_at, self._last_used_at[session.slot] + self._idle)
 

@@ -103,10 +103,10 @@ class SessionSettings:
 class Session:
     """A live session at the time of a check of its token.
 
-    `raw_id` are the 16 bytes of its id, `id` is its text: 22 characters of base64url. `slot` is its slot
-    in the registry while the registry's `generation` is unchanged since the check. `expires_at` is the absolute
-    expiry of the token; from `valid_until` on it must be checked again for idleness; at `expiring_at` a tenth of
-    its lifetime is left. `token_digest` is the SHA-256 of its token.
+    `raw_id` are the 16 bytes of its id, `id` is its text: 22 characters of base64url. `slot` is its slot in the
+    registry while the registry's `generation` is unchanged since the check; later `check_again` looks for
+    `token_digest` there, the SHA-256 of its token. `expires_at` is the absolute expiry of the token; from
+    `valid_until` on it must be checked again for idleness; at `expiring_at` a tenth of its lifetime is left.
     """
 
     raw_id: bytes
