@@ -23,7 +23,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from typing import Final, Unpack
 
-from zcproto.common.roles import NO_ROLES, Roles, names_without_operator, roles_of
+from zcproto.common.roles import NO_ROLES, Roles, names_without_operator
 from zcproto.common.roles import OPERATOR as OPERATOR_ROLE
 from zcproto.common.secret import SecretBytes
 from zcproto.errors import CallError, Code, InvalidArgument, NotFound, ResourceExhausted
@@ -40,6 +40,7 @@ from zcproto.sessions.session import (
     Session,
     SessionInfo,
     SessionSettings,
+    session_info,
 )
 from zcproto.sessions.strings import UNKNOWN
 from zcproto.sessions.table import HELD, HOT, LAPSED, LIVE, NONE, RECORD_SIZE
@@ -575,23 +576,6 @@ def _too_long(name: str) -> InvalidArgument:
 
 def _is_token(refresh_token: bytes) -> bool:
     return len(refresh_token) == TOKEN_SIZE
-
-
-def session_info(record: SessionRecord, *, live: bool) -> SessionInfo:
-    """Describe a session to its user."""
-    return SessionInfo(
-        id=id_text(record.id),
-        user=record.user,
-        created_at=record.created_at,
-        last_used_at=record.last_used_at,
-        expires_at=record.expires_at,
-        client=record.client,
-        address=record.address,
-        bound=record.flags & BOUND != 0,
-        roles=roles_of(record.flags & OPERATOR != 0, record.roles),
-        live=live,
-        refresh_expires_at=record.refresh_expires_at or None,
-    )
 
 
 def limit_reached(per_user: int, when_full: WhenFull) -> ResourceExhausted:

@@ -11,7 +11,8 @@ from typing import Final, Required, TypedDict, get_args
 
 from zcproto.common.roles import Roles, roles_of
 from zcproto.errors import ConfigError
-from zcproto.sessions.record import WhenFull
+from zcproto.sessions.record import SessionRecord, WhenFull
+from zcproto.sessions.token import id_text
 
 _HOUR_MS: Final = 3_600_000
 _DAY_MS: Final = 24 * _HOUR_MS
@@ -184,3 +185,20 @@ class SessionInfo:
     roles: Roles
     live: bool
     refresh_expires_at: int | None
+
+
+def session_info(record: SessionRecord, *, live: bool) -> SessionInfo:
+    """Describe a session to its user."""
+    return SessionInfo(
+        id=id_text(record.id),
+        user=record.user,
+        created_at=record.created_at,
+        last_used_at=record.last_used_at,
+        expires_at=record.expires_at,
+        client=record.client,
+        address=record.address,
+        bound=record.flags & BOUND != 0,
+        roles=roles_of(record.flags & OPERATOR != 0, record.roles),
+        live=live,
+        refresh_expires_at=record.refresh_expires_at or None,
+    )

@@ -31,8 +31,8 @@ from zcproto.errors import CallError, Code, ResourceExhausted, TokenRevoked, Una
 from zcproto.observe.log import get_logger
 from zcproto.sessions import EndReason, OpenedSession, SessionInfo, SessionRegistry
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord, UserLimit
-from zcproto.sessions.registry import limit_reached, refresh_refused, session_info
-from zcproto.sessions.session import Opening
+from zcproto.sessions.registry import limit_reached, refresh_refused
+from zcproto.sessions.session import Opening, session_info
 from zcproto.sessions.token import FAMILY_SIZE, digest_of, id_from_text, id_of, id_text
 from zcproto.stores.base import (
     Created,
