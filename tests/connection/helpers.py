@@ -1,4 +1,4 @@
-"""Run a client connection in memory against frames made by the test."""
+"""Run a client connection in memory against frames made by the test; count what a server looks up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from tests.helpers import NOW, SALT, WALL
 from zcproto.connection.client import ClientConnection
 from zcproto.connection.events import ClientEvent, ConnectionEnded, Welcomed
+from zcproto.errors import Code
+from zcproto.sessions import Session, SessionRegistry
 from zcproto.wire.decoder import FrameDecoder
 from zcproto.wire.frame import NO_TOKEN, PONG, WELCOME, RawFrame, Side, encode_frame
 from zcproto.wire.message import encode_body
@@ -89,3 +91,22 @@ def ended(events: list[ClientEvent]) -> ConnectionEnded:
     event = events[-1]
     assert isinstance(event, ConnectionEnded)
     return event
+
+
+def count_checks(registry: SessionRegistry) -> tuple[list[bytes], list[str]]:
+    """Record the tokens that are looked up from now on, and the users whose sessions are checked again."""
+    looked_up: list[bytes] = []
+    again: list[str] = []
+    check, check_again = registry.check, registry.check_again
+
+    def recorded(token: bytes, wall: int) -> Session | Code:
+        looked_up.append(token)
+        return check(token, wall)
+
+    def recorded_again(session: Session, wall: int) -> bool:
+        again.append(session.user)
+        return check_again(session, wall)
+
+    # The tests make connections with the registry before they know when to count, so it cannot be a subclass.
+    registry.check, registry.check_again = recorded, recorded_again  # type: ignore[method-assign]
+    return looked_up, again

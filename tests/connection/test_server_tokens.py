@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.connection.helpers import count_checks
 from tests.helpers import WALL, ConnectionPair, small_registry
 from zcproto.connection.events import Request, ServerEvent, SessionJoined
 from zcproto.connection.joined_session import JoinedSession
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
 from zcproto.errors import Code
-from zcproto.sessions import OpenedSession, Session, SessionRegistry, SessionSettings
+from zcproto.sessions import OpenedSession, SessionSettings
 from zcproto.wire.frame import NO_TOKEN, Kind
 from zcproto.wire.message import MessageError, encode_body
 
@@ -67,24 +68,6 @@ def test_connection_can_carry_many_sessions(pair: ConnectionPair) -> None:
 
 
 # --- several tokens in turn ------------------------------------------------------------------------------
-
-
-def count_checks(registry: SessionRegistry) -> tuple[list[bytes], list[str]]:
-    """Record the tokens that are looked up from now on, and the users whose sessions are checked again."""
-    looked_up: list[bytes] = []
-    again: list[str] = []
-    check, check_again = registry.check, registry.check_again
-
-    def recorded(token: bytes, wall: int) -> Session | Code:
-        looked_up.append(token)
-        return check(token, wall)
-
-    def recorded_again(session: Session, wall: int) -> bool:
-        again.append(session.user)
-        return check_again(session, wall)
-
-    registry.check, registry.check_again = recorded, recorded_again  # type: ignore[method-assign]
-    return looked_up, again
 
 
 def log_in_several(pair: ConnectionPair, users: int = 3) -> list[OpenedSession]:

@@ -93,10 +93,10 @@ def test_idle_limit_is_exact_and_restarted_by_use(silence: int, good: bool) -> N
     assert isinstance(result, Session) if good else result is Code.TOKEN_EXPIRED
 
 
-def test_second_check_reads_no_token_and_counts_as_use() -> None:
+def test_second_check_looks_nothing_up_and_counts_as_use(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = RegistryHarness()
     session = harness.good(harness.open().token)
-    harness.registry._tokens.find = lambda digest: pytest.fail("looked up")  # type: ignore[method-assign]
+    monkeypatch.setattr(harness.registry._tokens, "find", lambda digest: pytest.fail("looked up"))
     assert harness.registry.check_again(session, WALL + 50 * MINUTE)
     assert harness.registry.check_again(session, WALL + 100 * MINUTE)
     assert harness.registry.info(session.id, WALL + 100 * MINUTE).last_used_at == WALL + 100 * MINUTE
