@@ -436,11 +436,7 @@ def first_requests(site: Site, count: Counted, n: int) -> None:
     """Send the first request with the token of a session that the connection has opened."""
     for counted, times in ((NOT_COUNTED, WARM_UP), (count, n)):
         for _ in range(times):
-            peer = site.connect()
-            record = peer.record(peer.request("echo", PARAMS))
-            with counted:
-                peer.receive(record)
-            assert [head for head, _ in peer.answers()] == [RESPONSE], "the answer is missing or an error"
+            send_one(site.connect(), counted)
 
 
 def requests_in_turn(site: Site, count: Counted, n: int) -> None:
@@ -465,10 +461,14 @@ def send_each(peer: Peer, count: Counted, n: int, before: Callable[[], object]) 
     for counted, times in ((NOT_COUNTED, WARM_UP), (count, n)):
         for _ in range(times):
             before()
-            record = peer.record(peer.request("echo", PARAMS))
-            with counted:
-                peer.receive(record)
-            assert [head for head, _ in peer.answers()] == [RESPONSE], "the answer is missing or an error"
+            send_one(peer, counted)
+
+
+def send_one(peer: Peer, count: Counted) -> None:
+    record = peer.record(peer.request("echo", PARAMS))
+    with count:
+        peer.receive(record)
+    assert [head for head, _ in peer.answers()] == [RESPONSE], "the answer is missing or an error"
 
 
 def client_calls(site: Site, count: Counted, n: int, depth: int) -> None:
