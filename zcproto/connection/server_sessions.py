@@ -1,7 +1,8 @@
 """Decide which tokens a connection of a server accepts, and when each is checked again (sans-IO).
 
-A token that was accepted stays so, without a check, while no token has become invalid and for TOUCH_INTERVAL_MS at
-most. A connection may serve many sessions: those of the tokens before the last one are kept aside.
+A token that was accepted needs no check while no token of the server becomes invalid, for TOUCH_INTERVAL_MS at
+most. After one has become invalid, `check_again` decides, which costs less than looking the token up. A connection
+may serve many sessions: the tokens accepted before the last one are kept aside, by the same rules.
 """
 
 from __future__ import annotations

@@ -146,8 +146,10 @@ def _check_method(method: Any) -> None:
 
 
 def decode_meta(meta: Any, max_depth: int | None = None) -> RequestMeta:
-    """Return the metadata of a request, from a body that may be nested `max_depth` deep, or was scanned. Raises
-    MessageError."""
+    """Return the metadata of a request. `max_depth` is that of its body; None if `scan_body` has checked it.
+
+    Raises MessageError.
+    """
     if meta.__class__ is not dict:
         raise MessageError("meta must be a map")
     deadline_ms = meta.get("deadline_ms")
