@@ -29,6 +29,9 @@ from zcproto.errors import ZcprotoError
 from zcproto.load.processes import module_command
 
 MAX_GROWTH: Final = 0.03
+HANG_S: Final = 1_800.0
+"""Seconds after which the script has certainly stopped working. It takes ten on an idle machine."""
+
 SHOWN: Final = 5
 """Functions listed for each count that grew."""
 
@@ -36,9 +39,16 @@ SHOWN: Final = 5
 def count_all() -> dict[str, dict[str, Cost]]:
     """Run the script in a new process; return what each function costs, by step."""
     environment = {**bench_environment(), "PYTHONHASHSEED": "0"}
-    done = subprocess.run(
-        module_command("bench.guard.run"), env=environment, stdout=subprocess.PIPE, check=False
-    )
+    try:
+        done = subprocess.run(
+            module_command("bench.guard.run"),
+            env=environment,
+            stdout=subprocess.PIPE,
+            check=False,
+            timeout=HANG_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise ZcprotoError(f"the script did not end within {HANG_S:.0f} s; run it alone to see why") from None
     if done.returncode:
         raise ZcprotoError(f"the script failed with exit code {done.returncode}; its output is above")
     counts = json.loads(done.stdout)

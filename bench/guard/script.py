@@ -130,7 +130,9 @@ class StoppedClock:
 class StoppedLoop(asyncio.SelectorEventLoop):
     """An event loop whose time stands still."""
 
-    stopped_at: float | None = None
+    def __init__(self, now: float) -> None:
+        self.stopped_at: float | None = now
+        super().__init__()
 
     def time(self) -> float:
         return super().time() if self.stopped_at is None else self.stopped_at
@@ -316,7 +318,7 @@ def _adopt(peer: Peer, transport: TlsServerTransport) -> None:
 
 
 class Site:
-    """A server built in a folder, whose time stands still from then on."""
+    """A server built in a folder, whose time stands still."""
 
     def __init__(self, folder: Path) -> None:
         self.clock = StoppedClock()
@@ -324,7 +326,7 @@ class Site:
         home.ensure()
         self._users = iter(UserFile(home.users).add_many([f"user-{number}" for number in range(USERS)]))
         config = load_config(None, home=folder, environ={}, overrides=dict(SETTINGS))
-        self.loop = StoppedLoop()
+        self.loop = StoppedLoop(self.clock.now())  # else a deadline by the clock may be due for the loop
         # The same random bytes in every run, so that tables of sessions fill in the same way.
         entropy = random.Random(0).randbytes  # noqa: S311 - no secret
         users = Directory(UserFile(home.users), on_gone=_no_one_is_removed)
@@ -334,7 +336,6 @@ class Site:
         )
         self.parts.acceptor.perf_counter = self.clock.now
         self.parts.listener._adopt = _adopt  # type: ignore[assignment, method-assign]
-        self.loop.stopped_at = self.loop.time()
         self.client_tls = client_context(ca_file=home.certs / "ca.crt", protocols=(ALPN,))
 
     def close(self) -> None:

@@ -94,7 +94,18 @@ def test_planted_slowdown_fails_and_is_named(
     assert f"{untouched}: bytecodes grew" not in shown
 
 
-def test_counts_are_same_in_another_process() -> None:
+SLOW_BUILD = """
+import asyncio
+
+usual = asyncio.BaseEventLoop.time
+asyncio.BaseEventLoop.time = lambda loop: usual(loop) + 60.0
+"""
+
+
+def test_counts_are_same_in_another_process_whose_build_takes_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, SLOW_BUILD)
     assert count_all() == counts_here()
 
 
