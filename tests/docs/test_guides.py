@@ -17,6 +17,7 @@ import pytest
 
 from bench.__main__ import bench
 from tests.docs.messages import ROOT
+from tests.limits import TIMEOUT
 from tests.server.helpers import AnsweredError
 from tests.server.process import ServerProcess
 from zcproto.alerts.alert import CATALOGUE
@@ -33,6 +34,8 @@ PAGES = sorted(
     ]
 )
 PAGES = [path for path in PAGES if "node_modules" not in path.parts]
+FOREIGN = {"build", "venv"}
+"""Modules of others that the pages run. They need not be installed here."""
 
 
 def blocks(guide: str) -> list[str]:
@@ -60,7 +63,7 @@ def run(script: str, folder: Path) -> str:
         env=environ,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -207,9 +210,7 @@ def test_commands_and_options_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_modules_and_benchmarks_that_are_run_exist(page: Path) -> None:
     found = re.findall(r"python -m ([\w.]+)([^`\n#;&>]*)", page.read_text(encoding="utf-8"))
-    assert [
-        module for module, _ in found if not module.startswith("venv") and find_spec(module) is None
-    ] == []
+    assert [module for module, _ in found if module not in FOREIGN and find_spec(module) is None] == []
     benchmarks = {" ".join(arguments.split()) for module, arguments in found if module == "bench"}
     assert [fault for command in sorted(benchmarks) for fault in faults_of(command, bench)] == []
 
