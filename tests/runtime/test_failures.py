@@ -19,6 +19,7 @@ from zcproto import App, Context, Items
 from zcproto.client.client import Client
 from zcproto.sessions.token import token_text
 
+PACKAGE = f"{Path(zcproto.__file__).parent}/"
 TOKEN = token_text(bytes(range(100, 132)))
 
 app = App()
@@ -176,7 +177,7 @@ async def test_failure_is_logged_with_its_cause_and_answered_by_its_incident(
     assert "direct cause" in shown[cause + 1]
     assert "ValueError: (hidden) is not a token" in shown[cause + 2 :]
     files = [text.partition('"')[2] for text in shown if text.startswith("File ")]
-    own = [file for file in files if "/zcproto/" in file]
+    own = [file for file in files if file.startswith(PACKAGE)]
     assert own == [] or call == "cancelled", "only the cancellation was raised in zcproto"
     assert TOKEN not in (server.home.path / "log").read_text()
 

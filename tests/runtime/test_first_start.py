@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,8 @@ def test_next_command_runs_without_an_activated_environment(
     monkeypatch.setenv("ZCPROTO_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     lines, _ = lines_of(server_at(tmp_path))
-    assert lines[2].endswith(f": {sys.executable} -m zcproto user add ada --keys-out ada.key")
+    python = shlex.quote(sys.executable)
+    assert lines[2].endswith(f": {python} -m zcproto user add ada --keys-out ada.key")
 
 
 def test_later_start_passes_the_progress_on(tmp_path: Path) -> None:
