@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -14,10 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
-SOURCES = Path(__file__).parent / "programs"
+from tests.limits import TIMEOUT
 
-TIMEOUT_S = 30.0
-"""A program that runs longer is killed."""
+SOURCES = Path(__file__).parent / "programs"
 
 CRATES = Path("/usr/share/cargo/registry")
 """The crates of Debian's packages."""
@@ -61,7 +61,7 @@ def run_client(command: Sequence[str | Path], log: Path | None = None) -> Outcom
         process = subprocess.Popen(
             [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
         )
-        guard = threading.Timer(TIMEOUT_S, process.kill)
+        guard = threading.Timer(TIMEOUT, process.kill)
         guard.start()
         try:
             assert process.stdin is not None
@@ -87,7 +87,7 @@ def run_command(command: Sequence[str | Path]) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
-        timeout=TIMEOUT_S,
+        timeout=TIMEOUT,
     )
     return done.returncode, done.stdout.decode(errors="replace")
 
@@ -151,7 +151,7 @@ class Programs:
             capture_output=True,
             text=True,
             check=False,
-            timeout=4 * TIMEOUT_S,
+            timeout=TIMEOUT,
         )
         if done.returncode:
             pytest.fail(f"{command[0]}: {done.stdout}{done.stderr}")
@@ -165,15 +165,26 @@ def is_address(name: str) -> bool:
     return True
 
 
+VERSIONED = {"cargo": "--version", "go": "version", "javac": "--version", "node": "--version"}
+"""Programs that may be the shim of a version manager, which fails without a version for this user."""
+
+
+@functools.cache
+def is_present(command: str) -> bool:
+    """Return whether a command is installed and runs; or whether an absolute path exists."""
+    if command.startswith("/"):
+        return any(Path("/").glob(command[1:]))
+    if shutil.which(command) is None:
+        return False
+    version = VERSIONED.get(command)
+    return (
+        version is None or not subprocess.run([command, version], capture_output=True, check=False).returncode
+    )
+
+
 def needs(*commands: str) -> pytest.MarkDecorator:
-    """Skip a test before its fixtures are set up if a command is not installed, or an absolute path is missing."""
-    missing = [
-        command
-        for command in commands
-        if (
-            not any(Path("/").glob(command[1:])) if command.startswith("/") else shutil.which(command) is None
-        )
-    ]
+    """Skip a test before its fixtures are set up if a command or an absolute path is not present."""
+    missing = [command for command in commands if not is_present(command)]
     return pytest.mark.skipif(
         bool(missing), reason=f"not installed (.ci/run installs it): {', '.join(missing)}"
     )
