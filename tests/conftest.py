@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import secrets_watch  # first: modules use its entropy as a default
+from tests import limits, secrets_watch  # first: modules use its entropy as a default
 from tests.helpers import ConnectionPair, FakeClock, FakeTimers, small_registry
 from zcproto.observe import log as log_module
 from zcproto.sessions import SessionRegistry
@@ -43,6 +43,7 @@ settings.load_profile("patient")
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(limits)
     pluginmanager.register(secrets_watch)  # here: it adds an option
     if not pluginmanager.has_plugin(
         testing_plugin.__name__

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from hypothesis import settings
 
+from tests.limits import TIMEOUT
 from zcproto.connection.events import ConnectionEnded, Request, ServerEvent
 from zcproto.connection.server import ServerConnection
 from zcproto.connection.settings import ConnectionSettings
@@ -72,7 +73,7 @@ def run_mypy(folder: Path, *arguments: str | Path) -> subprocess.CompletedProces
         env={**os.environ, "MYPYPATH": str(ROOT)},  # it does not follow the hooks of an editable install
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=TIMEOUT,
         check=False,
     )
 

@@ -9,13 +9,14 @@ import pytest
 
 import zcproto
 import zcproto.testing
+from tests.limits import TIMEOUT
 from zcproto import errors
 
 
 def run(program: str) -> str:
     """What a fresh interpreter prints."""
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=150
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=TIMEOUT
     ).stdout
 
 

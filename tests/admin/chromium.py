@@ -23,8 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-PATIENCE = 120.0
-"""Seconds for the browser to start or to answer a command, on a busy machine."""
+from tests.limits import TIMEOUT
 
 GOODBYE = 10.0
 """Seconds for it to end after it was closed."""
@@ -110,7 +109,7 @@ class Chromium:
         if session is not None:
             message["sessionId"] = session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        for answer in self._messages(time.monotonic() + PATIENCE):
+        for answer in self._messages(time.monotonic() + TIMEOUT):
             if answer.get("id") == self._number:
                 assert "error" not in answer, (method, answer["error"])
                 return dict(answer["result"])
@@ -189,7 +188,7 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def until(self, expression: str, seconds: float = PATIENCE) -> Any:
+    def until(self, expression: str, seconds: float = TIMEOUT) -> Any:
         """Wait until an expression is true in the page and return its value."""
         promise = f"""new Promise((done) => {{
           const ask = () => {{ const value = {expression}; if (value) {{ clearInterval(timer); done(value); }} }};
@@ -214,7 +213,7 @@ class Tab:
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
         """Wait until the events fulfil a condition."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while not condition():
             assert self._browser.listen(deadline), what
 

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TIMEOUT = 30.0
+from tests.limits import TIMEOUT
 
 
 class Answered(NamedTuple):

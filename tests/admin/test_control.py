@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.admin.control_helpers import ask, connect, exchange
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, configuration, eventually
 from tests.server.process import ServerProcess
@@ -233,7 +234,7 @@ answers = []
 for _ in range(50):
     try:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(20)
+            connection.settimeout(TIMEOUT)
             connection.connect(path)
             connection.sendall(b"GET /v1/status HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
             answer = b""
@@ -252,7 +253,7 @@ def _ask_as_other_user(path: Path) -> list[str]:
         [sys.executable, "-c", OTHER_USER_PROGRAM, str(path), str(OTHER_UID)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
         check=True,
         cwd="/",
     )

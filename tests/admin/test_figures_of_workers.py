@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.admin.https_client import ask
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.admin.merge import Depth, Report, Whole
@@ -95,7 +96,9 @@ def test_metrics_are_sums_under_the_usual_names_and_by_worker_under_others(serve
 
 def test_status_and_page_show_the_whole_and_each_worker(server: ServerThread) -> None:
     with server.client("ada") as client:
-        status = asyncio.run_coroutine_threadsafe(read_status(server.server.parts), server.loop).result(10)
+        status = asyncio.run_coroutine_threadsafe(read_status(server.server.parts), server.loop).result(
+            TIMEOUT
+        )
         answer = ask(server, "/status.json", headers={"Authorization": f"Bearer {token_text(client.token)}"})
     assert status["pid"] == os.getppid()
     assert status["connections"]["zcp"] == 3

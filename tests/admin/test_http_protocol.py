@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import FakeClock, FakeTimers
 from tests.http.helpers import GET, LIMITS, SECURITY, answers
+from tests.limits import TIMEOUT
 from zcproto.admin.http_protocol import MIN_READ, HttpEndpoint, HttpProtocol
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.http.messages import HttpRequest, HttpResponse, Peer, Route, Router, text_response
@@ -241,7 +242,7 @@ async def test_drain_waits_for_running_handlers() -> None:
         await asyncio.sleep(0)
     assert not waiter.done()
     harness.gate.set()
-    await asyncio.wait_for(waiter, 10)
+    await asyncio.wait_for(waiter, TIMEOUT)
     (answer,) = answers(bytes(transport.out))
     assert answer.closes
     harness.endpoint.close()

@@ -17,6 +17,7 @@ import pytest
 
 from tests.admin.https_client import HSTS, OPEN, add, ask, exchange, read_to_end, tls
 from tests.http.helpers import GET, answers
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, bystander, eventually
 from zcproto.certs import client_ca
@@ -320,7 +321,7 @@ def test_http_client_that_never_reads_is_disconnected(serve: Serve) -> None:
     add(server, Route("GET", "/big", lambda request: text_response(200, "x" * 1_000_000)))
     with bystander(server), tls(server) as connection:
         with contextlib.suppress(OSError):
-            connection.settimeout(5)
+            connection.settimeout(TIMEOUT)
             connection.sendall(GET.replace(b"GET /", b"GET /big") * 200)
         eventually(lambda: server.stats["http"]["write_timeouts"] == 1)
         assert server.stats["http"]["responses"]["200"] < 50
@@ -384,7 +385,9 @@ def test_http_connection_of_a_revoked_certificate_is_closed(serve: Serve) -> Non
             connection.sendall(GET)
             assert answers(receive_one(connection))[0].status == 200
         client_ca.revoke_client(folder, name="bad", now=now)
-        asyncio.run_coroutine_threadsafe(server.server.parts.certificates.check(), server.loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.server.parts.certificates.check(), server.loop).result(
+            TIMEOUT
+        )
         assert read_to_end(third) == b""
         for connection in (first, second):
             connection.sendall(GET)
@@ -471,7 +474,7 @@ def curl(shared: ServerThread) -> Any:
             ],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=TIMEOUT,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -515,7 +518,7 @@ def test_curl_remembers_hsts(shared: ServerThread, curl: Any, tmp_path: Any) -> 
 
 
 def test_plaintext_http_gets_400_on_the_tls_port(shared: ServerThread) -> None:
-    with socket.create_connection(("127.0.0.1", shared.port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", shared.port), timeout=TIMEOUT) as raw:
         raw.sendall(GET)
         answer = b""
         while data := raw.recv(65_536):
@@ -537,7 +540,7 @@ def test_connection_during_drain_gets_one_response(serve: Serve) -> None:
         (answer,) = answers(read_to_end(connection))
     assert answer.status == 200
     assert answer.closes
-    asyncio.run_coroutine_threadsafe(side.endpoint.wait_at_rest(), server.loop).result(10)
+    asyncio.run_coroutine_threadsafe(side.endpoint.wait_at_rest(), server.loop).result(TIMEOUT)
 
 
 def test_handler_timeout_is_503(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.admin.https_client import ask, bearer
 from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import client_context, eventually
 from zcproto.admin.machines import MachineTokens, build_tokens
@@ -91,7 +92,7 @@ def test_revocation_applies_to_the_next_request_of_an_open_connection(serve: Ser
     server = serve(http__metrics="token")
     token = token_of(server.home)
     context = client_context(server.home / "certs" / "ca.crt", ())
-    connection = http.client.HTTPSConnection("localhost", server.port, timeout=10, context=context)
+    connection = http.client.HTTPSConnection("localhost", server.port, timeout=TIMEOUT, context=context)
     with contextlib.closing(connection):
 
         def status() -> int:

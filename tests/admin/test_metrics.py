@@ -13,6 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from tests.interop.support import needs
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, NO_TOKEN, PING, ServerThread, eventually, read_to_end, wall
 from zcproto.admin.metrics import END_LABELS, server_metrics
@@ -83,7 +84,12 @@ def test_promtool_reports_no_problem(serve: Serve, store: str) -> None:
         client.refused("no.such.method")
         text = render(server)
     done = subprocess.run(
-        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False
+        ["promtool", "check", "metrics"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

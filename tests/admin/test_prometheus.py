@@ -18,6 +18,7 @@ import pytest
 from bench.server_process import free_port
 from docs.dashboard import PANELS
 from tests.interop.support import needs
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.cli import main
@@ -25,9 +26,6 @@ from zcproto.observe.metrics import METRICS
 from zcproto.sessions.token import token_text
 
 DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
-
-PATIENCE = 45.0
-"""Seconds for Prometheus to start and scrape twice."""
 
 pytestmark = [needs("prometheus"), pytest.mark.timeout(180)]
 
@@ -40,7 +38,7 @@ class Prometheus:
 
     def get(self, what: str, **query: str) -> Any:
         url = f"{self._address}{what}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             value = json.load(answer)
         assert value["status"] == "success", value
         return value["data"]
@@ -64,7 +62,7 @@ class Prometheus:
 
 def until(condition: Callable[[], Any]) -> None:
     """Wait until a condition holds; poll ten times a second, since it concerns another process."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.1)
@@ -107,7 +105,7 @@ def prometheus(folder: Path, server: ServerThread, token: str | None) -> Iterato
             yield witness
         finally:
             process.kill()
-            process.wait(PATIENCE)
+            process.wait(TIMEOUT)
 
 
 def expressions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 
 from bench.server_process import free_port
 from tests.http.helpers import Answer, answers
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread, eventually, read_to_end
 from zcproto.admin.https import MAX_REDIRECT_CONNECTIONS, PER_ADDRESS, Redirects, has_name, host_of
@@ -141,7 +142,7 @@ def port(server: ServerThread) -> int:
 
 
 def plain(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=10)
+    return socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
 
 
 def exchange(port: int, data: bytes) -> Answer:
@@ -264,7 +265,7 @@ def test_curl_follows_the_redirect(server: ServerThread, port: int) -> Any:
     done = subprocess.run(
         [program, "-sSL", "--max-time", "20", "--cacert", ca, f"http://localhost:{port}/healthz"],
         capture_output=True,
-        timeout=30,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.stdout == b"ok\n", done.stderr

@@ -21,6 +21,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import NO_TOKEN, Client, Frame, ServerThread, client_context
 from zcproto.auth import DeviceFile, UserFile
 from zcproto.client.blocking import BlockingClient, connect_blocking
@@ -263,8 +264,8 @@ class Relay(threading.Thread):
             with suppress(OSError):
                 each.close()
         for pump in self._pumps:
-            pump.join(10)
-        self.join(10)
+            pump.join(TIMEOUT)
+        self.join(TIMEOUT)
 
 
 @pytest.fixture

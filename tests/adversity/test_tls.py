@@ -23,6 +23,7 @@ from tests.adversity.tls13 import (
     client_hello,
     record,
 )
+from tests.limits import TIMEOUT
 from tests.server.helpers import HEADER, WELCOME, ServerThread, client_context, read_to_end
 from zcproto.config.model import TlsConfig
 
@@ -310,7 +311,7 @@ def test_client_hello_byte_by_byte_is_accepted(server: ServerThread) -> None:
 
     connection = server.tcp()
     with Drip(fileno=connection.detach()) as drip:
-        drip.settimeout(5)
+        drip.settimeout(TIMEOUT)
         tls = RawTls(drip)
         assert HEADER.unpack_from(tls.receive()[1])[2] == WELCOME
 

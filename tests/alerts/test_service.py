@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
 from zcproto.alerts import AlertKind
 from zcproto.alerts import sinks as sinks_module
 from zcproto.alerts.center import BURST, MANY_DELAY_S
@@ -128,7 +129,7 @@ async def deliver_all(alerts: ServerAlerts) -> None:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
 from zcproto.alerts.sinks import (
     DOWN_AFTER,
     FIRST_DELAY_S,
@@ -18,8 +19,6 @@ from zcproto.alerts.sinks import (
     SinkQueue,
     Undelivered,
 )
-
-SOON = 30.0
 
 
 class FakeSink:
@@ -48,7 +47,7 @@ class FakeSink:
         return "fine"
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -87,7 +86,7 @@ class QueueHarness:
     async def settle(self, lost: int = 0) -> None:
         """Wait until the queue is idle."""
         queue = self.queue
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(TIMEOUT):
             while len(queue) or queue.delivered + queue.lost < len({*self.sink.tried}) or queue.lost < lost:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
@@ -104,7 +103,7 @@ async def test_messages_are_delivered_in_order() -> None:
     for body in (b"2", b"3"):
         harness.queue.put(body, "more")
     await harness.sink.until(lambda: len(harness.sink.taken) == 3)
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.sink.taken == [b"1", b"2", b"3"]
     assert (harness.queue.delivered, harness.queue.lost, harness.queue.failures, len(harness.queue)) == (
         3,
@@ -120,7 +119,7 @@ async def test_failed_delivery_is_retried_with_backoff_in_order() -> None:
     harness.queue.put(b"1", "one")
     harness.queue.put(b"2", "two")
     await harness.sink.until(lambda: len(harness.sink.taken) == 2)
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.sink.tried == [*[b"1"] * 10, b"2"]
     wanted = [min(FIRST_DELAY_S * 2**number, MAX_DELAY_S) for number in range(9)]
     assert harness.pauses == pytest.approx(wanted, rel=1e-5)
@@ -131,7 +130,7 @@ async def test_backoff_has_jitter() -> None:
     harness.queue.start()
     harness.queue.put(b"1", "one")
     await harness.sink.until(lambda: len(harness.sink.taken) == 1)
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.pauses == [FIRST_DELAY_S / 2, FIRST_DELAY_S, FIRST_DELAY_S * 2]
 
 
@@ -142,7 +141,7 @@ async def test_sink_is_down_after_failures_and_up_after_success() -> None:
     await harness.sink.until(lambda: len(harness.sink.tried) == DOWN_AFTER + 1)
     assert harness.queue.is_down
     await harness.sink.until(lambda: len(harness.sink.taken) == 1)
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.down == ["webhook: refused"] * 2
     assert (harness.up, harness.queue.is_down) == (1, False)
 
@@ -154,7 +153,7 @@ async def test_few_failures_do_not_mark_sink_down() -> None:
     harness.queue.put(b"1", "one")
     harness.queue.put(b"2", "two")
     await harness.sink.until(lambda: len(harness.sink.taken) == 2)
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert (harness.down, harness.up) == ([], 0)
 
 
@@ -166,7 +165,7 @@ async def test_refused_message_is_dropped_and_next_is_delivered(
     harness.queue.put(b"1", "store.degraded began")
     harness.queue.put(b"2", "two")
     await harness.sink.until(lambda: harness.sink.taken == [b"2"])
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.queue.lost == 1
     (line,) = lost_lines(capsys.readouterr().err)
     assert (line["sink"], line["what"], line["reason"]) == ("webhook", "store.degraded began", "answered 400")
@@ -178,7 +177,7 @@ async def test_message_older_than_an_hour_is_dropped() -> None:
     harness.queue.start()
     harness.queue.put(b"1", "one")
     await harness.settle(lost=1)
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert MAX_AGE_S <= sum(harness.pauses) <= MAX_AGE_S + MAX_DELAY_S
 
 
@@ -189,7 +188,7 @@ async def test_full_queue_drops_oldest(capsys: pytest.CaptureFixture[str]) -> No
     assert len(harness.queue) == QUEUED
     assert harness.queue.lost == 100
     harness.queue.start()
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.sink.taken == [str(number).encode() for number in range(100, QUEUED + 100)]
     lines = lost_lines(capsys.readouterr().err)
     assert {line["reason"] for line in lines} == {"the queue is full"}
@@ -202,7 +201,7 @@ async def test_exception_in_sink_does_not_stop_queue(capsys: pytest.CaptureFixtu
     harness.queue.put(b"1", "one")
     harness.queue.put(b"2", "two")
     await harness.sink.until(lambda: harness.sink.taken == [b"2"])
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     err = capsys.readouterr().err
     assert "alert.sink_failed" in err
     assert "cannot post to" in err
@@ -218,7 +217,7 @@ async def test_stop_delivers_queued_messages() -> None:
     harness.queue.start()
     for number in range(20):
         harness.queue.put(b"%d" % number, "more")
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert len(harness.sink.taken) == 20
 
 
@@ -230,7 +229,7 @@ async def test_stop_does_not_wait_for_retry() -> None:
     for number in range(3):
         harness.queue.put(b"%d" % number, "more")
     await harness.sink.until(lambda: bool(harness.pauses))
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert harness.queue.lost == 3
     assert harness.sink.tried == [b"0", b"0", b"1", b"2"]
 
@@ -253,7 +252,7 @@ async def test_stop_does_not_wait_for_hanging_sink(capsys: pytest.CaptureFixture
 async def test_queue_never_started_loses_messages() -> None:
     harness = QueueHarness(FakeSink())
     harness.queue.put(b"1", "one")
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     assert (harness.queue.lost, harness.sink.tried) == (1, [])
 
 
@@ -263,7 +262,7 @@ async def test_stop_leaves_no_task() -> None:
     harness.queue.start()
     harness.queue.put(b"1", "one")
     await harness.sink.until(lambda: bool(harness.sink.taken))
-    await harness.queue.stop(SOON)
+    await harness.queue.stop(TIMEOUT)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before

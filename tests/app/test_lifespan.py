@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import configuration
 from zcproto.app.app import App
@@ -56,7 +57,7 @@ def recorder() -> Recorder:
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 def never() -> None:
@@ -275,7 +276,7 @@ async def test_lifespan_that_cannot_be_cancelled_is_stuck(monkeypatch: pytest.Mo
     await lifespans.stop(0.01)
     assert lifespans.is_stuck
     release.set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while lifespans.is_stuck:  # noqa: ASYNC110 - its task ends in some turns
             await asyncio.sleep(0)
 
@@ -287,10 +288,10 @@ async def test_lifespan_stuck_at_the_start_is_not_waited_for_again(monkeypatch: 
     with pytest.raises(LifespanError, match="did not start within"):
         await lifespans.start(0.01, never)
     assert lifespans.is_stuck
-    await asyncio.wait_for(lifespans.stop(30.0), 5.0)
+    await asyncio.wait_for(lifespans.stop(30.0), TIMEOUT)
     assert lifespans.is_stuck
     release.set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while lifespans.is_stuck:  # noqa: ASYNC110 - its task ends in some turns
             await asyncio.sleep(0)
 
@@ -362,7 +363,7 @@ async def test_lifespan_that_suppresses_its_cancellation_has_ended_early() -> No
     await lifespans.start(5.0, ended.set)
     assert tasks[0] is not None
     tasks[0].cancel()
-    await asyncio.wait_for(ended.wait(), 5)
+    await asyncio.wait_for(ended.wait(), TIMEOUT)
     assert isinstance(lifespans.failure, LifespanError)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from zcproto.app.app import App
@@ -23,7 +24,7 @@ Next = CallNext[Context]
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 class Recorder:

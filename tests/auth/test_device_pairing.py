@@ -15,6 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.auth.helpers import directory, write
+from tests.limits import TIMEOUT
 from zcproto.auth import (
     DeviceFile,
     Enrollment,
@@ -321,7 +322,7 @@ async def test_number_of_waiting_attempts_is_limited(
     redeem = PairingFile.redeem
 
     def slow(self: PairingFile, *args: Any) -> Any:
-        held.wait(10)
+        held.wait(TIMEOUT)
         return redeem(self, *args)
 
     monkeypatch.setattr(PairingFile, "redeem", slow)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.auth.helpers import DIGEST, FakeLog, decision, directory, drive, write
+from tests.limits import TIMEOUT
 from zcproto.auth import Identity, UserFile, schemes
 from zcproto.auth.schemes import LOOK_HOLDS_S, ApiKeyAuthenticator
 from zcproto.common.roles import NO_ROLES, OPERATORS, Roles
@@ -193,7 +194,7 @@ async def test_concurrent_logins_share_one_reading(
 
     def counted(self: UserFile) -> None:
         readings.append(None)
-        all_wait.wait(10)
+        all_wait.wait(TIMEOUT)
         reload(self)
 
     monkeypatch.setattr(UserFile, "reload", counted)
@@ -213,7 +214,7 @@ async def test_login_cancelled_during_reading_does_not_block_others(
     reload = UserFile.reload
 
     def held(self: UserFile) -> None:
-        go_on.wait(10)
+        go_on.wait(TIMEOUT)
         reload(self)
 
     monkeypatch.setattr(UserFile, "reload", held)

@@ -33,6 +33,7 @@ from bench.scenarios.rotation import (
     settings_of,
 )
 from bench.stage import Server
+from tests.limits import TIMEOUT
 from tests.load.helpers import plan as usual_load_plan
 from tests.load.helpers import verified_result
 from tests.server.conftest import Serve
@@ -407,7 +408,7 @@ def test_failed_handshake_is_counted(home: Home, monkeypatch: pytest.MonkeyPatch
     servers = started_servers(monkeypatch)
 
     def scan(rotated: Rotated) -> None:
-        with socket.create_connection(("127.0.0.1", servers[0].port), timeout=5) as plain:
+        with socket.create_connection(("127.0.0.1", servers[0].port), timeout=TIMEOUT) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
             while plain.recv(4096):
                 pass

@@ -19,6 +19,7 @@ from bench.scenarios.churning_clients import Client, Seen, now_ms
 from bench.scenarios.sessions import ClientSession
 from bench.scenarios.soak import Sample, SoakOutcome, SoakPlan, growth, judged, slope_per_minute
 from bench.stage import Stage
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
@@ -263,7 +264,7 @@ async def test_client_does_everything_without_wrong_answer(target_of: Callable[.
     made = client(target, seen, seed=3)
     running = asyncio.create_task(made.run())
     wanted = {"connect", "open", "echo", "refresh", "end", "refused", "disconnected"}
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(TIMEOUT):
         while not wanted <= seen.right.keys():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     made.stop()

@@ -16,6 +16,7 @@ from bench.scenarios.helper import Helper
 from bench.scenarios.storm_clients import CameBack, Crowd, Honest, Hostile, Served
 from bench.scenarios.storms import Mix, Storm, report
 from bench.stage import memory_bytes
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
@@ -166,7 +167,7 @@ async def test_tolerated_garbage_is_counted(serve: Serve, monkeypatch: pytest.Mo
     server = serve()
     hostile = Hostile(server.port, server.home / "certs" / "ca.crt", users(1), ["garbage"], 10.0)
     await hostile.begin(over_s=0.01)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while not hostile.counts["garbage_tolerated"]:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     counts, _ = await hostile.end()

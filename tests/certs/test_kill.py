@@ -27,6 +27,7 @@ from cryptography import x509
 
 from tests.certs.support import DAY, NOW, constrain, ensure, settings
 from tests.killed_child import lines_of_killed_child
+from tests.limits import TIMEOUT
 from zcproto.certs import keys, managed, profile, rollover
 from zcproto.certs.managed import ManagedCertificates, ManagedSettings, renew, rotate
 from zcproto.certs.pair import CertificatePair
@@ -277,7 +278,7 @@ SECONDS = 90.0
 def test_writer_killed_at_random_moments_leaves_old_or_new_pair(made: Path) -> None:
     command = [sys.executable, "-m", "tests.certs.test_kill", str(made), "20260601", str(SECONDS)]
     done = subprocess.run(
-        command, capture_output=True, check=False, text=True, timeout=150, cwd=Path(__file__).parents[2]
+        command, capture_output=True, check=False, text=True, timeout=TIMEOUT, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)

@@ -18,6 +18,7 @@ from cryptography import x509
 
 from tests.certs.support import DAY, NOW, build, ensure, openssl, pem, pem_of_key, settings
 from tests.certs.test_authority import fail_to_write, read
+from tests.limits import TIMEOUT
 from zcproto.certs import managed, names
 from zcproto.certs.managed import ManagedSettings, ReplacedKey
 from zcproto.certs.pair import CertificatePair, load_pair
@@ -478,7 +479,7 @@ def test_two_concurrent_processes_share_one_rsa_4096_and_one_ecdsa_certificate(
     folder = tmp_path / "home" / "certs"
     command = [sys.executable, "-c", textwrap.dedent(DEFAULTS), str(folder)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [json.loads(process.communicate(timeout=150)[0]) for process in processes]
+    outputs = [json.loads(process.communicate(timeout=TIMEOUT)[0]) for process in processes]
     assert outputs[0]["pairs"] == outputs[1]["pairs"]
     assert [key_type for key_type, _ in outputs[0]["pairs"]] == ["rsa-4096", "ecdsa-p256"]
     makers = [

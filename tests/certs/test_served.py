@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.certs.support import ensure
+from tests.limits import TIMEOUT
 from zcproto.certs import authority
 from zcproto.certs.pair import CertificatePair
 
@@ -99,7 +100,7 @@ def test_clients_of_either_key_family_are_served_on_one_port(
     """The client of RSA only cannot verify a chain with any other signature in it (RFC 8446 section 4.4.2.2)."""
     context = server_context(pairs)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(20)
+        listener.settimeout(TIMEOUT)
 
         def serve_one() -> None:
             connection, _ = listener.accept()
@@ -111,8 +112,8 @@ def test_clients_of_either_key_family_are_served_on_one_port(
         command: list[Any] = ["openssl", "s_client", "-connect", f"127.0.0.1:{listener.getsockname()[1]}"]
         command += ["-CAfile", folder / "ca.crt", "-verify_return_error", "-verify_hostname", "localhost"]
         command += ["-tls1_3", "-sigalgs", algorithms]
-        done = subprocess.run(command, input=b"Q\n", capture_output=True, check=False, timeout=150)
-        thread.join(20)
+        done = subprocess.run(command, input=b"Q\n", capture_output=True, check=False, timeout=TIMEOUT)
+        thread.join(TIMEOUT)
     assert done.returncode == 0, done.stderr.decode()
     assert b"Verify return code: 0 (ok)" in done.stdout
     (served_pair,) = (pair for pair in pairs if pair.key_type == key_type)

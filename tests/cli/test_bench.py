@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.load.helpers import verified_result
 from zcproto.cli import connect, main
 from zcproto.load import command
@@ -220,7 +221,7 @@ def server(home: Path) -> Iterator[str]:
     assert process.stdout is not None
     yield process.stdout.readline().split()[-1]
     process.terminate()
-    process.communicate(timeout=150)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
 
 
@@ -233,7 +234,7 @@ def test_fifty_connections_of_new_users_are_verified(server: str, home: Path, tm
             "bench", server, "--connections", "50", "--rate", "500", "--duration", "0.5",
             "--keys", load, "--operator-key-file", ops,
         ),
-        capture_output=True, text=True, check=False, timeout=150, env={**os.environ, "COLUMNS": "110"},
+        capture_output=True, text=True, check=False, timeout=TIMEOUT, env={**os.environ, "COLUMNS": "110"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("verified: 50 of 50 connections, 300 correct answers, 0 errors")
@@ -242,7 +243,7 @@ def test_fifty_connections_of_new_users_are_verified(server: str, home: Path, tm
             "bench", server, "--connections", "20", "--rate", "400", "--duration", "0.5", "--stream", "repeat",
             "--keys", load, "--operator-key-file", ops,
         ),
-        capture_output=True, text=True, check=False, timeout=150, env={**os.environ, "COLUMNS": "110"},
+        capture_output=True, text=True, check=False, timeout=TIMEOUT, env={**os.environ, "COLUMNS": "110"},
     )  # fmt: skip
     assert streams.stdout.rstrip().endswith(
         "verified: 20 of 20 connections, 200 items in order, 40 correct answers, 0 errors"
@@ -250,7 +251,7 @@ def test_fifty_connections_of_new_users_are_verified(server: str, home: Path, tm
     # Without an operator the counts cannot be compared, so nothing is measured.
     refused = subprocess.run(
         zcproto("bench", server, "--connections", "5", "--keys", load),
-        capture_output=True, text=True, check=False, timeout=150,
+        capture_output=True, text=True, check=False, timeout=TIMEOUT,
     )  # fmt: skip
     assert refused.returncode == 2
     assert "'load-1' is not an operator, so the server's counters cannot be read" in refused.stderr

@@ -16,6 +16,7 @@ import trustme
 
 from bench.server_process import free_port
 from tests.cli.doctor_report import NOW, Capture, Doctor, Report, doctor
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import HEADER, KEY, ServerThread
 from zcproto.auth import UserFile
@@ -171,7 +172,7 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
             with suppress(OSError):
                 while True:
                     connection = connections.enter_context(listening.accept()[0])
-                    connection.settimeout(10)
+                    connection.settimeout(TIMEOUT)
                     with suppress(OSError):
                         answer(connection)
 
@@ -179,7 +180,7 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         thread.start()
         yield f"127.0.0.1:{listening.getsockname()[1]}"
         listening.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        thread.join(TIMEOUT)
 
 
 def test_silent_server_is_a_fault(home: Path, doctor: Doctor) -> None:

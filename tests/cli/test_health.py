@@ -157,7 +157,7 @@ def test_other_errors_of_the_system_are_a_failure(home: Path, capsys: Capture) -
 def test_probe_imports_little(home: Path) -> None:
     program = "import sys; from zcproto.cli import main; main(['health']); print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT, check=True, cwd=ROOT
     )
     heavy = {
         "asyncio",

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread, eventually
 from zcproto.app.app import App
@@ -231,7 +232,7 @@ def test_on_event_runs_in_the_client_thread(serve: Serve, blocking: Blocking) ->
 
     with blocking(serve(app), on_event=on_event) as client:
         client.call("poke")
-        assert arrived.wait(10)
+        assert arrived.wait(TIMEOUT)
     assert seen == [("poked", "zcproto-client")]
 
 
@@ -262,7 +263,7 @@ def test_program_without_close_exits_and_ends_its_session(serve: Serve, tmp_path
         [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=TIMEOUT,
         env=environment,
         check=False,
     )

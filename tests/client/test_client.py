@@ -12,6 +12,7 @@ import pytest
 import uvloop
 
 from tests.client.conftest import ConnectTo
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.app.app import App, default_app
@@ -42,7 +43,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
 
     def on_loop(work: Any) -> Any:
         with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(asyncio.wait_for(work, 30))
+            return runner.run(asyncio.wait_for(work, TIMEOUT))
 
     return on_loop
 

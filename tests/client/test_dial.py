@@ -23,6 +23,7 @@ from tests.client.conftest import ConnectTo
 from tests.client.helpers import LoopClock
 from tests.conftest import ServerPairs
 from tests.helpers import WALL
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ServerThread
 from zcproto.client.address import Address
@@ -596,7 +597,7 @@ async def test_connect_can_be_cancelled_while_storing_the_policy(
 
     def learn(*_: object) -> None:
         loop.call_soon_threadsafe(learning.set)
-        may_go_on.wait(30)
+        may_go_on.wait(TIMEOUT)
 
     monkeypatch.setattr(KnownHosts, "learn", learn)
     connecting = asyncio.create_task(connect_to(server, host="localhost").open())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
@@ -91,7 +92,7 @@ def methods() -> Methods:
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_calls_beyond_the_limit_are_refused_in_the_server(
         async with client:
             calls = [asyncio.ensure_future(client.call("ask", method="wait", params={})) for _ in range(33)]
             with pytest.raises(Aborted):
-                await asyncio.wait_for(asyncio.shield(calls[32]), 20)
+                await asyncio.wait_for(asyncio.shield(calls[32]), TIMEOUT)
             go.set()
             assert await asyncio.gather(*calls[:32]) == [1] * 32
         assert isinstance(methods.errors[0], ResourceExhausted)
@@ -366,7 +367,7 @@ def test_blocking_handler_sees_that_its_call_was_withdrawn(server: ServerThread)
 
     @client.handler("wait")
     def wait(call: Call) -> int:
-        go.wait(20)
+        go.wait(TIMEOUT)
         if call.cancelled:
             withdrawn.set()
         return 1
@@ -377,4 +378,4 @@ def test_blocking_handler_sees_that_its_call_was_withdrawn(server: ServerThread)
         with pytest.raises(Aborted, match="RESOURCE_EXHAUSTED"):
             client.call("ask", method="wait", params={})
         go.set()
-        assert withdrawn.wait(20)
+        assert withdrawn.wait(TIMEOUT)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
@@ -26,7 +27,7 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 class Recorder:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.client.conftest import ConnectTo
 from tests.client.test_streams import run
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
@@ -265,7 +266,7 @@ def test_items_that_block_hold_up_neither_the_stream_nor_the_client(server: Serv
     def chunks() -> Iterator[bytes]:
         try:
             is_asked.set()
-            go_on.wait(60)
+            go_on.wait(TIMEOUT)
             yield b"late"
         finally:
             is_closed.set()
@@ -275,10 +276,10 @@ def test_items_that_block_hold_up_neither_the_stream_nor_the_client(server: Serv
         connect_blocking(f"127.0.0.1:{server.port}", user="ada", key=KEY, ca_file=ca_file) as client,
         client.stream("upload", items=chunks()),
     ):
-        assert is_asked.wait(30)
+        assert is_asked.wait(TIMEOUT)
         client.call("server.info")
     go_on.set()
-    assert is_closed.wait(30)
+    assert is_closed.wait(TIMEOUT)
 
 
 def test_error_of_items_that_block_fails_the_stream(server: ServerThread) -> None:

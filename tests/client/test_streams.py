@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY, ServerThread
 from zcproto.app.app import App
@@ -62,7 +63,7 @@ def methods() -> Methods:
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 @pytest.fixture

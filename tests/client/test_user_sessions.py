@@ -21,6 +21,7 @@ from tests.client.helpers import (
 )
 from tests.client.test_device import DEVICE, BoundServer
 from tests.helpers import WALL
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import KEY
 from zcproto.app.app import App
@@ -360,7 +361,7 @@ def test_users_of_one_connection_call_stream_and_are_called(serve: Serve, connec
                 with pytest.raises(PermissionDenied):
                     await first.call("server.sessions")
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
 
 def test_revoked_session_ends_alone(serve: Serve, connect_to: ConnectTo) -> None:
@@ -381,7 +382,7 @@ def test_revoked_session_ends_alone(serve: Serve, connect_to: ConnectTo) -> None
             assert await second.call("ask") == "bob"
             assert [letter async for letter in second.stream("letters")] == [*"bob"]
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
 
 def test_blocking_client_has_sessions_of_several_users(serve: Serve) -> None:

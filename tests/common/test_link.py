@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from zcproto.common import link as link_module
 from zcproto.common.link import Link, LinkClient, LinkServer, Topics
 from zcproto.common.link_core import HELLO, MIN_VERSION, VERSION, LinkLost, pack
@@ -76,7 +77,7 @@ class Pair:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -315,7 +316,7 @@ async def test_peer_that_breaks_the_rules_is_disconnected(pair: Pair, data: byte
         patch.setattr(Link, "lose", lambda link, why: (lost.append(why), lose(link, why)))
         reader, writer = await asyncio.open_unix_connection(pair.path)
         writer.write(data)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(TIMEOUT):
             await reader.read(-1)
         writer.close()
     assert reason in lost[0]
@@ -326,7 +327,7 @@ async def test_peer_that_breaks_the_rules_is_disconnected(pair: Pair, data: byte
 async def test_peer_without_hello_is_disconnected(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "HELLO_LIMIT_S", 0.01)
     reader, writer = await asyncio.open_unix_connection(pair.path)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         await reader.read(-1)
     writer.close()
     assert not pair.server._open
@@ -348,7 +349,7 @@ async def test_connections_of_other_users_and_beyond_the_limit_are_refused(
 
 async def _refused(pair: Pair) -> None:
     reader, writer = await asyncio.open_unix_connection(pair.path)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         assert await reader.read(-1) == b""
     writer.close()
 

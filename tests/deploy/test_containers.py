@@ -17,6 +17,7 @@ import click
 import pytest
 import yaml
 
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import ROOT
 from zcproto.admin.resources import Resources
@@ -213,7 +214,9 @@ def test_init_container_links_the_users(tmp_path: Path) -> None:
     container = POD["initContainers"][0]
     home, users = tmp_path / "a" / "home", tmp_path / "users.toml"
     for _ in range(2):  # also when the container is started again
-        subprocess.run([*container["command"], container["args"][0], home, users], check=True, timeout=60)
+        subprocess.run(
+            [*container["command"], container["args"][0], home, users], check=True, timeout=TIMEOUT
+        )
     assert (home / "users.toml").readlink() == users
     assert home.stat().st_mode & 0o777 == 0o700
 
@@ -271,7 +274,12 @@ def test_compose_accepts_its_file() -> None:
     def run(**environ: str) -> subprocess.CompletedProcess[str]:
         command = ["docker-compose", "--file", str(DEPLOY / "compose" / "compose.yaml"), "config", "--quiet"]
         return subprocess.run(
-            command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
+            command,
+            env={**os.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
         )
 
     done = run(VALKEY_PASSWORD="secret")
@@ -284,5 +292,5 @@ def test_hadolint_accepts_the_containerfile() -> None:
     if program is None:
         pytest.skip("needs hadolint")
     command = [program, "--failure-threshold", "style", str(DEPLOY / "container" / "Containerfile")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert (done.returncode, done.stdout) == (0, "")

@@ -24,6 +24,7 @@ import trustme
 
 import zcproto
 from tests.deploy.test_containers import MANIFESTS, POD, SERVER, SERVER_USER
+from tests.limits import TIMEOUT
 from tests.server.helpers import eventually
 from zcproto.auth import UserFile
 
@@ -33,8 +34,6 @@ pytestmark = pytest.mark.skipif(not IMAGE, reason="needs an image: .ci/container
 
 RESTRICTED = ("--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges")
 """What the compose file and the manifests say."""
-
-TIMEOUT = 90.0
 
 
 def podman(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -50,7 +49,7 @@ class Container:
 
     def __init__(self, *options: str | Path, command: tuple[str, ...]) -> None:
         self.id = podman("run", "--detach", *RESTRICTED, *options, IMAGE, *command).stdout.strip()
-        eventually(self._is_healthy, TIMEOUT)
+        eventually(self._is_healthy)
         self.port = int(re.search(r"listening on \S+:(\d+)$", self.log(), re.MULTILINE)[1])  # type: ignore[index]
 
     def _is_healthy(self) -> bool:

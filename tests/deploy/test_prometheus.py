@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.interop.support import needs
+from tests.limits import TIMEOUT
 from zcproto.observe.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[2] / "zcproto" / "deploy"
@@ -110,6 +111,8 @@ def test_every_alert_rule_is_tested() -> None:
     ids=lambda command: command[0],
 )
 def test_promtool_accepts_the_rules(command: list[str]) -> None:
-    done = subprocess.run(["promtool", *command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["promtool", *command], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "SUCCESS" in done.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.support import needs
+from tests.limits import TIMEOUT
 
 ROOT = Path(__file__).parent.parent.parent
 SIGNERS = ROOT / ".ci" / "release-signers"
@@ -17,7 +18,7 @@ POLICY = (ROOT / "SECURITY.md").read_text()
 
 
 def run(*command: str, cwd: Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command, cwd=cwd, input=data, capture_output=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=cwd, input=data, capture_output=True, timeout=TIMEOUT, check=False)
 
 
 def test_release_without_signers_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def one(name: str) -> str:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 @needs_systemd
@@ -161,7 +161,7 @@ def test_server_runs_under_the_system_call_filter(tmp_path: Path, certs: Path) -
             assert client.call("session.close") == {}
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=3 * TIMEOUT)
+        _, err = process.communicate(timeout=TIMEOUT)
     assert '"event":"server.ended"' in err
     used = set(re.findall(r"^\d+ +([a-z_0-9]+)\(", (tmp_path / "trace").read_text(), re.MULTILINE))
     assert {"epoll_pwait", "fdatasync", "sendto"} & used, "the server was traced"

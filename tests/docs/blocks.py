@@ -33,6 +33,7 @@ from typing import Final, NamedTuple, Self
 
 from bench.server_process import free_port
 from tests.docs.messages import ROOT
+from tests.limits import TIMEOUT
 from zcproto.auth import UserFile
 
 PROGRAMS: Final = {"c", "go", "js", "python", "rust", "typescript"}
@@ -49,10 +50,6 @@ NODE: Final = re.compile(r"node |npm ")
 
 READY: Final = ("server.listening", "Uvicorn running on", "Ready to accept connections")
 """What servers print when clients can connect."""
-
-TIMEOUT_S: Final = 150.0
-LOG_S: Final = 30.0
-"""Seconds within which servers have written a line: they write some in batches."""
 
 CHANGES: Final = re.compile(r"^(?:.* )?[Ii]n `([\w./~-]+\.\w+)`:$")
 WRITES: Final = re.compile(r"(?:^|\. )`([\w./~-]+\.\w+)`(?:, [^`]*)?:$")
@@ -260,7 +257,7 @@ class Reader:
             if server.process.poll() is None:
                 os.killpg(server.process.pid, signal.SIGTERM)
         for server in self._servers:
-            server.process.wait(30)
+            server.process.wait(TIMEOUT)
 
     def add_user(self, name: str) -> None:
         """Add a user whose key is in a file, as the README does."""
@@ -317,7 +314,7 @@ class Reader:
         }
         path.write_text(self._with_ports(text), encoding="utf-8")
         for server, before in reloading.items():
-            for _ in range(int(TIMEOUT_S / 0.05)):
+            for _ in range(int(TIMEOUT / 0.05)):
                 if server.starts() > before or server.has_failed():
                     break
                 time.sleep(0.05)
@@ -336,7 +333,7 @@ class Reader:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        for _ in range(int(TIMEOUT_S / 0.05)):
+        for _ in range(int(TIMEOUT / 0.05)):
             try:
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
@@ -374,7 +371,7 @@ class Reader:
     def _search(self, block: Block) -> None:
         """Look for lines in what servers have printed."""
         wanted = "(?:.*\n)*".join(pattern_of(f"{line}\n") for line in block.text.splitlines())
-        for _ in range(int(LOG_S / 0.05)):
+        for _ in range(int(TIMEOUT / 0.05)):
             printed = "".join(server.log.read_text() for server in self._servers)
             if re.search(wanted, printed):
                 return

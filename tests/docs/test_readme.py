@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.server_process import free_port
 from tests.docs.messages import ROOT
+from tests.limits import TIMEOUT
 
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q .\n"
 
@@ -39,7 +40,7 @@ def test_readme_blocks_run_by_one_paste_in_an_empty_folder(tmp_path: Path) -> No
         env=environ,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=TIMEOUT,
         check=False,
     )
     answers = [line for line in done.stdout.splitlines() if "hello" in line]

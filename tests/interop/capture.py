@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from tests.limits import TIMEOUT
+
 SEGMENT: Final = 1_400
 """Maximum size of a TCP segment, so that TLS records span several."""
 
 SCRIPT: Final = Path(__file__).parents[2] / "spec" / "wireshark" / "zcp.lua"
-TIMEOUT_S: Final = 60.0
 UNPRIVILEGED_ID: Final = 65_534
 
 _FILE: Final = struct.Struct("<IHHiIII")
@@ -118,7 +119,7 @@ class RecordingProxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(TIMEOUT_S)
+            thread.join(TIMEOUT)
             assert not thread.is_alive(), "a connection through the proxy is still open"
 
     def _start(self, function: Any, *arguments: Any) -> None:
@@ -195,7 +196,7 @@ def tshark(folder: Path, capture: Path, *options: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=TIMEOUT_S,
+        timeout=TIMEOUT,
         user=UNPRIVILEGED_ID if os.geteuid() == 0 else None,
         group=UNPRIVILEGED_ID if os.geteuid() == 0 else None,
         extra_groups=[] if os.geteuid() == 0 else None,

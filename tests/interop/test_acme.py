@@ -14,20 +14,19 @@ from bench.pebble import AT_ONCE, CHAOS, Pebble
 from bench.scenarios.harness import ask_control
 from bench.server_process import free_port
 from bench.stage import ECDSA_ONLY, Stage
+from tests.limits import TIMEOUT
 from tests.server.helpers import eventually
 
 pytestmark = pytest.mark.skipif(not pebble.is_installed(), reason="pebble is not installed")
 
 NAMES = ["zcp.example.com", "127.0.0.1"]
-FIRST_S = 60.0
-"""Seconds for the first certificate: half of the nonces are rejected."""
 
 
 def served(port: int, ca: bytes, name: str) -> str:
     """Return the serial number of the certificate that a client gets which trusts only the CA."""
     context = ssl.create_default_context(cadata=ca.decode())
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10) as raw,
+        socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as raw,
         context.wrap_socket(raw, server_hostname=name) as tls,
     ):
         certificate = tls.getpeercert()
@@ -66,7 +65,7 @@ def test_certificates_are_ordered_and_renewed(
         with stage.serve(cpu=None, port=port) as server:
             _, before = ask_control(stage.home, "GET", "certificates")
             certificate = stage.home.certs / "acme" / "server-ecdsa.crt"
-            eventually(certificate.exists, FIRST_S)
+            eventually(certificate.exists)
             root = ca.root()
 
             seen: set[str] = set()
@@ -82,11 +81,11 @@ def test_certificates_are_ordered_and_renewed(
                 seen.update(found)
                 return True
 
-            eventually(is_renewed, 20)
+            eventually(is_renewed)
             for _ in range(2):
                 status, renewed = ask_control(stage.home, "POST", "certificates/renew")
                 assert status == 200, renewed
-                eventually(is_renewed, 20)
+                eventually(is_renewed)
             _, after = ask_control(stage.home, "GET", "certificates")
             assert after["pins"] == before["pins"]
             assert after["certificates"][0]["source"] == "acme"

@@ -16,6 +16,7 @@ import zcproto
 from tests.interop.capture import Capture, RecordingProxy, layers_in, readable_folder, tshark
 from tests.interop.support import needs
 from tests.interop.wireshark import PORT, complete_items, first_welcome
+from tests.limits import TIMEOUT
 from tests.server import helpers
 from tests.server.helpers import (
     KEY,
@@ -48,7 +49,7 @@ def test_https_on_same_port_is_dissected_as_http(alpn: str | None, certs: Path, 
     ):
         context = helpers.client_context(server.home / "certs" / "ca.crt", [alpn] if alpn else [])
         context.keylog_filename = str(folder / "keys")
-        raw = socket.create_connection(("127.0.0.1", proxy.port), timeout=30)
+        raw = socket.create_connection(("127.0.0.1", proxy.port), timeout=TIMEOUT)
         with context.wrap_socket(raw, server_hostname="localhost") as tls:
             tls.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             while tls.recv(65_536):

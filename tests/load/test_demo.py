@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.limits import TIMEOUT
 from tests.load.helpers import plan, verified_result
 from tests.server.helpers import eventually
 from zcproto.errors import ConfigError, ZcprotoError
@@ -186,7 +187,7 @@ def test_ctrl_c_under_load_prints_a_report_and_leaves_nothing(temporary: Path) -
     process = loading_demo()
     pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=150)
+    rest, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert rest.splitlines()[-1].startswith(b"Interrupted, so nothing is proven. The server is stopped")
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
@@ -363,7 +364,7 @@ def test_the_module_is_the_program(parent: FakeParent, monkeypatch: pytest.Monke
     assert caught.value.code == 3
     parent.die()
     for thread in {*threading.enumerate()} - threads:
-        thread.join(10)
+        thread.join(TIMEOUT)
 
 
 def test_orphaned_child_that_does_not_drain_exits(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from zcproto.config.model import LogConfig
 from zcproto.errors import ConfigError
 from zcproto.observe import log as log_module
@@ -226,7 +227,7 @@ def test_finish_waits_for_slow_reader(pipe: Pipe, monkeypatch: pytest.MonkeyPatc
     reader = threading.Thread(target=read)
     reader.start()
     output.finish()
-    reader.join(10)
+    reader.join(TIMEOUT)
     assert b"".join(taken).decode() == lines * LINE
 
 

@@ -78,7 +78,7 @@ def metrics_of_all(server: ServerProcess, echoes: int) -> dict[tuple[str, ...], 
         is_up = all(found["zcproto_worker_up", name] for name in ALL)
         return is_up and found["zcproto_method_calls_total", "echo"] >= echoes
 
-    eventually(is_whole, 30)
+    eventually(is_whole)
     return found
 
 
@@ -166,8 +166,8 @@ def test_counters_do_not_go_backwards_when_processes_are_killed(server: ServerPr
     for name in ("1", "coordinator", "2", "coordinator"):
         pid = pid_of(server, name)
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda pid=pid: pid not in {line["pid"] for line in answered(server)}, 30)
-        eventually(lambda: {line["worker"]: line["state"] for line in answered(server)} == ALL, 30)
+        eventually(lambda pid=pid: pid not in {line["pid"] for line in answered(server)})
+        eventually(lambda: {line["worker"]: line["state"] for line in answered(server)} == ALL)
         eventually(lambda: get(server, "/metrics")[0] == 200)
         after = metrics_of_all(server, 20)
         for series in (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import client_context, eventually
 from tests.server.process import ServerProcess, home_with
 from zcproto.cli import main
@@ -34,7 +35,7 @@ def test_token_is_valid_and_revoked_at_once_in_every_worker(
         connections = [
             stack.enter_context(
                 contextlib.closing(
-                    http.client.HTTPSConnection("localhost", server.port, timeout=30, context=context)
+                    http.client.HTTPSConnection("localhost", server.port, timeout=TIMEOUT, context=context)
                 )
             )
             for _ in range(CONNECTIONS)

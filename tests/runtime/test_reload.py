@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import AnsweredError, ServerThread, StoppedClock, configuration, eventually
 from tests.server.process import ServerProcess
@@ -374,13 +375,13 @@ def test_cancelled_caller_does_not_interrupt_reload(serve: Serve, monkeypatch: p
 
     def check_with(*arguments: Any) -> None:
         began.set()
-        assert go_on.wait(30)
+        assert go_on.wait(TIMEOUT)
         checked(*arguments)
 
     monkeypatch.setattr(server.server.parts.certificates, "_check_with", check_with)
     server.settings = {"limits__max_streams": 3, "certificates__alert_days": [3]}
     asking = asyncio.run_coroutine_threadsafe(server.server.reload(), server.loop)
-    assert began.wait(30)
+    assert began.wait(TIMEOUT)
     asking.cancel()
     go_on.set()
     server.until(lambda: server.server.state.counters.reloads == 1)
@@ -394,7 +395,7 @@ def test_concurrent_reloads_run_one_after_another(serve: Serve) -> None:
         await asyncio.gather(*(server.server.reload() for _ in range(5)))
 
     server.settings = {"limits__max_streams": 3}
-    asyncio.run_coroutine_threadsafe(several(), server.loop).result(30)
+    asyncio.run_coroutine_threadsafe(several(), server.loop).result(TIMEOUT)
     assert server.server.state.counters.reloads == 5
     assert server.server.state.settings.max_streams == 3
 

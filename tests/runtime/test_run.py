@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import GOAWAY, RESPONSE, configuration, eventually, read_to_end
 from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
@@ -130,7 +131,7 @@ def test_signal_during_handshake_ends_the_process(home: Path, certs: Path) -> No
     (home / "config.toml").write_text(f'{CONFIG}\n[tls]\nhandshake_timeout = "2s"')
     with (
         ServerProcess(home, certs) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=10) as half,
+        socket.create_connection(("127.0.0.1", server.port), timeout=TIMEOUT) as half,
     ):
         half.sendall(b"\x16\x03\x01\x02\x00\x01")
         with server.client():  # the unfinished connection has been accepted
@@ -414,6 +415,6 @@ async def test_ended_sessions_are_cleaned_up(home: Path) -> None:
         registry = server.state.registry
         registry.open("ada", client="", address="", wall=0)
         assert len(registry) == 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(TIMEOUT):
             while len(registry):  # noqa: ASYNC110 - the registry knows no events
                 await asyncio.sleep(0.005)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import TIMEOUT
 from zcproto.errors import ConfigError
 from zcproto.runtime.service_manager import MAX_SOCKETS, ServiceManager
 
@@ -22,7 +23,7 @@ PID = 4711
 def listener(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
-        listener.settimeout(5)
+        listener.settimeout(TIMEOUT)
         yield listener
 
 
@@ -53,7 +54,7 @@ def test_abstract_socket_address_is_used() -> None:
     name = f"zcproto-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(f"\0{name}")
-        listener.settimeout(5)
+        listener.settimeout(TIMEOUT)
         manager = ServiceManager.from_environ({"NOTIFY_SOCKET": f"@{name}"}, PID)
         assert manager.notify(READY=1)
         assert listener.recv(4096) == b"READY=1"
@@ -150,7 +151,7 @@ def passed(*sockets: socket.socket, names: str = "", count: int | None = None) -
         capture_output=True,
         text=True,
         check=True,
-        timeout=150,
+        timeout=TIMEOUT,
     )
     *lines, variables = done.stdout.splitlines()
     assert variables == "[]"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import ROOT, AnsweredError, Client, configuration, eventually
 from tests.server.process import ServerProcess, home_with
 from zcproto.auth import UserFile
@@ -424,7 +425,7 @@ def run_to_end(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=home,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
+        timeout=TIMEOUT,
         check=False,
     )
 
@@ -473,7 +474,7 @@ def test_program_may_have_workers(home: Path) -> None:
         assert process.stdout is not None
         ready = [process.stdout.readline(), process.stdout.readline()]
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=TIMEOUT)
     assert ready[0].startswith("ready ")
     assert ready[0] == ready[1]
     assert process.returncode == 0
@@ -481,7 +482,7 @@ def test_program_may_have_workers(home: Path) -> None:
 
 def test_system_without_fork_is_refused(home: Path) -> None:
     with run_program(home, before="del os.fork") as process:
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=TIMEOUT)
     assert "server.workers = 2: this needs Linux or macOS; set it to 1" in errors
 
 
@@ -491,7 +492,7 @@ def test_threads_of_an_import_are_reported(home: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.terminate()
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=TIMEOUT)
     assert '"event":"workers.threads"' in errors
 
 

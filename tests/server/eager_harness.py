@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import uvloop
 
+from tests.limits import TIMEOUT
 from zcproto.server.eager import EagerTasks, EagerWorker
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ class TaskHarness:
         """Run the loop until a worker is done."""
 
         async def wait() -> None:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(TIMEOUT):
                 while not outcome.calls:  # noqa: ASYNC110 - the EagerWorker knows no events
                     await asyncio.sleep(0)
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import msgpack
 import uvloop
 
+from tests.limits import TIMEOUT
 from zcproto.app.app import App, default_app
 from zcproto.app.authentication import CallableAuthenticator
 from zcproto.auth import Authenticators, Identity
@@ -32,9 +33,6 @@ from zcproto.testing import LocalServer
 T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
-
-TIMEOUT = 30.0
-"""Seconds after which a test that waits has failed."""
 
 HEADER = struct.Struct("!IBBHIQ8sQ32s")
 WELCOME, REQUEST, RESPONSE, ERROR, CANCEL, PING, PONG, GOAWAY, EVENT = range(1, 10)
@@ -177,10 +175,7 @@ class ServerThread(LocalServer):
 
     def client(self, user: str | None = None, **options: Any) -> Client:
         """Connect; with a user, also open a session."""
-        client = Client(self.port, self.home / "certs" / "ca.crt", **options)
-        if user is not None:
-            client.open_session(user)
-        return client
+        return Client(self.port, self.home / "certs" / "ca.crt", user=user, **options)
 
     def leftovers(self) -> dict[str, int]:
         """Return the counts of everything that a connection may leave behind."""
@@ -216,9 +211,9 @@ class ServerThread(LocalServer):
             raise AssertionError(f"left behind: {self.leftovers()}, expected {expected}") from None
 
 
-def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> None:
+def eventually(condition: Callable[[], Any]) -> None:
     """Poll until a condition holds that another thread or process causes."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.002)
@@ -296,13 +291,15 @@ contexts: dict[Path, ssl.SSLContext] = {}
 
 
 class Client:
-    """One connection. `token` is the token of its frames."""
+    """One connection, with a session if there is a user. `token` is the token of its frames."""
 
     def __init__(
         self,
         port: int,
         ca_file: Path,
         *,
+        user: str | None = None,
+        key: str = KEY,
         host: str = "127.0.0.1",
         receive_buffer: int | None = None,
         context: ssl.SSLContext | None = None,
@@ -333,10 +330,12 @@ class Client:
         try:
             self.welcome = self.receive()
             assert self.welcome.kind == WELCOME
+            self.salt = self.welcome.salt
+            if user is not None:
+                self.open_session(user, key)
         except BaseException:
             self.tls.close()
             raise
-        self.salt = self.welcome.salt
 
     def __enter__(self) -> Self:
         return self
@@ -499,7 +498,7 @@ class Client:
     def close(self) -> None:
         """Send close_notify and close, as a client should."""
         with contextlib.suppress(OSError, ValueError):
-            self.tls.settimeout(5.0)
+            self.tls.settimeout(5.0)  # a server that hangs does not answer
             while True:
                 try:
                     self.tls.unwrap()

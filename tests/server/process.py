@@ -48,10 +48,7 @@ class ServerProcess:
         self.port = int(line.rpartition(":")[2])
 
     def client(self, user: str | None = None, key: str = "", **options: Any) -> Client:
-        client = Client(self.port, self.home / "certs" / "ca.crt", **options)
-        if user is not None:
-            client.open_session(user, key)
-        return client
+        return Client(self.port, self.home / "certs" / "ca.crt", user=user, key=key, **options)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

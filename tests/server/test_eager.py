@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.eager_harness import (
     Outcome,
     TaskHarness,
@@ -75,7 +76,7 @@ def test_awaiting_a_finished_future_does_not_wait(
     future.set_result(3)
 
     async def coroutine() -> int:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(TIMEOUT):
             return await future + await ready(1)
 
     assert harness.value(coroutine()) == 4

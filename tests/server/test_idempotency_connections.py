@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.protocol_harness import Harness, Peer
 from zcproto.app.app import App
 from zcproto.app.context import Context
@@ -289,7 +290,7 @@ def test_drain_does_not_wait_long_for_runs_without_a_connection(
     peer.send(peer.request(1, "wait", idempotency_key="k"))
     peer.lose()
     orders.state.draining = True
-    orders.loop.run_until_complete(asyncio.wait_for(orders.state.wait_drained(), 10))
+    orders.loop.run_until_complete(asyncio.wait_for(orders.state.wait_drained(), TIMEOUT))
     assert orders.state.idempotency.running == 1
     assert orders.loop.run_until_complete(orders.state.tasks.close(1.0)) == 0
     orders.state.draining = False

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import AnsweredError, Client, ServerThread
 from tests.stores.valkey.server_process import PROGRAMS, ServerProcess, is_installed, running
 from zcproto.app.app import App
@@ -82,11 +83,11 @@ def test_two_servers_run_a_request_once(
         clients = [server.client("ada") for server in (one, two, one, two)]
         shop.goes_on.clear()
         first = threads.submit(pay, clients[0])
-        assert shop.begun.wait(10)
+        assert shop.begun.wait(TIMEOUT)
         others = [threads.submit(pay, client) for client in clients[1:]]
         two.until(lambda: two.server.state.idempotency.running)
         shop.goes_on.set()
-        results = [each.result(10) for each in (first, *others)]
+        results = [each.result(TIMEOUT) for each in (first, *others)]
         for client in clients:
             client.close()
         with two.client("bob") as bob:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import (
     ServerThread,
     StoppedClock,
@@ -155,7 +156,7 @@ async def test_wait_empty_ends_with_the_last_connection_after_close() -> None:
         await asyncio.sleep(0)
     assert not waiting.done()
     acceptor.on_closed("192.0.2.1")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(TIMEOUT):
         await waiting
     await ports.wait_empty()  # at once: none is left
 
@@ -547,7 +548,7 @@ def test_process_without_descriptors_serves_and_recovers(tmp_path: Path, certs: 
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.stdout == "recovered\n", done.stderr

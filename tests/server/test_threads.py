@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import ConnectTo, connect_to, home
+from tests.limits import TIMEOUT
 from tests.server.conftest import Serve
 from tests.server.helpers import eventually
 from zcproto.app.app import App, Method
@@ -39,7 +40,7 @@ class Blocker:
     def work(self, name: str) -> Callable[[], str]:
         def block() -> str:
             self.begun.append(name)
-            assert self.release.wait(30)
+            assert self.release.wait(TIMEOUT)
             return name
 
         return block
@@ -53,7 +54,7 @@ def blocker() -> Iterator[Blocker]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110 - a thread changes it
             await asyncio.sleep(0.001)
 
@@ -244,7 +245,7 @@ def test_only_a_plain_function_runs_in_a_thread(function: Any, reason: str) -> N
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 class BlockingMethods:

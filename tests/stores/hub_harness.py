@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import StoreTime
 from tests.stores.sqlite.harness import LONG
@@ -88,6 +89,6 @@ class HubHarness:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)

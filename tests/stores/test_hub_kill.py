@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from tests.limits import TIMEOUT
 from tests.stores.contract import WALL, session
 from tests.stores.hub_harness import HubHarness, until
 from zcproto.errors import Code
@@ -65,7 +66,7 @@ async def start(folder: Path) -> asyncio.subprocess.Process:
 
 async def until_answered(store: RemoteStore) -> None:
     """Wait until both links of a store are up: the one of usual calls may come back after the urgent one."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             with suppress(StoreUnavailable):
                 await store.count()

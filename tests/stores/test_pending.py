@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from zcproto.config.load import load_config
 from zcproto.errors import Code, ConfigError
 from zcproto.stores import pending as module
@@ -262,7 +263,7 @@ async def test_hung_disk_fails_within_the_timeout(
     fsync = os.fsync
 
     def hang(descriptor: int) -> None:
-        gate.wait(10)
+        gate.wait(TIMEOUT)
         fsync(descriptor)
 
     pending = await opened()

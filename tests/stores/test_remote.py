@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.sessions.helpers import CountedEntropy
 from tests.stores.contract import (
     FIVE,
@@ -228,7 +229,7 @@ async def test_claim_of_a_process_whose_connection_is_lost_is_an_orphan(harness:
     seen = await other.claim("ada", "k", digest("body"), LEASE)
     assert (seen.state, seen.is_own, seen.is_orphan) == (ClaimState.RUNNING, False, False)
     await one.close()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(TIMEOUT):
         while not seen.is_orphan:
             seen = await other.claim("ada", "k", digest("body"), LEASE)
     assert (seen.state, seen.answer) == (ClaimState.RUNNING, b"")

@@ -17,12 +17,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
+from tests.limits import TIMEOUT
 from zcproto.app.app import App
 from zcproto.telemetry.requests import ChosenIds, RequestTracing
 from zcproto.telemetry.spans import trace_calls, tracer_of
 from zcproto.testing import MemoryServer
-
-TIMEOUT = 30.0
 
 SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 NOT_SAMPLED = SAMPLED[:-1] + "0"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import KEY, configuration, identify
 from tests.server.process import ServerProcess, home_with
 from tests.telemetry.helpers import Collector
@@ -297,7 +298,7 @@ def test_package_works_without_the_extra() -> None:
         "import zcproto, zcproto.runtime.server, zcproto.client, zcproto.cli, zcproto.telemetry\n"
         "zcproto.Server, zcproto.connect"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=TIMEOUT)
 
 
 async def test_keys_that_are_not_set_leave_the_choice_to_the_variables(

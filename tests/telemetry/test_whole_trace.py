@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.limits import TIMEOUT
 from tests.server.helpers import ROOT
 from tests.server.process import ServerProcess, home_with
 from tests.telemetry.helpers import SAMPLED, Collector
@@ -147,7 +148,7 @@ def test_call_through_two_servers_continues_the_callers_trace(shop: Shop) -> Non
 def test_call_from_typescript_through_two_servers_is_one_trace_of_four_spans(shop: Shop) -> None:
     address = f"localhost:{shop.first.port}"
     command = ["node", str(CLIENT), address, "ada", shop.key.reveal(), str(shop.ca), "order"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert ran.returncode == 0, ran.stderr
     span = json.loads(ran.stdout)
     assert span["result"] == 43

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from tests.helpers import FakeTimers, MockTransport
+from tests.limits import TIMEOUT
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.tls.context import SUITES, SiteContexts
 from zcproto.tls.failure import TlsFailure
@@ -22,7 +23,6 @@ from zcproto.tls.server import TlsAcceptor, TlsServerTransport
 from zcproto.tls.transport import TlsPhase
 
 PEER = "192.0.2.7"
-PATIENCE = 20.0
 ALERT, HANDSHAKE, DATA = 21, 22, 23
 
 
@@ -68,7 +68,7 @@ class RecordingProtocol(asyncio.Protocol):
 
 async def all_gone(connections: Iterable[TlsServerTransport]) -> None:
     """Wait until all connections of a server are gone, before its loop ends."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while any(each._phase is not TlsPhase.CLOSED for each in connections):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tls.support import PATIENCE, RecordingProtocol, all_gone
+from tests.tls.support import TIMEOUT, RecordingProtocol, all_gone
 from zcproto.common.deadlines import DeadlineWheel
 from zcproto.tls.context import SUITES, SiteContexts
 from zcproto.tls.failure import TlsFailure
@@ -56,7 +56,7 @@ class Listening:
         assert process.stdout is not None
         shown = b""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 process.stdin.write(text)
                 while until not in shown and (part := await process.stdout.read(65_536)):
                     shown += part
@@ -77,7 +77,7 @@ class Listening:
         self.run(self._wait(is_so))
 
     async def _wait(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while not is_so():
                 self._changed.clear()
                 await self._changed.wait()
@@ -197,7 +197,7 @@ def test_key_update_by_openssl_command_works(listening: Listening, command: byte
 async def raw(port: int, pieces: Iterable[bytes], *, half_close: bool = False) -> bytes:
     """Return the server's answer to these bytes, up to the end of its stream."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
@@ -237,7 +237,7 @@ def capitals(port: int, client_tls: ssl.SSLContext, data: bytes) -> bytes:
     step = 262_144
     answer = b""
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as tcp,
+        socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as tcp,
         client_tls.wrap_socket(tcp, server_hostname="localhost", suppress_ragged_eofs=False) as tls,
     ):
         for at in range(0, len(data), step):

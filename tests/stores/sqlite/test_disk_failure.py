@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.disk import Disk
+from tests.limits import TIMEOUT
 from tests.stores.contract import FIVE, KEEP, LEASE, WALL, digest, ended, opened, rotation, session
 from tests.stores.sqlite.harness import SqliteHarness, beside, change_file
 from zcproto.errors import Code, ResourceExhausted
@@ -345,5 +346,5 @@ async def test_close_on_a_hung_disk_gives_up(
 def _threads_have_ended(others: set[threading.Thread]) -> None:
     for thread in set(threading.enumerate()) - others:
         if thread.name == worker.THREAD_NAME:
-            thread.join(10)
+            thread.join(TIMEOUT)
             assert not thread.is_alive()

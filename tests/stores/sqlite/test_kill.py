@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.killed_child import lines_of_killed_child
+from tests.limits import TIMEOUT
 from tests.stores.contract import DAY, FIVE, WALL, digest, session
 from zcproto.errors import Code
 from zcproto.sessions.record import EndedRecord, Rotation, SessionRecord
@@ -34,7 +35,7 @@ def test_process_killed_at_random_moments_loses_no_acknowledged_change(tmp_path:
     command = [sys.executable, "-m", "tests.stores.sqlite.test_kill"]
     command += [str(tmp_path / "home" / "sessions.db"), "20260601", str(SECONDS)]
     done = subprocess.run(
-        command, capture_output=True, check=False, text=True, timeout=150, cwd=Path(__file__).parents[3]
+        command, capture_output=True, check=False, text=True, timeout=TIMEOUT, cwd=Path(__file__).parents[3]
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     report = json.loads(done.stdout)

@@ -38,7 +38,6 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                     len(node.command("CLUSTER", "SLOTS")) == 3
                     and len(node.command("CLUSTER", "NODES").splitlines()) == 4
                     and b"cluster_state:ok" in node.command("CLUSTER", "INFO")
-                ),
-                within=20,
+                )
             )
         yield ClusterOf(nodes)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.server_process import ServerProcess, free_port
+from tests.limits import TIMEOUT
 
 __all__ = [
     "PROGRAMS",
@@ -28,8 +29,6 @@ __all__ = [
 
 PROGRAMS = ("valkey-server", "redis-server")
 """The programs that the tests of a server run with."""
-
-_UNTIL_S = 30.0
 
 
 def is_installed(program: str) -> bool:
@@ -54,15 +53,15 @@ def running(program: str, folder: Path, *options: str, port: int | None = None) 
         server.kill()
 
 
-def wait_for(condition: Callable[[], bool], within: float = _UNTIL_S) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     """Wait until a function returns True."""
-    end = time.monotonic() + within
+    end = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < end, f"not within {within} s"
+        assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
 
 
-async def until(condition: object, what: str = "", within: float = _UNTIL_S) -> float:
+async def until(condition: object, what: str = "") -> float:
     """Wait until a function or coroutine function returns True. Return the seconds it took."""
     loop = asyncio.get_running_loop()
     begin = loop.time()
@@ -73,7 +72,7 @@ async def until(condition: object, what: str = "", within: float = _UNTIL_S) -> 
             holds = await holds
         if holds:
             return loop.time() - begin
-        assert loop.time() - begin < within, f"not within {within} s: {what or condition}"
+        assert loop.time() - begin < TIMEOUT, f"it did not happen: {what or condition}"
         await asyncio.sleep(0.005)
 
 

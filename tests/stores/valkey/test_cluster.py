@@ -11,6 +11,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 
+from tests.limits import TIMEOUT
 from tests.stores.contract import (
     DAY,
     FIVE,
@@ -218,7 +219,7 @@ async def test_failover_to_a_replica_in_a_cluster(empty_cluster: ClusterOf) -> N
         await asyncio.gather(*(store.create(each, FIVE) for each in MANY))
         await until(lambda: _offset(replica) >= _offset(empty_cluster.nodes[primary]))
         empty_cluster.nodes[primary].stop()
-        async with asyncio.timeout(10):  # much longer than the store's own timeout, for a busy machine
+        async with asyncio.timeout(TIMEOUT):
             assert not await is_done(lambda: store.list(mine[0].user))
         replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
         await until(lambda: is_done(lambda: store.list(mine[0].user)))

@@ -40,7 +40,7 @@ async def test_failover_reported_by_sentinels(program: str, tmp_path: Path) -> N
         second = stack.enter_context(
             running(program, tmp_path / "second", "--replicaof", "127.0.0.1", str(first.port))
         )
-        wait_for(lambda: b"master_link_status:up" in second.command("INFO", "replication"), within=10)
+        wait_for(lambda: b"master_link_status:up" in second.command("INFO", "replication"))
         sentinel = stack.enter_context(
             running(
                 program,
@@ -55,13 +55,13 @@ async def test_failover_reported_by_sentinels(program: str, tmp_path: Path) -> N
         url = f"redis+sentinel://127.0.0.1:{unused_port},{sentinel.address}/sessions"
         with pytest.raises(StoreUnavailable, match="does not monitor a service of this name"):
             await ValkeyStore(f"redis+sentinel://{sentinel.address}/others").open(lambda change: None)
-        wait_for(lambda: _has_replica(sentinel), within=15)
+        wait_for(lambda: _has_replica(sentinel))
         async with opened(url) as (store, changes):
             await store.create(session(), FIVE)
             await until(lambda: _offset(second) >= _offset(first))
             first.kill()
             assert not await is_done(store.ping)
-            await until(lambda: is_done(store.ping), within=20)
+            await until(lambda: is_done(store.ping))
             assert second.command("ROLE")[0] == b"master"
             assert await store.find(session().token_digest) == session()
             assert await store.create(session(2), FIVE) == Created()
