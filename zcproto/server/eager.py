@@ -120,11 +120,9 @@ class EagerWorker:
     """A task and the coroutine that it has adopted, if any."""
 
     __slots__ = (
-        "_cancelled_early",
         "_job",
         "_loop",
         "_pool",
-        "_started",
         "_wake",
         "done",
         "driver",
@@ -137,11 +135,11 @@ class EagerWorker:
         self._loop = loop
         self._job: tuple[Any, contextvars.Context] | None = None
         self._wake: asyncio.Future[None] | None = None
-        self._started = False
-        self._cancelled_early = False
         self.done: Done | None = None
         self.set_driver(_new_driver(pool))
-        self.task: asyncio.Task[None] = loop.create_task(self._work(), name="zcproto-handler")
+        work = self._work()
+        work.send(None)
+        self.task: asyncio.Task[None] = loop.create_task(work, name="zcproto-handler")
         self.task.add_done_callback(self._task_ended)
 
     def set_driver(self, driver: Driver) -> None:
@@ -156,21 +154,18 @@ class EagerWorker:
 
     def cancel(self) -> None:
         """Raise CancelledError in the coroutine where it waits."""
-        if self._started:
-            self.task.cancel()
-        else:  # a task cancelled before its first step would never run
-            self._cancelled_early = True
+        self.task.cancel()
 
     async def _work(self) -> None:
-        self._started = True
-        cancelled = self._cancelled_early
-        if self._job is None and not cancelled:
-            self._wake = self._loop.create_future()
-            try:
+        cancelled = False
+        try:
+            await _begin()
+            if self._job is None:
+                self._wake = self._loop.create_future()
                 await self._wake
-            except asyncio.CancelledError:
-                self.task.uncancel()
-                cancelled = True
+        except asyncio.CancelledError:
+            self.task.uncancel()
+            cancelled = True
         if self._job is None:
             return
         if cancelled:  # again, now that the task can cancel the coroutine's wait
@@ -193,7 +188,6 @@ class EagerWorker:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._pool.forget(self)
         self._job = None
-        self.driver.close()  # holds a coroutine if the task was cancelled before its first step
         done, self.done = self.done, None
         if done is not None:
             done(None, asyncio.CancelledError())
@@ -202,6 +196,13 @@ class EagerWorker:
 _ENDED: Final = object()
 
 Driver = Generator[Any, Any, None]
+
+
+@types.coroutine
+def _begin() -> Generator[None, None, None]:
+    """Wait for the first step of the task, in a coroutine that runs already: otherwise a task that is cancelled
+    before, as by uvloop's timers, would end without it."""
+    yield
 
 
 @types.coroutine
