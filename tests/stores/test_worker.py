@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import FakeClock
+from tests.limits import TIMEOUT
+from tests.stores.hub_harness import until
 from zcproto.errors import ResourceExhausted
 from zcproto.stores import worker
 from zcproto.stores.base import StoreUnavailable
 from zcproto.stores.worker import CHECKS, GROUP, Job, Worker
 
-LONG = 20.0
+LONG = TIMEOUT
 
 
 class Bench:
@@ -129,29 +132,37 @@ async def test_timed_out_job_that_had_not_begun_is_not_run(bench: Bench) -> None
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    """Return the clock that jobs are timed by."""
-    clock = FakeClock()
-    monkeypatch.setattr(worker, "system_clock", clock)
-    return clock
+def long_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PATIENCE", math.inf)
 
 
+@pytest.fixture
+def progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a held thread work, as far as checks can see: it is further at each. Return what they saw."""
+    progress: list[int] = []
+
+    def see() -> int:
+        progress.append(len(progress))
+        return progress[-1]
+
+    monkeypatch.setattr(bench.worker, "_progress", see)
+    return progress
+
+
+@pytest.mark.usefixtures("long_patience")
 async def test_job_waits_longer_than_its_timeout_for_a_thread_that_works(
-    bench: Bench, clock: FakeClock
+    bench: Bench, progress: list[int]
 ) -> None:
     held = await bench.hold()
-    waits = asyncio.create_task(bench.worker.submit("work", 0.1))
-    last = asyncio.create_task(bench.worker.submit("last", LONG))
-    for _ in range(CHECKS + 1):
-        await asyncio.sleep(0.1 / CHECKS)
+    waits = asyncio.create_task(bench.worker.submit("work", 0.001))
+    await until(lambda: len(progress) > 2 * CHECKS)
     bench.go_on.set()
     assert await waits == "work"
-    await asyncio.gather(held, last)
+    await held
 
 
-async def test_job_that_waits_too_long_for_a_thread_that_works_is_refused_and_not_run(
-    bench: Bench, clock: FakeClock
-) -> None:
+@pytest.mark.usefixtures("progress")
+async def test_job_that_waits_too_long_for_a_thread_that_works_is_refused_and_not_run(bench: Bench) -> None:
     held = await bench.hold()
     kept = asyncio.create_task(bench.worker.submit("lasting", 0.0001, lasting=True))
     with pytest.raises(ResourceExhausted) as refused:
@@ -163,24 +174,33 @@ async def test_job_that_waits_too_long_for_a_thread_that_works_is_refused_and_no
     assert bench.groups[1:] == [["lasting"]]
 
 
-async def test_job_fails_if_the_thread_hangs_in_it(bench: Bench, clock: FakeClock) -> None:
-    held = threading.Event()
-
-    def hang() -> None:
-        held.set()
-        assert bench.go_on.wait(LONG)
-
-    hanging = asyncio.create_task(bench.worker.submit(hang, 0.001))
-    assert await asyncio.to_thread(held.wait, LONG)
-    clock.advance(LONG)
+@pytest.mark.usefixtures("long_patience")
+async def test_job_fails_if_the_thread_hangs_in_it(bench: Bench) -> None:
+    hanging = asyncio.create_task(bench.worker.submit(lambda: bench.go_on.wait(LONG), 0.001))
     with pytest.raises(StoreUnavailable, match="within 1 ms"):
         await hanging
 
 
-async def test_done_job_is_not_late_when_the_loop_is(bench: Bench, clock: FakeClock) -> None:
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="takes a clock of each thread")
+async def test_thread_that_uses_the_processor_does_not_hang(bench: Bench) -> None:
+    def work() -> None:
+        seen.append(bench.worker._progress())
+        end = time.thread_time() + 0.001
+        while time.thread_time() < end:
+            pass
+        seen.append(bench.worker._progress())
+
+    seen: list[tuple[int, float]] = []
+    await bench.worker.submit(work, LONG)
+    (turn, used), (same_turn, used_after) = seen
+    assert same_turn == turn
+    assert used_after > used
+
+
+async def test_done_job_is_not_late_when_the_loop_is(bench: Bench) -> None:
     job = Job("work", False, False, asyncio.get_running_loop().create_future(), done=True)
-    clock.advance(LONG)
-    bench.worker._check(job, 0.001, CHECKS)
+    bench.worker._is_busy = True
+    bench.worker._check(job, LONG, CHECKS, CHECKS, bench.worker._progress())
     assert job.timer is not None
     job.timer.cancel()
     assert not job.future.done()
@@ -342,9 +362,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 async def test_loop_pauses_for_a_late_result_with_a_limit(bench: Bench, pauses: list[float]) -> None:
     held = await bench.hold()
-    deadline = asyncio.get_running_loop().time() + LONG
-    while len(pauses) < 100 and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await until(lambda: len(pauses) == 100)
     await asyncio.sleep(0.02)
     assert len(pauses) == 100
     assert sum(pauses) < 0.02
@@ -355,18 +373,15 @@ async def test_loop_pauses_for_a_late_result_with_a_limit(bench: Bench, pauses: 
 async def test_loop_does_not_pause_while_results_come(
     bench: Bench, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late_s = 0.5
-    monkeypatch.setattr(worker, "_LATE_S", late_s)
-    loop = asyncio.get_running_loop()
-    start = loop.time()
+    monkeypatch.setattr(worker, "_LATE_S", LONG)
+    monkeypatch.setattr(worker, "_AGAIN_S", LONG)
     await bench.worker.submit("one", LONG)
     held = await bench.hold()
-    while not pauses:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
-    assert loop.time() - start >= 2 * late_s, "the first check found a finished group"
+    bench.worker._watch(0, 0)
+    assert not pauses, "a group was finished since the last check"
+    bench.worker._watch(1, 0)
+    assert len(pauses) == 1
     bench.go_on.set()
     await held
-    await asyncio.sleep(0)
-    count = len(pauses)
-    await asyncio.sleep(0.01)
-    assert len(pauses) == count, "nothing waits"
+    bench.worker._watch(1, 1)
+    assert len(pauses) == 1, "nothing waits"

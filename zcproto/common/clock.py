@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from threading import Thread
 from typing import Protocol
 
 from zcproto.accelerator import accelerated
@@ -59,6 +60,22 @@ class MonotonicClock:
 
     def wall(self) -> int:
         return self._offset + int(self.now() * 1000.0)  # two floats: CPython specialises that
+
+
+def cpu_clock(thread: Thread) -> Callable[[], float]:
+    """Return a function that returns the processor seconds used by a running thread: 0 on systems that hide it."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return lambda: 0.0
+    assert thread.ident is not None
+    clock = time.pthread_getcpuclockid(thread.ident)
+
+    def used() -> float:
+        try:
+            return time.clock_gettime(clock)
+        except OSError:  # the thread has ended
+            return 0.0
+
+    return used
 
 
 def random_fraction(entropy: Entropy) -> float:

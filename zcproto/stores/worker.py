@@ -5,7 +5,8 @@ Decides: which jobs form a group, and when a job is given up.
 Rules:
 - Jobs submitted in one turn of the loop form one group, and so do jobs submitted while the thread is busy.
 - The time of a job is counted from when the thread begins it. While the thread hangs in one group for longer than
-  the timeout, all jobs fail. Time in which the event loop did not run does not count.
+  the timeout, all jobs fail. Time in which the event loop did not run, or in which the thread used the processor,
+  does not count: on a busy machine both wait for a processor, and the disk is well.
 - A job that waits although the thread works is refused after some timeouts: the caller comes too often, the disk is
   well. A job that has not begun when it ends is not run, unless it is a lasting one.
 - A busy event loop takes the interpreter back from the thread within microseconds, again and again. So when an
@@ -28,7 +29,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, Final
 
-from zcproto.common.clock import system_clock
+from zcproto.common.clock import cpu_clock
 from zcproto.stores.base import StoreUnavailable, too_many_operations
 
 GROUP: Final = 256
@@ -92,12 +93,14 @@ class Worker:
         self._groups = 0
         self._lock = Lock()  # for `begun` and `given_up`: a job is either run or given up
         self._is_group = False  # written by the thread
-        self._busy_since: float | None = None  # likewise
+        self._is_busy = False  # likewise
+        self._turns = 0  # likewise
         self._watched: asyncio.TimerHandle | None = None
         self._stopping = False
         self._has_ended = self._loop.create_future()
         self._thread = Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
+        self._cpu_seconds = cpu_clock(self._thread)
 
     async def submit(
         self, work: Any, within: float, *, lasting: bool = False, behind: bool = False, ahead: bool = False
@@ -153,12 +156,17 @@ class Worker:
         time.sleep(_PAUSE_S)
         self._watched = self._loop.call_later(_AGAIN_S, self._watch, groups, pauses + 1)
 
-    def _check(self, job: Job, within: float, checks: int) -> None:
-        """Give up a job if the thread hangs, or if it has waited too long for a thread that works."""
-        now = system_clock.now()
-        if checks >= CHECKS and not job.done:
-            busy_since = self._busy_since
-            if busy_since is not None and now - busy_since >= within:
+    def _check(
+        self, job: Job, within: float, checks: int, still: int = 0, before: tuple[int, float] | None = None
+    ) -> None:
+        """Give up a job if the thread hangs, or if it has waited too long for a thread that works.
+
+        `still` counts the checks since the thread last did something, after which `_progress` was `before`.
+        """
+        progress = self._progress()
+        still = still + 1 if progress == before else 0
+        if not job.done:
+            if self._is_busy and still >= CHECKS:
                 job.given_up = True
                 job.future.set_exception(
                     StoreUnavailable(f"the disk did not answer within {within * 1000:.0f} ms")
@@ -167,7 +175,13 @@ class Worker:
             if checks >= CHECKS * PATIENCE and self._give_up(job):
                 job.future.set_exception(too_many_operations())
                 return
-        job.timer = self._loop.call_later(within / CHECKS, self._check, job, within, checks + 1)
+        job.timer = self._loop.call_later(
+            within / CHECKS, self._check, job, within, checks + 1, still, progress
+        )
+
+    def _progress(self) -> tuple[int, float]:
+        """Return what changes whenever the thread does something other than wait for the disk."""
+        return self._turns, self._cpu_seconds()
 
     def _give_up(self, job: Job) -> bool:
         """Keep a job from being run. Return False if that is too late, or if it must be run."""
@@ -205,7 +219,7 @@ class Worker:
                     with self._lock:
                         for job in group:
                             job.begun = job.lasting or not job.given_up
-                    self._busy_since = system_clock.now()
+                    self._begin_turn()
                     self._perform([job for job in group if job.begun])
                     for job in group:
                         job.done = True
@@ -238,11 +252,15 @@ class Worker:
         return jobs
 
     def _is_idle_useful(self) -> bool:
-        self._busy_since = system_clock.now()
+        self._begin_turn()
         try:
             return self._idle()
         finally:
-            self._busy_since = None
+            self._is_busy = False
+
+    def _begin_turn(self) -> None:
+        self._turns += 1
+        self._is_busy = True
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
         try:

@@ -223,12 +223,9 @@ async def test_operations_on_a_hung_disk_fail_after_the_timeout(harness: SqliteH
     store = await harness.opened(connect=disk.connect, timeout=0.05)
     disk.hang()
     try:
-        loop = asyncio.get_running_loop()
-        begin = loop.time()
         for _ in range(3):
             with pytest.raises(StoreUnavailable, match="the disk did not answer within 50 ms"):
                 await store.create(session(1), FIVE)
-        assert loop.time() - begin < 1.0
     finally:
         disk.go_on.set()
     await harness.reopen(store)
@@ -237,9 +234,10 @@ async def test_operations_on_a_hung_disk_fail_after_the_timeout(harness: SqliteH
 async def test_timed_out_operations_that_had_not_begun_are_not_done(
     harness: SqliteHarness, disk: Disk
 ) -> None:
-    store = await harness.opened(connect=disk.connect, timeout=0.05)
+    store = await harness.opened(connect=disk.connect)
     doomed = session(9, "bob")
     await opened(store, doomed)
+    store.timeout = 0.05
     disk.hang()
     try:
         for work in (
@@ -262,7 +260,7 @@ async def test_cancelled_operation_that_had_not_begun_is_not_done(harness: Sqlit
     disk.hang()
     try:
         first = asyncio.create_task(store.create(session(1), FIVE))
-        assert await asyncio.to_thread(disk.reached.wait, 10)
+        assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         second = asyncio.create_task(store.create(session(2), FIVE))
         await asyncio.sleep(0)
         second.cancel()
@@ -279,7 +277,7 @@ async def test_full_queue_refuses_operations(harness: SqliteHarness, disk: Disk)
     disk.hang()
     try:
         waiting = [asyncio.create_task(store.create(session(number), FIVE)) for number in range(10)]
-        assert await asyncio.to_thread(disk.reached.wait, 10)
+        assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         with pytest.raises(ResourceExhausted, match="too many operations wait"):
             await store.ping()
     finally:
@@ -295,7 +293,7 @@ async def test_answer_is_kept_although_the_queue_is_full(harness: SqliteHarness,
     disk.hang()
     try:
         waiting = asyncio.create_task(store.claim("alice", "next", body, LEASE))
-        assert await asyncio.to_thread(disk.reached.wait, 10)
+        assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         keeping = asyncio.create_task(store.keep_answer("alice", "run", b"answer", KEEP))
         await asyncio.sleep(0)
     finally:
@@ -310,7 +308,7 @@ async def test_close_finishes_waiting_operations(harness: SqliteHarness, disk: D
     disk.hang()
     try:
         creating = asyncio.create_task(store.create(record, FIVE))
-        assert await asyncio.to_thread(disk.reached.wait, 10)
+        assert await asyncio.to_thread(disk.reached.wait, TIMEOUT)
         touching = asyncio.create_task(store.touch([(record.id, WALL + 9)]))
         await asyncio.sleep(0)
         closing = asyncio.create_task(store.close())
