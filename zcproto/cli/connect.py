@@ -54,7 +54,10 @@ MAX_KEY = 4_096
 """Characters read from a key file: a key is much shorter, and a wrong file may be huge."""
 
 MAX_CONNECT_TIMEOUT = 10.0
-"""Seconds for an attempt to connect, and to wait for a server that is starting."""
+"""Seconds for an attempt to connect."""
+
+START_TIMEOUT = 60.0
+"""Seconds to wait for a server that is starting: its first start creates RSA keys, slowly on a small machine."""
 
 DEFAULT_TIMEOUT = 30.0
 MAX_MESSAGE = 2_000
@@ -226,7 +229,7 @@ async def connected_client(
     trust: TrustChoice, home: Home, address: str, **options: Any
 ) -> AsyncIterator[Client]:
     """Connect, and close at the end. Without a connection, end the command after a message."""
-    options = {"connect_timeout": MAX_CONNECT_TIMEOUT, "start_timeout": MAX_CONNECT_TIMEOUT, **options}
+    options = {"connect_timeout": MAX_CONNECT_TIMEOUT, "start_timeout": START_TIMEOUT, **options}
     client = trust.make_client(home, address, **options)
     try:
         await client.open()
@@ -307,7 +310,7 @@ def call(
     last line. A method that takes items gets those on standard input, one JSON value per line. Ctrl-C cancels the
     method. With --list the methods of the application are printed instead.
 
-    A server that is starting is awaited, for 10 s at most.
+    A server that is starting is awaited, for 60 s at most.
 
     \b
     Exit codes: 0    the result is printed
@@ -331,7 +334,9 @@ def call(
         from zcproto.cli.login import stored_login  # noqa: PLC0415
 
         options["login"] = stored_login(instance.home)
-    options["connect_timeout"] = options["start_timeout"] = min(limit, MAX_CONNECT_TIMEOUT)
+    if timeout is not None:
+        options["connect_timeout"] = min(timeout, MAX_CONNECT_TIMEOUT)
+        options["start_timeout"] = min(timeout, START_TIMEOUT)
 
     async def work() -> None:
         async with connected_client(trust, instance.home, address, **options) as client:
