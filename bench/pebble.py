@@ -26,7 +26,7 @@ from zcproto.load.processes import uninterrupted
 
 PEBBLE: Final = "pebble"
 NAME_SERVER: Final = "pebble-challtestsrv"
-_START_S: Final = 20.0
+_START_S: Final = 300.0
 _REQUEST_S: Final = 10.0
 _HOST: Final = "127.0.0.1"
 

@@ -15,7 +15,7 @@ import redis
 
 from zcproto.errors import ZcprotoError
 
-_START_S: Final = 30.0
+_START_S: Final = 300.0
 
 
 _ports: Final = iter(random.SystemRandom().sample(range(10_000, 22_000), 12_000))
@@ -108,7 +108,7 @@ class ServerProcess:
 
     def _command(self, *words: str | bytes | int) -> Any:
         connect: Any = redis.Connection
-        connection = connect(host="127.0.0.1", port=self.port, socket_timeout=5, protocol=2)
+        connection = connect(host="127.0.0.1", port=self.port, socket_timeout=_START_S, protocol=2)
         try:
             connection.send_command(*words)
             return connection.read_response()

@@ -16,7 +16,7 @@ from zcproto.errors import ConfigError, ZcprotoError
 from zcproto.load.processes import uninterrupted
 
 VALKEY: Final = "valkey-server"
-_START_S: Final = 10.0
+_START_S: Final = 300.0
 DEAD_PORT: Final = 1
 """Where nothing listens: a replica of it gets no writes."""
 

@@ -62,7 +62,11 @@ def handshakes_at_rest(stages: Stages, sizes: Sizes) -> dict[str, Handshakes]:
     """Connect again and again with each key type, and time from TCP connect to the end of the handshake."""
     found = {}
     for key_type in KEY_TYPES:
-        settings = {"certificates.key_types": [key_type], "log.level": "warning"}
+        settings = {
+            "certificates.key_types": [key_type],
+            "log.level": "warning",
+            "tls.handshake_timeout": "30s",  # on a busy machine
+        }
         with stages.new(f"handshakes-{key_type}", settings).serve() as server, on_processor(CLIENT_CPU):
             context, latencies = server.context(), Latencies()
             _connect(server.port, context)  # a server's first handshake loads what all later ones reuse

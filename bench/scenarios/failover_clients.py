@@ -34,7 +34,7 @@ from bench.report import Report, Row, counted
 from bench.scenarios.failover_app import RUNS_VARIABLE
 from bench.scenarios.failover_times import Done, FailoverTimes
 from bench.scenarios.failover_times import rows as rows_of_times
-from bench.scenarios.harness import cause_of, for_each
+from bench.scenarios.harness import CALL_S, cause_of, for_each
 from bench.scenarios.helper import Helper
 from bench.stage import ECDSA_ONLY, HOST, Server, Stage, room_for
 from bench.valkey import Valkey
@@ -103,7 +103,9 @@ class FailoverClients:
         self._stopped = asyncio.Event()
         addresses = [f"{HOST}:{port}" for port in ports]
         self._clients = [
-            self._client(number, addresses, ConnectOptions(user=user, key=key, ca_file=ca_file))
+            self._client(
+                number, addresses, ConnectOptions(user=user, key=key, ca_file=ca_file, timeout=CALL_S)
+            )
             for number, (user, key) in enumerate(users)
         ]
 

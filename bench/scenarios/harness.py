@@ -36,6 +36,9 @@ from zcproto.load.run import Stop, View, run
 POLL_S: Final = 0.02
 FOREVER_S: Final = 3_600.0
 ANSWER_S: Final = 30.0
+CALL_S: Final = 30.0
+"""Seconds for a call of a client, with all that it repeats; as the timeout of the library."""
+
 LAST_ANSWERS_S: Final = 10.0
 """Seconds after the last request within which answers count; later ones are lost."""
 
@@ -78,7 +81,7 @@ class _LoadingView:
 
 
 async def load_beside(plan: Plan, view: View, beside: Callable[[Operator], Awaitable[None]]) -> Result:
-    """Carry out a load, and `beside` from when all its connections are open until it ends.
+    """Carry out a load, and `beside` from when all its connections are open, which stay open until both have ended.
 
     `beside` may use the operator's connection, whose requests the load takes into account. If it fails, the load
     ends, and its error is raised.
@@ -96,9 +99,16 @@ async def load_beside(plan: Plan, view: View, beside: Callable[[Operator], Await
 
     task = asyncio.create_task(begin())
     task.add_done_callback(ended)
+
+    def interrupt() -> None:
+        stop.request()
+        task.cancel()
+
     try:
-        with on_interrupt(stop.request):
-            result = await run(plan, watching, stop, on_operator=lent.append)
+        with on_interrupt(interrupt):
+            result = await run(
+                plan, watching, stop, on_operator=lent.append, after_load=lambda: asyncio.wait({task})
+            )
     finally:
         task.cancel()
         await asyncio.wait({task})

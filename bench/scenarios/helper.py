@@ -19,7 +19,7 @@ import sys
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from bench.stage import CLIENT_CPU, bench_environment
 from zcproto.common.process import new_event_loop
@@ -33,6 +33,9 @@ END_S: Final = 5.0
 class Helper:
     """The process, as its parent sees it: an async context manager."""
 
+    constants: ClassVar[dict[str, Any]] = {}
+    """Values of constants in the process, by their dotted names. Tests replace limits that are short."""
+
     def __init__(
         self, factory: type, *arguments: Any, niceness: int = 0, processor: int | None = CLIENT_CPU
     ) -> None:
@@ -41,7 +44,7 @@ class Helper:
         The process is bound to one processor, unless `processor` is None.
         """
         self._processor = processor
-        self._start = (factory.__module__, factory.__name__, arguments, niceness)
+        self._start = (factory.__module__, factory.__name__, arguments, niceness, self.constants)
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Any]] = {}
 
@@ -139,7 +142,10 @@ def _lower_priority(niceness: int) -> None:
 def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(descriptor)
-    module, name, arguments, niceness = pipe.recv()
+    module, name, arguments, niceness, constants = pipe.recv()
+    for constant, value in constants.items():
+        holder, _, attribute = constant.rpartition(".")
+        setattr(importlib.import_module(holder), attribute, value)
     _lower_priority(niceness)
     gc.disable()  # nothing here makes cycles that matter, and a collection would walk 10,000 connections
     with asyncio.Runner(loop_factory=new_event_loop) as runner:

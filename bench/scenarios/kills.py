@@ -269,12 +269,15 @@ class Kills:
             some = min(len(client.ended), REMEMBERED // CLIENTS)
             client.ended = self._chance.sample(client.ended, some)
 
+    async def _moment(self) -> None:
+        """Wait for the moment at which the server is killed."""
+        await asyncio.sleep(self._chance.choice(LONGEST_S) * self._chance.random())
+
     async def _churn(self, callers: Sequence[Caller], server: Server) -> None:
-        after_s = self._chance.choice(LONGEST_S) * self._chance.random()
         async with asyncio.TaskGroup() as group:
             for client, caller in zip(self._clients, callers, strict=True):
                 group.create_task(client.churn(caller))
-            await asyncio.sleep(after_s)
+            await self._moment()
             server.kill()
         self._seen.kills += 1
 

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -413,6 +414,7 @@ class Run:
                 outcome.degraded_after_s = time.monotonic() - began
             await hurting
             await asyncio.sleep(began + plan.seconds - time.monotonic())
+            await until(partial(self._is_felt, churn), RECOVER_S)
             outcome.pauses[Phase.DURING] = await one.take_pause()
             load.phase = churn.phase = Phase.AFTER
             ended = time.monotonic()
@@ -431,6 +433,11 @@ class Run:
             await asyncio.wait(running)
         self._count(load, churn)
         return all(healthy)
+
+    async def _is_felt(self, churn: Churn) -> bool:
+        """Return whether the churn has met the outage, which a slow machine may take long for."""
+        is_put_off = churn.counts["put off", Phase.DURING] > 0 or not self._outage.refuses
+        return is_put_off and churn.counts["ended", Phase.DURING] > 0
 
     async def _carry_out(self, acts: Sequence[Act], store: Store) -> None:
         for act in acts:
@@ -456,14 +463,17 @@ class Run:
 
     async def _check(self, one: Node, other: Node, store: str) -> None:
         progress(f"{self._outage.title}: checking {len(self._sessions):,} sessions on each server ...")
-        await asyncio.sleep(NEWS_S)
-        await self._check_on(one, "the server")
-        await self._check_on(other, "the other server")
+        for node, where in ((one, "the server"), (other, "the other server")):
+            await until(partial(self._has_news, node, where), NEWS_S)
         await one.kill()
         await one.start()
         await self._check_on(one, "the server, started again")
         async with self._node("third", store) as third:
             await self._check_on(third, "a new server")
+
+    async def _has_news(self, node: Node, where: str) -> bool:
+        await self._check_on(node, where)
+        return not self._outcome.checks[where].revived
 
     async def _check_on(self, node: Node, where: str) -> None:
         caller, *_ = await node.callers(1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bench.scenarios.harness import FOREVER_S, cause_of
+from bench.scenarios.harness import CALL_S, FOREVER_S, cause_of
 from bench.scenarios.sessions import open_session
 from bench.stage import HOST
 from zcproto.client.client import Client
@@ -36,8 +36,8 @@ KEYED_EVERY: Final = 10
 MAX_OPEN: Final = 20_000
 """Requests without an answer. More are not sent, and missing in the rate: the server is too slow for it."""
 
-VISIT_S: Final = 30.0
-"""Seconds for a client that comes and goes, with all that it repeats; as the timeout of the library."""
+VISIT_S: Final = CALL_S
+"""Seconds for a client that comes and goes, with all that it repeats."""
 
 
 @dataclass(slots=True)
@@ -113,7 +113,11 @@ class RollingClients:
         self._seen = Seen()
         self._target = LoadTarget(HOST, HOST, port, ca_file)
         self._staying = [
-            Staying(f"{HOST}:{port}", ConnectOptions(user=user, key=key, ca_file=ca_file), self._seen.retried)
+            Staying(
+                f"{HOST}:{port}",
+                ConnectOptions(user=user, key=key, ca_file=ca_file, timeout=CALL_S),
+                self._seen.retried,
+            )
             for user, key in users
         ]
         self._turns = shuffled_rounds(self._staying, self._random)

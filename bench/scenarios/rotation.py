@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import os
 import ssl
 import struct
@@ -35,7 +36,7 @@ import click
 from bench.command import COUNT, RATE, SECONDS, measurement, progress
 from bench.report import Report, Row, counted
 from bench.samples import Sample, Span
-from bench.scenarios.harness import load_faults, load_rows, run_load_beside
+from bench.scenarios.harness import load_faults, load_rows, run_load_beside, until
 from bench.stage import HOST, Server, Stage, check_open_files, room_for
 from zcproto.certs import managed
 from zcproto.certs.managed import ManagedSettings
@@ -60,10 +61,13 @@ GRACE_S: Final = 0.25
 """Seconds to read the files, to prove the new context by a handshake, and to get the processor."""
 
 TAIL_S: Final = 0.5
-"""Seconds for which new connections still come when the last certificate should be served."""
+"""Seconds for which new connections still come when the last certificate is served, or should be."""
 
 LOAD_TAIL_S: Final = 1.0
-"""Seconds of load after that: all new connections are gone when the server's connections are counted."""
+"""Seconds of load after that."""
+
+GONE_S: Final = 30.0
+"""Seconds for the server to close its ends of the new connections."""
 
 CONNECTION_S: Final = 10.0
 """Seconds for all that a new connection does."""
@@ -95,9 +99,9 @@ class RotationPlan:
     watch_interval_s: float = PICKED_UP_S
 
     @property
-    def newcomers_s(self) -> float:
-        """For how long new connections come, from the beginning of the load."""
-        return self.rest_s + self.rotations * self.interval_s + self.delay_s + TAIL_S
+    def load_s(self) -> float:
+        """For how long the load runs; new connections come until the rotations have ended."""
+        return self.rest_s + self.rotations * self.interval_s + self.delay_s + TAIL_S + LOAD_TAIL_S
 
 
 # --- replacing certificates --------------------------------------------------------------------------------
@@ -401,14 +405,30 @@ class Rotations:
         self.rotating: Span | None = None
 
     async def run(self, operator: Operator) -> None:
-        start = time.monotonic()
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._rest_and_rotate(start, operator))
-            both.create_task(self._let_newcomers_come(start))
-
-    async def _rest_and_rotate(self, start: float, operator: Operator) -> None:
-        plan = self._plan
+        start, is_over = time.monotonic(), asyncio.Event()
         connected = await _sample(operator)
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._let_newcomers_come(start, is_over))
+            rested = await self._rest_and_rotate(start, operator, connected)
+            await until(self._last_is_seen, self._plan.delay_s)
+            await asyncio.sleep(TAIL_S)
+            self.rotating = _span(rested, await _sample(operator))
+            is_over.set()
+
+        async def are_gone() -> bool:
+            now = await _sample(operator)
+            return connected is None or now is None or now.connections <= connected.connections
+
+        await until(are_gone, GONE_S)
+
+    async def _last_is_seen(self) -> bool:
+        return any(each.leaf in self.history[-1].leaves.values() for each in self.newcomers)
+
+    async def _rest_and_rotate(
+        self, start: float, operator: Operator, connected: Sample | None
+    ) -> Sample | None:
+        """Return the server's figures from before the first rotation."""
+        plan = self._plan
         await asyncio.sleep(start + plan.rest_s - time.monotonic())
         rested = await _sample(operator)
         self.at_rest = _span(connected, rested)
@@ -421,16 +441,17 @@ class Rotations:
                 progress(
                     f"rotation {number:,} of {plan.rotations:,}, {len(self.newcomers):,} new connections"
                 )
-        await asyncio.sleep(start + plan.newcomers_s - time.monotonic())  # the last one is served by then
-        self.rotating = _span(rested, await _sample(operator))
+        return rested
 
-    async def _let_newcomers_come(self, start: float) -> None:
+    async def _let_newcomers_come(self, start: float, is_over: asyncio.Event) -> None:
         async def come() -> None:
             self.newcomers.append(await connect(self._port, self._context))
 
         async with asyncio.TaskGroup() as coming:
-            for number in range(round(self._plan.newcomers * self._plan.newcomers_s)):
+            for number in itertools.count():
                 await asyncio.sleep(start + number / self._plan.newcomers - time.monotonic())
+                if is_over.is_set():
+                    return
                 coming.create_task(come())
 
 
@@ -460,7 +481,7 @@ def rotate_under_load(
     stage = Stage(folder, settings, certificates=certificates)
     users = stage.add_users_for("load", plan.connections)
     with stage.serve() as server:
-        load = server.load(users, plan.connections, plan.rate, plan.newcomers_s + LOAD_TAIL_S)
+        load = server.load(users, plan.connections, plan.rate, plan.load_s)
         before = asyncio.run(server.stats())["tls_failures"]
         rotations = Rotations(plan, server, on_rotated)
         result = run_load_beside(load, rotations.run)

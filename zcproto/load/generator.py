@@ -46,13 +46,6 @@ from zcproto.wire.frame import NO_TOKEN, TOKEN_SIZE
 MAX_CONNECTING: Final = 1_000
 """Maximum of concurrent attempts to connect; the server's backlog holds 4,096. The delay of the others counts."""
 
-CONNECT_TIMEOUT: Final = 30.0
-"""Seconds for a TCP connection, for its handshake, and after the last arrival for all that are still connecting."""
-
-ANSWER_TIMEOUT: Final = 10.0
-"""Seconds after the last request of a phase during which answers count."""
-
-CLOSE_TIMEOUT: Final = 10.0
 CLOSES_PER_TURN: Final = 64
 POOL_BYTES: Final = 65_536
 POOL_STEP: Final = 31
@@ -192,7 +185,7 @@ class Generator:
             share.host,
             self.wheel,
             wall=system_clock.wall,
-            handshake_timeout=CONNECT_TIMEOUT,
+            handshake_timeout=share.connect_timeout_s,
         )
         self.connections = [LoadConnection(self, index) for index in range(share.connections)]
 
@@ -206,7 +199,7 @@ class Generator:
         remaining = iter(self.connections)
         times = uniform_times(share.arrival_rate, share.connections)
         await self._pacer.run(times, lambda due: self._arrive(next(remaining), due))
-        await self._wait(lambda: self._unsettled == 0, CONNECT_TIMEOUT)
+        await self._wait(lambda: self._unsettled == 0, share.connect_timeout_s)
         self._waiting.clear()
         for connection in self.connections:
             if connection.stage < Stage.READY:
@@ -265,7 +258,7 @@ class Generator:
             connection.close()
             if number % CLOSES_PER_TURN == 0:
                 await asyncio.sleep(0)
-        await self._wait(lambda: self._open_connections == 0, CLOSE_TIMEOUT)
+        await self._wait(lambda: self._open_connections == 0, self.share.answer_timeout_s)
         for connection in self.connections:
             if connection.tls is not None:
                 connection.tls.abort()
@@ -303,7 +296,7 @@ class Generator:
                 return
 
     async def _wait_for_answers(self) -> None:
-        await self._wait(lambda: self.in_flight == 0, ANSWER_TIMEOUT)
+        await self._wait(lambda: self.in_flight == 0, self.share.answer_timeout_s)
         for connection in self.connections:
             self._drop_pending(connection)
 
@@ -329,7 +322,7 @@ class Generator:
             self._connector, connection, lambda error: self._handshaken(connection, error)
         )
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with asyncio.timeout(self.share.connect_timeout_s):
                 await self._loop.create_connection(
                     lambda: transport,
                     self.share.address,

@@ -35,6 +35,12 @@ USUAL_PORTS: Final = 16_384
 
 FIRST_SOURCE: Final = IPv4Address("127.0.0.1")
 
+CONNECT_TIMEOUT: Final = 30.0
+"""Seconds for a TCP connection, for its handshake, and after the last arrival for all that are still connecting."""
+
+ANSWER_TIMEOUT: Final = 10.0
+"""Seconds after the last request of a phase during which answers count, and at the end for the server to close."""
+
 MAX_KEY_FILE_BYTES: Final = 64 * 1024 * 1024
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 
@@ -145,6 +151,8 @@ class Share:
     items_per_stream: int = 0
     interval_s: float = 0.0
     """Seconds between the items of a stream."""
+    connect_timeout_s: float = CONNECT_TIMEOUT
+    answer_timeout_s: float = ANSWER_TIMEOUT
 
     def source(self, index: int) -> tuple[str, int] | None:
         """Return the local address of a connection, or None to let the system choose."""
@@ -278,6 +286,8 @@ def shares(plan: Plan, address: str, origin: float, verify_rate: float) -> list[
             stream=plan.stream,
             items_per_stream=plan.items_per_stream,
             interval_s=plan.streams / plan.rate,
+            connect_timeout_s=CONNECT_TIMEOUT,
+            answer_timeout_s=ANSWER_TIMEOUT,
         )
         for number in range(count)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from zcproto.common.text import escape_text
@@ -59,12 +59,18 @@ async def resolve(host: str, port: int) -> str:
 
 
 async def run(
-    plan: Plan, view: View, stop: Stop, *, on_operator: Callable[[Operator], None] = lambda operator: None
+    plan: Plan,
+    view: View,
+    stop: Stop,
+    *,
+    on_operator: Callable[[Operator], None] = lambda operator: None,
+    after_load: Callable[[], Awaitable[object]] | None = None,
 ) -> Result:
     """Carry out a checked plan.
 
     `on_operator` gets the operator's connection before the first phase: requests that the caller sends on it are
-    excluded from the comparison with the server's counters.
+    excluded from the comparison with the server's counters. `after_load` is awaited before the connections are
+    verified.
 
     Raises ConfigError for errors before the load's first connection, ConnectionClosed if the server cannot be
     reached. Later errors are in the result.
@@ -74,11 +80,11 @@ async def run(
     if plan.target is not None:
         await _try_target(plan, plan.target, address)
     if plan.operator is None:
-        return await _Run(plan, view, stop, None).conduct(address)
+        return await _Run(plan, view, stop, None, after_load).conduct(address)
     operator = await Operator.connect(plan.host, address, plan.port, plan.ca_file, plan.operator)
     try:
         on_operator(operator)
-        return await _Run(plan, view, stop, operator).conduct(address)
+        return await _Run(plan, view, stop, operator, after_load).conduct(address)
     finally:
         await operator.disconnect()
 
@@ -102,11 +108,19 @@ async def _try_target(plan: Plan, target: Target, address: str) -> None:
 
 
 class _Run:
-    def __init__(self, plan: Plan, view: View, stop: Stop, operator: Operator | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        view: View,
+        stop: Stop,
+        operator: Operator | None,
+        after_load: Callable[[], Awaitable[object]] | None,
+    ) -> None:
         self._plan = plan
         self._view = view
         self._stop = stop
         self._operator = operator
+        self._after_load = after_load
         self._origin = time.monotonic()
         self._result = Result(plan)
 
@@ -143,6 +157,8 @@ class _Run:
         self._view.phase(name, label, total)
         reports = await workers.run(name)
         ended = time.monotonic()
+        if name == "load" and self._after_load is not None:
+            await self._after_load()
         if name == "connect":
             self._result.connected = sum(each["ready"] for each in reports)
         await self._read(after)
