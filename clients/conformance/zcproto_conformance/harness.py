@@ -327,12 +327,15 @@ class Harness:
     async def begin_connect(self, **options: Any) -> tuple[Client, asyncio.Future[Any]]:
         """Start connecting a new client. `options` are those of the step; None omits one."""
         client = Client(self, f"client-{next(self.fixtures.numbers)}")
-        defaults = {
+        defaults: dict[str, Any] = {
             "address": self.server.address,
             "server_name": HOST,
             "ca_file": str(self.fixtures.ca.file),
             "home": self.new_home(),
         }
+        if self.patience > PATIENCE:  # the client's own defaults are too short for a slow machine
+            timeout_ms = int(self.patience * 1000)
+            defaults |= {"timeout_ms": timeout_ms, "connect_timeout_ms": timeout_ms}
         fields = {name: value for name, value in {**defaults, **options}.items() if value is not None}
         self._clients.append(client)
         return client, await self.begin_step("connect", client=client.name, **fields)

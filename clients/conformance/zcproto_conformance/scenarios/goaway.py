@@ -252,9 +252,12 @@ async def _(harness: Harness) -> None:
 async def _(harness: Harness) -> None:
     peer = await harness.connect()
     call = await peer.client.call("echo", {}, timeout_ms=500)
-    request = await peer.connection.expect_request("echo")
-    peer.connection.respond_error(request, UNAVAILABLE, {"retry_after_ms": 600_000})
-    await call.expect_code(UNAVAILABLE, DEADLINE_EXCEEDED)
+    ended = asyncio.create_task(call.expect_code(UNAVAILABLE, DEADLINE_EXCEEDED))
+    sent = asyncio.create_task(peer.connection.expect_request("echo"))
+    await asyncio.wait({ended, sent}, return_when=asyncio.FIRST_COMPLETED)
+    if not sent.cancel():  # a slow client does not get to send it
+        peer.connection.respond_error(await sent, UNAVAILABLE, {"retry_after_ms": 600_000})
+    await ended
 
 
 @scenario("limit-reached", "11.1: RESOURCE_EXHAUSTED with limit is reported to the application")

@@ -35,6 +35,10 @@ _SETTINGS: Final = {
     "ZCPROTO_SESSIONS__PER_USER": "100",
     "ZCPROTO_LIMITS__LOGIN_FAILURES": "100",
     "ZCPROTO_LOG__LEVEL": "error",
+    # For a slow machine:
+    "ZCPROTO_SESSIONS__OPEN_TIMEOUT": "5m",
+    "ZCPROTO_STORE__TIMEOUT": "10s",
+    "ZCPROTO_TLS__HANDSHAKE_TIMEOUT": "30s",
 }
 
 
